@@ -1,0 +1,78 @@
+"""A microscope for convnets: see what a PyTorch or Keras network has learned.
+
+import convscope
+
+model = convscope.load("lite0")
+convscope.predict(model, "photo.jpg")
+convscope.activations(model, "photo.jpg")
+convscope.patterns(model, "logits", ["African elephant"])
+convscope.heatmaps(model, "photo.jpg")
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convscope.activations import Activations, Predictions, activations, predict
+    from convscope.errors import ConvscopeError
+    from convscope.heatmaps import Heatmaps, heatmaps
+    from convscope.images import Preprocessing
+    from convscope.model import Model
+    from convscope.patterns import Patterns, patterns
+    from convscope.sources import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "ConvscopeError",
+    "Heatmaps",
+    "Model",
+    "Patterns",
+    "Predictions",
+    "Preprocessing",
+    "activations",
+    "heatmaps",
+    "load",
+    "patterns",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is asked for: `import convscope` itself stays quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'convscope' has no attribute {name!r}")
+    from importlib import import_module
+
+    import_module("convscope.figures")  # teaches results how to draw themselves
+    where = {
+        "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
+        "convscope.errors": ("ConvscopeError",),
+        "convscope.heatmaps": ("Heatmaps", "heatmaps"),
+        "convscope.images": ("Preprocessing",),
+        "convscope.model": ("Model",),
+        "convscope.patterns": ("Patterns", "patterns"),
+        "convscope.sources": ("load",),
+    }
+    for module, names in where.items():
+        globals().update({n: getattr(import_module(module), n) for n in names})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+class _Package(ModuleType):
+    """Importing `convscope.heatmaps`, the module, must not hide `convscope.heatmaps`, the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

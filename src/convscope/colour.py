@@ -1,0 +1,33 @@
+"""Numbers to colours."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from convscope.errors import ConvscopeError, nearest
+
+
+@lru_cache(maxsize=16)
+def palette(name: str) -> np.ndarray:
+    """The 256 colours, uint8 (256, 3), of one of matplotlib's colour maps."""
+    from matplotlib import colormaps
+
+    if name not in colormaps:
+        raise ConvscopeError(f"colormap {name!r} is not known; nearest: {nearest(name, list(colormaps))}")
+    return np.array(colormaps[name](np.arange(256), bytes=True)[:, :3])
+
+
+def colourise(values: np.ndarray, name: str) -> np.ndarray:
+    """Values in [0, 1] (H, W) as colours, uint8 (H, W, 3)."""
+    return palette(name)[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)]
+
+
+def blend(picture: np.ndarray, heat: np.ndarray, alpha: float, colormap: str) -> Image.Image:
+    """Heat in [0, 1] (H, W) laid over a picture, uint8 (H, W, 3): (1 - alpha) picture + alpha colours."""
+    if not 0 <= alpha <= 1:
+        raise ConvscopeError(f"alpha is {alpha}; expected a number from 0 (picture only) to 1 (heat only)")
+    mixed = (1 - alpha) * picture.astype(np.float32) + alpha * colourise(heat, colormap).astype(np.float32)
+    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))

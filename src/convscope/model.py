@@ -1,0 +1,275 @@
+"""A network with all that is needed to look into it: preprocessing, class names and the table of its layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, overload
+
+import torch
+from torch import Tensor, nn
+
+from convscope.errors import ConvscopeError, nearest
+from convscope.images import Preprocessing
+
+LOGITS = "logits"  # the name under which the classes themselves can be asked for, beside the layers
+
+
+class Dialect(Protocol):
+    """What differs between frameworks; everything else in convscope speaks of modules and NCHW tensors."""
+
+    name: str
+
+    def modules(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Every layer that can be watched, under the name that its own framework gives it."""
+
+    def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """All parameters, those of nested layers included."""
+
+    def run(self, module: nn.Module, x: Tensor) -> Any:
+        """The network's output, in inference mode, for an NCHW batch."""
+
+
+class TorchDialect:
+    """A plain `torch.nn.Module`."""
+
+    name = "torch"
+
+    def modules(self, module: nn.Module) -> dict[str, nn.Module]:
+        return {name: layer for name, layer in module.named_modules() if name}
+
+    def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        return module.parameters()
+
+    def run(self, module: nn.Module, x: Tensor) -> Any:
+        return module(x)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the layer table: one call of one layer.
+
+    `shape` is the output's without the batch, channels first: (C, H, W) where there is spatial extent, (C,) or
+    (L, C) where there is none. `receptive_field` and `stride` are (height, width) in pixels of the input, `origin` is
+    the pixel (row, column) at which the receptive field of place (0, 0) begins; None where they are not known. `sees_all` says that
+    a path through a global average (squeeze-and-excitation, group norm) lets the whole picture in besides.
+    `same_as` names the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one
+    picture by the time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it is
+    (C, H, W) with more than one place.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    receptive_field: tuple[int, int] | None
+    stride: tuple[float, float] | None
+    origin: tuple[float, float] | None
+    sees_all: bool
+    parameters: int
+    same_as: str | None
+    bytes: int
+    pooled: bool
+    has_space: bool
+    channels_last: bool
+
+    @property
+    def units(self) -> int:
+        """Number of channels."""
+        return self.shape[-1] if len(self.shape) == 2 else self.shape[0]
+
+    def to_nchw(self, output: Tensor) -> Tensor:
+        """The layer's own output, channels first."""
+        return output.permute(0, 3, 1, 2) if self.channels_last else output
+
+    def from_nchw(self, output: Tensor) -> Tensor:
+        """The inverse of `to_nchw`."""
+        return output.permute(0, 2, 3, 1) if self.channels_last else output
+
+
+class LayerTable(Sequence[Layer]):
+    """The layers in the order in which they finish. Index it by position or by name."""
+
+    def __init__(self, rows: Iterable[Layer]) -> None:
+        self._rows = tuple(rows)
+        self._by_name = {row.name: row for row in self._rows}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Layer: ...
+    @overload
+    def __getitem__(self, key: slice) -> LayerTable: ...
+    def __getitem__(self, key: int | str | slice) -> Layer | LayerTable:
+        if isinstance(key, slice):
+            return LayerTable(self._rows[key])
+        return self.find(key) if isinstance(key, str) else self._rows[key]
+
+    def find(self, name: str) -> Layer:
+        """The layer called `name`; a nested layer's own name will do where only one has it.
+
+        Raises ConvscopeError, with the nearest names, when there is none.
+        """
+        name = name.removesuffix("#1")
+        if name in self._by_name:
+            return self._by_name[name]
+        inner = [row for row in self._rows if row.name.rpartition("/")[2] == name]
+        if len(inner) == 1:
+            return inner[0]
+        if inner:
+            raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(row.name for row in inner)}")
+        raise ConvscopeError(f"layer {name!r} is not in this model; nearest: {nearest(name, self.names)}")
+
+    def distinct(self) -> list[Layer]:
+        """Layers with spatial extent, without those that only pass on what an earlier one made."""
+        return [row for row in self._rows if row.has_space and row.same_as is None]
+
+    def last_spatial(self) -> Layer:
+        """The last layer with spatial extent that is not a pooling: where Grad-CAM looks if nothing else is said.
+
+        Where several layers end in this very output (a block and its last activation), the outermost one is named.
+        """
+        for row in reversed(self._rows):
+            if row.has_space and not row.pooled:
+                return row
+        raise ConvscopeError("no layer of this model has spatial extent: there is nothing to lay over a picture")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._rows)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_name if isinstance(key, str) else key in self._rows
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, one tuple a row, under `HEADINGS`."""
+        return [_cells(row) for row in self._rows]
+
+    def __str__(self) -> str:
+        lines = [HEADINGS, *self.cells()]
+        width = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        def line(cells: Iterable[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        return "<table>" + line(HEADINGS, "th") + "".join(line(row, "td") for row in self.cells()) + "</table>"
+
+
+HEADINGS = ("layer", "kind", "output", "units", "sees (pixels)", "stride", "parameters", "same as")
+
+
+def _cells(row: Layer) -> tuple[str, ...]:
+    def pair(value: tuple[float, float] | None) -> str:
+        if value is None:
+            return "whole picture" if row.sees_all else "?"
+        return f"{value[0]:g}" if value[0] == value[1] else f"{value[0]:g} x {value[1]:g}"
+
+    sees = pair(row.receptive_field)
+    if row.sees_all and row.receptive_field is not None:
+        sees += " + whole"
+    stride = pair(row.stride) if row.stride is not None else "-"
+    shape = " x ".join(map(str, row.shape))
+    return (row.name, row.kind, shape, str(row.units), sees, stride, f"{row.parameters:,}", row.same_as or "")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network ready to be looked into; made by `convscope.load`.
+
+    `module` is the network itself, `head` the activation that ends it ("softmax", "log_softmax", "sigmoid" or None):
+    logits are what went into it. `notes` say what had to be assumed. `fixed_batch` is the only batch size that an
+    exported network takes, if there is one.
+    """
+
+    module: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    layers: LayerTable
+    dialect: Dialect
+    head: str | None = None
+    notes: tuple[str, ...] = ()
+    fixed_batch: int | None = None
+    outputs: int | None = field(default=None)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.dialect.parameters(self.module)), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' floating type: what the network wants its input in."""
+        floats = (p.dtype for p in self.dialect.parameters(self.module) if p.is_floating_point())
+        return next(floats, torch.float32)
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or "class 7" where no names are known."""
+        return self.classes[index] if self.classes is not None else f"class {index}"
+
+    def class_index(self, target: int | str) -> int:
+        """The index of a class given by index or by name (case and underscores do not matter).
+
+        Raises ConvscopeError for an index out of range and for a name that is unknown or borne by several classes.
+        """
+        if isinstance(target, str):
+            return self._index_of_name(target)
+        count = self.outputs if self.outputs is not None else (len(self.classes) if self.classes else None)
+        if count is not None and not 0 <= target < count:
+            raise ConvscopeError(f"class {target} is out of range: this model has {count} classes, 0 to {count - 1}")
+        return int(target)
+
+    def _index_of_name(self, name: str) -> int:
+        if self.classes is None:
+            raise ConvscopeError(f"class {name!r} given by name, but this model has no class names; give the index")
+
+        def plain(text: str) -> str:
+            return text.replace("_", " ").strip().casefold()
+
+        found = [i for i, known in enumerate(self.classes) if plain(known) == plain(name)]
+        if not found and name.strip().isdigit():
+            return self.class_index(int(name))
+        if not found:
+            raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, list(self.classes))}")
+        if len(found) > 1:
+            raise ConvscopeError(f"class {name!r} is the name of several classes: {found}; give the index")
+        return found[0]
+
+    def weights_hash(self) -> str:
+        """SHA-256 over all parameters and buffers, names included: tells two sets of weights apart."""
+        digest = hashlib.sha256()
+        tensors = self.module.state_dict() if self.dialect.name == "torch" else _named(self.dialect, self.module)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the model."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_hash(),
+            "preprocessing": self.preprocessing.as_dict(),
+            "notes": list(self.notes),
+        }
+
+    def __repr__(self) -> str:
+        classes = f"{self.outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
+        return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
+
+
+def _named(dialect: Dialect, module: nn.Module) -> dict[str, Tensor]:
+    return {str(i): p for i, p in enumerate(dialect.parameters(module))}

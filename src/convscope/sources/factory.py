@@ -1,0 +1,32 @@
+"""Networks made by a function of the user's: "package.module:factory"."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from torch import nn
+
+from convscope.errors import ConvscopeError, nearest
+from convscope.sources import files, in_hand
+from convscope.sources.found import Found
+
+
+def from_path(path: str, weights: str | None) -> Found:
+    """Import `package.module`, call `factory()` and take what it returns; `weights` may name a file to put into it."""
+    name, _, attribute = path.partition(":")
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConvscopeError(f"{path!r}: {error}; expected package.module:factory, importable from here") from error
+    factory = getattr(package, attribute, None)
+    if not callable(factory):
+        raise ConvscopeError(f"{name} has no function {attribute!r}; nearest: {nearest(attribute, dir(package))}")
+    module = factory()
+    found = in_hand.take(module)
+    found.owned, found.name = True, path
+    if weights not in (None, "default", "random"):
+        if not isinstance(module, nn.Module) or found.dialect.name != "torch":
+            raise ConvscopeError("weights= for a Keras factory: load them inside the factory")
+        files.put_weights(module, Path(str(weights)))
+    return found

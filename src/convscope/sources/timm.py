@@ -1,0 +1,70 @@
+"""timm's models, with the data config that each carries."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from convscope.errors import ConvscopeError, nearest
+from convscope.images import Preprocessing
+from convscope.sources import files
+from convscope.sources.found import Found, imagenet_classes, seeded
+
+
+def names() -> list[str]:
+    """What `load` accepts behind "timm:"."""
+    import timm
+
+    return [f"timm:{name}" for name in timm.list_models()]
+
+
+def from_name(name: str, weights: str) -> Found:
+    """A timm model by name; downloads its weights unless they are "random" or a file."""
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ConvscopeError(f"timm has no model {name!r}; nearest: {nearest(name, timm.list_models())}")
+    if weights == "default":
+        if not timm.models.is_model_pretrained(name):
+            raise ConvscopeError(f"timm has no weights for {name!r}; give weights='random' or a file")
+        with files.downloading(f"timm:{name}"):
+            module = timm.create_model(name, pretrained=True, **_offline(name))
+    else:
+        with seeded():
+            module = timm.create_model(name)
+        if weights != "random":
+            files.put_weights(module, Path(weights))
+    return Found(module, f"timm:{name}", preprocessing=data_config(module), classes=classes_of(module))
+
+
+def _offline(name: str) -> dict[str, Any]:
+    """Weights from the local cache where the hub cannot be reached: without its minute of retries."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id or any(v in os.environ for v in ("HTTPS_PROXY", "https_proxy")):
+        return {}
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+        return {}
+    except OSError as error:
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            cached = try_to_load_from_cache(config.hf_hub_id, file)
+            if isinstance(cached, str):
+                return {"pretrained_cfg_overlay": {"file": cached}}
+        raise OSError("huggingface.co cannot be reached") from error
+
+
+def data_config(module: Any) -> Preprocessing:
+    """The preprocessing that a timm model carries."""
+    from timm.data import resolve_model_data_config
+
+    return Preprocessing.of(resolve_model_data_config(module))
+
+
+def classes_of(module: Any) -> tuple[str, ...] | None:
+    """ImageNet's class names for a model with its thousand outputs."""
+    return imagenet_classes() if getattr(module, "num_classes", None) == 1000 else None

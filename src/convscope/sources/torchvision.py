@@ -1,0 +1,49 @@
+"""torchvision's models, with the preprocessing and class names that their weights carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from convscope.errors import ConvscopeError, nearest
+from convscope.images import Preprocessing
+from convscope.sources import files
+from convscope.sources.found import Found, seeded
+
+
+def names() -> list[str]:
+    """What `load` accepts behind "torchvision:"."""
+    from torchvision.models import list_models
+
+    return [f"torchvision:{name}" for name in list_models()]
+
+
+def from_name(name: str, weights: str) -> Found:
+    """A torchvision model by name; downloads its weights unless they are "random" or a file."""
+    from torchvision.models import get_model, get_model_weights, list_models
+
+    if name not in list_models():
+        raise ConvscopeError(f"torchvision has no model {name!r}; nearest: {nearest(name, list_models())}")
+    entry: Any = get_model_weights(name).DEFAULT if len(get_model_weights(name)) else None
+    # Without weights_backbone=None, segmentation models would download a backbone's weights on their own.
+    inner: dict[str, Any] = {"weights_backbone": None} if _has_backbone(name) else {}
+    if weights == "default":
+        with files.downloading(f"torchvision:{name}"):
+            module = get_model(name, weights=entry, **inner)
+    else:
+        with seeded():
+            module = get_model(name, weights=None, **inner)
+        if weights != "random":
+            files.put_weights(module, Path(weights))
+    transforms = entry.transforms() if entry is not None else None
+    preprocessing = Preprocessing.of(transforms) if hasattr(transforms, "crop_size") else None
+    classes = tuple(entry.meta["categories"]) if entry is not None and "categories" in entry.meta else None
+    return Found(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes)
+
+
+def _has_backbone(name: str) -> bool:
+    import inspect
+
+    from torchvision.models import get_model_builder
+
+    return "weights_backbone" in inspect.signature(get_model_builder(name)).parameters

@@ -1,0 +1,230 @@
+"""The one place where hooks live: watch layers, stop behind them, begin gradients at them. Restores on every exit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from convscope.errors import ConvscopeError
+from convscope.model import Dialect, Layer, Model
+
+
+class Seen(NamedTuple):
+    """What one pass through the network gave: the watched layers' outputs, NCHW, and the logits (N, K), float32.
+
+    `logits` is None when the pass was stopped behind the last watched layer.
+    """
+
+    maps: dict[str, Tensor]
+    logits: Tensor | None
+
+
+@contextmanager
+def settled(module: nn.Module, dialect: Dialect) -> Iterator[None]:
+    """Inference mode without parameter gradients, for as long as the block lasts; every flag is put back behind it."""
+    every = {id(m): m for m in (*module.modules(), *dialect.modules(module).values())}
+    training = [m for m in every.values() if m.training]
+    learning = [p for p in dialect.parameters(module) if p.requires_grad]
+    try:
+        for m in training:
+            m.training = False
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def attach(
+    model: Model, layers: Sequence[str], *, leaf: bool = False, stop: bool = False
+) -> Iterator[Callable[[Tensor], Seen]]:
+    """Watch `layers`; the block gets a function that runs a prepared NCHW batch through the network.
+
+    leaf: the part in front of the layers runs without gradients; at each layer that has none yet a fresh leaf takes
+        the output's place, and gradients exist only behind it: `torch.autograd.grad(logits[...], maps[layer])`.
+        A copy of it goes on, so that an in-place activation behind the layer cannot change what was seen.
+    stop: nothing behind the last of the layers runs, and `logits` is None.
+
+    Without `leaf`, the pass runs in the caller's gradient mode. Raises ConvscopeError for an unknown layer.
+    """
+    wanted = {(row := model.layers.find(name)).name: row for name in layers}
+    pass_ = _Pass(wanted, leaf, stop)
+    modules = model.dialect.modules(model.module)
+    names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
+
+    def run(x: Tensor) -> Seen:
+        pass_.begin()
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not leaf))
+            try:
+                logits = _run(model, x)
+            except _Stop:
+                return Seen(pass_.seen, None)
+        missing = [name for name in wanted if name not in pass_.seen]
+        if missing:
+            raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
+        return Seen(pass_.seen, logits)
+
+    with ExitStack() as stack:
+        stack.enter_context(settled(model.module, model.dialect))
+        for name in names:
+            stack.enter_context(_hooked(modules[name], pass_.hook(name)))
+        yield run
+
+
+def observe(module: nn.Module, dialect: Dialect, x: Tensor, callback: Callable[[str, nn.Module, Any], None]) -> Any:
+    """One pass without gradients; `callback(name, layer, output)` is called each time a layer is done."""
+    with ExitStack() as stack:
+        stack.enter_context(settled(module, dialect))
+        stack.enter_context(torch.no_grad())
+        for name, layer in dialect.modules(module).items():
+
+            def hook(layer: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                callback(name, layer, output)
+
+            stack.enter_context(_hooked(layer, hook))
+        return dialect.run(module, x)
+
+
+@contextmanager
+def _hooked(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Stop(BaseException):
+    """Unwinds a forward pass whose rest is not needed; no handler of the network's own catches a BaseException."""
+
+
+class _Pass:
+    """The state of one forward pass, shared by the hooks."""
+
+    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool) -> None:
+        self.wanted, self.leaf, self.stop = wanted, leaf, stop
+        self.begin()
+
+    def begin(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def on_output(_: nn.Module, __: Any, output: Any) -> Any:
+            call = self.calls[name] = self.calls.get(name, 0) + 1
+            layer = self.wanted.get(name if call == 1 else f"{name}#{call}")
+            if layer is None:
+                return None
+            own = first_tensor(output)
+            if own is None:
+                raise ConvscopeError(f"layer {layer.name!r} gave no tensor")
+            last = self.stop and len(self.seen) + 1 == len(self.wanted)
+            tensor = layer.to_nchw(own)
+            if self.leaf and not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+                torch.set_grad_enabled(True)
+            elif not self.leaf and not last:
+                tensor = tensor.clone()  # an in-place layer may follow
+            self.seen[layer.name] = tensor
+            if last:
+                raise _Stop
+            return with_tensor(output, own, layer.from_nchw(tensor).clone()) if self.leaf else None
+
+        return on_output
+
+
+def _run(model: Model, x: Tensor) -> Tensor:
+    x = x.to(device=model.device, dtype=model.dtype)
+    if model.head is None:
+        return _as_logits(model.dialect.run(model.module, x))
+    with _HeadInput() as head:
+        output = model.dialect.run(model.module, x)
+    return _as_logits(head.undo(output))
+
+
+def _as_logits(output: Any) -> Tensor:
+    tensor = first_tensor(output)
+    if tensor is None:
+        raise ConvscopeError(f"the network gives {type(output).__name__}, in which there is no tensor of floats")
+    if tensor.ndim == 1:
+        tensor = tensor[:, None]
+    # A class map (segmentation) speaks for a picture by its mean.
+    return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
+
+
+class _HeadInput(TorchFunctionMode):
+    """Remembers what went into each softmax or sigmoid, so that the last one can be taken off again.
+
+    Works for a module, a function and an activation fused into a Keras layer alike, and touches none of them.
+    """
+
+    HEADS = frozenset({"softmax", "log_softmax", "sigmoid"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").partition(".")[0] in self.HEADS and isinstance(output, Tensor):
+            self.made.append((output, args[0] if args else kwargs["input"]))
+        return output
+
+    def undo(self, output: Any) -> Any:
+        last = first_tensor(output)
+        for made, went_in in reversed(self.made):
+            if made is last:
+                return went_in
+        raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that a layer's output stands for: itself, or the first of floats in a tuple, dict or dataclass.
+
+    In a mapping or object, `logits` and `out` come before the rest.
+    """
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    return next((t for part in _parts(output).values() if (t := first_tensor(part)) is not None), None)
+
+
+def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A copy of a layer's output in which `new` stands where `old` stood."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        changed = {key: with_tensor(part, old, new) for key, part in output.items()}
+        kind: Any = type(output)
+        return kind(**changed) if dataclasses.is_dataclass(output) else kind(changed)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(with_tensor(part, old, new) for part in output))
+    if isinstance(output, tuple | list):
+        return type(output)(with_tensor(part, old, new) for part in output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = {key: with_tensor(part, old, new) for key, part in _parts(output).items()}
+        return dataclasses.replace(output, **fields)
+    return output
+
+
+def _parts(output: Any) -> dict[Any, Any]:
+    if isinstance(output, Mapping):
+        parts = dict(output)
+    elif isinstance(output, tuple | list):
+        return dict(enumerate(output))
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    else:
+        return {}
+    return dict(sorted(parts.items(), key=lambda item: item[0] not in ("logits", "out")))
