@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from convscope import tap
-from convscope.budget import MEMORY, batch_size, forward_bytes
-from convscope.images import Pictures
+from convscope.budget import MEMORY, Progress, batch_size, forward_bytes
+from convscope.images import DEFAULT_MAX_PIXELS, Pictures
 from convscope.model import Model
 from convscope.results import Result
 from convscope.sound import require_finite
@@ -63,7 +63,14 @@ class Activations(Result):
 
 
 def activations(
-    model: Model, images: Any, layers: str | Sequence[str] | None = None, *, fit: str = "squash", memory: int = MEMORY
+    model: Model,
+    images: Any,
+    layers: str | Sequence[str] | None = None,
+    *,
+    fit: str = "squash",
+    memory: int = MEMORY,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Progress | None = None,
 ) -> Activations:
     """The outputs of layers for pictures, all from one forward pass that stops behind the last of them.
 
@@ -79,6 +86,10 @@ def activations(
         "squash" shows the network the whole picture, "crop" its own evaluation crop.
     memory
         Bytes that a batch's intermediate results may take; the results themselves are not counted.
+    max_pixels
+        Pictures with more are refused before memory is spent on them.
+    progress
+        Called after every batch with the number of pictures done and the number in all.
 
     Raises
     ------
@@ -89,7 +100,7 @@ def activations(
         layers = [layers]
     names = [row.name for row in model.layers.distinct()] if layers is None else list(layers)
     rows = [model.layers.find(name) for name in names]
-    pictures = Pictures(images, model.preprocessing, fit=fit)
+    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     found: dict[str, list[np.ndarray]] = {row.name: [] for row in rows}
     done: list[int] = []
     with torch.no_grad(), tap.attach(model, list(found), stop=True) as run:
@@ -99,6 +110,8 @@ def activations(
                 require_finite(model, maps, f"layer {name!r}")
                 found[name].append(maps.float().contiguous().cpu().numpy())
             done += batch.indices
+            if progress is not None:
+                progress(len(done) + len(pictures.failed), len(pictures))
     return Activations(
         model,
         maps={name: np.concatenate(parts) for name, parts in found.items()},
@@ -128,12 +141,21 @@ class Predictions(Result):
         return {"top": self.indices.shape[1], "pictures": self.pictures, "fit": self.fit, "classes": self.names}
 
 
-def predict(model: Model, images: Any, top: int = 5, *, fit: str = "squash", memory: int = MEMORY) -> Predictions:
+def predict(
+    model: Model,
+    images: Any,
+    top: int = 5,
+    *,
+    fit: str = "squash",
+    memory: int = MEMORY,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Predictions:
     """The `top` classes of each picture. Probabilities are the softmax of the logits (of a single logit, its sigmoid).
 
     Raises ConvscopeError when no picture can be used; if only some cannot, they are named in `.failed`.
     """
-    pictures = Pictures(images, model.preprocessing, fit=fit)
+    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     logits: list[torch.Tensor] = []
     done: list[int] = []
     with torch.no_grad(), tap.attach(model, []) as run:
@@ -143,6 +165,8 @@ def predict(model: Model, images: Any, top: int = 5, *, fit: str = "squash", mem
             require_finite(model, seen.logits, "the network's output")
             logits.append(seen.logits.cpu())
             done += batch.indices
+            if progress is not None:
+                progress(len(done) + len(pictures.failed), len(pictures))
     scores = torch.cat(logits)
     shares = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
     best = shares.topk(min(top, scores.shape[1]), dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ MEMORY = 2 << 30  # bytes; what a technique may take for intermediate results un
 MOST = 32  # beyond this, larger batches gain nothing on a CPU
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]  # called with what is done and what there is in all
 
 
 def batch_size(model: Model, bytes_each: float, memory: int, most: int = MOST) -> int:

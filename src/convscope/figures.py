@@ -78,16 +78,18 @@ def _crossed(height: int, width: int) -> np.ndarray:
     return cell
 
 
-def activation_pages(result: Activations, layer: str, picture: int = 0, **style: object) -> list[Image.Image]:
-    """A layer's grid for one picture, 256 channels a page."""
+def activation_pages(
+    result: Activations, layer: str, picture: int = 0, *, limit: int = PAGE, **style: object
+) -> list[Image.Image]:
+    """A layer's grid for one picture, `limit` channels a page."""
     maps, dead = result[layer][picture], result.summary(layer)["dead"][picture]
     if maps.ndim == 1:
         maps = maps[:, None, None]
     if maps.ndim != 3:
         raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, maps.shape))}: no maps to draw")
     return [
-        activation_grid(maps[i : i + PAGE], dead[i : i + PAGE], **style)  # type: ignore[arg-type]
-        for i in range(0, len(maps), PAGE)
+        activation_grid(maps[i : i + limit], dead[i : i + limit], **style)  # type: ignore[arg-type]
+        for i in range(0, len(maps), limit)
     ]
 
 

@@ -52,8 +52,8 @@ class Layer:
 
     `shape` is the output's without the batch, channels first: (C, H, W) where there is spatial extent, (C,) or
     (L, C) where there is none. `receptive_field` and `stride` are (height, width) in pixels of the input, `origin` is
-    the pixel (row, column) at which the receptive field of place (0, 0) begins; None where they are not known. `sees_all` says that
-    a path through a global average (squeeze-and-excitation, group norm) lets the whole picture in besides.
+    the pixel (row, column) at which the receptive field of place (0, 0) begins; None where they are not known.
+    `sees_all` says that a path through a global average (squeeze-and-excitation, group norm) lets the whole picture in.
     `same_as` names the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one
     picture by the time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it is
     (C, H, W) with more than one place.

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from convscope import tap
-from convscope.budget import MEMORY, batch_size, forward_bytes
+from convscope.budget import MEMORY, Progress, batch_size, forward_bytes
 from convscope.colour import blend
 from convscope.errors import ConvscopeError, nearest
 from convscope.heatmaps.cam import METHODS
 from convscope.heatmaps.targets import resolve
-from convscope.images import Geometry, Pictures
+from convscope.images import DEFAULT_MAX_PIXELS, Geometry, Pictures
 from convscope.model import Layer, Model
 from convscope.results import Result
 from convscope.sound import require_finite
@@ -83,6 +83,8 @@ def heatmaps(
     method: str = "grad-cam",
     fit: str = "squash",
     memory: int = MEMORY,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Progress | None = None,
 ) -> Heatmaps:
     """Evidence for each target, per place of a layer.
 
@@ -105,6 +107,10 @@ def heatmaps(
         "squash" shows the network the whole picture, "crop" its own evaluation crop.
     memory
         Bytes that a batch's intermediate results may take.
+    max_pixels
+        Pictures with more are refused before memory is spent on them.
+    progress
+        Called after every batch with the number of pictures done and the number in all.
 
     Raises
     ------
@@ -115,7 +121,7 @@ def heatmaps(
     if method not in METHODS:
         raise ConvscopeError(f"method {method!r} is not known; nearest: {nearest(method, list(METHODS))}")
     row = model.layers.last_spatial() if layer is None else _spatial(model, layer)
-    pictures = Pictures(images, model.preprocessing, fit=fit)
+    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     wanted = resolve(model, targets, len(pictures))
 
     values: list[Tensor] = []
@@ -136,6 +142,8 @@ def heatmaps(
             logits.append(seen.logits.detach().gather(1, classes).cpu())
             geometry += batch.geometry
             done += batch.indices
+            if progress is not None:
+                progress(len(done) + len(pictures.failed), len(pictures))
     maps, indices = torch.cat(values), torch.cat(chosen)
     names = tuple(pictures.names[i] for i in done)
     return Heatmaps(

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import tap
-from convscope.budget import MEMORY, batch_size, chunks, gradient_bytes
+from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes
 from convscope.errors import ConvscopeError, nearest
 from convscope.model import LOGITS, Model
 from convscope.patterns.objective import Objective, unit
@@ -72,7 +72,7 @@ def patterns(
     space: str = "pixels",
     step_size: float | None = None,
     memory: int = MEMORY,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Patterns:
     """Draw, for each unit, the picture that it responds to most, by gradient ascent on the picture.
 
@@ -96,8 +96,8 @@ def patterns(
     seed
         The same seed gives the same pictures, whatever other units are drawn beside them.
     start
-        For "plain": the picture to start from, on the scale 0..255, (H, W, C) for all units or (U, H, W, C), or a tensor
-        (U, C, H, W).
+        For "plain": the picture to start from, on the scale 0..255, (H, W, C) for all units or (U, H, W, C), or a
+        tensor (U, C, H, W).
     space
         For "plain": "pixels" puts the picture through the preprocessing, "input" feeds it to the network as it is.
     memory
@@ -124,7 +124,7 @@ def patterns(
     images, histories, scores = [], [], []
     with tap.attach(model, [] if layer == LOGITS else [layer], stop=layer != LOGITS) as run:
         takes = _takes(model, run)
-        sides = _sides(size if first is None else tuple(first.shape[-2:]), rule, sees, model, takes)
+        sides = _sides(size if first is None else (first.shape[-2], first.shape[-1]), rule, sees, model, takes)
         each = gradient_bytes(model, None if layer == LOGITS else layer, sides[0] * sides[1])
         parts = list(chunks(range(len(chosen)), batch_size(model, each, memory, MOST)))
         ticks = itertools.count(1)

@@ -14,7 +14,7 @@ from convscope.errors import ConvscopeError, nearest
 from convscope.images import Preprocessing
 from convscope.model import Model
 from convscope.probe import Probed, probe
-from convscope.sources import bundled, factory, files, in_hand, keras, timm, torchvision
+from convscope.sources import bundled, exported, factory, files, in_hand, keras, timm, torchvision
 from convscope.sources.found import Found, first_convolution
 
 BY_PREFIX: dict[str, Callable[[str, str], Found]] = {
@@ -26,7 +26,7 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], Found]] = {
     ".keras": keras.from_file,
     ".h5": keras.from_file,
     ".hdf5": keras.from_file,
-    ".pt2": files.from_pt2,
+    ".pt2": exported.from_file,
     ".pt": files.refuse_pickle,
     ".pth": files.refuse_pickle,
     ".ckpt": files.refuse_pickle,

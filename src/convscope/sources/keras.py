@@ -105,7 +105,7 @@ def _measure(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
     pixels = torch.zeros((4, 1, 1, 3))
     for channel in range(3):
         pixels[channel + 1, 0, 0, channel] = 255.0
-    black, *pure = torch.as_tensor(preprocess(pixels.numpy().copy())).float()[:, 0, 0]
+    black, *pure = torch.tensor(preprocess(pixels.numpy()).copy()).float()[:, 0, 0]
     response = torch.stack([p - black for p in pure])  # row: channel of the picture, column: channel of the network
     order = response.abs().argmax(0)  # which channel of the picture each of the network's channels shows
     scale = response.abs().max(0).values / 255

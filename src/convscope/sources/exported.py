@@ -1,0 +1,191 @@
+"""Networks saved by `torch.export.save`, opened without running code that their file may hold.
+
+`torch.export.load` unpickles in full what it cannot read otherwise, evaluates the sizes' expressions as Python and
+writes names into Python source. So it never gets to see the file itself, but a copy that holds the bare numbers and the
+program, of which every word has been checked; example inputs, remarks and whatever else there is are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convscope.errors import ConvscopeError
+from convscope.sources.files import line
+from convscope.sources.found import Found
+
+# The members of an archive, as torch 2.8 and later write them (below a folder of the archive's own name) ...
+PROGRAM = "models/model.json"
+CONFIG = re.compile(r"data/(weights|constants)/model_\1_config\.json")
+NUMBERS = re.compile(
+    r"data/(weights|constants)/(weight|tensor)_\d+|archive_(format|version)|byteorder|(\.data/)?version"
+)
+# ... and as earlier versions do.
+OLD_PROGRAM = "serialized_exported_program.json"
+OLD_NUMBERS = ("serialized_state_dict.pt", "serialized_constants.pt")
+EXAMPLES = ("data/sample_inputs/model.pt", "serialized_example_inputs.pt")
+
+WORD = re.compile(r"[\w.@+ -]*")
+MODULES = re.compile(r"[\w.,;:<>@$()\[\]' -]*")
+OPERATOR = re.compile(
+    r"torch\.ops\.aten\.(?!(from_file|save)\.)\w+\.\w+"
+    r"|torch\.ops\.(prims|torchvision|quantized_decomposed)\.\w+\.\w+"
+    r"|torch\.ops\.higher_order\.(cond|wrap_with_autocast|wrap_with_set_grad_enabled)"
+    r"|_operator\.(getitem|eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|truediv|mod|pow|and_|or_|lshift|rshift)"
+    r"|math\.\w+|torch\.sym_\w+"
+)
+ARITHMETIC = (
+    ast.Expression,
+    ast.Constant,
+    ast.Name,
+    ast.keyword,
+    ast.UnaryOp,
+    ast.BinOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.expr_context,
+)
+
+
+def from_file(path: Path, weights: str | None) -> Found:
+    """A network saved by `torch.export.save`, its layers under their own names again."""
+    if weights not in (None, "default"):
+        raise ConvscopeError("a .pt2 file holds its own weights; weights= is for models made by name")
+    copy = _copy(path)
+    try:
+        program = torch.export.load(copy)
+        module = torch.export.unflatten(program)
+    except Exception as error:  # whatever a damaged archive makes torch raise
+        raise ConvscopeError(f"{path} cannot be read as an exported program: {line(error)}") from error
+    inputs = [
+        getattr(node.meta.get("val"), "shape", ())
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    if len(inputs) != 1 or len(inputs[0]) != 4:
+        given = ", ".join(str(tuple(shape)) for shape in inputs)
+        raise ConvscopeError(f"{path} takes {given or 'nothing'}; expected one batch of pictures (N, C, H, W)")
+    batch, channels, height, width = [n if isinstance(n, int) else None for n in inputs[0]]
+    if batch not in (None, 1):
+        raise ConvscopeError(
+            f"{path} takes batches of exactly {batch}; export it with a free or single batch: "
+            "dynamic_shapes=({0: torch.export.Dim('batch')},)"
+        )
+    side = height or width
+    size = None if side is None else (height or side, width or side)
+    # Not ours to lay out anew: its graph was checked for these very tensors and layouts.
+    return Found(module, path.name, size=size, channels=channels, fixed_batch=batch, owned=False)
+
+
+def _copy(path: Path) -> io.BytesIO:
+    """The archive anew, with nothing in it but what is known to be data."""
+    copy = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
+            members = dict.fromkeys(archive.namelist())
+            if any("aotinductor/" in name for name in members):
+                raise ConvscopeError(f"{path} is a compiled package with machine code; save it with torch.export.save")
+            root = next((name.removesuffix(PROGRAM) for name in members if name.endswith("/" + PROGRAM)), "")
+            if root + PROGRAM not in members and OLD_PROGRAM not in members:
+                raise ConvscopeError(f"{path} is a zip archive, but holds no exported program")
+            for name in members:
+                content = _content(archive.read(name), name.removeprefix(root))
+                if content is not None:
+                    clean.writestr(name, content)
+    except _CodeError as error:
+        raise ConvscopeError(f"{path} is not opened: it holds {error}") from error
+    except zipfile.BadZipFile as error:
+        raise ConvscopeError(f"{path} is not an exported program (.pt2), or is damaged: {line(error)}") from error
+    except (ValueError, RecursionError, EOFError, NotImplementedError) as error:
+        raise ConvscopeError(f"{path} is damaged: {line(error)}") from error
+    copy.seek(0)
+    return copy
+
+
+class _CodeError(ValueError):
+    """Something in the archive could be code."""
+
+
+def _content(raw: bytes, name: str) -> bytes | None:
+    """What goes on of a member; None: nothing."""
+    if name in EXAMPLES:
+        return b""
+    if name in (PROGRAM, OLD_PROGRAM) or CONFIG.fullmatch(name):
+        return json.dumps(_checked(json.loads(raw))).encode()
+    if name in OLD_NUMBERS:
+        try:
+            torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise _CodeError(f"pickled code or objects ({name})") from error
+        return raw
+    return raw if NUMBERS.fullmatch(name) else None
+
+
+def _checked(value: Any, key: str = "") -> Any:
+    """The program, or what describes its weights, without remarks; raises _CodeError for a word that could be code."""
+    if isinstance(value, dict):
+        if value.get("use_pickle"):
+            raise _CodeError(f"pickled objects ({value.get('path_name')})")
+        kept = {k: v for k, v in value.items() if k not in ("metadata", "guards_code")}
+        if modules := value.get("metadata", {}).get("nn_module_stack"):
+            kept["metadata"] = {"nn_module_stack": modules}
+        elif "metadata" in value:
+            kept["metadata"] = {}
+        return {_checked(k): _checked(v, k) for k, v in kept.items()}
+    if isinstance(value, list):
+        return [_checked(v, key) for v in value]
+    if isinstance(value, str) and not RULES.get(key, _is_word)(value):
+        raise _CodeError(f"{value[:60]!r} where {key or 'a name'} is expected")
+    return value
+
+
+def _is_word(text: str) -> bool:
+    return WORD.fullmatch(text) is not None
+
+
+def _is_arithmetic(text: str) -> bool:
+    """A size's expression: sympy would evaluate whatever else there is."""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except SyntaxError:
+        return False
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return all(isinstance(node, (*ARITHMETIC, ast.Call)) for node in nodes) and all(
+        [isinstance(name, ast.Name) and name.id[0].isupper() for name in called]
+        + [_is_word(node.value) for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    )
+
+
+def _is_tree(text: str) -> bool:
+    """How inputs and outputs are nested: a context that is a mapping would be imported."""
+
+    def plain(tree: Any) -> bool:
+        context = json.loads(tree["context"]) if isinstance(tree["context"], str) else tree["context"]
+        return not isinstance(context, dict) and all(map(plain, tree["children_spec"]))
+
+    return not text or plain(json.loads(text)[1])
+
+
+RULES: dict[str, Callable[[str], object]] = {
+    "target": OPERATOR.fullmatch,
+    "as_operator": OPERATOR.fullmatch,
+    "nn_module_stack": MODULES.fullmatch,
+    "expr_str": _is_arithmetic,
+    "in_spec": _is_tree,
+    "out_spec": _is_tree,
+    "as_string": lambda text: True,  # an operator's own argument, never part of the source
+    "as_strings": lambda text: True,
+}

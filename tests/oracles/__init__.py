@@ -1,0 +1,1 @@
+"""Slow, readable re-derivations to compare with. They share no code with convscope."""
