@@ -17,12 +17,13 @@ def palette(name: str) -> np.ndarray:
 
     if name not in colormaps:
         raise ConvscopeError(f"colormap {name!r} is not known; nearest: {nearest(name, list(colormaps))}")
-    return np.array(colormaps[name](np.arange(256), bytes=True)[:, :3], dtype=np.uint8)
+    colours: np.ndarray = colormaps[name](np.arange(256), bytes=True)[:, :3]
+    return colours
 
 
 def colourise(values: np.ndarray, name: str) -> np.ndarray:
     """Values in [0, 1] (H, W) as colours, uint8 (H, W, 3)."""
-    return np.take(palette(name), (np.clip(values, 0, 1) * 255).round().astype(np.uint8), axis=0)
+    return np.asarray(palette(name)[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)])
 
 
 def blend(picture: np.ndarray, heat: np.ndarray, alpha: float, colormap: str) -> Image.Image:

@@ -112,15 +112,15 @@ def make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar)
         _write(out / file, page)
         dead = int(seen.summary(row.name)["dead"].sum())
         text = f"{dead} of its {row.units} channels have nothing to say about this picture"
-        maps.append(Grid(row.name, file, _sees(row), row.units, text))
+        maps.append(Grid(row.name, file, _sees(model, row), row.units, text))
 
     grids = []
     for row in stops[:4]:
         with bar(f"patterns {row.name}") as progress:
             drawn = patterns(model, row.name, range(min(PATTERNS, row.units)), seed=seed, progress=progress)
         file = f"patterns_{_plain(row.name)}.png"
-        _write(out / file, pattern_grid(drawn.images))
-        grids.append(Grid(row.name, file, _sees(row), len(drawn.units), "; ".join(drawn.notes)))
+        _write(out / file, pattern_grid(drawn.images, columns=4))
+        grids.append(Grid(row.name, file, _sees(model, row), len(drawn.units), "; ".join(drawn.notes)))
     wanted = list(dict.fromkeys(int(row[0]) for row in said.indices))[:8]
     with bar("patterns classes") as progress:
         classes = patterns(model, LOGITS, wanted, seed=seed, progress=progress)
@@ -169,8 +169,8 @@ def _page(
         file.write(html.encode())
 
 
-def _sees(row: Layer) -> str:
-    if row.receptive_field is None:
+def _sees(model: Model, row: Layer) -> str:
+    if row.receptive_field is None or min(row.receptive_field) >= min(model.preprocessing.size):
         return "the whole picture"
     height, width = row.receptive_field
     return f"{height} x {width} pixels"
