@@ -151,7 +151,9 @@ def predict(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Predictions:
-    """The `top` classes of each picture. Probabilities are the softmax of the logits (of a single logit, its sigmoid).
+    """The `top` classes of each picture. Probabilities are the softmax of the logits.
+
+    For a network that ends in a sigmoid or has a single output, they are the sigmoid of each logit by itself.
 
     Raises ConvscopeError when no picture can be used; if only some cannot, they are named in `.failed`.
     """
@@ -168,7 +170,7 @@ def predict(
             if progress is not None:
                 progress(len(done) + len(pictures.failed), len(pictures))
     scores = torch.cat(logits)
-    shares = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
+    shares = scores.sigmoid() if model.head == "sigmoid" or scores.shape[1] == 1 else scores.softmax(1)
     best = shares.topk(min(top, scores.shape[1]), dim=1)
     return Predictions(
         model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol, overload
 
 import torch
@@ -225,6 +226,8 @@ class Model:
         """
         if isinstance(target, str):
             return self._index_of_name(target)
+        if isinstance(target, bool) or not isinstance(target, Integral):
+            raise ConvscopeError(f"class {target!r} is neither an index nor a name")
         count = self.outputs if self.outputs is not None else (len(self.classes) if self.classes else None)
         if count is not None and not 0 <= target < count:
             raise ConvscopeError(f"class {target} is out of range: this model has {count} classes, 0 to {count - 1}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
@@ -13,9 +15,9 @@ def require_finite(model: Model, values: Tensor, what: str) -> None:
     # One reduction instead of an elementwise test: a sum over the absolute values is finite only if all are.
     if bool(values.detach().abs().amax().isfinite()):
         return
-    for index, parameter in enumerate(model.dialect.parameters(model.module)):
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            names = {id(p): name for name, p in model.module.named_parameters()}
-            name = names.get(id(parameter), f"number {index}")
+    for index, weight in enumerate(chain(model.dialect.parameters(model.module), model.module.buffers())):
+        if weight.is_floating_point() and not bool(weight.detach().isfinite().all()):
+            named = chain(model.module.named_parameters(), model.module.named_buffers())
+            name = next((name for name, known in named if known is weight), f"number {index}")
             raise ConvscopeError(f"{what} is not finite, because the weights are not: {name!r} holds NaN or infinity")
     raise ConvscopeError(f"{what} is not finite although the weights are: the picture drives the network out of range")

@@ -30,7 +30,8 @@ def settled(module: nn.Module, dialect: Dialect) -> Iterator[None]:
     """Inference mode without parameter gradients, for as long as the block lasts; every flag is put back behind it."""
     every = {id(m): m for m in (*module.modules(), *dialect.modules(module).values())}
     training = [m for m in every.values() if m.training]
-    learning = [p for p in dialect.parameters(module) if p.requires_grad]
+    # Weights made under inference_mode never get gradients, and may not be told so.
+    learning = [p for p in dialect.parameters(module) if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False
@@ -55,18 +56,22 @@ def attach(
         A copy of it goes on, so that an in-place activation behind the layer cannot change what was seen.
     stop: nothing behind the last of the layers runs, and `logits` is None.
 
-    Without `leaf`, the pass runs in the caller's gradient mode. Raises ConvscopeError for an unknown layer.
+    Without `leaf`, the pass runs in the caller's gradient mode; the caller's `inference_mode` is left for the block.
+    A network that turns gradients off by itself, around a frozen front part say, is run again with its `no_grad` passed
+    over. Raises ConvscopeError for an unknown layer.
     """
     wanted = {(row := model.layers.find(name)).name: row for name in layers}
     pass_ = _Pass(wanted, leaf, stop)
     modules = model.dialect.modules(model.module)
     names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
+    insists = False
 
-    def run(x: Tensor) -> Seen:
+    def once(x: Tensor) -> Seen:
         pass_.begin()
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not leaf))
+            stack.enter_context(torch.set_grad_enabled(insists or (torch.is_grad_enabled() and not leaf)))
+            if insists:
+                stack.enter_context(_Insisting())
             try:
                 logits = _run(model, x)
             except _Stop:
@@ -76,7 +81,25 @@ def attach(
             raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
         return Seen(pass_.seen, logits)
 
+    def run(x: Tensor) -> Seen:
+        nonlocal insists
+        expected = leaf or (torch.is_grad_enabled() and x.requires_grad)
+        if expected and any(p.is_inference() for p in model.dialect.parameters(model.module)):
+            raise ConvscopeError(
+                "the network's weights were made under torch.inference_mode() and let no gradients through; "
+                "make the network, or copy it, outside of it"
+            )
+        seen = once(x)
+        ends = seen.maps.values() if seen.logits is None else (seen.logits,)
+        if expected and not insists and not any(end.requires_grad for end in ends):
+            insists = True
+            seen = once(x)
+        return seen
+
     with ExitStack() as stack:
+        gradients = torch.is_grad_enabled()
+        stack.enter_context(torch.inference_mode(False))  # which also turns gradients on
+        stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(settled(model.module, model.dialect))
         for name in names:
             stack.enter_context(_hooked(modules[name], pass_.hook(name)))
@@ -106,6 +129,13 @@ def _hooked(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
+class _Insisting(TorchFunctionMode):
+    """While active, what the network itself says about gradients (`no_grad`, `enable_grad`) is passed over."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__name__", "") == "_set_grad_enabled" else func(*args, **(kwargs or {}))
+
+
 class _Stop(BaseException):
     """Unwinds a forward pass whose rest is not needed; no handler of the network's own catches a BaseException."""
 
@@ -132,6 +162,11 @@ class _Pass:
                 raise ConvscopeError(f"layer {layer.name!r} gave no tensor")
             last = self.stop and len(self.seen) + 1 == len(self.wanted)
             tensor = layer.to_nchw(own)
+            if self.leaf and tensor.is_inference():
+                raise ConvscopeError(
+                    f"layer {layer.name!r} runs under the network's own torch.inference_mode(), where there are no "
+                    "gradients; put torch.no_grad() in its place, or choose a layer behind it"
+                )
             if self.leaf and not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 torch.set_grad_enabled(True)
@@ -177,16 +212,21 @@ class _HeadInput(TorchFunctionMode):
         self.made: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name.removesuffix("_") not in self.HEADS:
+            return func(*args, **(kwargs or {}))
+        went_in = args[0] if args else kwargs["input"]
+        went_in = went_in.clone() if name.endswith("_") else went_in
         output = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "").partition(".")[0] in self.HEADS and isinstance(output, Tensor):
-            self.made.append((output, args[0] if args else kwargs["input"]))
+        self.made.append((output, went_in))
         return output
 
     def undo(self, output: Any) -> Any:
         last = first_tensor(output)
         for made, went_in in reversed(self.made):
-            if made is last:
-                return went_in
+            # The very values, whatever shape they were given since.
+            if last is not None and made.data_ptr() == last.data_ptr() and made.numel() == last.numel():
+                return went_in.reshape(last.shape)
         raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")
 
 

@@ -144,8 +144,7 @@ def _climb(maps: Any, start: np.ndarray) -> tuple[list[float], np.ndarray]:
     for _ in range(40):
         x = torch.tensor(data, dtype=torch.float32, requires_grad=True)
         loss = maps(x).mean()
-        loss.backward()
-        gradient = x.grad
+        (gradient,) = torch.autograd.grad(loss, x)
         gradient = gradient / (gradient.square().mean().sqrt() + 1e-5)
         data = data + gradient.numpy() * 1.0
         losses.append(loss.item())

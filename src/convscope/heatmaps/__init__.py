@@ -137,7 +137,9 @@ def heatmaps(
             require_finite(model, seen.logits, "the network's output")
             classes = seen.logits.argmax(1, keepdim=True) if wanted is None else wanted[list(batch.indices)]
             classes = classes.to(seen.logits.device)
-            values.append(evidence(seen.maps[row.name], seen.logits, classes, METHODS[method]).cpu())
+            found = evidence(seen.maps[row.name], seen.logits, classes, METHODS[method])
+            require_finite(model, found, f"the evidence at layer {row.name!r}")
+            values.append(found.cpu())
             chosen.append(classes.cpu())
             logits.append(seen.logits.detach().gather(1, classes).cpu())
             geometry += batch.geometry
@@ -169,6 +171,8 @@ def evidence(activation: Tensor, logits: Tensor, targets: Tensor, method: Callab
     A picture's logit depends on no other picture, so the gradient of the sum holds each picture's own.
     """
     maps = []
+    if not logits.requires_grad:  # nothing leads from the layer to the classes
+        return activation.new_zeros((*targets.shape, *activation.shape[2:]), dtype=torch.float32)
     for t in range(targets.shape[1]):
         with torch.enable_grad():
             score = logits.gather(1, targets[:, t : t + 1]).sum()

@@ -123,8 +123,8 @@ def patterns(
 
     images, histories, scores = [], [], []
     with tap.attach(model, [] if layer == LOGITS else [layer], stop=layer != LOGITS) as run:
-        takes = _takes(model, run)
-        sides = _sides(size if first is None else (first.shape[-2], first.shape[-1]), rule, sees, model, takes)
+        refuses = _refuses(model, run)
+        sides = _sides(size if first is None else (first.shape[-2], first.shape[-1]), rule, sees, model, refuses)
         each = gradient_bytes(model, None if layer == LOGITS else layer, sides[0] * sides[1])
         parts = list(chunks(range(len(chosen)), batch_size(model, each, memory, MOST)))
         ticks = itertools.count(1)
@@ -145,7 +145,7 @@ def patterns(
                 steps=count,
                 step_size=rate,
                 sees=sees,
-                takes=takes,
+                takes=lambda size: refuses(size) is None,
                 start=None if first is None else first[part[0] : part[-1] + 1],
                 raw=space == "input",
                 on_step=on_step,
@@ -194,7 +194,7 @@ def _units(model: Model, layer: str, units: int | Iterable[int | str] | None) ->
     if layer == LOGITS:
         return [model.class_index(u) for u in asked]
     for u in asked:
-        if not isinstance(u, int | np.integer) or not 0 <= u < count:
+        if isinstance(u, bool) or not isinstance(u, int | np.integer) or not 0 <= u < count:
             raise ConvscopeError(f"unit {u!r} is not in layer {layer!r}, which has {count} units, 0 to {count - 1}")
     return [int(u) for u in asked]
 
@@ -209,18 +209,18 @@ def _sees(model: Model, layer: str) -> int | None:
     return None if field is None else max(field)
 
 
-def _takes(model: Model, run: Callable[[Tensor], tap.Seen]) -> Callable[[tuple[int, int]], bool]:
-    """Whether the network, up to the layer, runs on pictures of a size: found by trying."""
+def _refuses(model: Model, run: Callable[[Tensor], tap.Seen]) -> Callable[[tuple[int, int]], Exception | None]:
+    """What the network, up to the layer, raises on pictures of a size; None if it takes them: found by trying."""
 
-    def takes(size: tuple[int, int]) -> bool:
+    def refuses(size: tuple[int, int]) -> Exception | None:
         try:
             with torch.no_grad():
                 run(torch.zeros((1, model.preprocessing.channels, *size)))
-        except (RuntimeError, ValueError, AssertionError):
-            return False
-        return True
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return error
+        return None
 
-    return takes
+    return refuses
 
 
 def _sides(
@@ -228,15 +228,21 @@ def _sides(
     rule: Recipe,
     sees: int | None,
     model: Model,
-    takes: Callable[[tuple[int, int]], bool],
+    refuses: Callable[[tuple[int, int]], Exception | None],
 ) -> tuple[int, int]:
     full = model.preprocessing.size
     if size is None:
         wished = rule.size(sees, full, True)
-        return wished if wished == full or takes(wished) else rule.size(sees, full, False)
+        return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    if min(sides) < 1 or not takes(sides):
-        raise ConvscopeError(f"the network does not run on pictures of {sides[0]} x {sides[1]}; its own size is {full}")
+    if min(sides) < 1:
+        raise ConvscopeError(f"size is {sides[0]} x {sides[1]}; expected pixels")
+    if (error := refuses(sides)) is not None:
+        reason = " ".join(str(error).split())[:200]
+        raise ConvscopeError(
+            f"the network does not run on pictures of {sides[0]} x {sides[1]} ({type(error).__name__}: {reason}); "
+            f"its own size is {full[0]} x {full[1]}"
+        ) from error
     return sides
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from convscope.errors import ConvscopeError
 from convscope.patterns.canvas import Canvas
 
 Step = Callable[[Tensor, Tensor], None]
@@ -54,61 +55,81 @@ def ascend(
 ) -> Tensor:
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
 
-    revive: for so many steps, and longer while a picture's value is exactly 0, gradients get past rectifiers that let
-    nothing through: a unit that is off everywhere has no gradient to start with.
+    revive: for so many steps, and longer while a picture's value is exactly 0, its gradient gets past rectifiers that
+    let nothing through: a unit that is off everywhere has no gradient to start with. Raises ConvscopeError if the
+    network hands no gradients back to the pictures at all.
     """
     history: list[Tensor] = []
+    count = len(canvas.values)
     for i in range(steps):
-        dead = revive and (i < revive or bool((history[-1] == 0).any()))
-        with torch.enable_grad(), Redirected() if dead else nullcontext():
+        dead = torch.full((count,), i < revive, device=canvas.values.device)
+        if revive and history:
+            dead |= history[-1] == 0
+        with torch.enable_grad(), Redirected(dead) if bool(dead.any()) else nullcontext():
             values = measure(i)
+            if not values.requires_grad:
+                raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
             (gradient,) = torch.autograd.grad(values.sum(), canvas.values)
         with torch.no_grad():
             step(canvas.values, gradient)
         history.append(values.detach())
         if on_step is not None:
             on_step(i)
-    return torch.stack(history) if history else torch.zeros((0, len(canvas.values)))
+    return torch.stack(history) if history else torch.zeros((0, count))
 
 
 class _RedirectedClamp(torch.autograd.Function):
     """max(0, min(x, top)), whose gradient is the usual one wherever a picture has any.
 
-    Where a picture would get no gradient at all, what would bring the rectifier back into its range is let through
-    (the idea of lucid's redirected ReLU, decided for each picture by itself).
+    Where one of the `pictures` (a mask) would get no gradient at all, what would bring the rectifier back into its
+    range is let through (the idea of lucid's redirected ReLU, decided for each picture by itself).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, top: float) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, top: float, inplace: bool, pictures: Tensor) -> Tensor:
+        output = x.clamp_(0, top) if inplace else x.clamp(0, top)
+        if inplace:
+            ctx.mark_dirty(x)
+        # What is off or at the top can be told from either, but the input is gone if the output took its place.
+        ctx.save_for_backward(output if inplace else x, pictures)
         ctx.top = top
-        return x.clamp(0, top)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        (x, pictures), (gradient,) = ctx.saved_tensors, gradients
         usual = torch.where((x > 0) & (x < ctx.top), gradient, 0)
         inward = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
-        blocked = (usual == 0).flatten(1).all(1).view(-1, *[1] * (x.ndim - 1))
-        return torch.where(blocked, inward, usual), None
+        blocked = pictures & (usual == 0).reshape(len(pictures), -1).all(1)
+        blocked = blocked.repeat_interleave(len(x) // len(pictures)).view(-1, *[1] * (x.ndim - 1))
+        return torch.where(blocked, inward, usual), None, None, None
 
 
 class Redirected(TorchFunctionMode):
-    """While active, rectifiers (ReLU, ReLU6; modules, functions, Keras activations) have redirected gradients."""
+    """While active, rectifiers (ReLU, ReLU6; modules, functions, Keras activations) have redirected gradients.
+
+    `pictures` is a mask over the batch: the others keep their usual gradients, whoever is beside them.
+    """
+
+    def __init__(self, pictures: Tensor) -> None:
+        super().__init__()
+        self.pictures = pictures
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        top = _top(getattr(func, "__name__", "").partition(".")[0], args, kwargs)
-        if top is None:
+        name = getattr(func, "__name__", "").partition(".")[0]
+        top = _top(name, args, kwargs)
+        x = None if top is None else args[0] if args else kwargs["input"]
+        if x is None or x.ndim == 0 or len(x) % len(self.pictures):
             return func(*args, **kwargs)
-        return _RedirectedClamp.apply(args[0] if args else kwargs["input"], top)
+        return _RedirectedClamp.apply(x, top, name.endswith("_") or bool(kwargs.get("inplace")), self.pictures)
 
 
 def _top(name: str, args: Any, kwargs: Any) -> float | None:
     """Where a rectifier ends; None if the function is none."""
     if name in ("relu", "relu_"):
         return float("inf")
-    if name == "relu6":
+    if name in ("relu6", "relu6_"):
         return 6.0
     if name in ("hardtanh", "hardtanh_"):
         low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)

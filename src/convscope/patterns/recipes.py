@@ -102,7 +102,7 @@ def _views(task: Task) -> View:
     if task.sees is not None and 2 * task.sees < min(task.preprocessing.size):
         return rolled(task.steps, task.generators, task.device)
     # Seen at 5/7 of the canvas's size (160 for 224): finer structure than survives this convinces no other network.
-    small = (max(32, task.size[0] * 5 // 7), max(32, task.size[1] * 5 // 7))
+    small = (min(task.size[0], max(32, task.size[0] * 5 // 7)), min(task.size[1], max(32, task.size[1] * 5 // 7)))
     looks = Looks(scale=(0.4, 1), turn=10, size=small if task.takes(small) else task.size)
     return zoomed(looks, task.steps, task.generators, task.device)
 

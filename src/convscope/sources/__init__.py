@@ -77,7 +77,7 @@ def load(
     elif device is not None:
         raise ConvscopeError("device= is for models that load makes; move a model in hand yourself: model.to(device)")
     settings, probed = _settle(found, given)
-    names = tuple(classes) if classes is not None else found.classes
+    names = tuple(map(str, classes)) if classes is not None else found.classes
     if names is not None and probed.outputs is not None and len(names) != probed.outputs:
         if classes is not None:
             raise ConvscopeError(f"{len(names)} class names for a model with {probed.outputs} outputs")
@@ -140,19 +140,20 @@ def _optimise(found: Found, device: str | torch.device | None) -> None:
 
 def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, Probed]:
     """The preprocessing, with what had to be assumed noted, and the layer table found with a picture of that size."""
-    settings = given or found.preprocessing
-    if settings is not None:
-        return settings, _probe(found, settings.channels, settings.size)
+    if given is not None:
+        return given, _probe(found, given.channels, given.size)
     channels = found.channels or first_convolution(found.module)
+    sizes = [found.size] if found.size is not None else [(side, side) for side in USUAL_SIZES]
+    known = [] if found.preprocessing is None else [found.preprocessing]
     errors: list[ConvscopeError] = []
-    for size in [found.size] if found.size is not None else [(side, side) for side in USUAL_SIZES]:
+    for settings in [*known, *(found.assume(size, channels) for size in sizes)]:
         try:
-            probed = _probe(found, channels, size)
+            probed = _probe(found, settings.channels, settings.size)
         except ConvscopeError as error:
             errors.append(error)
             continue
-        settings = found.assume(size, channels)
-        found.notes.append(f"preprocessing was not given; assumed: {settings}")
+        if settings not in known:
+            found.notes.append(f"preprocessing was not given; assumed: {settings}")
         return settings, probed
     raise errors[0]
 
@@ -166,7 +167,9 @@ def _probe(found: Found, channels: int, size: tuple[int, int]) -> Probed:
     )
     try:
         return probe(found.module, found.dialect, x)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+    except ConvscopeError:
+        raise
+    except Exception as error:  # a network may raise anything
         reason = " ".join(str(error).split())[:300]
         raise ConvscopeError(
             f"{found.name} does not run on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {reason}); "

@@ -34,7 +34,9 @@ OLD_PROGRAM = "serialized_exported_program.json"
 OLD_NUMBERS = ("serialized_state_dict.pt", "serialized_constants.pt")
 EXAMPLES = ("data/sample_inputs/model.pt", "serialized_example_inputs.pt")
 
-WORD = re.compile(r"[\w.@+ -]*")
+NAME = re.compile(r"\w*")
+CONSTANT = re.compile(r"[\w.]*")
+WORD = re.compile(r"[\w.:/@+ -]*")
 MODULES = re.compile(r"[\w.,;:<>@$()\[\]' -]*")
 OPERATOR = re.compile(
     r"torch\.ops\.aten\.(?!(from_file|save)\.)\w+\.\w+"
@@ -97,20 +99,18 @@ def _copy(path: Path) -> io.BytesIO:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
             members = dict.fromkeys(archive.namelist())
             if any("aotinductor/" in name for name in members):
-                raise ConvscopeError(f"{path} is a compiled package with machine code; save it with torch.export.save")
+                raise _CodeError("machine code; save the program with torch.export.save instead of compiling it")
             root = next((name.removesuffix(PROGRAM) for name in members if name.endswith("/" + PROGRAM)), "")
             if root + PROGRAM not in members and OLD_PROGRAM not in members:
-                raise ConvscopeError(f"{path} is a zip archive, but holds no exported program")
+                raise ValueError("there is no program in the archive")
             for name in members:
                 content = _content(archive.read(name), name.removeprefix(root))
                 if content is not None:
                     clean.writestr(name, content)
     except _CodeError as error:
         raise ConvscopeError(f"{path} is not opened: it holds {error}") from error
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # whatever a damaged archive makes the readers raise
         raise ConvscopeError(f"{path} is not an exported program (.pt2), or is damaged: {line(error)}") from error
-    except (ValueError, RecursionError, EOFError, NotImplementedError) as error:
-        raise ConvscopeError(f"{path} is damaged: {line(error)}") from error
     copy.seek(0)
     return copy
 
@@ -147,13 +147,9 @@ def _checked(value: Any, key: str = "") -> Any:
         return {_checked(k): _checked(v, k) for k, v in kept.items()}
     if isinstance(value, list):
         return [_checked(v, key) for v in value]
-    if isinstance(value, str) and not RULES.get(key, _is_word)(value):
+    if isinstance(value, str) and not RULES.get(key, WORD.fullmatch)(value):
         raise _CodeError(f"{value[:60]!r} where {key or 'a name'} is expected")
     return value
-
-
-def _is_word(text: str) -> bool:
-    return WORD.fullmatch(text) is not None
 
 
 def _is_arithmetic(text: str) -> bool:
@@ -165,7 +161,7 @@ def _is_arithmetic(text: str) -> bool:
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
     return all(isinstance(node, (*ARITHMETIC, ast.Call)) for node in nodes) and all(
         [isinstance(name, ast.Name) and name.id[0].isupper() for name in called]
-        + [_is_word(node.value) for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        + [CONSTANT.fullmatch(str(node.value)) for node in nodes if isinstance(node, ast.Constant)]
     )
 
 
@@ -182,6 +178,8 @@ def _is_tree(text: str) -> bool:
 RULES: dict[str, Callable[[str], object]] = {
     "target": OPERATOR.fullmatch,
     "as_operator": OPERATOR.fullmatch,
+    "name": NAME.fullmatch,
+    "as_name": NAME.fullmatch,
     "nn_module_stack": MODULES.fullmatch,
     "expr_str": _is_arithmetic,
     "in_spec": _is_tree,

@@ -17,12 +17,16 @@ def from_path(path: str, weights: str | None) -> Found:
     name, _, attribute = path.partition(":")
     try:
         package = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConvscopeError(f"{path!r}: {error}; expected package.module:factory, importable from here") from error
+    except Exception as error:  # the user's module may raise anything
+        expected = "expected package.module:factory, importable from here"
+        raise ConvscopeError(f"{path!r} cannot be imported: {files.line(error)}; {expected}") from error
     factory = getattr(package, attribute, None)
     if not callable(factory):
         raise ConvscopeError(f"{name} has no function {attribute!r}; nearest: {nearest(attribute, dir(package))}")
-    module = factory()
+    try:
+        module = factory()
+    except Exception as error:
+        raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.line(error)}") from error
     found = in_hand.take(module)
     found.owned, found.name = True, path
     if weights not in (None, "default", "random"):

@@ -43,7 +43,7 @@ class Found:
 
 def first_convolution(module: nn.Module) -> int:
     """Channels that the first 2-D convolution takes; 3 if there is none."""
-    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d) and m.in_channels), 3)
 
 
 def imagenet_classes() -> tuple[str, ...]:

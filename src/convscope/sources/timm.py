@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from convscope.errors import ConvscopeError, nearest
 from convscope.images import Preprocessing
@@ -24,8 +25,12 @@ def from_name(name: str, weights: str) -> Found:
     """A timm model by name; downloads its weights unless they are "random" or a file."""
     import timm
 
-    if not timm.is_model(name.partition(".")[0]):
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
         raise ConvscopeError(f"timm has no model {name!r}; nearest: {nearest(name, timm.list_models())}")
+    if tag and not timm.models.is_model_pretrained(name):
+        known = timm.list_pretrained(f"{base}.*")
+        raise ConvscopeError(f"timm has no weights {tag!r} for {base!r}; nearest: {nearest(name, known)}")
     if weights == "default":
         if not timm.models.is_model_pretrained(name):
             raise ConvscopeError(f"timm has no weights for {name!r}; give weights='random' or a file")
@@ -42,20 +47,21 @@ def from_name(name: str, weights: str) -> Found:
 def _offline(name: str) -> dict[str, Any]:
     """Weights from the local cache where the hub cannot be reached: without its minute of retries."""
     import timm
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id or any(v in os.environ for v in ("HTTPS_PROXY", "https_proxy")):
+    if config is None or not config.hf_hub_id:
         return {}
+    gate = urlsplit(getproxies().get("https", constants.ENDPOINT))
     try:
-        socket.getaddrinfo("huggingface.co", 443)
+        socket.create_connection((gate.hostname, gate.port or {"http": 80}.get(gate.scheme, 443)), timeout=5).close()
         return {}
     except OSError as error:
         for file in ("model.safetensors", "pytorch_model.bin"):
             cached = try_to_load_from_cache(config.hf_hub_id, file)
             if isinstance(cached, str):
                 return {"pretrained_cfg_overlay": {"file": cached}}
-        raise OSError("huggingface.co cannot be reached") from error
+        raise OSError(f"{gate.hostname} cannot be reached") from error
 
 
 def data_config(module: Any) -> Preprocessing:

@@ -1,0 +1,316 @@
+"""Tiny networks that know one thing each, and a record of all that a network is, to compare before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as globals_of_modules
+
+Scores = namedtuple("Scores", "aux logits")
+
+
+@dataclasses.dataclass
+class Output:
+    """As many libraries return what they found."""
+
+    loss: Any
+    logits: Tensor
+
+
+def filled(net: nn.Module, seed: int = 0) -> nn.Module:
+    """The network with weights and batch statistics that are all different, from `seed`; in inference mode."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.parameters():
+            fan_in = weight[0].numel() if weight.ndim > 1 else 1
+            weight.copy_(torch.randn(weight.shape, generator=draw) * (2 / fan_in) ** 0.5)
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=draw))
+                m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=draw))
+                if m.running_mean is not None and m.running_var is not None:
+                    m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=draw))
+                    m.running_var.copy_(0.5 + torch.rand(m.running_var.shape, generator=draw))
+    return net.eval()
+
+
+class Usual(nn.Module):
+    """Convolutions, batch normalisation, rectifiers, pooling, dropout and a linear head; any picture size."""
+
+    def __init__(self, channels: int = 3, classes: int = 5, inplace: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU(inplace=inplace)
+        self.pool = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1)
+        self.relu2 = nn.ReLU(inplace=inplace)
+        self.conv3 = nn.Conv2d(12, 10, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(10)
+        self.relu3 = nn.ReLU6(inplace=inplace)
+        self.gap = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(10, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu1(self.bn1(self.conv1(x))))
+        x = self.relu2(self.conv2(x))
+        x = self.relu3(self.bn3(self.conv3(x)))
+        return self.fc(self.drop(self.gap(x).flatten(1)))
+
+
+class Softmaxed(Usual):
+    """Ends in probabilities."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+class Headed(nn.Module):
+    """A network with something behind its logits."""
+
+    def __init__(self, head: Callable[[Tensor], Any], classes: int = 5) -> None:
+        super().__init__()
+        self.body = Usual(classes=classes)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x))
+
+
+class Digits(nn.Module):
+    """For pictures of 28 x 28 gray pixels and no others, like many a first network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 8, 3)
+        self.fc = nn.Linear(8 * 5 * 5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc(x.flatten(1))
+
+
+class Twice(nn.Module):
+    """One rectifier, used after either convolution."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3)
+        self.conv2 = nn.Conv2d(6, 7, 3)
+        self.relu = nn.ReLU(inplace=inplace)
+        self.fc = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv2(self.relu(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Wrapping(nn.Module):
+    """A convolution whose output comes packed."""
+
+    def __init__(self, pack: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> Any:
+        return self.pack(self.conv(x))
+
+
+class Packed(nn.Module):
+    """The same network whatever its inner and its outer output are packed into."""
+
+    def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.inner = Wrapping(pack)
+        self.pack, self.unpack = pack, unpack
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.relu(self.unpack(self.inner(x)))
+        return self.pack(self.fc(x.mean((2, 3))))
+
+
+PACKINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda t: t, lambda o: o),
+    "tuple": (lambda t: (t, None), lambda o: o[0]),
+    "list": (lambda t: ["a word", t], lambda o: o[1]),
+    "dict": (lambda t: {"aux": t[:, :1] * 0, "logits": t}, lambda o: o["logits"]),
+    "ordered": (lambda t: OrderedDict(aux=t[:, :1] * 0, out=t), lambda o: o["out"]),
+    "namedtuple": (lambda t: Scores(None, t), lambda o: o.logits),
+    "dataclass": (lambda t: Output(t.sum() * 0, t), lambda o: o.logits),
+    "nested": (lambda t: {"steps": [(3, t)]}, lambda o: o["steps"][0][1]),
+}
+
+
+class Frozen(nn.Module):
+    """Runs its own front part without gradients, as is usual when only a head is trained."""
+
+    def __init__(self, without: Callable[[], Any] | None = torch.no_grad) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3))
+        self.behind = nn.Conv2d(8, 5, 3)
+        self.without = without
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.without is None:
+            x = self.front(x)
+        else:
+            with self.without():
+                x = self.front(x)
+        return self.behind(x).relu().mean((2, 3))
+
+
+class Aside(nn.Module):
+    """`aside` runs, but nothing comes of it; `drowned` reaches the scores multiplied by nought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = nn.Conv2d(3, 4, 3)
+        self.drowned = nn.Conv2d(3, 4, 3)
+        self.used = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        return self.used(x).mean((2, 3)) + 0 * self.drowned(x).mean((2, 3))
+
+
+class Spy(nn.Module):
+    """Passes on what it gets; notes the gradient mode and the batch, and may raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+        self.batches: list[int] = []
+        self.error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(torch.is_grad_enabled())
+        self.batches.append(len(x))
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+class Spied(nn.Module):
+    """Two convolutions with a spy in front of, between and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.between, self.after = Spy(), Spy(), Spy()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.conv2 = nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.conv1(self.before(x)))
+        return self.after(self.conv2(x.relu())).mean((2, 3))
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+GLOBAL_HOOKS = tuple(name for name in vars(globals_of_modules) if name.startswith("_global_") and "hooks" in name)
+
+
+def snapshot(net: nn.Module) -> dict[str, Any]:
+    """All that a network is, and of what torch keeps for the process: two snapshots are equal if nothing changed.
+
+    Values are compared bit by bit. Gradients and hooks must be the very same objects in the same order.
+    """
+    found: dict[str, Any] = {}
+    for name, m in net.named_modules():
+        found[f"{name} training"] = m.training
+        found[f"{name} hooks"] = {kind: list(getattr(m, kind).items()) for kind in HOOKS}
+        found[f"{name} attributes"] = sorted(vars(m))
+        found[f"{name} plain"] = {
+            key: value for key, value in vars(m).items() if isinstance(value, bool | int | float | str | type(None))
+        }
+        found[f"{name} forward"] = getattr(m.forward, "__func__", m.forward)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        found[f"{name} is"] = (id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.data_ptr())
+        found[f"{name} lies"] = (tensor.stride(), tensor.is_contiguous(memory_format=_format(tensor)))
+        found[f"{name} written"] = tensor._version
+        found[f"{name} holds"] = _bytes(tensor)
+        found[f"{name} hooks"] = list((tensor._backward_hooks or {}).items())
+        found[f"{name} gradient"] = None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad))
+    found["global hooks"] = {kind: list((getattr(globals_of_modules, kind) or {}).items()) for kind in GLOBAL_HOOKS}
+    found["gradient modes"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled())
+    found["modes"] = (
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    found["random"] = (torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()))
+    return found
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Which entries of two snapshots differ."""
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def _format(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def lived_in(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
+    """The network as users leave it: training, half frozen, gradients set, hooks of all kinds on it; and the hooks."""
+    net.train()
+    for position, m in enumerate(net.modules()):
+        if position % 3 == 1:
+            m.training = False
+    for position, weight in enumerate(net.parameters()):
+        weight.requires_grad_(position % 2 == 0)
+        if position % 3 == 0:
+            weight.grad = torch.full_like(weight, 0.5)
+        if weight.requires_grad:
+            weight.register_hook(_same)
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    handles = [
+        first.register_forward_hook(_nothing),
+        first.register_forward_hook(_nothing, with_kwargs=True, always_call=True),
+        first.register_forward_pre_hook(_nothing),
+        first.register_forward_pre_hook(_nothing, with_kwargs=True),
+        first.register_full_backward_hook(_nothing),
+        first.register_full_backward_pre_hook(_nothing),
+        net.register_forward_hook(_nothing, prepend=True),
+        first.register_state_dict_post_hook(_nothing),
+        first.register_load_state_dict_post_hook(_nothing),
+    ]
+    return net, handles
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _same(gradient: Tensor) -> Tensor:
+    return gradient

@@ -1,0 +1,56 @@
+"""What each place of a layer really sees: one pixel of the input after the other is changed, and the change followed.
+
+Nothing is derived: the network runs once for every pixel. Two ways to change a pixel are needed. "nan" passes through
+any operation that reads it, and through those that multiply it by 0; "bump" adds a large number, which only shows
+where it has weight (and is lost where something saturates).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def seen(module: nn.Module, names: list[str], size: tuple[int, int], channels: int = 1, way: str = "nan") -> dict:
+    """For each layer (name, or name#call): booleans (h, w, H, W), whether a place of its output sees a pixel.
+
+    The module must be in float64 and give each picture a result of its own.
+    """
+    height, width = size
+    x = torch.rand((1, channels, height, width), dtype=torch.float64) + 0.5
+    batch = x.repeat(height * width + 1, 1, 1, 1)
+    for pixel in range(height * width):
+        batch[pixel, :, pixel // width, pixel % width] += float("nan") if way == "nan" else 1e3
+    outputs: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def hook_of(name: str):
+        def hook(_module, _args, output):
+            calls[name] = calls.get(name, 0) + 1
+            tensor = output if isinstance(output, Tensor) else next(iter(_values(output)))
+            outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = tensor.clone()
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in module.named_modules() if name]
+    with torch.no_grad():
+        module(batch)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name in names:
+        changed, plain = outputs[name][:-1], outputs[name][-1:]
+        # Rounding depends on the place within the batch, so a difference in the last bits is none.
+        differs = (changed.isnan() if way == "nan" else (changed - plain).abs() > 1e-9 * plain.abs()).numpy()
+        found[name] = np.moveaxis(differs.reshape(height, width, *differs.shape[1:]), (0, 1), (-2, -1))
+    return found
+
+
+def places(seen_by_unit: np.ndarray, channels_last: bool = False) -> np.ndarray:
+    """(h, w, H, W) from (C, h, w, H, W) or, channels last, from (h, w, C, H, W): what any of the channels sees."""
+    return seen_by_unit.any(2 if channels_last else 0)
+
+
+def _values(output: object) -> list[Tensor]:
+    return list(output.values()) if isinstance(output, dict) else list(output)  # type: ignore[attr-defined]
