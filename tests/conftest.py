@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch is imported: threads that wait must not spin, or tests crawl when anything else runs beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
 import pytest
 import torch
-
-os.environ.setdefault("KERAS_BACKEND", "torch")
 
 SAMPLES = Path(__file__).parents[1] / "src" / "convscope" / "samples"
 

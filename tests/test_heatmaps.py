@@ -393,6 +393,7 @@ def negative() -> convscope.Model:
     return loaded(net, classes=["nothing", "something"])
 
 
+@pytest.mark.filterwarnings("error")  # such as a division of nought by nought
 def test_all_negative_map_is_said_and_stays_raw() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (31, 40, 3), np.uint8)
     found = convscope.heatmaps(negative(), picture, [[0, 1]])
@@ -405,6 +406,7 @@ def test_all_negative_map_is_said_and_stays_raw() -> None:
     assert np.abs(favourable - zero).max() > 20
 
 
+@pytest.mark.filterwarnings("error")  # such as a division of nought by nought
 def test_zero_map_is_said_and_stays_zero() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (31, 40, 3), np.uint8)
     model = loaded(filled(Aside()), classes=["a", "b", "c", "d"])

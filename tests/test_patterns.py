@@ -316,6 +316,7 @@ def test_dead_start_is_said_by_plain_and_answered_by_robust() -> None:
 def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The positive score above is the redirection's doing."""
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "REVIVED", 0)
+    monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "WAKING", 0)
     robust = convscope.patterns(loaded(Shy(), 32), "relu", [1], size=32, steps=64)
     assert robust.scores[0] == 0
 
@@ -534,7 +535,10 @@ def test_zoomed_views_by_hand() -> None:
     slopes = turned(0, torch.stack([down, across]).expand(40, 2, 32, 64))[:, :, 14:18, 30:34]
     # In the middle, a turn by t moves (down, across) by (cos t, sin t) for each pixel downwards: lengths stay.
     steps = slopes.diff(dim=2)[:, :, 0, 0]
-    assert steps.norm(dim=1).tolist() == pytest.approx([1] * 40, abs=1e-3)
+    sideways = slopes.diff(dim=3)[:, :, 0, 0]
+    for lengths in (steps.norm(dim=1), sideways.norm(dim=1)):
+        assert lengths.tolist() == pytest.approx([1] * 40, abs=1e-3)  # float32 differences of coordinates up to 64
+    assert (steps * sideways).sum(1).tolist() == pytest.approx([0] * 40, abs=1e-3)  # still a right angle
     angles = torch.rad2deg(torch.atan2(steps[:, 1], steps[:, 0]))
     assert angles.abs().max() <= 10.1
     assert angles.min() < -5
@@ -570,6 +574,17 @@ def test_sizes() -> None:
     assert robust_size(None, (224, 192), True) == (224, 192)
     assert robust_size(5, (28, 28), True) == (28, 28)
     assert robust_size(5, (224, 224), False) == (224, 224)
+
+
+@pytest.mark.parametrize(("size", "seen"), [(24, 24), (40, 32), (112, 80)])
+def test_views_are_smaller_than_the_canvas_never_larger(size: int, seen: int) -> None:
+    """5/7 of the canvas, but no fewer than 32 pixels, unless the canvas has fewer itself."""
+    net = filled(Usual())
+    model = loaded(net, size)
+    sides: list[tuple[int, ...]] = []
+    net.conv1.register_forward_pre_hook(lambda _, args: sides.append(tuple(args[0].shape)))
+    convscope.patterns(model, "logits", [0, 1], steps=2)
+    assert sides[-3:] == [(2, 3, seen, seen)] * 2 + [(2, 3, size, size)]  # two steps, and the finished picture
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
@@ -660,3 +675,37 @@ def test_start_in_all_its_forms(usual: convscope.Model) -> None:
     assert found.seed == 0
     seeded = convscope.patterns(usual, "conv2", [0, 1], recipe="plain", start=start, steps=3, seed=5)
     assert np.array_equal(seeded.images, drawn[0].images)  # nothing is drawn where a start is given
+
+
+class Frail(nn.Module):
+    """Unit 0 fires only where a picture is dark on its left and bright on its right: not for long once it is moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 32, bias=True)
+        with torch.no_grad():
+            sides = torch.cat([-torch.ones(32, 16), torch.ones(32, 16)], dim=1)
+            self.conv.weight.copy_(torch.stack([sides, torch.ones(32, 32)])[:, None] / 1024)
+            self.conv.bias.copy_(torch.tensor([-0.3, 0.0]))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x)).mean((2, 3))
+
+
+def test_a_unit_that_no_view_wakes_is_woken_as_the_canvas_lies() -> None:
+    """Mirrored half of the time, the unit never fires in a view; its neighbour is drawn as if it were not there."""
+    model = loaded(Frail(), 32, channels=1)
+    both = convscope.patterns(model, "relu", [0, 1], size=32, steps=48)
+    assert both.scores[0] > 0
+    if (both.history[:, 0] == 0).all():
+        assert "was silent whenever it was moved" in both.notes[0]
+    beside_itself = convscope.patterns(model, "relu", [1, 1], size=32, steps=48)
+    np.testing.assert_array_equal(both.images[1], beside_itself.images[0])
+
+
+def test_size_and_start_together_are_refused() -> None:
+    with pytest.raises(ConvscopeError, match="size= and start= were both given"):
+        convscope.patterns(
+            loaded(Frail(), 32, channels=1), "relu", [0], recipe="plain", size=32, start=np.zeros((32, 32, 1))
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +259,9 @@ def test_gradients_exist_behind_the_layer_only() -> None:
     assert modes(lambda: convscope.activations(model, x, ["conv2", "conv1"])) == [{False}, {False}, set()]
     with torch.enable_grad():
         assert modes(lambda: convscope.predict(model, x)) == [{False}] * 3
+        with tap.attach(model, ["before"], leaf=True) as run:
+            assert modes(lambda: run(x)) == [{False}, {True}, {True}]
+        assert not x.requires_grad  # what the layer passed on is the very tensor; the leaf is another
 
 
 @pytest.mark.parametrize("recipe", ["plain", "robust"])
@@ -268,6 +272,23 @@ def test_patterns_stop_behind_the_layer(recipe: str) -> None:
     convscope.patterns(model, "conv1", [0], recipe=recipe, steps=2)
     with pytest.raises(RuntimeError, match="never reached"):
         convscope.patterns(model, "conv2", [0], recipe=recipe, steps=2)
+
+
+def test_stop_gets_past_a_network_that_catches_exceptions() -> None:
+    class Careful(Spied):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            except Exception:
+                return self.conv2(self.conv1(x)).mean((2, 3))
+
+    net = filled(Careful())
+    model = loaded(net)
+    net.between.error = RuntimeError("caught by the network")
+    ran: list[int] = []
+    net.conv2.register_forward_hook(lambda *_: ran.append(1))
+    assert convscope.activations(model, inputs(), "conv1")["conv1"].any()
+    assert ran == []
 
 
 def test_activations_stop_behind_the_last_layer() -> None:
@@ -303,14 +324,14 @@ def test_memory_bounds_the_pictures_held_at_once(technique: str) -> None:
     x = inputs(7)
     held: list[int] = []
     net.before.register_forward_pre_hook(lambda _, args: held.append(len(args[0])))
-    call = getattr(convscope, technique)
+    layer = {"layer": "conv1"} if technique == "heatmaps" else {}
+    call = functools.partial(getattr(convscope, technique), **layer)
     expected = call(model, x)
     assert held == [7]
-    rows = {row.name: row.bytes for row in model.layers}
-    # Four times the widest output, and for heatmaps twice what is allocated behind the layer (the last one: the mean).
+    # Four times the widest output, and for heatmaps twice what is allocated behind the layer: rectified, convolved.
     each = 4 * 4 * 5 * 20 * 20
     if technique == "heatmaps":
-        each += 2 * (max(rows.values()) - rows[expected.layer])
+        each += 2 * 4 * (4 * 22 * 22 + 5 * 20 * 20)
     for pictures, batches in ((1, [1] * 7), (3, [3, 3, 1]), (6, [6, 1])):
         held.clear()
         chunked = call(model, x, memory=pictures * each)
@@ -512,6 +533,20 @@ def test_layer_that_leads_nowhere() -> None:
         assert found.logits.any()
         assert len(found.notes) == 4
         assert found.notes[1] == "image 0, d: the map is zero everywhere; this layer has no influence on the class"
+
+
+def test_loose_tensor_that_wants_gradients_gets_none() -> None:
+    """A weight that the user keeps outside the network's parameters."""
+    net = filled(Aside())
+    loose = torch.ones(1, requires_grad=True)
+    net.register_forward_hook(lambda _, __, output: output * loose)
+    model = loaded(net)
+    assert not convscope.heatmaps(model, inputs(), 0, layer="aside").values.any()
+    assert convscope.heatmaps(model, inputs(), 0, layer="used").values.any()
+    assert convscope.predict(model, inputs()).logits.any()
+    convscope.patterns(model, "logits", [0], size=24, steps=2)
+    assert loose.grad is None
+    assert loose.requires_grad
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = 256  # channels on one page of an activation grid
+LAYERS, PICTURES, PATTERNS = 16, 16, 64  # in one figure; more than that can be saved, but not be looked at
 DEAD = (90, 90, 90)  # the colour of a channel that says the same everywhere: no colour map used here holds a gray
 
 
@@ -82,11 +85,9 @@ def activation_pages(
     result: Activations, layer: str, picture: int = 0, *, limit: int = PAGE, **style: object
 ) -> list[Image.Image]:
     """A layer's grid for one picture, `limit` channels a page."""
+    if layer not in _drawable(result, [layer]):
+        raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, result[layer].shape[1:]))}: no maps to draw")
     maps, dead = result[layer][picture], result.summary(layer)["dead"][picture]
-    if maps.ndim == 1:
-        maps = maps[:, None, None]
-    if maps.ndim != 3:
-        raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, maps.shape))}: no maps to draw")
     return [
         activation_grid(maps[i : i + limit], dead[i : i + limit], **style)  # type: ignore[arg-type]
         for i in range(0, len(maps), limit)
@@ -103,16 +104,19 @@ def _coloured(images: np.ndarray) -> np.ndarray:
     return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].repeat(3, axis=-1)
 
 
+def _drawable(result: Activations, layers: Iterable[str]) -> list[str]:
+    """Those of the layers that give more than one place."""
+    return [layer for layer in layers if result[layer].ndim == 4 and result[layer][0, 0].size > 1]
+
+
 @render.register(Activations)
 def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
-    for layer in result:
-        if result[layer].ndim not in (2, 4):
-            continue
+    for layer, name in file_names(_drawable(result, result)).items():
         for n in range(len(result.pictures)):
             pages = activation_pages(result, layer, n)
             for page, picture in enumerate(pages):
                 suffix = f"_page{page + 1}" if len(pages) > 1 else ""
-                yield f"{n:04d}_{_safe(layer)}{suffix}.png", picture
+                yield f"{n:04d}_{name}{suffix}.png", picture
 
 
 @render.register(Predictions)
@@ -129,13 +133,25 @@ def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
 
 @render.register(Patterns)
 def _(result: Patterns) -> Iterator[tuple[str, Image.Image]]:
+    name = file_names([result.layer])[result.layer]
     for unit, picture in zip(result.units, _coloured(result.images), strict=True):
-        yield f"{_safe(result.layer)}_{unit}.png", Image.fromarray(picture)
+        yield f"{name}_{unit}.png", Image.fromarray(picture)
     yield "grid.png", pattern_grid(result.images)
 
 
-def _safe(layer: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in layer)
+def file_names(layers: Iterable[str]) -> dict[str, str]:
+    """For each layer a name that any file system takes and that no other layer has, in whatever case."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for layer in layers:
+        plain = name = "".join(c if c.isalnum() or c in "._-" else "-" for c in layer)[:100]
+        count = 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{plain}~{count}"
+        taken.add(name.casefold())
+        names[layer] = name
+    return names
 
 
 def _axes(
@@ -148,6 +164,11 @@ def _axes(
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).tolist()
 
 
+def _limited(figure: Figure, shown: int, count: int, what: str) -> None:
+    if shown < count:
+        figure.suptitle(f"{shown} of {count} {what}", fontsize=10)
+
+
 def _show(axes: Axes, picture: Image.Image | np.ndarray, title: str = "") -> None:
     axes.imshow(np.asarray(picture))
     axes.set_title(title, fontsize=9)
@@ -156,10 +177,11 @@ def _show(axes: Axes, picture: Image.Image | np.ndarray, title: str = "") -> Non
 
 @draw.register(Activations)
 def _(result: Activations) -> Figure:
-    """The first picture's grids, one layer below the other, first page only."""
-    drawable = [layer for layer in result if result[layer].ndim == 4]
-    if not drawable:
+    """The first picture's grids, one layer below the other, first page only; of many layers some, from all depths."""
+    every = _drawable(result, result)
+    if not every:
         raise ConvscopeError("none of these layers has maps to draw")
+    drawable = every[:: math.ceil(len(every) / LAYERS)]
     grids = [activation_pages(result, layer)[0] for layer in drawable]
     heights = [max(0.6, 10 * g.height / g.width) + 0.4 for g in grids]
     figure, panels = _axes(len(grids), 1, 10, sum(heights), heights)
@@ -168,13 +190,14 @@ def _(result: Activations) -> Figure:
         count, dead = summary["dead"].shape[1], int(summary["dead"][0].sum())
         shown = f", first {PAGE} shown" if count > PAGE else ""
         _show(axes, grid, f"{layer}: {count} channels{shown}, {dead} dead on {_title(result.pictures[0])}")
+    _limited(figure, len(drawable), len(every), "layers")
     return figure
 
 
 @draw.register(Predictions)
 def _(result: Predictions) -> Figure:
-    """A bar chart for each picture."""
-    count, top = result.indices.shape
+    """A bar chart for each picture, up to 16."""
+    count, top = min(len(result.indices), PICTURES), result.indices.shape[1]
     columns = min(2, count)
     rows = math.ceil(count / columns)
     figure, panels = _axes(rows, columns, 6 * columns, (0.6 + 0.32 * top) * rows)
@@ -185,43 +208,63 @@ def _(result: Predictions) -> Figure:
         place = np.arange(top)[::-1]
         axes.barh(place, result.probabilities[n], color="#3b6ea5")
         axes.set_yticks(place, [_short(name, 28) for name in result.names[n]], fontsize=8)
-        axes.set_xlim(0, 1.12)
+        axes.set_xlim(0, 1.15)
         for y, p in zip(place, result.probabilities[n], strict=True):
             axes.text(p + 0.01, y, f"{p:.1%}", va="center", fontsize=8)
         axes.set_title(_title(result.pictures[n]), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
+    _limited(figure, count, len(result.indices), "pictures")
     return figure
 
 
 @draw.register(Heatmaps)
 def _(result: Heatmaps) -> Figure:
-    """For each picture: the picture, and its overlay for each target."""
-    count, targets = result.targets.shape
-    overlays = result.overlay()
-    heights = [min(6.8, 3.4 * where.picture[0] / where.picture[1]) + 0.6 for where in result.geometry]
+    """For each picture, up to 16: the picture, and its overlay for each target."""
+    count, targets = min(len(result.targets), PICTURES), result.targets.shape[1]
+    overlays = _head(result, count).overlay()
+    titles = [[_heat_title(result, n, t) for t in range(targets)] for n in range(count)]
+    heights = [
+        min(6.8, 3.4 * where.picture[0] / where.picture[1]) + 0.3 + 0.15 * max(len(lines) for lines in row)
+        for where, row in zip(result.geometry, titles, strict=False)
+    ]
     figure, panels = _axes(count, targets + 1, 3.4 * (targets + 1), sum(heights), height_ratios=heights)
     for n in range(count):
         _show(panels[n][0], result.source.original(result.indices[n]), _title(result.pictures[n]))
         for t in range(targets):
-            title = f"{_short(result.names[n][t], 30)}\nlogit {result.logits[n, t]:.2f}"
-            if result.values[n, t].max() <= 0:
-                title += ", no positive evidence"
-            _show(panels[n][t + 1], overlays[n * targets + t], title)
+            _show(panels[n][t + 1], overlays[n * targets + t], "\n".join(titles[n][t]))
+    _limited(figure, count, len(result.targets), "pictures")
     return figure
+
+
+def _heat_title(result: Heatmaps, n: int, t: int) -> list[str]:
+    silent = ", no positive evidence" if result.values[n, t].max() <= 0 else ""
+    return [*_wrapped(result.names[n][t], 26), f"logit {result.logits[n, t]:.2f}{silent}"]
+
+
+def _head(result: Heatmaps, count: int) -> Heatmaps:
+    """The first pictures of a result alone."""
+    return dataclasses.replace(
+        result, values=result.values[:count], indices=result.indices[:count], geometry=result.geometry[:count]
+    )
 
 
 @draw.register(Patterns)
 def _(result: Patterns) -> Figure:
-    """The patterns with their names and scores."""
-    count = len(result.units)
-    columns = min(8, count)
-    rows = math.ceil(count / columns)
-    figure, panels = _axes(rows, columns, 1.9 * columns, 2.3 * rows)
+    """The patterns, up to 64, with their names and scores."""
+    count = min(len(result.units), PATTERNS)
+    rows = math.ceil(count / 8)
+    columns = math.ceil(count / rows)
+    height, width = result.images.shape[1:3]
+    named = zip(result.names[:count], result.scores[:count], strict=True)
+    titles = [[*_wrapped(name, 21), f"{score:.4g}"] for name, score in named]
+    lines = max(map(len, titles))
+    figure, panels = _axes(rows, columns, 1.9 * columns, (1.9 * height / width + 0.15 * lines + 0.25) * rows)
     cells = [panel for row in panels for panel in row]
-    for axes, image, name, score in zip(cells, _coloured(result.images), result.names, result.scores, strict=False):
-        _show(axes, image, f"{_short(name, 22)}\n{score:.3g}")
+    for axes, image, title in zip(cells, _coloured(result.images), titles, strict=False):
+        _show(axes, image, "\n".join(title))
     for axes in cells[count:]:
         axes.set_axis_off()
+    _limited(figure, count, len(result.units), "units")
     return figure
 
 
@@ -230,6 +273,13 @@ def _title(picture: str) -> str:
     return _short(Path(picture).name)
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in about two lines, its middle left out if it is longer."""
+    return textwrap.wrap(_short(text, 2 * width), width)
+
+
 def _short(text: str, length: int = 40) -> str:
-    text = text.replace("\n", " ")
-    return text if len(text) <= length else "…" + text[1 - length :]
+    """The text in one line, its middle left out if it is long."""
+    text = " ".join(text.split())
+    half = length // 2
+    return text if len(text) <= length else f"{text[: length - half - 1]}…{text[-half:]}"

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.lib.format import write_array
 from PIL import Image
 
 from convscope.errors import ConvscopeError
@@ -74,13 +76,14 @@ class Result:
         where = Path(folder)
         try:
             where.mkdir(parents=True, exist_ok=True)
+            (where / "manifest.json").unlink(missing_ok=True)  # of an earlier save: it does not speak for this one
             files = []
             for name, picture in render(self):
                 with replacing(where / name) as file:
                     picture.save(file, format="PNG")
                 files.append(name)
             with replacing(where / "arrays.npz") as file:
-                np.savez_compressed(file, **self.arrays())  # type: ignore[arg-type]
+                _write_npz(file, self.arrays())
             write_json(where / "manifest.json", self.manifest([*files, "arrays.npz"]))
         except OSError as error:
             raise ConvscopeError(f"cannot write into {where}: {error.strerror or error}") from error
@@ -118,10 +121,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    """As numpy's own savez_compressed, but under any name ("file", say) and never with a pickle."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
+        file.write(text.encode(errors="backslashreplace"))  # a file's name need not be Unicode
 
 
 def versions() -> dict[str, str]:

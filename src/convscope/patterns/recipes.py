@@ -75,6 +75,7 @@ def standardised(pixels: Tensor) -> Tensor:
 
 # Steps during which dead units get a gradient in any case.
 REVIVED = 16
+WAKING = 48
 # What keeps coordinates with next to no gradient still; see `adam_step`.
 DAMPING = 2.0
 
@@ -83,7 +84,8 @@ def robust(task: Task) -> tuple[Tensor, Tensor]:
     """A Fourier canvas seen in random views: pictures that hold for the unit however they are looked at. The default.
 
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
-    rolled, since a zoom would smear the few pixels that they care about.
+    rolled, since a zoom would smear the few pixels that they care about. A unit that stays silent is woken in the end,
+    on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
@@ -95,7 +97,30 @@ def robust(task: Task) -> tuple[Tensor, Tensor]:
         revive=REVIVED,
         on_step=task.on_step,
     )
-    return (canvas.picture().detach() * 255).round().to(torch.uint8), history
+    if bool((history == 0).any()):
+        _wake(task, canvas)
+    return _finished(canvas), history
+
+
+def _finished(canvas: Fourier) -> Tensor:
+    return (canvas.picture().detach() * 255).round().to(torch.uint8)
+
+
+def _wake(task: Task, canvas: Fourier) -> None:
+    """Climb on with pictures that are silent now, unmoved: what some units fire at is too frail to survive a view."""
+    with torch.no_grad():
+        silent = task.measure(task.ready(_finished(canvas).float() / 255)) == 0
+    if not bool(silent.any()):
+        return
+    step = adam_step(canvas.values, task.step_size, DAMPING)
+    only = silent.view(-1, *[1] * (canvas.values.ndim - 1))
+    ascend(
+        canvas,
+        lambda _: task.measure(task.ready(canvas.picture())),
+        lambda values, gradient: step(values, gradient * only),
+        min(WAKING, task.steps),
+        revive=WAKING,
+    )
 
 
 def _views(task: Task) -> View:

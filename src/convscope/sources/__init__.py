@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convscope.errors import ConvscopeError, nearest
 from convscope.images import Preprocessing
@@ -77,6 +78,9 @@ def load(
     elif device is not None:
         raise ConvscopeError("device= is for models that load makes; move a model in hand yourself: model.to(device)")
     settings, probed = _settle(found, given)
+    if any(isinstance(m, _BatchNorm) and not m.track_running_stats for m in found.module.modules()):
+        found.fixed_batch = 1
+        found.notes.append("a batch normalisation keeps no statistics of its own: pictures go through one at a time")
     names = tuple(map(str, classes)) if classes is not None else found.classes
     if names is not None and probed.outputs is not None and len(names) != probed.outputs:
         if classes is not None:

@@ -6,9 +6,14 @@ Keras is imported only here, and only when asked for: it takes seconds.
 from __future__ import annotations
 
 import os
+import random
+import re
 import sys
+import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,11 @@ from convscope.sources import files
 from convscope.sources.found import Found, imagenet_classes
 
 
+@dataclass(frozen=True)
 class KerasDialect:
-    """A Keras model: an `nn.Module` that speaks NHWC and keeps its layers in lists of its own."""
+    """A Keras model: an `nn.Module` that mostly speaks NHWC and keeps its layers in lists of its own."""
 
+    channels_first: bool = False
     name = "keras"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -33,14 +40,19 @@ class KerasDialect:
         return (variable.value for variable in module.weights)  # type: ignore[union-attr]
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
-        return module(x.permute(0, 2, 3, 1), training=False)
+        import keras
+
+        # Keras would bring the picture to its own default device, wherever the model is.
+        with keras.device(str(x.device)):
+            return module(x if self.channels_first else x.permute(0, 2, 3, 1), training=False)
 
 
 def _walk(module: Any, prefix: str) -> Iterable[tuple[str, nn.Module]]:
-    for layer in module.layers if hasattr(module, "layers") else module._layers:
+    import keras
+
+    for layer in module.layers if isinstance(module, keras.Model) else module._layers:
         yield prefix + layer.name, layer
-        if hasattr(layer, "layers") or layer._layers:
-            yield from _walk(layer, f"{prefix}{layer.name}/")
+        yield from _walk(layer, f"{prefix}{layer.name}/")
 
 
 def import_keras() -> Any:
@@ -67,17 +79,10 @@ def _refuse_backend(backend: str) -> None:
 
 def from_name(name: str, weights: str) -> Found:
     """A model of keras.applications, with its own preprocessing and ImageNet's class names."""
-    keras = import_keras()
-    applications = {
-        attribute: module
-        for module in vars(keras.applications).values()
-        if hasattr(module, "preprocess_input")
-        for attribute in vars(module)
-        if attribute[0].isupper() and callable(getattr(module, attribute))
-    }
-    if name not in applications:
-        raise ConvscopeError(f"keras.applications has no model {name!r}; nearest: {nearest(name, list(applications))}")
-    build = getattr(applications[name], name)
+    known = _applications(import_keras())
+    if name not in known:
+        raise ConvscopeError(f"keras.applications has no model {name!r}; nearest: {nearest(name, list(known))}")
+    build, preprocess = known[name]
     if weights == "default":
         try:
             module = build(weights="imagenet")
@@ -87,17 +92,36 @@ def from_name(name: str, weights: str) -> Found:
             with files.downloading(f"keras:{name}"):
                 raise OSError(str(error).partition(":")[0]) from error
     else:
-        module = build(weights=None)
+        with _seeded():
+            module = build(weights=None)
         if weights != "random":
             _put_weights(module, Path(weights))
-    height, width = module.input_shape[1:3]
-    return Found(
-        module,
-        f"keras:{name}",
-        KerasDialect(),
-        preprocessing=_measure(applications[name].preprocess_input, (height or 224, width or 224)),
-        classes=imagenet_classes() if module.output_shape[-1] == 1000 else None,
-    )
+    found = from_model(module)
+    found.owned, found.name, found.notes = True, f"keras:{name}", []
+    found.preprocessing = _measure(preprocess, found.size or USUAL_SIZE)
+    found.classes = imagenet_classes() if module.output_shape[-1] == 1000 else None
+    return found
+
+
+def _applications(keras: Any) -> dict[str, tuple[Any, Any]]:
+    """What keras.applications holds: each model's builder, and the `preprocess_input` of the module it comes from."""
+    builders = {name: build for name, build in vars(keras.applications).items() if name[0].isupper()}
+
+    def home(build: Any) -> Any:
+        return getattr(keras.applications, build.__module__.rpartition(".")[2])
+
+    return {name: (build, home(build).preprocess_input) for name, build in builders.items()}
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random weights made in the block are always the same ones: Keras draws its seeds from Python's own generator."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _measure(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
@@ -105,39 +129,40 @@ def _measure(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
     pixels = torch.zeros((4, 1, 1, 3))
     for channel in range(3):
         pixels[channel + 1, 0, 0, channel] = 255.0
-    black, *pure = torch.tensor(preprocess(pixels.numpy()).copy()).float()[:, 0, 0]
+    black, *pure = torch.tensor(preprocess(pixels.numpy(), data_format="channels_last").copy()).float()[:, 0, 0]
     response = torch.stack([p - black for p in pure])  # row: channel of the picture, column: channel of the network
     order = response.abs().argmax(0)  # which channel of the picture each of the network's channels shows
     scale = response.abs().max(0).values / 255
     return Preprocessing(
         size=size,
         range=(0.0, 255.0),
-        mean=tuple((-black / scale).tolist()),
+        mean=tuple((0 - black / scale).tolist()),
         std=tuple((1 / scale).tolist()),
         channel_order="RGB" if order.tolist() == [0, 1, 2] else "BGR",
     )
 
 
 def _put_weights(module: Any, path: Path) -> None:
-    if path.suffix not in (".keras", ".h5"):
+    if path.suffix.lower() not in (".keras", ".h5"):
         raise ConvscopeError(f"weights {str(path)!r}: expected 'default', 'random', a .keras or a .weights.h5 file")
     files.require_file(path)
     _require_magic(path)
+    saved = _read(path).get_weights() if path.suffix.lower() == ".keras" else None
     try:
-        if path.suffix == ".keras":
-            module.set_weights(_read(path).get_weights())
+        if saved is not None:
+            module.set_weights(saved)
         else:
             module.load_weights(path)
-    except ValueError as error:
-        raise ConvscopeError(
-            f"the weights in {path} do not fit {module.name}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:  # Keras and h5py raise many types
+        raise ConvscopeError(f"the weights in {path} do not fit {module.name}: {_text(error)[:300]}") from error
 
 
 def from_file(path: Path, weights: str | None) -> Found:
     """A model saved by Keras, by any backend, opened in safe mode."""
     _require_magic(path)
     module = _read(path)
+    if weights == "random":
+        raise ConvscopeError(f"{path} holds weights of its own; weights= may only name a file to put in their place")
     if weights not in (None, "default"):
         _put_weights(module, Path(str(weights)))
     found = from_model(module)
@@ -146,11 +171,13 @@ def from_file(path: Path, weights: str | None) -> Found:
 
 
 def _require_magic(path: Path) -> None:
-    magic = path.open("rb").read(8)
-    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        magic = file.read(8)
+    suffix = path.suffix.lower()
+    if suffix == ".keras" and not zipfile.is_zipfile(path):
         kind = "an HDF5 file: rename it to .h5" if magic == b"\x89HDF\r\n\x1a\n" else "not a zip archive"
         raise ConvscopeError(f"{path} is not a .keras file: it is {kind}")
-    if path.suffix in (".h5", ".hdf5") and magic != b"\x89HDF\r\n\x1a\n":
+    if suffix in (".h5", ".hdf5") and magic != b"\x89HDF\r\n\x1a\n":
         kind = "a zip archive: rename it to .keras" if magic[:2] == b"PK" else "without the HDF5 signature"
         raise ConvscopeError(f"{path} is not an HDF5 file: it is {kind}")
 
@@ -158,68 +185,111 @@ def _require_magic(path: Path) -> None:
 def _read(path: Path) -> Any:
     keras = import_keras()
     try:
-        return keras.models.load_model(path, compile=False, safe_mode=True, custom_objects=_old_layers(keras))
+        with _forgiving(keras):
+            return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras wraps what goes wrong in many types
-        text = " ".join(str(error).split())
-        if "Lambda" in text or "safe_mode" in text or "unsafe" in text:
+        if "safe_mode" in _text(error):
             raise ConvscopeError(
                 f"{path} holds a Lambda layer or another piece of Python code, which is not run; if you trust it, load "
                 "it yourself with keras.models.load_model(FILE, safe_mode=False) and pass the model"
             ) from error
-        raise ConvscopeError(f"{path} cannot be loaded by Keras: {text[:300]}") from error
+        raise ConvscopeError(f"{path} cannot be loaded by Keras: {_text(error)[:300]}") from error
 
 
-def _old_layers(keras: Any) -> dict[str, Any]:
-    """Keras 2 saved arguments that Keras 3 refuses."""
+def _text(error: Exception) -> str:
+    """What an error says, in one line; of Keras' errors around errors, the innermost."""
+    return " ".join(str(error).rpartition("Exception encountered: ")[2].split())
 
-    def forgiving(base: Any, dropped: tuple[str, ...]) -> Any:
-        def start(self: Any, *args: Any, **kwargs: Any) -> None:
-            base.__init__(self, *args, **{k: v for k, v in kwargs.items() if k not in dropped})
 
-        return type(base.__name__, (base,), {"__init__": start})
+# What Keras 2 saved with a layer, as if it meant something, and Keras 3 refuses.
+KERAS_2_ONLY = {
+    "Conv2DTranspose": {"groups"},
+    "DepthwiseConv2D": {"groups"},
+    "SeparableConv2D": {"groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"},
+}
+_lock = threading.Lock()
 
-    kernel = ("kernel_initializer", "kernel_regularizer", "kernel_constraint", "groups")
-    return {
-        "DepthwiseConv2D": forgiving(keras.layers.DepthwiseConv2D, ("groups",)),
-        "SeparableConv2D": forgiving(keras.layers.SeparableConv2D, kernel),
-    }
+
+@contextmanager
+def _forgiving(keras: Any) -> Iterator[None]:
+    """For as long as the block lasts, Keras passes over `KERAS_2_ONLY` in a file."""
+
+    def reader(usual: Any, dropped: set[str]) -> Any:
+        def from_config(cls: Any, config: Mapping[str, Any]) -> Any:
+            return usual.__func__(cls, {key: value for key, value in config.items() if key not in dropped})
+
+        return classmethod(from_config)
+
+    with _lock:
+        layers = {getattr(keras.layers, name): dropped for name, dropped in KERAS_2_ONLY.items()}
+        own = {layer: vars(layer)["from_config"] for layer in layers if "from_config" in vars(layer)}
+        try:
+            for layer, dropped in layers.items():
+                layer.from_config = reader(layer.from_config, dropped)
+            yield
+        finally:
+            for layer in layers:
+                if layer in own:
+                    layer.from_config = own[layer]
+                else:
+                    del layer.from_config
+
+
+USUAL_SIZE = (224, 224)  # of keras.applications, where a model leaves it open
 
 
 def from_model(module: Any) -> Found:
     """A Keras model in hand."""
-    if not isinstance(module, nn.Module):
-        keras = sys.modules.get("keras")
-        _refuse_backend(keras.config.backend() if keras is not None and hasattr(keras, "config") else "tensorflow")
-    shape = getattr(module, "input_shape", None)
-    if not isinstance(shape, tuple) or len(shape) != 4:
-        raise ConvscopeError(f"a Keras model with one picture as input is expected; this one takes {shape}")
-    _, height, width, channels = shape
+    keras: Any = sys.modules.get("keras")
+    backend = keras.config.backend() if hasattr(keras, "config") else "tensorflow"
+    if backend != "torch" or any(base.__module__.startswith("tf_keras") for base in type(module).__mro__):
+        _refuse_backend("tensorflow" if backend == "torch" else backend)
+    if not isinstance(module, keras.Model):
+        raise ConvscopeError(f"cannot look into a Keras {type(module).__name__}; expected a Keras model")
+    height, width, channels, first = _input(module)
     size = (height, width) if height is not None and width is not None else None
-    scaled = any(type(layer).__name__ in ("Rescaling", "Normalization") for layer in _layers(module))
+    scaled = any(type(layer).__name__ in ("Rescaling", "Normalization") for _, layer in _walk(module, ""))
     found = Found(
         module,
         module.name,
-        KerasDialect(),
+        KerasDialect(first),
         owned=False,
         size=size,
         channels=channels,
         range=(0.0, 255.0) if scaled else (0.0, 1.0),
     )
-    if size is not None and channels == 3:
-        found.preprocessing = _by_name(module.name, size)
+    if channels == 3:
+        found.preprocessing = _by_name(keras, module.name, size or USUAL_SIZE)
     if found.preprocessing is not None:
         found.notes.append(f"preprocessing taken from keras.applications, by the name {module.name!r}")
     return found
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    return list(KerasDialect().modules(module).values())
+def _input(module: Any) -> tuple[int | None, int | None, int, bool]:
+    """Height, width and channels of the picture that a model takes, and whether it takes its channels first."""
+    shape = getattr(module, "input_shape", None)
+    if shape is None:  # a subclassed model; what it was built for
+        shape = (module.get_build_config() or {}).get("input_shape")
+    if shape is None:
+        raise ConvscopeError(
+            f"the Keras model {module.name!r} is not built yet, so its input is not known; call it once on a picture: "
+            "model(numpy.zeros((1, H, W, C)))"
+        )
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        raise ConvscopeError(f"a Keras model with one picture as input is expected; this one takes {shape}")
+    formats = (getattr(layer, "data_format", None) for _, layer in _walk(module, ""))
+    if next(filter(None, formats), "channels_last") == "channels_first":
+        return shape[2], shape[3], shape[1], True
+    return shape[1], shape[2], shape[3], False
 
 
-def _by_name(name: str, size: tuple[int, int]) -> Preprocessing | None:
+def _by_name(keras: Any, name: str, size: tuple[int, int]) -> Preprocessing | None:
     """The preprocessing of a keras.applications model, recognised by the name that Keras gives it."""
-    keras = import_keras()
-    for module in vars(keras.applications).values():
-        if hasattr(module, "preprocess_input") and name in {attribute.lower() for attribute in vars(module)}:
-            return _measure(module.preprocess_input, size)
+
+    def plain(text: str) -> str:  # "efficientnetv2-b0", "inception_v3"; "mobilenet_1.00_224" with its width and size
+        return re.sub(r"[-_]", "", re.sub(r"_\d\.\d\d_\d+$", "", text.lower()))
+
+    for application, (_, preprocess) in _applications(keras).items():
+        if plain(application) == plain(name):
+            return _measure(preprocess, size)
     return None
