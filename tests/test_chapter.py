@@ -15,6 +15,8 @@ from oracles import chapter
 import convscope
 from convscope.patterns.recipes import standardised
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras itself
+
 CLASSES = 7
 LAYERS = ["block1_conv1", "block1_pool", "block2_conv2", "block3_conv1", "block4_conv3", "block5_conv3"]
 RELU = chapter.relu_names()
@@ -141,9 +143,9 @@ def test_patterns(layer: str, units: list[int], trunk: Any, expected: dict[Any, 
             assert apart.max() <= 1
             assert (apart > 0).mean() < 0.001
         else:
-            # Seven layers with rectifiers and maxima, 40 times over: a gradient that rounding sends another way at one
-            # place moves the canvas there, by up to 20 of 255 here, and the step's normalisation spreads it a little.
-            # The two oracles, Keras and torch, are as far from each other.
+            # Seven layers with rectifiers and maxima, 40 times over: rounding sends the gradient another way at a few
+            # places, and the canvases part there, by up to 20 of 255. The notebook's own does the same when its start
+            # is changed in the last bit (multiplied by 1 + 1e-7): mean 1.5 and 1.1, maximum 73 and 23 for filters 2, 7.
             assert apart.mean() < 2
             assert np.corrcoef(got.images[i].ravel(), chapter.deprocess_image(canvas).ravel())[0, 1] > 0.99
 
@@ -197,8 +199,9 @@ def test_a_filter_that_gets_stuck_at_0_is_said_to_be() -> None:
     assert "recipe='robust'" in got.notes[0]
 
 
-def test_robust_answers_the_filter_that_gets_stuck_at_0(trunk: Any) -> None:
-    got = convscope.patterns(convscope.load(trunk), "block5_conv1", [11], recipe="robust", steps=48)
+def test_robust_answers_the_filter_that_gets_stuck_at_0() -> None:
+    trunk = chapter.keras_trunk(96)
+    got = convscope.patterns(convscope.load(trunk), "block5_conv1", [11], recipe="robust", steps=32)
     assert got.history[0, 0] == 0
     assert got.scores[0] > 0
     maps = chapter.activations(trunk, chapter.preprocess(got.images.astype(np.float32)), ["block5_conv1"])[0]

@@ -246,6 +246,29 @@ BOUNDED: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
     "adaptive, odd": (lambda: nn.Sequential(conv(), nn.AdaptiveAvgPool2d((7, 9)), conv()), 12, "nan"),
     "adaptive max": (lambda: nn.Sequential(conv(), nn.AdaptiveMaxPool2d((7, 9))), 4, "nan"),
     "pixel shuffle": (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.PixelShuffle(2), conv()), 1, "nan"),
+    "pixel shuffle by hand": (
+        lambda: Run(
+            lambda net, x: net.b(
+                net.a(x)
+                .view(-1, 2, 3, H, W)
+                .permute(0, 3, 1, 4, 2)
+                .reshape(-1, 1, 2 * H, 3 * W)  # rows by 2, columns by 3
+            ),
+            a=nn.Conv2d(1, 6, 3, padding=1),
+            b=conv(),
+        ),
+        2,
+        "nan",
+    ),
+    "a part, enlarged, beside the whole": (
+        lambda: Run(
+            lambda net, x: net.b(torch.cat([F.interpolate(x[..., :13, :10], (H, W)), net.a(x)], 1)),
+            a=conv(),
+            b=nn.Conv2d(2, 1, 3, padding=1),
+        ),
+        4,
+        "bump",
+    ),
     "down and up": (
         lambda: Run(
             lambda net, x: F.interpolate(net.b(F.max_pool2d(net.a(x), 4)), size=x.shape[2:]) + net.c(x),
@@ -355,7 +378,9 @@ def smeared(net: Run, x: Tensor) -> Tensor:
 
 
 def sampled(net: Run, x: Tensor) -> Tensor:
-    grid = F.affine_grid(torch.tensor([[[0, 1.0, 0], [1, 0, 0]]], dtype=x.dtype).expand(len(x), 2, 3), list(x.shape))
+    grid = F.affine_grid(
+        torch.tensor([[[0, 1.0, 0], [1, 0, 0]]], dtype=x.dtype).expand(len(x), 2, 3), list(x.shape), False
+    )
     return net.a(F.grid_sample(x, grid, align_corners=False))
 
 
@@ -637,6 +662,11 @@ def test_layers_without_space():
     line = table(nn.Sequential(nn.Conv2d(1, 3, (H, 1)), nn.Conv2d(3, 3, (1, 5))))
     assert [row.shape for row in line] == [(3, 1, W), (3, 1, W - 4)]
     assert all(row.has_space for row in line)
+    module = Run(
+        lambda net, x: net.b(net.a(x).reshape(-1, 1, 1, W)), a=nn.Conv2d(1, 1, (H, 1)), b=nn.Conv2d(1, 3, (1, 5))
+    )
+    assert table(module)["b"].has_space
+    assert table(module)["b"].receptive_field == (H, 5)
 
 
 def test_poolings_are_marked():

@@ -604,6 +604,14 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, bytes], Path], None], str]] = {
         in_program(lambda text, mark: text.replace('\\"context\\": \\"null\\"', '\\"context\\": {\\"a\\": 1}', 1)),
         "where in_spec is",
     ),
+    "nested nesting": (
+        in_program(lambda text, mark: text.replace('\\"context\\": \\"null\\"', '\\"context\\": \\"[{}]\\"', 1)),
+        "where in_spec is",
+    ),
+    "size that calls": (
+        in_program(lambda text, mark: text.replace("\"Symbol('", "\"Matrix(1, 1, breakpoint) + Symbol('")),
+        "where expr_str is",
+    ),
     "machine code": (lambda m, mark: m.update({"data/aotinductor/model/model.so": b"\x7fELF"}), "machine code"),
 }
 

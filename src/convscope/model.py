@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any, Protocol, overload
 
@@ -191,7 +192,7 @@ class Model:
 
     `module` is the network itself, `head` the activation that ends it ("softmax", "log_softmax", "sigmoid" or None):
     logits are what went into it. `notes` say what had to be assumed. `fixed_batch` is the only batch size that an
-    exported network takes, if there is one.
+    exported network takes, if there is one. `owned` says that `load` made the module and nobody else changes it.
     """
 
     module: nn.Module
@@ -203,7 +204,19 @@ class Model:
     head: str | None = None
     notes: tuple[str, ...] = ()
     fixed_batch: int | None = None
-    outputs: int | None = field(default=None)
+    outputs: int | None = None
+    owned: bool = False
+
+    def parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+        """All layers by name, and all parameters. Those of a model in hand are looked up anew: it may have changed."""
+        return self._parts if self.owned else self._look_up()
+
+    @cached_property
+    def _parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+        return self._look_up()
+
+    def _look_up(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+        return self.dialect.modules(self.module), list(self.dialect.parameters(self.module))
 
     @property
     def device(self) -> torch.device:

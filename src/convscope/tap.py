@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,12 +27,11 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def settled(module: nn.Module, dialect: Dialect) -> Iterator[None]:
+def settled(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inference mode without parameter gradients, for as long as the block lasts; every flag is put back behind it."""
-    every = {id(m): m for m in (*module.modules(), *dialect.modules(module).values())}
-    training = [m for m in every.values() if m.training]
+    training = [m for m in modules if m.training]
     # Weights made under inference_mode never get gradients, and may not be told so.
-    learning = [p for p in dialect.parameters(module) if p.requires_grad and not p.is_inference()]
+    learning = [p for p in parameters if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False
@@ -62,7 +62,9 @@ def attach(
     """
     wanted = {(row := model.layers.find(name)).name: row for name in layers}
     pass_ = _Pass(wanted, leaf, stop)
-    modules = model.dialect.modules(model.module)
+    modules, parameters = model.parts()
+    no_gradients = any(p.is_inference() for p in parameters)
+    heavy = leaf and any(row.kind == "Linear" and row.parameters >= _RowsOnly.WORTH for row in model.layers)
     names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
     insists = False
 
@@ -72,6 +74,8 @@ def attach(
             stack.enter_context(torch.set_grad_enabled(insists or (torch.is_grad_enabled() and not leaf)))
             if insists:
                 stack.enter_context(_Insisting())
+            if heavy and len(x) == 1:
+                stack.enter_context(_RowsOnly())
             try:
                 logits = _run(model, x)
             except _Stop:
@@ -84,7 +88,7 @@ def attach(
     def run(x: Tensor) -> Seen:
         nonlocal insists
         expected = leaf or (torch.is_grad_enabled() and x.requires_grad)
-        if expected and any(p.is_inference() for p in model.dialect.parameters(model.module)):
+        if expected and no_gradients:
             raise ConvscopeError(
                 "the network's weights were made under torch.inference_mode() and let no gradients through; "
                 "make the network, or copy it, outside of it"
@@ -100,7 +104,7 @@ def attach(
         gradients = torch.is_grad_enabled()
         stack.enter_context(torch.inference_mode(False))  # which also turns gradients on
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(settled(model.module, model.dialect))
+        stack.enter_context(settled((model.module, *modules.values()), parameters))
         for name in names:
             stack.enter_context(_hooked(modules[name], pass_.hook(name)))
         yield run
@@ -109,9 +113,10 @@ def attach(
 def observe(module: nn.Module, dialect: Dialect, x: Tensor, callback: Callable[[str, nn.Module, Any], None]) -> Any:
     """One pass without gradients; `callback(name, layer, output)` is called each time a layer is done."""
     with ExitStack() as stack:
-        stack.enter_context(settled(module, dialect))
+        modules = dialect.modules(module)
+        stack.enter_context(settled((module, *modules.values()), dialect.parameters(module)))
         stack.enter_context(torch.no_grad())
-        for name, layer in dialect.modules(module).items():
+        for name, layer in modules.items():
 
             def hook(layer: nn.Module, _: Any, output: Any, name: str = name) -> None:
                 callback(name, layer, output)
@@ -134,6 +139,45 @@ class _Insisting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if getattr(func, "__name__", "") == "_set_grad_enabled" else func(*args, **(kwargs or {}))
+
+
+class _RowsOnly(TorchFunctionMode):
+    """While active, a single picture's gradient goes back through those rows of large matrices only that it reaches.
+
+    Where it has passed a rectifier most of it is 0, and for one picture a matrix product is as slow as its matrix is
+    read: VGG16's first one has 411 MB.
+    """
+
+    WORTH = 1 << 22  # weights; below this there is little to save
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and _is_row(*args[:2]):
+            return _RowsLinear.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_row(x: Tensor, weight: Tensor) -> bool:
+    single = x.requires_grad and x.numel() == x.shape[-1] and weight.numel() >= _RowsOnly.WORTH
+    return single and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _RowsLinear(torch.autograd.Function):
+    """W x + b for one row x, of which only x has a gradient: g W, summed over the rows of W where g is not 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        flat = gradient.reshape(-1)
+        rows = flat.nonzero()[:, 0]
+        if not 0 < 4 * len(rows) <= 3 * len(flat):
+            return gradient @ weight, None, None
+        found = F.embedding_bag(rows[None], weight, per_sample_weights=flat[rows][None], mode="sum")
+        return found.reshape(*gradient.shape[:-1], -1), None, None
 
 
 class _Stop(BaseException):

@@ -97,6 +97,7 @@ def load(
         notes=tuple(found.notes),
         fixed_batch=found.fixed_batch,
         outputs=probed.outputs,
+        owned=found.owned,
     )
 
 

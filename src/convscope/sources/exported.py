@@ -45,8 +45,10 @@ OPERATOR = re.compile(
     r"|_operator\.(getitem|eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|truediv|mod|pow|and_|or_|lshift|rshift)"
     r"|math\.\w+|torch\.sym_\w+"
 )
+NESTING = re.compile(r'[\w\s\[\],"\\./:-]*')
 ARITHMETIC = (
     ast.Expression,
+    ast.Call,
     ast.Constant,
     ast.Name,
     ast.keyword,
@@ -59,6 +61,12 @@ ARITHMETIC = (
     ast.boolop,
     ast.cmpop,
     ast.expr_context,
+)
+FUNCTION = re.compile(
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Mod|Max|Min|Abs|Piecewise|ExprCondPair|Tuple|And|Or|Not"
+    "|Equality|Unequality|StrictLessThan|StrictGreaterThan|LessThan|GreaterThan|Eq|Ne|Lt|Le|Gt|Ge"
+    "|FloorDiv|ModularIndexing|Where|PythonMod|CleanDiv|CeilDiv|LShift|RShift|PowByNatural|FloatPow|FloatTrueDiv"
+    "|IntTrueDiv|IsNonOverlappingAndDenseIndicator|(Ceil|Floor|Trunc|Round)ToInt|TruncToFloat|RoundDecimal|ToFloat|Identity"
 )
 
 
@@ -159,18 +167,19 @@ def _is_arithmetic(text: str) -> bool:
     except SyntaxError:
         return False
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return all(isinstance(node, (*ARITHMETIC, ast.Call)) for node in nodes) and all(
-        [isinstance(name, ast.Name) and name.id[0].isupper() for name in called]
-        + [CONSTANT.fullmatch(str(node.value)) for node in nodes if isinstance(node, ast.Constant)]
+    values = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+    return (
+        all(isinstance(node, ARITHMETIC) for node in nodes)
+        and all(isinstance(name, ast.Name) and FUNCTION.fullmatch(name.id) for name in called)
+        and all(map(CONSTANT.fullmatch, values))
     )
 
 
 def _is_tree(text: str) -> bool:
-    """How inputs and outputs are nested: a context that is a mapping would be imported."""
+    """How inputs and outputs are nested: a mapping among what goes with a node may name a module to import."""
 
     def plain(tree: Any) -> bool:
-        context = json.loads(tree["context"]) if isinstance(tree["context"], str) else tree["context"]
-        return not isinstance(context, dict) and all(map(plain, tree["children_spec"]))
+        return bool(NESTING.fullmatch(json.dumps(tree["context"]))) and all(map(plain, tree["children_spec"]))
 
     return not text or plain(json.loads(text)[1])
 
