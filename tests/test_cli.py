@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,18 @@ def test_main_says_one_line_and_ends_with_2(arguments, words, photos, tmp_path, 
     assert words in said
     assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "nothing is written when nothing can be done"
+
+
+def test_a_factory_in_the_current_folder_is_found(tmp_path):
+    """In a process of its own, since that is where the current folder is not on the path."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.conv = torch.nn.Conv2d(1, 2, 3)\n"
+        "    def forward(self, x):\n        return self.conv(x).mean((2, 3))\n"
+    )
+    command = [sys.executable, "-c", "import sys; sys.path.pop(0); from convscope.cli import main; main()"]
+    done = subprocess.run([*command, "layers", "net:Net"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1].startswith("conv\tConv2d\t2 x 222 x 222")
 
 
 def test_classes_and_preprocessing_from_the_command_line(photos, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ MAX_PIXELS = 100_000_000
 
 def main() -> None:
     """Entry point of the `convscope` command."""
+    sys.path.append(os.getcwd())  # where a user's package.module:factory lies
     try:
         app()
     except ConvscopeError as error:

@@ -250,6 +250,7 @@ class _HeadInput(TorchFunctionMode):
     """
 
     HEADS = frozenset({"softmax", "log_softmax", "sigmoid"})
+    CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +259,10 @@ class _HeadInput(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]
         if name.removesuffix("_") not in self.HEADS:
-            return func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
+            if name in self.CASTS:  # the same values, rounded
+                self.made += [(output, went_in) for made, went_in in self.made if made is args[0]]
+            return output
         went_in = args[0] if args else kwargs["input"]
         went_in = went_in.clone() if name.endswith("_") else went_in
         output = func(*args, **(kwargs or {}))

@@ -1,0 +1,475 @@
+"""How far a tensor sees: receptive fields, followed through every operation of a forward pass.
+
+Branches, padding and functional calls are included, so this holds for graphs of any shape. A place of a tensor sees the
+pixels `index * jump + low` to `index * jump + high` of the input, per axis; each operation changes these four numbers:
+
+    convolution, pooling (kernel k, stride s, padding p, dilation d):
+        jump' = jump s,   low' = low - p jump,   high' = high + ((k - 1) d - p) jump
+    sums, concatenations: the union of what the inputs see
+
+(For chains: Araujo, Norris, Sim, Computing Receptive Fields of Convolutional Neural Networks, Distill 2019.)
+
+The four numbers bound what is seen at every place; where neighbouring places see windows of different size (behind an
+enlargement, say) the bound is not always reached. Padding that mirrors or repeats the border counts as if the picture
+went on. Whatever is not known here counts as seeing the whole picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Axes = tuple["Axis", "Axis"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a tensor: where it lies, and what index i along it sees of the input.
+
+    Position p of the tensor's dimension `dim` has index `p // inner % length`: an axis that a reshape has merged with
+    others into one dimension is still followed.
+    """
+
+    dim: int
+    length: int
+    jump: float = 1
+    low: float = 0
+    high: float = 0
+    inner: int = 1
+
+    def plain(self, size: int) -> Axis | None:
+        """The same as an axis that has its dimension, of `size`, for itself; None if it shares it with another."""
+        if self.inner * self.length != size:
+            return None
+        jump = self.jump / self.inner
+        return dataclasses.replace(self, length=size, inner=1, jump=jump, low=self.low - self.jump + jump)
+
+    def windowed(self, kernel: float, stride: float, padding: float, dilation: float = 1) -> Axis:
+        """Behind a window that slides along this axis."""
+        reach = (kernel - 1) * dilation
+        return self.looking(stride, -padding, reach - padding)
+
+    def looking(self, ratio: float, first: float, last: float) -> Axis:
+        """Behind an operation whose place i looks at places `i * ratio + first` to `i * ratio + last` of this axis."""
+        return dataclasses.replace(
+            self,
+            jump=self.jump * ratio,
+            low=self.low + first * self.jump,
+            high=self.high + last * self.jump,
+        )
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a tensor sees of the input: `axes` (height, width) where it has them, `whole` if a global path joins in.
+
+    `op` is the operation that made the tensor.
+    """
+
+    axes: Axes | None
+    whole: bool
+    op: str = "input"
+
+    def mapped(self, change: Callable[[Axis], Axis]) -> Field:
+        """With `change` applied to both axes."""
+        if self.axes is None:
+            return self
+        return dataclasses.replace(self, axes=(change(self.axes[0]), change(self.axes[1])))
+
+    def plain(self, tensor: Tensor) -> Axes | None:
+        """Both axes, if they have two dimensions of the tensor for themselves."""
+        if self.axes is None:
+            return None
+        height, width = (axis.plain(tensor.shape[axis.dim]) for axis in self.axes)
+        return None if height is None or width is None or height.dim == width.dim else (height, width)
+
+
+UNKNOWN = Field(None, whole=True, op="unknown")
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows fields through all operations on tensors that depend on the input."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # The tensors are kept, so that the identities and addresses under which they are known stay their own.
+        self._fields: dict[int, tuple[Tensor, Field]] = {}
+        self._written: set[int] = set()  # memory into which parts of the input went, piece by piece
+        self.bytes = 0
+        self._put(x, Field((Axis(2, x.shape[2]), Axis(3, x.shape[3])), whole=False))
+
+    def field(self, tensor: Tensor) -> Field:
+        return self._fields.get(id(tensor), (tensor, UNKNOWN))[1]
+
+    def _put(self, tensor: Tensor, field: Field) -> None:
+        self._fields[id(tensor)] = (tensor, field)
+
+    def _depends(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._fields or _memory(tensor) in self._written
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [t for t in _tensors((args, *kwargs.values())) if self._depends(t)]
+        output = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2].rstrip("_")
+        if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
+            return output
+        fields = [self.field(t) for t in inputs]
+        known = {_memory(t): f.op for t, f in zip(inputs, fields, strict=True)}
+        for written in _written(func, args, kwargs):
+            if len(inputs) > 1 or written is not inputs[0]:
+                self._spoil(written)
+        for tensor in _tensors(output):
+            field = _follow(func, name, args, inputs, fields, tensor)
+            memory = _memory(tensor)
+            if memory not in known:
+                self.bytes += tensor.numel() * tensor.element_size()
+            # Other shapes of the same values are still made by what made the values.
+            view = memory in known and not func._schema.is_mutable and tensor.numel() == inputs[0].numel()
+            self._put(tensor, dataclasses.replace(field, op=known[memory] if view else name))
+        return output
+
+    def _spoil(self, written: Tensor) -> None:
+        """`written` takes in something else: what other tensors in the same memory see is not known any more."""
+        memory = _memory(written)
+        self._written.add(memory)
+        for tensor, _ in list(self._fields.values()):
+            if tensor is not written and _memory(tensor) == memory:
+                self._put(tensor, UNKNOWN)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation works on in place."""
+    given = {**kwargs, **dict(zip((a.name for a in func._schema.arguments), args, strict=False))}
+    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [given[name] for name in written if isinstance(given.get(name), Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _follow(func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor) -> Field:
+    """The field of one output of an operation."""
+    x, field = inputs[0], fields[0]
+    others = len(inputs) > 1
+    if name in RULES and any(x is a for a in args[FIRST.get(name, 0) :][:1]):
+        if field.axes is None and x.ndim == 4 and RULES[name] in (_convolution, _pooling, _adaptive):
+            field = Field(_anywhere(x, 2, 3), whole=True)  # such an input is a picture again
+        followed = RULES[name](field, x, args, output) if field.axes is not None else UNKNOWN
+        return dataclasses.replace(followed, whole=followed.whole or field.whole or others)
+    if name not in KEEPS_PLACES and torch.Tag.pointwise not in func.tags:
+        return _unknown(field, x, output)
+    kept = [f for t, f in zip(inputs, fields, strict=True) if _keeps(t, f, output)]
+    axes = _union([f.axes for f in kept if f.axes is not None])
+    if axes is None:
+        return _unknown(field, x, output)
+    whole = any(f.whole for f in fields) or len(kept) < len(fields) or _mixes_places(name, args, axes, output)
+    return Field(axes, whole)
+
+
+def _keeps(x: Tensor, field: Field, output: Tensor) -> bool:
+    """Whether the output's places are this input's, one for one."""
+    return (
+        field.axes is not None
+        and x.ndim == output.ndim
+        and all(x.shape[a.dim] == output.shape[a.dim] for a in field.axes)
+    )
+
+
+def _union(fields: Sequence[Axes]) -> Axes | None:
+    """What several tensors see together; None if their axes lie differently."""
+    places = {tuple((a.dim, a.length, a.inner) for a in axes) for axes in fields}
+    if len(places) != 1:
+        return None
+
+    def widest(axes: Sequence[Axis]) -> Axis:
+        jump, last = axes[0].jump, axes[0].length - 1
+        # Where the jumps differ, one window must hold the others at both ends of the axis.
+        low = min(a.low + i * (a.jump - jump) for a in axes for i in (0, last))
+        high = max(a.high + i * (a.jump - jump) for a in axes for i in (0, last))
+        return dataclasses.replace(axes[0], low=low, high=high)
+
+    return widest([axes[0] for axes in fields]), widest([axes[1] for axes in fields])
+
+
+def _unknown(field: Field, x: Tensor, output: Tensor) -> Field:
+    """An operation without a rule of its own: it may look anywhere; a picture stays a picture."""
+    axes = field.plain(x)
+    if axes is None or output.ndim != 4 or x.ndim != 4:
+        return UNKNOWN
+    return Field(_anywhere(output, axes[0].dim, axes[1].dim), whole=True)
+
+
+def _anywhere(tensor: Tensor, height: int, width: int) -> Axes:
+    one, other = (Axis(dim, tensor.shape[dim], 1, -math.inf, math.inf) for dim in (height, width))
+    return one, other
+
+
+def _mixes_places(name: str, args: Any, axes: Axes, output: Tensor) -> bool:
+    """A normalisation or softmax that runs along a spatial axis."""
+    dims = {a.dim for a in axes}
+    if name in BATCH_NORMS:
+        return any(a is True for a in args)  # in training: of the batch's own statistics
+    if name == "native_layer_norm":
+        return bool(dims & set(range(output.ndim - len(args[1]), output.ndim)))
+    return name == "native_group_norm" or (name in ALONG and args[1] % output.ndim in dims)
+
+
+def _pair(value: Any, i: int) -> Any:
+    return value if isinstance(value, int | float) else value[i] if len(value) > 1 else value[0]
+
+
+def _each(field: Field, x: Tensor, output: Tensor, change: Callable[[Axis], Axis], first: int = 0) -> Field:
+    """`change` applied to both axes of a picture, whose dimensions begin behind `first`."""
+    axes = field.plain(x)
+    if axes is None or min(a.dim for a in axes) < first:
+        return _unknown(field, x, output)
+    height, width = (dataclasses.replace(change(a), length=output.shape[a.dim]) for a in axes)
+    return dataclasses.replace(field, axes=(height, width))
+
+
+def _convolution(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    _, weight, _, stride, padding, dilation, transposed = args[:7]
+
+    def along(axis: Axis) -> Axis:
+        i = axis.dim - 2
+        k, s, p, d = weight.shape[axis.dim], _pair(stride, i), _pair(padding, i), _pair(dilation, i)
+        return axis.looking(1 / s, (p - (k - 1) * d) / s, p / s) if transposed else axis.windowed(k, s, p, d)
+
+    return _each(field, x, output, along, first=2)
+
+
+def _pooling(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    kernel = args[1]
+    stride = args[2] if len(args) > 2 and args[2] else kernel
+    padding = args[3] if len(args) > 3 else 0
+    dilation = args[4] if len(args) > 4 and not isinstance(args[4], bool) else 1
+    windows = (kernel, stride, padding, dilation)
+    return _each(field, x, output, lambda a: a.windowed(*(_pair(w, a.dim - 2) for w in windows)), first=2)
+
+
+def _fitted(axis: Axis, ratio: float, looked_at: Iterable[tuple[int, int]]) -> Axis:
+    """Behind an operation of which the first and the last place that each place looks at are known one by one."""
+    gaps = [(first - i * ratio, last - i * ratio) for i, (first, last) in enumerate(looked_at)]
+    return axis.looking(ratio, min(first for first, _ in gaps), max(last for _, last in gaps))
+
+
+def _adaptive(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    def along(axis: Axis) -> Axis:
+        before, behind = x.shape[axis.dim], output.shape[axis.dim]
+        windows = ((i * before // behind, -(-(i + 1) * before // behind) - 1) for i in range(behind))
+        return _fitted(axis, before / behind, windows)
+
+    small = all(output.shape[d] == 1 < x.shape[d] for d in (-2, -1))
+    return dataclasses.replace(_each(field, x, output, along, first=2), whole=field.whole or small)
+
+
+def _reduction(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    assert field.axes is not None
+    given = args[1] if len(args) > 1 and args[1] is not None else range(x.ndim)
+    if isinstance(given, Tensor):
+        return UNKNOWN
+    dims = {d % x.ndim for d in ([given] if isinstance(given, int) else given)}
+    if dims & {a.dim for a in field.axes}:
+        return UNKNOWN
+    if output.ndim == x.ndim:
+        return field
+    return field.mapped(lambda a: dataclasses.replace(a, dim=a.dim - sum(d < a.dim for d in dims)))
+
+
+def _product(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    """A matrix product mixes what lies along the last dimension."""
+    assert field.axes is not None
+    return UNKNOWN if any(a.dim == x.ndim - 1 for a in field.axes) else field
+
+
+def _permute(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    order = [d % x.ndim for d in args[1]]
+    return field.mapped(lambda a: dataclasses.replace(a, dim=order.index(a.dim)))
+
+
+def _transpose(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    one, other = (args[1] % x.ndim, args[2] % x.ndim) if len(args) > 2 else (0, 1)
+    swap = {one: other, other: one}
+    return field.mapped(lambda a: dataclasses.replace(a, dim=swap.get(a.dim, a.dim)))
+
+
+def _expand(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    return field if _keeps(x, field, output) else UNKNOWN
+
+
+def _view(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    """A reshape leaves the order of the values, in which the index along an axis changes every `step` of them."""
+    sizes = list(output.shape)
+    units = [math.prod(sizes[dim + 1 :]) for dim in range(output.ndim)]  # values per place of each dimension
+
+    def place(axis: Axis) -> Axis | None:
+        step = axis.inner * math.prod(x.shape[axis.dim + 1 :])
+        reach = step * axis.length
+        for dim in reversed(range(output.ndim)):
+            if units[dim] == step and sizes[dim] == axis.length:
+                return dataclasses.replace(axis, dim=dim, inner=1)
+        for dim, (unit, size) in enumerate(zip(units, sizes, strict=True)):
+            if step % unit == 0 and reach <= unit * size:
+                return dataclasses.replace(axis, dim=dim, inner=step // unit)
+            if unit % step == 0 == reach % unit and unit < reach <= unit * size:
+                split = axis.windowed(unit // step, unit // step, 0)  # its inner part is seen from each place
+                return dataclasses.replace(split, dim=dim, inner=1, length=reach // unit)
+        return None
+
+    assert field.axes is not None
+    height, width = map(place, field.axes)
+    return UNKNOWN if height is None or width is None else dataclasses.replace(field, axes=(height, width))
+
+
+def _shuffle(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    def along(axis: Axis) -> Axis:
+        return axis.looking(1 / args[1], 1 / args[1] - 1, 0)
+
+    return _each(field, x, output, along)
+
+
+def _unshuffle(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    return _each(field, x, output, lambda a: a.windowed(args[1], args[1], 0))
+
+
+def _pad(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    widths = args[1]
+
+    def along(axis: Axis) -> Axis:
+        pair = 2 * (x.ndim - 1 - axis.dim)
+        before = widths[pair] if pair < len(widths) else 0
+        return axis.looking(1, -before, -before)
+
+    return _each(field, x, output, along)
+
+
+def _slice(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    start = (args[2] if len(args) > 2 else 0) or 0
+    step = args[4] if len(args) > 4 else 1
+    first = max(0, start + x.shape[dim]) if start < 0 else start
+
+    assert field.axes is not None
+    if all(a.dim != dim for a in field.axes):
+        return field
+    return _each(field, x, output, lambda a: a.looking(step, first, first) if a.dim == dim else a)
+
+
+def _resize(reach: int) -> Callable[[Field, Tensor, Any, Tensor], Field]:
+    """Enlarging and reducing: each place looks at the nearest place (reach 0) or at so many on either side."""
+
+    def rule(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+        corners = bool(args[2]) if reach else False
+        scales = args[3:] if reach else args[2:]
+
+        def along(axis: Axis) -> Axis:
+            before, behind = x.shape[axis.dim], output.shape[axis.dim]
+            given = scales[axis.dim - 2] if len(scales) > axis.dim - 2 else None
+            ratio = 1 / given if isinstance(given, float) else before / behind
+            if corners:
+                ratio = (before - 1) / max(behind - 1, 1)
+            shift = (ratio - 1) / 2 if reach and not corners else 0
+
+            def looked_at(i: int) -> tuple[int, int]:
+                at = i * ratio + shift
+                first, last = (math.floor(at), math.ceil(at)) if reach else (math.floor(at), math.floor(at))
+                return max(0, first - max(reach - 1, 0)), min(before - 1, last + max(reach - 1, 0))
+
+            return _fitted(axis, ratio, map(looked_at, range(behind)))
+
+        return _each(field, x, output, along, first=2)
+
+    return rule
+
+
+# Beside what torch itself tags as pointwise: operations that give each place something of that place alone, as long
+# as they do not run along a spatial axis.
+ALONG = frozenset({"_softmax", "_log_softmax", "index_select"})
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
+KEEPS_PLACES = frozenset(
+    {
+        *ALONG,
+        *BATCH_NORMS,
+        "_native_batch_norm_legit_no_training",
+        "_prelu_kernel",
+        "_to_copy",
+        "alias",
+        "cat",
+        "clone",
+        "copy",
+        "detach",
+        "glu",
+        "hardswish",
+        "lift_fresh",
+        "log_sigmoid_forward",
+        "masked_fill",
+        "native_dropout",
+        "native_group_norm",
+        "native_layer_norm",
+        "rsub",
+        "split",
+        "split_with_sizes",
+        "where",
+    }
+)
+FIRST = {"addmm": 1, "baddbmm": 1}  # which argument is the one that is followed, if not the first
+RULES: dict[str, Callable[[Field, Tensor, Any, Tensor], Field]] = {
+    "convolution": _convolution,
+    "max_pool2d": _pooling,
+    "max_pool2d_with_indices": _pooling,
+    "avg_pool2d": _pooling,
+    "_adaptive_avg_pool2d": _adaptive,
+    "adaptive_avg_pool2d": _adaptive,
+    "adaptive_max_pool2d": _adaptive,
+    "mean": _reduction,
+    "sum": _reduction,
+    "amax": _reduction,
+    "amin": _reduction,
+    "max": _reduction,
+    "min": _reduction,
+    "var": _reduction,
+    "var_mean": _reduction,
+    "std": _reduction,
+    "linalg_vector_norm": _reduction,
+    "select": _reduction,
+    "mm": _product,
+    "bmm": _product,
+    "addmm": _product,
+    "baddbmm": _product,
+    "expand": _expand,
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _transpose,
+    "view": _view,
+    "_unsafe_view": _view,
+    "reshape": _view,
+    "_reshape_alias": _view,
+    "unsqueeze": _view,
+    "squeeze": _view,
+    "pixel_shuffle": _shuffle,
+    "pixel_unshuffle": _unshuffle,
+    "constant_pad_nd": _pad,
+    "reflection_pad2d": _pad,
+    "replication_pad2d": _pad,
+    "slice": _slice,
+    "upsample_nearest2d": _resize(0),
+    "upsample_bilinear2d": _resize(1),
+    "upsample_bicubic2d": _resize(2),
+}
