@@ -131,9 +131,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             memory = _memory(tensor)
             if memory not in known:
                 self.bytes += tensor.numel() * tensor.element_size()
-            # Other shapes of the same values are still made by what made the values.
+            # Other shapes and types of the same values are still made by what made the values.
             view = memory in known and not func._schema.is_mutable and tensor.numel() == inputs[0].numel()
-            self._put(tensor, dataclasses.replace(field, op=known[memory] if view else name))
+            op = known[memory] if view else fields[0].op if name == "_to_copy" else name
+            self._put(tensor, dataclasses.replace(field, op=op))
         return output
 
     def _spoil(self, written: Tensor) -> None:
