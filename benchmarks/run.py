@@ -80,7 +80,7 @@ def _patterns(result: patterns.Patterns) -> list[str]:
         "| --- | --- | --- |",
         *[f"| {name} | {1000 * t.seconds:.1f} | {t.ratio:.2f} |" for name, t in result.times.items()],
         "",
-        f"The losses differ from plain torch's by at most {result.apart:.0e} of their value. A step for one filter is",
+        f"The losses differ from plain torch's by {result.apart:.0e} of the largest at most. A step for one filter is",
         f"{result.flops / 1e9:.1f} GFLOP (forward, backward to the input): convscope does {rate / 1e9:.0f} GFLOP/s,",
         f"{100 * rate / result.peak:.0f} % of the {result.peak / 1e9:.0f} GFLOP/s of a large matrix product here.",
         f"Per step and filter lucent takes {lucent.ratio / ours.ratio:.1f} times as long; for a finished picture",

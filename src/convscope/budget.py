@@ -10,6 +10,7 @@ from convscope.model import Model
 
 MEMORY = 2 << 30  # bytes; what a technique may take for intermediate results unless told otherwise
 MOST = 32  # beyond this, larger batches gain nothing on a CPU
+CACHE = 10 << 20  # bytes; of the largest activation of a batch that is climbed on a CPU
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # called with what is done and what there is in all
@@ -32,10 +33,8 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def forward_bytes(model: Model, behind: str | None = None) -> float:
     """Bytes for one picture of a pass without gradients, or with gradients behind the layer `behind` only."""
-    rows = list(model.layers)
-    widest = max((4.0 * _numel(row.shape) for row in rows), default=0.0)
-    graph = rows[-1].bytes - model.layers.find(behind).bytes if behind is not None and rows else 0
-    return 4 * widest + 2 * max(graph, 0)
+    graph = 0 if behind is None else model.layers[-1].bytes - model.layers.find(behind).bytes
+    return 16.0 * model.layers.largest + 2 * max(graph, 0)
 
 
 def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
@@ -46,8 +45,16 @@ def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
     return 2.0 * allocated * pixels / (height * width)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def quickest(model: Model, layer: str | None, pixels: int) -> int:
+    """Pictures that are climbed at once without slowing each other down, memory apart.
+
+    On a CPU, an activation that outgrows the cache, and whose memory goes back to the system after every step, costs
+    more than a larger batch gains.
+    """
+    if model.device.type != "cpu":
+        return 2 * MOST
+    rows = list(model.layers)
+    upto = rows if layer is None else rows[: rows.index(model.layers.find(layer)) + 1]
+    height, width = model.preprocessing.size
+    widest = max((4.0 * row.size for row in upto), default=1.0) * pixels / (height * width)
+    return max(1, min(MOST, int(CACHE // widest)))

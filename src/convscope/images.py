@@ -272,6 +272,7 @@ class Pictures:
         self._special = preprocessing.channel_order == "channels"
         own = f"(H, W, {preprocessing.channels})"
         self._shapes = own if self._special else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        self._images = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
         self._items = self._split(images)
         if not self._items:
             raise ConvscopeError(f"there are no pictures; expected {_ACCEPTED}")
@@ -290,6 +291,9 @@ class Pictures:
         """
         if size < 1:
             raise ConvscopeError(f"the batch size is {size}; expected a whole number from 1 up")
+        if isinstance(self._images, Tensor) and _all_finite(self._images):
+            yield from _sliced(self._images, size)
+            return
         ready: list[tuple[int, Tensor, Geometry]] = []
         for index in range(len(self)):
             if index in self._bad:
@@ -469,10 +473,23 @@ def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
     return Batch(indices, torch.stack(inputs).contiguous(memory_format=torch.channels_last), geometry)
 
 
+def _sliced(x: Tensor, size: int) -> Iterator[Batch]:
+    """Batches of a preprocessed tensor (N, C, H, W) without taking it apart."""
+    place = Geometry((x.shape[2], x.shape[3]), (0, 0, x.shape[2], x.shape[3]))
+    for first in range(0, len(x), size):
+        part = x[first : first + size].detach().float().contiguous(memory_format=torch.channels_last)
+        yield Batch(tuple(range(first, first + len(part))), part, (place,) * len(part))
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether there are values and all of them are finite."""
+    # One reduction is quicker than a test of every value, and any NaN or infinity makes it one.
+    return x.numel() > 0 and bool(x.detach().sum(dtype=torch.float32).isfinite())
+
+
 def _finite(x: Tensor) -> Tensor:
     """A preprocessed picture (C, H, W) as float32."""
-    # One reduction is quicker than a test of every value, and any NaN or infinity makes it one.
-    if not x.numel() or not bool(x.sum(dtype=torch.float32).isfinite()):
+    if not _all_finite(x):
         raise ConvscopeError("holds NaN or infinity" if x.numel() else "has no pixels")
     return x.float()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +81,11 @@ class Layer:
         """Number of channels."""
         return self.shape[-1] if len(self.shape) == 2 else self.shape[0]
 
+    @property
+    def size(self) -> int:
+        """Values in the output, for one picture."""
+        return math.prod(self.shape)
+
     def to_nchw(self, output: Tensor) -> Tensor:
         """The layer's own output, channels first."""
         return output.permute(0, 3, 1, 2) if self.channels_last else output
@@ -123,6 +129,16 @@ class LayerTable(Sequence[Layer]):
         if inner:
             raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(row.name for row in inner)}")
         raise ConvscopeError(f"layer {name!r} is not in this model; nearest: {nearest(name, self.names)}")
+
+    @cached_property
+    def largest(self) -> int:
+        """Values in the largest output, for one picture."""
+        return max((row.size for row in self._rows), default=0)
+
+    @cached_property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest fully connected layer."""
+        return max((row.parameters for row in self._rows if row.kind == "Linear"), default=0)
 
     def distinct(self) -> list[Layer]:
         """Layers with spatial extent, without those that only pass on what an earlier one made."""

@@ -63,8 +63,8 @@ def attach(
     wanted = {(row := model.layers.find(name)).name: row for name in layers}
     pass_ = _Pass(wanted, leaf, stop)
     modules, parameters = model.parts()
-    no_gradients = any(p.is_inference() for p in parameters)
-    heavy = leaf and any(row.kind == "Linear" and row.parameters >= _RowsOnly.WORTH for row in model.layers)
+    no_gradients = not model.owned and any(p.is_inference() for p in parameters)
+    heavy = leaf and model.layers.largest_matrix >= _RowsOnly.WORTH
     names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
     insists = False
 

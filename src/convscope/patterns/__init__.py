@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import tap
-from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes
+from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
 from convscope.errors import ConvscopeError, nearest
 from convscope.model import LOGITS, Model
 from convscope.patterns.objective import Objective, unit
@@ -21,7 +21,6 @@ from convscope.results import Result
 from convscope.sound import require_finite
 
 SPACES = ("pixels", "input")
-MOST = 64  # pictures that are climbed at once, if memory allows
 
 STUCK = {
     "plain": "its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it",
@@ -127,8 +126,12 @@ def patterns(
     with tap.attach(model, [] if layer == LOGITS else [layer], stop=layer != LOGITS) as run:
         refuses = _refuses(model, run)
         sides = _sides(size if first is None else (first.shape[-2], first.shape[-1]), rule, sees, model, refuses)
-        each = gradient_bytes(model, None if layer == LOGITS else layer, sides[0] * sides[1])
-        parts = list(chunks(range(len(chosen)), batch_size(model, each, memory, MOST)))
+        seen = rule.seen(sees, model.preprocessing.size, sides)
+        seen = sides if seen != sides and refuses(seen) is not None else seen
+        behind = None if layer == LOGITS else layer
+        each = gradient_bytes(model, behind, max(sides[0] * sides[1], seen[0] * seen[1]))
+        most = quickest(model, behind, seen[0] * seen[1])
+        parts = list(chunks(range(len(chosen)), batch_size(model, each, memory, most)))
         ticks = itertools.count(1)
 
         def on_step(_: int) -> None:
@@ -147,14 +150,13 @@ def patterns(
                 steps=count,
                 step_size=rate,
                 sees=sees,
-                takes=lambda size: refuses(size) is None,
+                seen=seen,
                 start=None if first is None else first[part[0] : part[-1] + 1],
                 raw=space == "input",
                 on_step=on_step,
             )
             finished, history = rule.draw(task)
-            with torch.no_grad():
-                scores.append(task.measure(task.ready(finished.float() / 255)).cpu())
+            scores.append(task.score(finished).cpu())
             images.append(finished.cpu())
             histories.append(history.cpu())
     final, values = torch.cat(scores), torch.cat(histories, dim=1)

@@ -20,13 +20,14 @@ class Canvas(Protocol):
 
 
 class Pixels:
-    """Pixels as they are, on the scale 0..255."""
+    """Pixels as they are; `scale` is the value that a picture shows as 1."""
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, scale: float = 255) -> None:
         self.values = start.detach().clone(memory_format=torch.channels_last).requires_grad_()
+        self._scale = scale
 
     def picture(self) -> Tensor:
-        return self.values / 255
+        return self.values if self._scale == 1 else self.values / self._scale
 
 
 # Principal axes of ImageNet's colours, each scaled by the square root of its variance: rows red, green, blue

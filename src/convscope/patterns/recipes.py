@@ -19,7 +19,7 @@ class Task:
     """What a recipe is asked for: pictures for a batch of units.
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
-    in pixels, None where it is the whole picture. `takes` tells whether the network runs on pictures of a given size.
+    in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas.
     """
 
     measure: Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ class Task:
     steps: int
     step_size: float
     sees: int | None
-    takes: Callable[[tuple[int, int]], bool]
+    seen: tuple[int, int]
     start: Tensor | None
     raw: bool
     on_step: Callable[[int], None] | None
@@ -40,8 +40,13 @@ class Task:
         return self.preprocessing.channels
 
     def ready(self, pictures: Tensor) -> Tensor:
-        """Pictures in [0, 1] as the network takes them; with `raw`, on the scale 0..255 and not preprocessed."""
-        return pictures * 255 if self.raw else self.preprocessing.normalize(pictures)
+        """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
+        return pictures if self.raw else self.preprocessing.normalize(pictures)
+
+    def score(self, finished: Tensor) -> Tensor:
+        """The value of finished 8-bit pictures (U, C, H, W)."""
+        with torch.no_grad():
+            return self.measure(self.ready(finished.float() if self.raw else finished.float() / 255))
 
 
 def plain(task: Task) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,7 @@ def plain(task: Task) -> tuple[Tensor, Tensor]:
     if start is None:
         shape = (task.channels, *task.size)
         start = torch.stack([128 + 20 * torch.rand(shape, generator=g) for g in task.generators])
-    canvas = Pixels(start.to(task.device))
+    canvas = Pixels(start.to(task.device), 1 if task.raw else 255)
     history = ascend(
         canvas,
         lambda _: task.measure(task.ready(canvas.picture())),
@@ -108,8 +113,7 @@ def _finished(canvas: Fourier) -> Tensor:
 
 def _wake(task: Task, canvas: Fourier) -> None:
     """Climb on with pictures that are silent now, unmoved: what some units fire at is too frail to survive a view."""
-    with torch.no_grad():
-        silent = task.measure(task.ready(_finished(canvas).float() / 255)) == 0
+    silent = task.score(_finished(canvas)) == 0
     if not bool(silent.any()):
         return
     step = adam_step(canvas.values, task.step_size, DAMPING)
@@ -124,12 +128,14 @@ def _wake(task: Task, canvas: Fourier) -> None:
 
 
 def _views(task: Task) -> View:
-    if task.sees is not None and 2 * task.sees < min(task.preprocessing.size):
+    if _sees_little(task.sees, task.preprocessing.size):
         return rolled(task.steps, task.generators, task.device)
-    # Seen at 5/7 of the canvas's size (160 for 224): finer structure than survives this convinces no other network.
-    small = (min(task.size[0], max(32, task.size[0] * 5 // 7)), min(task.size[1], max(32, task.size[1] * 5 // 7)))
-    looks = Looks(scale=(0.4, 1), turn=10, size=small if task.takes(small) else task.size)
-    return zoomed(looks, task.steps, task.generators, task.device)
+    return zoomed(Looks(scale=(0.4, 1), turn=10, size=task.seen), task.steps, task.generators, task.device)
+
+
+def _sees_little(sees: int | None, full: tuple[int, int]) -> bool:
+    """Whether a unit's receptive field is less than half of what the network is made for."""
+    return sees is not None and 2 * sees < min(full)
 
 
 def plain_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tuple[int, int]:
@@ -145,18 +151,36 @@ def robust_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tupl
     return (min(side, full[0]), min(side, full[1]))
 
 
+def plain_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The canvas as it is."""
+    return size
+
+
+def robust_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """5/7 of the canvas (160 for 224) for units that see much: finer structure convinces no other network."""
+    if _sees_little(sees, full):
+        return size
+    height, width = (min(side, max(32, side * 5 // 7)) for side in size)
+    return (height, width)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table: how to draw, and what is taken where the user says nothing."""
+    """A row of the table: how to draw, and what is taken where the user says nothing.
+
+    `size` gives the canvas for a receptive field, the network's own size, and whether it takes others; `seen` the size
+    in which the network is shown a canvas.
+    """
 
     draw: Callable[[Task], tuple[Tensor, Tensor]]
     size: Callable[[int | None, tuple[int, int], bool], tuple[int, int]]
+    seen: Callable[[int | None, tuple[int, int], tuple[int, int]], tuple[int, int]]
     steps: int
     step_size: float
     takes_start: bool = False
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, steps=40, step_size=1.0, takes_start=True),
-    "robust": Recipe(robust, robust_size, steps=128, step_size=0.1),
+    "plain": Recipe(plain, plain_size, plain_seen, steps=40, step_size=1.0, takes_start=True),
+    "robust": Recipe(robust, robust_size, robust_seen, steps=128, step_size=0.1),
 }

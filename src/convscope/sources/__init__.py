@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], Found]] = {
     ".bin": files.refuse_pickle,
     ".safetensors": files.refuse_weights,
 }
+
+TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
 
 # Tried in turn, with a picture of noughts, where nobody says how large a network's pictures are.
 USUAL_SIZES = (224, 32, 28, 64, 96, 128, 160, 192, 227, 240, 256, 299, 384, 512)
@@ -175,7 +178,7 @@ def _probe(found: Found, channels: int, size: tuple[int, int]) -> Probed:
     except ConvscopeError:
         raise
     except Exception as error:  # a network may raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(TERMINAL_CODE.sub("", str(error)).split())[:300]
         raise ConvscopeError(
             f"{found.name} does not run on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {reason}); "
             "say what it takes: preprocessing=dict(size=(H, W), channels=C)"
