@@ -186,10 +186,9 @@ def evidence(activation: Tensor, logits: Tensor, targets: Tensor, method: Callab
 def remarks(model: Model, maps: Tensor, targets: Tensor, names: tuple[str, ...]) -> list[str]:
     """In words: maps that an overlay would show as nothing."""
     said = []
-    highest, lowest = maps.amax((2, 3)), maps.amin((2, 3))
-    for n, t in zip(*torch.where(highest <= 0), strict=True):
+    for n, t in (maps.amax((2, 3)) <= 0).nonzero().tolist():
         what = f"{names[n]}, {model.class_name(int(targets[n, t]))}"
-        if lowest[n, t] == 0:
+        if not bool(maps[n, t].any()):
             said.append(f"{what}: the map is zero everywhere; this layer has no influence on the class")
         else:
             said.append(f"{what}: the map is negative everywhere; this layer speaks against the class")
