@@ -49,14 +49,14 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
     hand = convscope.load(as_users_have_it, preprocessing=model.preprocessing)
     x = _photographs(model, batch)
     asked = _telling(model, x)
-    target = plain.get_submodule(layer)
-
-    captum = LayerGradCam(plain, target)
-    gradcam = GradCAM(plain, [target])
-    torchcam = TorchCam(plain, target)
+    # Each peer has a network of its own, so that nobody's hooks fire in another's time.
+    first, second, third = (copy.deepcopy(plain) for _ in range(3))
+    captum = LayerGradCam(first, first.get_submodule(layer))
+    gradcam = GradCAM(second, [second.get_submodule(layer)])
+    torchcam = TorchCam(third, third.get_submodule(layer))
 
     def by_torchcam() -> Tensor:
-        return torchcam(asked, plain(x))[0]
+        return torchcam(asked, third(x))[0]
 
     def bare() -> Tensor:
         with torch.no_grad():

@@ -44,7 +44,7 @@ def run(rounds: int) -> Patterns:
     """Time the plain recipe for 64 filters; the peers, slower, for a few filters of the same layer."""
     settings = {"size": SIZE, "range": 255, "mean": (103.939, 116.779, 123.68), "std": 1.0, "channel_order": "BGR"}
     model = convscope.load("torchvision:vgg16", weights="random", preprocessing=settings)
-    # Frozen and cut off: the textbook's loop at its best. Both memory formats, since each has its friends.
+    # Frozen, cut off and channels last: the textbook's loop at its best.
     cut = nn.Sequential(*list(model.module.features)[:12]).requires_grad_(False)
     start = 128 + 20 * np.random.default_rng(0).random((SIZE, SIZE, 3), np.float32)
     first = torch.from_numpy(start).permute(2, 0, 1)[None]

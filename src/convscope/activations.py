@@ -11,6 +11,7 @@ import torch
 
 from convscope import tap
 from convscope.budget import MEMORY, Progress, batch_size, forward_bytes
+from convscope.errors import ConvscopeError
 from convscope.images import DEFAULT_MAX_PIXELS, Pictures
 from convscope.model import Model
 from convscope.results import Result
@@ -19,11 +20,15 @@ from convscope.sound import require_finite
 
 @dataclass(frozen=True, eq=False)
 class Activations(Result):
-    """Feature maps: `activations["block1_conv1"]` is float32 (N, C, H, W), raw."""
+    """Feature maps: `activations["block1_conv1"]` is float32 (N, C, H, W), raw.
+
+    `scaling` is how grids are drawn: "standard", as the chapter does, or "minmax".
+    """
 
     maps: dict[str, np.ndarray]
     pictures: tuple[str, ...]
     fit: str
+    scaling: str = "standard"
 
     @property
     def layers(self) -> list[str]:
@@ -44,7 +49,7 @@ class Activations(Result):
         return self.maps
 
     def parameters(self) -> dict[str, Any]:
-        return {"layers": self.layers, "pictures": self.pictures, "fit": self.fit}
+        return {"layers": self.layers, "pictures": self.pictures, "fit": self.fit, "scaling": self.scaling}
 
     def summary(self, layer: str) -> dict[str, np.ndarray]:
         """Per picture and channel, each (N, C): `mean`, `max`, `active` (share of places above 0) and `dead`.
@@ -52,14 +57,22 @@ class Activations(Result):
         A channel is dead on a picture if it says the same everywhere.
         """
         maps = self[layer].reshape(*self[layer].shape[:2], -1)
-        spread = maps.max(2) - maps.min(2)
         return {
             "mean": maps.mean(2),
             "max": maps.max(2),
             "active": (maps > 0).mean(2, dtype=np.float32),
-            # Rounding alone makes no pattern: what is drawn must rise above the precision of the values.
-            "dead": spread <= 1e-6 * np.abs(maps).max(2),
+            "dead": silent(self[layer]),
         }
+
+
+def silent(maps: np.ndarray) -> np.ndarray:
+    """Which channels of maps (N, C, ...) say the same everywhere; bool (N, C).
+
+    Rounding alone makes no pattern: what counts must rise above the precision of the values.
+    """
+    flat = maps.reshape(*maps.shape[:2], -1)
+    quiet: np.ndarray = flat.max(2) - flat.min(2) <= 1e-6 * np.abs(flat).max(2)
+    return quiet
 
 
 def activations(
@@ -68,6 +81,7 @@ def activations(
     layers: str | Sequence[str] | None = None,
     *,
     fit: str = "squash",
+    scaling: str = "standard",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
@@ -84,6 +98,8 @@ def activations(
         A layer's name, several, or None for every layer with spatial extent that makes something of its own.
     fit
         "squash" shows the network the whole picture, "crop" its own evaluation crop.
+    scaling
+        How grids are drawn, each map for itself: "standard" (standardised, times 64, plus 128, clipped) or "minmax".
     memory
         Bytes that a batch's intermediate results may take; the results themselves are not counted.
     max_pixels
@@ -96,6 +112,8 @@ def activations(
     ConvscopeError
         For an unknown layer, and when no picture can be used. If only some cannot, they are named in `.failed`.
     """
+    if scaling not in ("standard", "minmax"):
+        raise ConvscopeError(f"scaling {scaling!r} is not known; expected standard or minmax")
     if isinstance(layers, str):
         layers = [layers]
     names = [row.name for row in model.layers.distinct()] if layers is None else list(layers)
@@ -117,6 +135,7 @@ def activations(
         maps={name: np.concatenate(parts) for name, parts in found.items()},
         pictures=tuple(pictures.names[i] for i in done),
         fit=fit,
+        scaling=scaling,
         notes=tuple(pictures.notes),
         failed=tuple(pictures.failed),
     )

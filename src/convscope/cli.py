@@ -127,6 +127,7 @@ def activations(
     images: Images,
     out: Out = Path("convscope-activations"),
     layer: Annotated[str, typer.Option("--layers", help="Names, separated by commas; all: every one.")] = "all",
+    scaling: Annotated[str, typer.Option(help="Of each map: standard, as the chapter does, or minmax.")] = "standard",
     fit: Fit = "squash",
     as_json: AsJson = False,
     weights: Weights = None,
@@ -141,7 +142,9 @@ def activations(
     net = _load(model, weights, classes, preprocessing, device)
     wanted = None if layer == "all" else _listed(layer)
     with _bar("activations") as progress:
-        result = convscope.activations(net, images, wanted, fit=fit, max_pixels=max_pixels, progress=progress)
+        result = convscope.activations(
+            net, images, wanted, fit=fit, scaling=scaling, max_pixels=max_pixels, progress=progress
+        )
     _finish(result, out, as_json)
 
 
@@ -149,7 +152,9 @@ def activations(
 def patterns(
     model: ModelName,
     layer: Annotated[str, typer.Option(help="A layer's name, or logits for the classes.")],
-    units: Annotated[str, typer.Option(help="0-63, 3,7,9, all; for logits also names.")] = "0-15",
+    units: Annotated[
+        str | None, typer.Option(help="0-63, 3,7,9, all; for logits also names. Default: the first 16.")
+    ] = None,
     out: Out = Path("convscope-patterns"),
     recipe: Annotated[str, typer.Option(help="robust, or plain: the textbook's.")] = "robust",
     size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
@@ -165,9 +170,10 @@ def patterns(
     import convscope
 
     net = _load(model, weights, classes, preprocessing, device)
+    chosen: Any = _first(net, layer) if units is None else _numbers(units)
     with _bar("patterns") as progress:
         result = convscope.patterns(
-            net, layer, _numbers(units), recipe=recipe, size=size, steps=steps, seed=seed, progress=progress
+            net, layer, chosen, recipe=recipe, size=size, steps=steps, seed=seed, progress=progress
         )
     _finish(result, out, as_json)
 
@@ -194,7 +200,7 @@ def heatmap(
     import convscope
 
     net = _load(model, weights, classes, preprocessing, device)
-    wanted = [_class(net, t) for t in target] if target else None
+    wanted = [net.class_index(t) for t in target] if target else None
     with _bar("heatmaps") as progress:
         result = convscope.heatmaps(
             net,
@@ -219,6 +225,7 @@ def demo(
     ] = None,
     out: Out = Path("convscope-demo"),
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
+    as_json: AsJson = False,
     weights: Weights = None,
     classes: Classes = None,
     preprocessing: Prepare = None,
@@ -233,6 +240,8 @@ def demo(
             progress(1, 1)
     failed = make(net, images or samples(), out, seed=seed, bar=_bar)
     _report(failed)
+    if as_json:
+        typer.echo((out / "manifest.json").read_text(encoding="utf-8"), nl=False)
     _say(f"Done. Open {(out / 'index.html').resolve()}")
     if failed:
         raise typer.Exit(1)
@@ -273,17 +282,18 @@ def _numbers(text: str) -> list[int | str] | None:
     found: list[int | str] = []
     for part in _listed(text):
         first, dash, last = part.partition("-")
-        if dash and first.isdigit() and last.isdigit():
+        if dash and first.isdecimal() and last.isdecimal():
             if int(last) < int(first):
                 raise ConvscopeError(f"--units {part}: the range ends before it begins")
             found += range(int(first), int(last) + 1)
         else:
-            found.append(int(part) if part.isdigit() else part)
+            found.append(int(part) if part.isdecimal() else part)
     return found
 
 
-def _class(net: Model, text: str) -> int:
-    return net.class_index(int(text) if text.isdigit() else text)
+def _first(net: Model, layer: str) -> range:
+    count = net.outputs if layer == "logits" else net.layers.find(layer).units
+    return range(min(16, count or 16))
 
 
 def _finish(result: Result, out: Path | None, as_json: bool, quiet: bool = False) -> None:
@@ -307,11 +317,16 @@ def _report(failed: Sequence[object]) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(_printable(text), err=True)
+
+
+def _printable(text: str) -> str:
+    """A file's name need not be Unicode; what is printed must be."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=1, ensure_ascii=False, default=list))
+    typer.echo(_printable(json.dumps(content, indent=1, ensure_ascii=False, default=list)))
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
@@ -325,13 +340,13 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], r
     if not console.is_terminal:
         typer.echo("\t".join(headings))
         for row in rows:
-            typer.echo("\t".join(row))
+            typer.echo(_printable("\t".join(row)))
         return
     table = Table(title=title or None, box=box.SIMPLE_HEAD)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_printable(cell)) for cell in row))
     console.print(table)
 
 

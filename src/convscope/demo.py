@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convscope.activations import activations, predict
+from convscope.activations import activations, predict, silent
 from convscope.budget import Progress
 from convscope.colour import palette
-from convscope.figures import activation_pages, pattern_grid
+from convscope.errors import ConvscopeError
+from convscope.figures import activation_pages, file_names, pattern_grid
 from convscope.heatmaps import heatmaps
 from convscope.images import Failure
 from convscope.model import LOGITS, Layer, Model
@@ -84,15 +85,22 @@ class Grid:
 def make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar) -> list[Failure]:
     """Write the page and its pictures into `out`; returns the pictures that could not be used.
 
-    Raises ConvscopeError if none can.
+    Raises ConvscopeError if none can, or if `out` cannot be written.
     """
+    try:
+        return _make(model, images, out, seed=seed, bar=bar)
+    except OSError as error:
+        raise ConvscopeError(f"cannot write into {out}: {error.strerror or error}") from error
+
+
+def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar) -> list[Failure]:
     out.mkdir(parents=True, exist_ok=True)
     with bar("predictions") as progress:
         said = predict(model, list(images), progress=progress)
     with bar("heatmaps") as progress:
         heat = heatmaps(model, list(images), progress=progress)
     photos = []
-    for n, (index, overlay) in enumerate(zip(heat.indices, heat.overlay(), strict=True)):
+    for n, (index, overlay) in enumerate(zip(heat.indices, heat.overlays(), strict=True)):
         original = Image.fromarray(heat.source.original(index))
         photo, heated = f"photo_{n}.jpg", f"heatmap_{n}.jpg"
         _write(out / photo, _fitted(original))
@@ -103,14 +111,15 @@ def make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar)
     # The picture that the network is surest of is the one that is followed through the layers.
     lead = int(np.argmax(said.probabilities[:, 0]))
     stops = depths(model, 5)
+    names = file_names(row.name for row in stops)
     with bar("activations") as progress:
         seen = activations(model, images[heat.indices[lead]], [row.name for row in stops], progress=progress)
     maps = []
     for row in stops:
         page = activation_pages(seen, row.name, limit=SHOWN)[0]
-        file = f"activations_{_plain(row.name)}.png"
+        file = f"activations_{names[row.name]}.png"
         _write(out / file, page)
-        dead = int(seen.summary(row.name)["dead"].sum())
+        dead = int(silent(seen[row.name]).sum())
         text = f"{dead} of its {row.units} channels have nothing to say about this picture"
         maps.append(Grid(row.name, file, _sees(model, row), row.units, text))
 
@@ -118,7 +127,7 @@ def make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar)
     for row in stops[:4]:
         with bar(f"patterns {row.name}") as progress:
             drawn = patterns(model, row.name, range(min(PATTERNS, row.units)), seed=seed, progress=progress)
-        file = f"patterns_{_plain(row.name)}.png"
+        file = f"patterns_{names[row.name]}.png"
         _write(out / file, pattern_grid(drawn.images, columns=4))
         grids.append(Grid(row.name, file, _sees(model, row), len(drawn.units), "; ".join(drawn.notes)))
     wanted = list(dict.fromkeys(int(row[0]) for row in said.indices))[:8]
@@ -166,7 +175,7 @@ def _page(
         heat_scale=scale,
     )
     with replacing(out / "index.html") as file:
-        file.write(html.encode())
+        file.write(html.encode(errors="backslashreplace"))
 
 
 def _sees(model: Model, row: Layer) -> str:
@@ -189,7 +198,3 @@ def _write(path: Path, picture: Image.Image) -> None:
             picture.save(file, format="JPEG", quality=90)
         else:
             picture.save(file, format="PNG")
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

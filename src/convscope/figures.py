@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from convscope.activations import Activations, Predictions
+from convscope.activations import Activations, Predictions, silent
 from convscope.colour import palette
 from convscope.errors import ConvscopeError
 from convscope.heatmaps import Heatmaps
@@ -87,7 +87,8 @@ def activation_pages(
     """A layer's grid for one picture, `limit` channels a page."""
     if layer not in _drawable(result, [layer]):
         raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, result[layer].shape[1:]))}: no maps to draw")
-    maps, dead = result[layer][picture], result.summary(layer)["dead"][picture]
+    maps = result[layer][picture]
+    dead = silent(maps[None])[0]
     return [
         activation_grid(maps[i : i + limit], dead[i : i + limit], **style)  # type: ignore[arg-type]
         for i in range(0, len(maps), limit)
@@ -113,7 +114,7 @@ def _drawable(result: Activations, layers: Iterable[str]) -> list[str]:
 def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
     for layer, name in file_names(_drawable(result, result)).items():
         for n in range(len(result.pictures)):
-            pages = activation_pages(result, layer, n)
+            pages = activation_pages(result, layer, n, scaling=result.scaling)
             for page, picture in enumerate(pages):
                 suffix = f"_page{page + 1}" if len(pages) > 1 else ""
                 yield f"{n:04d}_{name}{suffix}.png", picture
@@ -127,7 +128,7 @@ def _(result: Predictions) -> Iterator[tuple[str, Image.Image]]:
 @render.register(Heatmaps)
 def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
     names = [(n, int(t)) for n, row in enumerate(result.targets) for t in row]
-    for (n, target), picture in zip(names, result.overlay(), strict=True):
+    for (n, target), picture in zip(names, result.overlays(), strict=True):
         yield f"{n:04d}_class{target}.png", picture
 
 
@@ -182,12 +183,11 @@ def _(result: Activations) -> Figure:
     if not every:
         raise ConvscopeError("none of these layers has maps to draw")
     drawable = every[:: math.ceil(len(every) / LAYERS)]
-    grids = [activation_pages(result, layer)[0] for layer in drawable]
+    grids = [activation_pages(result, layer, scaling=result.scaling)[0] for layer in drawable]
     heights = [max(0.6, 10 * g.height / g.width) + 0.4 for g in grids]
     figure, panels = _axes(len(grids), 1, 10, sum(heights), heights)
     for (axes,), layer, grid in zip(panels, drawable, grids, strict=True):
-        summary = result.summary(layer)
-        count, dead = summary["dead"].shape[1], int(summary["dead"][0].sum())
+        count, dead = result[layer].shape[1], int(silent(result[layer][:1]).sum())
         shown = f", first {PAGE} shown" if count > PAGE else ""
         _show(axes, grid, f"{layer}: {count} channels{shown}, {dead} dead on {_title(result.pictures[0])}")
     _limited(figure, len(drawable), len(every), "layers")

@@ -208,7 +208,8 @@ class Model:
 
     `module` is the network itself, `head` the activation that ends it ("softmax", "log_softmax", "sigmoid" or None):
     logits are what went into it. `notes` say what had to be assumed. `fixed_batch` is the only batch size that an
-    exported network takes, if there is one. `owned` says that `load` made the module and nobody else changes it.
+    exported network takes, if there is one. `owned` says that `load` made the module and nobody else changes it,
+    `classes_last` that it ends in maps of classes (N, H, W, K).
     """
 
     module: nn.Module
@@ -222,6 +223,7 @@ class Model:
     fixed_batch: int | None = None
     outputs: int | None = None
     owned: bool = False
+    classes_last: bool = False
 
     def parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         """All layers by name, and all parameters. Those of a model in hand are looked up anew: it may have changed."""
@@ -270,7 +272,7 @@ class Model:
             return text.replace("_", " ").strip().casefold()
 
         found = [i for i, known in enumerate(self.classes) if plain(known) == plain(name)]
-        if not found and name.strip().isdigit():
+        if not found and name.strip().isdecimal():
             return self.class_index(int(name))
         if not found:
             raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, list(self.classes))}")

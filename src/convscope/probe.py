@@ -17,11 +17,15 @@ from convscope.tap import first_tensor, observe
 
 @dataclass(frozen=True)
 class Probed:
-    """The layer table, the number of outputs and the activation that ends the network."""
+    """The layer table, the number of outputs, the activation that ends the network.
+
+    `classes_last`: the network ends in maps of classes (N, H, W, K).
+    """
 
     layers: LayerTable
     outputs: int | None
     head: str | None
+    classes_last: bool
 
 
 def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
@@ -48,11 +52,17 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
         output = observe(module, dialect, x, note)
         final = first_tensor(output)
         _require_scores(output, final)
-        head = trace.field(final).op.strip("_") if final is not None and final.ndim <= 2 else ""
+        if final is None:
+            return Probed(LayerTable(rows), None, None, False)
+        field = trace.field(final)
+        axes = field.plain(final) if final.ndim == 4 else None
+    head = field.op.strip("_")
+    last = axes is not None and (axes[0].dim, axes[1].dim) == (1, 2)
     return Probed(
         LayerTable(rows),
-        None if final is None else final.shape[1] if final.ndim > 1 else 1,
+        final.shape[-1 if last else 1] if final.ndim > 1 else 1,
         head if head in ("softmax", "log_softmax", "sigmoid") else None,
+        last,
     )
 
 

@@ -227,18 +227,20 @@ class _Pass:
 def _run(model: Model, x: Tensor) -> Tensor:
     x = x.to(device=model.device, dtype=model.dtype)
     if model.head is None:
-        return _as_logits(model.dialect.run(model.module, x))
+        return _as_logits(model, model.dialect.run(model.module, x))
     with _HeadInput() as head:
         output = model.dialect.run(model.module, x)
-    return _as_logits(head.undo(output))
+    return _as_logits(model, head.undo(output))
 
 
-def _as_logits(output: Any) -> Tensor:
+def _as_logits(model: Model, output: Any) -> Tensor:
     tensor = first_tensor(output)
     if tensor is None:
         raise ConvscopeError(f"the network gives {type(output).__name__}, in which there is no tensor of floats")
     if tensor.ndim == 1:
         tensor = tensor[:, None]
+    if model.classes_last:
+        tensor = tensor.movedim(-1, 1)
     # A class map (segmentation) speaks for a picture by its mean.
     return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
 

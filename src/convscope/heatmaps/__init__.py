@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +57,14 @@ class Heatmaps(Result):
         `colormap` is any of matplotlib's ("viridis" and "inferno" are perceptually uniform). Where there is no positive
         evidence at all the map is zero everywhere, and `notes` say so.
         """
-        pictures = []
-        for index, heat in zip(self.indices, self.resized(), strict=True):
+        return list(self.overlays(alpha, colormap))
+
+    def overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
+        """The pictures of `overlay` one after another, so that memory does not grow with their number."""
+        for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
             original = self.source.original(index)
-            pictures += [blend(original, _unit_range(h), alpha, colormap) for h in heat]
-        return pictures
+            for heat in where.back(maps).numpy():
+                yield blend(original, _unit_range(heat), alpha, colormap)
 
     def parameters(self) -> dict[str, Any]:
         return {

@@ -238,7 +238,7 @@ def _sides(
     if size is None:
         wished = rule.size(sees, full, True)
         return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)
-    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    sides = (size, size) if isinstance(size, int | np.integer) else (int(size[0]), int(size[1]))
     if min(sides) < 1:
         raise ConvscopeError(f"size is {sides[0]} x {sides[1]}; expected pixels")
     if (error := refuses(sides)) is not None:
@@ -283,7 +283,7 @@ def _remarks(units: Sequence[int], scores: Tensor, history: Tensor, recipe: str)
     for position, number in enumerate(units):
         path = history[:, position]
         silent = len(path) > 0 and bool((path == 0).all())
-        if scores[position] > 0:
+        if scores[position] > 0 and not (silent and recipe == "plain"):
             if silent:
                 said.append(f"unit {number} fires at this very picture, but was silent whenever it was moved or zoomed")
         elif silent:

@@ -77,7 +77,9 @@ def load(
     given = None if preprocessing is None else Preprocessing.of(preprocessing)
     found = _find(source, weights)
     if found.owned:
-        _optimise(found, device)
+        _optimise(found)
+    if device is not None and isinstance(source, str | os.PathLike):
+        _move(found, device)
     elif device is not None:
         raise ConvscopeError("device= is for models that load makes; move a model in hand yourself: model.to(device)")
     settings, probed = _settle(found, given)
@@ -101,6 +103,7 @@ def load(
         fixed_batch=found.fixed_batch,
         outputs=probed.outputs,
         owned=found.owned,
+        classes_last=probed.classes_last,
     )
 
 
@@ -133,17 +136,19 @@ def _find(source: Any, weights: str | os.PathLike[str] | None) -> Found:
     )
 
 
-def _optimise(found: Found, device: str | torch.device | None) -> None:
+def _optimise(found: Found) -> None:
     found.module.eval()
     for parameter in found.dialect.parameters(found.module):
         parameter.requires_grad_(False)
     if found.dialect.name == "torch":
         found.module.to(memory_format=torch.channels_last)
-    if device is not None:
-        try:
-            found.module.to(torch.device(device))
-        except (RuntimeError, AssertionError) as error:
-            raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _move(found: Found, device: str | torch.device) -> None:
+    try:
+        found.module.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, Probed]:
@@ -162,6 +167,8 @@ def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, P
             continue
         if settings not in known:
             found.notes.append(f"preprocessing was not given; assumed: {settings}")
+        elif found.recognised is not None:
+            found.notes.append(f"preprocessing taken from {found.recognised}")
         return settings, probed
     raise errors[0]
 

@@ -29,7 +29,9 @@ def from_path(path: str, weights: str | None) -> Found:
         raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.line(error)}") from error
     found = in_hand.take(module)
     found.owned, found.name = True, path
-    if weights not in (None, "default", "random"):
+    if weights == "random":
+        raise ConvscopeError("a factory makes its own weights; weights= may name a file to put into the network")
+    if weights not in (None, "default"):
         if not isinstance(module, nn.Module) or found.dialect.name != "torch":
             raise ConvscopeError("weights= for a Keras factory: load them inside the factory")
         files.put_weights(module, Path(str(weights)))

@@ -59,8 +59,12 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise ConvscopeError(f"{path} holds no named weights")
-    # Saved from within DataParallel or torch.compile, the names begin with theirs.
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in tensors.items()}
+    # Saved from within DataParallel or torch.compile, all names begin with theirs.
+    for _ in range(2):
+        for wrapper in ("module.", "_orig_mod."):
+            if all(key.startswith(wrapper) for key in tensors):
+                tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    return tensors
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

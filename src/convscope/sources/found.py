@@ -27,6 +27,7 @@ class Found:
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     owned: bool = True
+    recognised: str | None = None  # where the preprocessing of a model in hand was found, by its looks
     fixed_batch: int | None = None
     size: tuple[int, int] | None = None  # where the network itself fixes the picture's size and channels
     channels: int | None = None

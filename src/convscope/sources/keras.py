@@ -97,7 +97,7 @@ def from_name(name: str, weights: str) -> Found:
         if weights != "random":
             _put_weights(module, Path(weights))
     found = from_model(module)
-    found.owned, found.name, found.notes = True, f"keras:{name}", []
+    found.owned, found.name, found.recognised = True, f"keras:{name}", None
     found.preprocessing = _measure(preprocess, found.size or USUAL_SIZE)
     found.classes = imagenet_classes() if module.output_shape[-1] == 1000 else None
     return found
@@ -260,8 +260,7 @@ def from_model(module: Any) -> Found:
     )
     if channels == 3:
         found.preprocessing = _by_name(keras, module.name, size or USUAL_SIZE)
-    if found.preprocessing is not None:
-        found.notes.append(f"preprocessing taken from keras.applications, by the name {module.name!r}")
+    found.recognised = f"keras.applications, by the name {module.name!r}"
     return found
 
 
