@@ -106,6 +106,27 @@ def test_patterns_writes_pictures_and_the_same_bytes_again(tmp_path):
     assert manifest["parameters"]["units"] == [0, 1, 2]
 
 
+def test_units_by_default_are_the_first_sixteen_or_all_there_are(tmp_path):
+    for layer, count in (("blocks.1.0.bn1", 16), ("blocks.0.0.bn2", 16)):
+        assert run("patterns", "lite0", "--layer", layer, "--steps", "1", "-o", tmp_path / layer).exit_code == 0
+        assert np.load(tmp_path / layer / "arrays.npz")["units"].tolist() == list(range(count))
+    from convscope.cli import _first
+
+    class Small:
+        outputs = 10
+
+    assert _first(Small(), "logits") == range(10)
+
+
+def test_scaling_of_the_grids(photos, tmp_path):
+    for scaling in ("standard", "minmax"):
+        run("activations", "lite0", panda(photos), "--layers", "bn1", "--scaling", scaling, "-o", tmp_path / scaling)
+    one, other = (np.asarray(Image.open(tmp_path / s / "0000_bn1.png")) for s in ("standard", "minmax"))
+    assert one.shape == other.shape
+    assert (one != other).any()
+    assert json.loads((tmp_path / "minmax" / "manifest.json").read_text())["parameters"]["scaling"] == "minmax"
+
+
 @pytest.mark.parametrize(
     ("text", "units"),
     [("all", None), ("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("African elephant, 3", ["African elephant", 3])],
@@ -128,6 +149,8 @@ def test_units_that_run_backwards_are_refused():
         (("heatmap", "lite0", "PHOTO", "--layer", "bn22"), "layer 'bn22' is not in this model; nearest: bn2"),
         (("patterns", "lite0", "--layer", "bn1", "--units", "99"), "unit 99 is not in layer 'bn1'"),
         (("predict", "lite0", "PHOTO", "--preprocessing", "{"), "--preprocessing is not JSON"),
+        (("activations", "lite0", "PHOTO", "--scaling", "log"), "scaling 'log' is not known"),
+        (("demo", "lite0", "PHOTO", "-o", "/dev/null"), "cannot write into /dev/null"),
     ],
 )
 def test_main_says_one_line_and_ends_with_2(arguments, words, photos, tmp_path, monkeypatch, capsys):

@@ -778,3 +778,28 @@ def test_heatmaps_through_large_matrices_are_the_same_alone_and_in_company() -> 
     for i in range(3):
         alone = convscope.heatmaps(model, x[i : i + 1], [[1, 4]], layer="relu").values
         np.testing.assert_allclose(alone[0], together[i], rtol=1e-4, atol=1e-6 * np.abs(together).max())
+
+
+class Segmenting(nn.Module):
+    """Maps of three classes, softmax over the classes, channels first or last."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 3), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        return maps.permute(0, 2, 3, 1).softmax(-1) if self.last else maps.softmax(1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_logits_of_class_maps_are_means_of_what_went_into_the_softmax(last: bool) -> None:
+    net = Segmenting(last)
+    model = convscope.load(net, preprocessing={"size": 12})
+    assert (model.outputs, model.head, model.classes_last) == (3, "softmax", last)
+    x = torch.randn(2, 3, 12, 12)
+    expected = net.conv(x).mean((2, 3)).detach().numpy()
+    np.testing.assert_allclose(convscope.predict(model, x).logits, expected, rtol=1e-5, atol=1e-6)
+    # The gradient of a mean over places is 1 / (H W) everywhere: Grad-CAM is the class's own map, divided by that.
+    heat = convscope.heatmaps(model, x, 1, layer="conv").values[:, 0]
+    np.testing.assert_allclose(heat, net.conv(x)[:, 1].detach().numpy() / 100, rtol=1e-4, atol=1e-6)
