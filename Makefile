@@ -13,7 +13,7 @@ test: $(VENV)/installed-test lint
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 benchmarks: $(VENV)/installed-benchmarks
