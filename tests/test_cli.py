@@ -34,6 +34,18 @@ def test_layers_lists_the_whole_table(lite0):
     assert last[3] == "1000"
 
 
+def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    """In 40 columns the terminal may break lines; the table itself must not break or cut a cell."""
+    from convscope.cli import _table
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "blocks.4.2.depthwise_convolution_with_a_name"
+    _table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert re.search(rf"{re.escape(long)} +BatchNormAct2d", plain)
+
+
 def test_layers_as_json_equals_the_table(lite0):
     rows = json.loads(run("layers", "lite0", "--json").stdout)
     assert [r["name"] for r in rows] == lite0.layers.names

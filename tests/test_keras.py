@@ -774,6 +774,7 @@ def test_a_lambda_that_was_allowed_knowingly(keras: Any, tmp_path: Path, pixels:
     own.save(tmp_path / "model.keras")
     model = convscope.load(keras.models.load_model(tmp_path / "model.keras", safe_mode=False))
     got = convscope.activations(model, pixels, "double")["double"]
+    assert got.shape == (len(pixels), 3, *pixels.shape[1:3])
     close(got, 2 * unit(pixels).transpose(0, 3, 1, 2))
 
 

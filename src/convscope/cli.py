@@ -330,7 +330,7 @@ def _print_json(content: Any) -> None:
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A table for the eye; where nobody looks (a pipe), plain lines that are never cut."""
+    """A table for the eye, cells never broken; where nobody looks (a pipe), plain lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -342,12 +342,14 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], r
         for row in rows:
             typer.echo(_printable("\t".join(row)))
         return
-    table = Table(title=title or None, box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i in right else "left", overflow="fold")
+        table.add_column(heading, justify="right" if i in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(_printable(cell)) for cell in row))
-    console.print(table)
+    # Where the terminal is too narrow its own line breaks keep names whole, to be read and copied.
+    natural = Console(width=10_000).measure(table).maximum
+    Console(width=max(console.width, natural)).print(table, soft_wrap=True)
 
 
 @contextmanager

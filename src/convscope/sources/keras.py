@@ -90,7 +90,7 @@ def from_name(name: str, weights: str) -> Found:
             if "URL fetch failure" not in str(error):
                 raise
             with files.downloading(f"keras:{name}"):
-                raise OSError(str(error).partition(":")[0]) from error
+                raise OSError(str(error).partition(": None")[0]) from error
     else:
         with _seeded():
             module = build(weights=None)
