@@ -399,7 +399,7 @@ def test_all_negative_map_is_said_and_stays_raw() -> None:
     found = convscope.heatmaps(negative(), picture, [[0, 1]])
     assert found.values[0, 0].max() < 0
     assert apart(found.values[0, 0], -found.values[0, 1]) < TINY
-    assert found.notes == ("image 0, nothing: the map is negative everywhere; this layer speaks against the class",)
+    assert found.notes == ("image 0, nothing: the map is negative everywhere; this layer speaks against the target",)
     against, favourable = (np.asarray(p, np.int64) for p in found.overlay(alpha=0.4))
     zero = 0.6 * picture + 0.4 * palette("jet")[0]
     assert np.abs(against - zero).max() <= 0.5 + 1e-4  # rounded to 8 bits, from float32
@@ -413,7 +413,7 @@ def test_zero_map_is_said_and_stays_zero() -> None:
     for layer in ("aside", "drowned"):
         found = convscope.heatmaps(model, picture, "c", layer=layer)
         assert not found.values.any()
-        assert found.notes == ("image 0, c: the map is zero everywhere; this layer has no influence on the class",)
+        assert found.notes == ("image 0, c: the map is zero everywhere; this layer has no influence on the target",)
         (shown,) = found.overlay(alpha=0.3, colormap="inferno")
         zero = 0.7 * picture + 0.3 * palette("inferno")[0]
         assert np.abs(np.asarray(shown) - zero).max() <= 0.5 + 1e-4  # rounded to 8 bits, from float32
@@ -432,7 +432,7 @@ def test_gradient_that_is_not_finite_is_said() -> None:
             return self.relu(self.conv(x)).sqrt().mean((2, 3))
 
     model = loaded(filled(Root()))
-    with pytest.raises(ConvscopeError, match="the evidence at layer 'relu' is not finite although the weights are"):
+    with pytest.raises(ConvscopeError, match="the evidence by grad-cam at layer 'relu' is not finite although the weights are"):
         convscope.heatmaps(model, inputs(1), 0, layer="relu")
     assert np.isfinite(convscope.heatmaps(model, inputs(1), 0, layer="conv").values).all()
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.model import Layer, LayerTable
+from convscope.model import Layer, LayerTable, Layout
 from tests.oracles import receptive
 
 SIZE = H, W = (25, 20)
 
 
-def table(module: nn.Module, size: tuple[int, int] = SIZE, channels: int = 1) -> LayerTable:
+def table(module: nn.Module, size: tuple[int, ...] = SIZE, channels: int = 1) -> LayerTable:
     return convscope.load(module, preprocessing={"size": size, "channels": channels}).layers
 
 
@@ -44,8 +44,9 @@ def compare(row: Layer, seen: np.ndarray, *, slack: float = 0, cropped: bool = F
     """
     assert row.receptive_field is not None, f"{row.name}: {row}"
     compared = 0
-    for axis in (0, 1):
-        by_place = seen.any((1 - axis, 3 - axis))  # (places, pixels)
+    count = len(row.receptive_field)
+    for axis in range(count):
+        by_place = seen.any(tuple(other for other in range(2 * count) if other % count != axis))  # (places, pixels)
         size, stride, origin = row.receptive_field[axis], row.stride[axis], row.origin[axis]
         widest, exact = 0, []
         for place, pixels in enumerate(by_place):
@@ -69,7 +70,7 @@ def compare(row: Layer, seen: np.ndarray, *, slack: float = 0, cropped: bool = F
 
 def check(
     module: nn.Module,
-    size: tuple[int, int] = SIZE,
+    size: tuple[int, ...] = SIZE,
     *,
     slack: float = 0,
     way: str = "nan",
@@ -79,10 +80,11 @@ def check(
     """Compare every layer that has space, and return the table; at least one place must have been exact."""
     layers = table(positive(module), size, channels)
     rows = [row for row in layers if row.has_space and row.receptive_field is not None]
-    found = receptive.seen(module, [row.name for row in rows], size, channels, way)
+    laid = {row.name: row.to_nchw for row in rows}
+    found = receptive.seen(module, list(laid), size, channels, way, laid)
     compared = 0
     for row in rows:
-        seen = receptive.places(found[row.name], row.channels_last)
+        seen = receptive.places(found[row.name])
         compared += compare(row, seen, slack=slack, cropped=cropped)
     assert compared or slack
     return layers
@@ -528,19 +530,18 @@ def test_channels_last_is_seen_and_shown_channels_first():
     module = torchvision.models.convnext.CNBlock(6, 1.0, 0.0)
     rows = check(Run(lambda net, x: net.block(net.stem(x)), stem=nn.Conv2d(1, 6, 2, stride=2), block=module))
     for name in ("block.block.2", "block.block.3", "block.block.4", "block.block.5"):
-        assert rows[name].channels_last, name
+        assert rows[name].layout == Layout(3, (1, 2)), name
     assert rows["block.block.3"].shape == (24, 12, 10)
     assert rows["block.block.3"].units == 24
     assert rows["block.block.3"].parameters == 6 * 24 + 24
-    assert not rows["block.block.0"].channels_last
-    assert not rows["block"].channels_last
+    assert rows["block.block.0"].layout == rows["block"].layout == Layout(1, (2, 3))
     assert not rows["block"].sees_all
     assert rows["block"].receptive_field == (2 + 6 * 2,) * 2
     nhwc = torch.arange(24.0).view(1, 2, 3, 4)
     nchw = rows["block.block.3"].to_nchw(nhwc)
     assert nchw.shape == (1, 4, 2, 3)
     assert nchw[0, 1, 1, 2] == nhwc[0, 1, 2, 1]
-    assert torch.equal(rows["block.block.3"].from_nchw(nchw), nhwc)
+    assert torch.equal(rows["block.block.3"].from_nchw(nchw, nhwc), nhwc)
 
 
 def test_real_channels_last_networks():
@@ -644,7 +645,7 @@ def test_outputs_that_are_dicts_and_tuples():
 def test_layers_without_space():
     rows = table(
         Run(
-            lambda net, x: net.fc(net.tokens(net.conv(x).flatten(2).transpose(1, 2)).mean(1)),
+            lambda net, x: net.fc(net.tokens(net.conv(x).flatten(2).transpose(1, 2).flip(1)).mean(1)),
             conv=nn.Conv2d(1, 4, 3),
             tokens=nn.Linear(4, 6),
             fc=nn.Linear(6, 3),

@@ -532,7 +532,7 @@ def test_layer_that_leads_nowhere() -> None:
         assert not found.values.any()
         assert found.logits.any()
         assert len(found.notes) == 4
-        assert found.notes[1] == "image 0, d: the map is zero everywhere; this layer has no influence on the class"
+        assert found.notes[1] == "image 0, d: the map is zero everywhere; this layer has no influence on the target"
 
 
 def test_loose_tensor_that_wants_gradients_gets_none() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convscope.activations import Activations, Predictions, activations, predict
     from convscope.errors import ConvscopeError
+    from convscope.evaluation import Evaluation, evaluate
     from convscope.heatmaps import Heatmaps, heatmaps
     from convscope.images import Preprocessing
     from convscope.model import Model
@@ -29,12 +30,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "ConvscopeError",
+    "Evaluation",
     "Heatmaps",
     "Model",
     "Patterns",
     "Predictions",
     "Preprocessing",
     "activations",
+    "evaluate",
     "heatmaps",
     "load",
     "patterns",
@@ -52,6 +55,7 @@ def __getattr__(name: str) -> Any:
     where = {
         "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
         "convscope.errors": ("ConvscopeError",),
+        "convscope.evaluation": ("Evaluation", "evaluate"),
         "convscope.heatmaps": ("Heatmaps", "heatmaps"),
         "convscope.images": ("Preprocessing",),
         "convscope.model": ("Model",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
@@ -13,7 +14,7 @@ MOST = 32  # beyond this, larger batches gain nothing on a CPU
 CACHE = 10 << 20  # bytes; of the largest activation of a batch that is climbed on a CPU
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]  # called with what is done and what there is in all
+Progress = Callable[[float, int], None]  # called with what is done and what there is in all
 
 
 def batch_size(model: Model, bytes_each: float, memory: int, most: int = MOST) -> int:
@@ -41,8 +42,7 @@ def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
     """Bytes for one picture of `pixels` pixels whose gradient is taken from `layer` (None: the logits) to the input."""
     rows = list(model.layers)
     allocated = model.layers.find(layer).bytes if layer is not None else max((row.bytes for row in rows), default=0)
-    height, width = model.preprocessing.size
-    return 2.0 * allocated * pixels / (height * width)
+    return 2.0 * allocated * pixels / math.prod(model.preprocessing.size)
 
 
 def quickest(model: Model, layer: str | None, pixels: int) -> int:
@@ -55,6 +55,5 @@ def quickest(model: Model, layer: str | None, pixels: int) -> int:
         return 2 * MOST
     rows = list(model.layers)
     upto = rows if layer is None else rows[: rows.index(model.layers.find(layer)) + 1]
-    height, width = model.preprocessing.size
-    widest = max((4.0 * row.size for row in upto), default=1.0) * pixels / (height * width)
+    widest = max((4.0 * row.size for row in upto), default=1.0) * pixels / math.prod(model.preprocessing.size)
     return max(1, min(MOST, int(CACHE // widest)))

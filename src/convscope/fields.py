@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Axes = tuple["Axis", "Axis"]
+Axes = tuple["Axis", ...]
 
 
 @dataclass(frozen=True)
 class Axis:
     """One spatial axis of a tensor: where it lies, and what index i along it sees of the input.
 
-    Position p of the tensor's dimension `dim` has index `p // inner % length`: an axis that a reshape has merged with
-    others into one dimension is still followed.
+    Position p of the tensor's dimension `dim` has index `(p - before) // inner % length`: an axis that a reshape has
+    merged with others into one dimension is still followed, also behind `before` positions that belong to no place (the
+    class token of a transformer, say).
     """
 
     dim: int
@@ -43,10 +44,11 @@ class Axis:
     low: float = 0
     high: float = 0
     inner: int = 1
+    before: int = 0
 
     def plain(self, size: int) -> Axis | None:
         """The same as an axis that has its dimension, of `size`, for itself; None if it shares it with another."""
-        if self.inner * self.length != size:
+        if self.before or self.inner * self.length != size:
             return None
         jump = self.jump / self.inner
         return dataclasses.replace(self, length=size, inner=1, jump=jump, low=self.low - self.jump + jump)
@@ -68,8 +70,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Field:
-    """What a tensor sees of the input: `axes` (height, width) where it has them, `whole` if a global path joins in.
+    """What a tensor sees of the input: its spatial `axes` where it has them, `whole` if a global path joins in.
 
+    The axes are in the input's own order: (length,), (height, width) or (depth, height, width).
     `op` is the operation that made the tensor.
     """
 
@@ -78,17 +81,28 @@ class Field:
     op: str = "input"
 
     def mapped(self, change: Callable[[Axis], Axis]) -> Field:
-        """With `change` applied to both axes."""
+        """With `change` applied to all axes."""
         if self.axes is None:
             return self
-        return dataclasses.replace(self, axes=(change(self.axes[0]), change(self.axes[1])))
+        return dataclasses.replace(self, axes=tuple(change(axis) for axis in self.axes))
 
     def plain(self, tensor: Tensor) -> Axes | None:
-        """Both axes, if they have two dimensions of the tensor for themselves."""
+        """The axes, if each has a dimension of the tensor for itself."""
         if self.axes is None:
             return None
-        height, width = (axis.plain(tensor.shape[axis.dim]) for axis in self.axes)
-        return None if height is None or width is None or height.dim == width.dim else (height, width)
+        axes = tuple(plain for axis in self.axes if (plain := axis.plain(tensor.shape[axis.dim])) is not None)
+        return axes if len({axis.dim for axis in axes}) == len(self.axes) else None
+
+    def tokens(self, tensor: Tensor) -> Axes | None:
+        """The axes, if all places follow each other along one dimension of the tensor, row by row, up to its end."""
+        if self.axes is None or len({(axis.dim, axis.before) for axis in self.axes}) != 1:
+            return None
+        inner = 1
+        for axis in reversed(self.axes):
+            if axis.inner != inner:
+                return None
+            inner *= axis.length
+        return self.axes if self.axes[0].before + inner == tensor.shape[self.axes[0].dim] else None
 
 
 UNKNOWN = Field(None, whole=True, op="unknown")
@@ -103,7 +117,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fields: dict[int, tuple[Tensor, Field]] = {}
         self._written: set[int] = set()  # memory into which parts of the input went, piece by piece
         self.bytes = 0
-        self._put(x, Field((Axis(2, x.shape[2]), Axis(3, x.shape[3])), whole=False))
+        self._picture = x.ndim  # dimensions of a tensor that has the input's axes for itself
+        self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), whole=False))
 
     def field(self, tensor: Tensor) -> Field:
         return self._fields.get(id(tensor), (tensor, UNKNOWN))[1]
@@ -127,7 +142,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(inputs) > 1 or written is not inputs[0]:
                 self._spoil(written)
         for tensor in _tensors(output):
-            field = _follow(func, name, args, inputs, fields, tensor)
+            field = _follow(func, name, args, inputs, fields, tensor, self._picture)
             memory = _memory(tensor)
             if memory not in known:
                 self.bytes += tensor.numel() * tensor.element_size()
@@ -165,19 +180,25 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _follow(func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor) -> Field:
-    """The field of one output of an operation."""
+def _follow(
+    func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor, picture: int
+) -> Field:
+    """The field of one output of an operation; a tensor of `picture` dimensions can be a picture, as the input is."""
     x, field = inputs[0], fields[0]
     others = len(inputs) > 1
+    if name == "cat" and (joined := _joined(args, inputs, fields)) is not None:
+        return joined
     if name in RULES and any(x is a for a in args[FIRST.get(name, 0) :][:1]):
-        if field.axes is None and x.ndim == 4 and RULES[name] in (_convolution, _pooling, _adaptive):
-            field = Field(_anywhere(x, 2, 3), whole=True)  # such an input is a picture again
+        if field.axes is None and x.ndim == picture and RULES[name] in (_convolution, _pooling, _adaptive):
+            field = Field(_anywhere(x, range(2, x.ndim)), whole=True)  # such an input is a picture again
         followed = RULES[name](field, x, args, output) if field.axes is not None else UNKNOWN
         return dataclasses.replace(followed, whole=followed.whole or field.whole or others)
     if name not in KEEPS_PLACES and torch.Tag.pointwise not in func.tags:
         return _unknown(field, x, output)
-    kept = [f for t, f in zip(inputs, fields, strict=True) if _keeps(t, f, output)]
-    axes = _union([f.axes for f in kept if f.axes is not None])
+    kept = [f.plain(t) or f.axes for t, f in zip(inputs, fields, strict=True) if _keeps(t, f, output)]
+    # Where something local joins in, what may come from anywhere is a path beside it.
+    local = [axes for axes in kept if axes is not None and all(math.isfinite(a.high - a.low) for a in axes)]
+    axes = _union(local or [axes for axes in kept if axes is not None])
     if axes is None:
         return _unknown(field, x, output)
     whole = any(f.whole for f in fields) or len(kept) < len(fields) or _mixes_places(name, args, axes, output)
@@ -193,9 +214,25 @@ def _keeps(x: Tensor, field: Field, output: Tensor) -> bool:
     )
 
 
+def _joined(args: Any, inputs: list[Tensor], fields: list[Field]) -> Field | None:
+    """Tokens of which each belongs to a place, the last of what is joined along them; None if that is not what it is.
+
+    What comes before them, the class token and its like, has no place, and they see nothing of it.
+    """
+    x, field = inputs[-1], fields[-1]
+    axes = field.tokens(x)
+    dim = (args[1] if len(args) > 1 else 0) % x.ndim
+    if x is not args[0][-1] or axes is None or axes[0].dim != dim or len(axes) == 1:
+        return None
+    if any(f.axes is not None for f in fields[:-1]):
+        return None
+    before = sum(part.shape[dim] for part in args[0][:-1])
+    return field.mapped(lambda a: dataclasses.replace(a, before=a.before + before))
+
+
 def _union(fields: Sequence[Axes]) -> Axes | None:
     """What several tensors see together; None if their axes lie differently."""
-    places = {tuple((a.dim, a.length, a.inner) for a in axes) for axes in fields}
+    places = {tuple((a.dim, a.length, a.inner, a.before) for a in axes) for axes in fields}
     if len(places) != 1:
         return None
 
@@ -206,20 +243,19 @@ def _union(fields: Sequence[Axes]) -> Axes | None:
         high = max(a.high + i * (a.jump - jump) for a in axes for i in (0, last))
         return dataclasses.replace(axes[0], low=low, high=high)
 
-    return widest([axes[0] for axes in fields]), widest([axes[1] for axes in fields])
+    return tuple(widest(along) for along in zip(*fields, strict=True))
 
 
 def _unknown(field: Field, x: Tensor, output: Tensor) -> Field:
     """An operation without a rule of its own: it may look anywhere; a picture stays a picture."""
     axes = field.plain(x)
-    if axes is None or output.ndim != 4 or x.ndim != 4:
+    if axes is None or not x.ndim == output.ndim == len(axes) + 2:
         return UNKNOWN
-    return Field(_anywhere(output, axes[0].dim, axes[1].dim), whole=True)
+    return Field(_anywhere(output, [a.dim for a in axes]), whole=True)
 
 
-def _anywhere(tensor: Tensor, height: int, width: int) -> Axes:
-    one, other = (Axis(dim, tensor.shape[dim], 1, -math.inf, math.inf) for dim in (height, width))
-    return one, other
+def _anywhere(tensor: Tensor, dims: Iterable[int]) -> Axes:
+    return tuple(Axis(dim, tensor.shape[dim], 1, -math.inf, math.inf) for dim in dims)
 
 
 def _mixes_places(name: str, args: Any, axes: Axes, output: Tensor) -> bool:
@@ -237,12 +273,12 @@ def _pair(value: Any, i: int) -> Any:
 
 
 def _each(field: Field, x: Tensor, output: Tensor, change: Callable[[Axis], Axis], first: int = 0) -> Field:
-    """`change` applied to both axes of a picture, whose dimensions begin behind `first`."""
+    """`change` applied to all axes of a picture, whose dimensions begin behind `first`."""
     axes = field.plain(x)
     if axes is None or min(a.dim for a in axes) < first:
         return _unknown(field, x, output)
-    height, width = (dataclasses.replace(change(a), length=output.shape[a.dim]) for a in axes)
-    return dataclasses.replace(field, axes=(height, width))
+    changed = tuple(dataclasses.replace(change(a), length=output.shape[a.dim]) for a in axes)
+    return dataclasses.replace(field, axes=changed)
 
 
 def _convolution(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -277,8 +313,9 @@ def _adaptive(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
         windows = ((i * before // behind, -(-(i + 1) * before // behind) - 1) for i in range(behind))
         return _fitted(axis, before / behind, windows)
 
-    small = all(output.shape[d] == 1 < x.shape[d] for d in (-2, -1))
-    return dataclasses.replace(_each(field, x, output, along, first=2), whole=field.whole or small)
+    followed = _each(field, x, output, along, first=2)
+    small = followed.axes is not None and all(output.shape[a.dim] == 1 < x.shape[a.dim] for a in followed.axes)
+    return dataclasses.replace(followed, whole=followed.whole or small)
 
 
 def _reduction(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -292,6 +329,15 @@ def _reduction(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     if output.ndim == x.ndim:
         return field
     return field.mapped(lambda a: dataclasses.replace(a, dim=a.dim - sum(d < a.dim for d in dims)))
+
+
+def _unbind(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    return _reduction(field, x, (x, args[1] if len(args) > 1 else 0), output)
+
+
+def _attention(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
+    """Each query's place gets something of all that the keys belong to."""
+    return dataclasses.replace(field, whole=True) if _keeps(x, field, output) else UNKNOWN
 
 
 def _product(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -317,16 +363,22 @@ def _expand(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
 
 def _view(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     """A reshape leaves the order of the values, in which the index along an axis changes every `step` of them."""
+    assert field.axes is not None
     sizes = list(output.shape)
     units = [math.prod(sizes[dim + 1 :]) for dim in range(output.ndim)]  # values per place of each dimension
 
     def place(axis: Axis) -> Axis | None:
-        step = axis.inner * math.prod(x.shape[axis.dim + 1 :])
+        unit = math.prod(x.shape[axis.dim + 1 :])
+        if axis.before:  # only as long as its dimension stays one
+            same = (dim for dim in range(output.ndim) if (units[dim], sizes[dim]) == (unit, x.shape[axis.dim]))
+            return next((dataclasses.replace(axis, dim=dim) for dim in same), None)
+        step = axis.inner * unit
         reach = step * axis.length
         for dim in reversed(range(output.ndim)):
             if units[dim] == step and sizes[dim] == axis.length:
                 return dataclasses.replace(axis, dim=dim, inner=1)
-        for dim, (unit, size) in enumerate(zip(units, sizes, strict=True)):
+        for dim in reversed(range(output.ndim)):
+            unit, size = units[dim], sizes[dim]
             if step % unit == 0 and reach <= unit * size:
                 return dataclasses.replace(axis, dim=dim, inner=step // unit)
             if unit % step == 0 == reach % unit and unit < reach <= unit * size:
@@ -334,9 +386,8 @@ def _view(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
                 return dataclasses.replace(split, dim=dim, inner=1, length=reach // unit)
         return None
 
-    assert field.axes is not None
-    height, width = map(place, field.axes)
-    return UNKNOWN if height is None or width is None else dataclasses.replace(field, axes=(height, width))
+    axes = tuple(placed for axis in field.axes if (placed := place(axis)) is not None)
+    return dataclasses.replace(field, axes=axes) if len(axes) == len(field.axes) else UNKNOWN
 
 
 def _shuffle(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -370,6 +421,9 @@ def _slice(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     assert field.axes is not None
     if all(a.dim != dim for a in field.axes):
         return field
+    # Of tokens, only what comes before the places is cut off.
+    if field.tokens(x) is not None and first <= field.axes[0].before and first + output.shape[dim] == x.shape[dim]:
+        return field.mapped(lambda a: dataclasses.replace(a, before=a.before - first))
     return _each(field, x, output, lambda a: a.looking(step, first, first) if a.dim == dim else a)
 
 
@@ -435,10 +489,14 @@ RULES: dict[str, Callable[[Field, Tensor, Any, Tensor], Field]] = {
     "convolution": _convolution,
     "max_pool2d": _pooling,
     "max_pool2d_with_indices": _pooling,
+    "max_pool3d_with_indices": _pooling,
     "avg_pool2d": _pooling,
+    "avg_pool3d": _pooling,
     "_adaptive_avg_pool2d": _adaptive,
+    "_adaptive_avg_pool3d": _adaptive,
     "adaptive_avg_pool2d": _adaptive,
     "adaptive_max_pool2d": _adaptive,
+    "adaptive_max_pool3d": _adaptive,
     "mean": _reduction,
     "sum": _reduction,
     "amax": _reduction,
@@ -448,8 +506,14 @@ RULES: dict[str, Callable[[Field, Tensor, Any, Tensor], Field]] = {
     "var": _reduction,
     "var_mean": _reduction,
     "std": _reduction,
-    "linalg_vector_norm": _reduction,
+    "linalg_vector_norm": lambda field, x, args, output: _reduction(field, x, (x, *args[2:]), output),
     "select": _reduction,
+    "unbind": _unbind,
+    "_native_multi_head_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "mm": _product,
     "bmm": _product,
     "addmm": _product,
@@ -467,10 +531,18 @@ RULES: dict[str, Callable[[Field, Tensor, Any, Tensor], Field]] = {
     "pixel_shuffle": _shuffle,
     "pixel_unshuffle": _unshuffle,
     "constant_pad_nd": _pad,
+    "reflection_pad1d": _pad,
     "reflection_pad2d": _pad,
+    "reflection_pad3d": _pad,
+    "replication_pad1d": _pad,
     "replication_pad2d": _pad,
+    "replication_pad3d": _pad,
     "slice": _slice,
+    "upsample_nearest1d": _resize(0),
     "upsample_nearest2d": _resize(0),
+    "upsample_nearest3d": _resize(0),
+    "upsample_linear1d": _resize(1),
     "upsample_bilinear2d": _resize(1),
+    "upsample_trilinear3d": _resize(1),
     "upsample_bicubic2d": _resize(2),
 }

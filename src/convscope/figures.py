@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,9 @@ from PIL import Image
 from convscope.activations import Activations, Predictions, silent
 from convscope.colour import palette
 from convscope.errors import ConvscopeError
+from convscope.evaluation import Evaluation
+from convscope.evaluation.metrics import find
+from convscope.evaluation.statistics import bootstrap
 from convscope.heatmaps import Heatmaps
 from convscope.patterns import Patterns
 from convscope.results import draw, render
@@ -127,6 +131,8 @@ def _(result: Predictions) -> Iterator[tuple[str, Image.Image]]:
 
 @render.register(Heatmaps)
 def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
+    if result.values.ndim != 4:
+        return  # heat over signals and volumes is not drawn
     names = [(n, int(t)) for n, row in enumerate(result.targets) for t in row]
     for (n, target), picture in zip(names, result.overlays(), strict=True):
         yield f"{n:04d}_class{target}.png", picture
@@ -283,3 +289,65 @@ def _short(text: str, length: int = 40) -> str:
     text = " ".join(text.split())
     half = length // 2
     return text if len(text) <= length else f"{text[: length - half - 1]}…{text[-half:]}"
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+@render.register(Evaluation)
+def _(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
+    buffer = io.BytesIO()
+    draw(result).savefig(buffer, format="png", dpi=120)
+    yield "evaluation.png", Image.open(buffer).convert("RGB")
+
+
+@draw.register(Evaluation)
+def _(result: Evaluation) -> Figure:
+    """A panel for each metric: its mean curve with the 95 % interval, or its values with their mean and interval."""
+    columns = min(4, len(result.metrics))
+    rows = math.ceil(len(result.metrics) / columns)
+    figure, panels = _axes(rows, columns, 3.2 * columns, 2.8 * rows)
+    cells = [panel for row in panels for panel in row]
+    for axes, metric in zip(cells, result.metrics, strict=False):
+        curves = {name: c for name, c in result.curves.items() if name == metric or name.startswith(f"{metric}-")}
+        if curves:
+            _draw_curves(axes, curves, metric)
+        else:
+            _draw_values(axes, result, metric)
+        low, high = result.interval(metric)
+        title = f"{metric}, {find(metric).better} is better\n{result.mean(metric):.3g}, {low:.3g} to {high:.3g}"
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in cells[len(result.metrics) :]:
+        axes.set_axis_off()
+    count = len(result.targets)
+    pictures = "one picture" if count == 1 else f"{count} pictures"
+    figure.suptitle(f"{result.method} at {_short(result.layer)}, {pictures}: mean, 95 % interval", fontsize=10)
+    return figure
+
+
+def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], metric: str) -> None:
+    for name, curve in curves.items():
+        means = curve.mean(1, dtype=np.float64)
+        low, high = bootstrap(means)
+        place = np.linspace(0, 1, curve.shape[-1])
+        (line,) = axes.plot(place, means.mean(0), label=name)
+        axes.fill_between(place, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+    axes.set_xlabel(find(metric).axis, fontsize=8)
+    axes.set_xlim(0, 1)
+    if len(curves) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
+    """All values as dots, side by side in the pictures' order; the mean as a line, its interval as a band."""
+    values = result[metric]
+    axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
+    axes.axhline(result.mean(metric))
+    axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
+    if metric in result.chance:
+        axes.axhline(float(result.chance[metric].mean()), color="gray", linestyle=":", label="chance")
+        axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel("picture", fontsize=8)
+    axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))

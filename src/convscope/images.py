@@ -31,6 +31,7 @@ _ACCEPTED = (
     "a path, a list of paths, PIL images and arrays, an array (H, W, 3) or (N, H, W, 3) of uint8 or floats in [0, 1], "
     "or a preprocessed floating tensor (N, C, H, W)"
 )
+_AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 # Pictures only: EPS, for one, would run Ghostscript on what a stranger wrote.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -50,7 +51,8 @@ _TURNS = {  # what turns each value of EXIF's orientation upright
 class Preprocessing:
     """What a network wants to see.
 
-    size: (H, W) of its input; one number means a square.
+    size: (H, W) of its input; a bare number means a square. (L,) makes it a network on signals, (D, H, W) one on
+        volumes: their channel_order is "channels", and what is shown to them comes as preprocessed tensors.
     interpolation: nearest, bilinear, bicubic, lanczos, box or hamming (Pillow's antialiased filters).
     range: what the pixel values 0..255 become before mean and std; a number v means (0, v).
     mean, std: one number per channel, in the network's own channel order; a single one counts for all.
@@ -59,7 +61,7 @@ class Preprocessing:
     Raises ConvscopeError naming the field that makes no sense.
     """
 
-    size: tuple[int, int] = (224, 224)
+    size: tuple[int, ...] = (224, 224)
     interpolation: str = "bilinear"
     range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -76,9 +78,11 @@ class Preprocessing:
         put("interpolation", self.interpolation, self.interpolation in _INTERPOLATIONS, " | ".join(_INTERPOLATIONS))
         put("channel_order", self.channel_order, str(self.channel_order) in _ORDERS, " | ".join(_ORDERS))
         size, limits, mean, std = (_numbers(value) for value in (self.size, self.range, self.mean, self.std))
-        size = size * 2 if len(size) == 1 else size
-        whole = len(size) == 2 and all(side >= 1 and side == int(side) for side in size)
-        put("size", tuple(int(side) for side in size), whole, "(height, width) in pixels")
+        size = size * 2 if len(size) == 1 and not isinstance(self.size, Iterable) else size
+        whole = all(side >= 1 and side == int(side) for side in size)
+        special = self.channel_order == "channels"
+        expected = "(height, width) in pixels; for channel_order='channels' also (length,) or (depth, height, width)"
+        put("size", tuple(map(int, size)), whole and len(size) in (_AXES if special else (2,)), expected)
         limits = (0.0, *limits) if len(limits) == 1 else limits
         put("range", limits, len(limits) == 2 and limits[0] < limits[1], "(low, high) with low < high")
         count = _ORDERS[self.channel_order] or max(len(mean), len(std))
@@ -94,8 +98,28 @@ class Preprocessing:
         """The number of channels of the network's input."""
         return len(self.mean)
 
+    @property
+    def axes(self) -> int:
+        """The number of spatial axes: 2 for pictures, 1 for signals, 3 for volumes."""
+        return len(self.size)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """`size` as height and width. Raises ConvscopeError for signals and volumes."""
+        if self.axes != 2:
+            raise ConvscopeError(f"this network takes {self.shape}, and no pictures")
+        return self.size[0], self.size[1]
+
+    @property
+    def shape(self) -> str:
+        """The network's input in words: "(N, 3, H, W)"."""
+        return f"(N, {self.channels}, {_AXES[self.axes]})"
+
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Network input from pixels (N, C, H, W) in [0, 1], in RGB order where they have colours. Differentiable."""
+        """Network input from pixels (N, C, H, W) in [0, 1], in RGB order where they have colours. Differentiable.
+
+        Of signals (N, C, L) and volumes (N, C, D, H, W) alike.
+        """
         mean, std = self._columns(pixels)
         low, high = self.range
         return (self._swapped(pixels) * (high - low) + low - mean) / std
@@ -107,9 +131,10 @@ class Preprocessing:
         return self._swapped((x * std + mean - low) / (high - low))
 
     def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ConvscopeError(f"a tensor of shape {tuple(x.shape)}; expected (N, {self.channels}, H, W)")
-        return x.new_tensor(self.mean).view(-1, 1, 1), x.new_tensor(self.std).view(-1, 1, 1)
+        if x.ndim != 2 + self.axes or x.shape[1] != self.channels:
+            raise ConvscopeError(f"a tensor of shape {tuple(x.shape)}; expected {self.shape}")
+        column = (-1, *[1] * self.axes)
+        return x.new_tensor(self.mean).view(column), x.new_tensor(self.std).view(column)
 
     def _swapped(self, x: Tensor) -> Tensor:
         return x.flip(1) if self.channel_order == "BGR" else x
@@ -137,7 +162,8 @@ class Preprocessing:
         elif all(hasattr(value, word) for word in ("crop_size", "resize_size", "mean", "std", "interpolation")):
             given = {word: getattr(value, word) for word in ("mean", "std", "interpolation")}
             given["interpolation"] = getattr(given["interpolation"], "value", given["interpolation"])
-            given["size"], resize = value.crop_size, _numbers(value.resize_size)
+            size, resize = _numbers(value.crop_size), _numbers(value.resize_size)
+            given["size"] = size[0] if len(size) == 1 else value.crop_size
             given["resize"] = int(resize[0]) if len(resize) == 1 else resize
         else:
             ways = f"a mapping with {', '.join(known)}, a timm data config or a torchvision preset"
@@ -145,11 +171,13 @@ class Preprocessing:
         mean, std = given.setdefault("mean", 0.0), given.setdefault("std", 1.0)
         counts = len(_numbers(mean)), len(_numbers(std))
         order, channels = given.get("channel_order"), given.pop("channels", None)
+        size = given.get("size", cls.size)
+        picture = not isinstance(size, Iterable) or len(_numbers(size)) == 2
         if channels is None:
-            channels = _ORDERS.get(str(order)) or max(*counts, 1 if order else 3)
+            channels = _ORDERS.get(str(order)) or max(*counts, 1 if order or not picture else 3)
         if not isinstance(channels, int) or channels < 1 or not set(counts) <= {0, 1, channels}:
             raise ConvscopeError(f"preprocessing: {channels!r} channels do not fit mean {mean!r} and std {std!r}")
-        given.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels, "channels"))
+        given.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels if picture else 0, "channels"))
         for word, count in zip(("mean", "std"), counts, strict=True):
             given[word] = _numbers(given[word]) * channels if count == 1 else given[word]
         return cls(**given)
@@ -164,7 +192,8 @@ class Preprocessing:
 
         order = f"with {self.channels} channels" if self.channel_order == "channels" else self.channel_order
         limits = f"{self.range[0]:g}..{self.range[1]:g}, mean {short(self.mean)}, std {short(self.std)}"
-        return f"{self.size[0]} x {self.size[1]} {order}, {self.interpolation}, {limits}"
+        size = " x ".join(map(str, self.size))
+        return f"{size} {order}, {self.interpolation}, {limits}" if self.axes == 2 else f"{size} {order}, {limits}"
 
 
 def _numbers(value: object) -> tuple[float, ...]:
@@ -190,21 +219,30 @@ def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
 class Geometry:
     """Where the network's input lies in the original picture.
 
-    picture: (H, W) of the original, upright. box: top, left, bottom and right edge of the network's input, in original
-    pixels, so that the whole picture is (0, 0, H, W).
+    picture: (H, W) of the original, upright; (L,) of a signal, (D, H, W) of a volume. box: top, left, bottom and right
+    edge of the network's input, in original pixels, so that the whole picture is (0, 0, H, W); in general where it
+    begins on each axis, then where it ends.
     """
 
-    picture: tuple[int, int]
-    box: tuple[float, float, float, float]
+    picture: tuple[int, ...]
+    box: tuple[float, ...]
+
+    @classmethod
+    def whole(cls, picture: Iterable[int]) -> Geometry:
+        """The network's input is all of it."""
+        sides = tuple(picture)
+        return cls(sides, (*[0] * len(sides), *sides))
 
     def back(self, maps: Tensor) -> Tensor:
         """Maps (..., h, w) over the network's input, at any resolution, as maps (..., H, W) over the picture.
 
-        Bilinear with half-pixel centres, the border repeated; zero outside the box. Differentiable.
+        Linear along each axis with half-pixel centres, the border repeated; zero outside the box. Differentiable.
         """
-        top, left, bottom, right = self.box
         maps = maps if maps.is_floating_point() else maps.float()
-        return _laid(_laid(maps, -1, left, right, self.picture[1]), -2, top, bottom, self.picture[0])
+        count = len(self.picture)
+        for axis in reversed(range(count)):
+            maps = _laid(maps, axis - count, self.box[axis], self.box[axis + count], self.picture[axis])
+        return maps
 
 
 def _laid(maps: Tensor, dim: int, start: float, stop: float, length: int) -> Tensor:
@@ -240,7 +278,10 @@ def _line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures ready for the network: x (B, C, H, W) float32, channels_last; `indices` say which pictures they are."""
+    """Pictures ready for the network: x (B, C, H, W) float32, channels_last; `indices` say which pictures they are.
+
+    Signals are (B, C, L) and volumes (B, C, D, H, W), contiguous.
+    """
 
     indices: tuple[int, ...]
     x: Tensor
@@ -252,7 +293,8 @@ class Pictures:
 
     images: a path; a list of paths, PIL images and arrays; an array (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3, or
     4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also (N, H, W); for channel_order="channels"
-    just its own C. Or a floating tensor (C, H, W) or (N, C, H, W), already preprocessed: it is used as it is.
+    just its own C. Or a floating tensor (C, H, W) or (N, C, H, W), already preprocessed: it is used as it is. For
+    networks on signals or volumes only the latter, (N, C, L) or (N, C, D, H, W).
     fit: "squash" shows the network the whole picture, "crop" the middle of it, as in the model's own evaluation.
     max_pixels: pictures with more are refused before memory is spent on them.
     Raises ConvscopeError at once if `images` is none of these.
@@ -272,7 +314,9 @@ class Pictures:
         self._special = preprocessing.channel_order == "channels"
         own = f"(H, W, {preprocessing.channels})"
         self._shapes = own if self._special else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
-        self._images = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
+        self._images = images
+        if isinstance(images, Tensor) and images.ndim == 1 + preprocessing.axes:
+            self._images = images[None]
         self._items = self._split(images)
         if not self._items:
             raise ConvscopeError(f"there are no pictures; expected {_ACCEPTED}")
@@ -317,8 +361,10 @@ class Pictures:
         """One picture for display, uint8 (H, W, 3), upright, at its own size, decoded anew.
 
         Gray is spread; of any other number of channels the first three are shown, or the first one alone.
-        Raises ConvscopeError if the picture cannot be used.
+        Raises ConvscopeError if the picture cannot be used, and for signals and volumes.
         """
+        if self.preprocessing.axes != 2:
+            raise ConvscopeError(f"{self.names[index]} is no picture: this network takes {self.preprocessing.shape}")
         item = self._items[index]
         try:
             if isinstance(item, Tensor):
@@ -333,12 +379,16 @@ class Pictures:
 
     def _split(self, images: object) -> list[_Item]:
         """One item per picture, nothing opened yet."""
+        like = self.preprocessing
         if isinstance(images, Tensor):
-            many, channels = images[None] if images.ndim == 3 else images, self.preprocessing.channels
-            if many.ndim != 4 or many.shape[1] != channels or not many.is_floating_point():
+            many = images[None] if images.ndim == 1 + like.axes else images
+            if many.ndim != 2 + like.axes or many.shape[1] != like.channels or not many.is_floating_point():
                 given = f"a tensor {tuple(images.shape)} of {images.dtype}"
-                raise ConvscopeError(f"{given}; expected a preprocessed, floating one, (N, {channels}, H, W)")
+                raise ConvscopeError(f"{given}; expected a preprocessed, floating one, {like.shape}")
             return list(many.detach())
+        if like.axes != 2:
+            given = type(images).__name__
+            raise ConvscopeError(f"{given} given; this network takes preprocessed floating tensors {like.shape} only")
         if isinstance(images, np.ndarray):
             if self._is_one(images.shape):
                 return [images]
@@ -357,8 +407,7 @@ class Pictures:
         """One picture as network input (C, h, w), and where it lies."""
         item = self._items[index]
         if isinstance(item, Tensor):
-            height, width = item.shape[1:]
-            return _finite(item), Geometry((height, width), (0, 0, height, width))
+            return _finite(item), Geometry.whole(item.shape[1:])
         bands = self._bands(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         fitted = [self._fitted(band) for band in bands]
         values = np.dstack([band for band, _ in fitted])
@@ -369,7 +418,7 @@ class Pictures:
 
     def _fitted(self, image: Image.Image) -> tuple[Array, _Box]:
         """The image as the network sees it, and its box. Sizes and offsets of the crop are torchvision's."""
-        height, width = self.preprocessing.size
+        height, width = self.preprocessing.picture_size
         resample = Image.Resampling[self.preprocessing.interpolation.upper()]
         if self.fit == "squash":
             box: _Box = (0, 0, image.height, image.width)
@@ -470,15 +519,20 @@ class Pictures:
 
 def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
     indices, inputs, geometry = zip(*ready, strict=True)
-    return Batch(indices, torch.stack(inputs).contiguous(memory_format=torch.channels_last), geometry)
+    return Batch(indices, laid_out(torch.stack(inputs)), geometry)
 
 
 def _sliced(x: Tensor, size: int) -> Iterator[Batch]:
-    """Batches of a preprocessed tensor (N, C, H, W) without taking it apart."""
-    place = Geometry((x.shape[2], x.shape[3]), (0, 0, x.shape[2], x.shape[3]))
+    """Batches of a preprocessed tensor (N, C, ...) without taking it apart."""
+    place = Geometry.whole(x.shape[2:])
     for first in range(0, len(x), size):
-        part = x[first : first + size].detach().float().contiguous(memory_format=torch.channels_last)
+        part = laid_out(x[first : first + size].detach().float())
         yield Batch(tuple(range(first, first + len(part))), part, (place,) * len(part))
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """A batch as it is quickest: pictures channels last, all else contiguous."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
 
 
 def _all_finite(x: Tensor) -> bool:
@@ -488,7 +542,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """A preprocessed picture (C, H, W) as float32."""
+    """A preprocessed picture (C, H, W), signal or volume as float32."""
     if not _all_finite(x):
         raise ConvscopeError("holds NaN or infinity" if x.numel() else "has no pixels")
     return x.float()

@@ -50,36 +50,80 @@ class TorchDialect:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which dimension of a layer's own output is what, the batch being dimension 0.
+
+    channels: the dimension of the channels. places: the dimensions of the spatial axes, none where there is no extent;
+    or the one along which all places of a `grid` follow each other, row by row, behind so many positions that belong to
+    no place (`before`: class tokens, registers).
+    """
+
+    channels: int
+    places: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
+    before: int = 0
+
+    def to_nchw(self, output: Tensor) -> Tensor:
+        """The layer's own output with the channels first, (N, C, H, W) for pictures; tokens laid on their grid.
+
+        As it is where there is no spatial extent. Raises ConvscopeError for other tokens than the grid's.
+        """
+        if not self.places:
+            return output
+        if not self.grid:
+            return output.movedim(self.channels, 1)
+        (dim,), count = self.places, math.prod(self.grid)
+        if output.shape[dim] != self.before + count:
+            raise ConvscopeError(
+                f"{output.shape[dim]} tokens where a picture of the network's own size gives {self.before + count}: "
+                "it is not known how they lie"
+            )
+        places = output.narrow(dim, self.before, count).movedim(self.channels, 1)
+        return places.view(*places.shape[:2], *self.grid)
+
+    def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
+        """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
+        if not self.places:
+            return tensor
+        if not self.grid:
+            return tensor.movedim(1, self.channels)
+        (dim,) = self.places
+        places = tensor.flatten(2).movedim(1, self.channels)
+        return torch.cat([output.narrow(dim, 0, self.before), places], dim) if self.before else places
+
+
+@dataclass(frozen=True)
 class Layer:
     """One row of the layer table: one call of one layer.
 
-    `shape` is the output's without the batch, channels first: (C, H, W) where there is spatial extent, (C,) or
-    (L, C) where there is none. `receptive_field` and `stride` are (height, width) in pixels of the input, `origin` is
-    the pixel (row, column) at which the receptive field of place (0, 0) begins; None where they are not known.
-    `sees_all` says that a path through a global average (squeeze-and-excitation, group norm) lets the whole picture in.
-    `same_as` names the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one
-    picture by the time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it is
-    (C, H, W) with more than one place.
+    `shape` is the output's without the batch, channels first: where there is spatial extent (C, H, W), for signals
+    (C, L) and for volumes (C, D, H, W); (C,) or (L, C) where there is none. `receptive_field` and `stride` are (height,
+    width) in pixels of the input, `origin` is the pixel (row, column) at which the receptive field of place (0, 0)
+    begins; one number or three for signals and volumes; None where they are not known. `sees_all` says that a path
+    through a global average (squeeze-and-excitation, group norm, attention) lets the whole picture in. `same_as` names
+    the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one picture by the
+    time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it has spatial axes with
+    more than one place. `layout` tells how the layer's own output lies.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    receptive_field: tuple[int, int] | None
-    stride: tuple[float, float] | None
-    origin: tuple[float, float] | None
+    receptive_field: tuple[int, ...] | None
+    stride: tuple[float, ...] | None
+    origin: tuple[float, ...] | None
     sees_all: bool
     parameters: int
     same_as: str | None
     bytes: int
     pooled: bool
     has_space: bool
-    channels_last: bool
+    layout: Layout
 
     @property
     def units(self) -> int:
         """Number of channels."""
-        return self.shape[-1] if len(self.shape) == 2 else self.shape[0]
+        return self.shape[0 if self.layout.places else self.layout.channels - 1]
 
     @property
     def size(self) -> int:
@@ -87,12 +131,12 @@ class Layer:
         return math.prod(self.shape)
 
     def to_nchw(self, output: Tensor) -> Tensor:
-        """The layer's own output, channels first."""
-        return output.permute(0, 3, 1, 2) if self.channels_last else output
+        """The layer's own output, channels first; see `Layout.to_nchw`."""
+        return self.layout.to_nchw(output)
 
-    def from_nchw(self, output: Tensor) -> Tensor:
-        """The inverse of `to_nchw`."""
-        return output.permute(0, 2, 3, 1) if self.channels_last else output
+    def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
+        """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
+        return self.layout.from_nchw(tensor, output)
 
 
 class LayerTable(Sequence[Layer]):
@@ -189,15 +233,15 @@ HEADINGS = ("layer", "kind", "output", "units", "sees (pixels)", "stride", "para
 
 
 def _cells(row: Layer) -> tuple[str, ...]:
-    def pair(value: tuple[float, float] | None) -> str:
-        if value is None:
+    def joined(values: tuple[float, ...] | None) -> str:
+        if values is None:
             return "whole picture" if row.sees_all else "?"
-        return f"{value[0]:g}" if value[0] == value[1] else f"{value[0]:g} x {value[1]:g}"
+        return " x ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
-    sees = pair(row.receptive_field)
+    sees = joined(row.receptive_field)
     if row.sees_all and row.receptive_field is not None:
         sees += " + whole"
-    stride = pair(row.stride) if row.stride is not None else "-"
+    stride = joined(row.stride) if row.stride is not None else "-"
     shape = " x ".join(map(str, row.shape))
     return (row.name, row.kind, shape, str(row.units), sees, stride, f"{row.parameters:,}", row.same_as or "")
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError
-from convscope.fields import Axis, Field, Trace
-from convscope.model import Dialect, Layer, LayerTable
-from convscope.tap import first_tensor, observe
+from convscope.fields import Axes, Axis, Field, Trace
+from convscope.model import Dialect, Layer, LayerTable, Layout
+from convscope.packing import first_tensor
+from convscope.tap import observe
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Probed:
 
 
 def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
-    """Run `x` (1, C, H, W) once, without gradients, and note every layer's output as it is done."""
+    """Run `x`, (1, C, H, W) or a signal or volume, once, without gradients; note every layer's output as it is done."""
     calls: dict[str, int] = {}
     rows: list[Layer] = []
     made: dict[tuple[int, int], str] = {}
@@ -45,9 +46,9 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
             keep.append(tensor)
             own = name if calls[name] == 1 else f"{name}#{calls[name]}"
             version = 0 if tensor.is_inference() else tensor._version
-            same_as = made.setdefault((id(tensor), version), own)
-            field = trace.field(tensor)
-            rows.append(_row(own, layer, tensor, field, None if same_as == own else same_as, trace.bytes, dialect))
+            first = made.setdefault((id(tensor), version), own)
+            same_as = None if first == own else first
+            rows.append(_row(own, layer, tensor, trace.field(tensor), same_as, trace.bytes, dialect, x.ndim))
 
         output = observe(module, dialect, x, note)
         final = first_tensor(output)
@@ -55,9 +56,9 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
         if final is None:
             return Probed(LayerTable(rows), None, None, False)
         field = trace.field(final)
-        axes = field.plain(final) if final.ndim == 4 else None
+        layout, _ = _laid(final, field, x.ndim)
     head = field.op.strip("_")
-    last = axes is not None and (axes[0].dim, axes[1].dim) == (1, 2)
+    last = bool(layout.places) and layout.channels != 1
     return Probed(
         LayerTable(rows),
         final.shape[-1 if last else 1] if final.ndim > 1 else 1,
@@ -77,32 +78,46 @@ def _require_scores(output: Any, final: Tensor | None) -> None:
 
 
 def _row(
-    name: str, layer: nn.Module, tensor: Tensor, field: Field, same_as: str | None, bytes_: int, dialect: Dialect
+    name: str,
+    layer: nn.Module,
+    tensor: Tensor,
+    field: Field,
+    same_as: str | None,
+    bytes_: int,
+    dialect: Dialect,
+    picture: int,
 ) -> Layer:
-    axes = field.plain(tensor)
-    shape = tuple(tensor.shape[1:])
-    place = None if axes is None or tensor.ndim != 4 else (axes[0].dim, axes[1].dim)
-    last = place == (1, 2)
-    if place != (2, 3) and not last:
-        axes = None
-    if last:
-        shape = (shape[2], shape[0], shape[1])
-    known = axes is not None and all(math.isfinite(a.high - a.low) for a in axes)
+    layout, axes = _laid(tensor, field, picture)
+    shape = tuple(layout.to_nchw(tensor).shape[1:])
+    known = len(axes) > 0 and all(math.isfinite(a.high - a.low) for a in axes)
     return Layer(
         name=name,
         kind=type(layer).__name__,
         shape=shape,
-        receptive_field=(_size(axes[0]), _size(axes[1])) if axes is not None and known else None,
-        stride=(axes[0].jump, axes[1].jump) if axes is not None and known else None,
-        origin=(axes[0].low, axes[1].low) if axes is not None and known else None,
+        receptive_field=tuple(_size(a) for a in axes) if known else None,
+        stride=tuple(a.jump for a in axes) if known else None,
+        origin=tuple(a.low for a in axes) if known else None,
         sees_all=field.whole or not known,
         parameters=sum(p.numel() for p in dialect.parameters(layer)),
         same_as=same_as,
         bytes=bytes_,
         pooled="pool" in field.op or field.op == "mean",
-        has_space=axes is not None and shape[-1] * shape[-2] > 1,
-        channels_last=last,
+        has_space=len(axes) > 0 and math.prod(shape[1:]) > 1,
+        layout=layout,
     )
+
+
+def _laid(tensor: Tensor, field: Field, picture: int) -> tuple[Layout, Axes]:
+    """How an output lies, and its spatial axes, none where there is no extent; the input has `picture` dimensions."""
+    plain, tokens = field.plain(tensor), field.tokens(tensor)
+    dims = [] if plain is None or tensor.ndim != picture else [a.dim for a in plain]
+    if plain is not None and dims == list(range(2, picture)):
+        return Layout(1, tuple(dims)), plain
+    if plain is not None and dims == list(range(1, picture - 1)):
+        return Layout(picture - 1, tuple(dims)), plain
+    if tokens is not None and tensor.ndim == 3 < picture and tokens[0].dim == 1:
+        return Layout(2, (1,), tuple(a.length for a in tokens), tokens[0].before), tokens
+    return Layout(2 if tensor.ndim == 3 < picture else 1), ()
 
 
 def _size(axis: Axis) -> int:

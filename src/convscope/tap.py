@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -14,16 +13,19 @@ from torch.overrides import TorchFunctionMode
 
 from convscope.errors import ConvscopeError
 from convscope.model import Dialect, Layer, Model
+from convscope.packing import each_tensor, first_tensor, with_tensor
 
 
 class Seen(NamedTuple):
     """What one pass through the network gave: the watched layers' outputs, NCHW, and the logits (N, K), float32.
 
-    `logits` is None when the pass was stopped behind the last watched layer.
+    `logits` is None when the pass was stopped behind the last watched layer. `output` is what the network itself
+    returned, with the softmax or sigmoid that ended it taken off.
     """
 
     maps: dict[str, Tensor]
     logits: Tensor | None
+    output: Any = None
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def settled(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) ->
 
 @contextmanager
 def attach(
-    model: Model, layers: Sequence[str], *, leaf: bool = False, stop: bool = False
+    model: Model, layers: Sequence[str], *, leaf: bool = False, stop: bool = False, several: bool = False
 ) -> Iterator[Callable[[Tensor], Seen]]:
     """Watch `layers`; the block gets a function that runs a prepared NCHW batch through the network.
 
@@ -55,6 +57,7 @@ def attach(
         the output's place, and gradients exist only behind it: `torch.autograd.grad(logits[...], maps[layer])`.
         A copy of it goes on, so that an in-place activation behind the layer cannot change what was seen.
     stop: nothing behind the last of the layers runs, and `logits` is None.
+    several: several gradients will be taken at once, so nothing is to be saved by what only one of them needs.
 
     Without `leaf`, the pass runs in the caller's gradient mode; the caller's `inference_mode` is left for the block.
     A network that turns gradients off by itself, around a frozen front part say, is run again with its `no_grad` passed
@@ -64,7 +67,7 @@ def attach(
     pass_ = _Pass(wanted, leaf, stop)
     modules, parameters = model.parts()
     no_gradients = not model.owned and any(p.is_inference() for p in parameters)
-    heavy = leaf and model.layers.largest_matrix >= _RowsOnly.WORTH
+    heavy = leaf and not several and model.layers.largest_matrix >= _RowsOnly.WORTH
     names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
     insists = False
 
@@ -77,13 +80,14 @@ def attach(
             if heavy and len(x) == 1:
                 stack.enter_context(_RowsOnly())
             try:
-                logits = _run(model, x)
+                output = _run(model, x)
+                logits = _as_logits(model, output)
             except _Stop:
                 return Seen(pass_.seen, None)
         missing = [name for name in wanted if name not in pass_.seen]
         if missing:
             raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
-        return Seen(pass_.seen, logits)
+        return Seen(pass_.seen, logits, output)
 
     def run(x: Tensor) -> Seen:
         nonlocal insists
@@ -219,18 +223,19 @@ class _Pass:
             self.seen[layer.name] = tensor
             if last:
                 raise _Stop
-            return with_tensor(output, own, layer.from_nchw(tensor).clone()) if self.leaf else None
+            return with_tensor(output, own, layer.from_nchw(tensor, own).clone()) if self.leaf else None
 
         return on_output
 
 
-def _run(model: Model, x: Tensor) -> Tensor:
+def _run(model: Model, x: Tensor) -> Any:
+    """The network's own output, without the softmax or sigmoid at its end."""
     x = x.to(device=model.device, dtype=model.dtype)
     if model.head is None:
-        return _as_logits(model, model.dialect.run(model.module, x))
+        return model.dialect.run(model.module, x)
     with _HeadInput() as head:
         output = model.dialect.run(model.module, x)
-    return _as_logits(model, head.undo(output))
+    return head.undo(output)
 
 
 def _as_logits(model: Model, output: Any) -> Tensor:
@@ -243,6 +248,130 @@ def _as_logits(model: Model, output: Any) -> Tensor:
         tensor = tensor.movedim(-1, 1)
     # A class map (segmentation) speaks for a picture by its mean.
     return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
+
+
+@contextmanager
+def behind(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], Seen]]:
+    """Restart from a layer: run one prepared picture `x` (1, C, H, W) once, and only what lies behind `layer` again.
+
+    The block gets a function that takes M maps (M, C, h, w) in the place of the layer's output and returns what the
+    network makes of each: `maps` holds the layer's own output for `x` under its name, `logits` are (M, K). Layers that
+    were done before this one return what they returned for `x`, M times; gradients are off.
+    """
+    row = model.layers.find(layer)
+    modules, parameters = model.parts()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(settled((model.module, *modules.values()), parameters))
+        record = _Record(row, {id(module): name for name, module in modules.items()})
+        with ExitStack() as hooks:
+            for module in modules.values():
+                hooks.callback(module.register_forward_pre_hook(record.start).remove)
+                hooks.enter_context(_hooked(module, record.done))
+            _run(model, x.expand(model.fixed_batch or 1, *x.shape[1:]).clone())
+        replay = _Replay(record)
+        for name, module in modules.items():
+            stack.enter_context(_instead(module, replay.forward(name, module.forward)))
+
+        def run(maps: Tensor) -> Seen:
+            replay.begin(maps)
+            try:
+                output = _run(model, replay.many(x))
+            except RuntimeError as error:
+                if replay.copies or "single memory location" not in str(error):
+                    raise
+                replay.copies = True  # the network writes into what a layer returned
+                return run(maps)
+            return Seen({row.name: record.own[:1]}, _as_logits(model, output), output)
+
+        yield run
+
+
+class _Record:
+    """What the layers that are done before one call of `row` return: in the end, the outermost of them only."""
+
+    def __init__(self, row: Layer, names: Mapping[int, str]) -> None:
+        self.row, self.names = row, names
+        self.calls: dict[str, int] = {}
+        self.inside: list[list[tuple[tuple[str, int], Any]]] = [[]]  # of every layer that runs: what is done inside it
+        self.kept: dict[tuple[str, int], Any] = {}
+        self.key: tuple[str, int] | None = None
+
+    def start(self, *_: Any) -> None:
+        if self.key is None:
+            self.inside.append([])
+
+    def done(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self.key is not None:
+            return
+        self.inside.pop()
+        name = self.names[id(module)]
+        call = self.calls[name] = self.calls.get(name, 0) + 1
+        # A copy, because what follows may write into it.
+        self.inside[-1].append(((name, call), each_tensor(output, Tensor.clone)))
+        if self.row.name == (name if call == 1 else f"{name}#{call}"):
+            self.key = name, call
+            self.kept = dict(entry for frame in self.inside for entry in frame)
+
+    @property
+    def own(self) -> Tensor:
+        """The layer's own output, NCHW."""
+        tensor = None if self.key is None else first_tensor(self.kept[self.key])
+        if tensor is None:
+            raise ConvscopeError(f"layer {self.row.name!r} did not run for this input, or gave no tensor")
+        return self.row.to_nchw(tensor)
+
+
+class _Replay:
+    """Layers that were done return what they returned, the layer itself returns the maps, all others run."""
+
+    def __init__(self, record: _Record) -> None:
+        self.record = record
+        self.copies = False
+
+    def begin(self, maps: Tensor) -> None:
+        self.maps = maps
+        self.calls: dict[str, int] = {}
+
+    def forward(self, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls[name] = self.calls.get(name, 0) + 1
+            key = name, call
+            if key not in self.record.kept:
+                return own(*args, **kwargs)
+            many = each_tensor(self.record.kept[key], self.many)
+            if key != self.record.key:
+                return many
+            old = first_tensor(many)
+            assert old is not None
+            # A copy, because what follows may write into it.
+            return with_tensor(many, old, self.record.row.from_nchw(self.maps, old).to(old.dtype, copy=True))
+
+        return instead
+
+    def many(self, tensor: Tensor) -> Tensor:
+        """One picture's tensor, for all of them. Several share its memory, where torch refuses to write, unless it must
+        be written into."""
+        several = tensor.ndim > 0 and len(tensor) == 1 < len(self.maps)
+        if several:
+            tensor = tensor.expand(len(self.maps), *tensor.shape[1:])
+        return tensor if several and not self.copies else tensor.clone()
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put `forward` in the place of a layer's own; what the user may have put there comes back."""
+    missing = object()
+    before = vars(module).get("forward", missing)
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
 
 
 class _HeadInput(TorchFunctionMode):
@@ -276,45 +405,5 @@ class _HeadInput(TorchFunctionMode):
         for made, went_in in reversed(self.made):
             # The very values, whatever shape they were given since.
             if last is not None and made.data_ptr() == last.data_ptr() and made.numel() == last.numel():
-                return went_in.reshape(last.shape)
+                return with_tensor(output, last, went_in.reshape(last.shape))
         raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The tensor that a layer's output stands for: itself, or the first of floats in a tuple, dict or dataclass.
-
-    In a mapping or object, `logits` and `out` come before the rest.
-    """
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    return next((t for part in _parts(output).values() if (t := first_tensor(part)) is not None), None)
-
-
-def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A copy of a layer's output in which `new` stands where `old` stood."""
-    if output is old:
-        return new
-    if isinstance(output, Mapping):
-        changed = {key: with_tensor(part, old, new) for key, part in output.items()}
-        kind: Any = type(output)
-        return kind(**changed) if dataclasses.is_dataclass(output) else kind(changed)
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(with_tensor(part, old, new) for part in output))
-    if isinstance(output, tuple | list):
-        return type(output)(with_tensor(part, old, new) for part in output)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        fields = {key: with_tensor(part, old, new) for key, part in _parts(output).items()}
-        return dataclasses.replace(output, **fields)
-    return output
-
-
-def _parts(output: Any) -> dict[Any, Any]:
-    if isinstance(output, Mapping):
-        parts = dict(output)
-    elif isinstance(output, tuple | list):
-        return dict(enumerate(output))
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    else:
-        return {}
-    return dict(sorted(parts.items(), key=lambda item: item[0] not in ("logits", "out")))

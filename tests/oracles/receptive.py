@@ -7,21 +7,33 @@ where it has weight (and is lost where something saturates).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 
-def seen(module: nn.Module, names: list[str], size: tuple[int, int], channels: int = 1, way: str = "nan") -> dict:
-    """For each layer (name, or name#call): booleans (h, w, H, W), whether a place of its output sees a pixel.
+def seen(
+    module: nn.Module,
+    names: list[str],
+    size: tuple[int, ...],
+    channels: int = 1,
+    way: str = "nan",
+    laid: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict:
+    """For each layer (name, or name#call): booleans, the output's axes then the input's: whether it sees a pixel.
 
-    The module must be in float64 and give each picture a result of its own.
+    `size` is (H, W), (L,) or (D, H, W); for a layer (C, h, w) of pictures the result is (C, h, w, H, W). `laid` says
+    how to make that of what else a layer gives. The module must be in float64 and give each picture a result of its
+    own.
     """
-    height, width = size
-    x = torch.rand((1, channels, height, width), dtype=torch.float64) + 0.5
-    batch = x.repeat(height * width + 1, 1, 1, 1)
-    for pixel in range(height * width):
-        batch[pixel, :, pixel // width, pixel % width] += float("nan") if way == "nan" else 1e3
+    pixels = math.prod(size)
+    x = torch.rand((1, channels, *size), dtype=torch.float64) + 0.5
+    batch = x.repeat(pixels + 1, 1, *[1] * len(size))
+    for pixel, place in enumerate(np.ndindex(*size)):
+        batch[(pixel, slice(None), *place)] += float("nan") if way == "nan" else 1e3
     outputs: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
@@ -40,16 +52,17 @@ def seen(module: nn.Module, names: list[str], size: tuple[int, int], channels: i
         handle.remove()
     found = {}
     for name in names:
-        changed, plain = outputs[name][:-1], outputs[name][-1:]
+        output = laid[name](outputs[name]) if laid is not None else outputs[name]
+        changed, plain = output[:-1], output[-1:]
         # Rounding depends on the place within the batch, so a difference in the last bits is none.
         differs = (changed.isnan() if way == "nan" else (changed - plain).abs() > 1e-9 * plain.abs()).numpy()
-        found[name] = np.moveaxis(differs.reshape(height, width, *differs.shape[1:]), (0, 1), (-2, -1))
+        found[name] = np.moveaxis(differs, 0, -1).reshape(*differs.shape[1:], *size)
     return found
 
 
-def places(seen_by_unit: np.ndarray, channels_last: bool = False) -> np.ndarray:
-    """(h, w, H, W) from (C, h, w, H, W) or, channels last, from (h, w, C, H, W): what any of the channels sees."""
-    return seen_by_unit.any(2 if channels_last else 0)
+def places(seen_by_unit: np.ndarray) -> np.ndarray:
+    """(h, w, H, W) from (C, h, w, H, W): what any of the channels sees."""
+    return seen_by_unit.any(0)
 
 
 def _values(output: object) -> list[Tensor]:

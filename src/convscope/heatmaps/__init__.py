@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from convscope import tap
-from convscope.budget import MEMORY, Progress, batch_size, forward_bytes
-from convscope.colour import blend
-from convscope.errors import ConvscopeError, nearest
-from convscope.heatmaps.cam import METHODS
-from convscope.heatmaps.targets import resolve
+from convscope.budget import MEMORY, Progress, batch_size
+from convscope.errors import ConvscopeError
+from convscope.heatmaps.auto import choose
+from convscope.heatmaps.engine import FUSIONS, VIEWS, Answer, Cell, Plan
+from convscope.heatmaps.methods import find, options
+from convscope.heatmaps.result import Heatmaps
+from convscope.heatmaps.scales import batches, checked, explain_at
+from convscope.heatmaps.targets import ask, of_head, over_region
 from convscope.images import DEFAULT_MAX_PIXELS, Geometry, Pictures
 from convscope.model import Layer, Model
-from convscope.results import Result
-from convscope.sound import require_finite
 
-
-@dataclass(frozen=True, eq=False)
-class Heatmaps(Result):
-    """Evidence for N x T targets, per place.
-
-    `values` is float32 (N, T, h, w): raw, signed, at the layer's own resolution. `targets` and `logits` are (N, T).
-    """
-
-    values: np.ndarray
-    targets: np.ndarray
-    logits: np.ndarray
-    layer: str
-    method: str
-    fit: str
-    pictures: tuple[str, ...]
-    geometry: tuple[Geometry, ...] = field(repr=False)
-    source: Pictures = field(repr=False)
-    indices: tuple[int, ...] = field(repr=False)
-
-    @property
-    def names(self) -> list[list[str]]:
-        """The targets' names, as `targets`."""
-        return [[self.model.class_name(int(t)) for t in row] for row in self.targets]
-
-    def resized(self) -> list[np.ndarray]:
-        """Per picture (T, H, W), raw, in that picture's own geometry; 0 where the network did not look."""
-        maps = torch.from_numpy(self.values)
-        return [where.back(m).numpy() for where, m in zip(self.geometry, maps, strict=True)]
-
-    def overlay(self, alpha: float = 0.4, colormap: str = "jet") -> list[Image.Image]:
-        """The N x T pictures, picture by picture, under their heat: rectified, divided by its maximum, coloured.
-
-        `colormap` is any of matplotlib's ("viridis" and "inferno" are perceptually uniform). Where there is no positive
-        evidence at all the map is zero everywhere, and `notes` say so.
-        """
-        return list(self.overlays(alpha, colormap))
-
-    def overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
-        """The pictures of `overlay` one after another, so that memory does not grow with their number."""
-        for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
-            original = self.source.original(index)
-            for heat in where.back(maps).numpy():
-                yield blend(original, _unit_range(heat), alpha, colormap)
-
-    def parameters(self) -> dict[str, Any]:
-        return {
-            "layer": self.layer,
-            "method": self.method,
-            "fit": self.fit,
-            "pictures": self.pictures,
-            "targets": self.targets.tolist(),
-            "classes": self.names,
-        }
+__all__ = ["Heatmaps", "explained", "heatmaps", "of_head", "over_region", "plan_cell"]
 
 
 def heatmaps(
@@ -82,14 +28,20 @@ def heatmaps(
     images: Any,
     targets: Any = None,
     *,
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     method: str = "grad-cam",
     fit: str = "squash",
+    against: Any = None,
+    smooth: str | None = None,
+    scale: float | Sequence[float] = 1,
+    fuse: str = "mean",
+    seed: int = 0,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Heatmaps:
-    """Evidence for each target, per place of a layer.
+    """Evidence for each target, per place.
 
     The part of the network in front of the layer runs once, without gradients; several targets share it.
 
@@ -101,100 +53,174 @@ def heatmaps(
         Pictures in any form that `convscope` takes.
     targets
         None (each picture's top class), a class (index or name) for all pictures, one per picture, or a list of several
-        for each picture.
+        for each picture. Or a function of the network's output (M, ...) that gives a score for each picture (M,), or a
+        list of such: see `over_region` for segmentation and `of_head` for several outputs.
     layer
-        Where to look. Default: the last layer with spatial extent that is not a pooling, named in the result.
+        Where to look; several layers are fused into one map. Default, "auto": the last layer with spatial extent that
+        is not a pooling and that the classes depend on; the result's `why` explains the choice. Methods that look at
+        the input take none.
     method
-        "grad-cam".
+        A key of `convscope.heatmaps.methods.METHODS`.
     fit
         "squash" shows the network the whole picture, "crop" its own evaluation crop.
+    against
+        A class, one per picture, or several for all: their mean logit is taken off, so that the map says why the target
+        rather than these.
+    smooth
+        "flips" averages over the picture and its mirror image, "noise" over the picture and eight noisy copies.
+    scale
+        The picture is shown this many times as large as the network's own input size; several are fused. Maps get as
+        many more places. Not for networks of fixed input size. (1, 2, 3) with fuse="product" is what `docs/methods.md`
+        recommends for "where is it?".
+    fuse
+        How maps of several layers, or scales, become one, each divided by its largest value: "mean", "max", or
+        "product", the geometric mean of what is positive.
+    seed
+        Of methods that draw at random.
     memory
         Bytes that a batch's intermediate results may take.
     max_pixels
         Pictures with more are refused before memory is spent on them.
     progress
-        Called after every batch with the number of pictures done and the number in all.
+        Called with the number of pictures done, a fraction within those that take long, and the number in all. What it
+        raises ends the work, and leaves nothing behind.
+    options
+        Of the method: its function's keyword arguments.
 
     Raises
     ------
     ConvscopeError
-        For an unknown method, layer or target, for a layer without spatial extent, for numbers that are not finite, and
-        when no picture can be used. If only some cannot, they are named in `.failed`.
+        For an unknown method, option, layer or target, for a layer without spatial extent, for numbers that are not
+        finite, and when no picture can be used. If only some cannot, they are named in `.failed`.
     """
-    if method not in METHODS:
-        raise ConvscopeError(f"method {method!r} is not known; nearest: {nearest(method, list(METHODS))}")
-    row = model.layers.last_spatial() if layer is None else _spatial(model, layer)
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    wanted = resolve(model, targets, len(pictures))
+    cell = plan_cell(model, method, layer, fuse, options)
+    return explained(
+        model,
+        images,
+        targets,
+        [cell],
+        fit=fit,
+        against=against,
+        smooth=smooth,
+        scale=scale,
+        seed=seed,
+        memory=memory,
+        max_pixels=max_pixels,
+        progress=progress,
+    )[0]
 
-    values: list[Tensor] = []
-    chosen: list[Tensor] = []
-    logits: list[Tensor] = []
+
+def plan_cell(
+    model: Model, method: str, layer: str | Sequence[str] | None, fuse: str, given: Mapping[str, Any]
+) -> tuple[Cell, str]:
+    """What is to be computed, checked; and why there. Raises ConvscopeError."""
+    at_input = find(method).at_input
+    settings = options(method, given)
+    if fuse not in FUSIONS:
+        raise ConvscopeError(f"fuse is {fuse!r}; expected {' or '.join(FUSIONS)}")
+    if at_input:
+        if layer not in (None, "auto", "input"):
+            raise ConvscopeError(f"{method} looks at the input; it takes no layer, and {layer!r} was given")
+        return Cell(method, (), fuse, settings), "the method looks at the input"
+    if layer is None or layer == "auto":
+        row, why = choose(model)
+        return Cell(method, (row,), fuse, settings), why
+    names = [layer] if isinstance(layer, str) else list(layer)
+    if not names:
+        raise ConvscopeError("an empty list of layers; give at least one, or None for the automatic choice")
+    return Cell(method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings), "as asked for"
+
+
+def explained(
+    model: Model,
+    images: Any,
+    targets: Any,
+    cells: Sequence[tuple[Cell, str]],
+    *,
+    fit: str = "squash",
+    against: Any = None,
+    smooth: str | None = None,
+    scale: float | Sequence[float] = 1,
+    seed: int = 0,
+    memory: int = MEMORY,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Progress | None = None,
+) -> list[Heatmaps]:
+    """Several methods and layers at once, sharing what passes they can; parameters as of `heatmaps`."""
+    if smooth not in VIEWS:
+        known = ", ".join(str(key) for key in VIEWS)
+        raise ConvscopeError(f"smooth is {smooth!r}; expected one of {known}")
+    scales = checked(model, scale)
+    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    asked = ask(model, targets, len(pictures), against)
+    plan = Plan(model, asked, tuple(cell for cell, _ in cells), smooth, seed, memory)
+    answers: list[Answer] = []
     geometry: list[Geometry] = []
     done: list[int] = []
-    size = batch_size(model, forward_bytes(model, row.name), memory)
-    with torch.no_grad(), tap.attach(model, [row.name], leaf=True) as run:
-        for batch in pictures.batches(size):
-            seen = run(batch.x)
-            assert seen.logits is not None
-            require_finite(model, seen.logits, "the network's output")
-            classes = seen.logits.argmax(1, keepdim=True) if wanted is None else wanted[list(batch.indices)]
-            classes = classes.to(seen.logits.device)
-            found = evidence(seen.maps[row.name], seen.logits, classes, METHODS[method])
-            require_finite(model, found, f"the evidence at layer {row.name!r}")
-            values.append(found.cpu())
-            chosen.append(classes.cpu())
-            logits.append(seen.logits.detach().gather(1, classes).cpu())
-            geometry += batch.geometry
-            done += batch.indices
-            if progress is not None:
-                progress(len(done) + len(pictures.failed), len(pictures))
-    maps, indices = torch.cat(values), torch.cat(chosen)
+    size = batch_size(model, plan.bytes() * max(scales) ** 2, memory)
+    for batch, inputs in batches(pictures, images, scales, size):
+        before, count = len(done) + len(pictures.failed), len(batch.indices)
+        tell = partial(_tell, progress, before, count, len(pictures))
+        answers.append(explain_at(plan, batch, scales, inputs, tell))
+        tell(1)
+        geometry += batch.geometry
+        done += batch.indices
     names = tuple(pictures.names[i] for i in done)
-    return Heatmaps(
-        model,
-        values=maps.numpy(),
-        targets=indices.numpy(),
-        logits=torch.cat(logits).numpy(),
-        layer=row.name,
-        method=method,
-        fit=fit,
-        pictures=names,
-        geometry=tuple(geometry),
-        source=pictures,
-        indices=tuple(done),
-        notes=(*pictures.notes, *remarks(model, maps, indices, names)),
-        failed=tuple(pictures.failed),
-    )
+    classes = torch.cat([answer.chosen.classes for answer in answers]).cpu()
+    logits = torch.cat([answer.logits for answer in answers])
+    results = []
+    for c, (cell, why) in enumerate(cells):
+        maps = torch.cat([answer.cells[c].values for answer in answers])
+        more = {key: torch.cat([answer.cells[c].more[key] for answer in answers]) for key in answers[0].cells[c].more}
+        called = asked.names(classes.numpy(), done)
+        results.append(
+            Heatmaps(
+                model,
+                values=maps.numpy(),
+                targets=classes.numpy(),
+                logits=logits.numpy(),
+                layer=cell.place,
+                method=cell.method,
+                fit=fit,
+                pictures=names,
+                geometry=tuple(geometry),
+                source=pictures,
+                indices=tuple(done),
+                asked=asked,
+                settings={**_said(cell, smooth, scales, seed), **cell.options},
+                why=why,
+                more={key: value.numpy() for key, value in more.items()},
+                notes=(*pictures.notes, *remarks(maps, called, names, cell.place)),
+                failed=tuple(pictures.failed),
+            )
+        )
+    return results
 
 
-def evidence(activation: Tensor, logits: Tensor, targets: Tensor, method: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The maps (N, T, h, w), float32, of T targets per picture (N, T), from one forward pass.
-
-    A picture's logit depends on no other picture, so the gradient of the sum holds each picture's own.
-    """
-    maps = []
-    if not logits.requires_grad:  # nothing leads from the layer to the classes
-        return activation.new_zeros((*targets.shape, *activation.shape[2:]), dtype=torch.float32)
-    for t in range(targets.shape[1]):
-        with torch.enable_grad():
-            score = logits.gather(1, targets[:, t : t + 1]).sum()
-        last = t + 1 == targets.shape[1]
-        (gradient,) = torch.autograd.grad(score, activation, retain_graph=not last, allow_unused=True)
-        gradient = torch.zeros_like(activation) if gradient is None else gradient
-        maps.append(method(activation.detach().float(), gradient.float()))
-    return torch.stack(maps, dim=1)
+def _tell(progress: Progress | None, before: int, count: int, total: int, share: float) -> None:
+    if progress is not None:
+        progress(before + share * count, total)
 
 
-def remarks(model: Model, maps: Tensor, targets: Tensor, names: tuple[str, ...]) -> list[str]:
+def _said(cell: Cell, smooth: str | None, scales: Sequence[float], seed: int) -> dict[str, Any]:
+    fused = {"fuse": cell.fuse} if len(cell.layers) > 1 or len(scales) > 1 else {}
+    return {"smooth": smooth, "scale": list(scales), "seed": seed, **fused}
+
+
+def remarks(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], place: str) -> list[str]:
     """In words: maps that an overlay would show as nothing."""
+    here = "the picture" if place == "input" else "this layer"
+    flat = maps.flatten(2)
+    low, high = flat.amin(2), flat.amax(2)
     said = []
-    for n, t in (maps.amax((2, 3)) <= 0).nonzero().tolist():
-        what = f"{names[n]}, {model.class_name(int(targets[n, t]))}"
-        if not bool(maps[n, t].any()):
-            said.append(f"{what}: the map is zero everywhere; this layer has no influence on the class")
+    for n, t in ((high <= 0) | (low == high)).nonzero().tolist():
+        what = f"{names[n]}, {targets[n][t]}"
+        if low[n, t] == high[n, t] == 0:
+            said.append(f"{what}: the map is zero everywhere; {here} has no influence on the target")
+        elif low[n, t] == high[n, t]:
+            said.append(f"{what}: the map is {high[n, t]:.3g} everywhere; it points to no place")
         else:
-            said.append(f"{what}: the map is negative everywhere; this layer speaks against the class")
+            said.append(f"{what}: the map is negative everywhere; {here} speaks against the target")
     return said
 
 
@@ -207,8 +233,3 @@ def _spatial(model: Model, name: str) -> Layer:
             f"{', '.join(known[-4:])}"
         )
     return layer
-
-
-def _unit_range(heat: np.ndarray) -> np.ndarray:
-    highest = heat.max()
-    return np.maximum(heat, 0) / highest if highest > 0 else np.zeros_like(heat)

@@ -126,7 +126,7 @@ def patterns(
     with tap.attach(model, [] if layer == LOGITS else [layer], stop=layer != LOGITS) as run:
         refuses = _refuses(model, run)
         sides = _sides(size if first is None else (first.shape[-2], first.shape[-1]), rule, sees, model, refuses)
-        seen = rule.seen(sees, model.preprocessing.size, sides)
+        seen = rule.seen(sees, model.preprocessing.picture_size, sides)
         seen = sides if seen != sides and refuses(seen) is not None else seen
         behind = None if layer == LOGITS else layer
         each = gradient_bytes(model, behind, max(sides[0] * sides[1], seen[0] * seen[1]))
@@ -234,7 +234,7 @@ def _sides(
     model: Model,
     refuses: Callable[[tuple[int, int]], Exception | None],
 ) -> tuple[int, int]:
-    full = model.preprocessing.size
+    full = model.preprocessing.picture_size
     if size is None:
         wished = rule.size(sees, full, True)
         return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)

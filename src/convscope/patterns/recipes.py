@@ -128,7 +128,7 @@ def _wake(task: Task, canvas: Fourier) -> None:
 
 
 def _views(task: Task) -> View:
-    if _sees_little(task.sees, task.preprocessing.size):
+    if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(task.steps, task.generators, task.device)
     return zoomed(Looks(scale=(0.4, 1), turn=10, size=task.seen), task.steps, task.generators, task.device)
 

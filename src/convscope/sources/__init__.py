@@ -141,7 +141,9 @@ def _optimise(found: Found) -> None:
     for parameter in found.dialect.parameters(found.module):
         parameter.requires_grad_(False)
     if found.dialect.name == "torch":
-        found.module.to(memory_format=torch.channels_last)
+        for parameter in found.module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _move(found: Found, device: str | torch.device) -> None:
@@ -173,7 +175,7 @@ def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, P
     raise errors[0]
 
 
-def _probe(found: Found, channels: int, size: tuple[int, int]) -> Probed:
+def _probe(found: Found, channels: int, size: tuple[int, ...]) -> Probed:
     parameter: Tensor | None = next((p for p in found.dialect.parameters(found.module) if p.is_floating_point()), None)
     x = (
         torch.zeros((1, channels, *size))
@@ -188,5 +190,6 @@ def _probe(found: Found, channels: int, size: tuple[int, int]) -> Probed:
         reason = " ".join(TERMINAL_CODE.sub("", str(error)).split())[:300]
         raise ConvscopeError(
             f"{found.name} does not run on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {reason}); "
-            "say what it takes: preprocessing=dict(size=(H, W), channels=C)"
+            "say what it takes: preprocessing=dict(size=(H, W), channels=C), for signals size=(L,), for volumes "
+            "size=(D, H, W)"
         ) from error

@@ -52,7 +52,8 @@ def _preprocessing(transforms: Any) -> Preprocessing:
     """Of classifiers, or of segmentation, which has no crop."""
     if hasattr(transforms, "crop_size"):
         return Preprocessing.of(transforms)
-    words = {"size": transforms.resize_size, "interpolation": transforms.interpolation.value}
+    size = transforms.resize_size
+    words = {"size": size[0] if len(size) == 1 else size, "interpolation": transforms.interpolation.value}
     return Preprocessing.of({**words, "mean": transforms.mean, "std": transforms.std})
 
 
