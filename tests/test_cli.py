@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from convscope.cli import _numbers, app
+from convscope.cli import app
+from convscope.cli.common import numbers
 from convscope.errors import ConvscopeError
 
 
@@ -36,12 +37,12 @@ def test_layers_lists_the_whole_table(lite0):
 
 def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
     """In 40 columns the terminal may break lines; the table itself must not break or cut a cell."""
-    from convscope.cli import _table
+    from convscope.cli.common import table
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     long = "blocks.4.2.depthwise_convolution_with_a_name"
-    _table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
+    table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert re.search(rf"{re.escape(long)} +BatchNormAct2d", plain)
 
@@ -122,12 +123,12 @@ def test_units_by_default_are_the_first_sixteen_or_all_there_are(tmp_path):
     for layer, count in (("blocks.1.0.bn1", 16), ("blocks.0.0.bn2", 16)):
         assert run("patterns", "lite0", "--layer", layer, "--steps", "1", "-o", tmp_path / layer).exit_code == 0
         assert np.load(tmp_path / layer / "arrays.npz")["units"].tolist() == list(range(count))
-    from convscope.cli import _first
+    from convscope.cli.common import first
 
     class Small:
         outputs = 10
 
-    assert _first(Small(), "logits") == range(10)
+    assert first(Small(), "logits") == range(10)
 
 
 def test_scaling_of_the_grids(photos, tmp_path):
@@ -144,12 +145,12 @@ def test_scaling_of_the_grids(photos, tmp_path):
     [("all", None), ("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("African elephant, 3", ["African elephant", 3])],
 )
 def test_units_as_people_write_them(text, units):
-    assert _numbers(text) == units
+    assert numbers(text) == units
 
 
 def test_units_that_run_backwards_are_refused():
     with pytest.raises(ConvscopeError, match="ends before it begins"):
-        _numbers("9-3")
+        numbers("9-3")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_bootstrap():
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
     assert bootstrap(values) == bootstrap(values)
     curve_low, _ = bootstrap(np.stack([values, np.zeros(400)], 1))
-    assert curve_low.tolist() == [low, 0]
+    assert curve_low.tolist() == pytest.approx([low, 0], abs=1e-12)
 
 
 def test_the_result(tmp_path):
@@ -126,7 +126,7 @@ def test_the_crop_is_that_of_the_heatmaps(photos):
     other = convscope.evaluate(model, photos[:2], heat.values, "deletion", targets=1, fit="crop", steps=3)
     squashed = convscope.evaluate(model, photos[:2], heat.values, "deletion", targets=1, steps=3)
     np.testing.assert_array_equal(one["deletion"], other["deletion"])
-    assert np.abs(one["deletion"] - squashed["deletion"]).max() > 1e-3
+    assert np.abs(one["deletion"] / squashed["deletion"] - 1).max() > 1e-3
     assert (one.fit, squashed.fit) == ("crop", "squash")
 
 
@@ -135,13 +135,13 @@ def test_progress():
     told: list[tuple[float, int]] = []
     x, heat = pictures(5, 24, channels=3), random_maps(5, 6, 6)
     convscope.evaluate(
-        model, x, heat, ["deletion", "road"], targets=1, steps=5, progress=lambda done, of: told.append((done, of))
+        model, x, heat, ["deletion", "road"], targets=1, steps=20, progress=lambda done, of: told.append((done, of))
     )
     done = [share for share, _ in told]
     assert {count for _, count in told} == {5}
     assert done == sorted(done)
     assert done[-1] == 5
-    assert 0 < done[0] < 2.5
+    assert len({share for share in done if 0 < share < 5}) > 2
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -196,11 +196,12 @@ def test_nothing_runs_before_a_refusal():
 
     model = convscope.load(filled(Counting()), preprocessing={"size": 24})
     heat = convscope.heatmaps(model, X, 1)
+    small = np.ones((2, 9, 9), bool)
     ran.clear()
     for given in (
         {"metrics": "energy"},
         {"metrics": "sparsenes"},
-        {"metrics": "iou", "masks": np.ones((2, 9, 9), bool)},
+        {"metrics": "iou", "masks": small},
     ):
         with pytest.raises(ConvscopeError):
             convscope.evaluate(model, X, heat, **given)
@@ -212,8 +213,8 @@ def test_heatmaps_of_other_pictures_are_refused(photos):
     heat = convscope.heatmaps(model, X, 1)
     with pytest.raises(ConvscopeError, match="heatmaps of 2 pictures, and 3 pictures given"):
         convscope.evaluate(model, pictures(3, 24, channels=3), heat)
-    with pytest.raises(ConvscopeError, match="does not say of it what it said when the heatmaps were made"):
-        convscope.evaluate(model, X.flip(0), heat)
+    with pytest.raises(ConvscopeError, match="image 1: the model does not say of it what it said when the heatmaps"):
+        convscope.evaluate(model, torch.stack([X[0], 3 * X[1] + 1]), heat)
     with pytest.raises(ConvscopeError, match="targets= goes with maps given as an array"):
         convscope.evaluate(model, X, heat, targets=2)
     with pytest.raises(ConvscopeError, match="leave it out"):

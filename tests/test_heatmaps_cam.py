@@ -293,7 +293,34 @@ def test_eigen_grad_cam_takes_the_side_of_the_evidence() -> None:
         assert found[2:].abs().max() < TINY
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if isinstance(METHODS[name], Cam)])
+def test_what_is_not_finite_stays_so_and_with_its_picture() -> None:
+    """A decomposition of it would raise an error of its own, which says nothing of the network."""
+    for bad in (float("nan"), float("inf")):
+        for space in ((3, 3), (40, 40)):
+            maps = torch.ones(3, 20, *space)
+            maps[1, 0, 0, 0] = bad
+            for method in (eigen_cam, eigen_grad_cam):
+                found = method(maps, torch.ones_like(maps))
+                assert found[[0, 2]].isfinite().all()
+                assert not found[1].isfinite().all()
+
+
+CAMS = [name for name, row in METHODS.items() if isinstance(row, Cam)]
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 7, 7), (4, 7, 11, 11), (3, 6, 37), (3, 4, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize("method", CAMS)
+def test_same_bytes_at_any_position_of_the_batch(method: str, shape: tuple[int, ...]) -> None:
+    """The engine's promise, for odd sizes too, at which pictures lie differently in memory."""
+    function: Callable[..., Tensor] = METHODS[method].function
+    activation, gradient = (torch.from_numpy(drawn(*shape, seed=s)).float() for s in (0, 1))
+    if method == "cam":
+        gradient = gradient.flatten(2)[..., :1].reshape(*shape[:2], *[1] * (len(shape) - 2)).repeat(1, 1, *shape[2:])
+    turned = function(activation.flip(0), gradient.flip(0)).flip(0)
+    assert torch.equal(turned, function(activation, gradient))
+
+
+@pytest.mark.parametrize("method", CAMS)
 def test_pictures_are_independent(method: str) -> None:
     """A picture's map is the same alone and among others, whatever their scale."""
     function: Callable[..., Tensor] = METHODS[method].function

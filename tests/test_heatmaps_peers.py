@@ -194,6 +194,7 @@ def test_differs_xgrad_cam_of_pytorch_grad_cam(case: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "name"), [("eigen-cam", "EigenCAM"), ("eigen-grad-cam", "EigenGradCAM")])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids="/".join, indirect=True)  # it takes long over many places
 def test_differs_eigen_cams_of_pytorch_grad_cam(case: Any, method: str, name: str) -> None:
     """Equation 3: the decomposition of the maps themselves. Theirs subtracts each channel's mean, and leaves the sign
     to the decomposition: of what is centred, neither side is the positive one."""
@@ -227,6 +228,24 @@ def test_differs_finer_cam_of_pytorch_grad_cam(case: Any) -> None:
     mine = convscope.heatmaps(model, x, layer=layer, method="finer-cam").values[:, 0]
     assert apart(formula[:, 1], mine) < SAME
     assert apart(mine, theirs) > 0.05
+
+
+def test_differs_fusion_of_torchcam(subjects: dict[str, Subject]) -> None:
+    """Both take the maximum over layers, as LayerCAM does. Theirs lifts small values before it, by tanh(2 M), what
+    the paper does to early layers, in all of them; here each map is only divided by its largest value."""
+    from torchcam.methods import LayerCAM
+
+    model, x = subjects["lite0"]
+    layers = ["blocks.3", "blocks.5"]
+    net = copy.deepcopy(model.module).requires_grad_()
+    with LayerCAM(net, layers) as program:
+        theirs = program.fuse_cams(program(TARGETS, net(x))).detach().numpy()
+    units = [torch.from_numpy(rectified(ours(model, x, layer, "layer-cam"))) for layer in layers]
+    units = [(m - m.amin((1, 2), keepdim=True)) / (m - m.amin((1, 2), keepdim=True)).amax((1, 2), True) for m in units]
+    fine = [nn.functional.interpolate(torch.tanh(2 * m)[None], (14, 14), mode="bilinear")[0] for m in units]
+    assert apart(torch.stack(fine).amax(0), theirs) < SAME
+    mine = convscope.heatmaps(model, x, TARGETS, layer=layers, method="layer-cam", fuse="max").values[:, 0]
+    assert apart(rectified(mine) / mine.max((1, 2), keepdims=True), theirs / theirs.max((1, 2), keepdims=True)) > 0.1
 
 
 def test_differs_region_of_pytorch_grad_cam() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.heatmaps.methods import METHODS
-from convscope.heatmaps.targets import ask, of_head, over_region
+from convscope.heatmaps.targets import Chosen, ask, finer, of_head, over_region
+from convscope.tap import Seen
 from tests.oracles.nets import PACKINGS, Packed, Usual, changes, filled, snapshot
 
 SIZE = 24
@@ -98,6 +99,19 @@ def test_what_is_taken_off(usual: convscope.Model, against: Any, expected: list[
     assert found.names == [[f"lesser panda rather than {name}"] for name in called]
 
 
+def test_contrasts_stay_with_their_pictures(usual: convscope.Model) -> None:
+    """Picture by picture, and with one that cannot be used."""
+    against = [[3, 4], [0, 1], [4, 2]]
+    together = maps(usual, [0, 2, 3], against=against)
+    assert apart(maps(usual, [0, 2, 3], against=against, memory=1), together) < 1e-5
+    pictures = [np.full((9, 9, 3), 40 * i, np.uint8) for i in range(3)]
+    mixed = [pictures[0], "missing.png", *pictures[1:]]
+    found = convscope.heatmaps(usual, mixed, [0, 1, 2, 3], against=[[3, 4], [2, 2], [0, 1], [4, 2]])
+    good = convscope.heatmaps(usual, pictures, [0, 2, 3], against=against)
+    assert np.array_equal(found.values, good.values)
+    assert found.names == good.names
+
+
 def test_contrast_with_one_picture_and_with_the_top_class(usual: convscope.Model) -> None:
     one = convscope.heatmaps(usual, inputs(1), against=[3, 4])
     top = int(one.targets[0, 0])
@@ -164,6 +178,16 @@ def test_finer_cam_of_few_classes() -> None:
     assert apart(maps(two, 0, "finer-cam")[:, 0], plain[:, 0] - 0.6 * plain[:, 1]) < 1e-5
     with pytest.raises(ConvscopeError, match="this network has only one"):
         maps(loaded(filled(Usual(classes=1))), 0, "finer-cam")
+
+
+def test_finer_cam_of_twins() -> None:
+    """Classes with the very same score: each is the others' nearest, none is its own."""
+    logits = torch.tensor([[2.0, 2, 2, 2, 9, -5]], requires_grad=True)
+    for target in range(4):
+        score = finer(Chosen(torch.tensor([[target]])), Seen({}, logits, logits))
+        (gradient,) = torch.autograd.grad(score.sum(), logits)
+        expected = [1.0 if c == target else -0.2 if c < 4 else 0.0 for c in range(6)]
+        assert gradient[0].tolist() == pytest.approx(expected)
 
 
 def test_finer_cam_refuses_what_it_cannot_compare(usual: convscope.Model) -> None:

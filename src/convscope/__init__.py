@@ -6,7 +6,8 @@ model = convscope.load("lite0")
 convscope.predict(model, "photo.jpg")
 convscope.activations(model, "photo.jpg")
 convscope.patterns(model, "logits", ["African elephant"])
-convscope.heatmaps(model, "photo.jpg")
+heat = convscope.heatmaps(model, "photo.jpg")
+convscope.evaluate(model, "photo.jpg", heat)
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convscope.activations import Activations, Predictions, activations, predict
+    from convscope.comparison import Comparison, compare
     from convscope.errors import ConvscopeError
     from convscope.evaluation import Evaluation, evaluate
-    from convscope.heatmaps import Heatmaps, heatmaps
+    from convscope.heatmaps import Heatmaps, heatmaps, of_head, over_region
     from convscope.images import Preprocessing
     from convscope.model import Model
     from convscope.patterns import Patterns, patterns
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "Comparison",
     "ConvscopeError",
     "Evaluation",
     "Heatmaps",
@@ -37,9 +40,12 @@ __all__ = [
     "Predictions",
     "Preprocessing",
     "activations",
+    "compare",
     "evaluate",
     "heatmaps",
     "load",
+    "of_head",
+    "over_region",
     "patterns",
     "predict",
 ]
@@ -54,9 +60,10 @@ def __getattr__(name: str) -> Any:
     import_module("convscope.figures")  # teaches results how to draw themselves
     where = {
         "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
+        "convscope.comparison": ("Comparison", "compare"),
         "convscope.errors": ("ConvscopeError",),
         "convscope.evaluation": ("Evaluation", "evaluate"),
-        "convscope.heatmaps": ("Heatmaps", "heatmaps"),
+        "convscope.heatmaps": ("Heatmaps", "heatmaps", "of_head", "over_region"),
         "convscope.images": ("Preprocessing",),
         "convscope.model": ("Model",),
         "convscope.patterns": ("Patterns", "patterns"),

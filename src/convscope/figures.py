@@ -15,6 +15,7 @@ from PIL import Image
 
 from convscope.activations import Activations, Predictions, silent
 from convscope.colour import palette
+from convscope.comparison import Comparison
 from convscope.errors import ConvscopeError
 from convscope.evaluation import Evaluation
 from convscope.evaluation.metrics import find
@@ -351,3 +352,65 @@ def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("picture", fontsize=8)
     axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+SHEET = 8  # pictures on a contact sheet
+
+
+@render.register(Comparison)
+def _(result: Comparison) -> Iterator[tuple[str, Image.Image]]:
+    buffer = io.BytesIO()
+    draw(result).savefig(buffer, format="png", dpi=120)
+    yield "sheet.png", Image.open(buffer).convert("RGB")
+
+
+@draw.register(Comparison)
+def _(result: Comparison) -> Figure:
+    """A contact sheet: a row for each method and layer, a column for each picture (up to eight, the first target).
+
+    Under each map its own figures; at the left the method with its time and its means.
+    """
+    first = result.heatmaps[0]
+    count = min(SHEET, len(first.pictures))
+    tallest = max(where.picture[0] / where.picture[1] for where in first.geometry[:count])
+    height = max(2.3 * min(tallest, 2) + 0.5, 0.55 + 0.19 * len(result.metrics) + 0.4)
+    rows = len(result.heatmaps) + 1
+    figure, panels = _axes(rows, count + 1, 2.3 * (count + 1), height * rows)
+    _words(panels[0][0], [f"{result.model.name}", f"{len(first.pictures)} pictures, target by picture"])
+    for n in range(count):
+        _show(panels[0][n + 1], first.source.original(first.indices[n]), _title(first.pictures[n]))
+        panels[0][n + 1].text(
+            0.5,
+            -0.04,
+            "\n".join(_wrapped(first.names[n][0], 24)),
+            transform=panels[0][n + 1].transAxes,
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
+    for row, heat, scores, seconds in zip(panels[1:], result.heatmaps, result.evaluations, result.seconds, strict=True):
+        means = [f"{metric} {scores.mean(metric):.3f}" for metric in result.metrics]
+        _words(row[0], [heat.method, *_wrapped(f"at {heat.layer}", 26), f"{1000 * seconds:.0f} ms a picture", *means])
+        overlays = iter(_head(heat, count).overlays())
+        for n in range(count):
+            shown = [next(overlays) for _ in range(heat.targets.shape[1])]
+            _show(row[n + 1], shown[0])
+            figures = "  ".join(f"{metric} {scores[metric][n, 0]:.2f}" for metric in result.metrics)
+            row[n + 1].text(
+                0.5,
+                -0.04,
+                "\n".join(textwrap.wrap(figures, 30)),
+                transform=row[n + 1].transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+            )
+    _limited(figure, count, len(first.pictures), "pictures")
+    return figure
+
+
+def _words(axes: Axes, lines: list[str]) -> None:
+    axes.set_axis_off()
+    axes.text(0, 0.5, "\n".join(lines), transform=axes.transAxes, va="center", fontsize=8, linespacing=1.5)

@@ -63,12 +63,16 @@ class Result:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in own.items() if isinstance(v, plain) and k not in ("model", "notes", "failed")}
 
+    def texts(self) -> Mapping[str, str]:
+        """Tables that are saved beside the pictures: file names, and what is in them."""
+        return {}
+
     def figure(self) -> Figure:
         """A matplotlib figure that shows the result."""
         return draw(self)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write PNG pictures, `arrays.npz` and, last, `manifest.json` into `folder`, which is made if need be.
+        """Write PNG pictures, tables, `arrays.npz` and, last, `manifest.json` into `folder`, which is made if need be.
 
         Each file is written under a temporary name and renamed, so a file that is there is whole; a folder without a
         manifest was not finished. Raises ConvscopeError if the folder cannot be written.
@@ -81,6 +85,10 @@ class Result:
             for name, picture in render(self):
                 with replacing(where / name) as file:
                     picture.save(file, format="PNG")
+                files.append(name)
+            for name, text in self.texts().items():
+                with replacing(where / name) as file:
+                    file.write(text.encode(errors="backslashreplace"))
                 files.append(name)
             with replacing(where / "arrays.npz") as file:
                 _write_npz(file, self.arrays())

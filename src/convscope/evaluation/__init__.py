@@ -201,7 +201,7 @@ def _subject(
         masks=[] if places is None else [places[i] for i in batch.indices],
         again=maps.again(model, batch.indices, memory),
     )
-    maps.require_same(batch.indices, subject.logits, pictures.names)
+    maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, pictures.names)
     return subject
 
 

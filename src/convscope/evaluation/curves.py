@@ -43,7 +43,7 @@ def road(subject: Subject, *, steps: int = 28, noise: float = 0.01) -> Scores:
     drawn = torch.randn(x.shape[1:], generator=subject.generator()).to(x)
     grain = noise * x.std((1, 2, 3), keepdim=True, correction=0) * drawn
     gray = x.mean((2, 3), keepdim=True) + grain
-    empty = subject.scores(subject.rows, lambda part: gray[part])
+    empty = subject.telling(0, 0).scores(subject.rows, lambda part: gray[part])
     picture, targets, counts = states(subject, steps)
     ranks = subject.order.flatten(0, 1)
     curves = {}
@@ -77,7 +77,8 @@ def _traded(subject: Subject, steps: int, fill: str, deleting: bool) -> Tensor:
     The curves' ends are the picture and the fill as they are: all targets, and both directions, share them.
     """
     baseline = subject.baseline(fill)
-    empty = subject.once(("empty", fill), lambda: subject.scores(subject.rows, lambda part: baseline[part]))
+    silent = subject.telling(0, 0)
+    empty = subject.once(("empty", fill), lambda: silent.scores(subject.rows, lambda part: baseline[part]))
     picture, targets, counts = states(subject, steps)
     ranks = subject.order.flatten(0, 1)
 

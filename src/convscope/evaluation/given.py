@@ -48,12 +48,15 @@ class Given:
         classes = self.result.targets[[self.row[i] for i in indices]]
         return replace(chosen, classes=torch.from_numpy(classes).to(logits.device))
 
-    def require_same(self, indices: Sequence[int], logits: Tensor, names: Sequence[str]) -> None:
-        """Refuse maps of other pictures or of another network, by what it said then. Raises ConvscopeError."""
+    def require_same(self, indices: Sequence[int], logits: Tensor, own: Tensor, names: Sequence[str]) -> None:
+        """Refuse maps of other pictures or of another network, by what it said then. Raises ConvscopeError.
+
+        `logits` (B, K) is what the network says now, `own` (B, T) the targets' part of it.
+        """
         if self.result is None:
             return
         then = torch.from_numpy(self.result.logits[[self.row[i] for i in indices]])
-        apart = (then - logits.cpu()).abs() > LOOSE * (1 + then.abs())
+        apart = (then - own.cpu()).abs() > LOOSE * logits.abs().amax(1, keepdim=True).cpu()
         for picture, differs in zip(indices, apart.any(1).tolist(), strict=True):
             if differs:
                 raise ConvscopeError(
@@ -63,7 +66,7 @@ class Given:
                 )
 
 
-LOOSE = 0.05  # relative; far above what another device or batch size changes
+LOOSE = 0.02  # of the largest logit; above what another device, batch size or half precision changes
 
 
 def take(model: Model, pictures: Pictures, maps: Any, targets: Any) -> Given:
@@ -99,8 +102,8 @@ def take_masks(masks: Any, count: int, targets: int) -> list[Tensor]:
     numbers of which 0 is outside and a single other value inside. Raises ConvscopeError for anything else.
     """
     many = list(_array(masks, "masks")) if isinstance(masks, np.ndarray | Tensor) else masks
-    if not isinstance(many, Sequence) or isinstance(many, str) or len(many) != count:
-        found = f"{len(many)} masks" if isinstance(many, Sequence) else type(masks).__name__
+    if not isinstance(many, list | tuple) or len(many) != count:
+        found = f"{len(many)} masks" if isinstance(many, list | tuple) else type(masks).__name__
         raise ConvscopeError(f"{found} for {count} pictures; expected one for each, as a list or an array (N, H, W)")
     return [_mask(mask, n, targets) for n, mask in enumerate(many)]
 

@@ -30,7 +30,7 @@ def randomisation(subject: Subject, *, stages: int = 8) -> Scores:
     layers = from_the_top(subject.model)
     if not layers:
         raise ConvscopeError("the network has no parameters: there is nothing to draw anew")
-    draw = subject.generator()
+    draw = _other(subject.generator())
     signed, absolute = [torch.ones_like(start[..., 0])], [torch.ones_like(start[..., 0])]
     groups = _groups(len(layers), stages)
     with lent(p for _, own in layers for p in own) as put:
@@ -43,6 +43,11 @@ def randomisation(subject: Subject, *, stages: int = 8) -> Scores:
             subject.tell((number + 1) / len(groups))
     curves = {"randomisation": torch.stack(signed, 2), "randomisation-absolute": torch.stack(absolute, 2)}
     return Scores(curves["randomisation"][..., -1], curves)
+
+
+def _other(draw: torch.Generator) -> torch.Generator:
+    """Not the numbers that follow `torch.manual_seed(seed)`: the network's own weights may be drawn from them."""
+    return torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=draw)))
 
 
 def _groups(count: int, stages: int) -> list[range]:

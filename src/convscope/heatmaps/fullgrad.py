@@ -74,7 +74,7 @@ class _Heard(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0].strip("_")
-        name = _SAME.get(name, name)
+        name = SAME.get(name, name)
         pair = _Pair.of(name, args, kwargs)
         if self.centred is not None and name != "get" and _among(self.centred[0], args, kwargs):
             goes_on = pair is not None and pair.x is self.centred[0] and not pair.begins and not pair.inverts
@@ -173,7 +173,7 @@ _LAYERS = {
 _BOUNDS: dict[str, tuple[Any, Any]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
 """Functions that cut off, and where unless they are told."""
 
-_SAME = {
+SAME = {
     **{"clip": "clamp", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"},
     **{"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "truediv": "div", "itruediv": "div"},
 }

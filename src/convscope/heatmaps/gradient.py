@@ -97,7 +97,7 @@ def guided_backprop(question: Question) -> Tensor:
     Springenberg et al., Striving for Simplicity, ICLR workshop 2015, section 3.4 and figure 1. The paper shows the
     result (C, ...) as a picture in colours; for a map the channels are summed up. See `rectifiers` for what has a rule.
     """
-    return _gradient(rectifiers.under(question, rectifiers.guided)).sum(2)
+    return _gradient(rectifiers.under(question, rectifiers.guided_backprop)).sum(2)
 
 
 def deconvnet(question: Question) -> Tensor:

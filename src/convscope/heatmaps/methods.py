@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.heatmaps import cam, fullgrad, gradient, perturbation, relevance
+from convscope.heatmaps import cam, controls, fullgrad, gradient, perturbation, relevance
 from convscope.heatmaps.question import Found
 from convscope.heatmaps.targets import Chosen, finer
 from convscope.tap import Seen
@@ -64,6 +64,8 @@ METHODS: dict[str, Method] = {
     "ablation-cam": Asking(perturbation.ablation_cam, at_input=False),
     "occlusion": Asking(perturbation.occlusion),
     "rise": Asking(perturbation.rise),
+    "random": Asking(controls.random_map, at_input=False),
+    "centred": Asking(controls.centred, at_input=False),
 }
 
 

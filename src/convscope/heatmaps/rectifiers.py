@@ -23,7 +23,9 @@ Rule = Callable[[Callable[..., Tensor], Tensor, Sequence[Any], Mapping[str, Any]
 """Does what function(x, *args, **kwargs) does, and sees to the way back."""
 
 
-def guided(function: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def guided_backprop(
+    function: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """R_in = 1[0 < x, and x < 6 where it cuts off there] relu(R_out): only what both ways agree upon."""
     output = function(x, *args, **kwargs)
     # Belongs to this value of the tensor; what is written into it later does not see the hook.
@@ -57,9 +59,10 @@ def under(question: Question, rule: Rule) -> Question:
         with _Ruled(rule) as ruled:
             seen = question.run(x)
         if not ruled.changed:
+            method = rule.__name__.replace("_", "-")
             has = f"its activations are {', '.join(sorted(ruled.others))}" if ruled.others else "nor any activation"
             raise ConvscopeError(
-                f"{rule.__name__} changes what rectifiers (ReLU, ReLU6) hand back, and this network has none; {has}; "
+                f"{method} changes what rectifiers (ReLU, ReLU6) hand back, and this network has none; {has}; "
                 "saliency and integrated-gradients take any network"
             )
         return seen
@@ -78,7 +81,7 @@ class _Ruled(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "").partition(".")[0].removesuffix("_")
+        name = getattr(func, "__name__", "").partition(".")[0].strip("_")
         if name in SMOOTH:
             self.others.add(name)
         if name not in CUTS:

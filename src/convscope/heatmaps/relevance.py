@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from convscope import tap
 from convscope.budget import chunks
 from convscope.errors import ConvscopeError
+from convscope.heatmaps.fullgrad import SAME
 from convscope.heatmaps.gradient import together
 from convscope.heatmaps.question import Question
 from convscope.heatmaps.rectifiers import CUTS, SMOOTH, straight
@@ -133,12 +134,13 @@ def _handed_back(leaf: Tensor, seen: Seen, scores: Tensor) -> Iterator[Tensor]:
     for t in range(scores.shape[1]):
         one = torch.zeros_like(scores)
         one[:, t] = 1
-        slopes = torch.autograd.grad(scores, ends, one, retain_graph=True, allow_unused=True)
-        used = [(end, end.detach() * slope) for end, slope in zip(ends, slopes, strict=True) if slope is not None]
-        outputs, relevance = zip(*used, strict=True)
-        (found,) = torch.autograd.grad(
-            outputs, leaf, relevance, retain_graph=t + 1 < scores.shape[1], allow_unused=True
-        )
+        more = t + 1 < scores.shape[1]
+        found = None
+        if scores.requires_grad:
+            slopes = torch.autograd.grad(scores, ends, one, retain_graph=True, allow_unused=True)
+            used = [(end, end.detach() * slope) for end, slope in zip(ends, slopes, strict=True) if slope is not None]
+            outputs, relevance = zip(*used, strict=True)
+            (found,) = torch.autograd.grad(outputs, leaf, relevance, retain_graph=more, allow_unused=True)
         yield torch.zeros_like(leaf, requires_grad=False).float() if found is None else found.float()
 
 
@@ -216,13 +218,16 @@ def _merge(layer: Any, norm: Any) -> None:
 class _Handing(TorchFunctionMode):
     """While active, what is no layer hands relevance back: sums and averages to their terms, activations as it comes.
 
+    So do products with numbers, which would scale it otherwise. To what is added and does not depend on the picture
+    nothing goes.
+
     Raises ConvscopeError for what neither paper has a rule for.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = getattr(func, "__name__", "").partition(".")[0]
-        name = given.strip("_")
+        name = SAME.get(given.strip("_"), given.strip("_"))
         tensors = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
         if not tensors or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -233,7 +238,7 @@ class _Handing(TorchFunctionMode):
             )
         if name in _PASS:
             return straight(func, args[0], args[1:], kwargs, _as_it_comes)
-        if name in _AVERAGES or (name in _SUMS and len(tensors) > 1):
+        if name in _LINEAR or (name in ("add", "sub") and len(tensors) > 1):
             return _shared_out(func, args, kwargs, given.startswith("__i") or (given.endswith("_") and given[0] != "_"))
         return func(*args, **kwargs)
 
@@ -274,8 +279,10 @@ def _as_it_comes(relevance: Tensor) -> Tensor:
     return relevance
 
 
-_SUMS = frozenset({"add", "iadd", "sub", "isub", "subtract"})
-_AVERAGES = frozenset({"mean", "sum", *(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))})
+_LINEAR = frozenset(
+    {"mean", "sum", "neg", "mul", "div", "rsub"}
+    | {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
+)
 _PASS = frozenset({"batch_norm", *CUTS, *SMOOTH})
-_PRODUCTS = frozenset({"mul", "imul", "multiply", "div", "matmul", "bmm", "einsum"})
+_PRODUCTS = frozenset({"mul", "div", "matmul", "bmm", "einsum"})
 _REFUSED = frozenset({"layer_norm", "group_norm", "instance_norm", "scaled_dot_product_attention"})

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from convscope.colour import blend
 from convscope.heatmaps.targets import Targets
@@ -55,7 +57,8 @@ class Heatmaps(Result):
         """The N x T pictures, picture by picture, under their heat: rectified, divided by its maximum, coloured.
 
         `colormap` is any of matplotlib's ("viridis" and "inferno" are perceptually uniform). Where there is no positive
-        evidence at all the map is zero everywhere, and `notes` say so.
+        evidence at all the map is zero everywhere, and `notes` say so. Of maps on the input, single pixels would be all
+        that can be seen: they are drawn spread over a hundredth of the picture, the hottest half percent alike.
         """
         return list(self.overlays(alpha, colormap))
 
@@ -63,8 +66,9 @@ class Heatmaps(Result):
         """The pictures of `overlay` one after another, so that memory does not grow with their number."""
         for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
             original = self.source.original(index)
-            for heat in where.back(maps).numpy():
-                yield blend(original, _unit_range(heat), alpha, colormap)
+            shown = where.back(_spread(maps) if self.layer == "input" else maps).numpy()
+            for heat in shown:
+                yield blend(original, _unit_range(heat, 0.995 if self.layer == "input" else 1), alpha, colormap)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.more}
@@ -82,6 +86,17 @@ class Heatmaps(Result):
         }
 
 
-def _unit_range(heat: np.ndarray) -> np.ndarray:
-    highest = heat.max()
-    return np.maximum(heat, 0) / highest if highest > 0 else np.zeros_like(heat)
+def _unit_range(heat: np.ndarray, highest_share: float) -> np.ndarray:
+    positive = np.maximum(heat, 0)
+    highest = positive.max() if highest_share == 1 else np.quantile(positive, highest_share)
+    return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heat)
+
+
+def _spread(maps: Tensor) -> Tensor:
+    """The positive part of maps (T, h, w), each value spread as a Gaussian over a hundredth of the longer side."""
+    sigma = max(maps.shape[1:]) / 100
+    reach = max(1, round(3 * sigma))
+    weights = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).to(maps)
+    rows = F.conv2d(maps.clamp(min=0)[:, None], weights[None, None, :, None], padding=(reach, 0))
+    return F.conv2d(rows, weights[None, None, None], padding=(0, reach))[:, 0]

@@ -1,0 +1,22 @@
+"""The command line: parse, call, print. Exit status 0: all done, 1: some inputs failed, 2: nothing could be done."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from convscope.cli import heat, look
+from convscope.cli.common import app, say
+from convscope.errors import ConvscopeError
+
+__all__ = ["app", "heat", "look", "main"]
+
+
+def main() -> None:
+    """Entry point of the `convscope` command."""
+    sys.path.append(os.getcwd())  # where a user's package.module:factory lies
+    try:
+        app()
+    except ConvscopeError as error:
+        say(f"convscope: {error}")
+        sys.exit(2)
