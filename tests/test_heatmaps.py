@@ -432,7 +432,9 @@ def test_gradient_that_is_not_finite_is_said() -> None:
             return self.relu(self.conv(x)).sqrt().mean((2, 3))
 
     model = loaded(filled(Root()))
-    with pytest.raises(ConvscopeError, match="the evidence by grad-cam at layer 'relu' is not finite although the weights are"):
+    with pytest.raises(
+        ConvscopeError, match="the evidence by grad-cam at layer 'relu' is not finite although the weights are"
+    ):
         convscope.heatmaps(model, inputs(1), 0, layer="relu")
     assert np.isfinite(convscope.heatmaps(model, inputs(1), 0, layer="conv").values).all()
 

@@ -248,7 +248,7 @@ def by_svd(maps: Tensor) -> np.ndarray:
 def test_eigen_cam_is_the_first_singular_vector(values: list[float], channels: int, space: tuple[int, ...]) -> None:
     """Few and many places, more and fewer than channels; large, small and nearly equal singular values."""
     maps = with_singular_values(values, channels, *space)
-    found = eigen_cam(maps.float(), torch.zeros(()))
+    found = eigen_cam(maps.float())
     assert found.shape == (1, *space)
     assert apart(found[0], by_svd(maps)) < 1e-4  # rounding, by the gap of the largest two: 6e-8 / 0.01, a few times
     assert float(found.sum()) > 0
@@ -258,7 +258,7 @@ def test_eigen_cam_of_equal_singular_values_lies_in_their_plane() -> None:
     """Any vector of the plane is right: the map's length is the singular value all the same."""
     for space in ((4, 4), (40, 40)):
         maps = with_singular_values([3.0, 3.0, 1.0], 20, *space)
-        found = eigen_cam(maps.float(), torch.zeros(()))[0].double().flatten()
+        found = eigen_cam(maps.float())[0].double().flatten()
         matrix = maps[0].flatten(1).T
         assert float(found.norm()) == pytest.approx(3, rel=TINY)
         plane = torch.linalg.svd(matrix, full_matrices=False)[0][:, :2]
@@ -270,7 +270,7 @@ def test_eigen_cam_finds_a_channel_wherever_it_is() -> None:
     maps = torch.zeros(1, 16, 40, 40)
     maps[0, 1, 20:30, 20:30] = 5 + torch.rand(10, 10)
     maps[0, 2, 30:, 30:] = 1
-    found = eigen_cam(maps, maps)[0]
+    found = eigen_cam(maps)[0]
     assert apart(found, maps[0, 1]) < TINY
 
 

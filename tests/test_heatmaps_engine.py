@@ -122,7 +122,8 @@ def test_little_memory_takes_targets_and_pictures_one_by_one(counted: tuple[Mode
         net.forwards.clear()
         net.backwards = 0
         parts = maps(model, inputs(), [[0, 1, 2]] * 3, method=method, layer="relu2", memory=1)
-        assert (net.forwards, net.backwards) == ([1, 1, 1], 9)
+        expected = 0 if method == "eigen-cam" else 9  # it needs none
+        assert (net.forwards, net.backwards) == ([1, 1, 1], expected)
         assert apart(parts, whole) < BATCHES
 
 

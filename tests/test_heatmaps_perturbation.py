@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rise": {"samples": 230, "cells": 4, "tolerance": 0.0},
 }
 AT_LAYER = ("score-cam", "ablation-cam")
+ROOM = 6  # times all that a pass over one picture allocates: the engine lets three pictures into that
 
 
 def loaded(net: nn.Module, size: Any = SIZE, **more: Any) -> Model:
@@ -76,9 +77,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.conv(x).flatten(1))
-
-    def weights(self, target: int, x: Tensor) -> np.ndarray:
-        return self.fc.weight[target].reshape(x.shape).detach().double().numpy()
 
 
 def logits(net: nn.Module, x: Tensor) -> Tensor:
@@ -177,12 +175,12 @@ def test_ablation_of_dead_channels_takes_no_pass() -> None:
         net.conv1.bias[1:3] = 0
     model, x = loaded(net), inputs(1)
     net.between.batches.clear()
+    net.before.batches.clear()
     found = asked(model, x, "ablation-cam", 0, layer="conv1")
-    # The engine's own pass, the maps, the recording one, and then nothing missing + two channels.
-    assert net.between.batches[-1] == 3
-    assert sum(net.between.batches) == 3 + net.between.batches[:-1].count(1)
+    # The engine's own pass, the maps (which stop at the layer), the recording one; then nothing missing + two channels.
+    assert net.between.batches == [1, 1, 3]
+    assert net.before.batches == [1, 1, 1]
     assert apart(found[:, 0], brute_ablation(net, net.conv1, x, 0)) < TINY
-    assert net.before.batches.count(1) == len(net.before.batches) <= 3  # the part in front never ran for it
 
 
 def test_ablation_of_a_score_of_nought() -> None:
@@ -198,16 +196,17 @@ def test_ablation_of_a_score_of_nought() -> None:
 # --- score-cam -------------------------------------------------------------------------------------------------------
 
 
-def brute_score(net: nn.Module, maps: Tensor, x: Tensor, target: int, aligned: bool = False) -> np.ndarray:
+def brute_score(net: nn.Module, maps: Tensor, x: Tensor, target: int) -> np.ndarray:
     """Algorithm 1 of the paper in plain loops."""
     expected = []
     for n in range(len(x)):
         base = logits(net, torch.zeros_like(x[:1]))[0, target].double()
         increases = []
         for a in maps[n]:
-            up = F.interpolate(a[None, None], x.shape[2:], mode="bilinear", align_corners=aligned)
+            up = F.interpolate(a[None, None], x.shape[2:], mode="bilinear")
             low, high = up.min(), up.max()
-            h = (up - low) / (high - low) if high > low else torch.zeros_like(up)
+            # Asked of the map itself: enlarging a constant rounds, and its noise would become a mask.
+            h = (up - low) / (high - low) if a.max() > a.min() else torch.zeros_like(up)
             increases.append(logits(net, x[n : n + 1] * h)[0, target].double() - base)
         alpha = torch.stack(increases).exp() / torch.stack(increases).exp().sum()
         expected.append((alpha[:, None, None] * maps[n].double()).sum(0).numpy())
@@ -280,7 +279,7 @@ def test_score_where_every_map_is_constant() -> None:
 
 # --- occlusion -------------------------------------------------------------------------------------------------------
 
-WINDOWS: list[tuple[Any, Any]] = [(5, 3), (4, 4), (24, 1), ((3, 7), (2, 5)), (1, 1), ((24, 6), (30, 6)), (7, 6)]
+WINDOWS: list[tuple[Any, Any]] = [(5, 3), (4, 4), (24, 1), ((3, 7), (2, 5)), (1, 1), ((24, 6), (24, 6)), (7, 6)]
 
 
 @pytest.mark.parametrize(("window", "stride"), WINDOWS)
@@ -327,16 +326,16 @@ def test_occlusion_of_a_linear_network(sides: tuple[int, ...]) -> None:
     question = posed(net, x, [1, 2])
     found = perturbation.occlusion(question, window=1, stride=1, fill=0.25)
     for position, target in enumerate((1, 2)):
-        expected = (conv_weights(net, target, x[0]) * (x.double().numpy() - 0.25)).sum(1)
+        expected = (worth(net, target, x[0]) * (x.double().numpy() - 0.25)).sum(1)
         assert apart(found[:, position], expected) < TINY
     own = perturbation.occlusion(question, window=1, stride=1, fill="average")
     mean = x.double().mean(tuple(range(2, x.ndim)), keepdim=True).numpy()
-    assert apart(own[:, 0], (conv_weights(net, 1, x[0]) * (x.double().numpy() - mean)).sum(1)) < TINY
+    assert apart(own[:, 0], (worth(net, 1, x[0]) * (x.double().numpy() - mean)).sum(1)) < TINY
 
 
-def conv_weights(net: nn.Module, target: int, x: Tensor) -> np.ndarray:
+def worth(net: nn.Module, target: int, x: Tensor) -> np.ndarray:
     """What each value of the input is worth to the target of a `Linear`, its mixing convolution included."""
-    (gradient,) = torch.autograd.grad(net((one := x[None].clone().requires_grad_()))[0, target], one)
+    (gradient,) = torch.autograd.grad(net(one := x[None].clone().requires_grad_())[0, target], one)
     return gradient[0].double().numpy()
 
 
@@ -392,16 +391,14 @@ def test_rise_of_a_linear_network(sides: tuple[int, ...]) -> None:
     """
     net, keep, cells = filled(Linear(2, *sides)), 0.3, 3
     x = torch.randn((1, 2, *sides), generator=torch.Generator().manual_seed(3))
-    v = (conv_weights(net, 1, x[0]) * x[0].double().numpy()).sum(0)
+    v = (worth(net, 1, x[0]) * x[0].double().numpy()).sum(0)
     b = float(net.fc.bias[1])
     overlap = [expected_products(side, cells).sum(2) for side in sides]
     letters = "abc"[: len(sides)], "xyz"[: len(sides)]
     terms = ",".join(a + x for a, x in zip(*letters, strict=True))
     through = np.einsum(f"{letters[1]},{terms}->{letters[0]}", v, *overlap)
     expected = b + keep * v.sum() + (1 - keep) * through
-    found, more = perturbation.rise(
-        posed(net, x, [1], size=500), samples=20000, cells=cells, keep=keep, tolerance=0.0
-    )
+    found, more = perturbation.rise(posed(net, x, [1], size=500), samples=20000, cells=cells, keep=keep, tolerance=0.0)
     error = more["standard_error"][0, 0].numpy()
     off = np.abs(found[0, 0].numpy() - expected) / error
     assert 0 < error.max() < 0.05 * np.ptp(expected)
@@ -474,23 +471,22 @@ def test_rise_stops_when_it_knows_enough() -> None:
             model, x, [list(t) for t in targets], method="rise", samples=2000, cells=3, tolerance=tolerance
         )
 
-    never, loose, tight = told(0.0), told(0.2), told(0.1)
+    never, loose, tight = told(0.0), told(0.5), told(0.35)
     assert never.more["samples"].tolist() == [[2000.0] * 3] * 2
-    assert np.all(loose.more["samples"] < 2000)
-    assert np.all(loose.more["samples"] % 100 == 0)
+    assert np.all(tight.more["samples"] < 2000)
+    assert np.all(tight.more["samples"] % 100 == 0)
     assert np.all(loose.more["samples"] <= tight.more["samples"])
     assert (loose.more["samples"] < tight.more["samples"]).any()
-    assert len(set(loose.more["samples"].flatten().tolist())) > 1  # each target has its own end
-    for found, tolerance in ((loose, 0.2), (tight, 0.1)):
+    assert len(set(tight.more["samples"].flatten().tolist())) > 1  # each target has its own end
+    for found, tolerance in ((loose, 0.5), (tight, 0.35)):
         error, span = found.more["standard_error"], np.ptp(found.values, axis=(2, 3))
         assert error.shape == found.values.shape
-        done = found.more["samples"] < 2000
-        assert np.all((error.max((2, 3)) <= tolerance * span)[done])
+        assert np.all(error.max((2, 3)) <= tolerance * span * (1 + TINY))
     # A target's end does not depend on the others'.
     for t in range(3):
-        alone = told(0.2, ((t,),) * 2)
-        assert np.array_equal(alone.more["samples"][:, 0], loose.more["samples"][:, t])
-        assert apart(alone.values[:, 0], loose.values[:, t]) < TINY
+        alone = told(0.35, ((t,),) * 2)
+        assert np.array_equal(alone.more["samples"][:, 0], tight.more["samples"][:, t])
+        assert apart(alone.values[:, 0], tight.values[:, t]) < TINY
 
 
 def test_rise_of_a_single_mask_knows_no_error() -> None:
@@ -533,15 +529,12 @@ def test_memory_bounds_what_is_held_at_once(method: str) -> None:
     """Passes are as large as memory allows, never larger; more masks or windows make more of them, no larger ones."""
     net = filled(Spied())
     model, x = loaded(net), inputs(2)
-    more = {"samples": 400} if method == "rise" else {"stride": 1} if method == "occlusion" else {}
-    memory = 3 * 2 * model.layers[-1].bytes
-    sizes = []
+    more = {"rise": {"samples": 400}, "occlusion": {"stride": 1}}.get(method, {})
+    place = {"layer": "conv1"} if method in AT_LAYER else {}
     for options in ({}, more):
         net.between.batches.clear()
-        asked(model, x, method, 0, memory=memory, **{**METHODS[method], "layer": "conv1"} if method in AT_LAYER
-              else {**METHODS[method], **options}, **{})
-        sizes.append(max(net.between.batches))
-    assert sizes == [3, 3]
+        asked(model, x, method, 0, memory=ROOM * model.layers[-1].bytes, **{**METHODS[method], **place, **options})
+        assert max(net.between.batches) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -615,7 +608,12 @@ def test_cancelling_ends_the_work_and_leaves_nothing(method: str, after: int) ->
 def test_progress_rises_to_all(method: str) -> None:
     told: list[float] = []
     model, x = loaded(filled(Usual())), inputs(2)
-    asked(model, x, method, progress=lambda done, count: told.append(done / count), **METHODS[method])
+    memory = ROOM * model.layers[-1].bytes
+
+    def progress(done: float, count: int) -> None:
+        told.append(done / count)
+
+    asked(model, x, method, progress=progress, memory=memory, **METHODS[method])
     assert told == sorted(told)
     assert len(told) > 4
     assert 0 < told[0] < 0.5

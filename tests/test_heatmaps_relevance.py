@@ -280,6 +280,18 @@ def test_batch_normalisation_is_merged_where_it_follows_at_once() -> None:
         assert apart(found.values, expected.values) < 1e-4
 
 
+def test_batch_normalisation_behind_a_rectifier_in_place_is_not_merged() -> None:
+    """The rectifier hands on the very tensor that the convolution made, with other values in it."""
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    nets = [
+        filled(nn.Sequential(conv, nn.ReLU(inplace), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+        for inplace in (True, False)
+    ]
+    found, expected = (convscope.heatmaps(loaded(n), inputs(), 1, method="lrp-zplus") for n in nets)
+    assert apart(found.logits, expected.logits) < TINY
+    assert apart(found.values, expected.values) < SUMS
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

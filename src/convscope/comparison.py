@@ -136,6 +136,8 @@ def compare(
     seconds: list[float] = []
     refused: list[Failure] = []
     for done, cell in enumerate(cells):
+        if progress is not None:
+            progress(done, len(cells))
         try:
             start = time.perf_counter()
             (maps,) = make(images, targets, [cell])
@@ -148,8 +150,8 @@ def compare(
         scores.append(
             evaluate(model, images, maps, metrics, masks=masks, seed=seed, memory=memory, max_pixels=max_pixels)
         )
-        if progress is not None:
-            progress(done + 1, len(cells))
+    if progress is not None:
+        progress(len(cells), len(cells))
     if not heat:
         raise ConvscopeError("; ".join(map(str, refused)))
     said = [

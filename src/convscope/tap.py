@@ -229,13 +229,16 @@ class _Pass:
 
 
 def _run(model: Model, x: Tensor) -> Any:
-    """The network's own output, without the softmax or sigmoid at its end."""
+    """The network's own output, without the softmax or sigmoid at its end; maps of classes as (N, K, H, W)."""
     x = x.to(device=model.device, dtype=model.dtype)
     if model.head is None:
-        return model.dialect.run(model.module, x)
-    with _HeadInput() as head:
         output = model.dialect.run(model.module, x)
-    return head.undo(output)
+    else:
+        with _HeadInput() as head:
+            output = head.undo(model.dialect.run(model.module, x))
+    if model.classes_last and (maps := first_tensor(output)) is not None:
+        output = with_tensor(output, maps, maps.movedim(-1, 1))
+    return output
 
 
 def _as_logits(model: Model, output: Any) -> Tensor:
@@ -244,8 +247,6 @@ def _as_logits(model: Model, output: Any) -> Tensor:
         raise ConvscopeError(f"the network gives {type(output).__name__}, in which there is no tensor of floats")
     if tensor.ndim == 1:
         tensor = tensor[:, None]
-    if model.classes_last:
-        tensor = tensor.movedim(-1, 1)
     # A class map (segmentation) speaks for a picture by its mean.
     return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
 

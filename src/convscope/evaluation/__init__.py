@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convscope import tap
-from convscope.budget import MEMORY, Progress, batch_size, forward_bytes
+from convscope.budget import MEMORY, MOST, Progress, batch_size, forward_bytes
 from convscope.errors import ConvscopeError
 from convscope.evaluation import fills, given
 from convscope.evaluation import metrics as table
@@ -23,6 +23,7 @@ from convscope.model import Model
 from convscope.sound import require_finite
 from convscope.tap import Seen
 
+ON_CPU = 16  # inputs at once; activations of more are returned to the system after every pass: a third slower
 STATES = 64  # bytes for each pixel of each map: its heat, its rank, and what it takes to find them
 
 __all__ = ["Evaluation", "evaluate"]
@@ -108,7 +109,7 @@ def evaluate(
             given.require_fitting(places[index], where, pictures.names[index])
 
     each = forward_bytes(model) + STATES * maps.targets.count * np.prod(model.preprocessing.size)
-    size = batch_size(model, forward_bytes(model), memory)
+    size = batch_size(model, forward_bytes(model), memory, ON_CPU if model.device.type == "cpu" else MOST)
     found: list[dict[str, Scores]] = []
     classes: list[Tensor] = []
     done: list[int] = []

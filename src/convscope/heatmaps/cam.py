@@ -81,10 +81,10 @@ def layer_cam(activation: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.clamp(min=0) * activation).sum(1)
 
 
-def eigen_cam(activation: Tensor, gradient: Tensor) -> Tensor:
+def eigen_cam(activation: Tensor, gradient: Tensor | None = None) -> Tensor:
     """L = A v_1, the places' coordinates along the first right singular vector of A (places x channels).
 
-    Muhammad & Yeasin, Eigen-CAM, IJCNN 2020, equation 3; no centring. Does not look at the target. With A = U S V^T,
+    Muhammad & Yeasin, Eigen-CAM, IJCNN 2020, equation 3; no centring. Looks at no gradient. With A = U S V^T,
     A v_1 = s_1 u_1, so the smaller one of A^T A and A A^T is all that is decomposed. The sign, which a singular vector
     leaves open, is the one that makes the map's sum positive.
     """

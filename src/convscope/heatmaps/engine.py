@@ -115,19 +115,18 @@ class _Shared(NamedTuple):
 
 def _share(plan: Plan, x: Tensor, indices: Sequence[int], chosen: Chosen | None) -> _Shared:
     layers = plan.shared()
+    ways = dict.fromkeys(m.scores for c in plan.cells if isinstance(m := find(c.method), Cam) and m.scores is not None)
     several = plan.targets.count > 1
-    with torch.no_grad(), tap.attach(plan.model, layers, leaf=bool(layers), several=several) as run:
+    with torch.no_grad(), tap.attach(plan.model, layers, leaf=bool(ways), several=several) as run:
         seen = run(x)
         assert seen.logits is not None
         require_finite(plan.model, seen.logits, "the network's output")
         chosen = plan.targets.of(indices, seen.logits) if chosen is None else chosen
         gradients = {}
-        for cell in plan.cells:
-            method = find(cell.method)
-            if isinstance(method, Cam) and method.scores not in gradients:
-                with torch.enable_grad():
-                    scores = method.scores(chosen, seen)
-                gradients[method.scores] = _gradients(plan, scores, {name: seen.maps[name] for name in layers})
+        for way in ways:
+            with torch.enable_grad():
+                scores = way(chosen, seen)
+            gradients[way] = _gradients(plan, scores, {name: seen.maps[name] for name in layers})
     maps = {name: tensor.detach().float() for name, tensor in seen.maps.items()}
     return _Shared(maps, chosen, chosen.logits(seen), gradients)
 
@@ -173,11 +172,7 @@ def _backward(scores: Tensor, targets: Sequence[int], ends: Sequence[Tensor]) ->
 def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[float], None]) -> Maps:
     method = find(cell.method)
     if isinstance(method, Cam):
-        gradients = shared.gradients[method.scores]
-        function = partial(method.function, **cell.options)
-        maps = [
-            torch.stack([function(shared.maps[row.name], g) for g in gradients[row.name]], dim=1) for row in cell.layers
-        ]
+        maps = [_cams(method, shared, row.name, plan.targets.count) for row in cell.layers]
         tell(1)
         return Maps(fused(maps, cell.fuse))
     size = batch_size(plan.model, 2.0 * plan.model.layers[-1].bytes, plan.memory)
@@ -190,6 +185,15 @@ def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[fl
             answer = method.function(question, **cell.options)
             found.append(answer if isinstance(answer, tuple) else (answer, {}))
     return Maps(fused([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {})
+
+
+def _cams(method: Cam, shared: _Shared, layer: str, count: int) -> Tensor:
+    """The maps of T targets (B, T, ...)."""
+    if method.scores is None:
+        one = method.function(shared.maps[layer])[:, None]
+        return one.expand(-1, count, *one.shape[2:])
+    gradients = shared.gradients[method.scores][layer]
+    return torch.stack([method.function(shared.maps[layer], gradient) for gradient in gradients], dim=1)
 
 
 def tell_part(tell: Callable[[float], None], done: float, whole: float, share: float) -> None:
@@ -237,7 +241,7 @@ def _product(maps: Tensor) -> Tensor:
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda maps: _mean([*maps]),
-    "max": lambda maps: maps.amax(0),  # as LayerCAM does (Jiang et al. 2021, section III.D)
+    "max": lambda maps: maps.amax(0),  # Jiang et al. 2021, section III.D, without their tanh for early layers
     "product": _product,
 }
 

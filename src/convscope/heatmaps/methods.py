@@ -20,11 +20,12 @@ from convscope.tap import Seen
 class Cam:
     """A pure function of a layer's output and its gradient, (N, C, ...) both, that gives (N, ...).
 
-    All of these share one forward and one backward pass. `scores` are what the gradient is taken of.
+    All of these share one forward and one backward pass. `scores` are what the gradient is taken of; None: the function
+    takes the layer's output alone, and gives the same for every target.
     """
 
     function: Callable[..., Tensor]
-    scores: Callable[[Chosen, Seen], Tensor] = Chosen.scores
+    scores: Callable[[Chosen, Seen], Tensor] | None = Chosen.scores
     at_input = False
 
 
@@ -45,7 +46,7 @@ METHODS: dict[str, Method] = {
     "grad-cam++": Cam(cam.grad_cam_pp),
     "xgrad-cam": Cam(cam.xgrad_cam),
     "layer-cam": Cam(cam.layer_cam),
-    "eigen-cam": Cam(cam.eigen_cam),
+    "eigen-cam": Cam(cam.eigen_cam, None),
     "eigen-grad-cam": Cam(cam.eigen_grad_cam),
     "finer-cam": Cam(cam.grad_cam, finer),
     "saliency": Asking(gradient.saliency),

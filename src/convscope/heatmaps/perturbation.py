@@ -1,4 +1,4 @@
-"""Methods that need no gradients: the network is asked again about a picture, or a layer, of which something is missing.
+"""Methods without gradients: the network is asked again about a picture, or a layer, of which something is missing.
 
 Each takes a `Question` about B pictures and T targets and returns maps (B, T, ...), raw and signed. What is left out of
 a picture is replaced in the network's input space, where 0 is the mean colour of what most networks were trained on.
@@ -200,7 +200,7 @@ class _Running:
         """The standard error of the mean; NaN after a single mask, which tells nothing of it."""
         count = self._per_target(self.count)
         variance = (self.squares / count - (self.total / count).square()).clamp(min=0)
-        return (variance / (count - 1)).sqrt() / self.keep
+        return torch.where(count > 1, (variance / (count - 1)).sqrt() / self.keep, torch.nan)
 
     def settled(self, tolerance: float) -> bool:
         """Whether all targets are done, now that as many masks have been added as each look takes."""
