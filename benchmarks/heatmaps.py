@@ -47,7 +47,7 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
         parameter.requires_grad_(True)  # as users have it
     as_users_have_it = copy.deepcopy(plain).to(memory_format=torch.contiguous_format)
     hand = convscope.load(as_users_have_it, preprocessing=model.preprocessing)
-    x = _photographs(model, batch)
+    x = photographs(model, batch)
     asked = _telling(model, x)
     # Each peer has a network of its own, so that nobody's hooks fire in another's time.
     first, second, third = (copy.deepcopy(plain) for _ in range(3))
@@ -86,7 +86,7 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
     return Row(name, batch, layer, times, apart)
 
 
-def _photographs(model: convscope.Model, batch: int) -> Tensor:
+def photographs(model: convscope.Model, batch: int) -> Tensor:
     """The sample photographs as the network takes them, as many as asked for."""
     folder = Path(convscope.__file__).parent / "samples"
     paths = sorted(str(p) for p in folder.iterdir() if p.suffix in (".jpg", ".png"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.heatmaps import perturbation
-from convscope.model import Model
+from convscope.model import LayerTable, Model
 from tests.oracles.nets import Spied, Usual, changes, filled, lived_in, snapshot
 
 SIZE = 24
@@ -274,7 +274,7 @@ def test_score_where_every_map_is_constant() -> None:
     with torch.no_grad():
         net.conv.weight.zero_()
     found = asked(loaded(net), inputs(2), "score-cam", 0, layer="conv")
-    assert apart(found, np.full((2, 1, 22, 22), float(net.conv.bias.mean()))) < TINY
+    assert apart(found, np.full((2, 1, 22, 22), float(net.conv.bias.detach().mean()))) < TINY
 
 
 # --- occlusion -------------------------------------------------------------------------------------------------------
@@ -348,6 +348,8 @@ def posed(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, layer: A
     class Stub:
         fixed_batch = None
         head = None
+        owned = False
+        layers = LayerTable([])
 
     def run(many: Tensor) -> Seen:
         assert len(many) <= size
@@ -392,7 +394,7 @@ def test_rise_of_a_linear_network(sides: tuple[int, ...]) -> None:
     net, keep, cells = filled(Linear(2, *sides)), 0.3, 3
     x = torch.randn((1, 2, *sides), generator=torch.Generator().manual_seed(3))
     v = (worth(net, 1, x[0]) * x[0].double().numpy()).sum(0)
-    b = float(net.fc.bias[1])
+    b = float(net.fc.bias[1].detach())
     overlap = [expected_products(side, cells).sum(2) for side in sides]
     letters = "abc"[: len(sides)], "xyz"[: len(sides)]
     terms = ",".join(a + x for a, x in zip(*letters, strict=True))

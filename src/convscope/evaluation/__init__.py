@@ -23,7 +23,7 @@ from convscope.model import Model
 from convscope.sound import require_finite
 from convscope.tap import Seen
 
-ON_CPU = 16  # inputs at once; activations of more are returned to the system after every pass: a third slower
+ON_CPU = 8  # inputs at once: of more, activations outgrow what is kept between passes, which costs a fifth to a half
 STATES = 64  # bytes for each pixel of each map: its heat, its rank, and what it takes to find them
 
 __all__ = ["Evaluation", "evaluate"]

@@ -44,7 +44,8 @@ def score_cam(question: Question) -> Tensor:
         def seen_through(part: Sequence[int], masks: Tensor = masks, x: Tensor = x) -> Tensor:
             return x * _unit(_resized(masks[part[0] : part[-1] + 1, None], x.shape[1:])).to(x.dtype)
 
-        shown = _asked(question, picture, len(masks), seen_through, question.evaluator(picture))
+        scores, size = question.evaluator(picture), question.quick_size
+        shown = _asked(question, picture, len(masks), seen_through, scores, size)
         increase = shown.new_zeros(len(own), question.count)
         increase[varied] = shown[1:] - shown[:1]
         found.append(torch.tensordot(increase.softmax(0), own, dims=([0], [0])))
@@ -71,7 +72,7 @@ def ablation_cam(question: Question) -> Tensor:
             return own * left[:, :-1].reshape(len(part), len(own), *[1] * (own.ndim - 1))
 
         with question.behind(picture) as scores:
-            left = _asked(question, picture, len(off), ablated, scores)
+            left = _asked(question, picture, len(off), ablated, scores, question.size)
         whole = left[:1]
         slope = left.new_zeros(channels, question.count)
         slope[alive] = (whole - left[1:]) / torch.where(whole == 0, 1, whole)
@@ -114,7 +115,8 @@ def occlusion(
                 mask[0] = False
             return torch.where(mask[:, None], blank, x)
 
-        left = _asked(question, picture, 1 + math.prod(steps), hidden, question.evaluator(picture))
+        scores, size = question.evaluator(picture), question.quick_size
+        left = _asked(question, picture, 1 + math.prod(steps), hidden, scores, size)
         drops = (left[:1] - left[1:]).T.reshape(-1, *steps).cpu().double()
         for cover in covers:  # axis by axis, each of which moves to the end
             share = cover.cpu().double() / cover.cpu().sum(0)
@@ -157,7 +159,7 @@ def rise(
         for begun in range(0, samples, CHECKED):
             count = min(CHECKED, samples - begun)
             drawn, shifts = _drawn(count, grid, sides, keep, draw)
-            for part in chunks(range(count), question.size):
+            for part in chunks(range(count), question.quick_size):
                 rows = slice(part[0], part[-1] + 1)
                 masks = _grown(drawn[rows], [shift[rows] for shift in shifts], sides)
                 own.add(scores(x * masks.to(x)[:, None]).cpu(), masks)
@@ -231,11 +233,11 @@ def _grown(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Ten
 
 
 def _asked(
-    question: Question, picture: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores
+    question: Question, picture: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
 ) -> Tensor:
-    """The scores (count, T) of as many inputs, made as many at a time as fit into memory; tells how far it is."""
+    """The scores (count, T) of as many inputs, made `size` at a time; tells how far it is."""
     found = []
-    for part in chunks(range(count), question.size):
+    for part in chunks(range(count), size):
         found.append(scores(make(part)))
         question.tell((picture + (part[-1] + 1) / count) / len(question.x))
     return torch.cat(found)

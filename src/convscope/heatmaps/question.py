@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convscope import tap
+from convscope.budget import CACHE
+from convscope.folded import Folds, plan, quickened
 from convscope.heatmaps.targets import Chosen
 from convscope.model import Layer, Model
 from convscope.tap import Seen
 
 Found = Tensor | tuple[Tensor, dict[str, Tensor]]
 """What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
+
+FEWEST = 8  # inputs at once that are worth their memory on any CPU
+AGREES = 1e-5  # logits, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,39 @@ class Question:
         `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
         """
 
+        run = self._quickest(picture)
+
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
-                seen = self.run(self._filled(x))
+                seen = run(self._filled(x))
                 return self._scored(_likely(self.model, seen) if probability else seen, picture)[: len(x)]
 
         return scores
+
+    @property
+    def quick_size(self) -> int:
+        """Inputs to a pass without gradients: on a CPU, no more than leave an activation in the cache.
+
+        Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
+        """
+        if self.model.fixed_batch is not None or self.x.device.type != "cpu":
+            return self.size
+        return min(self.size, max(FEWEST, int(2 * CACHE // (4 * max(self.model.layers.largest, 1)))))
+
+    def _quickest(self, picture: int) -> Callable[[Tensor], Seen]:
+        """`run`, folded if that gives this picture's own logits again; else as it is."""
+        if not self.model.owned or not self._folds:
+            return self.run
+        quick, x = quickened(self.run, self._folds), self._filled(self.x[picture : picture + 1])
+        with torch.no_grad():
+            plain, folded = self.run(x).logits, quick(x).logits
+        assert plain is not None
+        assert folded is not None
+        return quick if bool((plain - folded).abs().max() <= AGREES * plain.abs().max()) else self.run
+
+    @cached_property
+    def _folds(self) -> Folds:
+        return plan(self.run, self._filled(self.x[:1]))
 
     def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).

@@ -34,9 +34,10 @@ def checked(model: Model, scale: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def enlarged(preprocessing: Preprocessing, scale: float) -> Preprocessing:
-    """The same preprocessing for an input `scale` times as large."""
+    """The same preprocessing for an input `scale` times as large, which shows the same part of the picture."""
     size = tuple(max(1, round(side * scale)) for side in preprocessing.size)
-    resize = None if preprocessing.resize is None else max(*size, round(preprocessing.resize * scale))
+    short = preprocessing.resize or round(max(preprocessing.size) / 0.875)
+    resize = max(*size, round(short * scale)) if len(size) == 2 else None
     return dataclasses.replace(preprocessing, size=size, resize=resize)
 
 

@@ -1,0 +1,234 @@
+"""All other methods: convscope beside pytorch-grad-cam, captum, torchcam and a bare forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytorch_grad_cam as pgc
+import torch
+import torchcam.methods as tc
+from captum.attr import Occlusion
+from heatmaps import NETWORKS, photographs
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from timing import Timed, interleaved
+from torch import Tensor, nn
+
+import convscope
+from convscope.heatmaps import explained, plan_cell
+
+FAMILY = {
+    "grad-cam": (pgc.GradCAM, tc.GradCAM),
+    "hirescam": (pgc.HiResCAM, None),
+    "grad-cam++": (pgc.GradCAMPlusPlus, tc.GradCAMpp),
+    "xgrad-cam": (pgc.XGradCAM, tc.XGradCAM),
+    "layer-cam": (pgc.LayerCAM, tc.LayerCAM),
+    "eigen-cam": (pgc.EigenCAM, None),
+    "eigen-grad-cam": (pgc.EigenGradCAM, None),
+    "finer-cam": (pgc.FinerCAM, None),
+}
+ASKED = 281  # a class; with random weights one is as good as another
+
+
+@dataclass(frozen=True)
+class Family:
+    """One network: for each method convscope's time beside the bare forward pass, and the peers' beside convscope's."""
+
+    network: str
+    bare: Timed
+    ours: dict[str, Timed]
+    together: Timed
+    peers: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One picture of one network: seconds for one target, and how many times as long twenty take."""
+
+    network: str
+    one: float
+    twenty: float
+
+
+@dataclass(frozen=True)
+class Heavy:
+    """One method on one picture of Lite0: all contenders' times, ratios to convscope, how many evaluations it takes."""
+
+    method: str
+    what: str
+    times: dict[str, Timed]
+    apart: dict[str, float]
+
+
+def family(name: str, batch: int, rounds: int) -> Family:
+    """All methods of the CAM family at the last layer with places, on one batch."""
+    source = NETWORKS[name]
+    model = convscope.load(source, weights="default" if source == "lite0" else "random")
+    layer = model.layers.last_spatial().name
+    x = photographs(model, batch)
+    cells = [plan_cell(model, method, layer, "mean", {}) for method in FAMILY]
+
+    def bare() -> Tensor:
+        with torch.no_grad():
+            return model.module(x)
+
+    contenders: dict[str, Callable[[], object]] = {"bare": bare}
+    for method in FAMILY:
+        contenders[method] = lambda method=method: convscope.heatmaps(model, x, ASKED, layer=layer, method=method)
+    contenders["together"] = lambda: explained(model, x, ASKED, cells)
+    times = interleaved(contenders, "bare", rounds)
+    peers = {}
+    for method, (theirs, others) in FAMILY.items():
+        rivals: dict[str, Callable[[], object]] = {"convscope": contenders[method]}
+        rivals["pytorch-grad-cam"] = _pgc(theirs, _as_users_have_it(model.module), layer, x)
+        if others is not None:
+            rivals["torchcam"] = _torchcam(others, _as_users_have_it(model.module), layer, x)
+        peers[method] = {
+            who: timed.ratio for who, timed in interleaved(rivals, "convscope", max(3, rounds // 3)).items()
+        }
+    ours = {method: times[method] for method in FAMILY}
+    return Family(f"{name}, {batch} (`{layer}`)", times["bare"], ours, times["together"], peers)
+
+
+def targets(name: str, rounds: int) -> Targets:
+    """Twenty targets of one picture beside one."""
+    source = NETWORKS[name]
+    model = convscope.load(source, weights="default" if source == "lite0" else "random")
+    x = photographs(model, 1)
+    twenty = [list(range(0, 1000, 50))]
+    contenders: dict[str, Callable[[], object]] = {
+        "one": lambda: convscope.heatmaps(model, x, ASKED),
+        "twenty": lambda: convscope.heatmaps(model, x, twenty),
+    }
+    times = interleaved(contenders, "one", rounds)
+    return Targets(name, times["one"].seconds, times["twenty"].ratio)
+
+
+def heavy(rounds: int) -> list[Heavy]:
+    """What takes many evaluations, or gradients at every layer; one photograph, Lite0."""
+    model = convscope.load("lite0")
+    x = photographs(model, 1)
+    layer = "blocks.6"  # 320 channels: as many evaluations for the methods that ask about each
+    plain = _as_users_have_it(model.module)
+
+    def ours(method: str, layer: str | None = None, **options: object) -> Callable[[], np.ndarray]:
+        return lambda: convscope.heatmaps(model, x, ASKED, layer=layer, method=method, **options).values[0, 0]
+
+    def theirs(kind: type, layer: str = layer) -> Callable[[], np.ndarray]:
+        return _pgc(kind, copy.deepcopy(plain), layer, x)
+
+    occluded = Occlusion(copy.deepcopy(plain))
+    window, stride = (3, 32, 32), (3, 16, 16)
+
+    def by_captum() -> np.ndarray:
+        with torch.no_grad():
+            found = occluded.attribute(
+                x, target=ASKED, sliding_window_shapes=window, strides=stride, perturbations_per_eval=16
+            )
+        return np.asarray(found[0, 0])
+
+    rise = {"samples": 320, "tolerance": 0.0}
+    cases = [
+        ("full-grad", "one backward pass", {"convscope": ours("full-grad"), "pytorch-grad-cam": theirs(pgc.FullGrad)}),
+        (
+            "eigen-cam",
+            "56 x 56 places, 24 channels (`blocks.1`)",
+            {"convscope": ours("eigen-cam", "blocks.1"), "pytorch-grad-cam": theirs(pgc.EigenCAM, "blocks.1")},
+        ),
+        (
+            "score-cam",
+            "320 evaluations",
+            {
+                "convscope": ours("score-cam", layer),
+                "pytorch-grad-cam": theirs(pgc.ScoreCAM),
+                "torchcam": _torchcam(tc.ScoreCAM, copy.deepcopy(plain), layer, x),
+            },
+        ),
+        (
+            "ablation-cam",
+            "320 evaluations",
+            {"convscope": ours("ablation-cam", layer), "pytorch-grad-cam": theirs(pgc.AblationCAM)},
+        ),
+        (
+            "occlusion",
+            "windows of 32, stride 16",
+            {"convscope": ours("occlusion", window=32, stride=16), "captum": by_captum},
+        ),
+        (
+            "rise",
+            "320 masks",
+            {"convscope": ours("rise", **rise), "the authors' loop": lambda: _rise(plain, x, 320)},
+        ),
+    ]
+    found = []
+    for method, what, contenders in cases:
+        times = interleaved(contenders, "convscope", rounds)
+        own = contenders["convscope"]()
+        apart = {who: _correlation(own, np.asarray(run())) for who, run in contenders.items() if who != "convscope"}
+        found.append(Heavy(method, what, times, apart))
+    return found
+
+
+def _as_users_have_it(module: nn.Module) -> nn.Module:
+    """A copy, contiguous, with gradients, and without the in-place activations that the peers' hooks cannot bear."""
+    own = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    for part in own.modules():
+        if hasattr(part, "inplace"):
+            part.inplace = False
+    return own.requires_grad_(True)
+
+
+def _pgc(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[[], np.ndarray]:
+    cam = kind(module, [module.get_submodule(layer)])
+    inputs = x.contiguous(memory_format=torch.contiguous_format)
+    return lambda: cam(input_tensor=inputs, targets=[ClassifierOutputTarget(ASKED)] * len(x))[0]
+
+
+def _torchcam(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[[], np.ndarray]:
+    cam = kind(module, module.get_submodule(layer))
+    inputs = x.contiguous(memory_format=torch.contiguous_format)
+
+    def run() -> np.ndarray:
+        if kind is tc.ScoreCAM:
+            with torch.no_grad():
+                return cam(ASKED, module(inputs))[0][0].numpy()
+        return cam(ASKED, module(inputs))[0][0].detach().numpy()
+
+    return run
+
+
+def _rise(module: nn.Module, x: Tensor, samples: int, cells: int = 7, batch: int = 100) -> np.ndarray:
+    """As the authors' program does it: all masks made beforehand, then batches of `batch`; probabilities."""
+    draw = np.random.default_rng(0)
+    side = x.shape[2]
+    cell = -(-side // cells)
+    masks = torch.empty(samples, 1, side, side)
+    for i in range(samples):
+        grid = torch.from_numpy((draw.random((cells, cells)) < 0.5).astype(np.float32))[None, None]
+        large = nn.functional.interpolate(grid, ((cells + 1) * cell,) * 2, mode="bilinear")[0]
+        top, left = draw.integers(0, cell, 2)
+        masks[i] = large[:, top : top + side, left : left + side]
+    inputs = x.contiguous(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        shares = torch.cat([module(inputs * part).softmax(1)[:, ASKED] for part in masks.split(batch)])
+    return np.asarray((shares[:, None, None] * masks[:, 0]).mean(0) / 0.5)
+
+
+def _correlation(own: np.ndarray, other: np.ndarray) -> float:
+    """Of two maps, the smaller brought to the other's size: whether they are the same picture."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(m, np.float32))[None, None] for m in (own, other)]
+    size = max((t.shape[2:] for t in tensors), key=lambda s: s[0])
+    flat = [nn.functional.interpolate(t, size, mode="bilinear").flatten().clamp(min=0) for t in tensors]
+    return float(torch.corrcoef(torch.stack(flat))[0, 1])
+
+
+def run(rounds: int) -> tuple[list[Family], list[Targets], list[Heavy]]:
+    """All three tables."""
+    torch.manual_seed(0)
+    return (
+        [family(name, 8, rounds) for name in ("ResNet-50", "Lite0")],
+        [targets(name, rounds) for name in NETWORKS],
+        heavy(max(3, rounds // 3)),
+    )

@@ -1,0 +1,277 @@
+"""Folded passes: the same numbers but for rounding, only where nobody else looks, and the network stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import convscope
+from convscope import folded, tap
+from convscope.heatmaps import question
+from convscope.model import Model
+from tests.oracles.nets import Usual, changes, filled, snapshot
+
+TINY = 1e-5
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def both(net: nn.Module, x: Tensor) -> tuple[folded.Folds, Tensor, Tensor]:
+    """What was folded, the outputs with it and those without."""
+    with torch.no_grad():
+        folds = folded.plan(net, x[:1])
+        return folds, folded.quickened(net, folds)(x), net(x)
+
+
+def steps(folds: folded.Folds) -> list[str]:
+    return sorted(" ".join(chain.steps()) for chain, _ in folds.values())
+
+
+def named(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: filled(getattr(torchvision.models, name)(weights=None, **options))
+
+
+BOTH, NORMALISED, ACTIVE = "normalisation activation", "normalisation", "activation"
+REAL: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    # A block's second convolution is added to before its rectifier, and so are the three that make smaller maps.
+    "resnet18": (named("resnet18"), {BOTH: 9, NORMALISED: 11}),
+    "vgg11": (named("vgg11"), {ACTIVE: 8}),
+    "mobilenet_v2": (named("mobilenet_v2"), {BOTH: 35, NORMALISED: 17}),
+    # Squeeze-and-excitation: two small convolutions each, of which the first is rectified.
+    "mobilenet_v3_small": (named("mobilenet_v3_small"), {BOTH: 23, NORMALISED: 11, ACTIVE: 9}),
+    # Normalisation comes in front of the convolutions, except for the first and those inside a dense layer.
+    "densenet121": (named("densenet121"), {BOTH: 59}),
+    "googlenet": (named("googlenet", init_weights=False, aux_logits=False), {BOTH: 57}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_same_numbers(name: str) -> None:
+    make, counts = REAL[name]
+    net = make()
+    x = inputs(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    folds, found, expected = both(net, x)
+    assert apart(found, expected) < TINY
+    assert {what: steps(folds).count(what) for what in set(steps(folds))} == counts
+    with torch.no_grad():
+        alone = folded.quickened(net, folds)(x[:1])
+    assert apart(alone, expected[:1]) < TINY
+
+
+def test_lite0(lite0: Model) -> None:
+    x = inputs(2, 3, 224, 224)
+    folds, found, expected = both(lite0.module, x)
+    assert apart(found, expected) < TINY
+    assert len(folds) == 49  # every convolution it has
+
+
+def test_other_sizes_than_the_one_that_was_watched() -> None:
+    net = filled(Usual())
+    with torch.no_grad():
+        folds = folded.plan(net, inputs(1, 3, 24, 24))
+        other = inputs(2, 3, 31, 18)
+        assert len(folds) == 3
+        assert apart(folded.quickened(net, folds)(other), net(other)) < TINY
+
+
+class Layers(nn.Module):
+    """Any function of one convolution, one normalisation and the input."""
+
+    def __init__(self, function: Callable[..., Tensor], axes: int = 2, **options: Any) -> None:
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+        norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[axes]
+        self.conv = conv(4, 4, 3, padding=1, **options)
+        self.bn = norm(4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv, self.bn, x)
+
+
+def varied(net: nn.Module) -> nn.Module:
+    """With statistics for normalisations of any number of axes."""
+    filled(net)
+    draw = torch.Generator().manual_seed(5)
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+            m.running_mean.copy_(torch.randn(4, generator=draw))
+            m.running_var.copy_(0.5 + torch.rand(4, generator=draw))
+    return net
+
+
+FOLDED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "relu": (lambda c, b, x: F.relu(b(c(x))), BOTH),
+    "relu in place": (lambda c, b, x: F.relu(b(c(x)), inplace=True) * 2, BOTH),
+    "method": (lambda c, b, x: b(c(x)).relu(), BOTH),
+    "method in place": (lambda c, b, x: b(c(x)).relu_(), BOTH),
+    "relu6": (lambda c, b, x: F.relu6(b(c(x))), BOTH),
+    "hardtanh": (lambda c, b, x: F.hardtanh(b(c(x)), -0.3, 0.2), BOTH),
+    "hardtanh by name": (lambda c, b, x: F.hardtanh(b(c(x)), max_val=0.5), BOTH),
+    "silu": (lambda c, b, x: F.silu(b(c(x))), BOTH),
+    "hardswish": (lambda c, b, x: F.hardswish(b(c(x))), BOTH),
+    "without normalisation": (lambda c, b, x: F.relu(c(x)), ACTIVE),
+    "without activation": (lambda c, b, x: b(c(x)) + x, NORMALISED),
+    "twice rectified": (lambda c, b, x: F.relu(F.relu(b(c(x)))), BOTH),
+    "rectified in front of the normalisation": (lambda c, b, x: b(F.relu(c(x))), ACTIVE),
+    "its shape is asked": (lambda c, b, x: F.relu(b(y)) if (y := c(x)).shape[0] and y.dim() else x, BOTH),
+    "normalised behind a sum": (lambda c, b, x: F.relu(b(c(x)) + x), NORMALISED),
+    "seen by others later": (lambda c, b, x: b(y := c(x)).relu() + y, ""),
+    "seen by others before": (lambda c, b, x: (y := c(x)).mean() + b(y).relu(), ""),
+    "normalised is seen later": (lambda c, b, x: (y := b(c(x))).relu() + y, ""),
+    "written into": (lambda c, b, x: F.relu(b(c(x).add_(1))), ""),
+    "changed in between": (lambda c, b, x: F.relu(b(c(x) * 2)), ""),
+    "called by name": (lambda c, b, x: F.relu(F.conv2d(x, weight=c.weight, bias=c.bias, padding=1)), ""),
+    "used twice": (lambda c, b, x: F.relu(b(c(b(c(x))))), ""),
+    "plain": (lambda c, b, x: c(x).tanh(), ""),
+    "statistics of the batch": (lambda c, b, x: F.batch_norm(c(x), None, None, training=True), ""),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_only_what_nobody_else_sees_is_folded(name: str) -> None:
+    function, expected_steps = FOLDED[name]
+    net = varied(Layers(function))
+    folds, found, expected = both(net, inputs(3, 4, 9, 8))
+    assert apart(found, expected) < TINY
+    assert steps(folds) == ([expected_steps] if expected_steps else [])
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"groups": 2}, {"groups": 4}, {"stride": 2}, {"padding_mode": "circular"}]
+)
+def test_convolutions_of_all_kinds(axes: int, options: dict[str, Any]) -> None:
+    net = varied(Layers(lambda c, b, x: F.relu(b(c(x))), axes, **options))
+    folds, found, expected = both(net, inputs(3, 4, *[8, 7, 6][:axes]))
+    assert steps(folds) == [BOTH]
+    assert apart(found, expected) < TINY
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalisation_without_weights_of_its_own(affine: bool) -> None:
+    net = varied(Layers(lambda c, b, x: b(c(x))))
+    if not affine:
+        net.bn.weight = net.bn.bias = None
+    folds, found, expected = both(net, inputs(2, 4, 9, 9))
+    assert steps(folds) == [NORMALISED]
+    assert apart(found, expected) < TINY
+
+
+def test_double_precision_folds_normalisation_alone() -> None:
+    net = varied(Layers(lambda c, b, x: F.relu(b(c(x))))).double()
+    folds, found, expected = both(net, inputs(2, 4, 9, 9).double())
+    assert steps(folds) == [NORMALISED]
+    assert apart(found, expected) < 1e-12
+
+
+def test_nothing_is_kept_during_a_pass_but_what_is_still_asked_for() -> None:
+    net = named("resnet18")()
+    x = inputs(1, 3, 64, 64)
+    kept: list[int] = []
+
+    class Counting(folded._Folding):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_function__(func, types, args, kwargs)
+            kept.append(len(self.done))
+            return out
+
+    with torch.no_grad():
+        folds = folded.plan(net, x)
+        with Counting(folds):
+            net(x)
+    assert max(kept) == 1
+    assert kept[-1] == 0
+
+
+def test_nothing_of_the_network_changes() -> None:
+    net = filled(Usual())
+    before = snapshot(net)
+    both(net, inputs(2, 3, 24, 24))
+    assert changes(before, snapshot(net)) == []
+    net.conv1.register_forward_hook(crash)
+    before = snapshot(net)
+    with pytest.raises(ZeroDivisionError):
+        folded.plan(net, inputs(1, 3, 24, 24))
+    assert changes(before, snapshot(net)) == []
+
+
+def crash(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
+# --- where it is used ------------------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, wrong: float = 0.0) -> list[int]:
+    """The batches that went through folded passes; `wrong` is what is added to their logits."""
+    batches: list[int] = []
+
+    def quickened(run: Callable[[Tensor], tap.Seen], folds: folded.Folds) -> Callable[[Tensor], tap.Seen]:
+        quick = folded.quickened(run, folds)
+
+        def counting(x: Tensor) -> tap.Seen:
+            batches.append(len(x))
+            seen = quick(x)
+            assert seen.logits is not None
+            return seen._replace(logits=seen.logits + wrong)
+
+        return counting
+
+    monkeypatch.setattr(question, "quickened", quickened)
+    return batches
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "score-cam": {"layer": "blocks.2.0.bn1"},
+    "occlusion": {"window": 64, "stride": 64},
+    "rise": {"samples": 20, "tolerance": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_that_load_made_is_folded(
+    lite0: Model, photos: list[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    batches = counted(monkeypatch)
+    options = {"targets": 281, "method": method, **METHODS[method]}
+    quick = convscope.heatmaps(lite0, photos[:1], **options).values
+    assert len(batches) > 3
+    monkeypatch.setattr(question, "plan", lambda run, x: {})
+    batches.clear()
+    slow = convscope.heatmaps(lite0, photos[:1], **options).values
+    assert batches == []
+    assert np.abs(quick - slow).max() / np.abs(slow).max() < 1e-4  # drops are a tenth of the score
+
+
+def test_numbers_that_do_not_agree_are_not_used(
+    lite0: Model, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = counted(monkeypatch, wrong=0.01)
+    found = convscope.heatmaps(lite0, photos[:1], 281, method="occlusion", window=112, stride=112).values
+    assert batches == [1]  # the comparison and nothing else
+    monkeypatch.setattr(question, "plan", lambda run, x: {})
+    plain = convscope.heatmaps(lite0, photos[:1], 281, method="occlusion", window=112, stride=112).values
+    assert np.array_equal(found, plain)
+
+
+def test_a_network_in_hand_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = counted(monkeypatch)
+    model = convscope.load(filled(Usual()), preprocessing={"size": 24})
+    convscope.heatmaps(model, inputs(1, 3, 24, 24), 0, method="occlusion")
+    assert batches == []
+    assert not model.owned
