@@ -14,7 +14,7 @@ from captum.attr import LayerGradCam
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timing import Timed, interleaved
-from torch import Tensor
+from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCam
 
 import convscope
@@ -84,6 +84,15 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
     torchcam.remove_hooks()
     gradcam.activations_and_grads.release()
     return Row(name, batch, layer, times, apart)
+
+
+def as_users_have_it(module: nn.Module) -> nn.Module:
+    """A copy, contiguous, with gradients, and without the in-place activations that the peers' hooks cannot bear."""
+    own = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    for part in own.modules():
+        if hasattr(part, "inplace"):
+            part.inplace = False
+    return own.requires_grad_(True)
 
 
 def photographs(model: convscope.Model, batch: int) -> Tensor:

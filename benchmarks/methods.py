@@ -11,7 +11,7 @@ import pytorch_grad_cam as pgc
 import torch
 import torchcam.methods as tc
 from captum.attr import Occlusion
-from heatmaps import NETWORKS, photographs
+from heatmaps import NETWORKS, as_users_have_it, photographs
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timing import Timed, interleaved
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ def family(name: str, batch: int, rounds: int) -> Family:
     peers = {}
     for method, (theirs, others) in FAMILY.items():
         rivals: dict[str, Callable[[], object]] = {"convscope": contenders[method]}
-        rivals["pytorch-grad-cam"] = _pgc(theirs, _as_users_have_it(model.module), layer, x)
+        rivals["pytorch-grad-cam"] = _pgc(theirs, as_users_have_it(model.module), layer, x)
         if others is not None:
-            rivals["torchcam"] = _torchcam(others, _as_users_have_it(model.module), layer, x)
+            rivals["torchcam"] = _torchcam(others, as_users_have_it(model.module), layer, x)
         peers[method] = {
             who: timed.ratio for who, timed in interleaved(rivals, "convscope", max(3, rounds // 3)).items()
         }
@@ -111,7 +111,7 @@ def heavy(rounds: int) -> list[Heavy]:
     model = convscope.load("lite0")
     x = photographs(model, 1)
     layer = "blocks.6"  # 320 channels: as many evaluations for the methods that ask about each
-    plain = _as_users_have_it(model.module)
+    plain = as_users_have_it(model.module)
 
     def ours(method: str, layer: str | None = None, **options: object) -> Callable[[], np.ndarray]:
         return lambda: convscope.heatmaps(model, x, ASKED, layer=layer, method=method, **options).values[0, 0]
@@ -169,15 +169,6 @@ def heavy(rounds: int) -> list[Heavy]:
         apart = {who: _correlation(own, np.asarray(run())) for who, run in contenders.items() if who != "convscope"}
         found.append(Heavy(method, what, times, apart))
     return found
-
-
-def _as_users_have_it(module: nn.Module) -> nn.Module:
-    """A copy, contiguous, with gradients, and without the in-place activations that the peers' hooks cannot bear."""
-    own = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
-    for part in own.modules():
-        if hasattr(part, "inplace"):
-            part.inplace = False
-    return own.requires_grad_(True)
 
 
 def _pgc(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[[], np.ndarray]:

@@ -8,12 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import heatmaps
+import localisation
 import memory
+import methods
 import patterns
 import torch
+import truth
 from timing import THREADS
 
-PEERS = ("captum", "grad-cam", "torchcam", "torch-lucent", "torch", "torchvision", "timm")
+PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "torch", "torchvision", "timm")
 
 
 def main() -> None:
@@ -35,6 +38,18 @@ def main() -> None:
             "## Grad-CAM",
             "",
             *_heatmaps(heatmaps.run(rounds)),
+            "",
+            "## The CAM family, many targets, and methods of many passes",
+            "",
+            *_methods(*methods.run(rounds)),
+            "",
+            "## Is it true?",
+            "",
+            *_truth(truth.run(max(3, rounds // 3))),
+            "",
+            "## Where is it?",
+            "",
+            *_localisation(localisation.run()),
             "",
             "## Patterns",
             "",
@@ -65,6 +80,67 @@ def _heatmaps(rows: list[heatmaps.Row]) -> list[str]:
             cells.append(cell + (f"<br>{row.apart[name]:.0e}" if name in row.apart else ""))
         lines.append(f"| {row.network}, {row.batch} (`{row.layer}`) | " + " | ".join(cells) + " |")
     return lines
+
+
+def _methods(families: list[methods.Family], targets: list[methods.Targets], heavy: list[methods.Heavy]) -> list[str]:
+    names = list(families[0].ours)
+    lines = [
+        "Ratios of convscope to the bare forward pass, channels last, at the last layer with places; `all` are these",
+        "methods together in one call. Below, how many times as long the peers take for the same method, on the same",
+        "weights, laid out as users have them.",
+        "",
+        "| network, batch | " + " | ".join(names) + " | all |",
+        "| --- |" + " --- |" * (len(names) + 1),
+    ]
+    for family in families:
+        cells = []
+        for name in names:
+            rivals = [f"{who} {ratio:.1f}" for who, ratio in family.peers[name].items() if who != "convscope"]
+            cells.append("<br>".join([f"{family.ours[name].ratio:.2f}", *rivals]))
+        lines.append(f"| {family.network} | " + " | ".join([*cells, f"{family.together.ratio:.2f}"]) + " |")
+    lines += [
+        "",
+        "Grad-CAM of one picture: " + "; ".join(f"{t.network}: {1000 * t.one:.0f} ms for one target" for t in targets),
+        "; twenty take " + ", ".join(f"{t.twenty:.2f}" for t in targets) + " times as long.",
+        "",
+        "One photograph, Lite0, layer `blocks.6` where nothing else is said. In brackets the correlation with",
+        "convscope's map, both rectified; where it is not 1, `docs/methods.md` says which equation decides.",
+        "",
+        "| method | work | convscope, ms | times as long as convscope |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in heavy:
+        peers = [f"{who} {row.times[who].ratio:.1f} ({value:.2f})" for who, value in row.apart.items()]
+        milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
+        lines.append(f"| {row.method} | {row.what} | {milliseconds} | " + ", ".join(peers) + " |")
+    return lines
+
+
+def _truth(rows: list[truth.Truth]) -> list[str]:
+    lines = [
+        "Lite0, eight photographs.",
+        "",
+        "| | ms | times as long as convscope | apart |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        others = ", ".join(f"{who} {timed.ratio:.2f}" for who, timed in row.times.items() if who != "convscope")
+        milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
+        lines.append(f"| {row.what} | {milliseconds} | {others} | {row.apart:.0e} |")
+    return lines
+
+
+def _localisation(rows: list[localisation.Row]) -> list[str]:
+    if not rows:
+        return ["The composites were not at hand."]
+    return [
+        "Lite0 on twenty composites with exact masks (16 with one object, 4 with two), judged by the set's own",
+        "program: `pointing`, hottest pixel on the object; `energy`, positive heat on it; `IoU` at the best threshold",
+        "for all; `share own`, of two objects the asked one's share of the heat. Nothing was tuned on these pictures:",
+        "settings were chosen on 36 composites of other objects and backgrounds. Milliseconds for two targets.",
+        "",
+        *localisation.table(rows),
+    ]
 
 
 def _patterns(result: patterns.Patterns) -> list[str]:

@@ -522,6 +522,13 @@ def test_whatever_is_added_is_a_bias(kind: str) -> None:
     assert np.abs(found.more["completeness_error"]).max() < 1e-4  # sums of up to 500 values
 
 
+def test_what_is_taken_off_last_is_a_bias() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3, bias=False), Calling(lambda x: x - 2))
+    net(inputs())
+    found = convscope.heatmaps(loaded(filled(net)), inputs(), 1, method="full-grad")
+    assert np.abs(found.more["completeness_error"]).max() < SUMS
+
+
 def test_completeness_of_the_bundled_network(lite0: convscope.Model, photos: list[str]) -> None:
     found = convscope.heatmaps(lite0, photos, method="full-grad")
     assert np.abs(found.more["completeness_error"]).max() < 1e-4 * np.abs(found.logits).max()
@@ -558,6 +565,15 @@ def test_neighbours_targets_and_chunks_change_nothing(method: str) -> None:
     for n in range(5):
         alone = convscope.heatmaps(model, x[n : n + 1], [targets[n]], method=method, **options)
         assert apart(alone.values, whole.values[n : n + 1]) < SUMS
+
+
+def test_in_single_precision_memory_changes_nothing_but_rounding() -> None:
+    """A lone input would take other kernels, whose rounding switches rectifiers, and gradients with them."""
+    model, x = loaded(resnet().float(), RESNET[1:]), inputs(3, RESNET)
+    whole, parts = (
+        convscope.heatmaps(model, x, 3, method="integrated-gradients", steps=6, memory=m) for m in (1 << 30, 1)
+    )
+    assert apart(parts.values, whole.values) < SUMS
 
 
 @pytest.mark.parametrize("method", METHODS)
