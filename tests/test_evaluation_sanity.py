@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -359,3 +360,22 @@ def test_keras_weights_come_back(keras_model, error):
     assert state() == before
     assert [v.trainable for v in keras_model.weights] == flags
     assert all(v.value is p for v, p in zip(keras_model.weights, variables, strict=True))
+
+
+def test_a_network_that_load_made_is_judged_quicker_and_alike(lite0, photos):
+    """Folded passes are for the weights at the start: redrawn ones are not judged by them, nor the other way round."""
+    given = photos[:2]
+    before = snapshot(lite0.module)
+    heat = convscope.heatmaps(lite0, given)
+    names = ["deletion", "randomisation", "insertion", "average-drop", "random-logit"]
+    in_hand = dataclasses.replace(lite0, owned=False)
+    quick, plain = (
+        convscope.evaluate(m, given, dataclasses.replace(heat, model=m), names, steps=4, stages=3)
+        for m in (lite0, in_hand)
+    )
+    for name in ("deletion", "insertion", "average-drop"):
+        np.testing.assert_allclose(quick[name], plain[name], rtol=1e-3, atol=1e-5)
+    for name in ("randomisation", "random-logit"):
+        np.testing.assert_allclose(quick[name], plain[name], atol=0.02)
+    assert not np.array_equal(quick["deletion"], plain["deletion"]), "other kernels have been at work"
+    assert changes(before, snapshot(lite0.module)) == []

@@ -139,6 +139,10 @@ FOLDED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "used twice": (lambda c, b, x: F.relu(b(c(b(c(x))))), ""),
     "plain": (lambda c, b, x: c(x).tanh(), ""),
     "statistics of the batch": (lambda c, b, x: F.batch_norm(c(x), None, None, training=True), ""),
+    "training": (
+        lambda c, b, x: F.batch_norm(c(x), b.running_mean, b.running_var, training=True, momentum=0.0),
+        "",
+    ),
 }
 
 

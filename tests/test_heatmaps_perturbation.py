@@ -103,7 +103,7 @@ def test_ablation_of_a_linear_head() -> None:
 
 
 def brute_ablation(net: nn.Module, layer: nn.Module, x: Tensor, target: int) -> np.ndarray:
-    """Equations 4 and 5 in plain loops: a whole run for every channel of every picture."""
+    """The paper's slopes in plain loops: a whole run for every channel of every picture."""
     expected = []
     for n in range(len(x)):
         kept: list[Tensor] = []
@@ -135,8 +135,8 @@ def test_ablation_in_plain_loops(layer: str) -> None:
 def test_ablation_agrees_with_pytorch_grad_cam() -> None:
     """Behind a rectifier, where they zero the channel as the paper does; theirs is rectified, scaled and resized.
 
-    On maps with negative values they put min - 1e7 in the channel's place instead (their comment says so): equation 4
-    decides, and the plain loops above.
+    On maps with negative values they put min - 1e7 in the channel's place instead (their comment says so): the
+    paper's definition decides, and the plain loops above.
     """
     from pytorch_grad_cam import AblationCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
@@ -227,7 +227,7 @@ def test_score_in_plain_loops(layer: str) -> None:
 
 
 def test_score_agrees_with_pytorch_grad_cam_and_torchcam() -> None:
-    """Where the layer is as large as the picture; elsewhere definition 3 and the authors' program decide.
+    """Where the layer is as large as the picture; elsewhere algorithm 1 and the authors' program decide.
 
     pytorch-grad-cam enlarges with the corners aligned, and torchcam brings maps to [0, 1] before it enlarges them, so
     that interpolated masks do not reach 1; neither is the paper's order and the authors' interpolation.

@@ -888,12 +888,12 @@ assert "torch" not in sys.modules
 
 import convscope.heatmaps
 assert callable(convscope.heatmaps), convscope.heatmaps
-from convscope.heatmaps import cam
+from convscope.heatmaps import methods
 import convscope.patterns.recipes, convscope.activations
 from convscope import heatmaps, patterns, activations, load, ConvscopeError
 for function in (heatmaps, convscope.heatmaps, patterns, convscope.patterns, activations, convscope.activations, load):
     assert callable(function), function
-assert cam.METHODS and callable(convscope.load) and issubclass(convscope.ConvscopeError, ValueError)
+assert methods.METHODS and callable(convscope.load) and issubclass(convscope.ConvscopeError, ValueError)
 assert sys.modules["convscope.heatmaps"].heatmaps is heatmaps
 assert not {"keras", "matplotlib.pyplot"} & set(sys.modules), "heavy"
 """

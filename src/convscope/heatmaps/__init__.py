@@ -162,7 +162,6 @@ def explained(
         before, count = len(done) + len(pictures.failed), len(batch.indices)
         tell = partial(_tell, progress, before, count, len(pictures))
         answers.append(explain_at(plan, batch, scales, inputs, tell))
-        tell(1)
         geometry += batch.geometry
         done += batch.indices
     names = tuple(pictures.names[i] for i in done)

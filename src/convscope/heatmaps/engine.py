@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope import tap
-from convscope.budget import batch_size, chunks, forward_bytes
+from convscope.budget import batch_size, chunks, forward_bytes, gradient_bytes
 from convscope.heatmaps.methods import Asking, Cam, find
 from convscope.heatmaps.question import Question
 from convscope.heatmaps.targets import Chosen, Targets
@@ -73,7 +73,7 @@ class Plan:
         """Of memory, for one picture of a batch."""
         layers = self.shared()
         asking = any(isinstance(find(cell.method), Asking) for cell in self.cells)
-        whole = 2.0 * self.model.layers[-1].bytes if asking else 0.0
+        whole = gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)) if asking else 0.0
         return max(whole, forward_bytes(self.model, layers[0] if layers else None))
 
 
@@ -175,7 +175,8 @@ def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[fl
         maps = [_cams(method, shared, row.name, plan.targets.count) for row in cell.layers]
         tell(1)
         return Maps(fused(maps, cell.fuse))
-    size = batch_size(plan.model, 2.0 * plan.model.layers[-1].bytes, plan.memory)
+    larger = x[0, 0].numel() / math.prod(plan.model.preprocessing.size)
+    size = batch_size(plan.model, plan.bytes() * larger, plan.memory)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     with tap.attach(plan.model, []) as run:
         for layer in cell.layers or (None,):
@@ -184,6 +185,7 @@ def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[fl
             question = Question(plan.model, x, shared.chosen, run, size, plan.seed, part, layer)
             answer = method.function(question, **cell.options)
             found.append(answer if isinstance(answer, tuple) else (answer, {}))
+            part(1)
     return Maps(fused([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {})
 
 

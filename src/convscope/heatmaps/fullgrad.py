@@ -30,9 +30,9 @@ def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
     the map depend on the scale of the score.
 
     Biases are those of convolutions and linear layers, whatever else is added that does not depend on the picture,
-    beta - gamma mu / sigma of batch normalisation, and what a clamp (ReLU6) gives where it is saturated. S
-    minus the sum of all of these is "completeness_error": nought but for rounding if the network has linear pieces
-    only, and of any size if it has not (SiLU, sigmoid gates, layer norm, attention).
+    beta - gamma mu / sigma of batch normalisation, and what a clamp (ReLU6) gives where it is saturated. S minus
+    the sum of all of these is "completeness_error": nought but for rounding if the network has linear pieces only, and
+    of any size if it has not (SiLU, sigmoid gates, layer norm, attention).
     """
     x = question.x
     maps, errors = [], []
@@ -42,7 +42,6 @@ def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
         heard = _Heard(len(part), x.shape[2:], channels)
         with heard:
             leaf, scores = question.forward(x[at], torch.arange(at.start, at.stop, device=x.device))
-        heard.flush()
         found, total = [], []
         for gradient in question.backward(leaf, scores):
             heard.take(x[at], 1, gradient)

@@ -30,7 +30,7 @@ def score_cam(question: Question) -> Tensor:
     everywhere has no extremes to tell apart and shows nothing: x o H_k = 0, an increase of exactly 0, which takes no
     pass of its own. The paper's last step, a rectifier, is left to the viewer.
 
-    Wang et al., Score-CAM, CVPR workshops 2020, definitions 3 and 4 and algorithm 1.
+    Wang et al., Score-CAM, CVPR workshops 2020: channel-wise increase of confidence, algorithm 1.
     """
     maps, found = question.maps(), []
     for picture, own in enumerate(maps):
@@ -58,7 +58,7 @@ def ablation_cam(question: Question) -> Tensor:
     Only what lies behind the layer runs again. A channel that is 0 already has the weight 0 and takes no pass. Where y
     is negative the division turns the map's sign, as the paper has it; where y is 0 it is left out.
 
-    Desai and Ramaswamy, Ablation-CAM, WACV 2020, equations 4 and 5; their rectifier is left to the viewer.
+    Desai and Ramaswamy, Ablation-CAM, WACV 2020, the slope of the score; their rectifier is left to the viewer.
     """
     maps, found = question.maps(), []
     for picture, own in enumerate(maps):
@@ -93,7 +93,7 @@ def occlusion(
     unless given. The last window of an axis may stick out. `fill` is what it shows: a number in the network's input
     space, or "average", the picture's own mean in each channel.
 
-    Zeiler and Fergus, ECCV 2014, section 3.2; the mean over windows is that of captum's Occlusion.
+    Zeiler and Fergus, ECCV 2014, occlusion sensitivity; the mean over windows is that of captum's Occlusion.
     """
     sides = question.x.shape[2:]
     windows = _per_axis("window", window, [max(1, -(-side // 7)) for side in sides], sides)
@@ -139,9 +139,10 @@ def rise(
     1 / (p N) sum_i f(x o M_i) M_i: the masks are grids of `cells` that are 1 with probability p = `keep`, enlarged
     linearly and shifted at random; f is the target's score, or, as in the paper, its `probability`. The same masks for
     every picture. A target is done after `samples` masks, or as soon as the standard error of its map is nowhere more
-    than `tolerance` times the map's range; `standard_error` (B, T, ...) and `samples` (B, T) are returned beside it.
+    than `tolerance` times the map's range (above 0.1 that says little: noise alone has a range). `standard_error`
+    (B, T, ...) and `samples` (B, T) are returned beside it.
 
-    Petsiuk, Das and Saenko, RISE, BMVC 2018, equation 6 and section 3.2; masks as in the authors' program.
+    Petsiuk, Das and Saenko, RISE, BMVC 2018, its Monte Carlo estimate; masks as in the authors' program.
     """
     sides = question.x.shape[2:]
     grid = _per_axis("cells", cells, [], sides)
@@ -207,7 +208,7 @@ class _Running:
     def settled(self, tolerance: float) -> bool:
         """Whether all targets are done, now that as many masks have been added as each look takes."""
         mean, error = self.mean().flatten(1), self.error().flatten(1)
-        self.done |= error.amax(1) <= tolerance * (mean.amax(1) - mean.amin(1))
+        self.done = error.amax(1) <= tolerance * (mean.amax(1) - mean.amin(1))
         return bool(self.done.all())
 
     def _per_target(self, values: Tensor) -> Tensor:
