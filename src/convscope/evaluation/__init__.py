@@ -213,7 +213,9 @@ def _subject(
 
 def _most(model: Model) -> int:
     """Inputs to a pass: on a CPU, no more than leave an activation in the cache, beyond which passes get slower."""
-    return max(FEWEST, int(2 * CACHE // (4 * max(model.layers.largest, 1)))) if model.device.type == "cpu" else MOST
+    if model.device.type != "cpu":
+        return MOST
+    return max(FEWEST, min(MOST, int(2 * CACHE // (4 * max(model.layers.largest, 1)))))
 
 
 def _agreeing(quick: Callable[[Tensor], Seen], subject: Subject) -> Callable[[Tensor], Seen]:
