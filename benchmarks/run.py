@@ -136,8 +136,8 @@ def _localisation(rows: list[localisation.Row]) -> list[str]:
     return [
         "Lite0 on twenty composites with exact masks (16 with one object, 4 with two), judged by the set's own",
         "program: `pointing`, hottest pixel on the object; `energy`, positive heat on it; `IoU` at the best threshold",
-        "for all; `share own`, of two objects the asked one's share of the heat. Nothing was tuned on these pictures:",
-        "settings were chosen on 36 composites of other objects and backgrounds. Milliseconds for two targets.",
+        "for all; `share own`, of two objects the asked one's share of the heat. `docs/truth.md` says how",
+        "the recommended setting was chosen. Milliseconds for two targets.",
         "",
         *localisation.table(rows),
     ]
