@@ -163,6 +163,7 @@ def test_localisation_by_hand():
     assert located(heat, mask, "iou") == pytest.approx(both / (8 - both))
     assert located(mask.astype(np.float32), mask, "iou") == 1
     assert located(-heat.clip(0), mask, "energy") == 0
+    assert [located(heat, mask | ~mask, name) for name in ("pointing", "energy", "iou")] == [1, 1, 1]
 
 
 def test_several_hottest_pixels_count_in_proportion():

@@ -34,7 +34,8 @@ def test_imputation_solves_the_dense_system(size, share):
     np.testing.assert_array_equal(found.permute(0, 2, 3, 1)[known], x.permute(0, 2, 3, 1)[known])
 
 
-def test_imputation_of_one_large_hole():
+def test_imputation_of_one_large_hole(monkeypatch):
+    monkeypatch.setattr("convscope.evaluation.imputation.STEPS", 15)  # however large the hole
     x = pictures(1, 40, channels=3)
     known = torch.ones(1, 40, 40, dtype=torch.bool)
     known[:, 3:, :37] = False
@@ -49,7 +50,8 @@ def test_imputation_continues_a_slope():
     np.testing.assert_allclose(impute(slope, known), slope, atol=2e-3)
 
 
-def test_imputation_of_a_large_picture_is_settled():
+def test_imputation_of_a_large_picture_is_settled(monkeypatch):
+    monkeypatch.setattr("convscope.evaluation.imputation.STEPS", 15)
     x = pictures(1, 224, channels=1)
     known = torch.zeros(1, 224, 224, dtype=torch.bool)
     known[0, 0] = True
@@ -101,3 +103,7 @@ def test_roads_noise_is_the_same_for_every_picture():
     first, second = grain[2], grain[3]  # behind the two pictures themselves, the two without any pixel
     np.testing.assert_allclose(3 * first, second, atol=1e-5)
     assert float(first.std() / x[0].std()) == pytest.approx(0.1, rel=0.1)
+    half = grain[4]  # the first picture without its hotter half: noise where it is imputed, and nowhere else
+    noisy = half.abs().amax(0) > 0
+    assert int(noisy.sum()) == 128
+    np.testing.assert_allclose(half[:, noisy], first[:, noisy], atol=1e-5)

@@ -70,20 +70,23 @@ def test_the_gradient_of_the_network_passes():
 def test_each_stage_is_the_map_of_a_network_with_those_weights_redrawn():
     """By hand: a copy of the network whose layers are redrawn in the same order, and its own heatmaps."""
     model, x = usual(), pictures(2, 24, channels=3)
-    heat = convscope.heatmaps(model, x, 1, layer="conv2", method="layer-cam")
+    heat = convscope.heatmaps(model, x, 1, layer="conv2", method="hirescam")
     found = convscope.evaluate(model, x, heat, "randomisation", stages=3, seed=7)
     draw = _other(torch.Generator().manual_seed(7))
     copy = usual()
     order = ["fc", "bn3", "conv3", "conv2", "bn1", "conv1"]
     assert [name for name, _ in from_the_top(copy)] == order
-    expected = [np.ones((2, 1))]
+    expected, absolute = [np.ones((2, 1))], [np.ones((2, 1))]
     for group in (["fc"], ["bn3", "conv3"], ["conv2", "bn1", "conv1"]):
         for name in group:
             for p in getattr(copy.module, name).parameters():
                 p.data = redrawn(p.data, draw)
-        new = convscope.heatmaps(copy, x, 1, layer="conv2", method="layer-cam").values
-        pair = (torch.from_numpy(v).flatten(2) for v in (new, heat.values))
+        new = convscope.heatmaps(copy, x, 1, layer="conv2", method="hirescam").values
+        pair = [torch.from_numpy(v).flatten(2) for v in (new, heat.values)]
         expected.append(spearman(*pair).numpy())
+        absolute.append(spearman(*(v.abs() for v in pair)).numpy())
+    np.testing.assert_allclose(found.curves["randomisation-absolute"], np.stack(absolute, 2), atol=1e-6)
+    assert not np.allclose(expected, absolute)
     np.testing.assert_allclose(found.curves["randomisation"], np.stack(expected, 2), atol=1e-6)
     np.testing.assert_array_equal(found["randomisation"], found.curves["randomisation"][..., -1])
 
@@ -194,6 +197,7 @@ def test_the_targets_stay_when_the_top_class_changes():
     [
         {"layer": ["conv2", "conv3"], "fuse": "max"},
         {"smooth": "flips"},
+        {"scale": [1, 1.5]},
         {"against": 2},
         {"method": "eigen-cam", "layer": "conv2"},
         {"method": "slopes", "smooth": "noise", "seed": 3},

@@ -139,7 +139,7 @@ def rise(
     1 / (p N) sum_i f(x o M_i) M_i: the masks are grids of `cells` that are 1 with probability p = `keep`, enlarged
     linearly and shifted at random; f is the target's score, or, as in the paper, its `probability`. The same masks for
     every picture. A target is done after `samples` masks, or as soon as the standard error of its map is nowhere more
-    than `tolerance` times the map's range (above 0.1 that says little: noise alone has a range). `standard_error`
+    than `tolerance` times the map's range; above 0.1 that says little, as noise alone has a range. `standard_error`
     (B, T, ...) and `samples` (B, T) are returned beside it.
 
     Petsiuk, Das and Saenko, RISE, BMVC 2018, its Monte Carlo estimate; masks as in the authors' program.
