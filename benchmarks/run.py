@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,44 +25,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds in which contenders take turns")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(THREADS)
-    text = "\n".join(
-        [
-            "# Benchmarks",
-            "",
-            "Made by `make benchmarks`. All contenders run in one process and take turns; every time is the median of",
-            f"{rounds} rounds, every ratio the median of the ratios within a round. {THREADS} threads, float32, the",
-            "same weights and the same input for all, 224 x 224, channels last for all but the model in hand, which",
-            "comes as users have it. Peers get the network without in-place activations, which their hooks need.",
-            "",
-            f"Machine: {_processor()}. " + ", ".join(f"{p} {version(p)}" for p in PEERS) + ".",
-            "",
-            "## Grad-CAM",
-            "",
-            *_heatmaps(heatmaps.run(rounds)),
-            "",
-            "## The CAM family, many targets, and methods of many passes",
-            "",
-            *_methods(*methods.run(rounds)),
-            "",
-            "## Is it true?",
-            "",
-            *_truth(truth.run(max(3, rounds // 3))),
-            "",
-            "## Where is it?",
-            "",
-            *_localisation(localisation.run()),
-            "",
-            "## Patterns",
-            "",
-            *_patterns(patterns.run(max(3, rounds // 3))),
-            "",
-            "## Memory",
-            "",
-            *_memory(memory.run()),
-            "",
-        ]
-    )
-    Path(__file__).with_name("README.md").write_text(text)
+    few = max(3, rounds // 3)
+    sections: dict[str, Callable[[], list[str]]] = {
+        "Grad-CAM": lambda: _heatmaps(heatmaps.run(rounds)),
+        "The CAM family, many targets, and methods of many passes": lambda: _methods(*methods.run(rounds)),
+        "Is it true?": lambda: _truth(truth.run(few)),
+        "Patterns": lambda: _patterns(patterns.run(few)),
+        "Memory": lambda: _memory(memory.run()),
+        "Where is it?": lambda: _localisation(localisation.run()),
+    }
+    text = [
+        "# Benchmarks",
+        "",
+        "Made by `make benchmarks`. All contenders run in one process and take turns; every time is the median of",
+        f"{rounds} rounds ({few} where a round takes long), every ratio the median of the ratios within a round.",
+        f"{THREADS} threads, float32, the same weights and the same input for all, 224 x 224, channels last for all but",
+        "those that come as users have them. Peers get the network without in-place activations, which their hooks need.",
+        "",
+        f"Machine: {_processor()}. " + ", ".join(f"{p} {version(p)}" for p in PEERS) + ".",
+        "",
+    ]
+    for title, section in sections.items():
+        text += [f"## {title}", "", *section(), ""]
+        # After each, so that a run that is cut short has lost no more than one.
+        Path(__file__).with_name("README.md").write_text("\n".join(text))
 
 
 def _heatmaps(rows: list[heatmaps.Row]) -> list[str]:
