@@ -200,3 +200,41 @@ def test_maps_on_the_input_are_drawn_spread() -> None:
     assert not shown[:15].any()
     assert not shown[25:].any()
     assert found.values.max() == 1
+
+
+# --- options, and what is found besides ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rise", {"samples": 0}),
+        ("rise", {"keep": 1.5}),
+        ("rise", {"tolerance": -1}),
+        ("occlusion", {"fill": "black"}),
+        ("smooth-grad", {"samples": 0}),
+        ("var-grad", {"noise": "much"}),
+        ("integrated-gradients", {"steps": 1.5}),
+        ("integrated-gradients", {"baseline": "white"}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_network_runs(method: str, options: dict[str, Any]) -> None:
+    net = filled(Usual())
+    model, runs = loaded(net), []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(ConvscopeError, match=f"{next(iter(options))} is "):
+        convscope.heatmaps(model, inputs(), method=method, **options)
+    with pytest.raises(ConvscopeError, match="baseline is"):
+        convscope.heatmaps(model, inputs(), method="integrated-gradients", baseline="grey")
+    assert runs == []
+
+
+def test_standard_error_is_turned_back_with_its_map(usual: convscope.Model) -> None:
+    """The mean over the picture and its mirror image, place by place, for all that has places."""
+    x, settings = inputs(1), {"method": "rise", "samples": 60, "tolerance": 0.0}
+    plain, mirrored = (convscope.heatmaps(usual, given, 1, **settings) for given in (x, x.flip(-1)))
+    both = convscope.heatmaps(usual, x, 1, smooth="flips", **settings)
+    for name in ("values", "standard_error"):
+        found, first, second = (r.arrays()[name] for r in (both, plain, mirrored))
+        assert apart(found, (first + second[..., ::-1]) / 2) < 1e-5
+        assert apart(found, (first + second) / 2) > 1e-3

@@ -139,6 +139,7 @@ def test_chains_see_what_brute_force_finds(layers):
         return  # nothing is left of the picture
     rows = table(module)
     found = receptive.seen(module, rows.names, SIZE)
+    assert [row.name for row in rows] == [str(i) for i in range(len(layers))]
     for row in rows:
         if row.has_space:
             compare(row, receptive.places(found[row.name]))

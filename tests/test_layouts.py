@@ -323,7 +323,9 @@ def test_volumes_see_what_brute_force_finds(name: str) -> None:
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_enlarged_signals_and_volumes_are_bounded(size: tuple[int, ...], mode: str) -> None:
     conv, mode = (conv1(), mode) if len(size) == 1 else (nn.Conv3d(1, 1, 3, padding=1), mode.replace("lin", "trilin"))
-    check(nn.Sequential(conv, nn.Upsample(scale_factor=2, mode=mode)), size, slack=2, way="bump")
+    rows = check(nn.Sequential(conv, nn.Upsample(scale_factor=2, mode=mode)), size, slack=2, way="bump")
+    assert rows["1"].shape[1:] == tuple(2 * side for side in size)
+    assert rows["1"].stride == (0.5,) * len(size)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError, Model, tap
 from convscope.model import TorchDialect
+from convscope.modes import RowsOnly
 from tests.oracles.nets import (
     PACKINGS,
     Aside,
@@ -751,7 +752,7 @@ def test_gradient_through_the_rows_it_reaches_is_the_whole_gradient(active: int)
     towards = torch.zeros(1, 2048)
     towards[0, torch.randperm(2048)[:active]] = torch.randn(active)
     (expected,) = torch.autograd.grad((torch.nn.functional.linear(x, weight, bias) * towards).sum(), x)
-    with tap._RowsOnly():
+    with RowsOnly():
         output = torch.nn.functional.linear(x, weight, bias)
     assert "_RowsLinear" in output.grad_fn.name()
     (found,) = torch.autograd.grad((output * towards).sum(), x)
@@ -771,7 +772,7 @@ def test_heatmaps_through_large_matrices_are_the_same_alone_and_in_company() -> 
             return self.fc2(self.fc1(self.relu(self.conv(x)).flatten(1)).relu())
 
     net = Headed()
-    assert net.fc1.weight.numel() >= tap._RowsOnly.WORTH
+    assert net.fc1.weight.numel() >= RowsOnly.WORTH
     model = convscope.load(net, preprocessing={"size": 8})
     x = torch.randn(3, 3, 8, 8)
     together = convscope.heatmaps(model, x, [[1, 4]] * 3, layer="relu").values

@@ -32,6 +32,7 @@ from convscope.cli.common import (
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
+    from convscope.heatmaps import Heatmaps
     from convscope.model import Model
 
 Target = Annotated[
@@ -84,25 +85,23 @@ def heatmap(
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
     """Which places of pictures speak for a class."""
-    import convscope
-
     net = load(model, weights, classes, preprocessing, device)
     with bar("heatmaps") as progress:
-        result = convscope.heatmaps(
+        result = _heat(
             net,
             images,
-            _targets(net, target, len(images)),
-            layer=_layers(layer),
+            target,
+            against,
+            layer,
+            scale,
+            option,
             method=method,
-            against=_targets(net, against, len(images)),
             smooth=smooth,
-            scale=_scales(scale),
             fuse=fuse,
             seed=seed,
             fit=fit,
             max_pixels=max_pixels,
             progress=progress,
-            **_options(option),
         )
     if not as_json:
         say(f"layer {result.layer}: {result.why}")
@@ -140,21 +139,21 @@ def evaluate(
 
     net = load(model, weights, classes, preprocessing, device)
     with bar("heatmaps") as progress:
-        heat = convscope.heatmaps(
+        heat = _heat(
             net,
             images,
-            _targets(net, target, len(images)),
-            layer=_layers(layer),
+            target,
+            against,
+            layer,
+            scale,
+            option,
             method=method,
-            against=_targets(net, against, len(images)),
             smooth=smooth,
-            scale=_scales(scale),
             fuse=fuse,
             seed=seed,
             fit=fit,
             max_pixels=max_pixels,
             progress=progress,
-            **_options(option),
         )
     with bar("evaluate") as progress:
         result = convscope.evaluate(
@@ -234,6 +233,31 @@ def compare(
         headings = ("method", "layer", "ms a picture", *result.metrics)
         table("", headings, rows, right=range(2, len(headings)))
     finish(result, out, as_json)
+
+
+def _heat(
+    net: Model,
+    images: list[str],
+    target: list[str] | None,
+    against: list[str] | None,
+    layer: str,
+    scale: str,
+    option: list[str] | None,
+    **more: Any,
+) -> Heatmaps:
+    """Heatmaps by options as they are written on the command line."""
+    from convscope.heatmaps import heatmaps
+
+    return heatmaps(
+        net,
+        images,
+        _targets(net, target, len(images)),
+        layer=_layers(layer),
+        against=_targets(net, against, len(images)),
+        scale=_scales(scale),
+        **more,
+        **_options(option),
+    )
 
 
 def _targets(net: Model, names: list[str] | None, count: int) -> list[list[int]] | None:

@@ -97,7 +97,9 @@ def explain(
             part = partial(tell_part, tell, done, 1 / len(plan.cells) / len(views))
             maps = _cell(plan, cell, view, shared, part)
             require_finite(plan.model, maps.values, f"the evidence by {cell.method} at layer {cell.place!r}")
-            found[-1].append(Maps(undo(maps.values), maps.more))
+            grid = maps.values.shape[2:]
+            more = {key: undo(value) if value.shape[2:] == grid else value for key, value in maps.more.items()}
+            found[-1].append(Maps(undo(maps.values), more))
     assert chosen is not None
     assert logits is not None
     cells = (_averaged(views_of_one) for views_of_one in zip(*found, strict=True))

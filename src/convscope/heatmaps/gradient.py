@@ -74,7 +74,7 @@ def integrated_gradients(
     `baseline` is in the network's own input space: a number or an array that broadcasts to one picture (C, ...). The
     default 0 is the mean colour wherever the preprocessing takes the mean off. "black" is a black picture.
     """
-    _whole("steps", steps)
+    check_path(steps=steps, baseline=baseline)
     x, start = question.x, _baseline(question, baseline)
     nodes, weights = np.polynomial.legendre.leggauss(steps)
 
@@ -155,11 +155,7 @@ def _moments(question: Question, samples: int, noise: float) -> tuple[Tensor, Te
 
     In parts, as by Chan et al. 1979: sums of squares would cancel out.
     """
-    _whole("samples", samples)
-    if not 0 < noise < float("inf"):
-        raise ConvscopeError(
-            f"noise is {noise!r}; expected a share of the picture's range of values above 0, like 0.15"
-        )
+    check_noise(samples=samples, noise=noise)
 
     def noisy(x: Tensor, spread: Tensor) -> Iterator[Tensor]:
         draw = question.generator()
@@ -204,8 +200,6 @@ def _baseline(question: Question, baseline: Any) -> Tensor:
     """(1, C, ...), in the network's input space."""
     x = question.x[:1]
     if isinstance(baseline, str):
-        if baseline != "black":
-            raise ConvscopeError(f"baseline is {baseline!r}; expected 'black', a number or an array (C, ...)")
         return question.model.preprocessing.normalize(torch.zeros_like(x))
     given = torch.as_tensor(np.asarray(baseline, np.float32)).to(x)
     try:
@@ -214,6 +208,22 @@ def _baseline(question: Question, baseline: Any) -> Tensor:
         raise ConvscopeError(
             f"a baseline of shape {tuple(given.shape)} does not broadcast to a picture {tuple(x.shape[1:])}"
         ) from error
+
+
+def check_path(*, steps: int, baseline: Any) -> None:
+    """Refuse options of integrated gradients that make no sense."""
+    _whole("steps", steps)
+    if isinstance(baseline, str) and baseline != "black":
+        raise ConvscopeError(f"baseline is {baseline!r}; expected 'black', a number or an array (C, ...)")
+
+
+def check_noise(*, samples: int, noise: float) -> None:
+    """Refuse options of noisy copies that make no sense."""
+    _whole("samples", samples)
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < float("inf"):
+        raise ConvscopeError(
+            f"noise is {noise!r}; expected a share of the picture's range of values above 0, like 0.15"
+        )
 
 
 def _whole(name: str, value: Any) -> None:

@@ -31,10 +31,14 @@ class Cam:
 
 @dataclass(frozen=True)
 class Asking:
-    """A function that puts its own questions to the network. `at_input`: its maps lie on the input, not on a layer."""
+    """A function that puts its own questions to the network. `at_input`: its maps lie on the input, not on a layer.
+
+    `check` takes the options and raises ConvscopeError for what makes no sense whatever the picture.
+    """
 
     function: Callable[..., Found]
     at_input: bool = True
+    check: Callable[..., None] | None = None
 
 
 Method = Cam | Asking
@@ -51,9 +55,9 @@ METHODS: dict[str, Method] = {
     "finer-cam": Cam(cam.grad_cam, finer),
     "saliency": Asking(gradient.saliency),
     "input-x-gradient": Asking(gradient.input_x_gradient),
-    "smooth-grad": Asking(gradient.smooth_grad),
-    "var-grad": Asking(gradient.var_grad),
-    "integrated-gradients": Asking(gradient.integrated_gradients),
+    "smooth-grad": Asking(gradient.smooth_grad, check=gradient.check_noise),
+    "var-grad": Asking(gradient.var_grad, check=gradient.check_noise),
+    "integrated-gradients": Asking(gradient.integrated_gradients, check=gradient.check_path),
     "guided-backprop": Asking(gradient.guided_backprop),
     "deconvnet": Asking(gradient.deconvnet),
     "guided-grad-cam": Asking(gradient.guided_grad_cam, at_input=False),
@@ -63,8 +67,8 @@ METHODS: dict[str, Method] = {
     "lrp-zplus": Asking(relevance.lrp_zplus),
     "score-cam": Asking(perturbation.score_cam, at_input=False),
     "ablation-cam": Asking(perturbation.ablation_cam, at_input=False),
-    "occlusion": Asking(perturbation.occlusion),
-    "rise": Asking(perturbation.rise),
+    "occlusion": Asking(perturbation.occlusion, check=perturbation.check_occlusion),
+    "rise": Asking(perturbation.rise, check=perturbation.check_rise),
     "random": Asking(controls.random_map, at_input=False),
     "centred": Asking(controls.centred, at_input=False),
 }
@@ -78,14 +82,21 @@ def find(name: str) -> Method:
 
 
 def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a method, the given ones and the others' defaults. Raises ConvscopeError for unknown ones."""
+    """All options of a method, the given ones and the others' defaults.
+
+    Raises ConvscopeError for unknown ones, and for values that make no sense.
+    """
+    method = find(name)
     known = {
         key: parameter.default
-        for key, parameter in inspect.signature(find(name).function).parameters.items()
+        for key, parameter in inspect.signature(method.function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     for key in given:
         if key not in known:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
             raise ConvscopeError(f"method {name!r} has no option {key!r}; {has}")
-    return {**known, **given}
+    settings = {**known, **given}
+    if isinstance(method, Asking) and method.check is not None:
+        method.check(**settings)
+    return settings

@@ -101,6 +101,7 @@ def occlusion(
     for side, w, s in zip(sides, windows, strides, strict=True):
         if s > w < side:
             raise ConvscopeError(f"stride {s} is longer than the window, {w}: no window would cover what lies between")
+    check_occlusion(fill=fill)
     blank = _blank(question.x, fill)
     covers = [_cover(*sizes).to(question.x.device) for sizes in zip(sides, windows, strides, strict=True)]
     steps = [len(cover) for cover in covers]
@@ -146,9 +147,7 @@ def rise(
     """
     sides = question.x.shape[2:]
     grid = _per_axis("cells", cells, [], sides)
-    _require(_is_whole(samples) and samples >= 1, f"samples is {samples!r}; expected a number of masks, at least 1")
-    _require(_is_number(keep) and 0 < keep < 1, f"keep is {keep!r}; expected a probability between 0 and 1")
-    _require(_is_number(tolerance) and tolerance >= 0, f"tolerance is {tolerance!r}; expected 0 or more")
+    check_rise(samples=samples, keep=keep, tolerance=tolerance)
     if probability and question.chosen.functions:
         raise ConvscopeError(
             "a function of the network's output has no probability; give classes, or probability=False"
@@ -275,8 +274,20 @@ def _blank(x: Tensor, fill: float | str) -> Tensor:
     places = tuple(range(2, x.ndim))
     if fill == "average":
         return x.mean(places, keepdim=True)
-    _require(_is_number(fill), f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
     return x.new_full((len(x), *[1] * (x.ndim - 1)), float(fill))
+
+
+def check_occlusion(*, fill: float | str, **_: Any) -> None:
+    """Refuse a fill that makes no sense; windows and strides depend on the input's size."""
+    known = fill == "average" or _is_number(fill)
+    _require(known, f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
+
+
+def check_rise(*, samples: int, keep: float, tolerance: float, **_: Any) -> None:
+    """Refuse options of RISE that make no sense; cells depend on the input's size."""
+    _require(_is_whole(samples) and samples >= 1, f"samples is {samples!r}; expected a number of masks, at least 1")
+    _require(_is_number(keep) and 0 < keep < 1, f"keep is {keep!r}; expected a probability between 0 and 1")
+    _require(_is_number(tolerance) and tolerance >= 0, f"tolerance is {tolerance!r}; expected 0 or more")
 
 
 def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]) -> list[int]:
