@@ -88,8 +88,11 @@ def _methods(families: list[methods.Family], targets: list[methods.Targets], hea
         lines.append(f"| {family.network} | " + " | ".join([*cells, f"{family.together.ratio:.2f}"]) + " |")
     lines += [
         "",
-        "Grad-CAM of one picture: " + "; ".join(f"{t.network}: {1000 * t.one:.0f} ms for one target" for t in targets),
-        "; twenty take " + ", ".join(f"{t.twenty:.2f}" for t in targets) + " times as long.",
+        "Grad-CAM of one picture: "
+        + "; ".join(
+            f"{t.network} {1000 * t.one:.0f} ms for one target, twenty take {t.twenty:.2f} times" for t in targets
+        )
+        + " as long.",
         "",
         "One photograph, Lite0, layer `blocks.6` where nothing else is said. In brackets the correlation with",
         "convscope's map, both rectified; where it is not 1, `docs/methods.md` says which equation decides.",
