@@ -29,7 +29,10 @@ class Truth:
 
 
 def deletion(steps: int, rounds: int) -> Truth:
-    """The same states for both: the hottest pixels are set to 0, an equal part at each step."""
+    """The same states for both, but for one pixel: the hottest are set to 0, an equal part at each step.
+
+    Quantus counts every channel of a pixel by itself, and takes none but whole divisors of the pixels.
+    """
     model = convscope.load("lite0")
     x = photographs(model, BATCH)
     heat = convscope.heatmaps(model, x)
@@ -37,7 +40,7 @@ def deletion(steps: int, rounds: int) -> Truth:
     # Different values everywhere: how ties are broken is each program's own.
     maps = np.stack(heat.resized()) + 1e-6 * np.random.default_rng(0).random((BATCH, 1, 224, 224)).astype(np.float32)
     peer = quantus.PixelFlipping(
-        features_in_step=PIXELS // steps,
+        features_in_step=3 * PIXELS // steps,
         perturb_baseline=0.0,
         abs=False,
         normalise=False,
@@ -92,4 +95,4 @@ def average_drop(rounds: int) -> Truth:
 def run(rounds: int) -> list[Truth]:
     """On Lite0, eight photographs."""
     warnings.filterwarnings("ignore", module="quantus")
-    return [deletion(28, rounds), average_drop(rounds)]
+    return [deletion(84, rounds), average_drop(rounds)]
