@@ -101,7 +101,7 @@ def occlusion(
     for side, w, s in zip(sides, windows, strides, strict=True):
         if s > w < side:
             raise ConvscopeError(f"stride {s} is longer than the window, {w}: no window would cover what lies between")
-    check_occlusion(fill=fill)
+    check_occlusion(window=window, stride=stride, fill=fill)
     blank = _blank(question.x, fill)
     covers = [_cover(*sizes).to(question.x.device) for sizes in zip(sides, windows, strides, strict=True)]
     steps = [len(cover) for cover in covers]
@@ -147,7 +147,7 @@ def rise(
     """
     sides = question.x.shape[2:]
     grid = _per_axis("cells", cells, [], sides)
-    check_rise(samples=samples, keep=keep, tolerance=tolerance)
+    check_rise(samples=samples, cells=cells, keep=keep, tolerance=tolerance)
     if probability and question.chosen.functions:
         raise ConvscopeError(
             "a function of the network's output has no probability; give classes, or probability=False"
@@ -277,14 +277,18 @@ def _blank(x: Tensor, fill: float | str) -> Tensor:
     return x.new_full((len(x), *[1] * (x.ndim - 1)), float(fill))
 
 
-def check_occlusion(*, fill: float | str, **_: Any) -> None:
-    """Refuse a fill that makes no sense; windows and strides depend on the input's size."""
+def check_occlusion(*, window: Any, stride: Any, fill: float | str, **_: Any) -> None:
+    """Refuse options of occlusion that make no sense, whatever the input's size."""
+    for name, given in (("window", window), ("stride", stride)):
+        if given is not None:
+            _check_sizes(name, given)
     known = fill == "average" or _is_number(fill)
     _require(known, f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
 
 
-def check_rise(*, samples: int, keep: float, tolerance: float, **_: Any) -> None:
-    """Refuse options of RISE that make no sense; cells depend on the input's size."""
+def check_rise(*, samples: int, cells: Any, keep: float, tolerance: float, **_: Any) -> None:
+    """Refuse options of RISE that make no sense, whatever the input's size."""
+    _check_sizes("cells", cells)
     _require(_is_whole(samples) and samples >= 1, f"samples is {samples!r}; expected a number of masks, at least 1")
     _require(_is_number(keep) and 0 < keep < 1, f"keep is {keep!r}; expected a probability between 0 and 1")
     _require(_is_number(tolerance) and tolerance >= 0, f"tolerance is {tolerance!r}; expected 0 or more")
@@ -294,16 +298,21 @@ def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]
     """One whole number for each axis, at least 1 and not more than `most`. Raises ConvscopeError."""
     if given is None:
         return list(default)
-    sizes = [given] * len(most) if _is_whole(given) else given
-    if not isinstance(sizes, list | tuple) or not all(_is_whole(size) for size in sizes):
-        raise ConvscopeError(f"{name} is {given!r}; expected a whole number, or one for each axis")
+    _check_sizes(name, given)
+    sizes = [given] * len(most) if _is_whole(given) else list(given)
     if len(sizes) != len(most):
         raise ConvscopeError(f"{name} is {given!r}; expected one number, or {len(most)}: one for each axis")
-    if min(sizes) < 1:
-        raise ConvscopeError(f"{name} is {given!r}; expected at least 1")
     if any(size > side for size, side in zip(sizes, most, strict=True)):
         raise ConvscopeError(f"{name} is {given!r}, larger than the input of {' x '.join(map(str, most))}")
-    return list(sizes)
+    return sizes
+
+
+def _check_sizes(name: str, given: Any) -> None:
+    """Whole numbers, at least 1 each. Raises ConvscopeError."""
+    sizes = [given] if _is_whole(given) else given
+    whole = isinstance(sizes, list | tuple) and len(sizes) > 0 and all(_is_whole(size) for size in sizes)
+    _require(whole, f"{name} is {given!r}; expected a whole number, or one for each axis")
+    _require(min(sizes) >= 1, f"{name} is {given!r}; expected at least 1")
 
 
 def _is_whole(value: Any) -> bool:
