@@ -225,11 +225,11 @@ def test_demo_makes_a_page_that_stands_by_itself(tmp_path, monkeypatch, photos):
     height, width = red.shape
     head = red[height // 4 : height * 3 // 4, width // 4 : width * 3 // 5]
     assert head.mean() > red.mean() + 40
-    assert convscope.demo.samples() == photos
+    assert convscope.samples.photographs() == photos
 
 
 def test_demo_shows_stages_from_fine_to_coarse(lite0):
-    from convscope.demo import depths
+    from convscope.depths import depths
 
     sides = [row.shape[1] for row in depths(lite0, 5)]
     assert sides == [112, 56, 28, 14, 7]

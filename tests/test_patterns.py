@@ -17,7 +17,7 @@ from convscope import ConvscopeError
 from convscope.budget import gradient_bytes
 from convscope.patterns.ascent import Redirected, adam_step, ascend, rms_step
 from convscope.patterns.canvas import COLOUR_AXES, Fourier, Pixels
-from convscope.patterns.objective import unit
+from convscope.patterns.objective import each
 from convscope.patterns.recipes import REVIVED, plain_size, robust_size, standardised
 from convscope.patterns.views import Looks, rolled, zoomed
 from convscope.tap import Seen
@@ -305,18 +305,22 @@ def test_dead_start_is_said_by_plain_and_answered_by_robust() -> None:
     assert robust.scores[0] > 0
     assert robust.scores[1] > 0
     assert robust.notes == (
-        "unit 2 is stuck at 0: it did not fire although the gradient was let past its rectifier; it seems to be dead",
+        "unit 2 is stuck at 0: dead: it fired on none of the sample photographs, nor from 8 starts with the gradient "
+        "let past its rectifier",
     )
     assert robust.scores[2] == 0
     # In front of the rectifier the dead unit's value is its bias, whatever it is shown.
     before = convscope.patterns(model, "conv2", [2], size=32, steps=2)
-    assert before.notes == ("unit 2 ends with a score of -1: this is not what it looks for",)
+    assert before.notes == (
+        "unit 2 ends with a score of -1, no more than on noise (-1): this is not what it looks for",
+    )
 
 
 def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The positive score above is the redirection's doing."""
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "REVIVED", 0)
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "WAKING", 0)
+    monkeypatch.setattr(sys.modules["convscope.patterns"], "awakened", lambda *_: None)  # nor with a photograph's help
     robust = convscope.patterns(loaded(Shy(), 32), "relu", [1], size=32, steps=64)
     assert robust.scores[0] == 0
 
@@ -558,11 +562,11 @@ def test_rolled_views_by_hand() -> None:
 def test_objective_is_the_mean_of_the_units_channel() -> None:
     maps = torch.rand((3, 4, 5, 6), generator=Generator().manual_seed(0))
     tokens, scores = maps.flatten(2).transpose(1, 2), maps.mean((2, 3))
-    units = torch.tensor([2, 0, 3])
-    expected = torch.stack([maps[i, u].mean() for i, u in enumerate(units.tolist())])
+    units = [2, 0, 3]
+    expected = torch.stack([maps[i, u].mean() for i, u in enumerate(units)])
     for outputs in (maps, tokens, scores):
-        assert apart(unit("layer", units)(Seen({"layer": outputs}, None)), expected) < TINY
-    assert torch.equal(unit("logits", units)(Seen({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
+        assert apart(each("layer", units)(Seen({"layer": outputs}, None)), expected) < TINY
+    assert torch.equal(each("logits", units)(Seen({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
 
 
 def test_sizes() -> None:
@@ -584,7 +588,8 @@ def test_views_are_smaller_than_the_canvas_never_larger(size: int, seen: int) ->
     sides: list[tuple[int, ...]] = []
     net.conv1.register_forward_pre_hook(lambda _, args: sides.append(tuple(args[0].shape)))
     convscope.patterns(model, "logits", [0, 1], steps=2)
-    assert sides[-3:] == [(2, 3, seen, seen)] * 2 + [(2, 3, size, size)]  # two steps, and the finished picture
+    # Two steps, the finished picture, and noise to compare it with.
+    assert sides[-4:] == [(2, 3, seen, seen)] * 2 + [(2, 3, size, size), (8, 3, size, size)]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
@@ -637,9 +642,10 @@ def test_units_taken(usual: convscope.Model, layer: str, units: Any, expected: l
         ("relu22", {}, "layer 'relu22' is not in this model; nearest: relu2"),
         ("relu2", {"recipe": "robustt"}, "recipe 'robustt' is not known; nearest: robust"),
         ("relu2", {"space": "output"}, "space 'output' is not known"),
-        ("relu2", {"start": np.zeros((9, 9, 3))}, "start= and space= are for recipe='plain'"),
-        ("relu2", {"space": "input"}, "start= and space= are for recipe='plain'"),
-        ("relu2", {"steps": -1}, "steps is -1; expected 0 or more"),
+        ("relu2", {"start": np.zeros((9, 9, 3))}, "start= is of no use to recipe 'robust'"),
+        ("relu2", {"space": "input"}, "space='input' is for recipe='plain'; 'robust' draws"),
+        ("relu2", {"recipe": "dream"}, "recipe 'dream' begins with a photograph; give one as start="),
+        ("relu2", {"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
         ("relu2", {"size": 0}, "size is 0 x 0"),
         ("relu2", {"size": (1, 1)}, r"does not run on pictures of 1 x 1 \(RuntimeError: .*\); its own size is 24 x 24"),
         ("relu2", {"recipe": "plain", "start": np.zeros((9, 9))}, r"start has shape \(9, 9\); expected \(H, W, 3\)"),

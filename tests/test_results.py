@@ -59,7 +59,7 @@ def result(request) -> Any:
 PICTURES = {
     "Activations": {f"000{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
     "Predictions": set(),
-    "Patterns": {"first_0.png", "first_2.png", "grid.png"},
+    "Patterns": {"first_0.png", "first_2.png", "grid.png", "sprites.png", "units.csv", "sprites.json"},
     "Heatmaps": {"0000_class1.png", "0000_class2.png", "0001_class3.png", "0001_class4.png"},
 }
 
@@ -69,7 +69,7 @@ def test_what_is_saved(result, tmp_path):
     assert where == tmp_path / "deep" / "folder"
     pictures = PICTURES[type(result).__name__]
     assert {p.name for p in where.iterdir()} == pictures | {"arrays.npz", "manifest.json"}
-    for name in pictures:
+    for name in (name for name in pictures if name.endswith(".png")):
         with Image.open(where / name) as picture:
             assert picture.format == "PNG"
             assert picture.mode == "RGB"
@@ -190,7 +190,16 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", noted)
     made("patterns", loaded()).save(tmp_path)
-    assert order == ["first_0.png", "first_2.png", "grid.png", "arrays.npz", "manifest.json"]
+    assert order == [
+        "first_0.png",
+        "first_2.png",
+        "grid.png",
+        "sprites.png",
+        "units.csv",
+        "sprites.json",
+        "arrays.npz",
+        "manifest.json",
+    ]
 
 
 def test_saving_twice(tmp_path):
@@ -202,7 +211,7 @@ def test_saving_twice(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == first  # byte for byte
     other.save(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["files"] == ["first_1.png", "grid.png", "arrays.npz"]
+    assert manifest["files"] == ["first_1.png", "grid.png", "sprites.png", "units.csv", "sprites.json", "arrays.npz"]
     assert np.load(tmp_path / "arrays.npz")["units"].tolist() == [1]
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from convscope.model import Model
     from convscope.patterns import Patterns, patterns
     from convscope.sources import load
+    from convscope.story import Story, story
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Patterns",
     "Predictions",
     "Preprocessing",
+    "Story",
     "activations",
     "compare",
     "evaluate",
@@ -48,6 +50,7 @@ __all__ = [
     "over_region",
     "patterns",
     "predict",
+    "story",
 ]
 
 
@@ -57,7 +60,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'convscope' has no attribute {name!r}")
     from importlib import import_module
 
-    import_module("convscope.figures")  # teaches results how to draw themselves
+    import_module("convscope.storybook")  # with figures, teaches results how to draw themselves
     where = {
         "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
         "convscope.comparison": ("Comparison", "compare"),
@@ -68,6 +71,7 @@ def __getattr__(name: str) -> Any:
         "convscope.model": ("Model",),
         "convscope.patterns": ("Patterns", "patterns"),
         "convscope.sources": ("load",),
+        "convscope.story": ("Story", "story"),
     }
     for module, names in where.items():
         globals().update({n: getattr(import_module(module), n) for n in names})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from convscope.activations import activations, predict, silent
 from convscope.budget import Progress
 from convscope.colour import palette
+from convscope.depths import depths
 from convscope.errors import ConvscopeError
 from convscope.figures import activation_pages, file_names, pattern_grid
 from convscope.heatmaps import heatmaps
@@ -27,37 +27,6 @@ Bar = Callable[[str], AbstractContextManager[Progress | None]]
 PATTERNS = 16  # filters a layer on the page
 SHOWN = 64  # channels of an activation grid on the page
 WIDTH = 640  # pixels of a photograph on the page
-
-
-def samples() -> list[str]:
-    """The sample photographs that come with the package (CC0)."""
-    folder = files("convscope") / "samples"
-    return sorted(str(p) for p in folder.iterdir() if p.name.endswith((".jpg", ".png")))
-
-
-def stages(model: Model) -> list[Layer]:
-    """The last layer before each reduction of the resolution: from edges to objects, one stop each."""
-    rows = [row for row in model.layers if row.has_space and not row.pooled]
-    return [
-        row for row, after in zip(rows, [*rows[1:], None], strict=True) if after is None or _area(after) < _area(row)
-    ]
-
-
-def _area(row: Layer) -> int:
-    return row.shape[1] * row.shape[2]
-
-
-def spread(rows: Sequence[Layer], count: int) -> list[Layer]:
-    """`count` of the rows, evenly spaced, first and last included."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
-
-
-def depths(model: Model, count: int) -> list[Layer]:
-    """Layers from shallow to deep to show a network by."""
-    stops = stages(model)
-    return spread(stops if len(stops) >= count else model.layers.distinct(), count)
 
 
 @dataclass(frozen=True)

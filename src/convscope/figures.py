@@ -22,6 +22,7 @@ from convscope.evaluation.metrics import find
 from convscope.evaluation.statistics import bootstrap
 from convscope.heatmaps import Heatmaps
 from convscope.patterns import Patterns
+from convscope.patterns.result import sheet_columns
 from convscope.results import draw, render
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def activation_pages(
 
 def pattern_grid(images: np.ndarray, columns: int = 8, margin: int = 5) -> Image.Image:
     """Finished patterns (U, H, W, C) as the chapter draws them: eight a row, a black margin of five pixels."""
-    return Image.fromarray(tile(_coloured(images), columns, margin))
+    return Image.fromarray(tile(coloured(images), columns, margin))
 
 
-def _coloured(images: np.ndarray) -> np.ndarray:
+def coloured(images: np.ndarray) -> np.ndarray:
     """Pictures of any number of channels as RGB: the first three, or the first alone."""
     return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].repeat(3, axis=-1)
 
@@ -140,11 +141,28 @@ def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
 
 
 @render.register(Patterns)
-def _(result: Patterns) -> Iterator[tuple[str, Image.Image]]:
+def _(result: Patterns) -> Iterator[tuple[str, Image.Image | list[Image.Image]]]:
     name = file_names([result.layer])[result.layer]
-    for unit, picture in zip(result.units, _coloured(result.images), strict=True):
+    shown = coloured(result.images)
+    for unit, picture in zip(result.units, shown, strict=True):
         yield f"{name}_{unit}.png", Image.fromarray(picture)
+    if result.alpha is not None:
+        for unit, picture, alpha in zip(result.units, shown, result.alpha, strict=True):
+            yield f"{name}_{unit}_transparent.png", Image.fromarray(np.dstack([picture, alpha]))
     yield "grid.png", pattern_grid(result.images)
+    yield "sprites.png", Image.fromarray(tile(shown, sheet_columns(len(shown))))
+    if result.frames is not None:
+        yield "ascent.webp", [pattern_grid(frame) for frame in result.frames]
+
+
+def paired(above: Patterns, below: Patterns, columns: int = 8) -> Image.Image:
+    """Two results for the same units, picture under picture: what each wants, and what it does not."""
+    rows = []
+    for i in range(0, len(above.images), columns):
+        for images in (above.images[i : i + columns], below.images[i : i + columns]):
+            missing = np.zeros((min(columns, len(above.images)) - len(images), *images.shape[1:]), np.uint8)
+            rows.append(np.concatenate([images, missing]))
+    return pattern_grid(np.concatenate(rows), columns=min(columns, len(above.images)))
 
 
 def file_names(layers: Iterable[str]) -> dict[str, str]:
@@ -267,7 +285,7 @@ def _(result: Patterns) -> Figure:
     lines = max(map(len, titles))
     figure, panels = _axes(rows, columns, 1.9 * columns, (1.9 * height / width + 0.15 * lines + 0.25) * rows)
     cells = [panel for row in panels for panel in row]
-    for axes, image, title in zip(cells, _coloured(result.images), titles, strict=False):
+    for axes, image, title in zip(cells, coloured(result.images), titles, strict=False):
         _show(axes, image, "\n".join(title))
     for axes in cells[count:]:
         axes.set_axis_off()

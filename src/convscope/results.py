@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import singledispatch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+Shown = Image.Image | Sequence[Image.Image] | str  # a picture, the pictures of a film, a page
+
+
 @singledispatch
 def draw(result: Any) -> Figure:
     """A matplotlib figure of a result."""
@@ -36,8 +39,8 @@ def draw(result: Any) -> Figure:
 
 
 @singledispatch
-def render(result: Any) -> Iterable[tuple[str, Image.Image]]:
-    """The pictures that a result is saved as: file names without folder, and what they show."""
+def render(result: Any) -> Iterable[tuple[str, Shown]]:
+    """What a result is saved as: file names without folder, and pictures, films or pages."""
     raise TypeError(f"no pictures are known for {type(result).__name__}")
 
 
@@ -72,10 +75,10 @@ class Result:
         return draw(self)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write PNG pictures, tables, `arrays.npz` and, last, `manifest.json` into `folder`, which is made if need be.
+        """Write PNG pictures, films (animated WebP), tables, `arrays.npz` and, last, `manifest.json` into `folder`.
 
-        Each file is written under a temporary name and renamed, so a file that is there is whole; a folder without a
-        manifest was not finished. Raises ConvscopeError if the folder cannot be written.
+        The folder is made if need be. Each file is written under a temporary name and renamed, so a file that is there
+        is whole; a folder without a manifest was not finished. Raises ConvscopeError if the folder cannot be written.
         """
         where = Path(folder)
         try:
@@ -84,14 +87,14 @@ class Result:
             files = []
             for name, picture in render(self):
                 with replacing(where / name) as file:
-                    picture.save(file, format="PNG")
+                    _write_shown(file, picture)
                 files.append(name)
             for name, text in self.texts().items():
                 with replacing(where / name) as file:
                     file.write(text.encode(errors="backslashreplace"))
                 files.append(name)
             with replacing(where / "arrays.npz") as file:
-                _write_npz(file, self.arrays())
+                write_npz(file, self.arrays())
             write_json(where / "manifest.json", self.manifest([*files, "arrays.npz"]))
         except OSError as error:
             raise ConvscopeError(f"cannot write into {where}: {error.strerror or error}") from error
@@ -129,7 +132,22 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+FRAME = 120  # milliseconds
+
+
+def _write_shown(file: IO[bytes], picture: Shown) -> None:
+    if isinstance(picture, str):
+        file.write(picture.encode(errors="backslashreplace"))
+    elif isinstance(picture, Image.Image):
+        picture.save(file, format="PNG")
+    else:
+        shown = [FRAME] * (len(picture) - 1) + [8 * FRAME]  # the last one is what it is about
+        picture[0].save(
+            file, format="WEBP", save_all=True, append_images=picture[1:], duration=shown, loop=0, quality=90
+        )
+
+
+def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
     """As numpy's own savez_compressed, but under any name ("file", say) and never with a pickle."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():

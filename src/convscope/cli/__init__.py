@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from convscope.cli import heat, look
+from convscope.cli import draw, heat, look
 from convscope.cli.common import app, say
 from convscope.errors import ConvscopeError
 
-__all__ = ["app", "heat", "look", "main"]
+__all__ = ["app", "draw", "heat", "look", "main"]
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,10 +23,8 @@ from convscope.cli.common import (
     app,
     bar,
     finish,
-    first,
     listed,
     load,
-    numbers,
     print_json,
     report,
     say,
@@ -129,36 +127,6 @@ def activations(
 
 
 @app.command()
-def patterns(
-    model: ModelName,
-    layer: Annotated[str, typer.Option(help="A layer's name, or logits for the classes.")],
-    units: Annotated[
-        str | None, typer.Option(help="0-63, 3,7,9, all; for logits also names. Default: the first 16.")
-    ] = None,
-    out: Out = Path("convscope-patterns"),
-    recipe: Annotated[str, typer.Option(help="robust, or plain: the textbook's.")] = "robust",
-    size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the ascent.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
-    as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: Prepare = None,
-    device: Device = None,
-) -> None:
-    """The pictures that units of a layer want to see."""
-    import convscope
-
-    net = load(model, weights, classes, preprocessing, device)
-    chosen: Any = first(net, layer) if units is None else numbers(units)
-    with bar("patterns") as progress:
-        result = convscope.patterns(
-            net, layer, chosen, recipe=recipe, size=size, steps=steps, seed=seed, progress=progress
-        )
-    finish(result, out, as_json)
-
-
-@app.command()
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "lite0",
     images: Annotated[
@@ -173,13 +141,14 @@ def demo(
     device: Device = None,
 ) -> None:
     """Everything at once, on a page: predictions, heatmaps, activations and patterns of a network."""
-    from convscope.demo import make, samples
+    from convscope.demo import make
+    from convscope.samples import photographs
 
     with bar("load") as progress:
         net = load(model, weights, classes, preprocessing, device)
         if progress is not None:
             progress(1, 1)
-    failed = make(net, images or samples(), out, seed=seed, bar=bar)
+    failed = make(net, images or photographs(), out, seed=seed, bar=bar)
     report(failed)
     if as_json:
         typer.echo((out / "manifest.json").read_text(encoding="utf-8"), nl=False)

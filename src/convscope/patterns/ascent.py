@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,50 @@ def adam_step(values: Tensor, rate: float, damping: float) -> Step:
     return step
 
 
+def optimised(
+    values: Tensor,
+    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> Step:
+    """Any optimiser of torch.optim, uphill, with a schedule for its rate if one is given.
+
+        optimised(canvas.values, partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+                  partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps))
+
+    One that works elementwise leaves pictures independent of each other; one that looks at all coordinates together
+    (LBFGS) does not, and is refused as it wants to measure by itself.
+    """
+    optimiser = make([values])
+    if isinstance(optimiser, torch.optim.LBFGS):
+        raise ConvscopeError("LBFGS searches along lines across all pictures at once; take one that steps elementwise")
+    scheduler = None if schedule is None else schedule(optimiser)
+
+    def step(values: Tensor, gradient: Tensor) -> None:
+        values.grad = -gradient
+        optimiser.step()
+        values.grad = None
+        if scheduler is not None:
+            scheduler.step()
+
+    return step
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """When a picture is done: its best value has grown by less than `share` of itself in the last `patience` steps."""
+
+    patience: int
+    share: float = 0.01
+
+    def reached(self, history: Sequence[Tensor]) -> Tensor:
+        """Which pictures (U,) are done, after the values so far."""
+        values = torch.stack(list(history))
+        if len(values) <= self.patience:
+            return torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
+        before, since = values[: -self.patience].amax(0), values[-self.patience :].amax(0)
+        return (since - before <= self.share * before.abs()) & (values[-1] != 0)
+
+
 def ascend(
     canvas: Canvas,
     measure: Callable[[int], Tensor],
@@ -51,16 +96,21 @@ def ascend(
     steps: int,
     *,
     revive: int = 0,
+    plateau: Plateau | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
 
     revive: for so many steps, and longer while a picture's value is exactly 0, its gradient gets past rectifiers that
-    let nothing through: a unit that is off everywhere has no gradient to start with. Raises ConvscopeError if the
-    network hands no gradients back to the pictures at all.
+    let nothing through: a unit that is off everywhere has no gradient to start with. plateau: a picture that has
+    reached it stays as it is, whatever its neighbours do; when all have, the climb ends, and the last values stand for
+    the rest of the history. on_step is called behind every
+    step; what it raises ends the climb. Raises ConvscopeError if the network hands no gradients back to the pictures at
+    all.
     """
     history: list[Tensor] = []
     count = len(canvas.values)
+    done = torch.zeros(count, dtype=torch.bool, device=canvas.values.device)
     for i in range(steps):
         dead = torch.full((count,), i < revive, device=canvas.values.device)
         if revive and history:
@@ -70,11 +120,18 @@ def ascend(
             if not values.requires_grad:
                 raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
             (gradient,) = torch.autograd.grad(values.sum(), canvas.values)
-        with torch.no_grad():
-            step(canvas.values, gradient)
         history.append(values.detach())
+        if plateau is not None:
+            done = done | plateau.reached(history)
+            if bool(done.all()):
+                break
+        with torch.no_grad():
+            kept = canvas.values[done]
+            step(canvas.values, gradient)
+            canvas.values[done] = kept
         if on_step is not None:
             on_step(i)
+    history += history[-1:] * (steps - len(history))
     return torch.stack(history) if history else torch.zeros((0, count))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
@@ -55,15 +57,101 @@ class Fourier:
         shape = (channels, height, width // 2 + 1, 2)
         start = torch.stack([torch.randn(shape, generator=g) for g in generators])
         self.values = (spread * start).to(device).requires_grad_()
-        frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
-        self._amplitude = ((height * width) ** 0.5 / frequency.clamp(min=1 / max(height, width))).to(device)
+        self._amplitude = ((height * width) ** 0.5 / _frequencies(size)).to(device)
         self._size = size
-        axes = torch.tensor(COLOUR_AXES) if channels == 3 else torch.eye(channels)
-        self._axes = (axes / axes.norm(dim=0).max()).to(device)
+        self._axes = _axes(channels).to(device)
 
     def picture(self) -> Tensor:
         spectrum = torch.view_as_complex(self.values) * self._amplitude
         # Division by 4 brings a spectrum of unit variance to about the contrast of a photograph.
         plain = torch.fft.irfft2(spectrum, s=self._size, norm="backward") / 4
-        coloured = torch.einsum("rc,uchw->urhw", self._axes, plain)
-        return coloured.sigmoid()
+        return torch.einsum("rc,uchw->urhw", self._axes, plain).sigmoid()
+
+
+class Natural(NamedTuple):
+    """A photograph's spectrum along one colour axis, in the canvas's coordinates: amplitude / f ** slope, f in cycles
+    per pixel, of the orthonormal transform; and the deviation of its mean."""
+
+    amplitude: float
+    slope: float
+    mean: float
+
+
+# Fitted to the package's four sample photographs: the mean of their centres' spectra at 224 x 224 under a Hann window,
+# along the colour axes above, through the inverse sigmoid of values kept from 0.02 to 0.98.
+NATURAL = (Natural(0.143, 1.26, 0.62), Natural(0.137, 1.38, 0.94), Natural(0.199, 1.20, 1.08))
+
+
+class Phase:
+    """The spectrum of a photograph, of which only the phases can be changed: what is drawn keeps natural contrast.
+
+    Fel et al., Unlocking feature visualization for deeper networks with magnitude constrained optimization, NeurIPS
+    2023. The magnitudes are our own fit to photographs, `NATURAL`, where theirs are the mean over a data set.
+    """
+
+    def __init__(
+        self, generators: Sequence[Generator], channels: int, size: tuple[int, int], device: torch.device
+    ) -> None:
+        height, width = size
+        shape = (channels, height, width // 2 + 1)
+        start = torch.stack([torch.rand(shape, generator=g) for g in generators])
+        self.values = (2 * math.pi * (start - 0.5)).to(device).requires_grad_()
+        self._magnitude = natural_magnitude(channels, size).to(device)
+        self._size = size
+        self._axes = _axes(channels).to(device)
+
+    def picture(self) -> Tensor:
+        spectrum = torch.polar(self._magnitude.expand_as(self.values), self.values)
+        plain = torch.fft.irfft2(spectrum, s=self._size, norm="ortho")
+        return torch.einsum("rc,uchw->urhw", self._axes, plain).sigmoid()
+
+
+def natural_magnitude(channels: int, size: tuple[int, int]) -> Tensor:
+    """`NATURAL` on the frequencies of a real transform (C, H, W // 2 + 1), orthonormal; gray is like its first axis."""
+    kinds = NATURAL if channels == 3 else NATURAL[:1] * channels
+    frequencies = _frequencies(size)
+    magnitude = torch.stack([kind.amplitude / frequencies**kind.slope for kind in kinds])
+    magnitude[:, 0, 0] = (size[0] * size[1]) ** 0.5 * torch.tensor([kind.mean for kind in kinds])
+    return magnitude
+
+
+LEVELS = 5  # of the pyramid: the coarsest has places of 16 pixels
+EDGE = 1 / 512  # half an 8-bit step: where a photograph's black and white begin, as a sigmoid reaches neither
+
+
+class Photograph:
+    """A photograph and what is laid over it: sigmoid(logit(photograph) + sum over levels of enlarged(values)).
+
+    It begins as the photograph itself. Each level has half the resolution of the one before; a step so changes coarse
+    and fine structure alike, as octaves do (Mordvintsev et al. 2015), and only where the gradient is: what the
+    objective does not ask for stays.
+    """
+
+    def __init__(self, photographs: Tensor, levels: int = LEVELS) -> None:
+        """From photographs (U, C, H, W) in [0, 1]."""
+        self._base = photographs.clamp(EDGE, 1 - EDGE).logit()
+        height, width = photographs.shape[2:]
+        self._sides = [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
+        count = sum(h * w for h, w in self._sides)
+        self.values = photographs.new_zeros((*photographs.shape[:2], count)).requires_grad_()
+
+    def picture(self) -> Tensor:
+        laid, counts = self._base, [h * w for h, w in self._sides]
+        for part, sides in zip(torch.split(self.values, counts, dim=2), self._sides, strict=True):
+            level = part.reshape(*part.shape[:2], *sides)
+            size = self._base.shape[2:]
+            laid = laid + (level if sides == size else F.interpolate(level, size, mode="bilinear", align_corners=False))
+        return torch.sigmoid(laid)
+
+
+def _frequencies(size: tuple[int, int]) -> Tensor:
+    """Of a real transform (H, W // 2 + 1), in cycles per pixel; at the mean as much as one cycle over the picture."""
+    height, width = size
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    return frequency.clamp(min=1 / max(height, width))
+
+
+def _axes(channels: int) -> Tensor:
+    axes = torch.tensor(COLOUR_AXES) if channels == 3 else torch.eye(channels)
+    longest: Tensor = torch.linalg.vector_norm(axes, dim=0).max()
+    return axes / longest

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import adam_step, ascend, rms_step
-from convscope.patterns.canvas import Fourier, Pixels
+from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step
+from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
+from convscope.patterns.objective import Objective, likeness, whole
 from convscope.patterns.views import Looks, View, rolled, zoomed
 
 
@@ -33,7 +36,23 @@ class Task:
     seen: tuple[int, int]
     start: Tensor | None
     raw: bool
-    on_step: Callable[[int], None] | None
+    plateau: Plateau | None
+    on_step: Callable[[int, Callable[[], Tensor]], None]
+
+    def climb(
+        self,
+        canvas: Canvas,
+        measure: Callable[[int], Tensor],
+        step: Step,
+        finish: Callable[[], Tensor],
+        revive: int = 0,
+    ) -> Tensor:
+        """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
+        tell = partial(self._tell, finish)
+        return ascend(canvas, measure, step, self.steps, revive=revive, plateau=self.plateau, on_step=tell)
+
+    def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
+        self.on_step(step, finish)
 
     @property
     def channels(self) -> int:
@@ -49,7 +68,16 @@ class Task:
             return self.measure(self.ready(finished.float() if self.raw else finished.float() / 255))
 
 
-def plain(task: Task) -> tuple[Tensor, Tensor]:
+class Drawn(NamedTuple):
+    """Finished pictures (U, C, H, W) uint8, the history (steps, U), and where pictures are opaque (U, H, W) in [0, 1]
+    if a recipe says so."""
+
+    pictures: Tensor
+    history: Tensor
+    alpha: Tensor | None = None
+
+
+def plain(task: Task) -> Drawn:
     """The textbook's algorithm to the letter: pixels from gray noise, normalised gradient, fixed steps.
 
     Good for the first layers of networks without batch normalisation, and for comparison. On newer networks and deeper
@@ -60,14 +88,12 @@ def plain(task: Task) -> tuple[Tensor, Tensor]:
         shape = (task.channels, *task.size)
         start = torch.stack([128 + 20 * torch.rand(shape, generator=g) for g in task.generators])
     canvas = Pixels(start.to(task.device), 1 if task.raw else 255)
-    history = ascend(
-        canvas,
-        lambda _: task.measure(task.ready(canvas.picture())),
-        rms_step(task.step_size),
-        task.steps,
-        on_step=task.on_step,
-    )
-    return standardised(canvas.values.detach()), history
+
+    def finish() -> Tensor:
+        return standardised(canvas.values.detach())
+
+    history = task.climb(canvas, lambda _: task.measure(task.ready(canvas.picture())), rms_step(task.step_size), finish)
+    return Drawn(finish(), history)
 
 
 def standardised(pixels: Tensor) -> Tensor:
@@ -85,7 +111,7 @@ WAKING = 48
 DAMPING = 2.0
 
 
-def robust(task: Task) -> tuple[Tensor, Tensor]:
+def robust(task: Task) -> Drawn:
     """A Fourier canvas seen in random views: pictures that hold for the unit however they are looked at. The default.
 
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
@@ -94,26 +120,98 @@ def robust(task: Task) -> tuple[Tensor, Tensor]:
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
-    history = ascend(
+    finish = partial(finished, canvas)
+    history = task.climb(
         canvas,
         lambda i: task.measure(task.ready(view(i, canvas.picture()))),
         adam_step(canvas.values, task.step_size, DAMPING),
-        task.steps,
-        revive=REVIVED,
-        on_step=task.on_step,
+        finish,
+        REVIVED,
     )
     if bool((history == 0).any()):
         _wake(task, canvas)
-    return _finished(canvas), history
+    return Drawn(finish(), history)
 
 
-def _finished(canvas: Fourier) -> Tensor:
+def maco(task: Task) -> Drawn:
+    """Only the phases of a natural spectrum are drawn: no contrast that a photograph does not have.
+
+    Good for deep units and classes, where other canvases exaggerate. What the ascent never asked for stays noise, and
+    is made transparent: opacity is the gradient at each pixel, summed over all steps. Two views a step, as a single one
+    moves the phases of every pixel. Fel et al., NeurIPS 2023.
+    """
+    canvas = Phase(task.generators, task.channels, task.size, task.device)
+    views = _views(task, 2)
+    asked = torch.zeros((len(task.generators), *task.size), device=task.device)
+
+    def measure(i: int) -> Tensor:
+        picture = canvas.picture()
+        picture.register_hook(lambda gradient: asked.add_(gradient.detach().abs().mean(1)))  # type: ignore[no-untyped-call]
+        return torch.stack([task.measure(task.ready(views(2 * i + k, picture))) for k in (0, 1)]).mean(0)
+
+    finish = partial(finished, canvas)
+    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
+    return Drawn(finish(), history, _opacity(asked))
+
+
+def _opacity(asked: Tensor) -> Tensor:
+    """Summed gradients (U, H, W) to [0, 1] by each picture's median, and its 99th percentile, beyond which all is 1."""
+    shares = torch.tensor([0.5, 0.99], device=asked.device)
+    low, high = torch.quantile(asked.flatten(1), shares, dim=1)[:, :, None, None]
+    opacity: Tensor = (asked - low) / (high - low).clamp(min=1e-12)
+    return opacity.clamp(0, 1)
+
+
+def dream(task: Task) -> Drawn:
+    """A photograph, changed where the layer sees something: more of that. The photograph is `start`.
+
+    With units, the picture is changed towards these alone; what the unit does not look at stays as it was. Good for
+    seeing what a layer makes of a picture, and what it would take for a unit to fire.
+    """
+    canvas = Photograph(_photographs(task))
+    view = zoomed(_looks(task, (0.7, 1), 5), task.steps, task.generators, task.device)
+    finish = partial(finished, canvas)
+    history = task.climb(
+        canvas,
+        lambda i: task.measure(task.ready(view(i, canvas.picture()))),
+        adam_step(canvas.values, task.step_size, DAMPING),
+        finish,
+        REVIVED,
+    )
+    return Drawn(finish(), history)
+
+
+def caricature(task: Task) -> Drawn:
+    """A photograph, redrawn from nothing so that the layer sees in it what it sees in the photograph, and more of it.
+
+    Good for seeing what a layer keeps of a picture: what is not drawn, it does not see. The photograph is `start`; it
+    and the drawing are looked at in the same random views.
+    """
+    photographs = _photographs(task)
+    canvas = Fourier(task.generators, task.channels, task.size, task.device)
+    view = zoomed(_looks(task, (0.7, 1), 5), task.steps, task.generators, task.device)
+    finish = partial(finished, canvas)
+
+    def measure(i: int) -> Tensor:
+        both = torch.cat([view(i, canvas.picture()), view(i, photographs)])
+        return task.measure(task.ready(both))
+
+    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
+    return Drawn(finish(), history)
+
+
+def _photographs(task: Task) -> Tensor:
+    assert task.start is not None
+    return (task.start / 255).to(task.device)
+
+
+def finished(canvas: Canvas) -> Tensor:
     return (canvas.picture().detach() * 255).round().to(torch.uint8)
 
 
 def _wake(task: Task, canvas: Fourier) -> None:
     """Climb on with pictures that are silent now, unmoved: what some units fire at is too frail to survive a view."""
-    silent = task.score(_finished(canvas)) == 0
+    silent = task.score(finished(canvas)) == 0
     if not bool(silent.any()):
         return
     step = adam_step(canvas.values, task.step_size, DAMPING)
@@ -127,10 +225,15 @@ def _wake(task: Task, canvas: Fourier) -> None:
     )
 
 
-def _views(task: Task) -> View:
+def _views(task: Task, several: int = 1) -> View:
+    count = several * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
-        return rolled(task.steps, task.generators, task.device)
-    return zoomed(Looks(scale=(0.4, 1), turn=10, size=task.seen), task.steps, task.generators, task.device)
+        return rolled(count, task.generators, task.device)
+    return zoomed(_looks(task, (0.4, 1), 10), count, task.generators, task.device)
+
+
+def _looks(task: Task, scale: tuple[float, float], turn: float) -> Looks:
+    return Looks(scale, turn, task.seen)
 
 
 def _sees_little(sees: int | None, full: tuple[int, int]) -> bool:
@@ -151,7 +254,12 @@ def robust_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tupl
     return (min(side, full[0]), min(side, full[1]))
 
 
-def plain_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def own_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tuple[int, int]:
+    """What the network is made for."""
+    return full
+
+
+def as_it_is(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The canvas as it is."""
     return size
 
@@ -169,18 +277,30 @@ class Recipe:
     """A row of the table: how to draw, and what is taken where the user says nothing.
 
     `size` gives the canvas for a receptive field, the network's own size, and whether it takes others; `seen` the size
-    in which the network is shown a canvas.
+    in which the network is shown a canvas. `objective` makes of a layer what is climbed where no units are given; None:
+    each of its units. A recipe takes a picture to start from, or needs one, or does without.
     """
 
-    draw: Callable[[Task], tuple[Tensor, Tensor]]
+    draw: Callable[[Task], Drawn]
     size: Callable[[int | None, tuple[int, int], bool], tuple[int, int]]
     seen: Callable[[int | None, tuple[int, int], tuple[int, int]], tuple[int, int]]
     steps: int
     step_size: float
+    objective: Callable[[str], Objective] | None = None
     takes_start: bool = False
+    needs_start: bool = False
+    starts: int = 1
+    """From how many starts a unit is tried that does not fire."""
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, plain_seen, steps=40, step_size=1.0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, steps=128, step_size=0.1),
+    "plain": Recipe(plain, plain_size, as_it_is, steps=40, step_size=1.0, takes_start=True),
+    "robust": Recipe(robust, robust_size, robust_seen, steps=128, step_size=0.1, starts=8),
+    "maco": Recipe(maco, robust_size, robust_seen, steps=128, step_size=0.1, starts=8),
+    "dream": Recipe(
+        dream, own_size, as_it_is, steps=64, step_size=0.1, objective=whole, takes_start=True, needs_start=True
+    ),
+    "caricature": Recipe(
+        caricature, own_size, as_it_is, steps=128, step_size=0.1, objective=likeness, takes_start=True, needs_start=True
+    ),
 }

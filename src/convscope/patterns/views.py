@@ -17,25 +17,30 @@ class Looks:
     """The range from which zoomed views are drawn.
 
     scale: share of the canvas that a view covers, smallest and largest. turn: degrees to either side. size: height
-    and width in which the network sees the views. A view lies anywhere that its scale leaves free; half are mirrored.
+    and width in which the network sees the views. A view lies anywhere that its scale leaves free; with `mirror` half
+    are mirrored. colour: by how much the contrast and, of each channel, the brightness is changed at most, as a share
+    of the full range. noise: standard deviation of what is added to every pixel.
     """
 
     scale: tuple[float, float]
     turn: float
     size: tuple[int, int]
+    mirror: bool = True
+    colour: float = 0.0
+    noise: float = 0.0
 
 
 def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
     """Zoomed, turned, mirrored views, drawn beforehand for all pictures and steps; a batch is resampled at once.
 
-    Beyond its rim, where a turn reaches out, the canvas is mirrored.
+    Beyond its rim, where a turn reaches out, the canvas is mirrored. What follows each step is in `Looks`.
     """
     draws = _draws(generators, steps, 5).to(device)
     low, high = looks.scale
     scale = low + (high - low) * draws[..., 0]
     turn = torch.deg2rad(looks.turn * (2 * draws[..., 1] - 1))
     across, down = ((2 * draws[..., i] - 1) * (1 - scale) for i in (2, 3))
-    mirror = torch.where(draws[..., 4] < 0.5, -1.0, 1.0)
+    mirror = torch.where((draws[..., 4] < 0.5) & looks.mirror, -1.0, 1.0)
     cos, sin = scale * turn.cos(), scale * turn.sin()
 
     def view(step: int, pictures: Tensor) -> Tensor:
@@ -45,9 +50,46 @@ def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: to
         below = (sin[step] * mirror[step] / ratio, cos[step], down[step])
         theta = torch.stack((*above, *below), dim=-1).view(-1, 2, 3)
         grid = F.affine_grid(theta, [len(pictures), 1, *looks.size], align_corners=False)
-        return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        seen = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        for change in changes:
+            seen = change(step, seen)
+        return seen
 
+    changes: list[View] = []
+    if looks.colour:
+        changes.append(_coloured(looks.colour, steps, generators, device))
+    if looks.noise:
+        changes.append(_noisy(looks.noise, looks.size, steps, generators, device))
     return view
+
+
+def _coloured(most: float, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+    """Contrast about middle gray times 1 + u, brightness of each channel plus u / 2; each u from -most to most."""
+    draws = most * (2 * _draws(generators, steps, 1 + CHANNELS).to(device) - 1)
+
+    def change(step: int, pictures: Tensor) -> Tensor:
+        u = draws[step, :, :, None, None]
+        channels = u[:, 1 + torch.arange(pictures.shape[1], device=device) % CHANNELS]
+        return (pictures - 0.5) * (1 + u[:, :1]) + 0.5 + channels / 2
+
+    return change
+
+
+CHANNELS = 3  # that get a brightness of their own; where there are more, every third shares it
+
+
+def _noisy(
+    deviation: float, size: tuple[int, int], steps: int, generators: Sequence[Generator], device: torch.device
+) -> View:
+    """Each picture's own field of noise, rolled to another place at every step."""
+    fields = torch.stack([torch.randn((CHANNELS, *size), generator=g) for g in generators]).to(device)
+    roll = rolled(steps, generators, device)
+
+    def change(step: int, pictures: Tensor) -> Tensor:
+        channels = torch.arange(pictures.shape[1], device=device) % CHANNELS
+        return pictures + deviation * roll(step, fields)[:, channels]
+
+    return change
 
 
 def rolled(steps: int, generators: Sequence[Generator], device: torch.device) -> View:
@@ -66,6 +108,11 @@ def rolled(steps: int, generators: Sequence[Generator], device: torch.device) ->
         return pictures.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     return view
+
+
+def still(_: int, pictures: Tensor) -> Tensor:
+    """The canvas as it is."""
+    return pictures
 
 
 def _draws(generators: Sequence[Generator], steps: int, count: int) -> Tensor:

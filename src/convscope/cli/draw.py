@@ -1,0 +1,192 @@
+"""Commands that draw what a network wants to see: patterns of units, and the story of its layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convscope.cli.common import (
+    AsJson,
+    Classes,
+    Device,
+    ModelName,
+    Out,
+    Prepare,
+    Weights,
+    app,
+    bar,
+    finish,
+    first,
+    listed,
+    load,
+    numbers,
+    say,
+)
+from convscope.errors import ConvscopeError
+
+Seed = Annotated[int, typer.Option(help="The same seed gives the same pictures.")]
+
+
+@app.command()
+def patterns(
+    model: ModelName,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layer", "--layers", help="Layers' names, separated by commas; all; logits for the classes."),
+    ] = None,
+    units: Annotated[
+        str | None,
+        typer.Option(help="0-63, 3,7,9, all; for logits also names; logits:386,387. Default: the first 16."),
+    ] = None,
+    out: Out = Path("convscope-patterns"),
+    recipe: Annotated[str, typer.Option(help="robust, plain (the textbook's), maco, dream, caricature.")] = "robust",
+    size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the ascent.")] = None,
+    patience: Annotated[int | None, typer.Option(help="End when so many steps have gained nothing.")] = None,
+    start: Annotated[str | None, typer.Option(metavar="FILE", help="The photograph of dream and caricature.")] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Natural pictures to compare with; several times.")
+    ] = None,
+    negatives: Annotated[bool, typer.Option("--negatives", help="Also what the units want least, below.")] = False,
+    frames: Annotated[int, typer.Option(help="Pictures on the way, as an animated WebP.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was ended.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: Prepare = None,
+    device: Device = None,
+) -> None:
+    """The pictures that units want to see. Several layers get a folder each, and can be resumed."""
+    net = load(model, weights, classes, preprocessing, device)
+    chosen, asked = _asked(net, layers, units)
+    settings = {
+        "recipe": recipe, "size": size, "steps": steps, "patience": patience, "start": start,
+        "reference": reference, "frames": frames, "seed": seed,
+    }  # fmt: skip
+    if len(chosen) > 1:
+        _many(net, chosen, asked, out, settings, negatives, resume)
+        return
+    result = _drawn(net, chosen[0], asked, out, settings, resume)
+    if negatives:
+        _negatives(net, result, out, settings)
+    finish(result, out, as_json)
+    _forget(out)
+
+
+def _asked(net: Any, layers: str | None, units: str | None) -> tuple[list[str], str | None]:
+    """Layers and units as the user writes them."""
+    prefix, colon, rest = (units or "").partition(":")
+    if colon and prefix == "logits":
+        layers, units = layers or "logits", rest
+    if layers is None:
+        raise ConvscopeError("give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers")
+    if layers == "all":
+        return [row.name for row in net.layers.distinct()] + (["logits"] if net.outputs else []), units
+    return listed(layers), units
+
+
+def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
+    from convscope.patterns.recipes import RECIPES
+
+    if asked is not None:
+        return numbers(asked)
+    whole = recipe in RECIPES and RECIPES[recipe].objective is not None
+    return None if whole else first(net, layer)
+
+
+def _drawn(net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool) -> Any:
+    import convscope
+    from convscope.patterns.recipes import RECIPES
+    from convscope.patterns.unattended import in_parts
+
+    units = _units(net, layer, asked, settings["recipe"])
+    with bar(layer) as progress:
+        if units is None and settings["recipe"] in RECIPES and RECIPES[settings["recipe"]].objective is not None:
+            return convscope.patterns(net, layer, progress=progress, **settings)
+        return in_parts(net, layer, units, out, resume=resume, progress=progress, **settings)
+
+
+def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> None:
+    """The same units with their sign turned, in a folder of their own, and both in one picture."""
+    import convscope
+    from convscope.figures import paired
+    from convscope.patterns.objective import unit
+    from convscope.results import replacing
+
+    if result.objectives:
+        raise ConvscopeError("--negatives goes with units; give some")
+    with bar("negatives") as progress:
+        least = convscope.patterns(
+            net, [-unit(result.layer, int(u)) for u in result.units], progress=progress, **settings
+        )
+    where = least.save(out / "negatives")
+    with replacing(out / "pairs.png") as file:
+        paired(result, least).save(file, format="PNG")
+    say(f"what the units want least: {where}; both: {out / 'pairs.png'}")
+
+
+def _many(
+    net: Any, layers: list[str], asked: str | None, out: Path, settings: dict[str, Any], negatives: bool, resume: bool
+) -> None:
+    """A folder for each layer. A layer that cannot be drawn is named, and the others are."""
+    from convscope.figures import file_names
+    from convscope.patterns.unattended import is_done
+
+    failed = []
+    for layer, name in file_names(layers).items():
+        where = out / name
+        try:
+            if resume and is_done(where, net, layer, _units(net, layer, asked, settings["recipe"]), settings):
+                say(f"{layer}: done before")
+                continue
+            result = _drawn(net, layer, asked, where, settings, resume)
+            if negatives:
+                _negatives(net, result, where, settings)
+        except ConvscopeError as error:
+            failed.append(layer)
+            say(f"failed: {layer}: {error}")
+            continue
+        for note in result.notes:
+            say(f"note: {layer}: {note}")
+        say(f"written to {result.save(where)}")
+        _forget(where)
+    if len(failed) == len(layers):
+        raise ConvscopeError("no layer could be drawn")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _forget(folder: Path) -> None:
+    from convscope.patterns.unattended import forget
+
+    forget(folder)
+
+
+@app.command()
+def story(
+    model: ModelName,
+    out: Out = Path("convscope-story"),
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Names, separated by commas. Default: six, from first to last.")
+    ] = None,
+    units: Annotated[int, typer.Option(min=2, help="Units of each layer that are drawn and measured.")] = 24,
+    shown: Annotated[int, typer.Option(min=1, help="The most distinct of them, shown.")] = 6,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: Prepare = None,
+    device: Device = None,
+) -> None:
+    """From the first layer to the last: what units look for, seen and measured, as a figure and a page."""
+    import convscope
+
+    net = load(model, weights, classes, preprocessing, device)
+    with bar("story") as progress:
+        result = convscope.story(
+            net, None if layers is None else listed(layers), units=units, shown=shown, seed=seed, progress=progress
+        )
+    finish(result, out, as_json)

@@ -1,0 +1,132 @@
+"""What a pattern is worth: beside noise, beside natural pictures, and where a unit does not fire at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from convscope.budget import batch_size, forward_bytes
+from convscope.images import Pictures, Preprocessing
+from convscope.model import LOGITS, Model
+from convscope.patterns.ascent import adam_step, ascend
+from convscope.patterns.canvas import Phase, Photograph
+from convscope.patterns.objective import Objective
+from convscope.patterns.plan import Wanted
+from convscope.patterns.recipes import DAMPING, WAKING, finished
+from convscope.samples import photographs
+from convscope.tap import Seen
+
+Run = Callable[[Tensor], Seen]
+NOISES = 8
+
+
+def noises(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Tensor:
+    """Eight pictures (8, C, H, W) uint8 that show nothing: half of them the textbook's gray noise, half with the
+    spectrum of a photograph and random phases."""
+    draws = [Generator().manual_seed(seed * NOISES + i) for i in range(NOISES)]
+    half = NOISES // 2
+    gray = torch.stack([128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in draws[:half]])
+    cloudy = finished(Phase(draws[half:], preprocessing.channels, size, torch.device("cpu")))
+    return torch.cat([gray.to(torch.uint8), cloudy])
+
+
+def beside_noise(run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int) -> Tensor:
+    """Each picture's objective on noise, the best of eight; NaN where it compares pictures."""
+    pictures, found = noises(model.preprocessing, size, seed).float() / 255, []
+    with torch.no_grad():
+        for part in torch.split(pictures, model.fixed_batch or NOISES):
+            seen = run(model.preprocessing.normalize(part))
+            found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
+    return torch.stack(found).amax(0)
+
+
+def beside_nature(run: Run, wanted: Wanted, images: Any, model: Model, memory: int) -> tuple[Tensor, Pictures]:
+    """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed."""
+    pictures = Pictures(images, model.preprocessing)
+    found = []
+    with torch.no_grad():
+        for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
+            seen = run(batch.x)
+            found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
+    return torch.stack(found).amax(0), pictures
+
+
+def _best(objective: Objective, seen: Seen) -> Tensor:
+    if objective.pictures > 1 or objective.mates:
+        return torch.full((objective.pictures,), torch.nan)
+    return objective.value(seen).max()[None].cpu()
+
+
+def awakened(
+    run: Run, measure: Callable[[Tensor], Tensor], model: Model, layer: str, number: int, size: tuple[int, int]
+) -> Tensor | None:
+    """A pattern (C, H, W) uint8 for a unit that no start woke, from the sample photograph that excites it most.
+
+    None if it fires on none of them. Where the unit fires in the photograph, a piece of the canvas's size is cut out,
+    and climbed as it lies.
+    """
+    if model.preprocessing.channels != 3 or layer == LOGITS:
+        return None
+    batch = next(Pictures(photographs(), model.preprocessing).batches(len(photographs())))
+    with torch.no_grad():
+        maps = run(batch.x).maps[layer].float()
+        maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps)[:, number].flatten(1)
+    if not float(maps.max()) > 0:
+        return None
+    picture, place = divmod(int(maps.argmax()), maps.shape[1])
+    shape = model.layers.find(layer).shape[1:]
+    pixels = (model.preprocessing.denormalize(batch.x[picture : picture + 1]) * 255).clamp(0, 255)
+    if len(shape) == 2:
+        pixels = _cut(pixels, (place // shape[1] / shape[0], place % shape[1] / shape[1]), size)
+    canvas = Photograph(_fitted(pixels, size).to(model.device) / 255)
+    ascend(
+        canvas,
+        lambda _: measure(model.preprocessing.normalize(canvas.picture())),
+        adam_step(canvas.values, 0.1, DAMPING),
+        WAKING,
+        revive=WAKING,
+    )
+    return finished(canvas)[0]
+
+
+def _cut(pixels: Tensor, centre: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    for axis, (share, side) in enumerate(zip(centre, size, strict=True)):
+        length = pixels.shape[2 + axis]
+        begin = min(max(round(share * length - side / 2), 0), max(length - side, 0))
+        pixels = pixels.narrow(2 + axis, begin, min(side, length))
+    return pixels
+
+
+def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    same = tuple(pixels.shape[2:]) == size
+    return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
+
+
+STUCK = {
+    1: "its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it",
+    8: "dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let past its "
+    "rectifier",
+}
+
+
+def remarks(wanted: Wanted, scores: Tensor, history: Tensor, noise: Tensor, starts: int) -> list[str]:
+    """In words: pictures that do not show what was looked for."""
+    said = []
+    names = [f"unit {n}" for n in wanted.numbers] if wanted.of_units else list(wanted.names)
+    for i, name in enumerate(names):
+        score, path = float(scores[i]), history[:, i]
+        silent = len(path) > 0 and bool((path == 0).all())
+        if score == 0 and silent:
+            why = STUCK[1] if starts == 1 else STUCK[8].format(starts=starts)
+            said.append(f"{name} is stuck at 0: {why}")
+        elif score <= float(noise[i]):
+            said.append(
+                f"{name} ends with a score of {score:.3g}, no more than on noise ({float(noise[i]):.3g}): this is not "
+                "what it looks for"
+            )
+        elif silent and starts > 1:
+            said.append(f"{name} fires at this very picture, but was silent whenever it was moved or zoomed")
+    return said

@@ -1,0 +1,138 @@
+"""The story of a network: what its layers look for, from the first to the last, seen and measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convscope.budget import MEMORY, Progress
+from convscope.depths import depths
+from convscope.errors import ConvscopeError
+from convscope.model import LOGITS, Layer, Model
+from convscope.patterns import patterns
+from convscope.patterns.measures import MEASURES, most_distinct
+from convscope.results import Result
+
+CHAPTERS = 6  # layers, besides the classes
+
+
+@dataclass(frozen=True, eq=False)
+class Chapter:
+    """One layer: the most distinct patterns (S, H, W, C) of `units`, and the measures of all that were drawn (U,)."""
+
+    layer: str
+    sees: tuple[int, int] | None
+    units: np.ndarray
+    names: tuple[str, ...]
+    images: np.ndarray
+    measures: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Story(Result):
+    """Chapters from the first layer to the classes; `.table()` has the measures' medians, layer by layer."""
+
+    chapters: tuple[Chapter, ...]
+    seed: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for i, chapter in enumerate(self.chapters):
+            found |= {f"{i}_images": chapter.images, f"{i}_units": chapter.units}
+            found |= {f"{i}_{name.replace(' ', '_')}": values for name, values in chapter.measures.items()}
+        return found
+
+    def parameters(self) -> dict[str, Any]:
+        return {"seed": self.seed, "layers": [c.layer for c in self.chapters]}
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row per layer: how far it sees, and each measure's median and quartiles over the units drawn."""
+        rows = []
+        for chapter in self.chapters:
+            row: dict[str, Any] = {"layer": chapter.layer, "sees": chapter.sees and " x ".join(map(str, chapter.sees))}
+            for name, values in chapter.measures.items():
+                low, middle, high = np.percentile(values, (25, 50, 75))
+                row |= {name: float(middle), f"{name}, quartiles": f"{low:.3g} to {high:.3g}"}
+            rows.append(row)
+        return rows
+
+    def texts(self) -> dict[str, str]:
+        rows = self.table()
+        out = io.StringIO()
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return {"story.csv": out.getvalue()}
+
+
+def story(
+    model: Model,
+    layers: Sequence[str] | None = None,
+    *,
+    units: int = 24,
+    shown: int = 6,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Story:
+    """Draw units of layers from the first to the last, measure all of them, and keep the most distinct.
+
+    Parameters
+    ----------
+    model
+        From `convscope.load`.
+    layers
+        Names, in the order in which they are told. None: six layers, evenly spread over the network's resolutions, and
+        the classes.
+    units
+        How many units of each layer are drawn, evenly spread over its channels.
+    shown
+        How many of them, the most distinct, are kept as pictures.
+    seed, memory
+        As of `patterns`.
+    progress
+        Called with the number of chapters done, a fraction within one, and the number in all.
+
+    Raises
+    ------
+    ConvscopeError
+        For an unknown layer.
+    """
+    if units < 2 or not 1 <= shown <= units:
+        raise ConvscopeError(f"units is {units}, shown is {shown}; expected at least 2, and at most as many shown")
+    names = _chapters(model) if layers is None else list(layers)
+    rows = [None if name == LOGITS else model.layers.find(name) for name in names]
+    chapters, notes = [], []
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+
+        def tell(done: float, total: int, i: int = i) -> None:
+            if progress is not None:
+                progress(i + done / total, len(names))
+
+        count = model.outputs if row is None else row.units
+        picked = np.unique(np.linspace(0, (count or 1) - 1, min(units, count or 1)).round().astype(int))
+        drawn = patterns(model, name, picked.tolist(), seed=seed, memory=memory, progress=tell)
+        kept = most_distinct(drawn.images, shown)
+        measures = {what: measure(drawn.images) for what, measure in MEASURES.items()}
+        called = tuple(drawn.names[k] for k in kept)
+        chapters.append(Chapter(name, _sees(model, row), drawn.units[kept], called, drawn.images[kept], measures))
+        notes += [f"{name}: {note}" for note in drawn.notes]
+    return Story(model, tuple(chapters), seed, notes=tuple(notes))
+
+
+def _chapters(model: Model) -> list[str]:
+    rows = [row.name for row in depths(model, CHAPTERS)]
+    return [*rows, LOGITS] if model.outputs else rows
+
+
+def _sees(model: Model, row: Layer | None) -> tuple[int, int] | None:
+    """The receptive field; None where it is the whole picture."""
+    field = None if row is None else row.receptive_field
+    if field is None or min(field) >= min(model.preprocessing.size):
+        return None
+    return field[0], field[1]
