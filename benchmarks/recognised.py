@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timing import THREADS
 
 import convscope
+from convscope.patterns.measures import colourfulness
+from convscope.samples import photographs
 
 COUNT = 100  # classes in a set
 PEER_STEPS = 256
@@ -55,34 +58,32 @@ def row(
     return Row(what, len(wanted), seconds, *tops), images
 
 
-def ours(wanted: Sequence[int]) -> Sequence[np.ndarray]:
+def ours(wanted: Sequence[int]) -> list[np.ndarray]:
     """By the default recipe."""
     return list(convscope.patterns(convscope.load("lite0"), "logits", wanted).images)
 
 
-def lucent(wanted: Sequence[int]) -> Sequence[np.ndarray]:
+class Prepared(torch.nn.Module):
+    """Lite0 on pictures in [0, 1], as the peers show them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = convscope.load("lite0").module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.network((x * 255 - 127) / 128)
+        return result
+
+
+def lucent(wanted: Sequence[int]) -> list[np.ndarray]:
     """By its defaults but for the number of steps."""
     from lucent.optvis import param, render
 
-    network = convscope.load("lite0").module
-    scale = torch.tensor([127.0, 128.0])
-
-    class Prepared(torch.nn.Module):
-        """Lite0 on pictures in [0, 1]."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.network((x * 255 - scale[0]) / scale[1])
-            return result
-
-    prepared = Prepared().eval()
+    network = Prepared().eval()
     images = []
     for c in wanted:
         (image,) = render.render_vis(
-            prepared,
+            network,
             f"network_classifier:{c}",
             lambda: param.image(224),
             thresholds=(PEER_STEPS,),
@@ -94,21 +95,82 @@ def lucent(wanted: Sequence[int]) -> Sequence[np.ndarray]:
     return images
 
 
-def run(peer_classes: int = 10) -> list[Row]:
-    """Three sets by convscope, the first classes of the first set by lucent."""
+def dreamlens(wanted: Sequence[int]) -> list[np.ndarray]:
+    """By its defaults but for the number of steps."""
+    from dreamlens import FeatureTarget, FeatureVisualizer
+    from dreamlens.optimization import RenderConfig
+
+    network = Prepared().eval()
+    visualizer = FeatureVisualizer(network, quiet=True, normalize=False)
+    images = []
+    for c in wanted:
+        target = FeatureTarget.for_class(c, layer=network.network.classifier)
+        picture = visualizer.visualize(target, config=RenderConfig(steps=PEER_STEPS)).as_hwc()
+        images.append((np.asarray(picture).clip(0, 1) * 255).round().astype(np.uint8))
+    return images
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures look beside photographs: means over them."""
+
+    what: str
+    saturated: float
+    contrast: float
+    colourfulness: float
+    slope: float
+
+
+def look(what: str, images: np.ndarray) -> Look:
+    """Share of values at 0 or 255, deviation of the brightness in 0..255, Hasler and Suesstrunk's colourfulness, and
+    the exponent by which the spectrum's amplitude falls with frequency."""
+    grey = images.astype(np.float64) @ (0.299, 0.587, 0.114)
+    side = grey.shape[1]
+    window = np.outer(np.hanning(side), np.hanning(side))
+    amplitude = np.abs(np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window))
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    edges = np.logspace(np.log10(2 / side), np.log10(0.5), 16)
+    rings = [(frequency >= a) & (frequency < b) for a, b in pairwise(edges)]
+    profile = np.array([np.sqrt((amplitude[:, ring] ** 2).mean(1)) for ring in rings])
+    slopes = np.polyfit(np.log(np.sqrt(edges[1:] * edges[:-1])), np.log(profile), 1)[0]
+    saturated = np.isin(images, (0, 255)).mean()
+    return Look(
+        what, float(saturated), float(grey.std((1, 2)).mean()), float(colourfulness(images).mean()), -slopes.mean()
+    )
+
+
+def natural() -> np.ndarray:
+    """The sample photographs' centres."""
+    found = []
+    for path in photographs():
+        picture = Image.open(path).convert("RGB")
+        found.append(np.asarray(ImageOps.fit(picture, (224, 224), Image.Resampling.LANCZOS)))
+    return np.stack(found)
+
+
+def run(peer_classes: int = 5) -> tuple[list[Row], list[Look]]:
+    """Three sets by convscope, the first classes of the first set by the peers."""
     judges = ("lite2", "lite1")
-    rows = [row(f"convscope, set {n + 1}", classes(n), ours, judges)[0] for n in range(3)]
+    rows, looks = [], [look("photographs", natural())]
+    for n in range(3):
+        own, images = row(f"convscope, set {n + 1}", classes(n), ours, judges)
+        rows.append(own)
+        looks.append(look(own.what, np.stack(images)))
     few = classes(0)[:peer_classes]
-    rows.append(row("convscope", few, ours, judges)[0])
-    rows.append(row(f"lucent, {PEER_STEPS} steps", few, lucent, judges)[0])
-    return rows
+    contenders = {"convscope": ours, f"lucent, {PEER_STEPS} steps": lucent, f"dreamlens, {PEER_STEPS} steps": dreamlens}
+    for what, draw in contenders.items():
+        own, images = row(what, few, draw, judges)
+        rows.append(own)
+        looks.append(look(what, np.stack(images)))
+    return rows, looks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", type=int, default=10, help="classes that lucent draws")
+    parser.add_argument("--peers", type=int, default=5, help="classes that lucent draws")
     torch.set_num_threads(THREADS)
-    for found in run(parser.parse_args().peers):
+    rows, looks = run(parser.parse_args().peers)
+    for found in [*rows, *looks]:
         sys.stdout.write(f"{found}\n")
 
 

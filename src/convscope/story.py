@@ -106,6 +106,8 @@ def story(
     if units < 2 or not 1 <= shown <= units:
         raise ConvscopeError(f"units is {units}, shown is {shown}; expected at least 2, and at most as many shown")
     names = _chapters(model) if layers is None else list(layers)
+    if not names:
+        raise ConvscopeError("there are no layers to tell of; give some that have units")
     rows = [None if name == LOGITS else model.layers.find(name) for name in names]
     chapters, notes = [], []
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import textwrap
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def _(result: Story) -> Figure:
             axes.set_yticks([])
             if c == 0:
                 sees = "sees " + (" x ".join(map(str, chapter.sees)) if chapter.sees else "all")
-                label = "\n".join([*textwrap.wrap(chapter.layer, 16), sees])
+                label = "\n".join([*_broken(chapter.layer), sees])
                 axes.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
         for c, name in enumerate(names):
             axes = figure.add_subplot(grid[r, most + c], sharex=shared.get(name))
@@ -63,6 +63,11 @@ def _(result: Story) -> Figure:
             if r == 0:
                 axes.set_title(name, fontsize=8)
     return figure
+
+
+def _broken(layer: str) -> list[str]:
+    """A layer's name in lines of 18 letters at most, parted behind dots and slashes where that will do."""
+    return re.findall(r".{1,18}$|.{1,17}[./]|.{1,18}", layer)
 
 
 def _page(result: Story, figure: Image.Image) -> str:

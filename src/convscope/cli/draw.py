@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,8 @@ from convscope.cli.common import (
     listed,
     load,
     numbers,
+    print_json,
+    report,
     say,
 )
 from convscope.errors import ConvscopeError
@@ -66,8 +70,10 @@ def patterns(
         "recipe": recipe, "size": size, "steps": steps, "patience": patience, "start": start,
         "reference": reference, "frames": frames, "seed": seed,
     }  # fmt: skip
+    if negatives and asked is None and _whole(recipe):
+        raise ConvscopeError(f"--negatives goes with --units; recipe {recipe!r} would draw a layer as a whole")
     if len(chosen) > 1:
-        _many(net, chosen, asked, out, settings, negatives, resume)
+        _many(net, chosen, asked, out, settings, negatives, resume, as_json)
         return
     result = _drawn(net, chosen[0], asked, out, settings, resume)
     if negatives:
@@ -80,31 +86,39 @@ def _asked(net: Any, layers: str | None, units: str | None) -> tuple[list[str], 
     """Layers and units as the user writes them."""
     prefix, colon, rest = (units or "").partition(":")
     if colon and prefix == "logits":
-        layers, units = layers or "logits", rest
-    if layers is None:
+        if layers not in (None, "logits"):
+            raise ConvscopeError(f"--units {units} are classes, no units of --layer {layers}; give one or the other")
+        layers, units = "logits", rest
+    chosen = listed(layers or "")
+    if not chosen:
         raise ConvscopeError("give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers")
-    if layers == "all":
+    if chosen == ["all"]:
         return [row.name for row in net.layers.distinct()] + (["logits"] if net.outputs else []), units
-    return listed(layers), units
+    return chosen, units
+
+
+def _whole(recipe: str) -> bool:
+    """Whether the recipe draws, where no units are given, for the layer as a whole."""
+    from convscope.patterns.recipes import RECIPES
+
+    return recipe in RECIPES and RECIPES[recipe].objective is not None
 
 
 def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
-    from convscope.patterns.recipes import RECIPES
-
+    if asked == "all" and _whole(recipe):
+        return range(net.outputs if layer == "logits" else net.layers.find(layer).units)
     if asked is not None:
         return numbers(asked)
-    whole = recipe in RECIPES and RECIPES[recipe].objective is not None
-    return None if whole else first(net, layer)
+    return None if _whole(recipe) else first(net, layer)
 
 
 def _drawn(net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool) -> Any:
     import convscope
-    from convscope.patterns.recipes import RECIPES
     from convscope.patterns.unattended import in_parts
 
     units = _units(net, layer, asked, settings["recipe"])
     with bar(layer) as progress:
-        if units is None and settings["recipe"] in RECIPES and RECIPES[settings["recipe"]].objective is not None:
+        if units is None and _whole(settings["recipe"]):
             return convscope.patterns(net, layer, progress=progress, **settings)
         return in_parts(net, layer, units, out, resume=resume, progress=progress, **settings)
 
@@ -116,12 +130,11 @@ def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> No
     from convscope.patterns.objective import unit
     from convscope.results import replacing
 
-    if result.objectives:
-        raise ConvscopeError("--negatives goes with units; give some")
     with bar("negatives") as progress:
         least = convscope.patterns(
             net, [-unit(result.layer, int(u)) for u in result.units], progress=progress, **settings
         )
+    least = replace(least, units=result.units)  # files are named after the units, not counted
     where = least.save(out / "negatives")
     with replacing(out / "pairs.png") as file:
         paired(result, least).save(file, format="PNG")
@@ -129,18 +142,27 @@ def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> No
 
 
 def _many(
-    net: Any, layers: list[str], asked: str | None, out: Path, settings: dict[str, Any], negatives: bool, resume: bool
+    net: Any,
+    layers: list[str],
+    asked: str | None,
+    out: Path,
+    settings: dict[str, Any],
+    negatives: bool,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     """A folder for each layer. A layer that cannot be drawn is named, and the others are."""
     from convscope.figures import file_names
     from convscope.patterns.unattended import is_done
 
-    failed = []
+    failed, complete, written = [], True, []
     for layer, name in file_names(layers).items():
         where = out / name
         try:
-            if resume and is_done(where, net, layer, _units(net, layer, asked, settings["recipe"]), settings):
+            done = resume and is_done(where, net, layer, _units(net, layer, asked, settings["recipe"]), settings)
+            if done and (where / "negatives" / "manifest.json").exists() >= negatives:
                 say(f"{layer}: done before")
+                written.append(where)
                 continue
             result = _drawn(net, layer, asked, where, settings, resume)
             if negatives:
@@ -151,11 +173,16 @@ def _many(
             continue
         for note in result.notes:
             say(f"note: {layer}: {note}")
-        say(f"written to {result.save(where)}")
+        report(result.failed)
+        complete = complete and not result.failed
+        written.append(result.save(where))
+        say(f"written to {where}")
         _forget(where)
+    if as_json and written:
+        print_json([json.loads((where / "manifest.json").read_text(encoding="utf-8")) for where in written])
     if len(failed) == len(layers):
         raise ConvscopeError("no layer could be drawn")
-    if failed:
+    if failed or not complete:
         raise typer.Exit(1)
 
 

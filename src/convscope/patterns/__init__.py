@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope import tap
+from convscope import folded, tap
 from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
 from convscope.errors import ConvscopeError
 from convscope.model import LOGITS, Model
@@ -100,7 +100,8 @@ def patterns(
     """
     name, rule = find_recipe(recipe, start, space)
     want = wanted(model, layer, units, name, rule)
-    count = _whole("steps", rule.steps if steps is None else steps, 0)
+    own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.picture_size)
+    count = _whole("steps", own_steps if steps is None else steps, 0)
     kept = _whole("frames", frames, 0)
     plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
     first = started(start, size, len(want.numbers), model)
@@ -112,11 +113,15 @@ def patterns(
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.seen(sees, model.preprocessing.picture_size, sides)
         seen = sides if seen != sides and tried(seen) is not None else seen
+        if model.owned:
+            blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *seen))
+            run = folded.quickened(run, folded.plan(run, blank, gradients=True))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], seen[0] * seen[1])
         passes = 2 if any(objective.mates for objective in want.objectives) else 1
         each = passes * gradient_bytes(model, deepest, pixels)
         most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
         parts = _batches(want, batch_size(model, each, memory, most))
+        natural = None if reference is None else beside_nature(run, want, reference, model, memory)
         batches: list[_Finished] = []
         for part in parts:
             album = _Album(count, kept)
@@ -137,20 +142,21 @@ def patterns(
                 device=model.device,
                 size=sides,
                 steps=count,
-                step_size=rule.step_size if step_size is None else step_size,
+                step_size=own_size if step_size is None else step_size,
                 sees=sees,
                 seen=seen,
                 start=None if first is None else first[rows.start : rows.stop],
                 raw=space == "input",
+                mates=passes > 1,
                 plateau=plateau,
                 on_step=on_step,
             )
             drawn = rule.draw(task)
             scores = task.score(drawn.pictures).cpu()
             drawn, scores = _revived(drawn, scores, task, rule, want, part, run, model, seed)
+            album.close(drawn.pictures)
             batches.append(_Finished(drawn, scores, album.frames))
         noise = beside_noise(run, want, model, sides, seed)
-        natural = None if reference is None else beside_nature(run, want, reference, model, memory)
     scores, history = torch.cat([b.scores for b in batches]), torch.cat([b.drawn.history.cpu() for b in batches], dim=1)
     alphas = [b.drawn.alpha for b in batches if b.drawn.alpha is not None]
     return Patterns(
@@ -165,6 +171,7 @@ def patterns(
         steps=count,
         step_size=task.step_size,
         space=space,
+        patience=patience,
         noise=noise.numpy(),
         reference=None if natural is None else natural[0].numpy(),
         alpha=None if not alphas else (torch.cat(alphas) * 255).round().to(torch.uint8).cpu().numpy(),
@@ -196,6 +203,11 @@ class _Album:
         due = self.count * (step + 1) // self.steps - self.count * step // self.steps
         if due:
             self.frames += [_for_display(look().cpu())] * due
+
+    def close(self, pictures: Tensor) -> None:
+        """What an ascent that ended early did not come to is the finished picture."""
+        if self.steps:
+            self.frames += [_for_display(pictures.cpu())] * (self.count - len(self.frames))
 
 
 def _for_display(pictures: Tensor) -> np.ndarray:

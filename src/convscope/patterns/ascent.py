@@ -119,8 +119,9 @@ def ascend(
             values = measure(i)
             if not values.requires_grad:
                 raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
-            (gradient,) = torch.autograd.grad(values.sum(), canvas.values)
-        history.append(values.detach())
+            # A picture that is done is asked for nothing more, and its value stays, whoever climbs on beside it.
+            (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.values)
+        history.append(torch.where(done, history[-1], values.detach()) if history else values.detach())
         if plateau is not None:
             done = done | plateau.reached(history)
             if bool(done.all()):
@@ -155,9 +156,12 @@ class _RedirectedClamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (x, pictures), (gradient,) = ctx.saved_tensors, gradients
-        usual = torch.where((x > 0) & (x < ctx.top), gradient, 0)
+        usual: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.top)
+        lives = usual.any(tuple(range(1, usual.ndim))) if usual.ndim > 1 else usual != 0
+        blocked = pictures & ~lives.view(len(pictures), -1).any(1)
+        if not bool(blocked.any()):
+            return usual, None, None, None
         inward = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
-        blocked = pictures & (usual == 0).reshape(len(pictures), -1).all(1)
         blocked = blocked.repeat_interleave(len(x) // len(pictures)).view(-1, *[1] * (x.ndim - 1))
         return torch.where(blocked, inward, usual), None, None, None
 

@@ -30,7 +30,7 @@ class Objective:
 
     `watches` are the layers that `value` looks at and the largest channel of each, None where it looks at all alike.
     `pictures` are drawn together, where they are about each other: 1 unless several are compared. `mates` is whether
-    every picture is shown beside the photograph that it began as: then `value` gets twice as many rows as it returns.
+    each picture comes with the photograph that it began as behind it: `value` then gets twice the rows that it returns.
     """
 
     name: str
@@ -183,7 +183,8 @@ def likeness(layer: str, power: float = 1) -> Objective:
     """
 
     def value(seen: Seen) -> Tensor:
-        own, photograph = _outputs(seen, layer).chunk(2)
+        outputs = _outputs(seen, layer)
+        own, photograph = outputs[::2], outputs[1::2]
         axes = tuple(range(1, own.ndim))
         return _aligned(own, photograph.detach(), power, axes) / own[0].numel()
 
@@ -241,38 +242,29 @@ def joined(objectives: Sequence[Objective]) -> Objective:
     """Several objectives in one batch, each of its own pictures only: (sum of pictures,) values."""
     if len(objectives) == 1:
         return objectives[0]
-    sizes = [objective.pictures for objective in objectives]
     mates = objectives[0].mates
+    rows = [objective.pictures * (1 + mates) for objective in objectives]
 
     def value(seen: Seen) -> Tensor:
-        return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, sizes, mates), strict=True)])
+        return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
 
     watches = tuple(watch for objective in objectives for watch in objective.watches)
-    return Objective(", ".join(o.name for o in objectives), watches, value, sum(sizes), mates)
+    return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
 
 
-def _parts(seen: Seen, sizes: list[int], mates: bool) -> list[Seen]:
-    """What was seen, cut into the rows of each objective; with mates the second half holds theirs."""
-
-    def cut(tensor: Tensor) -> list[Tensor]:
-        if not mates:
-            return list(torch.split(tensor, sizes))
-        return [torch.cat(pair) for pair in zip(*(torch.split(half, sizes) for half in tensor.chunk(2)), strict=True)]
-
-    maps = {layer: cut(tensor) for layer, tensor in seen.maps.items()}
-    logits = None if seen.logits is None else cut(seen.logits)
+def _parts(seen: Seen, rows: list[int]) -> list[Seen]:
+    """What was seen, cut into the rows of each objective."""
+    maps = {layer: torch.split(tensor, rows) for layer, tensor in seen.maps.items()}
+    logits = None if seen.logits is None else torch.split(seen.logits, rows)
     return [
-        Seen({layer: rows[i] for layer, rows in maps.items()}, None if logits is None else logits[i])
-        for i in range(len(sizes))
+        Seen({layer: parts[i] for layer, parts in maps.items()}, None if logits is None else logits[i])
+        for i in range(len(rows))
     ]
 
 
 def _constant(number: float) -> Objective:
-    return Objective(f"{number:g}", (), lambda seen: _rows(seen).new_full((len(_rows(seen)),), number))
-
-
-def _rows(seen: Seen) -> Tensor:
-    return seen.logits if seen.logits is not None else next(iter(seen.maps.values()))
+    # The same for however many pictures: there are more rows than values where photographs are beside them.
+    return Objective(f"{number:g}", (), lambda _: torch.tensor(float(number)))
 
 
 def _outputs(seen: Seen, layer: str) -> Tensor:
@@ -292,5 +284,6 @@ def _aligned(x: Tensor, v: Tensor, power: float, axes: tuple[int, ...]) -> Tenso
     dot = (x * v).sum(axes)
     if power == 0:
         return dot
-    lengths = x.square().sum(axes).sqrt() * v.square().sum(axes).sqrt()
-    return dot * (dot / lengths.clamp(min=1e-12)).clamp(min=0.1) ** power
+    # A root has no gradient at 0: where a rectifier is off in all channels, NaN would come of it.
+    lengths = x.square().sum(axes).clamp(min=1e-24).sqrt() * v.square().sum(axes).clamp(min=1e-24).sqrt()
+    return dot * (dot / lengths).clamp(min=0.1) ** power

@@ -22,7 +22,8 @@ class Task:
     """What a recipe is asked for: pictures for a batch of units.
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
-    in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas.
+    in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas. `mates`:
+    each picture comes with its photograph behind it.
     """
 
     measure: Callable[[Tensor], Tensor]
@@ -36,6 +37,7 @@ class Task:
     seen: tuple[int, int]
     start: Tensor | None
     raw: bool
+    mates: bool
     plateau: Plateau | None
     on_step: Callable[[int, Callable[[], Tensor]], None]
 
@@ -64,8 +66,9 @@ class Task:
 
     def score(self, finished: Tensor) -> Tensor:
         """The value of finished 8-bit pictures (U, C, H, W)."""
+        pictures = finished.float() if self.raw else finished.float() / 255
         with torch.no_grad():
-            return self.measure(self.ready(finished.float() if self.raw else finished.float() / 255))
+            return self.measure(self.ready(beside(pictures, _photographs(self)) if self.mates else pictures))
 
 
 class Drawn(NamedTuple):
@@ -144,9 +147,12 @@ def maco(task: Task) -> Drawn:
     views = _views(task, 2)
     asked = torch.zeros((len(task.generators), *task.size), device=task.device)
 
+    def note(gradient: Tensor) -> None:
+        asked.add_(gradient.detach().abs().mean(1))
+
     def measure(i: int) -> Tensor:
         picture = canvas.picture()
-        picture.register_hook(lambda gradient: asked.add_(gradient.detach().abs().mean(1)))  # type: ignore[no-untyped-call]
+        picture.register_hook(note)  # type: ignore[no-untyped-call]
         return torch.stack([task.measure(task.ready(views(2 * i + k, picture))) for k in (0, 1)]).mean(0)
 
     finish = partial(finished, canvas)
@@ -155,8 +161,8 @@ def maco(task: Task) -> Drawn:
 
 
 def _opacity(asked: Tensor) -> Tensor:
-    """Summed gradients (U, H, W) to [0, 1] by each picture's median, and its 99th percentile, beyond which all is 1."""
-    shares = torch.tensor([0.5, 0.99], device=asked.device)
+    """Summed gradients (U, H, W) to [0, 1] by each picture's median and its 90th percentile, beyond which all is 1."""
+    shares = torch.tensor([0.5, 0.9], device=asked.device)
     low, high = torch.quantile(asked.flatten(1), shares, dim=1)[:, :, None, None]
     opacity: Tensor = (asked - low) / (high - low).clamp(min=1e-12)
     return opacity.clamp(0, 1)
@@ -193,11 +199,15 @@ def caricature(task: Task) -> Drawn:
     finish = partial(finished, canvas)
 
     def measure(i: int) -> Tensor:
-        both = torch.cat([view(i, canvas.picture()), view(i, photographs)])
-        return task.measure(task.ready(both))
+        return task.measure(task.ready(beside(view(i, canvas.picture()), view(i, photographs))))
 
     history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
     return Drawn(finish(), history)
+
+
+def beside(pictures: Tensor, photographs: Tensor) -> Tensor:
+    """Each picture (U, C, H, W) with its photograph behind it: (2 U, C, H, W)."""
+    return torch.stack([pictures, photographs], 1).flatten(0, 1)
 
 
 def _photographs(task: Task) -> Tensor:
@@ -229,7 +239,7 @@ def _views(task: Task, several: int = 1) -> View:
     count = several * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(count, task.generators, task.device)
-    return zoomed(_looks(task, (0.4, 1), 10), count, task.generators, task.device)
+    return zoomed(_looks(task, (0.5, 1), 10), count, task.generators, task.device)
 
 
 def _looks(task: Task, scale: tuple[float, float], turn: float) -> Looks:
@@ -265,11 +275,21 @@ def as_it_is(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> 
 
 
 def robust_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """5/7 of the canvas (160 for 224) for units that see much: finer structure convinces no other network."""
+    """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
     if _sees_little(sees, full):
         return size
-    height, width = (min(side, max(32, side * 5 // 7)) for side in size)
+    height, width = (min(side, max(32, side * 9 // 14)) for side in size)
     return (height, width)
+
+
+def steady(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int]], tuple[int, float]]:
+    """The same number and size of steps whatever a unit sees."""
+    return lambda sees, full: (steps, step_size)
+
+
+def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
+    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
+    return (48, 0.35) if _sees_little(sees, full) else (128, 0.1)
 
 
 @dataclass(frozen=True)
@@ -277,15 +297,15 @@ class Recipe:
     """A row of the table: how to draw, and what is taken where the user says nothing.
 
     `size` gives the canvas for a receptive field, the network's own size, and whether it takes others; `seen` the size
-    in which the network is shown a canvas. `objective` makes of a layer what is climbed where no units are given; None:
-    each of its units. A recipe takes a picture to start from, or needs one, or does without.
+    in which the network is shown a canvas; `pace` the number and the size of the steps. `objective` makes of a layer
+    what is climbed where no units are given; None: each of its units. A recipe takes a picture to start from, or needs
+    one, or does without.
     """
 
     draw: Callable[[Task], Drawn]
     size: Callable[[int | None, tuple[int, int], bool], tuple[int, int]]
     seen: Callable[[int | None, tuple[int, int], tuple[int, int]], tuple[int, int]]
-    steps: int
-    step_size: float
+    pace: Callable[[int | None, tuple[int, int]], tuple[int, float]]
     objective: Callable[[str], Objective] | None = None
     takes_start: bool = False
     needs_start: bool = False
@@ -294,13 +314,11 @@ class Recipe:
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, as_it_is, steps=40, step_size=1.0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, steps=128, step_size=0.1, starts=8),
-    "maco": Recipe(maco, robust_size, robust_seen, steps=128, step_size=0.1, starts=8),
-    "dream": Recipe(
-        dream, own_size, as_it_is, steps=64, step_size=0.1, objective=whole, takes_start=True, needs_start=True
-    ),
+    "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), takes_start=True),
+    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8),
+    "maco": Recipe(maco, robust_size, robust_seen, robust_pace, starts=8),
+    "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
-        caricature, own_size, as_it_is, steps=128, step_size=0.1, objective=likeness, takes_start=True, needs_start=True
+        caricature, own_size, as_it_is, steady(128, 0.1), objective=likeness, takes_start=True, needs_start=True
     ),
 }

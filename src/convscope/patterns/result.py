@@ -42,6 +42,7 @@ class Patterns(Result):
     steps: int
     step_size: float
     space: str
+    patience: int | None = None
     noise: np.ndarray | None = None
     reference: np.ndarray | None = None
     alpha: np.ndarray | None = None
@@ -77,4 +78,5 @@ class Patterns(Result):
         return {"units.csv": table.getvalue(), "sprites.json": json.dumps(sheet, indent=1) + "\n"}
 
     def parameters(self) -> dict[str, Any]:
-        return {**super().parameters(), "size": list(self.images.shape[1:3]), "units": self.units.tolist()}
+        own = {"size": list(self.images.shape[1:3]), "units": self.units.tolist()}
+        return {**super().parameters(), **own, "frames": 0 if self.frames is None else len(self.frames)}

@@ -8,16 +8,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from convscope import tap
 from convscope.budget import Progress, chunks
 from convscope.errors import ConvscopeError
 from convscope.model import Model
 from convscope.patterns import Patterns, patterns
-from convscope.patterns.plan import find_recipe, pair, wanted
+from convscope.patterns.plan import Wanted, canvas_size, find_recipe, refuses, started, wanted
+from convscope.patterns.recipes import Recipe
 from convscope.results import replacing, versions, write_npz
 
 PART = 32  # units that are drawn and written together
@@ -44,16 +48,18 @@ def in_parts(
     numbers = wanted(model, layer, units, name, rule).numbers
     parts = list(chunks(numbers, PART))
     where = _parts(folder)
+    made = {"layer": layer, "model": model.describe(), "versions": versions()}
+    made["options"] = {k: _told(v) for k, v in sorted(options.items())}
     found = []
     try:
-        for i, part in enumerate(parts):
-            key = {"layer": layer, "units": list(part), "model": model.describe(), "versions": versions()}
-            key["options"] = {k: _told(v) for k, v in sorted(options.items())}
+        for i, (part, own_start) in enumerate(zip(parts, _starts(options.get("start"), parts), strict=True)):
+            key = {**made, "units": list(part)}
             file = where / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]}.npz"
             if resume and file.exists():
                 found.append(_read(model, file))
             else:
-                own = patterns(model, layer, part, progress=_share(progress, i, len(parts)), **options)
+                given = {**options, "start": own_start}
+                own = patterns(model, layer, part, progress=_share(progress, i, len(parts)), **given)
                 where.mkdir(parents=True, exist_ok=True)
                 _write(file, own)
                 found.append(own)
@@ -62,6 +68,15 @@ def in_parts(
     except OSError as error:
         raise ConvscopeError(f"cannot write into {folder}: {error.strerror or error}") from error
     return _joined(found)
+
+
+def _starts(start: Any, parts: Sequence[Sequence[int]]) -> list[Any]:
+    """What each part starts from: its own rows, if there is a picture for every unit."""
+    count = sum(map(len, parts))
+    if getattr(start, "ndim", 0) != 4 or len(start) != count:
+        return [start] * len(parts)
+    begins = accumulate(map(len, parts), initial=0)
+    return [start[begin : begin + len(part)] for begin, part in zip(begins, parts, strict=False)]
 
 
 def forget(folder: str | os.PathLike[str]) -> None:
@@ -78,7 +93,7 @@ def is_done(
 ) -> bool:
     """Whether what `patterns` would make of this is saved in `folder`, whole, from the same network.
 
-    What cannot be told from the manifest (pictures to start from, or to compare with) is taken on trust.
+    What cannot be told from the manifest (pictures to start from or to compare with) is taken on trust.
     """
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
@@ -86,18 +101,31 @@ def is_done(
         return False
     name, rule = find_recipe(options["recipe"], options.get("start"), "pixels")
     want = wanted(model, layer, units, name, rule)
+    steps, _ = rule.pace(want.sees(model), model.preprocessing.picture_size)
     settings = {
         "layer": want.layer,
         "units": list(want.numbers),
+        "objectives": list(want.names),
         "recipe": name,
         "seed": options["seed"],
-        "steps": rule.steps if options["steps"] is None else options["steps"],
+        "steps": steps if options["steps"] is None else options["steps"],
+        "frames": options.get("frames", 0),
+        "patience": options.get("patience"),
     }
-    if options["size"] is not None:
-        settings["size"] = list(pair(options["size"]))
     made = manifest.get("parameters", {})
     like = json.loads(json.dumps(model.describe(), default=str))
-    return bool(manifest.get("model") == like and all(made.get(key) == value for key, value in settings.items()))
+    if manifest.get("model") != like or any(made.get(key) != value for key, value in settings.items()):
+        return False
+    return bool(made.get("size") == list(_sides(model, want, rule, options)))
+
+
+def _sides(model: Model, want: Wanted, rule: Recipe, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of what `patterns` would draw."""
+    first = started(options.get("start"), options["size"], len(want.numbers), model)
+    if first is not None:
+        return int(first.shape[-2]), int(first.shape[-1])
+    with tap.attach(model, want.layers, stop=not want.to_logits) as run:
+        return canvas_size(options["size"], rule, want.sees(model), model, refuses(model, run))
 
 
 def _parts(folder: str | os.PathLike[str]) -> Path:
@@ -105,9 +133,15 @@ def _parts(folder: str | os.PathLike[str]) -> Path:
 
 
 def _told(option: Any) -> Any:
-    """An option in numbers and words; of arrays, what is in them."""
+    """An option in numbers and words; of arrays and files, what is in them."""
+    if isinstance(option, list | tuple):
+        return [_told(one) for one in option]
+    if isinstance(option, Tensor):
+        option = option.detach().cpu().numpy()
     if hasattr(option, "tobytes"):
-        return hashlib.sha256(option.tobytes()).hexdigest()
+        return [str(getattr(option, "shape", None)), hashlib.sha256(option.tobytes()).hexdigest()]
+    if isinstance(option, str | os.PathLike) and os.path.isfile(option):
+        return [str(option), hashlib.sha256(Path(option).read_bytes()).hexdigest()]
     return option
 
 
@@ -124,7 +158,9 @@ def _write(file: Path, result: Patterns) -> None:
 
 
 def _plain(result: Patterns) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in ("layer", "recipe", "seed", "steps", "step_size", "space")}
+    return {
+        name: getattr(result, name) for name in ("layer", "recipe", "seed", "steps", "step_size", "space", "patience")
+    }
 
 
 def _failures(result: Patterns) -> Iterator[tuple[str, str]]:

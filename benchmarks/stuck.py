@@ -1,0 +1,71 @@
+"""How many units end with a pattern at which they fire: of all filters of VGG16's trunk and of Lite0."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from timing import THREADS
+from trunk import trunk
+
+import convscope
+
+SIZE, STEPS = 64, 16  # as little as shows whether a unit can be made to fire
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Units, those whose pattern they fire at, those said to be dead, and the layers and numbers of the others."""
+
+    what: str
+    units: int
+    fire: int
+    dead: int
+    others: tuple[str, ...]
+
+    def __add__(self, other: Stuck) -> Stuck:
+        return Stuck(
+            self.what,
+            self.units + other.units,
+            self.fire + other.fire,
+            self.dead + other.dead,
+            self.others + other.others,
+        )
+
+
+def count(what: str, model: convscope.Model, layers: Iterable[str]) -> Stuck:
+    """Over all units of the layers, the default recipe on a small canvas."""
+    total = Stuck(what, 0, 0, 0, ())
+    for layer in layers:
+        found = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
+        said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
+        silent = [int(u) for u, score in zip(found.units, found.scores, strict=True) if score <= 0]
+        others = tuple(f"{layer} {u}" for u in silent if f"unit {u}" not in said)
+        total += Stuck(what, len(found.units), len(found.units) - len(silent), len(said), others)
+        sys.stderr.write(f"{what} {layer}: {total.fire} of {total.units} fire, {total.dead} are dead\n")
+    return total
+
+
+def run() -> list[Stuck]:
+    """Each filter where its rectifier lets it through; in Lite0 also the blocks' ends, which have none."""
+    vgg, lite = trunk(), convscope.load("lite0")
+    ends = [row.name for row in lite.layers if row.kind == "ReLU6" or re.fullmatch(r"blocks\.\d+\.\d+", row.name)]
+    return [
+        count("VGG16's trunk", vgg, [row.name for row in vgg.layers if row.kind == "ReLU"]),
+        count("Lite0", lite, ends),
+    ]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    torch.set_num_threads(THREADS)
+    for found in run():
+        sys.stdout.write(f"{found}\n")
+
+
+if __name__ == "__main__":
+    main()

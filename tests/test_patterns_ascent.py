@@ -1,0 +1,176 @@
+"""Climbing with other optimisers, and to a plateau: every step and every end by hand."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from convscope import ConvscopeError
+from convscope.patterns.ascent import Plateau, adam_step, ascend, optimised, rms_step
+from convscope.patterns.canvas import Pixels
+
+
+def start(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=Generator().manual_seed(0), dtype=torch.float64)
+
+
+# --- any optimiser ---------------------------------------------------------------------------------------------------
+
+
+def test_sgd_with_momentum_and_a_cosine_by_hand() -> None:
+    """Uphill on -(x - peak)^2 / 2: the textbook's recursion, and the schedule's closed form, in float64."""
+    first, peak = start(2, 1, 3, 4).numpy(), np.random.default_rng(1).normal(size=(2, 1, 3, 4))
+    canvas, steps, rate, momentum = Pixels(torch.from_numpy(first.copy()), 1), 9, 0.4, 0.9
+    step = optimised(
+        canvas.values,
+        partial(torch.optim.SGD, lr=rate, momentum=momentum),
+        partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
+    )
+    target = torch.from_numpy(peak)
+    history = ascend(canvas, lambda _: -(canvas.values - target).square().sum((1, 2, 3)) / 2, step, steps)
+    x, velocity = first.copy(), np.zeros_like(first)
+    for t in range(steps):
+        assert history[t].tolist() == pytest.approx((-((x - peak) ** 2).sum((1, 2, 3)) / 2).tolist(), rel=1e-12)
+        velocity = momentum * velocity + (peak - x)
+        x = x + rate * (1 + math.cos(math.pi * t / steps)) / 2 * velocity
+    assert np.abs(canvas.values.detach().numpy() - x).max() < 1e-12  # float64
+    assert canvas.values.grad is None
+
+
+def test_without_a_schedule_the_rate_stays() -> None:
+    canvas = Pixels(start(1, 1, 2, 2), 1)
+    before = canvas.values.detach().clone()
+    step = optimised(canvas.values, partial(torch.optim.SGD, lr=0.5))
+    ascend(canvas, lambda _: 3 * canvas.values.sum((1, 2, 3)), step, 4)
+    assert (canvas.values.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
+
+
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ConvscopeError, match="LBFGS searches along lines across all pictures at once"):
+        optimised(start(1, 1, 2, 2).requires_grad_(), torch.optim.LBFGS)
+
+
+# --- the plateau -----------------------------------------------------------------------------------------------------
+
+
+def reached_by_hand(values: np.ndarray, patience: int, share: float) -> list[bool]:
+    """The best of the last `patience` values against the best of those before, in plain numbers."""
+    found = []
+    for path in values.T.tolist():
+        if len(path) <= patience:
+            found.append(False)
+            continue
+        before, since = max(path[:-patience]), max(path[-patience:])
+        found.append(path[-1] != 0 and since - before <= share * abs(before))
+    return found
+
+
+@pytest.mark.parametrize(("patience", "share"), [(1, 0.01), (3, 0.01), (3, 0.5), (4, 0.0)])
+def test_plateau_by_hand(patience: int, share: float) -> None:
+    rng = np.random.default_rng(0)
+    seen: set[bool] = set()
+    for length in range(1, 9):
+        values = rng.normal(size=(length, 40)).cumsum(0) * rng.choice([0.005, 0.1, 1], 40) + rng.choice([-1, 0, 1], 40)
+        values[:, :5] = 0  # silent: not done
+        values[-1, 5:8] = 0
+        expected = reached_by_hand(values, patience, share)
+        assert Plateau(patience, share).reached(list(torch.from_numpy(values))).tolist() == expected
+        seen |= set(expected)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("path", "done"),
+    [
+        ([1.0, 1.0, 1.0], True),
+        ([1.0, 1.0], False),  # not yet as many steps as the patience, and one to compare with
+        ([1.0, 1.0, 1.009], True),
+        ([1.0, 1.0, 1.011], False),
+        ([1.0, 2.0, 1.0], False),  # it was better since, though it is not now
+        ([5.0, 1.0, 2.0], True),  # the best of all is from before
+        ([-1.0, -1.0, -0.995], True),
+        ([-1.0, -1.0, -0.98], False),
+        ([0.0, 0.0, 0.0], False),  # has yet to wake
+        ([1.0, 0.5, 0.0], False),  # has fallen asleep
+    ],
+)
+def test_one_path(path: list[float], done: bool) -> None:
+    history = [torch.tensor([value, 100.0 * i]) for i, value in enumerate(path)]
+    assert Plateau(2).reached(history).tolist() == [done, False]
+
+
+def test_a_picture_that_is_done_stays_while_its_neighbour_climbs() -> None:
+    """Momentum and gradient would carry it on; its bytes stay, and its neighbour's path is the one it has alone."""
+    steps, patience = 12, 3
+
+    def climbed(plateau: Plateau | None) -> tuple[list[Tensor], Tensor]:
+        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        floor = torch.tensor([1000.0, 0.0])
+        seen = [canvas.values.detach().clone()]
+        history = ascend(
+            canvas,
+            # Not a straight line: an objective whose gradient every step is of its own.
+            lambda _: floor + canvas.values.square().sum((1, 2, 3)),
+            adam_step(canvas.values, 0.1, 2.0),
+            steps,
+            plateau=plateau,
+            on_step=lambda _: seen.append(canvas.values.detach().clone()),
+        )
+        return seen, history
+
+    free, free_history = climbed(None)
+    seen, history = climbed(Plateau(patience))
+    assert len(seen) == steps + 1  # the neighbour's steps go on
+    # Picture 0 moves by less than one per cent in three steps: done when the fourth value is there, after three steps.
+    for i in range(steps + 1):
+        assert torch.equal(seen[i][0], free[min(i, patience)][0])
+        assert torch.equal(seen[i][1], free[i][1])
+    assert not torch.equal(free[patience][0], free[patience + 1][0])
+    assert history.shape == (steps, 2)
+    assert torch.equal(history[:, 1], free_history[:, 1])
+    assert torch.equal(history[: patience + 1, 0], free_history[: patience + 1, 0])
+    assert (history[patience:, 0] == history[patience, 0]).all()
+
+
+def test_what_is_done_has_the_history_that_it_has_alone() -> None:
+    """Its value would go on changing with the views: it stays, and no gradient is asked for it."""
+
+    def climbed(floors: list[float]) -> tuple[Tensor, list[Tensor]]:
+        canvas, asked = Pixels(start(1, 3, 4, 5).float().expand(len(floors), -1, -1, -1), 1), []
+
+        def measure(i: int) -> Tensor:
+            picture = canvas.picture() * 1
+            picture.register_hook(lambda gradient: asked.append(gradient.flatten(1).any(1)) or None)
+            return torch.tensor(floors) + (1 + i % 3) * picture.mean((1, 2, 3))
+
+        return ascend(canvas, measure, rms_step(0.5), 10, plateau=Plateau(4)), asked
+
+    (alone, _), (beside, asked) = climbed([1000.0, 1000.0]), climbed([1000.0, 0.0])
+    assert torch.equal(alone[:, 0], beside[:, 0])
+    assert beside[4:, 0].unique().numel() == 1
+    assert beside[:, 1].unique().numel() == 10
+    assert [pictures.tolist() for pictures in asked] == [[True, True]] * 5 + [[False, True]] * 5
+
+
+def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> None:
+    canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+    measured: list[int] = []
+    stepped: list[int] = []
+
+    def measure(i: int) -> Tensor:
+        measured.append(i)
+        return torch.tensor([1000.0, 500.0]) + canvas.values.mean((1, 2, 3))
+
+    history = ascend(canvas, measure, rms_step(0.5), 50, plateau=Plateau(4), on_step=stepped.append)
+    assert measured == [0, 1, 2, 3, 4]
+    assert stepped == [0, 1, 2, 3]
+    assert history.shape == (50, 2)
+    assert (history[5:] == history[4]).all()
+    assert (history[1:5] > history[:4]).all()
+    # The last values are those of the pictures as they lie.
+    assert torch.equal(history[-1], torch.tensor([1000.0, 500.0]) + canvas.values.detach().mean((1, 2, 3)))
