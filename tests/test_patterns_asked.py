@@ -347,6 +347,8 @@ def test_reference_by_hand(usual: convscope.Model, photographs: np.ndarray, tmp_
         (outputs(usual, "conv1", natural) ** 2).mean((1, 2, 3)).max(),
     ]
     assert found.reference == pytest.approx(expected, rel=SUMS, abs=SUMS)
+    one_by_one = convscope.patterns(usual, objectives, size=32, steps=1, reference=natural, memory=1)
+    assert one_by_one.reference == pytest.approx(expected, rel=SUMS, abs=SUMS)
     files = [tmp_path / f"{i}.png" for i in range(4)]
     for file, picture in zip(files, natural, strict=False):
         Image.fromarray(picture).save(file)

@@ -121,7 +121,7 @@ def test_maco_opacity_by_hand() -> None:
         asked += at_pixels[0].abs().mean(0).double().numpy()
         with torch.no_grad():
             step(canvas.values, at_phases)
-    low, high = np.quantile(asked, 0.5), np.quantile(asked, 0.99)
+    low, high = np.quantile(asked, 0.5), np.quantile(asked, 0.9)
     expected = 255 * np.clip((asked - low) / (high - low), 0, 1)
     assert np.abs(found.alpha[0] - expected).max() <= 1.5  # rounded, and three steps of float32
     # A whole number may be rounded the other way.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,7 +105,6 @@ def patterns(
     plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
     first = started(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
-    ticks = itertools.count(1)
 
     with tap.attach(model, want.layers, stop=not want.to_logits) as run:
         sees, tried = want.sees(model), refuses(model, run)
@@ -123,11 +121,13 @@ def patterns(
         parts = _batches(want, batch_size(model, each, memory, most))
         natural = None if reference is None else beside_nature(run, want, reference, model, memory)
         batches: list[_Finished] = []
-        for part in parts:
+        for position, part in enumerate(parts):
             album = _Album(count, kept)
 
-            def on_step(step: int, look: Callable[[], Tensor], album: _Album = album) -> None:
-                done = next(ticks)
+            def on_step(
+                step: int, look: Callable[[], Tensor], album: _Album = album, before: int = position * count
+            ) -> None:
+                done = before + step + 1
                 album.look(step, look)
                 if watch is not None:
                     watch(done, look().permute(0, 2, 3, 1).cpu().numpy())
@@ -155,6 +155,8 @@ def patterns(
             scores = task.score(drawn.pictures).cpu()
             drawn, scores = _revived(drawn, scores, task, rule, want, part, run, model, seed)
             album.close(drawn.pictures)
+            if progress is not None and plateau is not None:
+                progress((position + 1) * count, count * len(parts))
             batches.append(_Finished(drawn, scores, album.frames))
         noise = beside_noise(run, want, model, sides, seed)
     scores, history = torch.cat([b.scores for b in batches]), torch.cat([b.drawn.history.cpu() for b in batches], dim=1)
@@ -205,9 +207,10 @@ class _Album:
             self.frames += [_for_display(look().cpu())] * due
 
     def close(self, pictures: Tensor) -> None:
-        """What an ascent that ended early did not come to is the finished picture."""
-        if self.steps:
-            self.frames += [_for_display(pictures.cpu())] * (self.count - len(self.frames))
+        """The last is the finished picture, and so is what an ascent that ended early did not come to."""
+        if self.steps and self.count:
+            kept = self.frames[: self.count - 1]
+            self.frames = kept + [_for_display(pictures.cpu())] * (self.count - len(kept))
 
 
 def _for_display(pictures: Tensor) -> np.ndarray:
@@ -250,7 +253,7 @@ def _revived(
     """Units that are still silent, drawn again from other starts and, if none wakes them, from a photograph."""
     if rule.starts == 1 or not want.of_units or want.layer == LOGITS:
         return drawn, scores
-    pictures = drawn.pictures.clone()
+    pictures, alpha = drawn.pictures.clone(), None if drawn.alpha is None else drawn.alpha.clone()
     for begin in range(1, rule.starts):
         silent = (scores == 0).nonzero()[:, 0].tolist()
         if not silent or task.steps == 0:
@@ -260,19 +263,24 @@ def _revived(
             task,
             measure=_measured(model, run, want.batch(again), want.layer),
             generators=want.generators(again, seed, begin),
+            start=None if task.start is None else task.start[silent],
             steps=min(task.steps, AGAIN),
             plateau=None,
             on_step=_unseen,
         )
-        found = rule.draw(other).pictures
-        pictures[silent], scores[silent] = found, other.score(found).cpu()
+        found = rule.draw(other)
+        pictures[silent], scores[silent] = found.pictures, other.score(found.pictures).cpu()
+        if alpha is not None and found.alpha is not None:
+            alpha[silent] = found.alpha
     for i in (scores == 0).nonzero()[:, 0].tolist():
         measure = _measured(model, run, want.batch([part[i]]), want.layer)
         found_at = awakened(run, measure, model, want.layer, want.numbers[part[i]], task.size)
         if found_at is not None:
             alone = replace(task, measure=measure)
             pictures[i], scores[i] = found_at, alone.score(found_at[None]).cpu()[0]
-    return drawn._replace(pictures=pictures), scores
+            if alpha is not None:
+                alpha[i] = 1
+    return drawn._replace(pictures=pictures, alpha=alpha), scores
 
 
 AGAIN = 32  # steps from another start

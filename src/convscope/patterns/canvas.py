@@ -85,6 +85,9 @@ NATURAL = (Natural(0.143, 1.26, 0.62), Natural(0.137, 1.38, 0.94), Natural(0.199
 class Phase:
     """The spectrum of a photograph, of which only the phases can be changed: what is drawn keeps natural contrast.
 
+    A real picture ties the coefficients of the first column, and for even widths of the last, to each other: there the
+    magnitudes are the natural ones at most.
+
     Fel et al., Unlocking feature visualization for deeper networks with magnitude constrained optimization, NeurIPS
     2023. The magnitudes are our own fit to photographs, `NATURAL`, where theirs are the mean over a data set.
     """
