@@ -26,7 +26,7 @@ def spread(rows: Sequence[Layer], count: int) -> list[Layer]:
     return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
-def depths(model: Model, count: int) -> list[Layer]:
-    """Layers from shallow to deep to show a network by."""
+def depths(model: Model, count: int, least: int | None = None) -> list[Layer]:
+    """Layers from shallow to deep to show a network by: `count`, or its stages if these are `least` at least."""
     stops = stages(model)
-    return spread(stops if len(stops) >= count else model.layers.distinct(), count)
+    return spread(stops if len(stops) >= (count if least is None else least) else model.layers.distinct(), count)

@@ -87,7 +87,7 @@ def story(
     model
         From `convscope.load`.
     layers
-        Names, in the order in which they are told. None: six layers, evenly spread over the network's resolutions, and
+        Names, in the order in which they are told. None: one for each resolution of the network, at most six, and
         the classes.
     units
         How many units of each layer are drawn, evenly spread over its channels.
@@ -128,7 +128,7 @@ def story(
 
 
 def _chapters(model: Model) -> list[str]:
-    rows = [row.name for row in depths(model, CHAPTERS)]
+    rows = [row.name for row in depths(model, CHAPTERS, least=4)]
     return [*rows, LOGITS] if model.outputs else rows
 
 

@@ -197,7 +197,7 @@ def story(
     model: ModelName,
     out: Out = Path("convscope-story"),
     layers: Annotated[
-        str | None, typer.Option("--layers", help="Names, separated by commas. Default: six, from first to last.")
+        str | None, typer.Option("--layers", help="Names, separated by commas. Default: one for each resolution.")
     ] = None,
     units: Annotated[int, typer.Option(min=2, help="Units of each layer that are drawn and measured.")] = 24,
     shown: Annotated[int, typer.Option(min=1, help="The most distinct of them, shown.")] = 6,
