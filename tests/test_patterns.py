@@ -549,6 +549,21 @@ def test_zoomed_views_by_hand() -> None:
     assert angles.max() > 5
 
 
+def test_several_views_are_climbed_by_their_mean() -> None:
+    """The first step's value, once more from the canvas and the views that the units' own numbers give."""
+    net = filled(Usual())
+    model = loaded(net, 56)
+    found = convscope.patterns(model, "logits", [3, 1], views=3, steps=2, seed=4)
+    draws = [Generator().manual_seed((4 * 1_000_003 + u * 7919 + 1) % (1 << 63)) for u in (3, 1)]
+    canvas = Fourier(draws, 3, (56, 56), torch.device("cpu"))
+    view = zoomed(Looks((0.5, 1), 10, (36, 36)), 6, draws, torch.device("cpu"))
+    with torch.no_grad():
+        values = [net(model.preprocessing.normalize(view(k, canvas.picture())))[[0, 1], [3, 1]] for k in range(3)]
+    assert apart(found.history[0], torch.stack(values).mean(0)) < 1e-5  # sums of floats in another layout
+    assert found.parameters()["views"] == 3
+    assert not np.array_equal(found.images, convscope.patterns(model, "logits", [3, 1], steps=2, seed=4).images)
+
+
 def test_rolled_views_by_hand() -> None:
     pictures = torch.rand((5, 3, 6, 9), generator=Generator().manual_seed(0))
     view = rolled(3, generators(*range(5)), torch.device("cpu"))
@@ -645,6 +660,8 @@ def test_units_taken(usual: convscope.Model, layer: str, units: Any, expected: l
         ("relu2", {"start": np.zeros((9, 9, 3))}, "start= is of no use to recipe 'robust'"),
         ("relu2", {"space": "input"}, "space='input' is for recipe='plain'; 'robust' draws"),
         ("relu2", {"recipe": "dream"}, "recipe 'dream' begins with a photograph; give one as start="),
+        ("relu2", {"recipe": "plain", "views": 2}, "views= is of no use to recipe 'plain'"),
+        ("relu2", {"views": 0}, "views is 0; expected a whole number, 1 or more"),
         ("relu2", {"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
         ("relu2", {"size": 0}, "size is 0 x 0"),
         ("relu2", {"size": (1, 1)}, r"does not run on pictures of 1 x 1 \(RuntimeError: .*\); its own size is 24 x 24"),

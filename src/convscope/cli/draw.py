@@ -48,6 +48,7 @@ def patterns(
     recipe: Annotated[str, typer.Option(help="robust, plain (the textbook's), maco, dream, caricature.")] = "robust",
     size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the ascent.")] = None,
+    views: Annotated[int | None, typer.Option(help="Random views at each step; their mean is climbed.")] = None,
     patience: Annotated[int | None, typer.Option(help="End when so many steps have gained nothing.")] = None,
     start: Annotated[str | None, typer.Option(metavar="FILE", help="The photograph of dream and caricature.")] = None,
     reference: Annotated[
@@ -67,7 +68,7 @@ def patterns(
     net = load(model, weights, classes, preprocessing, device)
     chosen, asked = _asked(net, layers, units)
     settings = {
-        "recipe": recipe, "size": size, "steps": steps, "patience": patience, "start": start,
+        "recipe": recipe, "size": size, "steps": steps, "views": views, "patience": patience, "start": start,
         "reference": reference, "frames": frames, "seed": seed,
     }  # fmt: skip
     if negatives and asked is None and _whole(recipe):

@@ -39,6 +39,7 @@ def patterns(
     start: Any = None,
     space: str = "pixels",
     step_size: float | None = None,
+    views: int | None = None,
     patience: int | None = None,
     reference: Any = None,
     frames: int = 0,
@@ -76,6 +77,9 @@ def patterns(
         (U, H, W, C), or a tensor (U, C, H, W). For "plain", and needed by "dream" and "caricature".
     space
         For "plain": "pixels" puts the picture through the preprocessing, "input" feeds it to the network as it is.
+    views
+        How many random views the network is shown at each step; their mean is climbed. Default: the recipe's; "plain"
+        has none.
     patience
         A picture is done when its best value has grown by less than one per cent in so many steps. None: never before
         the last step.
@@ -102,6 +106,9 @@ def patterns(
     own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.picture_size)
     count = _whole("steps", own_steps if steps is None else steps, 0)
     kept = _whole("frames", frames, 0)
+    if views is not None and rule.views == 0:
+        raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
+    shown = rule.views if views is None else _whole("views", views, 1)
     plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
     first = started(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
@@ -148,6 +155,7 @@ def patterns(
                 start=None if first is None else first[rows.start : rows.stop],
                 raw=space == "input",
                 mates=passes > 1,
+                views=shown,
                 plateau=plateau,
                 on_step=on_step,
             )
@@ -173,6 +181,7 @@ def patterns(
         steps=count,
         step_size=task.step_size,
         space=space,
+        views=shown,
         patience=patience,
         noise=noise.numpy(),
         reference=None if natural is None else natural[0].numpy(),

@@ -23,7 +23,7 @@ class Task:
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
     in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas. `mates`:
-    each picture comes with its photograph behind it.
+    each picture comes with its photograph behind it. `views`: how many the network is shown at each step.
     """
 
     measure: Callable[[Tensor], Tensor]
@@ -38,6 +38,7 @@ class Task:
     start: Tensor | None
     raw: bool
     mates: bool
+    views: int
     plateau: Plateau | None
     on_step: Callable[[int, Callable[[], Tensor]], None]
 
@@ -63,6 +64,20 @@ class Task:
     def ready(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
         return pictures if self.raw else self.preprocessing.normalize(pictures)
+
+    def through(self, view: View, canvas: Canvas) -> Callable[[int], Tensor]:
+        """What is climbed: at each step the mean value over views of the canvas, `views` of them."""
+
+        def measure(step: int) -> Tensor:
+            picture = canvas.picture()
+            return self.mean(step, lambda number: self.ready(view(number, picture)))
+
+        return measure
+
+    def mean(self, step: int, shown: Callable[[int], Tensor]) -> Tensor:
+        """The mean value of what is shown at a step, for each of its views, which are numbered through all steps."""
+        values = [self.measure(shown(self.views * step + k)) for k in range(self.views)]
+        return values[0] if self.views == 1 else torch.stack(values).mean(0)
 
     def score(self, finished: Tensor) -> Tensor:
         """The value of finished 8-bit pictures (U, C, H, W)."""
@@ -126,7 +141,7 @@ def robust(task: Task) -> Drawn:
     finish = partial(finished, canvas)
     history = task.climb(
         canvas,
-        lambda i: task.measure(task.ready(view(i, canvas.picture()))),
+        task.through(view, canvas),
         adam_step(canvas.values, task.step_size, DAMPING),
         finish,
         REVIVED,
@@ -144,7 +159,7 @@ def maco(task: Task) -> Drawn:
     moves the phases of every pixel. Fel et al., NeurIPS 2023.
     """
     canvas = Phase(task.generators, task.channels, task.size, task.device)
-    views = _views(task, 2)
+    view = _views(task)
     asked = torch.zeros((len(task.generators), *task.size), device=task.device)
 
     def note(gradient: Tensor) -> None:
@@ -153,7 +168,7 @@ def maco(task: Task) -> Drawn:
     def measure(i: int) -> Tensor:
         picture = canvas.picture()
         picture.register_hook(note)  # type: ignore[no-untyped-call]
-        return torch.stack([task.measure(task.ready(views(2 * i + k, picture))) for k in (0, 1)]).mean(0)
+        return task.mean(i, lambda number: task.ready(view(number, picture)))
 
     finish = partial(finished, canvas)
     history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
@@ -175,11 +190,11 @@ def dream(task: Task) -> Drawn:
     seeing what a layer makes of a picture, and what it would take for a unit to fire.
     """
     canvas = Photograph(_photographs(task))
-    view = zoomed(_looks(task, (0.7, 1), 5), task.steps, task.generators, task.device)
+    view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
     finish = partial(finished, canvas)
     history = task.climb(
         canvas,
-        lambda i: task.measure(task.ready(view(i, canvas.picture()))),
+        task.through(view, canvas),
         adam_step(canvas.values, task.step_size, DAMPING),
         finish,
         REVIVED,
@@ -195,11 +210,12 @@ def caricature(task: Task) -> Drawn:
     """
     photographs = _photographs(task)
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
-    view = zoomed(_looks(task, (0.7, 1), 5), task.steps, task.generators, task.device)
+    view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
     finish = partial(finished, canvas)
 
     def measure(i: int) -> Tensor:
-        return task.measure(task.ready(beside(view(i, canvas.picture()), view(i, photographs))))
+        picture = canvas.picture()
+        return task.mean(i, lambda number: task.ready(beside(view(number, picture), view(number, photographs))))
 
     history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
     return Drawn(finish(), history)
@@ -235,8 +251,8 @@ def _wake(task: Task, canvas: Fourier) -> None:
     )
 
 
-def _views(task: Task, several: int = 1) -> View:
-    count = several * task.steps
+def _views(task: Task) -> View:
+    count = task.views * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(count, task.generators, task.device)
     return zoomed(_looks(task, (0.5, 1), 10), count, task.generators, task.device)
@@ -309,14 +325,16 @@ class Recipe:
     objective: Callable[[str], Objective] | None = None
     takes_start: bool = False
     needs_start: bool = False
+    views: int = 1
+    """How many of the canvas the network is shown at each step; 0: the canvas as it lies."""
     starts: int = 1
     """From how many starts a unit is tried that does not fire."""
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), takes_start=True),
+    "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
     "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8),
-    "maco": Recipe(maco, robust_size, robust_seen, robust_pace, starts=8),
+    "maco": Recipe(maco, robust_size, robust_seen, robust_pace, views=2, starts=8),
     "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
         caricature, own_size, as_it_is, steady(128, 0.1), objective=likeness, takes_start=True, needs_start=True

@@ -42,6 +42,7 @@ class Patterns(Result):
     steps: int
     step_size: float
     space: str
+    views: int = 1
     patience: int | None = None
     noise: np.ndarray | None = None
     reference: np.ndarray | None = None

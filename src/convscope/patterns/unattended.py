@@ -110,6 +110,7 @@ def is_done(
         "seed": options["seed"],
         "steps": steps if options["steps"] is None else options["steps"],
         "frames": options.get("frames", 0),
+        "views": rule.views if options.get("views") is None else options["views"],
         "patience": options.get("patience"),
     }
     made = manifest.get("parameters", {})
@@ -159,7 +160,8 @@ def _write(file: Path, result: Patterns) -> None:
 
 def _plain(result: Patterns) -> dict[str, Any]:
     return {
-        name: getattr(result, name) for name in ("layer", "recipe", "seed", "steps", "step_size", "space", "patience")
+        name: getattr(result, name)
+        for name in ("layer", "recipe", "seed", "steps", "step_size", "space", "views", "patience")
     }
 
 
