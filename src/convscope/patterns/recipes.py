@@ -305,7 +305,7 @@ def steady(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int
 
 def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
     """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
-    return (48, 0.35) if _sees_little(sees, full) else (150, 0.2)
+    return (48, 0.35) if _sees_little(sees, full) else (150, 0.15)
 
 
 @dataclass(frozen=True)
