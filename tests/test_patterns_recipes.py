@@ -104,7 +104,9 @@ def test_maco_opacity_by_hand() -> None:
     net = filled(Usual())
     model = loaded(net, 32)
     steps, number, seed = 3, 2, 5
-    found = convscope.patterns(model, "logits", [number, 4], recipe="maco", steps=steps, seed=seed, size=32)
+    found = convscope.patterns(
+        model, "logits", [number, 4], recipe="maco", steps=steps, step_size=0.1, seed=seed, size=32
+    )
     assert found.alpha is not None
     assert (found.alpha.dtype, found.alpha.shape) == (np.uint8, (2, 32, 32))
     own = generator(seed, number)

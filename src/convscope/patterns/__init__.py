@@ -166,7 +166,7 @@ def patterns(
             if progress is not None and plateau is not None:
                 progress((position + 1) * count, count * len(parts))
             batches.append(_Finished(drawn, scores, album.frames))
-        noise = beside_noise(run, want, model, sides, seed)
+        noise = beside_noise(run, want, model, sides, seed, memory)
     scores, history = torch.cat([b.scores for b in batches]), torch.cat([b.drawn.history.cpu() for b in batches], dim=1)
     alphas = [b.drawn.alpha for b in batches if b.drawn.alpha is not None]
     return Patterns(

@@ -33,11 +33,11 @@ def noises(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Te
     return torch.cat([gray.to(torch.uint8), cloudy])
 
 
-def beside_noise(run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int) -> Tensor:
+def beside_noise(run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int, memory: int) -> Tensor:
     """Each picture's objective on noise, the best of eight; NaN where it compares pictures."""
     pictures, found = noises(model.preprocessing, size, seed).float() / 255, []
     with torch.no_grad():
-        for part in torch.split(pictures, model.fixed_batch or NOISES):
+        for part in torch.split(pictures, batch_size(model, forward_bytes(model), memory, NOISES)):
             seen = run(model.preprocessing.normalize(part))
             found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
     return torch.stack(found).amax(0)
