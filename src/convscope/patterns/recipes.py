@@ -138,16 +138,16 @@ def robust(task: Task) -> Drawn:
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
-    finish = partial(finished, canvas)
-    history = task.climb(
-        canvas,
-        task.through(view, canvas),
-        adam_step(canvas.values, task.step_size, DAMPING),
-        finish,
-        REVIVED,
-    )
-    if bool((history == 0).any()):
+    drawn = _climbed(task, canvas, task.through(view, canvas))
+    if bool((drawn.history == 0).any()):
         _wake(task, canvas)
+    return drawn._replace(pictures=finished(canvas))
+
+
+def _climbed(task: Task, canvas: Canvas, measure: Callable[[int], Tensor]) -> Drawn:
+    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do."""
+    finish = partial(finished, canvas)
+    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
     return Drawn(finish(), history)
 
 
@@ -170,9 +170,7 @@ def maco(task: Task) -> Drawn:
         picture.register_hook(note)  # type: ignore[no-untyped-call]
         return task.mean(i, lambda number: task.ready(view(number, picture)))
 
-    finish = partial(finished, canvas)
-    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
-    return Drawn(finish(), history, _opacity(asked))
+    return _climbed(task, canvas, measure)._replace(alpha=_opacity(asked))
 
 
 def _opacity(asked: Tensor) -> Tensor:
@@ -191,15 +189,7 @@ def dream(task: Task) -> Drawn:
     """
     canvas = Photograph(_photographs(task))
     view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
-    finish = partial(finished, canvas)
-    history = task.climb(
-        canvas,
-        task.through(view, canvas),
-        adam_step(canvas.values, task.step_size, DAMPING),
-        finish,
-        REVIVED,
-    )
-    return Drawn(finish(), history)
+    return _climbed(task, canvas, task.through(view, canvas))
 
 
 def caricature(task: Task) -> Drawn:
@@ -211,14 +201,12 @@ def caricature(task: Task) -> Drawn:
     photographs = _photographs(task)
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
-    finish = partial(finished, canvas)
 
     def measure(i: int) -> Tensor:
         picture = canvas.picture()
         return task.mean(i, lambda number: task.ready(beside(view(number, picture), view(number, photographs))))
 
-    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
-    return Drawn(finish(), history)
+    return _climbed(task, canvas, measure)
 
 
 def beside(pictures: Tensor, photographs: Tensor) -> Tensor:
