@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.patterns.ascent import Plateau, adam_step, averaged, ascend, optimised, rms_step
+from convscope.patterns.ascent import Plateau, adam_step, ascend, averaged, optimised, rms_step
 from convscope.patterns.canvas import Pixels
 
 

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
     from convscope.comparison import Comparison, compare
     from convscope.errors import ConvscopeError
     from convscope.evaluation import Evaluation, evaluate
+    from convscope.explorer.embed import show
     from convscope.heatmaps import Heatmaps, heatmaps, of_head, over_region
     from convscope.images import Preprocessing
     from convscope.model import Model
     from convscope.patterns import Patterns, patterns
+    from convscope.scan.atlas import Atlas, atlas
+    from convscope.scan.concepts import Concepts, concepts
+    from convscope.scan.run import scan
+    from convscope.scan.store import Store, open_store
     from convscope.sources import load
     from convscope.story import Story, story
 
@@ -32,7 +37,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "Atlas",
     "Comparison",
+    "Concepts",
     "ConvscopeError",
     "Evaluation",
     "Heatmaps",
@@ -40,16 +47,22 @@ __all__ = [
     "Patterns",
     "Predictions",
     "Preprocessing",
+    "Store",
     "Story",
     "activations",
+    "atlas",
     "compare",
+    "concepts",
     "evaluate",
     "heatmaps",
     "load",
     "of_head",
+    "open_store",
     "over_region",
     "patterns",
     "predict",
+    "scan",
+    "show",
     "story",
 ]
 
@@ -60,16 +73,26 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'convscope' has no attribute {name!r}")
     from importlib import import_module
 
-    import_module("convscope.storybook")  # with figures, teaches results how to draw themselves
+    for teacher in (
+        "convscope.storybook",
+        "convscope.scan.concept_figures",
+        "convscope.scan.show",
+    ):  # with figures, they teach results to draw themselves
+        import_module(teacher)
     where = {
         "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
         "convscope.comparison": ("Comparison", "compare"),
         "convscope.errors": ("ConvscopeError",),
         "convscope.evaluation": ("Evaluation", "evaluate"),
+        "convscope.explorer.embed": ("show",),
         "convscope.heatmaps": ("Heatmaps", "heatmaps", "of_head", "over_region"),
         "convscope.images": ("Preprocessing",),
         "convscope.model": ("Model",),
         "convscope.patterns": ("Patterns", "patterns"),
+        "convscope.scan.atlas": ("Atlas", "atlas"),
+        "convscope.scan.concepts": ("Concepts", "concepts"),
+        "convscope.scan.run": ("scan",),
+        "convscope.scan.store": ("Store", "open_store"),
         "convscope.sources": ("load",),
         "convscope.story": ("Story", "story"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import stat
@@ -25,7 +26,7 @@ DEFAULT_MAX_PIXELS = 100_000_000  # of one picture: about 400 MB once decoded
 
 Array = npt.NDArray[Any]
 _Box = tuple[float, float, float, float]
-_Item = str | Image.Image | Array | Tensor
+_Item = str | io.BytesIO | Image.Image | Array | Tensor
 
 _ACCEPTED = (
     "a path, a list of paths, PIL images and arrays, an array (H, W, 3) or (N, H, W, 3) of uint8 or floats in [0, 1], "
@@ -267,10 +268,10 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        return _line(f"{self.name}: {self.reason}")
+        return one_line(f"{self.name}: {self.reason}")
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text with everything escaped that would break its line or that cannot be printed."""
     bad = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
@@ -291,10 +292,10 @@ class Batch:
 class Pictures:
     """What the user gave as pictures, opened one at a time, so that memory does not grow with their number.
 
-    images: a path; a list of paths, PIL images and arrays; an array (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3, or
-    4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also (N, H, W); for channel_order="channels"
-    just its own C. Or a floating tensor (C, H, W) or (N, C, H, W), already preprocessed: it is used as it is. For
-    networks on signals or volumes only the latter, (N, C, L) or (N, C, D, H, W).
+    images: a path; a list of paths, files in memory (io.BytesIO), PIL images and arrays; an array (H, W), (H, W, C)
+    or (N, H, W, C) with C = 1, 3, or 4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also
+    (N, H, W); for channel_order="channels" just its own C. Or a floating tensor (C, H, W) or (N, C, H, W), already
+    preprocessed: it is used as it is. For networks on signals or volumes only the latter, (N, C, L) or (N, C, D, H, W).
     fit: "squash" shows the network the whole picture, "crop" the middle of it, as in the model's own evaluation.
     max_pixels: pictures with more are refused before memory is spent on them.
     Raises ConvscopeError at once if `images` is none of these.
@@ -398,7 +399,7 @@ class Pictures:
             raise ConvscopeError(f"an array of shape {images.shape}; expected {self._shapes}, or (N, H, W, C)")
         items: list[_Item] = []
         for item in images if isinstance(images, list | tuple) else [images]:
-            if not isinstance(item, str | os.PathLike | Image.Image | np.ndarray):
+            if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray):
                 raise ConvscopeError(f"{type(item).__name__} is no picture; expected {_ACCEPTED}")
             items.append(os.fsdecode(item) if isinstance(item, str | os.PathLike) else item)
         return items
@@ -408,13 +409,21 @@ class Pictures:
         item = self._items[index]
         if isinstance(item, Tensor):
             return _finite(item), Geometry.whole(item.shape[1:])
+        values, place = self.pixels(index)
+        return self.preprocessing.normalize(unit_pixels(values[None]))[0], place
+
+    def pixels(self, index: int) -> tuple[Array, Geometry]:
+        """One picture at the network's size, (H, W, C) of uint8 or floats in about [0, 1], and where it lies.
+
+        `unit_pixels` and `normalize` make the network's input of it. Raises ConvscopeError if the picture cannot be
+        used. Not of preprocessed tensors.
+        """
+        item = self._items[index]
+        if isinstance(item, Tensor):
+            raise ConvscopeError("is a preprocessed tensor, which has no pixels")
         bands = self._bands(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         fitted = [self._fitted(band) for band in bands]
-        values = np.dstack([band for band, _ in fitted])
-        pixels = torch.from_numpy(values).permute(2, 0, 1).float()
-        # Bicubic and Lanczos overshoot; for 8 bits Pillow itself clips.
-        pixels = pixels.div(255) if values.dtype == np.uint8 else pixels.clamp(0, 1)
-        return self.preprocessing.normalize(pixels[None])[0], Geometry((bands[0].height, bands[0].width), fitted[0][1])
+        return np.dstack([band for band, _ in fitted]), Geometry((bands[0].height, bands[0].width), fitted[0][1])
 
     def _fitted(self, image: Image.Image) -> tuple[Array, _Box]:
         """The image as the network sees it, and its box. Sizes and offsets of the crop are torchvision's."""
@@ -441,9 +450,9 @@ class Pictures:
         inner = (box[1] - x0, box[0] - y0, min(box[3] - x0, part.width), min(box[2] - y0, part.height))
         return np.asarray(part.resize((width, height), resample, box=inner)), box
 
-    def _bands(self, item: str | Image.Image | Array, mode: str) -> list[Image.Image]:
+    def _bands(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
         """One picture, upright and opaque: as an image of `mode` (RGB or L), or as one image (L or F) per channel."""
-        if isinstance(item, str):
+        if isinstance(item, str | io.BytesIO):
             item = self._read(item)
         elif isinstance(item, Image.Image):
             self._check_pixels(item.height, item.width)
@@ -461,9 +470,9 @@ class Pictures:
             return [Image.fromarray(np.dstack([np.asarray(band) for band in bands]) @ luma)]
         return bands * 3 if mode == "RGB" and len(bands) == 1 else bands
 
-    def _read(self, path: str) -> Image.Image | Array:
+    def _read(self, file: str | io.BytesIO) -> Image.Image | Array:
         """What a file holds: an image in RGB, L or F, or an array."""
-        with _opened(path) as stream, _decoding():
+        with opened(file) as stream, _decoding():
             magic = stream.read(6)
             stream.seek(0)
             if magic == b"\x93NUMPY":
@@ -476,7 +485,8 @@ class Pictures:
             image = Image.open(stream, formats=[known for known in _FORMATS if known in Image.OPEN])
             self._check_pixels(image.height, image.width)
             frames = getattr(image, "n_frames", 1)
-            note = _line(f"{path}: {frames} frames, the first one is used")
+            name = file if isinstance(file, str) else "a picture"
+            note = one_line(f"{name}: {frames} frames, the first one is used")
             # Phones add previews to a photograph as further frames of an MPO file: nothing that anybody would miss.
             if frames > 1 and image.format != "MPO" and note not in self.notes:
                 self.notes.append(note)
@@ -515,6 +525,13 @@ class Pictures:
         if height * width > self.max_pixels:
             limit = f"the limit of {self.max_pixels:,}; max_pixels= raises it"
             raise ConvscopeError(f"has {height} x {width} = {height * width:,} pixels, more than {limit}")
+
+
+def unit_pixels(values: Array) -> Tensor:
+    """Pixels (N, H, W, C) of uint8, or of floats in about [0, 1], as a tensor (N, C, H, W) of float32 in [0, 1]."""
+    pixels = torch.from_numpy(values).permute(0, 3, 1, 2).float()
+    # Bicubic and Lanczos overshoot; for 8 bits Pillow itself clips.
+    return pixels.div(255) if values.dtype == np.uint8 else pixels.clamp(0, 1)
 
 
 def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
@@ -557,12 +574,17 @@ def _unit(values: Array) -> Array:
     return values.astype(np.float32)
 
 
-def _opened(path: str) -> IO[bytes]:
+def opened(file: str | io.BytesIO) -> IO[bytes]:
+    """A file to read, on disk or in memory, from its beginning. Raises ConvscopeError if it is empty or not regular."""
+    if isinstance(file, io.BytesIO):
+        if file.getvalue():
+            return io.BytesIO(file.getvalue())
+        raise ConvscopeError("is empty (0 bytes)")
     try:
-        status = os.stat(path)
+        status = os.stat(file)
         regular = stat.S_ISREG(status.st_mode)  # asked first: opening a pipe would wait for its other end
         if regular and status.st_size:
-            return open(path, "rb")
+            return open(file, "rb")
     except (OSError, ValueError) as error:
         raise ConvscopeError(getattr(error, "strerror", None) or str(error)) from error
     special = "is a directory" if stat.S_ISDIR(status.st_mode) else "is a pipe, a socket or a device, not a file"

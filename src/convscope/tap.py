@@ -15,6 +15,9 @@ from convscope.modes import HeadInput, Insisting, RowsOnly
 from convscope.packing import each_tensor, first_tensor, with_tensor
 
 
+Look = Callable[[str, Tensor], None]
+
+
 class Seen(NamedTuple):
     """What one pass through the network gave: the watched layers' outputs, NCHW, and the logits (N, K), float32.
 
@@ -48,7 +51,13 @@ def settled(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) ->
 
 @contextmanager
 def attach(
-    model: Model, layers: Sequence[str], *, leaf: bool = False, stop: bool = False, several: bool = False
+    model: Model,
+    layers: Sequence[str],
+    *,
+    leaf: bool = False,
+    stop: bool = False,
+    several: bool = False,
+    look: Look | None = None,
 ) -> Iterator[Callable[[Tensor], Seen]]:
     """Watch `layers`; the block gets a function that runs a prepared NCHW batch through the network.
 
@@ -57,13 +66,15 @@ def attach(
         A copy of it goes on, so that an in-place activation behind the layer cannot change what was seen.
     stop: nothing behind the last of the layers runs, and `logits` is None.
     several: several gradients will be taken at once, so nothing is to be saved by what only one of them needs.
+    look: is given each layer's name and maps (N, C, H, W) as soon as they are made, which may change behind it; nothing
+        is copied or kept then, and `maps` holds empty tensors.
 
     Without `leaf`, the pass runs in the caller's gradient mode; the caller's `inference_mode` is left for the block.
     A network that turns gradients off by itself, around a frozen front part say, is run again with its `no_grad` passed
     over. Raises ConvscopeError for an unknown layer.
     """
     wanted = {(row := model.layers.find(name)).name: row for name in layers}
-    pass_ = _Pass(wanted, leaf, stop)
+    pass_ = _Pass(wanted, leaf, stop, look)
     modules, parameters = model.parts()
     no_gradients = not model.owned and any(p.is_inference() for p in parameters)
     heavy = leaf and not several and model.layers.largest_matrix >= RowsOnly.WORTH
@@ -144,8 +155,8 @@ class _Stop(BaseException):
 class _Pass:
     """The state of one forward pass, shared by the hooks."""
 
-    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool) -> None:
-        self.wanted, self.leaf, self.stop = wanted, leaf, stop
+    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool, look: Look | None) -> None:
+        self.wanted, self.leaf, self.stop, self.look = wanted, leaf, stop, look
         self.begin()
 
     def begin(self) -> None:
@@ -171,6 +182,9 @@ class _Pass:
             if self.leaf and not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 torch.set_grad_enabled(True)
+            elif self.look is not None:
+                self.look(layer.name, tensor)
+                tensor = tensor[:0]
             elif not self.leaf and not last:
                 tensor = tensor.clone()  # an in-place layer may follow
             self.seen[layer.name] = tensor

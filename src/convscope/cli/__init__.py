@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from convscope.cli import draw, heat, look
+from convscope.cli import collect, concepts, draw, heat, look, serve
 from convscope.cli.common import app, say
 from convscope.errors import ConvscopeError
 
-__all__ = ["app", "draw", "heat", "look", "main"]
+__all__ = ["app", "collect", "concepts", "draw", "heat", "look", "main", "serve"]
 
 
 def main() -> None:

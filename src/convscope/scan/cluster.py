@@ -1,0 +1,104 @@
+"""Work on a Ray cluster: independent tasks, done by actors that keep what they need, whatever dies on the way."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from convscope.errors import ConvscopeError
+from convscope.scan.files import needed
+
+Do = Callable[[int], Any]
+
+
+class _Worker:
+    """Lives on the cluster; `make` is called once and gives what does the tasks."""
+
+    def __init__(self, make: Callable[[], Do]) -> None:
+        self._do = make()
+
+    def do(self, task: int) -> Any:
+        return self._do(task)
+
+
+def distributed(
+    make: Callable[[], Do],
+    tasks: Sequence[int],
+    *,
+    address: str,
+    cpus: int = 1,
+    gpus: int = 0,
+    workers: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """What `make()(task)` gives for each of the tasks, as they are done, each once.
+
+    address: of a running cluster; "local" starts one on this machine, and ends it; where this process is connected
+    already, that cluster is used. Each actor takes `cpus` and `gpus`; there are as many as the cluster has room for,
+    also when it grows meanwhile, or `workers`, which an autoscaling cluster grows to.
+
+    An actor that dies is started again by Ray, and what it was at is done again. Where there are no tasks left, idle
+    actors repeat those that others are still at, and the first to end counts: a task must always give the same. So a
+    node that is lost holds nothing up. Raises ConvscopeError if the cluster cannot be reached, or a task raises.
+    """
+    ray = needed("ray", "ray")
+    with _connected(ray, address):
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
+        shared = ray.put(make)
+        todo, left = deque(tasks), set(tasks)
+        actors: list[Any] = []
+        running: dict[Any, tuple[int, Any]] = {}
+        while left:
+            room = max(1, int(ray.cluster_resources().get("CPU", 1) // max(cpus, 1))) if workers is None else workers
+            while len(actors) < min(room, len(tasks)):
+                actors.append(remote.remote(shared))
+            busy = [actor for _, actor in running.values()]
+            for actor in [one for one in actors if one not in busy]:
+                task = todo.popleft() if todo else _least_tried(left, running)
+                running[actor.do.remote(task)] = task, actor
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_AGAIN)
+            for reference in ready:
+                task, _ = running.pop(reference)
+                if task in left:
+                    found = _got(ray, reference)
+                    left.remove(task)
+                    yield task, found
+
+
+LOOK_AGAIN = 5.0  # seconds after which it is seen whether the cluster has grown
+
+
+def _least_tried(left: set[int], running: dict[Any, tuple[int, Any]]) -> int:
+    """Of the tasks that are not done, the one that the fewest are at; of these the first."""
+    tries = [task for task, _ in running.values()]
+    return min(left, key=lambda task: (tries.count(task), task))
+
+
+def _got(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.as_instanceof_cause()
+        raise ConvscopeError(f"a worker failed: {getattr(error, 'cause', None) or cause}") from error
+    except ray.exceptions.RayError as error:
+        raise ConvscopeError(f"the cluster failed: {str(error).splitlines()[0]}; the same call goes on") from error
+
+
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    """Connected to the cluster for as long as the block lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConvscopeError(
+            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}; "
+            "expected the address of a running one, auto, or local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
