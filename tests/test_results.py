@@ -24,7 +24,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError, figures, results
-from convscope.results import replacing, write_json
+from convscope.results import file_names, replacing, write_json
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
 KINDS = ["activations", "predictions", "patterns", "heatmaps"]
@@ -240,7 +240,7 @@ def test_a_folder_without_permission(tmp_path):
 
 def test_layers_never_share_a_file():
     odd = ["a/b", "a-b", "a b", "A-B", "a-b~2", "卷积", "../up", "x" * 300, "x" * 301, "nul\0", ".", "features.0"]
-    names = figures.file_names(odd)
+    names = file_names(odd)
     assert list(names) == odd
     lowered = [name.casefold() for name in names.values()]
     assert len(set(lowered)) == len(odd)

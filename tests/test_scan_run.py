@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from scan_tiny import LAYERS, SETTINGS, files, tiny, write_pictures
 from torch import nn
 
 import convscope
@@ -23,29 +23,6 @@ from convscope import ConvscopeError
 from convscope.images import Pictures
 from convscope.scan import run
 from convscope.scan.plan import Plan, shard_size
-
-LAYERS = ["first", "last"]
-
-
-class Tiny(nn.Module):
-    """Two layers that go negative, a rectifier in place behind each, three classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
-        self.last = nn.Conv2d(4, 6, 3, stride=2)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.relu(self.last(self.relu(self.first(x)))).mean((2, 3)))
-
-
-def tiny() -> convscope.Model:
-    return convscope.load(
-        Tiny(), preprocessing={"size": 24, "mean": 0.5, "std": 0.25}, classes=["apple", "bread", "cheese"]
-    )
 
 
 @pytest.fixture
@@ -55,24 +32,9 @@ def model() -> convscope.Model:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 pictures in three folders; two cannot be read."""
     folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    for i in range(150):
-        where = folder / ("apple", "bread", "quince")[i % 3]
-        where.mkdir(exist_ok=True)
-        small = random.integers(0, 256, (4 + i % 3, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((40, 30)).save(where / f"{i:03d}.png")
-    (folder / "apple" / "060.png").write_bytes(b"no picture")
-    (folder / "bread" / "100.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    write_pictures(folder)
     return folder
-
-
-SETTINGS = {"k": 7, "sample": 20, "batch": 8, "shard": 64, "workers": 0}
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +140,7 @@ SCRIPT = """
     sys.path.insert(0, {tests!r})
     import os, signal
     import convscope
-    from test_scan_run import LAYERS, SETTINGS, tiny
+    from scan_tiny import LAYERS, SETTINGS, tiny
     def progress(done, total):
         if done >= {until}:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -238,7 +200,7 @@ def test_a_second_run_on_the_same_store_is_refused(data: Path, tmp_path: Path) -
         import sys, time
         sys.path.insert(0, {tests!r})
         import convscope
-        from test_scan_run import LAYERS, SETTINGS, tiny
+        from scan_tiny import LAYERS, SETTINGS, tiny
         def progress(done, total):
             open({flag!r}, "w").close()
             time.sleep(60)

@@ -15,12 +15,12 @@ from convscope.budget import Progress
 from convscope.colour import palette
 from convscope.depths import depths
 from convscope.errors import ConvscopeError
-from convscope.figures import activation_pages, file_names, pattern_grid
+from convscope.figures import activation_pages, pattern_grid
 from convscope.heatmaps import heatmaps
 from convscope.images import Failure
 from convscope.model import LOGITS, Layer, Model
 from convscope.patterns import patterns
-from convscope.results import replacing, versions, write_json
+from convscope.results import file_names, replacing, versions, write_json
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
 

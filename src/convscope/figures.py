@@ -23,7 +23,7 @@ from convscope.evaluation.statistics import bootstrap
 from convscope.heatmaps import Heatmaps
 from convscope.patterns import Patterns
 from convscope.patterns.result import sheet_columns
-from convscope.results import draw, render
+from convscope.results import draw, file_names, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,21 +163,6 @@ def paired(above: Patterns, below: Patterns, columns: int = 8) -> Image.Image:
             missing = np.zeros((min(columns, len(above.images)) - len(images), *images.shape[1:]), np.uint8)
             rows.append(np.concatenate([images, missing]))
     return pattern_grid(np.concatenate(rows), columns=min(columns, len(above.images)))
-
-
-def file_names(layers: Iterable[str]) -> dict[str, str]:
-    """For each layer a name that any file system takes and that no other layer has, in whatever case."""
-    names: dict[str, str] = {}
-    taken: set[str] = set()
-    for layer in layers:
-        plain = name = "".join(c if c.isalnum() or c in "._-" else "-" for c in layer)[:100]
-        count = 1
-        while name.casefold() in taken:
-            count += 1
-            name = f"{plain}~{count}"
-        taken.add(name.casefold())
-        names[layer] = name
-    return names
 
 
 def _axes(

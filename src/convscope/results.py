@@ -132,6 +132,21 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def file_names(layers: Iterable[str]) -> dict[str, str]:
+    """For each layer a name that any file system takes and that no other layer has, in whatever case."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for layer in layers:
+        plain = name = "".join(c if c.isalnum() or c in "._-" else "-" for c in layer)[:100]
+        count = 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{plain}~{count}"
+        taken.add(name.casefold())
+        names[layer] = name
+    return names
+
+
 FRAME = 120  # milliseconds
 
 

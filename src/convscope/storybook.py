@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convscope.figures import coloured, file_names, pattern_grid
+from convscope.figures import coloured, pattern_grid
 from convscope.model import LOGITS
-from convscope.results import draw, render
+from convscope.results import draw, file_names, render
 from convscope.story import Story
 
 if TYPE_CHECKING:

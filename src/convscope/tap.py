@@ -14,7 +14,6 @@ from convscope.model import Dialect, Layer, Model
 from convscope.modes import HeadInput, Insisting, RowsOnly
 from convscope.packing import each_tensor, first_tensor, with_tensor
 
-
 Look = Callable[[str, Tensor], None]
 
 

@@ -35,8 +35,8 @@ def scan(
         list[str],
         typer.Argument(
             metavar="DATA...",
-            help="A folder, glob, list (.txt), tars, Parquet, torchvision:NAME:ROOT or a Hugging Face folder; any address "
-            "that fsspec knows.",
+            help="A folder, glob, list (.txt), tars, Parquet, torchvision:NAME:ROOT or a Hugging Face folder; any "
+            "address that fsspec knows.",
         ),
     ],
     out: Out = Path("convscope-store"),
@@ -62,7 +62,7 @@ def scan(
     preprocessing: Prepare = None,
     device: Device = None,
 ) -> None:
-    """Every unit's best pictures and statistics, from one pass over a data set. Killed, it goes on when called again."""
+    """Every unit's best pictures and statistics, from one pass over a data set. A killed run goes on when called again."""
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)

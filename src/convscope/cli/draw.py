@@ -57,6 +57,9 @@ def patterns(
     negatives: Annotated[bool, typer.Option("--negatives", help="Also what the units want least, below.")] = False,
     frames: Annotated[int, typer.Option(help="Pictures on the way, as an animated WebP.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run was ended.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Draw on a Ray cluster; local: start one here.")
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     weights: Weights = None,
@@ -64,19 +67,26 @@ def patterns(
     preprocessing: Prepare = None,
     device: Device = None,
 ) -> None:
-    """The pictures that units want to see. Several layers get a folder each, and can be resumed."""
+    """The pictures that units want to see. Several layers get a folder each, and can be resumed.
+
+    Where the folder is a store that `convscope scan` made of this network, they become a part of it.
+    """
     net = load(model, weights, classes, preprocessing, device)
     chosen, asked = _asked(net, layers, units)
     settings = {
         "recipe": recipe, "size": size, "steps": steps, "views": views, "patience": patience, "start": start,
         "reference": reference, "frames": frames, "seed": seed,
     }  # fmt: skip
+    store = (out / "plan.json").exists() or (out / "units.parquet").exists()
     if negatives and asked is None and _whole(recipe):
         raise ConvscopeError(f"--negatives goes with --units; recipe {recipe!r} would draw a layer as a whole")
-    if len(chosen) > 1:
-        _many(net, chosen, asked, out, settings, negatives, resume, as_json)
+    if ray is not None and asked is None and _whole(recipe):
+        raise ConvscopeError(f"--ray goes with --units; recipe {recipe!r} would draw a layer as a whole")
+    if store or len(chosen) > 1:
+        folders = _folders(net, chosen, out, store)
+        _many(net, folders, asked, settings, negatives, resume, ray, as_json)
         return
-    result = _drawn(net, chosen[0], asked, out, settings, resume)
+    result = _drawn(net, chosen[0], asked, out, settings, resume, ray)
     if negatives:
         _negatives(net, result, out, settings)
     finish(result, out, as_json)
@@ -113,7 +123,30 @@ def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
     return None if _whole(recipe) else first(net, layer)
 
 
-def _drawn(net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool) -> Any:
+def _folders(net: Any, layers: list[str], out: Path, store: bool) -> dict[str, Path]:
+    """Where the patterns of each layer go. In a store they lie where its unit pages look for them."""
+    from convscope.results import file_names
+
+    if not store:
+        return {layer: out / name for layer, name in file_names(layers).items()}
+    import convscope
+
+    opened = convscope.open_store(out)
+    there, here = opened.manifest["model"]["weights_sha256"], net.weights_hash()
+    if there != here:
+        raise ConvscopeError(
+            f"{out} is a store of {opened.manifest['model']['name']} with other weights than this model"
+        )
+    names = file_names(opened.layers)
+    unknown = [layer for layer in layers if layer not in names]
+    if unknown:
+        raise ConvscopeError(f"layer {unknown[0]!r} is not in the store {out}; it has {', '.join(names)}")
+    return {layer: out / "patterns" / names[layer] for layer in layers}
+
+
+def _drawn(
+    net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool, ray: str | None
+) -> Any:
     import convscope
     from convscope.patterns.unattended import in_parts
 
@@ -121,7 +154,7 @@ def _drawn(net: Any, layer: str, asked: str | None, out: Path, settings: dict[st
     with bar(layer) as progress:
         if units is None and _whole(settings["recipe"]):
             return convscope.patterns(net, layer, progress=progress, **settings)
-        return in_parts(net, layer, units, out, resume=resume, progress=progress, **settings)
+        return in_parts(net, layer, units, out, resume=resume, ray=ray, progress=progress, **settings)
 
 
 def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> None:
@@ -144,28 +177,26 @@ def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> No
 
 def _many(
     net: Any,
-    layers: list[str],
+    folders: dict[str, Path],
     asked: str | None,
-    out: Path,
     settings: dict[str, Any],
     negatives: bool,
     resume: bool,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """A folder for each layer. A layer that cannot be drawn is named, and the others are."""
-    from convscope.figures import file_names
     from convscope.patterns.unattended import is_done
 
     failed, complete, written = [], True, []
-    for layer, name in file_names(layers).items():
-        where = out / name
+    for layer, where in folders.items():
         try:
             done = resume and is_done(where, net, layer, _units(net, layer, asked, settings["recipe"]), settings)
             if done and (where / "negatives" / "manifest.json").exists() >= negatives:
                 say(f"{layer}: done before")
                 written.append(where)
                 continue
-            result = _drawn(net, layer, asked, where, settings, resume)
+            result = _drawn(net, layer, asked, where, settings, resume, ray)
             if negatives:
                 _negatives(net, result, where, settings)
         except ConvscopeError as error:
@@ -181,7 +212,7 @@ def _many(
         _forget(where)
     if as_json and written:
         print_json([json.loads((where / "manifest.json").read_text(encoding="utf-8")) for where in written])
-    if len(failed) == len(layers):
+    if len(failed) == len(folders):
         raise ConvscopeError("no layer could be drawn")
     if failed or not complete:
         raise typer.Exit(1)

@@ -30,7 +30,9 @@ def serve(
         list[str] | None, typer.Option(metavar="FILE", help="Pictures to begin with; several times.")
     ] = None,
     store: StoreFolder = None,
-    host: Annotated[str, typer.Option(help="Where to listen; other than this machine alone needs a token.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than this machine alone needs a token.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8420,
     token: Annotated[
         str | None, typer.Option(envvar="CONVSCOPE_TOKEN", help="What visitors have to know; auto: a fresh one.")
@@ -67,7 +69,9 @@ def serve(
 @app.command()
 def publish(
     store: Annotated[str, typer.Argument(metavar="STORE", help="What convscope scan wrote.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="SITE", help="The folder to write.")] = Path("convscope-site"),
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="SITE", help="The folder to write.")] = Path(
+        "convscope-site"
+    ),
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network. Default: by the name in the store.")
     ] = None,

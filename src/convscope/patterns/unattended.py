@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from convscope import tap
@@ -34,40 +36,71 @@ def in_parts(
     folder: str | os.PathLike[str],
     *,
     resume: bool = False,
+    ray: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Patterns:
     """`patterns`, 32 units at a time; each part is written below `folder` as soon as it is done.
 
     With `resume`, parts that are there, and were made with the same network and settings, are read and not drawn
-    again. The result is the same, byte for byte, as if nothing had come between. The parts are to be removed with
-    `forget` once the result itself has been saved. Raises ConvscopeError as `patterns` does, and if the folder cannot
-    be written.
+    again. With `ray`, the address of a cluster or "local", parts are drawn by its actors. The result is the same, byte
+    for byte, as if nothing had come between. The parts are to be removed with `forget` once the result itself has been
+    saved. Raises ConvscopeError as `patterns` does, and if the folder cannot be written.
     """
     name, rule = find_recipe(options.get("recipe", "robust"), options.get("start"), options.get("space", "pixels"))
-    numbers = wanted(model, layer, units, name, rule).numbers
-    parts = list(chunks(numbers, PART))
+    parts = list(chunks(wanted(model, layer, units, name, rule).numbers, PART))
+    work = _Work(model, layer, parts, _starts(options.get("start"), parts), options)
     where = _parts(folder)
     made = {"layer": layer, "model": model.describe(), "versions": versions()}
     made["options"] = {k: _told(v) for k, v in sorted(options.items())}
-    found = []
+    keys = [json.dumps({**made, "units": list(part)}, default=str) for part in parts]
+    files = [where / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" for key in keys]
+    missing = [i for i, file in enumerate(files) if not (resume and file.exists())]
     try:
-        for i, (part, own_start) in enumerate(zip(parts, _starts(options.get("start"), parts), strict=True)):
-            key = {**made, "units": list(part)}
-            file = where / f"{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]}.npz"
-            if resume and file.exists():
-                found.append(_read(model, file))
-            else:
-                given = {**options, "start": own_start}
-                own = patterns(model, layer, part, progress=_share(progress, i, len(parts)), **given)
-                where.mkdir(parents=True, exist_ok=True)
-                _write(file, own)
-                found.append(own)
+        before = len(parts) - len(missing)
+        for done, (i, content) in enumerate(_drawn(work, missing, before, ray, progress), before + 1):
+            where.mkdir(parents=True, exist_ok=True)
+            with replacing(files[i]) as out:
+                out.write(content)
             if progress is not None:
-                progress(i + 1, len(parts))
+                progress(done, len(parts))
     except OSError as error:
         raise ConvscopeError(f"cannot write into {folder}: {error.strerror or error}") from error
-    return _joined(found)
+    return _joined([_read(model, file) for file in files])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Parts to be drawn, here or elsewhere."""
+
+    model: Model
+    layer: str
+    parts: Sequence[Sequence[int]]
+    starts: Sequence[Any]
+    options: Mapping[str, Any]
+
+    def part(self, number: int, progress: Progress | None = None) -> bytes:
+        """The content of a part's file."""
+        given = {**self.options, "start": self.starts[number]}
+        return _content(patterns(self.model, self.layer, self.parts[number], progress=progress, **given))
+
+    def elsewhere(self) -> Callable[[int], bytes]:
+        """What an actor of a cluster does."""
+        torch.set_num_threads(1)
+        return self.part
+
+
+def _drawn(
+    work: _Work, missing: Sequence[int], before: int, ray: str | None, progress: Progress | None
+) -> Iterator[tuple[int, bytes]]:
+    """Missing parts, as they are done. Actors have one thread each, as there are more parts than processors."""
+    if ray is None or not missing:
+        for done, i in enumerate(missing, before):
+            yield i, work.part(i, _share(progress, done, len(work.parts)))
+        return
+    from convscope.scan.cluster import distributed
+
+    yield from distributed(work.elsewhere, missing, address=ray, gpus=int(work.model.device.type == "cuda"))
 
 
 def _starts(start: Any, parts: Sequence[Sequence[int]]) -> list[Any]:
@@ -152,10 +185,11 @@ def _share(progress: Progress | None, part: int, parts: int) -> Callable[[float,
     return lambda done, total: progress(part + done / max(total, 1), parts)
 
 
-def _write(file: Path, result: Patterns) -> None:
+def _content(result: Patterns) -> bytes:
     said = json.dumps({"notes": result.notes, "failed": [list(f) for f in _failures(result)], **_plain(result)})
-    with replacing(file) as out:
-        write_npz(out, {"said": np.array(said), **result.arrays()})
+    buffer = io.BytesIO()
+    write_npz(buffer, {"said": np.array(said), **result.arrays()})
+    return buffer.getvalue()
 
 
 def _plain(result: Patterns) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +16,14 @@ Do = Callable[[int], Any]
 
 
 class _Worker:
-    """Lives on the cluster; `make` is called once and gives what does the tasks."""
+    """Lives on the cluster. `pickled` is a function that gives what does the tasks; `paths` where this process's
+    modules are found, the network's own among them, which count where they exist."""
 
-    def __init__(self, make: Callable[[], Do]) -> None:
+    def __init__(self, pickled: bytes, paths: Sequence[str]) -> None:
+        from ray import cloudpickle
+
+        sys.path += [path for path in paths if path not in sys.path]
+        make: Callable[[], Do] = cloudpickle.loads(pickled)
         self._do = make()
 
     def do(self, task: int) -> Any:
@@ -45,14 +52,14 @@ def distributed(
     ray = needed("ray", "ray")
     with _connected(ray, address):
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
-        shared = ray.put(make)
+        shared = ray.put(ray.cloudpickle.dumps(make))
         todo, left = deque(tasks), set(tasks)
         actors: list[Any] = []
         running: dict[Any, tuple[int, Any]] = {}
         while left:
             room = max(1, int(ray.cluster_resources().get("CPU", 1) // max(cpus, 1))) if workers is None else workers
             while len(actors) < min(room, len(tasks)):
-                actors.append(remote.remote(shared))
+                actors.append(remote.remote(shared, sys.path))
             busy = [actor for _, actor in running.values()]
             for actor in [one for one in actors if one not in busy]:
                 task = todo.popleft() if todo else _least_tried(left, running)
@@ -92,8 +99,9 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
         return
     try:
+        _require_answer(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConvscopeError(
             f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}; "
             "expected the address of a running one, auto, or local"
@@ -102,3 +110,13 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError if nobody listens at an address with a port: Ray itself would go on asking for minutes."""
+    host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+
+
+PATIENCE = 10.0  # seconds

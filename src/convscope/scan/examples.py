@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from convscope.errors import ConvscopeError
 from convscope.images import DEFAULT_MAX_PIXELS, Pictures, Preprocessing
-from convscope.results import draw
+from convscope.results import draw, file_names
 from convscope.scan.files import read_tile
 
 if TYPE_CHECKING:
@@ -40,6 +40,16 @@ class Drawn:
         buffer = io.BytesIO()
         self.figure().savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
+
+
+def drawn(store: Store, layer: str, unit: int) -> Image.Image | None:
+    """The pattern of a unit that was drawn into the store, as `Patterns.save` names it; None where there is none."""
+    name = file_names(store.layers)[layer]
+    path = f"patterns/{name}/{file_names([layer])[layer]}_{unit}.png"
+    if not store.folder.system.exists(store.folder.path(path)):
+        return None
+    with store.folder.open(path) as file, Image.open(file, formats=["PNG"]) as picture:
+        return picture.convert("RGB")
 
 
 def laid(patch: Box, box: Box, size: tuple[int, int]) -> Box:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from convscope.errors import ConvscopeError, nearest
+from convscope.images import Failure
 from convscope.scan import findings, queries
-from convscope.scan.examples import Drawn, Example, Examples, View, laid, original, view
+from convscope.scan.examples import Drawn, Example, Examples, View, drawn, laid, original, view
 from convscope.scan.files import Folder, ParquetTable, Rows, needed, read_tile
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ def open_store(folder: str | os.PathLike[str], storage: Mapping[str, Any] | None
     if told != ("scan", FORMAT):
         found = f"kind {told[0]!r}, format {told[1]!r}"
         raise ConvscopeError(f"{where.address} is no store that can be read: {found}; expected 'scan', format {FORMAT}")
-    return Store(where, manifest)
+    try:
+        return Store(where, manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConvscopeError(f"{where.address} is no store that can be read: manifest.json lacks {error}") from error
 
 
 class Store:
@@ -127,6 +131,16 @@ class Store:
             there = f"there are {self.pictures_count}, 0 to {self.pictures_count - 1}"
             raise ConvscopeError(f"picture {picture} is out of range: {there}")
         return PicturePage(self, int(picture))
+
+    def failures(self, limit: int | None = None) -> list[Failure]:
+        """The pictures that could not be used, and why, in their order; at most `limit` of them."""
+        found: list[Failure] = []
+        for group in range(self._pictures.groups if self.manifest["failed"] else 0):
+            rows = self._pictures.read([group], ["name", "failed"]).to_pylist()
+            found += [Failure(row["name"], row["failed"]) for row in rows if row["failed"] is not None]
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        return found
 
     # --- all units -----------------------------------------------------------------------------------------------
 
@@ -285,6 +299,10 @@ class UnitPage(Drawn):
         facts = self.store.facts([row["picture"] for row in rows], _FACTS)
         items = (_example(self.store, row, fact) for row, fact in zip(rows, facts, strict=True))
         return Examples(self.layer, self.unit, kind, tuple(items))
+
+    def pattern(self) -> Image.Image | None:
+        """What `convscope patterns --layers ... -o STORE` drew for it; None where it was not drawn."""
+        return drawn(self.store, self.layer, self.unit)
 
     def classes(self, n: int = 5) -> list[ClassMean]:
         """The data set's classes on whose pictures it is most active, highest mean first; none without labels."""

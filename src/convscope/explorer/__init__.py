@@ -1,0 +1,1 @@
+"""The explorer: a network's pages in the browser, live (`server`, `embed`) and published (`publish`)."""

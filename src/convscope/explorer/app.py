@@ -1,0 +1,213 @@
+"""The web application: addresses, each a few lines that ask the explorer and say what it answered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from starlette.exceptions import HTTPException
+
+from convscope.errors import ConvscopeError
+from convscope.explorer import api, images, security
+from convscope.explorer.drawings import Drawing
+from convscope.explorer.guard import Guard
+from convscope.explorer.links import Live
+from convscope.explorer.pages import Page, Pages
+from convscope.explorer.pictures import MissingError
+from convscope.explorer.queue import FullError, GoneError, SlowError
+from convscope.explorer.serving import Desk
+from convscope.explorer.state import Explorer
+from convscope.explorer.uploads import Decoder
+
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+
+def assets() -> dict[str, bytes]:
+    """The files of ours that pages use, by name."""
+    found = files("convscope.explorer").joinpath("static").iterdir()
+    return {file.name: file.read_bytes() for file in found if file.name.endswith(tuple(KINDS))}
+
+
+def create(
+    explorer: Explorer,
+    *,
+    decoder: Decoder | None = None,
+    hosts: Sequence[str] = security.LOCAL,
+    token: str | None = None,
+    frames: Sequence[str] = (),
+    seconds: float = 120,
+) -> FastAPI:
+    """The application.
+
+    hosts: names under which it may be asked ("*": any); token: what a visitor has to know; frames: origins of pages
+    that may show it in a frame; seconds: how long a request may take.
+    """
+    ours = assets()
+    version = hashlib.sha256(b"".join(ours[name] for name in sorted(ours))).hexdigest()[:10]
+    site = Live(version)
+    decoder = decoder or Decoder()
+    desk = Desk(explorer, decoder, seconds)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        explorer.close()
+        decoder.close()
+
+    app = FastAPI(
+        title="convscope explorer",
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+
+    app.add_middleware(Guard, hosts=hosts, token=token, frames=frames)
+
+    def error(request: Request, status: int, reason: str) -> Response:
+        wait = {"Retry-After": "5"} if status == 503 else None
+        if request.url.path.startswith(("/api/", "/image/")):
+            return JSONResponse({"error": reason}, status, headers=wait)
+        title = "Not here" if status == 404 else "That did not work"
+        page = Page("error.html", title, {"kind": "error", "live": True}, {"net": explorer.first, "reason": reason})
+        return HTMLResponse(desk.pages(None, site).render(page), status, headers=wait)
+
+    @app.exception_handler(ConvscopeError)
+    async def _(request: Request, problem: ConvscopeError) -> Response:
+        status = {MissingError: 404, FullError: 503, SlowError: 504}.get(type(problem), 422)
+        return error(request, status, str(problem))
+
+    @app.exception_handler(GoneError)
+    async def _(request: Request, problem: GoneError) -> Response:
+        return error(request, 503, "this work was ended")
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, problem: HTTPException) -> Response:
+        answer = error(request, problem.status_code, str(problem.detail))
+        answer.headers.update(problem.headers or {})
+        return answer
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, problem: RequestValidationError) -> Response:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
+        return error(request, 422, told)
+
+    async def show(request: Request, make: Callable[[Pages], Page]) -> Response:
+        def page(asker: Any) -> str:
+            pages = desk.pages(asker, site)
+            return pages.render(make(pages))
+
+        return HTMLResponse(await desk.answer(request, page))
+
+    hidden: dict[str, Any] = {"include_in_schema": False, "response_model": None}
+
+    @app.get("/", **hidden)
+    def home(request: Request) -> Response:
+        net = explorer.first
+        samples = explorer.shelf.samples
+        parts = ("m", net.key, "picture", samples[0].key) if net.takes_pictures and samples else ("m", net.key)
+        return RedirectResponse(site.page(*parts), 307)
+
+    @app.get("/glossary", **hidden)
+    async def glossary(request: Request) -> Response:
+        return await show(request, lambda pages: pages.glossary())
+
+    @app.get("/docs", **hidden)
+    async def docs(request: Request) -> Response:
+        more = {"net": explorer.first, "spec": app.openapi()}
+        return await show(request, lambda _: Page("api.html", "For programs", {"kind": "api", "live": True}, more))
+
+    @app.get("/m/{model}", **hidden)
+    async def network(request: Request, model: str) -> Response:
+        return await show(request, lambda pages: pages.network(explorer.network(model)))
+
+    @app.get("/m/{model}/story", **hidden)
+    async def story(request: Request, model: str) -> Response:
+        return await show(request, lambda pages: pages.story(explorer.network(model)))
+
+    @app.get("/m/{model}/picture/{picture}", **hidden)
+    @app.get("/m/{model}/picture/{picture}/class/{target}", **hidden)
+    async def picture(request: Request, model: str, picture: str, target: int | None = None) -> Response:
+        def make(pages: Pages) -> Page:
+            net = explorer.network(model)
+            if target is not None:
+                net.require_class(target)
+            return pages.picture(net, explorer.shelf.find(picture), target)
+
+        return await show(request, make)
+
+    @app.get("/m/{model}/layer/{layer:path}", **hidden)
+    async def layer(
+        request: Request, model: str, layer: str, picture: str | None = None, target: int | None = None
+    ) -> Response:
+        def make(pages: Pages) -> Page:
+            net = explorer.network(model)
+            if target is not None:
+                net.require_class(target)
+            return pages.layer(net, net.layer(layer), desk.chosen(net, picture), target)
+
+        return await show(request, make)
+
+    @app.get("/m/{model}/unit/{layer:path}/{unit:int}", **hidden)
+    async def unit(
+        request: Request,
+        model: str,
+        layer: str,
+        unit: int,
+        picture: str | None = None,
+        look: str = "positive",
+        recipe: str = "robust",
+        seed: int = 0,
+    ) -> Response:
+        def make(pages: Pages) -> Page:
+            net = explorer.network(model)
+            net.require_unit(layer, unit)
+            what = Drawing(layer, unit, look, recipe, seed)
+            return pages.unit(net, layer, unit, desk.chosen(net, picture), what)
+
+        return await show(request, make)
+
+    @app.get("/m/{model}/class/{target}", **hidden)
+    async def class_(
+        request: Request,
+        model: str,
+        target: int,
+        picture: str | None = None,
+        look: str = "positive",
+        recipe: str = "robust",
+        seed: int = 0,
+    ) -> Response:
+        def make(pages: Pages) -> Page:
+            net = explorer.network(model)
+            net.require_class(target)
+            what = Drawing("logits", target, look, recipe, seed)
+            return pages.class_(net, target, desk.chosen(net, picture), what)
+
+        return await show(request, make)
+
+    @app.get("/m/{model}/data/{number}", **hidden)
+    async def example(request: Request, model: str, number: int) -> Response:
+        return await show(request, lambda pages: pages.example(explorer.network(model), number))
+
+    @app.post("/m/{model}/data/{number}/open", **hidden)
+    async def open_example(request: Request, model: str, number: int) -> Response:
+        net = explorer.network(model)
+        key = await desk.answer(request, lambda asker: desk.opened(asker, net, number))
+        return RedirectResponse(site.page("m", net.key, "picture", key), 303)
+
+    @app.get("/static/{name}", **hidden)
+    def static(name: str) -> Response:
+        if name not in ours:
+            raise HTTPException(404, "there is no such file")
+        kind = KINDS[name[name.rindex(".") :]]
+        return Response(ours[name], media_type=kind, headers={"Cache-Control": images.FOREVER})
+
+    app.include_router(images.router(desk))
+    app.include_router(api.router(desk))
+    return app

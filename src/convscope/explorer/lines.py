@@ -1,0 +1,67 @@
+"""The line that a user would type for what is on the screen, in Python and in a shell."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+Lines = dict[str, str]
+
+
+def heatmap(model: str, picture: str, target: int, layer: str | None, method: str, against: int | None) -> Lines:
+    given = _given(layer=layer, method=None if method == "grad-cam" else method, against=against)
+    python = f"convscope.heatmaps({_load(model)}, {picture!r}, {target}{_arguments(given)}).overlay()[0]"
+    options = [f"--target {target}", *_options(given)]
+    return {"python": python, "shell": f"convscope heatmap {_quoted(model, picture)} {' '.join(options)}"}
+
+
+def activations(model: str, picture: str, layer: str) -> Lines:
+    return {
+        "python": f"convscope.activations({_load(model)}, {picture!r}, {layer!r})",
+        "shell": f"convscope activations {_quoted(model, picture)} --layers {shlex.quote(layer)}",
+    }
+
+
+def pattern(model: str, layer: str, unit: int, look: str, recipe: str, seed: int) -> Lines:
+    given = _given(recipe=None if recipe == "robust" else recipe, seed=seed or None)
+    python = f"convscope.patterns({_load(model)}, {layer!r}, [{unit}]{_arguments(given)})"
+    if look != "positive":
+        objective = (
+            f"-unit({layer!r}, {unit})" if look == "negative" else f"diverse(unit({layer!r}, {unit}), {layer!r}, 4)"
+        )
+        given_names = "unit" if look == "negative" else "diverse, unit"
+        python = (
+            f"from convscope.patterns.objective import {given_names}\n"
+            f"convscope.patterns({_load(model)}, {objective}{_arguments(given)})"
+        )
+    lines = {"python": python}
+    if look != "diverse":
+        more = [*_options(given), *(["--negatives"] if look == "negative" else [])]
+        shell = f"convscope patterns {shlex.quote(model)} --layer {shlex.quote(layer)} --units {unit} {' '.join(more)}"
+        lines["shell"] = shell.strip()
+    return lines
+
+
+def examples(store: str, layer: str, unit: int) -> Lines:
+    return {"python": f"convscope.open_store({store!r}).unit({layer!r}, {unit}).examples(9)"}
+
+
+def _load(model: str) -> str:
+    return f"convscope.load({model!r})"
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _arguments(given: dict[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in given.items())
+
+
+def _options(given: dict[str, Any]) -> list[str]:
+    return [f"--{name} {shlex.quote(str(value))}" for name, value in given.items()]
+
+
+def _quoted(*words: str) -> str:
+    """Words of a command line; a file's name that looks like an option is no option."""
+    return " ".join(shlex.quote(f"./{word}" if word.startswith("-") else word) for word in words)

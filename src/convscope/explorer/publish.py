@@ -1,0 +1,236 @@
+"""The explorer's pages as files: the same templates, relative links, no server needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from convscope.budget import Progress, chunks
+from convscope.errors import ConvscopeError
+from convscope.explorer.app import assets
+from convscope.explorer.dataset import Views
+from convscope.explorer.drawings import Drawing
+from convscope.explorer.images import chapter_sheet
+from convscope.explorer.links import Parts, Published, file_of
+from convscope.explorer.pages import Page, Pages
+from convscope.explorer.pictures import Picture, encoded
+from convscope.explorer.queue import Asker
+from convscope.explorer.state import Explorer, Network
+from convscope.images import Failure
+from convscope.model import LOGITS, Model
+from convscope.results import replacing, versions, write_json
+from convscope.scan.store import Store, open_store
+
+CHUNK = 48  # units whose examples one process cuts out at a time
+
+
+def publish(
+    models: Mapping[str, Model],
+    store: Store,
+    out: Path,
+    *,
+    pictures: Sequence[str] = (),
+    keep: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> list[Failure]:
+    """Write a site: the pages of the network, of the store's layers and units, of its classes and examples.
+
+    pictures: with which the pages walk through the network; default: the sample photographs. keep: where patterns are
+    kept; those that are there are shown. workers: processes that cut out examples. Returns the units whose examples
+    could not be cut out. Raises ConvscopeError if the store was made with other weights, or the folder cannot be
+    written.
+    """
+    explorer = Explorer(models, store=store, keep=keep, room=1 << 30)
+    try:
+        if pictures:
+            explorer.shelf.add_samples(pictures)
+        else:
+            explorer.add_samples()
+        return _Press(explorer, store, out).run(workers, progress)
+    except OSError as error:
+        raise ConvscopeError(f"cannot write into {out}: {error.strerror or error}") from error
+    finally:
+        explorer.close()
+
+
+class _Press:
+    """Writes one site."""
+
+    def __init__(self, explorer: Explorer, store: Store, out: Path) -> None:
+        self._explorer, self._store, self._out = explorer, store, out
+        self._net = next(net for net in explorer.networks.values() if net.store is not None)
+        self._layers = [name for name in store.layers if name in self._net.model.layers.names]
+        self._pages: dict[str, Callable[[Pages], Page]] = {}
+        self._written: set[str] = set()
+        self._views = Views(store)
+        self._asker = Asker("publish", float("inf"))
+
+    def run(self, workers: int, progress: Progress | None) -> list[Failure]:
+        out = self._out
+        (out / "static").mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)
+        for name, content in assets().items():
+            self._put(f"static/{name}", content)
+        todo = [(layer, unit) for layer in self._units_of() for unit in range(self._net.units(layer))]
+        pages = list(self._planned_pages())
+        total, done = len(pages) + len(todo), 0
+        failed: list[Failure] = []
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            names = {(layer, unit): self._patches_file(layer, unit) for layer, unit in todo}
+            cutting = [
+                pool.submit(_cut, self._store.address, str(out), [(*one, names[one]) for one in part])
+                for part in chunks(todo, CHUNK)
+            ]
+            for parts, make in pages:
+                self._page(parts, make)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            for work, part in zip(cutting, chunks(todo, CHUNK), strict=True):
+                failed += work.result()
+                done += len(part)
+                if progress is not None:
+                    progress(done, total)
+        described = self._net.model.describe()
+        told = {"kind": "site", "model": described, "store": self._store.manifest["data"], "versions": versions()}
+        write_json(out / "manifest.json", told)
+        return failed
+
+    def _units_of(self) -> list[str]:
+        return [*self._layers, *([LOGITS] if LOGITS in self._store.layers else [])]
+
+    def _planned_pages(self) -> Iterator[tuple[Parts, Callable[[Pages], Page]]]:
+        """Every page: its address, and how it is made."""
+        net, key = self._net, self._net.key
+        samples = self._explorer.shelf.samples if net.takes_pictures and net.classifies() else []
+        yield ("m", key), lambda pages: pages.network(net)
+        yield ("m", key, "story"), lambda pages: pages.story(net)
+        yield ("glossary",), lambda pages: pages.glossary()
+        for picture in samples:
+            yield ("m", key, "picture", picture.key), partial(_picture, net, picture, None)
+            for row in self._explorer.predictions(self._asker, net, picture):
+                yield (
+                    ("m", key, "picture", picture.key, "class", row["index"]),
+                    partial(_picture, net, picture, row["index"]),
+                )
+        for layer in self._layers:
+            yield ("m", key, "layer", layer), partial(_layer, net, layer)
+            for unit in range(net.units(layer)):
+                yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
+        for index in range(net.model.outputs or 0):
+            yield ("m", key, "class", index), partial(_class, net, index)
+        for number in self._shown():
+            yield ("m", key, "data", number), partial(_example, net, number)
+        first = samples[0] if samples else None
+        yield (), (lambda pages: pages.network(net)) if first is None else partial(_picture, net, first, None)
+
+    def _shown(self) -> list[int]:
+        """The pictures of the data set that units show as examples."""
+        from convscope.explorer.dataset import COUNT
+
+        found: set[int] = set()
+        for layer in self._units_of():
+            best = self._store.top_pictures(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
+            found |= {int(p) for p in best.ravel() if p >= 0}
+        self._data = found
+        return sorted(found)
+
+    def _is_planned(self, parts: Parts) -> bool:
+        """Whether a page is written; without asking for all that are."""
+        if parts[:1] != ("m",) or len(parts) == 2:
+            return True
+        kind = parts[2]
+        if kind in ("layer", "unit"):
+            return parts[3] in self._layers
+        if kind == "picture" and len(parts) == 6:
+            picture = self._explorer.shelf.find(str(parts[3]))
+            said = self._explorer.predictions(self._asker, self._net, picture)
+            return parts[5] in [row["index"] for row in said]
+        return True
+
+    def _page(self, parts: Parts, make: Callable[[Pages], Page]) -> None:
+        site = Published(parts, self._is_planned, self._image, self._make)
+        pages = Pages(self._explorer, self._asker, site)
+        self._put(file_of(*parts), pages.render(make(pages)).encode(errors="backslashreplace"))
+
+    def _image(self, name: str, make: Callable[[], bytes]) -> None:
+        if name not in self._written and not name.endswith("-top.webp"):  # those are cut out by other processes
+            self._put(name, make())
+            self._written.add(name)
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self._out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
+
+    def _patches_file(self, layer: str, unit: int) -> str:
+        found: list[str] = []
+        site = Published((), self._is_planned, lambda name, _: found.append(name), self._make)
+        site.patches(self._net, layer, unit, "top")
+        return found[0]
+
+    def _make(self, route: str, **what: Any) -> bytes:
+        """A picture's content."""
+        if route == "photo":
+            return encoded(what["picture"].shown(what["longest"]))
+        if route == "sheet":
+            return self._explorer.sheet(self._asker, what["net"], what["picture"], what["layer"])[0]
+        if route == "thumbnail":
+            return self._views.thumbnail(what["number"], 320)
+        if route == "chapter":
+            return chapter_sheet(self._explorer.told(what["net"]), what["number"])
+        if route == "pattern":
+            import io
+
+            made = self._explorer.drawn(what["net"], what["what"]) or {}
+            return encoded(Image.open(io.BytesIO(made["image"])), quality=88)
+        raise ValueError(route)
+
+
+def _picture(net: Network, picture: Picture, target: int | None, pages: Pages) -> Page:
+    return pages.picture(net, picture, target)
+
+
+def _layer(net: Network, layer: str, pages: Pages) -> Page:
+    return pages.layer(net, net.layer(layer), None)
+
+
+def _unit(net: Network, layer: str, unit: int, pages: Pages) -> Page:
+    return pages.unit(net, layer, unit, None, Drawing(layer, unit))
+
+
+def _class(net: Network, index: int, pages: Pages) -> Page:
+    return pages.class_(net, index, None, Drawing(LOGITS, index))
+
+
+def _example(net: Network, number: int, pages: Pages) -> Page:
+    return pages.example(net, number)
+
+
+_open: dict[str, Views] = {}  # of a worker process: the store it reads
+
+
+def _cut(address: str, out: str, units: Sequence[tuple[str, int, str]]) -> list[Failure]:
+    """In a worker process: the examples of some units, each written to its file."""
+    if address not in _open:
+        _open[address] = Views(open_store(address))
+    failed = []
+    for layer, unit, name in units:
+        path = Path(out) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            content = _open[address].sheet(layer, unit, "top")
+        except ConvscopeError as error:
+            failed.append(Failure(f"{layer} {unit}", str(error)))
+            continue
+        with replacing(path) as file:
+            file.write(content)
+    return failed

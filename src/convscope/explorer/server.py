@@ -1,0 +1,82 @@
+"""Starts the explorer."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convscope.errors import ConvscopeError
+from convscope.explorer import security
+from convscope.model import Model
+
+if TYPE_CHECKING:
+    from convscope.scan.store import Store
+
+
+def built(
+    models: Mapping[str, Model],
+    *,
+    pictures: Sequence[str] = (),
+    store: Store | None = None,
+    keep: Path | None = None,
+    hosts: Sequence[str] = security.LOCAL,
+    token: str | None = None,
+    frames: Sequence[str] = (),
+) -> Any:
+    """The application, with the sample photographs or the pictures given. Raises ConvscopeError."""
+    try:
+        from convscope.explorer.app import create
+        from convscope.explorer.state import Explorer
+    except ImportError as error:
+        raise ConvscopeError(f"the explorer needs {error.name}; pip install 'convscope[serve]'") from error
+    explorer = Explorer(models, store=store, keep=keep)
+    if pictures:
+        explorer.shelf.add_samples(pictures)
+    else:
+        explorer.add_samples()
+    return create(explorer, hosts=hosts, token=token, frames=frames)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: any free one. Raises ConvscopeError if it cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConvscopeError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port"
+        ) from error
+
+
+def run(app: Any, listening: socket.socket) -> None:
+    """Serve until interrupted."""
+    _server(app).run(sockets=[listening])
+
+
+def in_thread(app: Any, listening: socket.socket) -> Any:
+    """Serve in a thread of this process. Returns the server; its `should_exit = True` ends it."""
+    server = _server(app)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listening]}, daemon=True, name="convscope-explorer"
+    )
+    thread.start()
+    return server
+
+
+def _server(app: Any) -> Any:
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=15,
+        limit_concurrency=256,
+        h11_max_incomplete_event_size=64 << 10,
+        timeout_graceful_shutdown=5,
+        lifespan="on",
+    )
+    return uvicorn.Server(settings)

@@ -1,0 +1,284 @@
+"""What the explorer holds: networks, pictures, a store, the lanes of work and what came out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from convscope import __version__
+from convscope.depths import stages
+from convscope.errors import ConvscopeError
+from convscope.explorer import answers
+from convscope.explorer.cache import Cache
+from convscope.explorer.drawings import Album, Drawing, draw
+from convscope.explorer.pictures import MissingError, Picture, Shelf, encoded
+from convscope.explorer.queue import Asker, Lane, Work
+from convscope.explorer.twin import twin
+from convscope.model import LOGITS, Layer, Model
+from convscope.samples import photographs
+from convscope.story import story
+
+if TYPE_CHECKING:
+    from convscope.scan.store import Store
+
+T = TypeVar("T")
+ROOM = 1 << 28  # bytes of results that are kept
+SLOW = ("rise", "score-cam", "ablation-cam", "occlusion", "smooth-grad", "var-grad", "integrated-gradients")
+
+
+class Network:
+    """A model under its address. `version` tells weights and program apart: it is part of what is asked for."""
+
+    def __init__(self, key: str, model: Model, source: str, store: Store | None = None) -> None:
+        self.key, self.model, self.source = key, model, source
+        weights = model.weights_hash()
+        self.store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
+        self.version = hashlib.sha256(f"{weights} {__version__} {model.preprocessing}".encode()).hexdigest()[:12]
+        self._spare: Model | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def spare(self) -> Model:
+        """The same network with modules of its own, for work beside the quick answers."""
+        with self._lock:
+            self._spare = self._spare or twin(self.model)
+            return self._spare
+
+    @property
+    def takes_pictures(self) -> bool:
+        like = self.model.preprocessing
+        return like.axes == 2 and like.channel_order != "channels"
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers with maps of their own, from first to last."""
+        return self.model.layers.distinct()
+
+    def layer(self, name: str) -> Layer:
+        """Raises MissingError for a name that none of the layers has."""
+        if name not in self.model.layers.names:
+            raise MissingError(f"{self.model.name} has no layer {name[:80]!r}")
+        return self.model.layers.find(name)
+
+    def units(self, layer: str) -> int:
+        return (self.model.outputs or 0) if layer == LOGITS else self.layer(layer).units
+
+    def require_unit(self, layer: str, unit: int) -> None:
+        if not 0 <= unit < self.units(layer):
+            raise MissingError(f"layer {layer!r} has units 0 to {self.units(layer) - 1}; there is no {unit}")
+
+    def require_class(self, index: int) -> None:
+        if not 0 <= index < (self.model.outputs or 0):
+            raise MissingError(
+                f"{self.model.name} has classes 0 to {(self.model.outputs or 0) - 1}; there is no {index}"
+            )
+
+    def classifies(self) -> bool:
+        return bool(self.model.outputs)
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The classes by their names as they are; the first of those that share one."""
+        return {self.model.class_name(k): k for k in reversed(range(self.model.outputs or 0))}
+
+
+class Explorer:
+    """Networks by address, each loaded once. `asker` is who waits for an answer; the same is worked on once."""
+
+    def __init__(
+        self, models: Mapping[str, Model], *, store: Store | None = None, keep: Path | None = None, room: int = ROOM
+    ) -> None:
+        if not models:
+            raise ConvscopeError("the explorer needs a model; give at least one")
+        self.networks = {address(name): Network(address(name), model, name, store) for name, model in models.items()}
+        if store is not None and not any(net.store for net in self.networks.values()):
+            made = store.manifest["model"]["name"]
+            raise ConvscopeError(f"{store.address} was made with {made} and other weights than the models given")
+        self.shelf = Shelf()
+        self.album = Album(keep)
+        self.cache = Cache(room)
+        self.quick = Lane("quick", self.cache, limit=64, each=24)
+        self.slow = Lane("slow", self.cache, limit=32, each=8)
+        self.cutting = Lane("cutting", self.cache, limit=256, each=96)
+
+    def add_samples(self) -> None:
+        """The photographs that come with the package."""
+        self.shelf.add_samples(sorted(photographs(), key=lambda path: "red_panda" not in path))
+
+    def close(self) -> None:
+        self.quick.close()
+        self.slow.close()
+        self.cutting.close()
+
+    def network(self, key: str) -> Network:
+        if key not in self.networks:
+            raise MissingError(f"there is no model {key[:40]!r} here; there are {', '.join(self.networks)}")
+        return self.networks[key]
+
+    @property
+    def first(self) -> Network:
+        return next(iter(self.networks.values()))
+
+    # --- quick answers ---
+
+    def predictions(self, asker: Asker, net: Network, picture: Picture, top: int = 5) -> list[dict[str, Any]]:
+        key = ("predictions", net.version, picture.key, top)
+        return self._quickly(asker, key, lambda work: answers.predictions(net.model, self._input(net, picture), top))
+
+    def heat(
+        self,
+        asker: Asker,
+        net: Network,
+        picture: Picture,
+        targets: Sequence[int],
+        layer: str | None = None,
+        method: str = "grad-cam",
+        against: int | None = None,
+    ) -> list[dict[str, Any]]:
+        lane, model = (self.slow, net.spare) if method in SLOW else (self.quick, net.model)
+        key = ("heat", net.version, picture.key, tuple(targets), layer, method, against)
+        return self._asked(
+            lane,
+            asker,
+            key,
+            lambda work: answers.heat(
+                model,
+                self._input(net, picture),
+                targets,
+                layer=layer,
+                method=method,
+                against=against,
+                tell=work.tell,
+            ),
+        )
+
+    def maps(self, asker: Asker, net: Network, picture: Picture, layer: str) -> np.ndarray:
+        key = ("maps", net.version, picture.key, layer)
+        return self._quickly(asker, key, lambda work: answers.maps(net.model, self._input(net, picture), layer))
+
+    def relevance(self, asker: Asker, net: Network, picture: Picture, layer: str, target: int) -> np.ndarray:
+        key = ("relevance", net.version, picture.key, layer, target)
+        return self._quickly(
+            asker, key, lambda work: answers.relevance(net.model, self._input(net, picture), layer, target)
+        )
+
+    def sheet(self, asker: Asker, net: Network, picture: Picture, layer: str) -> tuple[bytes, dict[str, int]]:
+        """All channels of a layer on one PNG, and its measures."""
+        maps = self.maps(asker, net, picture, layer)
+
+        def make(work: Work) -> tuple[bytes, dict[str, int]]:
+            image, measures = answers.sheet(maps)
+            return encoded(image, "PNG"), measures
+
+        return self._quickly(asker, ("sheet", net.version, picture.key, layer), make)
+
+    def summaries(self, asker: Asker, net: Network, picture: Picture) -> dict[str, dict[str, float]]:
+        """What is measured of each layer on a picture."""
+
+        def make(work: Work) -> dict[str, dict[str, float]]:
+            names = [row.name for row in net.layers]
+            return answers.layer_summaries(net.spare, self._input(net, picture), names, work.tell)
+
+        return self._asked(self.slow, asker, ("summaries", net.version, picture.key), make)
+
+    # --- long work ---
+
+    def faithfulness(
+        self,
+        asker: Asker,
+        net: Network,
+        picture: Picture,
+        target: int,
+        layer: str | None,
+        method: str,
+        against: int | None,
+    ) -> dict[str, Any]:
+        key = ("faithfulness", net.version, picture.key, target, layer, method, against)
+        return self._asked(
+            self.slow,
+            asker,
+            key,
+            lambda work: answers.faithfulness(
+                net.spare,
+                self._input(net, picture),
+                target,
+                layer=layer,
+                method=method,
+                against=against,
+                tell=work.tell,
+            ),
+        )
+
+    def begin_drawing(self, client: str, net: Network, what: Drawing, references: list[np.ndarray]) -> Work:
+        """A pattern: kept, or under way from now on. Raises FullError. Who began it has to leave it."""
+
+        def make(work: Work) -> dict[str, Any]:
+            found = self.album.get(net.version, what)
+            if found is None:
+                found = draw(net.spare, what, references, work)
+                self.album.put(net.version, what, found)
+            return found
+
+        return self.slow.ask(("pattern", net.version, what), make, client)
+
+    def drawn(self, net: Network, what: Drawing) -> dict[str, Any] | None:
+        """A pattern that is there already."""
+        found: dict[str, Any] | None = self.cache.get(("pattern", net.version, what))
+        return found or self.album.get(net.version, what)
+
+    def begin_story(self, client: str, net: Network) -> Work:
+        """The story of the network, chapter by chapter; minutes. Who began it has to leave it."""
+
+        def make(work: Work) -> Any:
+            return story(net.spare, units=12, shown=6, progress=work.tell)
+
+        return self.slow.ask(self._story_key(net), make, client)
+
+    def told(self, net: Network) -> Any:
+        """The story, if it has been told."""
+        return self.cache.get(self._story_key(net))
+
+    # --- pictures of the data set ---
+
+    def cut(self, asker: Asker, net: Network, what: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+        """A picture that is made of pictures of the store."""
+        return self._asked(self.cutting, asker, ("cut", net.version, *what), lambda work: make())
+
+    def _story_key(self, net: Network) -> tuple[str, str]:
+        return ("story", net.version)
+
+    def _quickly(self, asker: Asker, key: tuple[Any, ...], run: Callable[[Work], T]) -> T:
+        return self._asked(self.quick, asker, key, run)
+
+    def _asked(self, lane: Lane, asker: Asker, key: tuple[Any, ...], run: Callable[[Work], T]) -> T:
+        found: T = asker.wait(lane.ask(key, run, asker.client))
+        return found
+
+    def _input(self, net: Network, picture: Picture) -> Tensor:
+        if not net.takes_pictures:
+            raise ConvscopeError(f"{net.model.name} takes no ordinary pictures, but {net.model.preprocessing}")
+        key = ("input", net.version, picture.key)
+        x: Tensor | None = self.cache.get(key)
+        if x is None:
+            x = answers.prepared(net.model, picture.pixels)
+            self.cache.put(key, x)
+        return x
+
+
+def address(name: str) -> str:
+    """A model's part of addresses: letters, digits, dots, hyphens and underscores of what it was loaded as."""
+    last = name.rpartition("/")[2] if "/" in name or os.sep in name else name
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last).strip(".") or "model"
+
+
+def followed(net: Network) -> list[str]:
+    """The layers to begin with: the last of each resolution."""
+    return [row.name for row in stages(net.model)]

@@ -1,0 +1,44 @@
+"""A network, pictures and a store that are small enough to be explored in a moment."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import convscope
+from oracles.nets import Usual, filled
+
+HOSTILE = "<script>alert(1)</script>"
+CLASSES = ["red", "green", "blue", HOSTILE, "gray"]
+NAME = '"><img src=x onerror=alert(1)>.png'
+
+
+def tiny_model() -> convscope.Model:
+    """Convolutions of 8, 12 and 10 units on pictures of 32 x 32; five classes, one with a name that means harm."""
+    net = filled(Usual())
+    return convscope.load(net, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+
+
+def picture(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:
+    """A smooth coloured picture, uint8 (H, W, 3)."""
+    drawn = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(drawn).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def as_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def data_folder(where: Path, count: int = 12) -> Path:
+    """Pictures in folders named after two classes; one of them has a name that means harm."""
+    for number in range(count):
+        folder = where / CLASSES[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        name = NAME if number == 3 else f"{number}.png"
+        (folder / name).write_bytes(as_file(picture(number)))
+    return where

@@ -1,0 +1,55 @@
+"""A small network, a small data set with two bad pictures, and what scans of these share in tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import convscope
+
+LAYERS = ["first", "last"]
+
+
+class Tiny(nn.Module):
+    """Two layers that go negative, a rectifier in place behind each, three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(4, 6, 3, stride=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.relu(self.last(self.relu(self.first(x)))).mean((2, 3)))
+
+
+def tiny() -> convscope.Model:
+    return convscope.load(
+        Tiny(), preprocessing={"size": 24, "mean": 0.5, "std": 0.25}, classes=["apple", "bread", "cheese"]
+    )
+
+
+def write_pictures(folder: Path) -> None:
+    """150 pictures in three folders; two cannot be read."""
+    random = np.random.default_rng(0)
+    for i in range(150):
+        where = folder / ("apple", "bread", "quince")[i % 3]
+        where.mkdir(exist_ok=True)
+        small = random.integers(0, 256, (4 + i % 3, 5, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((40, 30)).save(where / f"{i:03d}.png")
+    (folder / "apple" / "060.png").write_bytes(b"no picture")
+    (folder / "bread" / "100.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+SETTINGS: dict[str, Any] = {"k": 7, "sample": 20, "batch": 8, "shard": 64, "workers": 0}
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
