@@ -62,7 +62,7 @@ def scan(
     preprocessing: Prepare = None,
     device: Device = None,
 ) -> None:
-    """Every unit's best pictures and statistics, from one pass over a data set. A killed run goes on when called again."""
+    """Every unit's best pictures and statistics, from one pass over a data set. Killed, it goes on when called anew."""
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
