@@ -146,9 +146,11 @@ def scan(
 
 
 def _tidy(store: Path) -> None:
-    """Remove what only an unfinished store needs."""
+    """Remove what only an unfinished store needs, and files that a killed run had not yet given their names."""
     shutil.rmtree(store / "shards", ignore_errors=True)
     (store / "plan.json").unlink(missing_ok=True)
+    for begun in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
+        begun.unlink()
 
 
 @dataclass(frozen=True)
