@@ -29,8 +29,17 @@ ROOT = Path(__file__).parents[1]
 LIKE = Preprocessing(size=(10, 14), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 
 
+OTHERS: set[int] = set()  # processes that were there before a test
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(children())
+
+
 def children() -> set[int]:
-    """This process's own processes that are alive."""
+    """This process's own processes that are alive, without those that other tests have left."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -39,7 +48,7 @@ def children() -> set[int]:
             continue
         if int(fields[1]) == os.getpid() and fields[0] != "Z":
             found.add(int(stat.parent.name))
-    return found
+    return found - OTHERS
 
 
 @pytest.fixture(autouse=True)

@@ -252,6 +252,8 @@ def _views(task: Task) -> View:
     if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(count, task.generators, task.device)
     looks = _looks(task, (0.5, 1), 10)
+    if task.seen == task.size:  # little as it is, or the network takes no other size
+        return zoomed(looks, count, task.generators, task.device)
     # Coarse structure first: a look at fewer pixels takes less time, of which there is more for the end.
     height, width = (min(side, max(32, side * 7 // 10)) for side in looks.size)
     return zoomed(replace(looks, early=(height, width)), count, task.generators, task.device)
