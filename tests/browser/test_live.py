@@ -303,7 +303,9 @@ def test_a_unit_is_reached_from_the_first_page_with_the_keyboard_alone(tab, live
     tab.wait_for_url(re.compile("/unit/relu3/"))
     unit = int(re.search(r"/(\d+)\?", tab.url)[1])
     tab.keyboard.press("[" if unit else "]")
-    tab.wait_for_url(re.compile(rf"/unit/relu3/{unit - 1 if unit else 1}$"))
+    neighbour = unit - 1 if unit else 1
+    tab.wait_for_url(re.compile(rf"/unit/relu3/{neighbour}$"))
+    assert str(neighbour) in tab.locator("h1").inner_text()
 
 
 def test_a_notebook_may_frame_what_show_serves(tab, model):
