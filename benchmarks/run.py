@@ -14,6 +14,7 @@ import memory
 import methods
 import patterns
 import recognised
+import scan
 import stuck
 import torch
 import truth
@@ -37,6 +38,7 @@ def main() -> None:
         "Patterns": lambda: _patterns(patterns.run(few), patterns.sooner()),
         "Recognised by a stranger": lambda: _recognised(*recognised.run()),
         "None stuck": lambda: _stuck(stuck.run()),
+        "Scan": lambda: _scan(scan.passes(few), scan.decoding(), list(scan.peaks())),
         "Memory": lambda: _memory(memory.run()),
         "Where is it?": lambda: _localisation(localisation.run()),
     }
@@ -217,6 +219,39 @@ def _stuck(rows: list[stuck.Stuck]) -> list[str]:
             f"| {', '.join(r.others[:8]) or 'none'} |"
             for r in rows
         ],
+    ]
+
+
+def _scan(rows: list[scan.Pass], decoding: dict[tuple[int, int], float], peaks: list[scan.Peak]) -> list[str]:
+    names = list(rows[0].times)
+    costs = ", ".join(f"{cost:.1f} for {width} x {height}" for (width, height), cost in decoding.items())
+    lines = [
+        f"A shard of {scan.BATCH * scan.BATCHES} pictures decoded in memory, in batches of {scan.BATCH}, to its file's",
+        "content: best and worst places, statistics, thumbnails. Milliseconds per picture, and in brackets the",
+        "throughput as a share of the bare forward pass's. Below it, how far the highest values are from those of",
+        "the network's own maps, relative to each layer's largest.",
+        "",
+        "| network | layers | units | " + " | ".join(names) + " |",
+        "| --- | --- | --- |" + " --- |" * len(names),
+    ]
+    for row in rows:
+        cells = [
+            f"{1000 * timed.seconds:.1f} ({1 / timed.ratio:.2f})"
+            + (f"<br>{row.apart[name]:.0e}" if name in row.apart else "")
+            for name, timed in row.times.items()
+        ]
+        lines.append(f"| {row.network} | {row.layers} | {row.units} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Decoding a JPEG, from its file to input and thumbnail, takes {costs} ms of one core.",
+        "",
+        "Whole runs with a small network (all layers, k = 100) over crops of 64 x 64 in a tar file, with one process",
+        "that decodes: the most memory that both processes held together.",
+        "",
+        "| pictures | MiB | store, MiB | seconds |",
+        "| --- | --- | --- | --- |",
+        *[f"| {p.pictures:,} | {p.megabytes:.0f} | {p.store:.0f} | {p.seconds:.0f} |" for p in peaks],
     ]
 
 

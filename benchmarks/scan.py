@@ -1,0 +1,205 @@
+"""A pass over a data set beside a bare forward pass, decoding apart, and its memory with more and more pictures."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from crops import cut
+from PIL import Image
+from timing import THREADS, Timed, interleaved
+from torch import Tensor
+
+import convscope
+from convscope import tap
+from convscope.depths import stages
+from convscope.images import DEFAULT_MAX_PIXELS
+from convscope.model import LOGITS, Model
+from convscope.samples import photographs
+from convscope.scan.data import catalogue
+from convscope.scan.decoding import Decoder
+from convscope.scan.looking import Looking, looking
+from convscope.scan.plan import Plan
+from convscope.scan.shard import Subject, scanned
+
+BATCH, BATCHES = 32, 4
+COUNTS = (1_000, 10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Times per picture of a bare forward pass and of the same pictures scanned; `units` of so many `layers`."""
+
+    network: str
+    layers: int
+    units: int
+    times: dict[str, Timed]
+    apart: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of all processes together, in MiB, and the store's own size on the disk."""
+
+    pictures: int
+    megabytes: float
+    store: float
+    seconds: float
+
+
+def photographed(count: int) -> list[Image.Image]:
+    """Crops of the sample photographs."""
+    opened = [Image.open(path).convert("RGB") for path in photographs()]
+    draw = random.Random(0)
+    return [cut(opened[i % len(opened)], draw) for i in range(count)]
+
+
+def passes(rounds: int) -> list[Pass]:
+    lite0 = convscope.load("lite0")
+    resnet = convscope.load("torchvision:resnet50", weights="random")
+    return [
+        _pass("Lite0, one layer of each resolution", lite0, [row.name for row in stages(lite0)], rounds),
+        _pass("Lite0, all layers", lite0, [row.name for row in lite0.layers.distinct()], rounds),
+        _pass("ResNet-50, one layer of each resolution", resnet, [row.name for row in stages(resnet)], rounds),
+    ]
+
+
+def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
+    """In turn: the network alone, a shard from decoded pictures to the content of its file, and the same compiled."""
+    count = BATCH * BATCHES
+    plan = Plan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
+    with Decoder(catalogue(photographed(count)), model.preprocessing) as decoder:
+        decoded = list(decoder.batches(plan.batches(0), BATCH))
+    units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.outputs or 0)}
+    subject = Subject(units, None, None)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for part in decoded:
+                model.module(part.x)
+
+    def shard(look: Looking) -> None:
+        deque(scanned(model, plan, 0, subject, look, iter(decoded)), maxlen=0)
+
+    with ExitStack() as stack:
+        looks = {
+            name: stack.enter_context(looking(model, list(units), BATCH, compiled=compiled))
+            for name, compiled in (("convscope", False), ("convscope, compiled", True))
+        }
+        contenders: dict[str, Callable[[], None]] = {name: partial(shard, look) for name, look in looks.items()}
+        raw = interleaved({"bare forward": bare, **contenders}, "bare forward", rounds)
+        apart = {name: _apart(model, layers, decoded[0].x, look) for name, look in looks.items()}
+    times = {name: Timed(t.seconds / count, t.ratio) for name, t in raw.items()}
+    return Pass(what, len(units), sum(units.values()), times, apart)
+
+
+def _apart(model: Model, layers: list[str], x: Tensor, look: Looking) -> float:
+    """How far the highest values are from those of the network's own maps, relative to each layer's largest."""
+    with torch.no_grad(), tap.attach(model, layers) as run:
+        maps = run(x).maps
+    found = look(x, {}).layers
+    errors = [
+        (found[name].highest - maps[name].flatten(2).amax(2)).abs().max() / maps[name].abs().max() for name in maps
+    ]
+    return float(max(errors))
+
+
+def decoding(count: int = 32) -> dict[tuple[int, int], float]:
+    """Milliseconds of one core for a JPEG of a size, from its bytes to the network's input and the thumbnail."""
+    model = convscope.load("lite0")
+    picture = Image.open(photographs()[0]).convert("RGB")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ((256, 256), (640, 480), (1600, 1200)):
+            files = [Path(folder) / f"{size[0]}-{number}.jpg" for number in range(count)]
+            for file in files:
+                picture.resize(size, Image.Resampling.LANCZOS).save(file, quality=90)
+            with Decoder(catalogue(files), model.preprocessing) as decoder:
+                begin = time.process_time()
+                deque(decoder.batches([range(count)], count), maxlen=0)
+                found[size] = 1000 * (time.process_time() - begin) / count
+    return found
+
+
+SMALL = """
+import sys, torch, convscope
+torch.manual_seed(0)
+layers = [torch.nn.Conv2d(3, 32, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 3, 2), torch.nn.ReLU()]
+network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+if __name__ == "__main__":
+    model = convscope.load(network.eval(), preprocessing={"size": 64})
+    convscope.scan(model, sys.argv[1], sys.argv[2], "all", workers=1)
+"""
+
+
+def peaks() -> Iterator[Peak]:
+    """One process for each number of pictures, with a small network on crops of 64 x 64 in tar files."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "small.py"
+        script.write_text(SMALL)
+        for count in COUNTS:
+            data, store = Path(folder) / f"{count}.tar", Path(folder) / f"{count}"
+            _packed(data, count)
+            begin = time.perf_counter()
+            megabytes = _watched([sys.executable, str(script), str(data), str(store)])
+            seconds = time.perf_counter() - begin
+            size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+            yield Peak(count, megabytes, size / 2**20, seconds)
+            data.unlink()
+
+
+def _packed(file: Path, count: int) -> None:
+    """Different small crops, as JPEG."""
+    sources = [image.resize((128, 128)) for image in photographed(64)]
+    draw = random.Random(1)
+    with tarfile.open(file, "w") as tar:
+        for number in range(count):
+            left, top = draw.randint(0, 64), draw.randint(0, 64)
+            buffer = io.BytesIO()
+            sources[number % len(sources)].crop((left, top, left + 64, top + 64)).save(buffer, "JPEG")
+            entry = tarfile.TarInfo(f"{number:06d}.jpg")
+            entry.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(entry, buffer)
+
+
+def _watched(command: list[str]) -> float:
+    """The most memory, in MiB, that a process and its children held at a time, shared pages counted once."""
+    most = 0.0
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while process.poll() is None:
+            most = max(most, sum(_held(status.parent) for status in _of_session(process.pid)))
+            time.sleep(0.2)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return most
+
+
+def _of_session(session: int) -> Iterator[Path]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[3]) == session:
+            yield stat
+
+
+def _held(process: Path) -> float:
+    try:
+        lines = (process / "smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
