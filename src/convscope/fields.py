@@ -73,12 +73,13 @@ class Field:
     """What a tensor sees of the input: its spatial `axes` where it has them, `whole` if a global path joins in.
 
     The axes are in the input's own order: (length,), (height, width) or (depth, height, width).
-    `op` is the operation that made the tensor.
+    `op` is the operation that made the tensor, `made_of` the tensors that it goes back to, of those that are marked.
     """
 
     axes: Axes | None
     whole: bool
     op: str = "input"
+    made_of: frozenset[str] = frozenset()
 
     def mapped(self, change: Callable[[Axis], Axis]) -> Field:
         """With `change` applied to all axes."""
@@ -106,6 +107,7 @@ class Field:
 
 
 UNKNOWN = Field(None, whole=True, op="unknown")
+NONE: frozenset[str] = frozenset()
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -115,13 +117,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         # The tensors are kept, so that the identities and addresses under which they are known stay their own.
         self._fields: dict[int, tuple[Tensor, Field]] = {}
-        self._written: set[int] = set()  # memory into which parts of the input went, piece by piece
+        # Memory into which parts of the input went, piece by piece, and the marks of these.
+        self._written: dict[int, frozenset[str]] = {}
         self.bytes = 0
         self._picture = x.ndim  # dimensions of a tensor that has the input's axes for itself
         self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), whole=False))
 
     def field(self, tensor: Tensor) -> Field:
-        return self._fields.get(id(tensor), (tensor, UNKNOWN))[1]
+        if id(tensor) in self._fields:
+            return self._fields[id(tensor)][1]
+        return dataclasses.replace(UNKNOWN, made_of=self._written.get(_memory(tensor), NONE))
+
+    def mark(self, tensor: Tensor, name: str) -> None:
+        """From now on, what is made of the tensor is made of `name`, whatever that is made of."""
+        self._put(tensor, dataclasses.replace(self.field(tensor), made_of=frozenset({name})))
 
     def _put(self, tensor: Tensor, field: Field) -> None:
         self._fields[id(tensor)] = (tensor, field)
@@ -137,10 +146,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
             return output
         fields = [self.field(t) for t in inputs]
+        made_of = NONE.union(*(f.made_of for f in fields))
         known = {_memory(t): f.op for t, f in zip(inputs, fields, strict=True)}
         for written in _written(func, args, kwargs):
             if len(inputs) > 1 or written is not inputs[0]:
-                self._spoil(written)
+                self._spoil(written, made_of)
         for tensor in _tensors(output):
             field = _follow(func, name, args, inputs, fields, tensor, self._picture)
             memory = _memory(tensor)
@@ -149,16 +159,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Other shapes and types of the same values are still made by what made the values.
             view = memory in known and not func._schema.is_mutable and tensor.numel() == inputs[0].numel()
             op = known[memory] if view else fields[0].op if name == "_to_copy" else name
-            self._put(tensor, dataclasses.replace(field, op=op))
+            self._put(tensor, dataclasses.replace(field, op=op, made_of=made_of))
         return output
 
-    def _spoil(self, written: Tensor) -> None:
+    def _spoil(self, written: Tensor, made_of: frozenset[str]) -> None:
         """`written` takes in something else: what other tensors in the same memory see is not known any more."""
         memory = _memory(written)
-        self._written.add(memory)
-        for tensor, _ in list(self._fields.values()):
+        self._written[memory] = self._written.get(memory, NONE) | made_of
+        for tensor, field in list(self._fields.values()):
             if tensor is not written and _memory(tensor) == memory:
-                self._put(tensor, UNKNOWN)
+                self._put(tensor, dataclasses.replace(UNKNOWN, made_of=field.made_of | made_of))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

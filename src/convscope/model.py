@@ -103,7 +103,8 @@ class Layer:
     through a global average (squeeze-and-excitation, group norm, attention) lets the whole picture in. `same_as` names
     the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one picture by the
     time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it has spatial axes with
-    more than one place. `layout` tells how the layer's own output lies.
+    more than one place. `layout` tells how the layer's own output lies. `inputs` names the layers that the output was
+    made of, the nearest ones; none where that is the network's input alone.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Layer:
     pooled: bool
     has_space: bool
     layout: Layout
+    inputs: tuple[str, ...] = ()
 
     @property
     def units(self) -> int:
@@ -187,6 +189,23 @@ class LayerTable(Sequence[Layer]):
     def distinct(self) -> list[Layer]:
         """Layers with spatial extent, without those that only pass on what an earlier one made."""
         return [row for row in self._rows if row.has_space and row.same_as is None]
+
+    def edges(self, among: Iterable[str] | None = None) -> list[tuple[str, str]]:
+        """How data flows: pairs of a layer and one that was made of its output, in the order in which layers finish.
+
+        among: the layers to join; what others made of their outputs in between is passed over. None: all but those
+        that only pass on what an earlier one made. Where a branch goes around layers, its edge does too.
+        """
+        shown = {row.name for row in self._rows if row.same_as is None} if among is None else set(among)
+        place = {row.name: i for i, row in enumerate(self._rows)}
+        reach: dict[str, frozenset[str]] = {}  # of each layer: the shown ones that what is made of it goes back to
+        found = []
+        for row in self._rows:
+            before = frozenset[str]().union(*(reach.get(name, ()) for name in row.inputs))
+            reach[row.name] = frozenset({row.name}) if row.name in shown else before
+            if row.name in shown:
+                found += [(name, row.name) for name in sorted(before, key=place.__getitem__)]
+        return found
 
     def last_spatial(self) -> Layer:
         """The last layer with spatial extent that is not a pooling: where Grad-CAM looks if nothing else is said.
@@ -309,6 +328,8 @@ class Model:
         return int(target)
 
     def _index_of_name(self, name: str) -> int:
+        if self.classes is None and name.strip().isdecimal():
+            return self.class_index(int(name))
         if self.classes is None:
             raise ConvscopeError(f"class {name!r} given by name, but this model has no class names; give the index")
 

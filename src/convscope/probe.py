@@ -48,7 +48,10 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
             version = 0 if tensor.is_inference() else tensor._version
             first = made.setdefault((id(tensor), version), own)
             same_as = None if first == own else first
-            rows.append(_row(own, layer, tensor, trace.field(tensor), same_as, trace.bytes, dialect, x.ndim))
+            field = trace.field(tensor)
+            rows.append(_row(own, layer, tensor, field, same_as, trace.bytes, dialect, x.ndim))
+            if same_as is None:
+                trace.mark(tensor, own)
 
         output = observe(module, dialect, x, note)
         final = first_tensor(output)
@@ -104,6 +107,7 @@ def _row(
         pooled="pool" in field.op or field.op == "mean",
         has_space=len(axes) > 0 and math.prod(shape[1:]) > 1,
         layout=layout,
+        inputs=(same_as,) if same_as else tuple(sorted(field.made_of)),
     )
 
 

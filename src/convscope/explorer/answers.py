@@ -19,6 +19,7 @@ from convscope.figures import standard, tile
 from convscope.heatmaps import heatmaps
 from convscope.images import Pictures
 from convscope.model import Layer, Model
+from convscope.scan.concepts import amounts
 from convscope.sound import require_finite
 
 CELL = 56  # pixels of a map on a sheet, at most
@@ -129,6 +130,12 @@ def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
     require_finite(model, found, f"layer {layer!r}")
     summed: np.ndarray = _three_axes(found.cpu().numpy(), model.layers.find(layer)).sum((1, 2))
     return summed
+
+
+def concept_heat(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """How much of each concept of a bank (R, C) is at each place of maps (C, h, w), float32 (R, h, w)."""
+    found: np.ndarray = amounts(bank, torch.from_numpy(maps)[None])[0].numpy()
+    return found
 
 
 def channel_table(maps: np.ndarray) -> dict[str, list[Any]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from convscope.colour import blend
@@ -20,7 +20,7 @@ from convscope.explorer.drawings import LOOKS, RECIPES, Drawing
 from convscope.explorer.pictures import encoded
 from convscope.explorer.queue import Asker
 from convscope.explorer.serving import Desk
-from convscope.explorer.state import Network
+from convscope.explorer.state import Explorer, Network
 from convscope.heatmaps.methods import METHODS
 from convscope.images import Geometry
 from convscope.results import write_npz
@@ -75,11 +75,11 @@ def _models(routes: APIRouter, desk: Desk) -> None:
 
     @routes.get("/models/{model}")
     def model(model: Model) -> dict[str, Any]:
-        """A network: its preprocessing, notes and layers."""
+        """A network: its preprocessing, notes and layers; `edges` are pairs of layers, by their places in that list."""
         net = explorer.network(model)
         rows = [{"name": r.name, "kind": r.kind, "shape": list(r.shape), "units": r.units} for r in net.layers]
         told = net.model.describe()
-        return {**told, "version": net.version, "outputs": net.model.outputs, "layers": rows}
+        return {**told, "version": net.version, "outputs": net.model.outputs, "layers": rows, "edges": net.edges}
 
     @routes.get("/models/{model}/classes")
     def classes(model: Model, search: Annotated[str, Query(max_length=100)] = "") -> dict[str, Any]:
@@ -182,98 +182,94 @@ def _pictures(routes: APIRouter, desk: Desk) -> None:
         return {"layer": name, "target": target, "relevance": [float(f"{v:.4g}") for v in speaks]}
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked for a class of a picture, and how."""
+
+    model: str
+    picture: str
+    target: int
+    layer: str | None
+    method: str
+    against: int | None
+
+    def network(self, explorer: Explorer) -> Network:
+        """The network, once it is certain that it can answer. Raises ConvscopeError."""
+        net = explorer.network(self.model)
+        for index in (self.target, self.against):
+            if index is not None:
+                net.require_class(index)
+        if self.layer is not None:
+            net.layer(self.layer)
+        if self.method not in METHODS:
+            raise ConvscopeError(f"method {self.method[:40]!r} is not known; expected one of {', '.join(METHODS)}")
+        return net
+
+
+async def _question(
+    model: Model,
+    picture: Key,
+    target: Target,
+    layer: MaybeLayer = None,
+    method: Method = "grad-cam",
+    against: Against = None,
+) -> Question:
+    return Question(model, picture, target, layer, method, against)
+
+
+Asked = Annotated[Question, Depends(_question)]
+
+
 def _heatmaps(routes: APIRouter, desk: Desk) -> None:
     explorer = desk.explorer
     base = "/models/{model}/pictures/{picture}"
 
-    def checked(model: str, target: int, layer: str | None, method: str, against: int | None) -> Network:
-        net = explorer.network(model)
-        for index in (target, against):
-            if index is not None:
-                net.require_class(index)
-        if layer is not None:
-            net.layer(layer)
-        if method not in METHODS:
-            raise ConvscopeError(f"method {method[:40]!r} is not known; expected one of {', '.join(METHODS)}")
-        return net
-
-    async def heat(
-        request: Request, model: str, picture: str, target: int, layer: str | None, method: str, against: int | None
-    ) -> dict[str, Any]:
-        net, found = checked(model, target, layer, method, against), explorer.shelf.find(picture)
+    async def heat(request: Request, asked: Question) -> dict[str, Any]:
+        net, found = asked.network(explorer), explorer.shelf.find(asked.picture)
 
         def make(asker: Asker) -> dict[str, Any]:
-            (one,) = explorer.heat(asker, net, found, [target], layer, method, against)
+            (one,) = explorer.heat(asker, net, found, [asked.target], asked.layer, asked.method, asked.against)
             return one
 
         return await desk.answer(request, make)
 
     @routes.get(base + "/heatmap")
-    async def heatmap(
-        request: Request,
-        model: Model,
-        picture: Key,
-        target: Target,
-        layer: MaybeLayer = None,
-        method: Method = "grad-cam",
-        against: Against = None,
-    ) -> dict[str, Any]:
+    async def heatmap(request: Request, asked: Asked) -> dict[str, Any]:
         """Which places speak for a class. `map.data`: 16-bit integers in base64; value = integer / 32767 * `peak`."""
-        one = await heat(request, model, picture, target, layer, method, against)
-        net, found = explorer.network(model), explorer.shelf.find(picture)
-        return {**one, "lines": lines.heatmap(net.source, found.source, target, layer, method, against)}
+        one = await heat(request, asked)
+        net, found = explorer.network(asked.model), explorer.shelf.find(asked.picture)
+        how = (asked.target, asked.layer, asked.method, asked.against)
+        return {**one, "lines": lines.heatmap(net.source, found.source, *how)}
 
     @routes.get(base + "/heatmap.npz", response_class=Response)
-    async def heatmap_npz(
-        request: Request,
-        model: Model,
-        picture: Key,
-        target: Target,
-        layer: MaybeLayer = None,
-        method: Method = "grad-cam",
-        against: Against = None,
-    ) -> Response:
+    async def heatmap_npz(request: Request, asked: Asked) -> Response:
         """The map (h, w) as an array."""
-        one = await heat(request, model, picture, target, layer, method, against)
-        return _npz({"heatmap": answers.unpacked(one["map"]), "target": np.array(target)}, "heatmap.npz")
+        one = await heat(request, asked)
+        return _npz({"heatmap": answers.unpacked(one["map"]), "target": np.array(asked.target)}, "heatmap.npz")
 
     @routes.get(base + "/heatmap.png", response_class=Response)
     async def heatmap_png(
         request: Request,
-        model: Model,
-        picture: Key,
-        target: Target,
-        layer: MaybeLayer = None,
-        method: Method = "grad-cam",
-        against: Against = None,
+        asked: Asked,
         opacity: Annotated[float, Query(ge=0, le=1)] = 0.4,
         colours: Annotated[str, Query(json_schema_extra={"enum": ["jet", "viridis", "inferno", "coolwarm"]})] = "jet",
     ) -> Response:
         """The picture under its heat, rectified."""
         if colours not in ("jet", "viridis", "inferno", "coolwarm"):
             raise ConvscopeError(f"colours are {colours[:40]!r}; expected jet, viridis, inferno or coolwarm")
-        one = await heat(request, model, picture, target, layer, method, against)
-        pixels = explorer.shelf.find(picture).pixels
+        one = await heat(request, asked)
+        pixels = explorer.shelf.find(asked.picture).pixels
         laid = Geometry.whole(pixels.shape[:2]).back(torch.from_numpy(answers.unpacked(one["map"])))
         warm = laid.clamp(min=0)
         shown = blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours)
-        return _file(encoded(shown, "PNG"), "image/png", f"heatmap_{target}.png")
+        return _file(encoded(shown, "PNG"), "image/png", f"heatmap_{asked.target}.png")
 
     @routes.get(base + "/faithfulness")
-    async def faithfulness(
-        request: Request,
-        model: Model,
-        picture: Key,
-        target: Target,
-        layer: MaybeLayer = None,
-        method: Method = "grad-cam",
-        against: Against = None,
-    ) -> dict[str, Any]:
+    async def faithfulness(request: Request, asked: Asked) -> dict[str, Any]:
         """Whether the map tells the truth: deletion (lower is better) and insertion (higher), with their curves."""
-        net, found = checked(model, target, layer, method, against), explorer.shelf.find(picture)
-        return await desk.answer(
-            request, lambda asker: explorer.faithfulness(asker, net, found, target, layer, method, against)
-        )
+        net, found = asked.network(explorer), explorer.shelf.find(asked.picture)
+        how = (asked.target, asked.layer, asked.method, asked.against)
+        return await desk.answer(request, lambda asker: explorer.faithfulness(asker, net, found, *how))
 
 
 def _long(routes: APIRouter, desk: Desk) -> None:

@@ -14,8 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from convscope.errors import ConvscopeError
-from convscope.explorer import api, images, security
-from convscope.explorer.drawings import Drawing
+from convscope.explorer import api, images, kept_api, kept_pages, security
 from convscope.explorer.guard import Guard
 from convscope.explorer.links import Live
 from convscope.explorer.pages import Page, Pages
@@ -24,6 +23,7 @@ from convscope.explorer.queue import FullError, GoneError, SlowError
 from convscope.explorer.serving import Desk
 from convscope.explorer.state import Explorer
 from convscope.explorer.uploads import Decoder
+from convscope.model import LOGITS
 
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -162,13 +162,13 @@ def create(
         unit: int,
         picture: str | None = None,
         look: str = "positive",
-        recipe: str = "robust",
-        seed: int = 0,
+        recipe: str | None = None,
+        seed: int | None = None,
     ) -> Response:
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_unit(layer, unit)
-            what = Drawing(layer, unit, look, recipe, seed)
+            what = explorer.meant(net, layer, unit, look, recipe, seed)
             return pages.unit(net, layer, unit, desk.chosen(net, picture), what)
 
         return await show(request, make)
@@ -180,16 +180,36 @@ def create(
         target: int,
         picture: str | None = None,
         look: str = "positive",
-        recipe: str = "robust",
-        seed: int = 0,
+        recipe: str | None = None,
+        seed: int | None = None,
     ) -> Response:
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            what = Drawing("logits", target, look, recipe, seed)
+            what = explorer.meant(net, LOGITS, target, look, recipe, seed)
             return pages.class_(net, target, desk.chosen(net, picture), what)
 
         return await show(request, make)
+
+    @app.get("/m/{model}/concepts", **hidden)
+    async def kept(request: Request, model: str) -> Response:
+        return await show(request, lambda pages: kept_pages.index(pages, explorer.network(model)))
+
+    @app.get("/m/{model}/concepts/{target}", **hidden)
+    @app.get("/m/{model}/concepts/{target}/{layer:path}", **hidden)
+    async def concepts(
+        request: Request, model: str, target: int, layer: str | None = None, picture: str | None = None
+    ) -> Response:
+        def make(pages: Pages) -> Page:
+            net = explorer.network(model)
+            net.require_class(target)
+            return kept_pages.concepts(pages, net, target, layer, desk.chosen(net, picture))
+
+        return await show(request, make)
+
+    @app.get("/m/{model}/atlas/{name}", **hidden)
+    async def atlas(request: Request, model: str, name: str) -> Response:
+        return await show(request, lambda pages: kept_pages.atlas(pages, explorer.network(model), name))
 
     @app.get("/m/{model}/data/{number}", **hidden)
     async def example(request: Request, model: str, number: int) -> Response:
@@ -210,4 +230,5 @@ def create(
 
     app.include_router(images.router(desk))
     app.include_router(api.router(desk))
+    app.include_router(kept_api.router(desk))
     return app

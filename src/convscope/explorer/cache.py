@@ -8,7 +8,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from torch import Tensor
+
+from convscope.model import Model
 
 
 class Cache:
@@ -44,11 +47,15 @@ class Cache:
 
 
 def weight(value: Any) -> int:
-    """About how many bytes a value takes."""
+    """About how many bytes a value takes; networks that it speaks of are there without it."""
+    if isinstance(value, Model):
+        return 32
     if isinstance(value, np.ndarray):
         return value.nbytes
     if isinstance(value, Tensor):
         return value.nbytes
+    if isinstance(value, Image):
+        return value.width * value.height * len(value.getbands()) + 64
     if isinstance(value, bytes | str):
         return len(value) + 64
     if isinstance(value, Mapping):

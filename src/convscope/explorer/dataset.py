@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ def unit_page(net: Network, site: Site, layer: str, unit: int) -> dict[str, Any]
         return None
     own = store.unit(layer, unit)
     told, examples = own.statistics, own.examples(COUNT)
+    dead = told["dead"] and layer != LOGITS  # a class whose score never is above 0 is no dead one
     bins, low, high = _spread(told["histogram"])
     classes = own.classes(5)
     most = max((c.mean for c in classes), default=0.0)
@@ -45,7 +46,7 @@ def unit_page(net: Network, site: Site, layer: str, unit: int) -> dict[str, Any]
         facts["selectivity"] = f"{told['selectivity']:.2f}"
     return {
         "pictures": f"{store.pictures_count:,}",
-        "warnings": ["This unit is dead: on none of the pictures did it answer."] if told["dead"] else [],
+        "warnings": ["This unit is dead: on none of the pictures did it answer."] if dead else [],
         "examples": [_shown(net, site, example, i) for i, example in enumerate(examples)],
         "src": site.patches(net, layer, unit, "top") if len(examples) else None,
         "sheet": (SIDE * max(1, len(examples)), 2 * SIDE),
@@ -210,9 +211,12 @@ class Views:
         self._store, self._cache = store, Cache(room)
 
     def get(self, picture: int) -> View:
+        return self._kept(picture, lambda: self._store.view(picture))
+
+    def _kept(self, picture: int, make: Callable[[], View]) -> View:
         view: View | None = self._cache.get(picture)
         if view is None:
-            view = self._store.view(picture)
+            view = make()
             self._cache.put(picture, view)
         return view
 
@@ -222,7 +226,7 @@ class Views:
         examples = self._store.unit(layer, unit).examples(count, "top" if kind == "best" else kind)
         sheet = Image.new("RGB", (SIDE * max(1, len(examples)), SIDE * (1 if kind == "best" else 2)), "gray")
         for i, example in enumerate(examples):
-            view = self.get(example.picture)
+            view = self._kept(example.picture, example.view)  # which knows already what the store says of the picture
             sheet.paste(_squared(view.cut(example.box)), (i * SIDE, 0))
             if kind != "best":
                 sheet.paste(_squared(view.framed(example.box)), (i * SIDE, SIDE))

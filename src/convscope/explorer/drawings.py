@@ -1,4 +1,4 @@
-"""Patterns drawn on demand, frame by frame, and kept: in a folder, under names made of what went into them."""
+"""Patterns drawn on demand, frame by frame; they and stories are kept under names made of what went into them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from convscope.model import LOGITS, Model
 from convscope.patterns import patterns
 from convscope.patterns.objective import Objective, diverse, unit
 from convscope.results import replacing
+from convscope.story import Story, read_story
 
 LOOKS = ("positive", "negative", "diverse")
 RECIPES = ("robust", "maco", "plain")
@@ -103,7 +104,7 @@ def side_by_side(pictures: np.ndarray) -> np.ndarray:
 
 
 class Album:
-    """Finished patterns in a folder; without one, nothing is kept here."""
+    """Finished patterns and stories in a folder; without one, nothing is kept here."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -134,6 +135,18 @@ class Album:
                 file.write(json.dumps({k: v for k, v in made.items() if k != "image"}).encode())
         except OSError as error:
             raise ConvscopeError(f"cannot keep patterns in {self._folder}: {error.strerror or error}") from error
+
+    def story(self, version: str, model: Model) -> Story | None:
+        """The story that was kept; None if it is not there. Raises ConvscopeError if it cannot be read."""
+        folder = self._folder and self._folder / f"story-{version}"
+        if folder is None or not (folder / "manifest.json").exists():
+            return None
+        return read_story(model, lambda name: (folder / name).read_bytes())
+
+    def put_story(self, version: str, told: Story) -> None:
+        """Keep it. Raises ConvscopeError if the folder cannot be written."""
+        if self._folder is not None:
+            told.save(self._folder / f"story-{version}")
 
     def _files(self, version: str, what: Drawing) -> tuple[Path, Path]:
         assert self._folder is not None

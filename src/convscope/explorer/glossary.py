@@ -24,6 +24,14 @@ WORDS: dict[str, str] = {
     "pattern": "A picture made by the computer, from noise, so that one unit answers as strongly as it can.",
     "negative pattern": "A picture that makes the unit answer as little as it can.",
     "diverse patterns": "Several patterns for one unit that are made to differ: a unit may like more than one thing.",
+    "concept": "Something that recurs in the pictures of a class, as a layer sees it: an eye, a striped fur, the grass "
+    "around. The layer's activations are taken apart into a few concepts that add up to them.",
+    "importance": "From 0 to 1: how much of the ups and downs of the class's score a concept takes part in when the "
+    "concepts are turned up and down at random (the total Sobol index). Together they may be more than 1.",
+    "effect": "By how much the class's score falls when this is taken out; negative where it speaks against the class.",
+    "atlas": "A map of what a layer tells apart. What it makes of thousands of places in pictures is laid out so that "
+    "alike lies beside alike; each region is shown by a pattern that the computer drew for it.",
+    "vector": "All activations of a layer at one place of a picture: what the layer makes of that place.",
     "top patches": "The parts of real pictures that excite a unit most.",
     "receptive field": "The part of the picture that one place of a layer can see.",
     "stride": "How many pixels of the picture lie between neighbouring places of a layer.",
@@ -35,6 +43,10 @@ WORDS: dict[str, str] = {
     "busiest tenth": "The share of a layer's activation that the busiest tenth of its units holds.",
     "similar units": "Units whose strongest answers to the same pictures go up and down together.",
     "story": "A walk through the network from its first layer to its classes: what units of each stage look for.",
+    "dominant frequency": "How fine a pattern's strongest structure is, in waves for each pixel: 0.5 changes from each "
+    "pixel to the next, 0.05 takes 20 pixels.",
+    "orientation selectivity": "From 0 to 1: how much a pattern's structure runs in one direction only.",
+    "colourfulness": "0 is gray, 33 moderately colourful, 82 and more highly.",
     "loss": "How surprised the network is by a picture's true label: 0 if it was sure of it.",
     "store": "A folder with what every unit did on a whole data set, made by `convscope scan`.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -101,7 +102,22 @@ def router(desk: Desk) -> APIRouter:
             raise MissingError("this story is not told yet")
         return await made(request, lambda asker: chapter_sheet(told, number))
 
+    @routes.get("/story")
+    async def story(request: Request, model: str, v: str) -> Response:
+        net = network(model, v)
+        told = explorer.told(net)
+        if told is None:
+            raise MissingError("this story is not told yet")
+        return await made(request, lambda asker: explorer.cut(asker, net, ("story",), lambda: story_figure(told)))
+
     return routes
+
+
+def story_figure(told: Any) -> bytes:
+    """The whole story as one picture: patterns, and beside them what is measured."""
+    buffer = io.BytesIO()
+    told.figure().savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def chapter_sheet(told: Any, number: int) -> bytes:

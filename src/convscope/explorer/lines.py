@@ -42,6 +42,36 @@ def pattern(model: str, layer: str, unit: int, look: str, recipe: str, seed: int
     return lines
 
 
+def scan(model: str) -> Lines:
+    return {
+        "python": f"convscope.scan({_load(model)}, PICTURES, 'STORE')",
+        "shell": f"convscope scan {_quoted(model)} PICTURES -o STORE",
+    }
+
+
+def concepts(model: str, store: str, target: int | None, layer: str | None = None) -> Lines:
+    asked = "CLASS" if target is None else str(target)
+    given = _given(layer=layer)
+    return {
+        "python": f"found = convscope.concepts({_load(model)}, PICTURES, {asked}{_arguments(given)})\n{_keep(store)}",
+        "shell": " ".join(
+            [f"convscope concepts {_quoted(model)} PICTURES --target {asked}", *_options(given), "-o", _quoted(store)]
+        ),
+    }
+
+
+def atlas(model: str, store: str, layer: str | None = None, target: int | None = None) -> Lines:
+    given = _given(layer=layer, target=target)
+    return {
+        "python": f"found = convscope.atlas({_load(model)}, PICTURES{_arguments(given)})\n{_keep(store)}",
+        "shell": " ".join([f"convscope atlas {_quoted(model)} PICTURES", *_options(given), "-o", _quoted(store)]),
+    }
+
+
+def _keep(store: str) -> str:
+    return f"convscope.open_store({store!r}).keep(found)"
+
+
 def examples(store: str, layer: str, unit: int) -> Lines:
     return {"python": f"convscope.open_store({store!r}).unit({layer!r}, {unit}).examples(9)"}
 

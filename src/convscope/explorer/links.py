@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
@@ -11,6 +12,7 @@ from convscope.explorer.drawings import Drawing
 from convscope.explorer.pictures import Picture
 from convscope.explorer.state import Network
 from convscope.results import file_names
+from convscope.scan.kept import Kept
 
 
 class Site(Protocol):
@@ -35,6 +37,11 @@ class Site(Protocol):
     def thumbnail(self, net: Network, number: int) -> str: ...
 
     def chapter(self, net: Network, number: int) -> str: ...
+
+    def kept(self, net: Network, one: Kept, which: str) -> str:
+        """A sheet of pictures of concepts or of an atlas."""
+
+    def figure(self, net: Network) -> str: ...
 
 
 class Live:
@@ -68,6 +75,12 @@ class Live:
 
     def chapter(self, net: Network, number: int) -> str:
         return self._image("chapter", model=net.key, number=number, v=net.version)
+
+    def figure(self, net: Network) -> str:
+        return self._image("story", model=net.key, v=net.version)
+
+    def kept(self, net: Network, one: Kept, which: str) -> str:
+        return self._image("kept", model=net.key, kind=one.kind, name=one.name, which=which, v=one.version)
 
     def _image(self, route: str, **what: Any) -> str:
         return f"/image/{route}?{urlencode(what)}"
@@ -118,6 +131,13 @@ class Published:
     def chapter(self, net: Network, number: int) -> str:
         return self._image(f"m/{net.key}/story-{number}.png", "chapter", net=net, number=number)
 
+    def figure(self, net: Network) -> str:
+        return self._image(f"m/{net.key}/story.png", "figure", net=net)
+
+    def kept(self, net: Network, one: Kept, which: str) -> str:
+        name = f"m/{net.key}/{one.kind}/{clean(one.name)}-{which}.webp"
+        return self._image(name, "kept", one=one, which=which)
+
     def _image(self, name: str, route: str, **what: Any) -> str:
         self._write(name, lambda: self._make(route, **what))
         return self._relative(name)
@@ -126,6 +146,7 @@ class Published:
         return quote(posixpath.relpath(target, self._from or "."), safe="/._-~")
 
 
+@lru_cache(1 << 16)
 def clean(part: str | int) -> str:
     """A part of a file's name that any file system and any web server takes; see `results.file_names`."""
     text = str(part)

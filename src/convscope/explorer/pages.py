@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from convscope.colour import palette
-from convscope.explorer import answers, dataset, lines
+from convscope.explorer import answers, dataset, graph, kept, lines
 from convscope.explorer.drawings import LOOKS, RECIPES, Drawing
 from convscope.explorer.glossary import WORDS
 from convscope.explorer.links import Site
@@ -18,6 +18,7 @@ from convscope.explorer.queue import Asker
 from convscope.explorer.state import SLOW, Explorer, Network, followed
 from convscope.heatmaps.methods import METHODS
 from convscope.model import LOGITS, Layer
+from convscope.story import Story
 
 SHOWN = 256  # channels of a layer that a page begins with
 COLOURS = ("jet", "viridis", "inferno", "coolwarm")
@@ -88,25 +89,29 @@ class Pages:
 
     def network(self, net: Network) -> Page:
         """All layers, as a table and as a drawing."""
-        picture = self._lead(net)
+        picture = self.lead(net)
         rows = [self._row(net, row) for row in net.layers]
         measured = dataset.layer_measures(net)
         for row in rows:
             row["measured"] = measured.get(row["name"], {})
         if not self.site.live and picture is not None:
             for name, values in self.explorer.summaries(self.asker, net, picture).items():
-                next(row for row in rows if row["name"] == name)["measured"] |= values
+                row = next(row for row in rows if row["name"] == name)
+                row["measured"] = values | row["measured"]  # what a data set told is not taken back by one picture
+        drawn = graph.figure([(row.shape[1:] or (1,))[0] for row in net.layers], net.edges)
         data = {
             "kind": "network",
             "live": self.site.live,
             "summaries": f"/api/models/{net.key}/pictures/{picture.key}/layers" if picture else None,
             "layers": rows,
+            "graph": drawn,
         }
-        return Page("network.html", f"{net.model.name}: its layers", data, {"net": net, "rows": rows, "lead": picture})
+        more = {"net": net, "rows": rows, "lead": picture, "graph": drawn}
+        return Page("network.html", f"{net.model.name}: its layers", data, more)
 
     def layer(self, net: Network, row: Layer, picture: Picture | None, target: int | None = None) -> Page:
         """A layer: its channels on a picture, and what the data set says of its units."""
-        picture = picture or self._lead(net)
+        picture = picture or self.lead(net)
         data: dict[str, Any] = {"kind": "layer", "live": self.site.live, "layer": row.name, "units": row.units}
         more: dict[str, Any] = {"net": net, "row": row, "picture": picture, "around": self._around(net, row.name)}
         more |= {"sees": sees(net, row), "cells": [], "dead": 0, "kept": self._kept(net, row.name)}
@@ -158,7 +163,7 @@ class Pages:
 
     def unit(self, net: Network, layer: str, unit: int, picture: Picture | None, what: Drawing) -> Page:
         """A unit: what it wants, what excites it, what it makes of a picture."""
-        picture = picture or self._lead(net)
+        picture = picture or self.lead(net)
         row = None if layer == LOGITS else net.layer(layer)
         made = self.explorer.drawn(net, what)
         about = dataset.unit_page(net, self.site, layer, unit)
@@ -204,7 +209,7 @@ class Pages:
     def class_(self, net: Network, index: int, picture: Picture | None, what: Drawing) -> Page:
         """A class: its pattern, the units that tell of it, and the pictures that the network takes for it."""
         page = self.unit(net, LOGITS, index, picture, what)
-        about = dataset.class_page(net, self.site, index)
+        about = {**dataset.class_page(net, self.site, index), **self._made_of(net, index)}
         return Page("class.html", f"{net.model.class_name(index)}, {net.model.name}", page.data, {**page.more, **about})
 
     # --- the rest ---
@@ -215,8 +220,9 @@ class Pages:
         chapters = [] if told is None else _chapters(told)
         for i, chapter in enumerate(chapters):
             chapter["src"] = self.site.chapter(net, i)
+        figure = "" if told is None else self.site.figure(net)
         data = {"kind": "story", "live": self.site.live, "events": f"/api/models/{net.key}/story/events"}
-        more = {"net": net, "chapters": chapters, "walk": self._walk(net), "told": told is not None}
+        more = {"net": net, "chapters": chapters, "walk": self._walk(net), "told": told, "figure": figure}
         return Page("story.html", f"The story of {net.model.name}", data, more)
 
     def example(self, net: Network, number: int) -> Page:
@@ -244,9 +250,15 @@ class Pages:
         )
         return html
 
-    def _lead(self, net: Network) -> Picture | None:
+    def lead(self, net: Network) -> Picture | None:
+        """The picture to begin with, if there is any."""
         samples = self.explorer.shelf.samples
         return samples[0] if samples and net.takes_pictures else None
+
+    def _made_of(self, net: Network, index: int) -> dict[str, Any]:
+        """What the store keeps of a class: concepts and atlases; and where a live page says how they are made."""
+        page = self.site.page("m", net.key, "concepts", index)
+        return {"kept": kept.links(net, self.site, index), "concepts_page": page}
 
     def _walk(self, net: Network) -> list[str]:
         return followed(net)
@@ -296,14 +308,14 @@ def _places(maps: np.ndarray, most: int = 1024, top: int = 6) -> dict[str, Any] 
     return {"units": best.tolist(), "values": [[float(f"{v:.3g}") for v in row] for row in values]}
 
 
-def _chapters(told: Any) -> list[dict[str, Any]]:
+def _chapters(told: Story) -> list[dict[str, Any]]:
     return [
         {
             "layer": chapter.layer,
             "sees": "the whole picture" if chapter.sees is None else " × ".join(map(str, chapter.sees)) + " pixels",
             "names": list(chapter.names),
             "units": [int(u) for u in chapter.units],
-            "measured": {k: float(np.median(v)) for k, v in chapter.measures.items()},
+            "measured": {k: np.percentile(v, (25, 50, 75)).tolist() for k, v in chapter.measures.items()},
             "count": len(chapter.images),
             "height": chapter.images.shape[1],
             "width": chapter.images.shape[2],
@@ -313,7 +325,9 @@ def _chapters(told: Any) -> list[dict[str, Any]]:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
+    """A number for people, with no exponent where it can do without."""
+    text = "" if value is None else f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text and abs(value or 0) < 1e6 else text
 
 
 def _explained(word: str) -> str:
@@ -326,5 +340,6 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
+    auto_reload=False,
 )
 _ENVIRONMENT.filters |= {"number": _number, "explained": _explained}

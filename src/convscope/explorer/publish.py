@@ -13,10 +13,10 @@ from PIL import Image
 
 from convscope.budget import Progress, chunks
 from convscope.errors import ConvscopeError
+from convscope.explorer import kept, kept_pages
 from convscope.explorer.app import assets
 from convscope.explorer.dataset import Views
-from convscope.explorer.drawings import Drawing
-from convscope.explorer.images import chapter_sheet
+from convscope.explorer.images import chapter_sheet, story_figure
 from convscope.explorer.links import Parts, Published, file_of
 from convscope.explorer.pages import Page, Pages
 from convscope.explorer.pictures import Picture, encoded
@@ -25,6 +25,7 @@ from convscope.explorer.state import Explorer, Network
 from convscope.images import Failure
 from convscope.model import LOGITS, Model
 from convscope.results import replacing, versions, write_json
+from convscope.scan.kept import Kept
 from convscope.scan.store import Store, open_store
 
 CHUNK = 48  # units whose examples one process cuts out at a time
@@ -126,6 +127,11 @@ class _Press:
                 yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
         for index in range(net.model.outputs or 0):
             yield ("m", key, "class", index), partial(_class, net, index)
+        yield ("m", key, "concepts"), lambda pages: kept_pages.index(pages, net)
+        for one in kept.concepts(net):
+            yield kept.parts_of(net, one), partial(_concepts, net, one)
+        for one in kept.atlases(net):
+            yield kept.parts_of(net, one), partial(_atlas, net, one.name)
         for number in self._shown():
             yield ("m", key, "data", number), partial(_example, net, number)
         first = samples[0] if samples else None
@@ -139,6 +145,10 @@ class _Press:
         for layer in self._units_of():
             best = self._store.top_pictures(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
             found |= {int(p) for p in best.ravel() if p >= 0}
+        for one in kept.atlases(self._net):
+            cells = kept.told_atlas(self._explorer, self._net, one, kept.arrays_of(self._explorer, one))["cells"]
+            numbers = {shown["number"] for cell in cells for shown in cell["pictures"]}
+            found |= numbers - {None}
         self._data = found
         return sorted(found)
 
@@ -147,6 +157,8 @@ class _Press:
         if parts[:1] != ("m",) or len(parts) == 2:
             return True
         kind = parts[2]
+        if kind == "concepts" and len(parts) > 3:
+            return bool(kept.concepts(self._net, int(parts[3])))
         if kind in ("layer", "unit"):
             return parts[3] in self._layers
         if kind == "picture" and len(parts) == 6:
@@ -185,8 +197,12 @@ class _Press:
             return self._explorer.sheet(self._asker, what["net"], what["picture"], what["layer"])[0]
         if route == "thumbnail":
             return self._views.thumbnail(what["number"], 320)
+        if route == "figure":
+            return story_figure(self._explorer.told(what["net"]))
         if route == "chapter":
             return chapter_sheet(self._explorer.told(what["net"]), what["number"])
+        if route == "kept":
+            return kept.sheet(kept.arrays_of(self._explorer, what["one"]), what["which"])
         if route == "pattern":
             import io
 
@@ -204,11 +220,19 @@ def _layer(net: Network, layer: str, pages: Pages) -> Page:
 
 
 def _unit(net: Network, layer: str, unit: int, pages: Pages) -> Page:
-    return pages.unit(net, layer, unit, None, Drawing(layer, unit))
+    return pages.unit(net, layer, unit, None, pages.explorer.meant(net, layer, unit))
 
 
 def _class(net: Network, index: int, pages: Pages) -> Page:
-    return pages.class_(net, index, None, Drawing(LOGITS, index))
+    return pages.class_(net, index, None, pages.explorer.meant(net, LOGITS, index))
+
+
+def _concepts(net: Network, one: Kept, pages: Pages) -> Page:
+    return kept_pages.concepts(pages, net, one.target or 0, one.layer, None)
+
+
+def _atlas(net: Network, name: str, pages: Pages) -> Page:
+    return kept_pages.atlas(pages, net, name)
 
 
 def _example(net: Network, number: int, pages: Pages) -> Page:

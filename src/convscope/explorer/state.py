@@ -21,10 +21,11 @@ from convscope.explorer.cache import Cache
 from convscope.explorer.drawings import Album, Drawing, draw
 from convscope.explorer.pictures import MissingError, Picture, Shelf, encoded
 from convscope.explorer.queue import Asker, Lane, Work
+from convscope.explorer.stored import Stored
 from convscope.explorer.twin import twin
 from convscope.model import LOGITS, Layer, Model
 from convscope.samples import photographs
-from convscope.story import story
+from convscope.story import Story, story
 
 if TYPE_CHECKING:
     from convscope.scan.store import Store
@@ -41,6 +42,7 @@ class Network:
         self.key, self.model, self.source = key, model, source
         weights = model.weights_hash()
         self.store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
+        self.stored = None if self.store is None else Stored(self.store)
         self.version = hashlib.sha256(f"{weights} {__version__} {model.preprocessing}".encode()).hexdigest()[:12]
         self._spare: Model | None = None
         self._lock = threading.Lock()
@@ -61,6 +63,12 @@ class Network:
     def layers(self) -> list[Layer]:
         """The layers with maps of their own, from first to last."""
         return self.model.layers.distinct()
+
+    @cached_property
+    def edges(self) -> list[tuple[int, int]]:
+        """How data flows between the `layers`: pairs of their numbers."""
+        numbers = {row.name: i for i, row in enumerate(self.layers)}
+        return [(numbers[start], numbers[end]) for start, end in self.model.layers.edges(numbers)]
 
     def layer(self, name: str) -> Layer:
         """Raises MissingError for a name that none of the layers has."""
@@ -170,6 +178,14 @@ class Explorer:
             asker, key, lambda work: answers.relevance(net.model, self._input(net, picture), layer, target)
         )
 
+    def concept_heat(
+        self, asker: Asker, net: Network, picture: Picture, layer: str, bank: np.ndarray, version: str
+    ) -> np.ndarray:
+        """How much of each concept of a bank (R, C) is at each place of a picture, float32 (R, h, w)."""
+        maps = self.maps(asker, net, picture, layer)
+        key = ("concepts", net.version, version, picture.key)
+        return self._quickly(asker, key, lambda work: answers.concept_heat(maps, bank))
+
     def sheet(self, asker: Asker, net: Network, picture: Picture, layer: str) -> tuple[bytes, dict[str, int]]:
         """All channels of a layer on one PNG, and its measures."""
         maps = self.maps(asker, net, picture, layer)
@@ -231,20 +247,47 @@ class Explorer:
 
     def drawn(self, net: Network, what: Drawing) -> dict[str, Any] | None:
         """A pattern that is there already."""
-        found: dict[str, Any] | None = self.cache.get(("pattern", net.version, what))
+        key = ("pattern", net.version, what)
+        found: dict[str, Any] | None = self.cache.get(key)
+        if found is None and net.stored is not None and (found := net.stored.pattern(what)) is not None:
+            self.cache.put(key, found)
         return found or self.album.get(net.version, what)
+
+    def meant(
+        self,
+        net: Network,
+        layer: str,
+        unit: int,
+        look: str = "positive",
+        recipe: str | None = None,
+        seed: int | None = None,
+    ) -> Drawing:
+        """The pattern that is asked for; where recipe or seed are left open, as the store's own was drawn."""
+        own = (net.stored and net.stored.how(layer, unit)) or Drawing(layer, unit)
+        return Drawing(layer, unit, look, recipe or own.recipe, own.seed if seed is None else seed)
 
     def begin_story(self, client: str, net: Network) -> Work:
         """The story of the network, chapter by chapter; minutes. Who began it has to leave it."""
 
-        def make(work: Work) -> Any:
-            return story(net.spare, units=12, shown=6, progress=work.tell)
+        def make(work: Work) -> Story:
+            told = self.told(net)
+            if told is None:
+                told = story(net.spare, units=12, shown=6, progress=work.tell)
+                self.album.put_story(net.version, told)
+            return told
 
         return self.slow.ask(self._story_key(net), make, client)
 
-    def told(self, net: Network) -> Any:
-        """The story, if it has been told."""
-        return self.cache.get(self._story_key(net))
+    def told(self, net: Network) -> Story | None:
+        """The story, if it has been told: here, into the store, or into the folder where things are kept."""
+        key = self._story_key(net)
+        told: Story | None = self.cache.get(key)
+        if told is None:
+            told = None if net.stored is None else net.stored.story(net.model)
+            told = told or self.album.story(net.version, net.model)
+            if told is not None:
+                self.cache.put(key, told)
+        return told
 
     # --- pictures of the data set ---
 

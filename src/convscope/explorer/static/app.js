@@ -12,7 +12,7 @@ function say(text) {
 }
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "polyline", "image", "text"].includes(tag);
+  const svg = ["svg", "rect", "path", "polyline", "image", "text"].includes(tag);
   const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
@@ -26,7 +26,7 @@ async function ask(address, options = {}) {
   return content;
 }
 
-const short = (value, digits = 3) => Number(value).toPrecision(digits).replace(/\.?0+$|(\.\d*?)0+(?=e|$)/, "$1");
+const short = (value, digits = 3) => Math.abs(value) >= 10 ** digits && Math.abs(value) < 1e6 ? String(Math.round(value)) : Number(value).toPrecision(digits).replace(/\.?0+$|(\.\d*?)0+(?=e|$)/, "$1");
 
 // Words and their explanations.
 function closeTip() {

@@ -29,16 +29,16 @@ function enlarge(values, height, width, outHeight, outWidth) {
   return out;
 }
 
-// look: palette (colours from low to high), signed, opacity 0..1.
+// look: palette (colours from low to high), signed, opacity 0..1; peak: the value of the last colour, else the highest.
 function paint(canvas, map, look) {
-  const values = unpack(map);
+  const values = map.values || unpack(map);
   const ratio = canvas.clientWidth && canvas.clientHeight ? canvas.clientHeight / canvas.clientWidth : 1;
   const width = 256, height = Math.max(16, Math.min(512, Math.round(256 * ratio)));
   canvas.width = width;
   canvas.height = height;
   const large = enlarge(values, map.height, map.width, height, width);
-  let peak = 0;
-  for (const v of large) peak = Math.max(peak, look.signed ? Math.abs(v) : v);
+  let peak = look.peak || 0;
+  if (!look.peak) for (const v of large) peak = Math.max(peak, look.signed ? Math.abs(v) : v);
   const image = new ImageData(width, height);
   for (let i = 0; i < large.length; i++) {
     const share = peak > 0 ? large[i] / peak : 0;

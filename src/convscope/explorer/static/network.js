@@ -13,31 +13,50 @@
   };
   const value = (row, name) => (MEASURED.includes(name) ? row.measured[name] : row[name]);
   const high = Math.max(...page.layers.map((row) => row.shape[1] || 1));
-  const STEP = 15, FLOOR = 160;
+  const most = Math.max(...page.layers.map((row) => row.units));
+  const { step, pitch, top, column, lane } = page.graph;
 
   function shade(share) {
     const low = [232, 238, 244], top = [16, 78, 139];
     return `rgb(${low.map((v, i) => Math.round(v + share * (top[i] - v))).join(" ")})`;
   }
 
+  // Where each bar lies: its middle, and half its width and height.
+  const bars = page.layers.map((row, i) => ({
+    x: 20 + (column[i] + 0.5) * step,
+    y: top + (lane[i] + 0.5) * pitch,
+    wide: Math.max(3, (Math.min(step, 24) - 3) * Math.log2(1 + row.units) / Math.log2(1 + most)) / 2,
+    tall: Math.max(8, (pitch - 8) * Math.log2(1 + (row.shape[1] || 1)) / Math.log2(1 + high)) / 2,
+  }));
+  for (const [from, to] of page.graph.lines) {
+    const a = bars[from], b = bars[to], end = b.x - b.wide;
+    const turn = a.y === b.y ? end : Math.max(a.x + a.wide, b.x - step + a.wide), middle = (turn + end) / 2;
+    graph.append(make("path", { d: `M${a.x + a.wide} ${a.y}H${turn}C${middle} ${a.y} ${middle} ${b.y} ${end} ${b.y}` }));
+  }
+  for (const [from, to] of page.graph.arcs) {
+    const a = bars[from], b = bars[to], high = Math.min(a.y - a.tall, b.y - b.tall) - Math.min(48, 14 + 2 * (column[to] - column[from]));
+    graph.append(make("path", { d: `M${a.x} ${a.y - a.tall}C${a.x} ${high} ${b.x} ${high} ${b.x} ${b.y - b.tall}` }));
+  }
   page.layers.forEach((row, i) => {
-    const tall = 12 + 130 * Math.log2(1 + (row.shape[1] || 1)) / Math.log2(1 + high);
-    const wide = Math.min(STEP - 2, 3 + 1.1 * Math.log2(row.units));
+    const { x, y, wide, tall } = bars[i];
     const link = document.createElementNS("http://www.w3.org/2000/svg", "a");
     link.setAttribute("href", row.page);
-    const bar = make("rect", { x: 20 + i * STEP + (STEP - wide) / 2, y: FLOOR - tall, width: wide, height: tall });
-    link.append(bar);
+    link.append(make("rect", { x: x - wide, y: y - tall, width: 2 * wide, height: 2 * tall }));
     link.dataset.layer = i;
     graph.append(link);
-    if (i === 0 || (row.shape[1] !== page.layers[i - 1].shape[1])) {
-      graph.append(make("text", { x: 20 + i * STEP, y: FLOOR + 16 }, String(row.shape[1] || 1)));
-    }
   });
+  for (const [at, side] of page.graph.marks) {
+    graph.append(make("text", { x: 20 + at * step, y: page.graph.height - 6 }, String(side)));
+  }
 
-  function tell(row) {
-    const name = select.value, v = value(row, name);
+  const sources = page.layers.map(() => []);
+  for (const [from, to] of [...page.graph.lines, ...page.graph.arcs]) sources[to].push(from);
+  const joined = (names) => `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
+  function tell(i) {
+    const row = page.layers[i], name = select.value, v = value(row, name);
     const shown = v === undefined || v === null ? "not measured" : MEASURED.includes(name) && name !== "selectivity" ? `${(100 * v).toFixed(0)} %` : short(v);
-    return `${row.name}: ${row.kind}, ${row.shape.join(" × ")}; ${select.selectedOptions[0].textContent} ${shown}`;
+    const joins = sources[i].length > 1 ? `; joins ${joined(sources[i].sort((a, b) => a - b).map((k) => page.layers[k].name))}` : "";
+    return `${row.name}: ${row.kind}, ${row.shape.join(" × ")}; ${select.selectedOptions[0].textContent} ${shown}${joins}`;
   }
   function colourAll() {
     const name = select.value, values = page.layers.map((row) => value(row, name));
@@ -48,24 +67,25 @@
     findAll("a", graph).forEach((link) => {
       const i = Number(link.dataset.layer), v = values[i];
       find("rect", link).setAttribute("fill", v === undefined || v === null ? "transparent" : shade(scaled(v)));
-      link.setAttribute("aria-label", tell(page.layers[i]));
+      link.setAttribute("aria-label", tell(i));
     });
     const span = numbers.length ? ` Lightest ${short(Math.min(...numbers))}, darkest ${short(most)}.` : " Not measured.";
     document.getElementById("quantity-says").textContent = SAYS[name] + span;
   }
   for (const kind of ["mouseover", "focusin"]) graph.addEventListener(kind, (event) => {
     const link = event.target.closest("a");
-    if (link) read.textContent = tell(page.layers[Number(link.dataset.layer)]);
+    if (link) read.textContent = tell(Number(link.dataset.layer));
   });
 
   async function measured() {
-    if (!page.live || !page.summaries || page.layers.some((row) => "sparsity" in row.measured)) return;
+    if (!page.live || !page.summaries || page.layers.every((row) => "sparsity" in row.measured)) return;
     const told = await ask(page.summaries);
-    page.layers.forEach((row) => Object.assign(row.measured, told.layers[row.name] || {}));
+    // What a data set told is not taken back by one picture.
+    page.layers.forEach((row) => { row.measured = { ...told.layers[row.name], ...row.measured }; });
     for (const line of findAll("#layers tbody tr")) {
       const own = told.layers[line.dataset.layer] || {};
       for (const cell of findAll("[data-measure]", line)) {
-        if (cell.dataset.measure in own) cell.textContent = `${(100 * own[cell.dataset.measure]).toFixed(0)} %`;
+        if (cell.dataset.measure in own && !cell.textContent) cell.textContent = `${(100 * own[cell.dataset.measure]).toFixed(0)} %`;
       }
     }
   }
