@@ -1,9 +1,10 @@
 # make demo: set up and show the bundled network at work. make test: set up and pass the tests.
+# make screenshots: pictures of every kind of page of the explorer, of the bundled network; needs Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint benchmarks clean
+.PHONY: demo test lint benchmarks screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -18,6 +19,9 @@ lint: $(VENV)/installed-test
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
+
+screenshots: $(VENV)/installed-test
+	$(BIN)/python tests/browser/screenshots.py build/screenshots --model lite0
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +127,32 @@ def story(
         chapters.append(Chapter(name, _sees(model, row), drawn.units[kept], called, drawn.images[kept], measures))
         notes += [f"{name}: {note}" for note in drawn.notes]
     return Story(model, tuple(chapters), seed, notes=tuple(notes))
+
+
+def read_story(model: Model, read: Callable[[str], bytes]) -> Story:
+    """A story that was saved; `read` gives the content of a file of its folder.
+
+    Raises ConvscopeError if it cannot be read, or tells of another network.
+    """
+    try:
+        manifest = json.loads(read("manifest.json"))
+        made, told = manifest["model"], manifest["parameters"]
+        with np.load(io.BytesIO(read("arrays.npz")), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        if made["weights_sha256"] != model.weights_hash():
+            raise ConvscopeError(f"the story that is kept is of {made['name']} with other weights than {model.name}")
+        chapters = tuple(_chapter(model, layer, i, arrays) for i, layer in enumerate(told["layers"]))
+        return Story(model, chapters, told["seed"], notes=tuple(manifest["notes"]))
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ConvscopeError(f"the story that is kept cannot be read ({error}); tell it anew") from error
+
+
+def _chapter(model: Model, layer: str, i: int, arrays: dict[str, np.ndarray]) -> Chapter:
+    """The inverse of `Story.arrays`."""
+    row, units = None if layer == LOGITS else model.layers.find(layer), arrays[f"{i}_units"]
+    names = tuple(model.class_name(int(u)) if row is None else f"{layer} {u}" for u in units)
+    measures = {name: arrays[f"{i}_{name.replace(' ', '_')}"] for name in MEASURES}
+    return Chapter(layer, _sees(model, row), units, names, arrays[f"{i}_images"], measures)
 
 
 def _chapters(model: Model) -> list[str]:

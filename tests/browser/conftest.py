@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for oracles
 
-from oracles.explorer import data_folder, picture, tiny_model  # noqa: E402
+import browsers  # noqa: E402
+from oracles.explorer import data_folder, kept, picture, tiny_model  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import convscope  # noqa: E402
 
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 SHIFTS = """
 window.shifts = 0;
 new PerformanceObserver((list) => {
@@ -31,11 +27,11 @@ new PerformanceObserver((list) => {
 @pytest.fixture(scope="session")
 def chromium():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    where = shutil.which("chromium") or shutil.which("chromium-browser")
+    where = browsers.chromium()
     if where is None:
         pytest.skip("there is no chromium on this machine (apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=where, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=where, args=browsers.ARGUMENTS)
         yield browser
         browser.close()
 
@@ -75,7 +71,9 @@ def model():
 def store(model, tmp_path_factory):
     where = tmp_path_factory.mktemp("store")
     layers = ["relu1", "relu3"]
-    return convscope.scan(model, data_folder(where / "data"), where / "store", layers=layers, k=10, workers=0)
+    made = convscope.scan(model, data_folder(where / "data"), where / "store", layers=layers, k=10, workers=0)
+    kept(model, made)
+    return made
 
 
 @pytest.fixture(scope="session")

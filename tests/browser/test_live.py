@@ -259,6 +259,7 @@ def test_the_network_is_coloured_by_what_is_measured(tab, live):
     tab.locator("#graph a").first.wait_for()
     count = len(live[0].first.layers)
     assert tab.locator("#graph a").count() == count
+    assert tab.locator("#graph path").count() == len(live[0].first.edges) == count - 1  # a chain
     assert tab.locator("#layers tbody tr").count() == count
     fills = lambda: tab.eval_on_selector_all("#graph a rect", "(all) => all.map((r) => r.getAttribute('fill'))")  # noqa: E731
     before = fills()

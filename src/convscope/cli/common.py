@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from convscope.budget import Progress
     from convscope.model import Model
     from convscope.results import Result
+    from convscope.scan.store import Store
 
 app = typer.Typer(
     help="A microscope for convnets: see what a PyTorch or Keras network has learned.",
@@ -89,6 +90,17 @@ def numbers(text: str) -> list[int | str] | None:
 def first(net: Model, layer: str) -> range:
     count = net.outputs if layer == "logits" else net.layers.find(layer).units
     return range(min(16, count or 16))
+
+
+def store_at(out: Path, net: Model) -> Store | None:
+    """The store that the folder is, if it is one. Raises ConvscopeError where it was made with other weights."""
+    if not (out / "plan.json").exists() and not (out / "units.parquet").exists():
+        return None
+    import convscope
+
+    store = convscope.open_store(out)
+    store.require(net)
+    return store
 
 
 def finish(result: Result, out: Path | None, as_json: bool, quiet: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +23,13 @@ from convscope.cli.common import (
     bar,
     finish,
     load,
+    store_at,
     table,
 )
+
+if TYPE_CHECKING:
+    from convscope.model import Model
+    from convscope.scan.store import Store
 
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
@@ -52,31 +57,24 @@ def concepts(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Of which few concepts a class is made: patches, heat, and how much each one counts."""
+    """Of which few concepts a class is made: patches, heat, and how much each one counts.
+
+    Where the folder is a store that `convscope scan` made of this network, they become a part of it.
+    """
     import convscope
 
-    net = load(model, weights, classes, preprocessing, device)
+    net, store = _begun(out, model, weights, classes, preprocessing, device)
+    settings: dict[str, Any] = {
+        "layer": layer, "count": count, "crop": crop, "crops": crops, "only_predicted": only_predicted, "masks": masks,
+        "seed": seed, "fit": fit, "max_pixels": max_pixels,
+    }  # fmt: skip
     with bar("concepts") as progress:
-        result = convscope.concepts(
-            net,
-            images,
-            target,
-            layer=layer,
-            count=count,
-            crop=crop,
-            crops=crops,
-            only_predicted=only_predicted,
-            masks=masks,
-            seed=seed,
-            fit=fit,
-            max_pixels=max_pixels,
-            progress=progress,
-        )
+        result = convscope.concepts(net, images, target, progress=progress, **settings)
     if not as_json:
         figures = zip(result.importance, result.effects, strict=True)
         rows = [(str(r), f"{index:.3f}", f"{effect:+.2f}") for r, (index, effect) in enumerate(figures)]
         table(f"{result.name} at {result.layer}", ("concept", "importance", "logit"), rows, right=(0, 1, 2))
-    finish(result, out, as_json)
+    _put(result, store, out, as_json)
 
 
 @app.command()
@@ -100,24 +98,31 @@ def atlas(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """What a layer tells apart: its activations over many pictures as a map of icons (needs convscope[atlas])."""
+    """What a layer tells apart: its activations over many pictures as a map of icons (needs convscope[atlas]).
+
+    Where the folder is a store that `convscope scan` made of this network, it becomes a part of it.
+    """
     import convscope
 
-    net = load(model, weights, classes, preprocessing, device)
+    net, store = _begun(out, model, weights, classes, preprocessing, device)
+    settings: dict[str, Any] = {
+        "layer": layer, "target": target, "grid": grid, "places": places, "least": least, "size": size, "steps": steps,
+        "seed": seed, "fit": fit, "max_pixels": max_pixels,
+    }  # fmt: skip
     with bar("atlas") as progress:
-        result = convscope.atlas(
-            net,
-            images,
-            layer=layer,
-            target=target,
-            grid=grid,
-            places=places,
-            least=least,
-            size=size,
-            steps=steps,
-            seed=seed,
-            fit=fit,
-            max_pixels=max_pixels,
-            progress=progress,
-        )
+        result = convscope.atlas(net, images, progress=progress, **settings)
+    _put(result, store, out, as_json)
+
+
+def _begun(out: Path, *model: Any) -> tuple[Model, Store | None]:
+    """The network, and the store that the results go into, if the folder is one. Told apart before any work."""
+    net = load(*model)
+    return net, store_at(out, net)
+
+
+def _put(result: Any, store: Store | None, out: Path, as_json: bool) -> None:
+    if store is not None:
+        from convscope.scan.kept import place
+
+        out = place(store, result)
     finish(result, out, as_json)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,8 +28,12 @@ from convscope.cli.common import (
     print_json,
     report,
     say,
+    store_at,
 )
 from convscope.errors import ConvscopeError
+
+if TYPE_CHECKING:
+    from convscope.scan.store import Store
 
 Seed = Annotated[int, typer.Option(help="The same seed gives the same pictures.")]
 
@@ -72,19 +77,20 @@ def patterns(
     Where the folder is a store that `convscope scan` made of this network, they become a part of it.
     """
     net = load(model, weights, classes, preprocessing, device)
-    chosen, asked = _asked(net, layers, units)
+    store = store_at(out, net)
+    chosen, asked = _asked(net, layers, units, store)
     settings = {
         "recipe": recipe, "size": size, "steps": steps, "views": views, "patience": patience, "start": start,
         "reference": reference, "frames": frames, "seed": seed,
     }  # fmt: skip
-    store = (out / "plan.json").exists() or (out / "units.parquet").exists()
     if negatives and asked is None and _whole(recipe):
         raise ConvscopeError(f"--negatives goes with --units; recipe {recipe!r} would draw a layer as a whole")
     if ray is not None and asked is None and _whole(recipe):
         raise ConvscopeError(f"--ray goes with --units; recipe {recipe!r} would draw a layer as a whole")
-    if store or len(chosen) > 1:
-        folders = _folders(net, chosen, out, store)
-        _many(net, folders, asked, settings, negatives, resume, ray, as_json)
+    if store is not None or len(chosen) > 1:
+        folders = _folders(chosen, out, store)
+        with _cluster(ray):
+            _many(net, folders, asked, settings, negatives, resume, ray, as_json)
         return
     result = _drawn(net, chosen[0], asked, out, settings, resume, ray)
     if negatives:
@@ -93,8 +99,17 @@ def patterns(
     _forget(out)
 
 
-def _asked(net: Any, layers: str | None, units: str | None) -> tuple[list[str], str | None]:
-    """Layers and units as the user writes them."""
+def _cluster(ray: str | None) -> AbstractContextManager[None]:
+    """One connection for all layers: to start a cluster takes seconds."""
+    if ray is None:
+        return nullcontext()
+    from convscope.scan.cluster import connected
+
+    return connected(ray)
+
+
+def _asked(net: Any, layers: str | None, units: str | None, store: Store | None) -> tuple[list[str], str | None]:
+    """Layers and units as the user writes them; all layers are, of a store, those that were scanned."""
     prefix, colon, rest = (units or "").partition(":")
     if colon and prefix == "logits":
         if layers not in (None, "logits"):
@@ -103,6 +118,8 @@ def _asked(net: Any, layers: str | None, units: str | None) -> tuple[list[str], 
     chosen = listed(layers or "")
     if not chosen:
         raise ConvscopeError("give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers")
+    if chosen == ["all"] and store is not None:
+        return list(store.layers), units
     if chosen == ["all"]:
         return [row.name for row in net.layers.distinct()] + (["logits"] if net.outputs else []), units
     return chosen, units
@@ -123,21 +140,13 @@ def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
     return None if _whole(recipe) else first(net, layer)
 
 
-def _folders(net: Any, layers: list[str], out: Path, store: bool) -> dict[str, Path]:
+def _folders(layers: list[str], out: Path, store: Store | None) -> dict[str, Path]:
     """Where the patterns of each layer go. In a store they lie where its unit pages look for them."""
     from convscope.results import file_names
 
-    if not store:
+    if store is None:
         return {layer: out / name for layer, name in file_names(layers).items()}
-    import convscope
-
-    opened = convscope.open_store(out)
-    there, here = opened.manifest["model"]["weights_sha256"], net.weights_hash()
-    if there != here:
-        raise ConvscopeError(
-            f"{out} is a store of {opened.manifest['model']['name']} with other weights than this model"
-        )
-    names = file_names(opened.layers)
+    names = file_names(store.layers)
     unknown = [layer for layer in layers if layer not in names]
     if unknown:
         raise ConvscopeError(f"layer {unknown[0]!r} is not in the store {out}; it has {', '.join(names)}")
@@ -240,12 +249,16 @@ def story(
     preprocessing: Prepare = None,
     device: Device = None,
 ) -> None:
-    """From the first layer to the last: what units look for, seen and measured, as a figure and a page."""
+    """From the first layer to the last: what units look for, seen and measured, as a figure and a page.
+
+    Where the folder is a store that `convscope scan` made of this network, it becomes a part of it.
+    """
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
+    store = store_at(out, net)
     with bar("story") as progress:
         result = convscope.story(
             net, None if layers is None else listed(layers), units=units, shown=shown, seed=seed, progress=progress
         )
-    finish(result, out, as_json)
+    finish(result, out if store is None else out / "story", as_json)

@@ -39,6 +39,7 @@ from convscope.scan.sobol import designs, total_indices
 from convscope.sound import require_finite
 
 PATCH = 112  # pixels a side of the patches that are kept
+VIEW = 160  # pixels a side of the judged pictures that are kept
 OVERLAP = 0.3  # of two patches of one concept, as intersection over union
 
 
@@ -50,8 +51,9 @@ class Concepts(Result):
     the total Sobol index of each for the class's logit, the mean over J pictures of `indices` (J, R). `effects` (R,):
     by how much the logit falls when the concept is taken out of these pictures, on the average; negative where it
     speaks against the class. `heats` float32 (J, R, h, w): how much of each concept is at each place of these
-    pictures, `judged` (J,) their positions in `pictures`. `logits` (J,) are the class's; `rebuilt` (J,) those from
-    activations put together from the concepts alone.
+    pictures, `judged` (J,) their positions in `pictures`. `views` uint8 (J, 160, 160, 3) show what the heats lie over,
+    in the original `shapes` int64 (J, 2) pixels high and wide. `logits` (J,) are the class's; `rebuilt` (J,) those
+    from activations put together from the concepts alone.
 
     `crops` int32 (M, 5): which of the `pictures`, and top, left, bottom, right in its pixels; `coefficients` float32
     (M, R) say how much of each concept is in each. `examples` int64 (R, P) are the crops with most of it, -1 where
@@ -64,6 +66,8 @@ class Concepts(Result):
     effects: np.ndarray
     heats: np.ndarray
     judged: np.ndarray
+    views: np.ndarray
+    shapes: np.ndarray
     logits: np.ndarray
     rebuilt: np.ndarray
     crops: np.ndarray
@@ -100,9 +104,8 @@ class Concepts(Result):
         pictures cannot be used.
         """
         pictures = Pictures(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
-        bank = torch.from_numpy(self.bank)
         with watching(self.model, self.layer, self.memory) as maps_of:
-            found = [_laid(coefficients(_at_places(maps), bank), maps) for _, maps in maps_of(pictures)]
+            found = [amounts(self.bank, maps) for _, maps in maps_of(pictures)]
         if pictures.failed:
             raise ConvscopeError(str(pictures.failed[0]))
         return torch.cat(found).numpy()
@@ -111,6 +114,11 @@ class Concepts(Result):
         names = ("layer", "target", "name", "crop", "masks", "seed", "fit", "error", "pictures")
         rows = ("importance", "effects")
         return {n: getattr(self, n) for n in names} | {n: getattr(self, n).tolist() for n in rows}
+
+
+def amounts(bank: np.ndarray, maps: Tensor) -> Tensor:
+    """How much of each concept of a bank (R, C) is at each place of maps (N, C, h, w): (N, R, h, w), 0 and more."""
+    return _laid(coefficients(_at_places(maps), torch.from_numpy(bank)), maps)
 
 
 def concepts(
@@ -216,8 +224,9 @@ def concepts(
             tell(total - len(wanted) + len(opinions))
     indices = torch.stack([opinion.indices for opinion in opinions])
     order = indices.mean(0).argsort(descending=True, stable=True)
-    amounts, crops_cut = factors.coefficients[:, order].float().numpy(), np.concatenate(cut)
-    examples = np.stack([best(column, crops_cut, patches, OVERLAP) for column in amounts.T])
+    contents, crops_cut = factors.coefficients[:, order].float().numpy(), np.concatenate(cut)
+    examples = np.stack([best(column, crops_cut, patches, OVERLAP) for column in contents.T])
+    views, shapes = _views(pictures, [places[i] for i in chosen], [opinion.where for opinion in opinions])
     return Concepts(
         model,
         bank=factors.bank[order].float().numpy(),
@@ -226,10 +235,12 @@ def concepts(
         effects=torch.stack([opinion.effects for opinion in opinions]).mean(0)[order].numpy(),
         heats=torch.cat([opinion.heat for opinion in opinions])[:, order].numpy(),
         judged=chosen,
+        views=views,
+        shapes=shapes,
         logits=logits[chosen],
         rebuilt=np.array([opinion.rebuilt for opinion in opinions]),
         crops=crops_cut,
-        coefficients=amounts,
+        coefficients=contents,
         examples=examples,
         patches=_patches(pictures, places, crops_cut, examples, model.preprocessing.picture_size),
         error=factors.error,
@@ -296,11 +307,11 @@ def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, poi
     out one by one."""
     maps = looked(model, layer, one.x)
     count = len(bank)
-    amounts = coefficients(_at_places(maps), bank)
+    contents = coefficients(_at_places(maps), bank)
     shares = torch.cat([points, 1 - torch.eye(count), torch.ones(1, count)])
 
     def together(part: Tensor) -> Tensor:
-        found = (part[:, None] * amounts) @ bank
+        found = (part[:, None] * contents) @ bank
         return found.float().transpose(1, 2).reshape(len(part), -1, *maps.shape[2:]).to(model.device)
 
     values = logits_behind(model, layer, one.x, shares, together, memory)[:, target].double()
@@ -309,7 +320,7 @@ def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, poi
         total_indices(values[: len(points)], count),
         whole - without,
         float(whole),
-        _laid(amounts, maps),
+        _laid(contents, maps),
         one.geometry[0],
     )
 
@@ -324,9 +335,9 @@ def _at_places(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-def _laid(amounts: Tensor, maps: Tensor) -> Tensor:
+def _laid(contents: Tensor, maps: Tensor) -> Tensor:
     """What belongs to the places of maps (N, C, h, w), (N h w, R), as maps (N, R, h, w), float32."""
-    rows = amounts.float().reshape(len(maps), -1, amounts.shape[1])
+    rows = contents.float().reshape(len(maps), -1, contents.shape[1])
     return rows.transpose(1, 2).reshape(len(maps), -1, *maps.shape[2:])
 
 
@@ -344,3 +355,16 @@ def _patches(
             patch = Image.fromarray(original[top:bottom, left:right])
             found[where] = np.asarray(patch.resize((width, height), Image.Resampling.BICUBIC))
     return found
+
+
+def _views(pictures: Pictures, places: Sequence[int], where: Sequence[Geometry]) -> tuple[np.ndarray, np.ndarray]:
+    """Of some pictures what the network sees, uint8 (J, 160, 160, 3); how high and wide it was, in pixels (J, 2)."""
+    views, shapes = [], []
+    for place, geometry in zip(places, where, strict=True):
+        original = Image.fromarray(pictures.original(place))
+        ends = (original.height, original.width, original.height, original.width)
+        top, left, bottom, right = (min(max(0.0, side), end) for side, end in zip(geometry.box, ends, strict=True))
+        seen = original.resize((VIEW, VIEW), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        views.append(np.asarray(seen))
+        shapes.append((max(1, round(bottom - top)), max(1, round(right - left))))
+    return np.stack(views), np.array(shapes)

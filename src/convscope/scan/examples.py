@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from convscope.errors import ConvscopeError
 from convscope.images import DEFAULT_MAX_PIXELS, Pictures, Preprocessing
 from convscope.results import draw, file_names
-from convscope.scan.files import read_tile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +106,7 @@ def view(store: Store, row: dict[str, Any]) -> View:
 
     Raises ConvscopeError if not even its thumbnail can be read.
     """
-    tile = read_tile(store.folder, row["picture"])
+    tile = store.tiles.read(row["picture"])
     known = row["height"] is not None
     box = tuple(row[f"box_{side}"] for side in ("top", "left", "bottom", "right")) if known else (0.0, 0.0, 1.0, 1.0)
     try:

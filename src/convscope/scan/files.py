@@ -7,8 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TILE, ACROSS = 96, 8  # pixels of a thumbnail's side; thumbnails on a sprite's side
 TILES = ACROSS * ACROSS
+SPRITES = 32  # that stay decoded: 56 MB
 
 
 def needed(package: str, extra: str = "scan") -> Any:
@@ -47,6 +49,11 @@ class Folder:
             self.system, self._root = core.url_to_fs(self.address, **(storage or {}))
         except (ValueError, ImportError) as error:
             raise ConvscopeError(f"{self.address!r} cannot be opened: {error}") from error
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on the disk; None where it is elsewhere."""
+        return Path(self._root) if isinstance(self.system, self._local) else None
 
     def path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -199,11 +206,21 @@ def sprite_name(picture: int) -> str:
     return f"thumbnails/{picture // TILES:05d}.webp"
 
 
-def read_tile(folder: Folder, picture: int) -> Image.Image:
-    """A picture's thumbnail."""
-    name = sprite_name(picture)
-    with folder.open(name) as file, Image.open(file, formats=["WEBP"]) as page:
-        if page.size != (ACROSS * TILE, ACROSS * TILE):
-            raise ConvscopeError(f"{name} in {folder.address} is {page.width} x {page.height}; expected 768 x 768")
+class Tiles:
+    """The thumbnails of a store. The sprites that were used last stay decoded, for their neighbours."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._sprite = lru_cache(SPRITES)(self._decoded)
+
+    def read(self, picture: int) -> Image.Image:
+        """A picture's thumbnail."""
         top, left = picture % TILES // ACROSS * TILE, picture % ACROSS * TILE
-        return page.convert("RGB").crop((left, top, left + TILE, top + TILE))
+        return self._sprite(sprite_name(picture)).crop((left, top, left + TILE, top + TILE))
+
+    def _decoded(self, name: str) -> Image.Image:
+        with self._folder.open(name) as file, Image.open(file, formats=["WEBP"]) as page:
+            if page.size != (ACROSS * TILE, ACROSS * TILE):
+                where = f"{name} in {self._folder.address}"
+                raise ConvscopeError(f"{where} is {page.width} x {page.height}; expected 768 x 768")
+            return page.convert("RGB")

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,55 +16,23 @@ from convscope.errors import ConvscopeError, nearest
 from convscope.images import Failure
 from convscope.scan import findings, queries
 from convscope.scan.examples import Drawn, Example, Examples, View, drawn, laid, original, view
-from convscope.scan.files import Folder, ParquetTable, Rows, needed, read_tile
+from convscope.scan.files import Folder, ParquetTable, Rows, Tiles, needed
+from convscope.scan.kept import Kept, Listing, place
+from convscope.scan.told import ClassMean, Prediction, Relative, Standing
 
 if TYPE_CHECKING:
     import pyarrow
     from PIL import Image
+
+    from convscope.model import Model
+    from convscope.scan.atlas import Atlas
+    from convscope.scan.concepts import Concepts
 
 FORMAT = 1
 CHUNK = 32  # row groups of topk.parquet that are searched at a time
 KINDS = ("top", "bottom", "decile")
 SIDES = ("top", "left", "bottom", "right")
 _FACTS = ["picture", "name", "failed", "height", "width", *(f"box_{side}" for side in SIDES)]  # what a view needs
-
-
-class ClassMean(NamedTuple):
-    """A unit's mean activation, over places, on the pictures of one of the data set's classes; how many these are."""
-
-    name: str
-    label: int
-    mean: float
-    pictures: int
-
-
-class Relative(NamedTuple):
-    """Another unit, and Pearson's r of the two units' maxima on the sample."""
-
-    layer: str
-    unit: int
-    r: float
-
-
-class Prediction(NamedTuple):
-    """One of the network's classes for a picture, with its probability."""
-
-    name: str
-    target: int
-    probability: float
-
-
-class Standing(NamedTuple):
-    """A unit among whose best pictures one stands: its rank there (0 is the best), the unit's value, what it sees.
-
-    box: top, left, bottom, right, in pixels of the network's input.
-    """
-
-    layer: str
-    unit: int
-    rank: int
-    value: float
-    box: tuple[int, int, int, int]
 
 
 def open_store(folder: str | os.PathLike[str], storage: Mapping[str, Any] | None = None) -> Store:
@@ -93,7 +62,7 @@ class Store:
 
     def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.address = folder.address
+        self.address, self.tiles = folder.address, Tiles(folder)
         self.unit_counts: dict[str, int] = {layer["name"]: layer["units"] for layer in manifest["layers"]}
         self.layers: list[str] = list(self.unit_counts)
         self.classes: list[str] | None = manifest["classes"]
@@ -108,6 +77,7 @@ class Store:
         )
         self._sample, self._class_means = Rows(folder, "sample.npy"), Rows(folder, "class_means.npy")
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
+        self._concepts, self._atlases = Listing(folder, "concepts"), Listing(folder, "atlas")
 
     def __repr__(self) -> str:
         units = sum(self.unit_counts.values())
@@ -174,6 +144,29 @@ class Store:
         Raises ConvscopeError, with what differs, if the data, the layers or the samples are not the same.
         """
         return findings.compare(self, other)
+
+    # --- concepts and atlases ------------------------------------------------------------------------------------
+
+    def require(self, model: Model) -> None:
+        """Raise ConvscopeError if the store was made with other weights than this model's."""
+        made = self.manifest["model"]
+        if made["weights_sha256"] != model.weights_hash():
+            raise ConvscopeError(f"{self.address} is a store of {made['name']} with other weights than this model")
+
+    def keep(self, result: Concepts | Atlas) -> Path:
+        """Save concepts or an atlas in the store, in the place of those of the same layer and class.
+
+        Raises ConvscopeError for a network with other weights, and where the store is not in a folder on a disk.
+        """
+        return result.save(place(self, result))
+
+    def concepts(self) -> list[Kept]:
+        """The concepts that are kept here, by class, then by layer."""
+        return self._concepts.items()
+
+    def atlases(self) -> list[Kept]:
+        """The atlases that are kept here, by layer, then by class; those of no class first."""
+        return self._atlases.items()
 
     # --- what the pages are made from ----------------------------------------------------------------------------
 
@@ -388,7 +381,7 @@ class PicturePage(Drawn):
 
     def thumbnail(self) -> Image.Image:
         """96 x 96 pixels: the network's input, squashed."""
-        return read_tile(self.store.folder, self.id)
+        return self.store.tiles.read(self.id)
 
     def original(self) -> Image.Image:
         """The picture at its own size. Raises ConvscopeError where it cannot be read, or is another one by now."""
