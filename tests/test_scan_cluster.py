@@ -87,6 +87,15 @@ def test_a_lost_node_holds_nothing_up(two: Cluster) -> None:
     assert sorted(found) == list(range(8))
 
 
+def test_actors_do_not_wait_for_what_is_made_of_a_result(two: Cluster) -> None:
+    """Whoever asks takes as long over a result as a task takes, and the next one is done meanwhile."""
+    times: list[float] = []
+    for _ in distributed(sleeping(0.4), range(12), address="unused", workers=1):
+        time.sleep(0.4)
+        times.append(time.monotonic())
+    assert float(np.median(np.diff(times))) < 0.7, "not 0.8, one after the other"
+
+
 def test_a_node_that_joins_is_used(two: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     from convscope.scan import cluster
 
@@ -109,6 +118,12 @@ def test_what_a_task_raises_is_said(two: Cluster) -> None:
 
     with pytest.raises(ConvscopeError, match=r"a worker failed: task \d has no sense"):
         list(distributed(make, range(2), address="unused"))
+
+
+def test_actors_that_no_node_has_room_for_are_refused(two: Cluster) -> None:
+    """They would wait for ever."""
+    with pytest.raises(ConvscopeError, match=r"a worker takes 2 processors, .* have 1 at most; set OMP_NUM_THREADS"):
+        list(distributed(sleeping(0), range(2), address="unused", cpus=2))
 
 
 def test_an_address_where_nobody_answers_is_refused() -> None:

@@ -120,7 +120,9 @@ def test_selectivity_agrees_with_a_direct_computation(model: convscope.Model, da
             rest = (own.sum() - own.max()) / 2
             assert row["selectivity"] == pytest.approx((own.max() - rest) / (own.max() + rest), rel=1e-4)
             checked += 1
-    assert checked
+        else:
+            assert row["selectivity"] is None
+    assert 0 < checked < len(units)
 
 
 def test_workers_have_no_influence_on_a_single_byte(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -316,6 +318,19 @@ def test_an_unknown_layer_is_refused_before_anything_is_written(data: Path, tmp_
     with pytest.raises(ConvscopeError, match="nearest: first"):
         convscope.scan(tiny(), data, tmp_path / "store", ["frist"])
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/store", "memory://store", "file:///tmp/store", Path("gs://bucket/store")])
+def test_a_store_is_written_to_a_disk_and_an_address_is_refused(
+    out: str | Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not taken for a folder whose name is s3: either."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConvscopeError, match=r"is an address, .* a folder on a disk of this machine; give one, and copy"
+    ):
+        convscope.scan(tiny(), data, out, LAYERS, **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_compiled_pass_says_the_same_up_to_rounding(data: Path, whole: Path, tmp_path: Path) -> None:

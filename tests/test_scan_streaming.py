@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convscope.scan import streaming
-from convscope.scan.streaming import BINS, EDGES, EMPTY, Best, Stream, Summary, keyed, reduced, unkeyed
+from convscope.scan.streaming import BINS, EDGES, EMPTY, Best, Stream, Summary, fused, keyed, reduced, unkeyed
 
 
 def maps_of(seed: int, pictures: int, units: int, side: int, levels: int = 3) -> torch.Tensor:
@@ -95,8 +96,8 @@ def test_moments_histogram_and_sample_equal_direct_computation():
     wide = maps.double()
     assert found.pictures == 37
     assert found.places == 37 * 24
-    torch.testing.assert_close(found.total / found.places, wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.squares, wide.square().sum((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.mean, wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.scatter / found.places, wide.var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
     assert found.active.tolist() == (maps > 0).sum((0, 2, 3)).tolist()
     maxima = maps.amax((2, 3)).numpy()
     for unit in range(5):
@@ -108,6 +109,34 @@ def test_moments_histogram_and_sample_equal_direct_computation():
     assert found.histogram.shape == (5, BINS)
     assert torch.equal(found.sample, maps[sample].amax((2, 3)).T)
     assert torch.equal(found.sample_places.long(), maps[sample].flatten(2).argmax(2).T)
+
+
+@pytest.mark.parametrize("read", [reduced, lambda maps, below: fused(maps)], ids=["reduced", "fused"])
+@pytest.mark.parametrize(
+    ("centre", "spread", "side"),
+    [(1e4, 1e-2, 9), (-1e4, 1e-2, 8), (1e6, 0.5, 1), (1e-10, 1e-12, 5), (0, 1e8, 7), (3, 0, 6), (1e4, 1e-2, 56)],
+)
+def test_a_variance_that_is_small_beside_the_mean_is_that_of_numpy(monkeypatch, read, centre, spread, side):
+    """Of float32 maps; shards of any length, an empty one too. Sums of squares would say 0, or something negative."""
+    monkeypatch.setattr(sys.modules[__name__], "reduced", read)
+    maps = (centre + spread * np.random.default_rng(3).standard_normal((30, 3, side, side))).astype(np.float32)
+    shards = [streamed(torch.from_numpy(maps[a:b]), 4, 4, first=a) for a, b in ((0, 11), (11, 11), (11, 12), (12, 30))]
+    merged = Summary.none(3, 4)
+    for shard in shards:
+        merged.join(shard)
+    wide = maps.astype(np.float64)
+    assert merged.places == 30 * side * side
+    np.testing.assert_allclose(merged.mean, wide.mean((0, 2, 3)), rtol=1e-12, atol=1e-7 * spread)
+    np.testing.assert_allclose(merged.scatter / merged.places, wide.var((0, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_a_middle_far_off_costs_no_more_than_its_share_of_the_variance():
+    """The worst case: one place of the map, the one that the others are measured from, is unlike all of them."""
+    maps = torch.randn(4, 2, 56, 56, generator=torch.Generator().manual_seed(4))
+    maps[:, :, 28, 28] = 1000
+    found = streamed(maps, 2, 2)
+    expected = maps.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(found.scatter / found.places, expected, rtol=1e-3, atol=0)
 
 
 def test_class_totals_are_sums_over_pictures_of_each_label():
@@ -158,7 +187,8 @@ def test_units_without_places_are_one_place():
     found = reduced(logits)
     assert torch.equal(found.highest, logits)
     assert found.highest_at.tolist() == [[0, 0], [0, 0]]
-    assert torch.equal(found.total, logits)
+    assert torch.equal(found.moments(1)[0], logits.double())
+    assert torch.equal(found.moments(1)[1], torch.zeros(2, 2, dtype=torch.float64))
 
 
 def test_what_is_not_finite_shows_in_the_sums():

@@ -43,15 +43,16 @@ def in_parts(
     """`patterns`, 32 units at a time; each part is written below `folder` as soon as it is done.
 
     With `resume`, parts that are there, and were made with the same network and settings, are read and not drawn
-    again. With `ray`, the address of a cluster or "local", parts are drawn by its actors. The result is the same, byte
-    for byte, as if nothing had come between. The parts are to be removed with `forget` once the result itself has been
+    again. With `ray`, the address of a cluster or "local", parts are drawn by its actors, with as many threads each as
+    this process has: the last bits depend on their number. The result is the same, byte for byte, as if nothing had
+    come between. The parts are to be removed with `forget` once the result itself has been
     saved. Raises ConvscopeError as `patterns` does, and if the folder cannot be written.
     """
     name, rule = find_recipe(options.get("recipe", "robust"), options.get("start"), options.get("space", "pixels"))
     parts = list(chunks(wanted(model, layer, units, name, rule).numbers, PART))
-    work = _Work(model, layer, parts, _starts(options.get("start"), parts), options)
+    work = _Work(model, layer, parts, _starts(options.get("start"), parts), options, torch.get_num_threads())
     where = _parts(folder)
-    made = {"layer": layer, "model": model.describe(), "versions": versions()}
+    made = {"layer": layer, "model": model.describe(), "versions": versions(), "threads": work.threads}
     made["options"] = {k: _told(v) for k, v in sorted(options.items())}
     keys = [json.dumps({**made, "units": list(part)}, default=str) for part in parts]
     files = [where / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" for key in keys]
@@ -78,6 +79,7 @@ class _Work:
     parts: Sequence[Sequence[int]]
     starts: Sequence[Any]
     options: Mapping[str, Any]
+    threads: int
 
     def part(self, number: int, progress: Progress | None = None) -> bytes:
         """The content of a part's file."""
@@ -86,21 +88,22 @@ class _Work:
 
     def elsewhere(self) -> Callable[[int], bytes]:
         """What an actor of a cluster does."""
-        torch.set_num_threads(1)
+        torch.set_num_threads(self.threads)
         return self.part
 
 
 def _drawn(
     work: _Work, missing: Sequence[int], before: int, ray: str | None, progress: Progress | None
 ) -> Iterator[tuple[int, bytes]]:
-    """Missing parts, as they are done. Actors have one thread each, as there are more parts than processors."""
+    """Missing parts, as they are done."""
     if ray is None or not missing:
         for done, i in enumerate(missing, before):
             yield i, work.part(i, _share(progress, done, len(work.parts)))
         return
     from convscope.scan.cluster import distributed
 
-    yield from distributed(work.elsewhere, missing, address=ray, gpus=int(work.model.device.type == "cuda"))
+    gpus = int(work.model.device.type == "cuda")
+    yield from distributed(work.elsewhere, missing, address=ray, cpus=work.threads, gpus=gpus)
 
 
 def _starts(start: Any, parts: Sequence[Sequence[int]]) -> list[Any]:

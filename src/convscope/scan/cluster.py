@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,33 +47,56 @@ def distributed(
 
     An actor that dies is started again by Ray, and what it was at is done again. Where there are no tasks left, idle
     actors repeat those that others are still at, and the first to end counts: a task must always give the same. So a
-    node that is lost holds nothing up. Raises ConvscopeError if the cluster cannot be reached, or a task raises.
+    node that is lost holds nothing up. Raises ConvscopeError if the cluster cannot be reached, if none of its nodes has
+    `cpus` processors, or if a task raises.
     """
     ray = needed("ray", "ray")
-    with _connected(ray, address):
+    with connected(address):
+        if workers is None:
+            _require_place(ray.nodes(), cpus)
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
         shared = ray.put(ray.cloudpickle.dumps(make))
         todo, left = deque(tasks), set(tasks)
         actors: list[Any] = []
         running: dict[Any, tuple[int, Any]] = {}
-        while left:
-            room = max(1, int(ray.cluster_resources().get("CPU", 1) // max(cpus, 1))) if workers is None else workers
-            while len(actors) < min(room, len(tasks)):
-                actors.append(remote.remote(shared, sys.path))
+
+        def hand_out() -> None:
             busy = [actor for _, actor in running.values()]
-            for actor in [one for one in actors if one not in busy]:
+            for actor in [one for one in actors if left and one not in busy]:
                 task = todo.popleft() if todo else _least_tried(left, running)
                 running[actor.do.remote(task)] = task, actor
+
+        while left:
+            room = _room(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}) if workers is None else workers
+            while len(actors) < min(room, len(tasks)):
+                actors.append(remote.remote(shared, sys.path))
+            hand_out()
             ready, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_AGAIN)
             for reference in ready:
                 task, _ = running.pop(reference)
                 if task in left:
                     found = _got(ray, reference)
                     left.remove(task)
+                    hand_out()  # the actor need not wait for what is made of this here
                     yield task, found
 
 
 LOOK_AGAIN = 5.0  # seconds after which it is seen whether the cluster has grown
+
+
+def _room(there: Mapping[str, float], each: Mapping[str, int]) -> int:
+    """How many actors a cluster has room for, by what is there and what each takes; one at least."""
+    return max(1, min(int(there.get(kind, 0) // count) for kind, count in each.items() if count))
+
+
+def _require_place(nodes: Sequence[Mapping[str, Any]], cpus: int) -> None:
+    """Raises ConvscopeError where actors would wait for ever. A cluster without any processor may yet get some."""
+    most = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
+    if 0 < most < cpus:
+        raise ConvscopeError(
+            f"a worker takes {cpus} processors, one for each thread that this process computes with, and the nodes of "
+            f"the cluster have {most:g} at most; set OMP_NUM_THREADS to so many or fewer"
+        )
 
 
 def _least_tried(left: set[int], running: dict[Any, tuple[int, Any]]) -> int:
@@ -93,8 +116,12 @@ def _got(ray: Any, reference: Any) -> Any:
 
 
 @contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    """Connected to the cluster for as long as the block lasts."""
+def connected(address: str) -> Iterator[None]:
+    """Connected to the cluster for as long as the block lasts; a connection that was there before is left as it is.
+
+    Raises ConvscopeError if the cluster cannot be reached.
+    """
+    ray = needed("ray", "ray")
     if ray.is_initialized():
         yield
         return

@@ -62,8 +62,6 @@ class Merge:
         found = Summary.none(units, self.plan.k)
         for one in waiting:
             found.join(one.summary(number))
-        mean = found.total.numpy() / found.places
-        variance = np.maximum(found.squares.numpy() / found.places - mean**2, 0)
         highest, lowest = unkeyed(found.best.keys), -unkeyed(found.worst.keys)
         means = None
         if counts is not None:
@@ -80,8 +78,8 @@ class Merge:
             stride=None if row is None else row.stride,
             origin=None if row is None else row.origin,
             sees_all=row is None or row.sees_all,
-            mean=mean,
-            variance=variance,
+            mean=found.mean.numpy(),
+            variance=found.scatter.numpy() / found.places,
             maximum=highest[:, 0].double().numpy(),
             minimum=lowest[:, 0].double().numpy(),
             active=found.active.numpy() / found.places,

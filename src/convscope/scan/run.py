@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -63,7 +64,7 @@ def scan(
         A folder, a glob, a text list, WebDataset tars, Parquet with pictures, a data set of torchvision or Hugging
         Face, or pictures in any form that `convscope` takes. Local, or any address that fsspec knows.
     out
-        The folder of the store.
+        The folder of the store, on a disk of this machine; finished, it can be copied to any address and read there.
     layers
         Names; "all" for every layer that makes something of its own. None: the last one at each resolution. The logits
         are always looked at.
@@ -99,6 +100,7 @@ def scan(
         For unknown layers and data, when no picture can be used, when the store is another run's, and says what
         differs, or is being written by another process.
     """
+    store = _on_disk(out)
     data = catalogue(dataset, storage=storage)
     names = _layers(model, layers)
     units = {name: _units(model, name) for name in names}
@@ -117,7 +119,6 @@ def scan(
     told = {"name": data.name, "pictures": len(data), "fingerprint": data.fingerprint}
     own = identity(plan, model.describe(), told, names, versions())
     subject = Subject(units, data.labels, class_indices(data, model))
-    store = Path(out)
     with _alone(store):
         if (store / "manifest.json").exists():
             require_same(_kept(store / "manifest.json"), own, str(store))
@@ -228,6 +229,16 @@ def _require_some(store: Path, plan: Plan, data: Catalogue) -> int:
         few = "; ".join(str(Failure(data.names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
         raise ConvscopeError(f"none of the {plan.pictures:,} pictures of {data.name} can be used: {few}")
     return len(reasons)
+
+
+def _on_disk(out: str | os.PathLike[str]) -> Path:
+    """The folder. Raises ConvscopeError for an address, also where a Path made one slash of its two."""
+    if re.match(r"\w[\w+.-]+:/", os.fspath(out)):
+        raise ConvscopeError(
+            f"{os.fspath(out)} is an address, and a store is written into a folder on a disk of this machine; "
+            "give one, and copy the store when it is finished: it is read at any address"
+        )
+    return Path(out)
 
 
 @contextmanager

@@ -26,33 +26,41 @@ PENDING = 128  # pictures whose extremes wait before they are sorted in
 class Reduced(NamedTuple):
     """What is read off a batch of maps: for every picture and unit (N, U).
 
-    `highest` and `lowest` value, the first place (row * W + column) of each, and, over the places, the sum, the sum of
-    squares and the number above 0. `lowest` is None where it was not asked for.
+    `highest` and `lowest` value, the first place (row * W + column) of each; the value in the middle; over the places,
+    the sum of what they differ from it, the sum of the squares of that, and the number above 0. `lowest` is None where
+    it was not asked for.
     """
 
     highest: Tensor
     highest_at: Tensor
     lowest: Tensor | None
     lowest_at: Tensor | None
+    middle: Tensor
     total: Tensor
     squares: Tensor
     active: Tensor
 
     def select(self, rows: Tensor) -> Reduced:
         """Only some of the pictures."""
-        highest, highest_at, total, squares, active = (
-            part[rows] for part in (self.highest, self.highest_at, self.total, self.squares, self.active)
-        )
-        lowest = None if self.lowest is None else self.lowest[rows]
-        lowest_at = None if self.lowest_at is None else self.lowest_at[rows]
-        return Reduced(highest, highest_at, lowest, lowest_at, total, squares, active)
+        lowest, lowest_at = (None if part is None else part[rows] for part in (self.lowest, self.lowest_at))
+        rest = (part[rows] for part in self[4:])
+        return Reduced(self.highest[rows], self.highest_at[rows], lowest, lowest_at, *rest)
+
+    def moments(self, places: int) -> tuple[Tensor, Tensor]:
+        """Over so many places: the means, and the sums of squared differences from them; float64 (N, U), on the CPU.
+
+        Float32 sums of squares of the values themselves would leave nothing of a variance that is small beside the
+        mean. The middle is one of the P places, so that its own square is at most P times the variance.
+        """
+        middle, total, squares = (part.cpu().double() for part in (self.middle, self.total, self.squares))
+        return (middle * places + total) / places, (squares - total.square() / places).clamp(min=0)
 
 
 def reduced(maps: Tensor, below: Tensor | None = None) -> Reduced:
     """`Reduced` from maps (N, U, H, W) or (N, U).
 
     below: values (U,); where no value of the batch lies below the least of them, the lowest are of no interest and are
-    left out. What is not finite in a picture's maps is not finite in its sums.
+    left out. What is not finite in a picture's maps is not finite in its total.
     """
     maps = maps.detach().float()
     maps = maps if maps.ndim == 4 else maps[:, :, None, None]
@@ -61,22 +69,29 @@ def reduced(maps: Tensor, below: Tensor | None = None) -> Reduced:
     if below is None or bool((maps.amin() < below).any()):
         lowest, lowest_at = _peaks(-maps)
         lowest = -lowest
-    places = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, U): a view where channels lie last
+    places, middle = _laid(maps)
     each = places[0].numel() * places.element_size() if len(places) else 1
     size = max(1, CHUNK // max(each, 1)) if maps.device.type == "cpu" else len(maps)
     scratch = torch.empty_like(places[:size])
-    parts = [_sums(part, scratch[: len(part)]) for part in torch.split(places, size)]
+    chunks = zip(torch.split(places, size), torch.split(middle, size), strict=True)
+    parts = [_sums(part, own, scratch[: len(part)]) for part, own in chunks]
     sums = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Reduced(highest, highest_at, lowest, lowest_at, *sums)
+    return Reduced(highest, highest_at, lowest, lowest_at, middle, *sums)
 
 
 def fused(maps: Tensor) -> Reduced:
     """`Reduced` by plain reductions, of which a compiler makes a single pass over the maps."""
     maps = maps.float() if maps.ndim == 4 else maps.float()[:, :, None, None]
-    places = maps.permute(0, 2, 3, 1).flatten(1, 2)
+    places, middle = _laid(maps)
+    apart = places - middle[:, None]
     (highest, highest_at), (lowest, lowest_at) = places.max(1), places.min(1)
-    sums = places.sum(1), places.square().sum(1), (places > 0).float().sum(1)
-    return Reduced(highest, highest_at.int(), lowest, lowest_at.int(), *sums)
+    sums = apart.sum(1), apart.square().sum(1), (places > 0).float().sum(1)
+    return Reduced(highest, highest_at.int(), lowest, lowest_at.int(), middle, *sums)
+
+
+def _laid(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The places (N, P, U), a view where channels lie last, and the one in the middle (N, U)."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2), maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].contiguous()
 
 
 def _peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,15 +100,17 @@ def _peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
     return values.flatten(1), places.flatten(1).int()
 
 
-def _sums(places: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the places (N, P, U): the sum, the sum of squares, and the number above 0; each (N, U)."""
+def _sums(places: Tensor, middle: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the places (N, P, U): the sum of what they are apart from the middle (N, U), of its squares, and the number
+    above 0; each (N, U)."""
     ones = places.new_ones(len(places), 1, places.shape[1])
 
     def summed(values: Tensor) -> Tensor:
         return torch.bmm(ones, values)[:, 0]  # the quickest way to add along the places
 
-    total = summed(places)
-    squares = summed(torch.mul(places, places, out=scratch))
+    apart = torch.sub(places, middle[:, None], out=scratch)
+    total = summed(apart)
+    squares = summed(apart.square_())
     return total, squares, summed(torch.gt(places, 0, out=scratch))
 
 
@@ -164,18 +181,19 @@ class Summary:
     """What is known of a layer's units after some pictures; merging is `join`.
 
     `best` are ordered by the highest value and then by the mean over the map, for where an activation has a ceiling,
-    many pictures reach it; `worst` by the negated lowest value. `pictures` and `places` count what was seen; the
-    float64 sums are over all places. `class_totals` (L, U) and `class_pictures` (L,): sums over the pictures of each
-    label in `labels` (L,), ascending, of the mean over places. `sample` (U, r) and `sample_places`: the highest value
-    on the pictures that belong to the sample, in their order; NaN where a picture could not be used.
+    many pictures reach it; `worst` by the negated lowest value. `pictures` and `places` count what was seen. Over all
+    places go, in float64, `mean`, `scatter`, the sum of squared differences from the mean, and `active`, the number
+    above 0. `class_totals` (L, U) and `class_pictures` (L,): sums over the pictures of each label in `labels` (L,),
+    ascending, of the mean over places. `sample` (U, r) and `sample_places`: the highest value on the pictures that
+    belong to the sample, in their order; NaN where a picture could not be used.
     """
 
     best: Best
     worst: Best
     pictures: int
     places: int
-    total: Tensor
-    squares: Tensor
+    mean: Tensor
+    scatter: Tensor
     active: Tensor
     histogram: Tensor
     labels: Tensor
@@ -191,8 +209,8 @@ class Summary:
             worst=Best.none(units, k, device),
             pictures=0,
             places=0,
-            total=torch.zeros(units, dtype=torch.float64),
-            squares=torch.zeros(units, dtype=torch.float64),
+            mean=torch.zeros(units, dtype=torch.float64),
+            scatter=torch.zeros(units, dtype=torch.float64),
             active=torch.zeros(units, dtype=torch.float64),
             histogram=torch.zeros((units, BINS), dtype=torch.int64),
             labels=torch.zeros(0, dtype=torch.int64),
@@ -207,8 +225,8 @@ class Summary:
         self.best.join(other.best)
         self.worst.join(other.worst)
         self.pictures += other.pictures
-        self.places += other.places
-        for name in ("total", "squares", "active", "histogram"):
+        self.join_moments(other.places, other.mean, other.scatter)
+        for name in ("active", "histogram"):
             getattr(self, name).add_(getattr(other, name))
         labels = torch.unique(torch.cat([self.labels, other.labels]))
         for name in ("class_totals", "class_pictures"):
@@ -216,6 +234,16 @@ class Summary:
         self.labels = labels
         self.sample = torch.cat([self.sample, other.sample], 1)
         self.sample_places = torch.cat([self.sample_places, other.sample_places], 1)
+
+    def join_moments(self, places: int, mean: Tensor, scatter: Tensor) -> None:
+        """Take in the moments of other places: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
+        Algorithm for Computing Sample Variances, 1979, equation 2.1."""
+        if places == 0:
+            return
+        share, apart = places / (self.places + places), mean - self.mean
+        self.mean = self.mean + share * apart
+        self.scatter = self.scatter + scatter + share * self.places * apart.square()
+        self.places += places
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything as tensors, under names by which `of` finds it."""
@@ -263,7 +291,7 @@ class Stream:
     def below(self) -> Tensor:
         """The k-th lowest value of each unit: no higher one has a chance to be among the lowest."""
         keys = self.summary.worst.keys
-        last = keys[:, -1] if keys.shape[1] else torch.full_like(self.summary.total, 0, dtype=torch.int64)
+        last = keys[:, -1] if keys.shape[1] else torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         return torch.where(last == EMPTY, torch.inf, -unkeyed(last))
 
     def add(self, found: Reduced, pictures: Tensor, places: int, labels: Tensor) -> None:
@@ -274,17 +302,18 @@ class Stream:
         into, count = self.summary, len(pictures)
         if count == 0:
             return
+        means, scatters = found.moments(places)
+        mean = means.mean(0)
         into.pictures += count
-        into.places += count * places
-        for name in ("total", "squares", "active"):
-            getattr(into, name).add_(getattr(found, name).double().sum(0).cpu())
+        into.join_moments(count * places, mean, scatters.sum(0) + places * (means - mean).square().sum(0))
+        into.active += found.active.cpu().double().sum(0)
         bins = torch.bucketize(found.highest.cpu(), self._edges) + BINS * torch.arange(found.highest.shape[1])
         into.histogram.view(-1).add_(torch.bincount(bins.flatten(), minlength=into.histogram.numel()))
-        self._add_classes(found.total.double().cpu() / places, labels)
+        self._add_classes(means, labels)
         rows, columns = (pictures[:, None] == self._sample).nonzero(as_tuple=True)
         into.sample[:, columns] = found.highest[rows].T.cpu()
         into.sample_places[:, columns] = found.highest_at[rows].T.cpu()
-        self._waiting.append((keyed(found.highest, found.total / places), pictures, found.highest_at))
+        self._waiting.append((keyed(found.highest, means.float().to(found.highest.device)), pictures, found.highest_at))
         if found.lowest is not None and found.lowest_at is not None:
             self._waiting_low.append((keyed(-found.lowest), pictures, found.lowest_at))
         for waiting, best in ((self._waiting, into.best), (self._waiting_low, into.worst)):
