@@ -164,6 +164,7 @@ def test_units_that_run_backwards_are_refused():
         (("predict", "lite0", "PHOTO", "--preprocessing", "{"), "--preprocessing is not JSON"),
         (("activations", "lite0", "PHOTO", "--scaling", "log"), "scaling 'log' is not known"),
         (("demo", "lite0", "PHOTO", "-o", "/dev/null"), "cannot write into /dev/null"),
+        (("heatmap", "lite0", "PHOTO", "-o", "s3://bucket/maps"), "is an address"),
     ],
 )
 def test_main_says_one_line_and_ends_with_2(arguments, words, photos, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,9 +79,10 @@ class Result:
         """Write PNG pictures, films (animated WebP), tables, `arrays.npz` and, last, `manifest.json` into `folder`.
 
         The folder is made if need be. Each file is written under a temporary name and renamed, so a file that is there
-        is whole; a folder without a manifest was not finished. Raises ConvscopeError if the folder cannot be written.
+        is whole; a folder without a manifest was not finished. Raises ConvscopeError if the folder is an address, or
+        cannot be written.
         """
-        where = Path(folder)
+        where = on_disk(folder)
         try:
             where.mkdir(parents=True, exist_ok=True)
             (where / "manifest.json").unlink(missing_ok=True)  # of an earlier save: it does not speak for this one
@@ -116,6 +118,16 @@ class Result:
         buffer = io.BytesIO()
         self.figure().savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
+
+
+def on_disk(folder: str | os.PathLike[str]) -> Path:
+    """A folder to write into. Raises ConvscopeError for an address, also where a Path made one slash of its two."""
+    if re.match(r"\w[\w+.-]+:/", os.fspath(folder)):
+        raise ConvscopeError(
+            f"{os.fspath(folder)} is an address, and what is made is written into a folder on a disk of this machine; "
+            "give one, and copy it when it is finished: a store is read at any address"
+        )
+    return Path(folder)
 
 
 @contextmanager

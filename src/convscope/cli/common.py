@@ -30,7 +30,16 @@ MODEL_HELP = (
 )
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files of pictures.")]
-Out = Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where to write.")]
+
+
+def folder(out: Path) -> Path:
+    """Before anything runs."""
+    from convscope.results import on_disk
+
+    return on_disk(out)
+
+
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where to write.", callback=folder)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Weights = Annotated[str | None, typer.Option(help="default, random, or a file of weights.")]
 Classes = Annotated[Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line.")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convscope.cli.common import Classes, Device, Prepare, Weights, app, bar, load, report, say
+from convscope.cli.common import Classes, Device, Out, Prepare, Weights, app, bar, load, report, say
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ def serve(
 @app.command()
 def publish(
     store: Annotated[str, typer.Argument(metavar="STORE", help="What convscope scan wrote.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="SITE", help="The folder to write.")] = Path(
-        "convscope-site"
-    ),
+    out: Out = Path("convscope-site"),
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network. Default: by the name in the store.")
     ] = None,

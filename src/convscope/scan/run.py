@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -22,7 +21,7 @@ from convscope.depths import stages
 from convscope.errors import ConvscopeError
 from convscope.images import DEFAULT_MAX_PIXELS, Failure
 from convscope.model import LOGITS, Model
-from convscope.results import versions, write_json
+from convscope.results import on_disk, versions, write_json
 from convscope.scan.cluster import distributed
 from convscope.scan.data import Catalogue, catalogue, class_indices
 from convscope.scan.decoding import Decoder
@@ -100,7 +99,7 @@ def scan(
         For unknown layers and data, when no picture can be used, when the store is another run's, and says what
         differs, or is being written by another process.
     """
-    store = _on_disk(out)
+    store = on_disk(out)
     data = catalogue(dataset, storage=storage)
     names = _layers(model, layers)
     units = {name: _units(model, name) for name in names}
@@ -229,16 +228,6 @@ def _require_some(store: Path, plan: Plan, data: Catalogue) -> int:
         few = "; ".join(str(Failure(data.names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
         raise ConvscopeError(f"none of the {plan.pictures:,} pictures of {data.name} can be used: {few}")
     return len(reasons)
-
-
-def _on_disk(out: str | os.PathLike[str]) -> Path:
-    """The folder. Raises ConvscopeError for an address, also where a Path made one slash of its two."""
-    if re.match(r"\w[\w+.-]+:/", os.fspath(out)):
-        raise ConvscopeError(
-            f"{os.fspath(out)} is an address, and a store is written into a folder on a disk of this machine; "
-            "give one, and copy the store when it is finished: it is read at any address"
-        )
-    return Path(out)
 
 
 @contextmanager
