@@ -120,6 +120,8 @@ class Desk:
                     frame = work.frame
                     yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
                 await asyncio.sleep(TICK)
+            if work.frame != frame:  # work that is done within a tick has been seen too
+                yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
             try:
                 yield _event("done", result(work.future.result()))
             except (ConvscopeError, GoneError, asyncio.CancelledError) as error:
