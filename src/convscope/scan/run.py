@@ -83,7 +83,7 @@ def scan(
     ray
         The address of a Ray cluster that does the work, or "local" to start one. This process writes the store.
     compiled
-        Compile the network first: about a minute, after which it is about twice as fast on a CPU.
+        Compile the network first, which takes a minute or more; on a CPU it is then 1.1 to 1.6 times as fast.
     storage
         Options for fsspec where the data are.
     max_pixels
