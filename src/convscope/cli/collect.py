@@ -52,7 +52,7 @@ def scan(
         str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; local: start one here.")
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network first: a minute or more, worth it for ten thousand pictures.")
+        bool, typer.Option("--compile", help="Compile first: a minute or more, worth it for ten thousand pictures.")
     ] = False,
     fit: Fit = "squash",
     max_pixels: MaxPixels = MAX_PIXELS,
