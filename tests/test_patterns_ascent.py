@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.patterns.ascent import Plateau, adam_step, ascend, averaged, optimised, rms_step
+from convscope.patterns.ascent import Plateau, adam_step, ascend, optimised, rms_step
 from convscope.patterns.canvas import Pixels
 
 
@@ -174,18 +174,3 @@ def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> 
     assert (history[1:5] > history[:4]).all()
     # The last values are those of the pictures as they lie.
     assert torch.equal(history[-1], torch.tensor([1000.0, 500.0]) + canvas.values.detach().mean((1, 2, 3)))
-
-
-def test_averaged_ends_in_the_mean_of_the_last_values() -> None:
-    values, seen = torch.zeros(2, 3), []
-
-    def walk(values: torch.Tensor, gradient: torch.Tensor) -> None:
-        values.add_(gradient)
-        seen.append(values.clone())
-
-    step = averaged(walk, 10, 0.3)
-    for number in range(10):
-        step(values, torch.full((2, 3), float(number)))
-        if number < 9:
-            assert torch.equal(values, seen[-1])
-    torch.testing.assert_close(values, torch.stack(seen[-3:]).mean(0))

@@ -302,11 +302,3 @@ def test_views_pass_gradients_on_to_the_canvas() -> None:
     for n, seed in enumerate((4, 9)):
         contrast = 1 + 0.3 * drawn(seed, 1, (6, 9))[0][0, 0]
         assert np.abs(gradient[n].double().numpy() - contrast).max() < 1e-4  # coordinates in float32
-
-
-def test_early_views_are_the_same_looks_at_fewer_pixels() -> None:
-    pictures = torch.arange(16.0).view(1, 1, 4, 4).expand(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    whole = zoomed(Looks((1, 1), 0, (32, 32), mirror=False, early=(16, 16)), 5, generators(1, 2), CPU)
-    assert [whole(step, pictures).shape[-1] for step in range(5)] == [16, 16, 16, 32, 32]
-    torch.testing.assert_close(whole(0, pictures), pictures[..., ::2, ::2])
-    torch.testing.assert_close(whole(4, pictures), pictures)

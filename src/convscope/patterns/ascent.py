@@ -45,26 +45,6 @@ def adam_step(values: Tensor, rate: float, damping: float) -> Step:
     return step
 
 
-def averaged(step: Step, steps: int, share: float) -> Step:
-    """`step`, and at the last of `steps` the mean over the last `share` of them in the place of the values.
-
-    What the last few random views happened to ask for cancels out (Polyak and Juditsky 1992). An ascent that ends early
-    is not averaged.
-    """
-    first, mean, done = steps - max(1, int(share * steps)), torch.zeros(()), 0
-
-    def averaging(values: Tensor, gradient: Tensor) -> None:
-        nonlocal mean, done
-        step(values, gradient)
-        done += 1
-        if done > first:
-            mean = mean + (values.detach() - mean) / (done - first)
-        if done == steps:
-            values.copy_(mean)
-
-    return averaging
-
-
 def optimised(
     values: Tensor,
     make: Callable[[list[Tensor]], torch.optim.Optimizer],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, averaged, rms_step
+from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.objective import Objective, likeness, whole
 from convscope.patterns.views import Looks, View, rolled, zoomed
@@ -127,8 +127,6 @@ REVIVED = 16
 WAKING = 48
 # What keeps coordinates with next to no gradient still; see `adam_step`.
 DAMPING = 2.0
-# Of the steps, over which the canvas is averaged in the end where views differ much.
-SETTLING = 0.2
 
 
 def robust(task: Task) -> Drawn:
@@ -140,22 +138,16 @@ def robust(task: Task) -> Drawn:
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
-    settling = 0 if _sees_little(task.sees, task.preprocessing.picture_size) else SETTLING
-    drawn = _climbed(task, canvas, task.through(view, canvas), settling)
+    drawn = _climbed(task, canvas, task.through(view, canvas))
     if bool((drawn.history == 0).any()):
         _wake(task, canvas)
     return drawn._replace(pictures=finished(canvas))
 
 
-def _climbed(task: Task, canvas: Canvas, measure: Callable[[int], Tensor], settling: float = 0) -> Drawn:
-    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do.
-
-    settling: the share of the steps over which the canvas is averaged in the end.
-    """
-    finish, step = partial(finished, canvas), adam_step(canvas.values, task.step_size, DAMPING)
-    if settling:
-        step = averaged(step, task.steps, settling)
-    history = task.climb(canvas, measure, step, finish, REVIVED)
+def _climbed(task: Task, canvas: Canvas, measure: Callable[[int], Tensor]) -> Drawn:
+    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do."""
+    finish = partial(finished, canvas)
+    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
     return Drawn(finish(), history)
 
 
@@ -251,12 +243,7 @@ def _views(task: Task) -> View:
     count = task.views * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(count, task.generators, task.device)
-    looks = _looks(task, (0.5, 1), 10)
-    if task.seen == task.size:  # little as it is, or the network takes no other size
-        return zoomed(looks, count, task.generators, task.device)
-    # Coarse structure first: a look at fewer pixels takes less time, of which there is more for the end.
-    height, width = (min(side, max(32, side * 7 // 10)) for side in looks.size)
-    return zoomed(replace(looks, early=(height, width)), count, task.generators, task.device)
+    return zoomed(_looks(task, (0.5, 1), 10), count, task.generators, task.device)
 
 
 def _looks(task: Task, scale: tuple[float, float], turn: float) -> Looks:
@@ -292,10 +279,10 @@ def as_it_is(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> 
 
 
 def robust_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """10/14 of the canvas (160 for 224) for units that see much: finer structure convinces no other network."""
+    """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
     if _sees_little(sees, full):
         return size
-    height, width = (min(side, max(32, side * 10 // 14)) for side in size)
+    height, width = (min(side, max(32, side * 9 // 14)) for side in size)
     return (height, width)
 
 
@@ -306,7 +293,7 @@ def steady(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int
 
 def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
     """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
-    return (48, 0.35) if _sees_little(sees, full) else (160, 0.15)
+    return (48, 0.35) if _sees_little(sees, full) else (150, 0.15)
 
 
 @dataclass(frozen=True)

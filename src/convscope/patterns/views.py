@@ -28,11 +28,6 @@ class Looks:
     mirror: bool = True
     colour: float = 0.0
     noise: float = 0.0
-    early: tuple[int, int] | None = None
-
-    def sides(self, step: int, steps: int) -> tuple[int, int]:
-        """Height and width of the view at one of so many steps."""
-        return self.early if self.early is not None and 2 * step < steps else self.size
 
 
 def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
@@ -54,7 +49,7 @@ def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: to
         above = (cos[step] * mirror[step], -sin[step] * ratio, across[step])
         below = (sin[step] * mirror[step] / ratio, cos[step], down[step])
         theta = torch.stack((*above, *below), dim=-1).view(-1, 2, 3)
-        grid = F.affine_grid(theta, [len(pictures), 1, *looks.sides(step, steps)], align_corners=False)
+        grid = F.affine_grid(theta, [len(pictures), 1, *looks.size], align_corners=False)
         seen = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         for change in changes:
             seen = change(step, seen)
