@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError
-from convscope.fields import Axes, Axis, Field, Trace
+from convscope.fields import Axes, Axis, Field
 from convscope.model import Dialect, Layer, LayerTable, Layout
 from convscope.packing import first_tensor
 from convscope.tap import observe
+from convscope.trace import Trace
 
 
 @dataclass(frozen=True)
