@@ -320,7 +320,9 @@ def test_an_unknown_layer_is_refused_before_anything_is_written(data: Path, tmp_
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("out", ["s3://bucket/store", "memory://store", "file:///stores/one", Path("gs://bucket/store")])
+@pytest.mark.parametrize(
+    "out", ["s3://bucket/store", "memory://store", "file:///stores/one", Path("gs://bucket/store")]
+)
 def test_a_store_is_written_to_a_disk_and_an_address_is_refused(
     out: str | Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,6 @@ class Field:
 
 
 UNKNOWN = Field(None, whole=True, op="unknown")
-NONE: frozenset[str] = frozenset()
 
 
 def follow(

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convscope.fields import NONE, UNKNOWN, Axis, Field, follow
+from convscope.fields import UNKNOWN, Axis, Field, follow
+
+NONE: frozenset[str] = frozenset()
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
