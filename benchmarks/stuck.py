@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from timing import THREADS
@@ -15,6 +17,8 @@ from trunk import trunk
 import convscope
 
 SIZE, STEPS = 64, 16  # as little as shows whether a unit can be made to fire
+# The layers that are done, for a run that is cut short; gone when all are.
+KEPT = Path(__file__).parents[1] / "build" / "stuck.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,43 @@ class Stuck:
         )
 
 
-def count(what: str, model: convscope.Model, layers: Iterable[str]) -> Stuck:
-    """Over all units of the layers, the default recipe on a small canvas."""
+def count(what: str, model: convscope.Model, layers: Iterable[str], kept: Path) -> Stuck:
+    """Over all units of the layers, the default recipe on a small canvas; layers found in `kept` are not done again."""
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    done = {(row["what"], row.pop("layer")): row for row in map(json.loads, lines)}
     total = Stuck(what, 0, 0, 0, ())
     for layer in layers:
-        found = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
-        said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
-        silent = [int(u) for u, score in zip(found.units, found.scores, strict=True) if score <= 0]
-        others = tuple(f"{layer} {u}" for u in silent if f"unit {u}" not in said)
-        total += Stuck(what, len(found.units), len(found.units) - len(silent), len(said), others)
+        if (what, layer) in done:
+            row = done[what, layer]
+            found = Stuck(**{**row, "others": tuple(row["others"])})
+        else:
+            found = _layer(what, model, layer)
+            kept.parent.mkdir(exist_ok=True)
+            with kept.open("a") as file:
+                file.write(json.dumps({"layer": layer, **asdict(found)}) + "\n")
+        total += found
         sys.stderr.write(f"{what} {layer}: {total.fire} of {total.units} fire, {total.dead} are dead\n")
     return total
+
+
+def _layer(what: str, model: convscope.Model, layer: str) -> Stuck:
+    found = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
+    said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
+    silent = [int(u) for u, score in zip(found.units, found.scores, strict=True) if score <= 0]
+    others = tuple(f"{layer} {u}" for u in silent if f"unit {u}" not in said)
+    return Stuck(what, len(found.units), len(found.units) - len(silent), len(said), others)
 
 
 def run() -> list[Stuck]:
     """Each filter where its rectifier lets it through; in Lite0 also the blocks' ends, which have none."""
     vgg, lite = trunk(), convscope.load("lite0")
     ends = [row.name for row in lite.layers if row.kind == "ReLU6" or re.fullmatch(r"blocks\.\d+\.\d+", row.name)]
-    return [
-        count("VGG16's trunk", vgg, [row.name for row in vgg.layers if row.kind == "ReLU"]),
-        count("Lite0", lite, ends),
+    rows = [
+        count("VGG16's trunk", vgg, [row.name for row in vgg.layers if row.kind == "ReLU"], KEPT),
+        count("Lite0", lite, ends, KEPT),
     ]
+    KEPT.unlink()
+    return rows
 
 
 def main() -> None:
