@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
@@ -32,6 +33,19 @@ def assets() -> dict[str, bytes]:
     """The files of ours that pages use, by name."""
     found = files("convscope.explorer").joinpath("static").iterdir()
     return {file.name: file.read_bytes() for file in found if file.name.endswith(tuple(KINDS))}
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a page of a unit or a class shows beside it: a picture, and which of its patterns."""
+
+    picture: str | None = None
+    look: str = "positive"
+    recipe: str | None = None
+    seed: int | None = None
+
+
+Shown = Annotated[_Beside, Depends()]
 
 
 def create(
@@ -155,39 +169,22 @@ def create(
         return await show(request, make)
 
     @app.get("/m/{model}/unit/{layer:path}/{unit:int}", **hidden)
-    async def unit(
-        request: Request,
-        model: str,
-        layer: str,
-        unit: int,
-        picture: str | None = None,
-        look: str = "positive",
-        recipe: str | None = None,
-        seed: int | None = None,
-    ) -> Response:
+    async def unit(request: Request, model: str, layer: str, unit: int, shown: Shown) -> Response:
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_unit(layer, unit)
-            what = explorer.meant(net, layer, unit, look, recipe, seed)
-            return pages.unit(net, layer, unit, desk.chosen(net, picture), what)
+            what = explorer.meant(net, layer, unit, shown.look, shown.recipe, shown.seed)
+            return pages.unit(net, layer, unit, desk.chosen(net, shown.picture), what)
 
         return await show(request, make)
 
     @app.get("/m/{model}/class/{target}", **hidden)
-    async def class_(
-        request: Request,
-        model: str,
-        target: int,
-        picture: str | None = None,
-        look: str = "positive",
-        recipe: str | None = None,
-        seed: int | None = None,
-    ) -> Response:
+    async def class_(request: Request, model: str, target: int, shown: Shown) -> Response:
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            what = explorer.meant(net, LOGITS, target, look, recipe, seed)
-            return pages.class_(net, target, desk.chosen(net, picture), what)
+            what = explorer.meant(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
+            return pages.class_(net, target, desk.chosen(net, shown.picture), what)
 
         return await show(request, make)
 
