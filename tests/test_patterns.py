@@ -320,7 +320,9 @@ def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.Monke
     """The positive score above is the redirection's doing."""
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "REVIVED", 0)
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "WAKING", 0)
-    monkeypatch.setattr(sys.modules["convscope.patterns"], "awakened", lambda *_: None)  # nor with a photograph's help
+    monkeypatch.setattr(
+        sys.modules["convscope.patterns.again"], "awakened", lambda *_: None
+    )  # nor with a photograph's help
     robust = convscope.patterns(loaded(Shy(), 32), "relu", [1], size=32, steps=64)
     assert robust.scores[0] == 0
 

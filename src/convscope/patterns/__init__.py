@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,15 @@ from torch import Tensor
 from convscope import folded, tap
 from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
 from convscope.errors import ConvscopeError
-from convscope.model import LOGITS, Model
+from convscope.model import Model
+from convscope.patterns.again import Batch, Finished, convince, measured, revive
 from convscope.patterns.ascent import Plateau
+from convscope.patterns.frames import Album, for_display
 from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted, canvas_size, find_recipe, refuses, started, wanted
-from convscope.patterns.recipes import Drawn, Recipe, Task
+from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
-from convscope.patterns.worth import Run, awakened, beside_nature, beside_noise, remarks
-from convscope.sound import require_finite
+from convscope.patterns.worth import beside_nature, beside_noise, remarks
 
 __all__ = ["Patterns", "patterns"]
 
@@ -62,7 +62,8 @@ def patterns(
         Channels of the layer; for "logits" class indices or names. None: all of them, or, with recipes that begin with
         a photograph, the layer as a whole.
     recipe
-        "robust": Fourier canvas and random views. "plain": the textbook's 40 normalised steps on pixels. "maco": phases
+        "robust": Fourier canvas and random views; classes that the network does not know when the picture's quadrants
+        are exchanged are drawn again. "plain": the textbook's 40 normalised steps on pixels. "maco": phases
         of a natural spectrum. "dream": a photograph, changed. "caricature": a photograph, redrawn. Or a `Recipe`.
     size
         Height and width of the picture, or one number for both. Default: three receptive fields, from 64 pixels to
@@ -122,17 +123,18 @@ def patterns(
             blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *seen))
             run = folded.quickened(run, folded.plan(run, blank, gradients=True))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], seen[0] * seen[1])
-        passes = 2 if any(objective.mates for objective in want.objectives) else 1
+        mates = any(objective.mates for objective in want.objectives)
+        passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
-        most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
-        parts = _batches(want, batch_size(model, each, memory, most))
+        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, seen[0] * seen[1]) // passes))
+        parts = _batches(want, fits)
         natural = None if reference is None else beside_nature(run, want, reference, model, memory)
-        batches: list[_Finished] = []
+        batches: list[Finished] = []
         for position, part in enumerate(parts):
-            album = _Album(count, kept)
+            album = Album(count, kept)
 
             def on_step(
-                step: int, look: Callable[[], Tensor], album: _Album = album, before: int = position * count
+                step: int, look: Callable[[], Tensor], album: Album = album, before: int = position * count
             ) -> None:
                 done = before + step + 1
                 album.look(step, look)
@@ -141,9 +143,13 @@ def patterns(
                 if progress is not None:
                     progress(done, count * len(parts))
 
+            def all_done(done: int = (position + 1) * count) -> None:
+                if progress is not None:
+                    progress(done, count * len(parts))
+
             rows = want.pictures(part)
             task = Task(
-                measure=_measured(model, run, want.batch(part), want.layer),
+                measure=measured(model, run, want.batch(part), want.layer),
                 generators=want.generators(part, seed),
                 preprocessing=model.preprocessing,
                 device=model.device,
@@ -154,24 +160,28 @@ def patterns(
                 seen=seen,
                 start=None if first is None else first[rows.start : rows.stop],
                 raw=space == "input",
-                mates=passes > 1,
+                mates=mates,
                 views=shown,
                 plateau=plateau,
                 on_step=on_step,
             )
             drawn = rule.draw(task)
-            scores = task.score(drawn.pictures).cpu()
-            drawn, scores = _revived(drawn, scores, task, rule, want, part, run, model, seed)
-            album.close(drawn.pictures)
-            if progress is not None and plateau is not None:
-                progress((position + 1) * count, count * len(parts))
-            batches.append(_Finished(drawn, scores, album.frames))
+            done = Finished(drawn, task.score(drawn.pictures).cpu(), album)
+            batch = Batch(task, rule, want, part, run, model, seed, fits, all_done)
+            revive(batch, done)
+            album.close(done.drawn.pictures)
+            if count >= own_steps:  # fewer were asked for to see something soon
+                convince(batch, done)
+            if plateau is not None:
+                all_done()
+            batches.append(done)
         noise = beside_noise(run, want, model, sides, seed, memory)
     scores, history = torch.cat([b.scores for b in batches]), torch.cat([b.drawn.history.cpu() for b in batches], dim=1)
+    known = torch.cat([b.known for b in batches if b.known is not None]) if batches[0].known is not None else None
     alphas = [b.drawn.alpha for b in batches if b.drawn.alpha is not None]
     return Patterns(
         model,
-        images=_for_display(torch.cat([b.drawn.pictures.cpu() for b in batches])),
+        images=for_display(torch.cat([b.drawn.pictures.cpu() for b in batches])),
         units=np.array(want.numbers),
         scores=scores.numpy(),
         history=history.numpy(),
@@ -186,45 +196,11 @@ def patterns(
         noise=noise.numpy(),
         reference=None if natural is None else natural[0].numpy(),
         alpha=None if not alphas else (torch.cat(alphas) * 255).round().to(torch.uint8).cpu().numpy(),
-        frames=np.concatenate([np.stack(b.frames) for b in batches], axis=1) if kept and count else None,
+        frames=np.concatenate([np.stack(b.album.frames) for b in batches], axis=1) if kept and count else None,
         objectives=want.names,
-        notes=tuple(remarks(want, scores, history, noise, rule.starts)),
+        notes=tuple(remarks(want, scores, history, noise, rule.starts, known)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A batch."""
-
-    drawn: Drawn
-    scores: Tensor
-    frames: list[np.ndarray]
-
-
-@dataclass
-class _Album:
-    """Keeps `count` pictures of an ascent of `steps` steps, evenly spaced, the last one included."""
-
-    steps: int
-    count: int
-    frames: list[np.ndarray] = field(default_factory=list)
-
-    def look(self, step: int, look: Callable[[], Tensor]) -> None:
-        due = self.count * (step + 1) // self.steps - self.count * step // self.steps
-        if due:
-            self.frames += [_for_display(look().cpu())] * due
-
-    def close(self, pictures: Tensor) -> None:
-        """The last is the finished picture, and so is what an ascent that ended early did not come to."""
-        if self.steps and self.count:
-            kept = self.frames[: self.count - 1]
-            self.frames = kept + [_for_display(pictures.cpu())] * (self.count - len(kept))
-
-
-def _for_display(pictures: Tensor) -> np.ndarray:
-    shown: np.ndarray = pictures.permute(0, 2, 3, 1).contiguous().numpy()
-    return shown
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -237,63 +213,3 @@ def _batches(want: Wanted, size: int) -> list[Sequence[int]]:
     """Objectives in batches of about `size` pictures; those of one objective are never parted."""
     largest = max(objective.pictures for objective in want.objectives)
     return list(chunks(range(len(want.objectives)), max(1, size // largest)))
-
-
-def _measured(model: Model, run: Run, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
-    def measure(batch: Tensor) -> Tensor:
-        values = objective(run(batch.contiguous(memory_format=torch.channels_last)))
-        require_finite(model, values, f"what layer {what!r} gives")
-        return values
-
-    return measure
-
-
-def _revived(
-    drawn: Drawn,
-    scores: Tensor,
-    task: Task,
-    rule: Recipe,
-    want: Wanted,
-    part: Sequence[int],
-    run: Run,
-    model: Model,
-    seed: int,
-) -> tuple[Drawn, Tensor]:
-    """Units that are still silent, drawn again from other starts and, if none wakes them, from a photograph."""
-    if rule.starts == 1 or not want.of_units or want.layer == LOGITS:
-        return drawn, scores
-    pictures, alpha = drawn.pictures.clone(), None if drawn.alpha is None else drawn.alpha.clone()
-    for begin in range(1, rule.starts):
-        silent = (scores == 0).nonzero()[:, 0].tolist()
-        if not silent or task.steps == 0:
-            break
-        again = [part[i] for i in silent]
-        other = replace(
-            task,
-            measure=_measured(model, run, want.batch(again), want.layer),
-            generators=want.generators(again, seed, begin),
-            start=None if task.start is None else task.start[silent],
-            steps=min(task.steps, AGAIN),
-            plateau=None,
-            on_step=_unseen,
-        )
-        found = rule.draw(other)
-        pictures[silent], scores[silent] = found.pictures, other.score(found.pictures).cpu()
-        if alpha is not None and found.alpha is not None:
-            alpha[silent] = found.alpha
-    for i in (scores == 0).nonzero()[:, 0].tolist():
-        measure = _measured(model, run, want.batch([part[i]]), want.layer)
-        found_at = awakened(run, measure, model, want.layer, want.numbers[part[i]], task.size)
-        if found_at is not None:
-            alone = replace(task, measure=measure)
-            pictures[i], scores[i] = found_at, alone.score(found_at[None]).cpu()[0]
-            if alpha is not None:
-                alpha[i] = 1
-    return drawn._replace(pictures=pictures, alpha=alpha), scores
-
-
-AGAIN = 32  # steps from another start
-
-
-def _unseen(step: int, look: Callable[[], Tensor]) -> None:
-    """Nobody looks on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from convscope.patterns.ascent import adam_step, ascend
 from convscope.patterns.canvas import Phase, Photograph
 from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted
-from convscope.patterns.recipes import DAMPING, WAKING, finished
+from convscope.patterns.recipes import DAMPING, WAKING, Task, finished
 from convscope.samples import photographs
 from convscope.tap import Seen
 
@@ -105,6 +105,23 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
 
+KNOWN = 0.85  # a probability; of pictures that fall short of it, more than every other convinces no other network
+
+
+def known(run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
+    """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
+
+    The quadrants are exchanged across the centre: all that was drawn is there, nothing is where it was. What the
+    network knows only whole, other networks hardly ever know at all.
+    """
+    pieces = finished.roll((finished.shape[2] // 2, finished.shape[3] // 2), (2, 3)).float() / 255
+    with torch.no_grad():
+        logits = run(task.ready(pieces).contiguous(memory_format=torch.channels_last)).logits
+    assert logits is not None
+    each = torch.tensor(classes, device=logits.device)[:, None]
+    return logits.softmax(1).gather(1, each)[:, 0].cpu()
+
+
 STUCK = {
     1: "its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it",
     8: "dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let past its "
@@ -112,7 +129,9 @@ STUCK = {
 }
 
 
-def remarks(wanted: Wanted, scores: Tensor, history: Tensor, noise: Tensor, starts: int) -> list[str]:
+def remarks(
+    wanted: Wanted, scores: Tensor, history: Tensor, noise: Tensor, starts: int, known: Tensor | None
+) -> list[str]:
     """In words: pictures that do not show what was looked for."""
     said = []
     names = [f"unit {n}" for n in wanted.numbers] if wanted.of_units else list(wanted.names)
@@ -129,4 +148,9 @@ def remarks(wanted: Wanted, scores: Tensor, history: Tensor, noise: Tensor, star
             )
         elif silent and starts > 1:
             said.append(f"{name} fires at this very picture, but was silent whenever it was moved or zoomed")
+        elif known is not None and float(known[i]) < KNOWN:
+            said.append(
+                f"{name} is given a probability of {float(known[i]):.2f} when the picture's quadrants are exchanged: "
+                "it may convince no other network, nor you"
+            )
     return said

@@ -1,0 +1,142 @@
+"""Pictures drawn again: of units that stay silent, and of classes that the network itself does not know in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convscope.budget import chunks
+from convscope.model import LOGITS, Model
+from convscope.patterns.frames import Album
+from convscope.patterns.objective import Objective
+from convscope.patterns.plan import Wanted
+from convscope.patterns.recipes import Drawn, Recipe, Task
+from convscope.patterns.worth import KNOWN, Run, awakened, known
+from convscope.sound import require_finite
+
+AGAIN = 32  # steps from another start, for a unit that was silent from the first
+
+
+def measured(model: Model, run: Run, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
+    """What a batch is climbed by. Raises ConvscopeError if the network gives numbers that are not finite."""
+
+    def measure(batch: Tensor) -> Tensor:
+        values = objective(run(batch.contiguous(memory_format=torch.channels_last)))
+        require_finite(model, values, f"what layer {what!r} gives")
+        return values
+
+    return measure
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is drawn together: `part` of all that is wanted, of which `fits` pictures at most.
+
+    `beat` is called at every step of what is drawn again.
+    """
+
+    task: Task
+    rule: Recipe
+    want: Wanted
+    part: Sequence[int]
+    run: Run
+    model: Model
+    seed: int
+    fits: int
+    beat: Callable[[], None]
+
+    def again(self, which: Sequence[int], start: int, **changes: Any) -> Task:
+        """The task for some of the batch's pictures alone, from another start."""
+        part = [self.part[i] for i in which]
+        return replace(
+            self.task,
+            measure=measured(self.model, self.run, self.want.batch(part), self.want.layer),
+            generators=self.want.generators(part, self.seed, start),
+            start=None if self.task.start is None else self.task.start[list(which)],
+            **changes,
+        )
+
+    def known(self, pictures: Tensor, which: Sequence[int]) -> Tensor:
+        """How well the network knows the classes of some of the pictures in these."""
+        return known(self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
+
+
+@dataclass
+class Finished:
+    """A batch's pictures, their scores (U,), and frames; for classes also how well the network knows them (U,)."""
+
+    drawn: Drawn
+    scores: Tensor
+    album: Album
+    known: Tensor | None = None
+
+    def put(self, which: Sequence[int], found: Drawn, scores: Tensor) -> None:
+        """Other pictures in the place of these."""
+        rows = list(which)
+        pictures, alpha = self.drawn.pictures.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
+        pictures[rows] = found.pictures
+        if alpha is not None and found.alpha is not None:
+            alpha[rows] = found.alpha
+        self.drawn = self.drawn._replace(pictures=pictures, alpha=alpha)
+        self.scores = self.scores.clone()
+        self.scores[rows] = scores
+
+
+def revive(batch: Batch, done: Finished) -> None:
+    """Units that are still silent, drawn again from other starts and, if none wakes them, from a photograph."""
+    if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
+        return
+    for start in range(1, batch.rule.starts):
+        silent = (done.scores == 0).nonzero()[:, 0].tolist()
+        if not silent or batch.task.steps == 0:
+            break
+        steps = min(batch.task.steps, AGAIN)
+        other = batch.again(silent, start, steps=steps, plateau=None, on_step=lambda *_: batch.beat())
+        found = batch.rule.draw(other)
+        done.put(silent, found, other.score(found.pictures).cpu())
+    for i in (done.scores == 0).nonzero()[:, 0].tolist():
+        alone = batch.again([i], 0)
+        number = batch.want.numbers[batch.part[i]]
+        picture = awakened(batch.run, alone.measure, batch.model, batch.want.layer, number, batch.task.size)
+        if picture is not None:
+            opaque = torch.ones((1, *batch.task.size), device=picture.device)
+            done.put([i], Drawn(picture[None], done.drawn.history, opaque), alone.score(picture[None]).cpu())
+
+
+def convince(batch: Batch, done: Finished) -> None:
+    """Classes that the network does not know in pieces, drawn again from other starts and in twice as many views.
+
+    What convinces best is kept, with its own history and frames.
+    """
+    if batch.rule.tries == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
+        return
+    done.known = batch.known(done.drawn.pictures, range(len(batch.part)))
+    for start in range(1, batch.rule.tries):
+        doubtful = (done.known < KNOWN).nonzero()[:, 0].tolist()
+        for which in chunks(doubtful, max(1, batch.fits // 2)):
+            _try(batch, done, which, start)
+
+
+def _try(batch: Batch, done: Finished, which: Sequence[int], start: int) -> None:
+    assert done.known is not None
+    album = Album(batch.task.steps, done.album.count)
+
+    def on_step(step: int, look: Callable[[], Tensor]) -> None:
+        album.look(step, look)
+        batch.beat()
+
+    other = batch.again(which, start, views=2 * batch.task.views, on_step=on_step)
+    found = batch.rule.draw(other)
+    album.close(found.pictures)
+    scores, sure = other.score(found.pictures).cpu(), batch.known(found.pictures, which)
+    rows = (sure > done.known[list(which)]).nonzero()[:, 0].tolist()
+    better = [which[row] for row in rows]
+    alpha = None if found.alpha is None else found.alpha[rows]
+    done.put(better, Drawn(found.pictures[rows], found.history, alpha), scores[rows])
+    done.drawn.history[:, better] = found.history[:, rows]
+    done.known[better] = sure[rows]
+    done.album.put(better, album, rows)
