@@ -184,8 +184,8 @@ def _recognised(rows: list[recognised.Row], looks: list[recognised.Look]) -> lis
     return [
         "ImageNet classes, drawn with Lite0 by the default recipe and shown as 8-bit pictures to two networks that",
         f"took no part: the share that each names first, and among its first five. Sets of {recognised.COUNT} classes",
-        "are drawn by a hash and do not overlap. Those here were not drawn before: the recipe was chosen with classes of",
-        "the others, on which Lite1 decided, and on three of which Lite2's figures were seen.",
+        "are drawn by a hash and do not overlap. Those here were not drawn before: the recipe was chosen with classes",
+        "of the others, on which Lite1 decided, and on three of which Lite2's figures were seen.",
         "",
         "| | classes | s per class | Lite2, first | Lite2, five | Lite1, first | Lite1, five |",
         "| --- | --- | --- | --- | --- | --- | --- |",
