@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from convscope import folded, tap
 from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
 from convscope.errors import ConvscopeError
 from convscope.model import Model
-from convscope.patterns.again import Batch, Finished, convince, measured, revive
+from convscope.patterns.again import Batch, Finished, convince, joined, measured, revive
 from convscope.patterns.ascent import Plateau
 from convscope.patterns.frames import Album, for_display
 from convscope.patterns.objective import Objective
@@ -126,8 +127,8 @@ def patterns(
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
-        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, seen[0] * seen[1]) // passes))
-        parts = _batches(want, fits)
+        most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
+        parts = _batches(want, batch_size(model, each, memory, most))
         natural = None if reference is None else beside_nature(run, want, reference, model, memory)
         batches: list[Finished] = []
         for position, part in enumerate(parts):
@@ -167,21 +168,22 @@ def patterns(
             )
             drawn = rule.draw(task)
             done = Finished(drawn, task.score(drawn.pictures).cpu(), album)
-            batch = Batch(task, rule, want, part, run, model, seed, fits, all_done)
-            revive(batch, done)
+            revive(Batch(task, rule, want, part, run, model, seed, all_done), done)
             album.close(done.drawn.pictures)
-            if count >= own_steps:  # fewer were asked for to see something soon
-                convince(batch, done)
             if plateau is not None:
                 all_done()
             batches.append(done)
+        done = joined(batches)
+        if count >= own_steps:  # fewer were asked for to see something soon
+            whole = Batch(
+                replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done
+            )
+            convince(whole, done, batch_size(model, 2 * each, memory, most))
         noise = beside_noise(run, want, model, sides, seed, memory)
-    scores, history = torch.cat([b.scores for b in batches]), torch.cat([b.drawn.history.cpu() for b in batches], dim=1)
-    known = torch.cat([b.known for b in batches if b.known is not None]) if batches[0].known is not None else None
-    alphas = [b.drawn.alpha for b in batches if b.drawn.alpha is not None]
+    scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
     return Patterns(
         model,
-        images=for_display(torch.cat([b.drawn.pictures.cpu() for b in batches])),
+        images=for_display(done.drawn.pictures.cpu()),
         units=np.array(want.numbers),
         scores=scores.numpy(),
         history=history.numpy(),
@@ -195,10 +197,10 @@ def patterns(
         patience=patience,
         noise=noise.numpy(),
         reference=None if natural is None else natural[0].numpy(),
-        alpha=None if not alphas else (torch.cat(alphas) * 255).round().to(torch.uint8).cpu().numpy(),
-        frames=np.concatenate([np.stack(b.album.frames) for b in batches], axis=1) if kept and count else None,
+        alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
+        frames=np.stack(done.album.frames) if kept and count else None,
         objectives=want.names,
-        notes=tuple(remarks(want, scores, history, noise, rule.starts, known)),
+        notes=tuple(remarks(want, scores, history, noise, rule.starts, done.known)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
 

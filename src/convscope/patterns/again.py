@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,10 +35,7 @@ def measured(model: Model, run: Run, objective: Objective, what: str) -> Callabl
 
 @dataclass(frozen=True)
 class Batch:
-    """What is drawn together: `part` of all that is wanted, of which `fits` pictures at most.
-
-    `beat` is called at every step of what is drawn again.
-    """
+    """What is drawn together: `part` of all that is wanted. `beat` is called at every step of what is drawn again."""
 
     task: Task
     rule: Recipe
@@ -46,7 +44,6 @@ class Batch:
     run: Run
     model: Model
     seed: int
-    fits: int
     beat: Callable[[], None]
 
     def again(self, which: Sequence[int], start: int, **changes: Any) -> Task:
@@ -107,22 +104,23 @@ def revive(batch: Batch, done: Finished) -> None:
             done.put([i], Drawn(picture[None], done.drawn.history, opaque), alone.score(picture[None]).cpu())
 
 
-def convince(batch: Batch, done: Finished) -> None:
+def convince(batch: Batch, done: Finished, fits: int) -> None:
     """Classes that the network does not know in pieces, drawn again from other starts and in twice as many views.
 
-    What convinces best is kept, with its own history and frames.
+    What convinces best is kept, with its own history and frames. Of so many views, `fits` pictures are drawn at once.
     """
     if batch.rule.tries == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
         return
-    done.known = batch.known(done.drawn.pictures, range(len(batch.part)))
+    every = list(chunks(range(len(batch.part)), fits))
+    sure = torch.cat([batch.known(done.drawn.pictures[list(part)], part) for part in every])
     for start in range(1, batch.rule.tries):
-        doubtful = (done.known < KNOWN).nonzero()[:, 0].tolist()
-        for which in chunks(doubtful, max(1, batch.fits // 2)):
-            _try(batch, done, which, start)
+        doubtful = (sure < KNOWN).nonzero()[:, 0].tolist()
+        for which in chunks(doubtful, fits):
+            _try(batch, done, sure, which, start)
+    done.known = sure
 
 
-def _try(batch: Batch, done: Finished, which: Sequence[int], start: int) -> None:
-    assert done.known is not None
+def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start: int) -> None:
     album = Album(batch.task.steps, done.album.count)
 
     def on_step(step: int, look: Callable[[], Tensor]) -> None:
@@ -132,11 +130,25 @@ def _try(batch: Batch, done: Finished, which: Sequence[int], start: int) -> None
     other = batch.again(which, start, views=2 * batch.task.views, on_step=on_step)
     found = batch.rule.draw(other)
     album.close(found.pictures)
-    scores, sure = other.score(found.pictures).cpu(), batch.known(found.pictures, which)
-    rows = (sure > done.known[list(which)]).nonzero()[:, 0].tolist()
+    scores, now = other.score(found.pictures).cpu(), batch.known(found.pictures, which)
+    rows = (now > sure[list(which)]).nonzero()[:, 0].tolist()
     better = [which[row] for row in rows]
     alpha = None if found.alpha is None else found.alpha[rows]
     done.put(better, Drawn(found.pictures[rows], found.history, alpha), scores[rows])
     done.drawn.history[:, better] = found.history[:, rows]
-    done.known[better] = sure[rows]
+    sure[better] = now[rows]
     done.album.put(better, album, rows)
+
+
+def joined(batches: Sequence[Finished]) -> Finished:
+    """Batches one after the other."""
+    parts = [batch.drawn for batch in batches]
+    alphas = [part.alpha for part in parts if part.alpha is not None]
+    drawn = Drawn(
+        torch.cat([part.pictures for part in parts]),
+        torch.cat([part.history for part in parts], dim=1),
+        torch.cat(alphas) if alphas else None,
+    )
+    album = batches[0].album
+    frames = [np.concatenate(frame) for frame in zip(*(batch.album.frames for batch in batches), strict=True)]
+    return Finished(drawn, torch.cat([batch.scores for batch in batches]), Album(album.steps, album.count, frames))

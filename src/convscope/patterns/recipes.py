@@ -323,7 +323,7 @@ class Recipe:
 
 RECIPES = {
     "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, depending(96, 0.2), starts=8, tries=4),
+    "robust": Recipe(robust, robust_size, robust_seen, depending(150, 0.15), starts=8, tries=2),
     "maco": Recipe(maco, robust_size, robust_seen, depending(150, 0.15), views=2, starts=8),
     "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
