@@ -184,9 +184,9 @@ def _recognised(rows: list[recognised.Row], looks: list[recognised.Look]) -> lis
     return [
         "ImageNet classes, drawn with Lite0 by the default recipe and shown as 8-bit pictures to two networks that",
         f"took no part: the share that each names first, and among its first five. Sets of {recognised.COUNT} classes",
-        "are drawn by a hash and do not overlap. Lite2 was shown nothing of set 8 before. On the others it gave a recipe",
-        "of 96 steps of 0.2 0.84 and 0.82 first, 0.95 and 0.89 among five, and that was dropped for this one, which has",
-        "150 of 0.15 and had been chosen with other classes, on which Lite1 decided.",
+        "are drawn by a hash and do not overlap. Lite2 was shown nothing of set 8 before. On the others it gave a",
+        "recipe of 96 steps of 0.2 0.84 and 0.82 first, 0.95 and 0.89 among five, and that was dropped for this one,",
+        "which has 150 of 0.15 and had been chosen with other classes, on which Lite1 decided.",
         "",
         "| | classes | s per class | Lite2, first | Lite2, five | Lite1, first | Lite1, five |",
         "| --- | --- | --- | --- | --- | --- | --- |",
