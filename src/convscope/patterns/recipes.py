@@ -291,9 +291,9 @@ def steady(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int
     return lambda sees, full: (steps, step_size)
 
 
-def depending(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int]], tuple[int, float]]:
-    """For units that see little 48 steps of 0.35: all views of theirs look alike, and they are sooner done."""
-    return lambda sees, full: (48, 0.35) if _sees_little(sees, full) else (steps, step_size)
+def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
+    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
+    return (48, 0.35) if _sees_little(sees, full) else (150, 0.15)
 
 
 @dataclass(frozen=True)
@@ -323,8 +323,8 @@ class Recipe:
 
 RECIPES = {
     "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, depending(150, 0.15), starts=8, tries=2),
-    "maco": Recipe(maco, robust_size, robust_seen, depending(150, 0.15), views=2, starts=8),
+    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, tries=2),
+    "maco": Recipe(maco, robust_size, robust_seen, robust_pace, views=2, starts=8),
     "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
         caricature, own_size, as_it_is, steady(128, 0.1), objective=likeness, takes_start=True, needs_start=True

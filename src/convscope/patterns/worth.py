@@ -105,7 +105,7 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
 
-KNOWN = 0.85  # a probability; of pictures that fall short of it, more than every other convinces no other network
+KNOWN = 0.85  # the probability below which a picture is doubtful
 
 
 def known(run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
