@@ -123,16 +123,17 @@ def test_published_pages_show_the_stores_patterns(site, store):
 
 
 def test_remarks_go_with_their_unit_alone(explorer, store):
-    manifest = store.folder.local / "patterns" / "relu3" / "manifest.json"
-    before = manifest.read_text()
-    told = json.loads(before)
-    told["notes"] = ["unit 4 is stuck at 0", "unit 40 is not here"]
-    try:
-        manifest.write_text(json.dumps(told))
-        assert explorer.drawn(explorer.first, Drawing("relu3", 4, seed=4))["notes"] == ["unit 4 is stuck at 0"]
-        assert explorer.drawn(explorer.first, Drawing("relu3", 2, seed=4))["notes"] == []
-    finally:
-        manifest.write_text(before)
+    for layer, what, drawn, other in (("relu3", "unit", 4, 2), ("logits", "class", 3, 0)):
+        manifest = store.folder.local / "patterns" / layer / "manifest.json"
+        before = manifest.read_text()
+        told = json.loads(before)
+        told["notes"] = [f"{what} {drawn} (so called) is stuck at 0", f"{what} {drawn}0 is not here"]
+        try:
+            manifest.write_text(json.dumps(told))
+            assert explorer.drawn(explorer.first, Drawing(layer, drawn, seed=4))["notes"] == told["notes"][:1]
+            assert explorer.drawn(explorer.first, Drawing(layer, other, seed=4))["notes"] == []
+        finally:
+            manifest.write_text(before)
 
 
 def test_damaged_patterns_are_named(explorer, store):

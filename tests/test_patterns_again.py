@@ -25,7 +25,8 @@ BRIEF = replace(RECIPES["robust"], pace=steady(STEPS, 0.2), tries=4)
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    return loaded(filled(Usual()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    model = loaded(filled(Usual()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    return replace(model, classes=("zero", "one", "two", "three", "four"))
 
 
 def drawn(model: convscope.Model, classes: Sequence[int], rule: Recipe = BRIEF, **more: Any) -> convscope.Patterns:
@@ -61,7 +62,7 @@ def test_what_the_network_knows_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatc
     sure = exchanged[range(4), range(4)] / exchanged.sum(1)
     assert sure.max() < KNOWN  # a quarter that is bright where it was drawn is dark across
     assert found.notes == tuple(
-        f"unit {u} is given a probability of {p:.2f} when the picture's quadrants are exchanged: it may convince no "
+        f"class {u} is given a probability of {p:.2f} when the picture's quadrants are exchanged: it may convince no "
         "other network, nor you"
         for u, p in enumerate(sure)
     )
@@ -107,8 +108,8 @@ def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, lis
         np.testing.assert_allclose(found.history[:, unit], expected.history[:, 0], rtol=0.02)
         np.testing.assert_allclose(found.scores[unit], expected.scores[0], rtol=0.02)
     assert [note.split(" when")[0] for note in found.notes] == [
-        "unit 1 is given a probability of 0.50",
-        "unit 3 is given a probability of 0.40",
+        "class 1 (one) is given a probability of 0.50",
+        "class 3 (three) is given a probability of 0.40",
     ]
 
 

@@ -19,7 +19,7 @@ from convscope.figures import activation_pages, pattern_grid
 from convscope.heatmaps import heatmaps
 from convscope.images import Failure
 from convscope.model import LOGITS, Layer, Model
-from convscope.patterns import patterns
+from convscope.patterns import Patterns, patterns
 from convscope.results import file_names, replacing, versions, write_json
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
@@ -89,7 +89,7 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
         file = f"activations_{names[row.name]}.png"
         _write(out / file, page)
         dead = int(silent(seen[row.name]).sum())
-        text = f"{dead} of its {row.units} channels have nothing to say about this picture"
+        text = f"Channels that have nothing to say about this picture: {dead} of {row.units}"
         maps.append(Grid(row.name, file, _sees(model, row), row.units, text))
 
     grids = []
@@ -104,7 +104,7 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
         classes = patterns(model, LOGITS, wanted, seed=seed, progress=progress)
     _write(out / "patterns_classes.png", pattern_grid(classes.images, columns=4))
 
-    _page(out, model, photos, lead, maps, grids, classes.names, heat.layer, said.notes + heat.notes)
+    _page(out, model, photos, lead, maps, grids, classes, heat.layer, said.notes + heat.notes)
     manifest = {
         "kind": "demo",
         "model": model.describe(),
@@ -124,7 +124,7 @@ def _page(
     lead: int,
     maps: list[Grid],
     grids: list[Grid],
-    classes: list[str],
+    classes: Patterns,
     layer: str,
     notes: tuple[str, ...],
 ) -> None:

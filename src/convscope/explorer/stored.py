@@ -59,7 +59,7 @@ class Stored:
             "height": image.height,
             "width": image.width,
             **numbers,
-            "notes": [note for note in drawn.notes if note.startswith(f"unit {what.unit} ")],
+            "notes": [note for note in drawn.notes if note.startswith((f"unit {what.unit} ", f"class {what.unit} "))],
             "steps": drawn.steps,
         }
 

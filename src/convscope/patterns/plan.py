@@ -53,6 +53,14 @@ class Wanted:
             o.name if o.pictures == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.pictures)
         )
 
+    def called(self, model: Model) -> list[str]:
+        """What to call each picture in a sentence."""
+        if not self.of_units:
+            return list(self.names)
+        if self.layer != LOGITS:
+            return [f"unit {n}" for n in self.numbers]
+        return [f"class {n}" + ("" if model.classes is None else f" ({model.classes[n]})") for n in self.numbers]
+
     def pictures(self, part: Sequence[int]) -> range:
         """The pictures of the objectives `part`, a range."""
         before = sum(o.pictures for o in self.objectives[: part[0]])

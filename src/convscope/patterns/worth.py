@@ -130,11 +130,10 @@ STUCK = {
 
 
 def remarks(
-    wanted: Wanted, scores: Tensor, history: Tensor, noise: Tensor, starts: int, known: Tensor | None
+    names: Sequence[str], scores: Tensor, history: Tensor, noise: Tensor, starts: int, known: Tensor | None
 ) -> list[str]:
-    """In words: pictures that do not show what was looked for."""
+    """In words: pictures, called by these names, that do not show what was looked for."""
     said = []
-    names = [f"unit {n}" for n in wanted.numbers] if wanted.of_units else list(wanted.names)
     for i, name in enumerate(names):
         score, path = float(scores[i]), history[:, i]
         silent = len(path) > 0 and bool((path == 0).all())
