@@ -211,13 +211,14 @@ def _recognised(rows: list[recognised.Row], looks: list[recognised.Look]) -> lis
 
 def _stuck(rows: list[stuck.Stuck]) -> list[str]:
     return [
-        f"The default recipe, on {stuck.SIZE} pixels and with {stuck.STEPS} steps, for every filter: those that fire",
-        "at their finished picture; those that fire on none of the sample photographs, nor from eight starts (dead).",
+        f"The default recipe, on {stuck.SIZE} pixels and with {stuck.STEPS} steps, for every filter; those that are",
+        "silent there once more in full. Filters that fire at their finished picture, and how many of them only in",
+        "full; those that fire on none of the sample photographs, nor from eight starts (dead); others, silent too.",
         "",
-        "| | filters | fire | dead | others |",
-        "| --- | --- | --- | --- | --- |",
+        "| | filters | fire | only in full | dead | others |",
+        "| --- | --- | --- | --- | --- | --- |",
         *[
-            f"| {r.what} | {r.units} | {r.fire} ({r.fire / r.units:.2%}) | {r.dead} "
+            f"| {r.what} | {r.units} | {r.fire} ({r.fire / r.units:.2%}) | {r.late} | {r.dead} "
             f"| {', '.join(r.others[:8]) or 'none'} |"
             for r in rows
         ],

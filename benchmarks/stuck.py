@@ -16,18 +16,20 @@ from trunk import trunk
 
 import convscope
 
-SIZE, STEPS = 64, 16  # as little as shows whether a unit can be made to fire
+SIZE, STEPS = 64, 16  # as little as wakes most; the others are drawn again in full
 # The layers that are done, for a run that is cut short; gone when all are.
 KEPT = Path(__file__).parents[1] / "build" / "stuck.jsonl"
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """Units, those whose pattern they fire at, those said to be dead, and the layers and numbers of the others."""
+    """Units, those whose pattern they fire at (`late`: of these, not at the small one), those said to be dead, and the
+    layers and numbers of the others."""
 
     what: str
     units: int
     fire: int
+    late: int
     dead: int
     others: tuple[str, ...]
 
@@ -36,16 +38,17 @@ class Stuck:
             self.what,
             self.units + other.units,
             self.fire + other.fire,
+            self.late + other.late,
             self.dead + other.dead,
             self.others + other.others,
         )
 
 
 def count(what: str, model: convscope.Model, layers: Iterable[str], kept: Path) -> Stuck:
-    """Over all units of the layers, the default recipe on a small canvas; layers found in `kept` are not done again."""
+    """Over all units of the layers; layers found in `kept` are not done again."""
     lines = kept.read_text().splitlines() if kept.exists() else []
     done = {(row["what"], row.pop("layer")): row for row in map(json.loads, lines)}
-    total = Stuck(what, 0, 0, 0, ())
+    total = Stuck(what, 0, 0, 0, 0, ())
     for layer in layers:
         if (what, layer) in done:
             row = done[what, layer]
@@ -61,11 +64,20 @@ def count(what: str, model: convscope.Model, layers: Iterable[str], kept: Path) 
 
 
 def _layer(what: str, model: convscope.Model, layer: str) -> Stuck:
-    found = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
-    said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
-    silent = [int(u) for u, score in zip(found.units, found.scores, strict=True) if score <= 0]
-    others = tuple(f"{layer} {u}" for u in silent if f"unit {u}" not in said)
-    return Stuck(what, len(found.units), len(found.units) - len(silent), len(said), others)
+    small = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
+    silent = _silent(small)
+    if not silent:
+        return Stuck(what, len(small.units), len(small.units), 0, 0, ())
+    full = convscope.patterns(model, layer, silent)
+    still = _silent(full)
+    dead = {note.split(" is stuck at 0: dead")[0] for note in full.notes if " is stuck at 0: dead" in note}
+    others = tuple(f"{layer} {u}" for u in still if f"unit {u}" not in dead)
+    fire = len(small.units) - len(still)
+    return Stuck(what, len(small.units), fire, len(silent) - len(still), len(dead), others)
+
+
+def _silent(found: convscope.Patterns) -> list[int]:
+    return [int(unit) for unit, score in zip(found.units, found.scores, strict=True) if score <= 0]
 
 
 def run() -> list[Stuck]:

@@ -200,7 +200,7 @@ def patterns(
         alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
         frames=np.stack(done.album.frames) if kept and count else None,
         objectives=want.names,
-        notes=tuple(remarks(want.called(model), scores, history, noise, rule.starts, done.known)),
+        notes=tuple(remarks(want.called(model), scores, noise, done.silent, done.known)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ from convscope.patterns.worth import KNOWN, Run, awakened, known
 from convscope.sound import require_finite
 
 AGAIN = 32  # steps from another start, for a unit that was silent from the first
+
+OFF = "is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it"
+ASLEEP = "is stuck at 0: it stayed silent from {starts} starts with the gradient let past its rectifier"
+DEAD = (
+    "is stuck at 0: dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let "
+    "past its rectifier"
+)
+LARGER = (
+    "is stuck at 0: it fires on a sample photograph, but at no piece of {height} x {width} pixels that was cut out of "
+    "it, nor from {starts} starts with the gradient let past its rectifier; a larger size= may help"
+)
+FLEETING = "fires at this very picture, but was silent whenever it was moved or zoomed"
 
 
 def measured(model: Model, run: Run, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
@@ -64,11 +77,16 @@ class Batch:
 
 @dataclass
 class Finished:
-    """A batch's pictures, their scores (U,), and frames; for classes also how well the network knows them (U,)."""
+    """A batch's pictures, their scores (U,), and frames.
+
+    For units that were silent at every step also what is to be said of them, by row; for classes how well the network
+    knows them (U,).
+    """
 
     drawn: Drawn
     scores: Tensor
     album: Album
+    silent: dict[int, str] = field(default_factory=dict)
     known: Tensor | None = None
 
     def put(self, which: Sequence[int], found: Drawn, scores: Tensor) -> None:
@@ -84,24 +102,51 @@ class Finished:
 
 
 def revive(batch: Batch, done: Finished) -> None:
-    """Units that are still silent, drawn again from other starts and, if none wakes them, from a photograph."""
+    """Units that end at 0, drawn again from other starts and, if none wakes them, from a photograph.
+
+    Of units that were silent at every step of every start, `done` tells why.
+    """
+    if batch.task.steps == 0:
+        return
+    never = (done.drawn.history == 0).all(0).cpu()
+    if batch.rule.starts == 1:
+        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF)
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
     for start in range(1, batch.rule.starts):
-        silent = (done.scores == 0).nonzero()[:, 0].tolist()
-        if not silent or batch.task.steps == 0:
+        silent = _rows(done.scores == 0)
+        if not silent:
             break
         steps = min(batch.task.steps, AGAIN)
         other = batch.again(silent, start, steps=steps, plateau=None, on_step=lambda *_: batch.beat())
         found = batch.rule.draw(other)
         done.put(silent, found, other.score(found.pictures).cpu())
-    for i in (done.scores == 0).nonzero()[:, 0].tolist():
-        alone = batch.again([i], 0)
-        number = batch.want.numbers[batch.part[i]]
-        picture = awakened(batch.run, alone.measure, batch.model, batch.want.layer, number, batch.task.size)
-        if picture is not None:
-            opaque = torch.ones((1, *batch.task.size), device=picture.device)
-            done.put([i], Drawn(picture[None], done.drawn.history, opaque), alone.score(picture[None]).cpu())
+        never[silent] &= (found.history == 0).all(0).cpu()
+    said = {i: _from_photograph(batch, done, i) for i in _rows(done.scores == 0)}
+    done.silent = {i: said.get(i, FLEETING) for i in _rows(never)}
+
+
+def _from_photograph(batch: Batch, done: Finished, i: int) -> str:
+    """A unit that no start woke, drawn from the sample photograph that excites it most. What is to be said of it."""
+    starts, (height, width) = batch.rule.starts, batch.task.size
+    if batch.model.preprocessing.channels != 3:
+        return ASLEEP.format(starts=starts)
+    alone = batch.again([i], 0)
+    number = batch.want.numbers[batch.part[i]]
+    picture = awakened(batch.run, alone.measure, batch.model, batch.want.layer, number, batch.task.size)
+    if picture is None:
+        return DEAD.format(starts=starts)
+    score = alone.score(picture[None]).cpu()
+    if float(score) == 0:
+        return LARGER.format(starts=starts, height=height, width=width)
+    opaque = torch.ones((1, *batch.task.size), device=picture.device)
+    done.put([i], Drawn(picture[None], done.drawn.history, opaque), score)
+    return FLEETING
+
+
+def _rows(which: Tensor) -> list[int]:
+    rows: list[int] = which.nonzero()[:, 0].tolist()
+    return rows
 
 
 def convince(batch: Batch, done: Finished, fits: int) -> None:
@@ -114,7 +159,7 @@ def convince(batch: Batch, done: Finished, fits: int) -> None:
     every = list(chunks(range(len(batch.part)), fits))
     sure = torch.cat([batch.known(done.drawn.pictures[list(part)], part) for part in every])
     for start in range(1, batch.rule.tries):
-        doubtful = (sure < KNOWN).nonzero()[:, 0].tolist()
+        doubtful = _rows(sure < KNOWN)
         for which in chunks(doubtful, fits):
             _try(batch, done, sure, which, start)
     done.known = sure
@@ -131,7 +176,7 @@ def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start
     found = batch.rule.draw(other)
     album.close(found.pictures)
     scores, now = other.score(found.pictures).cpu(), batch.known(found.pictures, which)
-    rows = (now > sure[list(which)]).nonzero()[:, 0].tolist()
+    rows = _rows(now > sure[list(which)])
     better = [which[row] for row in rows]
     alpha = None if found.alpha is None else found.alpha[rows]
     done.put(better, Drawn(found.pictures[rows], found.history, alpha), scores[rows])
@@ -151,4 +196,7 @@ def joined(batches: Sequence[Finished]) -> Finished:
     )
     album = batches[0].album
     frames = [np.concatenate(frame) for frame in zip(*(batch.album.frames for batch in batches), strict=True)]
-    return Finished(drawn, torch.cat([batch.scores for batch in batches]), Album(album.steps, album.count, frames))
+    before = accumulate([0, *(len(batch.scores) for batch in batches)])
+    silent = {first + i: why for first, batch in zip(before, batches, strict=False) for i, why in batch.silent.items()}
+    scores = torch.cat([batch.scores for batch in batches])
+    return Finished(drawn, scores, Album(album.steps, album.count, frames), silent)

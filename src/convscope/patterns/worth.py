@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from convscope.budget import batch_size, forward_bytes
 from convscope.images import Pictures, Preprocessing
-from convscope.model import LOGITS, Model
+from convscope.model import Model
 from convscope.patterns.ascent import adam_step, ascend
 from convscope.patterns.canvas import Phase, Photograph
 from convscope.patterns.objective import Objective
@@ -68,8 +68,6 @@ def awakened(
     None if it fires on none of them. Where the unit fires in the photograph, a piece of the canvas's size is cut out,
     and climbed as it lies.
     """
-    if model.preprocessing.channels != 3 or layer == LOGITS:
-        return None
     batch = next(Pictures(photographs(), model.preprocessing).batches(len(photographs())))
     with torch.no_grad():
         maps = run(batch.x).maps[layer].float()
@@ -122,31 +120,20 @@ def known(run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Ten
     return logits.softmax(1).gather(1, each)[:, 0].cpu()
 
 
-STUCK = {
-    1: "its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it",
-    8: "dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let past its "
-    "rectifier",
-}
-
-
 def remarks(
-    names: Sequence[str], scores: Tensor, history: Tensor, noise: Tensor, starts: int, known: Tensor | None
+    names: Sequence[str], scores: Tensor, noise: Tensor, silent: Mapping[int, str], known: Tensor | None
 ) -> list[str]:
     """In words: pictures, called by these names, that do not show what was looked for."""
     said = []
     for i, name in enumerate(names):
-        score, path = float(scores[i]), history[:, i]
-        silent = len(path) > 0 and bool((path == 0).all())
-        if score == 0 and silent:
-            why = STUCK[1] if starts == 1 else STUCK[8].format(starts=starts)
-            said.append(f"{name} is stuck at 0: {why}")
-        elif score <= float(noise[i]):
+        score, nothing = float(scores[i]), float(noise[i])
+        if i in silent:
+            said.append(f"{name} {silent[i]}")
+        elif score <= nothing:
             said.append(
-                f"{name} ends with a score of {score:.3g}, no more than on noise ({float(noise[i]):.3g}): this is not "
-                "what it looks for"
+                f"{name} ends with a score of {score:.3g}, no more than on noise ({nothing:.3g}): this is not what it "
+                "looks for"
             )
-        elif silent and starts > 1:
-            said.append(f"{name} fires at this very picture, but was silent whenever it was moved or zoomed")
         elif known is not None and float(known[i]) < KNOWN:
             said.append(
                 f"{name} is given a probability of {float(known[i]):.2f} when the picture's quadrants are exchanged: "

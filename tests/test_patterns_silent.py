@@ -1,0 +1,111 @@
+"""Units that no ascent wakes: drawn from a photograph, or told why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convscope
+from convscope.images import Pictures
+from convscope.patterns import recipes
+from convscope.samples import photographs
+from tests.test_patterns_recipes import loaded
+
+STARTS = recipes.RECIPES["robust"].starts
+
+
+class Gate(nn.Module):
+    """A layer without a gradient, which no ascent gets anywhere with: what `fires` says of the picture."""
+
+    def __init__(self, fires: Any) -> None:
+        super().__init__()
+        self.fires = fires
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fires(x).detach() + 0 * x[:, :1]
+
+
+class Gated(nn.Module):
+    def __init__(self, fires: Any) -> None:
+        super().__init__()
+        self.gate = Gate(fires)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).mean((2, 3))
+
+
+def warm(x: Tensor) -> Tensor:
+    """How much redder than blue a pixel is, beyond one half: gray never is."""
+    return (x[:, :1] - x[:, 2:] - 0.5).relu()
+
+
+def high(x: Tensor) -> Tensor:
+    """Fires at pictures higher than 40 pixels, whatever they show."""
+    return torch.full_like(x[:, :1], max(0, x.shape[2] - 40))
+
+
+def never(x: Tensor) -> Tensor:
+    return torch.zeros_like(x[:, :1])
+
+
+def as_it_is(net: nn.Module, size: int, **more: Any) -> convscope.Model:
+    return loaded(net, size, **{"mean": 0.0, "std": 1.0, **more})
+
+
+def test_what_no_start_wakes_is_cut_from_the_photograph_that_excites_it_most() -> None:
+    model = as_it_is(Gated(warm), 96)
+    found = convscope.patterns(model, "gate", size=32, steps=4)
+    # By hand: the warmest pixel of the four photographs, as the network sees them, and a square around it.
+    x = next(Pictures(photographs(), model.preprocessing).batches(4)).x
+    maps = warm(x)[:, 0]
+    n, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
+    top, left = (int(np.clip(round(float(place) - 16), 0, 96 - 32)) for place in (row, column))
+    square = (x[n, :, top : top + 32, left : left + 32] * 255).round().to(torch.uint8)
+    assert np.array_equal(found.images[0], square.permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(found.scores[0], float(warm(square[None] / 255).mean()), rtol=1e-5)
+    assert found.scores[0] > 0
+    assert not found.history.any()
+    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
+
+
+@pytest.mark.parametrize(
+    ("fires", "more", "why"),
+    [
+        (
+            never,
+            {},
+            f"dead: it fired on none of the sample photographs, nor from {STARTS} starts with the gradient",
+        ),
+        (
+            high,
+            {},
+            "it fires on a sample photograph, but at no piece of 32 x 32 pixels that was cut out of it, nor from "
+            f"{STARTS} starts with the gradient let past its rectifier; a larger size= may help",
+        ),
+        (never, {"channels": 1}, f"it stayed silent from {STARTS} starts with the gradient let past its rectifier"),
+    ],
+)
+def test_what_stays_silent_is_told_why(fires: Any, more: dict[str, Any], why: str) -> None:
+    """A unit is dead only if it fired nowhere, and photographs are spoken of only where they were looked at."""
+    found = convscope.patterns(as_it_is(Gated(fires), 96, **more), "gate", size=32, steps=4)
+    assert found.scores.tolist() == [0]
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith(f"unit 0 is stuck at 0: {why}")
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 30])
+def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> None:
+    def three(x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), never(x), warm(x)], 1)
+
+    found = convscope.patterns(as_it_is(Gated(three), 96), "gate", size=32, steps=4, memory=memory)
+    assert (found.scores > 0).tolist() == [True, False, True]
+    assert [note.split(":")[0] for note in found.notes] == [
+        "unit 0 ends with a score of 1, no more than on noise (1)",
+        "unit 1 is stuck at 0",
+        "unit 2 fires at this very picture, but was silent whenever it was moved or zoomed",
+    ]
