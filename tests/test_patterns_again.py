@@ -169,3 +169,17 @@ def test_what_is_drawn_again_can_be_ended(usual: convscope.Model, told: dict[int
     with pytest.raises(KeyboardInterrupt):
         drawn(usual, [0], progress=enough)
     assert len(calls) == STEPS + 3
+
+
+def test_a_network_that_ends_in_a_sigmoid_is_judged_by_it() -> None:
+    """Each class by itself: what the network says of the picture in pieces is what `predict` says of it."""
+    model = loaded(nn.Sequential(Quarters(), nn.Sigmoid()), 32)
+    assert model.head == "sigmoid"
+    found = drawn(model, range(4), replace(BRIEF, tries=2))
+    pieces = np.roll(found.images, (16, 16), (1, 2))
+    said = 1 / (1 + np.exp(-convscope.predict(model, pieces).logits))
+    doubted = [u for u in range(4) if said[u, u] < KNOWN and found.scores[u] > found.noise[u]]
+    assert [note.split(" when")[0] for note in found.notes if "quadrants" in note] == [
+        f"class {u} is given a probability of {said[u, u]:.2f}" for u in doubted
+    ]
+    assert doubted or not found.notes

@@ -374,3 +374,21 @@ def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
     assert found.scores[0] < found.noise[0]
     assert len(found.notes) == 1
     assert found.notes[0].startswith(f"relu2 3 ends with a score of {found.scores[0]:.3g}, no more than on noise")
+
+
+def test_noise_and_nature_are_fed_as_the_picture_is(usual: convscope.Model, photographs: np.ndarray) -> None:
+    """With space='input' nothing is prepared: numbers from 0 to 255 for all three."""
+    natural = photographs[:, :, :32]
+    options = {"recipe": "plain", "space": "input", "size": 32, "steps": 1}
+    found = convscope.patterns(usual, "conv1", [1], reference=natural, **options)
+    for score, shown in ((found.noise, noises_by_hand(0, (32, 32))), (found.reference, natural)):
+        x = torch.from_numpy(np.ascontiguousarray(shown.transpose(0, 3, 1, 2))).float()
+        with torch.no_grad():
+            expected = usual.module.conv1(x).mean((2, 3))[:, 1].max()
+        assert score == pytest.approx([float(expected)], rel=1e-3)  # natural pictures come back from their preparation
+
+
+def test_a_large_seed_is_as_good_as_any(usual: convscope.Model) -> None:
+    found = [convscope.patterns(usual, "conv1", [1], size=16, steps=1, seed=seed) for seed in (2**62, 2**62, 5)]
+    assert np.array_equal(found[0].images, found[1].images)
+    assert not np.array_equal(found[0].images, found[2].images)

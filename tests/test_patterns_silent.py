@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import convscope
+from convscope import ConvscopeError
 from convscope.images import Pictures
 from convscope.patterns import recipes
+from convscope.patterns.objective import diverse, unit
 from convscope.samples import photographs
+from tests.oracles.nets import filled
 from tests.test_patterns_recipes import loaded
 
 STARTS = recipes.RECIPES["robust"].starts
@@ -109,3 +113,61 @@ def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> Non
         "unit 1 is stuck at 0",
         "unit 2 fires at this very picture, but was silent whenever it was moved or zoomed",
     ]
+
+
+def test_a_silent_unit_without_places_is_told_of_too() -> None:
+    """A rectifier behind a matrix gives (N, C)."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.ReLU())
+    filled(net)
+    with torch.no_grad():
+        net[3].weight[0], net[3].bias[0] = 0, -1
+    found = convscope.patterns(loaded(net, 32), "4", [0], size=32, steps=2)
+    assert found.scores.tolist() == [0]
+    assert found.notes[0].startswith("unit 0 is stuck at 0: dead: it fired on none of the sample photographs")
+
+
+class OneByOne(Gated):
+    """Refuses to look at several pictures at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 1
+        return super().forward(x)
+
+
+def test_photographs_are_shown_as_many_at_a_time_as_the_network_takes() -> None:
+    several = convscope.patterns(as_it_is(Gated(warm), 96), "gate", size=32, steps=2)
+    single = convscope.patterns(replace(as_it_is(OneByOne(warm), 96), fixed_batch=1), "gate", size=32, steps=2)
+    assert np.array_equal(single.images, several.images)
+    with pytest.raises(ConvscopeError, match=r"4 pictures have to be shown together, and .* takes 1 at a time"):
+        convscope.patterns(
+            replace(as_it_is(OneByOne(warm), 96), fixed_batch=1), diverse(unit("gate", 0), "gate", 4), steps=2
+        )
+
+
+class Rough(nn.Module):
+    """Unit 0 fires at what is not too rough, as its start is, unit 1 never, unit 2 at whatever is rough."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rough = (x[..., 1:] - x[..., :-1]).square().mean((1, 2, 3))
+        values = torch.stack([2e-4 - rough, rough - 1000, rough], 1)
+        return values[:, :, None, None].expand(-1, -1, 2, 2)
+
+
+def test_a_dead_neighbour_wakes_nobody() -> None:
+    net = nn.Sequential(Rough(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model = loaded(net, 64)
+    alone, beside = (convscope.patterns(model, "1", units, steps=3) for units in ([0], [0, 1]))
+    np.testing.assert_allclose(beside.scores[0], alone.scores[0], rtol=0.01)
+    assert np.abs(beside.images[0].astype(int) - alone.images[0]).max() <= 1
+
+
+def test_the_textbook_recipe_alone_is_told_of_the_rectifier() -> None:
+    model = as_it_is(Gated(never), 32)
+    photograph = np.full((32, 32, 3), 100, np.uint8)
+    for recipe, why in (
+        ("plain", "its rectifier is off everywhere"),
+        ("dream", "it stayed silent though the gradient"),
+    ):
+        start = {"start": photograph} if recipe == "dream" else {"size": 32}
+        (note,) = convscope.patterns(model, "gate", [0], recipe=recipe, steps=2, **start).notes
+        assert note.startswith(f"unit 0 is stuck at 0: {why}")

@@ -299,6 +299,21 @@ def test_forget_removes_the_parts_and_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "never made").exists()
 
 
+def test_a_part_that_a_power_cut_left_empty_is_drawn_again(tmp_path: Path) -> None:
+    whole = in_parts(loaded(), "wide", None, tmp_path, **OPTIONS)
+    drawn_parts(tmp_path)[1].write_bytes(b"")
+    same(in_parts(loaded(), "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+
+
+def test_a_start_of_another_shape_is_another_start(tmp_path: Path) -> None:
+    """The bytes of a picture 16 wide and 12 high and of one 12 wide and 16 high may be the same."""
+    flat = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    options = {**OPTIONS, "recipe": "plain", "size": None}
+    for start in (Image.fromarray(flat), Image.fromarray(flat.reshape(16, 12, 3))):
+        found = in_parts(loaded(), "wide", [0], tmp_path, resume=True, start=start, **options)
+        same(found, convscope.patterns(loaded(), "wide", [0], start=start, **options))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +335,12 @@ def test_nothing_is_written_when_refused(
         in_parts(loaded(), layer, units, tmp_path / "out", **{**OPTIONS, **changed})
     assert words in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_as_a_whole_has_no_parts(tmp_path: Path) -> None:
+    start = np.full((16, 16, 3), 100, np.uint8)
+    with pytest.raises(ConvscopeError, match="recipe 'dream' draws layer 'wide' as a whole, which has no parts"):
+        in_parts(loaded(), "wide", None, tmp_path / "out", recipe="dream", start=start)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

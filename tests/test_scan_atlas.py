@@ -261,6 +261,23 @@ def test_what_is_refused(settings: dict[str, Any], message: str, usual: convscop
         convscope.atlas(usual, shown, **{"layer": "relu2", "reduce": first_two, **QUICK, **settings})
 
 
+def test_places_where_nothing_is_said_have_no_cell(model: convscope.Model) -> None:
+    """All channels are 0 where the picture is black: there is no direction to draw."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(3)[:, :, None, None])
+    plain = convscope.load(net, preprocessing={"size": SIZE, "mean": 0.0, "std": 1.0})
+    half = np.random.default_rng(0).integers(100, 256, (6, SIZE, SIZE, 3), np.uint8)
+    half[:, : SIZE // 2] = 0
+    found = convscope.atlas(plain, half, layer="1", grid=2, places=20, least=2, reduce=first_two, size=SIZE, steps=2)
+    dark = 6 * 20 - len(found.sources)
+    assert dark > 0
+    assert (found.sources[:, 1] >= SIZE // 2).all()
+    assert f"{dark} vectors were left out: all their channels are 0" in found.notes
+    with pytest.raises(ConvscopeError, match="all channels of '1' are 0 at every place"):
+        convscope.atlas(plain, np.zeros_like(half), layer="1", reduce=first_two, size=SIZE, steps=2)
+
+
 def test_a_class_that_nothing_speaks_for(model: convscope.Model) -> None:
     with pytest.raises(ConvscopeError, match="no vector speaks for 'cold'"):
         convscope.atlas(model, tiled([["red"] * 4] * 4), layer="relu", target="cold", reduce=first_two, **QUICK)

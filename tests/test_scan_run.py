@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,28 @@ def test_data_that_vanish_end_the_run_and_can_be_gone_on_from(data: Path, whole:
     convscope.scan(tiny(), moving, out, LAYERS, **SETTINGS)
     for name in ("units.parquet", "topk.parquet", "sample.npy"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_listed_data_that_vanish_end_the_run_too(data: Path, tmp_path: Path) -> None:
+    moving, away, out = tmp_path / "data", tmp_path / "away", tmp_path / "store"
+    shutil.copytree(data, moving)
+    listed = sorted(str(path) for path in moving.rglob("*.png"))
+
+    def vanish(done: float, total: int) -> None:
+        if done >= 80 and moving.exists():
+            moving.rename(away)
+
+    with pytest.raises(ConvscopeError, match="is not what it was when the scan began"):
+        convscope.scan(tiny(), listed, out, LAYERS, **SETTINGS, progress=vanish)
+    away.rename(moving)
+    assert convscope.scan(tiny(), listed, out, LAYERS, **SETTINGS).manifest["failed"] == 2
+
+
+def test_what_a_network_takes_at_a_time_is_not_overruled(data: Path, tmp_path: Path) -> None:
+    alone = replace(tiny(), fixed_batch=1)
+    with pytest.raises(ConvscopeError, match=r"batch is 8, and .* takes 1 at a time"):
+        convscope.scan(alone, data, tmp_path / "store", LAYERS, batch=8)
+    assert not (tmp_path / "store" / "plan.json").exists()
 
 
 def test_a_full_disk_is_said_and_can_be_gone_on_from(

@@ -189,7 +189,7 @@ def predict(
             if progress is not None:
                 progress(len(done) + len(pictures.failed), len(pictures))
     scores = torch.cat(logits)
-    shares = scores.sigmoid() if model.head == "sigmoid" or scores.shape[1] == 1 else scores.softmax(1)
+    shares = model.probabilities(scores)
     best = shares.topk(min(top, scores.shape[1]), dim=1)
     return Predictions(
         model,

@@ -309,6 +309,10 @@ class Model:
         floats = (p.dtype for p in self.dialect.parameters(self.module) if p.is_floating_point())
         return next(floats, torch.float32)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of the classes (N, K): each by itself where the network ends in a sigmoid or has one output, else shares."""
+        return logits.sigmoid() if self.head == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
+
     def class_name(self, index: int) -> str:
         """The name of a class, or "class 7" where no names are known."""
         return self.classes[index] if self.classes is not None else f"class {index}"

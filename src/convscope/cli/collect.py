@@ -76,6 +76,8 @@ def scan(
     pictures, failed = store.manifest["data"]["pictures"], store.manifest["failed"]
     seconds = time.perf_counter() - begin
     say(f"{pictures:,} pictures, {seconds:.1f} s; written to {out}")
+    for note in store.manifest.get("notes", ()):
+        say(f"note: {note}")
     for failure in store.failures(FEW):
         say(f"failed: {failure}")
     if failed > FEW:

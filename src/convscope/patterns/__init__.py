@@ -129,7 +129,12 @@ def patterns(
         each = passes * gradient_bytes(model, deepest, pixels)
         most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
         parts = _batches(want, batch_size(model, each, memory, most))
-        natural = None if reference is None else beside_nature(run, want, reference, model, memory)
+        together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
+        if model.fixed_batch is not None and together > model.fixed_batch:
+            raise ConvscopeError(
+                f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch} at a time"
+            )
+        natural = None if reference is None else beside_nature(run, want, reference, model, memory, space == "input")
         batches: list[Finished] = []
         for position, part in enumerate(parts):
             album = Album(count, kept)
@@ -179,7 +184,7 @@ def patterns(
                 replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done
             )
             convince(whole, done, batch_size(model, 2 * each, memory, most))
-        noise = beside_noise(run, want, model, sides, seed, memory)
+        noise = beside_noise(run, want, model, sides, seed, memory, space == "input")
     scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
     return Patterns(
         model,

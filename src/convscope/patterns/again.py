@@ -16,13 +16,14 @@ from convscope.model import LOGITS, Model
 from convscope.patterns.frames import Album
 from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted
-from convscope.patterns.recipes import Drawn, Recipe, Task
+from convscope.patterns.recipes import Drawn, Recipe, Task, plain
 from convscope.patterns.worth import KNOWN, Run, awakened, known
 from convscope.sound import require_finite
 
 AGAIN = 32  # steps from another start, for a unit that was silent from the first
 
 OFF = "is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it"
+STILL = "is stuck at 0: it stayed silent though the gradient was let past its rectifier"
 ASLEEP = "is stuck at 0: it stayed silent from {starts} starts with the gradient let past its rectifier"
 DEAD = (
     "is stuck at 0: dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let "
@@ -72,7 +73,7 @@ class Batch:
 
     def known(self, pictures: Tensor, which: Sequence[int]) -> Tensor:
         """How well the network knows the classes of some of the pictures in these."""
-        return known(self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
+        return known(self.model, self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
 
 
 @dataclass
@@ -110,7 +111,7 @@ def revive(batch: Batch, done: Finished) -> None:
         return
     never = (done.drawn.history == 0).all(0).cpu()
     if batch.rule.starts == 1:
-        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF)
+        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF if batch.rule.draw is plain else STILL)
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
     for start in range(1, batch.rule.starts):

@@ -139,8 +139,7 @@ def robust(task: Task) -> Drawn:
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
     drawn = _climbed(task, canvas, task.through(view, canvas))
-    if bool((drawn.history == 0).any()):
-        _wake(task, canvas)
+    _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
@@ -223,9 +222,12 @@ def finished(canvas: Canvas) -> Tensor:
     return (canvas.picture().detach() * 255).round().to(torch.uint8)
 
 
-def _wake(task: Task, canvas: Fourier) -> None:
-    """Climb on with pictures that are silent now, unmoved: what some units fire at is too frail to survive a view."""
-    silent = task.score(finished(canvas)) == 0
+def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
+    """Climb on with pictures that are silent now, and `faltered` (U,) on the way, unmoved: what some units fire at is
+    too frail to survive a view."""
+    if not bool(faltered.any()):
+        return
+    silent = (task.score(finished(canvas)) == 0) & faltered
     if not bool(silent.any()):
         return
     step = adam_step(canvas.values, task.step_size, DAMPING)

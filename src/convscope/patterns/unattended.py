@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -49,20 +50,25 @@ def in_parts(
     saved. Raises ConvscopeError as `patterns` does, and if the folder cannot be written.
     """
     name, rule = find_recipe(options.get("recipe", "robust"), options.get("start"), options.get("space", "pixels"))
-    parts = list(chunks(wanted(model, layer, units, name, rule).numbers, PART))
+    want = wanted(model, layer, units, name, rule)
+    if not want.of_units:
+        raise ConvscopeError(f"recipe {name!r} draws layer {layer!r} as a whole, which has no parts; name units of it")
+    parts = list(chunks(want.numbers, PART))
     work = _Work(model, layer, parts, _starts(options.get("start"), parts), options, torch.get_num_threads())
     where = _parts(folder)
     made = {"layer": layer, "model": model.describe(), "versions": versions(), "threads": work.threads}
     made["options"] = {k: _told(v) for k, v in sorted(options.items())}
     keys = [json.dumps({**made, "units": list(part)}, default=str) for part in parts]
     files = [where / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" for key in keys]
-    missing = [i for i, file in enumerate(files) if not (resume and file.exists())]
+    missing = [i for i, file in enumerate(files) if not (resume and zipfile.is_zipfile(file))]
     try:
         before = len(parts) - len(missing)
         for done, (i, content) in enumerate(_drawn(work, missing, before, ray, progress), before + 1):
             where.mkdir(parents=True, exist_ok=True)
             with replacing(files[i]) as out:
                 out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
             if progress is not None:
                 progress(done, len(parts))
     except OSError as error:
@@ -176,7 +182,8 @@ def _told(option: Any) -> Any:
     if isinstance(option, Tensor):
         option = option.detach().cpu().numpy()
     if hasattr(option, "tobytes"):
-        return [str(getattr(option, "shape", None)), hashlib.sha256(option.tobytes()).hexdigest()]
+        kind = [str(getattr(option, name, None)) for name in ("shape", "size", "mode")]  # of arrays and of pictures
+        return [*kind, hashlib.sha256(option.tobytes()).hexdigest()]
     if isinstance(option, str | os.PathLike) and os.path.isfile(option):
         return [str(option), hashlib.sha256(Path(option).read_bytes()).hexdigest()]
     return option

@@ -26,30 +26,39 @@ NOISES = 8
 def noises(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Tensor:
     """Eight pictures (8, C, H, W) uint8 that show nothing: half of them the textbook's gray noise, half with the
     spectrum of a photograph and random phases."""
-    draws = [Generator().manual_seed(seed * NOISES + i) for i in range(NOISES)]
+    draws = [Generator().manual_seed((seed * NOISES + i) % (1 << 63)) for i in range(NOISES)]
     half = NOISES // 2
     gray = torch.stack([128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in draws[:half]])
     cloudy = finished(Phase(draws[half:], preprocessing.channels, size, torch.device("cpu")))
     return torch.cat([gray.to(torch.uint8), cloudy])
 
 
-def beside_noise(run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int, memory: int) -> Tensor:
-    """Each picture's objective on noise, the best of eight; NaN where it compares pictures."""
-    pictures, found = noises(model.preprocessing, size, seed).float() / 255, []
+def beside_noise(
+    run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
+) -> Tensor:
+    """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
+    pictures, found = noises(model.preprocessing, size, seed).float(), []
+    pixels, own = size[0] * size[1], model.preprocessing.picture_size
+    each = forward_bytes(model) * pixels / (own[0] * own[1])
     with torch.no_grad():
-        for part in torch.split(pictures, batch_size(model, forward_bytes(model), memory, NOISES)):
-            seen = run(model.preprocessing.normalize(part))
+        for part in torch.split(pictures, batch_size(model, each, memory, NOISES)):
+            seen = run(part if raw else model.preprocessing.normalize(part / 255))
             found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
     return torch.stack(found).amax(0)
 
 
-def beside_nature(run: Run, wanted: Wanted, images: Any, model: Model, memory: int) -> tuple[Tensor, Pictures]:
-    """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed."""
+def beside_nature(
+    run: Run, wanted: Wanted, images: Any, model: Model, memory: int, raw: bool
+) -> tuple[Tensor, Pictures]:
+    """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed.
+
+    `raw`: unprepared.
+    """
     pictures = Pictures(images, model.preprocessing)
     found = []
     with torch.no_grad():
         for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
-            seen = run(batch.x)
+            seen = run(model.preprocessing.denormalize(batch.x) * 255 if raw else batch.x)
             found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
     return torch.stack(found).amax(0), pictures
 
@@ -68,15 +77,16 @@ def awakened(
     None if it fires on none of them. Where the unit fires in the photograph, a piece of the canvas's size is cut out,
     and climbed as it lies.
     """
-    batch = next(Pictures(photographs(), model.preprocessing).batches(len(photographs())))
+    batches = list(Pictures(photographs(), model.preprocessing).batches(model.fixed_batch or NOISES))
+    shown = torch.cat([batch.x for batch in batches])
     with torch.no_grad():
-        maps = run(batch.x).maps[layer].float()
-        maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps)[:, number].flatten(1)
+        maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])
+        maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps)[:, number].reshape(len(maps), -1)
     if not float(maps.max()) > 0:
         return None
     picture, place = divmod(int(maps.argmax()), maps.shape[1])
     shape = model.layers.find(layer).shape[1:]
-    pixels = (model.preprocessing.denormalize(batch.x[picture : picture + 1]) * 255).clamp(0, 255)
+    pixels = (model.preprocessing.denormalize(shown[picture : picture + 1]) * 255).clamp(0, 255)
     if len(shape) == 2:
         pixels = _cut(pixels, (place // shape[1] / shape[0], place % shape[1] / shape[1]), size)
     canvas = Photograph(_fitted(pixels, size).to(model.device) / 255)
@@ -106,7 +116,7 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 KNOWN = 0.85  # the probability below which a picture is doubtful
 
 
-def known(run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
+def known(model: Model, run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
     """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
 
     The quadrants are exchanged across the centre: all that was drawn is there, nothing is where it was. What the
@@ -117,7 +127,7 @@ def known(run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Ten
         logits = run(task.ready(pieces).contiguous(memory_format=torch.channels_last)).logits
     assert logits is not None
     each = torch.tensor(classes, device=logits.device)[:, None]
-    return logits.softmax(1).gather(1, each)[:, 0].cpu()
+    return model.probabilities(logits).gather(1, each)[:, 0].cpu()
 
 
 def remarks(

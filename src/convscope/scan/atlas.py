@@ -128,7 +128,7 @@ def atlas(
     ------
     ConvscopeError
         For an unknown class or layer, settings out of range, a missing UMAP, a `reduce` that gives something else than
-        finite (n, 2), and where no cell holds enough vectors.
+        finite (n, 2), where all vectors are 0, and where no cell holds enough vectors.
     """
     require_pictures(model.preprocessing, "atlases")
     row = model.layers.last_spatial() if layer is None else spatial(model, layer)
@@ -154,6 +154,12 @@ def atlas(
         used.append(index)
         tell(index + 1, len(pictures), 0)
     found, effect, origin = torch.cat(vectors), torch.cat(effects), np.concatenate(sources)
+    # Where all channels are 0 there is no direction to draw.
+    speaks = found.any(1)
+    mute = len(found) - int(speaks.sum())
+    if mute == len(found):
+        raise ConvscopeError(f"all channels of {row.name!r} are 0 at every place that was looked at")
+    found, effect, origin = found[speaks], effect[speaks], origin[speaks.numpy()]
     if number is not None:
         speaks = _among(effect, number, first)
         found, effect, origin = found[speaks], effect[speaks], origin[speaks.numpy()]
@@ -198,7 +204,11 @@ def atlas(
         seed=seed,
         fit=fit,
         pictures=tuple(pictures.names[i] for i in used),
-        notes=(*pictures.notes, f"{int((cell >= 0).sum())} of {len(cell)} vectors are in cells that are drawn"),
+        notes=(
+            *pictures.notes,
+            *([f"{mute} vectors were left out: all their channels are 0"] if mute else []),
+            f"{int((cell >= 0).sum())} of {len(cell)} vectors are in cells that are drawn",
+        ),
         failed=tuple(pictures.failed),
     )
 

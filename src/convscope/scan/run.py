@@ -103,6 +103,8 @@ def scan(
     data = catalogue(dataset, storage=storage)
     names = _layers(model, layers)
     units = {name: _units(model, name) for name in names}
+    if batch is not None and model.fixed_batch not in (None, batch):
+        raise ConvscopeError(f"batch is {batch}, and {model.name} takes {model.fixed_batch} at a time")
     size = batch_size(model, forward_bytes(model), memory, MOST // 2) if batch is None else _whole("batch", batch, 1)
     plan = Plan(
         pictures=len(data),
@@ -135,11 +137,12 @@ def scan(
                     if progress is not None:
                         progress(step, plan.pictures)
                     continue
-                if step.ends_in_failures:
-                    still_there()
+                if step.ends_in_failures and still_there().fingerprint != data.fingerprint:
+                    raise ConvscopeError(f"{data.name} is not what it was when the scan began; the same call goes on")
                 write(store, step)
         failed = _require_some(store, plan, data)
         manifest = {"kind": "scan", **own, "classes": model.classes, "labels": data.label_names, "failed": failed}
+        manifest["notes"] = list(data.notes)
         Merge(model, plan, subject, data, store).write(manifest)
         _tidy(store)
     return open_store(store)
@@ -258,13 +261,13 @@ def _kept(file: Path) -> dict[str, Any]:
 def _layers(model: Model, layers: str | Sequence[str] | None) -> list[str]:
     """Names of layers, without those named twice; behind them the logits, if the network has any."""
     if layers is None:
-        rows = stages(model)
+        rows = [row for row in stages(model) if len(row.shape) != 2]
     elif layers == "all":
-        rows = model.layers.distinct()
+        rows = [row for row in model.layers.distinct() if len(row.shape) != 2]
     else:
         given = [layers] if isinstance(layers, str) else list(layers)
         rows = [model.layers.find(name) for name in given if name != LOGITS]
-    signals = [row.name for row in rows if len(row.shape) > 3 or (row.has_space and len(row.shape) != 3)]
+    signals = [row.name for row in rows if len(row.shape) not in (1, 3)]
     if model.preprocessing.axes != 2 or signals:
         raise ConvscopeError(f"a data set is scanned with networks on pictures, and {signals or model.name} is none")
     return [*dict.fromkeys(row.name for row in rows), *[LOGITS] * bool(model.outputs)]
