@@ -28,6 +28,7 @@ from convscope.patterns.objective import (
 from convscope.tap import Seen
 from tests.oracles.nets import Usual, filled
 from tests.test_patterns_objective import close, numbers, seen
+from tests.test_patterns_recipes import loaded
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -174,3 +175,13 @@ def test_check_passes_what_is_there(usual: convscope.Model) -> None:
         passed.append(objective.name)
     assert passed == ["conv1 7", "logit 4", "conv2 0+11", "all of fc", "2 - relu3 9 at middle"]
     assert unit("0", 3).check(bare) is None
+
+
+@pytest.mark.parametrize("made", [lambda o: o, lambda o: -(2 * o + 1), lambda o: diverse(o, "2", 2)])
+def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
+    """Units that see much are climbed in smaller views, whose maps have fewer places; a place has to be there."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 9, 2, 4), nn.AdaptiveAvgPool2d(1))
+    model = loaded(filled(nn.Sequential(*net, nn.Flatten())), 64)
+    assert convscope.activations(model, np.zeros((64, 64, 3), np.uint8), "2")["2"].shape[2:] == (8, 8)
+    found = convscope.patterns(model, made(neuron("2", 1, (7, 7))), steps=2)
+    assert found.images.shape[1:3] == (64, 64)

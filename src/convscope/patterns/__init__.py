@@ -119,7 +119,8 @@ def patterns(
         sees, tried = want.sees(model), refuses(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.seen(sees, model.preprocessing.picture_size, sides)
-        seen = sides if seen != sides and tried(seen) is not None else seen
+        if seen != sides and (any(o.placed for o in want.objectives) or tried(seen) is not None):
+            seen = sides
         if model.owned:
             blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *seen))
             run = folded.quickened(run, folded.plan(run, blank, gradients=True))

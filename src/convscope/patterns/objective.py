@@ -10,7 +10,7 @@ Objectives are added, subtracted, multiplied, and named after what they are made
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Objective:
     `watches` are the layers that `value` looks at and the largest channel of each, None where it looks at all alike.
     `pictures` are drawn together, where they are about each other: 1 unless several are compared. `mates` is whether
     each picture comes with the photograph that it began as behind it: `value` then gets twice the rows that it returns.
+    `placed`: `value` looks at a place of the picture as large as it is drawn, which views of another size do not have.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Objective:
     value: Value
     pictures: int = 1
     mates: bool = False
+    placed: bool = False
 
     @property
     def layers(self) -> list[str]:
@@ -77,9 +79,8 @@ class Objective:
         return _constant(other) * self
 
     def __neg__(self) -> Objective:
-        return Objective(
-            f"-{self._bracketed()}", self.watches, lambda seen: -self.value(seen), self.pictures, self.mates
-        )
+        name = f"-{self._bracketed()}"
+        return replace(self, name=name, value=lambda seen: -self.value(seen))
 
     def _with(self, sign: str, given: Objective | float, join: Callable[[Tensor, Tensor], Tensor]) -> Objective:
         other = given if isinstance(given, Objective) else _constant(given)
@@ -98,6 +99,7 @@ class Objective:
             lambda seen: join(self.value(seen), other.value(seen)),
             max(self.pictures, other.pictures),
             self.mates or other.mates,
+            self.placed or other.placed,
         )
 
     def _bracketed(self, sums: bool = True) -> str:
@@ -144,7 +146,7 @@ def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objectiv
         return maps[index]
 
     place = "middle" if at is None else ", ".join(map(str, at))
-    return Objective(f"{layer} {number} at {place}", ((layer, number),), value)
+    return Objective(f"{layer} {number} at {place}", ((layer, number),), value, placed=at is not None)
 
 
 def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
@@ -210,7 +212,8 @@ def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> 
         # The objective's size gives the weight its meaning; it is not itself climbed by way of the weight.
         return own - weight * own.detach().abs() * others
 
-    return Objective(f"{count} of {objective.name}", (*objective.watches, (layer, None)), value, count)
+    watches = (*objective.watches, (layer, None))
+    return Objective(f"{count} of {objective.name}", watches, value, count, placed=objective.placed)
 
 
 def between(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
@@ -235,7 +238,8 @@ def between(first: Objective, last: Objective, layer: str, count: int, weight: f
         return own - weight * own.detach().abs() * apart
 
     watches = (*first.watches, *last.watches, (layer, None))
-    return Objective(f"from {first.name} to {last.name}", watches, value, count)
+    placed = first.placed or last.placed
+    return Objective(f"from {first.name} to {last.name}", watches, value, count, placed=placed)
 
 
 def joined(objectives: Sequence[Objective]) -> Objective:
