@@ -55,11 +55,6 @@ def draw(out: Path, *more: str, model: str = "scan_tiny:Tiny") -> Result:
     return CliRunner().invoke(app, [*given, *more])
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    """Everything but archives, which say when they were written."""
-    return {name: content for name, content in files(folder).items() if not name.endswith(".npz")}
-
-
 @pytest.fixture(scope="module")
 def whole(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The store with the patterns of an undisturbed run."""
@@ -67,7 +62,7 @@ def whole(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unattended, "PART", 2)
         assert draw(out).exit_code == 0
-    return pictures(out)
+    return files(out)
 
 
 def test_unit_pages_show_what_patterns_draws(scanned: Path, store: Path) -> None:
@@ -95,8 +90,8 @@ def test_in_a_store_as_alone(whole: dict[str, bytes], tmp_path: Path) -> None:
     for layer in UNITS:
         given = ["--layers", layer, "--units", "all", "-o", str(tmp_path / layer), *TOLD, *PREPARED]
         assert CliRunner().invoke(app, ["patterns", "scan_tiny:Tiny", *given]).exit_code == 0
-        alone = pictures(tmp_path / layer)
-        assert len(alone) == UNITS[layer] + 5  # grid, sprites, their two tables, the manifest
+        alone = files(tmp_path / layer)
+        assert len(alone) == UNITS[layer] + 6  # grid, sprites, their two tables, arrays, the manifest
         assert {name: whole[f"patterns/{layer}/{name}"] for name in alone} == alone
 
 
@@ -188,7 +183,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     monkeypatch.setattr(unattended, "patterns", noted)
     assert draw(store).exit_code == 0
     assert drawn == [("last", [2, 3]), ("last", [4, 5]), ("logits", [0]), ("logits", [1, 2])]
-    assert pictures(store) == whole
+    assert files(store) == whole
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------
@@ -245,7 +240,7 @@ def test_ray_draws_the_same_bytes(
     result = draw(store, "--ray", "local", model=model)
     assert result.exit_code == 0, result.output
     assert flag.exists() == (model == "scan_tiny:Tiny")
-    found = pictures(store)
+    found = files(store)
     if model == "test_scan_patterns:Deadly":  # another name in the manifests
         found, whole = ({k: v for k, v in one.items() if "manifest" not in k} for one in (found, whole))
     assert found == whole

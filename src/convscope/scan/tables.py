@@ -18,7 +18,6 @@ from convscope.scan.files import Folder, needed
 if TYPE_CHECKING:
     import pyarrow
 
-FORMAT = 1
 GROUP, PAGE = 64, 4096  # units in a row group of units.parquet and topk.parquet; pictures in one of pictures.parquet
 IN_MEMORY = 64 << 20  # bytes of an array that waits; beyond them it does so on the disk
 TELLING = 10  # classes and coactive units that are kept of a unit
