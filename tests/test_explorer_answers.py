@@ -10,10 +10,15 @@ import pytest
 import torch
 from oracles.explorer import picture, tiny_model
 from oracles.nets import Usual, filled
+from torch import nn
 
 import convscope
+from convscope import tap
 from convscope.colour import palette
 from convscope.explorer import answers, lines
+from convscope.explorer.drawings import LOOKS, Drawing
+from convscope.explorer.queue import GoneError
+from convscope.explorer.state import Explorer
 from convscope.explorer.twin import twin
 from convscope.figures import standard
 
@@ -44,6 +49,20 @@ def test_heat_is_the_librarys_to_16_bits(model, x):
         assert np.abs(values - known.values[0, t]).max() <= np.abs(known.values[0, t]).max() / 32767
         assert one["logit"] == pytest.approx(float(known.logits[0, t]), rel=1e-5)
     assert [one["target"] for one in found] == [2, 0]
+
+
+def test_notes_are_of_their_own_class():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[0].bias.fill_(1.0)
+        net[4].weight.fill_(0.5)
+        net[4].weight[1] = -0.5
+    for names in (["cat", "tiger cat", "cat: tiger"], None):
+        loaded = convscope.load(net, preprocessing={"size": 32}, classes=names)
+        found = answers.heat(loaded, answers.prepared(loaded, picture()), [0, 1, 2], layer="1")
+        said = "tiger cat" if names else "class 1"
+        assert [len(one["notes"]) for one in found] == [0, 1, 0]
+        assert found[1]["notes"][0].startswith(f"{said}: the map is negative everywhere")
 
 
 def test_packed_maps_come_back():
@@ -158,6 +177,14 @@ def test_a_twin_shares_the_weights_and_nothing_else(model, x):
     assert convscope.predict(seen, x).logits == pytest.approx(convscope.predict(own, x).logits)
 
 
+def test_work_beside_a_running_answer_has_hooks_of_its_own():
+    explorer = Explorer({"tiny": tiny_model()})
+    net = explorer.first
+    with tap.attach(net.model, ["relu2"]):
+        assert net.model.module.relu2._forward_hooks
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.spare.module.modules())
+
+
 def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
     other = twin(model)
     known = answers.heat(model, x, [1], layer="relu2")[0]["map"]
@@ -186,7 +213,16 @@ def test_faithfulness_is_the_librarys(model, x):
     assert all(len(row["curve"]) == 15 for row in told["rows"])
 
 
-def test_the_lines_are_programs_that_run():
+def test_faithfulness_that_nobody_waits_for_ends_in_its_heatmap(model, x, monkeypatch):
+    def gone(done, total):
+        raise GoneError
+
+    monkeypatch.setattr(answers, "evaluate", lambda *given, **more: pytest.fail("went on"))
+    with pytest.raises(GoneError):
+        answers.faithfulness(model, x, 2, method="rise", tell=gone)
+
+
+def test_the_lines_are_programs_that_run(model):
     """Hostile names included: what is pasted means the file and nothing else."""
     told = lines.heatmap("lite0", "it's; rm -rf $HOME.png", 3, None, "layer-cam", 7)
     assert shlex.split(told["shell"]) == [
@@ -211,6 +247,19 @@ def test_the_lines_are_programs_that_run():
     exec(told["python"], {"convscope": Fake()})
     assert seen == [(("lite0", "it's; rm -rf $HOME.png", 3), {"method": "layer-cam", "against": 7})]
     assert shlex.split(lines.activations("m", "-x.png", "a b")["shell"])[3] == "./-x.png"
-    for look in ("positive", "negative", "diverse"):
-        exec(lines.pattern("lite0", "conv1", 3, look, "maco", 1)["python"], {"convscope": Fake()})
+    for look in LOOKS:
+        exec(lines.pattern("lite0", Drawing("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()})
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("look", ["negative", "diverse"])
+@pytest.mark.parametrize("layer", ["relu2", "logits"])
+def test_the_lines_of_patterns_draw_what_the_page_draws(model, monkeypatch, layer, look):
+    what = Drawing(layer, 3, look)
+    found = []
+    monkeypatch.setattr(convscope, "load", lambda name: model)
+    draw = convscope.patterns
+    monkeypatch.setattr(convscope, "patterns", lambda *given, **more: found.append(draw(*given, **more, steps=2)))
+    exec(lines.pattern("tiny", what, model)["python"], {"convscope": convscope})
+    known = draw(model, what.objective(model), steps=2)
+    assert (found[0].images == known.images).all()

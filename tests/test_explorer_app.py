@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
 import time
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_the_first_address_shows_a_picture_already_analysed(client, explorer):
         ("/m/tiny/picture/first/class/2", "Where it sees"),
         ("/m/tiny/layer/relu2", "12"),
         ("/m/tiny/layer/fc", "units"),
-        ("/m/tiny/layer/relu3?picture=first&target=2", "class blue"),
+        ("/m/tiny/layer/relu3?picture=first&target=2", 'class <span id="relevant">blue</span>'),
         ("/m/tiny/unit/relu2/3", "Draw it now"),
         ("/m/tiny/unit/relu2/3?look=negative&recipe=maco&seed=4", "Draw it now"),
         ("/m/tiny/class/4", "gray"),
@@ -143,6 +145,38 @@ def test_the_downloaded_overlay_is_the_librarys(client, explorer):
     assert np.abs(np.asarray(Image.open(io.BytesIO(png)), int) - np.asarray(known, int)).max() <= 2
 
 
+def test_the_overlay_of_a_large_picture_is_bounded(client):
+    key = client.post("/api/pictures?name=x", content=as_file(picture(2, 40, 3000))).json()["key"]
+    png = client.get(f"/api/models/tiny/pictures/{key}/heatmap.png?target=1").content
+    assert Image.open(io.BytesIO(png)).size == (2048, 27)
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("/api/models/tiny/pictures/first/heatmap.png?target=1&opacity=0.7", "api.blend"),
+        ("/api/models/tiny/pictures/first/heatmap.npz?target=1", "api.write_npz"),
+        ("/api/models/tiny/pictures/first/activations.npz?layer=relu2", "api.write_npz"),
+        ("/api/models/tiny/pictures/first/activations?layer=relu2", "answers.channel_table"),
+        ("/api/models/tiny/pictures/first/activations.csv?layer=relu2", "answers.channel_table"),
+        ("/image/pattern?model=tiny&layer=relu2&unit=7&look=positive&recipe=robust&seed=0&v=V", "state.Explorer.drawn"),
+        ("/image/chapter?model=tiny&number=0&v=V", "state.Explorer.told"),
+        ("/image/story?model=tiny&v=V", "state.Explorer.told"),
+    ],
+)
+def test_what_takes_a_while_does_not_keep_the_other_visitors(client, explorer, monkeypatch, path, where):
+    loops = []
+    own = resolve_name(f"convscope.explorer.{where}")
+
+    def watched(*given, **more):
+        loops.append(asyncio._get_running_loop())
+        return own(*given, **more)
+
+    monkeypatch.setattr(f"convscope.explorer.{where}", watched)
+    client.get(path.replace("v=V", f"v={explorer.first.version}"))
+    assert loops == [None]
+
+
 @pytest.mark.parametrize(
     "query",
     ["target=99", "target=-1", "target=x", "", "target=1&method=none", "target=1&layer=none", "target=1&layer=fc",
@@ -154,13 +188,26 @@ def test_bad_requests_are_refused_with_a_reason(client, query):
     assert len(answer.json()["error"]) > 10
 
 
-def test_pictures_are_kept_by_the_browser_for_ever(client):
+def test_a_picture_that_the_browser_has_is_not_sent_again(client):
     page = client.get("/m/tiny/layer/relu2").text
     src = re.search(r'href="(/image/sheet[^"]*)"', page)[1].replace("&amp;", "&")
     first = client.get(src)
-    assert first.headers["cache-control"] == "private, max-age=31536000, immutable"
     again = client.get(src, headers={"If-None-Match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
+
+
+def test_another_server_at_the_same_address_shows_its_own_pictures(client, explorer):
+    other = Explorer({"tiny": explorer.first.model})
+    other.shelf.add_sample(picture(5), "first.png", "first.png")  # the same name, other pixels
+    later = TestClient(create(other), base_url="http://localhost")
+    sheet = f"/image/sheet?model=tiny&picture=first&layer=relu2&v={other.first.version}"
+    for src in ("/image/photo?picture=first&longest=1024", sheet):
+        kept = client.get(src)
+        assert "no-cache" in kept.headers["cache-control"]  # the browser asks before it shows what it has
+        now = later.get(src, headers={"If-None-Match": kept.headers["etag"]})
+        assert now.status_code == 200
+        assert now.content != kept.content
+    other.close()
 
 
 # --- pictures that people bring ---
@@ -230,6 +277,19 @@ def test_a_decoder_that_takes_too_long_is_killed_and_replaced():
         assert decoder._process.pid != first.pid
     finally:
         decoder.close()
+    assert decoder._process is None
+
+
+def test_a_server_has_its_decoder_ready():
+    decoder = Decoder()
+    explorer = Explorer({"tiny": tiny_model()})
+    with TestClient(create(explorer, decoder=decoder), base_url="http://localhost"):
+        for _ in range(200):
+            if decoder._process is not None:
+                break
+            time.sleep(0.05)
+        assert decoder._process is not None
+        assert decoder._process.poll() is None
     assert decoder._process is None
 
 
@@ -322,6 +382,16 @@ def test_addresses_of_models():
     assert [address(name) for name in ("lite0", "torchvision:vgg16", "/home/me/my net.keras", "..")] == [
         "lite0", "torchvision-vgg16", "my-net.keras", "model",
     ]  # fmt: skip
+
+
+def test_networks_of_the_same_file_name_have_addresses_and_names_of_their_own():
+    sources = ["runs/1/net.keras", "runs/2/net.keras", "net.keras-2"]
+    explorer = Explorer({source: tiny_model() for source in sources})
+    assert list(explorer.networks) == ["net.keras", "net.keras-2", "net.keras-2-2"]
+    assert [net.source for net in explorer.networks.values()] == sources
+    page = TestClient(create(explorer), base_url="http://localhost").get("/glossary").text
+    shown = re.findall(r'<a href="/m/([^"]*)" title="([^"]*)"[^>]*>([^<]*)</a>', page)
+    assert shown == [(key, net.source, key) for key, net in explorer.networks.items()]
 
 
 # --- whatever the description allows ---

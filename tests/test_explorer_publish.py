@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 from oracles.explorer import CLASSES, HOSTILE, data_folder, picture, tiny_model
 from oracles.nets import Usual, filled
 from PIL import Image
@@ -21,7 +24,8 @@ import convscope
 from convscope.explorer.app import create
 from convscope.explorer.dataset import COUNT, SIDE, Views
 from convscope.explorer.drawings import Album, Drawing
-from convscope.explorer.links import clean, file_of
+from convscope.explorer.links import Published, clean, file_of
+from convscope.explorer.pages import Pages
 from convscope.explorer.publish import publish
 from convscope.explorer.state import Explorer
 
@@ -88,6 +92,51 @@ def test_every_link_is_relative_and_leads_somewhere(site):
             assert plain == "" or (page.parent / plain).resolve().is_file(), (page, address)
             count += 1
     assert count > 1000
+
+
+def test_nothing_published_tells_where_the_publishers_files_lie(tmp_path):
+    program = torch.export.export(filled(Usual()), (torch.rand(1, 3, 32, 32),))
+    file = tmp_path / "net.pt2"
+    torch.export.save(program, file)
+    loaded = convscope.load(file, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+    shown = tmp_path / "shown.png"
+    Image.fromarray(picture(1)).save(shown)
+    own = convscope.scan(loaded, data_folder(tmp_path / "data"), tmp_path / "store", k=3, workers=0)
+    assert publish({str(file): loaded}, own, tmp_path / "site", pictures=[str(shown)]) == []
+    files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
+    assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
+    page = (tmp_path / "site/m/net.pt2/picture/shown.html").read_text()
+    assert "convscope heatmap net.pt2 shown.png --target" in page
+    told = json.loads((tmp_path / "site/manifest.json").read_text())
+    assert told["store"] == {key: own.manifest["data"][key] for key in ("pictures", "fingerprint")}
+
+
+@pytest.mark.parametrize("name", ["lite0", "timm:hf-hub:someone/net", "package.module:factory"])
+def test_published_lines_name_networks_that_are_no_files_in_full(name):
+    assert Published((), lambda parts: True, lambda *given: None, lambda *given: b"").source(name) == name
+
+
+def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_published(model, store, tmp_path):
+    shutil.copytree(store.address, tmp_path / "store")
+    for sprite in (tmp_path / "store/thumbnails").iterdir():
+        sprite.write_bytes(b"RIFF")
+    damaged = convscope.open_store(str(tmp_path / "store"))
+    failed = publish({"tiny": model}, damaged, tmp_path / "site")
+    assert {"m/tiny/data/3.webp", "relu3 2"} <= {failure.name for failure in failed}
+    assert all("cannot be read" in failure.reason for failure in failed)
+    found = {page.relative_to(tmp_path / "site").as_posix() for page in pages(tmp_path / "site")}
+    assert {"m/tiny/data/3.html", "m/tiny/unit/relu3/2.html", "m/tiny/class/1.html"} <= found
+    assert (tmp_path / "site/manifest.json").exists()
+
+
+def test_a_page_that_cannot_be_made_is_named_and_the_others_are_published(model, store, tmp_path, monkeypatch):
+    def refuse(pages, net):
+        raise convscope.ConvscopeError("is torn")
+
+    monkeypatch.setattr(Pages, "story", refuse)
+    failed = publish({"tiny": model}, store, tmp_path / "site")
+    assert [(failure.name, failure.reason) for failure in failed] == [("m/tiny/story.html", "is torn")]
+    assert (tmp_path / "site/m/tiny/unit/relu3/2.html").exists()
 
 
 def test_no_page_holds_a_script_or_style_of_its_own(site):
@@ -191,6 +240,7 @@ def test_a_picture_of_the_data_set_can_be_opened(client, store):
     own = store.picture(3)
     assert f"{100 * own.predictions[0].probability:.1f} %" in page.text
     assert "<img src=x" not in page.text
+    assert page.headers["referrer-policy"] == "same-origin"  # so that a browser says where the form stands:
     opened = client.post("/m/tiny/data/3/open", headers={"origin": "http://localhost"})
     assert opened.status_code == 200
     assert opened.url.path.startswith("/m/tiny/picture/x")

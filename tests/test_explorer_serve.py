@@ -67,6 +67,38 @@ def test_a_server_says_where_it_is_and_ends_when_told(tmp_path):
         assert process.wait(20) == 0
 
 
+def test_the_address_that_is_printed_is_let_in_and_so_is_this_machine(tmp_path):
+    process, address = served(
+        ["serve", "lite0", "--host", "0.0.0.0", "--port", "0", "--keep", str(tmp_path), "--token", "auto",
+         "--name", "GPU7.example.org", "--name", "gpu7"]
+    )  # fmt: skip
+    try:
+        host, port, token = re.fullmatch(r"http://([^:]*):(\d+)/\?token=(\S{32})", address).groups()
+        assert host == "gpu7.example.org"
+        asked = {}
+        for name in (host, "gpu7", "localhost", "127.0.0.1", "evil.example"):
+            headers = {"Host": f"{name}:{port}", "Authorization": f"Bearer {token}"}
+            asked[name] = httpx.get(f"http://127.0.0.1:{port}/api/models", headers=headers).status_code
+        assert asked == {host: 200, "gpu7": 200, "localhost": 200, "127.0.0.1": 200, "evil.example": 421}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("lacking", ["fastapi", "jinja2", "uvicorn"])
+def test_what_has_to_be_installed_is_said(lacking, monkeypatch, tmp_path):
+    for module in [name for name in sys.modules if name.startswith("convscope.explorer.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, lacking, None)
+    said = rf"the explorer needs {lacking}; pip install 'convscope\[serve\]'"
+    for arguments in (["serve", "lite0", "--port", "0"], ["publish", str(tmp_path)]):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, convscope.ConvscopeError)  # which the command ends with status 2
+        assert re.fullmatch(said, str(result.exception))
+    with pytest.raises(convscope.ConvscopeError, match=said):
+        convscope.show(tiny_model())
+
+
 def test_a_port_that_is_taken_is_named():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

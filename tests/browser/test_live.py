@@ -101,6 +101,7 @@ def test_opacity_colours_and_sign_answer_without_the_server(tab, live):
     assert np.abs(inferno - painted(tab)).max() > 20
     assert tab.locator("#scale-low").inner_text() == "against"
     assert [url for url in asked if "/static/" not in url] == []
+    assert re.search("opacity=0.2&colours=inferno$", tab.locator("#get-png").get_attribute("href"))
     assert "opacity=20" in tab.url
     assert "sign=signed" in tab.url
 
@@ -192,6 +193,8 @@ def test_the_channels_of_a_layer_are_sorted_and_dead_ones_marked(tab, live):
     with tab.expect_response(re.compile("/relevance")):
         tab.locator("#target").select_option("3")
     tab.wait_for_function("() => document.querySelector('#order').value === 'relevance'")
+    chosen = tab.eval_on_selector("#target", "(list) => list.selectedOptions[0].textContent")
+    assert f"is for the class {chosen}." in tab.locator(".maps").inner_text()
 
 
 def test_a_click_on_a_place_tells_who_speaks_there(tab, live):
@@ -252,6 +255,33 @@ def test_long_work_waits_its_turn_and_can_be_cancelled(new_tab, live):
         before.lane.leave(before)
     tab.locator("#draw").click()
     tab.wait_for_selector("#pattern img[src^='/image/pattern']")
+
+
+def test_a_picture_of_the_data_set_is_looked_at_with_the_network(tab, live):
+    opened(tab, f"{live[1]}/m/tiny/data/4")
+    tab.get_by_role("button", name="Look at it with the network").click()
+    tab.wait_for_url(re.compile(r"/m/tiny/picture/x[0-9a-f]{24}$"))
+    assert "4.png" in tab.title()
+    assert tab.locator("#classes a").count() == 5
+
+
+def test_what_is_refused_says_why(new_tab, live):
+    explorer, address = live
+    tab = opened(new_tab(refused=True), f"{address}/m/tiny/unit/relu2/8")
+    go = threading.Event()
+    other = explorer.slow.ask("blocker", lambda work: go.wait(30) and 1, "somebody else")
+    while not other.begun:
+        tab.wait_for_timeout(20)
+    many = [explorer.slow.ask(("more", n), lambda work: 1, f"visitor {n}") for n in range(32)]
+    try:
+        tab.locator("#draw").click()
+        tab.wait_for_function("() => document.getElementById('say').textContent.startsWith('the queue is full: 32')")
+        assert tab.locator("#progress").is_hidden()
+        assert tab.locator("#draw").count() == 1
+    finally:
+        go.set()
+        for work in (other, *many):
+            work.lane.leave(work)
 
 
 def test_the_network_is_coloured_by_what_is_measured(tab, live):

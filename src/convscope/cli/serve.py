@@ -53,14 +53,13 @@ def serve(
     security.require_token(host, secret)
     opened = None if store is None else _opened(store)
     nets = {m: load(m, weights, classes, preprocessing, device) for m in models or ["lite0"]}
-    hosts = [*security.LOCAL, host, f"[{host}]", *(n.lower() for n in name or ())]
-    if not security.is_loopback(host):
-        hosts = [n.lower() for n in name] if name else ["*"]
+    names = [n.lower() for n in name or ()]
+    hosts = [*security.LOCAL, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
     built = server.built(
         nets, pictures=picture or (), store=opened, keep=keep or cache_folder(), hosts=hosts, token=secret
     )
     listening = server.bound(host, port)
-    at = f"[{host}]" if ":" in host else host
+    at = names[0] if names else f"[{host}]" if ":" in host else host
     say(f"open http://{at}:{listening.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.run(built, listening)
@@ -84,6 +83,9 @@ def publish(
     device: Device = None,
 ) -> None:
     """Write the explorer's pages as files, for any web server or none."""
+    from convscope.explorer import server
+
+    server.require()
     from convscope.explorer.publish import publish as write
 
     opened = _opened(store)

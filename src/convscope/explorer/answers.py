@@ -52,6 +52,7 @@ def heat(
 ) -> list[dict[str, Any]]:
     """Evidence for each target: `map` (see `packed`), the layer and why it, what is to be said in words."""
     found = heatmaps(model, x, [list(targets)], layer=layer, method=method, against=against, progress=tell)
+    own = [f"image 0, {name}: the map " for name in found.names[0]]
     return [
         {
             "target": int(k),
@@ -62,7 +63,7 @@ def heat(
             "method": method,
             "against": against,
             "map": packed(found.values[0, t]),
-            "notes": [n.removeprefix("image 0, ") for n in found.notes if model.class_name(int(k)) in n],
+            "notes": [n.removeprefix("image 0, ") for n in found.notes if n.startswith(own[t])],
         }
         for t, k in enumerate(found.targets[0])
     ]
@@ -93,7 +94,7 @@ def faithfulness(
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Whether the map tells the truth: deletion and insertion with their curves, and what is to be said in words."""
-    found = heatmaps(model, x, [[target]], layer=layer, method=method, against=against)
+    found = heatmaps(model, x, [[target]], layer=layer, method=method, against=against, progress=tell)
     scores = evaluate(model, x, found, steps=14, progress=tell)
     rows = [{**row, "curve": [round(float(v), 4) for v in scores.curves[row["metric"]][0, 0]]} for row in scores.rows()]
     keep = ("metric", "mean", "better", "says", "curve")

@@ -25,6 +25,7 @@ from convscope.heatmaps.methods import METHODS
 from convscope.images import Geometry
 from convscope.results import write_npz
 
+LONGEST = 2048  # pixels of the longer side of a picture with its heat
 Model = Annotated[str, Path(description="a model's address")]
 Key = Annotated[str, Path(description="a picture's key")]
 Layer = Annotated[str, Query(description="a layer's name", max_length=400)]
@@ -143,19 +144,22 @@ def _pictures(routes: APIRouter, desk: Desk) -> None:
     async def activations(request: Request, model: Model, picture: Key, layer: Layer) -> dict[str, Any]:
         """Of each channel of a layer: mean, max, share of places above 0, whether it is dead on the picture."""
         _, found = await maps(request, model, picture, layer)
-        return {"layer": layer, "shape": list(found.shape), **answers.channel_table(found)}
+        table = await desk.answer(request, lambda asker: answers.channel_table(found))
+        return {"layer": layer, "shape": list(found.shape), **table}
 
     @routes.get("/models/{model}/pictures/{picture}/activations.csv", response_class=Response)
     async def activations_csv(request: Request, model: Model, picture: Key, layer: Layer) -> Response:
         """The same as a table."""
-        table = answers.channel_table((await maps(request, model, picture, layer))[1])
+        _, found = await maps(request, model, picture, layer)
+        table = await desk.answer(request, lambda asker: answers.channel_table(found))
         rows = [[u, *values] for u, values in enumerate(zip(*table.values(), strict=True))]
         return _csv(["unit", *table], rows, "activations.csv")
 
     @routes.get("/models/{model}/pictures/{picture}/activations.npz", response_class=Response)
     async def activations_npz(request: Request, model: Model, picture: Key, layer: Layer) -> Response:
         """The activations (C, H, W) themselves."""
-        return _npz({"activations": (await maps(request, model, picture, layer))[1]}, "activations.npz")
+        _, found = await maps(request, model, picture, layer)
+        return await desk.answer(request, lambda asker: _npz({"activations": found}, "activations.npz"))
 
     @routes.get("/models/{model}/pictures/{picture}/place")
     async def place(
@@ -245,7 +249,8 @@ def _heatmaps(routes: APIRouter, desk: Desk) -> None:
     async def heatmap_npz(request: Request, asked: Asked) -> Response:
         """The map (h, w) as an array."""
         one = await heat(request, asked)
-        return _npz({"heatmap": answers.unpacked(one["map"]), "target": np.array(asked.target)}, "heatmap.npz")
+        arrays = {"heatmap": answers.unpacked(one["map"]), "target": np.array(asked.target)}
+        return await desk.answer(request, lambda asker: _npz(arrays, "heatmap.npz"))
 
     @routes.get(base + "/heatmap.png", response_class=Response)
     async def heatmap_png(
@@ -254,15 +259,21 @@ def _heatmaps(routes: APIRouter, desk: Desk) -> None:
         opacity: Annotated[float, Query(ge=0, le=1)] = 0.4,
         colours: Annotated[str, Query(json_schema_extra={"enum": ["jet", "viridis", "inferno", "coolwarm"]})] = "jet",
     ) -> Response:
-        """The picture under its heat, rectified."""
+        """The picture under its heat, rectified; its longer side has at most 2,048 pixels."""
         if colours not in ("jet", "viridis", "inferno", "coolwarm"):
             raise ConvscopeError(f"colours are {colours[:40]!r}; expected jet, viridis, inferno or coolwarm")
         one = await heat(request, asked)
-        pixels = explorer.shelf.find(asked.picture).pixels
-        laid = Geometry.whole(pixels.shape[:2]).back(torch.from_numpy(answers.unpacked(one["map"])))
-        warm = laid.clamp(min=0)
-        shown = blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours)
-        return _file(encoded(shown, "PNG"), "image/png", f"heatmap_{asked.target}.png")
+        net, found = explorer.network(asked.model), explorer.shelf.find(asked.picture)
+
+        def draw() -> bytes:
+            pixels = np.asarray(found.shown(LONGEST))
+            laid = Geometry.whole(pixels.shape[:2]).back(torch.from_numpy(answers.unpacked(one["map"])))
+            warm = laid.clamp(min=0)
+            return encoded(blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours), "PNG")
+
+        how = (found.key, asked.target, asked.layer, asked.method, asked.against, opacity, colours)
+        content = await desk.answer(request, lambda asker: explorer.cut(asker, net, ("overlay", *how), draw))
+        return _file(content, "image/png", f"heatmap_{asked.target}.png")
 
     @routes.get(base + "/faithfulness")
     async def faithfulness(request: Request, asked: Asked) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -70,8 +71,11 @@ def create(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = threading.Thread(target=decoder.warm, name="convscope-decoder")
+        warming.start()
         yield
         explorer.close()
+        warming.join()  # else it might start after the end
         decoder.close()
 
     app = FastAPI(

@@ -51,8 +51,11 @@ class Drawing:
         one = unit(self.layer, self.unit)
         if self.look == "negative":
             return -one
-        layer = model.layers.last_spatial().name if self.layer == LOGITS else self.layer
-        return diverse(one, layer, SEVERAL) if self.look == "diverse" else one
+        return diverse(one, self.diverse_at(model), SEVERAL) if self.look == "diverse" else one
+
+    def diverse_at(self, model: Model) -> str:
+        """The layer at which several pictures are kept apart: a class's last with places, else the unit's own."""
+        return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
 
 
 def draw(model: Model, what: Drawing, references: list[np.ndarray], work: Work) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0)
     """Open the explorer for a model, and pictures in any form that `convscope` takes (default: the samples).
 
     The server listens on this machine only (127.0.0.1), at `port` (0: any free one). The notebook's browser has to be
-    on the same machine, or to reach that port by a tunnel. Raises ConvscopeError for pictures that cannot be read.
+    on the same machine, or to reach that port by a tunnel. A model in hand may be trained on meanwhile: pages that are
+    opened later see its new weights; where parameters or layers are put in the place of others, show it anew. Raises
+    ConvscopeError for pictures that cannot be read.
     """
     if not isinstance(model, Model):
         raise ConvscopeError(f"show takes a model that convscope.load made; {type(model).__name__} given")
@@ -60,6 +62,7 @@ def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0)
 
 
 def _app(model: Model, picture: Any) -> Any:
+    server.require()
     from convscope.explorer.app import create
     from convscope.explorer.state import Explorer
 

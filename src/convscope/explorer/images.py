@@ -1,4 +1,4 @@
-"""Pictures by address. Each address holds all that goes into the picture, so it can be kept for ever."""
+"""Pictures by address. A browser keeps them, and asks each time whether they are still the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convscope.explorer.state import Network
 from convscope.figures import pattern_grid
 
 FOREVER = "public, max-age=31536000, immutable"
-PRIVATE = "private, max-age=31536000, immutable"
+ASKED = "private, no-cache"  # an address does not tell which pixels a sample has, or what a store holds by now
 SIZES = (96, 160, 320, 640, 1024)
 Longest = Annotated[int, Query(ge=16, le=1024)]
 
@@ -25,7 +25,7 @@ Longest = Annotated[int, Query(ge=16, le=1024)]
 def picture(content: bytes, request: Request) -> Response:
     """A picture, or, where the browser has it already, the word that it is the same."""
     tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
-    headers = {"Cache-Control": PRIVATE, "ETag": tag}
+    headers = {"Cache-Control": ASKED, "ETag": tag}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     kind = "image/png" if content[:4] == b"\x89PNG" else "image/webp"
@@ -70,11 +70,16 @@ def router(desk: Desk) -> APIRouter:
     async def pattern(
         request: Request, model: str, layer: str, unit: int, look: str, recipe: str, seed: int, v: str
     ) -> Response:
-        net = network(model, v)
-        found = explorer.drawn(net, Drawing(layer, unit, look, recipe, seed))
-        if found is None:
-            raise MissingError("this pattern is not drawn yet")
-        return await made(request, lambda asker: found["image"])
+        net, what = network(model, v), Drawing(layer, unit, look, recipe, seed)
+
+        def make(asker: Asker) -> bytes:
+            found = explorer.drawn(net, what)
+            if found is None:
+                raise MissingError("this pattern is not drawn yet")
+            image: bytes = found["image"]
+            return image
+
+        return await made(request, make)
 
     @routes.get("/patches")
     async def patches(request: Request, model: str, layer: str, unit: int, kind: str, v: str) -> Response:
@@ -97,18 +102,27 @@ def router(desk: Desk) -> APIRouter:
 
     @routes.get("/chapter")
     async def chapter(request: Request, model: str, number: int, v: str) -> Response:
-        told = explorer.told(network(model, v))
-        if told is None or not 0 <= number < len(told.chapters):
-            raise MissingError("this story is not told yet")
-        return await made(request, lambda asker: chapter_sheet(told, number))
+        net = network(model, v)
+
+        def make(asker: Asker) -> bytes:
+            told = explorer.told(net)
+            if told is None or not 0 <= number < len(told.chapters):
+                raise MissingError("this story is not told yet")
+            return chapter_sheet(told, number)
+
+        return await made(request, make)
 
     @routes.get("/story")
     async def story(request: Request, model: str, v: str) -> Response:
         net = network(model, v)
-        told = explorer.told(net)
-        if told is None:
-            raise MissingError("this story is not told yet")
-        return await made(request, lambda asker: explorer.cut(asker, net, ("story",), lambda: story_figure(told)))
+
+        def make(asker: Asker) -> bytes:
+            told = explorer.told(net)
+            if told is None:
+                raise MissingError("this story is not told yet")
+            return explorer.cut(asker, net, ("story",), lambda: story_figure(told))
+
+        return await made(request, make)
 
     return routes
 

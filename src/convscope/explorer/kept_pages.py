@@ -47,7 +47,7 @@ def concepts(pages: Pages, net: Network, target: int, layer: str | None, picture
         "layers": [(other.layer, pages.site.page(*kept.parts_of(net, other))) for other in found],
         "patches": {"src": pages.site.kept(net, one, "patches"), "size": kept.patches_size(arrays)},
         "views": {"src": pages.site.kept(net, one, "views"), "size": kept.views_size(arrays), "tiles": views},
-        "lines": lines.concepts(net.source, _store(pages.site, net), target, one.layer),
+        "lines": lines.concepts(pages.site.source(net.source), _store(pages.site, net), target, one.layer),
         "picture": picture,
         "samples": pages.explorer.shelf.samples,
     }
@@ -93,7 +93,7 @@ def atlas(pages: Pages, net: Network, name: str) -> Page:
         "size": data["size"],
         "word": WORD,
         "target_name": target_name,
-        "lines": lines.atlas(net.source, _store(site, net), one.layer, one.target),
+        "lines": lines.atlas(site.source(net.source), _store(site, net), one.layer, one.target),
         "others": [other for other in kept.links(net, site)["atlases"] if other["page"] != own],
     }
     of = "" if target_name is None else f" for {target_name}"
@@ -102,9 +102,9 @@ def atlas(pages: Pages, net: Network, name: str) -> Page:
 
 def _makers(site: Site, net: Network, target: int | None) -> dict[str, Any]:
     """The lines that make what is not there."""
-    store = _store(site, net)
-    made = {"make_concepts": lines.concepts(net.source, store, target), "make_atlas": lines.atlas(net.source, store)}
-    return {**made, "make_store": None if net.store else lines.scan(net.source)}
+    store, name = _store(site, net), site.source(net.source)
+    made = {"make_concepts": lines.concepts(name, store, target), "make_atlas": lines.atlas(name, store)}
+    return {**made, "make_store": None if net.store else lines.scan(name)}
 
 
 def _store(site: Site, net: Network) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from convscope.explorer.drawings import SEVERAL, Drawing
+from convscope.model import Model
+
 Lines = dict[str, str]
 
 
@@ -22,13 +25,13 @@ def activations(model: str, picture: str, layer: str) -> Lines:
     }
 
 
-def pattern(model: str, layer: str, unit: int, look: str, recipe: str, seed: int) -> Lines:
-    given = _given(recipe=None if recipe == "robust" else recipe, seed=seed or None)
+def pattern(model: str, what: Drawing, net: Model) -> Lines:
+    layer, unit, look = what.layer, what.unit, what.look
+    given = _given(recipe=None if what.recipe == "robust" else what.recipe, seed=what.seed or None)
     python = f"convscope.patterns({_load(model)}, {layer!r}, [{unit}]{_arguments(given)})"
     if look != "positive":
-        objective = (
-            f"-unit({layer!r}, {unit})" if look == "negative" else f"diverse(unit({layer!r}, {unit}), {layer!r}, 4)"
-        )
+        one = f"unit({layer!r}, {unit})"
+        objective = f"-{one}" if look == "negative" else f"diverse({one}, {what.diverse_at(net)!r}, {SEVERAL})"
         given_names = "unit" if look == "negative" else "diverse, unit"
         python = (
             f"from convscope.patterns.objective import {given_names}\n"
@@ -70,10 +73,6 @@ def atlas(model: str, store: str, layer: str | None = None, target: int | None =
 
 def _keep(store: str) -> str:
     return f"convscope.open_store({store!r}).keep(found)"
-
-
-def examples(store: str, layer: str, unit: int) -> Lines:
-    return {"python": f"convscope.open_store({store!r}).unit({layer!r}, {unit}).examples(9)"}
 
 
 def _load(model: str) -> str:

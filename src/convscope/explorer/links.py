@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
@@ -13,12 +14,16 @@ from convscope.explorer.pictures import Picture
 from convscope.explorer.state import Network
 from convscope.results import file_names
 from convscope.scan.kept import Kept
+from convscope.sources import BY_PREFIX
 
 
 class Site(Protocol):
     """Where things are, as seen from the page that is being made."""
 
     live: bool
+
+    def source(self, name: str) -> str:
+        """A picture or network as a user's line names it; on public pages it is not said where files lie."""
 
     def page(self, *parts: str | int) -> str:
         """A page's address: ("m", "lite0", "unit", "conv1", 3), say. Empty where there is no such page."""
@@ -45,12 +50,15 @@ class Site(Protocol):
 
 
 class Live:
-    """Addresses on the server. Pictures' carry the network's version: what they show never changes."""
+    """Addresses on the server. Pictures' carry the network's version: none of another stands by a page's numbers."""
 
     live = True
 
     def __init__(self, assets: str) -> None:
         self._assets = assets
+
+    def source(self, name: str) -> str:
+        return name
 
     def page(self, *parts: str | int) -> str:
         return "/" + "/".join(quote(str(part), safe="") for part in parts)
@@ -103,6 +111,9 @@ class Published:
     ) -> None:
         self._from = posixpath.dirname(file_of(*parts))
         self._planned, self._write, self._make = planned, write, make
+
+    def source(self, name: str) -> str:
+        return name if name.partition(":")[0] in BY_PREFIX else Path(name).name
 
     def page(self, *parts: str | int) -> str:
         return self._relative(file_of(*parts)) if self._planned(parts) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ class Pages:
         chosen = classes[0] if target is None else target
         asked = [*classes, *([] if chosen in classes else [chosen])]
         heats = {h["target"]: h for h in self.explorer.heat(self.asker, net, picture, asked)}
+        named = self.site.source(net.source), self.site.source(picture.source)
         data = {
             "kind": "picture",
             "live": self.site.live,
@@ -59,7 +61,7 @@ class Pages:
             "layer": heats[chosen]["layer"],
             "heats": heats,
             "palettes": {name: palette(name)[::8].tolist() for name in COLOURS},
-            "lines": {k: lines.heatmap(net.source, picture.source, k, None, "grad-cam", None) for k in heats},
+            "lines": {k: lines.heatmap(*named, k, None, "grad-cam", None) for k in heats},
             "pages": {k: self.site.page("m", net.key, "picture", picture.key, "class", k) for k in heats},
             "classPages": {k: self.site.page("m", net.key, "class", k) for k in heats},
         }
@@ -143,7 +145,7 @@ class Pages:
                 "cells": [self._cell(net, row.name, int(u), sheet, table) for u in order],
                 "first": SHOWN,
                 "dead": sum(table["dead"]),
-                "lines": lines.activations(net.source, picture.source, row.name),
+                "lines": lines.activations(self.site.source(net.source), self.site.source(picture.source), row.name),
                 "orders": [k for k in ("max", "mean", "relevance") if k in table],
             }
         return Page("layer.html", f"{row.name} of {net.model.name}", data, more)
@@ -188,7 +190,7 @@ class Pages:
             "recipes": RECIPES,
             "pattern": self._pattern(net, what) if made else None,
             "about": about,
-            "lines": lines.pattern(net.source, layer, unit, what.look, what.recipe, what.seed),
+            "lines": lines.pattern(self.site.source(net.source), what, net.model),
             "class_name": net.model.class_name(unit) if layer == LOGITS else None,
             "map": None,
             "picture": picture,
@@ -239,13 +241,15 @@ class Pages:
     def render(self, page: Page) -> str:
         """The page as HTML."""
         net: Network = page.more["net"]
+        networks = list(self.explorer.networks.values())
         html: str = _ENVIRONMENT.get_template(page.template).render(
             **page.more,
             title=page.title,
             data=page.data,
             site=self.site,
             words=WORDS,
-            networks=list(self.explorer.networks.values()),
+            networks=networks,
+            shared_names=Counter(n.model.name for n in networks),
             store=net.store,
         )
         return html

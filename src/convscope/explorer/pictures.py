@@ -6,7 +6,7 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,14 @@ class Picture:
         return image
 
 
+def unused(key: str, taken: Container[str]) -> str:
+    """The key, with a number behind it if it is taken."""
+    found, number = key, 2
+    while found in taken:
+        found, number = f"{key}-{number}", number + 1
+    return found
+
+
 class Shelf:
     """Pictures by key. Samples stay; of the others, what was looked at last, up to `room` bytes and `most` pictures."""
 
@@ -66,9 +74,7 @@ class Shelf:
     def add_sample(self, pixels: np.ndarray, name: str, source: str) -> Picture:
         """One of these; its key is its name as far as addresses take it."""
         stem = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in Path(name).stem) or "picture"
-        key, number = stem, 2
-        while key in self._samples:
-            key, number = f"{stem}-{number}", number + 1
+        key = unused(stem, self._samples)
         self._samples[key] = Picture(key, name, pixels, source)
         return self._samples[key]
 

@@ -45,8 +45,8 @@ def publish(
 
     pictures: with which the pages walk through the network; default: the sample photographs. keep: where patterns are
     kept; those that are there are shown. workers: processes that cut out examples. Returns the units whose examples
-    could not be cut out. Raises ConvscopeError if the store was made with other weights, or the folder cannot be
-    written.
+    could not be cut out, and the pictures and pages that could not be made. Raises ConvscopeError if the store was made
+    with other weights, or the folder cannot be written.
     """
     explorer = Explorer(models, store=store, keep=keep, room=1 << 30)
     try:
@@ -68,8 +68,8 @@ class _Press:
         self._explorer, self._store, self._out = explorer, store, out
         self._net = next(net for net in explorer.networks.values() if net.store is not None)
         self._layers = [name for name in store.layers if name in self._net.model.layers.names]
-        self._pages: dict[str, Callable[[Pages], Page]] = {}
         self._written: set[str] = set()
+        self._failed: list[Failure] = []
         self._views = Views(store)
         self._asker = Asker("publish", float("inf"))
 
@@ -82,7 +82,6 @@ class _Press:
         todo = [(layer, unit) for layer in self._units_of() for unit in range(self._net.units(layer))]
         pages = list(self._planned_pages())
         total, done = len(pages) + len(todo), 0
-        failed: list[Failure] = []
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             names = {(layer, unit): self._patches_file(layer, unit) for layer, unit in todo}
             cutting = [
@@ -90,19 +89,23 @@ class _Press:
                 for part in chunks(todo, CHUNK)
             ]
             for parts, make in pages:
-                self._page(parts, make)
+                try:
+                    self._page(parts, make)
+                except ConvscopeError as error:
+                    self._failed.append(Failure(file_of(*parts), str(error)))
                 done += 1
                 if progress is not None:
                     progress(done, total)
             for work, part in zip(cutting, chunks(todo, CHUNK), strict=True):
-                failed += work.result()
+                self._failed += work.result()
                 done += len(part)
                 if progress is not None:
                     progress(done, total)
         described = self._net.model.describe()
-        told = {"kind": "site", "model": described, "store": self._store.manifest["data"], "versions": versions()}
+        data = {name: self._store.manifest["data"][name] for name in ("pictures", "fingerprint")}
+        told = {"kind": "site", "model": described, "store": data, "versions": versions()}
         write_json(out / "manifest.json", told)
-        return failed
+        return self._failed
 
     def _units_of(self) -> list[str]:
         return [*self._layers, *([LOGITS] if LOGITS in self._store.layers else [])]
@@ -149,7 +152,6 @@ class _Press:
             cells = kept.told_atlas(self._explorer, self._net, one, kept.arrays_of(self._explorer, one))["cells"]
             numbers = {shown["number"] for cell in cells for shown in cell["pictures"]}
             found |= numbers - {None}
-        self._data = found
         return sorted(found)
 
     def _is_planned(self, parts: Parts) -> bool:
@@ -174,8 +176,11 @@ class _Press:
 
     def _image(self, name: str, make: Callable[[], bytes]) -> None:
         if name not in self._written and not name.endswith("-top.webp"):  # those are cut out by other processes
-            self._put(name, make())
             self._written.add(name)
+            try:
+                self._put(name, make())
+            except ConvscopeError as error:  # the page is worth having without it
+                self._failed.append(Failure(name, str(error)))
 
     def _put(self, name: str, content: bytes) -> None:
         path = self._out / name

@@ -25,7 +25,7 @@ def headers(frames: Sequence[str] = ()) -> dict[str, str]:
     return {
         "Content-Security-Policy": policy(frames),
         "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
+        "Referrer-Policy": "same-origin",  # none at all would make a form's Origin null
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
         "Permissions-Policy": "camera=(), microphone=(), geolocation=()",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,15 @@ from convscope.model import Model
 
 if TYPE_CHECKING:
     from convscope.scan.store import Store
+
+
+def require() -> None:
+    """Raises ConvscopeError where the packages that the explorer needs are not installed."""
+    try:
+        for needed in ("uvicorn", "convscope.explorer.app"):
+            import_module(needed)
+    except ImportError as error:
+        raise ConvscopeError(f"the explorer needs {error.name}; pip install 'convscope[serve]'") from error
 
 
 def built(
@@ -27,11 +37,10 @@ def built(
     frames: Sequence[str] = (),
 ) -> Any:
     """The application, with the sample photographs or the pictures given. Raises ConvscopeError."""
-    try:
-        from convscope.explorer.app import create
-        from convscope.explorer.state import Explorer
-    except ImportError as error:
-        raise ConvscopeError(f"the explorer needs {error.name}; pip install 'convscope[serve]'") from error
+    require()
+    from convscope.explorer.app import create
+    from convscope.explorer.state import Explorer
+
     explorer = Explorer(models, store=store, keep=keep)
     if pictures:
         explorer.shelf.add_samples(pictures)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 import anyio
@@ -26,6 +28,7 @@ T = TypeVar("T")
 TICK = 0.15  # seconds between two looks at work under way
 READING = 30.0  # seconds that an upload may take to arrive
 UPLOADS = 8  # at once
+EACH = 32  # requests of one visitor that are answered at once: half of the threads
 
 
 class Desk:
@@ -36,6 +39,7 @@ class Desk:
         self.views = {net.key: Views(net.store) for net in explorer.networks.values() if net.store is not None}
         self._threads = anyio.CapacityLimiter(64)
         self._uploading = 0
+        self._asking: Counter[str] = Counter()
 
     def client(self, request: Request) -> str:
         """Who asks, as far as it matters for taking turns."""
@@ -45,8 +49,13 @@ class Desk:
         return Pages(self.explorer, asker or Asker("nobody", 0), site)
 
     async def answer(self, request: Request, make: Callable[[Asker], T]) -> T:
-        """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away."""
+        """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away.
+
+        Raises FullError if the client waits for too many answers already.
+        """
         asker = Asker(self.client(request), self.seconds)
+        if self._asking[asker.client] >= EACH:
+            raise FullError(f"{EACH} of your own questions wait already; try again when one is answered")
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -54,11 +63,14 @@ class Desk:
             asker.gone = True
 
         watching = asyncio.create_task(watch())
+        self._asking[asker.client] += 1
         try:
             return await anyio.to_thread.run_sync(make, asker, limiter=self._threads)
         finally:
             asker.gone = True
             watching.cancel()
+            self._asking[asker.client] -= 1
+            self._asking += Counter()  # forgets who waits for nothing
 
     def chosen(self, net: Network, key: str | None) -> Picture | None:
         """The picture that an address names, if it names one. Raises MissingError."""
@@ -124,7 +136,7 @@ class Desk:
                 yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
             try:
                 yield _event("done", result(work.future.result()))
-            except (ConvscopeError, GoneError, asyncio.CancelledError) as error:
+            except (ConvscopeError, GoneError, CancelledError) as error:
                 yield _event("failed", {"error": str(error) or "the work was ended"})
         finally:
             work.lane.leave(work)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from convscope.errors import ConvscopeError
 from convscope.explorer import answers
 from convscope.explorer.cache import Cache
 from convscope.explorer.drawings import Album, Drawing, draw
-from convscope.explorer.pictures import MissingError, Picture, Shelf, encoded
+from convscope.explorer.pictures import MissingError, Picture, Shelf, encoded, unused
 from convscope.explorer.queue import Asker, Lane, Work
 from convscope.explorer.stored import Stored
 from convscope.explorer.twin import twin
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ROOM = 1 << 28  # bytes of results that are kept
+LOOK = 0.2  # seconds between two looks at whether a user has changed the weights
 SLOW = ("rise", "score-cam", "ablation-cam", "occlusion", "smooth-grad", "var-grad", "integrated-gradients")
 
 
@@ -40,19 +42,43 @@ class Network:
 
     def __init__(self, key: str, model: Model, source: str, store: Store | None = None) -> None:
         self.key, self.model, self.source = key, model, source
+        self._marks, self._look = _marks(model), 0.0
+        self._run = uuid.uuid4()  # marks mean nothing to another process, which may read what this one kept
         weights = model.weights_hash()
-        self.store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
-        self.stored = None if self.store is None else Stored(self.store)
-        self.version = hashlib.sha256(f"{weights} {__version__} {model.preprocessing}".encode()).hexdigest()[:12]
-        self._spare: Model | None = None
-        self._lock = threading.Lock()
+        self._store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
+        self._stored = None if self._store is None else Stored(self._store)
+        self._began = self._version = _short(f"{weights} {__version__} {model.preprocessing}")
+        # Now, before anything runs: a copy made beside a running answer would have that answer's hooks.
+        self._spare: Model | str
+        try:
+            self._spare = twin(model)
+        except ConvscopeError as error:
+            self._spare = str(error)
+
+    @property
+    def version(self) -> str:
+        """Another one once the user has changed the weights of a model in hand."""
+        if not self.model.owned and time.monotonic() >= self._look:
+            marks, self._look = _marks(self.model), time.monotonic() + LOOK
+            self._version = self._began if marks == self._marks else _short(f"{self._began} {self._run} {marks}")
+        return self._version
+
+    @property
+    def store(self) -> Store | None:
+        """What was found with these weights; None where nothing was, or they are others by now."""
+        return self._store if self.version == self._began else None
+
+    @property
+    def stored(self) -> Stored | None:
+        """What was drawn with these weights into the store."""
+        return self._stored if self.version == self._began else None
 
     @property
     def spare(self) -> Model:
-        """The same network with modules of its own, for work beside the quick answers."""
-        with self._lock:
-            self._spare = self._spare or twin(self.model)
-            return self._spare
+        """The same network with modules of its own, for work beside the quick answers. Raises ConvscopeError."""
+        if isinstance(self._spare, str):
+            raise ConvscopeError(self._spare)
+        return self._spare
 
     @property
     def takes_pictures(self) -> bool:
@@ -98,6 +124,16 @@ class Network:
         return {self.model.class_name(k): k for k in reversed(range(self.model.outputs or 0))}
 
 
+def _marks(model: Model) -> list[tuple[int, int, int]]:
+    """What differs once weights are others, found without reading them: which they are, how often written to."""
+    weights = [*model.dialect.parameters(model.module), *model.module.buffers()]
+    return [(id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+
+
+def _short(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
 class Explorer:
     """Networks by address, each loaded once. `asker` is who waits for an answer; the same is worked on once."""
 
@@ -106,7 +142,10 @@ class Explorer:
     ) -> None:
         if not models:
             raise ConvscopeError("the explorer needs a model; give at least one")
-        self.networks = {address(name): Network(address(name), model, name, store) for name, model in models.items()}
+        self.networks: dict[str, Network] = {}
+        for name, model in models.items():
+            key = unused(address(name), self.networks)
+            self.networks[key] = Network(key, model, name, store)
         if store is not None and not any(net.store for net in self.networks.values()):
             made = store.manifest["model"]["name"]
             raise ConvscopeError(f"{store.address} was made with {made} and other weights than the models given")
@@ -237,7 +276,7 @@ class Explorer:
         """A pattern: kept, or under way from now on. Raises FullError. Who began it has to leave it."""
 
         def make(work: Work) -> dict[str, Any]:
-            found = self.album.get(net.version, what)
+            found = self.drawn(net, what)
             if found is None:
                 found = draw(net.spare, what, references, work)
                 self.album.put(net.version, what, found)
@@ -246,12 +285,14 @@ class Explorer:
         return self.slow.ask(("pattern", net.version, what), make, client)
 
     def drawn(self, net: Network, what: Drawing) -> dict[str, Any] | None:
-        """A pattern that is there already."""
-        key = ("pattern", net.version, what)
-        found: dict[str, Any] | None = self.cache.get(key)
-        if found is None and net.stored is not None and (found := net.stored.pattern(what)) is not None:
+        """A pattern that is there already; the store's as it is now."""
+        stored, found = net.stored, None
+        stamp = None if stored is None else stored.stamp(what)
+        if stored is not None and stamp is not None:
+            key = ("stored", net.version, what, stamp)
+            found = self.cache.get(key) or stored.pattern(what)
             self.cache.put(key, found)
-        return found or self.album.get(net.version, what)
+        return found or self.cache.get(("pattern", net.version, what)) or self.album.get(net.version, what)
 
     def meant(
         self,
@@ -292,7 +333,7 @@ class Explorer:
     # --- pictures of the data set ---
 
     def cut(self, asker: Asker, net: Network, what: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
-        """A picture that is made of pictures of the store."""
+        """A picture that is made of others: of the store's, say."""
         return self._asked(self.cutting, asker, ("cut", net.version, *what), lambda work: make())
 
     def _story_key(self, net: Network) -> tuple[str, str]:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The patterns of a layer: how they were made, and what is said of each, by unit."""
+    """The patterns of a layer: how they were made, and what is said of each, by unit. stamp: another for later ones."""
 
+    stamp: str
     recipe: str
     seed: int
     steps: int
@@ -43,6 +44,11 @@ class Stored:
         if drawn is None or unit not in drawn.rows or drawn.recipe not in RECIPES:
             return None
         return Drawing(layer, unit, recipe=drawn.recipe, seed=drawn.seed)
+
+    def stamp(self, what: Drawing) -> str | None:
+        """Another one once the pattern is drawn anew; None if this one was not drawn."""
+        drawn = self._drawn(what.layer)
+        return None if drawn is None or what != self.how(what.layer, what.unit) else drawn.stamp
 
     def pattern(self, what: Drawing) -> dict[str, Any] | None:
         """The pattern, told as `drawings.draw` tells it; None if this one was not drawn."""
@@ -70,19 +76,22 @@ class Stored:
         return read_story(model, lambda name: self._read(f"story/{name}"))
 
     def _drawn(self, layer: str) -> _Drawn | None:
-        if layer not in self._layers and layer in self._folders:
-            path = f"patterns/{self._folders[layer]}"
-            if self._there(f"{path}/manifest.json"):  # which is written last
-                self._layers[layer] = self._told(path)
-        return self._layers.get(layer)
+        if layer not in self._folders:
+            return None
+        path = f"patterns/{self._folders[layer]}"
+        stamp = self._store.folder.stamp(f"{path}/manifest.json")  # which is written last
+        known = self._layers.get(layer)
+        if stamp is not None and (known is None or known.stamp != stamp):
+            known = self._layers[layer] = self._told(path, stamp)
+        return None if stamp is None else known
 
-    def _told(self, path: str) -> _Drawn:
+    def _told(self, path: str, stamp: str) -> _Drawn:
         manifest = self._store.folder.read_json(f"{path}/manifest.json")
         table = csv.DictReader(io.StringIO(self._read(f"{path}/units.csv").decode()))
         try:
             told = manifest["parameters"]
             rows = {int(row["unit"]): row for row in table}
-            return _Drawn(told["recipe"], int(told["seed"]), int(told["steps"]), list(manifest["notes"]), rows)
+            return _Drawn(stamp, told["recipe"], int(told["seed"]), int(told["steps"]), list(manifest["notes"]), rows)
         except (KeyError, TypeError, ValueError) as error:
             raise ConvscopeError(
                 f"{path} in {self._store.address} holds no patterns that can be read: {error}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
+from contextlib import suppress
 from typing import IO, Any
 
 import numpy as np
@@ -24,8 +25,7 @@ class Decoder:
     """Turns a file's bytes into pixels, uint8 (H, W, 3), one at a time, in a process of its own.
 
     A picture that takes longer than `seconds`, or more memory than there is for it, costs that process and nothing
-    else: the next picture gets a new one. The process is started when it is first needed, which takes seconds; `warm`
-    starts it beforehand.
+    else: the next picture gets a new one. A process takes seconds to start; `warm` has one ready beforehand.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
 
     def warm(self) -> None:
-        with self._lock:
+        with self._lock, suppress(ConvscopeError):  # what hinders it, the first picture tells
             self._started()
 
     def decode(self, content: bytes) -> np.ndarray:

@@ -58,6 +58,13 @@ class Folder:
     def path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
+    def stamp(self, name: str) -> str | None:
+        """What changes when the file is written anew; None where there is none."""
+        if not self.system.exists(self.path(name)):
+            return None
+        info = self.system.info(self.path(name))
+        return str([info.get(key) for key in ("size", "mtime", "LastModified", "ETag")])
+
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file to read. Raises ConvscopeError where it is missing, cannot be read or is damaged."""

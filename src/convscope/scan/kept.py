@@ -87,21 +87,19 @@ class Listing:
 
     def items(self) -> list[Kept]:
         """By layer and class; concepts by class first. Raises ConvscopeError for a manifest that makes no sense."""
-        system = self._folder.system
         try:
-            paths = system.ls(self._folder.path(self._kind), detail=False)
+            paths = self._folder.system.ls(self._folder.path(self._kind), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         found = []
         for name in sorted(path.rstrip("/").rpartition("/")[2] for path in paths):
-            manifest = self._folder.path(f"{self._kind}/{name}/manifest.json")
-            if system.exists(manifest):  # else it was not finished
-                found.append(self._item(name, system.info(manifest)))
+            stamp = self._folder.stamp(f"{self._kind}/{name}/manifest.json")
+            if stamp is not None:  # else it was not finished
+                found.append(self._item(name, stamp))
         atlas = self._kind == "atlas"
         return sorted(found, key=lambda one: (one.layer if atlas else "", -1 if one.target is None else one.target))
 
-    def _item(self, name: str, info: dict[str, Any]) -> Kept:
-        stamp = str([info.get(key) for key in ("size", "mtime", "LastModified", "ETag")])
+    def _item(self, name: str, stamp: str) -> Kept:
         if name not in self._known or self._known[name][0] != stamp:
             self._known[name] = (stamp, self._read(name, stamp))
         return self._known[name][1]

@@ -84,11 +84,26 @@ document.addEventListener("keydown", (event) => {
 // Progress by server-sent events: work that ends when this page no longer listens.
 function follow(address, { onProgress, onFrame, onDone, onError }) {
   const source = new EventSource(address);
-  source.addEventListener("progress", (event) => onProgress(JSON.parse(event.data)));
+  // An event source is not told why it was refused; a plain question is. Should that be let in, it ends at once.
+  async function refused() {
+    const asking = new AbortController(), lost = "the connection was lost";
+    try {
+      const answer = await fetch(address, { signal: asking.signal });
+      onError(answer.ok ? lost : (await answer.json()).error || lost);
+    } catch { onError(lost); }
+    asking.abort();
+  }
+  let heard = false;
+  source.addEventListener("progress", (event) => { heard = true; onProgress(JSON.parse(event.data)); });
   source.addEventListener("frame", (event) => onFrame && onFrame(event.data));
   source.addEventListener("done", (event) => { source.close(); onDone(JSON.parse(event.data)); });
   source.addEventListener("failed", (event) => { source.close(); onError(JSON.parse(event.data).error); });
-  source.onerror = () => { if (source.readyState !== EventSource.OPEN) { source.close(); onError("the connection was lost"); } };
+  source.onerror = () => {
+    if (source.readyState === EventSource.OPEN) return;
+    source.close();
+    if (heard) onError("the connection was lost");
+    else refused();
+  };
   addEventListener("pagehide", () => source.close());
   return source;
 }

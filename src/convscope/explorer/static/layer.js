@@ -34,6 +34,7 @@
       const told = await ask(`${page.api}/relevance?layer=${encodeURIComponent(page.layer)}&target=${target.value}`);
       page.table.relevance = told.relevance;
       document.getElementById("order").value = "relevance";
+      document.getElementById("relevant").textContent = target.selectedOptions[0].textContent;
       sort();
     } catch (error) { say(error.message); }
   });

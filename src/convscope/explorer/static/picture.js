@@ -172,8 +172,10 @@
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.addEventListener("input", (event) => {
     remember();
-    if (["opacity", "colours", "sign"].includes(event.target.name)) repaint();
-    else refresh();
+    if (["opacity", "colours", "sign"].includes(event.target.name)) {
+      repaint();
+      if (state.shown.main) lines(state.shown.main);
+    } else refresh();
   });
   new ResizeObserver(repaint).observe(find(".frame", main));
 
