@@ -258,10 +258,11 @@ def test_long_work_waits_its_turn_and_can_be_cancelled(new_tab, live):
 
 
 def test_a_picture_of_the_data_set_is_looked_at_with_the_network(tab, live):
-    opened(tab, f"{live[1]}/m/tiny/data/4")
+    explorer, address = live
+    opened(tab, f"{address}/m/tiny/data/4")
     tab.get_by_role("button", name="Look at it with the network").click()
     tab.wait_for_url(re.compile(r"/m/tiny/picture/x[0-9a-f]{24}$"))
-    assert "4.png" in tab.title()
+    assert Path(explorer.first.store.picture(4).name).name in tab.title()
     assert tab.locator("#classes a").count() == 5
 
 
@@ -269,8 +270,9 @@ def test_what_is_refused_says_why(new_tab, live):
     explorer, address = live
     tab = opened(new_tab(refused=True), f"{address}/m/tiny/unit/relu2/8")
     go = threading.Event()
-    other = explorer.slow.ask("blocker", lambda work: go.wait(30) and 1, "somebody else")
+    other = explorer.slow.ask("another blocker", lambda work: go.wait(30) and 1, "somebody else")
     while not other.begun:
+        assert not other.future.done()
         tab.wait_for_timeout(20)
     many = [explorer.slow.ask(("more", n), lambda work: 1, f"visitor {n}") for n in range(32)]
     try:
