@@ -88,6 +88,7 @@ def test_the_address_that_is_printed_is_let_in_and_so_is_this_machine(tmp_path):
 @pytest.mark.parametrize("lacking", ["fastapi", "jinja2", "uvicorn"])
 def test_what_has_to_be_installed_is_said(lacking, monkeypatch, tmp_path):
     for module in [name for name in sys.modules if name.startswith("convscope.explorer.")]:
+        monkeypatch.delattr(module)  # so that afterwards the package has what is imported, and no second copy
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, lacking, None)
     said = rf"the explorer needs {lacking}; pip install 'convscope\[serve\]'"
