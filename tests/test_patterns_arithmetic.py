@@ -185,3 +185,8 @@ def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
     assert convscope.activations(model, np.zeros((64, 64, 3), np.uint8), "2")["2"].shape[2:] == (8, 8)
     found = convscope.patterns(model, made(neuron("2", 1, (7, 7))), steps=2)
     assert found.images.shape[1:3] == (64, 64)
+
+
+def test_pictures_cannot_differ_where_there_are_no_places() -> None:
+    with pytest.raises(ConvscopeError, match="layer 'logits' has no places, and so no texture"):
+        convscope.patterns(loaded(filled(Usual()), 32), diverse(unit("logits", 3), "logits", 4), size=32, steps=1)

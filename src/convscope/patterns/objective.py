@@ -204,7 +204,10 @@ def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> 
         raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
 
     def value(seen: Seen) -> Tensor:
-        maps = _outputs(seen, layer).flatten(2)
+        outputs = _outputs(seen, layer)
+        if outputs.ndim < 3:
+            raise ConvscopeError(f"layer {layer!r} has no places, and so no texture in which pictures could differ")
+        maps = outputs.flatten(2)
         grams = F.normalize((maps @ maps.transpose(1, 2)).flatten(1), dim=1)
         alike = grams @ grams.detach().T
         others = (alike.sum(1) - alike.diagonal()) / (len(alike) - 1)
