@@ -300,8 +300,11 @@ def test_forget_removes_the_parts_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_part_that_a_power_cut_left_empty_is_drawn_again(tmp_path: Path) -> None:
     whole = in_parts(loaded(), "wide", None, tmp_path, **OPTIONS)
-    drawn_parts(tmp_path)[1].write_bytes(b"")
+    empty = drawn_parts(tmp_path)[1]
+    content = empty.read_bytes()
+    empty.write_bytes(b"")
     same(in_parts(loaded(), "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+    assert empty.read_bytes() == content
 
 
 def test_a_start_of_another_shape_is_another_start(tmp_path: Path) -> None:
@@ -310,7 +313,9 @@ def test_a_start_of_another_shape_is_another_start(tmp_path: Path) -> None:
     options = {**OPTIONS, "recipe": "plain", "size": None}
     for start in (Image.fromarray(flat), Image.fromarray(flat.reshape(16, 12, 3))):
         found = in_parts(loaded(), "wide", [0], tmp_path, resume=True, start=start, **options)
-        same(found, convscope.patterns(loaded(), "wide", [0], start=start, **options))
+        fresh = convscope.patterns(loaded(), "wide", [0], start=start, **options)
+        same(found, fresh)
+        assert found.images.tobytes() == fresh.images.tobytes()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
