@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -13,6 +14,12 @@ from convscope.explorer import answers, security, serving
 from convscope.explorer.app import create
 from convscope.explorer.drawings import Drawing
 from convscope.explorer.state import Explorer
+
+
+def alone(work):
+    """Runs to its end in a thread of its own: a browser under test has a loop in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def test_a_visitor_who_asks_a_lot_leaves_room_for_others(explorer, monkeypatch):
             go.set()
             return page, await asyncio.gather(*many), await greedy.get(path)
 
-    page, many, later = asyncio.run(run())
+    page, many, later = alone(run())
     assert page.status_code == 200
     assert sorted(answer.status_code for answer in many) == [200] * serving.EACH + [503] * serving.EACH
     assert {answer.json()["error"] for answer in many if answer.status_code == 503} == {
@@ -77,7 +84,7 @@ def test_listeners_of_work_that_never_began_are_told_of_its_end(explorer):
                 threading.Timer(0.5, go.set).start()
         return said
 
-    said = asyncio.run(heard())
+    said = alone(heard())
     assert said[0].startswith("event: progress")
     assert said[-1] == 'event: failed\ndata: {"error": "the work was ended"}\n\n'
     explorer.slow.leave(running)
