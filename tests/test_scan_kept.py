@@ -250,8 +250,10 @@ def test_an_atlas_goes_into_a_store(
     assert done.exit_code == 0, done.output
     (one,) = home.atlases()
     maps = convscope.activations(loaded(), files, ["relu"])["relu"]
-    assert maps[:, 0].size == 32
-    assert one.arrays()["counts"].sum() == maps.any(1).sum()  # where all channels are 0 there is nothing to draw
+    n, row, column = one.arrays()["sources"].T
+    assert one.arrays()["counts"].sum() == len(n)
+    assert maps[n, :, row, column].any(1).all()
+    assert f"{32 - len(n)} vectors were left out: all their channels are 0" in one.manifest["notes"]
 
 
 @pytest.mark.parametrize("command", [["concepts", "--target", "0"], ["atlas"]])
