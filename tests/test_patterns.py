@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -320,9 +321,8 @@ def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.Monke
     """The positive score above is the redirection's doing."""
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "REVIVED", 0)
     monkeypatch.setattr(sys.modules["convscope.patterns.recipes"], "WAKING", 0)
-    monkeypatch.setattr(
-        sys.modules["convscope.patterns.again"], "awakened", lambda *_: None
-    )  # nor with a photograph's help
+    nothing = SimpleNamespace(values=torch.zeros(3))
+    monkeypatch.setattr(sys.modules["convscope.patterns"], "excited", lambda *_: nothing)  # nor in a photograph
     robust = convscope.patterns(loaded(Shy(), 32), "relu", [1], size=32, steps=64)
     assert robust.scores[0] == 0
 

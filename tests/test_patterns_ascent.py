@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.patterns.ascent import Plateau, adam_step, ascend, optimised, rms_step
+from convscope.patterns.ascent import SILENT, Plateau, adam_step, ascend, optimised, rms_step
 from convscope.patterns.canvas import Pixels
 
 
@@ -174,3 +174,62 @@ def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> 
     assert (history[1:5] > history[:4]).all()
     # The last values are those of the pictures as they lie.
     assert torch.equal(history[-1], torch.tensor([1000.0, 500.0]) + canvas.values.detach().mean((1, 2, 3)))
+
+
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+class Silence:
+    """Pictures whose values are 0 before their first step, whatever they show; a gradient they always have."""
+
+    def __init__(self, *first: int) -> None:
+        self.canvas = Pixels(start(1, 3, 4, 5).float().expand(len(first), -1, -1, -1), 1)
+        self.first, self.seen = first, [self.canvas.values.detach().clone()]
+
+    def climbed(self, steps: int, revive: int) -> Tensor:
+        def measure(i: int) -> Tensor:
+            values = self.canvas.values.square().mean((1, 2, 3))
+            return values - values.detach() * torch.tensor([float(i < first) for first in self.first])
+
+        step = adam_step(self.canvas.values, 0.1, 2.0)
+
+        def note(_: int) -> None:
+            self.seen.append(self.canvas.values.detach().clone())
+
+        return ascend(self.canvas, measure, step, steps, revive=revive, on_step=note)
+
+
+NEVER = 1000
+
+
+def test_a_picture_that_is_silent_from_the_first_stays_and_its_neighbours_climb_on() -> None:
+    """One that fires at the last of the steps that count is not given up, nor one that falls silent later."""
+    steps = SILENT + 8
+    late = Silence(NEVER, SILENT - 1, 0)
+    history = late.climbed(steps, revive=4)
+    for i in range(steps + 1):
+        beside = late.seen[min(i, len(late.seen) - 1)]
+        assert torch.equal(beside[0], late.seen[min(i, SILENT - 1)][0])
+    assert not torch.equal(late.seen[SILENT - 2][0], late.seen[SILENT - 1][0])
+    assert not history[:, 0].any()
+    assert history[SILENT - 1 :, 1].all()
+    for place, first in ((1, SILENT - 1), (2, 0)):
+        alone = Silence(first)
+        assert torch.equal(alone.climbed(steps, revive=4)[:, 0], history[:, place])
+        assert torch.equal(alone.seen[-1][0], late.seen[-1][place])
+    assert not torch.equal(late.seen[-2][1], late.seen[-1][1])
+
+
+def test_when_all_are_silent_the_climb_ends() -> None:
+    silent = Silence(NEVER, NEVER)
+    history = silent.climbed(150, revive=4)
+    assert len(silent.seen) == SILENT  # as they began, and a step behind each value but the last
+    assert history.shape == (150, 2)
+    assert not history.any()
+
+
+def test_who_is_not_to_be_woken_is_not_given_up() -> None:
+    """Without `revive` nothing was done about the silence: the textbook's recipe takes all of its steps."""
+    plain = Silence(NEVER)
+    plain.climbed(SILENT + 8, revive=0)
+    assert len(plain.seen) == SILENT + 9

@@ -264,13 +264,15 @@ def test_what_is_done_is_the_same_beside_whoever_climbs_on(usual: convscope.Mode
         assert np.array_equal(one[0], other[0])
 
 
-def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame() -> None:
-    """A recipe whose first start is black, where the unit is silent, and whose second is white."""
+@pytest.mark.parametrize(("frail", "expected"), [(False, [2, 2, 2]), (True, [2, 2, 2, 2])])
+def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame(frail: bool, expected: list[int]) -> None:
+    """A recipe whose first start is black, where the unit is silent, and whose second is white: as the canvas lies,
+    and also in views or, if frail, not in these. A unit by itself is drawn twice, as no batch of one is."""
     draws: list[int] = []
 
     def twice(task: Task) -> Drawn:
         draws.append(len(task.generators))
-        level = 255 if len(draws) == 2 else 0
+        level = 255 if task.still or (len(draws) == 3 and not frail) else 0
         pictures = torch.full((len(task.generators), 3, *task.size), level, dtype=torch.uint8)
         task.on_step(0, lambda: pictures)
         sight = torch.full((len(task.generators), *task.size), level / 255)
@@ -282,7 +284,7 @@ def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame() -> None:
         net[0].bias.copy_(torch.tensor([-1.0, 1.0]))
     own = Recipe(twice, own_size, as_it_is, steady(1, 1.0), starts=2)
     found = convscope.patterns(loaded(net, 8), "1", [0, 1], recipe=own, frames=1)
-    assert draws == [2, 1]
+    assert draws == expected
     assert found.scores.tolist() == [2, 1]
     assert found.images[:, 0, 0, 0].tolist() == [255, 0]
     assert found.alpha is not None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.images import Pictures
-from convscope.patterns import recipes
+from convscope.patterns import canvas, plan, recipes
 from convscope.patterns.objective import diverse, unit
 from convscope.samples import photographs
 from tests.oracles.nets import filled
@@ -124,6 +124,63 @@ def test_a_silent_unit_without_places_is_told_of_too() -> None:
     found = convscope.patterns(loaded(net, 32), "4", [0], size=32, steps=2)
     assert found.scores.tolist() == [0]
     assert found.notes[0].startswith("unit 0 is stuck at 0: dead: it fired on none of the sample photographs")
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 30])
+def test_the_photographs_are_run_once_for_all_silent_units(memory: int) -> None:
+    """Whatever the batches; units that fire in them are drawn from their own pieces, together."""
+    passes: list[tuple[int, int]] = []
+
+    def five(x: Tensor) -> Tensor:
+        passes.append((len(x), x.shape[2]))
+        red = x[:, :1] - x[:, 2:]
+        return torch.cat([never(x), (red - 0.5).relu(), never(x), (-red - 0.3).relu(), never(x)], 1)
+
+    model = as_it_is(Gated(five), 96)
+    passes.clear()
+    found = convscope.patterns(model, "gate", size=32, steps=4, memory=memory)
+    assert passes.count((4, 96)) == 1
+    assert (found.scores > 0).tolist() == [False, True, False, True, False]
+    for number in (1, 3):
+        alone = convscope.patterns(model, "gate", [number], size=32, steps=4)
+        assert np.array_equal(found.images[number], alone.images[0])
+    after = passes[passes.index((4, 96)) + 1 :]
+    assert next(count for count, side in after if side == 32) == (2 if memory > 1 else 1)
+
+
+def test_a_unit_that_wakes_from_one_start_only() -> None:
+    """A gate without a gradient, which lets a single start through: by hand, the canvas of that start."""
+    wanted = plan.wanted(as_it_is(Gated(never), 32), "gate", None, "robust", recipes.RECIPES["robust"])
+    begun = [canvas.Fourier(wanted.generators([0], 0, s), 3, (32, 32), torch.device("cpu")) for s in range(STARTS)]
+    pictures = torch.cat([recipes.finished(start) for start in begun])
+    lean = torch.tensor([float(balance(picture[None] / 255)) for picture in pictures])
+    only = 5
+    width = float((lean[torch.arange(STARTS) != only] - lean[only]).abs().min()) / 2
+
+    def gate(x: Tensor) -> Tensor:
+        near = (width - (balance(x) - lean[only]).abs()).relu()
+        return near[:, None, None, None].expand(-1, 1, *x.shape[2:])
+
+    def beside(x: Tensor) -> Tensor:
+        return torch.cat([gate(x), torch.ones_like(x[:, :1])], 1)
+
+    found = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2)
+    assert np.array_equal(found.images[0], pictures[only].permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(found.scores[0], width, rtol=1e-4)
+    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
+    both = convscope.patterns(as_it_is(Gated(beside), 32), "gate", size=32, steps=2)
+    assert np.array_equal(both.images[0], found.images[0])
+    before = replace(recipes.RECIPES["robust"], starts=only)
+    dead = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2, recipe=before)
+    assert dead.notes[0].startswith(
+        "unit 0 is stuck at 0: dead: it fired on none of the sample photographs, nor from 5"
+    )
+
+
+def balance(x: Tensor) -> Tensor:
+    """How much redder a picture (N, C, H, W) is on its left than on its right."""
+    half = x.shape[3] // 2
+    return x[:, 0, :, :half].mean((1, 2)) - x[:, 0, :, half:].mean((1, 2))
 
 
 class OneByOne(Gated):

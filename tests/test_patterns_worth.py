@@ -13,10 +13,18 @@ import convscope
 from convscope import tap
 from convscope.images import Pictures
 from convscope.patterns.objective import each
-from convscope.patterns.worth import NOISES, awakened, noises
+from convscope.patterns.worth import NOISES, awakened, excited, noises
 from convscope.samples import photographs
+from tests.oracles.nets import filled
 
 SIDE = 64
+
+
+class Turned(nn.Module):
+    """Channels last, as tokens have them, and no square of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)[:, 1:]
 
 
 class Bright(nn.Module):
@@ -56,15 +64,15 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
     for steps in (0, 48):
         monkeypatch.setattr(sys.modules["convscope.patterns.worth"], "WAKING", steps)
         with tap.attach(model, ["relu"], stop=True) as run:
-            one = awakened(run, lambda x: each("relu", [0])(run(x)), model, "relu", 0, (SIDE, SIDE))
-        assert one is not None
+            piece = excited(run, model, "relu").piece(0, (SIDE, SIDE))
+            (one,) = awakened(piece[None], lambda x: each("relu", [0])(run(x)), model)
         assert (one.dtype, tuple(one.shape)) == (torch.uint8, (3, SIDE, SIDE))
         found.append(one)
     picture, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
     middle = [int(at) / side * 224 for at, side in zip((row, column), maps.shape[1:], strict=True)]
     top, left = (int(min(max(round(m - SIDE / 2), 0), 224 - SIDE)) for m in middle)
-    piece = batch[picture, :, top : top + SIDE, left : left + SIDE] * 255
-    assert (found[0] - piece).abs().max() <= 1  # black and white are half a step away; rounding
+    expected = batch[picture, :, top : top + SIDE, left : left + SIDE] * 255
+    assert (found[0] - expected).abs().max() <= 1  # black and white are half a step away; rounding
     before, after = (float(fires(model, one[None] / 255).mean()) for one in found)
     assert 0 < before < after
 
@@ -72,9 +80,29 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
 def test_a_unit_that_no_photograph_wakes() -> None:
     model = convscope.load(Bright(5.0), preprocessing={"size": 224})
     with tap.attach(model, ["relu"], stop=True) as run:
-        for number in (0, 1):
-            measure = each("relu", [number])
-            assert awakened(run, lambda x, m=measure: m(run(x)), model, "relu", number, (SIDE, SIDE)) is None
+        assert excited(run, model, "relu").values.tolist() == [0, 0]
+
+
+def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
+    """Values, photographs and places against numpy's, with places, along one axis, and without any."""
+    kinds: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (nn.Conv2d(3, 5, 8, stride=8), (6, 6)),
+        (nn.Sequential(nn.Conv2d(3, 5, 8, stride=8), nn.Flatten(2), Turned()), (35,)),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)), ()),
+    ]
+    for first, shape in kinds:
+        model = convscope.load(filled(nn.Sequential(first, nn.ReLU())), preprocessing={"size": 48})
+        x = next(Pictures(photographs(), model.preprocessing).batches(4)).x
+        with tap.attach(model, ["1"], stop=True) as run, torch.no_grad():
+            found, maps = excited(run, model, "1"), model.module(x).numpy()
+        maps = np.moveaxis(maps, -1, 1) if shape == (35,) else maps
+        maps = maps.reshape(4, 5, -1)
+        best = maps.max((0, 2))
+        assert found.grid == (shape if len(shape) == 2 else None)
+        np.testing.assert_allclose(found.values, best, rtol=1e-5)
+        for unit in range(5):
+            at = maps[int(found.photographs[unit]), unit, int(found.places[unit])]
+            np.testing.assert_allclose(at, best[unit], rtol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

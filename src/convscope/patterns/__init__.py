@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from convscope import folded, tap
 from convscope.budget import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
 from convscope.errors import ConvscopeError
 from convscope.model import Model
-from convscope.patterns.again import Batch, Finished, convince, joined, measured, revive
+from convscope.patterns.again import Batch, Finished, convince, joined, measure_of, revive
 from convscope.patterns.ascent import Plateau
 from convscope.patterns.frames import Album, for_display
 from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted, canvas_size, find_recipe, refuses, started, wanted
 from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
-from convscope.patterns.worth import beside_nature, beside_noise, remarks
+from convscope.patterns.worth import beside_nature, beside_noise, excited, remarks
 
 __all__ = ["Patterns", "patterns"]
 
@@ -129,12 +130,14 @@ def patterns(
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
         most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
-        parts = _batches(want, batch_size(model, each, memory, most))
+        fits = batch_size(model, each, memory, most)
+        parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch is not None and together > model.fixed_batch:
             raise ConvscopeError(
                 f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch} at a time"
             )
+        nature = cache(partial(excited, run, model, want.layer))
         natural = None if reference is None else beside_nature(run, want, reference, model, memory, space == "input")
         batches: list[Finished] = []
         for position, part in enumerate(parts):
@@ -154,9 +157,9 @@ def patterns(
                 if progress is not None:
                     progress(done, count * len(parts))
 
-            rows = want.pictures(part)
+            rows, alone = want.pictures(part), measure_of(model, run, want, part)
             task = Task(
-                measure=measured(model, run, want.batch(part), want.layer),
+                measure=alone(range(len(part))),
                 generators=want.generators(part, seed),
                 preprocessing=model.preprocessing,
                 device=model.device,
@@ -171,18 +174,20 @@ def patterns(
                 views=shown,
                 plateau=plateau,
                 on_step=on_step,
+                alone=alone if together == 1 else None,
             )
             drawn = rule.draw(task)
             done = Finished(drawn, task.score(drawn.pictures).cpu(), album)
-            revive(Batch(task, rule, want, part, run, model, seed, all_done), done)
+            album.close(drawn.pictures)
+            revive(Batch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
             album.close(done.drawn.pictures)
-            if plateau is not None:
+            if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
                 all_done()
             batches.append(done)
         done = joined(batches)
         if count >= own_steps:  # fewer were asked for to see something soon
             whole = Batch(
-                replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done
+                replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done, nature
             )
             convince(whole, done, batch_size(model, 2 * each, memory, most))
         noise = beside_noise(run, want, model, sides, seed, memory, space == "input")

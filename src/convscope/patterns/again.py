@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -16,11 +16,13 @@ from convscope.model import LOGITS, Model
 from convscope.patterns.frames import Album
 from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted
-from convscope.patterns.recipes import Drawn, Recipe, Task, plain
-from convscope.patterns.worth import KNOWN, Run, awakened, known
+from convscope.patterns.recipes import Drawn, Recipe, Task, paired, plain
+from convscope.patterns.worth import KNOWN, Excited, Run, awakened, known
 from convscope.sound import require_finite
 
-AGAIN = 32  # steps from another start, for a unit that was silent from the first
+# Steps from another start, of twice the recipe's size, for a unit that was silent from the first. On the canvas as it
+# lies real units wake at one of the first dozen of half the size, if ever.
+AGAIN = 16
 
 OFF = "is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it"
 STILL = "is stuck at 0: it stayed silent though the gradient was let past its rectifier"
@@ -47,9 +49,24 @@ def measured(model: Model, run: Run, objective: Objective, what: str) -> Callabl
     return measure
 
 
+def measure_of(
+    model: Model, run: Run, want: Wanted, part: Sequence[int]
+) -> Callable[[Sequence[int]], Callable[[Tensor], Tensor]]:
+    """What some of the batch `part` are climbed by."""
+
+    def alone(which: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        return measured(model, run, want.batch([part[i] for i in which]), want.layer)
+
+    return alone
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What is drawn together: `part` of all that is wanted. `beat` is called at every step of what is drawn again."""
+    """What is drawn together: `part` of all that is wanted.
+
+    `beat` is called at every step of what is drawn again. `nature` tells what the layer's units make of the sample
+    photographs.
+    """
 
     task: Task
     rule: Recipe
@@ -59,15 +76,19 @@ class Batch:
     model: Model
     seed: int
     beat: Callable[[], None]
+    nature: Callable[[], Excited]
 
-    def again(self, which: Sequence[int], start: int, **changes: Any) -> Task:
-        """The task for some of the batch's pictures alone, from another start."""
+    def again(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> Task:
+        """The task for some of the batch's pictures alone, from other starts, one for each."""
         part = [self.part[i] for i in which]
+        alone = measure_of(self.model, self.run, self.want, part)
+        draws = [self.want.generators([i], self.seed, start) for i, start in zip(part, starts, strict=True)]
         return replace(
             self.task,
-            measure=measured(self.model, self.run, self.want.batch(part), self.want.layer),
-            generators=self.want.generators(part, self.seed, start),
+            measure=alone(range(len(part))),
+            generators=[draw for own in draws for draw in own],
             start=None if self.task.start is None else self.task.start[list(which)],
+            alone=alone,
             **changes,
         )
 
@@ -90,22 +111,23 @@ class Finished:
     silent: dict[int, str] = field(default_factory=dict)
     known: Tensor | None = None
 
-    def put(self, which: Sequence[int], found: Drawn, scores: Tensor) -> None:
-        """Other pictures in the place of these."""
-        rows = list(which)
+    def put(self, which: Sequence[int], found: Drawn, scores: Tensor, rows: Sequence[int]) -> None:
+        """Of other pictures these rows in the place of `which`."""
+        which, rows = list(which), list(rows)
         pictures, alpha = self.drawn.pictures.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
-        pictures[rows] = found.pictures
+        pictures[which] = found.pictures[rows]
         if alpha is not None and found.alpha is not None:
-            alpha[rows] = found.alpha
+            alpha[which] = found.alpha[rows]
         self.drawn = self.drawn._replace(pictures=pictures, alpha=alpha)
         self.scores = self.scores.clone()
-        self.scores[rows] = scores
+        self.scores[which] = scores[rows]
 
 
-def revive(batch: Batch, done: Finished) -> None:
-    """Units that end at 0, drawn again from other starts and, if none wakes them, from a photograph.
+def revive(batch: Batch, done: Finished, fits: int) -> None:
+    """Units that end at 0, drawn again from other starts and, if none wakes them, from photographs.
 
-    Of units that were silent at every step of every start, `done` tells why.
+    Of units that were silent at every step of every start, `done` tells why. `fits` is how many pictures of several
+    starts are climbed at once.
     """
     if batch.task.steps == 0:
         return
@@ -114,35 +136,86 @@ def revive(batch: Batch, done: Finished) -> None:
         done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF if batch.rule.draw is plain else STILL)
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
-    for start in range(1, batch.rule.starts):
-        silent = _rows(done.scores == 0)
-        if not silent:
-            break
-        steps = min(batch.task.steps, AGAIN)
-        other = batch.again(silent, start, steps=steps, plateau=None, on_step=lambda *_: batch.beat())
-        found = batch.rule.draw(other)
-        done.put(silent, found, other.score(found.pictures).cpu())
-        never[silent] &= (found.history == 0).all(0).cpu()
-    said = {i: _from_photograph(batch, done, i) for i in _rows(done.scores == 0)}
-    done.silent = {i: said.get(i, FLEETING) for i in _rows(never)}
+    fired = ~never
+    if woken := _woken(batch, done, fired, fits):
+        never[list(woken)] &= _from_start(batch, done, woken)
+    said = _from_photographs(batch, done, _rows(done.scores == 0))
+    done.silent = {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
 
 
-def _from_photograph(batch: Batch, done: Finished, i: int) -> str:
-    """A unit that no start woke, drawn from the sample photograph that excites it most. What is to be said of it."""
+def _woken(batch: Batch, done: Finished, fired: Tensor, fits: int) -> dict[int, int]:
+    """Silent units from other starts, on a canvas of the size in which the network is shown views, which is cheaper.
+
+    The canvas is climbed as it lies: moved views would keep asleep what is frail. Returns the first start that wakes
+    each that wakes. `fired` (U,) notes who has fired at any step.
+    """
+    silent, woken, tried, every = _rows(done.scores == 0), dict[int, int](), 1, batch.rule.starts
+    size = batch.task.seen if batch.task.start is None else batch.task.size
+    while silent and tried < every:
+        # Few units are tried from several starts at once.
+        more = min(max(1, fits // len(silent)), every - tried)
+        for pairs in chunks([(i, start) for i in silent for start in range(tried, tried + more)], fits):
+            found, scores = _as_it_lies(batch, paired(pairs, fits), size)
+            for row, (i, start) in enumerate(pairs):
+                fired[i] |= bool(found.history[:, row].any())
+                if scores[row] != 0:
+                    woken.setdefault(i, start)
+        silent = [i for i in silent if i not in woken]
+        tried += more
+    return woken
+
+
+def _as_it_lies(batch: Batch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Drawn, Tensor]:
+    """Units, each with a start, drawn by the recipe on a canvas that is not moved; and their scores."""
+    other = batch.again(
+        [i for i, _ in pairs],
+        [start for _, start in pairs],
+        size=size,
+        steps=min(batch.task.steps, AGAIN),
+        step_size=2 * batch.task.step_size,
+        views=1,
+        still=True,
+        plateau=None,
+        on_step=lambda *_: batch.beat(),
+    )
+    found = batch.rule.draw(other)
+    return found, other.score(found.pictures).cpu()
+
+
+def _from_start(batch: Batch, done: Finished, woken: Mapping[int, int]) -> Tensor:
+    """Units that woke from other starts, drawn from there: by the recipe, and those that this puts to sleep as the
+    canvas lies.
+
+    Returns which of them never fired while they were moved.
+    """
+    which = list(woken)
+    found, scores, album = _drawn(batch, done, paired(which, len(batch.part)), woken)
+    _keep(done, which, found, scores, album, _rows(scores[: len(which)] != 0))
+    if asleep := [i for i in which if done.scores[i] == 0]:
+        still, scores = _as_it_lies(batch, paired([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size)
+        done.put(asleep, still, scores, range(len(asleep)))
+    return (found.history[:, : len(which)] == 0).all(0).cpu()
+
+
+def _from_photographs(batch: Batch, done: Finished, silent: Sequence[int]) -> dict[int, str]:
+    """Units that no start woke, each drawn from the sample photograph that excites it most. What is to be said."""
     starts, (height, width) = batch.rule.starts, batch.task.size
-    if batch.model.preprocessing.channels != 3:
-        return ASLEEP.format(starts=starts)
-    alone = batch.again([i], 0)
-    number = batch.want.numbers[batch.part[i]]
-    picture = awakened(batch.run, alone.measure, batch.model, batch.want.layer, number, batch.task.size)
-    if picture is None:
-        return DEAD.format(starts=starts)
-    score = alone.score(picture[None]).cpu()
-    if float(score) == 0:
-        return LARGER.format(starts=starts, height=height, width=width)
-    opaque = torch.ones((1, *batch.task.size), device=picture.device)
-    done.put([i], Drawn(picture[None], done.drawn.history, opaque), score)
-    return FLEETING
+    if not silent or batch.model.preprocessing.channels != 3:
+        return dict.fromkeys(silent, ASLEEP.format(starts=starts))
+    nature, numbers = batch.nature(), batch.want.numbers
+    said = dict.fromkeys(silent, DEAD.format(starts=starts))
+    if which := [i for i in silent if nature.values[numbers[batch.part[i]]] > 0]:
+        both = paired(which, len(batch.part))
+        pieces = torch.stack([nature.piece(numbers[batch.part[i]], batch.task.size) for i in both])
+        alone = batch.again(both, [0] * len(both))
+        pictures = awakened(pieces, alone.measure, batch.model)
+        scores = alone.score(pictures).cpu()
+        for row, i in enumerate(which):
+            said[i] = FLEETING if scores[row] != 0 else LARGER.format(starts=starts, height=height, width=width)
+        opaque = torch.ones((len(both), *batch.task.size), device=pictures.device)
+        rows = [row for row in range(len(which)) if scores[row] != 0]
+        done.put([which[row] for row in rows], Drawn(pictures, done.drawn.history, opaque), scores, rows)
+    return said
 
 
 def _rows(which: Tensor) -> list[int]:
@@ -167,22 +240,36 @@ def convince(batch: Batch, done: Finished, fits: int) -> None:
 
 
 def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start: int) -> None:
+    found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start), views=2 * batch.task.views)
+    now = batch.known(found.pictures, which)
+    rows = _rows(now > sure[list(which)])
+    _keep(done, which, found, scores, album, rows)
+    sure[[which[row] for row in rows]] = now[rows]
+
+
+def _drawn(
+    batch: Batch, done: Finished, which: Sequence[int], starts: Mapping[int, int], **changes: Any
+) -> tuple[Drawn, Tensor, Album]:
+    """Some of the batch's pictures, drawn by the recipe from other starts; their scores and frames."""
     album = Album(batch.task.steps, done.album.count)
 
     def on_step(step: int, look: Callable[[], Tensor]) -> None:
         album.look(step, look)
         batch.beat()
 
-    other = batch.again(which, start, views=2 * batch.task.views, on_step=on_step)
+    other = batch.again(which, [starts[i] for i in which], on_step=on_step, **changes)
     found = batch.rule.draw(other)
     album.close(found.pictures)
-    scores, now = other.score(found.pictures).cpu(), batch.known(found.pictures, which)
-    rows = _rows(now > sure[list(which)])
+    return found, other.score(found.pictures).cpu(), album
+
+
+def _keep(
+    done: Finished, which: Sequence[int], found: Drawn, scores: Tensor, album: Album, rows: Sequence[int]
+) -> None:
+    """Of what was drawn for `which`, these rows in the place of what was there, with their history and frames."""
     better = [which[row] for row in rows]
-    alpha = None if found.alpha is None else found.alpha[rows]
-    done.put(better, Drawn(found.pictures[rows], found.history, alpha), scores[rows])
+    done.put(better, found, scores, rows)
     done.drawn.history[:, better] = found.history[:, rows]
-    sure[better] = now[rows]
     done.album.put(better, album, rows)
 
 

@@ -89,6 +89,10 @@ class Plateau:
         return (since - before <= self.share * before.abs()) & (values[-1] != 0)
 
 
+# Steps at 0, from the first on, with the gradient let past rectifiers, after which a picture is given up.
+SILENT = 24
+
+
 def ascend(
     canvas: Canvas,
     measure: Callable[[int], Tensor],
@@ -102,11 +106,11 @@ def ascend(
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
 
     revive: for so many steps, and longer while a picture's value is exactly 0, its gradient gets past rectifiers that
-    let nothing through: a unit that is off everywhere has no gradient to start with. plateau: a picture that has
-    reached it stays as it is, whatever its neighbours do; when all have, the climb ends, and the last values stand for
-    the rest of the history. on_step is called behind every
-    step; what it raises ends the climb. Raises ConvscopeError if the network hands no gradients back to the pictures at
-    all.
+    let nothing through: a unit that is off everywhere has no gradient to start with. A picture whose value was exactly
+    0 at each of the first `SILENT` steps in spite of that is done, and so is one that has reached the plateau: it stays
+    as it is, whatever its neighbours do. When all are done the climb ends, and the last values stand for the rest of
+    the history. on_step is called behind every step; what it raises ends the climb. Raises ConvscopeError if the
+    network hands no gradients back to the pictures at all.
     """
     history: list[Tensor] = []
     count = len(canvas.values)
@@ -115,6 +119,7 @@ def ascend(
         dead = torch.full((count,), i < revive, device=canvas.values.device)
         if revive and history:
             dead |= history[-1] == 0
+        dead &= ~done
         with torch.enable_grad(), Redirected(dead) if bool(dead.any()) else nullcontext():
             values = measure(i)
             if not values.requires_grad:
@@ -122,10 +127,12 @@ def ascend(
             # A picture that is done is asked for nothing more, and its value stays, whoever climbs on beside it.
             (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.values)
         history.append(torch.where(done, history[-1], values.detach()) if history else values.detach())
+        if revive and len(history) == SILENT:
+            done = done | (torch.stack(history) == 0).all(0)
         if plateau is not None:
             done = done | plateau.reached(history)
-            if bool(done.all()):
-                break
+        if bool(done.all()):
+            break
         with torch.no_grad():
             kept = canvas.values[done]
             step(canvas.values, gradient)
@@ -159,11 +166,11 @@ class _RedirectedClamp(torch.autograd.Function):
         usual: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.top)
         lives = usual.any(tuple(range(1, usual.ndim))) if usual.ndim > 1 else usual != 0
         blocked = pictures & ~lives.view(len(pictures), -1).any(1)
-        if not bool(blocked.any()):
-            return usual, None, None, None
-        inward = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
-        blocked = blocked.repeat_interleave(len(x) // len(pictures)).view(-1, *[1] * (x.ndim - 1))
-        return torch.where(blocked, inward, usual), None, None, None
+        if bool(blocked.any()):  # what lives beside them is not looked at
+            rows = blocked.repeat_interleave(len(x) // len(pictures)).nonzero()[:, 0]
+            x, gradient = x[rows], gradient[rows]
+            usual[rows] = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
+        return usual, None, None, None
 
 
 class Redirected(TorchFunctionMode):

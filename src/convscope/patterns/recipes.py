@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -14,7 +15,9 @@ from convscope.images import Preprocessing
 from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.objective import Objective, likeness, whole
-from convscope.patterns.views import Looks, View, rolled, zoomed
+from convscope.patterns.views import Looks, View, rolled, still, zoomed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Task:
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
     in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas. `mates`:
-    each picture comes with its photograph behind it. `views`: how many the network is shown at each step.
+    each picture comes with its photograph behind it. `views`: how many the network is shown at each step; `still`: none
+    of them moved or zoomed, the canvas as it lies. `alone` gives what `measure` is for some of the pictures only; None
+    if they cannot be parted.
     """
 
     measure: Callable[[Tensor], Tensor]
@@ -41,6 +46,8 @@ class Task:
     views: int
     plateau: Plateau | None
     on_step: Callable[[int, Callable[[], Tensor]], None]
+    still: bool = False
+    alone: Callable[[Sequence[int]], Callable[[Tensor], Tensor]] | None = None
 
     def climb(
         self,
@@ -67,10 +74,11 @@ class Task:
 
     def through(self, view: View, canvas: Canvas) -> Callable[[int], Tensor]:
         """What is climbed: at each step the mean value over views of the canvas, `views` of them."""
+        look = still if self.still else view
 
         def measure(step: int) -> Tensor:
             picture = canvas.picture()
-            return self.mean(step, lambda number: self.ready(view(number, picture)))
+            return self.mean(step, lambda number: self.ready(look(number, picture)))
 
         return measure
 
@@ -139,7 +147,8 @@ def robust(task: Task) -> Drawn:
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
     drawn = _climbed(task, canvas, task.through(view, canvas))
-    _wake(task, canvas, (drawn.history == 0).any(0))
+    if not task.still:
+        _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
@@ -230,18 +239,33 @@ def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
     silent = (task.score(finished(canvas)) == 0) & faltered
     if not bool(silent.any()):
         return
-    step = adam_step(canvas.values, task.step_size, DAMPING)
-    only = silent.view(-1, *[1] * (canvas.values.ndim - 1))
+    rows, measure, few = list(range(len(silent))), task.measure, canvas
+    if task.alone is not None:
+        rows = paired(silent.nonzero()[:, 0].tolist(), len(silent))
+        measure, few = task.alone(rows), copy(canvas)
+        few.values = canvas.values.detach()[rows].requires_grad_()
+    step = adam_step(few.values, task.step_size, DAMPING)
+    only = silent[rows].view(-1, *[1] * (canvas.values.ndim - 1))
     ascend(
-        canvas,
-        lambda _: task.measure(task.ready(canvas.picture())),
+        few,
+        lambda _: measure(task.ready(few.picture())),
         lambda values, gradient: step(values, gradient * only),
         min(WAKING, task.steps),
         revive=WAKING,
     )
+    if few is not canvas:
+        canvas.values.detach()[rows] = few.values.detach()
+
+
+def paired(rows: Sequence[T], of: int) -> list[T]:
+    """Some of a batch's `of` pictures: one by itself is taken twice. On a CPU a batch of one is rounded otherwise than
+    all others, and what is done with a picture must not depend on who else needs it."""
+    return list(rows) * 2 if len(rows) == 1 and of > 1 else list(rows)
 
 
 def _views(task: Task) -> View:
+    if task.still:
+        return still
     count = task.views * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(count, task.generators, task.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,27 +70,51 @@ def _best(objective: Objective, seen: Seen) -> Tensor:
     return objective.value(seen).max()[None].cpu()
 
 
-def awakened(
-    run: Run, measure: Callable[[Tensor], Tensor], model: Model, layer: str, number: int, size: tuple[int, int]
-) -> Tensor | None:
-    """A pattern (C, H, W) uint8 for a unit that no start woke, from the sample photograph that excites it most.
+@dataclass(frozen=True)
+class Excited:
+    """How much each channel of a layer fires at most in the sample photographs (units,), in which of them, and where.
 
-    None if it fires on none of them. Where the unit fires in the photograph, a piece of the canvas's size is cut out,
-    and climbed as it lies.
+    `shown` are the photographs (N, C, H, W) in [0, 1], `grid` the layer's height and width, None without places.
     """
+
+    shown: Tensor
+    values: Tensor
+    photographs: Tensor
+    places: Tensor
+    grid: tuple[int, int] | None
+
+    def piece(self, number: int, size: tuple[int, int]) -> Tensor:
+        """What of a photograph (C, H, W) excites a channel most, in this size: the photograph itself without places."""
+        picture, place = int(self.photographs[number]), int(self.places[number])
+        pixels = self.shown[picture : picture + 1]
+        if self.grid is not None:
+            height, width = self.grid
+            pixels = _cut(pixels, (place // width / height, place % width / width), size)
+        return _fitted(pixels, size)[0]
+
+
+def excited(run: Run, model: Model, layer: str) -> Excited:
+    """All channels of a layer on the sample photographs."""
     batches = list(Pictures(photographs(), model.preprocessing).batches(model.fixed_batch or NOISES))
     shown = torch.cat([batch.x for batch in batches])
     with torch.no_grad():
         maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])
-        maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps)[:, number].reshape(len(maps), -1)
-    if not float(maps.max()) > 0:
-        return None
-    picture, place = divmod(int(maps.argmax()), maps.shape[1])
+    maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps).flatten(2) if maps.ndim > 2 else maps[:, :, None]
+    values, places = maps.max(2)
+    most, which = values.max(0)
     shape = model.layers.find(layer).shape[1:]
-    pixels = (model.preprocessing.denormalize(shown[picture : picture + 1]) * 255).clamp(0, 255)
-    if len(shape) == 2:
-        pixels = _cut(pixels, (place // shape[1] / shape[0], place % shape[1] / shape[1]), size)
-    canvas = Photograph(_fitted(pixels, size).to(model.device) / 255)
+    return Excited(
+        model.preprocessing.denormalize(shown).clamp(0, 1),
+        most.cpu(),
+        which.cpu(),
+        places.gather(0, which[None])[0].cpu(),
+        (shape[0], shape[1]) if len(shape) == 2 else None,
+    )
+
+
+def awakened(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) -> Tensor:
+    """Patterns (U, C, H, W) uint8 from pieces of photographs, climbed as they lie."""
+    canvas = Photograph(pieces.to(model.device))
     ascend(
         canvas,
         lambda _: measure(model.preprocessing.normalize(canvas.picture())),
@@ -97,7 +122,7 @@ def awakened(
         WAKING,
         revive=WAKING,
     )
-    return finished(canvas)[0]
+    return finished(canvas)
 
 
 def _cut(pixels: Tensor, centre: tuple[float, float], size: tuple[int, int]) -> Tensor:
