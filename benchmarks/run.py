@@ -210,15 +210,20 @@ def _recognised(rows: list[recognised.Row], looks: list[recognised.Look]) -> lis
 
 
 def _stuck(rows: list[stuck.Stuck]) -> list[str]:
+    (first, once), (second, twice) = stuck.FIRST, stuck.SECOND
     return [
-        f"The default recipe, on {stuck.SIZE} pixels and with {stuck.STEPS} steps, for every filter; those that are",
-        "silent there once more in full. Filters that fire at their finished picture, and how many of them only in",
-        "full; those that fire on none of the sample photographs, nor from eight starts (dead); others, silent too.",
+        f"The default recipe for every filter. First on {first} x {first} pixels, with {once} steps from one start;",
+        f"those that are silent there on {second} x {second}, with {twice} steps from one start; those that are",
+        "silent there too in full: all steps, eight starts and the sample photographs, on the recipe's own size. In",
+        f"VGG16's blocks 4 and 5 in full is on {stuck.DEEP} x {stuck.DEEP}, and what is silent there without being dead",
+        "is drawn once more on the recipe's own size. Filters that fire at their finished picture, how many of them",
+        "not at the first, and only in full; those that fire on none of the sample photographs, nor from eight starts",
+        "(dead); others, silent too.",
         "",
-        "| | filters | fire | only in full | dead | others |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | filters | fire | not at first | only in full | dead | others |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         *[
-            f"| {r.what} | {r.units} | {r.fire} ({r.fire / r.units:.2%}) | {r.late} | {r.dead} "
+            f"| {r.what} | {r.units} | {r.fire} ({r.fire / r.units:.2%}) | {r.late} | {r.last} | {r.dead} "
             f"| {', '.join(r.others[:8]) or 'none'} |"
             for r in rows
         ],

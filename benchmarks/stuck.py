@@ -1,4 +1,10 @@
-"""How many units end with a pattern at which they fire: of all filters of VGG16's trunk and of Lite0."""
+"""How many units end with a pattern at which they fire: of all filters of VGG16's trunk and of Lite0.
+
+Always by the default recipe, first as little of it as wakes most: every unit on 48 x 48 pixels, with 8 steps from one
+start. Those that are silent there are drawn on 96 x 96, with 16 steps from one start; those that are silent there too
+in full: with all steps, eight starts and the sample photographs. In full is on the recipe's own size, but for VGG16's
+blocks 4 and 5, where it is 96 x 96 and only what is silent there without being dead is drawn on the recipe's own size.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,21 +21,25 @@ from timing import THREADS
 from trunk import trunk
 
 import convscope
+from convscope.patterns.recipes import RECIPES
 
-SIZE, STEPS = 64, 16  # as little as wakes most; the others are drawn again in full
-# The layers that are done, for a run that is cut short; gone when all are.
+ONCE = replace(RECIPES["robust"], starts=1, tries=1)
+FIRST, SECOND = (48, 8), (96, 16)  # pixels and steps
+DEEP = 96  # pixels of VGG16's blocks 4 and 5 in full: on 224 a unit that is dead takes six times as long
+# The layers that are done, for a run that is cut short; gone when the table is made of them.
 KEPT = Path(__file__).parents[1] / "build" / "stuck.jsonl"
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """Units, those whose pattern they fire at (`late`: of these, not at the small one), those said to be dead, and the
-    layers and numbers of the others."""
+    """Units, those that fire at their pattern (`late`: of these, not at the first; `last`: only in full), those said to
+    be dead, and the layers and numbers of the others."""
 
     what: str
     units: int
     fire: int
     late: int
+    last: int
     dead: int
     others: tuple[str, ...]
 
@@ -39,22 +49,24 @@ class Stuck:
             self.units + other.units,
             self.fire + other.fire,
             self.late + other.late,
+            self.last + other.last,
             self.dead + other.dead,
             self.others + other.others,
         )
 
 
-def count(what: str, model: convscope.Model, layers: Iterable[str], kept: Path) -> Stuck:
-    """Over all units of the layers; layers found in `kept` are not done again."""
+def count(what: str, model: convscope.Model, layers: Mapping[str, int | None], kept: Path) -> Stuck:
+    """Over all units of the layers, each with the size in full, None for the recipe's own; layers found in `kept` are
+    not done again."""
     lines = kept.read_text().splitlines() if kept.exists() else []
     done = {(row["what"], row.pop("layer")): row for row in map(json.loads, lines)}
-    total = Stuck(what, 0, 0, 0, 0, ())
-    for layer in layers:
+    total = Stuck(what, 0, 0, 0, 0, 0, ())
+    for layer, size in layers.items():
         if (what, layer) in done:
             row = done[what, layer]
             found = Stuck(**{**row, "others": tuple(row["others"])})
         else:
-            found = _layer(what, model, layer)
+            found = _layer(what, model, layer, size)
             kept.parent.mkdir(exist_ok=True)
             with kept.open("a") as file:
                 file.write(json.dumps({"layer": layer, **asdict(found)}) + "\n")
@@ -63,40 +75,66 @@ def count(what: str, model: convscope.Model, layers: Iterable[str], kept: Path) 
     return total
 
 
-def _layer(what: str, model: convscope.Model, layer: str) -> Stuck:
-    small = convscope.patterns(model, layer, size=SIZE, steps=STEPS)
-    silent = _silent(small)
-    if not silent:
-        return Stuck(what, len(small.units), len(small.units), 0, 0, ())
-    full = convscope.patterns(model, layer, silent)
-    still = _silent(full)
-    dead = {note.split(" is stuck at 0: dead")[0] for note in full.notes if " is stuck at 0: dead" in note}
-    others = tuple(f"{layer} {u}" for u in still if f"unit {u}" not in dead)
-    fire = len(small.units) - len(still)
-    return Stuck(what, len(small.units), fire, len(silent) - len(still), len(dead), others)
+def _layer(what: str, model: convscope.Model, layer: str, size: int | None) -> Stuck:
+    units = model.layers.find(layer).units
+    waiting, left = list(range(units)), []
+    for side, steps in (FIRST, SECOND):
+        waiting = _silent(convscope.patterns(model, layer, waiting, recipe=ONCE, size=side, steps=steps))
+        left.append(len(waiting))
+        if not waiting:
+            return Stuck(what, units, units, left[0], 0, 0, ())
+    dead: set[int] = set()
+    for side in dict.fromkeys((size, None)):
+        found = convscope.patterns(model, layer, waiting, size=side)
+        said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
+        silent = _silent(found)
+        dead |= {u for u in silent if f"unit {u}" in said}
+        waiting = [u for u in silent if u not in dead]
+        if not waiting:
+            break
+    still = len(dead) + len(waiting)
+    others = tuple(f"{layer} {u}" for u in waiting)
+    return Stuck(what, units, units - still, left[0] - still, left[1] - still, len(dead), others)
 
 
 def _silent(found: convscope.Patterns) -> list[int]:
     return [int(unit) for unit, score in zip(found.units, found.scores, strict=True) if score <= 0]
 
 
+def vgg16() -> Stuck:
+    """Each filter where its rectifier lets it through."""
+    model = trunk()
+    rectifiers = [row.name for row in model.layers if row.kind == "ReLU"]
+    shallow = 7  # in blocks 1 to 3
+    sizes = {name: None if place < shallow else DEEP for place, name in enumerate(rectifiers)}
+    return count("VGG16's trunk", model, sizes, KEPT)
+
+
+def lite0() -> Stuck:
+    """Also the blocks' ends, which have no rectifier."""
+    model = convscope.load("lite0")
+    ends = [row.name for row in model.layers if row.kind == "ReLU6" or re.fullmatch(r"blocks\.\d+\.\d+", row.name)]
+    return count("Lite0", model, dict.fromkeys(ends), KEPT)
+
+
+NETWORKS: dict[str, Callable[[], Stuck]] = {"vgg16": vgg16, "lite0": lite0}
+
+
 def run() -> list[Stuck]:
-    """Each filter where its rectifier lets it through; in Lite0 also the blocks' ends, which have none."""
-    vgg, lite = trunk(), convscope.load("lite0")
-    ends = [row.name for row in lite.layers if row.kind == "ReLU6" or re.fullmatch(r"blocks\.\d+\.\d+", row.name)]
-    rows = [
-        count("VGG16's trunk", vgg, [row.name for row in vgg.layers if row.kind == "ReLU"], KEPT),
-        count("Lite0", lite, ends, KEPT),
-    ]
+    """All networks, for the table; what `main` has counted before is not counted again, and is gone behind."""
+    rows = [network() for network in NETWORKS.values()]
     KEPT.unlink()
     return rows
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    torch.set_num_threads(THREADS)
-    for found in run():
-        sys.stdout.write(f"{found}\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; all if none is named")
+    parser.add_argument("--threads", type=int, default=THREADS, help="two processes of one thread each take less time")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for name in given.networks or NETWORKS:
+        sys.stdout.write(f"{NETWORKS[name]()}\n")
 
 
 if __name__ == "__main__":
