@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.budget import gradient_bytes
-from convscope.patterns.ascent import Redirected, adam_step, ascend, rms_step
+from convscope.patterns.ascent import SILENT, Redirected, adam_step, ascend, rms_step
 from convscope.patterns.canvas import COLOUR_AXES, Fourier, Pixels
 from convscope.patterns.objective import each
 from convscope.patterns.recipes import REVIVED, plain_size, robust_size, standardised
@@ -727,6 +727,19 @@ def test_a_unit_that_no_view_wakes_is_woken_as_the_canvas_lies() -> None:
     assert "was silent whenever it was moved" in both.notes[0]
     beside_itself = convscope.patterns(model, "relu", [1, 1], size=32, steps=48)
     np.testing.assert_array_equal(both.images[1], beside_itself.images[0])
+
+
+def test_only_what_is_silent_is_run_to_wake_it() -> None:
+    """Its neighbours are not shown to the network again; by itself it is shown twice, as no other batch is of one."""
+    model, passes = loaded(Frail(), 32, channels=1), []
+    handle = model.module.relu.register_forward_hook(lambda _, __, output: passes.append(len(output)))
+    found = convscope.patterns(model, "relu", [1, 0, 1], size=32, steps=48)
+    handle.remove()
+    assert (found.scores > 0).all()
+    assert passes.count(3) == 48 + 2  # each step, and the finished pictures before the waking and in the end
+    assert passes.count(2) >= SILENT
+    among_others = convscope.patterns(model, "relu", [1, 0, 0], size=32, steps=48)
+    assert np.array_equal(among_others.images[1], found.images[1])
 
 
 def test_size_and_start_together_are_refused() -> None:
