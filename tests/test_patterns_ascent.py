@@ -233,3 +233,30 @@ def test_who_is_not_to_be_woken_is_not_given_up() -> None:
     plain = Silence(NEVER)
     plain.climbed(SILENT + 8, revive=0)
     assert len(plain.seen) == SILENT + 9
+
+
+def test_what_is_frail_is_left_where_it_fired_most() -> None:
+    """Of the values 0, 1, 2, 0.5 and 0 again the picture with 2 is kept; what never fires goes on to the end."""
+    values = torch.zeros(8, 2)
+    values[2:5, 0] = torch.tensor([1.0, 2.0, 0.5])
+
+    def climbed(best: bool) -> list[Tensor]:
+        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        seen = [canvas.values.detach().clone()]
+
+        def measure(i: int) -> Tensor:
+            own = canvas.values.square().mean((1, 2, 3))
+            return own - own.detach() + values[i]
+
+        def note(_: int) -> None:
+            seen.append(canvas.values.detach().clone())
+
+        history = ascend(canvas, measure, adam_step(canvas.values, 0.1, 2.0), 8, best=best, on_step=note)
+        assert torch.equal(history, values)
+        return [*seen, canvas.values.detach()]
+
+    kept, last = climbed(True), climbed(False)
+    assert torch.equal(kept[-1][0], kept[3][0])
+    assert torch.equal(kept[-1][1], kept[8][1])
+    assert torch.equal(last[-1], last[8])
+    assert torch.equal(torch.stack(kept[:-1]), torch.stack(last[:-1]))

@@ -148,39 +148,61 @@ def test_the_photographs_are_run_once_for_all_silent_units(memory: int) -> None:
     assert next(count for count, side in after if side == 32) == (2 if memory > 1 else 1)
 
 
-def test_a_unit_that_wakes_from_one_start_only() -> None:
-    """A gate without a gradient, which lets a single start through: by hand, the canvas of that start."""
-    wanted = plan.wanted(as_it_is(Gated(never), 32), "gate", None, "robust", recipes.RECIPES["robust"])
-    begun = [canvas.Fourier(wanted.generators([0], 0, s), 3, (32, 32), torch.device("cpu")) for s in range(STARTS)]
-    pictures = torch.cat([recipes.finished(start) for start in begun])
-    lean = torch.tensor([float(balance(picture[None] / 255)) for picture in pictures])
-    only = 5
-    width = float((lean[torch.arange(STARTS) != only] - lean[only]).abs().min()) / 2
-
-    def gate(x: Tensor) -> Tensor:
-        near = (width - (balance(x) - lean[only]).abs()).relu()
-        return near[:, None, None, None].expand(-1, 1, *x.shape[2:])
-
-    def beside(x: Tensor) -> Tensor:
-        return torch.cat([gate(x), torch.ones_like(x[:, :1])], 1)
-
-    found = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2)
-    assert np.array_equal(found.images[0], pictures[only].permute(1, 2, 0).numpy())
-    np.testing.assert_allclose(found.scores[0], width, rtol=1e-4)
-    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
-    both = convscope.patterns(as_it_is(Gated(beside), 32), "gate", size=32, steps=2)
-    assert np.array_equal(both.images[0], found.images[0])
-    before = replace(recipes.RECIPES["robust"], starts=only)
-    dead = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2, recipe=before)
-    assert dead.notes[0].startswith(
-        "unit 0 is stuck at 0: dead: it fired on none of the sample photographs, nor from 5"
-    )
+def begun(side: int) -> Tensor:
+    """The pictures (STARTS, C, H, W) with which each start begins, by hand."""
+    wanted = plan.wanted(as_it_is(Gated(never), side), "gate", None, "robust", recipes.RECIPES["robust"])
+    draws = [wanted.generators([0], 0, start) for start in range(STARTS)]
+    return torch.cat([recipes.finished(canvas.Fourier(d, 3, (side, side), torch.device("cpu"))) for d in draws])
 
 
 def balance(x: Tensor) -> Tensor:
     """How much redder a picture (N, C, H, W) is on its left than on its right."""
     half = x.shape[3] // 2
     return x[:, 0, :, :half].mean((1, 2)) - x[:, 0, :, half:].mean((1, 2))
+
+
+def only(which: int, pictures: Tensor) -> tuple[Any, float]:
+    """A gate without a gradient that lets one of these pictures through, and by how much."""
+    lean = balance(pictures / 255)
+    width = float((lean[torch.arange(len(lean)) != which] - lean[which]).abs().min()) / 2
+
+    def gate(x: Tensor) -> Tensor:
+        near = (width - (balance(x) - lean[which]).abs()).relu()
+        return near[:, None, None, None].expand(-1, 1, *x.shape[2:])
+
+    return gate, width
+
+
+def test_a_unit_that_wakes_from_one_start_only() -> None:
+    pictures = begun(32)
+    gate, width = only(5, pictures)
+
+    def beside(x: Tensor) -> Tensor:
+        return torch.cat([gate(x), torch.ones_like(x[:, :1])], 1)
+
+    found = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2)
+    assert np.array_equal(found.images[0], pictures[5].permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(found.scores[0], width, rtol=1e-4)
+    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
+    both = convscope.patterns(as_it_is(Gated(beside), 32), "gate", size=32, steps=2)
+    assert np.array_equal(both.images[0], found.images[0])
+    before = replace(recipes.RECIPES["robust"], starts=5)
+    dead = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2, recipe=before)
+    why = "dead: it fired on none of the sample photographs, nor from 5 starts"
+    assert dead.notes[0].startswith(f"unit 0 is stuck at 0: {why}")
+
+
+def test_what_fires_on_a_small_canvas_only_is_looked_for_on_the_whole_from_every_start() -> None:
+    """On 41 x 41 pixels, in which views of 64 x 64 are shown, another start fires than on the whole."""
+    small, large = begun(41), begun(64)
+    gates = {41: only(1, small)[0], 64: only(6, large)[0]}
+
+    def fires(x: Tensor) -> Tensor:
+        return gates[x.shape[2]](x) if x.shape[2] in gates else never(x)
+
+    found = convscope.patterns(as_it_is(Gated(fires), 96), "gate", size=64, steps=2)
+    assert np.array_equal(found.images[0], large[6].permute(1, 2, 0).numpy())
+    assert found.scores[0] > 0
 
 
 class OneByOne(Gated):

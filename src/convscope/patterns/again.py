@@ -21,7 +21,7 @@ from convscope.patterns.worth import KNOWN, Excited, Run, awakened, known
 from convscope.sound import require_finite
 
 # Steps from another start, of twice the recipe's size, for a unit that was silent from the first. On the canvas as it
-# lies real units wake at one of the first dozen of half the size, if ever.
+# lies nearly all real units that wake do so at one of the first dozen of half the size; the last ones want to go far.
 AGAIN = 16
 
 OFF = "is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it"
@@ -137,20 +137,23 @@ def revive(batch: Batch, done: Finished, fits: int) -> None:
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
     fired = ~never
-    if woken := _woken(batch, done, fired, fits):
-        never[list(woken)] &= _from_start(batch, done, woken)
+    small = batch.task.seen if batch.task.start is None else batch.task.size
+    for size in dict.fromkeys((small, batch.task.size)):
+        # The size in which the network is shown views is cheaper. What fires there, or in views, is worth the whole.
+        silent = [i for i in _rows(done.scores == 0) if size == small or fired[i]]
+        if woken := _woken(batch, silent, fired, size, fits):
+            never[list(woken)] &= _from_start(batch, done, woken)
     said = _from_photographs(batch, done, _rows(done.scores == 0))
     done.silent = {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
 
 
-def _woken(batch: Batch, done: Finished, fired: Tensor, fits: int) -> dict[int, int]:
-    """Silent units from other starts, on a canvas of the size in which the network is shown views, which is cheaper.
+def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int], fits: int) -> dict[int, int]:
+    """Silent units from other starts, on a canvas of this size that is climbed as it lies: moved views would keep
+    asleep what is frail.
 
-    The canvas is climbed as it lies: moved views would keep asleep what is frail. Returns the first start that wakes
-    each that wakes. `fired` (U,) notes who has fired at any step.
+    Returns the first start that wakes each that wakes. `fired` (U,) notes who has fired at any step.
     """
-    silent, woken, tried, every = _rows(done.scores == 0), dict[int, int](), 1, batch.rule.starts
-    size = batch.task.seen if batch.task.start is None else batch.task.size
+    woken, tried, every = dict[int, int](), 1, batch.rule.starts
     while silent and tried < every:
         # Few units are tried from several starts at once.
         more = min(max(1, fits // len(silent)), every - tried)

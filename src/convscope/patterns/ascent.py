@@ -101,6 +101,7 @@ def ascend(
     *,
     revive: int = 0,
     plateau: Plateau | None = None,
+    best: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
@@ -109,12 +110,15 @@ def ascend(
     let nothing through: a unit that is off everywhere has no gradient to start with. A picture whose value was exactly
     0 at each of the first `SILENT` steps in spite of that is done, and so is one that has reached the plateau: it stays
     as it is, whatever its neighbours do. When all are done the climb ends, and the last values stand for the rest of
-    the history. on_step is called behind every step; what it raises ends the climb. Raises ConvscopeError if the
-    network hands no gradients back to the pictures at all.
+    the history. best: a picture that had a value above 0 is left as it was where it had the highest: the next step may
+    have put to sleep what is frail. on_step is called behind every step; what it raises ends the climb. Raises
+    ConvscopeError if the network hands no gradients back to the pictures at all.
     """
     history: list[Tensor] = []
     count = len(canvas.values)
     done = torch.zeros(count, dtype=torch.bool, device=canvas.values.device)
+    top = torch.zeros(count, device=canvas.values.device)
+    highest = canvas.values.detach().clone() if best else None
     for i in range(steps):
         dead = torch.full((count,), i < revive, device=canvas.values.device)
         if revive and history:
@@ -127,6 +131,10 @@ def ascend(
             # A picture that is done is asked for nothing more, and its value stays, whoever climbs on beside it.
             (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.values)
         history.append(torch.where(done, history[-1], values.detach()) if history else values.detach())
+        if highest is not None:
+            higher = history[-1] > top
+            top = torch.where(higher, history[-1], top)
+            highest[higher] = canvas.values.detach()[higher]
         if revive and len(history) == SILENT:
             done = done | (torch.stack(history) == 0).all(0)
         if plateau is not None:
@@ -139,6 +147,9 @@ def ascend(
             canvas.values[done] = kept
         if on_step is not None:
             on_step(i)
+    if highest is not None:
+        with torch.no_grad():
+            canvas.values[top > 0] = highest[top > 0]
     history += history[-1:] * (steps - len(history))
     return torch.stack(history) if history else torch.zeros((0, count))
 

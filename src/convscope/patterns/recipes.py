@@ -59,7 +59,9 @@ class Task:
     ) -> Tensor:
         """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
         tell = partial(self._tell, finish)
-        return ascend(canvas, measure, step, self.steps, revive=revive, plateau=self.plateau, on_step=tell)
+        return ascend(
+            canvas, measure, step, self.steps, revive=revive, plateau=self.plateau, best=self.still, on_step=tell
+        )
 
     def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
         self.on_step(step, finish)
@@ -252,6 +254,7 @@ def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
         lambda values, gradient: step(values, gradient * only),
         min(WAKING, task.steps),
         revive=WAKING,
+        best=True,
     )
     if few is not canvas:
         canvas.values.detach()[rows] = few.values.detach()

@@ -121,6 +121,7 @@ def awakened(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) 
         adam_step(canvas.values, 0.1, DAMPING),
         WAKING,
         revive=WAKING,
+        best=True,
     )
     return finished(canvas)
 
