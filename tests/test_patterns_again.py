@@ -20,7 +20,7 @@ from tests.oracles.nets import Usual, filled
 from tests.test_patterns_recipes import loaded
 
 STEPS = 16
-BRIEF = replace(RECIPES["robust"], pace=steady(STEPS, 0.2), tries=4)
+BRIEF = replace(RECIPES["robust"], pace=steady(STEPS, 0.8), tries=4)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.patterns.ascent import SILENT, Plateau, adam_step, ascend, optimised, rms_step
+from convscope.patterns.ascent import SILENT, Plateau, adam_step, ascend, optimised, rms_step, warming
 from convscope.patterns.canvas import Pixels
 
 
@@ -48,6 +48,23 @@ def test_without_a_schedule_the_rate_stays() -> None:
     step = optimised(canvas.values, partial(torch.optim.SGD, lr=0.5))
     ascend(canvas, lambda _: 3 * canvas.values.sum((1, 2, 3)), step, 4)
     assert (canvas.values.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
+
+
+def test_steps_that_grow_by_the_same_factor() -> None:
+    """0.03, then 60 equal factors to 1, then 1, times the size; each is what Adam takes with a gradient that stays."""
+    rate = warming(100, 0.5)
+    lengths = np.array([rate(i) for i in range(100)])
+    assert lengths[0] == pytest.approx(0.015)
+    assert lengths[1:61] / lengths[:60] == pytest.approx(np.full(60, (1 / 0.03) ** (1 / 60)))
+    assert lengths[60:] == pytest.approx(np.full(40, 0.5))
+    values = torch.zeros(1, 4, requires_grad=True)
+    step, path = adam_step(values, rate, damping=2.0), []
+    for _ in range(100):
+        with torch.no_grad():
+            step(values, torch.full((1, 4), 7.0))
+        path.append(float(values[0, 0].detach()))
+    # The gradient over its RMS is 1, and so are both of Adam's means: each step is the length over 1 + 2.
+    assert path == pytest.approx(np.cumsum(lengths) / 3, rel=1e-4)  # float32, a hundred sums
 
 
 def test_lbfgs_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import convscope
 from convscope import ConvscopeError
 from convscope.patterns import recipes
 from convscope.patterns.ascent import adam_step
-from convscope.patterns.canvas import Phase, natural_magnitude
+from convscope.patterns.canvas import Fourier, Phase, natural_magnitude
 from convscope.patterns.objective import likeness, unit
-from convscope.patterns.recipes import DAMPING, finished
+from convscope.patterns.recipes import DAMPING, RECIPES, finished
 from convscope.patterns.views import Looks, still, zoomed
 from tests.oracles.nets import Usual, filled
 from tests.test_patterns_canvas import colour_axes, logit
@@ -75,6 +76,44 @@ def outputs(model: convscope.Model, layer: str, images: np.ndarray) -> np.ndarra
 def generator(seed: int, number: int) -> Generator:
     """A unit's own random numbers."""
     return Generator().manual_seed(seed * 1_000_003 + number * 7919 + 1)
+
+
+# --- robust ----------------------------------------------------------------------------------------------------------
+
+
+def test_robust_for_classes_by_hand() -> None:
+    """Views of 5/14, 7/14 and 9/14 of the canvas, a third of the steps each; steps that grow from 3 % of the last."""
+    net = filled(Usual())
+    model = loaded(net, 112)
+    steps, number, seed = 9, 2, 5
+    rule = replace(RECIPES["robust"], tries=1)
+    found = convscope.patterns(model, "logits", [number, 4], recipe=rule, steps=steps, seed=seed)
+    assert found.images.shape == (2, 112, 112, 3)
+    own = generator(seed, number)
+    canvas = Fourier([own], 3, (112, 112), CPU)
+    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 3, [own], CPU) for side in (40, 56, 72)]
+    rates = [0.2 * min(1.0, 0.03 ** (1 - i / 5.4)) for i in range(steps)]
+    step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
+    for i in range(steps):
+        shown = model.preprocessing.normalize(views[i // 3](i % 3, canvas.picture()))
+        value = net(shown)[0, number]
+        assert found.history[i, 0] == pytest.approx(value.item(), abs=SUMS)
+        (gradient,) = torch.autograd.grad(value, canvas.values)
+        with torch.no_grad():
+            step(canvas.values, gradient)
+    # A whole number may be rounded the other way; a rectifier at its kink too, which moves a pixel here and there more.
+    apart = np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy())
+    assert (apart > 1).mean() < 5e-3
+    assert apart.mean() < 0.1
+    assert found.images[0].std() > 5  # beside which that is nothing
+
+
+def test_units_with_a_field_of_their_own_take_even_steps_and_views_of_one_size() -> None:
+    full = (224, 224)
+    assert RECIPES["robust"].seen(None, full, full) == ((80, 80), (112, 112), (144, 144))
+    assert RECIPES["robust"].seen(200, full, full) == ((144, 144),)
+    assert RECIPES["robust"].seen(40, full, (120, 120)) == ((120, 120),)
+    assert RECIPES["robust"].pace(200, full) == (150, 0.15)
 
 
 # --- maco ------------------------------------------------------------------------------------------------------------

@@ -120,16 +120,17 @@ def patterns(
         sees, tried = want.sees(model), refuses(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.seen(sees, model.preprocessing.picture_size, sides)
-        if seen != sides and (any(o.placed for o in want.objectives) or tried(seen) is not None):
-            seen = sides
+        if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in seen if s != sides):
+            seen = (sides,)
+        largest = seen[-1]
         if model.owned:
-            blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *seen))
+            blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *largest))
             run = folded.quickened(run, folded.plan(run, blank, gradients=True))
-        deepest, pixels = want.deepest(model), max(sides[0] * sides[1], seen[0] * seen[1])
+        deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
-        most = max(1, quickest(model, deepest, seen[0] * seen[1]) // passes)
+        most = max(1, quickest(model, deepest, largest[0] * largest[1]) // passes)
         fits = batch_size(model, each, memory, most)
         parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)

@@ -137,7 +137,7 @@ def revive(batch: Batch, done: Finished, fits: int) -> None:
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
     fired = ~never
-    small = batch.task.seen if batch.task.start is None else batch.task.size
+    small = batch.task.seen[-1] if batch.task.start is None else batch.task.size
     for size in dict.fromkeys((small, batch.task.size)):
         # The size in which the network is shown views is cheaper. What fires there, or in views, is worth the whole.
         silent = [i for i in _rows(done.scores == 0) if size == small or fired[i]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -27,18 +28,31 @@ def rms_step(size: float) -> Step:
     return step
 
 
-def adam_step(values: Tensor, rate: float, damping: float) -> Step:
+def warming(steps: int, size: float) -> Callable[[int], float]:
+    """Lengths of steps: from 3 % of `size`, each longer than the last by the same factor, to `size` after 60 % of them.
+
+    On a gray picture the gradient is mostly that of the one view from which it was taken, and what a first long step
+    draws by chance, an eye say, the ascent then makes the most of. Short steps go where many views agree.
+    """
+    return lambda i: size * 0.03 ** max(0.0, 1 - i / (0.6 * steps))
+
+
+def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: float) -> Step:
     """Adam (Kingma and Ba 2015) on the gradient divided by each picture's RMS, `damping` added to the denominator.
+
+    `rate` is the length of all steps, or gives that of step 0, 1, 2 and so on.
 
     Adam by itself steps as far along a coordinate with next to no gradient as along all others; on a spectrum that
     grows islands of noise where many such coordinates meet. Beside a gradient of RMS 1, the damping keeps them still.
     Elementwise within a picture, so pictures do not influence each other.
     """
-    optimiser = torch.optim.Adam([values], lr=rate, eps=damping, maximize=True)
+    lengths = map(rate, count()) if callable(rate) else repeat(rate)
+    optimiser = torch.optim.Adam([values], eps=damping, maximize=True)
 
     def step(values: Tensor, gradient: Tensor) -> None:
         rms = gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt()
         values.grad = gradient / rms.clamp(min=1e-12)
+        optimiser.param_groups[0]["lr"] = next(lengths)
         optimiser.step()
         values.grad = None
 
@@ -115,12 +129,12 @@ def ascend(
     ConvscopeError if the network hands no gradients back to the pictures at all.
     """
     history: list[Tensor] = []
-    count = len(canvas.values)
-    done = torch.zeros(count, dtype=torch.bool, device=canvas.values.device)
-    top = torch.zeros(count, device=canvas.values.device)
+    pictures = len(canvas.values)
+    done = torch.zeros(pictures, dtype=torch.bool, device=canvas.values.device)
+    top = torch.zeros(pictures, device=canvas.values.device)
     highest = canvas.values.detach().clone() if best else None
     for i in range(steps):
-        dead = torch.full((count,), i < revive, device=canvas.values.device)
+        dead = torch.full((pictures,), i < revive, device=canvas.values.device)
         if revive and history:
             dead |= history[-1] == 0
         dead &= ~done
@@ -151,7 +165,7 @@ def ascend(
         with torch.no_grad():
             canvas.values[top > 0] = highest[top > 0]
     history += history[-1:] * (steps - len(history))
-    return torch.stack(history) if history else torch.zeros((0, count))
+    return torch.stack(history) if history else torch.zeros((0, pictures))
 
 
 class _RedirectedClamp(torch.autograd.Function):

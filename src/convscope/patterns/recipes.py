@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step
+from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step, warming
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.objective import Objective, likeness, whole
 from convscope.patterns.views import Looks, View, rolled, still, zoomed
 
 T = TypeVar("T")
+Size = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
@@ -25,21 +28,21 @@ class Task:
     """What a recipe is asked for: pictures for a batch of units.
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
-    in pixels, None where it is the whole picture; `seen` the size in which the network is shown the canvas. `mates`:
-    each picture comes with its photograph behind it. `views`: how many the network is shown at each step; `still`: none
-    of them moved or zoomed, the canvas as it lies. `alone` gives what `measure` is for some of the pictures only; None
-    if they cannot be parted.
+    in pixels, None where it is the whole picture; `seen` the sizes in which the network is shown the canvas, each for
+    an equal share of the steps. `mates`: each picture comes with its photograph behind it. `views`: how many the
+    network is shown at each step; `still`: none of them moved or zoomed, the canvas as it lies. `alone` gives what
+    `measure` is for some of the pictures only; None if they cannot be parted.
     """
 
     measure: Callable[[Tensor], Tensor]
     generators: list[Generator]
     preprocessing: Preprocessing
     device: torch.device
-    size: tuple[int, int]
+    size: Size
     steps: int
     step_size: float
     sees: int | None
-    seen: tuple[int, int]
+    seen: tuple[Size, ...]
     start: Tensor | None
     raw: bool
     mates: bool
@@ -143,21 +146,30 @@ def robust(task: Task) -> Drawn:
     """A Fourier canvas seen in random views: pictures that hold for the unit however they are looked at. The default.
 
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
-    rolled, since a zoom would smear the few pixels that they care about. A unit that stays silent is woken in the end,
-    on the canvas as it lies.
+    rolled, since a zoom would smear the few pixels that they care about. For classes, and what else sees the whole
+    picture, the first steps are short and the first views coarse: they decide what the picture is going to show. A unit
+    that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
-    drawn = _climbed(task, canvas, task.through(view, canvas))
+    warms = task.sees is None and not task.still
+    rate = warming(task.steps, task.step_size) if warms else task.step_size
+    drawn = _climbed(task, canvas, task.through(view, canvas), rate)
     if not task.still:
         _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
-def _climbed(task: Task, canvas: Canvas, measure: Callable[[int], Tensor]) -> Drawn:
-    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do."""
+def _climbed(
+    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], rate: float | Callable[[int], float] | None = None
+) -> Drawn:
+    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do.
+
+    `rate` is the length of the steps, the task's own unless it is given.
+    """
     finish = partial(finished, canvas)
-    history = task.climb(canvas, measure, adam_step(canvas.values, task.step_size, DAMPING), finish, REVIVED)
+    step = adam_step(canvas.values, task.step_size if rate is None else rate, DAMPING)
+    history = task.climb(canvas, measure, step, finish, REVIVED)
     return Drawn(finish(), history)
 
 
@@ -198,7 +210,7 @@ def dream(task: Task) -> Drawn:
     seeing what a layer makes of a picture, and what it would take for a unit to fire.
     """
     canvas = Photograph(_photographs(task))
-    view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
+    view = _zoomed(task, (0.7, 1), 5)
     return _climbed(task, canvas, task.through(view, canvas))
 
 
@@ -210,7 +222,7 @@ def caricature(task: Task) -> Drawn:
     """
     photographs = _photographs(task)
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
-    view = zoomed(_looks(task, (0.7, 1), 5), task.views * task.steps, task.generators, task.device)
+    view = _zoomed(task, (0.7, 1), 5)
 
     def measure(i: int) -> Tensor:
         picture = canvas.picture()
@@ -269,27 +281,38 @@ def paired(rows: Sequence[T], of: int) -> list[T]:
 def _views(task: Task) -> View:
     if task.still:
         return still
-    count = task.views * task.steps
     if _sees_little(task.sees, task.preprocessing.picture_size):
-        return rolled(count, task.generators, task.device)
-    return zoomed(_looks(task, (0.5, 1), 10), count, task.generators, task.device)
+        return rolled(task.views * task.steps, task.generators, task.device)
+    return _zoomed(task, (0.5, 1), 10)
 
 
-def _looks(task: Task, scale: tuple[float, float], turn: float) -> Looks:
-    return Looks(scale, turn, task.seen)
+def _zoomed(task: Task, scale: tuple[float, float], turn: float) -> View:
+    """Views in each of the task's sizes, for equal shares of the steps."""
+    sizes = task.seen
+    bounds = [task.views * (task.steps * k // len(sizes)) for k in range(len(sizes) + 1)]
+    parts = [
+        zoomed(Looks(scale, turn, size), last - first, task.generators, task.device)
+        for size, (first, last) in zip(sizes, pairwise(bounds), strict=True)
+    ]
+
+    def view(number: int, pictures: Tensor) -> Tensor:
+        part = bisect(bounds, number) - 1
+        return parts[part](number - bounds[part], pictures)
+
+    return view
 
 
-def _sees_little(sees: int | None, full: tuple[int, int]) -> bool:
+def _sees_little(sees: int | None, full: Size) -> bool:
     """Whether a unit's receptive field is less than half of what the network is made for."""
     return sees is not None and 2 * sees < min(full)
 
 
-def plain_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tuple[int, int]:
+def plain_size(sees: int | None, full: Size, flexible: bool) -> Size:
     """The textbook's 150 pixels, or the network's own size where it takes no other."""
     return (150, 150) if flexible else full
 
 
-def robust_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tuple[int, int]:
+def robust_size(sees: int | None, full: Size, flexible: bool) -> Size:
     """Three receptive fields, at least 64 pixels, at most the network's own size."""
     if sees is None or not flexible:
         return full
@@ -297,31 +320,45 @@ def robust_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tupl
     return (min(side, full[0]), min(side, full[1]))
 
 
-def own_size(sees: int | None, full: tuple[int, int], flexible: bool) -> tuple[int, int]:
+def own_size(sees: int | None, full: Size, flexible: bool) -> Size:
     """What the network is made for."""
     return full
 
 
-def as_it_is(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def as_it_is(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
     """The canvas as it is."""
-    return size
+    return (size,)
 
 
-def robust_seen(sees: int | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def reduced_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
     """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
-    if _sees_little(sees, full):
-        return size
-    height, width = (min(side, max(32, side * 9 // 14)) for side in size)
-    return (height, width)
+    return (size,) if _sees_little(sees, full) else _reduced(size, 9)
 
 
-def steady(steps: int, step_size: float) -> Callable[[int | None, tuple[int, int]], tuple[int, float]]:
+def robust_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
+    """As above, but for what sees the whole picture 5/14 of the canvas first, then 7/14, then 9/14: what is first drawn
+    is coarse in any case, and a view of half the side costs a quarter."""
+    return _reduced(size, 5, 7, 9) if sees is None else reduced_seen(sees, full, size)
+
+
+def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
+    height, width = size
+    return tuple((min(height, max(32, height * n // 14)), min(width, max(32, width * n // 14))) for n in parts)
+
+
+def steady(steps: int, step_size: float) -> Callable[[int | None, Size], tuple[int, float]]:
     """The same number and size of steps whatever a unit sees."""
     return lambda sees, full: (steps, step_size)
 
 
-def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
-    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
+def robust_pace(sees: int | None, full: Size) -> tuple[int, float]:
+    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done. What sees
+    the whole picture has steps of up to 0.2, as most of them are shorter."""
+    return (48, 0.35) if _sees_little(sees, full) else (150, 0.2 if sees is None else 0.15)
+
+
+def even_pace(sees: int | None, full: Size) -> tuple[int, float]:
+    """As above, where all steps are of one length."""
     return (48, 0.35) if _sees_little(sees, full) else (150, 0.15)
 
 
@@ -329,16 +366,16 @@ def robust_pace(sees: int | None, full: tuple[int, int]) -> tuple[int, float]:
 class Recipe:
     """A row of the table: how to draw, and what is taken where the user says nothing.
 
-    `size` gives the canvas for a receptive field, the network's own size, and whether it takes others; `seen` the size
-    in which the network is shown a canvas; `pace` the number and the size of the steps. `objective` makes of a layer
-    what is climbed where no units are given; None: each of its units. A recipe takes a picture to start from, or needs
-    one, or does without.
+    `size` gives the canvas for a receptive field, the network's own size, and whether it takes others; `seen` the sizes
+    in which the network is shown a canvas, one after the other; `pace` the number and the size of the steps.
+    `objective` makes of a layer what is climbed where no units are given; None: each of its units. A recipe takes a
+    picture to start from, or needs one, or does without.
     """
 
     draw: Callable[[Task], Drawn]
-    size: Callable[[int | None, tuple[int, int], bool], tuple[int, int]]
-    seen: Callable[[int | None, tuple[int, int], tuple[int, int]], tuple[int, int]]
-    pace: Callable[[int | None, tuple[int, int]], tuple[int, float]]
+    size: Callable[[int | None, Size, bool], Size]
+    seen: Callable[[int | None, Size, Size], tuple[Size, ...]]
+    pace: Callable[[int | None, Size], tuple[int, float]]
     objective: Callable[[str], Objective] | None = None
     takes_start: bool = False
     needs_start: bool = False
@@ -353,7 +390,7 @@ class Recipe:
 RECIPES = {
     "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
     "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, tries=2),
-    "maco": Recipe(maco, robust_size, robust_seen, robust_pace, views=2, starts=8),
+    "maco": Recipe(maco, robust_size, reduced_seen, even_pace, views=2, starts=8),
     "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
         caricature, own_size, as_it_is, steady(128, 0.1), objective=likeness, takes_start=True, needs_start=True
