@@ -130,7 +130,8 @@ def patterns(
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
-        most = max(1, quickest(model, deepest, largest[0] * largest[1]) // passes)
+        shown_pixels = sum(height * width for height, width in seen) // len(seen)
+        most = max(1, quickest(model, deepest, shown_pixels) // passes)
         fits = batch_size(model, each, memory, most)
         parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
