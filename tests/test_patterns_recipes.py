@@ -82,7 +82,7 @@ def generator(seed: int, number: int) -> Generator:
 
 
 def test_robust_for_classes_by_hand() -> None:
-    """Views of 5/14, 7/14 and 9/14 of the canvas, a third of the steps each; steps that grow from 3 % of the last."""
+    """Views of 5/14, 7/14 and 12/14 of the canvas, a third of the steps each; steps that grow from 3 % of the last."""
     net = filled(Usual())
     model = loaded(net, 112)
     steps, number, seed = 9, 2, 5
@@ -91,7 +91,7 @@ def test_robust_for_classes_by_hand() -> None:
     assert found.images.shape == (2, 112, 112, 3)
     own = generator(seed, number)
     canvas = Fourier([own], 3, (112, 112), CPU)
-    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 3, [own], CPU) for side in (40, 56, 72)]
+    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 3, [own], CPU) for side in (40, 56, 96)]
     rates = [0.2 * min(1.0, 0.03 ** (1 - i / 5.4)) for i in range(steps)]
     step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
     for i in range(steps):
@@ -110,7 +110,7 @@ def test_robust_for_classes_by_hand() -> None:
 
 def test_units_with_a_field_of_their_own_take_even_steps_and_views_of_one_size() -> None:
     full = (224, 224)
-    assert RECIPES["robust"].seen(None, full, full) == ((80, 80), (112, 112), (144, 144))
+    assert RECIPES["robust"].seen(None, full, full) == ((80, 80), (112, 112), (192, 192))
     assert RECIPES["robust"].seen(200, full, full) == ((144, 144),)
     assert RECIPES["robust"].seen(40, full, (120, 120)) == ((120, 120),)
     assert RECIPES["robust"].pace(200, full) == (150, 0.15)

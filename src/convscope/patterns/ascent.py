@@ -114,6 +114,7 @@ def ascend(
     steps: int,
     *,
     revive: int = 0,
+    silent: int = SILENT,
     plateau: Plateau | None = None,
     best: bool = False,
     on_step: Callable[[int], None] | None = None,
@@ -122,7 +123,7 @@ def ascend(
 
     revive: for so many steps, and longer while a picture's value is exactly 0, its gradient gets past rectifiers that
     let nothing through: a unit that is off everywhere has no gradient to start with. A picture whose value was exactly
-    0 at each of the first `SILENT` steps in spite of that is done, and so is one that has reached the plateau: it stays
+    0 at each of the first `silent` steps in spite of that is done, and so is one that has reached the plateau: it stays
     as it is, whatever its neighbours do. When all are done the climb ends, and the last values stand for the rest of
     the history. best: a picture that had a value above 0 is left as it was where it had the highest: the next step may
     have put to sleep what is frail. on_step is called behind every step; what it raises ends the climb. Raises
@@ -149,7 +150,7 @@ def ascend(
             higher = history[-1] > top
             top = torch.where(higher, history[-1], top)
             highest[higher] = canvas.values.detach()[higher]
-        if revive and len(history) == SILENT:
+        if revive and len(history) == silent:
             done = done | (torch.stack(history) == 0).all(0)
         if plateau is not None:
             done = done | plateau.reached(history)

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import Plateau, Step, adam_step, ascend, rms_step, warming
+from convscope.patterns.ascent import SILENT, Plateau, Step, adam_step, ascend, rms_step, warming
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.objective import Objective, likeness, whole
 from convscope.patterns.views import Looks, View, rolled, still, zoomed
@@ -58,13 +58,11 @@ class Task:
         measure: Callable[[int], Tensor],
         step: Step,
         finish: Callable[[], Tensor],
-        revive: int = 0,
+        **how: int,
     ) -> Tensor:
         """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
         tell = partial(self._tell, finish)
-        return ascend(
-            canvas, measure, step, self.steps, revive=revive, plateau=self.plateau, best=self.still, on_step=tell
-        )
+        return ascend(canvas, measure, step, self.steps, plateau=self.plateau, best=self.still, on_step=tell, **how)
 
     def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
         self.on_step(step, finish)
@@ -165,11 +163,13 @@ def _climbed(
 ) -> Drawn:
     """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do.
 
-    `rate` is the length of the steps, the task's own unless it is given.
+    `rate` is the length of the steps, the task's own unless it is given. Where it grows, nothing is given up for being
+    silent at first: the steps that would wake it are yet to come.
     """
     finish = partial(finished, canvas)
     step = adam_step(canvas.values, task.step_size if rate is None else rate, DAMPING)
-    history = task.climb(canvas, measure, step, finish, REVIVED)
+    silent = task.steps if callable(rate) else SILENT
+    history = task.climb(canvas, measure, step, finish, revive=REVIVED, silent=silent)
     return Drawn(finish(), history)
 
 
@@ -336,9 +336,12 @@ def reduced_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
 
 
 def robust_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """As above, but for what sees the whole picture 5/14 of the canvas first, then 7/14, then 9/14: what is first drawn
-    is coarse in any case, and a view of half the side costs a quarter."""
-    return _reduced(size, 5, 7, 9) if sees is None else reduced_seen(sees, full, size)
+    """As above, but for what sees the whole picture 5/14 of the canvas first, then 7/14, then 12/14.
+
+    What is first drawn is coarse in any case, and a view of half the side costs a quarter; what networks that are made
+    for larger pictures look at is drawn last.
+    """
+    return _reduced(size, 5, 7, 12) if sees is None else reduced_seen(sees, full, size)
 
 
 def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
