@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.patterns import recipes
-from convscope.patterns.ascent import adam_step
+from convscope.patterns.ascent import SILENT, adam_step
 from convscope.patterns.canvas import Fourier, Phase, natural_magnitude
 from convscope.patterns.objective import likeness, unit
 from convscope.patterns.recipes import DAMPING, RECIPES, finished
@@ -114,6 +114,23 @@ def test_units_with_a_field_of_their_own_take_even_steps_and_views_of_one_size()
     assert RECIPES["robust"].seen(200, full, full) == ((144, 144),)
     assert RECIPES["robust"].seen(40, full, (120, 120)) == ((120, 120),)
     assert RECIPES["robust"].pace(200, full) == (150, 0.15)
+
+
+@pytest.mark.parametrize(("layer", "given_up"), [("logits", 40), ("relu3", SILENT)])
+def test_what_begins_with_short_steps_is_not_given_up(
+    usual: convscope.Model, monkeypatch: pytest.MonkeyPatch, layer: str, given_up: int
+) -> None:
+    """A silent picture is, after so many steps; where they grow, not before the last."""
+    found: list[int] = []
+    climb = recipes.ascend
+
+    def spied(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(kwargs["silent"])
+        return climb(*args, **kwargs)
+
+    monkeypatch.setattr(recipes, "ascend", spied)
+    convscope.patterns(usual, layer, [0, 1], steps=40, recipe=replace(RECIPES["robust"], starts=1))
+    assert found[0] == given_up
 
 
 # --- maco ------------------------------------------------------------------------------------------------------------
