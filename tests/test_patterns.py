@@ -18,8 +18,9 @@ from convscope import ConvscopeError
 from convscope.budget import gradient_bytes
 from convscope.patterns.ascent import SILENT, Redirected, adam_step, ascend, rms_step
 from convscope.patterns.canvas import COLOUR_AXES, Fourier, Pixels
+from convscope.patterns.defaults import plain_size, robust_size
 from convscope.patterns.objective import each
-from convscope.patterns.recipes import REVIVED, plain_size, robust_size, standardised
+from convscope.patterns.recipes import REVIVED, standardised
 from convscope.patterns.views import Looks, rolled, zoomed
 from convscope.tap import Seen
 from tests.oracles.nets import Twice, Usual, filled

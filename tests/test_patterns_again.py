@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import convscope
 from convscope.patterns.again import Batch
-from convscope.patterns.recipes import RECIPES, Recipe, steady
+from convscope.patterns.defaults import steady
+from convscope.patterns.recipes import RECIPES, Recipe
 from convscope.patterns.worth import KNOWN
 from tests.oracles.nets import Usual, filled
 from tests.test_patterns_recipes import loaded

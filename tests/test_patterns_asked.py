@@ -17,8 +17,9 @@ import convscope
 from convscope import ConvscopeError
 from convscope.patterns.ascent import optimised
 from convscope.patterns.canvas import Phase, Pixels
+from convscope.patterns.defaults import as_it_is, own_size, steady
 from convscope.patterns.objective import Objective, between, diverse, neuron, unit, units, whole
-from convscope.patterns.recipes import RECIPES, Drawn, Recipe, Task, as_it_is, finished, own_size, steady
+from convscope.patterns.recipes import RECIPES, Drawn, Recipe, Task, finished
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 from tests.test_patterns_objective import between_by_hand, diverse_by_hand
 from tests.test_patterns_recipes import CPU, SUMS, loaded, outputs

@@ -16,11 +16,23 @@ from torch import Generator, Tensor
 from convscope.images import Preprocessing
 from convscope.patterns.ascent import SILENT, Plateau, Step, adam_step, ascend, rms_step, warming
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
+from convscope.patterns.defaults import (
+    Size,
+    as_it_is,
+    even_pace,
+    own_size,
+    plain_size,
+    reduced_seen,
+    robust_pace,
+    robust_seen,
+    robust_size,
+    sees_little,
+    steady,
+)
 from convscope.patterns.objective import Objective, likeness, whole
 from convscope.patterns.views import Looks, View, rolled, still, zoomed
 
 T = TypeVar("T")
-Size = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
@@ -281,7 +293,7 @@ def paired(rows: Sequence[T], of: int) -> list[T]:
 def _views(task: Task) -> View:
     if task.still:
         return still
-    if _sees_little(task.sees, task.preprocessing.picture_size):
+    if sees_little(task.sees, task.preprocessing.picture_size):
         return rolled(task.views * task.steps, task.generators, task.device)
     return _zoomed(task, (0.5, 1), 10)
 
@@ -300,69 +312,6 @@ def _zoomed(task: Task, scale: tuple[float, float], turn: float) -> View:
         return parts[part](number - bounds[part], pictures)
 
     return view
-
-
-def _sees_little(sees: int | None, full: Size) -> bool:
-    """Whether a unit's receptive field is less than half of what the network is made for."""
-    return sees is not None and 2 * sees < min(full)
-
-
-def plain_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """The textbook's 150 pixels, or the network's own size where it takes no other."""
-    return (150, 150) if flexible else full
-
-
-def robust_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """Three receptive fields, at least 64 pixels, at most the network's own size."""
-    if sees is None or not flexible:
-        return full
-    side = -(-max(64, 3 * sees) // 8) * 8
-    return (min(side, full[0]), min(side, full[1]))
-
-
-def own_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """What the network is made for."""
-    return full
-
-
-def as_it_is(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """The canvas as it is."""
-    return (size,)
-
-
-def reduced_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
-    return (size,) if _sees_little(sees, full) else _reduced(size, 9)
-
-
-def robust_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """As above, but for what sees the whole picture 5/14 of the canvas first, then 7/14, then 12/14.
-
-    What is first drawn is coarse in any case, and a view of half the side costs a quarter; what networks that are made
-    for larger pictures look at is drawn last.
-    """
-    return _reduced(size, 5, 7, 12) if sees is None else reduced_seen(sees, full, size)
-
-
-def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
-    height, width = size
-    return tuple((min(height, max(32, height * n // 14)), min(width, max(32, width * n // 14))) for n in parts)
-
-
-def steady(steps: int, step_size: float) -> Callable[[int | None, Size], tuple[int, float]]:
-    """The same number and size of steps whatever a unit sees."""
-    return lambda sees, full: (steps, step_size)
-
-
-def robust_pace(sees: int | None, full: Size) -> tuple[int, float]:
-    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done. What sees
-    the whole picture has steps of up to 0.2, as most of them are shorter."""
-    return (48, 0.35) if _sees_little(sees, full) else (150, 0.2 if sees is None else 0.15)
-
-
-def even_pace(sees: int | None, full: Size) -> tuple[int, float]:
-    """As above, where all steps are of one length."""
-    return (48, 0.35) if _sees_little(sees, full) else (150, 0.15)
 
 
 @dataclass(frozen=True)
