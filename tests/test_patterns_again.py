@@ -85,7 +85,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[float]]]:
 
 
 def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, list[float]]) -> None:
-    """Each try by itself is the recipe with one try, from that start and, behind the first, in twice the views."""
+    """Each try by itself is the recipe with one try, from that start."""
     told.update({0: [0.9], 1: [0.3, 0.2, 0.5, 0.4], 2: [0.1, 0.86], 3: [0.4, 0.4, 0.3, 0.2], 4: [0.85]})
     found = drawn(usual, range(5), frames=2)
 
@@ -98,7 +98,7 @@ def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, lis
             plan = sys.modules["convscope.patterns.plan"]
             usually = plan.Wanted.generators
             patch.setattr(plan.Wanted, "generators", lambda self, part, seed: usually(self, part, seed, start))
-            return drawn(usual, [unit], once, frames=2, views=2)
+            return drawn(usual, [unit], once, frames=2)
 
     for unit, start in ((0, 0), (1, 2), (2, 1), (3, 0), (4, 0)):
         expected = alone(unit, start)
@@ -131,18 +131,11 @@ def test_few_steps_are_not_drawn_again(usual: convscope.Model, told: dict[int, l
     assert not told
 
 
-def test_twice_the_views_are_half_the_pictures(
+def test_what_is_drawn_again_waits_for_the_last_batch_and_keeps_its_size(
     usual: convscope.Model, told: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that holds four pictures in one view holds two in two; what is drawn again waits for the last batch."""
     told.update({u: [0.1, 0.9] for u in range(5)})
-    asked: list[float] = []
-
-    def batch_size(_: Any, each: float, *__: Any) -> int:
-        asked.append(each)
-        return int(4 * asked[0] / each)
-
-    monkeypatch.setattr(sys.modules["convscope.patterns"], "batch_size", batch_size)
+    monkeypatch.setattr(sys.modules["convscope.patterns"], "batch_size", lambda *_: 4)
     tasks = []
 
     def spied(task: Any) -> Any:
@@ -150,7 +143,7 @@ def test_twice_the_views_are_half_the_pictures(
         return BRIEF.draw(task)
 
     drawn(usual, range(5), replace(BRIEF, draw=spied))
-    assert tasks == [(2, 1), (3, 1), (1, 2), (2, 2), (2, 2)]
+    assert tasks == [(2, 1), (3, 1), (2, 1), (3, 1)]
 
 
 def test_what_is_drawn_again_can_be_ended(usual: convscope.Model, told: dict[int, list[float]]) -> None:

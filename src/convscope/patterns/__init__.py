@@ -131,8 +131,7 @@ def patterns(
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
         shown_pixels = sum(height * width for height, width in seen) // len(seen)
-        most = max(1, quickest(model, deepest, shown_pixels) // passes)
-        fits = batch_size(model, each, memory, most)
+        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, shown_pixels) // passes))
         parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch is not None and together > model.fixed_batch:
@@ -191,7 +190,7 @@ def patterns(
             whole = Batch(
                 replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done, nature
             )
-            convince(whole, done, batch_size(model, 2 * each, memory, most))
+            convince(whole, done, fits)
         noise = beside_noise(run, want, model, sides, seed, memory, space == "input")
     scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
     return Patterns(

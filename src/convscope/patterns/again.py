@@ -227,9 +227,9 @@ def _rows(which: Tensor) -> list[int]:
 
 
 def convince(batch: Batch, done: Finished, fits: int) -> None:
-    """Classes that the network does not know in pieces, drawn again from other starts and in twice as many views.
+    """Classes that the network does not know in pieces, drawn again from other starts, `fits` at once.
 
-    What convinces best is kept, with its own history and frames. Of so many views, `fits` pictures are drawn at once.
+    What convinces best is kept, with its own history and frames.
     """
     if batch.rule.tries == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
         return
@@ -243,7 +243,7 @@ def convince(batch: Batch, done: Finished, fits: int) -> None:
 
 
 def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start: int) -> None:
-    found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start), views=2 * batch.task.views)
+    found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start))
     now = batch.known(found.pictures, which)
     rows = _rows(now > sure[list(which)])
     _keep(done, which, found, scores, album, rows)
@@ -251,7 +251,7 @@ def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start
 
 
 def _drawn(
-    batch: Batch, done: Finished, which: Sequence[int], starts: Mapping[int, int], **changes: Any
+    batch: Batch, done: Finished, which: Sequence[int], starts: Mapping[int, int]
 ) -> tuple[Drawn, Tensor, Album]:
     """Some of the batch's pictures, drawn by the recipe from other starts; their scores and frames."""
     album = Album(batch.task.steps, done.album.count)
@@ -260,7 +260,7 @@ def _drawn(
         album.look(step, look)
         batch.beat()
 
-    other = batch.again(which, [starts[i] for i in which], on_step=on_step, **changes)
+    other = batch.again(which, [starts[i] for i in which], on_step=on_step)
     found = batch.rule.draw(other)
     album.close(found.pictures)
     return found, other.score(found.pictures).cpu(), album

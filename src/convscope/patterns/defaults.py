@@ -41,12 +41,13 @@ def reduced_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
 
 
 def robust_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """As above, but for what sees the whole picture 5/14 of the canvas first, then 7/14, then 12/14.
+    """As above, but for what sees the whole picture 5/14 of the canvas for two fifths of the steps, then 7/14 for as
+    many, and 12/14 for the last fifth.
 
     What is first drawn is coarse in any case, and a view of half the side costs a quarter; what networks that are made
     for larger pictures look at is drawn last.
     """
-    return _reduced(size, 5, 7, 12) if sees is None else reduced_seen(sees, full, size)
+    return _reduced(size, 5, 5, 7, 7, 12) if sees is None else reduced_seen(sees, full, size)
 
 
 def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
