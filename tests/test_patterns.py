@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.budget import gradient_bytes
-from convscope.patterns.ascent import SILENT, Redirected, adam_step, ascend, rms_step
+from convscope.patterns.ascent import SILENT, Redirected, adam_step, agreed_step, ascend, rms_step
 from convscope.patterns.canvas import COLOUR_AXES, Fourier, Pixels
 from convscope.patterns.defaults import plain_size, robust_size
 from convscope.patterns.objective import each
@@ -184,6 +184,41 @@ def test_adam_step_by_hand() -> None:
     with torch.no_grad():
         adam_step(values, 0.1, 2.0)(values, torch.zeros_like(values))
     assert torch.equal(values.detach(), before)
+
+
+def test_agreed_step_by_hand() -> None:
+    """Adam's step with each coordinate times |m| / sqrt(v), at most 1, from the sums that Adam's means stand for."""
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(2, 3, 4, 5))
+    gradients = [rng.normal(size=start.shape) * [[[[3.0]]], [[[1e-4]]]] + 1e-4 for _ in range(6)]
+    values = torch.from_numpy(start.copy()).requires_grad_()
+    step = agreed_step(values, 0.3, 0.1)
+    scaled = [g / np.sqrt((g**2).mean((1, 2, 3), keepdims=True)) for g in gradients]
+    expected = start.copy()
+    for t in range(1, 7):
+        with torch.no_grad():
+            step(values, torch.from_numpy(gradients[t - 1].copy()))
+        m = sum(0.9 ** (t - i) * 0.1 * scaled[i - 1] for i in range(1, t + 1)) / (1 - 0.9**t)
+        root = np.sqrt(sum(0.999 ** (t - i) * 0.001 * scaled[i - 1] ** 2 for i in range(1, t + 1)) / (1 - 0.999**t))
+        expected = expected + 0.3 * m / (root + 0.1) * np.minimum(1, np.abs(m) / root)
+        assert apart(values.detach(), expected) < 1e-12  # float64
+    before = values.detach().clone()
+    with torch.no_grad():
+        agreed_step(values, 0.3, 0.1)(values, torch.zeros_like(values))
+    assert torch.equal(values.detach(), before)
+
+
+def test_steps_go_where_gradients_agree() -> None:
+    """Of two coordinates with gradients of one size, the one whose sign changes at every step hardly moves."""
+    values = torch.zeros(1, 2, requires_grad=True)
+    step = agreed_step(values, 0.1, 0.1)
+    for i in range(40):
+        with torch.no_grad():
+            step(values, torch.tensor([[1.0, (-1.0) ** i]]))
+    steady, fickle = values[0].tolist()
+    assert steady == pytest.approx(40 * 0.1 / 1.1, rel=1e-4)  # float32, forty sums
+    # Only the first step, whose mean is its gradient, is a whole one, of forty; later means are small.
+    assert abs(fickle) < 1.5 * 0.1 / 1.1
 
 
 def rectified(x: Tensor, weight: Tensor, how: Any, mask: list[bool]) -> tuple[Tensor, Tensor]:

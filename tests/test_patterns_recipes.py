@@ -16,11 +16,11 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.patterns import recipes
-from convscope.patterns.ascent import SILENT, adam_step
+from convscope.patterns.ascent import SILENT, adam_step, agreed_step
 from convscope.patterns.canvas import Fourier, Phase, natural_magnitude
 from convscope.patterns.objective import likeness, unit
-from convscope.patterns.recipes import DAMPING, RECIPES, finished
-from convscope.patterns.views import Looks, still, zoomed
+from convscope.patterns.recipes import DAMPING, RECIPES, SLIGHT, finished
+from convscope.patterns.views import Looks, rolled, still, zoomed
 from tests.oracles.nets import Usual, filled
 from tests.test_patterns_canvas import colour_axes, logit
 
@@ -106,6 +106,29 @@ def test_robust_for_classes_by_hand() -> None:
     assert (apart > 1).mean() < 5e-3
     assert apart.mean() < 0.1
     assert found.images[0].std() > 5  # beside which that is nothing
+
+
+def test_robust_for_units_that_see_little_by_hand() -> None:
+    """The canvas, rolled; steps that go where gradients agree."""
+    net = filled(Usual())
+    model = loaded(net, 112)
+    steps, number, seed = 6, 2, 5
+    found = convscope.patterns(model, "relu1", [number, 4], steps=steps, seed=seed)
+    size = found.images.shape[1]
+    own = generator(seed, number)
+    canvas = Fourier([own], 3, (size, size), CPU)
+    view = rolled(steps, [own], CPU)
+    step = agreed_step(canvas.values, 0.35, SLIGHT)
+    for i in range(steps):
+        shown = model.preprocessing.normalize(view(i, canvas.picture()))
+        value = net.relu1(net.bn1(net.conv1(shown)))[0, number].mean()
+        assert found.history[i, 0] == pytest.approx(value.item(), rel=1e-4)
+        (gradient,) = torch.autograd.grad(value, canvas.values)
+        with torch.no_grad():
+            step(canvas.values, gradient)
+    apart = np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy())
+    assert (apart > 1).mean() < 5e-3  # as above
+    assert found.images[0].std() > 5
 
 
 def test_units_with_a_field_of_their_own_take_even_steps_and_views_of_one_size() -> None:

@@ -50,13 +50,38 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     optimiser = torch.optim.Adam([values], eps=damping, maximize=True)
 
     def step(values: Tensor, gradient: Tensor) -> None:
-        rms = gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt()
-        values.grad = gradient / rms.clamp(min=1e-12)
+        values.grad = _of_unit_rms(gradient)
         optimiser.param_groups[0]["lr"] = next(lengths)
         optimiser.step()
         values.grad = None
 
     return step
+
+
+def agreed_step(values: Tensor, rate: float, damping: float) -> Step:
+    """Adam as above, each coordinate's step times |m| / sqrt(v), which is 1 where gradients agree from step to step.
+
+    m and v are Adam's means of the gradient and of its square. Much damping keeps noise still, but with it whatever has
+    small gradients, such as a grating of two or three pixels on a spectrum of amplitude 1/f. Noise is told by its
+    gradients, which differ from view to view; with little damping, fine structure whose gradients agree is drawn.
+    """
+    mean, square = torch.zeros_like(values), torch.zeros_like(values)
+    steps = count(1)
+
+    def step(values: Tensor, gradient: Tensor) -> None:
+        gradient, t = _of_unit_rms(gradient), next(steps)
+        mean.lerp_(gradient, 1 - 0.9)
+        square.lerp_(gradient.square(), 1 - 0.999)
+        m, root = mean / (1 - 0.9**t), (square / (1 - 0.999**t)).sqrt()
+        agreement = (m.abs() / root.clamp(min=1e-12)).clamp(max=1)
+        values.add_(m / (root + damping) * agreement, alpha=rate)
+
+    return step
+
+
+def _of_unit_rms(gradient: Tensor) -> Tensor:
+    """Divided by its root mean square over each picture."""
+    return gradient / gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def optimised(

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import SILENT, Plateau, Step, adam_step, ascend, rms_step, warming
+from convscope.patterns.ascent import SILENT, Plateau, Step, adam_step, agreed_step, ascend, rms_step, warming
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.defaults import (
     Size,
@@ -83,6 +83,11 @@ class Task:
     def channels(self) -> int:
         return self.preprocessing.channels
 
+    @property
+    def sees_little(self) -> bool:
+        """Whether a unit sees less than half of what the network is made for."""
+        return sees_little(self.sees, self.preprocessing.picture_size)
+
     def ready(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
         return pictures if self.raw else self.preprocessing.normalize(pictures)
@@ -148,40 +153,42 @@ def standardised(pixels: Tensor) -> Tensor:
 # Steps during which dead units get a gradient in any case.
 REVIVED = 16
 WAKING = 48
-# What keeps coordinates with next to no gradient still; see `adam_step`.
+# What keeps coordinates with next to no gradient still; see `adam_step`, and for little of it `agreed_step`.
 DAMPING = 2.0
+SLIGHT = 0.1
 
 
 def robust(task: Task) -> Drawn:
     """A Fourier canvas seen in random views: pictures that hold for the unit however they are looked at. The default.
 
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
-    rolled, since a zoom would smear the few pixels that they care about. For classes, and what else sees the whole
-    picture, the first steps are short and the first views coarse: they decide what the picture is going to show. A unit
-    that stays silent is woken in the end, on the canvas as it lies.
+    rolled, since a zoom would smear the few pixels that they care about, and steps go where gradients agree. For
+    classes, and what else sees the whole picture, the first steps are short and the first views coarse: they decide
+    what the picture is going to show. A unit that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
     warms = task.sees is None and not task.still
-    rate = warming(task.steps, task.step_size) if warms else task.step_size
-    drawn = _climbed(task, canvas, task.through(view, canvas), rate)
+    if task.sees_little:
+        step = agreed_step(canvas.values, task.step_size, SLIGHT)
+    else:
+        rate = warming(task.steps, task.step_size) if warms else task.step_size
+        step = adam_step(canvas.values, rate, DAMPING)
+    # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
+    drawn = _climbed(task, canvas, task.through(view, canvas), step, task.steps if warms else SILENT)
     if not task.still:
         _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
 def _climbed(
-    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], rate: float | Callable[[int], float] | None = None
+    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], step: Step | None = None, silent: int = SILENT
 ) -> Drawn:
-    """Adam, damped, with the gradient let past dead rectifiers at first: what all recipes but the textbook's do.
-
-    `rate` is the length of the steps, the task's own unless it is given. Where it grows, nothing is given up for being
-    silent at first: the steps that would wake it are yet to come.
-    """
+    """With the gradient let past dead rectifiers at first, by damped Adam unless another step is given: what all
+    recipes but the textbook's do."""
     finish = partial(finished, canvas)
-    step = adam_step(canvas.values, task.step_size if rate is None else rate, DAMPING)
-    silent = task.steps if callable(rate) else SILENT
-    history = task.climb(canvas, measure, step, finish, revive=REVIVED, silent=silent)
+    own = adam_step(canvas.values, task.step_size, DAMPING) if step is None else step
+    history = task.climb(canvas, measure, own, finish, revive=REVIVED, silent=silent)
     return Drawn(finish(), history)
 
 
@@ -293,7 +300,7 @@ def paired(rows: Sequence[T], of: int) -> list[T]:
 def _views(task: Task) -> View:
     if task.still:
         return still
-    if sees_little(task.sees, task.preprocessing.picture_size):
+    if task.sees_little:
         return rolled(task.views * task.steps, task.generators, task.device)
     return _zoomed(task, (0.5, 1), 10)
 
