@@ -120,7 +120,7 @@ def patterns(
         sees, tried = want.sees(model), refuses(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.seen(sees, model.preprocessing.picture_size, sides)
-        if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in seen if s != sides):
+        if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
             seen = (sides,)
         largest = seen[-1]
         if model.owned:
