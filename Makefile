@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -8,8 +8,6 @@ from pathlib import Path
 # Before torch is imported: threads that wait must not spin, or tests crawl when anything else runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KERAS_BACKEND", "torch")
-if "PYTEST_XDIST_WORKER" in os.environ:  # each of several processes keeps to its own core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -195,13 +195,18 @@ def test_a_story_that_is_not_whole_or_not_ours_is_refused(told, model, tmp_path,
         read_story(model, lambda name: (where / name).read_bytes())
 
 
+def rounded(value: float) -> str:
+    """Two digits, and from 100 on whole numbers without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.2g}"
+
+
 def chapters_on(text: str, told: Story) -> None:
     for chapter in told.chapters:
         for unit in chapter.units:
             assert re.search(rf"{'class' if chapter.layer == 'logits' else 'unit/' + chapter.layer}/{unit}\b", text)
         for name in MEASURES:
             low, middle, high = np.percentile(chapter.measures[name], (25, 50, 75))
-            assert f"{middle:.2g} ({low:.2g} to {high:.2g})" in text
+            assert f"{rounded(middle)} ({rounded(low)} to {rounded(high)})" in text
 
 
 def test_a_live_page_tells_the_stores_story(client, told):
@@ -217,7 +222,7 @@ def test_a_published_site_shows_the_figure_and_the_measures(site, told):
     text = (site / "m/tiny/story.html").read_text()
     for chapter in told.chapters:
         for name in MEASURES:
-            assert f"{np.median(chapter.measures[name]):.2g} (" in text
+            assert f"{rounded(np.median(chapter.measures[name]))} (" in text
     shown = Image.open(site / "m/tiny/story.png")
     assert min(shown.size) > 100
     sheet = np.asarray(Image.open(site / "m/tiny/story-0.png").convert("RGB"))
