@@ -37,6 +37,9 @@ def warming(steps: int, size: float) -> Callable[[int], float]:
     return lambda i: size * 0.03 ** max(0.0, 1 - i / (0.6 * steps))
 
 
+BETAS = 0.9, 0.999  # of Adam's two means: how much each keeps of what it was
+
+
 def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: float) -> Step:
     """Adam (Kingma and Ba 2015) on the gradient divided by each picture's RMS, `damping` added to the denominator.
 
@@ -47,7 +50,7 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     Elementwise within a picture, so pictures do not influence each other.
     """
     lengths = map(rate, count()) if callable(rate) else repeat(rate)
-    optimiser = torch.optim.Adam([values], eps=damping, maximize=True)
+    optimiser = torch.optim.Adam([values], betas=BETAS, eps=damping, maximize=True)
 
     def step(values: Tensor, gradient: Tensor) -> None:
         values.grad = _of_unit_rms(gradient)
@@ -65,14 +68,14 @@ def agreed_step(values: Tensor, rate: float, damping: float) -> Step:
     small gradients, such as a grating of two or three pixels on a spectrum of amplitude 1/f. Noise is told by its
     gradients, which differ from view to view; with little damping, fine structure whose gradients agree is drawn.
     """
+    (first, second), steps = BETAS, count(1)
     mean, square = torch.zeros_like(values), torch.zeros_like(values)
-    steps = count(1)
 
     def step(values: Tensor, gradient: Tensor) -> None:
         gradient, t = _of_unit_rms(gradient), next(steps)
-        mean.lerp_(gradient, 1 - 0.9)
-        square.lerp_(gradient.square(), 1 - 0.999)
-        m, root = mean / (1 - 0.9**t), (square / (1 - 0.999**t)).sqrt()
+        mean.lerp_(gradient, 1 - first)
+        square.lerp_(gradient.square(), 1 - second)
+        m, root = mean / (1 - first**t), (square / (1 - second**t)).sqrt()
         agreement = (m.abs() / root.clamp(min=1e-12)).clamp(max=1)
         values.add_(m / (root + damping) * agreement, alpha=rate)
 
