@@ -97,6 +97,19 @@ def test_pages_fit_their_window(new_tab, address_of, width):
         assert tab.evaluate("window.shifts") < 0.02, kind
 
 
+@pytest.mark.parametrize("width", [1024, 390])
+def test_pages_come_whole_by_a_slow_connection(new_tab, live, width):
+    """Parts of a page that come one after the other must not push those that are read already."""
+    tab = new_tab(width)
+    slow = {"offline": False, "latency": 60, "downloadThroughput": 60_000, "uploadThroughput": 60_000}
+    devtools = tab.context.new_cdp_session(tab)
+    devtools.send("Network.enable")
+    devtools.send("Network.emulateNetworkConditions", slow)
+    for kind in ("picture", "unit", "class") * 2:  # styles that are kept from the first visit no longer hold paint back
+        opened(tab, live[1] + PAGES[kind][0]).wait_for_timeout(200)  # what moved is told a little later
+        assert tab.evaluate("window.shifts") < 0.02, kind
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_can_be_used_by_everybody(new_tab, address_of, axe, scheme):
     """WCAG A and AA, as far as a program can tell."""
