@@ -596,7 +596,8 @@ def test_several_views_are_climbed_by_their_mean() -> None:
     canvas = Fourier(draws, 3, (56, 56), torch.device("cpu"))
     view = zoomed(Looks((0.5, 1), 10, (32, 32)), 3, draws, torch.device("cpu"))
     with torch.no_grad():
-        values = [net(model.preprocessing.normalize(view(k, canvas.picture())))[[0, 1], [3, 1]] for k in range(3)]
+        shown = canvas.picture((32, 32))
+        values = [net(model.preprocessing.normalize(view(k, shown)))[[0, 1], [3, 1]] for k in range(3)]
     assert apart(found.history[0], torch.stack(values).mean(0)) < 1e-5  # sums of floats in another layout
     assert found.parameters()["views"] == 3
     assert not np.array_equal(found.images, convscope.patterns(model, "logits", [3, 1], steps=2, seed=4).images)

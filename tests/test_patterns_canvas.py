@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from convscope.patterns.canvas import COLOUR_AXES, NATURAL, Phase, Photograph, natural_magnitude
+from convscope.patterns.canvas import COLOUR_AXES, NATURAL, Fourier, Phase, Photograph, natural_magnitude
 from convscope.patterns.recipes import finished
 from convscope.patterns.views import Looks, rolled, still, zoomed
 from convscope.samples import photographs
@@ -54,6 +54,41 @@ def frequencies(size: tuple[int, int]) -> np.ndarray:
         for j in range(width):
             found[k, j] = math.hypot(min(k, height - k) / height, min(j, width - j) / width)
     return np.maximum(found, 1 / max(size))
+
+
+# --- a spectrum, as coarse as it is shown ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize(("size", "shown"), [((8, 8), (4, 4)), ((12, 9), (7, 5)), ((7, 10), (7, 4)), ((9, 6), (8, 6))])
+def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
+    size: tuple[int, int], shown: tuple[int, int], channels: int
+) -> None:
+    canvas = Fourier(generators(1, 2), channels, size, CPU, spread=0.4)
+    values = canvas.values.detach().double().numpy()
+    (height, width), (rows, columns) = size, shown
+    down, across = np.mgrid[:rows, :columns]
+    plain = np.zeros((2, channels, rows, columns))
+    for r in range(-(rows // 2), rows - rows // 2):
+        for c in range(columns // 2 + 1):
+            frequency = max(math.hypot(r / height, c / width), 1 / max(size))
+            twice = 1 if c == 0 or 2 * c == columns else 2  # the other half of a real transform is its mirror image
+            weight = twice / (frequency * math.sqrt(height * width) * 4)
+            wave = np.exp(2j * math.pi * (r * down / rows + c * across / columns))
+            real, imaginary = np.moveaxis(values[:, :, r % height, c], -1, 0)
+            plain += weight * ((real + 1j * imaginary)[..., None, None] * wave).real
+    assert plain.std() > 0.1
+    assert apart(along_axes(canvas.picture(shown).detach().numpy()), plain) < 1e-4  # float32 through a sigmoid and back
+
+
+def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
+    """Every second pixel, where no wave is shorter than four."""
+    canvas = Fourier(generators(3), 3, (16, 24), CPU, spread=0.5)
+    with torch.no_grad():
+        canvas.values[:, :, 4:13] = 0
+        canvas.values[:, :, :, 6:] = 0
+    assert apart(canvas.picture((8, 12)).detach(), canvas.picture().detach()[:, :, ::2, ::2]) < 1e-5
+    assert torch.equal(canvas.picture((16, 24)), canvas.picture())
 
 
 # --- a photograph's spectrum, and its phases -------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def generator(seed: int, number: int) -> Generator:
 
 
 def test_robust_for_classes_by_hand() -> None:
-    """Views of 5/14 and 7/14 of the canvas, two fifths of the steps each, and of 12/14; steps that grow from 3 %."""
+    """Views of 5/14 and 7/14 of the canvas, two fifths of the steps each, and of 12/14, of a canvas no finer than they;
+    steps that grow from 3 %."""
     net = filled(Usual())
     model = loaded(net, 112)
     steps, number, seed = 10, 2, 5
@@ -91,11 +92,12 @@ def test_robust_for_classes_by_hand() -> None:
     assert found.images.shape == (2, 112, 112, 3)
     own = generator(seed, number)
     canvas = Fourier([own], 3, (112, 112), CPU)
-    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in (40, 40, 56, 56, 96)]
+    sides = (40, 40, 56, 56, 96)
+    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in sides]
     rates = [0.2 * min(1.0, 0.03 ** (1 - i / 6)) for i in range(steps)]
     step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
     for i in range(steps):
-        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.picture()))
+        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.picture((sides[i // 2],) * 2)))
         value = net(shown)[0, number]
         assert found.history[i, 0] == pytest.approx(value.item(), abs=SUMS)
         (gradient,) = torch.autograd.grad(value, canvas.values)

@@ -61,11 +61,25 @@ class Fourier:
         self._size = size
         self._axes = _axes(channels).to(device)
 
-    def picture(self) -> Tensor:
-        spectrum = torch.view_as_complex(self.values) * self._amplitude
+    def picture(self, size: tuple[int, int] | None = None) -> Tensor:
+        """The pictures; of another `size`, not larger than the canvas, from those frequencies alone that it can show.
+
+        What is sampled as coarsely as that would otherwise take finer structure for coarse (aliasing), and draw it.
+        """
+        spectrum, amplitude = torch.view_as_complex(self.values), self._amplitude
+        if size is not None and size != self._size:
+            share = math.prod(size) / math.prod(self._size)
+            spectrum, amplitude = _lowest(spectrum, size), share * _lowest(amplitude, size)
         # Division by 4 brings a spectrum of unit variance to about the contrast of a photograph.
-        plain = torch.fft.irfft2(spectrum, s=self._size, norm="backward") / 4
+        plain = torch.fft.irfft2(spectrum * amplitude, s=size or self._size, norm="backward") / 4
         return torch.einsum("rc,uchw->urhw", self._axes, plain).sigmoid()
+
+
+def _lowest(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of a real transform (..., H, W // 2 + 1) the part that is that of a smaller picture."""
+    height, width = size
+    above, below = spectrum[..., : (height + 1) // 2, :], spectrum[..., spectrum.shape[-2] - height // 2 :, :]
+    return torch.cat((above, below), -2)[..., : width // 2 + 1]
 
 
 class Natural(NamedTuple):

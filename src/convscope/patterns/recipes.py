@@ -92,12 +92,21 @@ class Task:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
         return pictures if self.raw else self.preprocessing.normalize(pictures)
 
-    def through(self, view: View, canvas: Canvas) -> Callable[[int], Tensor]:
-        """What is climbed: at each step the mean value over views of the canvas, `views` of them."""
+    @property
+    def bounds(self) -> list[int]:
+        """The step at which each size of `seen` has its turn, and the number of steps."""
+        return [self.steps * k // len(self.seen) for k in range(len(self.seen) + 1)]
+
+    def seen_at(self, step: int) -> Size:
+        """The size in which the network is shown the canvas at this step."""
+        return self.seen[bisect(self.bounds, step) - 1]
+
+    def through(self, view: View, shown: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """What is climbed: at each step the mean value over views of what the canvas shows then, `views` of them."""
         look = still if self.still else view
 
         def measure(step: int) -> Tensor:
-            picture = canvas.picture()
+            picture = shown(step)
             return self.mean(step, lambda number: self.ready(look(number, picture)))
 
         return measure
@@ -164,7 +173,8 @@ def robust(task: Task) -> Drawn:
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
     rolled, since a zoom would smear the few pixels that they care about, and steps go where gradients agree. For
     classes, and what else sees the whole picture, the first steps are short and the first views coarse: they decide
-    what the picture is going to show. A unit that stays silent is woken in the end, on the canvas as it lies.
+    what the picture is going to show. There the canvas is as coarse as the views, which cannot tell finer structure
+    from coarse. A unit that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
@@ -174,8 +184,13 @@ def robust(task: Task) -> Drawn:
     else:
         rate = warming(task.steps, task.step_size) if warms else task.step_size
         step = adam_step(canvas.values, rate, DAMPING)
+
+    def shown(step: int) -> Tensor:
+        return canvas.picture(task.seen_at(step) if warms else None)
+
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
-    drawn = _climbed(task, canvas, task.through(view, canvas), step, task.steps if warms else SILENT)
+    silent = task.steps if warms else SILENT
+    drawn = _climbed(task, canvas, task.through(view, shown), step, silent)
     if not task.still:
         _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
@@ -230,7 +245,7 @@ def dream(task: Task) -> Drawn:
     """
     canvas = Photograph(_photographs(task))
     view = _zoomed(task, (0.7, 1), 5)
-    return _climbed(task, canvas, task.through(view, canvas))
+    return _climbed(task, canvas, task.through(view, lambda _: canvas.picture()))
 
 
 def caricature(task: Task) -> Drawn:
@@ -307,11 +322,10 @@ def _views(task: Task) -> View:
 
 def _zoomed(task: Task, scale: tuple[float, float], turn: float) -> View:
     """Views in each of the task's sizes, for equal shares of the steps."""
-    sizes = task.seen
-    bounds = [task.views * (task.steps * k // len(sizes)) for k in range(len(sizes) + 1)]
+    bounds = [task.views * bound for bound in task.bounds]
     parts = [
         zoomed(Looks(scale, turn, size), last - first, task.generators, task.device)
-        for size, (first, last) in zip(sizes, pairwise(bounds), strict=True)
+        for size, (first, last) in zip(task.seen, pairwise(bounds), strict=True)
     ]
 
     def view(number: int, pictures: Tensor) -> Tensor:
