@@ -29,10 +29,14 @@ def photos() -> list[str]:
     return sorted(str(p) for p in SAMPLES.iterdir() if p.suffix in (".jpg", ".png"))
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """Each test draws from the same numbers, whichever ran before."""
+    """Each test draws from the same numbers, with as many threads, whichever ran before."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True, scope="session")
