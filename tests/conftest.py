@@ -34,8 +34,13 @@ THREADS = torch.get_num_threads()
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """Each test draws from the same numbers, with as many threads, whichever ran before."""
+    """Each test draws from the same numbers, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads():
+    """Each file begins with as many threads as the first; a fixture of its own may set others."""
     torch.set_num_threads(THREADS)
 
 
