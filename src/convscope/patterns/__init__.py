@@ -130,8 +130,9 @@ def patterns(
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
-        shown_pixels = sum(height * width for height, width in seen) // len(seen)
-        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, shown_pixels) // passes))
+        # What many pictures at once save while views are coarse is more than they cost when they are fine.
+        coarsest = min(height * width for height, width in seen)
+        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, coarsest) // passes))
         parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch is not None and together > model.fixed_batch:
