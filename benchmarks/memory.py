@@ -9,40 +9,56 @@ from dataclasses import dataclass
 HEATMAPS = """
 import convscope, pathlib, sys
 model = convscope.load("lite0")
+before = status("VmRSS")
 photo = str(pathlib.Path(convscope.__file__).parent / "samples" / "red_panda.jpg")
 convscope.heatmaps(model, [photo] * int(sys.argv[1]), memory=int(sys.argv[2]) << 20)
-print(peak())
+print(before, status("VmHWM"))
 """
 PATTERNS = """
 import convscope, sys
 model = convscope.load("torchvision:vgg16", weights="random")
+before = status("VmRSS")
 units, budget = int(sys.argv[1]), int(sys.argv[2]) << 20
 convscope.patterns(model, "features.11", range(units), recipe="plain", steps=1, memory=budget)
-print(peak())
+print(before, status("VmHWM"))
+"""
+# Steps enough for each size of the recipe's views.
+CLASSES = """
+import convscope, sys
+model = convscope.load("lite0")
+before = status("VmRSS")
+convscope.patterns(model, "logits", range(int(sys.argv[1])), steps=10, memory=int(sys.argv[2]) << 20)
+print(before, status("VmHWM"))
 """
 # getrusage will not do: its maximum is inherited from the process that started this one.
-PEAK = """
-def peak():
+STATUS = """
+def status(name):
     lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 """
 
 
 @dataclass(frozen=True)
 class Peak:
+    """In MiB: the budget, what the process held with torch and the weights in it, and the most it ever held."""
+
     what: str
     count: int
     budget: int
-    megabytes: float
+    before: float
+    peak: float
 
 
 def run() -> list[Peak]:
-    """Budgets are in MiB; the process itself, with torch and the weights, takes its share besides."""
     cases = [("heatmaps", HEATMAPS, n, 512) for n in (2, 32, 256)]
-    cases += [("patterns", PATTERNS, n, 1024) for n in (2, 64, 256)]
-    return [Peak(what, n, budget, _peak(script, n, budget)) for what, script, n, budget in cases]
+    cases += [("patterns, `plain`, filters of VGG16", PATTERNS, n, 1024) for n in (2, 64, 256)]
+    cases += [
+        ("patterns, `robust`, classes of Lite0", CLASSES, n, budget) for n, budget in ((2, 512), (64, 512), (64, 2048))
+    ]
+    return [Peak(what, n, budget, *_measured(script, n, budget)) for what, script, n, budget in cases]
 
 
-def _peak(script: str, count: int, budget: int) -> float:
-    command = [sys.executable, "-c", PEAK + script, str(count), str(budget)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def _measured(script: str, count: int, budget: int) -> tuple[float, float]:
+    command = [sys.executable, "-c", STATUS + script, str(count), str(budget)]
+    before, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(before), float(peak)

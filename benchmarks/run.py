@@ -268,11 +268,15 @@ def _scan(rows: list[scan.Pass], decoding: dict[tuple[int, int], float], peaks: 
 
 def _memory(peaks: list[memory.Peak]) -> list[str]:
     return [
-        "Peak memory of a whole process, with torch and the weights in it, for a stated budget (`memory=`).",
+        "What a process held before, with torch and the weights in it, and the most that it held at a time, for a",
+        "stated budget (`memory=`) of what is between the two. All in MiB.",
         "",
-        "| | pictures or units | budget, MiB | peak, MiB |",
-        "| --- | --- | --- | --- |",
-        *[f"| {p.what} | {p.count} | {p.budget} | {p.megabytes:.0f} |" for p in peaks],
+        "| | pictures or units | budget | before | peak | peak less before |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *[
+            f"| {p.what} | {p.count} | {p.budget} | {p.before:.0f} | {p.peak:.0f} | {p.peak - p.before:.0f} |"
+            for p in peaks
+        ],
     ]
 
 

@@ -252,6 +252,41 @@ def test_who_is_not_to_be_woken_is_not_given_up() -> None:
     assert len(plain.seen) == SILENT + 9
 
 
+def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
+    """Of seven steps the last three; a picture that is done sooner stays as it is. The history is of the steps."""
+
+    def climbed(steps: int, mean: int, plateau: Plateau | None) -> tuple[list[Tensor], Tensor, Tensor]:
+        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        seen: list[Tensor] = []
+
+        def measure(i: int) -> Tensor:
+            own = canvas.values.square().mean((1, 2, 3))
+            rising = torch.tensor([1.0, 1.0 + i])
+            return own - own.detach() + rising
+
+        def note(_: int) -> None:
+            seen.append(canvas.values.detach().clone())
+
+        step = adam_step(canvas.values, 0.1, 2.0)
+        history = ascend(canvas, measure, step, steps, mean=mean, plateau=plateau, on_step=note)
+        return seen, canvas.values.detach(), history
+
+    seen, last, history = climbed(7, 3, None)
+    assert torch.allclose(last, (seen[4] + seen[5] + seen[6]) / 3, atol=1e-5)
+    assert (last - seen[6]).abs().mean() > 0.01
+    _, usual, the_same = climbed(7, 0, None)
+    assert torch.equal(usual, seen[6])
+    assert torch.equal(history, the_same)
+    seen, last, _ = climbed(7, 3, Plateau(2))
+    assert torch.equal(seen[2][0], seen[6][0])
+    assert torch.allclose(last[0], seen[6][0], atol=1e-5)
+    assert torch.allclose(last[1], (seen[4] + seen[5] + seen[6])[1] / 3, atol=1e-5)
+    # One that all have ended before there were late steps is not touched.
+    seen, last, _ = climbed(40, 3, Plateau(2, share=100.0))
+    assert len(seen) < 30
+    assert torch.equal(last, seen[-1])
+
+
 def test_what_is_frail_is_left_where_it_fired_most() -> None:
     """Of the values 0, 1, 2, 0.5 and 0 again the picture with 2 is kept; what never fires goes on to the end."""
     values = torch.zeros(8, 2)

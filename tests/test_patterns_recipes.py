@@ -83,7 +83,7 @@ def generator(seed: int, number: int) -> Generator:
 
 def test_robust_for_classes_by_hand() -> None:
     """Views of 5/14 and 7/14 of the canvas, two fifths of the steps each, and of 12/14, of a canvas no finer than they;
-    steps that grow from 3 %."""
+    steps that grow from 3 %; the mean over the last fifth of them."""
     net = filled(Usual())
     model = loaded(net, 112)
     steps, number, seed = 10, 2, 5
@@ -96,6 +96,7 @@ def test_robust_for_classes_by_hand() -> None:
     views = [zoomed(Looks((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in sides]
     rates = [0.2 * min(1.0, 0.03 ** (1 - i / 6)) for i in range(steps)]
     step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
+    been = []
     for i in range(steps):
         shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.picture((sides[i // 2],) * 2)))
         value = net(shown)[0, number]
@@ -103,6 +104,8 @@ def test_robust_for_classes_by_hand() -> None:
         (gradient,) = torch.autograd.grad(value, canvas.values)
         with torch.no_grad():
             step(canvas.values, gradient)
+        been.append(canvas.values.detach().clone())
+    canvas.values = (been[-1] + been[-2]) / 2
     # A whole number may be rounded the other way; a rectifier at its kink too, which moves a pixel here and there more.
     apart = np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy())
     assert (apart > 1).mean() < 5e-3
@@ -150,7 +153,7 @@ def test_what_begins_with_short_steps_is_not_given_up(
     climb = recipes.ascend
 
     def spied(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(kwargs["silent"])
+        found.append(kwargs.get("silent", SILENT))
         return climb(*args, **kwargs)
 
     monkeypatch.setattr(recipes, "ascend", spied)

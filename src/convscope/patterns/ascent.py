@@ -145,6 +145,7 @@ def ascend(
     silent: int = SILENT,
     plateau: Plateau | None = None,
     best: bool = False,
+    mean: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
@@ -154,14 +155,17 @@ def ascend(
     0 at each of the first `silent` steps in spite of that is done, and so is one that has reached the plateau: it stays
     as it is, whatever its neighbours do. When all are done the climb ends, and the last values stand for the rest of
     the history. best: a picture that had a value above 0 is left as it was where it had the highest: the next step may
-    have put to sleep what is frail. on_step is called behind every step; what it raises ends the climb. Raises
-    ConvscopeError if the network hands no gradients back to the pictures at all.
+    have put to sleep what is frail. mean: a picture ends as the mean, in the canvas's coordinates, of what it was after
+    each of so many steps, the last ones: what single views have drawn averages out. on_step is called behind every
+    step; what it raises ends the climb. Raises ConvscopeError if the network hands no gradients back to the pictures at
+    all.
     """
     history: list[Tensor] = []
     pictures = len(canvas.values)
     done = torch.zeros(pictures, dtype=torch.bool, device=canvas.values.device)
     top = torch.zeros(pictures, device=canvas.values.device)
     highest = canvas.values.detach().clone() if best else None
+    total, late = torch.zeros_like(canvas.values, requires_grad=False) if mean else None, 0
     for i in range(steps):
         dead = torch.full((pictures,), i < revive, device=canvas.values.device)
         if revive and history:
@@ -188,11 +192,16 @@ def ascend(
             kept = canvas.values[done]
             step(canvas.values, gradient)
             canvas.values[done] = kept
+            if total is not None and i >= steps - mean:
+                total, late = total.add_(canvas.values), late + 1
         if on_step is not None:
             on_step(i)
     if highest is not None:
         with torch.no_grad():
             canvas.values[top > 0] = highest[top > 0]
+    if total is not None and late:
+        with torch.no_grad():
+            canvas.values.copy_(total / late)
     history += history[-1:] * (steps - len(history))
     return torch.stack(history) if history else torch.zeros((0, pictures))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.images import Preprocessing
-from convscope.patterns.ascent import SILENT, Plateau, Step, adam_step, agreed_step, ascend, rms_step, warming
+from convscope.patterns.ascent import Plateau, Step, adam_step, agreed_step, ascend, rms_step, warming
 from convscope.patterns.canvas import Canvas, Fourier, Phase, Photograph, Pixels
 from convscope.patterns.defaults import (
     Size,
@@ -165,6 +165,8 @@ WAKING = 48
 # What keeps coordinates with next to no gradient still; see `adam_step`, and for little of it `agreed_step`.
 DAMPING = 2.0
 SLIGHT = 0.1
+# The share of the steps, the last ones, of which a class's picture is the mean: one in so many.
+SETTLING = 5
 
 
 def robust(task: Task) -> Drawn:
@@ -174,7 +176,8 @@ def robust(task: Task) -> Drawn:
     rolled, since a zoom would smear the few pixels that they care about, and steps go where gradients agree. For
     classes, and what else sees the whole picture, the first steps are short and the first views coarse: they decide
     what the picture is going to show. There the canvas is as coarse as the views, which cannot tell finer structure
-    from coarse. A unit that stays silent is woken in the end, on the canvas as it lies.
+    from coarse, and the picture is the mean over the last fifth of the steps: what single views drew averages out. A
+    unit that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
     view = _views(task)
@@ -189,21 +192,21 @@ def robust(task: Task) -> Drawn:
         return canvas.picture(task.seen_at(step) if warms else None)
 
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
-    silent = task.steps if warms else SILENT
-    drawn = _climbed(task, canvas, task.through(view, shown), step, silent)
+    how = {"silent": task.steps, "mean": task.steps // SETTLING} if warms else {}
+    drawn = _climbed(task, canvas, task.through(view, shown), step, **how)
     if not task.still:
         _wake(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
 def _climbed(
-    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], step: Step | None = None, silent: int = SILENT
+    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], step: Step | None = None, **how: int
 ) -> Drawn:
     """With the gradient let past dead rectifiers at first, by damped Adam unless another step is given: what all
     recipes but the textbook's do."""
     finish = partial(finished, canvas)
     own = adam_step(canvas.values, task.step_size, DAMPING) if step is None else step
-    history = task.climb(canvas, measure, own, finish, revive=REVIVED, silent=silent)
+    history = task.climb(canvas, measure, own, finish, revive=REVIVED, **how)
     return Drawn(finish(), history)
 
 
