@@ -165,7 +165,7 @@ def ascend(
     done = torch.zeros(pictures, dtype=torch.bool, device=canvas.values.device)
     top = torch.zeros(pictures, device=canvas.values.device)
     highest = canvas.values.detach().clone() if best else None
-    total, late = torch.zeros_like(canvas.values, requires_grad=False) if mean else None, 0
+    total, late = torch.zeros_like(canvas.values) if mean else None, 0
     for i in range(steps):
         dead = torch.full((pictures,), i < revive, device=canvas.values.device)
         if revive and history:
