@@ -101,6 +101,17 @@ def test_what_stays_silent_is_told_why(fires: Any, more: dict[str, Any], why: st
     assert found.notes[0].startswith(f"unit 0 is stuck at 0: {why}")
 
 
+def test_what_fires_on_the_way_only_is_told_so() -> None:
+    """Here: whenever it is climbed, never when it is only looked at."""
+    model = as_it_is(Gated(lambda x: torch.full_like(x[:, :1], float(torch.is_grad_enabled()))), 96)
+    found = convscope.patterns(model, "gate", size=32, steps=4)
+    assert found.scores.tolist() == [0]
+    assert (found.history > 0).all()
+    assert found.notes == (
+        f"unit 0 is stuck at 0: it fired on the way, but at no finished picture, from {STARTS} starts",
+    )
+
+
 @pytest.mark.parametrize("memory", [1, 1 << 30])
 def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> None:
     def three(x: Tensor) -> Tensor:

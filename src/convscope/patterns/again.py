@@ -35,6 +35,7 @@ LARGER = (
     "is stuck at 0: it fires on a sample photograph, but at no piece of {height} x {width} pixels that was cut out of "
     "it, nor from {starts} starts with the gradient let past its rectifier; a larger size= may help"
 )
+FADED = "is stuck at 0: it fired on the way, but at no finished picture, from {starts} starts"
 FLEETING = "fires at this very picture, but was silent whenever it was moved or zoomed"
 
 
@@ -126,8 +127,8 @@ class Finished:
 def revive(batch: Batch, done: Finished, fits: int) -> None:
     """Units that end at 0, drawn again from other starts and, if none wakes them, from photographs.
 
-    Of units that were silent at every step of every start, `done` tells why. `fits` is how many pictures of several
-    starts are climbed at once.
+    Of units that stay at 0, and of those that fire only at the last, `done` tells why. `fits` is how many pictures of
+    several starts are climbed at once.
     """
     if batch.task.steps == 0:
         return
@@ -144,7 +145,8 @@ def revive(batch: Batch, done: Finished, fits: int) -> None:
         if woken := _woken(batch, silent, fired, size, fits):
             never[list(woken)] &= _from_start(batch, done, woken)
     said = _from_photographs(batch, done, _rows(done.scores == 0))
-    done.silent = {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
+    done.silent = {i: FADED.format(starts=batch.rule.starts) for i in said if fired[i] and done.scores[i] == 0}
+    done.silent |= {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
 
 
 def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int], fits: int) -> dict[int, int]:
