@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from convscope.packing import tensors_in
 
 R = TypeVar("R")
 Folds = dict[int, tuple["Chain", Callable[[Tensor], Tensor]]]  # under the identity of the convolution's weight
@@ -92,7 +94,7 @@ class _Watching(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in METADATA or (name == "__get__" and not isinstance(output, Tensor)):
             return output
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if (inside := self.within.get(id(tensor))) is not None:
                 self.chains = [chain for chain in self.chains if chain is not inside[1]]
             if (end := self.ends.get(id(tensor))) is not None:
@@ -194,13 +196,3 @@ def _limits(func: Any, args: Any, kwargs: Any) -> list[float]:
 def _plain(args: Any, kwargs: Any) -> bool:
     """Whether a convolution is called as torch's own layers call it."""
     return not kwargs and len(args) == 7 and not isinstance(args[4], str)
-
-
-def _tensors(parts: Any) -> Iterator[Tensor]:
-    if isinstance(parts, Tensor):
-        yield parts
-    elif isinstance(parts, dict):
-        yield from _tensors(list(parts.values()))
-    elif isinstance(parts, list | tuple):
-        for part in parts:
-            yield from _tensors(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +40,17 @@ def each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         fields = {key: each_tensor(part, change) for key, part in _parts(output).items()}
         return dataclasses.replace(output, **fields)
     return output
+
+
+def tensors_in(parts: Any) -> Iterator[Tensor]:
+    """Every tensor among what a function is given or returns: lists, tuples and dicts are looked into."""
+    if isinstance(parts, Tensor):
+        yield parts
+    elif isinstance(parts, dict):
+        yield from tensors_in(list(parts.values()))
+    elif isinstance(parts, list | tuple):
+        for part in parts:
+            yield from tensors_in(part)
 
 
 def _parts(output: Any) -> dict[Any, Any]:

@@ -22,6 +22,7 @@ from convscope.patterns.objective import Objective
 from convscope.patterns.plan import Wanted, canvas_size, find_recipe, refuses, started, wanted
 from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
+from convscope.patterns.skips import favouring
 from convscope.patterns.worth import beside_nature, beside_noise, excited, remarks
 
 __all__ = ["Patterns", "patterns"]
@@ -126,6 +127,8 @@ def patterns(
         if model.owned:
             blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *largest))
             run = folded.quickened(run, folded.plan(run, blank, gradients=True))
+        if want.to_logits and rule.branches != 1:
+            run = favouring(run, rule.branches)
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step

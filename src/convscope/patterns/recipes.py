@@ -176,7 +176,8 @@ def robust(task: Task) -> Drawn:
     rolled, since a zoom would smear the few pixels that they care about, and steps go where gradients agree. For
     classes, and what else sees the whole picture, the first steps are short and the first views coarse: they decide
     what the picture is going to show. There the canvas is as coarse as the views, which cannot tell finer structure
-    from coarse, and the picture is the mean over the last fifth of the steps: what single views drew averages out. A
+    from coarse, and the picture is the mean over the last fifth of the steps: what single views drew averages out. Of
+    what comes back through residual branches, where networks differ, a class's gradient takes less than half. A
     unit that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = Fourier(task.generators, task.channels, task.size, task.device)
@@ -361,11 +362,13 @@ class Recipe:
     """From how many starts a unit is tried that does not fire."""
     tries: int = 1
     """From how many starts a class is drawn that the network does not know in pieces."""
+    branches: float = 1.0
+    """Of a class's gradient, the share that goes through the branches that skip connections pass by."""
 
 
 RECIPES = {
     "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, tries=2),
+    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, tries=2, branches=0.45),
     "maco": Recipe(maco, robust_size, reduced_seen, even_pace, views=2, starts=8),
     "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
     "caricature": Recipe(
