@@ -113,6 +113,39 @@ def test_robust_for_classes_by_hand() -> None:
     assert found.images[0].std() > 5  # beside which that is nothing
 
 
+class Residual(nn.Module):
+    """x + f(x) between two convolutions; `share` of the gradient goes through f."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.stem, self.branch, self.head = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        branch = self.branch(x.relu())
+        if branch.requires_grad:
+            branch.register_hook(lambda gradient: self.share * gradient)
+        return self.head((x + branch).relu()).mean((2, 3))
+
+
+def test_robust_takes_less_than_half_of_what_residual_branches_hand_back_of_classes() -> None:
+    """As a network whose branches do so by themselves, to the byte; units of layers are drawn with all of it."""
+    rule = replace(RECIPES["robust"], tries=1)
+    assert rule.branches == 0.45
+    whole, less = (loaded(filled(Residual(share)), 56) for share in (1.0, 0.45))
+    found = convscope.patterns(whole, "logits", recipe=rule, steps=12)
+    expected = convscope.patterns(less, "logits", recipe=replace(rule, branches=1.0), steps=12)
+    assert np.array_equal(found.images, expected.images)
+    assert np.array_equal(found.history, expected.history)
+    other = convscope.patterns(whole, "logits", recipe=replace(rule, branches=1.0), steps=12)
+    assert not np.array_equal(found.images, other.images)
+    units = [convscope.patterns(net, "head", recipe=rule, steps=4).images for net in (whole, less)]
+    assert not np.array_equal(*units)
+    plain = convscope.patterns(whole, "head", recipe=replace(rule, branches=1.0), steps=4).images
+    assert np.array_equal(units[0], plain)
+
+
 def test_robust_for_units_that_see_little_by_hand() -> None:
     """The canvas, rolled; steps that go where gradients agree."""
     net = filled(Usual())
