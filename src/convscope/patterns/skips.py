@@ -22,9 +22,9 @@ DEEPER = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 def favouring(run: Callable[[Tensor], R], share: float) -> Callable[[Tensor], R]:
     """`run`, but of the gradient of each residual branch only `share` goes on; what is computed stays the same.
 
-    Where y = x + f(x), the gradient of x is that of y, plus `share` times what comes through f. What fine tricks of
-    single branches a picture would play on this one network counts less then beside what all layers agree on, and
-    other networks recognise it more often. Wu et al., "Skip Connections Matter", ICLR 2020 (skip gradient method).
+    Where y = x + f(x), the gradient of x is that of y, plus `share` times what comes through f. Tricks that work on
+    single branches of this one network then count less beside what all layers agree on, and other networks recognise
+    the picture more often. Wu et al., "Skip Connections Matter", ICLR 2020 (skip gradient method).
     """
 
     def favoured(x: Tensor) -> R:
