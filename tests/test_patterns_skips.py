@@ -110,6 +110,31 @@ def blocks(net: nn.Module):
     return [block for stage in net.blocks for block in stage if block.has_skip]
 
 
+@pytest.mark.parametrize(
+    ("source", "blocks"),
+    [
+        ("torchvision:resnet18", 8),  # sums in place, three skip connections projected
+        ("torchvision:mobilenet_v2", 10),
+        ("torchvision:squeezenet1_1", 0),
+        ("timm:convnext_atto", 12),
+        ("keras:MobileNetV2", 10),
+    ],
+)
+def test_each_residual_branch_is_found_once(source, blocks, monkeypatch):
+    model = convscope.load(source, weights="random")
+    hooked, hook = [], torch.Tensor.register_hook
+    monkeypatch.setattr(
+        torch.Tensor, "register_hook", lambda tensor, f: (hooked.append(id(tensor)), hook(tensor, f))[1]
+    )
+    x = torch.rand(
+        (2, 3, *model.preprocessing.picture_size), generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    with tap.attach(model, []) as run:
+        hooked.clear()
+        favouring(run, 0.5)(x)
+    assert len(hooked) == len(set(hooked)) == blocks
+
+
 def test_without_gradients_nothing_is_looked_at(x):
     seen = []
     with torch.no_grad():
