@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,88 @@ def test_double_precision_folds_normalisation_alone() -> None:
     folds, found, expected = both(net, inputs(2, 4, 9, 9).double())
     assert steps(folds) == [NORMALISED]
     assert apart(found, expected) < 1e-12
+
+
+def padded(net: nn.Module, x: Tensor, *, gradients: bool) -> list[bool]:
+    """Of each convolution, whether it pads by itself. Outputs and gradients are compared at several sizes."""
+    folds = folded.plan(net, x[:1], gradients=gradients)
+    quick = folded.quickened(net, folds)
+    for size in ((12, 12), (13, 11), (9, 16)):
+        both = []
+        for run in (net, quick):
+            at = inputs(2, 4, *size).to(x.dtype).requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                found = run(at)
+            weights = inputs(*found.shape).to(x.dtype)
+            both.append((found.detach(), torch.autograd.grad(found, at, weights)[0] if gradients else weights))
+        for found, expected in zip(*both, strict=True):
+            assert apart(found, expected) < (1e-12 if x.dtype == torch.float64 else TINY)
+    return [chain.padded for chain, _ in folds.values()]
+
+
+PADDED: dict[str, tuple[Callable[..., Tensor], dict[str, Any], bool]] = {
+    "more behind": (lambda c, b, x: b(c(F.pad(x, (0, 1, 0, 1)))), {"stride": 2, "groups": 4}, True),
+    "more in front": (lambda c, b, x: b(c(F.pad(x, (2, 1, 3, 0)))), {"groups": 4}, True),
+    "alike": (lambda c, b, x: c(F.pad(x, (1, 1, 1, 1))), {}, True),
+    "one axis": (lambda c, b, x: c(F.pad(x, (2, 0))), {"groups": 2}, True),
+    "rectified": (lambda c, b, x: F.relu(c(F.pad(x, (0, 1, 0, 1)))), {"stride": 2}, True),
+    "dilated": (lambda c, b, x: b(c(F.pad(x, (0, 2, 0, 4)))), {"dilation": 2, "groups": 4}, True),
+    "between two taps": (lambda c, b, x: b(c(F.pad(x, (0, 1, 0, 2)))), {"dilation": 2, "groups": 4}, True),
+    "as the size asks": (lambda c, b, x: b(c(F.pad(x, (0, x.shape[3] % 2)))), {"groups": 4}, True),
+    "its shape is asked": (lambda c, b, x: c(y) if (y := F.pad(x, (0, 1))).shape[3] > 3 else x, {}, True),
+    "by name": (lambda c, b, x: b(c(F.pad(input=x, pad=(0, 1)))), {"groups": 4}, True),
+    "a module": (lambda c, b, x: b(c(nn.ZeroPad2d((0, 1, 1, 0))(x))), {"groups": 4}, True),
+    "with ones": (lambda c, b, x: b(c(F.pad(x, (0, 1), value=1.0))), {}, False),
+    "reflected": (lambda c, b, x: b(c(F.pad(x, (1, 1, 1, 1), mode="reflect"))), {}, False),
+    "cropped": (lambda c, b, x: b(c(F.pad(x, (-1, 1)))), {}, False),
+    "padded twice": (lambda c, b, x: b(c(F.pad(F.pad(x, (0, 1)), (1, 0)))), {}, False),
+    "seen by others": (lambda c, b, x: b(c(y := F.pad(x, (0, 1, 0, 1)))) + y, {}, False),
+    "written over": (lambda c, b, x: b(c(_and_clear(F.pad(x, (0, 1)), x))), {}, False),
+    "another for somebody else": (lambda c, b, x: c(F.pad(x, (0, 1)))[..., :9] + F.pad(x, (1, 1))[..., :9], {}, False),
+}
+
+
+def _and_clear(padded: Tensor, x: Tensor) -> Tensor:
+    """What was padded, after what it was made of has been written over."""
+    if not x.requires_grad:
+        x.zero_()
+    return padded
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", PADDED)
+def test_a_convolution_pads_by_itself_what_nobody_else_sees(name: str, gradients: bool) -> None:
+    function, options, expected = PADDED[name]
+    net = varied(Layers(function, **options)).requires_grad_(False)
+    assert any(padded(net, inputs(1, 4, 12, 12), gradients=gradients)) is expected
+    padded(net.double(), inputs(1, 4, 12, 12).double(), gradients=gradients)
+
+
+def test_a_kernel_grows_only_where_that_costs_little() -> None:
+    """Unequal ends need a larger kernel: 16 taps for 9. Where many maps go into each output, padding is cheaper."""
+    one, many = torch.ones(8, 1, 3, 3), torch.ones(8, 8, 3, 3)
+    window = folded.padded_within(folded.Window(one, (0, 0), (1, 1)), ((0, 1), (1, 1)))
+    assert window is not None
+    assert window.padding == (1, 1)
+    assert torch.equal(window.weight, F.pad(one, (0, 0, 1, 0)))
+    assert folded.padded_within(folded.Window(many, (0, 0), (1, 1)), ((0, 1), (1, 1))) is None
+    alike = folded.padded_within(folded.Window(many, (1, 0), (1, 1)), ((1, 1), (2, 2)))
+    assert alike is not None
+    assert alike.padding == (2, 2)
+    assert torch.equal(alike.weight, many)
+
+
+def test_lite0_pads_by_itself(lite0: Model) -> None:
+    """Its five convolutions with a stride, at sizes that ask for zeros at one end and at both."""
+    net = copy.deepcopy(lite0.module).double()  # in which no rectifier is found on the other side of its kink
+    with torch.no_grad():
+        folds = folded.plan(net, inputs(1, 3, 224, 224).double(), gradients=True)
+    assert sum(chain.padded for chain, _ in folds.values()) == 5
+    for side in (80, 111):
+        x = inputs(2, 3, side, side).double().requires_grad_()
+        slow, quick = (run(x)[:, 7].sum() for run in (net, folded.quickened(net, folds)))
+        (expected,), (found,) = (torch.autograd.grad(value, x) for value in (slow, quick))
+        assert apart(found, expected) < 1e-10
 
 
 def test_nothing_is_kept_during_a_pass_but_what_is_still_asked_for() -> None:

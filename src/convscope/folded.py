@@ -1,4 +1,4 @@
-"""Quicker passes: what follows a convolution, batch normalisation and activation, is done within it.
+"""Quicker passes: the padding before a convolution and what follows it, normalisation and activation, is done within.
 
 The same numbers but for rounding. Nothing of the network is changed: while a pass runs, its calls of torch's functions
 are answered by others.
@@ -10,20 +10,26 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.packing import tensors_in
+from convscope.packing import tensors_in, with_tensor
 
 R = TypeVar("R")
-Folds = dict[int, tuple["Chain", Callable[[Tensor], Tensor]]]  # under the identity of the convolution's weight
+OnBatch = Callable[[Tensor], Tensor]
+Pads = tuple[tuple[int, int], ...]  # zeros in front of and behind each axis of a map
+# A chain, and what does all of it, under the identity of the convolution's weight.
+Folds = dict[int, tuple["Chain", Callable[[Tensor, Pads | None], Tensor]]]
 
+FEW = 4  # maps that each of a convolution's outputs looks at: its time is that of reading and writing, not of adding
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 NORMALISATION = inspect.signature(F.batch_norm)
+PADDING = inspect.signature(F.pad)
 # The names by which oneDNN knows them.
 ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -48,6 +54,7 @@ class Chain:
     function: Any
     shape: torch.Size  # of what came in
     fuses: bool  # oneDNN takes activations in, and weights laid out beforehand
+    padded: bool = False  # beforehand, with zeros
     normalised: dict[str, Any] | None = None
     activation: tuple[str, list[float]] | None = None
     extends: bool = True
@@ -57,8 +64,8 @@ class Chain:
         given = {"normalisation": self.normalised, "activation": self.activation}
         return [step for step, what in given.items() if what is not None]
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
-        """The whole chain as one function."""
+    def folded(self) -> Callable[[Tensor, Pads | None], Tensor]:
+        """The whole chain as one function of a batch and of the zeros to be laid around it."""
         weight, bias, stride, padding, dilation, groups = self.arguments
         if (bn := self.normalised) is not None:
             scale = (bn["running_var"] + bn["eps"]).rsqrt()
@@ -66,6 +73,21 @@ class Chain:
             weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
             bias = -bn["running_mean"] * scale if bias is None else (bias - bn["running_mean"]) * scale
             bias = bias if bn["bias"] is None else bias + bn["bias"]
+
+        axes, plain = weight.ndim - 2, self._as_one(weight, bias, stride, padding, dilation, groups)
+        window = Window(weight, _each(axes, padding), _each(axes, dilation))
+
+        @cache
+        def padded(pads: Pads) -> OnBatch:
+            with torch.no_grad():
+                own = padded_within(window, pads) if len(pads) == axes else None
+            if own is None:
+                return lambda x: plain(_laid_around(x, pads))
+            return self._as_one(own.weight, bias, stride, own.padding, dilation, groups)
+
+        return lambda x, pads: plain(x) if pads is None else padded(pads)(x)
+
+    def _as_one(self, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> OnBatch:
         if not self.fuses:
             return lambda x: self.function(x, weight, bias, stride, padding, dilation, groups)
         name, numbers = self.activation or ("none", [])
@@ -75,6 +97,55 @@ class Chain:
         if weight.ndim == 4:
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *sizes, groups, self.shape)
         return lambda x: pointwise(x, packed, bias, *sizes, groups, name, numbers, "")
+
+
+class Window(NamedTuple):
+    """What a convolution looks through: its weight, and its padding and dilation along each axis."""
+
+    weight: Tensor
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def padded_within(window: Window, pads: Pads) -> Window | None:
+    """A window that pads by itself what would be padded by `pads` first; None if that is not possible, or not quicker.
+
+    A convolution pads both ends of an axis alike. Where more zeros are wanted at one end, it gets as many at both, and
+    zeros at the other end of its kernel, which look past them.
+    """
+    around = [(p + before, p + behind) for p, (before, behind) in zip(window.padding, pads, strict=True)]
+    padding = tuple(max(ends) for ends in around)
+    more = [(p - before, p - behind) for p, (before, behind) in zip(padding, around, strict=True)]
+    if any(end % d for ends, d in zip(more, window.dilation, strict=True) for end in ends):
+        return None
+    if any(map(any, more)) and window.weight.shape[1] > FEW:
+        return None
+    taps = tuple((a // d, b // d) for (a, b), d in zip(more, window.dilation, strict=True))
+    return window._replace(weight=_laid_around(window.weight, taps), padding=padding)
+
+
+def _laid_around(x: Tensor, pads: Pads) -> Tensor:
+    """With so many zeros around each of the last axes."""
+    return F.pad(x, [end for ends in reversed(pads) for end in ends])
+
+
+def _zeros_around(func: Any, args: Any, kwargs: Any) -> Pads | None:
+    """What a call lays around maps (N, C, ...); None if it is not `torch.nn.functional.pad`, or does anything else."""
+    if func is not F.pad:
+        return None
+    bound = PADDING.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    axes = given["input"].ndim - 2
+    ends = [(int(a), int(b)) for a, b in zip(given["pad"][::2], given["pad"][1::2], strict=True)]
+    if given["mode"] != "constant" or given["value"] or len(ends) > axes or min(map(min, ends), default=0) < 0:
+        return None
+    return (*[(0, 0)] * (axes - len(ends)), *reversed(ends))
+
+
+def _each(axes: int, given: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each axis."""
+    return (given,) * axes if isinstance(given, int) else tuple(given) if len(given) == axes else tuple(given) * axes
 
 
 class _Watching(TorchFunctionMode):
@@ -87,6 +158,9 @@ class _Watching(TorchFunctionMode):
         self.within: dict[int, tuple[Tensor, Chain]] = {}  # those handed on inside
         self.chains: list[Chain] = []
         self.weights: list[int] = []
+        self.padded: dict[int, Tensor] = {}
+        self.latest: Tensor | None = None  # of what is padded, as long as nothing has happened since
+        self.only_before = True  # nothing is padded but what a convolution, and nobody else, takes at once
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,16 +168,23 @@ class _Watching(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in METADATA or (name == "__get__" and not isinstance(output, Tensor)):
             return output
+        convolves = func in CONVOLUTIONS and _plain(args, kwargs)
+        padded = convolves and args[0] is self.latest
+        self.only_before &= padded or self.latest is None
         for tensor in tensors_in((args, kwargs)):
+            self.only_before &= id(tensor) not in self.padded or (padded and tensor is args[0])
             if (inside := self.within.get(id(tensor))) is not None:
                 self.chains = [chain for chain in self.chains if chain is not inside[1]]
             if (end := self.ends.get(id(tensor))) is not None:
                 self._goes_on(end[1], func, args, kwargs, tensor, output)
-        if func in CONVOLUTIONS and _plain(args, kwargs):
-            chain = Chain(args[1:], func, args[0].shape, self.activations)
+        if convolves:
+            chain = Chain(args[1:], func, args[0].shape, self.activations, padded)
             self.chains.append(chain)
             self.weights.append(id(args[1]))
             self.ends[id(output)] = output, chain
+        self.latest = None
+        if _zeros_around(func, args, kwargs) is not None:
+            self.latest = self.padded[id(output)] = output
         return output
 
     def _goes_on(self, chain: Chain, func: Any, args: Any, kwargs: Any, tensor: Tensor, output: Any) -> None:
@@ -130,16 +211,24 @@ class _Folding(TorchFunctionMode):
     def __init__(self, folds: Folds) -> None:
         super().__init__()
         self.folds = folds
+        self.pads = any(chain.padded for chain, _ in folds.values())
+        self.short: tuple[Tensor, Pads] | None = None  # what is still to be padded, and how
         self.done: dict[int, tuple[Tensor, list[str]]] = {}  # what is done already and will be asked for
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in CONVOLUTIONS and _plain(args, kwargs):
-            known = self.folds.get(id(args[1]))
-            if known is None:
-                return func(*args, **kwargs)
-            output = known[1](args[0])
-            self.done[id(output)] = output, known[0].steps()
+        if self.pads and (pads := _zeros_around(func, args, kwargs)) is not None:
+            (x,) = tensors_in((args[:1], kwargs))
+            output = x.view_as(x)
+            self.short = output, pads
+            return output
+        if func in CONVOLUTIONS and _plain(args, kwargs) and (known := self.folds.get(id(args[1]))) is not None:
+            x, pads = args[0], None
+            if self.short is not None and x is self.short[0]:
+                pads, self.short = self.short[1], None
+            output = known[1](x, pads)
+            if steps := known[0].steps():
+                self.done[id(output)] = output, steps
             return output
         if func is F.batch_norm or func in ACTIVATIONS:
             tensor, steps = self.done.get(id(args[0]) if args else 0, (None, []))
@@ -148,6 +237,9 @@ class _Folding(TorchFunctionMode):
                 if not steps:  # let it go
                     del self.done[id(tensor)]
                 return tensor
+        if self.short is not None:
+            short, pads = self.short
+            args, kwargs = with_tensor((args, kwargs), short, _laid_around(short, pads))
         return func(*args, **kwargs)
 
 
@@ -160,8 +252,11 @@ def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) ->
     with torch.no_grad(), _Watching(not gradients and _fuses(x)) as watching:
         run(x)
     calls = Counter(watching.weights)
+    for chain in watching.chains:
+        chain.padded &= watching.only_before
     # Weights that serve twice may be followed by different things.
-    chains = {id(c.arguments[0]): c for c in watching.chains if c.steps() and calls[id(c.arguments[0])] == 1}
+    once = [c for c in watching.chains if calls[id(c.arguments[0])] == 1]
+    chains = {id(c.arguments[0]): c for c in once if c.steps() or c.padded}
     with torch.no_grad():
         return {key: (chain, chain.folded()) for key, chain in chains.items()}
 
