@@ -24,6 +24,7 @@ from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
 from convscope.patterns.skips import favouring
 from convscope.patterns.worth import beside_nature, beside_noise, excited, remarks
+from convscope.retained import retained
 
 __all__ = ["Patterns", "patterns"]
 
@@ -117,7 +118,7 @@ def patterns(
     first = started(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
-    with tap.attach(model, want.layers, stop=not want.to_logits) as run:
+    with retained(), tap.attach(model, want.layers, stop=not want.to_logits) as run:
         sees, tried = want.sees(model), refuses(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.seen(sees, model.preprocessing.picture_size, sides)
