@@ -86,7 +86,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[float]]]:
 
 def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, list[float]]) -> None:
     """Each try by itself is the recipe with one try, from that start."""
-    told.update({0: [0.9], 1: [0.2, 0.1, 0.35, 0.3], 2: [0.1, 0.6], 3: [0.3, 0.3, 0.2, 0.1], 4: [0.45]})
+    told.update({0: [0.9], 1: [0.3, 0.2, 0.5, 0.4], 2: [0.1, 0.86], 3: [0.4, 0.4, 0.3, 0.2], 4: [0.85]})
     found = drawn(usual, range(5), frames=2)
 
     def alone(unit: int, start: int) -> convscope.Patterns:
@@ -109,8 +109,8 @@ def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, lis
         np.testing.assert_allclose(found.history[:, unit], expected.history[:, 0], rtol=0.02)
         np.testing.assert_allclose(found.scores[unit], expected.scores[0], rtol=0.02)
     assert [note.split(" when")[0] for note in found.notes] == [
-        "class 1 (one) is given a probability of 0.35",
-        "class 3 (three) is given a probability of 0.30",
+        "class 1 (one) is given a probability of 0.50",
+        "class 3 (three) is given a probability of 0.40",
     ]
 
 

@@ -139,7 +139,7 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
 
-KNOWN = 0.4  # the probability below which a picture is doubtful
+KNOWN = 0.7  # the probability below which a picture is doubtful
 
 
 def known(model: Model, run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
