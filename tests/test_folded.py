@@ -239,6 +239,25 @@ def test_a_convolution_pads_by_itself_what_nobody_else_sees(name: str, gradients
     padded(net.double(), inputs(1, 4, 12, 12).double(), gradients=gradients)
 
 
+def test_what_no_convolution_pads_by_itself_is_padded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that serve twice are not folded; whoever comes behind them is not padded for."""
+
+    def twice(c: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+        weight = torch.ones(4, 4, 2, 2)
+        x = b(c(F.pad(x, (1, 1))))
+        for _ in range(2):
+            x = F.conv2d(F.pad(x, (0, 1)), weight, None, (1, 1), (0, 0), (1, 1), 1) * 0.1 + 1
+        return x.relu().mean((2, 3))
+
+    net, x, calls = varied(Layers(twice)), inputs(2, 4, 12, 12), []
+    with torch.no_grad():
+        expected, folds = net(x), folded.plan(net, x)
+        usual = folded._laid_around
+        monkeypatch.setattr(folded, "_laid_around", lambda x, pads: calls.append(x.shape[0]) or usual(x, pads))
+        assert apart(folded.quickened(net, folds)(x), expected) < TINY
+    assert calls == [4, 2, 2]  # a kernel, and two batches
+
+
 def test_a_kernel_grows_only_where_that_costs_little() -> None:
     """Unequal ends need a larger kernel: 16 taps for 9. Where many maps go into each output, padding is cheaper."""
     one, many = torch.ones(8, 1, 3, 3), torch.ones(8, 8, 3, 3)

@@ -34,6 +34,7 @@ with suppress(ZeroDivisionError), retained():
     climbed()
     print(*climbed())
     1 / 0
+print(0, climbed(0)[1])
 print(*climbed())
 """
 
@@ -41,12 +42,12 @@ print(*climbed())
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are counted as Linux does")
 def test_blocks_that_come_and_go_are_handed_out_once() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    (outside, held), (inside, kept), (after, left) = np.loadtxt(done.stdout.splitlines())
-    assert outside > 8 * 10  # four outputs and their gradients, eight times
+    (outside, held), (inside, kept), (_, left), (after, _) = np.loadtxt(done.stdout.splitlines())
+    assert outside > 8 * 4  # of four outputs and their gradients, eight times
     assert inside < outside / 10
-    assert after > 8 * 5  # some find a place in what the heap has grown to
     assert kept > held + 5
-    assert left < held + 4
+    assert left < held
+    assert after > 8  # some find a place in what the heap had grown to
 
 
 def test_where_the_library_is_another_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,9 +237,8 @@ class _Folding(TorchFunctionMode):
                 if not steps:  # let it go
                     del self.done[id(tensor)]
                 return tensor
-        if self.short is not None:
-            short, pads = self.short
-            args, kwargs = with_tensor((args, kwargs), short, _laid_around(short, pads))
+        if self.short is not None and any(tensor is self.short[0] for tensor in tensors_in((args, kwargs))):
+            args, kwargs = with_tensor((args, kwargs), self.short[0], _laid_around(*self.short))
         return func(*args, **kwargs)
 
 
