@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,8 +51,16 @@ def test_blocks_that_come_and_go_are_handed_out_once() -> None:
     assert after > 8  # some find a place in what the heap had grown to
 
 
-def test_where_the_library_is_another_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retained, "sys", type("sys", (), {"platform": "darwin"}))
-    monkeypatch.setattr(retained.ctypes, "CDLL", None)
+@pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())], ids=["macOS", "musl"])
+def test_where_the_library_is_another_nothing_is_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch, platform: str, library: object
+) -> None:
+    """Neither `mallopt` nor `malloc_trim`, which a library without them would answer with an AttributeError."""
+    opened = []
+    monkeypatch.setattr(retained, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(retained, "ctypes", SimpleNamespace(CDLL=lambda name: opened.append(name) or library))
+    inside = False
     with retained.retained():
-        pass
+        inside = True
+    assert inside
+    assert opened == ([None] if platform == "linux" else [])
