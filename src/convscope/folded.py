@@ -54,7 +54,7 @@ class Chain:
     function: Any
     shape: torch.Size  # of what came in
     fuses: bool  # oneDNN takes activations in, and weights laid out beforehand
-    padded: bool = False  # beforehand, with zeros
+    padded: bool = False  # what comes in is laid in zeros first
     normalised: dict[str, Any] | None = None
     activation: tuple[str, list[float]] | None = None
     extends: bool = True
@@ -74,7 +74,8 @@ class Chain:
             bias = -bn["running_mean"] * scale if bias is None else (bias - bn["running_mean"]) * scale
             bias = bias if bn["bias"] is None else bias + bn["bias"]
 
-        axes, plain = weight.ndim - 2, self._as_one(weight, bias, stride, padding, dilation, groups)
+        axes = weight.ndim - 2
+        plain = self._as_one(weight, bias, stride, padding, dilation, groups)
         window = Window(weight, _each(axes, padding), _each(axes, dilation))
 
         @cache
@@ -144,8 +145,9 @@ def _zeros_around(func: Any, args: Any, kwargs: Any) -> Pads | None:
 
 
 def _each(axes: int, given: int | tuple[int, ...]) -> tuple[int, ...]:
-    """A number for each axis."""
-    return (given,) * axes if isinstance(given, int) else tuple(given) if len(given) == axes else tuple(given) * axes
+    """A number for each axis, of one for all of them or one for each."""
+    numbers = (given,) if isinstance(given, int) else tuple(given)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 class _Watching(TorchFunctionMode):

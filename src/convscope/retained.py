@@ -19,7 +19,7 @@ def retained() -> Iterator[None]:
     """While active, the C library keeps what is freed for what is asked for next.
 
     By itself glibc has each block of more than 32 MiB mapped anew, and the system clears it page by page. Where large
-    activations come and go at every step of a climb, that is a tenth of all the time. Afterwards all is handed back.
+    activations come and go at every step of a climb, that is a seventh of all the time. Afterwards all is handed back.
     Where the C library is another, nothing happens.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
