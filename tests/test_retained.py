@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import convscope
 from convscope import retained
+from convscope.model import Model
 
 # In a process of its own, where nothing that others hold lies between the blocks. Each activation has 36 MiB.
 SCRIPT = """
@@ -64,3 +68,27 @@ def test_where_the_library_is_another_nothing_is_asked_of_it(
         inside = True
     assert inside
     assert opened == ([None] if platform == "linux" else [])
+
+
+def test_patterns_are_drawn_with_it_and_end_it_also_when_they_are_ended(
+    monkeypatch: pytest.MonkeyPatch, lite0: Model
+) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        said.append("kept")
+        try:
+            yield
+        finally:
+            said.append("given back")
+
+    def ended(done: int, _: int) -> None:
+        said.append("step")
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["convscope.patterns"], "retained", told)
+    with pytest.raises(KeyboardInterrupt):
+        convscope.patterns(lite0, "bn1", [0], size=32, steps=3, progress=ended)
+    assert said == ["kept", "step", "step", "given back"]
