@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,66 @@ def test_lite0_pads_by_itself(lite0: Model) -> None:
         slow, quick = (run(x)[:, 7].sum() for run in (net, folded.quickened(net, folds)))
         (expected,), (found,) = (torch.autograd.grad(value, x) for value in (slow, quick))
         assert apart(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", {BOTH: 9, NORMALISED: 11}),
+        ("vgg11", {ACTIVE: 8}),
+        ("mobilenet_v2", {BOTH: 35, NORMALISED: 17}),
+        # Hard swish, after most of them, cannot be told from what comes out.
+        ("mobilenet_v3_small", {BOTH: 5, NORMALISED: 29, ACTIVE: 9}),
+    ],
+)
+def test_gradients_through_rectifiers(name: str, expected: dict[str, int]) -> None:
+    net = named(name)().double().requires_grad_(False)
+    with torch.no_grad():
+        folds = folded.plan(net, inputs(1, 3, 64, 64).double(), gradients=True)
+    assert {what: steps(folds).count(what) for what in set(steps(folds))} == expected
+    x = inputs(2, 3, 64, 64).double().requires_grad_()
+    (a, slow), (b, quick) = (
+        (y := run(x), torch.autograd.grad(y[:, 7].sum(), x)[0]) for run in (net, folded.quickened(net, folds))
+    )
+    assert apart(b.detach(), a.detach()) < 1e-10
+    assert apart(quick, slow) < 1e-10
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_gradients_through_rectifiers_of_other_convolutions(axes: int) -> None:
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    net = nn.Sequential(convolution(3, 4, 3), nn.ReLU6(), convolution(4, 2, 1), nn.ReLU()).requires_grad_(False)
+    x = inputs(2, 3, *[5] * axes).requires_grad_()
+    with torch.no_grad():
+        folds = folded.plan(net, x, gradients=True)
+    assert steps(folds) == [ACTIVE] * 2
+    slow, quick = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, folded.quickened(net, folds)))
+    assert torch.equal(slow, quick)
+
+
+@pytest.mark.parametrize("rectifier", [nn.ReLU, nn.ReLU6, partial(nn.Hardtanh, -1.0, 2.0)])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_goes_into_a_rectifier_is_not_kept(rectifier: Callable[..., nn.Module], inplace: bool) -> None:
+    """Of two convolutions with a rectifier between, only what goes into them is kept for the gradient."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), rectifier(inplace=inplace), nn.Conv2d(4, 2, 3)).requires_grad_(False)
+    x = inputs(1, 3, 9, 9).requires_grad_()
+    with torch.no_grad():
+        folds = folded.plan(net, x, gradients=True)
+    assert steps(folds) == [ACTIVE]
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quick = folded.quickened(net, folds)(x)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    maps = kept - weights - {x.untyped_storage().data_ptr()}
+    assert len(maps) == 1
+    slow = net(x)
+    assert torch.equal(quick, slow)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (quick, slow)))
 
 
 def test_nothing_is_kept_during_a_pass_but_what_is_still_asked_for() -> None:

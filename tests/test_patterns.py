@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from convscope.patterns.defaults import plain_size, robust_size
 from convscope.patterns.objective import each
 from convscope.patterns.recipes import REVIVED, standardised
 from convscope.patterns.views import Looks, rolled, zoomed
+from convscope.rectified import rectified as keeping_nothing
 from convscope.tap import Seen
 from tests.oracles.nets import Twice, Usual, filled
 
@@ -186,6 +188,21 @@ def test_adam_step_by_hand() -> None:
     assert torch.equal(values.detach(), before)
 
 
+def test_adam_step_however_values_and_gradients_lie() -> None:
+    draw = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn((2, 3, 5, 7), generator=draw) for _ in range(2))
+    ends = []
+    for a, b in product([torch.contiguous_format, torch.channels_last], repeat=2):
+        values = start.clone(memory_format=a)
+        step = adam_step(values, 0.1, 2.0)
+        for _ in range(3):
+            step(values, gradient.clone(memory_format=b))
+        ends.append(values)
+    assert not torch.equal(ends[0], start)
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-6)  # sums in another order
+
+
 def test_agreed_step_by_hand() -> None:
     """Adam's step with each coordinate times |m| / sqrt(v), at most 1, from the sums that Adam's means stand for."""
     rng = np.random.default_rng(0)
@@ -242,6 +259,8 @@ RECTIFIERS: dict[str, tuple[Any, float]] = {
     "ReLU6 in place": (nn.ReLU6(inplace=True), 6.0),
     "relu6": (F.relu6, 6.0),
     "Hardtanh": (nn.Hardtanh(0, 2), 2.0),
+    "of a folded pass": (lambda x: keeping_nothing(x, 0.0, math.inf), math.inf),
+    "of a folded pass, bounded": (lambda x: keeping_nothing(x, 0.0, 6.0), 6.0),
 }
 
 
@@ -267,6 +286,16 @@ def test_redirected_rectifier_by_hand(name: str) -> None:
     assert gradient[1].tolist() == [0, 3, 0]
     assert gradient[3].tolist() == [0, 0, 0]
     assert gradient[4].tolist() == ([-1, 1, -2] if top == math.inf else [-1, 0, -2])
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_picture_lives_wherever_its_gradient_is(row: int) -> None:
+    """Where one pixel is on, what is off beside it stays off; where none is, all is let through."""
+    x = torch.full((2, 1, 3, 2), -1.0)
+    x[0, 0, row, 1] = 1
+    _, gradient = rectified(x, torch.ones(2, 1, 3, 2), F.relu, [True, True])
+    assert torch.equal(gradient[0], (x[0] > 0).float())
+    assert torch.equal(gradient[1], torch.ones(1, 3, 2))
 
 
 def test_redirected_rectifier_works_in_place_where_the_result_is_dropped() -> None:

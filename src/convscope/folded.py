@@ -7,8 +7,9 @@ are answered by others.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convscope.packing import tensors_in, with_tensor
+from convscope.rectified import rectified
 
 R = TypeVar("R")
 OnBatch = Callable[[Tensor], Tensor]
@@ -42,8 +44,13 @@ ACTIVATIONS: dict[Any, str] = {
     F.silu: "swish",
     F.hardswish: "hardswish",
 }
+# Those whose gradient can be told from what comes out.
+RECTIFIERS = {function: name for function, name in ACTIVATIONS.items() if name in ("relu", "hardtanh")}
 # What is asked of a tensor without looking at its values.
-METADATA = frozenset({"dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "__len__"})
+METADATA = frozenset(
+    {"dim", "ndimension", "size", "numel", "nelement", "__len__", "stride", "is_contiguous"}
+    | {"is_floating_point", "is_complex", "is_inference", "data_ptr"}
+)
 
 
 @dataclass
@@ -89,9 +96,12 @@ class Chain:
         return lambda x, pads: plain(x) if pads is None else padded(pads)(x)
 
     def _as_one(self, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> OnBatch:
-        if not self.fuses:
-            return lambda x: self.function(x, weight, bias, stride, padding, dilation, groups)
         name, numbers = self.activation or ("none", [])
+        if not self.fuses:
+            if self.activation is None:
+                return lambda x: self.function(x, weight, bias, stride, padding, dilation, groups)
+            low, high = numbers or (0.0, math.inf)
+            return lambda x: rectified(self.function(x, weight, bias, stride, padding, dilation, groups), low, high)
         sizes = padding, stride, dilation
         pointwise = torch.ops.mkldnn._convolution_pointwise  # as torch.compile has it
         packed = weight
@@ -153,9 +163,9 @@ def _each(axes: int, given: int | tuple[int, ...]) -> tuple[int, ...]:
 class _Watching(TorchFunctionMode):
     """Finds the chains of one pass. Keeps every tensor that passes, so that none is taken for another."""
 
-    def __init__(self, activations: bool) -> None:
+    def __init__(self, activations: Mapping[Any, str], fuses: bool) -> None:
         super().__init__()
-        self.activations = activations
+        self.activations, self.fuses = activations, fuses
         self.ends: dict[int, tuple[Tensor, Chain]] = {}  # the last tensor of every chain so far
         self.within: dict[int, tuple[Tensor, Chain]] = {}  # those handed on inside
         self.chains: list[Chain] = []
@@ -180,7 +190,7 @@ class _Watching(TorchFunctionMode):
             if (end := self.ends.get(id(tensor))) is not None:
                 self._goes_on(end[1], func, args, kwargs, tensor, output)
         if convolves:
-            chain = Chain(args[1:], func, args[0].shape, self.activations, padded)
+            chain = Chain(args[1:], func, args[0].shape, self.fuses, padded)
             self.chains.append(chain)
             self.weights.append(id(args[1]))
             self.ends[id(output)] = output, chain
@@ -197,8 +207,8 @@ class _Watching(TorchFunctionMode):
             given = bound.arguments
             first = not given["training"] and given["running_mean"] is not None
             chain.normalised = given if first else None
-        elif first and self.activations and func in ACTIVATIONS and chain.activation is None:
-            chain.activation = ACTIVATIONS[func], _limits(func, args, kwargs)
+        elif first and func in self.activations and chain.activation is None:
+            chain.activation = self.activations[func], _limits(func, args, kwargs)
         else:
             first = False
         chain.extends = first
@@ -249,8 +259,10 @@ def _step(func: Any) -> str:
 
 
 def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) -> Folds:
-    """What can be folded of the pass `run(x)`; with `gradients` only what lets them through, the normalisation."""
-    with torch.no_grad(), _Watching(not gradients and _fuses(x)) as watching:
+    """What can be folded of the pass `run(x)`; with `gradients` normalisation and rectifiers only."""
+    fuses = not gradients and _fuses(x)
+    activations = RECTIFIERS if gradients else ACTIVATIONS if fuses else {}
+    with torch.no_grad(), _Watching(activations, fuses) as watching:
         run(x)
     calls = Counter(watching.weights)
     for chain in watching.chains:

@@ -24,6 +24,7 @@ from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
 from convscope.patterns.skips import favouring
 from convscope.patterns.worth import beside_nature, beside_noise, excited, remarks
+from convscope.recorded import repeated
 from convscope.retained import retained
 
 __all__ = ["Patterns", "patterns"]
@@ -130,6 +131,8 @@ def patterns(
             run = folded.quickened(run, folded.plan(run, blank, gradients=True))
         if want.to_logits and rule.branches != 1:
             run = favouring(run, rule.branches)
+        if model.owned:
+            run = repeated(run)
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step

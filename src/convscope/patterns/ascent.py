@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from convscope.errors import ConvscopeError
 from convscope.patterns.canvas import Canvas
+from convscope.rectified import rectified
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -50,13 +51,17 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     Elementwise within a picture, so pictures do not influence each other.
     """
     lengths = map(rate, count()) if callable(rate) else repeat(rate)
-    optimiser = torch.optim.Adam([values], betas=BETAS, eps=damping, maximize=True)
+    # In one go through memory where torch can. Each picture by itself: where it lies in a batch must decide nothing.
+    pictures, fused = list(values.detach()), values.device.type in ("cpu", "cuda")
+    optimiser = torch.optim.Adam(pictures, betas=BETAS, eps=damping, maximize=True, fused=fused)
 
-    def step(values: Tensor, gradient: Tensor) -> None:
-        values.grad = _of_unit_rms(gradient)
+    def step(_: Tensor, gradient: Tensor) -> None:
+        laid_out = torch.empty_like(values).copy_(_of_unit_rms(gradient))  # like the values: torch does not look
+        for picture, own in zip(pictures, laid_out, strict=True):
+            picture.grad = own
         optimiser.param_groups[0]["lr"] = next(lengths)
         optimiser.step()
-        values.grad = None
+        optimiser.zero_grad()
 
     return step
 
@@ -227,13 +232,24 @@ class _RedirectedClamp(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (x, pictures), (gradient,) = ctx.saved_tensors, gradients
         usual: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.top)
-        lives = usual.any(tuple(range(1, usual.ndim))) if usual.ndim > 1 else usual != 0
-        blocked = pictures & ~lives.view(len(pictures), -1).any(1)
+        blocked = pictures & ~_live(usual, len(pictures))
         if bool(blocked.any()):  # what lives beside them is not looked at
             rows = blocked.repeat_interleave(len(x) // len(pictures)).nonzero()[:, 0]
             x, gradient = x[rows], gradient[rows]
             usual[rows] = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
         return usual, None, None, None
+
+
+def _live(gradient: Tensor, pictures: int) -> Tensor:
+    """Of which pictures any part is not 0, as a mask. Mostly one row of places tells; only if not, all are asked."""
+    some = gradient[:, :, gradient.shape[2] // 2] if gradient.ndim == 4 else gradient
+    live = _any(some, pictures)
+    return live if some is gradient or bool(live.all()) else _any(gradient, pictures)
+
+
+def _any(gradient: Tensor, pictures: int) -> Tensor:
+    live: Tensor = gradient != 0 if gradient.ndim == 1 else gradient.any(tuple(range(1, gradient.ndim)))
+    return live.view(pictures, -1).any(1)
 
 
 class Redirected(TorchFunctionMode):
@@ -253,7 +269,8 @@ class Redirected(TorchFunctionMode):
         x = None if top is None else args[0] if args else kwargs["input"]
         if x is None or x.ndim == 0 or len(x) % len(self.pictures):
             return func(*args, **kwargs)
-        return _RedirectedClamp.apply(x, top, name.endswith("_") or bool(kwargs.get("inplace")), self.pictures)
+        inplace = func is rectified or name.endswith("_") or bool(kwargs.get("inplace"))
+        return _RedirectedClamp.apply(x, top, inplace, self.pictures)
 
 
 def _top(name: str, args: Any, kwargs: Any) -> float | None:
@@ -262,6 +279,8 @@ def _top(name: str, args: Any, kwargs: Any) -> float | None:
         return float("inf")
     if name in ("relu6", "relu6_"):
         return 6.0
+    if name == "rectified":
+        return float(args[2]) if args[1] == 0 else None
     if name in ("hardtanh", "hardtanh_"):
         low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)
         high = kwargs.get("max_val", args[2] if len(args) > 2 else 1.0)
