@@ -43,7 +43,7 @@ def main() -> None:
         "Where is it?": lambda: _localisation(localisation.run()),
     }
     out = Path(__file__).with_name("README.md")
-    written = _written(out) if given.only else {}
+    before, written = _written(out) if given.only else ("", {})
     head = [
         "# Benchmarks",
         "",
@@ -58,16 +58,17 @@ def main() -> None:
     ]
     for title, section in sections.items():
         if not given.only or title.startswith(given.only):
-            written[title] = "\n".join(section())
+            own = [] if not given.only else ["", f"Run by itself, {rounds} rounds ({few} where one takes long)."]
+            written[title] = "\n".join([*section(), *own])
         # After each, so that a run that is cut short has lost no more than one.
         parts = [f"## {title}\n\n{written[title]}\n" for title in sections if title in written]
-        out.write_text("\n".join(["\n".join(head), *parts]))
+        out.write_text("\n".join([before or "\n".join(head), *parts]))
 
 
-def _written(path: Path) -> dict[str, str]:
-    """The sections of an earlier run."""
-    parts = path.read_text().split("\n## ")[1:]
-    return {title: body.strip() for title, body in (part.split("\n", 1) for part in parts)}
+def _written(path: Path) -> tuple[str, dict[str, str]]:
+    """What stands before the sections of an earlier run, and these."""
+    before, *parts = path.read_text().split("\n## ")
+    return before, {title: body.strip() for title, body in (part.split("\n", 1) for part in parts)}
 
 
 def _heatmaps(rows: list[heatmaps.Row]) -> list[str]:
