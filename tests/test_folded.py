@@ -309,6 +309,44 @@ def test_gradients_through_rectifiers(name: str, expected: dict[str, int]) -> No
     assert apart(quick, slow) < 1e-10
 
 
+@pytest.mark.parametrize(
+    "behind", [lambda y, x: y.add_(x), lambda y, x: y.div_(6), lambda y, x: F.relu6(y.mul_(2), inplace=True)]
+)
+def test_a_rectifier_into_whose_output_is_written(behind: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Its gradient cannot be told from what came out any more: left to torch, which keeps what went in."""
+    weight = inputs(3, 3, 1, 1) * 4
+
+    def net(x: Tensor) -> Tensor:
+        return behind(F.relu6(F.conv2d(x, weight)), x)
+
+    x = inputs(2, 3, 5, 5).requires_grad_()
+    with torch.no_grad():
+        folds = folded.plan(net, x, gradients=True)
+    slow, quick = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, folded.quickened(net, folds)))
+    assert torch.equal(slow, quick)
+
+
+def test_what_no_function_of_torch_looks_at_is_found_by_trying() -> None:
+    """Foreign code is not seen, and would find what was rectified in the place of what went in."""
+    weight = inputs(3, 3, 1, 1)
+
+    def net(x: Tensor) -> Tensor:
+        y = F.conv2d(x, weight)
+        with torch._C.DisableTorchFunction():  # as what is called from C++
+            foreign = y * 2
+        return F.relu(y) + foreign
+
+    x = inputs(2, 3, 5, 5)
+    with torch.no_grad():
+        folds = folded.plan(net, x, gradients=True)
+    assert steps(folds) == [ACTIVE]
+    assert not folded.agrees(net, folded.quickened(net, folds), x)
+    usual = named("mobilenet_v2")()
+    with torch.no_grad():
+        folds = folded.plan(usual, inputs(1, 3, 64, 64), gradients=True)
+    assert folded.agrees(usual, folded.quickened(usual, folds), inputs(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("axes", [1, 3])
 def test_gradients_through_rectifiers_of_other_convolutions(axes: int) -> None:
     convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]

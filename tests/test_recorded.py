@@ -180,12 +180,60 @@ def as_many_as_there_are(x: Tensor) -> Tensor:
 BY_VALUE = [on_its_mean, by_a_number, by_numpy, to_its_largest, one_by_one, where_it_is_positive, up_to_a_place]
 
 
-@pytest.mark.parametrize("run", [Doubled.apply, *BY_VALUE, as_many_as_there_are])
+def as_many_by_where(x: Tensor) -> Tensor:
+    return x * len(torch.where(x > 0)[0])
+
+
+def into_a_slice_up_to_a_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y[..., : x.argmax() % 3 + 1] = 0
+    return y
+
+
+def of_a_table_up_to_a_place(x: Tensor) -> Tensor:
+    return x * torch.arange(1.0, 5)[: x.argmax() % 3 + 1].sum()
+
+
+class Turned(torch.autograd.Function):
+    """x itself, with its gradient turned round: nothing that is called tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        return -gradients[0]
+
+
+def turned_in_place(x: Tensor) -> Tensor:
+    return Turned.apply(x * 2) * 3
+
+
+COUNTED = [as_many_as_there_are, as_many_by_where, into_a_slice_up_to_a_place, of_a_table_up_to_a_place]
+
+
+@pytest.mark.parametrize("run", [Doubled.apply, *BY_VALUE, *COUNTED])
 def test_run_as_it_is(run: Callable[[Tensor], Tensor]) -> None:
     """What torch's functions alone do not tell: the network is run at each pass."""
     own = Counted(run)
     agree(run, repeated(own), 2, 3, 4, 4)
     assert own.count == PASSES
+
+
+def test_gradients_that_no_call_tells_of() -> None:
+    agree(turned_in_place, repeated(turned_in_place), 2, 3, 4, 4)
+
+
+def test_a_network_that_writes_into_what_comes_in() -> None:
+    def run(x: Tensor) -> Tensor:
+        return x.sub_(0.5).relu_()
+
+    own = Counted(run)
+    quick = repeated(own)
+    agree(lambda x: run(x * 1), lambda x: quick(x * 1), 2, 3, 4, 4)
+    assert own.count == RUNS
 
 
 def test_state_of_its_own() -> None:

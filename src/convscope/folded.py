@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.packing import tensors_in, with_tensor
+from convscope.packing import flat, tensors_in, with_tensor
 from convscope.rectified import rectified
 
 R = TypeVar("R")
@@ -28,6 +28,7 @@ Pads = tuple[tuple[int, int], ...]  # zeros in front of and behind each axis of 
 # A chain, and what does all of it, under the identity of the convolution's weight.
 Folds = dict[int, tuple["Chain", Callable[[Tensor, Pads | None], Tensor]]]
 
+ALIKE = 1e-3  # of the largest value; far more than rounding makes of a pass, far less than a mistake
 FEW = 4  # maps that each of a convolution's outputs looks at: its time is that of reading and writing, not of adding
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 NORMALISATION = inspect.signature(F.batch_norm)
@@ -49,7 +50,7 @@ RECTIFIERS = {function: name for function, name in ACTIVATIONS.items() if name i
 # What is asked of a tensor without looking at its values.
 METADATA = frozenset(
     {"dim", "ndimension", "size", "numel", "nelement", "__len__", "stride", "is_contiguous"}
-    | {"is_floating_point", "is_complex", "is_inference", "data_ptr"}
+    | {"is_floating_point", "is_complex", "is_inference"}
 )
 
 
@@ -64,6 +65,7 @@ class Chain:
     padded: bool = False  # what comes in is laid in zeros first
     normalised: dict[str, Any] | None = None
     activation: tuple[str, list[float]] | None = None
+    activated: tuple[Tensor, int] | None = None  # what comes out, and how often it had been written into then
     extends: bool = True
 
     def steps(self) -> list[str]:
@@ -209,6 +211,7 @@ class _Watching(TorchFunctionMode):
             chain.normalised = given if first else None
         elif first and func in self.activations and chain.activation is None:
             chain.activation = self.activations[func], _limits(func, args, kwargs)
+            chain.activated = output, _written(output)
         else:
             first = False
         chain.extends = first
@@ -254,6 +257,11 @@ class _Folding(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _written(tensor: Tensor) -> int:
+    """How often a tensor has been written into; of those made in inference mode torch does not keep count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _step(func: Any) -> str:
     return "normalisation" if func is F.batch_norm else "activation"
 
@@ -267,6 +275,10 @@ def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) ->
     calls = Counter(watching.weights)
     for chain in watching.chains:
         chain.padded &= watching.only_before
+        # What is written into later tells nothing of a rectifier's gradient.
+        if gradients and chain.activated is not None and _written(chain.activated[0]) != chain.activated[1]:
+            chain.activation = None
+        chain.activated = None
     # Weights that serve twice may be followed by different things.
     once = [c for c in watching.chains if calls[id(c.arguments[0])] == 1]
     chains = {id(c.arguments[0]): c for c in once if c.steps() or c.padded}
@@ -282,6 +294,14 @@ def quickened(run: Callable[[Tensor], R], folds: Folds) -> Callable[[Tensor], R]
             return run(x)
 
     return quick
+
+
+def agrees(run: Callable[[Tensor], Any], quick: Callable[[Tensor], Any], x: Tensor) -> bool:
+    """Whether both give the same but for rounding. They do not where something that is no function of torch's, an
+    extension say, looks at what is handed on within a chain."""
+    with torch.no_grad():
+        pairs = zip(flat(run(x)), flat(quick(x)), strict=True)
+        return all(bool((a - b).abs().max() <= ALIKE * a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 
 def _fuses(x: Tensor) -> bool:

@@ -42,6 +42,18 @@ def each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
+def flat(output: Any) -> list[Tensor]:
+    """Every tensor in a layer's output."""
+    tensors: list[Tensor] = []
+
+    def found(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    each_tensor(output, found)
+    return tensors
+
+
 def tensors_in(parts: Any) -> Iterator[Tensor]:
     """Every tensor among what a function is given or returns: lists, tuples and dicts are looked into."""
     if isinstance(parts, Tensor):

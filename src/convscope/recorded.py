@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from convscope.folded import METADATA
-from convscope.packing import each_tensor, tensors_in
+from convscope.packing import each_tensor, flat, tensors_in
 
 R = TypeVar("R")
 
@@ -23,7 +23,9 @@ R = TypeVar("R")
 # Functions that return as many numbers as values say; Python may have counted them.
 SIZED_BY_VALUES = frozenset(
     {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave"}
+    | {"bincount", "one_hot", "nms", "arange"}
 )
+INDEXING = ("__getitem__", "__setitem__")
 
 
 class Slot(int):
@@ -60,11 +62,11 @@ class Recording(Generic[R]):
 
 
 def repeated(run: Callable[[Tensor], R]) -> Callable[[Tensor], R]:
-    """`run`; where gradients are asked for, from the fourth pass of a shape on only the calls that it consists of.
+    """`run`; where gradients are asked for, from the third pass of a shape on only the calls that it consists of.
 
-    The second of a shape is noted. The third is made in both ways: should the calls alone not give the same bytes, as
-    where a network looks at values in order to choose what it does, it is run as it is. For networks that stay what
-    they are, and without what else hooks of their own may do.
+    The second of a shape is noted, and both ways are compared before the third: should the calls alone not give the
+    same bytes, as where a network looks at values in order to choose what it does, it is run as it is. For networks
+    that stay what they are, and without what else hooks of their own may do.
     """
     passes: Counter[torch.Size] = Counter()
     recordings: dict[torch.Size, Recording[R]] = {}
@@ -91,20 +93,18 @@ NOTED = 1  # the number of the pass that is noted; the first may find out how th
 
 
 def _same(run: Callable[[Tensor], R], recording: Recording[R], x: Tensor) -> bool:
-    """Whether the calls alone give the bytes that the pass gives."""
-    expected, found = (_detached(way(x.detach().clone().requires_grad_())) for way in (run, recording))
-    return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    """Whether the calls alone give the bytes that the pass gives, and its gradients: of other pictures."""
+    mirrored = x.detach().flip(-1)
+    return all(torch.equal(a, b) for a, b in zip(_pulled(run, mirrored), _pulled(recording, mirrored), strict=True))
 
 
-def _detached(output: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-
-    def detached(tensor: Tensor) -> Tensor:
-        tensors.append(tensor.detach())
-        return tensor
-
-    each_tensor(output, detached)
-    return tensors
+def _pulled(run: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+    """What a pass gives, and the gradient of half of all that squared."""
+    x = x.clone().requires_grad_()
+    ends = flat(run(x.clone()))  # into which the network may write
+    pulled = [end for end in ends if end.requires_grad]
+    gradients = torch.autograd.grad(pulled, x, [end.detach() for end in pulled], allow_unused=True) if pulled else ()
+    return [tensor.detach() for tensor in (*ends, *gradients) if tensor is not None]
 
 
 class _Noting(TorchFunctionMode):
@@ -146,7 +146,7 @@ class _Noting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Functions with gradients of their own are not seen, but what they do inside is, with gradients turned off.
+        # Functions with gradients of their own are not seen; what they call inside is, with gradients turned off.
         self.whole &= torch.is_grad_enabled() == self.gradients
         given = list(tensors_in((args, kwargs)))
         for tensor in given:
@@ -155,24 +155,25 @@ class _Noting(TorchFunctionMode):
         output = func(*args, **kwargs)
         self.gradients = torch.is_grad_enabled()
         name = getattr(func, "__name__", "")
-        if name in METADATA or (name == "__get__" and not isinstance(output, Tensor)):
+        self.whole &= not (name in INDEXING and _by_values(args[1], masks=name == "__getitem__"))
+        if name in METADATA or name == "data_ptr" or (name == "__get__" and not isinstance(output, Tensor)):
             return output
         if any(id(tensor) in self.slots for tensor in given):
             self.whole &= _says_nothing(output)
-            self.whole &= not (name in SIZED_BY_VALUES or (name == "__getitem__" and _by_values(args[1])))
+            self.whole &= name not in SIZED_BY_VALUES and not (name == "where" and isinstance(output, tuple))
         made = [self.slots.setdefault(id(tensor), Slot(len(self.slots))) for tensor in tensors_in(output)]
         self.kept.append((args, kwargs, output))
         self.calls.append(Call(func, *with_slots, made, []))
         return output
 
 
-def _by_values(index: Any) -> bool:
-    """Whether how much is taken depends on values: of a mask, or of the end of a slice."""
+def _by_values(index: Any, masks: bool) -> bool:
+    """Whether how much is taken depends on values: of the end of a slice, or of a mask."""
     if isinstance(index, Tensor):
-        return index.dtype in (torch.bool, torch.uint8)
+        return masks and index.dtype in (torch.bool, torch.uint8)
     if isinstance(index, slice):
         return any(isinstance(end, Tensor) for end in (index.start, index.stop, index.step))
-    return isinstance(index, list | tuple) and any(map(_by_values, index))
+    return isinstance(index, list | tuple) and any(_by_values(part, masks) for part in index)
 
 
 def _says_nothing(output: Any) -> bool:

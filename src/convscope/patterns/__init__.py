@@ -23,9 +23,10 @@ from convscope.patterns.plan import Wanted, canvas_size, find_recipe, refuses, s
 from convscope.patterns.recipes import Recipe, Task
 from convscope.patterns.result import Patterns
 from convscope.patterns.skips import favouring
-from convscope.patterns.worth import beside_nature, beside_noise, excited, remarks
+from convscope.patterns.worth import Run, beside_nature, beside_noise, excited, remarks
 from convscope.recorded import repeated
 from convscope.retained import retained
+from convscope.tap import Seen
 
 __all__ = ["Patterns", "patterns"]
 
@@ -128,11 +129,11 @@ def patterns(
         largest = seen[-1]
         if model.owned:
             blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *largest))
-            run = folded.quickened(run, folded.plan(run, blank, gradients=True))
+            run = _quickened(run, blank)
         if want.to_logits and rule.branches != 1:
             run = favouring(run, rule.branches)
         if model.owned:
-            run = repeated(run)
+            run = repeated(partial(_without_output, run))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
@@ -223,6 +224,17 @@ def patterns(
         notes=tuple(remarks(want.called(model), scores, noise, done.silent, done.known)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
+
+
+def _without_output(run: Run, x: Tensor) -> Seen:
+    """What was seen, without what else the network returned: that may be anything."""
+    return run(x)._replace(output=None)
+
+
+def _quickened(run: Run, blank: Tensor) -> Run:
+    quick = folded.quickened(run, folded.plan(run, blank, gradients=True))
+    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
+    return quick if folded.agrees(run, quick, noise) else run
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -51,13 +51,14 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     Elementwise within a picture, so pictures do not influence each other.
     """
     lengths = map(rate, count()) if callable(rate) else repeat(rate)
-    # In one go through memory where torch can. Each picture by itself: where it lies in a batch must decide nothing.
-    pictures, fused = list(values.detach()), values.device.type in ("cpu", "cuda")
+    # In one go through memory where torch can; there each picture by itself, as where it lies must decide nothing.
+    fused = values.device.type in ("cpu", "cuda")
+    pictures = list(values.detach()) if fused else [values.detach()]
     optimiser = torch.optim.Adam(pictures, betas=BETAS, eps=damping, maximize=True, fused=fused)
 
     def step(_: Tensor, gradient: Tensor) -> None:
-        laid_out = torch.empty_like(values).copy_(_of_unit_rms(gradient))  # like the values: torch does not look
-        for picture, own in zip(pictures, laid_out, strict=True):
+        laid_out = torch.empty_like(values).copy_(_of_unit_rms(gradient))  # like the values: not all of torch looks
+        for picture, own in zip(pictures, laid_out if fused else [laid_out], strict=True):
             picture.grad = own
         optimiser.param_groups[0]["lr"] = next(lengths)
         optimiser.step()
