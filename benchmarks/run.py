@@ -20,12 +20,13 @@ import torch
 import truth
 from timing import THREADS
 
+ROUNDS = 15
 PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "dreamlens", "torch", "torchvision", "timm")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds in which contenders take turns")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds in which contenders take turns")
     parser.add_argument("--only", help="a section's title, or how it begins; the others stay as they were")
     given = parser.parse_args()
     rounds = given.rounds
@@ -58,7 +59,11 @@ def main() -> None:
     ]
     for title, section in sections.items():
         if not given.only or title.startswith(given.only):
-            own = [] if not given.only else ["", f"Run by itself, {rounds} rounds ({few} where one takes long)."]
+            own = (
+                []
+                if not given.only or rounds == ROUNDS
+                else ["", f"Run by itself, {rounds} rounds ({few} where one takes long)."]
+            )
             written[title] = "\n".join([*section(), *own])
         # After each, so that a run that is cut short has lost no more than one.
         parts = [f"## {title}\n\n{written[title]}\n" for title in sections if title in written]
