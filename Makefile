@@ -21,7 +21,7 @@ benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
 
 screenshots: $(VENV)/installed-test
-	$(BIN)/python tests/browser/screenshots.py build/screenshots --model lite0
+	$(BIN)/python tests/explorer/browser/screenshots.py build/screenshots --model lite0
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

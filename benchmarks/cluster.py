@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray.cluster_utils import Cluster
 
-from convscope.scan.cluster import distributed
+from convscope.distributed.ray_pool import distributed
 
 
 def sleeping(seconds: float) -> Callable[[], Callable[[int], int]]:

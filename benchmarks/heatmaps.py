@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCam
 
 import convscope
-from convscope.images import Pictures
+from convscope.images.loading import Pictures
 
 NETWORKS = {"ResNet-50": "torchvision:resnet50", "VGG16": "torchvision:vgg16", "Lite0": "lite0"}
 

@@ -17,7 +17,7 @@ from timing import Timed, interleaved
 from torch import Tensor, nn
 
 import convscope
-from convscope.heatmaps import explained, plan_cell
+from convscope.attribution.api import explained, plan_cell
 
 FAMILY = {
     "grad-cam": (pgc.GradCAM, tc.GradCAM),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import convscope
-from convscope.patterns.objective import likeness
+from convscope.featurevis.objectives import likeness
 from convscope.samples import photographs
 
 # Edges, textures, parts, and things: layer and channel of Lite0, or class.

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from timing import THREADS
 
 import convscope
-from convscope.patterns.measures import colourfulness
+from convscope.featurevis.image_statistics import colourfulness
 from convscope.samples import photographs
 
 COUNT = 100  # classes in a set

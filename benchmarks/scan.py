@@ -23,16 +23,16 @@ from timing import THREADS, Timed, interleaved
 from torch import Tensor
 
 import convscope
-from convscope import tap
-from convscope.depths import stages
-from convscope.images import DEFAULT_MAX_PIXELS
-from convscope.model import LOGITS, Model
+from convscope.datasets.catalogue import catalogue
+from convscope.engine import capture
+from convscope.engine.layer_selection import stages
+from convscope.engine.model import LOGITS, Model
+from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.samples import photographs
-from convscope.scan.data import catalogue
-from convscope.scan.decoding import Decoder
-from convscope.scan.looking import Looking, looking
-from convscope.scan.plan import Plan
-from convscope.scan.shard import Subject, scanned
+from convscope.scanning.batch_statistics import Looking, looking
+from convscope.scanning.decoding import Decoder
+from convscope.scanning.plan import Plan
+from convscope.scanning.shard import Subject, scanned
 
 BATCH, BATCHES = 32, 4
 COUNTS = (1_000, 10_000, 100_000)
@@ -107,7 +107,7 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
 
 def _apart(model: Model, layers: list[str], x: Tensor, look: Looking) -> float:
     """How far the highest values are from those of the network's own maps, relative to each layer's largest."""
-    with torch.no_grad(), tap.attach(model, layers) as run:
+    with torch.no_grad(), capture.attach(model, layers) as run:
         maps = run(x).maps
     found = look(x, {}).layers
     errors = [

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 import convscope
-from convscope.scan.streaming import BINS
-from convscope.scan.tables import Best, LayerSummary, PictureRows, write_store
+from convscope.scanning.statistics import BINS
+from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
 
 LAYERS, PART = 10, 1 << 16  # layers; pictures that are made at once
 K, SAMPLE, CLASSES = 100, 1000, 1000

@@ -21,7 +21,7 @@ from timing import THREADS
 from trunk import trunk
 
 import convscope
-from convscope.patterns.recipes import RECIPES
+from convscope.featurevis.recipes import RECIPES
 
 ONCE = replace(RECIPES["robust"], starts=1, tries=1)
 FIRST, SECOND = (48, 8), (96, 16)  # pixels and steps

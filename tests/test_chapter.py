@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import chapter
 
 import convscope
-from convscope.patterns.recipes import standardised
+from convscope.featurevis.recipes import standardised
+from tests.oracles import chapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras itself
 

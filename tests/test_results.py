@@ -23,7 +23,8 @@ from PIL import Image
 from torch import nn
 
 import convscope
-from convscope import ConvscopeError, figures, results
+from convscope import ConvscopeError, results
+from convscope.plotting import figures
 from convscope.results import file_names, replacing, write_json
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)

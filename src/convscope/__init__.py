@@ -6,34 +6,70 @@ model = convscope.load("lite0")
 convscope.predict(model, "photo.jpg")
 convscope.activations(model, "photo.jpg")
 convscope.patterns(model, "logits", ["African elephant"])
-heat = convscope.heatmaps(model, "photo.jpg")
-convscope.evaluate(model, "photo.jpg", heat)
+heatmaps = convscope.heatmaps(model, "photo.jpg")
+convscope.evaluate(model, "photo.jpg", heatmaps)
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from convscope.activations import Activations, Predictions, activations, predict
-    from convscope.comparison import Comparison, compare
+    from convscope.attribution.api import heatmaps
+    from convscope.attribution.result import Heatmaps
+    from convscope.attribution.targets import of_head, over_region
+    from convscope.decomposition.activation_atlas import Atlas, atlas
+    from convscope.decomposition.craft import Concepts, concepts
+    from convscope.engine.model import Model
     from convscope.errors import ConvscopeError
-    from convscope.evaluation import Evaluation, evaluate
-    from convscope.explorer.embed import show
-    from convscope.heatmaps import Heatmaps, heatmaps, of_head, over_region
-    from convscope.images import Preprocessing
-    from convscope.model import Model
-    from convscope.patterns import Patterns, patterns
-    from convscope.scan.atlas import Atlas, atlas
-    from convscope.scan.concepts import Concepts, concepts
-    from convscope.scan.run import scan
-    from convscope.scan.store import Store, open_store
-    from convscope.sources import load
-    from convscope.story import Story, story
+    from convscope.evaluation.api import evaluate
+    from convscope.evaluation.comparison import Comparison, compare
+    from convscope.evaluation.result import Evaluation
+    from convscope.explorer.notebook import show
+    from convscope.feature_maps import Activations, Predictions, activations, predict
+    from convscope.featurevis import objectives
+    from convscope.featurevis.api import patterns
+    from convscope.featurevis.layer_story import Story, story
+    from convscope.featurevis.result import Patterns
+    from convscope.images.preprocessing import Preprocessing
+    from convscope.scanning.api import scan
+    from convscope.sources.api import load
+    from convscope.store.store import Store, open_store
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Activations": "convscope.feature_maps",
+    "Atlas": "convscope.decomposition.activation_atlas",
+    "Comparison": "convscope.evaluation.comparison",
+    "Concepts": "convscope.decomposition.craft",
+    "ConvscopeError": "convscope.errors",
+    "Evaluation": "convscope.evaluation.result",
+    "Heatmaps": "convscope.attribution.result",
+    "Model": "convscope.engine.model",
+    "Patterns": "convscope.featurevis.result",
+    "Predictions": "convscope.feature_maps",
+    "Preprocessing": "convscope.images.preprocessing",
+    "Store": "convscope.store.store",
+    "Story": "convscope.featurevis.layer_story",
+    "activations": "convscope.feature_maps",
+    "atlas": "convscope.decomposition.activation_atlas",
+    "compare": "convscope.evaluation.comparison",
+    "concepts": "convscope.decomposition.craft",
+    "evaluate": "convscope.evaluation.api",
+    "heatmaps": "convscope.attribution.api",
+    "load": "convscope.sources.api",
+    "objectives": "convscope.featurevis",
+    "of_head": "convscope.attribution.targets",
+    "open_store": "convscope.store.store",
+    "over_region": "convscope.attribution.targets",
+    "patterns": "convscope.featurevis.api",
+    "predict": "convscope.feature_maps",
+    "scan": "convscope.scanning.api",
+    "show": "convscope.explorer.notebook",
+    "story": "convscope.featurevis.layer_story",
+}
 
 __all__ = [
     "Activations",
@@ -56,6 +92,7 @@ __all__ = [
     "evaluate",
     "heatmaps",
     "load",
+    "objectives",
     "of_head",
     "open_store",
     "over_region",
@@ -67,50 +104,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is asked for: `import convscope` itself stays quick."""
-    if name not in __all__:
+def __getattr__(name: str) -> object:
+    """Import a public name's module on first access, so that `import convscope` stays fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'convscope' has no attribute {name!r}")
-    from importlib import import_module
-
-    for teacher in (
-        "convscope.storybook",
-        "convscope.scan.concept_figures",
-        "convscope.scan.show",
-    ):  # with figures, they teach results to draw themselves
-        import_module(teacher)
-    where = {
-        "convscope.activations": ("Activations", "Predictions", "activations", "predict"),
-        "convscope.comparison": ("Comparison", "compare"),
-        "convscope.errors": ("ConvscopeError",),
-        "convscope.evaluation": ("Evaluation", "evaluate"),
-        "convscope.explorer.embed": ("show",),
-        "convscope.heatmaps": ("Heatmaps", "heatmaps", "of_head", "over_region"),
-        "convscope.images": ("Preprocessing",),
-        "convscope.model": ("Model",),
-        "convscope.patterns": ("Patterns", "patterns"),
-        "convscope.scan.atlas": ("Atlas", "atlas"),
-        "convscope.scan.concepts": ("Concepts", "concepts"),
-        "convscope.scan.run": ("scan",),
-        "convscope.scan.store": ("Store", "open_store"),
-        "convscope.sources": ("load",),
-        "convscope.story": ("Story", "story"),
-    }
-    for module, names in where.items():
-        globals().update({n: getattr(import_module(module), n) for n in names})
-    return globals()[name]
+    if name == "objectives":
+        return import_module("convscope.featurevis.objectives")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
-
-
-class _Package(ModuleType):
-    """Importing `convscope.heatmaps`, the module, must not hide `convscope.heatmaps`, the function of the same name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,9 @@
-"""The one exception for what a user can put right."""
+"""The exception for what a user can put right."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 
 class ConvscopeError(ValueError):
@@ -11,3 +16,12 @@ def nearest(word: str, known: list[str], count: int = 4) -> str:
 
     found = difflib.get_close_matches(word, known, n=count, cutoff=0.4)
     return ", ".join(found or known[:count])
+
+
+def needed(package: str, extra: str = "scan") -> Any:
+    """The package, imported. Raises ConvscopeError, naming the extra that brings it, where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        top = package.partition(".")[0]
+        raise ConvscopeError(f"{top} is not installed; pip install 'convscope[{extra}]'") from error

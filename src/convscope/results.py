@@ -7,12 +7,14 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import singledispatch
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,9 +24,9 @@ import torch
 from numpy.lib.format import write_array
 from PIL import Image
 
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.images import Failure
-from convscope.model import Model
+from convscope.images.loading import Failure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,16 +35,27 @@ if TYPE_CHECKING:
 Shown = Image.Image | Sequence[Image.Image] | str  # a picture, the pictures of a film, a page
 
 
+def _plotting_loaded() -> bool:
+    """Import the plotting functions; whether they were imported before."""
+    loaded = "convscope.plotting" in sys.modules
+    import_module("convscope.plotting")
+    return loaded
+
+
 @singledispatch
 def draw(result: Any) -> Figure:
-    """A matplotlib figure of a result."""
-    raise TypeError(f"no figure is known for {type(result).__name__}")
+    """Draw a matplotlib figure of a result."""
+    if _plotting_loaded():
+        raise TypeError(f"no figure is known for {type(result).__name__}")
+    return draw(result)
 
 
 @singledispatch
 def render(result: Any) -> Iterable[tuple[str, Shown]]:
     """What a result is saved as: file names without folder, and pictures, films or pages."""
-    raise TypeError(f"no pictures are known for {type(result).__name__}")
+    if _plotting_loaded():
+        raise TypeError(f"no pictures are known for {type(result).__name__}")
+    return render(result)
 
 
 @dataclass(frozen=True, eq=False)

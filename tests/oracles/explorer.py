@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import convscope
-from oracles.nets import Usual, filled
+from tests.oracles.nets import Usual, filled
 
 HOSTILE = "<script>alert(1)</script>"
 CLASSES = ["red", "green", "blue", HOSTILE, "gray"]

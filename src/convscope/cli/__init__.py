@@ -6,7 +6,7 @@ import os
 import sys
 
 from convscope.cli import collect, concepts, draw, heat, look, serve
-from convscope.cli.common import app, say
+from convscope.cli.options import app, say
 from convscope.errors import ConvscopeError
 
 __all__ = ["app", "collect", "concepts", "draw", "heat", "look", "main", "serve"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.common import (
+from convscope.cli.options import (
     MAX_PIXELS,
     AsJson,
     Classes,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convscope.cli.common import (
+from convscope.cli.options import (
     MAX_PIXELS,
     AsJson,
     Classes,
@@ -28,8 +28,8 @@ from convscope.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from convscope.model import Model
-    from convscope.scan.store import Store
+    from convscope.engine.model import Model
+    from convscope.store.store import Store
 
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
@@ -122,7 +122,7 @@ def _begun(out: Path, *model: Any) -> tuple[Model, Store | None]:
 
 def _put(result: Any, store: Store | None, out: Path, as_json: bool) -> None:
     if store is not None:
-        from convscope.scan.kept import place
+        from convscope.store.saved_results import place
 
         out = place(store, result)
     finish(result, out, as_json)

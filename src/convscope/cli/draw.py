@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convscope.cli.common import (
+from convscope.cli.options import (
     AsJson,
     Classes,
     Device,
@@ -33,7 +33,7 @@ from convscope.cli.common import (
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
-    from convscope.scan.store import Store
+    from convscope.store.store import Store
 
 Seed = Annotated[int, typer.Option(help="The same seed gives the same pictures.")]
 
@@ -103,7 +103,7 @@ def _cluster(ray: str | None) -> AbstractContextManager[None]:
     """One connection for all layers: to start a cluster takes seconds."""
     if ray is None:
         return nullcontext()
-    from convscope.scan.cluster import connected
+    from convscope.distributed.ray_pool import connected
 
     return connected(ray)
 
@@ -127,7 +127,7 @@ def _asked(net: Any, layers: str | None, units: str | None, store: Store | None)
 
 def _whole(recipe: str) -> bool:
     """Whether the recipe draws, where no units are given, for the layer as a whole."""
-    from convscope.patterns.recipes import RECIPES
+    from convscope.featurevis.recipes import RECIPES
 
     return recipe in RECIPES and RECIPES[recipe].objective is not None
 
@@ -157,7 +157,7 @@ def _drawn(
     net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool, ray: str | None
 ) -> Any:
     import convscope
-    from convscope.patterns.unattended import in_parts
+    from convscope.featurevis.resumable import in_parts
 
     units = _units(net, layer, asked, settings["recipe"])
     with bar(layer) as progress:
@@ -169,8 +169,8 @@ def _drawn(
 def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> None:
     """The same units with their sign turned, in a folder of their own, and both in one picture."""
     import convscope
-    from convscope.figures import paired
-    from convscope.patterns.objective import unit
+    from convscope.featurevis.objectives import unit
+    from convscope.plotting.figures import paired
     from convscope.results import replacing
 
     with bar("negatives") as progress:
@@ -195,7 +195,7 @@ def _many(
     as_json: bool,
 ) -> None:
     """A folder for each layer. A layer that cannot be drawn is named, and the others are."""
-    from convscope.patterns.unattended import is_done
+    from convscope.featurevis.resumable import is_done
 
     failed, complete, written = [], True, []
     for layer, where in folders.items():
@@ -228,7 +228,7 @@ def _many(
 
 
 def _forget(folder: Path) -> None:
-    from convscope.patterns.unattended import forget
+    from convscope.featurevis.resumable import forget
 
     forget(folder)
 

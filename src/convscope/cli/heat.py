@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convscope.cli.common import (
+from convscope.cli.options import (
     MAX_PIXELS,
     AsJson,
     Classes,
@@ -32,8 +32,8 @@ from convscope.cli.common import (
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
-    from convscope.heatmaps import Heatmaps
-    from convscope.model import Model
+    from convscope.attribution.result import Heatmaps
+    from convscope.engine.model import Model
 
 Target = Annotated[
     list[str] | None, typer.Option(help="A class, by index or name; may be given several times. Default: the top.")
@@ -204,7 +204,7 @@ def compare(
 ) -> None:
     """Which method, at which layer? A sheet of all of them, each with its faithfulness and its time."""
     import convscope
-    from convscope.comparison import METHODS
+    from convscope.evaluation.comparison import METHODS
 
     net = load(model, weights, classes, preprocessing, device)
     with bar("compare") as progress:
@@ -246,7 +246,7 @@ def _heat(
     **more: Any,
 ) -> Heatmaps:
     """Heatmaps by options as they are written on the command line."""
-    from convscope.heatmaps import heatmaps
+    from convscope.attribution.api import heatmaps
 
     return heatmaps(
         net,

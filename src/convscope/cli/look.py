@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.common import (
+from convscope.cli.options import (
     MAX_PIXELS,
     MODEL_HELP,
     AsJson,
@@ -44,7 +44,7 @@ def layers(
     """The table of layers: what each gives, how far it sees."""
     import dataclasses
 
-    from convscope.model import HEADINGS
+    from convscope.engine.layer_table import HEADINGS
 
     net = load(model, weights, classes, preprocessing, device)
     if as_json:
@@ -141,7 +141,7 @@ def demo(
     device: Device = None,
 ) -> None:
     """Everything at once, on a page: predictions, heatmaps, activations and patterns of a network."""
-    from convscope.demo import make
+    from convscope.reports.demo import make
     from convscope.samples import photographs
 
     with bar("load") as progress:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convscope.cli.common import Classes, Device, Out, Prepare, Weights, app, bar, load, report, say
+from convscope.cli.options import Classes, Device, Out, Prepare, Weights, app, bar, load, report, say
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
-    from convscope.model import Model
-    from convscope.scan.store import Store
+    from convscope.engine.model import Model
+    from convscope.store.store import Store
 
 StoreFolder = Annotated[str | None, typer.Option(metavar="STORE", help="What convscope scan wrote for this network.")]
 Keep = Annotated[
@@ -47,7 +47,8 @@ def serve(
     device: Device = None,
 ) -> None:
     """Walk through networks in the browser."""
-    from convscope.explorer import security, server
+    from convscope.explorer import server
+    from convscope.explorer.web import security
 
     secret = security.new_token() if token == "auto" else token
     security.require_token(host, secret)
@@ -115,7 +116,7 @@ def cache_folder() -> Path:
 
 def _opened(address: str) -> Store:
     try:
-        from convscope.scan.store import open_store
+        from convscope.store.store import open_store
     except ImportError as error:
         raise ConvscopeError(f"stores need {error.name}; pip install 'convscope[scan]'") from error
     return open_store(address)

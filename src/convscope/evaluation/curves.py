@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.evaluation.context import Scores, Subject, mixed
 from convscope.evaluation.imputation import impute
-from convscope.evaluation.subject import Scores, Subject, mixed
 
 
 def deletion(subject: Subject, *, steps: int = 28, fill: str = "blur") -> Scores:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.evaluation.context import Scores, Subject, mixed
 from convscope.evaluation.statistics import pearson
-from convscope.evaluation.subject import Scores, Subject, mixed
 
 
 def average_drop(subject: Subject) -> Scores:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.subject import Scores, Subject
+from convscope.evaluation.context import Scores, Subject
 
 
 def pointing(subject: Subject, *, tolerance: int = 0) -> Scores:

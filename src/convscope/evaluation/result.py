@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.metrics import find
+from convscope.evaluation.registry import find
 from convscope.evaluation.statistics import bootstrap
 from convscope.results import Result
 

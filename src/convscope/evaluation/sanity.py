@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.evaluation.context import Scores, Subject
+from convscope.evaluation.randomisation import from_the_top, lent, redrawn
 from convscope.evaluation.statistics import spearman
-from convscope.evaluation.subject import Scores, Subject
-from convscope.evaluation.weights import from_the_top, lent, redrawn
 
 
 def randomisation(subject: Subject, *, stages: int = 8) -> Scores:

@@ -15,17 +15,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
+from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
-from convscope.explorer import api, images, kept_api, kept_pages, security
-from convscope.explorer.guard import Guard
-from convscope.explorer.links import Live
-from convscope.explorer.pages import Page, Pages
-from convscope.explorer.pictures import MissingError
-from convscope.explorer.queue import FullError, GoneError, SlowError
-from convscope.explorer.serving import Desk
-from convscope.explorer.state import Explorer
-from convscope.explorer.uploads import Decoder
-from convscope.model import LOGITS
+from convscope.explorer.service.images import MissingError
+from convscope.explorer.service.jobs import FullError, GoneError, SlowError
+from convscope.explorer.service.state import Explorer
+from convscope.explorer.service.uploads import Decoder
+from convscope.explorer.urls import Live
+from convscope.explorer.views import concept_views
+from convscope.explorer.views.pages import Page, Pages
+from convscope.explorer.web import routes_api, routes_concepts, routes_images, security
+from convscope.explorer.web.middleware import Guard
+from convscope.explorer.web.requests import Desk
 
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -194,7 +195,7 @@ def create(
 
     @app.get("/m/{model}/concepts", **hidden)
     async def kept(request: Request, model: str) -> Response:
-        return await show(request, lambda pages: kept_pages.index(pages, explorer.network(model)))
+        return await show(request, lambda pages: concept_views.index(pages, explorer.network(model)))
 
     @app.get("/m/{model}/concepts/{target}", **hidden)
     @app.get("/m/{model}/concepts/{target}/{layer:path}", **hidden)
@@ -204,13 +205,13 @@ def create(
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            return kept_pages.concepts(pages, net, target, layer, desk.chosen(net, picture))
+            return concept_views.concepts(pages, net, target, layer, desk.chosen(net, picture))
 
         return await show(request, make)
 
     @app.get("/m/{model}/atlas/{name}", **hidden)
     async def atlas(request: Request, model: str, name: str) -> Response:
-        return await show(request, lambda pages: kept_pages.atlas(pages, explorer.network(model), name))
+        return await show(request, lambda pages: concept_views.atlas(pages, explorer.network(model), name))
 
     @app.get("/m/{model}/data/{number}", **hidden)
     async def example(request: Request, model: str, number: int) -> Response:
@@ -227,9 +228,9 @@ def create(
         if name not in ours:
             raise HTTPException(404, "there is no such file")
         kind = KINDS[name[name.rindex(".") :]]
-        return Response(ours[name], media_type=kind, headers={"Cache-Control": images.FOREVER})
+        return Response(ours[name], media_type=kind, headers={"Cache-Control": routes_images.FOREVER})
 
-    app.include_router(images.router(desk))
-    app.include_router(api.router(desk))
-    app.include_router(kept_api.router(desk))
+    app.include_router(routes_images.router(desk))
+    app.include_router(routes_api.router(desk))
+    app.include_router(routes_concepts.router(desk))
     return app

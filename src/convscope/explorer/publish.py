@@ -11,22 +11,23 @@ from typing import Any
 
 from PIL import Image
 
-from convscope.budget import Progress, chunks
+from convscope.engine.batching import Progress, chunks
+from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.explorer import kept, kept_pages
 from convscope.explorer.app import assets
-from convscope.explorer.dataset import Views
-from convscope.explorer.images import chapter_sheet, story_figure
-from convscope.explorer.links import Parts, Published, file_of
-from convscope.explorer.pages import Page, Pages
-from convscope.explorer.pictures import Picture, encoded
-from convscope.explorer.queue import Asker
-from convscope.explorer.state import Explorer, Network
-from convscope.images import Failure
-from convscope.model import LOGITS, Model
+from convscope.explorer.service import concept_data
+from convscope.explorer.service.images import Picture, encoded
+from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.state import Explorer, Network
+from convscope.explorer.urls import Parts, Published, file_of
+from convscope.explorer.views import concept_views
+from convscope.explorer.views.pages import Page, Pages
+from convscope.explorer.views.store_views import Views
+from convscope.explorer.web.routes_images import chapter_sheet, story_figure
+from convscope.images.loading import Failure
 from convscope.results import replacing, versions, write_json
-from convscope.scan.kept import Kept
-from convscope.scan.store import Store, open_store
+from convscope.store.saved_results import Kept
+from convscope.store.store import Store, open_store
 
 CHUNK = 48  # units whose examples one process cuts out at a time
 
@@ -130,11 +131,11 @@ class _Press:
                 yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
         for index in range(net.model.outputs or 0):
             yield ("m", key, "class", index), partial(_class, net, index)
-        yield ("m", key, "concepts"), lambda pages: kept_pages.index(pages, net)
-        for one in kept.concepts(net):
-            yield kept.parts_of(net, one), partial(_concepts, net, one)
-        for one in kept.atlases(net):
-            yield kept.parts_of(net, one), partial(_atlas, net, one.name)
+        yield ("m", key, "concepts"), lambda pages: concept_views.index(pages, net)
+        for one in concept_data.concepts(net):
+            yield concept_data.parts_of(net, one), partial(_concepts, net, one)
+        for one in concept_data.atlases(net):
+            yield concept_data.parts_of(net, one), partial(_atlas, net, one.name)
         for number in self._shown():
             yield ("m", key, "data", number), partial(_example, net, number)
         first = samples[0] if samples else None
@@ -142,14 +143,16 @@ class _Press:
 
     def _shown(self) -> list[int]:
         """The pictures of the data set that units show as examples."""
-        from convscope.explorer.dataset import COUNT
+        from convscope.explorer.views.store_views import COUNT
 
         found: set[int] = set()
         for layer in self._units_of():
             best = self._store.top_pictures(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
             found |= {int(p) for p in best.ravel() if p >= 0}
-        for one in kept.atlases(self._net):
-            cells = kept.told_atlas(self._explorer, self._net, one, kept.arrays_of(self._explorer, one))["cells"]
+        for one in concept_data.atlases(self._net):
+            cells = concept_data.told_atlas(
+                self._explorer, self._net, one, concept_data.arrays_of(self._explorer, one)
+            )["cells"]
             numbers = {shown["number"] for cell in cells for shown in cell["pictures"]}
             found |= numbers - {None}
         return sorted(found)
@@ -160,7 +163,7 @@ class _Press:
             return True
         kind = parts[2]
         if kind == "concepts" and len(parts) > 3:
-            return bool(kept.concepts(self._net, int(parts[3])))
+            return bool(concept_data.concepts(self._net, int(parts[3])))
         if kind in ("layer", "unit"):
             return parts[3] in self._layers
         if kind == "picture" and len(parts) == 6:
@@ -207,7 +210,7 @@ class _Press:
         if route == "chapter":
             return chapter_sheet(self._explorer.told(what["net"]), what["number"])
         if route == "kept":
-            return kept.sheet(kept.arrays_of(self._explorer, what["one"]), what["which"])
+            return concept_data.sheet(concept_data.arrays_of(self._explorer, what["one"]), what["which"])
         if route == "pattern":
             import io
 
@@ -233,11 +236,11 @@ def _class(net: Network, index: int, pages: Pages) -> Page:
 
 
 def _concepts(net: Network, one: Kept, pages: Pages) -> Page:
-    return kept_pages.concepts(pages, net, one.target or 0, one.layer, None)
+    return concept_views.concepts(pages, net, one.target or 0, one.layer, None)
 
 
 def _atlas(net: Network, name: str, pages: Pages) -> Page:
-    return kept_pages.atlas(pages, net, name)
+    return concept_views.atlas(pages, net, name)
 
 
 def _example(net: Network, number: int, pages: Pages) -> Page:

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.explorer import security
-from convscope.model import Model
+from convscope.explorer.web import security
 
 if TYPE_CHECKING:
-    from convscope.scan.store import Store
+    from convscope.store.store import Store
 
 
 def require() -> None:
@@ -39,7 +39,7 @@ def built(
     """The application, with the sample photographs or the pictures given. Raises ConvscopeError."""
     require()
     from convscope.explorer.app import create
-    from convscope.explorer.state import Explorer
+    from convscope.explorer.service.state import Explorer
 
     explorer = Explorer(models, store=store, keep=keep)
     if pictures:

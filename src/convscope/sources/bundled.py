@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError
-from convscope.images import Preprocessing
+from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.found import Found, imagenet_classes, seeded
+from convscope.sources.spec import Found, imagenet_classes, seeded
 
 NAMES = {"lite0": 224, "lite1": 240, "lite2": 260}
 

@@ -21,7 +21,7 @@ import torch
 
 from convscope.errors import ConvscopeError
 from convscope.sources.files import line
-from convscope.sources.found import Found
+from convscope.sources.spec import Found
 
 # The members of an archive, as torch 2.8 and later write them (below a folder of the archive's own name) ...
 PROGRAM = "models/model.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.sources import files, in_hand
-from convscope.sources.found import Found
+from convscope.sources import files, instance
+from convscope.sources.spec import Found
 
 
 def from_path(path: str, weights: str | None) -> Found:
@@ -27,7 +27,7 @@ def from_path(path: str, weights: str | None) -> Found:
         module = factory()
     except Exception as error:
         raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.line(error)}") from error
-    found = in_hand.take(module)
+    found = instance.take(module)
     found.owned, found.name = True, path
     if weights == "random":
         raise ConvscopeError("a factory makes its own weights; weights= may name a file to put into the network")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.images import Preprocessing
+from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.found import Found, imagenet_classes
+from convscope.sources.spec import Found, imagenet_classes
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.images import Preprocessing
+from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.found import Found, imagenet_classes, seeded
+from convscope.sources.spec import Found, imagenet_classes, seeded
 
 
 def names() -> list[str]:

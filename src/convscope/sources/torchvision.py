@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.images import Preprocessing
+from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.found import Found, seeded
+from convscope.sources.spec import Found, seeded
 
 CLASSIFICATION = "classification"
 KINDS = (CLASSIFICATION, "segmentation")

@@ -1,0 +1,161 @@
+"""One batch of pictures and what is asked about them: what a method may do with the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convscope.attribution.targets import Chosen
+from convscope.engine import capture, resume
+from convscope.engine.acceleration.conv_fusion import Folds, plan, quickened
+from convscope.engine.batching import CACHE
+from convscope.engine.capture import Seen
+from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
+
+Found = Tensor | tuple[Tensor, dict[str, Tensor]]
+"""What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
+
+FEWEST = 8  # inputs at once that are worth their memory on any CPU
+AGREES = 1e-5  # logits, relative to the largest
+
+
+@dataclass(frozen=True)
+class Question:
+    """B pictures, prepared: `x` (B, C, H, W); T targets of each; a layer, for methods that look at one.
+
+    `run` puts inputs through the network, `size` inputs fit into memory at once, `seed` is what random draws come from
+    (the same for every picture, whatever its neighbours). `tell` is told the share, 0 to 1, of the work that is done.
+    """
+
+    model: Model
+    x: Tensor
+    chosen: Chosen
+    run: Callable[[Tensor], Seen]
+    size: int
+    seed: int
+    tell: Callable[[float], None]
+    layer: Layer | None = None
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.chosen.classes.shape[1]
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator on the CPU: the same draws for every picture."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def scores(self, x: Tensor, picture: int | Tensor) -> Tensor:
+        """What the targets of one picture score for M inputs (M, C, H, W): (M, T), without gradients.
+
+        `picture` may also be (M,): which picture's targets each input is asked for.
+        """
+        with torch.no_grad():
+            return self._scored(self.run(self._filled(x)), picture)[: len(x)]
+
+    def evaluator(self, picture: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
+        """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
+
+        `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
+        """
+
+        run = self._quickest(picture)
+
+        def scores(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                seen = run(self._filled(x))
+                return self._scored(_likely(self.model, seen) if probability else seen, picture)[: len(x)]
+
+        return scores
+
+    @property
+    def quick_size(self) -> int:
+        """Inputs to a pass without gradients: on a CPU, no more than leave an activation in the cache.
+
+        Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
+        """
+        if self.model.fixed_batch is not None or self.x.device.type != "cpu":
+            return self.size
+        return min(self.size, max(FEWEST, int(2 * CACHE // (4 * max(self.model.layers.largest, 1)))))
+
+    def _quickest(self, picture: int) -> Callable[[Tensor], Seen]:
+        """`run`, folded if that gives this picture's own logits again; else as it is."""
+        if not self.model.owned or not self._folds:
+            return self.run
+        quick, x = quickened(self.run, self._folds), self._filled(self.x[picture : picture + 1])
+        with torch.no_grad():
+            plain, folded = self.run(x).logits, quick(x).logits
+        assert plain is not None
+        assert folded is not None
+        return quick if bool((plain - folded).abs().max() <= AGREES * plain.abs().max()) else self.run
+
+    @cached_property
+    def _folds(self) -> Folds:
+        return plan(self.run, self._filled(self.x[:1]))
+
+    def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).
+
+        `rows` (M,) says which picture each input belongs to; None: they are the batch itself. No input's gradient
+        depends on another, so one backward pass over the sum of the scores holds each one's own.
+        """
+        x, scores = self.forward(x, rows)
+        return torch.stack(list(self.backward(x, scores))), scores.detach()
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A fresh leaf for inputs `x`, and the scores (M, T) that lead back to it."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return x, self.chosen.scores(self.run(x.clone()), rows)  # a copy: the network may write into its input
+
+    def backward(self, x: Tensor, scores: Tensor) -> Iterator[Tensor]:
+        """The gradients (M, C, H, W) float32 of each target's scores, one backward pass after another."""
+        for t in range(self.count):
+            gradient = None
+            if scores.requires_grad:
+                one = torch.zeros_like(scores)
+                one[:, t] = 1
+                more = t + 1 < self.count
+                (gradient,) = torch.autograd.grad(scores, x, one, retain_graph=more, allow_unused=True)
+            yield torch.zeros_like(x, requires_grad=False).float() if gradient is None else gradient.float()
+
+    @contextmanager
+    def behind(self, picture: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Only the part behind the layer: the block gets what the targets of one picture score, (M, T), for maps
+        (M, C, h, w) in the place of the layer's output."""
+        assert self.layer is not None
+        with resume.behind(self.model, self.layer.name, self.x[picture : picture + 1]) as run:
+
+            def scores(maps: Tensor) -> Tensor:
+                return self._scored(run(self._filled(maps)), picture)[: len(maps)]
+
+            yield scores
+
+    def maps(self) -> Tensor:
+        """The layer's output (B, C, h, w), float32, without gradients."""
+        assert self.layer is not None
+        with torch.no_grad(), capture.attach(self.model, [self.layer.name], stop=True) as run:
+            return run(self.x).maps[self.layer.name].float()
+
+    def _scored(self, seen: Seen, picture: int | Tensor) -> Tensor:
+        assert seen.logits is not None
+        if isinstance(picture, Tensor):
+            return self.chosen.scores(seen, self._filled(picture))
+        return self.chosen.scores(seen, torch.full((len(seen.logits),), picture, device=seen.logits.device))
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """A network with a fixed batch gets it full."""
+        short = (self.model.fixed_batch or 0) - len(x)
+        return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
+
+
+def _likely(model: Model, seen: Seen) -> Seen:
+    """Probabilities in the place of logits."""
+    assert seen.logits is not None
+    return seen._replace(logits=seen.logits.sigmoid() if model.head == "sigmoid" else seen.logits.softmax(1))

@@ -1,0 +1,102 @@
+"""The table of methods: one row each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from convscope.attribution.context import Found
+from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation
+from convscope.attribution.targets import Chosen, finer
+from convscope.engine.capture import Seen
+from convscope.errors import ConvscopeError, nearest
+
+
+@dataclass(frozen=True)
+class Cam:
+    """A pure function of a layer's output and its gradient, (N, C, ...) both, that gives (N, ...).
+
+    All of these share one forward and one backward pass. `scores` are what the gradient is taken of; None: the function
+    takes the layer's output alone, and gives the same for every target.
+    """
+
+    function: Callable[..., Tensor]
+    scores: Callable[[Chosen, Seen], Tensor] | None = Chosen.scores
+    at_input = False
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A function that puts its own questions to the network. `at_input`: its maps lie on the input, not on a layer.
+
+    `check` takes the options and raises ConvscopeError for what makes no sense whatever the picture.
+    """
+
+    function: Callable[..., Found]
+    at_input: bool = True
+    check: Callable[..., None] | None = None
+
+
+Method = Cam | Asking
+
+METHODS: dict[str, Method] = {
+    "cam": Cam(cam.cam),
+    "grad-cam": Cam(cam.grad_cam),
+    "hirescam": Cam(cam.hirescam),
+    "grad-cam++": Cam(cam.grad_cam_pp),
+    "xgrad-cam": Cam(cam.xgrad_cam),
+    "layer-cam": Cam(cam.layer_cam),
+    "eigen-cam": Cam(cam.eigen_cam, None),
+    "eigen-grad-cam": Cam(cam.eigen_grad_cam),
+    "finer-cam": Cam(cam.grad_cam, finer),
+    "saliency": Asking(gradient.saliency),
+    "input-x-gradient": Asking(gradient.input_x_gradient),
+    "smooth-grad": Asking(gradient.smooth_grad, check=gradient.check_noise),
+    "var-grad": Asking(gradient.var_grad, check=gradient.check_noise),
+    "integrated-gradients": Asking(gradient.integrated_gradients, check=gradient.check_path),
+    "guided-backprop": Asking(gradient.guided_backprop),
+    "deconvnet": Asking(gradient.deconvnet),
+    "guided-grad-cam": Asking(gradient.guided_grad_cam, at_input=False),
+    "full-grad": Asking(full_grad.full_grad),
+    "lrp-epsilon": Asking(lrp.lrp_epsilon),
+    "lrp-gamma": Asking(lrp.lrp_gamma),
+    "lrp-zplus": Asking(lrp.lrp_zplus),
+    "score-cam": Asking(perturbation.score_cam, at_input=False),
+    "ablation-cam": Asking(perturbation.ablation_cam, at_input=False),
+    "occlusion": Asking(perturbation.occlusion, check=perturbation.check_occlusion),
+    "rise": Asking(perturbation.rise, check=perturbation.check_rise),
+    "random": Asking(baselines.random_map, at_input=False),
+    "centred": Asking(baselines.centred, at_input=False),
+}
+
+
+def find(name: str) -> Method:
+    """The method of that name. Raises ConvscopeError, with the nearest names, when there is none."""
+    if name not in METHODS:
+        raise ConvscopeError(f"method {name!r} is not known; nearest: {nearest(name, list(METHODS))}")
+    return METHODS[name]
+
+
+def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method, the given ones and the others' defaults.
+
+    Raises ConvscopeError for unknown ones, and for values that make no sense.
+    """
+    method = find(name)
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(method.function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for key in given:
+        if key not in known:
+            has = f"its options: {', '.join(known)}" if known else "it has no options"
+            raise ConvscopeError(f"method {name!r} has no option {key!r}; {has}")
+    settings = {**known, **given}
+    if isinstance(method, Asking) and method.check is not None:
+        method.check(**settings)
+    return settings

@@ -1,0 +1,103 @@
+"""What heatmaps are, once made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from convscope.attribution.targets import Targets
+from convscope.images.colormap import blend
+from convscope.images.geometry import Geometry
+from convscope.images.loading import Pictures
+from convscope.results import Result
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmaps(Result):
+    """Evidence for N x T targets, per place.
+
+    `values` is float32 (N, T, h, w): raw, signed, at the layer's own resolution, or at the input's for methods that
+    look there (`layer` is then "input"). `targets` (N, T) are classes, -1 for functions; `logits` (N, T) are theirs, or
+    what the functions gave. `why` says why this layer was chosen. `more` holds what the method found besides: the
+    completeness error of integrated gradients, the standard error of RISE.
+    """
+
+    values: np.ndarray
+    targets: np.ndarray
+    logits: np.ndarray
+    layer: str
+    method: str
+    fit: str
+    pictures: tuple[str, ...]
+    geometry: tuple[Geometry, ...] = field(repr=False)
+    source: Pictures = field(repr=False)
+    indices: tuple[int, ...] = field(repr=False)
+    asked: Targets = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    why: str = ""
+    more: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The targets' names, as `targets`."""
+        return self.asked.names(self.targets, self.indices)
+
+    def resized(self) -> list[np.ndarray]:
+        """Per picture (T, H, W), raw, in that picture's own geometry; 0 where the network did not look."""
+        maps = torch.from_numpy(self.values)
+        return [where.back(m).numpy() for where, m in zip(self.geometry, maps, strict=True)]
+
+    def overlay(self, alpha: float = 0.4, colormap: str = "jet") -> list[Image.Image]:
+        """The N x T pictures, picture by picture, under their heat: rectified, divided by its maximum, coloured.
+
+        `colormap` is any of matplotlib's ("viridis" and "inferno" are perceptually uniform). Where there is no positive
+        evidence at all the map is zero everywhere, and `notes` say so. Of maps on the input, single pixels would be all
+        that can be seen: they are drawn spread over a hundredth of the picture, the hottest half percent alike.
+        """
+        return list(self.overlays(alpha, colormap))
+
+    def overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
+        """The pictures of `overlay` one after another, so that memory does not grow with their number."""
+        for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
+            original = self.source.original(index)
+            shown = where.back(_spread(maps) if self.layer == "input" else maps).numpy()
+            for heat in shown:
+                yield blend(original, _unit_range(heat, 0.995 if self.layer == "input" else 1), alpha, colormap)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.more}
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "why": self.why,
+            "method": self.method,
+            "fit": self.fit,
+            **self.settings,
+            "pictures": self.pictures,
+            "targets": self.targets.tolist(),
+            "classes": self.names,
+        }
+
+
+def _unit_range(heat: np.ndarray, highest_share: float) -> np.ndarray:
+    positive = np.maximum(heat, 0)
+    highest = positive.max() if highest_share == 1 else np.quantile(positive, highest_share)
+    return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heat)
+
+
+def _spread(maps: Tensor) -> Tensor:
+    """The positive part of maps (T, h, w), each value spread as a Gaussian over a hundredth of the longer side."""
+    sigma = max(maps.shape[1:]) / 100
+    reach = max(1, round(3 * sigma))
+    weights = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).to(maps)
+    rows = F.conv2d(maps.clamp(min=0)[:, None], weights[None, None, :, None], padding=(reach, 0))
+    return F.conv2d(rows, weights[None, None, None], padding=(0, reach))[:, 0]

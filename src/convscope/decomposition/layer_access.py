@@ -1,0 +1,127 @@
+"""Which layers can be taken apart, and what the rest of the network makes of maps that were put together again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convscope.attribution.context import FEWEST
+from convscope.engine import capture, resume
+from convscope.engine.batching import CACHE, MEMORY, MOST, batch_size, forward_bytes
+from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
+from convscope.engine.validation import require_finite
+from convscope.errors import ConvscopeError
+from convscope.evaluation.context import full
+from convscope.images.loading import Batch, Pictures
+from convscope.images.preprocessing import Preprocessing
+
+
+def require_pictures(preprocessing: Preprocessing, what: str) -> None:
+    """Raise ConvscopeError for networks on anything but ordinary pictures."""
+    if preprocessing.axes != 2 or preprocessing.channel_order == "channels":
+        raise ConvscopeError(f"{what} are made of ordinary pictures; this network takes {preprocessing.shape}")
+
+
+def class_of(model: Model, target: int | str) -> int:
+    """The index of a class. Raises ConvscopeError where there is no such class, or none at all."""
+    if model.outputs is None:
+        raise ConvscopeError(f"class {target!r} was asked for, but this model has no classes")
+    return model.class_index(target)
+
+
+def require_whole(settings: Mapping[str, Any], least: int = 1) -> None:
+    """Raise ConvscopeError for a setting that is no whole number from `least` up."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
+
+
+def spatial(model: Model, name: str) -> Layer:
+    """The layer called `name`. Raises ConvscopeError if there is none, or if it has no places."""
+    row = model.layers.find(name)
+    if not row.has_space:
+        raise ConvscopeError(f"layer {row.name!r} gives {' x '.join(map(str, row.shape))}: it has no places to look at")
+    return row
+
+
+def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
+    """The layer asked for, or the last with places, poolings apart, that has no negative value for `x` (B, C, H, W).
+
+    Raises ConvscopeError if the layer asked for has negative values, and if there is no other.
+    """
+    rows = [row for row in model.layers.distinct() if not row.pooled]
+    rows += [] if asked is None else [spatial(model, asked)]
+    lowest: dict[str, float] = {}
+
+    def look(name: str, maps: Tensor) -> None:
+        lowest[name] = float(maps.min()) if bool(maps.any()) else -math.inf  # what is 0 everywhere has no parts
+
+    with torch.no_grad(), capture.attach(model, [row.name for row in rows], stop=True, look=look) as run:
+        run(full(model, x))
+    found = [row for row in rows if lowest[row.name] >= 0]
+    if not found:
+        raise ConvscopeError(
+            "no layer of this network is rectified (ReLU and the like): all give negative values, which are no sums of "
+            "non-negative parts"
+        )
+    if asked is None:
+        return found[-1]
+    row, low = rows[-1], lowest[rows[-1].name]
+    if low < 0:
+        gives = f"values down to {low:.3g}" if math.isfinite(low) else "0 everywhere"
+        raise ConvscopeError(
+            f"layer {row.name!r} gives {gives}, and concepts are sums of non-negative parts; choose a layer behind a "
+            f"ReLU, {found[-1].name!r}, say"
+        )
+    return row
+
+
+@contextmanager
+def watching(model: Model, layer: str, memory: int) -> Iterator[Callable[[Pictures], Iterator[tuple[Batch, Tensor]]]]:
+    """The block gets a function that goes through pictures, batch by batch, and gives with each the maps of the layer
+    (B, C, h, w), float32, on the CPU. The passes end behind the layer."""
+    with torch.no_grad(), capture.attach(model, [layer], stop=True) as run:
+
+        def maps(pictures: Pictures) -> Iterator[tuple[Batch, Tensor]]:
+            for batch in pictures.batches(at_once(model, memory)):
+                found = run(full(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
+                require_finite(model, found, f"layer {layer!r}")
+                yield batch, found
+
+        yield maps
+
+
+def looked(model: Model, layer: str, x: Tensor) -> Tensor:
+    """What the layer gives for one picture `x` (1, C, H, W): (1, C, h, w), float32, on the CPU."""
+    with torch.no_grad(), capture.attach(model, [layer], stop=True) as run:
+        maps = run(full(model, x)).maps[layer][:1].float().cpu()
+    require_finite(model, maps, f"layer {layer!r}")
+    return maps
+
+
+def at_once(model: Model, memory: int) -> int:
+    """Pictures in a pass without gradients: on a CPU, no more than leave an activation in the cache."""
+    cached = max(FEWEST, int(2 * CACHE // (4 * max(model.layers.largest, 1))))
+    return batch_size(model, forward_bytes(model), memory, min(MOST, cached) if model.device.type == "cpu" else MOST)
+
+
+def logits_behind(
+    model: Model, layer: str, x: Tensor, points: Tensor, maps: Callable[[Tensor], Tensor], memory: int = MEMORY
+) -> Tensor:
+    """The logits (M, K), on the CPU, when `maps(points)` (M, C, h, w) takes the place of what `layer` gives for the one
+    picture `x` (1, C, H, W). The maps are made a part at a time, from a part of the `points` (M, ...)."""
+    size = at_once(model, memory)
+    found = []
+    with resume.behind(model, layer, x) as run:
+        for part in torch.split(points, size):
+            logits = run(full(model, maps(part))).logits
+            assert logits is not None
+            require_finite(model, logits, "the network's output")
+            found.append(logits[: len(part)].cpu())
+    return torch.cat(found)

@@ -1,0 +1,263 @@
+"""What the pages tell of the concepts and atlases in a store: plain data, and the pictures that go with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from convscope.explorer.service import compute
+from convscope.explorer.service.images import MissingError, Picture, encoded
+from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.state import Explorer, Network
+from convscope.explorer.service.uploads import plain_name
+from convscope.explorer.urls import Parts, Site
+from convscope.plotting.figures import coloured, tile
+from convscope.store.saved_results import Kept, numbers
+
+PATCH = 96  # pixels of a patch on its sheet
+COLUMNS = 8  # judged pictures side by side on theirs
+FINEST = 16  # places a side of a heat on a page
+MOST = 3  # judged pictures that are shown beside a concept
+WIDEST = 4096  # pixels of a sheet of icons
+FROM = 6  # pictures that are named for a cell
+SHEETS = {"concepts": ("patches", "views"), "atlas": ("icons",)}
+
+Arrays = dict[str, np.ndarray]
+
+
+# --- which there are ---
+
+
+def concepts(net: Network, target: int | None = None) -> list[Kept]:
+    """The concepts in the store, of all classes or of one, by class; those of the last layer first."""
+    every = [] if net.store is None else net.store.concepts()
+    names = list(net.model.layers.names)
+    found = [one for one in every if target in (None, one.target) and one.layer in names]
+    return sorted(found, key=lambda one: (one.target, -names.index(one.layer)))
+
+
+def atlases(net: Network) -> list[Kept]:
+    return [] if net.store is None else net.store.atlases()
+
+
+def concepts_of(net: Network, target: int, layer: str | None = None) -> Kept:
+    """Those of a class, at a layer if one is named. Raises MissingError where there are none."""
+    for one in concepts(net, target):
+        if layer in (None, one.layer):
+            return one
+    where = "" if layer is None else f" at {layer[:80]!r}"
+    raise MissingError(f"no concepts of {net.model.class_name(target)!r}{where} are kept here")
+
+
+def atlas_of(net: Network, name: str) -> Kept:
+    """Raises MissingError for a name that none has."""
+    for one in atlases(net):
+        if one.name == name:
+            return one
+    raise MissingError(f"no atlas {name[:80]!r} is kept here")
+
+
+def arrays_of(explorer: Explorer, one: Kept) -> Arrays:
+    """The arrays, as long as there is room for them."""
+    found: Arrays | None = explorer.cache.get(("kept", one.version))
+    if found is None:
+        found = one.arrays()
+        explorer.cache.put(("kept", one.version), found)
+    return found
+
+
+def parts_of(net: Network, one: Kept) -> Parts:
+    """The parts of an address: of an atlas, or of a class's concepts, of which the first layer needs no name."""
+    if one.target is None or one.kind == "atlas":
+        return ("m", net.key, "atlas", one.name)
+    first = concepts(net, one.target)[0].name == one.name
+    return ("m", net.key, "concepts", one.target, *(() if first else (one.layer,)))
+
+
+def links(net: Network, site: Site, target: int | None = None) -> dict[str, Any]:
+    """Links to all that is kept; for a class: to its concepts, its own atlases and those of all classes."""
+    return {
+        "concepts": [
+            {"name": net.model.class_name(one.target or 0), "layer": one.layer, "page": site.page(*parts_of(net, one))}
+            for one in concepts(net, target)
+        ],
+        "atlases": [
+            {
+                "layer": one.layer,
+                "name": None if one.target is None else net.model.class_name(one.target),
+                "page": site.page(*parts_of(net, one)),
+            }
+            for one in atlases(net)
+            if target is None or one.target in (None, target)
+        ],
+    }
+
+
+# --- concepts ---
+
+
+def told_concepts(net: Network, one: Kept, arrays: Arrays) -> dict[str, Any]:
+    """The figures of a class's concepts."""
+    assert one.target is not None
+    told = one.manifest["parameters"]
+    figures = zip(arrays["importance"], arrays["effects"], arrays["indices"].T, strict=True)
+    return {
+        "target": one.target,
+        "name": net.model.class_name(one.target),
+        "layer": one.layer,
+        "pictures": len(one.pictures),
+        "error": float(told["error"]),
+        "concepts": [
+            {"importance": float(index), "effect": float(effect), "indices": [float(v) for v in own]}
+            for index, effect, own in figures
+        ],
+        "judged": [
+            {"name": plain_name(one.pictures[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
+            for n, logit, rebuilt in zip(arrays["judged"], arrays["logits"], arrays["rebuilt"], strict=True)
+        ],
+        "notes": list(one.manifest["notes"]),
+    }
+
+
+def most_of(arrays: Arrays, concept: int) -> list[int]:
+    """The judged pictures that have most of a concept anywhere."""
+    most = arrays["heats"][:, concept].max((1, 2))
+    return [int(n) for n in np.argsort(-most, kind="stable")[:MOST] if most[n] > 0]
+
+
+def heats(arrays: Arrays) -> list[dict[str, Any]]:
+    """For each concept its heat on all judged pictures, one below the other, on one scale (see `answers.packed`)."""
+    found = torch.from_numpy(arrays["heats"])
+    if max(found.shape[2:]) > FINEST:
+        found = adaptive_avg_pool2d(found, (min(FINEST, found.shape[2]), min(FINEST, found.shape[3])))
+    return [compute.packed(found[:, r].flatten(0, 1).numpy()) for r in range(found.shape[1])]
+
+
+def heat_on(explorer: Explorer, asker: Asker, net: Network, picture: Picture, one: Kept) -> np.ndarray:
+    """How much of each concept is at each place of a picture, float32 (R, h, w)."""
+    bank = arrays_of(explorer, one)["bank"]
+    return explorer.concept_heat(asker, net, picture, one.layer, bank, one.version)
+
+
+def patch_tiles(arrays: Arrays) -> list[list[dict[str, int]]]:
+    """Where each concept's patches are on their sheet."""
+    width = _patch_width(arrays)
+    return [
+        [{"x": p * width, "y": r * PATCH, "width": width, "height": PATCH} for p in np.flatnonzero(row >= 0).tolist()]
+        for r, row in enumerate(arrays["examples"])
+    ]
+
+
+def view_tiles(arrays: Arrays) -> list[dict[str, int]]:
+    """Where the judged pictures are on their sheet, each in its own proportions."""
+    side, found = arrays["views"].shape[1], []
+    for i, shape in enumerate(arrays["shapes"].astype(float)):
+        height, width = np.maximum(1, (shape / shape.max() * side).round()).astype(int).tolist()
+        found.append({"x": i % COLUMNS * side, "y": i // COLUMNS * side, "width": width, "height": height})
+    return found
+
+
+def _patch_width(arrays: Arrays) -> int:
+    height, width = map(int, arrays["patches"].shape[2:4])
+    return max(1, round(PATCH * width / height))
+
+
+# --- atlases ---
+
+
+def told_atlas(explorer: Explorer, net: Network, one: Kept, arrays: Arrays) -> dict[str, Any]:
+    """The figures of an atlas, cell by cell. A picture has a number where the store's data set holds it."""
+    told, sources = one.manifest["parameters"], _numbered(explorer, net, one)
+    members = [Counter(arrays["sources"][arrays["cell"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
+    rows = zip(arrays["cells"], arrays["counts"], arrays["classes"], arrays["effects"], members, strict=True)
+    return {
+        "name": one.name,
+        "layer": one.layer,
+        "target": one.target,
+        "grid": int(told["grid"]),
+        "vectors": len(arrays["positions"]),
+        "pictures": len(one.pictures),
+        "cells": [
+            {
+                "row": int(row),
+                "column": int(column),
+                "count": int(count),
+                "classes": [
+                    {"index": int(k), "name": net.model.class_name(int(k)), "effect": float(effect)}
+                    for k, effect in zip(classes, effects, strict=True)
+                ],
+                "pictures": [
+                    {"name": plain_name(one.pictures[n]), "vectors": vectors, "number": sources[n]}
+                    for n, vectors in own.most_common(FROM)
+                ],
+                "sources": len(own),
+            }
+            for (row, column), count, classes, effects, own in rows
+        ],
+        "notes": list(one.manifest["notes"]),
+    }
+
+
+def _numbered(explorer: Explorer, net: Network, one: Kept) -> list[int | None]:
+    """The numbers of an atlas's pictures in the data set of the store."""
+    assert net.store is not None
+    found: list[int | None] | None = explorer.cache.get(("numbers", one.version))
+    if found is None:
+        found = numbers(net.store, one.pictures)
+        explorer.cache.put(("numbers", one.version), found)
+    return found
+
+
+def icon_tiles(arrays: Arrays) -> dict[str, int]:
+    """How the icons lie on their sheet: pixels of each, how many side by side, how many rows."""
+    count = len(arrays["icons"])
+    columns = int(np.ceil(np.sqrt(count)))
+    return {
+        "side": min(arrays["icons"].shape[1], WIDEST // columns),
+        "columns": columns,
+        "rows": -(-count // columns),
+    }
+
+
+# --- pictures ---
+
+
+def sheet(arrays: Arrays, which: str) -> bytes:
+    """All pictures of a kind on one, as WEBP: "patches" and "views" of concepts, "icons" of an atlas."""
+    if which == "patches":
+        rows, columns = arrays["patches"].shape[:2]
+        cells = _resized(
+            arrays["patches"].reshape(rows * columns, *arrays["patches"].shape[2:]), _patch_width(arrays), PATCH
+        )
+        return encoded(Image.fromarray(tile(np.stack(cells), columns)), quality=80)
+    if which == "icons":
+        laid = icon_tiles(arrays)
+        cells = _resized(coloured(arrays["icons"]), laid["side"], laid["side"])
+        return encoded(Image.fromarray(tile(np.stack(cells), laid["columns"])), quality=85)
+    page = Image.new("RGB", views_size(arrays), "gray")
+    for view, place in zip(arrays["views"], view_tiles(arrays), strict=True):
+        (shown,) = _resized(view[None], place["width"], place["height"])
+        page.paste(Image.fromarray(shown), (place["x"], place["y"]))
+    return encoded(page, quality=80)
+
+
+def patches_size(arrays: Arrays) -> tuple[int, int]:
+    """Width and height of the sheet of patches."""
+    rows, columns = arrays["patches"].shape[:2]
+    return columns * _patch_width(arrays), rows * PATCH
+
+
+def views_size(arrays: Arrays) -> tuple[int, int]:
+    """Width and height of the sheet of judged pictures."""
+    count, side = arrays["views"].shape[:2]
+    return min(count, COLUMNS) * side, -(-count // COLUMNS) * side
+
+
+def _resized(images: np.ndarray, width: int, height: int) -> list[np.ndarray]:
+    size = (width, height)
+    return [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) for image in images]

@@ -1,0 +1,115 @@
+"""The pictures that the explorer knows: samples, and what people brought. Told apart by what they show."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from convscope.errors import ConvscopeError
+from convscope.images.loading import Pictures
+from convscope.images.preprocessing import Preprocessing
+
+ROOM = 1 << 29  # bytes of pixels that are kept
+MOST = 400  # pictures
+WIDE = 1024  # pixels of the longer side, as shown
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """`pixels` uint8 (H, W, 3). `key` is its part of addresses; `source` how a user's program would name it."""
+
+    key: str
+    name: str
+    pixels: np.ndarray
+    source: str
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    def shown(self, longest: int = WIDE) -> Image.Image:
+        """The picture, its longer side brought down to `longest` pixels."""
+        image = Image.fromarray(self.pixels)
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return image
+
+
+def unused(key: str, taken: Container[str]) -> str:
+    """The key, with a number behind it if it is taken."""
+    found, number = key, 2
+    while found in taken:
+        found, number = f"{key}-{number}", number + 1
+    return found
+
+
+class Shelf:
+    """Pictures by key. Samples stay; of the others, what was looked at last, up to `room` bytes and `most` pictures."""
+
+    def __init__(self, *, room: int = ROOM, most: int = MOST) -> None:
+        self._room, self._most = room, most
+        self._samples: dict[str, Picture] = {}
+        self._brought: OrderedDict[str, Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def samples(self) -> list[Picture]:
+        return list(self._samples.values())
+
+    def add_samples(self, paths: Iterable[str]) -> None:
+        """Pictures of the server's own, which stay. Raises ConvscopeError for one that cannot be read."""
+        for path in paths:
+            self.add_sample(Pictures([path], Preprocessing()).original(0), Path(path).name, path)
+
+    def add_sample(self, pixels: np.ndarray, name: str, source: str) -> Picture:
+        """One of these; its key is its name as far as addresses take it."""
+        stem = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in Path(name).stem) or "picture"
+        key = unused(stem, self._samples)
+        self._samples[key] = Picture(key, name, pixels, source)
+        return self._samples[key]
+
+    def add(self, pixels: np.ndarray, name: str) -> Picture:
+        """A picture that somebody brought. The same pixels get the same key, whoever brings them."""
+        digest = hashlib.sha256(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).data).hexdigest()[:24]
+        picture = Picture(f"x{digest}", name, pixels, name)
+        with self._lock:
+            self._brought[picture.key] = picture
+            self._brought.move_to_end(picture.key)
+            while len(self._brought) > 1 and (
+                len(self._brought) > self._most or sum(p.pixels.nbytes for p in self._brought.values()) > self._room
+            ):
+                self._brought.popitem(last=False)
+        return picture
+
+    def find(self, key: str) -> Picture:
+        """Raises MissingError for a picture that is not, or no longer, here."""
+        if key in self._samples:
+            return self._samples[key]
+        with self._lock:
+            if key in self._brought:
+                self._brought.move_to_end(key)
+                return self._brought[key]
+        raise MissingError(f"there is no picture {key[:40]!r} here (any more): drop it onto the page again")
+
+
+class MissingError(ConvscopeError):
+    """An address that leads nowhere."""
+
+
+def encoded(image: Image.Image, kind: str = "WEBP", **options: object) -> bytes:
+    """A picture as a file's content: WEBP (lossy, small) or PNG (exact)."""
+    buffer = io.BytesIO()
+    given = {"quality": 85, "method": 2, **options} if kind == "WEBP" else options
+    image.save(buffer, format=kind, **given)
+    return buffer.getvalue()

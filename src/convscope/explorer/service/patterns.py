@@ -1,0 +1,158 @@
+"""Patterns drawn on demand, frame by frame; they and stories are kept under names made of what went into them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from convscope.engine.model import LOGITS, Model
+from convscope.errors import ConvscopeError
+from convscope.explorer.service.images import encoded
+from convscope.explorer.service.jobs import Work
+from convscope.featurevis.api import patterns
+from convscope.featurevis.layer_story import Story, read_story
+from convscope.featurevis.objectives import Objective, diverse, unit
+from convscope.plotting.figures import coloured, tile
+from convscope.results import replacing
+
+LOOKS = ("positive", "negative", "diverse")
+RECIPES = ("robust", "maco", "plain")
+SEVERAL = 4  # pictures of a diverse pattern
+EVERY = 6  # steps between two frames
+FRAME = 160  # pixels of a frame, at most
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which pattern: of a unit ("logits": a class), what it wants, what it does not want, or several ways to please it.
+
+    Raises ConvscopeError for a look or recipe that there is not.
+    """
+
+    layer: str
+    unit: int
+    look: str = "positive"
+    recipe: str = "robust"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.look not in LOOKS:
+            raise ConvscopeError(f"look is {self.look!r}; expected {', '.join(LOOKS)}")
+        if self.recipe not in RECIPES:
+            raise ConvscopeError(f"recipe is {self.recipe!r}; expected {', '.join(RECIPES)}")
+
+    def objective(self, model: Model) -> Objective:
+        one = unit(self.layer, self.unit)
+        if self.look == "negative":
+            return -one
+        return diverse(one, self.diverse_at(model), SEVERAL) if self.look == "diverse" else one
+
+    def diverse_at(self, model: Model) -> str:
+        """The layer at which several pictures are kept apart: a class's last with places, else the unit's own."""
+        return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
+
+
+def draw(model: Model, what: Drawing, references: list[np.ndarray], work: Work) -> dict[str, Any]:
+    """The pattern: `image`, a PNG; its `score`, that of noise and of the best reference; `notes` in words.
+
+    `work` is shown a picture every few steps, and told of every one.
+    """
+
+    def watch(step: int, pictures: np.ndarray) -> None:
+        if step % EVERY == 1:
+            image = Image.fromarray(side_by_side(pictures))
+            image.thumbnail((FRAME * image.width // image.height, FRAME))
+            work.show(encoded(image, quality=70))
+
+    plain = what.look == "positive"
+    made = patterns(
+        model,
+        what.layer if plain else what.objective(model),
+        [what.unit] if plain else None,
+        recipe=what.recipe,
+        seed=what.seed,
+        watch=watch,
+        reference=(references or None) if plain else None,
+        progress=work.tell,
+    )
+    score = float(made.scores.mean())
+    best = None if made.reference is None else float(made.reference[0])
+    notes = list(made.notes)
+    if best is not None and best > score:
+        notes.append(
+            "a photograph excites this unit more than the pattern does: believe the photographs rather than the pattern"
+        )
+    page = side_by_side(made.images)
+    return {
+        "image": encoded(Image.fromarray(page), "PNG"),
+        "height": page.shape[0],
+        "width": page.shape[1],
+        "score": score,
+        "noise": None if made.noise is None or np.isnan(made.noise).any() else float(made.noise.mean()),
+        "reference": best,
+        "notes": notes,
+        "steps": made.steps,
+        **asdict(what),
+    }
+
+
+def side_by_side(pictures: np.ndarray) -> np.ndarray:
+    return tile(coloured(pictures), len(pictures), margin=4, background=(128, 128, 128))
+
+
+class Album:
+    """Finished patterns and stories in a folder; without one, nothing is kept here."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def get(self, version: str, what: Drawing) -> dict[str, Any] | None:
+        """The pattern that was kept; None if it is not there."""
+        if self._folder is None:
+            return None
+        picture, told = self._files(version, what)
+        try:
+            found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
+            return {**found, "image": picture.read_bytes()}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConvscopeError(f"the kept pattern {told} cannot be read ({error}); remove it") from error
+
+    def put(self, version: str, what: Drawing, made: dict[str, Any]) -> None:
+        """Keep it. Raises ConvscopeError if the folder cannot be written."""
+        if self._folder is None:
+            return
+        picture, told = self._files(version, what)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(picture) as file:
+                file.write(made["image"])
+            with replacing(told) as file:  # last: what it tells of is there
+                file.write(json.dumps({k: v for k, v in made.items() if k != "image"}).encode())
+        except OSError as error:
+            raise ConvscopeError(f"cannot keep patterns in {self._folder}: {error.strerror or error}") from error
+
+    def story(self, version: str, model: Model) -> Story | None:
+        """The story that was kept; None if it is not there. Raises ConvscopeError if it cannot be read."""
+        folder = self._folder and self._folder / f"story-{version}"
+        if folder is None or not (folder / "manifest.json").exists():
+            return None
+        return read_story(model, lambda name: (folder / name).read_bytes())
+
+    def put_story(self, version: str, told: Story) -> None:
+        """Keep it. Raises ConvscopeError if the folder cannot be written."""
+        if self._folder is not None:
+            told.save(self._folder / f"story-{version}")
+
+    def _files(self, version: str, what: Drawing) -> tuple[Path, Path]:
+        assert self._folder is not None
+        words = json.dumps([version, asdict(what)], sort_keys=True)
+        name = hashlib.sha256(words.encode()).hexdigest()[:32]
+        return self._folder / f"{name}.png", self._folder / f"{name}.json"

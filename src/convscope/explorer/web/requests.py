@@ -1,0 +1,152 @@
+"""Between the web and the explorer: who asks, how long they wait, and what happens when they go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+import anyio
+import numpy as np
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from convscope.errors import ConvscopeError
+from convscope.explorer.service.images import MissingError, Picture
+from convscope.explorer.service.jobs import Asker, FullError, GoneError, Work
+from convscope.explorer.service.state import Explorer, Network
+from convscope.explorer.service.uploads import Decoder, plain_name
+from convscope.explorer.urls import Live
+from convscope.explorer.views.pages import Pages
+from convscope.explorer.views.store_views import Views
+from convscope.explorer.web import security
+
+T = TypeVar("T")
+TICK = 0.15  # seconds between two looks at work under way
+READING = 30.0  # seconds that an upload may take to arrive
+UPLOADS = 8  # at once
+EACH = 32  # requests of one visitor that are answered at once: half of the threads
+
+
+class Desk:
+    """Takes requests to the explorer, each in a thread that ends when the client goes away or time is up."""
+
+    def __init__(self, explorer: Explorer, decoder: Decoder, seconds: float) -> None:
+        self.explorer, self.decoder, self.seconds = explorer, decoder, seconds
+        self.views = {net.key: Views(net.store) for net in explorer.networks.values() if net.store is not None}
+        self._threads = anyio.CapacityLimiter(64)
+        self._uploading = 0
+        self._asking: Counter[str] = Counter()
+
+    def client(self, request: Request) -> str:
+        """Who asks, as far as it matters for taking turns."""
+        return request.cookies.get(security.COOKIE) or (request.client.host if request.client else "unknown")
+
+    def pages(self, asker: Asker | None, site: Live) -> Pages:
+        return Pages(self.explorer, asker or Asker("nobody", 0), site)
+
+    async def answer(self, request: Request, make: Callable[[Asker], T]) -> T:
+        """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away.
+
+        Raises FullError if the client waits for too many answers already.
+        """
+        asker = Asker(self.client(request), self.seconds)
+        if self._asking[asker.client] >= EACH:
+            raise FullError(f"{EACH} of your own questions wait already; try again when one is answered")
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await asyncio.sleep(TICK)
+            asker.gone = True
+
+        watching = asyncio.create_task(watch())
+        self._asking[asker.client] += 1
+        try:
+            return await anyio.to_thread.run_sync(make, asker, limiter=self._threads)
+        finally:
+            asker.gone = True
+            watching.cancel()
+            self._asking[asker.client] -= 1
+            self._asking += Counter()  # forgets who waits for nothing
+
+    def chosen(self, net: Network, key: str | None) -> Picture | None:
+        """The picture that an address names, if it names one. Raises MissingError."""
+        return self.explorer.shelf.find(key) if key and net.takes_pictures else None
+
+    async def upload(self, request: Request, name: str) -> Picture:
+        """The picture in a request's body. Raises ConvscopeError if it is none, too large or too slow."""
+        if self._uploading >= UPLOADS:
+            raise FullError(f"{UPLOADS} pictures are being read already; try again in a moment")
+        self._uploading += 1
+        try:
+            async with asyncio.timeout(READING):
+                content = await self._body(request)
+            pixels: np.ndarray = await anyio.to_thread.run_sync(self.decoder.decode, content, limiter=self._threads)
+        except TimeoutError as error:
+            raise ConvscopeError(f"the picture did not arrive within {READING:g} s") from error
+        finally:
+            self._uploading -= 1
+        return self.explorer.shelf.add(pixels, plain_name(name))
+
+    async def _body(self, request: Request) -> bytes:
+        most, parts, size = self.decoder.most_bytes, [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise ConvscopeError(f"more than {most:,} bytes; smaller pictures are taken")
+            parts.append(part)
+        return b"".join(parts)
+
+    def opened(self, asker: Asker, net: Network, number: int) -> str:
+        """A picture of the data set, put on the shelf; its key."""
+        if net.key not in self.views or net.store is None or not 0 <= number < net.store.pictures_count:
+            raise MissingError(f"there is no picture {number} in the data set here")
+        store = net.store
+        view = self.views[net.key].get(number)
+        return self.explorer.shelf.add(np.asarray(view.image), plain_name(store.picture(number).name)).key
+
+    def events(self, request: Request, work: Work, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:
+        """The progress of work, as server-sent events: progress, frame, then done or failed."""
+        return StreamingResponse(
+            self._events(request, work, result),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    async def _events(
+        self, request: Request, work: Work, result: Callable[[Any], dict[str, Any]]
+    ) -> AsyncIterator[str]:
+        told, frame = None, 0
+        try:
+            while not work.future.done():
+                if await request.is_disconnected():
+                    return
+                state = {"begun": work.begun, "ahead": work.lane.ahead(work), "done": work.done, "total": work.total}
+                if state != told:
+                    told = state
+                    yield _event("progress", state)
+                if work.frame != frame:
+                    frame = work.frame
+                    yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
+                await asyncio.sleep(TICK)
+            if work.frame != frame:  # work that is done within a tick has been seen too
+                yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
+            try:
+                yield _event("done", result(work.future.result()))
+            except (ConvscopeError, GoneError, CancelledError) as error:
+                yield _event("failed", {"error": str(error) or "the work was ended"})
+        finally:
+            work.lane.leave(work)
+
+
+def _event(name: str, content: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(content)}\n\n"
+
+
+def _data_url(picture: bytes) -> str:
+    import base64
+
+    return "data:image/webp;base64," + base64.b64encode(picture).decode()

@@ -1,0 +1,135 @@
+"""Concepts and atlases for programs, JSON and arrays; and the pictures on their pages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from convscope.explorer.service import compute, concept_data
+from convscope.explorer.service.images import MissingError
+from convscope.explorer.service.jobs import Asker
+from convscope.explorer.web import routes_images
+from convscope.explorer.web.requests import Desk
+from convscope.explorer.web.routes_api import PROBLEMS, Key, Model
+from convscope.store.saved_results import Kept
+
+Class = Annotated[int, Path(description="a class", ge=0)]
+Name = Annotated[str, Path(description="an atlas's name", max_length=400)]
+AtLayer = Annotated[str | None, Query(description="default: the first layer that is kept", max_length=400)]
+
+
+def router(desk: Desk) -> APIRouter:
+    """The addresses under /api/ and /image/. What is asked for is looked up in the store's own listing."""
+    routes = APIRouter()
+    api = APIRouter(prefix="/api", responses=PROBLEMS)
+    _concepts(api, desk)
+    _atlases(api, desk)
+    routes.include_router(api)
+    _sheets(routes, desk)
+    return routes
+
+
+def _concepts(routes: APIRouter, desk: Desk) -> None:
+    explorer = desk.explorer
+
+    @routes.get("/models/{model}/concepts")
+    async def listed(request: Request, model: Model) -> dict[str, Any]:
+        """The classes whose concepts are kept in the store, and at which layers."""
+        net = explorer.network(model)
+        every = await desk.answer(request, lambda asker: concept_data.concepts(net))
+        found = [{"target": k.target, "name": net.model.class_name(k.target or 0), "layer": k.layer} for k in every]
+        return {"concepts": found}
+
+    @routes.get("/models/{model}/concepts/{target}")
+    async def concepts(request: Request, model: Model, target: Class, layer: AtLayer = None) -> dict[str, Any]:
+        """What a class is made of: importance and effect of each concept, and on which pictures they were judged."""
+        net = explorer.network(model)
+        net.require_class(target)
+
+        def make(asker: Asker) -> dict[str, Any]:
+            one = concept_data.concepts_of(net, target, layer)
+            return concept_data.told_concepts(net, one, concept_data.arrays_of(explorer, one))
+
+        return await desk.answer(request, make)
+
+    @routes.get("/models/{model}/concepts/{target}/arrays.npz", response_class=Response)
+    async def arrays(request: Request, model: Model, target: Class, layer: AtLayer = None) -> Response:
+        """All arrays of the concepts of a class: bank, heats, patches and more."""
+        net = explorer.network(model)
+        net.require_class(target)
+        return _archive(
+            await desk.answer(request, lambda asker: concept_data.concepts_of(net, target, layer).archive())
+        )
+
+    @routes.get("/models/{model}/pictures/{picture}/concepts/{target}")
+    async def heat(
+        request: Request, model: Model, picture: Key, target: Class, layer: AtLayer = None
+    ) -> dict[str, Any]:
+        """Where in a picture each concept of a class is: maps as those of heatmaps, 0 and more."""
+        net, found = explorer.network(model), explorer.shelf.find(picture)
+        net.require_class(target)
+
+        def make(asker: Asker) -> dict[str, Any]:
+            one = concept_data.concepts_of(net, target, layer)
+            maps = concept_data.heat_on(explorer, asker, net, found, one)
+            return {"target": target, "layer": one.layer, "maps": [compute.packed(values) for values in maps]}
+
+        return await desk.answer(request, make)
+
+
+def _atlases(routes: APIRouter, desk: Desk) -> None:
+    explorer = desk.explorer
+
+    @routes.get("/models/{model}/atlases")
+    async def listed(request: Request, model: Model) -> dict[str, Any]:
+        """The atlases that are kept in the store."""
+        net = explorer.network(model)
+        every = await desk.answer(request, lambda asker: concept_data.atlases(net))
+        return {"atlases": [{"name": one.name, "layer": one.layer, "target": one.target} for one in every]}
+
+    @routes.get("/models/{model}/atlases/{name}")
+    async def atlas(request: Request, model: Model, name: Name) -> dict[str, Any]:
+        """An atlas, cell by cell: how many vectors, for which classes they speak, from which pictures they come."""
+        net = explorer.network(model)
+
+        def make(asker: Asker) -> dict[str, Any]:
+            one = concept_data.atlas_of(net, name)
+            return concept_data.told_atlas(explorer, net, one, concept_data.arrays_of(explorer, one))
+
+        return await desk.answer(request, make)
+
+    @routes.get("/models/{model}/atlases/{name}/arrays.npz", response_class=Response)
+    async def arrays(request: Request, model: Model, name: Name) -> Response:
+        """All arrays of an atlas: positions, sources, means, icons and more."""
+        net = explorer.network(model)
+        return _archive(await desk.answer(request, lambda asker: concept_data.atlas_of(net, name).archive()))
+
+
+def _sheets(routes: APIRouter, desk: Desk) -> None:
+    explorer = desk.explorer
+
+    @routes.get("/image/kept", include_in_schema=False)
+    async def sheet(request: Request, model: str, kind: str, name: str, which: str, v: str) -> Response:
+        net = explorer.network(model)
+        if which not in concept_data.SHEETS.get(kind, ()):
+            raise MissingError("there are no such pictures here")
+
+        def make(asker: Asker) -> bytes:
+            one = _version(concept_data.concepts(net) if kind == "concepts" else concept_data.atlases(net), name, v)
+            draw = lambda: concept_data.sheet(concept_data.arrays_of(explorer, one), which)  # noqa: E731
+            return explorer.cut(asker, net, ("kept", one.version, which), draw)
+
+        return routes_images.picture(await desk.answer(request, make), request)
+
+
+def _version(every: list[Kept], name: str, version: str) -> Kept:
+    for one in every:
+        if (one.name, one.version) == (name, version):
+            return one
+    raise MissingError("these pictures are not, or no longer, in the store; open the page anew")
+
+
+def _archive(content: bytes) -> Response:
+    kind, name = "application/octet-stream", 'attachment; filename="arrays.npz"'
+    return Response(content, media_type=kind, headers={"Content-Disposition": name})

@@ -1,0 +1,140 @@
+"""Pictures by address. A browser keeps them, and asks each time whether they are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from convscope.explorer.service.images import MissingError, encoded
+from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.state import Network
+from convscope.explorer.web.requests import Desk
+from convscope.plotting.figures import pattern_grid
+
+FOREVER = "public, max-age=31536000, immutable"
+ASKED = "private, no-cache"  # an address does not tell which pixels a sample has, or what a store holds by now
+SIZES = (96, 160, 320, 640, 1024)
+Longest = Annotated[int, Query(ge=16, le=1024)]
+
+
+def picture(content: bytes, request: Request) -> Response:
+    """A picture, or, where the browser has it already, the word that it is the same."""
+    tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
+    headers = {"Cache-Control": ASKED, "ETag": tag}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    kind = "image/png" if content[:4] == b"\x89PNG" else "image/webp"
+    return Response(content, media_type=kind, headers=headers)
+
+
+def router(desk: Desk) -> APIRouter:
+    """The addresses under /image/."""
+    routes = APIRouter(prefix="/image", include_in_schema=False)
+    explorer = desk.explorer
+
+    def network(model: str, v: str) -> Network:
+        net = explorer.network(model)
+        if v != net.version:
+            raise MissingError("this picture is of another version of the network; open the page anew")
+        return net
+
+    async def made(request: Request, make: Callable[[Asker], bytes]) -> Response:
+        return picture(await desk.answer(request, make), request)
+
+    @routes.get("/photo")
+    async def photo(request: Request, picture: str, longest: Longest = 1024) -> Response:
+        found = explorer.shelf.find(picture)
+        size = min(SIZES, key=lambda known: abs(known - longest))
+
+        def make(asker: Asker) -> bytes:
+            kept: bytes | None = explorer.cache.get(("photo", found.key, size))
+            if kept is None:
+                kept = encoded(found.shown(size))
+                explorer.cache.put(("photo", found.key, size), kept)
+            return kept
+
+        return await made(request, make)
+
+    @routes.get("/sheet")
+    async def sheet(request: Request, model: str, picture: str, layer: str, v: str) -> Response:
+        net, found = network(model, v), explorer.shelf.find(picture)
+        net.layer(layer)
+        return await made(request, lambda asker: explorer.sheet(asker, net, found, layer)[0])
+
+    @routes.get("/pattern")
+    async def pattern(
+        request: Request, model: str, layer: str, unit: int, look: str, recipe: str, seed: int, v: str
+    ) -> Response:
+        net, what = network(model, v), Drawing(layer, unit, look, recipe, seed)
+
+        def make(asker: Asker) -> bytes:
+            found = explorer.drawn(net, what)
+            if found is None:
+                raise MissingError("this pattern is not drawn yet")
+            image: bytes = found["image"]
+            return image
+
+        return await made(request, make)
+
+    @routes.get("/patches")
+    async def patches(request: Request, model: str, layer: str, unit: int, kind: str, v: str) -> Response:
+        net = network(model, v)
+        net.require_unit(layer, unit)
+        if net.key not in desk.views or kind not in ("top", "bottom", "best"):
+            raise MissingError("there are no such examples here")
+        what: tuple[Any, ...] = ("patches", layer, unit, kind)
+        views = desk.views[net.key]
+        return await made(request, lambda asker: explorer.cut(asker, net, what, lambda: views.sheet(layer, unit, kind)))
+
+    @routes.get("/thumbnail")
+    async def thumbnail(request: Request, number: int, v: str) -> Response:
+        net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
+        if net is None or net.store is None or not 0 <= number < net.store.pictures_count:
+            raise MissingError("there is no such picture here")
+        owner, views = net, desk.views[net.key]
+        make = lambda asker: explorer.cut(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
+        return await made(request, make)
+
+    @routes.get("/chapter")
+    async def chapter(request: Request, model: str, number: int, v: str) -> Response:
+        net = network(model, v)
+
+        def make(asker: Asker) -> bytes:
+            told = explorer.told(net)
+            if told is None or not 0 <= number < len(told.chapters):
+                raise MissingError("this story is not told yet")
+            return chapter_sheet(told, number)
+
+        return await made(request, make)
+
+    @routes.get("/story")
+    async def story(request: Request, model: str, v: str) -> Response:
+        net = network(model, v)
+
+        def make(asker: Asker) -> bytes:
+            told = explorer.told(net)
+            if told is None:
+                raise MissingError("this story is not told yet")
+            return explorer.cut(asker, net, ("story",), lambda: story_figure(told))
+
+        return await made(request, make)
+
+    return routes
+
+
+def story_figure(told: Any) -> bytes:
+    """The whole story as one picture: patterns, and beside them what is measured."""
+    buffer = io.BytesIO()
+    told.figure().savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def chapter_sheet(told: Any, number: int) -> bytes:
+    """A chapter's patterns side by side, no margin between them."""
+    images = told.chapters[number].images
+    return encoded(pattern_grid(images, columns=len(images), margin=0), "PNG")

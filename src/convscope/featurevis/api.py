@@ -1,0 +1,250 @@
+"""The second technique: the picture that a unit wants to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convscope.engine import capture
+from convscope.engine.acceleration import conv_fusion
+from convscope.engine.acceleration.replay import repeated
+from convscope.engine.acceleration.retained import retained
+from convscope.engine.batching import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
+from convscope.engine.capture import Seen
+from convscope.engine.model import Model
+from convscope.errors import ConvscopeError
+from convscope.featurevis.frames import Album, for_display
+from convscope.featurevis.objectives import Objective
+from convscope.featurevis.optimizer import Plateau
+from convscope.featurevis.recipes import Recipe, Task
+from convscope.featurevis.request import Wanted, canvas_size, find_recipe, refuses, started, wanted
+from convscope.featurevis.result import Patterns
+from convscope.featurevis.retries import Batch, Finished, convince, joined, measure_of, revive
+from convscope.featurevis.scoring import Run, beside_nature, beside_noise, excited, remarks
+from convscope.featurevis.skip_gradient import favouring
+
+__all__ = ["Patterns", "patterns"]
+
+Watch = Callable[[int, np.ndarray], None]
+
+
+def patterns(
+    model: Model,
+    layer: str | Objective | Sequence[Objective],
+    units: int | str | Iterable[int | str] | None = None,
+    *,
+    recipe: str | Recipe = "robust",
+    size: int | tuple[int, int] | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    start: Any = None,
+    space: str = "pixels",
+    step_size: float | None = None,
+    views: int | None = None,
+    patience: int | None = None,
+    reference: Any = None,
+    frames: int = 0,
+    watch: Watch | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Patterns:
+    """Draw, for each unit, the picture that it responds to most, by gradient ascent on the picture.
+
+    The network is cut off behind the layer. All units are drawn in batches, each from random numbers of its own.
+
+    Parameters
+    ----------
+    model
+        From `convscope.load`.
+    layer
+        A layer's name, or "logits" for the classes themselves. Or what is to be climbed: an objective of
+        `convscope.patterns.objective`, or several.
+    units
+        Channels of the layer; for "logits" class indices or names. None: all of them, or, with recipes that begin with
+        a photograph, the layer as a whole.
+    recipe
+        "robust": Fourier canvas and random views; classes that the network does not know when the picture's quadrants
+        are exchanged are drawn again. "plain": the textbook's 40 normalised steps on pixels. "maco": phases
+        of a natural spectrum. "dream": a photograph, changed. "caricature": a photograph, redrawn. Or a `Recipe`.
+    size
+        Height and width of the picture, or one number for both. Default: three receptive fields, from 64 pixels to
+        the network's own size (robust, maco); 150 (plain); that of the photograph, its shorter side brought to the
+        network's own (dream, caricature).
+    steps, step_size
+        Number and length of the steps. Default: the recipe's.
+    seed
+        The same seed gives the same pictures, whatever other units are drawn beside them.
+    start
+        The picture to start from: a file, a PIL image, or numbers on the scale 0..255, (H, W, C) for all or
+        (U, H, W, C), or a tensor (U, C, H, W). For "plain", and needed by "dream" and "caricature".
+    space
+        For "plain": "pixels" puts the picture through the preprocessing, "input" feeds it to the network as it is.
+    views
+        How many random views the network is shown at each step; their mean is climbed. Default: the recipe's; "plain"
+        has none.
+    patience
+        A picture is done when its best value has grown by less than one per cent in so many steps. None: never before
+        the last step.
+    reference
+        Natural pictures, in any form that `convscope` takes: their best score is put beside the pattern's.
+    frames
+        So many pictures on the way are kept, evenly spaced, the last one included.
+    watch
+        Called after every step with the number of steps done in all and the pictures (U', H, W, C), uint8, that are
+        drawn just then. What it, or `progress`, raises ends the work, and leaves nothing behind.
+    memory
+        Bytes that a batch's intermediate results may take.
+    progress
+        Called after every step with the number of steps done and the number in all.
+
+    Raises
+    ------
+    ConvscopeError
+        For an unknown layer, unit, recipe or space, for a size that the network does not take, and for numbers that are
+        not finite.
+    """
+    name, rule = find_recipe(recipe, start, space)
+    want = wanted(model, layer, units, name, rule)
+    own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.picture_size)
+    count = _whole("steps", own_steps if steps is None else steps, 0)
+    kept = _whole("frames", frames, 0)
+    if views is not None and rule.views == 0:
+        raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
+    shown = rule.views if views is None else _whole("views", views, 1)
+    plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
+    first = started(start, size, len(want.numbers), model)
+    given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
+
+    with retained(), capture.attach(model, want.layers, stop=not want.to_logits) as run:
+        sees, tried = want.sees(model), refuses(model, run)
+        sides = canvas_size(size if given is None else given, rule, sees, model, tried)
+        seen = rule.seen(sees, model.preprocessing.picture_size, sides)
+        if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
+            seen = (sides,)
+        largest = seen[-1]
+        if model.owned:
+            blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *largest))
+            run = _quickened(run, blank)
+        if want.to_logits and rule.branches != 1:
+            run = favouring(run, rule.branches)
+        if model.owned:
+            run = repeated(partial(_without_output, run))
+        deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
+        mates = any(objective.mates for objective in want.objectives)
+        passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
+        each = passes * gradient_bytes(model, deepest, pixels)
+        # What many pictures at once save while views are coarse is more than they cost when they are fine.
+        coarsest = min(height * width for height, width in seen)
+        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, coarsest) // passes))
+        parts = _batches(want, fits)
+        together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
+        if model.fixed_batch is not None and together > model.fixed_batch:
+            raise ConvscopeError(
+                f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch} at a time"
+            )
+        nature = cache(partial(excited, run, model, want.layer))
+        natural = None if reference is None else beside_nature(run, want, reference, model, memory, space == "input")
+        batches: list[Finished] = []
+        for position, part in enumerate(parts):
+            album = Album(count, kept)
+
+            def on_step(
+                step: int, look: Callable[[], Tensor], album: Album = album, before: int = position * count
+            ) -> None:
+                done = before + step + 1
+                album.look(step, look)
+                if watch is not None:
+                    watch(done, look().permute(0, 2, 3, 1).cpu().numpy())
+                if progress is not None:
+                    progress(done, count * len(parts))
+
+            def all_done(done: int = (position + 1) * count) -> None:
+                if progress is not None:
+                    progress(done, count * len(parts))
+
+            rows, alone = want.pictures(part), measure_of(model, run, want, part)
+            task = Task(
+                measure=alone(range(len(part))),
+                generators=want.generators(part, seed),
+                preprocessing=model.preprocessing,
+                device=model.device,
+                size=sides,
+                steps=count,
+                step_size=own_size if step_size is None else step_size,
+                sees=sees,
+                seen=seen,
+                start=None if first is None else first[rows.start : rows.stop],
+                raw=space == "input",
+                mates=mates,
+                views=shown,
+                plateau=plateau,
+                on_step=on_step,
+                alone=alone if together == 1 else None,
+            )
+            drawn = rule.draw(task)
+            done = Finished(drawn, task.score(drawn.pictures).cpu(), album)
+            album.close(drawn.pictures)
+            revive(Batch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
+            album.close(done.drawn.pictures)
+            if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
+                all_done()
+            batches.append(done)
+        done = joined(batches)
+        if count >= own_steps:  # fewer were asked for to see something soon
+            whole = Batch(
+                replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done, nature
+            )
+            convince(whole, done, fits)
+        noise = beside_noise(run, want, model, sides, seed, memory, space == "input")
+    scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
+    return Patterns(
+        model,
+        images=for_display(done.drawn.pictures.cpu()),
+        units=np.array(want.numbers),
+        scores=scores.numpy(),
+        history=history.numpy(),
+        layer=want.layer,
+        recipe=name,
+        seed=seed,
+        steps=count,
+        step_size=task.step_size,
+        space=space,
+        views=shown,
+        patience=patience,
+        noise=noise.numpy(),
+        reference=None if natural is None else natural[0].numpy(),
+        alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
+        frames=np.stack(done.album.frames) if kept and count else None,
+        objectives=want.names,
+        notes=tuple(remarks(want.called(model), scores, noise, done.silent, done.known)),
+        failed=() if natural is None else tuple(natural[1].failed),
+    )
+
+
+def _without_output(run: Run, x: Tensor) -> Seen:
+    """What was seen, without what else the network returned: that may be anything."""
+    return run(x)._replace(output=None)
+
+
+def _quickened(run: Run, blank: Tensor) -> Run:
+    quick = conv_fusion.quickened(run, conv_fusion.plan(run, blank, gradients=True))
+    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
+    return quick if conv_fusion.agrees(run, quick, noise) else run
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
+    return int(value)
+
+
+def _batches(want: Wanted, size: int) -> list[Sequence[int]]:
+    """Objectives in batches of about `size` pictures; those of one objective are never parted."""
+    largest = max(objective.pictures for objective in want.objectives)
+    return list(chunks(range(len(want.objectives)), max(1, size // largest)))

@@ -1,0 +1,296 @@
+"""What an ascent climbs: one value per picture, never a sum that couples pictures.
+
+Objectives are added, subtracted, multiplied, and named after what they are made of:
+
+    unit("blocks.5.2", 7) - unit("blocks.5.2", 9)       what excites one unit and leaves the other cold
+    -unit("logits", 386)                                what speaks most against a class
+    0.5 * neuron("blocks.3", 4) + whole("blocks.5")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convscope.engine.capture import Seen
+from convscope.engine.model import LOGITS, Model
+from convscope.errors import ConvscopeError
+
+Value = Callable[[Seen], Tensor]  # of P pictures: (P,)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A value per picture, with a name.
+
+    `watches` are the layers that `value` looks at and the largest channel of each, None where it looks at all alike.
+    `pictures` are drawn together, where they are about each other: 1 unless several are compared. `mates` is whether
+    each picture comes with the photograph that it began as behind it: `value` then gets twice the rows that it returns.
+    `placed`: `value` looks at a place of the picture as large as it is drawn, which views of another size do not have.
+    """
+
+    name: str
+    watches: tuple[tuple[str, int | None], ...]
+    value: Value
+    pictures: int = 1
+    mates: bool = False
+    placed: bool = False
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that have to be watched, each once; the logits are always there."""
+        return list(dict.fromkeys(layer for layer, _ in self.watches if layer != LOGITS))
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return self.value(seen)
+
+    def check(self, model: Model) -> None:
+        """Raise ConvscopeError for a layer or a channel that the model does not have."""
+        for layer, channel in self.watches:
+            count = model.outputs if layer == LOGITS else model.layers.find(layer).units
+            if count is None:
+                raise ConvscopeError("this model has no classes")
+            if channel is not None and not 0 <= channel < count:
+                raise ConvscopeError(
+                    f"{self.name}: unit {channel} is not in layer {layer!r}, which has {count} units, 0 to {count - 1}"
+                )
+
+    def __add__(self, other: Objective | float) -> Objective:
+        return self._with("+", other, lambda a, b: a + b)
+
+    def __sub__(self, other: Objective | float) -> Objective:
+        return self._with("-", other, lambda a, b: a - b)
+
+    def __mul__(self, other: Objective | float) -> Objective:
+        return self._with("*", other, lambda a, b: a * b)
+
+    def __radd__(self, other: float) -> Objective:
+        return _constant(other) + self
+
+    def __rsub__(self, other: float) -> Objective:
+        return _constant(other) - self
+
+    def __rmul__(self, other: float) -> Objective:
+        return _constant(other) * self
+
+    def __neg__(self) -> Objective:
+        name = f"-{self._bracketed()}"
+        return replace(self, name=name, value=lambda seen: -self.value(seen))
+
+    def _with(self, sign: str, given: Objective | float, join: Callable[[Tensor, Tensor], Tensor]) -> Objective:
+        other = given if isinstance(given, Objective) else _constant(given)
+        if 1 not in (self.pictures, other.pictures) and self.pictures != other.pictures:
+            raise ConvscopeError(
+                f"{self.name} is about {self.pictures} pictures and {other.name} about {other.pictures}; "
+                "what is joined must be about as many"
+            )
+        if self.mates != other.mates and self.watches and other.watches:
+            raise ConvscopeError(f"only one of {self.name} and {other.name} compares with a photograph")
+        left = self.name if sign == "+" else self._bracketed(sums=sign == "*")
+        right = other.name if sign == "+" else other._bracketed()
+        return Objective(
+            f"{left} {sign} {right}",
+            self.watches + other.watches,
+            lambda seen: join(self.value(seen), other.value(seen)),
+            max(self.pictures, other.pictures),
+            self.mates or other.mates,
+            self.placed or other.placed,
+        )
+
+    def _bracketed(self, sums: bool = True) -> str:
+        return f"({self.name})" if sums and (" + " in self.name or " - " in self.name) else self.name
+
+
+def unit(layer: str, number: int) -> Objective:
+    """The mean of a channel over all places; for "logits" the logit of a class."""
+    name = f"logit {number}" if layer == LOGITS else f"{layer} {number}"
+    return Objective(name, ((layer, number),), lambda seen: _means(_outputs(seen, layer)[:, number]))
+
+
+def units(layer: str, numbers: Sequence[int]) -> Objective:
+    """The sum of several channels' means: what excites all of them at once."""
+    rows = list(numbers)
+    if not rows:
+        raise ConvscopeError("an objective for no units at all; give at least one")
+    name = f"{layer} {'+'.join(map(str, rows))}"
+    watches = tuple((layer, number) for number in rows)
+    return Objective(name, watches, lambda seen: _means(_outputs(seen, layer)[:, rows].sum(1)))
+
+
+def each(layer: str, numbers: Sequence[int]) -> Objective:
+    """For picture i the mean of channel `numbers[i]`: many units at once, with nothing between them."""
+    name = f"{layer} {', '.join(map(str, numbers))}"
+
+    def value(seen: Seen) -> Tensor:
+        outputs = _outputs(seen, layer)
+        return _means(outputs[torch.arange(len(numbers), device=outputs.device), list(numbers)])
+
+    return Objective(name, tuple((layer, number) for number in numbers), value, len(numbers))
+
+
+def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objective:
+    """A channel at one place; by default the middle one, as (row, column) the picture's own."""
+
+    def value(seen: Seen) -> Tensor:
+        maps = _outputs(seen, layer)[:, number]
+        where = [side // 2 for side in maps.shape[1:]] if at is None else list(at)
+        if len(where) != maps.ndim - 1 or not all(0 <= i < n for i, n in zip(where, maps.shape[1:], strict=True)):
+            sides = " x ".join(map(str, maps.shape[1:]))
+            raise ConvscopeError(f"place {tuple(where)} is not in layer {layer!r}, whose maps are {sides} here")
+        index: tuple[slice | int, ...] = (slice(None), *where)
+        return maps[index]
+
+    place = "middle" if at is None else ", ".join(map(str, at))
+    return Objective(f"{layer} {number} at {place}", ((layer, number),), value, placed=at is not None)
+
+
+def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
+    """v . x, times max(0.1, cos(v, x)) to a power: a direction in the space of a layer's channels, mean over places.
+
+    With power 0 the picture may grow along other directions as well; a higher power keeps it to this one. (The dot
+    product times the cosine is what the Activation Atlas draws: Carter et al., Distill 2019.)
+    """
+    along = torch.as_tensor(vector).detach().float().flatten().cpu()
+    if len(along) == 0 or not bool(along.isfinite().all()) or not bool(along.any()):
+        raise ConvscopeError("a direction needs a vector of finite numbers that are not all 0")
+
+    def value(seen: Seen) -> Tensor:
+        outputs = _outputs(seen, layer)
+        if outputs.shape[1] != len(along):
+            raise ConvscopeError(f"the direction has {len(along)} numbers, layer {layer!r} {outputs.shape[1]} channels")
+        return _means(_aligned(outputs, along.to(outputs.device).view(1, -1, *[1] * (outputs.ndim - 2)), power, (1,)))
+
+    return Objective(f"direction in {layer}", ((layer, len(along) - 1),), value)
+
+
+def whole(layer: str) -> Objective:
+    """The mean square of everything that a layer gives: more of whatever it sees already (DeepDream).
+
+    Mordvintsev, Olah and Tyka, Inceptionism, 2015.
+    """
+    watches = ((layer, None),)
+    return Objective(f"all of {layer}", watches, lambda seen: _outputs(seen, layer).square().flatten(1).mean(1))
+
+
+def likeness(layer: str, power: float = 1) -> Objective:
+    """x . p, times max(0.1, cos(x, p)) to a power: the picture's layer x along that of its photograph, p.
+
+    Whatever the layer sees in the photograph is exaggerated, at the place where it sees it (caricatures: Olah,
+    "Feature Visualization", Distill 2017; lucid's notebook of activation caricatures). Both are shown in the same view.
+    """
+
+    def value(seen: Seen) -> Tensor:
+        outputs = _outputs(seen, layer)
+        own, photograph = outputs[::2], outputs[1::2]
+        axes = tuple(range(1, own.ndim))
+        return _aligned(own, photograph.detach(), power, axes) / own[0].numel()
+
+    return Objective(f"likeness in {layer}", ((layer, None),), value, mates=True)
+
+
+def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+    """`count` pictures for one objective, each the less worth the more its texture in `layer` is like the others'.
+
+    (1 - weight * c) f, with c the mean cosine of the picture's Gram matrix of channels with the other pictures', which
+    counts as given: a picture moves away from the others and is not held by them. (Style diversity: Olah et al.,
+    Distill 2017, "Diversity".) A share of f, so that `weight` means the same for every unit.
+    """
+    if count < 2 or objective.pictures != 1 or objective.mates:
+        raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
+
+    def value(seen: Seen) -> Tensor:
+        outputs = _outputs(seen, layer)
+        if outputs.ndim < 3:
+            raise ConvscopeError(f"layer {layer!r} has no places, and so no texture in which pictures could differ")
+        maps = outputs.flatten(2)
+        grams = F.normalize((maps @ maps.transpose(1, 2)).flatten(1), dim=1)
+        alike = grams @ grams.detach().T
+        others = (alike.sum(1) - alike.diagonal()) / (len(alike) - 1)
+        own = objective.value(seen)
+        # The objective's size gives the weight its meaning; it is not itself climbed by way of the weight.
+        return own - weight * own.detach().abs() * others
+
+    watches = (*objective.watches, (layer, None))
+    return Objective(f"{count} of {objective.name}", watches, value, count, placed=objective.placed)
+
+
+def between(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+    """A row of `count` pictures from one objective to another, neighbours alike in `layer`.
+
+    Picture i has (1 - t) a + t b, t = i / (count - 1), less `weight` times its mean squared distance to its neighbours
+    in the layer, relative to the layer's mean square. Neighbours count as given. (Aligned interpolation: Mordvintsev et
+    al., Differentiable Image Parameterizations, Distill 2018.)
+    """
+    if count < 2 or (first.pictures, last.pictures) != (1, 1) or first.mates or last.mates:
+        raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
+
+    def value(seen: Seen) -> Tensor:
+        maps = _outputs(seen, layer).flatten(1)
+        t = torch.linspace(0, 1, count, device=maps.device)
+        own = (1 - t) * first.value(seen) + t * last.value(seen)
+        given = maps.detach()
+        apart = torch.zeros_like(own)
+        apart[1:] += (maps[1:] - given[:-1]).square().mean(1)
+        apart[:-1] += (maps[:-1] - given[1:]).square().mean(1)
+        apart = apart / given.square().mean(1).clamp(min=1e-12)
+        return own - weight * own.detach().abs() * apart
+
+    watches = (*first.watches, *last.watches, (layer, None))
+    placed = first.placed or last.placed
+    return Objective(f"from {first.name} to {last.name}", watches, value, count, placed=placed)
+
+
+def joined(objectives: Sequence[Objective]) -> Objective:
+    """Several objectives in one batch, each of its own pictures only: (sum of pictures,) values."""
+    if len(objectives) == 1:
+        return objectives[0]
+    mates = objectives[0].mates
+    rows = [objective.pictures * (1 + mates) for objective in objectives]
+
+    def value(seen: Seen) -> Tensor:
+        return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
+
+    watches = tuple(watch for objective in objectives for watch in objective.watches)
+    return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
+
+
+def _parts(seen: Seen, rows: list[int]) -> list[Seen]:
+    """What was seen, cut into the rows of each objective."""
+    maps = {layer: torch.split(tensor, rows) for layer, tensor in seen.maps.items()}
+    logits = None if seen.logits is None else torch.split(seen.logits, rows)
+    return [
+        Seen({layer: parts[i] for layer, parts in maps.items()}, None if logits is None else logits[i])
+        for i in range(len(rows))
+    ]
+
+
+def _constant(number: float) -> Objective:
+    # The same for however many pictures: there are more rows than values where photographs are beside them.
+    return Objective(f"{number:g}", (), lambda _: torch.tensor(float(number)))
+
+
+def _outputs(seen: Seen, layer: str) -> Tensor:
+    """What a layer gave, channels first, in float32."""
+    outputs = seen.logits if layer == LOGITS else seen.maps[layer]
+    assert outputs is not None
+    outputs = outputs.float()
+    return outputs.transpose(1, 2) if outputs.ndim == 3 else outputs  # tokens: (N, L, C)
+
+
+def _means(picked: Tensor) -> Tensor:
+    return picked.flatten(1).mean(1) if picked.ndim > 1 else picked
+
+
+def _aligned(x: Tensor, v: Tensor, power: float, axes: tuple[int, ...]) -> Tensor:
+    """x . v max(0.1, cos(x, v))^power along `axes`; a layer that gives nothing has no direction."""
+    dot = (x * v).sum(axes)
+    if power == 0:
+        return dot
+    # A root has no gradient at 0: where a rectifier is off in all channels, NaN would come of it.
+    lengths = x.square().sum(axes).clamp(min=1e-24).sqrt() * v.square().sum(axes).clamp(min=1e-24).sqrt()
+    return dot * (dot / lengths).clamp(min=0.1) ** power

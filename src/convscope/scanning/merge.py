@@ -1,0 +1,109 @@
+"""From the shards of a pass to a store: layer by layer, shard by shard in their order, one of each in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convscope.datasets.catalogue import Catalogue
+from convscope.engine.model import LOGITS, Model
+from convscope.scanning.plan import Plan
+from convscope.scanning.shard import Subject, Waiting
+from convscope.scanning.statistics import EDGES, Summary, unkeyed
+from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
+
+
+@dataclass(frozen=True)
+class Merge:
+    """All that the tables of a store are made from."""
+
+    model: Model
+    plan: Plan
+    subject: Subject
+    catalogue: Catalogue
+    store: Path
+
+    def write(self, manifest: Mapping[str, Any]) -> None:
+        """The tables, and the manifest as the last of all."""
+        waiting = [Waiting(self.store, shard) for shard in range(self.plan.shards)]
+        counts = self._class_counts(waiting)
+        shards = [
+            {"shard": i, "first": self.plan.within(i)[0], "last": self.plan.within(i)[-1], "sha256": one.sha256()}
+            for i, one in enumerate(waiting)
+        ]
+        write_store(
+            self.store,
+            (self._layer(i, name, waiting, counts) for i, name in enumerate(self.subject.layers)),
+            self._pictures(waiting),
+            sample_pictures=self.plan.sampled(),
+            class_counts=counts,
+            input_size=self.model.preprocessing.picture_size,
+            shards=shards,
+            manifest=dict(manifest),
+        )
+
+    def _class_counts(self, waiting: list[Waiting]) -> np.ndarray | None:
+        """How many usable pictures each label has."""
+        names = self.catalogue.label_names
+        if self.subject.labels is None or names is None:
+            return None
+        counts = np.zeros(len(names), np.int64)
+        for one in waiting:
+            found = one.summary(0)
+            counts[found.labels.numpy()] += found.class_pictures.numpy()
+        return counts
+
+    def _layer(self, number: int, name: str, waiting: list[Waiting], counts: np.ndarray | None) -> LayerSummary:
+        units = self.subject.layers[name]
+        found = Summary.none(units, self.plan.k)
+        for one in waiting:
+            found.join(one.summary(number))
+        highest, lowest = unkeyed(found.best.keys), -unkeyed(found.worst.keys)
+        means = None
+        if counts is not None:
+            means = np.full((units, len(counts)), np.nan, np.float32)
+            seen = found.class_pictures.numpy()
+            means[:, found.labels.numpy()] = (found.class_totals.numpy() / seen[:, None]).T
+        histogram = found.histogram.numpy()
+        row = None if name == LOGITS else self.model.layers.find(name)
+        return LayerSummary(
+            name=name,
+            kind="logits" if row is None else row.kind,
+            shape=(units,) if row is None else row.shape,
+            receptive_field=None if row is None else row.receptive_field,
+            stride=None if row is None else row.stride,
+            origin=None if row is None else row.origin,
+            sees_all=row is None or row.sees_all,
+            mean=found.mean.numpy(),
+            variance=found.scatter.numpy() / found.places,
+            maximum=highest[:, 0].double().numpy(),
+            minimum=lowest[:, 0].double().numpy(),
+            active=found.active.numpy() / found.places,
+            fires=histogram[:, np.searchsorted(EDGES, 0) + 1 :].sum(1) / found.pictures,
+            histogram=histogram,
+            top=Best(highest.numpy(), found.best.pictures.numpy(), found.best.places.numpy()),
+            bottom=Best(lowest.numpy(), found.worst.pictures.numpy(), found.worst.places.numpy()),
+            sample=found.sample.numpy(),
+            sample_positions=found.sample_places.numpy(),
+            class_means=means,
+        )
+
+    def _pictures(self, waiting: list[Waiting]) -> Iterator[PictureRows]:
+        labels = self.subject.labels
+        for shard, one in enumerate(waiting):
+            ids = self.plan.within(shard)
+            columns, reasons = one.pictures()
+            yield PictureRows(
+                names=self.catalogue.names[ids.start : ids.stop].to_pylist(),
+                labels=None if labels is None else labels[ids.start : ids.stop],
+                failed=[reasons.get(picture) for picture in ids],
+                sizes=columns["sizes"],
+                boxes=columns["boxes"],
+                classes=columns["classes"],
+                probabilities=columns["probabilities"],
+                losses=columns["losses"],
+            )

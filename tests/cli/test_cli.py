@@ -1,0 +1,237 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from convscope.cli import app
+from convscope.cli.options import numbers
+from convscope.errors import ConvscopeError
+
+
+def run(*arguments: str | Path) -> Result:
+    """The command in this process; what `main` does with a refusal is in `test_main_*`."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def panda(photos: list[str]) -> str:
+    return next(p for p in photos if "panda" in p)
+
+
+def test_layers_lists_the_whole_table(lite0):
+    lines = run("layers", "lite0").stdout.splitlines()
+    assert len(lines) == 1 + len(lite0.layers)
+    last = lines[-1].split("\t")
+    assert last[0] == "classifier"
+    assert last[3] == "1000"
+
+
+def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    """In 40 columns the terminal may break lines; the table itself must not break or cut a cell."""
+    from convscope.cli.options import table
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "blocks.4.2.depthwise_convolution_with_a_name"
+    table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert re.search(rf"{re.escape(long)} +BatchNormAct2d", plain)
+
+
+def test_layers_as_json_equals_the_table(lite0):
+    rows = json.loads(run("layers", "lite0", "--json").stdout)
+    assert [r["name"] for r in rows] == lite0.layers.names
+    stem = next(r for r in rows if r["name"] == "conv_stem")
+    assert (stem["shape"], stem["receptive_field"], stem["stride"], stem["units"]) == (
+        [32, 112, 112],
+        [3, 3],
+        [2, 2],
+        32,
+    )
+
+
+def test_predict_prints_the_top_classes(photos):
+    result = run("predict", "lite0", panda(photos), "--top", "2")
+    assert result.exit_code == 0
+    first = result.stdout.splitlines()[1].split("\t")
+    assert first[2:] == ["lesser panda", "387"]
+
+
+def test_predict_as_json_equals_the_call(lite0, photos):
+    import convscope
+
+    said = json.loads(run("predict", "lite0", *photos, "--json").stdout)
+    expected = convscope.predict(lite0, photos)
+    assert [p["picture"] for p in said] == list(expected.pictures)
+    np.testing.assert_allclose(
+        [[c["probability"] for c in p["classes"]] for p in said], expected.probabilities, rtol=1e-5
+    )
+
+
+def test_a_bad_picture_is_named_and_the_rest_is_done(photos, tmp_path):
+    bad = tmp_path / "no picture.jpg"
+    bad.write_text("text")
+    result = run("heatmap", "lite0", bad, panda(photos), "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.search(r"failed: .*no picture\.jpg: is not a picture", result.stderr)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["parameters"]["targets"] == [[387]]
+    assert manifest["failed"][0]["name"] == str(bad)
+    assert (tmp_path / "out" / "0000_class387.png").exists()
+
+
+def test_heatmap_takes_several_targets_by_name_and_index(lite0, photos, tmp_path):
+    import convscope
+
+    result = run("heatmap", "lite0", panda(photos), "--target", "lesser panda", "--target", "277", "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    saved = np.load(tmp_path / "arrays.npz")
+    assert saved["targets"].tolist() == [[387, 277]]
+    expected = convscope.heatmaps(lite0, panda(photos), [[387, 277]]).values
+    np.testing.assert_allclose(saved["values"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_writes_a_grid_a_layer(photos, tmp_path):
+    assert run("activations", "lite0", panda(photos), "--layers", "bn1,bn2", "-o", tmp_path).exit_code == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"arrays.npz", "manifest.json"} < names
+    assert np.load(tmp_path / "arrays.npz")["bn1"].shape == (1, 32, 112, 112)
+    assert sum("bn2" in n for n in names) == 5, "1280 channels are five pages of 256"
+
+
+def test_patterns_writes_pictures_and_the_same_bytes_again(tmp_path):
+    arguments = ("patterns", "lite0", "--layer", "bn1", "--units", "0-2", "--steps", "3", "--seed", "5", "-o")
+    for folder in ("a", "b"):
+        assert run(*arguments, tmp_path / folder).exit_code == 0
+    assert {"bn1_0.png", "bn1_1.png", "bn1_2.png", "grid.png"} < {p.name for p in (tmp_path / "a").iterdir()}
+    assert (tmp_path / "a" / "grid.png").read_bytes() == (tmp_path / "b" / "grid.png").read_bytes()
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["parameters"]["seed"] == 5
+    assert manifest["parameters"]["units"] == [0, 1, 2]
+
+
+def test_units_by_default_are_the_first_sixteen_or_all_there_are(tmp_path):
+    for layer, count in (("blocks.1.0.bn1", 16), ("blocks.0.0.bn2", 16)):
+        assert run("patterns", "lite0", "--layer", layer, "--steps", "1", "-o", tmp_path / layer).exit_code == 0
+        assert np.load(tmp_path / layer / "arrays.npz")["units"].tolist() == list(range(count))
+    from convscope.cli.options import first
+
+    class Small:
+        outputs = 10
+
+    assert first(Small(), "logits") == range(10)
+
+
+def test_scaling_of_the_grids(photos, tmp_path):
+    for scaling in ("standard", "minmax"):
+        run("activations", "lite0", panda(photos), "--layers", "bn1", "--scaling", scaling, "-o", tmp_path / scaling)
+    one, other = (np.asarray(Image.open(tmp_path / s / "0000_bn1.png")) for s in ("standard", "minmax"))
+    assert one.shape == other.shape
+    assert (one != other).any()
+    assert json.loads((tmp_path / "minmax" / "manifest.json").read_text())["parameters"]["scaling"] == "minmax"
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("all", None), ("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("African elephant, 3", ["African elephant", 3])],
+)
+def test_units_as_people_write_them(text, units):
+    assert numbers(text) == units
+
+
+def test_units_that_run_backwards_are_refused():
+    with pytest.raises(ConvscopeError, match="ends before it begins"):
+        numbers("9-3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("layers", "lite9"), "no model is called 'lite9'; nearest: lite"),
+        (("predict", "lite0", "missing.jpg"), "missing.jpg: No such file"),
+        (("heatmap", "lite0", "PHOTO", "--target", "redpanda"), "class 'redpanda' is not in this model"),
+        (("heatmap", "lite0", "PHOTO", "--layer", "bn22"), "layer 'bn22' is not in this model; nearest: bn2"),
+        (("patterns", "lite0", "--layer", "bn1", "--units", "99"), "unit 99 is not in layer 'bn1'"),
+        (("predict", "lite0", "PHOTO", "--preprocessing", "{"), "--preprocessing is not JSON"),
+        (("activations", "lite0", "PHOTO", "--scaling", "log"), "scaling 'log' is not known"),
+        (("demo", "lite0", "PHOTO", "-o", "/dev/null"), "cannot write into /dev/null"),
+        (("heatmap", "lite0", "PHOTO", "-o", "s3://bucket/maps"), "is an address"),
+    ],
+)
+def test_main_says_one_line_and_ends_with_2(arguments, words, photos, tmp_path, monkeypatch, capsys):
+    from convscope.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["convscope", *(panda(photos) if a == "PHOTO" else a for a in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [], "nothing is written when nothing can be done"
+
+
+def test_a_factory_in_the_current_folder_is_found(tmp_path):
+    """In a process of its own, since that is where the current folder is not on the path."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.conv = torch.nn.Conv2d(1, 2, 3)\n"
+        "    def forward(self, x):\n        return self.conv(x).mean((2, 3))\n"
+    )
+    command = [sys.executable, "-c", "import sys; sys.path.pop(0); from convscope.cli import main; main()"]
+    done = subprocess.run([*command, "layers", "net:Net"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1].startswith("conv\tConv2d\t2 x 222 x 222")
+
+
+def test_classes_and_preprocessing_from_the_command_line(photos, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"kind {i}" for i in range(1000)))
+    settings = json.dumps({"size": 192, "range": 255, "mean": 127, "std": 128, "interpolation": "bicubic"})
+    result = run("predict", "lite0", panda(photos), "--classes", names, "--preprocessing", settings)
+    assert "kind 387" in result.stdout
+
+
+def test_demo_makes_a_page_that_stands_by_itself(tmp_path, monkeypatch, photos):
+    """Every picture that the page names is there, and the heat lies on the panda's head, not on the tree."""
+    import functools
+
+    import convscope.demo
+
+    from convscope.featurevis.api import patterns
+
+    # Three steps instead of 128: the page is what is tested here.
+    monkeypatch.setattr("convscope.reports.demo.patterns", functools.partial(patterns, steps=3))
+    result = run("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1] == f"Done. Open {(tmp_path / 'demo' / 'index.html').resolve()}"
+    page = (tmp_path / "demo" / "index.html").read_text()
+    sources = re.findall(r'src="([^"]+)"', page)
+    assert len(sources) == 8 + 5 + 4 + 1
+    for source in sources:
+        assert Image.open(tmp_path / "demo" / source).width > 30
+    assert "http" not in page, "nothing is loaded from elsewhere"
+    said = json.loads((tmp_path / "demo" / "manifest.json").read_text())["predictions"]
+    assert [p["classes"][0][0] for p in said] == ["Egyptian cat", "fiddler crab", "jacamar", "lesser panda"]
+    photo, heated = (np.asarray(Image.open(tmp_path / "demo" / f"{w}_3.jpg"), float) for w in ("photo", "heatmap"))
+    red = (heated - photo)[..., 0] - (heated - photo)[..., 2]
+    height, width = red.shape
+    head = red[height // 4 : height * 3 // 4, width // 4 : width * 3 // 5]
+    assert head.mean() > red.mean() + 40
+    assert convscope.samples.photographs() == photos
+
+
+def test_demo_shows_stages_from_fine_to_coarse(lite0):
+    from convscope.engine.layer_selection import depths
+
+    sides = [row.shape[1] for row in depths(lite0, 5)]
+    assert sides == [112, 56, 28, 14, 7]
