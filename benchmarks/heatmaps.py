@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCam
 
 import convscope
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 
 NETWORKS = {"ResNet-50": "torchvision:resnet50", "VGG16": "torchvision:vgg16", "Lite0": "lite0"}
 
@@ -99,7 +99,7 @@ def photographs(model: convscope.Model, batch: int) -> Tensor:
     """The sample photographs as the network takes them, as many as asked for."""
     folder = Path(convscope.__file__).parent / "samples"
     paths = sorted(str(p) for p in folder.iterdir() if p.suffix in (".jpg", ".png"))
-    pictures = Pictures(paths, model.preprocessing)
+    pictures = ImageBatchLoader(paths, model.preprocessing)
     four = next(pictures.batches(4)).x
     return four.repeat(-(-batch // 4), 1, 1, 1)[:batch].contiguous(memory_format=torch.channels_last)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import convscope
 from convscope.datasets.catalogue import catalogue
 from convscope.engine import capture
-from convscope.engine.layer_selection import stages
+from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.samples import photographs
@@ -70,9 +70,11 @@ def passes(rounds: int) -> list[Pass]:
     lite0 = convscope.load("lite0")
     resnet = convscope.load("torchvision:resnet50", weights="random")
     return [
-        _pass("Lite0, one layer of each resolution", lite0, [row.name for row in stages(lite0)], rounds),
-        _pass("Lite0, all layers", lite0, [row.name for row in lite0.layers.distinct()], rounds),
-        _pass("ResNet-50, one layer of each resolution", resnet, [row.name for row in stages(resnet)], rounds),
+        _pass("Lite0, one layer of each resolution", lite0, [row.name for row in last_per_resolution(lite0)], rounds),
+        _pass("Lite0, all layers", lite0, [row.name for row in lite0.layers.unique_spatial()], rounds),
+        _pass(
+            "ResNet-50, one layer of each resolution", resnet, [row.name for row in last_per_resolution(resnet)], rounds
+        ),
     ]
 
 
@@ -82,7 +84,7 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
     plan = Plan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
     with Decoder(catalogue(photographed(count)), model.preprocessing) as decoder:
         decoded = list(decoder.batches(plan.batches(0), BATCH))
-    units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.outputs or 0)}
+    units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.num_outputs or 0)}
     subject = Subject(units, None, None)
 
     def bare() -> None:
@@ -107,7 +109,7 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
 
 def _apart(model: Model, layers: list[str], x: Tensor, look: Looking) -> float:
     """How far the highest values are from those of the network's own maps, relative to each layer's largest."""
-    with torch.no_grad(), capture.attach(model, layers) as run:
+    with torch.no_grad(), capture.capture_layers(model, layers) as run:
         maps = run(x).maps
     found = look(x, {}).layers
     errors = [

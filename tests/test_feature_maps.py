@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine.batching import batch_size, chunks, forward_bytes, gradient_bytes
+from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
 from tests.oracles.nets import Digits, Usual, filled
 
 RNG = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_budget() -> None:
     assert batch_size(model, 100, 1000) == 10
     assert batch_size(model, 100, 99) == 1
     assert batch_size(model, 100, 1 << 40) == 32
-    assert batch_size(model, 0, 1 << 40, most=7) == 7
+    assert batch_size(model, 0, 1 << 40, max_batch=7) == 7
     behind = {row.name: forward_bytes(model, row.name) for row in model.layers}
     assert behind["conv1"] > behind["conv2"] > behind["conv3"]
     # What autograd keeps between conv2 and the end: conv3 and bn3 (10 x 12 x 12) at least; twice, with the gradients.
@@ -216,7 +216,7 @@ def test_budget() -> None:
 @pytest.mark.parametrize("count", range(0, 30))
 def test_chunks_are_whole_and_even(count: int) -> None:
     for size in range(1, 12):
-        parts = list(chunks(range(count), size))
+        parts = list(balanced_chunks(range(count), size))
         assert [i for part in parts for i in part] == list(range(count))
         lengths = [len(part) for part in parts]
         assert all(0 < n <= size for n in lengths)

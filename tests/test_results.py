@@ -25,7 +25,7 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError, results
 from convscope.plotting import figures
-from convscope.results import file_names, replacing, write_json
+from convscope.results import atomic_write, file_names, write_json
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
 KINDS = ["activations", "predictions", "patterns", "heatmaps"]
@@ -365,9 +365,9 @@ def test_unknown_kinds_are_no_silent_nothing(tmp_path):
 
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "f"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"new" * (1 // 0))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]

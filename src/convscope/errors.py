@@ -18,7 +18,7 @@ def nearest(word: str, known: list[str], count: int = 4) -> str:
     return ", ".join(found or known[:count])
 
 
-def needed(package: str, extra: str = "scan") -> Any:
+def require_extra(package: str, extra: str = "scan") -> Any:
     """The package, imported. Raises ConvscopeError, naming the extra that brings it, where it is not installed."""
     try:
         return import_module(package)

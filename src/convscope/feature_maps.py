@@ -14,7 +14,7 @@ from convscope.engine.batching import MEMORY, Progress, batch_size, forward_byte
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.results import Result
 
 
@@ -61,11 +61,11 @@ class Activations(Result):
             "mean": maps.mean(2),
             "max": maps.max(2),
             "active": (maps > 0).mean(2, dtype=np.float32),
-            "dead": silent(self[layer]),
+            "dead": is_constant_channel(self[layer]),
         }
 
 
-def silent(maps: np.ndarray) -> np.ndarray:
+def is_constant_channel(maps: np.ndarray) -> np.ndarray:
     """Which channels of maps (N, C, ...) say the same everywhere; bool (N, C).
 
     Rounding alone makes no pattern: what counts must rise above the precision of the values.
@@ -116,12 +116,12 @@ def activations(
         raise ConvscopeError(f"scaling {scaling!r} is not known; expected standard or minmax")
     if isinstance(layers, str):
         layers = [layers]
-    names = [row.name for row in model.layers.distinct()] if layers is None else list(layers)
+    names = [row.name for row in model.layers.unique_spatial()] if layers is None else list(layers)
     rows = [model.layers.find(name) for name in names]
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     found: dict[str, list[np.ndarray]] = {row.name: [] for row in rows}
     done: list[int] = []
-    with torch.no_grad(), capture.attach(model, list(found), stop=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, list(found), stop_early=True) as run:
         for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
             seen = run(batch.x)
             for name, maps in seen.maps.items():
@@ -176,10 +176,10 @@ def predict(
 
     Raises ConvscopeError when no picture can be used; if only some cannot, they are named in `.failed`.
     """
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     logits: list[torch.Tensor] = []
     done: list[int] = []
-    with torch.no_grad(), capture.attach(model, []) as run:
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
         for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
             seen = run(batch.x)
             assert seen.logits is not None

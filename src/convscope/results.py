@@ -80,7 +80,7 @@ class Result:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in own.items() if isinstance(v, plain) and k not in ("model", "notes", "failed")}
 
-    def texts(self) -> Mapping[str, str]:
+    def text_files(self) -> Mapping[str, str]:
         """Tables that are saved beside the pictures: file names, and what is in them."""
         return {}
 
@@ -95,20 +95,20 @@ class Result:
         is whole; a folder without a manifest was not finished. Raises ConvscopeError if the folder is an address, or
         cannot be written.
         """
-        where = on_disk(folder)
+        where = local_folder(folder)
         try:
             where.mkdir(parents=True, exist_ok=True)
             (where / "manifest.json").unlink(missing_ok=True)  # of an earlier save: it does not speak for this one
             files = []
             for name, picture in render(self):
-                with replacing(where / name) as file:
+                with atomic_write(where / name) as file:
                     _write_shown(file, picture)
                 files.append(name)
-            for name, text in self.texts().items():
-                with replacing(where / name) as file:
+            for name, text in self.text_files().items():
+                with atomic_write(where / name) as file:
                     file.write(text.encode(errors="backslashreplace"))
                 files.append(name)
-            with replacing(where / "arrays.npz") as file:
+            with atomic_write(where / "arrays.npz") as file:
                 write_npz(file, self.arrays())
             write_json(where / "manifest.json", self.manifest([*files, "arrays.npz"]))
         except OSError as error:
@@ -133,7 +133,7 @@ class Result:
         return buffer.getvalue()
 
 
-def on_disk(folder: str | os.PathLike[str]) -> Path:
+def local_folder(folder: str | os.PathLike[str]) -> Path:
     """A folder to write into. Raises ConvscopeError for an address, also where a Path made one slash of its two."""
     if re.match(r"\w[\w+.-]+:/", os.fspath(folder)):
         raise ConvscopeError(
@@ -144,7 +144,7 @@ def on_disk(folder: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes its name only once it is written whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -197,7 +197,7 @@ def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
         file.write(text.encode(errors="backslashreplace"))  # a file's name need not be Unicode
 

@@ -16,7 +16,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.attribution.methods.cam import grad_cam
 from convscope.attribution.targets import resolve
-from convscope.images.colormap import blend, colourise, palette
+from convscope.images.colormap import apply_colormap, blend, lookup_table
 from tests.oracles.nets import Aside, Usual, filled
 
 SIZE = 24
@@ -401,7 +401,7 @@ def test_all_negative_map_is_said_and_stays_raw() -> None:
     assert apart(found.values[0, 0], -found.values[0, 1]) < TINY
     assert found.notes == ("image 0, nothing: the map is negative everywhere; this layer speaks against the target",)
     against, favourable = (np.asarray(p, np.int64) for p in found.overlay(alpha=0.4))
-    zero = 0.6 * picture + 0.4 * palette("jet")[0]
+    zero = 0.6 * picture + 0.4 * lookup_table("jet")[0]
     assert np.abs(against - zero).max() <= 0.5 + 1e-4  # rounded to 8 bits, from float32
     assert np.abs(favourable - zero).max() > 20
 
@@ -415,7 +415,7 @@ def test_zero_map_is_said_and_stays_zero() -> None:
         assert not found.values.any()
         assert found.notes == ("image 0, c: the map is zero everywhere; this layer has no influence on the target",)
         (shown,) = found.overlay(alpha=0.3, colormap="inferno")
-        zero = 0.7 * picture + 0.3 * palette("inferno")[0]
+        zero = 0.7 * picture + 0.3 * lookup_table("inferno")[0]
         assert np.abs(np.asarray(shown) - zero).max() <= 0.5 + 1e-4  # rounded to 8 bits, from float32
     assert convscope.heatmaps(model, picture, "c", layer="used").notes == ()
 
@@ -568,7 +568,7 @@ def test_overlay_refuses_what_makes_no_picture(usual: convscope.Model) -> None:
 def test_colours_do_not_wrap_around() -> None:
     white = np.full((1, 3, 3), 255, np.uint8)
     heat = np.array([[-1.0, 0.5, 2.0]])
-    assert np.array_equal(colourise(heat, "gray"), np.array([[[0] * 3, [128] * 3, [255] * 3]], np.uint8))
+    assert np.array_equal(apply_colormap(heat, "gray"), np.array([[[0] * 3, [128] * 3, [255] * 3]], np.uint8))
     assert np.array_equal(np.asarray(blend(white, heat, 0.5, "gray"))[0, :, 0], [128, 192, 255])
 
 

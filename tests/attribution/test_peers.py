@@ -55,7 +55,7 @@ def ours(model: convscope.Model, x: Tensor, layer: str, method: str) -> np.ndarr
 
 def seen(model: convscope.Model, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """The layer's output and its gradient, float64, as any program sees them."""
-    with torch.no_grad(), capture.attach(model, [layer], leaf=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, [layer], detach_at_layer=True) as run:
         now = run(x)
         with torch.enable_grad():
             score = now.logits.gather(1, torch.tensor(TARGETS)[:, None]).sum()

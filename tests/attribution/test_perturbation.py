@@ -312,9 +312,9 @@ def test_occlusion_agrees_with_captum(window: Any, stride: Any, fill: float) -> 
 def test_occlusion_of_lite0_agrees_with_captum(lite0: Model, photos: list[str]) -> None:
     from captum.attr import Occlusion
 
-    from convscope.images.loading import Pictures
+    from convscope.images.loading import ImageBatchLoader
 
-    x = next(Pictures(photos[3], lite0.preprocessing).batches(1)).x
+    x = next(ImageBatchLoader(photos[3], lite0.preprocessing).batches(1)).x
     found = asked(lite0, x, "occlusion", 387, window=64, stride=60)
     theirs = Occlusion(lite0.module).attribute(
         x, sliding_window_shapes=(3, 64, 64), strides=(3, 60, 60), target=387, perturbations_per_eval=8
@@ -347,7 +347,7 @@ def posed(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, layer: A
     """A question as the engine poses it, for inputs that pictures cannot be."""
     from convscope.attribution.context import Question
     from convscope.attribution.targets import Chosen
-    from convscope.engine.capture import Seen
+    from convscope.engine.capture import ForwardResult
 
     class Stub:
         fixed_batch = None
@@ -355,10 +355,10 @@ def posed(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, layer: A
         owned = False
         layers = LayerTable([])
 
-    def run(many: Tensor) -> Seen:
+    def run(many: Tensor) -> ForwardResult:
         assert len(many) <= size
         out = net(many)
-        return Seen({}, out, out)
+        return ForwardResult({}, out, out)
 
     chosen = Chosen(torch.tensor([targets] * len(x)))
     stub: Any = Stub()

@@ -14,7 +14,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.attribution.registry import METHODS
 from convscope.attribution.targets import Chosen, ask, finer, of_head, over_region
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from tests.oracles.nets import PACKINGS, Packed, Usual, changes, filled, snapshot
 
 SIZE = 24
@@ -184,7 +184,7 @@ def test_finer_cam_of_twins() -> None:
     """Classes with the very same score: each is the others' nearest, none is its own."""
     logits = torch.tensor([[2.0, 2, 2, 2, 9, -5]], requires_grad=True)
     for target in range(4):
-        score = finer(Chosen(torch.tensor([[target]])), Seen({}, logits, logits))
+        score = finer(Chosen(torch.tensor([[target]])), ForwardResult({}, logits, logits))
         (gradient,) = torch.autograd.grad(score.sum(), logits)
         expected = [1.0 if c == target else -0.2 if c < 4 else 0.0 for c in range(6)]
         assert gradient[0].tolist() == pytest.approx(expected)

@@ -231,7 +231,7 @@ def test_demo_makes_a_page_that_stands_by_itself(tmp_path, monkeypatch, photos):
 
 
 def test_demo_shows_stages_from_fine_to_coarse(lite0):
-    from convscope.engine.layer_selection import depths
+    from convscope.engine.layer_selection import select_by_depth
 
-    sides = [row.shape[1] for row in depths(lite0, 5)]
+    sides = [row.shape[1] for row in select_by_depth(lite0, 5)]
     assert sides == [112, 56, 28, 14, 7]

@@ -167,7 +167,7 @@ def test_several_layers_get_a_folder_each(tmp_path: Path) -> None:
 def test_all_layers_and_the_classes(tmp_path: Path) -> None:
     done("--layers", "all", "--units", "1", "--steps", "1", "--size", "24", "-o", tmp_path)
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
-    assert names(tmp_path) == {row.name for row in model.layers.distinct()} | {"logits"}
+    assert names(tmp_path) == {row.name for row in model.layers.unique_spatial()} | {"logits"}
     assert {"conv1", "conv2", "conv3"} < names(tmp_path)
 
 

@@ -18,7 +18,7 @@ import convscope
 from convscope import Atlas, ConvscopeError
 from convscope.cli import app
 from convscope.decomposition.activation_atlas import TOLD
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, loaded, pictures, tiled
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
@@ -110,7 +110,7 @@ def effects_recounted(model: convscope.Model, shown: np.ndarray, found: Atlas) -
             output[:, :, row, column] = 0
         return output
 
-    prepared = [next(Pictures(one, model.preprocessing).batches(1)).x for one in shown]
+    prepared = [next(ImageBatchLoader(one, model.preprocessing).batches(1)).x for one in shown]
     net = model.module
     falls = []
     module = dict(net.named_modules())[found.layer]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError, Model
 from convscope.engine import capture
-from convscope.engine.adapters import TorchDialect
+from convscope.engine.adapters import TorchAdapter
 from convscope.engine.function_modes import RowsOnly
 from tests.oracles.nets import (
     PACKINGS,
@@ -261,7 +261,7 @@ def test_gradients_exist_behind_the_layer_only() -> None:
     assert modes(lambda: convscope.activations(model, x, ["conv2", "conv1"])) == [{False}, {False}, set()]
     with torch.enable_grad():
         assert modes(lambda: convscope.predict(model, x)) == [{False}] * 3
-        with capture.attach(model, ["before"], leaf=True) as run:
+        with capture.capture_layers(model, ["before"], detach_at_layer=True) as run:
             assert modes(lambda: run(x)) == [{False}, {True}, {True}]
         assert not x.requires_grad  # what the layer passed on is the very tensor; the leaf is another
 
@@ -306,7 +306,7 @@ def test_no_parameter_is_in_the_graph() -> None:
     """Whatever a gradient leads back to is the layer's leaf, never a weight."""
     net = lived_in(filled(Usual()))[0]
     model = loaded(net)
-    with capture.attach(model, ["conv2"], leaf=True) as run:
+    with capture.capture_layers(model, ["conv2"], detach_at_layer=True) as run:
         seen = run(inputs())
         leaves, todo = [], [seen.logits.grad_fn]
         while todo:
@@ -396,7 +396,7 @@ def test_gradient_is_that_of_the_whole_network() -> None:
         logits = net(x.clone().requires_grad_())
         handle.remove()
         (expected,) = torch.autograd.grad(logits[:, 1].sum(), kept[0])
-        with capture.attach(model, [layer], leaf=True) as run:
+        with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
             seen = run(x)
             (found,) = torch.autograd.grad(seen.logits[:, 1].sum(), seen.maps[layer])
         assert apart(seen.logits.detach(), logits.detach()) < 1e-6  # one rounding of float32 or the other
@@ -407,11 +407,11 @@ def test_two_leaves_in_one_pass() -> None:
     """The first layer is the leaf; the second depends on it, and both have their gradients."""
     net = filled(Usual())
     model, x = loaded(net), inputs()
-    with capture.attach(model, ["bn3", "conv2"], leaf=True) as run:
+    with capture.capture_layers(model, ["bn3", "conv2"], detach_at_layer=True) as run:
         seen = run(x)
         both = torch.autograd.grad(seen.logits[:, 0].sum(), [seen.maps["conv2"], seen.maps["bn3"]])
     for layer, found in zip(("conv2", "bn3"), both, strict=True):
-        with capture.attach(model, [layer], leaf=True) as run:
+        with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
             alone = run(x)
             (expected,) = torch.autograd.grad(alone.logits[:, 0].sum(), alone.maps[layer])
         assert torch.equal(found, expected)
@@ -449,7 +449,7 @@ def test_packed_outputs(packing: str) -> None:
     """Tuples, dictionaries, dataclasses: at an inner layer and at the end, the numbers of the bare tensor."""
     plain, packed = (loaded(filled(Packed(*PACKINGS[name]))) for name in ("tensor", packing))
     x = inputs()
-    assert packed.layers["inner"].same_as == "inner.conv"
+    assert packed.layers["inner"].alias_of == "inner.conv"
     for layer in ("inner", "inner.conv"):
         maps = [convscope.activations(m, x, layer)[layer] for m in (plain, packed)]
         assert np.array_equal(*maps)
@@ -574,7 +574,7 @@ def test_logits_are_what_went_into_the_head(head: str) -> None:
     own = own["scores"] if isinstance(own, dict) else own
     probabilities = own.exp() if head == "log_softmax" else own
     found = convscope.predict(model, x)
-    assert model.head == head.partition(" ")[0].removesuffix(",")
+    assert model.final_activation == head.partition(" ")[0].removesuffix(",")
     assert np.array_equal(found.logits, expected.numpy())  # the same kernels
     in_order = probabilities.gather(1, torch.from_numpy(found.indices))
     assert apart(found.probabilities, in_order) < 1e-6  # exp(log_softmax) rounds once more
@@ -603,7 +603,7 @@ def test_one_output(ends: bool, shape: str) -> None:
     found = convscope.predict(model, x)
     assert np.array_equal(found.logits, expected.numpy())
     assert apart(found.probabilities, expected.sigmoid()) < 1e-6  # sigmoid of a contiguous copy
-    assert model.outputs == 1
+    assert model.num_outputs == 1
     heat = convscope.heatmaps(model, x, 0)
     assert np.array_equal(heat.logits, expected.numpy())
     assert np.abs(heat.values).max() > 0
@@ -720,7 +720,7 @@ def test_settled_restores_what_it_changed_and_no_more() -> None:
     net.fc.bias.requires_grad_(False)
 
     def inside() -> None:
-        with capture.settled(net.modules(), net.parameters()):
+        with capture.frozen_eval_mode(net.modules(), net.parameters()):
             assert not any(m.training for m in net.modules())
             assert not any(p.requires_grad for p in net.parameters())
             raise ZeroDivisionError
@@ -735,7 +735,7 @@ def test_observer_is_told_of_every_call_in_order() -> None:
     net = filled(Twice())
     x = inputs(1)
     told: list[tuple[str, float]] = []
-    capture.observe(net, TorchDialect(), x, lambda name, _, output: told.append((name, float(output.sum()))))
+    capture.run_with_callback(net, TorchAdapter(), x, lambda name, _, output: told.append((name, float(output.sum()))))
     with torch.no_grad():
         one = net.conv1(x)
         two = net.conv2(one.relu())
@@ -798,7 +798,7 @@ class Segmenting(nn.Module):
 def test_logits_of_class_maps_are_means_of_what_went_into_the_softmax(last: bool) -> None:
     net = Segmenting(last)
     model = convscope.load(net, preprocessing={"size": 12})
-    assert (model.outputs, model.head, model.classes_last) == (3, "softmax", last)
+    assert (model.num_outputs, model.final_activation, model.channels_last_output) == (3, "softmax", last)
     x = torch.randn(2, 3, 12, 12)
     expected = net.conv(x).mean((2, 3)).detach().numpy()
     np.testing.assert_allclose(convscope.predict(model, x).logits, expected, rtol=1e-5, atol=1e-6)

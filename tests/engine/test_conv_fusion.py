@@ -36,8 +36,8 @@ def inputs(*shape: int) -> Tensor:
 def both(net: nn.Module, x: Tensor) -> tuple[conv_fusion.Folds, Tensor, Tensor]:
     """What was folded, the outputs with it and those without."""
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x[:1])
-        return folds, conv_fusion.quickened(net, folds)(x), net(x)
+        folds = conv_fusion.find_fusions(net, x[:1])
+        return folds, conv_fusion.with_fusion(net, folds)(x), net(x)
 
 
 def steps(folds: conv_fusion.Folds) -> list[str]:
@@ -71,7 +71,7 @@ def test_the_same_numbers(name: str) -> None:
     assert apart(found, expected) < TINY
     assert {what: steps(folds).count(what) for what in set(steps(folds))} == counts
     with torch.no_grad():
-        alone = conv_fusion.quickened(net, folds)(x[:1])
+        alone = conv_fusion.with_fusion(net, folds)(x[:1])
     assert apart(alone, expected[:1]) < TINY
 
 
@@ -85,10 +85,10 @@ def test_lite0(lite0: Model) -> None:
 def test_other_sizes_than_the_one_that_was_watched() -> None:
     net = filled(Usual())
     with torch.no_grad():
-        folds = conv_fusion.plan(net, inputs(1, 3, 24, 24))
+        folds = conv_fusion.find_fusions(net, inputs(1, 3, 24, 24))
         other = inputs(2, 3, 31, 18)
         assert len(folds) == 3
-        assert apart(conv_fusion.quickened(net, folds)(other), net(other)) < TINY
+        assert apart(conv_fusion.with_fusion(net, folds)(other), net(other)) < TINY
 
 
 class Layers(nn.Module):
@@ -188,8 +188,8 @@ def test_double_precision_folds_normalisation_alone() -> None:
 
 def padded(net: nn.Module, x: Tensor, *, gradients: bool) -> list[bool]:
     """Of each convolution, whether it pads by itself. Outputs and gradients are compared at several sizes."""
-    folds = conv_fusion.plan(net, x[:1], gradients=gradients)
-    quick = conv_fusion.quickened(net, folds)
+    folds = conv_fusion.find_fusions(net, x[:1], gradients=gradients)
+    quick = conv_fusion.with_fusion(net, folds)
     for size in ((12, 12), (13, 11), (9, 16)):
         both = []
         for run in (net, quick):
@@ -253,22 +253,22 @@ def test_what_no_convolution_pads_by_itself_is_padded_once(monkeypatch: pytest.M
 
     net, x, calls = varied(Layers(twice)), inputs(2, 4, 12, 12), []
     with torch.no_grad():
-        expected, folds = net(x), conv_fusion.plan(net, x)
+        expected, folds = net(x), conv_fusion.find_fusions(net, x)
         usual = conv_fusion._laid_around
         monkeypatch.setattr(conv_fusion, "_laid_around", lambda x, pads: calls.append(x.shape[0]) or usual(x, pads))
-        assert apart(conv_fusion.quickened(net, folds)(x), expected) < TINY
+        assert apart(conv_fusion.with_fusion(net, folds)(x), expected) < TINY
     assert calls == [4, 2, 2]  # a kernel, and two batches
 
 
 def test_a_kernel_grows_only_where_that_costs_little() -> None:
     """Unequal ends need a larger kernel: 16 taps for 9. Where many maps go into each output, padding is cheaper."""
     one, many = torch.ones(8, 1, 3, 3), torch.ones(8, 8, 3, 3)
-    window = conv_fusion.padded_within(conv_fusion.Window(one, (0, 0), (1, 1)), ((0, 1), (1, 1)))
+    window = conv_fusion.absorb_padding(conv_fusion.ConvGeometry(one, (0, 0), (1, 1)), ((0, 1), (1, 1)))
     assert window is not None
     assert window.padding == (1, 1)
     assert torch.equal(window.weight, F.pad(one, (0, 0, 1, 0)))
-    assert conv_fusion.padded_within(conv_fusion.Window(many, (0, 0), (1, 1)), ((0, 1), (1, 1))) is None
-    alike = conv_fusion.padded_within(conv_fusion.Window(many, (1, 0), (1, 1)), ((1, 1), (2, 2)))
+    assert conv_fusion.absorb_padding(conv_fusion.ConvGeometry(many, (0, 0), (1, 1)), ((0, 1), (1, 1))) is None
+    alike = conv_fusion.absorb_padding(conv_fusion.ConvGeometry(many, (1, 0), (1, 1)), ((1, 1), (2, 2)))
     assert alike is not None
     assert alike.padding == (2, 2)
     assert torch.equal(alike.weight, many)
@@ -278,11 +278,11 @@ def test_lite0_pads_by_itself(lite0: Model) -> None:
     """Its five convolutions with a stride, at sizes that ask for zeros at one end and at both."""
     net = copy.deepcopy(lite0.module).double()  # in which no rectifier is found on the other side of its kink
     with torch.no_grad():
-        folds = conv_fusion.plan(net, inputs(1, 3, 224, 224).double(), gradients=True)
+        folds = conv_fusion.find_fusions(net, inputs(1, 3, 224, 224).double(), gradients=True)
     assert sum(chain.padded for chain, _ in folds.values()) == 5
     for side in (80, 111):
         x = inputs(2, 3, side, side).double().requires_grad_()
-        slow, quick = (run(x)[:, 7].sum() for run in (net, conv_fusion.quickened(net, folds)))
+        slow, quick = (run(x)[:, 7].sum() for run in (net, conv_fusion.with_fusion(net, folds)))
         (expected,), (found,) = (torch.autograd.grad(value, x) for value in (slow, quick))
         assert apart(found, expected) < 1e-10
 
@@ -300,11 +300,11 @@ def test_lite0_pads_by_itself(lite0: Model) -> None:
 def test_gradients_through_rectifiers(name: str, expected: dict[str, int]) -> None:
     net = named(name)().double().requires_grad_(False)
     with torch.no_grad():
-        folds = conv_fusion.plan(net, inputs(1, 3, 64, 64).double(), gradients=True)
+        folds = conv_fusion.find_fusions(net, inputs(1, 3, 64, 64).double(), gradients=True)
     assert {what: steps(folds).count(what) for what in set(steps(folds))} == expected
     x = inputs(2, 3, 64, 64).double().requires_grad_()
     (a, slow), (b, quick) = (
-        (y := run(x), torch.autograd.grad(y[:, 7].sum(), x)[0]) for run in (net, conv_fusion.quickened(net, folds))
+        (y := run(x), torch.autograd.grad(y[:, 7].sum(), x)[0]) for run in (net, conv_fusion.with_fusion(net, folds))
     )
     assert apart(b.detach(), a.detach()) < 1e-10
     assert apart(quick, slow) < 1e-10
@@ -323,9 +323,11 @@ def test_a_rectifier_into_whose_output_is_written(behind: Callable[[Tensor, Tens
 
     x = inputs(2, 3, 5, 5).requires_grad_()
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x, gradients=True)
+        folds = conv_fusion.find_fusions(net, x, gradients=True)
     assert not folds
-    slow, quick = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, conv_fusion.quickened(net, folds)))
+    slow, quick = (
+        torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, conv_fusion.with_fusion(net, folds))
+    )
     assert torch.equal(slow, quick)
 
 
@@ -341,13 +343,13 @@ def test_what_no_function_of_torch_looks_at_is_found_by_trying() -> None:
 
     x = inputs(2, 3, 5, 5)
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x, gradients=True)
+        folds = conv_fusion.find_fusions(net, x, gradients=True)
     assert steps(folds) == [ACTIVE]
-    assert not conv_fusion.agrees(net, conv_fusion.quickened(net, folds), x)
+    assert not conv_fusion.outputs_match(net, conv_fusion.with_fusion(net, folds), x)
     usual = named("mobilenet_v2")()
     with torch.no_grad():
-        folds = conv_fusion.plan(usual, inputs(1, 3, 64, 64), gradients=True)
-    assert conv_fusion.agrees(usual, conv_fusion.quickened(usual, folds), inputs(1, 3, 64, 64))
+        folds = conv_fusion.find_fusions(usual, inputs(1, 3, 64, 64), gradients=True)
+    assert conv_fusion.outputs_match(usual, conv_fusion.with_fusion(usual, folds), inputs(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("axes", [1, 3])
@@ -356,9 +358,11 @@ def test_gradients_through_rectifiers_of_other_convolutions(axes: int) -> None:
     net = nn.Sequential(convolution(3, 4, 3), nn.ReLU6(), convolution(4, 2, 1), nn.ReLU()).requires_grad_(False)
     x = inputs(2, 3, *[5] * axes).requires_grad_()
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x, gradients=True)
+        folds = conv_fusion.find_fusions(net, x, gradients=True)
     assert steps(folds) == [ACTIVE] * 2
-    slow, quick = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, conv_fusion.quickened(net, folds)))
+    slow, quick = (
+        torch.autograd.grad(run(x).square().sum(), x)[0] for run in (net, conv_fusion.with_fusion(net, folds))
+    )
     assert torch.equal(slow, quick)
 
 
@@ -369,7 +373,7 @@ def test_what_goes_into_a_rectifier_is_not_kept(rectifier: Callable[..., nn.Modu
     net = nn.Sequential(nn.Conv2d(3, 4, 3), rectifier(inplace=inplace), nn.Conv2d(4, 2, 3)).requires_grad_(False)
     x = inputs(1, 3, 9, 9).requires_grad_()
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x, gradients=True)
+        folds = conv_fusion.find_fusions(net, x, gradients=True)
     assert steps(folds) == [ACTIVE]
     kept: set[int] = set()
 
@@ -378,7 +382,7 @@ def test_what_goes_into_a_rectifier_is_not_kept(rectifier: Callable[..., nn.Modu
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        quick = conv_fusion.quickened(net, folds)(x)
+        quick = conv_fusion.with_fusion(net, folds)(x)
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     maps = kept - weights - {x.untyped_storage().data_ptr()}
     assert len(maps) == 1
@@ -392,14 +396,14 @@ def test_nothing_is_kept_during_a_pass_but_what_is_still_asked_for() -> None:
     x = inputs(1, 3, 64, 64)
     kept: list[int] = []
 
-    class Counting(conv_fusion._Folding):
+    class Counting(conv_fusion._FusionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = super().__torch_function__(func, types, args, kwargs)
             kept.append(len(self.done))
             return out
 
     with torch.no_grad():
-        folds = conv_fusion.plan(net, x)
+        folds = conv_fusion.find_fusions(net, x)
         with Counting(folds):
             net(x)
     assert max(kept) == 1
@@ -414,7 +418,7 @@ def test_nothing_of_the_network_changes() -> None:
     net.conv1.register_forward_hook(crash)
     before = snapshot(net)
     with pytest.raises(ZeroDivisionError):
-        conv_fusion.plan(net, inputs(1, 3, 24, 24))
+        conv_fusion.find_fusions(net, inputs(1, 3, 24, 24))
     assert changes(before, snapshot(net)) == []
 
 
@@ -429,10 +433,12 @@ def counted(monkeypatch: pytest.MonkeyPatch, wrong: float = 0.0) -> list[int]:
     """The batches that went through folded passes; `wrong` is what is added to their logits."""
     batches: list[int] = []
 
-    def quickened(run: Callable[[Tensor], capture.Seen], folds: conv_fusion.Folds) -> Callable[[Tensor], capture.Seen]:
-        quick = conv_fusion.quickened(run, folds)
+    def quickened(
+        run: Callable[[Tensor], capture.ForwardResult], folds: conv_fusion.Folds
+    ) -> Callable[[Tensor], capture.ForwardResult]:
+        quick = conv_fusion.with_fusion(run, folds)
 
-        def counting(x: Tensor) -> capture.Seen:
+        def counting(x: Tensor) -> capture.ForwardResult:
             batches.append(len(x))
             seen = quick(x)
             assert seen.logits is not None
@@ -482,4 +488,4 @@ def test_a_network_in_hand_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     model = convscope.load(filled(Usual()), preprocessing={"size": 24})
     convscope.heatmaps(model, inputs(1, 3, 24, 24), 0, method="occlusion")
     assert batches == []
-    assert not model.owned
+    assert not model.loaded_by_convscope

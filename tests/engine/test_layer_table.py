@@ -79,7 +79,7 @@ def check(
 ) -> LayerTable:
     """Compare every layer that has space, and return the table; at least one place must have been exact."""
     layers = table(positive(module), size, channels)
-    rows = [row for row in layers if row.has_space and row.receptive_field is not None]
+    rows = [row for row in layers if row.is_spatial and row.receptive_field is not None]
     laid = {row.name: row.to_nchw for row in rows}
     found = receptive.seen(module, list(laid), size, channels, way, laid)
     compared = 0
@@ -141,7 +141,7 @@ def test_chains_see_what_brute_force_finds(layers):
     found = receptive.seen(module, rows.names, SIZE)
     assert [row.name for row in rows] == [str(i) for i in range(len(layers))]
     for row in rows:
-        if row.has_space:
+        if row.is_spatial:
             compare(row, receptive.places(found[row.name]))
 
 
@@ -226,7 +226,7 @@ CROPPED = ("slices", "negative slices", "negative padding", "focus", "unshuffled
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_see_what_brute_force_finds(name):
     rows = check(GRAPHS[name](), cropped=name in CROPPED)
-    assert not rows[-1].sees_all
+    assert not rows[-1].has_global_context
     assert max(rows[-1].receptive_field) > 3
 
 
@@ -289,7 +289,7 @@ BOUNDED: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
 def test_enlarging_is_bounded(name):
     build, slack, way = BOUNDED[name]
     rows = check(build(), slack=slack, way=way)
-    assert rows.last_spatial().receptive_field is not None or rows.last_spatial().pooled
+    assert rows.last_spatial().receptive_field is not None or rows.last_spatial().is_pooling
 
 
 def test_mirrored_borders_count_as_if_the_picture_went_on():
@@ -326,10 +326,10 @@ def test_a_global_gate_keeps_the_local_field(style):
     rows = table(module)
     found = receptive.places(receptive.seen(module, ["b"], SIZE)["b"])
     assert found.all()  # through the gate each place sees everything
-    assert rows["b"].sees_all
+    assert rows["b"].has_global_context
     assert rows["b"].receptive_field == (5, 5)
     assert rows["b"].origin == (-2, -2)
-    assert not rows["a"].sees_all
+    assert not rows["a"].has_global_context
     assert "5 + whole" in str(rows)
 
 
@@ -356,7 +356,7 @@ def test_norms(name):
     module = positive(nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 3, padding=1), norm=norm)))
     row = table(module)["norm"]
     found = receptive.places(receptive.seen(module, ["norm"], SIZE)["norm"])
-    assert row.sees_all == whole
+    assert row.has_global_context == whole
     assert row.receptive_field == (3, 3)
     if whole:
         assert found[12, 10].sum() > 9
@@ -420,7 +420,7 @@ def test_what_is_not_known_counts_as_whole(name):
     """A field that is too small would be a lie; one that is too large says that it is not known."""
     module = positive(Run(UNKNOWN[name], a=conv()))
     row = table(module)["end"]
-    assert row.sees_all
+    assert row.has_global_context
     if name != "weights of its own":
         found = receptive.places(receptive.seen(module, ["end"], SIZE)["end"])
         rows, columns = np.nonzero(found.any((1, 3))), np.nonzero(found.any((0, 2)))
@@ -429,7 +429,7 @@ def test_what_is_not_known_counts_as_whole(name):
 
 def test_a_picture_stays_a_picture_behind_something_unknown():
     rows = table(positive(Run(UNKNOWN["roll"], a=conv())))
-    assert rows["a"].has_space
+    assert rows["a"].is_spatial
     assert (rows["a"].receptive_field, rows["a"].stride, rows["a"].origin) == (None, None, None)
     assert "whole picture" in str(rows)
 
@@ -469,7 +469,7 @@ def test_calls_are_rows_in_the_order_of_finishing():
 def test_containers_finish_behind_their_parts():
     rows = table(nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(2, 2, 3))))
     assert rows.names == ["0.0", "0.1", "0", "1.0", "1"]
-    assert [row.same_as for row in rows] == [None, None, "0.1", None, "1.0"]
+    assert [row.alias_of for row in rows] == [None, None, "0.1", None, "1.0"]
 
 
 def test_what_passes_on_is_told_apart_from_what_makes():
@@ -484,9 +484,9 @@ def test_what_passes_on_is_told_apart_from_what_makes():
             nn.Flatten(),
         )
     )
-    assert [row.same_as for row in rows] == [None, "0", "0", None, "3", None, None]
-    assert [row.name for row in rows.distinct()] == ["0", "3", "5"]
-    assert [row.has_space for row in rows] == [True] * 6 + [False]
+    assert [row.alias_of for row in rows] == [None, "0", "0", None, "3", None, None]
+    assert [row.name for row in rows.unique_spatial()] == ["0", "3", "5"]
+    assert [row.is_spatial for row in rows] == [True] * 6 + [False]
 
 
 def test_lookup():
@@ -536,7 +536,7 @@ def test_channels_last_is_seen_and_shown_channels_first():
     assert rows["block.block.3"].units == 24
     assert rows["block.block.3"].parameters == 6 * 24 + 24
     assert rows["block.block.0"].layout == rows["block"].layout == Layout(1, (2, 3))
-    assert not rows["block"].sees_all
+    assert not rows["block"].has_global_context
     assert rows["block"].receptive_field == (2 + 6 * 2,) * 2
     nhwc = torch.arange(24.0).view(1, 2, 3, 4)
     nchw = rows["block.block.3"].to_nchw(nhwc)
@@ -548,7 +548,7 @@ def test_channels_last_is_seen_and_shown_channels_first():
 def test_real_channels_last_networks():
     rows = table(torchvision.models.convnext_tiny(), (64, 64), 3)
     assert rows.last_spatial().name == "features"
-    assert all(row.units == row.shape[0] for row in rows if row.has_space)
+    assert all(row.units == row.shape[0] for row in rows if row.is_spatial)
     assert rows["features.1.0.block.3"].shape == (384, 16, 16)
     # stem 4/4, then 3 + 3 + 9 + 3 depthwise 7 x 7 and three 2/2: by the formula for chains
     size, stride = 4, 4
@@ -599,7 +599,7 @@ def test_where_to_look_by_default(name):
     row = table(module, (64, 64), 3).last_spatial()
     layer, size, stride = LAST[name]
     assert (row.name, row.receptive_field, row.stride) == (layer, (size, size), (stride, stride))
-    assert row.sees_all == (name == "timm:efficientnet_b0")  # squeeze-and-excitation
+    assert row.has_global_context == (name == "timm:efficientnet_b0")  # squeeze-and-excitation
 
 
 def test_lite0(lite0):
@@ -639,7 +639,7 @@ def test_outputs_that_are_dicts_and_tuples():
 
     rows = table(Run(lambda net, x: net.inner(x)["maps"][0].mean((2, 3)), inner=Both()))
     assert rows["inner"].shape == (2, 23, 18)
-    assert rows["inner"].same_as == "inner.conv"
+    assert rows["inner"].alias_of == "inner.conv"
     assert rows["inner"].receptive_field == (3, 3)
 
 
@@ -654,20 +654,20 @@ def test_layers_without_space():
     )
     assert rows["tokens"].shape == (23 * 18, 6)
     assert (rows["tokens"].units, rows["fc"].units) == (6, 3)
-    assert not rows["tokens"].has_space
-    assert not rows["fc"].has_space
+    assert not rows["tokens"].is_spatial
+    assert not rows["fc"].is_spatial
     assert rows.last_spatial().name == "conv"
     with pytest.raises(ConvscopeError, match="no layer of this model has spatial extent"):
         table(nn.Sequential(nn.Flatten(), nn.Linear(H * W, 3))).last_spatial()
     one = table(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 3, 1)))
-    assert [row.has_space for row in one] == [False, False]
+    assert [row.is_spatial for row in one] == [False, False]
     line = table(nn.Sequential(nn.Conv2d(1, 3, (H, 1)), nn.Conv2d(3, 3, (1, 5))))
     assert [row.shape for row in line] == [(3, 1, W), (3, 1, W - 4)]
-    assert all(row.has_space for row in line)
+    assert all(row.is_spatial for row in line)
     module = Run(
         lambda net, x: net.b(net.a(x).reshape(-1, 1, 1, W)), a=nn.Conv2d(1, 1, (H, 1)), b=nn.Conv2d(1, 3, (1, 5))
     )
-    assert table(module)["b"].has_space
+    assert table(module)["b"].is_spatial
     assert table(module)["b"].receptive_field == (H, 5)
 
 
@@ -684,7 +684,7 @@ def test_poolings_are_marked():
             nn.Flatten(),
         )
     )
-    assert [row.pooled for row in rows] == [True, False, True, True, False, True, True, True]
+    assert [row.is_pooling for row in rows] == [True, False, True, True, False, True, True, True]
     assert rows.last_spatial().name == "4"
 
 

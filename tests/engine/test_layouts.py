@@ -19,7 +19,7 @@ from convscope import ConvscopeError, Model, Preprocessing
 from convscope.engine import capture
 from convscope.engine.layer_table import Layout
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from tests.engine.test_layer_table import Run, check, compare, positive
 from tests.oracles import receptive
 
@@ -80,14 +80,14 @@ def test_each_token_lies_where_its_patch_is(name: str) -> None:
     high, wide = size[0] // patch, size[1] // patch
     # The last layer in front of the first attention: up to there each token knows its own patch alone.
     rows = [row for row in model.layers if row.layout.grid]
-    alone = [row for row in rows if not row.sees_all]
+    alone = [row for row in rows if not row.has_global_context]
     row = alone[-1]
     assert row.layout == Layout(2, (1,), (high, wide), before)
-    assert (row.shape, row.units, row.has_space) == ((row.shape[0], high, wide), row.shape[0], True)
+    assert (row.shape, row.units, row.is_spatial) == ((row.shape[0], high, wide), row.shape[0], True)
     assert row.receptive_field == row.stride == (patch, patch)
     assert row.origin == (0, 0)
     x = drawn(size, 1)
-    with torch.no_grad(), capture.attach(model, [row.name]) as run:
+    with torch.no_grad(), capture.capture_layers(model, [row.name]) as run:
         plain = run(x).maps[row.name]
         assert plain.shape == (1, row.shape[0], high, wide)
         for i in range(high):
@@ -108,11 +108,11 @@ def test_every_layer_behind_has_places_and_sees_all(name: str) -> None:
     assert rows.last_spatial().shape == (24, *grid)
     for block in ("blocks.0", "blocks.1", "blocks.1.attn", "blocks.1.mlp.fc1") if last == "norm" else ("encoder.ln",):
         assert rows[block].layout == Layout(2, (1,), grid, before), block
-        assert (rows[block].sees_all, rows[block].stride) == (True, (patch, patch))
+        assert (rows[block].has_global_context, rows[block].stride) == (True, (patch, patch))
         assert f"{rows[block].units} x {grid[0]} x {grid[1]}" in str(rows)
-    assert not any(row.has_space for row in rows if row.shape[0] == 7)
+    assert not any(row.is_spatial for row in rows if row.shape[0] == 7)
     # Queries and keys of each head lie otherwise: they are left alone.
-    assert not any(row.has_space for row in rows if row.name.endswith(("q_norm", "k_norm")))
+    assert not any(row.is_spatial for row in rows if row.name.endswith(("q_norm", "k_norm")))
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -157,7 +157,7 @@ def test_gradients_at_tokens_are_those_by_hand(name: str) -> None:
     logits = model.module(x)
     (by_hand,) = torch.autograd.grad(logits[:, 3].sum(), kept[0])
     handle.remove()
-    with capture.attach(model, [layer], leaf=True) as run:
+    with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
         seen = run(x)
         assert seen.logits is not None
         assert seen.maps[layer].is_leaf
@@ -174,7 +174,7 @@ def test_gradients_reach_an_earlier_layer_through_the_class_token_too() -> None:
     x = drawn(size)
 
     def gradient(layers: list[str]) -> Tensor:
-        with capture.attach(model, layers, leaf=True) as run:
+        with capture.capture_layers(model, layers, detach_at_layer=True) as run:
             seen = run(x)
             assert seen.logits is not None
             return torch.autograd.grad(seen.logits[:, 3].sum(), seen.maps["blocks.0.norm1"])[0]
@@ -216,11 +216,11 @@ def test_swin(name: str) -> None:
     model = loaded(build(), (32, 48))
     rows = model.layers
     assert (rows[block].shape, rows[block].layout) == ((16, 8, 12), Layout(3, (1, 2)))
-    assert (rows[block].stride, rows[block].sees_all) == ((4, 4), True)
+    assert (rows[block].stride, rows[block].has_global_context) == ((4, 4), True)
     assert (rows[norm].shape, rows[norm].layout, rows[norm].stride) == ((32, 4, 6), Layout(3, (1, 2)), (8, 8))
     assert rows.last_spatial().name == last
     windows = [row for row in rows if ".attn." in row.name]
-    assert not any(row.has_space for row in windows)
+    assert not any(row.is_spatial for row in windows)
     assert len(windows) > 0 or name.startswith("torchvision")
     x = drawn((32, 48))
     maps = convscope.activations(model, x, norm)[norm]
@@ -251,7 +251,7 @@ def test_plain_convnets_have_no_tokens() -> None:
             return self.fc(self.flat(x * gate[:, 0, :, None, None]).mean(2))
 
     rows = loaded(Net(), (12, 10)).layers
-    assert [row.name for row in rows if row.has_space] == ["conv"]
+    assert [row.name for row in rows if row.is_spatial] == ["conv"]
     assert rows.last_spatial().name == "conv"
 
 
@@ -308,10 +308,10 @@ VOLUMES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signals_see_what_brute_force_finds(name: str) -> None:
     rows = check(SIGNALS[name](), (40,), cropped=name == "residual")
-    assert all(len(row.shape) == 2 and len(row.receptive_field) == 1 for row in rows if row.has_space)
-    assert rows[-1].has_space
+    assert all(len(row.shape) == 2 and len(row.receptive_field) == 1 for row in rows if row.is_spatial)
+    assert rows[-1].is_spatial
     assert rows[-1].receptive_field[0] > 3
-    assert not rows[-1].sees_all
+    assert not rows[-1].has_global_context
 
 
 @pytest.mark.parametrize("name", VOLUMES)
@@ -361,7 +361,7 @@ class Volumes(nn.Module):
 
 def test_the_table_of_a_network_on_signals() -> None:
     rows = loaded(Signals(), (32,), 2).layers
-    assert [(row.name, row.shape, row.units, row.has_space) for row in rows] == [
+    assert [(row.name, row.shape, row.units, row.is_spatial) for row in rows] == [
         ("conv1", (4, 16), 4, True),
         ("conv2", (6, 16), 6, True),
         ("pool", (6, 1), 6, False),
@@ -413,7 +413,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 def test_gradients_in_signals_and_volumes(name: str) -> None:
     build, size, channels = NETS[name]
     model = loaded(build(), size, channels)
-    with capture.attach(model, ["conv2"], leaf=True) as run:
+    with capture.capture_layers(model, ["conv2"], detach_at_layer=True) as run:
         seen = run(drawn(size, 2, channels))
         assert seen.logits is not None
         (found,) = torch.autograd.grad(seen.logits[:, 1].sum(), seen.maps["conv2"])
@@ -480,8 +480,8 @@ def test_signals_come_as_tensors_only() -> None:
         (torch.zeros(2, 2, 8, dtype=torch.int32), "floating"),
     ):
         with pytest.raises(ConvscopeError, match=words):
-            Pictures(given, signal)
-    pictures = Pictures(torch.zeros(1, 2, 8), signal)
+            ImageBatchLoader(given, signal)
+    pictures = ImageBatchLoader(torch.zeros(1, 2, 8), signal)
     (batch,) = pictures.batches(4)
     assert batch.geometry == (Geometry((8,), (0, 8)),)
     with pytest.raises(ConvscopeError, match="image 0 is no picture"):
@@ -491,5 +491,5 @@ def test_signals_come_as_tensors_only() -> None:
 @pytest.mark.parametrize(("size", "mode"), [((13,), "linear"), ((5, 9, 7), "trilinear")])
 def test_maps_go_back_over_signals_and_volumes(size: tuple[int, ...], mode: str) -> None:
     maps = drawn(tuple(max(2, side // 3) for side in size), 2, 3)
-    found = Geometry.whole(size).back(maps)
+    found = Geometry.whole(size).to_original(maps)
     torch.testing.assert_close(found, F.interpolate(maps, size, mode=mode), rtol=1e-5, atol=1e-6)

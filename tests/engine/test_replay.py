@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
-from convscope.engine.acceleration.replay import repeated
+from convscope.engine.acceleration.replay import with_replay
 from convscope.engine.model import Model
 from convscope.featurevis.optimizer import Redirected
 from convscope.featurevis.skip_gradient import favouring
@@ -66,16 +66,16 @@ def test_real_networks(name: str) -> None:
     options |= {"image_size": 64} if name.startswith("vit") else {}
     net = filled(getattr(torchvision.models, name)(weights=None, **options)).requires_grad_(False)
     own = Counted(net)
-    agree(net, repeated(own), 2, 3, 64, 64)
+    agree(net, with_replay(own), 2, 3, 64, 64)
     assert own.count == RUNS
 
 
 def test_every_trick_at_once(lite0: Model) -> None:
     """Folded, with more of the gradient along skip connections, from a layer within, and the logits."""
     x = torch.zeros(1, 3, 96, 96)
-    with capture.attach(lite0, ["blocks.3.1"]) as run:
-        own = Counted(favouring(conv_fusion.quickened(run, conv_fusion.plan(run, x, gradients=True)), 0.3))
-        quick = repeated(own)
+    with capture.capture_layers(lite0, ["blocks.3.1"]) as run:
+        own = Counted(favouring(conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True)), 0.3))
+        quick = with_replay(own)
         agree(lambda x: own(x).logits, lambda x: quick(x).logits, 2, 3, 96, 96)
         own.count = 0
         agree(lambda x: own(x).maps["blocks.3.1"], lambda x: quick(x).maps["blocks.3.1"], 2, 3, 96, 96)
@@ -83,9 +83,9 @@ def test_every_trick_at_once(lite0: Model) -> None:
 
 
 def test_stopped_behind_a_layer(lite0: Model) -> None:
-    with capture.attach(lite0, ["blocks.2"], stop=True) as run:
+    with capture.capture_layers(lite0, ["blocks.2"], stop_early=True) as run:
         own = Counted(run)
-        quick = repeated(own)
+        quick = with_replay(own)
         agree(lambda x: run(x).maps["blocks.2"], lambda x: quick(x).maps["blocks.2"], 1, 3, 64, 64)
         assert own.count == RUNS
         assert quick(inputs(1, 3, 64, 64).requires_grad_()).logits is None
@@ -96,7 +96,7 @@ def test_redirected_gradients() -> None:
     net = filled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3), nn.ReLU()))
     net.requires_grad_(False)
     net[2].bias.fill_(-1e3)
-    quick = repeated(net)
+    quick = with_replay(net)
     for seed in range(PASSES):
         x = inputs(2, 3, 8, 8, seed=seed)
         assert not pulled(quick, x)[1].any()
@@ -115,7 +115,7 @@ def test_each_shape_for_itself() -> None:
         return F.conv2d(x, weight).flatten(1).view(len(x), -1).mean(1) * x.shape[-1]
 
     own = Counted(run)
-    quick = repeated(own)
+    quick = with_replay(own)
     for shape in ((1, 3, 5, 5), (2, 3, 5, 5), (2, 3, 7, 5), (1, 3, 5, 5)):
         agree(run, quick, *shape)
     assert own.count == 3 * RUNS
@@ -219,14 +219,14 @@ COUNTED = [as_many_as_there_are, as_many_by_where, into_a_slice_up_to_a_place, o
 def test_run_as_it_is(run: Callable[[Tensor], Tensor]) -> None:
     """What torch's functions alone do not tell: the network is run at each pass."""
     own = Counted(run)
-    agree(run, repeated(own), 2, 3, 4, 4)
+    agree(run, with_replay(own), 2, 3, 4, 4)
     assert own.count == PASSES
 
 
 def test_gradients_that_no_call_tells_of() -> None:
     """Found out by comparing gradients before the third pass: one run more, and the network's own from then on."""
     own = Counted(turned_in_place)
-    agree(turned_in_place, repeated(own), 2, 3, 4, 4)
+    agree(turned_in_place, with_replay(own), 2, 3, 4, 4)
     assert own.count == PASSES + 1
 
 
@@ -235,7 +235,7 @@ def test_a_network_that_writes_into_what_comes_in() -> None:
         return x.sub_(0.5).relu_()
 
     own = Counted(run)
-    quick = repeated(own)
+    quick = with_replay(own)
     agree(lambda x: run(x * 1), lambda x: quick(x * 1), 2, 3, 4, 4)
     assert own.count == RUNS
 
@@ -243,7 +243,7 @@ def test_a_network_that_writes_into_what_comes_in() -> None:
 def test_state_of_its_own() -> None:
     """Found out by comparing both ways before the third pass."""
     quick = Stateful()
-    again = repeated(quick)
+    again = with_replay(quick)
     x = inputs(1, 3, 4, 4).requires_grad_()
     for _ in range(PASSES):
         assert torch.equal(again(x), x * quick.passes)
@@ -290,7 +290,7 @@ def at_places(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("run", [into_a_buffer, several, by_name, partly_frozen, in_place, itself, at_places])
 def test_ways_to_write_it(run: Callable[[Tensor], Tensor]) -> None:
     own = Counted(run)
-    agree(run, repeated(own), 2, 3, 4, 4)
+    agree(run, with_replay(own), 2, 3, 4, 4)
     assert own.count == RUNS
 
 
@@ -299,7 +299,7 @@ def test_whatever_it_returns() -> None:
         y = x * 2
         return {"a": (y, [y + 1]), "b": Output(3, x), "shape": x.shape}
 
-    quick = repeated(run)
+    quick = with_replay(run)
     for seed in range(PASSES):
         x = inputs(1, 2, 3, 3, seed=seed).requires_grad_()
         found = quick(x)
@@ -313,7 +313,7 @@ def test_whatever_it_returns() -> None:
 
 def test_without_gradients_the_network_runs() -> None:
     own = Counted(lambda x: x * 2)
-    quick = repeated(own)
+    quick = with_replay(own)
     for _ in range(PASSES):
         quick(inputs(1, 2))
         with torch.no_grad():
@@ -329,7 +329,7 @@ def test_an_error_on_the_way_leaves_gradients_on() -> None:
             frozen = x @ factor
         return x * frozen
 
-    quick = repeated(run)
+    quick = with_replay(run)
     for _ in range(PASSES):
         quick(inputs(2, 3).requires_grad_())
     factor.resize_(2, 2)
@@ -349,7 +349,7 @@ def test_nothing_is_kept_of_a_pass() -> None:
         alive.extend(map(weakref.ref, (x, y, z)))
         return z.sum((1, 2, 3))
 
-    quick = repeated(run)
+    quick = with_replay(run)
     for _ in range(3):
         x = inputs(2, 3, 4, 4).requires_grad_()
         torch.autograd.grad(quick(x).sum(), x)
@@ -381,7 +381,7 @@ def test_what_is_done_with_is_let_go_on_the_way() -> None:
             x = x + 1
         return x
 
-    quick = repeated(run)
+    quick = with_replay(run)
     for _ in range(4):
         quick(inputs(2, 3).requires_grad_())
     with Watching():

@@ -17,7 +17,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.engine import capture, resume
 from convscope.engine.model import Model
-from convscope.engine.nested import first_tensor
+from convscope.engine.nested import primary_tensor
 from tests.oracles.nets import PACKINGS, Frozen, Packed, Spied, Twice, Usual, changes, filled, lived_in, snapshot
 
 SIZE = 32
@@ -39,12 +39,12 @@ def apart(found: Any, expected: Any) -> float:
 
 
 def recorded(model: Model, layer: str, x: Tensor) -> Tensor:
-    with torch.no_grad(), capture.attach(model, [layer], stop=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
         return run(x).maps[model.layers.find(layer).name]
 
 
 def logits(model: Model, x: Tensor) -> Tensor:
-    with torch.no_grad(), capture.attach(model, []) as run:
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
         found = run(x).logits
     assert found is not None
     return found
@@ -60,12 +60,12 @@ def replaced(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Ten
         calls.append(0)
         if len(calls) != int(call or 1):
             return None
-        own = first_tensor(output)
+        own = primary_tensor(output)
         assert own is not None
         new = row.from_nchw(change(row.to_nchw(own).clone()), own)
-        return capture.with_tensor(output, own, new.contiguous())
+        return capture.replace_tensor(output, own, new.contiguous())
 
-    handle = model.dialect.modules(model.module)[name].register_forward_hook(hook)
+    handle = model.adapter.modules(model.module)[name].register_forward_hook(hook)
     found = logits(model, x)
     handle.remove()
     return found
@@ -184,7 +184,7 @@ def test_replay_is_the_whole_network(models: Callable[[str], Model], name: str, 
     given = changed.clone()
     expected = torch.cat([replaced(model, layer, x.clone(), change) for change in variants])
     whole = logits(model, x.clone())
-    with resume.behind(model, layer, x) as run:
+    with resume.resume_from_layer(model, layer, x) as run:
         for _ in range(2):  # nothing that a pass does is seen by the next
             again = run(maps)
             assert again.logits is not None
@@ -206,7 +206,7 @@ def test_every_map_has_its_own_answer() -> None:
     """Against a replay that gives all of them the first one's."""
     model, x = loaded(filled(Usual())), picture()
     maps = torch.randn(5, 12, 16, 16, generator=torch.Generator().manual_seed(2))
-    with resume.behind(model, "conv2", x) as run:
+    with resume.resume_from_layer(model, "conv2", x) as run:
         many = run(maps).logits
         assert many is not None
         singles = [run(maps[m : m + 1]).logits for m in range(5)]
@@ -221,7 +221,7 @@ def test_layers_in_front_do_not_run_again() -> None:
     for spy in (net.before, net.between, net.after):
         spy.batches.clear()
         spy.modes.clear()
-    with resume.behind(model, "conv1", x) as run:
+    with resume.resume_from_layer(model, "conv1", x) as run:
         for count in (1, 4, 2):
             run(maps.expand(count, -1, -1, -1))
     # The first pass records: what lies behind the layer runs in it too.
@@ -237,7 +237,7 @@ def test_a_block_around_the_layer_runs_its_rest_only() -> None:
     model, x = loaded(net), picture()
     ran: list[str] = []
     maps = recorded(model, "layer2.0.conv2", x)
-    with resume.behind(model, "layer2.0.conv2", x) as run:
+    with resume.resume_from_layer(model, "layer2.0.conv2", x) as run:
         handles = [
             m.register_forward_pre_hook(lambda m, _, name=name: ran.append(name))
             for name, m in net.named_modules()
@@ -265,7 +265,7 @@ def test_success_leaves_nothing(state: str) -> None:
     model, x = loaded(net), picture()
     maps = recorded(model, "relu2", x)
     before = snapshot(net)
-    with resume.behind(model, "relu2", x) as run:
+    with resume.resume_from_layer(model, "relu2", x) as run:
         run(maps)
         run(maps.repeat(3, 1, 1, 1))
     assert changes(before, snapshot(net)) == []
@@ -282,11 +282,11 @@ def test_crash_leaves_nothing(place: str, error: BaseException) -> None:
 
     def crash_at_once() -> None:
         spy.error = error
-        with resume.behind(model, "conv1", x):
+        with resume.resume_from_layer(model, "conv1", x):
             pass
 
     def crash_in_the_middle() -> None:
-        with resume.behind(model, "conv1", x) as run:
+        with resume.resume_from_layer(model, "conv1", x) as run:
             run(maps)
             spy.error = error
             run(maps)
@@ -305,7 +305,7 @@ def test_crash_in_the_block_leaves_nothing() -> None:
     net = filled(Usual())
     model, x = loaded(net), picture()
     before = snapshot(net)
-    with pytest.raises(ZeroDivisionError), resume.behind(model, "conv2", x):
+    with pytest.raises(ZeroDivisionError), resume.resume_from_layer(model, "conv2", x):
         raise ZeroDivisionError
     assert changes(before, snapshot(net)) == []
 
@@ -317,7 +317,7 @@ def test_forward_that_the_user_put_there_comes_back() -> None:
     model, x = loaded(net), picture()
     theirs = net.conv1.forward
     maps = recorded(model, "relu1", x)
-    with resume.behind(model, "relu1", x) as run:
+    with resume.resume_from_layer(model, "relu1", x) as run:
         again = run(maps).logits
     assert again is not None
     assert apart(again, logits(model, x)) < TINY
@@ -327,13 +327,13 @@ def test_forward_that_the_user_put_there_comes_back() -> None:
 def test_gradients_are_off_and_the_callers_mode_comes_back() -> None:
     model, x = loaded(filled(Usual())), picture()
     maps = recorded(model, "conv2", x).requires_grad_()
-    with torch.enable_grad(), resume.behind(model, "conv2", x) as run:
+    with torch.enable_grad(), resume.resume_from_layer(model, "conv2", x) as run:
         found = run(maps).logits
     assert found is not None
     assert not found.requires_grad
     assert torch.is_grad_enabled()
     with torch.inference_mode():
-        with resume.behind(model, "conv2", x) as run:
+        with resume.resume_from_layer(model, "conv2", x) as run:
             found = run(maps.detach()).logits
             assert found is not None
             assert not found.is_inference()
@@ -344,7 +344,7 @@ def test_unknown_layer_is_refused() -> None:
     model = loaded(filled(Usual()))
     with (
         pytest.raises(ConvscopeError, match="layer 'conv9' is not in this model"),
-        resume.behind(model, "conv9", picture()),
+        resume.resume_from_layer(model, "conv9", picture()),
     ):
         pass
 
@@ -352,7 +352,7 @@ def test_unknown_layer_is_refused() -> None:
 def test_other_errors_of_the_network_come_through() -> None:
     """Only writing into shared memory is answered by copies; a wrong shape is the caller's."""
     model, x = loaded(filled(Usual())), picture()
-    with resume.behind(model, "conv2", x) as run, pytest.raises(RuntimeError, match="channels"):
+    with resume.resume_from_layer(model, "conv2", x) as run, pytest.raises(RuntimeError, match="channels"):
         run(torch.zeros(2, 5, 16, 16))
 
 
@@ -388,9 +388,9 @@ def test_keras(nested: bool, layer: str) -> None:
     ablated[range(6), range(6)] = 0
 
     expected = torch.cat([replaced(model, layer, x, without(channel)) for channel in range(6)])
-    parts = model.dialect.modules(model.module)
+    parts = model.adapter.modules(model.module)
     before = {name: copy.copy(vars(m)) for name, m in parts.items()}
-    with resume.behind(model, layer, x) as run:
+    with resume.resume_from_layer(model, layer, x) as run:
         again, many = run(maps).logits, run(ablated).logits
     assert again is not None
     assert many is not None

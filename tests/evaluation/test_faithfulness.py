@@ -226,7 +226,7 @@ def test_localisation_is_that_of_the_evaluation_sets_own_program():
         found = convscope.evaluate(model, photos, values, ["pointing", "energy", "iou"], targets=1, masks=masks)
         near = convscope.evaluate(model, photos, values, "pointing", targets=1, masks=masks, tolerance=15)
         for n, mask in enumerate(masks):
-            own = heat.geometry[n].back(torch.from_numpy(values[n]))[0].numpy()
+            own = heat.geometry[n].to_original(torch.from_numpy(values[n]))[0].numpy()
             assert found["pointing"][n, 0] == pytest.approx(score.pointing(own, mask), abs=1e-6)
             assert found["energy"][n, 0] == pytest.approx(score.energy(own.astype(np.float64), mask), abs=1e-5)
             assert found["iou"][n, 0] == pytest.approx(score.iou_area(own, mask), abs=1e-6)

@@ -18,7 +18,7 @@ from convscope.explorer.service.model_copy import twin
 from convscope.explorer.service.patterns import LOOKS, Drawing
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.views import snippets
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 from convscope.plotting.figures import standard
 from tests.oracles.explorer import picture, tiny_model
 from tests.oracles.nets import Usual, filled
@@ -128,7 +128,7 @@ def test_a_sheet_holds_each_map_in_its_cell(model, x):
         y = unit // measures["columns"] * measures["height"]
         left = unit % measures["columns"] * measures["width"]
         cell = shown[y : y + measures["height"], left : left + measures["width"]]
-        assert (cell == palette("viridis")[standard(maps)[unit]]).all()
+        assert (cell == lookup_table("viridis")[standard(maps)[unit]]).all()
 
 
 def test_large_maps_are_averaged_on_sheets():
@@ -181,7 +181,7 @@ def test_a_twin_shares_the_weights_and_nothing_else(model, x):
 def test_work_beside_a_running_answer_has_hooks_of_its_own():
     explorer = Explorer({"tiny": tiny_model()})
     net = explorer.first
-    with capture.attach(net.model, ["relu2"]):
+    with capture.capture_layers(net.model, ["relu2"]):
         assert net.model.module.relu2._forward_hooks
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.spare.module.modules())
 

@@ -14,7 +14,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import parameterization, recipes, request
 from convscope.featurevis.objectives import diverse, unit
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.featurevis.test_recipes import loaded
 from tests.oracles.nets import filled
@@ -64,7 +64,7 @@ def test_what_no_start_wakes_is_cut_from_the_photograph_that_excites_it_most() -
     model = as_it_is(Gated(warm), 96)
     found = convscope.patterns(model, "gate", size=32, steps=4)
     # By hand: the warmest pixel of the four photographs, as the network sees them, and a square around it.
-    x = next(Pictures(photographs(), model.preprocessing).batches(4)).x
+    x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
     maps = warm(x)[:, 0]
     n, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
     top, left = (int(np.clip(round(float(place) - 16), 0, 96 - 32)) for place in (row, column))

@@ -12,7 +12,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
     between,
@@ -100,7 +100,7 @@ def test_joined_objectives_see_their_own_rows_only() -> None:
     expected, first = [], 0
     for part in parts:
         rows = slice(first, first + part.pictures)
-        expected.append(part(Seen({layer: x[rows] for layer, x in what.maps.items()}, what.logits[rows])))
+        expected.append(part(ForwardResult({layer: x[rows] for layer, x in what.maps.items()}, what.logits[rows])))
         first += part.pictures
     assert first == together.pictures == 9
     assert torch.equal(together(what), torch.cat(expected))
@@ -121,11 +121,15 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
     expected = []
     for i, part in enumerate(parts):
         expected.append(
-            part(Seen({layer: x[2 * i : 2 * i + 2] for layer, x in what.maps.items()}, what.logits[2 * i : 2 * i + 2]))
+            part(
+                ForwardResult(
+                    {layer: x[2 * i : 2 * i + 2] for layer, x in what.maps.items()}, what.logits[2 * i : 2 * i + 2]
+                )
+            )
         )
     assert torch.equal(together(what), torch.cat(expected))
-    stopped = Seen(what.maps, None)  # a pass that ended in front of the logits
-    assert torch.equal(joined(parts[:2])(Seen({k: x[:4] for k, x in stopped.maps.items()}, None)),
+    stopped = ForwardResult(what.maps, None)  # a pass that ended in front of the logits
+    assert torch.equal(joined(parts[:2])(ForwardResult({k: x[:4] for k, x in stopped.maps.items()}, None)),
                        torch.cat(expected[:2]))  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
     between,
@@ -33,9 +33,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=Generator().manual_seed(seed))
 
 
-def seen(count: int = 4, channels: int = 5, classes: int = 3) -> Seen:
+def seen(count: int = 4, channels: int = 5, classes: int = 3) -> ForwardResult:
     """Maps, tokens and logits of so many pictures."""
-    return Seen(
+    return ForwardResult(
         {
             "maps": drawn(count, channels, 3, 4),
             "tokens": drawn(count, 6, channels, seed=1),
@@ -50,7 +50,7 @@ def numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
 
-def channels_first(found: Seen, layer: str) -> np.ndarray:
+def channels_first(found: ForwardResult, layer: str) -> np.ndarray:
     """Outputs (N, C, places), in float64."""
     if layer == "logits":
         assert found.logits is not None
@@ -105,7 +105,7 @@ def test_names_and_what_is_watched() -> None:
 def test_neuron_is_one_place(sides: tuple[int, int]) -> None:
     """By default the middle: of an odd number of places the middle one, of an even the first behind it."""
     maps = drawn(4, 5, *sides)
-    what = Seen({"maps": maps}, None)
+    what = ForwardResult({"maps": maps}, None)
     middle = (sides[0] // 2, sides[1] // 2)
     assert torch.equal(neuron("maps", 2)(what), maps[:, 2, middle[0], middle[1]])
     for row in range(sides[0]):
@@ -172,7 +172,7 @@ def test_silent_places_have_no_value_and_finite_gradients(objective: Objective) 
     maps[2] = 0
     maps[0, :, 1, 1] = 0
     maps.requires_grad_()
-    values = objective(Seen({"maps": maps}, None))
+    values = objective(ForwardResult({"maps": maps}, None))
     (gradient,) = torch.autograd.grad(values.sum(), maps)
     assert values[1 if objective.mates else 2] == 0
     assert bool(values.isfinite().all())
@@ -210,13 +210,13 @@ def test_likeness_by_hand(layer: str, power: float) -> None:
         expected.append(dot * max(0.1, cosine) ** power / own.size)
     assert close(likeness(layer, power)(what), expected)
     # A photograph beside itself: its mean square.
-    twins = Seen({"maps": what.maps["maps"][[0, 0, 1, 1]]}, None)
+    twins = ForwardResult({"maps": what.maps["maps"][[0, 0, 1, 1]]}, None)
     assert close(likeness("maps", power)(twins), numbers(whole("maps")(twins))[::2])
 
 
 def test_photographs_count_as_given() -> None:
     maps = drawn(4, 5, 3, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(likeness("maps", 2)(Seen({"maps": maps}, None)).sum(), maps)
+    (gradient,) = torch.autograd.grad(likeness("maps", 2)(ForwardResult({"maps": maps}, None)).sum(), maps)
     assert not gradient[1::2].any()
     assert gradient[::2].flatten(1).any(1).all()
 
@@ -242,7 +242,9 @@ def test_diverse_by_hand(layer: str) -> None:
     found = diverse(unit("logits", 1), layer, 4, weight=0.7)(what)
     assert close(found, diverse_by_hand(channels_first(what, layer), own, 0.7))
     # Pictures of one texture lose the whole weight, whatever their contrast.
-    alike = Seen({"maps": what.maps["maps"][[0, 0]] * torch.tensor([1.0, 3.0])[:, None, None, None]}, torch.ones(2, 2))
+    alike = ForwardResult(
+        {"maps": what.maps["maps"][[0, 0]] * torch.tensor([1.0, 3.0])[:, None, None, None]}, torch.ones(2, 2)
+    )
     assert close(diverse(unit("logits", 1), "maps", 2, weight=0.25)(alike), [0.75, 0.75])
 
 
@@ -271,7 +273,7 @@ def test_between_by_hand(count: int) -> None:
 
 def test_between_stands_a_silent_layer() -> None:
     """Where nothing is seen there is nothing to be apart from: no division by 0."""
-    what = Seen({"maps": torch.zeros(3, 2, 2, 2)}, torch.ones(3, 2))
+    what = ForwardResult({"maps": torch.zeros(3, 2, 2, 2)}, torch.ones(3, 2))
     assert between(unit("logits", 0), unit("logits", 1), "maps", 3)(what).tolist() == [1, 1, 1]
 
 
@@ -283,13 +285,13 @@ def test_between_stands_a_silent_layer() -> None:
 def test_other_pictures_count_as_given(objective: Objective) -> None:
     """No picture's value pulls at another picture, though it depends on it."""
     maps = drawn(4, 5, 3, 4).requires_grad_()
-    values = objective(Seen({"maps": maps}, None))
+    values = objective(ForwardResult({"maps": maps}, None))
     for i in range(4):
         (gradient,) = torch.autograd.grad(values[i], maps, retain_graph=True)
         assert [bool(gradient[j].any()) for j in range(4)] == [i == j for j in range(4)]
     changed = maps.detach().clone()
     changed[1] = drawn(5, 3, 4, seed=9)
-    assert objective(Seen({"maps": changed}, None))[0] != values[0]
+    assert objective(ForwardResult({"maps": changed}, None))[0] != values[0]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,7 @@ def test_other_pictures_count_as_given(objective: Objective) -> None:
 def test_weight_scales_with_the_objective_and_is_not_climbed(weight: float, make: Callable[..., Objective]) -> None:
     """A thousand times the objective: a thousand times the value; and df/dlogit is 1, as it is without a weight."""
     maps, logits = drawn(3, 5, 3, 4), drawn(3, 2, seed=2).requires_grad_()
-    what = Seen({"maps": maps}, logits)
+    what = ForwardResult({"maps": maps}, logits)
     objective = make(unit("logits", 1), weight)
     assert close(make(1000 * unit("logits", 1), weight)(what) / 1000, numbers(objective(what)))
     (gradient,) = torch.autograd.grad(objective(what).sum(), logits)

@@ -16,9 +16,9 @@ from torch import Generator, Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine.acceleration.inplace_clamp import rectified as keeping_nothing
+from convscope.engine.acceleration.inplace_clamp import inplace_clamp as keeping_nothing
 from convscope.engine.batching import gradient_bytes
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.featurevis.defaults import plain_size, robust_size
 from convscope.featurevis.objectives import each
 from convscope.featurevis.optimizer import SILENT, Redirected, adam_step, agreed_step, ascend, rms_step
@@ -648,8 +648,8 @@ def test_objective_is_the_mean_of_the_units_channel() -> None:
     units = [2, 0, 3]
     expected = torch.stack([maps[i, u].mean() for i, u in enumerate(units)])
     for outputs in (maps, tokens, scores):
-        assert apart(each("layer", units)(Seen({"layer": outputs}, None)), expected) < TINY
-    assert torch.equal(each("logits", units)(Seen({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
+        assert apart(each("layer", units)(ForwardResult({"layer": outputs}, None)), expected) < TINY
+    assert torch.equal(each("logits", units)(ForwardResult({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
 
 
 def test_sizes() -> None:

@@ -168,7 +168,7 @@ def test_what_is_drawn_again_can_be_ended(usual: convscope.Model, told: dict[int
 def test_a_network_that_ends_in_a_sigmoid_is_judged_by_it() -> None:
     """Each class by itself: what the network says of the picture in pieces is what `predict` says of it."""
     model = loaded(nn.Sequential(Quarters(), nn.Sigmoid()), 32)
-    assert model.head == "sigmoid"
+    assert model.final_activation == "sigmoid"
     found = drawn(model, range(4), replace(BRIEF, tries=2))
     pieces = np.roll(found.images, (16, 16), (1, 2))
     said = 1 / (1 + np.exp(-convscope.predict(model, pieces).logits))

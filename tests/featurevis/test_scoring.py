@@ -13,7 +13,7 @@ import convscope
 from convscope.engine import capture
 from convscope.featurevis.objectives import each
 from convscope.featurevis.scoring import NOISES, awakened, excited, noises
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.oracles.nets import filled
 
@@ -56,14 +56,14 @@ def fires(model: convscope.Model, pictures: Tensor) -> Tensor:
 def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It begins as the piece around the place where the unit fires most, and ends at a higher score."""
     probe = convscope.load(Bright(0.0), preprocessing={"size": 224})
-    batch = next(Pictures(photographs(), probe.preprocessing).batches(4)).x
+    batch = next(ImageBatchLoader(photographs(), probe.preprocessing).batches(4)).x
     maps = fires(probe, batch)
     threshold = 0.9 * float(maps.max())  # so that one photograph, and little of it, is enough
     model = convscope.load(Bright(threshold), preprocessing={"size": 224})
     found = []
     for steps in (0, 48):
         monkeypatch.setattr(sys.modules["convscope.featurevis.scoring"], "WAKING", steps)
-        with capture.attach(model, ["relu"], stop=True) as run:
+        with capture.capture_layers(model, ["relu"], stop_early=True) as run:
             piece = excited(run, model, "relu").piece(0, (SIDE, SIDE))
             (one,) = awakened(piece[None], lambda x: each("relu", [0])(run(x)), model)
         assert (one.dtype, tuple(one.shape)) == (torch.uint8, (3, SIDE, SIDE))
@@ -79,7 +79,7 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
 
 def test_a_unit_that_no_photograph_wakes() -> None:
     model = convscope.load(Bright(5.0), preprocessing={"size": 224})
-    with capture.attach(model, ["relu"], stop=True) as run:
+    with capture.capture_layers(model, ["relu"], stop_early=True) as run:
         assert excited(run, model, "relu").values.tolist() == [0, 0]
 
 
@@ -92,8 +92,8 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
     ]
     for first, shape in kinds:
         model = convscope.load(filled(nn.Sequential(first, nn.ReLU())), preprocessing={"size": 48})
-        x = next(Pictures(photographs(), model.preprocessing).batches(4)).x
-        with capture.attach(model, ["1"], stop=True) as run, torch.no_grad():
+        x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
+        with capture.capture_layers(model, ["1"], stop_early=True) as run, torch.no_grad():
             found, maps = excited(run, model, "1"), model.module(x).numpy()
         maps = np.moveaxis(maps, -1, 1) if shape == (35,) else maps
         maps = maps.reshape(4, 5, -1)

@@ -90,8 +90,8 @@ def test_a_real_network_by_hooks_of_its_own():
     model = convscope.load("lite0")
     model.module.double()
     x = torch.rand((2, 3, 96, 96), generator=torch.Generator().manual_seed(0)).double()
-    with capture.attach(model, []) as run:
-        quick = conv_fusion.quickened(run, conv_fusion.plan(run, x, gradients=True))
+    with capture.capture_layers(model, []) as run:
+        quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True))
         y, found = gradient(lambda x: favouring(quick, 0.5)(x).logits, x)
         usual, other = gradient(lambda x: quick(x).logits, x)
         assert torch.equal(y, usual)
@@ -126,10 +126,8 @@ def test_each_residual_branch_is_found_once(source, blocks, monkeypatch):
     hooked, hook = [], torch.Tensor.register_hook
     # The tensors themselves are kept: one that is gone leaves its identity to another.
     monkeypatch.setattr(torch.Tensor, "register_hook", lambda tensor, f: (hooked.append(tensor), hook(tensor, f))[1])
-    x = torch.rand(
-        (2, 3, *model.preprocessing.picture_size), generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
-    with capture.attach(model, []) as run:
+    x = torch.rand((2, 3, *model.preprocessing.image_size), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with capture.capture_layers(model, []) as run:
         hooked.clear()
         favouring(run, 0.5)(x)
     assert len(hooked) == len(set(map(id, hooked))) == blocks

@@ -26,7 +26,7 @@ from torchvision import transforms
 from convscope.errors import ConvscopeError
 from convscope.images import decoding, loading
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Failure, Pictures
+from convscope.images.loading import Failure, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(0)
@@ -40,8 +40,8 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 def seen(given: Any, preprocessing: Preprocessing | None = None, **options: Any) -> Tensor:
     """The one batch of all the pictures; without preprocessing: the first picture's own pixels / 255."""
     if preprocessing is None:
-        preprocessing = Preprocessing(size=Pictures(given, Preprocessing()).original(0).shape[:2])
-    (batch,) = Pictures(given, preprocessing, **options).batches(1000)
+        preprocessing = Preprocessing(size=ImageBatchLoader(given, Preprocessing()).original(0).shape[:2])
+    (batch,) = ImageBatchLoader(given, preprocessing, **options).batches(1000)
     return batch.x
 
 
@@ -56,7 +56,7 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 def reason(given: Any, preprocessing: Preprocessing | None = None, **options: Any) -> str:
     """Why the one picture is refused."""
-    pictures = Pictures(given, preprocessing or Preprocessing(), **options)
+    pictures = ImageBatchLoader(given, preprocessing or Preprocessing(), **options)
     with pytest.raises(ConvscopeError) as caught:
         list(pictures.batches(4))
     assert str(caught.value) == str(pictures.failed[0])
@@ -239,13 +239,13 @@ def test_the_preset_must_have_one_resize() -> None:
 def test_back_of_the_whole_picture_is_interpolate(cells: tuple[int, int], shape: tuple[int, int]) -> None:
     maps = torch.randn(2, 3, *cells)
     expected = F.interpolate(maps.double(), shape, mode="bilinear", align_corners=False)
-    assert torch.allclose(Geometry(shape, (0, 0, *shape)).back(maps), expected.float(), atol=2e-6)
+    assert torch.allclose(Geometry(shape, (0, 0, *shape)).to_original(maps), expected.float(), atol=2e-6)
 
 
 def test_back_is_exact_where_nothing_is_resized() -> None:
     maps = torch.randn(4, 30, 50)
-    assert torch.equal(Geometry((30, 50), (0, 0, 30, 50)).back(maps), maps)
-    placed = Geometry((40, 70), (4, 11, 34, 61)).back(maps)
+    assert torch.equal(Geometry((30, 50), (0, 0, 30, 50)).to_original(maps), maps)
+    placed = Geometry((40, 70), (4, 11, 34, 61)).to_original(maps)
     assert torch.equal(placed, F.pad(maps, (11, 9, 4, 6)))
 
 
@@ -256,7 +256,7 @@ def test_back_is_grid_sample_inside_and_zero_outside() -> None:
     x = ((torch.arange(30) + 0.5 - left) / (right - left) * 2 - 1).view(1, -1).expand(20, 30)
     sampled = F.grid_sample(maps, torch.stack([x, y], -1)[None], padding_mode="border", align_corners=False)
     inside = (y.abs() <= 1) & (x.abs() <= 1)
-    back = Geometry((20, 30), box).back(maps)
+    back = Geometry((20, 30), box).to_original(maps)
     assert torch.allclose(back, sampled * inside, atol=1e-5)
     assert back[..., 3:18, :21].ne(0).all()
     assert inside.sum() == 15 * 21
@@ -264,11 +264,13 @@ def test_back_is_grid_sample_inside_and_zero_outside() -> None:
 
 def test_back_keeps_leading_axes_and_precision_and_has_gradients() -> None:
     where = Geometry((9, 7), (1.5, 0.5, 8.0, 6.5))
-    assert where.back(torch.rand(3, 4)).shape == (9, 7)
-    assert where.back(torch.rand(2, 5, 3, 4)).shape == (2, 5, 9, 7)
-    assert where.back(torch.rand(3, 4).half()).dtype == torch.float16
-    assert where.back(torch.ones(3, 4, dtype=torch.int64)).sum() == 7 * 6  # a mask: the pixels with their centre inside
-    assert torch.autograd.gradcheck(where.back, torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True))
+    assert where.to_original(torch.rand(3, 4)).shape == (9, 7)
+    assert where.to_original(torch.rand(2, 5, 3, 4)).shape == (2, 5, 9, 7)
+    assert where.to_original(torch.rand(3, 4).half()).dtype == torch.float16
+    assert (
+        where.to_original(torch.ones(3, 4, dtype=torch.int64)).sum() == 7 * 6
+    )  # a mask: the pixels with their centre inside
+    assert torch.autograd.gradcheck(where.to_original, torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize("fit", ["squash", "crop"])
@@ -280,8 +282,8 @@ def test_heat_lands_where_the_square_is(fit: str, shape: tuple[int, int], corner
     top, left = ((np.array(corner) - 0.5) * min(shape) + np.array(shape) / 2).astype(int)
     picture = np.zeros((height, width, 3), np.uint8)
     picture[top : top + side, left : left + side] = 255
-    (batch,) = Pictures(picture, Preprocessing(size=112), fit=fit).batches(1)
-    heat = batch.geometry[0].back(F.avg_pool2d(batch.x, 8).mean(1))[0]
+    (batch,) = ImageBatchLoader(picture, Preprocessing(size=112), fit=fit).batches(1)
+    heat = batch.geometry[0].to_original(F.avg_pool2d(batch.x, 8).mean(1))[0]
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     box = batch.geometry[0].box
     cell = (box[2] - box[0]) / 14, (box[3] - box[1]) / 14
@@ -290,10 +292,10 @@ def test_heat_lands_where_the_square_is(fit: str, shape: tuple[int, int], corner
 
 
 def test_the_box_of_a_crop_in_closed_form() -> None:
-    (batch,) = Pictures(noise(200, 400), Preprocessing(size=50, resize=100), fit="crop").batches(1)
+    (batch,) = ImageBatchLoader(noise(200, 400), Preprocessing(size=50, resize=100), fit="crop").batches(1)
     # 200 x 400 becomes 100 x 200; the crop is rows 25..75 and columns 75..125 of it, twice that in the picture.
     assert batch.geometry[0] == Geometry((200, 400), (50, 150, 150, 250))
-    (batch,) = Pictures(noise(200, 400), Preprocessing(size=50), fit="squash").batches(1)
+    (batch,) = ImageBatchLoader(noise(200, 400), Preprocessing(size=50), fit="squash").batches(1)
     assert batch.geometry[0] == Geometry((200, 400), (0, 0, 200, 400))
 
 
@@ -314,7 +316,7 @@ def test_very_long_pictures_can_be_squashed(shape: tuple[int, int]) -> None:
 def test_very_long_pictures_can_be_cropped_to_the_place(transposed: bool) -> None:
     stripes = (np.arange(50_001) % 2).astype(np.float32)[None]  # resized as a whole: 250 x 12,500,250 pixels
     p = Preprocessing(size=224, resize=250)
-    (batch,) = Pictures(stripes.T if transposed else stripes, p, fit="crop").batches(1)
+    (batch,) = ImageBatchLoader(stripes.T if transposed else stripes, p, fit="crop").batches(1)
     left = (12_500_250 - 224) / 2 / 250
     assert batch.geometry[0].box[0 if transposed else 1] == pytest.approx(left, abs=1e-9)
     at = left + (np.arange(224) + 0.5) / 250 - 0.5  # in pixels from the centre of the first one
@@ -329,8 +331,8 @@ def test_the_bounded_ways_give_the_same_picture(interpolation: str, shape: tuple
     p = Preprocessing(size=64, interpolation=interpolation)
     picture = np.asarray(Image.fromarray(noise(4, 4)).resize(shape[::-1], Image.Resampling.BICUBIC))
     for fit in ("crop", "squash"):
-        (ample,) = Pictures(picture, p, fit=fit).batches(1)
-        (tight,) = Pictures(picture, p, fit=fit, max_pixels=30 * 900).batches(1)
+        (ample,) = ImageBatchLoader(picture, p, fit=fit).batches(1)
+        (tight,) = ImageBatchLoader(picture, p, fit=fit, max_pixels=30 * 900).batches(1)
         assert (ample.x - tight.x).abs().max() <= 1.5 / 255
         assert ample.geometry == tight.geometry
 
@@ -394,7 +396,7 @@ def test_pil_images_and_mixed_lists(tmp_path: Path) -> None:
     a = noise(5, 6)
     Image.fromarray(a).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as lazy:
-        pictures = Pictures((str(tmp_path / "a.png"), lazy, a, tmp_path / "a.png"), Preprocessing(size=(5, 6)))
+        pictures = ImageBatchLoader((str(tmp_path / "a.png"), lazy, a, tmp_path / "a.png"), Preprocessing(size=(5, 6)))
         assert pictures.names == (str(tmp_path / "a.png"), "image 1", "image 2", str(tmp_path / "a.png"))
         (batch,) = pictures.batches(8)
     assert np.array_equal(batch.x.permute(0, 2, 3, 1).numpy(), np.stack([unit(a)] * 4))
@@ -416,7 +418,7 @@ def test_the_users_pil_image_is_left_as_it_was() -> None:
 def test_preprocessed_tensors_are_used_as_they_are() -> None:
     p = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
     x = torch.randn(3, 3, 17, 31, requires_grad=True)
-    one, two = Pictures(x, p).batches(2)
+    one, two = ImageBatchLoader(x, p).batches(2)
     assert torch.equal(torch.cat([one.x, two.x]), x)
     assert not one.x.requires_grad
     assert (one.indices, two.indices) == ((0, 1), (2,))
@@ -427,13 +429,13 @@ def test_preprocessed_tensors_are_used_as_they_are() -> None:
     assert torch.equal(seen(half, p), half.float())
     assert seen(x.double(), p).dtype == torch.float32
     expected = (x[1].detach() * torch.tensor(p.std).view(3, 1, 1) + torch.tensor(p.mean).view(3, 1, 1)).clamp(0, 1)
-    assert np.array_equal(Pictures(x, p).original(1), expected.mul(255).round().byte().permute(1, 2, 0).numpy())
+    assert np.array_equal(ImageBatchLoader(x, p).original(1), expected.mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_nan_in_a_tensor_is_one_pictures_failure() -> None:
     x = torch.zeros(3, 3, 4, 4)
     x[1, 2, 3, 3] = float("nan")
-    pictures = Pictures(x, Preprocessing())
+    pictures = ImageBatchLoader(x, Preprocessing())
     (batch,) = pictures.batches(3)
     assert batch.indices == (0, 2)
     assert str(pictures.failed[0]) == "image 1: holds NaN or infinity"
@@ -463,17 +465,17 @@ def test_nan_in_a_tensor_is_one_pictures_failure() -> None:
 )
 def test_wrong_kinds_are_refused_at_once(given: Any, words: str) -> None:
     with pytest.raises(ConvscopeError) as caught:
-        Pictures(given, Preprocessing())
+        ImageBatchLoader(given, Preprocessing())
     assert words in str(caught.value)
 
 
 def test_options_are_checked() -> None:
     with pytest.raises(ConvscopeError, match="fit is 'stretch'; expected 'squash' or 'crop'"):
-        Pictures("a.png", Preprocessing(), fit="stretch")
+        ImageBatchLoader("a.png", Preprocessing(), fit="stretch")
     with pytest.raises(ConvscopeError, match="max_pixels is 0"):
-        Pictures("a.png", Preprocessing(), max_pixels=0)
+        ImageBatchLoader("a.png", Preprocessing(), max_pixels=0)
     with pytest.raises(ConvscopeError, match="batch size is 0"):
-        next(Pictures("a.png", Preprocessing()).batches(0))
+        next(ImageBatchLoader("a.png", Preprocessing()).batches(0))
 
 
 @pytest.mark.parametrize(
@@ -511,8 +513,8 @@ def test_a_network_with_one_channel_sees_luma() -> None:
     assert np.array_equal(seen(unit(a[..., 0]), p)[0, 0].numpy(), unit(a[..., 0]))
     many = RNG.integers(0, 256, (7, 5, 6), dtype=np.uint8)
     assert np.array_equal(seen(many, p)[:, 0].numpy(), unit(many))
-    assert np.array_equal(Pictures(a, p).original(0), a)
-    assert np.array_equal(Pictures(many, p).original(3), np.dstack([many[3]] * 3))
+    assert np.array_equal(ImageBatchLoader(a, p).original(0), a)
+    assert np.array_equal(ImageBatchLoader(many, p).original(3), np.dstack([many[3]] * 3))
 
 
 def test_a_network_with_other_channels_takes_arrays(tmp_path: Path) -> None:
@@ -522,19 +524,19 @@ def test_a_network_with_other_channels_takes_arrays(tmp_path: Path) -> None:
     assert np.array_equal(pixels(seen(a, p)), unit(a))
     assert np.array_equal(pixels(seen(tmp_path / "a.npy", p)), unit(a))
     assert np.array_equal(pixels(seen(unit(a)[None], p)), unit(a))
-    assert np.array_equal(Pictures(a, p).original(0), a[..., :3])
+    assert np.array_equal(ImageBatchLoader(a, p).original(0), a[..., :3])
     half = Preprocessing.of({"size": 2, "channels": 5})
     expected = np.dstack(
         [np.asarray(Image.fromarray(a[..., c]).resize((2, 2), Image.Resampling.BILINEAR)) for c in range(5)]
     )
     assert np.array_equal(pixels(seen(a, half)), unit(expected))
     two = Preprocessing.of({"size": (5, 6), "channels": 2})
-    assert np.array_equal(Pictures(a[..., :2], two).original(0), np.dstack([a[..., 0]] * 3))
+    assert np.array_equal(ImageBatchLoader(a[..., :2], two).original(0), np.dstack([a[..., 0]] * 3))
     four = Preprocessing.of({"size": (5, 6), "channels": 4})
     assert np.array_equal(pixels(seen(a[..., :4], four)), unit(a[..., :4]))  # the fourth is a channel here, no alpha
     assert "this network takes arrays (H, W, 5)" in reason([Image.fromarray(a[..., :3])], p)
     with pytest.raises(ConvscopeError, match=r"expected \(H, W, 5\)"):
-        Pictures(a[..., :3], p)
+        ImageBatchLoader(a[..., :3], p)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -601,7 +603,7 @@ def test_files_hold_the_pixels_that_were_put_in(name: str, tmp_path: Path) -> No
     got = pixels(seen(tmp_path / name))
     exact = "alpha" not in name and "one-clear" not in name
     assert np.abs(got - expected).max() <= (1e-7 if exact else 0.51 / 255)  # Pillow composes in 8 bits
-    original = Pictures(tmp_path / name, Preprocessing()).original(0)
+    original = ImageBatchLoader(tmp_path / name, Preprocessing()).original(0)
     assert original.dtype == np.uint8
     assert original.flags.writeable
     assert np.abs(original / 255 - expected).max() <= 0.51 / 255
@@ -663,11 +665,11 @@ def test_exif_orientation(orientation: int, kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{kind}"
     image.save(path, exif=exif, **options, **({"compression": "tiff_lzw"} if "lzw" in kind else {}))
     # Opened by name, Pillow 13 maps an uncompressed TIFF into memory and gets turned ones wrong; not so from a stream.
-    pictures = Pictures([path, Image.open(io.BytesIO(path.read_bytes()))], Preprocessing(size=UPRIGHT.shape))
+    pictures = ImageBatchLoader([path, Image.open(io.BytesIO(path.read_bytes()))], Preprocessing(size=UPRIGHT.shape))
     (batch,) = pictures.batches(2)
     for x, geometry in zip(batch.x, batch.geometry, strict=True):
         assert np.abs(x[0].numpy() * 255 - UPRIGHT).max() <= 2
-        assert geometry.picture == UPRIGHT.shape
+        assert geometry.image_size == UPRIGHT.shape
     assert pictures.original(0).shape == (*UPRIGHT.shape, 3)
 
 
@@ -690,7 +692,7 @@ def test_the_first_of_many_frames_is_used_and_said_once(kind: str, tmp_path: Pat
     path = tmp_path / f"walk.{kind}"
     options = {"webp": {"lossless": True}}.get(kind, {})
     frames[3].save(path, save_all=True, append_images=[*frames[4:], *frames[:3]], **options)
-    pictures = Pictures(path, Preprocessing(size=(6, 8)))
+    pictures = ImageBatchLoader(path, Preprocessing(size=(6, 8)))
     for _ in range(2):
         (batch,) = pictures.batches(1)
         assert torch.equal(batch.x, torch.full((1, 3, 6, 8), 60.0) / 255)
@@ -703,7 +705,7 @@ def test_the_previews_in_a_phones_photograph_are_not_worth_a_note(tmp_path: Path
     image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image])
     with Image.open(tmp_path / "a.jpg") as again:
         assert (again.format, again.n_frames) == ("MPO", 2)
-    pictures = Pictures(tmp_path / "a.jpg", Preprocessing())
+    pictures = ImageBatchLoader(tmp_path / "a.jpg", Preprocessing())
     assert np.abs(pictures.original(0).astype(int) - 128).max() <= 1
     assert pictures.notes == []
 
@@ -725,7 +727,7 @@ def test_names_of_any_script(name: str, tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / name, format="PNG")
     assert np.array_equal(pixels(seen(str(tmp_path / name))), unit(RGB))
     gone = str(tmp_path / "gone" / name)
-    pictures = Pictures(["nothing", gone, Path(gone)], Preprocessing())
+    pictures = ImageBatchLoader(["nothing", gone, Path(gone)], Preprocessing())
     assert pictures.names[1:] == (gone, gone)
     with pytest.raises(ConvscopeError):
         list(pictures.batches(1))
@@ -812,7 +814,7 @@ def test_every_refusal_has_its_reason_and_the_rest_is_done(tmp_path: Path, monke
         "/dev/zero": "is a pipe, a socket or a device",
     }
     given = ["good.png", *expected, "good.png", "good.png"]
-    pictures = Pictures(given, Preprocessing(size=64))
+    pictures = ImageBatchLoader(given, Preprocessing(size=64))
     batches: list[loading.Batch] = []
     # In a thread, so that a hang is a failure and not a hang.
     worker = threading.Thread(target=lambda: batches.extend(pictures.batches(2)), daemon=True)
@@ -846,7 +848,7 @@ def test_cut_anywhere_a_file_is_used_or_refused(tmp_path: Path) -> None:
         for cut in np.linspace(1, len(whole) - 1, 12).astype(int):
             paths.append(tmp_path / f"{cut}-{name}")
             paths[-1].write_bytes(whole[:cut])
-    pictures = Pictures([*paths, GRAY], Preprocessing(size=8))
+    pictures = ImageBatchLoader([*paths, GRAY], Preprocessing(size=8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         used = sum(len(batch.indices) for batch in pictures.batches(50))
@@ -869,7 +871,7 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", ResourceWarning)
-        pictures = Pictures([*paths, tmp_path / "a.npy"], Preprocessing(size=8))
+        pictures = ImageBatchLoader([*paths, tmp_path / "a.npy"], Preprocessing(size=8))
         assert sum(len(batch.indices) for batch in pictures.batches(3)) >= len(FILES) + 5
         pictures.original(0)
     assert os.listdir("/proc/self/fd") == before
@@ -877,19 +879,19 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
 
 
 def test_each_failure_is_told_once_and_the_end_tells_if_there_was_none(tmp_path: Path) -> None:
-    one = Pictures("gone.png", Preprocessing())
+    one = ImageBatchLoader("gone.png", Preprocessing())
     with pytest.raises(ConvscopeError, match=r"^gone.png: No such file or directory$"):
         list(one.batches(4))
     with pytest.raises(ConvscopeError, match=r"^gone.png: No such file or directory$"):
         one.original(0)
-    many = Pictures([f"{i}.png" for i in range(5)], Preprocessing())
+    many = ImageBatchLoader([f"{i}.png" for i in range(5)], Preprocessing())
     for _ in range(2):
         with pytest.raises(ConvscopeError) as caught:
             list(many.batches(4))
         assert len(many.failed) == 5
     several = "; ".join(f"{i}.png: No such file or directory" for i in range(3))
     assert str(caught.value) == f"none of the 5 pictures can be used: {several}; ..."
-    some = Pictures([RGB, "gone.png"], Preprocessing())
+    some = ImageBatchLoader([RGB, "gone.png"], Preprocessing())
     assert [len(list(some.batches(4))) for _ in range(2)] == [1, 1]
     assert len(some.failed) == 1
 
@@ -899,7 +901,7 @@ def test_pictures_are_decoded_when_their_batch_is_asked_for(tmp_path: Path, monk
     opened = []
     really = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or really(*args, **options))
-    pictures = Pictures([tmp_path / "a.png"] * 7, Preprocessing(size=8))
+    pictures = ImageBatchLoader([tmp_path / "a.png"] * 7, Preprocessing(size=8))
     batches = pictures.batches(3)
     assert len(pictures) == 7
     assert not opened
@@ -953,7 +955,7 @@ def test_pillows_limit_comes_back_when_threads_overlap(tmp_path: Path, monkeypat
     Image.fromarray(RGB).save(tmp_path / "a.png")
     before, inside = Image.MAX_IMAGE_PIXELS, []
     entered, leave = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
-    really = decoding._flat
+    really = decoding.upright_opaque
 
     def slow(image: Image.Image) -> Image.Image:
         number = int(threading.current_thread().name)

@@ -19,7 +19,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.feature_maps import Activations, Predictions
 from convscope.featurevis.result import Patterns
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 from convscope.plotting import figures
 
 RNG = np.random.default_rng(0)
@@ -137,12 +137,12 @@ def test_the_activation_grid_shows_each_map_in_its_colours():
     assert grid.shape == (2 * 32 + 1, 16 * 33 - 1, 3)  # sixteen a row, as in the notebook
     for i in (0, 7, 19):
         top, left = i // 16 * 33, i % 16 * 33
-        expected = palette("viridis")[notebook(maps[i])]
+        expected = lookup_table("viridis")[notebook(maps[i])]
         np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], expected)
     other = np.asarray(
         figures.activation_grid(maps, np.zeros(20, bool), columns=5, scaling="minmax", colormap="inferno")
     )
-    np.testing.assert_array_equal(other[:32, 33:65], palette("inferno")[figures.minmax(maps)[1]])
+    np.testing.assert_array_equal(other[:32, 33:65], lookup_table("inferno")[figures.minmax(maps)[1]])
     with pytest.raises(ConvscopeError, match="scaling 'max' is not known; expected standard or minmax"):
         figures.activation_grid(maps, np.zeros(20, bool), scaling="max")
     with pytest.raises(ConvscopeError, match="nearest: viridis"):
@@ -153,7 +153,7 @@ def test_small_maps_are_enlarged_by_whole_pixels():
     maps = RNG.normal(size=(2, 7, 7))
     grid = np.asarray(figures.activation_grid(maps, np.zeros(2, bool)))
     assert grid.shape == (28, 28 * 2 + 1, 3)
-    expected = palette("viridis")[figures.standard(maps[:1])[0]].repeat(4, 0).repeat(4, 1)
+    expected = lookup_table("viridis")[figures.standard(maps[:1])[0]].repeat(4, 0).repeat(4, 1)
     np.testing.assert_array_equal(grid[:28, :28], expected)
 
 
@@ -174,7 +174,7 @@ def test_dead_channels_are_drawn_as_dead():
     assert (zero[0, -1] == 150).all()
     assert (zero[0, 16] == 90).all()
     for colormap in ("viridis", "jet", "inferno"):
-        assert not {figures.DEAD, (150, 150, 150)} & {tuple(colour) for colour in palette(colormap).tolist()}
+        assert not {figures.DEAD, (150, 150, 150)} & {tuple(colour) for colour in lookup_table(colormap).tolist()}
     assert len(np.unique(alive.reshape(-1, 3), axis=0)) > 50
 
 
@@ -185,7 +185,7 @@ def test_pages(model):
     assert len({page.size for page in pages}) == 1
     assert pages[0].size == (16 * 33 - 1, 16 * 33 - 1)
     third = np.asarray(pages[2])[:32, :32]
-    expected = palette("viridis")[figures.standard(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
+    expected = lookup_table("viridis")[figures.standard(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
     np.testing.assert_array_equal(third, expected)
     names = [name for name, _ in figures.render(wide)]
     assert names == [f"0000_0_page{n}.png" for n in range(1, 9)]

@@ -22,7 +22,7 @@ from convscope.datasets.catalogue import Catalogue, catalogue
 from convscope.errors import ConvscopeError
 from convscope.images import decode_worker
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.scanning.decoding import ENDED, Decoded, Decoder
 from tests.oracles.poison import Poison, picture
@@ -109,7 +109,7 @@ def test_x_is_what_pictures_give_bit_for_bit(files: list[Path], fit: str, order:
     mean = (0.45,) if order == "L" else (104.0, 116.7, 122.7)
     std = tuple(m / 7 for m in mean)
     like = Preprocessing((10, 14), "bicubic", range=(-3, 250), mean=mean, std=std, channel_order=order)
-    pictures = Pictures(files, like, fit=fit, max_pixels=50_000)
+    pictures = ImageBatchLoader(files, like, fit=fit, max_pixels=50_000)
     theirs = list(pictures.batches(1))
     ours = decoded(catalogue(files), ranges(9, 4), 4, like=like, fit=fit, max_pixels=50_000)
     x, good = torch.cat([batch.x for batch in ours]), [batch.indices[0] for batch in theirs]
@@ -129,7 +129,7 @@ def test_arrays_for_a_network_with_other_channels() -> None:
     like = Preprocessing(size=(6, 5), mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(2.0,) * 5, channel_order="channels")
     arrays = [np.random.default_rng(i).random((8, 8, 5)).astype(np.float32) for i in range(3)]
     (batch,) = decoded(catalogue(arrays), [range(3)], 3, like=like)
-    assert torch.equal(batch.x, torch.cat([b.x for b in Pictures(arrays, like).batches(3)]))
+    assert torch.equal(batch.x, torch.cat([b.x for b in ImageBatchLoader(arrays, like).batches(3)]))
 
 
 def test_processes_change_nothing_not_even_reasons_and_order_is_the_plans(files: list[Path]) -> None:
@@ -186,7 +186,9 @@ def test_what_a_picture_does_costs_that_picture_alone(tmp_path: Path) -> None:
     assert "NoneType is no picture" in batches[2].failed[13]
     x = torch.cat([batch.x for batch in batches])
     good = [i for i in range(20) if i not in acts]
-    assert torch.equal(x[good], torch.cat([b.x for b in Pictures([picture(i) for i in good], LIKE).batches(50)]))
+    assert torch.equal(
+        x[good], torch.cat([b.x for b in ImageBatchLoader([picture(i) for i in good], LIKE).batches(50)])
+    )
 
 
 def test_bytes_in_hand_that_end_their_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +273,7 @@ def test_a_generator_that_is_left_can_be_followed_by_another() -> None:
         next(first)
         first.close()
         (batch,) = decoder.batches([[7]], 1)
-        assert torch.equal(batch.x, next(Pictures(picture(7), LIKE).batches(1)).x)
+        assert torch.equal(batch.x, next(ImageBatchLoader(picture(7), LIKE).batches(1)).x)
         assert len(children()) == 1
 
 

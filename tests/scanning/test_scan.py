@@ -20,7 +20,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.scanning import api
 from convscope.scanning.plan import Plan, shard_size
 from tests.oracles.tiny import LAYERS, SETTINGS, files, tiny, write_pictures
@@ -49,7 +49,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_store_says_what_plain_loops_say(model: convscope.Model, data: Path, whole: Path) -> None:
     pictures = sorted(str(p) for p in data.rglob("*.png"))
     ids = {name: i for i, name in enumerate(pictures)}
-    given = Pictures(pictures, model.preprocessing)
+    given = ImageBatchLoader(pictures, model.preprocessing)
     good, inputs = [], []
     for batch in given.batches(8):
         good += batch.indices
@@ -104,7 +104,7 @@ def test_the_store_says_what_plain_loops_say(model: convscope.Model, data: Path,
 
 def test_selectivity_agrees_with_a_direct_computation(model: convscope.Model, data: Path, whole: Path) -> None:
     pictures = sorted(str(p) for p in data.rglob("*.png"))
-    given = Pictures(pictures, model.preprocessing)
+    given = ImageBatchLoader(pictures, model.preprocessing)
     net, means, labels = model.module, [], []
     with torch.no_grad():
         for batch in given.batches(8):

@@ -194,7 +194,7 @@ def test_application_by_name(name: str, keras: Any, photos: list[str]) -> None:
     assert model.name == f"keras:{name}"
     assert model.notes == ()
     assert model.preprocessing.size == (224, 224)
-    assert model.head == "softmax"
+    assert model.final_activation == "softmax"
     assert len(model.classes) == 1000
     assert model.classes[386] == "African elephant"
     assert not any(variable.value.requires_grad for variable in model.module.weights)
@@ -313,7 +313,7 @@ def test_logits_in_half_precision(policy: str, keras: Any, pixels: np.ndarray) -
     x = keras.layers.GlobalAveragePooling2D(dtype=policy)(keras.layers.Conv2D(4, 3, dtype=policy)(inputs))
     own = settle(keras.Model(inputs, keras.layers.Dense(3, activation="softmax", dtype=policy)(x)))
     model = convscope.load(own)
-    assert model.head == "softmax"
+    assert model.final_activation == "softmax"
     got = convscope.predict(model, pixels).logits
     expected = np.asarray(own.predict(unit(pixels), verbose=0), np.float32)
     # Probabilities of three digits (bfloat16: two) are all that Keras gives to compare with.
@@ -457,7 +457,7 @@ def test_subclassed_models(own_classes: SimpleNamespace, pixels: np.ndarray) -> 
     model = convscope.load(own)
     assert model.preprocessing.size == (12, 16)
     assert {"block", "block/a", "block/b", "scores"} == set(model.layers.names)
-    assert model.head == "softmax"
+    assert model.final_activation == "softmax"
     kernel, bias = own.scores.get_weights()
     maps = own(unit(pixels))["maps"].detach().numpy()
     close(convscope.predict(model, pixels).logits, maps.mean((1, 2)) @ kernel + bias)
@@ -473,7 +473,7 @@ def test_several_outputs(keras: Any, pixels: np.ndarray) -> None:
     scores = keras.layers.Dense(2, name="scores")(pooled)
     own = settle(keras.Model(inputs, {"boxes": keras.layers.Dense(4)(pooled), "logits": scores}))
     model = convscope.load(own)
-    assert model.outputs == 2
+    assert model.num_outputs == 2
     expected = own.predict(unit(pixels), verbose=0)["logits"]
     close(convscope.predict(model, pixels).logits, expected)
 

@@ -29,7 +29,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError, Preprocessing
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.sources import bundled
 
 RNG = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def test_bundled_preprocessing(lite, photos):
     side = {"lite0": 224, "lite2": 260}[lite]
     picture = Image.open(photos[3]).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     expected = (np.asarray(picture, np.float64) - 127) / 128
-    (batch,) = Pictures(photos[3], model.preprocessing).batches(1)
+    (batch,) = ImageBatchLoader(photos[3], model.preprocessing).batches(1)
     np.testing.assert_allclose(batch.x[0].permute(1, 2, 0).numpy(), expected, atol=1e-6)
     assert model.preprocessing.interpolation == "bicubic"
     assert model.preprocessing.resize == int(side / 0.875)
@@ -152,10 +152,10 @@ def test_torchvision_by_name(name):
     assert (model.preprocessing.mean, model.preprocessing.std) == (tuple(preset.mean), tuple(preset.std))
     assert model.preprocessing.range == (0, 1)
     assert list(model.classes) == entry.meta["categories"]
-    assert (model.outputs, model.notes, model.name) == (1000, (), f"torchvision:{name}")
+    assert (model.num_outputs, model.notes, model.name) == (1000, (), f"torchvision:{name}")
 
     picture = Image.fromarray(RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8))
-    (batch,) = Pictures(picture, model.preprocessing, fit="crop").batches(1)
+    (batch,) = ImageBatchLoader(picture, model.preprocessing, fit="crop").batches(1)
     torch.testing.assert_close(batch.x[0], preset(picture), atol=0.02, rtol=0)  # 8 bits between the two steps
 
 
@@ -168,7 +168,7 @@ def test_timm_by_name(name):
     assert model.preprocessing.interpolation == config["interpolation"]
     assert (model.preprocessing.mean, model.preprocessing.std) == (config["mean"], config["std"])
     assert (model.classes[0], model.classes[386]) == ("tench", "African elephant")
-    assert (model.outputs, model.notes, model.name) == (1000, (), f"timm:{name}")
+    assert (model.num_outputs, model.notes, model.name) == (1000, (), f"timm:{name}")
 
 
 @pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "timm:resnet18", "lite0"])
@@ -433,7 +433,7 @@ def exported(tmp_path_factory) -> tuple[nn.Module, dict[str, Path]]:
 def test_an_exported_program_is_the_network_again(exported, batch):
     module, files = exported
     model = convscope.load(files[batch])
-    assert model.fixed_batch == {"any": None, "one": 1}[batch]
+    assert model.fixed_batch_size == {"any": None, "one": 1}[batch]
     assert model.layers.names == convscope.load(module).layers.names
     assert model.preprocessing.size == (32, 32)
     assert model.name == f"{batch}.pt2"
@@ -722,7 +722,7 @@ def test_factories(tmp_path, monkeypatch):
     (tmp_path / "made_up_nets.py").write_text(FACTORY)
     (tmp_path / "made_up_broken.py").write_text("1 / 0")
     model = convscope.load("made_up_nets:net", classes=list("abcdefg"))
-    assert (model.name, model.outputs, model.classes[6]) == ("made_up_nets:net", 7, "g")
+    assert (model.name, model.num_outputs, model.classes[6]) == ("made_up_nets:net", 7, "g")
     assert not any(p.requires_grad for p in model.module.parameters())  # made by load, so ours to freeze
     state = {k: torch.ones_like(v) for k, v in model.module.state_dict().items()}
     torch.save(state, tmp_path / "ones.pth")
@@ -799,7 +799,7 @@ def test_a_timm_model_in_hand_brings_its_config():
     assert model.preprocessing == Preprocessing.of(timm.data.resolve_model_data_config(module))
     assert (model.classes[387], model.notes) == ("lesser panda", ())
     gray = convscope.load(timm.create_model("resnet18", in_chans=1, num_classes=4))
-    assert (gray.preprocessing.channel_order, gray.classes, gray.outputs) == ("L", None, 4)
+    assert (gray.preprocessing.channel_order, gray.classes, gray.num_outputs) == ("L", None, 4)
     assert "assumed" in gray.notes[0]
 
 

@@ -20,7 +20,7 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 
 __all__ = ["Heatmaps", "explained", "heatmaps", "of_head", "over_region", "plan_cell"]
 
@@ -153,7 +153,7 @@ def explained(
         known = ", ".join(str(key) for key in VIEWS)
         raise ConvscopeError(f"smooth is {smooth!r}; expected one of {known}")
     scales = checked(model, scale)
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     asked = ask(model, targets, len(pictures), against)
     plan = Plan(model, asked, tuple(cell for cell, _ in cells), smooth, seed, memory)
     answers: list[Answer] = []
@@ -227,8 +227,8 @@ def remarks(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], plac
 
 def _spatial(model: Model, name: str) -> Layer:
     layer = model.layers.find(name)
-    if not layer.has_space:
-        known = [row.name for row in model.layers.distinct()]
+    if not layer.is_spatial:
+        known = [row.name for row in model.layers.unique_spatial()]
         raise ConvscopeError(
             f"layer {name!r} gives {' x '.join(map(str, layer.shape))} and has no spatial extent; the last that do: "
             f"{', '.join(known[-4:])}"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from convscope.attribution.targets import Chosen
 from convscope.engine import capture, resume
-from convscope.engine.acceleration.conv_fusion import Folds, plan, quickened
-from convscope.engine.batching import CACHE
-from convscope.engine.capture import Seen
+from convscope.engine.acceleration.conv_fusion import Folds, find_fusions, with_fusion
+from convscope.engine.batching import CACHE_BYTES
+from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 
@@ -36,7 +36,7 @@ class Question:
     model: Model
     x: Tensor
     chosen: Chosen
-    run: Callable[[Tensor], Seen]
+    run: Callable[[Tensor], ForwardResult]
     size: int
     seed: int
     tell: Callable[[float], None]
@@ -80,15 +80,15 @@ class Question:
 
         Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
         """
-        if self.model.fixed_batch is not None or self.x.device.type != "cpu":
+        if self.model.fixed_batch_size is not None or self.x.device.type != "cpu":
             return self.size
-        return min(self.size, max(FEWEST, int(2 * CACHE // (4 * max(self.model.layers.largest, 1)))))
+        return min(self.size, max(FEWEST, int(2 * CACHE_BYTES // (4 * max(self.model.layers.largest, 1)))))
 
-    def _quickest(self, picture: int) -> Callable[[Tensor], Seen]:
+    def _quickest(self, picture: int) -> Callable[[Tensor], ForwardResult]:
         """`run`, folded if that gives this picture's own logits again; else as it is."""
-        if not self.model.owned or not self._folds:
+        if not self.model.loaded_by_convscope or not self._folds:
             return self.run
-        quick, x = quickened(self.run, self._folds), self._filled(self.x[picture : picture + 1])
+        quick, x = with_fusion(self.run, self._folds), self._filled(self.x[picture : picture + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
         assert plain is not None
@@ -97,7 +97,7 @@ class Question:
 
     @cached_property
     def _folds(self) -> Folds:
-        return plan(self.run, self._filled(self.x[:1]))
+        return find_fusions(self.run, self._filled(self.x[:1]))
 
     def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).
@@ -130,7 +130,7 @@ class Question:
         """Only the part behind the layer: the block gets what the targets of one picture score, (M, T), for maps
         (M, C, h, w) in the place of the layer's output."""
         assert self.layer is not None
-        with resume.behind(self.model, self.layer.name, self.x[picture : picture + 1]) as run:
+        with resume.resume_from_layer(self.model, self.layer.name, self.x[picture : picture + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
                 return self._scored(run(self._filled(maps)), picture)[: len(maps)]
@@ -140,10 +140,10 @@ class Question:
     def maps(self) -> Tensor:
         """The layer's output (B, C, h, w), float32, without gradients."""
         assert self.layer is not None
-        with torch.no_grad(), capture.attach(self.model, [self.layer.name], stop=True) as run:
+        with torch.no_grad(), capture.capture_layers(self.model, [self.layer.name], stop_early=True) as run:
             return run(self.x).maps[self.layer.name].float()
 
-    def _scored(self, seen: Seen, picture: int | Tensor) -> Tensor:
+    def _scored(self, seen: ForwardResult, picture: int | Tensor) -> Tensor:
         assert seen.logits is not None
         if isinstance(picture, Tensor):
             return self.chosen.scores(seen, self._filled(picture))
@@ -151,11 +151,13 @@ class Question:
 
     def _filled(self, x: Tensor) -> Tensor:
         """A network with a fixed batch gets it full."""
-        short = (self.model.fixed_batch or 0) - len(x)
+        short = (self.model.fixed_batch_size or 0) - len(x)
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
-def _likely(model: Model, seen: Seen) -> Seen:
+def _likely(model: Model, seen: ForwardResult) -> ForwardResult:
     """Probabilities in the place of logits."""
     assert seen.logits is not None
-    return seen._replace(logits=seen.logits.sigmoid() if model.head == "sigmoid" else seen.logits.softmax(1))
+    return seen._replace(
+        logits=seen.logits.sigmoid() if model.final_activation == "sigmoid" else seen.logits.softmax(1)
+    )

@@ -20,12 +20,12 @@ def choose(model: Model) -> tuple[Layer, str]:
     """
     last = model.layers.last_spatial()
     size = " x ".join(map(str, last.shape[1:]))
-    if not last.layout.before:
+    if not last.layout.prefix_tokens:
         return last, f"the last layer with spatial extent ({size}) that is not a pooling"
-    rows = [row for row in model.layers.distinct() if row.shape == last.shape][-CANDIDATES:]
+    rows = [row for row in model.layers.unique_spatial() if row.shape == last.shape][-CANDIDATES:]
     shape = (1, model.preprocessing.channels, *model.preprocessing.size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), capture.attach(model, [row.name for row in rows], leaf=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, [row.name for row in rows], detach_at_layer=True) as run:
         seen = run(x)
         assert seen.logits is not None
         with torch.enable_grad():

@@ -15,7 +15,7 @@ from convscope.attribution.runner import Answer, Maps, Plan, explain, fused, tel
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.images.loading import Batch, Pictures
+from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 
@@ -43,12 +43,12 @@ def enlarged(preprocessing: Preprocessing, scale: float) -> Preprocessing:
 
 
 def batches(
-    pictures: Pictures, images: Any, scales: Sequence[float], size: int
+    pictures: ImageBatchLoader, images: Any, scales: Sequence[float], size: int
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Every batch of `pictures`, and its inputs at each scale, read from the pictures anew: detail that the network's
     own size would lose is there. Tensors, which are prepared already, are interpolated."""
     others = {
-        s: Pictures(
+        s: ImageBatchLoader(
             images, enlarged(pictures.preprocessing, s), fit=pictures.fit, max_pixels=pictures.max_pixels
         ).batches(size)
         for s in scales
@@ -98,8 +98,8 @@ def _stretched(x: Tensor, scale: float) -> Tensor:
 
 def _require_taken(model: Model, size: tuple[int, ...]) -> None:
     try:
-        with torch.no_grad(), capture.attach(model, []) as run:
-            run(torch.zeros(model.fixed_batch or 1, model.preprocessing.channels, *size))
+        with torch.no_grad(), capture.capture_layers(model, []) as run:
+            run(torch.zeros(model.fixed_batch_size or 1, model.preprocessing.channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
         own, asked = (" x ".join(map(str, sides)) for sides in (model.preprocessing.size, size))
         reason = " ".join(str(error).split())[:200]

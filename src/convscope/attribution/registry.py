@@ -12,7 +12,7 @@ from torch import Tensor
 from convscope.attribution.context import Found
 from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation
 from convscope.attribution.targets import Chosen, finer
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError, nearest
 
 
@@ -25,7 +25,7 @@ class Cam:
     """
 
     function: Callable[..., Tensor]
-    scores: Callable[[Chosen, Seen], Tensor] | None = Chosen.scores
+    scores: Callable[[Chosen, ForwardResult], Tensor] | None = Chosen.scores
     at_input = False
 
 

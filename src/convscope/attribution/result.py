@@ -15,7 +15,7 @@ from torch import Tensor
 from convscope.attribution.targets import Targets
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.results import Result
 
 
@@ -37,7 +37,7 @@ class Heatmaps(Result):
     fit: str
     pictures: tuple[str, ...]
     geometry: tuple[Geometry, ...] = field(repr=False)
-    source: Pictures = field(repr=False)
+    source: ImageBatchLoader = field(repr=False)
     indices: tuple[int, ...] = field(repr=False)
     asked: Targets = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -52,7 +52,7 @@ class Heatmaps(Result):
     def resized(self) -> list[np.ndarray]:
         """Per picture (T, H, W), raw, in that picture's own geometry; 0 where the network did not look."""
         maps = torch.from_numpy(self.values)
-        return [where.back(m).numpy() for where, m in zip(self.geometry, maps, strict=True)]
+        return [where.to_original(m).numpy() for where, m in zip(self.geometry, maps, strict=True)]
 
     def overlay(self, alpha: float = 0.4, colormap: str = "jet") -> list[Image.Image]:
         """The N x T pictures, picture by picture, under their heat: rectified, divided by its maximum, coloured.
@@ -67,7 +67,7 @@ class Heatmaps(Result):
         """The pictures of `overlay` one after another, so that memory does not grow with their number."""
         for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
             original = self.source.original(index)
-            shown = where.back(_spread(maps) if self.layer == "input" else maps).numpy()
+            shown = where.to_original(_spread(maps) if self.layer == "input" else maps).numpy()
             for heat in shown:
                 yield blend(original, _unit_range(heat, 0.995 if self.layer == "input" else 1), alpha, colormap)
 

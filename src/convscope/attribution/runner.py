@@ -16,7 +16,7 @@ from convscope.attribution.context import Question
 from convscope.attribution.registry import Asking, Cam, find
 from convscope.attribution.targets import Chosen, Targets
 from convscope.engine import capture
-from convscope.engine.batching import batch_size, chunks, forward_bytes, gradient_bytes
+from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
@@ -120,7 +120,10 @@ def _share(plan: Plan, x: Tensor, indices: Sequence[int], chosen: Chosen | None)
     layers = plan.shared()
     ways = dict.fromkeys(m.scores for c in plan.cells if isinstance(m := find(c.method), Cam) and m.scores is not None)
     several = plan.targets.count > 1
-    with torch.no_grad(), capture.attach(plan.model, layers, leaf=bool(ways), several=several) as run:
+    with (
+        torch.no_grad(),
+        capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways), multiple_backward=several) as run,
+    ):
         seen = run(x)
         assert seen.logits is not None
         require_finite(plan.model, seen.logits, "the network's output")
@@ -145,7 +148,7 @@ def _gradients(plan: Plan, scores: Tensor, maps: dict[str, Tensor]) -> dict[str,
     count = scores.shape[1]
     fits = max(1, int(plan.memory // (2 * len(scores) * plan.bytes())))
     ends = list(maps.values())
-    found = [part for targets in chunks(range(count), fits) for part in _backward(scores, targets, ends)]
+    found = [part for targets in balanced_chunks(range(count), fits) for part in _backward(scores, targets, ends)]
     zeros = [m.new_zeros(1).expand(count, *m.shape) for m in ends]
     columns = [
         zero if parts[0] is None else torch.cat([part for part in parts if part is not None]).float()
@@ -181,7 +184,7 @@ def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[fl
     larger = x[0, 0].numel() / math.prod(plan.model.preprocessing.size)
     size = batch_size(plan.model, plan.bytes() * larger, plan.memory)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    with capture.attach(plan.model, []) as run:
+    with capture.capture_layers(plan.model, []) as run:
         for layer in cell.layers or (None,):
             done = len(found) / len(cell.layers or (None,))
             part = partial(tell_part, tell, done, 1 / len(cell.layers or (None,)))

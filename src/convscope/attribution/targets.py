@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
-from convscope.engine.nested import first_tensor
+from convscope.engine.nested import primary_tensor
 from convscope.errors import ConvscopeError
 
 Function = Callable[[Any], Tensor]
@@ -63,7 +63,7 @@ class Chosen:
     against: Tensor | None = None
     functions: tuple[Function, ...] = ()
 
-    def scores(self, seen: Seen, rows: Tensor | None = None) -> Tensor:
+    def scores(self, seen: ForwardResult, rows: Tensor | None = None) -> Tensor:
         """What each target scores, (M, T), float32, for one pass through the network.
 
         `rows` (M,) says which picture of the batch each row of the pass belongs to; None: they are the batch itself.
@@ -78,12 +78,12 @@ class Chosen:
         against = self.against if rows is None else self.against[rows]
         return scores - seen.logits.gather(1, against).mean(1, keepdim=True)
 
-    def logits(self, seen: Seen) -> Tensor:
+    def logits(self, seen: ForwardResult) -> Tensor:
         """The targets' own logits (B, T), nothing taken off; what functions give."""
         return Chosen(self.classes, None, self.functions).scores(seen).detach()
 
 
-def finer(chosen: Chosen, seen: Seen, nearest: int = 3, gamma: float = 0.6) -> Tensor:
+def finer(chosen: Chosen, seen: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
     """What sets a class apart from the classes nearest to it: y_c - gamma / D sum_d y_d, (B, T).
 
     d runs over the D = `nearest` classes whose logits are closest to that of c. Zhang et al., Finer-CAM, CVPR 2025,
@@ -113,7 +113,7 @@ def over_region(target: int, mask: Any) -> Function:
         raise ConvscopeError(f"a mask of shape {tuple(region.shape)}; expected (H, W) with at least one place inside")
 
     def score(output: Any) -> Tensor:
-        maps = first_tensor(output)
+        maps = primary_tensor(output)
         if maps is None or maps.ndim != 4:
             raise ConvscopeError("a region was given, but the network gives no maps of classes (N, K, H, W)")
         inside = torch.nn.functional.interpolate(region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0

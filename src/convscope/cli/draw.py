@@ -171,7 +171,7 @@ def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> No
     import convscope
     from convscope.featurevis.objectives import unit
     from convscope.plotting.figures import paired
-    from convscope.results import replacing
+    from convscope.results import atomic_write
 
     with bar("negatives") as progress:
         least = convscope.patterns(
@@ -179,7 +179,7 @@ def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> No
         )
     least = replace(least, units=result.units)  # files are named after the units, not counted
     where = least.save(out / "negatives")
-    with replacing(out / "pairs.png") as file:
+    with atomic_write(out / "pairs.png") as file:
         paired(result, least).save(file, format="PNG")
     say(f"what the units want least: {where}; both: {out / 'pairs.png'}")
 

@@ -49,7 +49,7 @@ def layers(
     net = load(model, weights, classes, preprocessing, device)
     if as_json:
         return print_json([{**dataclasses.asdict(row), "units": row.units} for row in net.layers])
-    return table(f"{net.name}: {len(net.layers)} layers", HEADINGS, net.layers.cells(), right=(3, 6))
+    return table(f"{net.name}: {len(net.layers)} layers", HEADINGS, net.layers.format_rows(), right=(3, 6))
 
 
 @app.command()

@@ -34,9 +34,9 @@ Images = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files of
 
 def folder(out: Path) -> Path:
     """Before anything runs."""
-    from convscope.results import on_disk
+    from convscope.results import local_folder
 
-    return on_disk(out)
+    return local_folder(out)
 
 
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="Where to write.", callback=folder)]
@@ -97,7 +97,7 @@ def numbers(text: str) -> list[int | str] | None:
 
 
 def first(net: Model, layer: str) -> range:
-    count = net.outputs if layer == "logits" else net.layers.find(layer).units
+    count = net.num_outputs if layer == "logits" else net.layers.find(layer).units
     return range(min(16, count or 16))
 
 

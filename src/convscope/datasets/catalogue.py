@@ -16,7 +16,7 @@ from convscope.datasets import readers_arrow, readers_files, readers_memory
 from convscope.datasets.readers_files import Label, Listing, Origin
 from convscope.datasets.storage import Storage, expanded, is_glob
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError, needed
+from convscope.errors import ConvscopeError, require_extra
 from convscope.images.loading import one_line
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _packed(addresses: Sequence[str], place: Storage) -> Listing | None:
 
 def _finished(name: str, listing: Listing) -> Catalogue:
     """The catalogue of a listing."""
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
     if not len(listing.names):
         raise ConvscopeError(f"there are no pictures in {name}; expected {_ACCEPTED}")
     names = arrow.array(listing.names, arrow.string())
@@ -206,7 +206,7 @@ def class_indices(catalogue: Catalogue, model: Model) -> np.ndarray | None:
     names = catalogue.label_names
     if names is None:
         return None
-    ways = (_by_name(names, model.classes), _by_wordnet(names, model.outputs), _by_number(names, model.outputs))
+    ways = (_by_name(names, model.classes), _by_wordnet(names, model.num_outputs), _by_number(names, model.num_outputs))
     return next((np.array(found, np.int32) for found in ways if any(index >= 0 for index in found)), None)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from convscope.datasets.readers_files import Label, Listing, as_label
 from convscope.datasets.storage import Storage, patiently
-from convscope.errors import ConvscopeError, needed
+from convscope.errors import ConvscopeError, require_extra
 
 if TYPE_CHECKING:
     import pyarrow
@@ -43,7 +43,7 @@ def picture_column(schema: pyarrow.Schema, where: str) -> str:
 
 def label_column(schema: pyarrow.Schema) -> str | None:
     """The column of labels, whole numbers or names: label, labels or cls."""
-    types = needed("pyarrow.types")
+    types = require_extra("pyarrow.types")
     tests = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
     fits = [column.name for column in schema if any(test(column.type) for test in tests)]
     return next((name for name in _LABELS if name in fits), None)
@@ -61,18 +61,18 @@ def class_names(schema: pyarrow.Schema, label: str) -> tuple[str, ...] | None:
 
 def byte_sizes(column: pyarrow.ChunkedArray) -> list[int]:
     """The length of each picture of a column, 0 where there is none; their bytes are not looked at."""
-    compute = needed("pyarrow.compute")
+    compute = require_extra("pyarrow.compute")
     content = compute.struct_field(column, "bytes") if _is_struct(column.type) else column
     return [int(size or 0) for size in compute.binary_length(content).to_pylist()]
 
 
 def _is_binary(kind: Any) -> bool:
-    types = needed("pyarrow.types")
+    types = require_extra("pyarrow.types")
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _is_struct(kind: Any) -> bool:
-    types = needed("pyarrow.types")
+    types = require_extra("pyarrow.types")
     return bool(types.is_struct(kind) and any(f.name == "bytes" and _is_binary(f.type) for f in kind))
 
 
@@ -147,7 +147,7 @@ class Columns:
 
 def _parquet_rows(storage: Storage, file: str, place: int, column: str) -> Iterator[pyarrow.RecordBatch]:
     """The rows of a row group."""
-    parquet = needed("pyarrow.parquet")
+    parquet = require_extra("pyarrow.parquet")
     # So it reads page by page what would else be a whole column of a row group.
     with storage.open(file) as stream, parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as opened:
         yield from opened.iter_batches(_ROWS, row_groups=[place], columns=[column], use_threads=False)
@@ -155,7 +155,7 @@ def _parquet_rows(storage: Storage, file: str, place: int, column: str) -> Itera
 
 def _arrow_rows(storage: Storage, file: str, place: int, column: str) -> Iterator[pyarrow.RecordBatch]:
     """The rows of a record batch, which lies at byte `place` of a stream."""
-    ipc = needed("pyarrow.ipc")
+    ipc = require_extra("pyarrow.ipc")
     with _stream(storage, file) as stream:
         schema = ipc.read_schema(stream)
         stream.seek(place)
@@ -200,7 +200,7 @@ def of_parquet(storage: Storage, files: Sequence[str]) -> Listing:
     Only footers and labels are read: a file's number of rows and the sizes of its row groups stand for its content.
     Raises ConvscopeError for files that are not there or damaged, and for those without pictures.
     """
-    parquet, found = needed("pyarrow.parquet"), _Found()
+    parquet, found = require_extra("pyarrow.parquet"), _Found()
     first: _Pair | None = None
     for number, file in enumerate(files):
         with _as_arrow(file), storage.open(file) as stream, parquet.ParquetFile(stream) as opened:
@@ -222,7 +222,7 @@ def of_arrow(storage: Storage, folder: str) -> Listing:
 
     Raises ConvscopeError for a folder of several splits, and for one that is damaged or has no pictures.
     """
-    ipc, found = needed("pyarrow.ipc"), _Found()
+    ipc, found = require_extra("pyarrow.ipc"), _Found()
     try:
         with storage.open(f"{folder}/state.json") as stream:
             files = [f"{folder}/{file['filename']}" for file in json.loads(stream.read())["_data_files"]]
@@ -252,7 +252,7 @@ def require_one_split(storage: Storage, folder: str) -> None:
 
 def _next(stream: Any, schema: pyarrow.Schema) -> tuple[int, pyarrow.RecordBatch] | None:
     """The next record batch of a stream, and where it begins; None at the end."""
-    ipc = needed("pyarrow.ipc")
+    ipc = require_extra("pyarrow.ipc")
     place = stream.tell()
     try:
         message = ipc.read_message(stream)
@@ -263,7 +263,7 @@ def _next(stream: Any, schema: pyarrow.Schema) -> tuple[int, pyarrow.RecordBatch
 
 def _stream(storage: Storage, address: str) -> Any:
     """An Arrow file; one on disk is mapped into memory, so that only what is used of it is read."""
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
     path = storage.local(address)
     return arrow.memory_map(path) if path is not None else arrow.PythonFile(storage.open(address), "r")
 
@@ -271,7 +271,7 @@ def _stream(storage: Storage, address: str) -> Any:
 @contextmanager
 def _as_arrow(address: str) -> Iterator[None]:
     """What Arrow raises, in words."""
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
     try:
         yield
     except (arrow.ArrowException, OSError) as error:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar
 
-from convscope.errors import ConvscopeError, needed
-from convscope.images.decoding import opened
+from convscope.errors import ConvscopeError, require_extra
+from convscope.images.decoding import open_checked
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ class Storage:
             stop = None if start is None else start + count
             data = patiently(lambda: system.cat_file(inner, start=start, end=stop))
         else:
-            with opened(path) as file:
+            with open_checked(path) as file:
                 file.seek(start or 0)
                 data = file.read(LARGEST + 1 if start is None else count)
         if len(data) > LARGEST:
@@ -155,7 +155,7 @@ class Storage:
         path = self.local(address)
         if path is not None:
             try:
-                return opened(path)
+                return open_checked(path)
             except ConvscopeError as error:
                 raise ConvscopeError(f"{address}: {error}") from error
         system, inner = self._remote(address)
@@ -166,7 +166,7 @@ class Storage:
         return file
 
     def _remote(self, address: str) -> tuple[Any, str]:
-        core = needed("fsspec.core")
+        core = require_extra("fsspec.core")
         head, chained, _ = address.partition("::")
         if chained and "://" in head:
             raise ConvscopeError(f"{address}: what lies in an archive is not read, but for tars; unpack it")

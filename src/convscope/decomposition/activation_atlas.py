@@ -27,7 +27,7 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.results import Result
 
 Reduce = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to positions (n, 2)
@@ -141,7 +141,7 @@ def atlas(
     row = model.layers.last_spatial() if layer is None else spatial(model, layer)
     number = None if target is None else class_of(model, target)
     require_whole({"grid": grid, "places": places, "least": least, "size": size, "steps": steps})
-    first = max(1, (model.outputs or 1) // 100) if among is None else among
+    first = max(1, (model.num_outputs or 1) // 100) if among is None else among
     require_whole({"among": first})
     lay_out = umap(seed) if reduce is None else reduce
 
@@ -149,7 +149,7 @@ def atlas(
         if progress is not None:
             progress(half + done / total, 2)
 
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     vectors, effects, sources = [], [], []
     used: list[int] = []
     for batch in pictures.batches(1):
@@ -179,7 +179,7 @@ def atlas(
     cells, cell, counts = _gridded(positions, grid, least)
     members = [torch.from_numpy(cell == i) for i in range(len(cells))]
     means = torch.stack([found[own].mean(0) for own in members])
-    best = torch.stack([effect[own].mean(0) for own in members]).topk(min(TOLD, model.outputs or 0), dim=1)
+    best = torch.stack([effect[own].mean(0) for own in members]).topk(min(TOLD, model.num_outputs or 0), dim=1)
     icons = patterns(
         model,
         [direction(row.name, mean, power) for mean in means],

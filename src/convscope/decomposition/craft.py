@@ -36,7 +36,7 @@ from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.evaluation.context import full
 from convscope.images.geometry import Geometry
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 from convscope.results import Result
 
 PATCH = 112  # pixels a side of the patches that are kept
@@ -86,7 +86,7 @@ class Concepts(Result):
     max_pixels: int
     pictures: tuple[str, ...]
     geometry: tuple[Geometry, ...] = field(repr=False)
-    source: Pictures = field(repr=False)
+    source: ImageBatchLoader = field(repr=False)
     places: tuple[int, ...] = field(repr=False)
 
     @property
@@ -104,7 +104,7 @@ class Concepts(Result):
         The non-negative least squares of each place's activations on the bank. Raises ConvscopeError if one of the
         pictures cannot be used.
         """
-        pictures = Pictures(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
+        pictures = ImageBatchLoader(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
         with watching(self.model, self.layer, self.memory) as maps_of:
             found = [amounts(self.bank, maps) for _, maps in maps_of(pictures)]
         if pictures.failed:
@@ -195,7 +195,7 @@ def concepts(
         raise ConvscopeError(f"crop is {crop!r}; expected a share of the picture's sides, above 0 and up to 1")
     require_whole({"count": count, "crops": crops, "patches": patches, "judged": judged})
     require_whole({"masks": masks}, least=2)
-    pictures = Pictures(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     total = 2 * len(pictures) + min(judged, len(pictures))
 
     def tell(done: int) -> None:
@@ -209,9 +209,9 @@ def concepts(
     with watching(model, row.name, memory) as maps_of:
         for i, index in enumerate(places):
             original = pictures.original(index)
-            where = boxes(original.shape[:2], model.preprocessing.picture_size, crop, crops, (seed, index))
+            where = boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
             parts = [original[top:bottom, left:right] for top, left, bottom, right in where]
-            vectors += [_pooled(maps) for _, maps in maps_of(Pictures(parts, model.preprocessing))]
+            vectors += [_pooled(maps) for _, maps in maps_of(ImageBatchLoader(parts, model.preprocessing))]
             cut.append(np.insert(where, 0, i, axis=1))
             tell(len(pictures) + index + 1)
     factors = factorise(torch.cat(vectors), count)
@@ -243,7 +243,7 @@ def concepts(
         crops=crops_cut,
         coefficients=contents,
         examples=examples,
-        patches=_patches(pictures, places, crops_cut, examples, model.preprocessing.picture_size),
+        patches=_patches(pictures, places, crops_cut, examples, model.preprocessing.image_size),
         error=factors.error,
         layer=row.name,
         target=number,
@@ -263,13 +263,18 @@ def concepts(
 
 
 def _kept(
-    model: Model, pictures: Pictures, target: int, only_predicted: bool, memory: int, tell: Callable[[int], None]
+    model: Model,
+    pictures: ImageBatchLoader,
+    target: int,
+    only_predicted: bool,
+    memory: int,
+    tell: Callable[[int], None],
 ) -> tuple[list[int], np.ndarray, list[str]]:
     """Which pictures are looked at, the class's logit of each, and what is to be said of the others."""
     kept: list[int] = []
     values: list[float] = []
     others: Counter[int] = Counter()
-    with torch.no_grad(), capture.attach(model, []) as run:
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
         for batch in pictures.batches(at_once(model, memory)):
             logits = run(full(model, batch.x)).logits
             assert logits is not None
@@ -343,7 +348,7 @@ def _laid(contents: Tensor, maps: Tensor) -> Tensor:
 
 
 def _patches(
-    pictures: Pictures, places: Sequence[int], crops: np.ndarray, examples: np.ndarray, like: tuple[int, int]
+    pictures: ImageBatchLoader, places: Sequence[int], crops: np.ndarray, examples: np.ndarray, like: tuple[int, int]
 ) -> np.ndarray:
     """How the examples (R, P) look, uint8 (R, P, h, w, 3); white where there is none. Each picture is read once."""
     height, width = PATCH, max(1, round(PATCH * like[1] / like[0]))
@@ -358,7 +363,9 @@ def _patches(
     return found
 
 
-def _views(pictures: Pictures, places: Sequence[int], where: Sequence[Geometry]) -> tuple[np.ndarray, np.ndarray]:
+def _views(
+    pictures: ImageBatchLoader, places: Sequence[int], where: Sequence[Geometry]
+) -> tuple[np.ndarray, np.ndarray]:
     """Of some pictures what the network sees, uint8 (J, 160, 160, 3); how high and wide it was, in pixels (J, 2)."""
     views, shapes = [], []
     for place, geometry in zip(places, where, strict=True):

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from convscope.attribution.context import FEWEST
 from convscope.engine import capture, resume
-from convscope.engine.batching import CACHE, MEMORY, MOST, batch_size, forward_bytes
+from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.evaluation.context import full
-from convscope.images.loading import Batch, Pictures
+from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 
@@ -30,7 +30,7 @@ def require_pictures(preprocessing: Preprocessing, what: str) -> None:
 
 def class_of(model: Model, target: int | str) -> int:
     """The index of a class. Raises ConvscopeError where there is no such class, or none at all."""
-    if model.outputs is None:
+    if model.num_outputs is None:
         raise ConvscopeError(f"class {target!r} was asked for, but this model has no classes")
     return model.class_index(target)
 
@@ -45,7 +45,7 @@ def require_whole(settings: Mapping[str, Any], least: int = 1) -> None:
 def spatial(model: Model, name: str) -> Layer:
     """The layer called `name`. Raises ConvscopeError if there is none, or if it has no places."""
     row = model.layers.find(name)
-    if not row.has_space:
+    if not row.is_spatial:
         raise ConvscopeError(f"layer {row.name!r} gives {' x '.join(map(str, row.shape))}: it has no places to look at")
     return row
 
@@ -55,14 +55,17 @@ def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
 
     Raises ConvscopeError if the layer asked for has negative values, and if there is no other.
     """
-    rows = [row for row in model.layers.distinct() if not row.pooled]
+    rows = [row for row in model.layers.unique_spatial() if not row.is_pooling]
     rows += [] if asked is None else [spatial(model, asked)]
     lowest: dict[str, float] = {}
 
     def look(name: str, maps: Tensor) -> None:
         lowest[name] = float(maps.min()) if bool(maps.any()) else -math.inf  # what is 0 everywhere has no parts
 
-    with torch.no_grad(), capture.attach(model, [row.name for row in rows], stop=True, look=look) as run:
+    with (
+        torch.no_grad(),
+        capture.capture_layers(model, [row.name for row in rows], stop_early=True, on_output=look) as run,
+    ):
         run(full(model, x))
     found = [row for row in rows if lowest[row.name] >= 0]
     if not found:
@@ -83,12 +86,14 @@ def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
 
 
 @contextmanager
-def watching(model: Model, layer: str, memory: int) -> Iterator[Callable[[Pictures], Iterator[tuple[Batch, Tensor]]]]:
+def watching(
+    model: Model, layer: str, memory: int
+) -> Iterator[Callable[[ImageBatchLoader], Iterator[tuple[Batch, Tensor]]]]:
     """The block gets a function that goes through pictures, batch by batch, and gives with each the maps of the layer
     (B, C, h, w), float32, on the CPU. The passes end behind the layer."""
-    with torch.no_grad(), capture.attach(model, [layer], stop=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
 
-        def maps(pictures: Pictures) -> Iterator[tuple[Batch, Tensor]]:
+        def maps(pictures: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
             for batch in pictures.batches(at_once(model, memory)):
                 found = run(full(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
                 require_finite(model, found, f"layer {layer!r}")
@@ -99,7 +104,7 @@ def watching(model: Model, layer: str, memory: int) -> Iterator[Callable[[Pictur
 
 def looked(model: Model, layer: str, x: Tensor) -> Tensor:
     """What the layer gives for one picture `x` (1, C, H, W): (1, C, h, w), float32, on the CPU."""
-    with torch.no_grad(), capture.attach(model, [layer], stop=True) as run:
+    with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
         maps = run(full(model, x)).maps[layer][:1].float().cpu()
     require_finite(model, maps, f"layer {layer!r}")
     return maps
@@ -107,8 +112,10 @@ def looked(model: Model, layer: str, x: Tensor) -> Tensor:
 
 def at_once(model: Model, memory: int) -> int:
     """Pictures in a pass without gradients: on a CPU, no more than leave an activation in the cache."""
-    cached = max(FEWEST, int(2 * CACHE // (4 * max(model.layers.largest, 1))))
-    return batch_size(model, forward_bytes(model), memory, min(MOST, cached) if model.device.type == "cpu" else MOST)
+    cached = max(FEWEST, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1))))
+    return batch_size(
+        model, forward_bytes(model), memory, min(MAX_BATCH, cached) if model.device.type == "cpu" else MAX_BATCH
+    )
 
 
 def logits_behind(
@@ -118,7 +125,7 @@ def logits_behind(
     picture `x` (1, C, H, W). The maps are made a part at a time, from a part of the `points` (M, ...)."""
     size = at_once(model, memory)
     found = []
-    with resume.behind(model, layer, x) as run:
+    with resume.resume_from_layer(model, layer, x) as run:
         for part in torch.split(points, size):
             logits = run(full(model, maps(part))).logits
             assert logits is not None

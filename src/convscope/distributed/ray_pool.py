@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from convscope.errors import ConvscopeError, needed
+from convscope.errors import ConvscopeError, require_extra
 
 Do = Callable[[int], Any]
 
@@ -49,7 +49,7 @@ def distributed(
     node that is lost holds nothing up. Raises ConvscopeError if the cluster cannot be reached, if none of its nodes has
     `cpus` processors, or if a task raises.
     """
-    ray = needed("ray", "ray")
+    ray = require_extra("ray", "ray")
     with connected(address):
         if workers is None:
             _require_place(ray.nodes(), cpus)
@@ -120,7 +120,7 @@ def connected(address: str) -> Iterator[None]:
 
     Raises ConvscopeError if the cluster cannot be reached.
     """
-    ray = needed("ray", "ray")
+    ray = require_extra("ray", "ray")
     if ray.is_initialized():
         yield
         return

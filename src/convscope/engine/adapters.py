@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 
-class Dialect(Protocol):
+class FrameworkAdapter(Protocol):
     """What differs between frameworks; everything else in convscope speaks of modules and NCHW tensors."""
 
     name: str
@@ -23,7 +23,7 @@ class Dialect(Protocol):
         """The network's output, in inference mode, for an NCHW batch."""
 
 
-class TorchDialect:
+class TorchAdapter:
     """A plain `torch.nn.Module`."""
 
     name = "torch"

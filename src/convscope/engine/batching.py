@@ -10,21 +10,21 @@ from typing import TypeVar
 from convscope.engine.model import Model
 
 MEMORY = 2 << 30  # bytes; what a technique may take for intermediate results unless told otherwise
-MOST = 32  # beyond this, larger batches gain nothing on a CPU
-CACHE = 10 << 20  # bytes; of the largest activation of a batch that is climbed on a CPU
+MAX_BATCH = 32  # beyond this, larger batches gain nothing on a CPU
+CACHE_BYTES = 10 << 20  # bytes; of the largest activation of a batch that is climbed on a CPU
 
 T = TypeVar("T")
 Progress = Callable[[float, int], None]  # called with what is done and what there is in all
 
 
-def batch_size(model: Model, bytes_each: float, memory: int, most: int = MOST) -> int:
+def batch_size(model: Model, bytes_each: float, memory: int, max_batch: int = MAX_BATCH) -> int:
     """Pictures per batch so that `bytes_each` of them fit into `memory`; at least one."""
-    if model.fixed_batch is not None:
-        return model.fixed_batch
-    return max(1, min(most, int(memory // max(bytes_each, 1))))
+    if model.fixed_batch_size is not None:
+        return model.fixed_batch_size
+    return max(1, min(max_batch, int(memory // max(bytes_each, 1))))
 
 
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`items` in parts of nearly equal length, none longer than `size`, so that hardly ever one is left alone."""
     parts = -(-len(items) // size)
     bounds = [len(items) * i // parts for i in range(parts + 1)] if parts else []
@@ -32,9 +32,9 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[first:last]
 
 
-def forward_bytes(model: Model, behind: str | None = None) -> float:
+def forward_bytes(model: Model, grad_from: str | None = None) -> float:
     """Bytes for one picture of a pass without gradients, or with gradients behind the layer `behind` only."""
-    graph = 0 if behind is None else model.layers[-1].bytes - model.layers.find(behind).bytes
+    graph = 0 if grad_from is None else model.layers[-1].bytes - model.layers.find(grad_from).bytes
     return 16.0 * model.layers.largest + 2 * max(graph, 0)
 
 
@@ -45,15 +45,15 @@ def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
     return 2.0 * allocated * pixels / math.prod(model.preprocessing.size)
 
 
-def quickest(model: Model, layer: str | None, pixels: int) -> int:
+def cache_friendly_batch_size(model: Model, layer: str | None, pixels: int) -> int:
     """Pictures that are climbed at once without slowing each other down, memory apart.
 
     On a CPU, an activation that outgrows the cache, and whose memory goes back to the system after every step, costs
     more than a larger batch gains.
     """
     if model.device.type != "cpu":
-        return 2 * MOST
+        return 2 * MAX_BATCH
     rows = list(model.layers)
     upto = rows if layer is None else rows[: rows.index(model.layers.find(layer)) + 1]
     widest = max((4.0 * row.size for row in upto), default=1.0) * pixels / math.prod(model.preprocessing.size)
-    return max(1, min(MOST, int(CACHE // widest)))
+    return max(1, min(MAX_BATCH, int(CACHE_BYTES // widest)))

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.adapters import Dialect
-from convscope.engine.function_modes import HeadInput, Insisting, RowsOnly
+from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.function_modes import ForceGradMode, LogitsRecorder, RowsOnly
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.engine.nested import first_tensor, with_tensor
+from convscope.engine.nested import primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
-Look = Callable[[str, Tensor], None]
+OutputCallback = Callable[[str, Tensor], None]
 
 
-class Seen(NamedTuple):
+class ForwardResult(NamedTuple):
     """What one pass through the network gave: the watched layers' outputs, NCHW, and the logits (N, K), float32.
 
     `logits` is None when the pass was stopped behind the last watched layer. `output` is what the network itself
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def settled(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def frozen_eval_mode(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inference mode without parameter gradients, for as long as the block lasts; every flag is put back behind it."""
     training = [m for m in modules if m.training]
     # Weights made under inference_mode never get gradients, and may not be told so.
@@ -51,15 +51,15 @@ def settled(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) ->
 
 
 @contextmanager
-def attach(
+def capture_layers(
     model: Model,
     layers: Sequence[str],
     *,
-    leaf: bool = False,
-    stop: bool = False,
-    several: bool = False,
-    look: Look | None = None,
-) -> Iterator[Callable[[Tensor], Seen]]:
+    detach_at_layer: bool = False,
+    stop_early: bool = False,
+    multiple_backward: bool = False,
+    on_output: OutputCallback | None = None,
+) -> Iterator[Callable[[Tensor], ForwardResult]]:
     """Watch `layers`; the block gets a function that runs a prepared NCHW batch through the network.
 
     leaf: the part in front of the layers runs without gradients; at each layer that has none yet a fresh leaf takes
@@ -75,34 +75,34 @@ def attach(
     over. Raises ConvscopeError for an unknown layer.
     """
     wanted = {(row := model.layers.find(name)).name: row for name in layers}
-    pass_ = _Pass(wanted, leaf, stop, look)
-    modules, parameters = model.parts()
-    no_gradients = not model.owned and any(p.is_inference() for p in parameters)
-    heavy = leaf and not several and model.layers.largest_matrix >= RowsOnly.WORTH
+    pass_ = _CaptureState(wanted, detach_at_layer, stop_early, on_output)
+    modules, parameters = model.modules_and_parameters()
+    no_gradients = not model.loaded_by_convscope and any(p.is_inference() for p in parameters)
+    heavy = detach_at_layer and not multiple_backward and model.layers.largest_matrix >= RowsOnly.WORTH
     names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
-    insists = False
+    force_grad = False
 
-    def once(x: Tensor) -> Seen:
+    def once(x: Tensor) -> ForwardResult:
         pass_.begin()
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(insists or (torch.is_grad_enabled() and not leaf)))
-            if insists:
-                stack.enter_context(Insisting())
+            stack.enter_context(torch.set_grad_enabled(force_grad or (torch.is_grad_enabled() and not detach_at_layer)))
+            if force_grad:
+                stack.enter_context(ForceGradMode())
             if heavy and len(x) == 1:
                 stack.enter_context(RowsOnly())
             try:
                 output = _run(model, x)
                 logits = _as_logits(model, output)
             except _Stop:
-                return Seen(pass_.seen, None)
-        missing = [name for name in wanted if name not in pass_.seen]
+                return ForwardResult(pass_.outputs, None)
+        missing = [name for name in wanted if name not in pass_.outputs]
         if missing:
             raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
-        return Seen(pass_.seen, logits, output)
+        return ForwardResult(pass_.outputs, logits, output)
 
-    def run(x: Tensor) -> Seen:
-        nonlocal insists
-        expected = leaf or (torch.is_grad_enabled() and x.requires_grad)
+    def run(x: Tensor) -> ForwardResult:
+        nonlocal force_grad
+        expected = detach_at_layer or (torch.is_grad_enabled() and x.requires_grad)
         if expected and no_gradients:
             raise ConvscopeError(
                 "the network's weights were made under torch.inference_mode() and let no gradients through; "
@@ -110,8 +110,8 @@ def attach(
             )
         seen = once(x)
         ends = seen.maps.values() if seen.logits is None else (seen.logits,)
-        if expected and not insists and not any(end.requires_grad for end in ends):
-            insists = True
+        if expected and not force_grad and not any(end.requires_grad for end in ends):
+            force_grad = True
             seen = once(x)
         return seen
 
@@ -119,17 +119,19 @@ def attach(
         gradients = torch.is_grad_enabled()
         stack.enter_context(torch.inference_mode(False))  # which also turns gradients on
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(settled((model.module, *modules.values()), parameters))
+        stack.enter_context(frozen_eval_mode((model.module, *modules.values()), parameters))
         for name in names:
             stack.enter_context(_hooked(modules[name], pass_.hook(name)))
         yield run
 
 
-def observe(module: nn.Module, dialect: Dialect, x: Tensor, callback: Callable[[str, nn.Module, Any], None]) -> Any:
+def run_with_callback(
+    module: nn.Module, dialect: FrameworkAdapter, x: Tensor, callback: Callable[[str, nn.Module, Any], None]
+) -> Any:
     """One pass without gradients; `callback(name, layer, output)` is called each time a layer is done."""
     with ExitStack() as stack:
         modules = dialect.modules(module)
-        stack.enter_context(settled((module, *modules.values()), dialect.parameters(module)))
+        stack.enter_context(frozen_eval_mode((module, *modules.values()), dialect.parameters(module)))
         stack.enter_context(torch.no_grad())
         for name, layer in modules.items():
 
@@ -153,45 +155,45 @@ class _Stop(BaseException):
     """Unwinds a forward pass whose rest is not needed; no handler of the network's own catches a BaseException."""
 
 
-class _Pass:
+class _CaptureState:
     """The state of one forward pass, shared by the hooks."""
 
-    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool, look: Look | None) -> None:
-        self.wanted, self.leaf, self.stop, self.look = wanted, leaf, stop, look
+    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool, look: OutputCallback | None) -> None:
+        self.layers, self.detach_at_layer, self.stop_early, self.on_output = wanted, leaf, stop, look
         self.begin()
 
     def begin(self) -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def on_output(_: nn.Module, __: Any, output: Any) -> Any:
             call = self.calls[name] = self.calls.get(name, 0) + 1
-            layer = self.wanted.get(name if call == 1 else f"{name}#{call}")
+            layer = self.layers.get(name if call == 1 else f"{name}#{call}")
             if layer is None:
                 return None
-            own = first_tensor(output)
+            own = primary_tensor(output)
             if own is None:
                 raise ConvscopeError(f"layer {layer.name!r} gave no tensor")
-            last = self.stop and len(self.seen) + 1 == len(self.wanted)
+            last = self.stop_early and len(self.outputs) + 1 == len(self.layers)
             tensor = layer.to_nchw(own)
-            if self.leaf and tensor.is_inference():
+            if self.detach_at_layer and tensor.is_inference():
                 raise ConvscopeError(
                     f"layer {layer.name!r} runs under the network's own torch.inference_mode(), where there are no "
                     "gradients; put torch.no_grad() in its place, or choose a layer behind it"
                 )
-            if self.leaf and not tensor.requires_grad:
+            if self.detach_at_layer and not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 torch.set_grad_enabled(True)
-            elif self.look is not None:
-                self.look(layer.name, tensor)
+            elif self.on_output is not None:
+                self.on_output(layer.name, tensor)
                 tensor = tensor[:0]
-            elif not self.leaf and not last:
+            elif not self.detach_at_layer and not last:
                 tensor = tensor.clone()  # an in-place layer may follow
-            self.seen[layer.name] = tensor
+            self.outputs[layer.name] = tensor
             if last:
                 raise _Stop
-            return with_tensor(output, own, layer.from_nchw(tensor, own).clone()) if self.leaf else None
+            return replace_tensor(output, own, layer.from_nchw(tensor, own).clone()) if self.detach_at_layer else None
 
         return on_output
 
@@ -199,18 +201,18 @@ class _Pass:
 def _run(model: Model, x: Tensor) -> Any:
     """The network's own output, without the softmax or sigmoid at its end; maps of classes as (N, K, H, W)."""
     x = x.to(device=model.device, dtype=model.dtype)
-    if model.head is None:
-        output = model.dialect.run(model.module, x)
+    if model.final_activation is None:
+        output = model.adapter.run(model.module, x)
     else:
-        with HeadInput() as head:
-            output = head.undo(model.dialect.run(model.module, x))
-    if model.classes_last and (maps := first_tensor(output)) is not None:
-        output = with_tensor(output, maps, maps.movedim(-1, 1))
+        with LogitsRecorder() as head:
+            output = head.pre_activation(model.adapter.run(model.module, x))
+    if model.channels_last_output and (maps := primary_tensor(output)) is not None:
+        output = replace_tensor(output, maps, maps.movedim(-1, 1))
     return output
 
 
 def _as_logits(model: Model, output: Any) -> Tensor:
-    tensor = first_tensor(output)
+    tensor = primary_tensor(output)
     if tensor is None:
         raise ConvscopeError(f"the network gives {type(output).__name__}, in which there is no tensor of floats")
     if tensor.ndim == 1:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.engine.nested import first_tensor, with_tensor
+from convscope.engine.nested import primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
 
-class Insisting(TorchFunctionMode):
+class ForceGradMode(TorchFunctionMode):
     """While active, what the network itself says about gradients (`no_grad`, `enable_grad`) is passed over."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,7 +59,7 @@ class _RowsLinear(torch.autograd.Function):
         return found.reshape(*gradient.shape[:-1], -1), None, None
 
 
-class HeadInput(TorchFunctionMode):
+class LogitsRecorder(TorchFunctionMode):
     """Remembers what went into each softmax or sigmoid, so that the last one can be taken off again.
 
     Works for a module, a function and an activation fused into a Keras layer alike, and touches none of them.
@@ -85,10 +85,10 @@ class HeadInput(TorchFunctionMode):
         self.made.append((output, went_in))
         return output
 
-    def undo(self, output: Any) -> Any:
-        last = first_tensor(output)
+    def pre_activation(self, output: Any) -> Any:
+        last = primary_tensor(output)
         for made, went_in in reversed(self.made):
             # The very values, whatever shape they were given since.
             if last is not None and made.data_ptr() == last.data_ptr() and made.numel() == last.numel():
-                return with_tensor(output, last, went_in.reshape(last.shape))
+                return replace_tensor(output, last, went_in.reshape(last.shape))
         raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")

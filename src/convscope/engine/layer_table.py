@@ -23,38 +23,38 @@ class Layout:
     no place (`before`: class tokens, registers).
     """
 
-    channels: int
-    places: tuple[int, ...] = ()
+    channel_dim: int
+    spatial_dims: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
-    before: int = 0
+    prefix_tokens: int = 0
 
     def to_nchw(self, output: Tensor) -> Tensor:
         """The layer's own output with the channels first, (N, C, H, W) for pictures; tokens laid on their grid.
 
         As it is where there is no spatial extent. Raises ConvscopeError for other tokens than the grid's.
         """
-        if not self.places:
+        if not self.spatial_dims:
             return output
         if not self.grid:
-            return output.movedim(self.channels, 1)
-        (dim,), count = self.places, math.prod(self.grid)
-        if output.shape[dim] != self.before + count:
+            return output.movedim(self.channel_dim, 1)
+        (dim,), count = self.spatial_dims, math.prod(self.grid)
+        if output.shape[dim] != self.prefix_tokens + count:
             raise ConvscopeError(
-                f"{output.shape[dim]} tokens where a picture of the network's own size gives {self.before + count}: "
+                f"{output.shape[dim]} tokens where a picture of the network's own size gives {self.prefix_tokens + count}: "
                 "it is not known how they lie"
             )
-        places = output.narrow(dim, self.before, count).movedim(self.channels, 1)
+        places = output.narrow(dim, self.prefix_tokens, count).movedim(self.channel_dim, 1)
         return places.view(*places.shape[:2], *self.grid)
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
         """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
-        if not self.places:
+        if not self.spatial_dims:
             return tensor
         if not self.grid:
-            return tensor.movedim(1, self.channels)
-        (dim,) = self.places
-        places = tensor.flatten(2).movedim(1, self.channels)
-        return torch.cat([output.narrow(dim, 0, self.before), places], dim) if self.before else places
+            return tensor.movedim(1, self.channel_dim)
+        (dim,) = self.spatial_dims
+        places = tensor.flatten(2).movedim(1, self.channel_dim)
+        return torch.cat([output.narrow(dim, 0, self.prefix_tokens), places], dim) if self.prefix_tokens else places
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class Layer:
     receptive_field: tuple[int, ...] | None
     stride: tuple[float, ...] | None
     origin: tuple[float, ...] | None
-    sees_all: bool
+    has_global_context: bool
     parameters: int
-    same_as: str | None
+    alias_of: str | None
     bytes: int
-    pooled: bool
-    has_space: bool
+    is_pooling: bool
+    is_spatial: bool
     layout: Layout
     inputs: tuple[str, ...] = ()
 
     @property
     def units(self) -> int:
         """Number of channels."""
-        return self.shape[0 if self.layout.places else self.layout.channels - 1]
+        return self.shape[0 if self.layout.spatial_dims else self.layout.channel_dim - 1]
 
     @property
     def size(self) -> int:
@@ -151,9 +151,9 @@ class LayerTable(Sequence[Layer]):
         """Parameters of the largest fully connected layer."""
         return max((row.parameters for row in self._rows if row.kind == "Linear"), default=0)
 
-    def distinct(self) -> list[Layer]:
+    def unique_spatial(self) -> list[Layer]:
         """Layers with spatial extent, without those that only pass on what an earlier one made."""
-        return [row for row in self._rows if row.has_space and row.same_as is None]
+        return [row for row in self._rows if row.is_spatial and row.alias_of is None]
 
     def edges(self, among: Iterable[str] | None = None) -> list[tuple[str, str]]:
         """How data flows: pairs of a layer and one that was made of its output, in the order in which layers finish.
@@ -161,7 +161,7 @@ class LayerTable(Sequence[Layer]):
         among: the layers to join; what others made of their outputs in between is passed over. None: all but those
         that only pass on what an earlier one made. Where a branch goes around layers, its edge does too.
         """
-        shown = {row.name for row in self._rows if row.same_as is None} if among is None else set(among)
+        shown = {row.name for row in self._rows if row.alias_of is None} if among is None else set(among)
         place = {row.name: i for i, row in enumerate(self._rows)}
         reach: dict[str, frozenset[str]] = {}  # of each layer: the shown ones that what is made of it goes back to
         found = []
@@ -178,7 +178,7 @@ class LayerTable(Sequence[Layer]):
         Where several layers end in this very output (a block and its last activation), the outermost one is named.
         """
         for row in reversed(self._rows):
-            if row.has_space and not row.pooled:
+            if row.is_spatial and not row.is_pooling:
                 return row
         raise ConvscopeError("no layer of this model has spatial extent: there is nothing to lay over a picture")
 
@@ -191,12 +191,12 @@ class LayerTable(Sequence[Layer]):
     def __contains__(self, key: object) -> bool:
         return key in self._by_name if isinstance(key, str) else key in self._rows
 
-    def cells(self) -> list[tuple[str, ...]]:
+    def format_rows(self) -> list[tuple[str, ...]]:
         """The table as text, one tuple a row, under `HEADINGS`."""
-        return [_cells(row) for row in self._rows]
+        return [_format_row(row) for row in self._rows]
 
     def __str__(self) -> str:
-        lines = [HEADINGS, *self.cells()]
+        lines = [HEADINGS, *self.format_rows()]
         width = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines
@@ -210,21 +210,21 @@ class LayerTable(Sequence[Layer]):
         def line(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        return "<table>" + line(HEADINGS, "th") + "".join(line(row, "td") for row in self.cells()) + "</table>"
+        return "<table>" + line(HEADINGS, "th") + "".join(line(row, "td") for row in self.format_rows()) + "</table>"
 
 
 HEADINGS = ("layer", "kind", "output", "units", "sees (pixels)", "stride", "parameters", "same as")
 
 
-def _cells(row: Layer) -> tuple[str, ...]:
+def _format_row(row: Layer) -> tuple[str, ...]:
     def joined(values: tuple[float, ...] | None) -> str:
         if values is None:
-            return "whole picture" if row.sees_all else "?"
+            return "whole picture" if row.has_global_context else "?"
         return " x ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
     sees = joined(row.receptive_field)
-    if row.sees_all and row.receptive_field is not None:
+    if row.has_global_context and row.receptive_field is not None:
         sees += " + whole"
     stride = joined(row.stride) if row.stride is not None else "-"
     shape = " x ".join(map(str, row.shape))
-    return (row.name, row.kind, shape, str(row.units), sees, stride, f"{row.parameters:,}", row.same_as or "")
+    return (row.name, row.kind, shape, str(row.units), sees, stride, f"{row.parameters:,}", row.alias_of or "")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.adapters import Dialect
+from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.layer_table import LayerTable
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
@@ -34,38 +34,38 @@ class Model:
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     layers: LayerTable
-    dialect: Dialect
-    head: str | None = None
+    adapter: FrameworkAdapter
+    final_activation: str | None = None
     notes: tuple[str, ...] = ()
-    fixed_batch: int | None = None
-    outputs: int | None = None
-    owned: bool = False
-    classes_last: bool = False
+    fixed_batch_size: int | None = None
+    num_outputs: int | None = None
+    loaded_by_convscope: bool = False
+    channels_last_output: bool = False
 
-    def parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+    def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         """All layers by name, and all parameters. Those of a model in hand are looked up anew: it may have changed."""
-        return self._parts if self.owned else self._look_up()
+        return self._parts if self.loaded_by_convscope else self._look_up()
 
     @cached_property
     def _parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         return self._look_up()
 
     def _look_up(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-        return self.dialect.modules(self.module), list(self.dialect.parameters(self.module))
+        return self.adapter.modules(self.module), list(self.adapter.parameters(self.module))
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.dialect.parameters(self.module)), torch.device("cpu"))
+        return next((p.device for p in self.adapter.parameters(self.module)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' floating type: what the network wants its input in."""
-        floats = (p.dtype for p in self.dialect.parameters(self.module) if p.is_floating_point())
+        floats = (p.dtype for p in self.adapter.parameters(self.module) if p.is_floating_point())
         return next(floats, torch.float32)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of the classes (N, K): each by itself where the network ends in a sigmoid or has one output, else shares."""
-        return logits.sigmoid() if self.head == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
+        return logits.sigmoid() if self.final_activation == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
 
     def class_name(self, index: int) -> str:
         """The name of a class, or "class 7" where no names are known."""
@@ -80,7 +80,7 @@ class Model:
             return self._index_of_name(target)
         if isinstance(target, bool) or not isinstance(target, Integral):
             raise ConvscopeError(f"class {target!r} is neither an index nor a name")
-        count = self.outputs if self.outputs is not None else (len(self.classes) if self.classes else None)
+        count = self.num_outputs if self.num_outputs is not None else (len(self.classes) if self.classes else None)
         if count is not None and not 0 <= target < count:
             raise ConvscopeError(f"class {target} is out of range: this model has {count} classes, 0 to {count - 1}")
         return int(target)
@@ -106,7 +106,7 @@ class Model:
     def weights_hash(self) -> str:
         """SHA-256 over all parameters and buffers, names included: tells two sets of weights apart."""
         digest = hashlib.sha256()
-        tensors = self.module.state_dict() if self.dialect.name == "torch" else _named(self.dialect, self.module)
+        tensors = self.module.state_dict() if self.adapter.name == "torch" else _named(self.adapter, self.module)
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -124,9 +124,9 @@ class Model:
         }
 
     def __repr__(self) -> str:
-        classes = f"{self.outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
+        classes = f"{self.num_outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
         return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
 
 
-def _named(dialect: Dialect, module: nn.Module) -> dict[str, Tensor]:
+def _named(dialect: FrameworkAdapter, module: nn.Module) -> dict[str, Tensor]:
     return {str(i): p for i, p in enumerate(dialect.parameters(module))}

@@ -9,29 +9,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convscope.engine.adapters import Dialect
-from convscope.engine.capture import observe
+from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.capture import run_with_callback
 from convscope.engine.layer_table import Layer, LayerTable, Layout
-from convscope.engine.nested import first_tensor
+from convscope.engine.nested import primary_tensor
 from convscope.engine.receptive_field import Axes, Axis, Field
 from convscope.engine.tracing import Trace
 from convscope.errors import ConvscopeError
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """The layer table, the number of outputs, the activation that ends the network.
 
     `classes_last`: the network ends in maps of classes (N, H, W, K).
     """
 
     layers: LayerTable
-    outputs: int | None
-    head: str | None
-    classes_last: bool
+    num_outputs: int | None
+    final_activation: str | None
+    channels_last_output: bool
 
 
-def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
+def probe(module: nn.Module, dialect: FrameworkAdapter, x: Tensor) -> ProbeResult:
     """Run `x`, (1, C, H, W) or a signal or volume, once, without gradients; note every layer's output as it is done."""
     calls: dict[str, int] = {}
     rows: list[Layer] = []
@@ -42,7 +42,7 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
 
         def note(name: str, layer: nn.Module, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            tensor = first_tensor(output)
+            tensor = primary_tensor(output)
             if tensor is None or tensor.ndim < 2:
                 return
             keep.append(tensor)
@@ -55,16 +55,16 @@ def probe(module: nn.Module, dialect: Dialect, x: Tensor) -> Probed:
             if same_as is None:
                 trace.mark(tensor, own)
 
-        output = observe(module, dialect, x, note)
-        final = first_tensor(output)
+        output = run_with_callback(module, dialect, x, note)
+        final = primary_tensor(output)
         _require_scores(output, final)
         if final is None:
-            return Probed(LayerTable(rows), None, None, False)
+            return ProbeResult(LayerTable(rows), None, None, False)
         field = trace.field(final)
         layout, _ = _laid(final, field, x.ndim)
     head = field.op.strip("_")
-    last = bool(layout.places) and layout.channels != 1
-    return Probed(
+    last = bool(layout.spatial_dims) and layout.channel_dim != 1
+    return ProbeResult(
         LayerTable(rows),
         final.shape[-1 if last else 1] if final.ndim > 1 else 1,
         head if head in ("softmax", "log_softmax", "sigmoid") else None,
@@ -89,7 +89,7 @@ def _row(
     field: Field,
     same_as: str | None,
     bytes_: int,
-    dialect: Dialect,
+    dialect: FrameworkAdapter,
     picture: int,
 ) -> Layer:
     layout, axes = _laid(tensor, field, picture)
@@ -102,14 +102,14 @@ def _row(
         receptive_field=tuple(_size(a) for a in axes) if known else None,
         stride=tuple(a.jump for a in axes) if known else None,
         origin=tuple(a.low for a in axes) if known else None,
-        sees_all=field.whole or not known,
+        has_global_context=field.is_global or not known,
         parameters=sum(p.numel() for p in dialect.parameters(layer)),
-        same_as=same_as,
+        alias_of=same_as,
         bytes=bytes_,
-        pooled="pool" in field.op or field.op == "mean",
-        has_space=len(axes) > 0 and math.prod(shape[1:]) > 1,
+        is_pooling="pool" in field.op or field.op == "mean",
+        is_spatial=len(axes) > 0 and math.prod(shape[1:]) > 1,
         layout=layout,
-        inputs=(same_as,) if same_as else tuple(sorted(field.made_of)),
+        inputs=(same_as,) if same_as else tuple(sorted(field.ancestors)),
     )
 
 

@@ -52,12 +52,12 @@ class Axis:
         jump = self.jump / self.inner
         return dataclasses.replace(self, length=size, inner=1, jump=jump, low=self.low - self.jump + jump)
 
-    def windowed(self, kernel: float, stride: float, padding: float, dilation: float = 1) -> Axis:
+    def windowed_op(self, kernel: float, stride: float, padding: float, dilation: float = 1) -> Axis:
         """Behind a window that slides along this axis."""
         reach = (kernel - 1) * dilation
-        return self.looking(stride, -padding, reach - padding)
+        return self.strided(stride, -padding, reach - padding)
 
-    def looking(self, ratio: float, first: float, last: float) -> Axis:
+    def strided(self, ratio: float, first: float, last: float) -> Axis:
         """Behind an operation whose place i looks at places `i * ratio + first` to `i * ratio + last` of this axis."""
         return dataclasses.replace(
             self,
@@ -76,9 +76,9 @@ class Field:
     """
 
     axes: Axes | None
-    whole: bool
+    is_global: bool
     op: str = "input"
-    made_of: frozenset[str] = frozenset()
+    ancestors: frozenset[str] = frozenset()
 
     def mapped(self, change: Callable[[Axis], Axis]) -> Field:
         """With `change` applied to all axes."""
@@ -105,10 +105,10 @@ class Field:
         return self.axes if self.axes[0].before + inner == tensor.shape[self.axes[0].dim] else None
 
 
-UNKNOWN = Field(None, whole=True, op="unknown")
+UNKNOWN = Field(None, is_global=True, op="unknown")
 
 
-def follow(
+def propagate(
     func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor, picture: int
 ) -> Field:
     """The field of one output of an operation; a tensor of `picture` dimensions can be a picture, as the input is."""
@@ -118,9 +118,9 @@ def follow(
         return joined
     if name in RULES and any(x is a for a in args[FIRST.get(name, 0) :][:1]):
         if field.axes is None and x.ndim == picture and RULES[name] in (_convolution, _pooling, _adaptive):
-            field = Field(_anywhere(x, range(2, x.ndim)), whole=True)  # such an input is a picture again
+            field = Field(_anywhere(x, range(2, x.ndim)), is_global=True)  # such an input is a picture again
         followed = RULES[name](field, x, args, output) if field.axes is not None else UNKNOWN
-        return dataclasses.replace(followed, whole=followed.whole or field.whole or others)
+        return dataclasses.replace(followed, is_global=followed.is_global or field.is_global or others)
     if name not in KEEPS_PLACES and torch.Tag.pointwise not in func.tags:
         return _unknown(field, x, output)
     kept = [f.plain(t) or f.axes for t, f in zip(inputs, fields, strict=True) if _keeps(t, f, output)]
@@ -129,7 +129,7 @@ def follow(
     axes = _union(local or [axes for axes in kept if axes is not None])
     if axes is None:
         return _unknown(field, x, output)
-    whole = any(f.whole for f in fields) or len(kept) < len(fields) or _mixes_places(name, args, axes, output)
+    whole = any(f.is_global for f in fields) or len(kept) < len(fields) or _mixes_places(name, args, axes, output)
     return Field(axes, whole)
 
 
@@ -179,7 +179,7 @@ def _unknown(field: Field, x: Tensor, output: Tensor) -> Field:
     axes = field.plain(x)
     if axes is None or not x.ndim == output.ndim == len(axes) + 2:
         return UNKNOWN
-    return Field(_anywhere(output, [a.dim for a in axes]), whole=True)
+    return Field(_anywhere(output, [a.dim for a in axes]), is_global=True)
 
 
 def _anywhere(tensor: Tensor, dims: Iterable[int]) -> Axes:
@@ -215,7 +215,7 @@ def _convolution(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     def along(axis: Axis) -> Axis:
         i = axis.dim - 2
         k, s, p, d = weight.shape[axis.dim], _pair(stride, i), _pair(padding, i), _pair(dilation, i)
-        return axis.looking(1 / s, (p - (k - 1) * d) / s, p / s) if transposed else axis.windowed(k, s, p, d)
+        return axis.strided(1 / s, (p - (k - 1) * d) / s, p / s) if transposed else axis.windowed_op(k, s, p, d)
 
     return _each(field, x, output, along, first=2)
 
@@ -226,13 +226,13 @@ def _pooling(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     padding = args[3] if len(args) > 3 else 0
     dilation = args[4] if len(args) > 4 and not isinstance(args[4], bool) else 1
     windows = (kernel, stride, padding, dilation)
-    return _each(field, x, output, lambda a: a.windowed(*(_pair(w, a.dim - 2) for w in windows)), first=2)
+    return _each(field, x, output, lambda a: a.windowed_op(*(_pair(w, a.dim - 2) for w in windows)), first=2)
 
 
 def _fitted(axis: Axis, ratio: float, looked_at: Iterable[tuple[int, int]]) -> Axis:
     """Behind an operation of which the first and the last place that each place looks at are known one by one."""
     gaps = [(first - i * ratio, last - i * ratio) for i, (first, last) in enumerate(looked_at)]
-    return axis.looking(ratio, min(first for first, _ in gaps), max(last for _, last in gaps))
+    return axis.strided(ratio, min(first for first, _ in gaps), max(last for _, last in gaps))
 
 
 def _adaptive(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -243,7 +243,7 @@ def _adaptive(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
 
     followed = _each(field, x, output, along, first=2)
     small = followed.axes is not None and all(output.shape[a.dim] == 1 < x.shape[a.dim] for a in followed.axes)
-    return dataclasses.replace(followed, whole=followed.whole or small)
+    return dataclasses.replace(followed, is_global=followed.is_global or small)
 
 
 def _reduction(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -265,7 +265,7 @@ def _unbind(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
 
 def _attention(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     """Each query's place gets something of all that the keys belong to."""
-    return dataclasses.replace(field, whole=True) if _keeps(x, field, output) else UNKNOWN
+    return dataclasses.replace(field, is_global=True) if _keeps(x, field, output) else UNKNOWN
 
 
 def _product(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -310,7 +310,7 @@ def _view(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
             if step % unit == 0 and reach <= unit * size:
                 return dataclasses.replace(axis, dim=dim, inner=step // unit)
             if unit % step == 0 == reach % unit and unit < reach <= unit * size:
-                split = axis.windowed(unit // step, unit // step, 0)  # its inner part is seen from each place
+                split = axis.windowed_op(unit // step, unit // step, 0)  # its inner part is seen from each place
                 return dataclasses.replace(split, dim=dim, inner=1, length=reach // unit)
         return None
 
@@ -320,13 +320,13 @@ def _view(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
 
 def _shuffle(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     def along(axis: Axis) -> Axis:
-        return axis.looking(1 / args[1], 1 / args[1] - 1, 0)
+        return axis.strided(1 / args[1], 1 / args[1] - 1, 0)
 
     return _each(field, x, output, along)
 
 
 def _unshuffle(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
-    return _each(field, x, output, lambda a: a.windowed(args[1], args[1], 0))
+    return _each(field, x, output, lambda a: a.windowed_op(args[1], args[1], 0))
 
 
 def _pad(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
@@ -335,7 +335,7 @@ def _pad(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     def along(axis: Axis) -> Axis:
         pair = 2 * (x.ndim - 1 - axis.dim)
         before = widths[pair] if pair < len(widths) else 0
-        return axis.looking(1, -before, -before)
+        return axis.strided(1, -before, -before)
 
     return _each(field, x, output, along)
 
@@ -352,7 +352,7 @@ def _slice(field: Field, x: Tensor, args: Any, output: Tensor) -> Field:
     # Of tokens, only what comes before the places is cut off.
     if field.tokens(x) is not None and first <= field.axes[0].before and first + output.shape[dim] == x.shape[dim]:
         return field.mapped(lambda a: dataclasses.replace(a, before=a.before - first))
-    return _each(field, x, output, lambda a: a.looking(step, first, first) if a.dim == dim else a)
+    return _each(field, x, output, lambda a: a.strided(step, first, first) if a.dim == dim else a)
 
 
 def _resize(reach: int) -> Callable[[Field, Tensor, Any, Tensor], Field]:

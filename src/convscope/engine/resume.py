@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.capture import Seen, _as_logits, _hooked, _run, settled
+from convscope.engine.capture import ForwardResult, _as_logits, _hooked, _run, frozen_eval_mode
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.engine.nested import each_tensor, first_tensor, with_tensor
+from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
 
 @contextmanager
-def behind(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], Seen]]:
+def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], ForwardResult]]:
     """Restart from a layer: run one prepared picture `x` (1, C, H, W) once, and only what lies behind `layer` again.
 
     The block gets a function that takes M maps (M, C, h, w) in the place of the layer's output and returns what the
@@ -25,22 +25,22 @@ def behind(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], S
     were done before this one return what they returned for `x`, M times; gradients are off.
     """
     row = model.layers.find(layer)
-    modules, parameters = model.parts()
+    modules, parameters = model.modules_and_parameters()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(settled((model.module, *modules.values()), parameters))
-        record = _Record(row, {id(module): name for name, module in modules.items()})
+        stack.enter_context(frozen_eval_mode((model.module, *modules.values()), parameters))
+        record = _PrefixCache(row, {id(module): name for name, module in modules.items()})
         with ExitStack() as hooks:
             for module in modules.values():
                 hooks.callback(module.register_forward_pre_hook(record.start).remove)
                 hooks.enter_context(_hooked(module, record.done))
-            _run(model, x.expand(model.fixed_batch or 1, *x.shape[1:]).clone())
-        replay = _Replay(record)
+            _run(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
+        replay = _PrefixReplay(record)
         for name, module in modules.items():
-            stack.enter_context(_instead(module, replay.forward(name, module.forward)))
+            stack.enter_context(_patched_forward(module, replay.forward(name, module.forward)))
 
-        def run(maps: Tensor) -> Seen:
+        def run(maps: Tensor) -> ForwardResult:
             replay.begin(maps)
             try:
                 output = _run(model, replay.many(x))
@@ -49,12 +49,12 @@ def behind(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], S
                     raise
                 replay.copies = True  # the network writes into what a layer returned
                 return run(maps)
-            return Seen({row.name: record.own[:1]}, _as_logits(model, output), output)
+            return ForwardResult({row.name: record.own[:1]}, _as_logits(model, output), output)
 
         yield run
 
 
-class _Record:
+class _PrefixCache:
     """What the layers that are done before one call of `row` return: in the end, the outermost of them only."""
 
     def __init__(self, row: Layer, names: Mapping[int, str]) -> None:
@@ -75,7 +75,7 @@ class _Record:
         name = self.names[id(module)]
         call = self.calls[name] = self.calls.get(name, 0) + 1
         # A copy, because what follows may write into it.
-        self.inside[-1].append(((name, call), each_tensor(output, Tensor.clone)))
+        self.inside[-1].append(((name, call), map_tensors(output, Tensor.clone)))
         if self.row.name == (name if call == 1 else f"{name}#{call}"):
             self.key = name, call
             self.kept = dict(entry for frame in self.inside for entry in frame)
@@ -83,16 +83,16 @@ class _Record:
     @property
     def own(self) -> Tensor:
         """The layer's own output, NCHW."""
-        tensor = None if self.key is None else first_tensor(self.kept[self.key])
+        tensor = None if self.key is None else primary_tensor(self.kept[self.key])
         if tensor is None:
             raise ConvscopeError(f"layer {self.row.name!r} did not run for this input, or gave no tensor")
         return self.row.to_nchw(tensor)
 
 
-class _Replay:
+class _PrefixReplay:
     """Layers that were done return what they returned, the layer itself returns the maps, all others run."""
 
-    def __init__(self, record: _Record) -> None:
+    def __init__(self, record: _PrefixCache) -> None:
         self.record = record
         self.copies = False
 
@@ -106,13 +106,13 @@ class _Replay:
             key = name, call
             if key not in self.record.kept:
                 return own(*args, **kwargs)
-            many = each_tensor(self.record.kept[key], self.many)
+            many = map_tensors(self.record.kept[key], self.many)
             if key != self.record.key:
                 return many
-            old = first_tensor(many)
+            old = primary_tensor(many)
             assert old is not None
             # A copy, because what follows may write into it.
-            return with_tensor(many, old, self.record.row.from_nchw(self.maps, old).to(old.dtype, copy=True))
+            return replace_tensor(many, old, self.record.row.from_nchw(self.maps, old).to(old.dtype, copy=True))
 
         return instead
 
@@ -126,7 +126,7 @@ class _Replay:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Put `forward` in the place of a layer's own; what the user may have put there comes back."""
     missing = object()
     before = vars(module).get("forward", missing)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convscope.engine.receptive_field import UNKNOWN, Axis, Field, follow
+from convscope.engine.receptive_field import UNKNOWN, Axis, Field, propagate
 
 NONE: frozenset[str] = frozenset()
 
@@ -25,16 +25,16 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written: dict[int, frozenset[str]] = {}
         self.bytes = 0
         self._picture = x.ndim  # dimensions of a tensor that has the input's axes for itself
-        self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), whole=False))
+        self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), is_global=False))
 
     def field(self, tensor: Tensor) -> Field:
         if id(tensor) in self._fields:
             return self._fields[id(tensor)][1]
-        return dataclasses.replace(UNKNOWN, made_of=self._written.get(_memory(tensor), NONE))
+        return dataclasses.replace(UNKNOWN, ancestors=self._written.get(_memory(tensor), NONE))
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """From now on, what is made of the tensor is made of `name`, whatever that is made of."""
-        self._put(tensor, dataclasses.replace(self.field(tensor), made_of=frozenset({name})))
+        self._put(tensor, dataclasses.replace(self.field(tensor), ancestors=frozenset({name})))
 
     def _put(self, tensor: Tensor, field: Field) -> None:
         self._fields[id(tensor)] = (tensor, field)
@@ -50,29 +50,29 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
             return output
         fields = [self.field(t) for t in inputs]
-        made_of = NONE.union(*(f.made_of for f in fields))
+        made_of = NONE.union(*(f.ancestors for f in fields))
         known = {_memory(t): f.op for t, f in zip(inputs, fields, strict=True)}
         for written in _written(func, args, kwargs):
             if len(inputs) > 1 or written is not inputs[0]:
-                self._spoil(written, made_of)
+                self._invalidate_aliases(written, made_of)
         for tensor in _tensors(output):
-            field = follow(func, name, args, inputs, fields, tensor, self._picture)
+            field = propagate(func, name, args, inputs, fields, tensor, self._picture)
             memory = _memory(tensor)
             if memory not in known:
                 self.bytes += tensor.numel() * tensor.element_size()
             # Other shapes and types of the same values are still made by what made the values.
             view = memory in known and not func._schema.is_mutable and tensor.numel() == inputs[0].numel()
             op = known[memory] if view else fields[0].op if name == "_to_copy" else name
-            self._put(tensor, dataclasses.replace(field, op=op, made_of=made_of))
+            self._put(tensor, dataclasses.replace(field, op=op, ancestors=made_of))
         return output
 
-    def _spoil(self, written: Tensor, made_of: frozenset[str]) -> None:
+    def _invalidate_aliases(self, written: Tensor, made_of: frozenset[str]) -> None:
         """`written` takes in something else: what other tensors in the same memory see is not known any more."""
         memory = _memory(written)
         self._written[memory] = self._written.get(memory, NONE) | made_of
         for tensor, field in list(self._fields.values()):
             if tensor is not written and _memory(tensor) == memory:
-                self._put(tensor, dataclasses.replace(UNKNOWN, made_of=field.made_of | made_of))
+                self._put(tensor, dataclasses.replace(UNKNOWN, ancestors=field.ancestors | made_of))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ def require_finite(model: Model, values: Tensor, what: str) -> None:
     # One reduction instead of an elementwise test: a sum over the absolute values is finite only if all are.
     if bool(values.detach().abs().amax().isfinite()):
         return
-    for index, weight in enumerate(chain(model.dialect.parameters(model.module), model.module.buffers())):
+    for index, weight in enumerate(chain(model.adapter.parameters(model.module), model.module.buffers())):
         if weight.is_floating_point() and not bool(weight.detach().isfinite().all()):
             named = chain(model.module.named_parameters(), model.module.named_buffers())
             name = next((name for name, known in named if known is weight), f"number {index}")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from convscope.attribution.context import AGREES, FEWEST
 from convscope.engine import capture
-from convscope.engine.acceleration.conv_fusion import plan, quickened
-from convscope.engine.batching import CACHE, MEMORY, MOST, Progress, batch_size, forward_bytes
-from convscope.engine.capture import Seen
+from convscope.engine.acceleration.conv_fusion import find_fusions, with_fusion
+from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
@@ -23,7 +23,7 @@ from convscope.evaluation import registry as table
 from convscope.evaluation.context import Scores, Subject, full
 from convscope.evaluation.inputs import Given
 from convscope.evaluation.result import Evaluation, warnings
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 
 STATES = 64  # bytes for each pixel of each map: its heat, its rank, and what it takes to find them
 
@@ -101,7 +101,7 @@ def evaluate(
     made = getattr(heatmaps, "fit", None)
     if fit is not None and made is not None and fit != made:
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
-    pictures = Pictures(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
+    pictures = ImageBatchLoader(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
     maps = inputs.take(model, pictures, heatmaps, targets)
     places = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.count)
     _require_needs(names, maps, places)
@@ -116,13 +116,13 @@ def evaluate(
     found: list[dict[str, Scores]] = []
     classes: list[Tensor] = []
     done: list[int] = []
-    with torch.no_grad(), capture.attach(model, []) as run:
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
         quick = run
         for batch in pictures.batches(batch_size(model, each, memory)):
             before = len(done) + len(pictures.failed)
             subject = _subject(model, batch, maps, places, pictures, run, size, seed, memory)
-            if model.owned and many:
-                quick = quick if done else quickened(run, plan(run, full(model, subject.x[:1])))
+            if model.loaded_by_convscope and many:
+                quick = quick if done else with_fusion(run, find_fusions(run, full(model, subject.x[:1])))
                 subject = replace(subject, run=_agreeing(quick, subject))
             classes.append(subject.chosen.classes.cpu())
             found.append({})
@@ -181,8 +181,8 @@ def _subject(
     batch: Batch,
     maps: Given,
     places: Sequence[Tensor] | None,
-    pictures: Pictures,
-    run: Callable[[Tensor], Seen],
+    pictures: ImageBatchLoader,
+    run: Callable[[Tensor], ForwardResult],
     size: int,
     seed: int,
     memory: int,
@@ -216,11 +216,11 @@ def _subject(
 def _most(model: Model) -> int:
     """Inputs to a pass: on a CPU, no more than leave an activation in the cache, beyond which passes get slower."""
     if model.device.type != "cpu":
-        return MOST
-    return max(FEWEST, min(MOST, int(2 * CACHE // (4 * max(model.layers.largest, 1)))))
+        return MAX_BATCH
+    return max(FEWEST, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
 
 
-def _agreeing(quick: Callable[[Tensor], Seen], subject: Subject) -> Callable[[Tensor], Seen]:
+def _agreeing(quick: Callable[[Tensor], ForwardResult], subject: Subject) -> Callable[[Tensor], ForwardResult]:
     """The quicker way through the network, if it says the same of these pictures; else the way that there is."""
     plain, folded = subject.seen.logits, quick(full(subject.model, subject.x)).logits
     assert plain is not None

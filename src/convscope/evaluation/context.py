@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from convscope.attribution.targets import Chosen
-from convscope.engine.batching import chunks
-from convscope.engine.capture import Seen
+from convscope.engine.batching import balanced_chunks
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.evaluation.baselines import filled
@@ -44,8 +44,8 @@ class Subject:
     x: Tensor
     maps: Tensor
     chosen: Chosen
-    seen: Seen
-    run: Callable[[Tensor], Seen]
+    seen: ForwardResult
+    run: Callable[[Tensor], ForwardResult]
     size: int
     seed: int
     geometry: Sequence[Geometry]
@@ -62,7 +62,7 @@ class Subject:
     @property
     def heat(self) -> Tensor:
         """The maps at the input's resolution (B, T, H, W), linear between the places' centres, float32."""
-        return self.once("heat", lambda: Geometry.whole(self.x.shape[2:]).back(self.maps))
+        return self.once("heat", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.maps))
 
     @property
     def order(self) -> Tensor:
@@ -96,17 +96,19 @@ class Subject:
     @property
     def sigmoid(self) -> bool:
         """Whether each class has a probability of its own."""
-        return self.model.head == "sigmoid" or (self.seen.logits is not None and self.seen.logits.shape[1] == 1)
+        return self.model.final_activation == "sigmoid" or (
+            self.seen.logits is not None and self.seen.logits.shape[1] == 1
+        )
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same draws for every picture."""
         return torch.Generator().manual_seed(self.seed)
 
-    def raw(self, seen: Seen, rows: Tensor) -> Tensor:
+    def raw(self, seen: ForwardResult, rows: Tensor) -> Tensor:
         """What the targets score, (M, T): logits, differences of logits, or what functions give."""
         return self.chosen.scores(seen, rows)
 
-    def probability(self, seen: Seen, rows: Tensor) -> Tensor:
+    def probability(self, seen: ForwardResult, rows: Tensor) -> Tensor:
         """The targets' probabilities (M, T): softmax; sigmoid where each class has one of its own.
 
         Of a class against others: the sigmoid of the difference, the share of the class if there were none but these.
@@ -121,7 +123,10 @@ class Subject:
         return shares.gather(1, self.chosen.classes[rows])
 
     def scores(
-        self, rows: Tensor, inputs: Callable[[Tensor], Tensor], of: Callable[[Seen, Tensor], Tensor] | None = None
+        self,
+        rows: Tensor,
+        inputs: Callable[[Tensor], Tensor],
+        of: Callable[[ForwardResult, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """What the targets score for M inputs, (M, T), without gradients.
 
@@ -129,7 +134,7 @@ class Subject:
         belongs to; `of` is `probability`, if nothing else is said, or `raw`.
         """
         found = [torch.empty(0, self.count, device=rows.device)]
-        for part in chunks(range(len(rows)), self.size):
+        for part in balanced_chunks(range(len(rows)), self.size):
             numbers = torch.arange(part[0], part[-1] + 1, device=rows.device)
             seen = self.run(full(self.model, inputs(numbers)))
             assert seen.logits is not None
@@ -138,7 +143,7 @@ class Subject:
             self.tell((part[-1] + 1) / len(rows))
         return torch.cat(found)
 
-    def _judged(self, seen: Seen, rows: Tensor, of: Callable[[Seen, Tensor], Tensor]) -> Tensor:
+    def _judged(self, seen: ForwardResult, rows: Tensor, of: Callable[[ForwardResult, Tensor], Tensor]) -> Tensor:
         """Scores of the pass's first rows, which belong to the pictures `rows`; the rest has filled it up."""
         assert seen.logits is not None
         return of(seen, torch.cat([rows, rows[-1:].expand(len(seen.logits) - len(rows))]))[: len(rows)]
@@ -161,7 +166,7 @@ class Subject:
 
 def full(model: Model, x: Tensor) -> Tensor:
     """A network with a fixed batch gets it full."""
-    short = (model.fixed_batch or 0) - len(x)
+    short = (model.fixed_batch_size or 0) - len(x)
     return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 

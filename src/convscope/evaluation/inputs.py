@@ -18,7 +18,7 @@ from convscope.attribution.targets import Chosen, Targets, ask
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Given:
 LOOSE = 0.02  # of the largest logit; above what another device, batch size or half precision changes
 
 
-def take(model: Model, pictures: Pictures, maps: Any, targets: Any) -> Given:
+def take(model: Model, pictures: ImageBatchLoader, maps: Any, targets: Any) -> Given:
     """The maps as given: `Heatmaps` of these pictures, or an array (N, h, w) or (N, T, h, w). Raises ConvscopeError."""
     if isinstance(maps, Heatmaps):
         if targets is not None:
@@ -125,8 +125,8 @@ def _mask(given: Any, number: int, targets: int) -> Tensor:
 
 def require_fitting(mask: Tensor, where: Geometry, name: str) -> None:
     """Refuse a mask that is not as large as its picture. Raises ConvscopeError."""
-    if tuple(mask.shape[1:]) != where.picture:
-        sizes = (" x ".join(map(str, size)) for size in (mask.shape[1:], where.picture))
+    if tuple(mask.shape[1:]) != where.image_size:
+        sizes = (" x ".join(map(str, size)) for size in (mask.shape[1:], where.image_size))
         raise ConvscopeError("the mask of {} has {} pixels, the picture {}".format(name, *sizes))
 
 

@@ -81,7 +81,7 @@ def grown(mask: Tensor, radius: int) -> Tensor:
 def _pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     """For each picture its maps (T, H, W), in its own geometry, and as many masks."""
     for maps, mask, where in zip(subject.maps, subject.masks, subject.geometry, strict=True):
-        heat = where.back(maps)
+        heat = where.to_original(maps)
         yield heat, mask.to(heat.device).expand_as(heat)
 
 

@@ -58,12 +58,12 @@ def from_the_top(model: Model) -> list[tuple[str, list[nn.Parameter]]]:
     A parameter belongs to the innermost layer that has it, which is done before those around it. What no layer has that
     ran comes last.
     """
-    modules, parameters = model.parts()
+    modules, parameters = model.modules_and_parameters()
     left = {id(p): p for p in parameters}
     found: list[tuple[str, list[nn.Parameter]]] = []
     for row in model.layers:
         module = modules.get(row.name) or modules.get(row.name.partition("#")[0])
-        of = [] if module is None else list(model.dialect.parameters(module))
+        of = [] if module is None else list(model.adapter.parameters(module))
         own = [p for p in of if left.pop(id(p), None) is not None]
         if own:
             found.append((row.name, own))

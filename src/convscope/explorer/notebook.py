@@ -13,7 +13,7 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer import server
 from convscope.explorer.web import security
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 NOTEBOOKS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
@@ -72,7 +72,7 @@ def _app(model: Model, picture: Any) -> Any:
     if picture is None:
         explorer.add_samples()
     else:
-        given = Pictures(picture, Preprocessing())
+        given = ImageBatchLoader(picture, Preprocessing())
         for index, name in enumerate(given.names):
             pixels: np.ndarray = given.original(index)
             explorer.shelf.add_sample(pixels, name.rpartition("/")[2], name)

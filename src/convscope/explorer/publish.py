@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from convscope.engine.batching import Progress, chunks
+from convscope.engine.batching import Progress, balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.app import assets
@@ -25,7 +25,7 @@ from convscope.explorer.views.pages import Page, Pages
 from convscope.explorer.views.store_views import Views
 from convscope.explorer.web.routes_images import chapter_sheet, story_figure
 from convscope.images.loading import Failure
-from convscope.results import replacing, versions, write_json
+from convscope.results import atomic_write, versions, write_json
 from convscope.store.saved_results import Kept
 from convscope.store.store import Store, open_store
 
@@ -87,7 +87,7 @@ class _Press:
             names = {(layer, unit): self._patches_file(layer, unit) for layer, unit in todo}
             cutting = [
                 pool.submit(_cut, self._store.address, str(out), [(*one, names[one]) for one in part])
-                for part in chunks(todo, CHUNK)
+                for part in balanced_chunks(todo, CHUNK)
             ]
             for parts, make in pages:
                 try:
@@ -97,7 +97,7 @@ class _Press:
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            for work, part in zip(cutting, chunks(todo, CHUNK), strict=True):
+            for work, part in zip(cutting, balanced_chunks(todo, CHUNK), strict=True):
                 self._failed += work.result()
                 done += len(part)
                 if progress is not None:
@@ -129,7 +129,7 @@ class _Press:
             yield ("m", key, "layer", layer), partial(_layer, net, layer)
             for unit in range(net.units(layer)):
                 yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
-        for index in range(net.model.outputs or 0):
+        for index in range(net.model.num_outputs or 0):
             yield ("m", key, "class", index), partial(_class, net, index)
         yield ("m", key, "concepts"), lambda pages: concept_views.index(pages, net)
         for one in concept_data.concepts(net):
@@ -188,7 +188,7 @@ class _Press:
     def _put(self, name: str, content: bytes) -> None:
         path = self._out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
 
     def _patches_file(self, layer: str, unit: int) -> str:
@@ -263,6 +263,6 @@ def _cut(address: str, out: str, units: Sequence[tuple[str, int, str]]) -> list[
         except ConvscopeError as error:
             failed.append(Failure(f"{layer} {unit}", str(error)))
             continue
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
     return failed

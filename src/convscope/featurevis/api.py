@@ -13,10 +13,17 @@ from torch import Tensor
 
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
-from convscope.engine.acceleration.replay import repeated
+from convscope.engine.acceleration.replay import with_replay
 from convscope.engine.acceleration.retained import retained
-from convscope.engine.batching import MEMORY, Progress, batch_size, chunks, gradient_bytes, quickest
-from convscope.engine.capture import Seen
+from convscope.engine.batching import (
+    MEMORY,
+    Progress,
+    balanced_chunks,
+    batch_size,
+    cache_friendly_batch_size,
+    gradient_bytes,
+)
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.frames import Album, for_display
@@ -111,7 +118,7 @@ def patterns(
     """
     name, rule = find_recipe(recipe, start, space)
     want = wanted(model, layer, units, name, rule)
-    own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.picture_size)
+    own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.image_size)
     count = _whole("steps", own_steps if steps is None else steps, 0)
     kept = _whole("frames", frames, 0)
     if views is not None and rule.views == 0:
@@ -121,32 +128,32 @@ def patterns(
     first = started(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
-    with retained(), capture.attach(model, want.layers, stop=not want.to_logits) as run:
+    with retained(), capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
         sees, tried = want.sees(model), refuses(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
-        seen = rule.seen(sees, model.preprocessing.picture_size, sides)
+        seen = rule.seen(sees, model.preprocessing.image_size, sides)
         if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
             seen = (sides,)
         largest = seen[-1]
-        if model.owned:
-            blank = torch.zeros((model.fixed_batch or 1, model.preprocessing.channels, *largest))
+        if model.loaded_by_convscope:
+            blank = torch.zeros((model.fixed_batch_size or 1, model.preprocessing.channels, *largest))
             run = _quickened(run, blank)
         if want.to_logits and rule.branches != 1:
             run = favouring(run, rule.branches)
-        if model.owned:
-            run = repeated(partial(_without_output, run))
+        if model.loaded_by_convscope:
+            run = with_replay(partial(_without_output, run))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
         # What many pictures at once save while views are coarse is more than they cost when they are fine.
         coarsest = min(height * width for height, width in seen)
-        fits = batch_size(model, each, memory, max(1, quickest(model, deepest, coarsest) // passes))
+        fits = batch_size(model, each, memory, max(1, cache_friendly_batch_size(model, deepest, coarsest) // passes))
         parts = _batches(want, fits)
         together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
-        if model.fixed_batch is not None and together > model.fixed_batch:
+        if model.fixed_batch_size is not None and together > model.fixed_batch_size:
             raise ConvscopeError(
-                f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch} at a time"
+                f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch_size} at a time"
             )
         nature = cache(partial(excited, run, model, want.layer))
         natural = None if reference is None else beside_nature(run, want, reference, model, memory, space == "input")
@@ -227,15 +234,15 @@ def patterns(
     )
 
 
-def _without_output(run: Run, x: Tensor) -> Seen:
+def _without_output(run: Run, x: Tensor) -> ForwardResult:
     """What was seen, without what else the network returned: that may be anything."""
     return run(x)._replace(output=None)
 
 
 def _quickened(run: Run, blank: Tensor) -> Run:
-    quick = conv_fusion.quickened(run, conv_fusion.plan(run, blank, gradients=True))
+    quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank, gradients=True))
     noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
-    return quick if conv_fusion.agrees(run, quick, noise) else run
+    return quick if conv_fusion.outputs_match(run, quick, noise) else run
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -247,4 +254,4 @@ def _whole(name: str, value: Any, least: int) -> int:
 def _batches(want: Wanted, size: int) -> list[Sequence[int]]:
     """Objectives in batches of about `size` pictures; those of one objective are never parted."""
     largest = max(objective.pictures for objective in want.objectives)
-    return list(chunks(range(len(want.objectives)), max(1, size // largest)))
+    return list(balanced_chunks(range(len(want.objectives)), max(1, size // largest)))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convscope.engine.batching import MEMORY, Progress
-from convscope.engine.layer_selection import depths
+from convscope.engine.layer_selection import select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
@@ -119,7 +119,7 @@ def story(
             if progress is not None:
                 progress(i + done / total, len(names))
 
-        count = model.outputs if row is None else row.units
+        count = model.num_outputs if row is None else row.units
         picked = np.unique(np.linspace(0, (count or 1) - 1, min(units, count or 1)).round().astype(int))
         drawn = patterns(model, name, picked.tolist(), seed=seed, memory=memory, progress=tell)
         kept = most_distinct(drawn.images, shown)
@@ -157,8 +157,8 @@ def _chapter(model: Model, layer: str, i: int, arrays: dict[str, np.ndarray]) ->
 
 
 def _chapters(model: Model) -> list[str]:
-    rows = [row.name for row in depths(model, CHAPTERS, least=4)]
-    return [*rows, LOGITS] if model.outputs else rows
+    rows = [row.name for row in select_by_depth(model, CHAPTERS, min_count=4)]
+    return [*rows, LOGITS] if model.num_outputs else rows
 
 
 def _sees(model: Model, row: Layer | None) -> tuple[int, int] | None:

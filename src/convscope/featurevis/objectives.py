@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 
-Value = Callable[[Seen], Tensor]  # of P pictures: (P,)
+Value = Callable[[ForwardResult], Tensor]  # of P pictures: (P,)
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Objective:
         """The layers that have to be watched, each once; the logits are always there."""
         return list(dict.fromkeys(layer for layer, _ in self.watches if layer != LOGITS))
 
-    def __call__(self, seen: Seen) -> Tensor:
+    def __call__(self, seen: ForwardResult) -> Tensor:
         return self.value(seen)
 
     def check(self, model: Model) -> None:
         """Raise ConvscopeError for a layer or a channel that the model does not have."""
         for layer, channel in self.watches:
-            count = model.outputs if layer == LOGITS else model.layers.find(layer).units
+            count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
             if count is None:
                 raise ConvscopeError("this model has no classes")
             if channel is not None and not 0 <= channel < count:
@@ -126,7 +126,7 @@ def each(layer: str, numbers: Sequence[int]) -> Objective:
     """For picture i the mean of channel `numbers[i]`: many units at once, with nothing between them."""
     name = f"{layer} {', '.join(map(str, numbers))}"
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         outputs = _outputs(seen, layer)
         return _means(outputs[torch.arange(len(numbers), device=outputs.device), list(numbers)])
 
@@ -136,7 +136,7 @@ def each(layer: str, numbers: Sequence[int]) -> Objective:
 def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objective:
     """A channel at one place; by default the middle one, as (row, column) the picture's own."""
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         maps = _outputs(seen, layer)[:, number]
         where = [side // 2 for side in maps.shape[1:]] if at is None else list(at)
         if len(where) != maps.ndim - 1 or not all(0 <= i < n for i, n in zip(where, maps.shape[1:], strict=True)):
@@ -159,7 +159,7 @@ def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: 
     if len(along) == 0 or not bool(along.isfinite().all()) or not bool(along.any()):
         raise ConvscopeError("a direction needs a vector of finite numbers that are not all 0")
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         outputs = _outputs(seen, layer)
         if outputs.shape[1] != len(along):
             raise ConvscopeError(f"the direction has {len(along)} numbers, layer {layer!r} {outputs.shape[1]} channels")
@@ -184,7 +184,7 @@ def likeness(layer: str, power: float = 1) -> Objective:
     "Feature Visualization", Distill 2017; lucid's notebook of activation caricatures). Both are shown in the same view.
     """
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         outputs = _outputs(seen, layer)
         own, photograph = outputs[::2], outputs[1::2]
         axes = tuple(range(1, own.ndim))
@@ -203,7 +203,7 @@ def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> 
     if count < 2 or objective.pictures != 1 or objective.mates:
         raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         outputs = _outputs(seen, layer)
         if outputs.ndim < 3:
             raise ConvscopeError(f"layer {layer!r} has no places, and so no texture in which pictures could differ")
@@ -229,7 +229,7 @@ def between(first: Objective, last: Objective, layer: str, count: int, weight: f
     if count < 2 or (first.pictures, last.pictures) != (1, 1) or first.mates or last.mates:
         raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         maps = _outputs(seen, layer).flatten(1)
         t = torch.linspace(0, 1, count, device=maps.device)
         own = (1 - t) * first.value(seen) + t * last.value(seen)
@@ -252,19 +252,19 @@ def joined(objectives: Sequence[Objective]) -> Objective:
     mates = objectives[0].mates
     rows = [objective.pictures * (1 + mates) for objective in objectives]
 
-    def value(seen: Seen) -> Tensor:
+    def value(seen: ForwardResult) -> Tensor:
         return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
 
     watches = tuple(watch for objective in objectives for watch in objective.watches)
     return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
 
 
-def _parts(seen: Seen, rows: list[int]) -> list[Seen]:
+def _parts(seen: ForwardResult, rows: list[int]) -> list[ForwardResult]:
     """What was seen, cut into the rows of each objective."""
     maps = {layer: torch.split(tensor, rows) for layer, tensor in seen.maps.items()}
     logits = None if seen.logits is None else torch.split(seen.logits, rows)
     return [
-        Seen({layer: parts[i] for layer, parts in maps.items()}, None if logits is None else logits[i])
+        ForwardResult({layer: parts[i] for layer, parts in maps.items()}, None if logits is None else logits[i])
         for i in range(len(rows))
     ]
 
@@ -274,7 +274,7 @@ def _constant(number: float) -> Objective:
     return Objective(f"{number:g}", (), lambda _: torch.tensor(float(number)))
 
 
-def _outputs(seen: Seen, layer: str) -> Tensor:
+def _outputs(seen: ForwardResult, layer: str) -> Tensor:
     """What a layer gave, channels first, in float32."""
     outputs = seen.logits if layer == LOGITS else seen.maps[layer]
     assert outputs is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.engine.acceleration.inplace_clamp import rectified
+from convscope.engine.acceleration.inplace_clamp import inplace_clamp
 from convscope.errors import ConvscopeError
 from convscope.featurevis.parameterization import Canvas
 
@@ -270,7 +270,7 @@ class Redirected(TorchFunctionMode):
         x = None if top is None else args[0] if args else kwargs["input"]
         if x is None or x.ndim == 0 or len(x) % len(self.pictures):
             return func(*args, **kwargs)
-        inplace = func is rectified or name.endswith("_") or bool(kwargs.get("inplace"))
+        inplace = func is inplace_clamp or name.endswith("_") or bool(kwargs.get("inplace"))
         return _RedirectedClamp.apply(x, top, inplace, self.pictures)
 
 

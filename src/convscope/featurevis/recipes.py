@@ -86,7 +86,7 @@ class Task:
     @property
     def sees_little(self) -> bool:
         """Whether a unit sees less than half of what the network is made for."""
-        return sees_little(self.sees, self.preprocessing.picture_size)
+        return sees_little(self.sees, self.preprocessing.image_size)
 
     def ready(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""

@@ -17,7 +17,7 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest
 from convscope.featurevis.objectives import Objective, each, joined, unit
 from convscope.featurevis.recipes import RECIPES, Recipe
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 
 SPACES = ("pixels", "input")
 
@@ -171,7 +171,7 @@ def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> Wan
 
 
 def _numbers(model: Model, layer: str, units: int | str | Iterable[int | str] | None) -> list[int]:
-    count = model.outputs if layer == LOGITS else model.layers.find(layer).units
+    count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
     if count is None:
         raise ConvscopeError("this model has no classes")
     if units is None:
@@ -216,16 +216,16 @@ def started(start: Any, size: int | tuple[int, int] | None, count: int, model: M
 
 
 def _opened(start: Any, size: int | tuple[int, int] | None, model: Model) -> Tensor:
-    full = model.preprocessing.picture_size
+    full = model.preprocessing.image_size
     like = model.preprocessing
     blank = {"range": (0.0, 255.0), "mean": (0.0,) * like.channels, "std": (1.0,) * like.channels, "resize": None}
     order = "RGB" if like.channel_order == "BGR" else like.channel_order
     as_it_is = replace(like, **blank, channel_order=order)  # type: ignore[arg-type]
     if size is None:
-        height, width = next(Pictures(start, as_it_is).batches(1)).geometry[0].picture
+        height, width = next(ImageBatchLoader(start, as_it_is).batches(1)).geometry[0].image_size
         share = min(full) / min(height, width)
         size = max(1, round(height * share)), max(1, round(width * share))
-    return next(Pictures(start, replace(as_it_is, size=pair(size))).batches(1)).x
+    return next(ImageBatchLoader(start, replace(as_it_is, size=pair(size))).batches(1)).x
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -257,7 +257,7 @@ def canvas_size(
     size: int | tuple[int, int] | None, rule: Recipe, sees: int | None, model: Model, refuses: Refuses
 ) -> tuple[int, int]:
     """Height and width of what is drawn. Raises ConvscopeError if the network does not run on it."""
-    full = model.preprocessing.picture_size
+    full = model.preprocessing.image_size
     if size is None:
         wished = rule.size(sees, full, True)
         return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from convscope.engine import capture
-from convscope.engine.batching import Progress, chunks
+from convscope.engine.batching import Progress, balanced_chunks
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.recipes import Recipe
 from convscope.featurevis.request import Wanted, canvas_size, find_recipe, refuses, started, wanted
 from convscope.featurevis.result import Patterns
-from convscope.results import replacing, versions, write_npz
+from convscope.results import atomic_write, versions, write_npz
 
 PART = 32  # units that are drawn and written together
 
@@ -54,7 +54,7 @@ def in_parts(
     want = wanted(model, layer, units, name, rule)
     if not want.of_units:
         raise ConvscopeError(f"recipe {name!r} draws layer {layer!r} as a whole, which has no parts; name units of it")
-    parts = list(chunks(want.numbers, PART))
+    parts = list(balanced_chunks(want.numbers, PART))
     work = _Work(model, layer, parts, _starts(options.get("start"), parts), options, torch.get_num_threads())
     where = _parts(folder)
     made = {"layer": layer, "model": model.describe(), "versions": versions(), "threads": work.threads}
@@ -66,7 +66,7 @@ def in_parts(
         before = len(parts) - len(missing)
         for done, (i, content) in enumerate(_drawn(work, missing, before, ray, progress), before + 1):
             where.mkdir(parents=True, exist_ok=True)
-            with replacing(files[i]) as out:
+            with atomic_write(files[i]) as out:
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
@@ -144,7 +144,7 @@ def is_done(
         return False
     name, rule = find_recipe(options["recipe"], options.get("start"), "pixels")
     want = wanted(model, layer, units, name, rule)
-    steps, _ = rule.pace(want.sees(model), model.preprocessing.picture_size)
+    steps, _ = rule.pace(want.sees(model), model.preprocessing.image_size)
     settings = {
         "layer": want.layer,
         "units": list(want.numbers),
@@ -168,7 +168,7 @@ def _sides(model: Model, want: Wanted, rule: Recipe, options: Mapping[str, Any])
     first = started(options.get("start"), options["size"], len(want.numbers), model)
     if first is not None:
         return int(first.shape[-2]), int(first.shape[-1])
-    with capture.attach(model, want.layers, stop=not want.to_logits) as run:
+    with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
         return canvas_size(options["size"], rule, want.sees(model), model, refuses(model, run))
 
 

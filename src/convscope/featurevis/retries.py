@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.engine.batching import chunks
+from convscope.engine.batching import balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.engine.validation import require_finite
 from convscope.featurevis.frames import Album
@@ -159,7 +159,7 @@ def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int]
     while silent and tried < every:
         # Few units are tried from several starts at once.
         more = min(max(1, fits // len(silent)), every - tried)
-        for pairs in chunks([(i, start) for i in silent for start in range(tried, tried + more)], fits):
+        for pairs in balanced_chunks([(i, start) for i in silent for start in range(tried, tried + more)], fits):
             found, scores = _as_it_lies(batch, paired(pairs, fits), size)
             for row, (i, start) in enumerate(pairs):
                 fired[i] |= bool(found.history[:, row].any())
@@ -235,11 +235,11 @@ def convince(batch: Batch, done: Finished, fits: int) -> None:
     """
     if batch.rule.tries == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
         return
-    every = list(chunks(range(len(batch.part)), fits))
+    every = list(balanced_chunks(range(len(batch.part)), fits))
     sure = torch.cat([batch.known(done.drawn.pictures[list(part)], part) for part in every])
     for start in range(1, batch.rule.tries):
         doubtful = _rows(sure < KNOWN)
-        for which in chunks(doubtful, fits):
+        for which in balanced_chunks(doubtful, fits):
             _try(batch, done, sure, which, start)
     done.known = sure
 

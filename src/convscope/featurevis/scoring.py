@@ -10,18 +10,18 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.engine.batching import batch_size, forward_bytes
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import adam_step, ascend
 from convscope.featurevis.parameterization import Phase, Photograph
 from convscope.featurevis.recipes import DAMPING, WAKING, Task, finished
 from convscope.featurevis.request import Wanted
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
 
-Run = Callable[[Tensor], Seen]
+Run = Callable[[Tensor], ForwardResult]
 NOISES = 8
 
 
@@ -40,7 +40,7 @@ def beside_noise(
 ) -> Tensor:
     """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
     pictures, found = noises(model.preprocessing, size, seed).float(), []
-    pixels, own = size[0] * size[1], model.preprocessing.picture_size
+    pixels, own = size[0] * size[1], model.preprocessing.image_size
     each = forward_bytes(model) * pixels / (own[0] * own[1])
     with torch.no_grad():
         for part in torch.split(pictures, batch_size(model, each, memory, NOISES)):
@@ -51,12 +51,12 @@ def beside_noise(
 
 def beside_nature(
     run: Run, wanted: Wanted, images: Any, model: Model, memory: int, raw: bool
-) -> tuple[Tensor, Pictures]:
+) -> tuple[Tensor, ImageBatchLoader]:
     """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed.
 
     `raw`: unprepared.
     """
-    pictures = Pictures(images, model.preprocessing)
+    pictures = ImageBatchLoader(images, model.preprocessing)
     found = []
     with torch.no_grad():
         for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
@@ -65,7 +65,7 @@ def beside_nature(
     return torch.stack(found).amax(0), pictures
 
 
-def _best(objective: Objective, seen: Seen) -> Tensor:
+def _best(objective: Objective, seen: ForwardResult) -> Tensor:
     if objective.pictures > 1 or objective.mates:
         return torch.full((objective.pictures,), torch.nan)
     return objective.value(seen).max()[None].cpu()
@@ -96,7 +96,7 @@ class Excited:
 
 def excited(run: Run, model: Model, layer: str) -> Excited:
     """All channels of a layer on the sample photographs."""
-    batches = list(Pictures(photographs(), model.preprocessing).batches(model.fixed_batch or NOISES))
+    batches = list(ImageBatchLoader(photographs(), model.preprocessing).batches(model.fixed_batch_size or NOISES))
     shown = torch.cat([batch.x for batch in batches])
     with torch.no_grad():
         maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])

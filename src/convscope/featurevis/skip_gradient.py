@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from convscope.engine.nested import tensors_in
+from convscope.engine.nested import iter_tensors
 
 R = TypeVar("R")
 
@@ -47,13 +47,13 @@ class _Weighing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in ADDITIONS:
-            self._weigh(list(tensors_in((args, kwargs))))
+            self._weigh(list(iter_tensors((args, kwargs))))
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor | tuple | list):  # sizes and the like, which are asked for often
             return output
-        before = [self.layers[t] for t in tensors_in((args, kwargs)) if t in self.layers]
+        before = [self.layers[t] for t in iter_tensors((args, kwargs)) if t in self.layers]
         if before:
-            for tensor in tensors_in(output):
+            for tensor in iter_tensors(output):
                 self.layers[tensor] = max(before) + (func in DEEPER)
         return output
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Pictures, one_line
+from convscope.images.loading import ImageBatchLoader, one_line
 from convscope.images.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ class Preparation:
         self._catalogue, self._options = catalogue, (preprocessing, fit, max_pixels)
         self._pictures(b"")
 
-    def _pictures(self, item: Any) -> Pictures:
+    def _pictures(self, item: Any) -> ImageBatchLoader:
         preprocessing, fit, max_pixels = self._options
         item = io.BytesIO(item) if isinstance(item, bytes) else item
-        return Pictures([item], preprocessing, fit=fit, max_pixels=max_pixels)
+        return ImageBatchLoader([item], preprocessing, fit=fit, max_pixels=max_pixels)
 
     def show(self, index: int, item: Any = None) -> Reply:
         """The picture with that id, or why it cannot be used, in one line."""

@@ -21,7 +21,7 @@ from convscope.errors import ConvscopeError
 # Pictures only: EPS, for one, would run Ghostscript on what a stranger wrote.
 Array = npt.NDArray[Any]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 _TURNS = {  # what turns each value of EXIF's orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,7 +40,7 @@ def unit_pixels(values: Array) -> Tensor:
     return pixels.div(255) if values.dtype == np.uint8 else pixels.clamp(0, 1)
 
 
-def _unit(values: Array) -> Array:
+def unit_floats(values: Array) -> Array:
     """Floats as float32, if they are in [0, 1] but for rounding."""
     low, high = values.min(), values.max()
     if not (low >= -1e-5 and high <= 1 + 1e-5):  # also true for NaN
@@ -49,7 +49,7 @@ def _unit(values: Array) -> Array:
     return values.astype(np.float32)
 
 
-def opened(file: str | io.BytesIO) -> IO[bytes]:
+def open_checked(file: str | io.BytesIO) -> IO[bytes]:
     """A file to read, on disk or in memory, from its beginning. Raises ConvscopeError if it is empty or not regular."""
     if isinstance(file, io.BytesIO):
         if file.getvalue():
@@ -71,7 +71,7 @@ _limits: list[int | None] = []  # Pillow's limit as each decoding under way foun
 
 
 @contextmanager
-def _decoding() -> Iterator[None]:
+def safe_decoding() -> Iterator[None]:
     """Pillow's limit is one for the process: it is put away while any thread decodes here, and ours holds.
 
     A damaged file can make a decoder raise anything at all: that becomes the picture's own failure.
@@ -92,7 +92,7 @@ def _decoding() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = _limits.pop()
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def upright_opaque(image: Image.Image) -> Image.Image:
     """The image upright and laid on white, in mode RGB or L, or in F from 0 to 1."""
     image.load()
     try:
@@ -103,7 +103,7 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode == "I":
         raise ConvscopeError("holds 32-bit integers, whose range is not known; convert it to 8 or 16 bits")
     if image.mode == "F":
-        return Image.fromarray(_unit(np.asarray(image)))
+        return Image.fromarray(unit_floats(np.asarray(image)))
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         white = values == image.info.get("transparency", -1)

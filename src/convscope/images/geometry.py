@@ -18,7 +18,7 @@ class Geometry:
     begins on each axis, then where it ends.
     """
 
-    picture: tuple[int, ...]
+    image_size: tuple[int, ...]
     box: tuple[float, ...]
 
     @classmethod
@@ -27,15 +27,15 @@ class Geometry:
         sides = tuple(picture)
         return cls(sides, (*[0] * len(sides), *sides))
 
-    def back(self, maps: Tensor) -> Tensor:
+    def to_original(self, maps: Tensor) -> Tensor:
         """Maps (..., h, w) over the network's input, at any resolution, as maps (..., H, W) over the picture.
 
         Linear along each axis with half-pixel centres, the border repeated; zero outside the box. Differentiable.
         """
         maps = maps if maps.is_floating_point() else maps.float()
-        count = len(self.picture)
+        count = len(self.image_size)
         for axis in reversed(range(count)):
-            maps = _laid(maps, axis - count, self.box[axis], self.box[axis + count], self.picture[axis])
+            maps = _laid(maps, axis - count, self.box[axis], self.box[axis + count], self.image_size[axis])
         return maps
 
 

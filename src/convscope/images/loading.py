@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.images.decoding import _FORMATS, Array, _decoding, _flat, _unit, opened, unit_pixels
+from convscope.images.decoding import (
+    FORMATS,
+    Array,
+    open_checked,
+    safe_decoding,
+    unit_floats,
+    unit_pixels,
+    upright_opaque,
+)
 from convscope.images.geometry import Geometry
 from convscope.images.preprocessing import Preprocessing
 
@@ -60,7 +68,7 @@ class Batch:
     geometry: tuple[Geometry, ...]
 
 
-class Pictures:
+class ImageBatchLoader:
     """What the user gave as pictures, opened one at a time, so that memory does not grow with their number.
 
     images: a path; a list of paths, files in memory (io.BytesIO), PIL images and arrays; an array (H, W), (H, W, C)
@@ -142,7 +150,7 @@ class Pictures:
             if isinstance(item, Tensor):
                 pixels = self.preprocessing.denormalize(_finite(item)[None])[0].permute(1, 2, 0).cpu().numpy()
             else:
-                pixels = np.dstack([np.asarray(band) for band in self._bands(item, "RGB")])
+                pixels = np.dstack([np.asarray(band) for band in self._channels(item, "RGB")])
         except ConvscopeError as error:
             raise ConvscopeError(str(Failure(self.names[index], str(error)))) from error
         if pixels.dtype != np.uint8:
@@ -192,13 +200,13 @@ class Pictures:
         item = self._items[index]
         if isinstance(item, Tensor):
             raise ConvscopeError("is a preprocessed tensor, which has no pixels")
-        bands = self._bands(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
+        bands = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         fitted = [self._fitted(band) for band in bands]
         return np.dstack([band for band, _ in fitted]), Geometry((bands[0].height, bands[0].width), fitted[0][1])
 
     def _fitted(self, image: Image.Image) -> tuple[Array, _Box]:
         """The image as the network sees it, and its box. Sizes and offsets of the crop are torchvision's."""
-        height, width = self.preprocessing.picture_size
+        height, width = self.preprocessing.image_size
         resample = Image.Resampling[self.preprocessing.interpolation.upper()]
         if self.fit == "squash":
             box: _Box = (0, 0, image.height, image.width)
@@ -221,14 +229,14 @@ class Pictures:
         inner = (box[1] - x0, box[0] - y0, min(box[3] - x0, part.width), min(box[2] - y0, part.height))
         return np.asarray(part.resize((width, height), resample, box=inner)), box
 
-    def _bands(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
+    def _channels(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
         """One picture, upright and opaque: as an image of `mode` (RGB or L), or as one image (L or F) per channel."""
         if isinstance(item, str | io.BytesIO):
             item = self._read(item)
         elif isinstance(item, Image.Image):
             self._check_pixels(item.height, item.width)
-            with _decoding():
-                item = _flat(item)
+            with safe_decoding():
+                item = upright_opaque(item)
         bands = [item] if isinstance(item, Image.Image) else self._unpacked(item)
         if self._special:
             if isinstance(item, Image.Image):
@@ -243,7 +251,7 @@ class Pictures:
 
     def _read(self, file: str | io.BytesIO) -> Image.Image | Array:
         """What a file holds: an image in RGB, L or F, or an array."""
-        with opened(file) as stream, _decoding():
+        with open_checked(file) as stream, safe_decoding():
             magic = stream.read(6)
             stream.seek(0)
             if magic == b"\x93NUMPY":
@@ -253,7 +261,7 @@ class Pictures:
                 stream.seek(0)
                 return np.asarray(np.load(stream, allow_pickle=False))
             Image.init()  # so that OPEN knows them all; an older Pillow has no AVIF
-            image = Image.open(stream, formats=[known for known in _FORMATS if known in Image.OPEN])
+            image = Image.open(stream, formats=[known for known in FORMATS if known in Image.OPEN])
             self._check_pixels(image.height, image.width)
             frames = getattr(image, "n_frames", 1)
             name = file if isinstance(file, str) else "a picture"
@@ -267,14 +275,14 @@ class Pictures:
                 image.info["transparency"] = clear * (85 if bits == "L;2" else 17)
             elif clear is not None and bits == "RGB;16B":
                 image.info["transparency"] = tuple(value >> 8 for value in clear)
-            return _flat(image)
+            return upright_opaque(image)
 
     def _unpacked(self, array: Array) -> list[Image.Image]:
         self._check_array(array.shape, array.dtype)
         if array.dtype == np.uint8 and not self._special:
-            return [_flat(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array))]
+            return [upright_opaque(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array))]
         if array.dtype != np.uint8:
-            array = _unit(array)
+            array = unit_floats(array)
         if array.shape[2:] == (4,) and not self._special:
             array = array[..., :3] * array[..., 3:] + (1 - array[..., 3:])
         return [Image.fromarray(band) for band in np.atleast_3d(array).transpose(2, 0, 1)]
@@ -300,18 +308,18 @@ class Pictures:
 
 def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
     indices, inputs, geometry = zip(*ready, strict=True)
-    return Batch(indices, laid_out(torch.stack(inputs)), geometry)
+    return Batch(indices, to_channels_last(torch.stack(inputs)), geometry)
 
 
 def _sliced(x: Tensor, size: int) -> Iterator[Batch]:
     """Batches of a preprocessed tensor (N, C, ...) without taking it apart."""
     place = Geometry.whole(x.shape[2:])
     for first in range(0, len(x), size):
-        part = laid_out(x[first : first + size].detach().float())
+        part = to_channels_last(x[first : first + size].detach().float())
         yield Batch(tuple(range(first, first + len(part))), part, (place,) * len(part))
 
 
-def laid_out(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
     """A batch as it is quickest: pictures channels last, all else contiguous."""
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
 

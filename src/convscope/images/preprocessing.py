@@ -73,7 +73,7 @@ class Preprocessing:
         return len(self.size)
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """`size` as height and width. Raises ConvscopeError for signals and volumes."""
         if self.axes != 2:
             raise ConvscopeError(f"this network takes {self.shape}, and no pictures")

@@ -76,7 +76,7 @@ def _telling(result: Concepts, concept: int) -> list[int]:
 
 def _overlay(result: Concepts, concept: int, n: int) -> Image.Image:
     """One of the judged pictures under the heat of a concept, relative to the concept's most over all of them."""
-    heat = result.geometry[n].back(torch.from_numpy(result.heats[n, concept])).numpy()
+    heat = result.geometry[n].to_original(torch.from_numpy(result.heats[n, concept])).numpy()
     highest = float(result.heats[:, concept].max())
     return blend(result.original(int(result.judged[n])), heat / max(highest, 1e-12), 0.4, "jet")
 

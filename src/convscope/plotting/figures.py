@@ -19,9 +19,9 @@ from convscope.evaluation.comparison import Comparison
 from convscope.evaluation.registry import find
 from convscope.evaluation.result import Evaluation
 from convscope.evaluation.statistics import bootstrap
-from convscope.feature_maps import Activations, Predictions, silent
+from convscope.feature_maps import Activations, Predictions, is_constant_channel
 from convscope.featurevis.result import Patterns, sheet_columns
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 from convscope.results import draw, file_names, render
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def activation_grid(
     """One layer's maps (C, H, W) as a grid; dead channels (C,) are gray with a cross rather than enlarged noise."""
     if scaling not in SCALINGS:
         raise ConvscopeError(f"scaling {scaling!r} is not known; expected {' or '.join(SCALINGS)}")
-    cells = palette(colormap)[SCALINGS[scaling](maps)]
+    cells = lookup_table(colormap)[SCALINGS[scaling](maps)]
     zoom = max(1, 32 // max(cells.shape[1:3]))
     cells = cells.repeat(zoom, axis=1).repeat(zoom, axis=2)
     cells[dead] = _crossed(cells.shape[1], cells.shape[2])
@@ -93,7 +93,7 @@ def activation_pages(
     if layer not in _drawable(result, [layer]):
         raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, result[layer].shape[1:]))}: no maps to draw")
     maps = result[layer][picture]
-    dead = silent(maps[None])[0]
+    dead = is_constant_channel(maps[None])[0]
     return [
         activation_grid(maps[i : i + limit], dead[i : i + limit], **style)  # type: ignore[arg-type]
         for i in range(0, len(maps), limit)
@@ -196,7 +196,7 @@ def _(result: Activations) -> Figure:
     heights = [max(0.6, 10 * g.height / g.width) + 0.4 for g in grids]
     figure, panels = _axes(len(grids), 1, 10, sum(heights), heights)
     for (axes,), layer, grid in zip(panels, drawable, grids, strict=True):
-        count, dead = result[layer].shape[1], int(silent(result[layer][:1]).sum())
+        count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][:1]).sum())
         shown = f", first {PAGE} shown" if count > PAGE else ""
         _show(axes, grid, f"{layer}: {count} channels{shown}, {dead} dead on {_title(result.pictures[0])}")
     _limited(figure, len(drawable), len(every), "layers")
@@ -233,7 +233,7 @@ def _(result: Heatmaps) -> Figure:
     overlays = _head(result, count).overlay()
     titles = [[_heat_title(result, n, t) for t in range(targets)] for n in range(count)]
     heights = [
-        min(6.8, 3.4 * where.picture[0] / where.picture[1]) + 0.3 + 0.15 * max(len(lines) for lines in row)
+        min(6.8, 3.4 * where.image_size[0] / where.image_size[1]) + 0.3 + 0.15 * max(len(lines) for lines in row)
         for where, row in zip(result.geometry, titles, strict=False)
     ]
     figure, panels = _axes(count, targets + 1, 3.4 * (targets + 1), sum(heights), height_ratios=heights)
@@ -376,7 +376,7 @@ def _(result: Comparison) -> Figure:
     """
     first = result.heatmaps[0]
     count = min(SHEET, len(first.pictures))
-    tallest = max(where.picture[0] / where.picture[1] for where in first.geometry[:count])
+    tallest = max(where.image_size[0] / where.image_size[1] for where in first.geometry[:count])
     height = max(2.3 * min(tallest, 2) + 0.5, 0.55 + 0.19 * len(result.metrics) + 0.4)
     rows = len(result.heatmaps) + 1
     figure, panels = _axes(rows, count + 1, 2.3 * (count + 1), height * rows)

@@ -12,17 +12,17 @@ from PIL import Image
 
 from convscope.attribution.api import heatmaps
 from convscope.engine.batching import Progress
-from convscope.engine.layer_selection import depths
+from convscope.engine.layer_selection import select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.feature_maps import activations, predict, silent
+from convscope.feature_maps import activations, is_constant_channel, predict
 from convscope.featurevis.api import patterns
 from convscope.featurevis.result import Patterns
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 from convscope.images.loading import Failure
 from convscope.plotting.figures import activation_pages, pattern_grid
-from convscope.results import file_names, replacing, versions, write_json
+from convscope.results import atomic_write, file_names, versions, write_json
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
@@ -81,7 +81,7 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
 
     # The picture that the network is surest of is the one that is followed through the layers.
     lead = int(np.argmax(said.probabilities[:, 0]))
-    stops = depths(model, 5)
+    stops = select_by_depth(model, 5)
     names = file_names(row.name for row in stops)
     with bar("activations") as progress:
         seen = activations(model, images[heat.indices[lead]], [row.name for row in stops], progress=progress)
@@ -90,7 +90,7 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
         page = activation_pages(seen, row.name, limit=SHOWN)[0]
         file = f"activations_{names[row.name]}.png"
         _write(out / file, page)
-        dead = int(silent(seen[row.name]).sum())
+        dead = int(is_constant_channel(seen[row.name]).sum())
         text = f"Channels that have nothing to say about this picture: {dead} of {row.units}"
         maps.append(Grid(row.name, file, _sees(model, row), row.units, text))
 
@@ -135,7 +135,7 @@ def _page(
     pages = Environment(
         loader=PackageLoader("convscope.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    scale = ", ".join(f"rgb({r} {g} {b})" for r, g, b in palette("jet")[::32].tolist())
+    scale = ", ".join(f"rgb({r} {g} {b})" for r, g, b in lookup_table("jet")[::32].tolist())
     html = pages.get_template("demo.html").render(
         model=model,
         photos=photos,
@@ -147,7 +147,7 @@ def _page(
         notes=notes,
         heat_scale=scale,
     )
-    with replacing(out / "index.html") as file:
+    with atomic_write(out / "index.html") as file:
         file.write(html.encode(errors="backslashreplace"))
 
 
@@ -166,7 +166,7 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         if path.suffix == ".jpg":
             picture.save(file, format="JPEG", quality=90)
         else:

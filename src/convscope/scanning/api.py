@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 
 from convscope.datasets.catalogue import Catalogue, catalogue, class_indices
 from convscope.distributed.ray_pool import distributed
-from convscope.engine.batching import MEMORY, MOST, Progress, batch_size, forward_bytes
-from convscope.engine.layer_selection import stages
+from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
-from convscope.results import on_disk, versions, write_json
+from convscope.results import local_folder, versions, write_json
 from convscope.scanning.batch_statistics import Looking, looking
 from convscope.scanning.decoding import Decoder
 from convscope.scanning.merge import Merge
@@ -99,13 +99,15 @@ def scan(
         For unknown layers and data, when no picture can be used, when the store is another run's, and says what
         differs, or is being written by another process.
     """
-    store = on_disk(out)
+    store = local_folder(out)
     data = catalogue(dataset, storage=storage)
     names = _layers(model, layers)
     units = {name: _units(model, name) for name in names}
-    if batch is not None and model.fixed_batch not in (None, batch):
-        raise ConvscopeError(f"batch is {batch}, and {model.name} takes {model.fixed_batch} at a time")
-    size = batch_size(model, forward_bytes(model), memory, MOST // 2) if batch is None else _whole("batch", batch, 1)
+    if batch is not None and model.fixed_batch_size not in (None, batch):
+        raise ConvscopeError(f"batch is {batch}, and {model.name} takes {model.fixed_batch_size} at a time")
+    size = (
+        batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else _whole("batch", batch, 1)
+    )
     plan = Plan(
         pictures=len(data),
         batch=size,
@@ -261,20 +263,20 @@ def _kept(file: Path) -> dict[str, Any]:
 def _layers(model: Model, layers: str | Sequence[str] | None) -> list[str]:
     """Names of layers, without those named twice; behind them the logits, if the network has any."""
     if layers is None:
-        rows = [row for row in stages(model) if len(row.shape) != 2]
+        rows = [row for row in last_per_resolution(model) if len(row.shape) != 2]
     elif layers == "all":
-        rows = [row for row in model.layers.distinct() if len(row.shape) != 2]
+        rows = [row for row in model.layers.unique_spatial() if len(row.shape) != 2]
     else:
         given = [layers] if isinstance(layers, str) else list(layers)
         rows = [model.layers.find(name) for name in given if name != LOGITS]
     signals = [row.name for row in rows if len(row.shape) not in (1, 3)]
     if model.preprocessing.axes != 2 or signals:
         raise ConvscopeError(f"a data set is scanned with networks on pictures, and {signals or model.name} is none")
-    return [*dict.fromkeys(row.name for row in rows), *[LOGITS] * bool(model.outputs)]
+    return [*dict.fromkeys(row.name for row in rows), *[LOGITS] * bool(model.num_outputs)]
 
 
 def _units(model: Model, name: str) -> int:
-    return int(model.outputs or 0) if name == LOGITS else model.layers.find(name).units
+    return int(model.num_outputs or 0) if name == LOGITS else model.layers.find(name).units
 
 
 def _default_workers(pictures: int) -> int:

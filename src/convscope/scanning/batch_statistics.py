@@ -37,12 +37,15 @@ def looking(model: Model, layers: Sequence[str], batch: int, *, compiled: bool =
     a minute on two cores, and nothing is left out. Raises ConvscopeError where it cannot be done.
     """
     eye = _Eye(compiled)
-    height, width = model.preprocessing.picture_size
+    height, width = model.preprocessing.image_size
     blank = torch.zeros((batch, model.preprocessing.channels, height, width), device=model.device)
     blank = blank.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), capture.attach(model, [name for name in layers if name != LOGITS], look=eye) as run:
-        if model.owned and not compiled:
-            run = conv_fusion.quickened(run, conv_fusion.plan(run, blank))
+    with (
+        torch.no_grad(),
+        capture.capture_layers(model, [name for name in layers if name != LOGITS], on_output=eye) as run,
+    ):
+        if model.loaded_by_convscope and not compiled:
+            run = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank))
 
         def looked(x: Tensor) -> Looked:
             eye.found.clear()

@@ -225,7 +225,7 @@ class _Input:
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
-        self._preprocessing, self.shape = preprocessing, (preprocessing.channels, *preprocessing.picture_size)
+        self._preprocessing, self.shape = preprocessing, (preprocessing.channels, *preprocessing.image_size)
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32)
             .view(1, -1, 1, 1)

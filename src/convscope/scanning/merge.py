@@ -41,7 +41,7 @@ class Merge:
             self._pictures(waiting),
             sample_pictures=self.plan.sampled(),
             class_counts=counts,
-            input_size=self.model.preprocessing.picture_size,
+            input_size=self.model.preprocessing.image_size,
             shards=shards,
             manifest=dict(manifest),
         )
@@ -77,7 +77,7 @@ class Merge:
             receptive_field=None if row is None else row.receptive_field,
             stride=None if row is None else row.stride,
             origin=None if row is None else row.origin,
-            sees_all=row is None or row.sees_all,
+            sees_all=row is None or row.has_global_context,
             mean=found.mean.numpy(),
             variance=found.scatter.numpy() / found.places,
             maximum=highest[:, 0].double().numpy(),

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from convscope.engine.model import LOGITS, Model
-from convscope.results import replacing
+from convscope.results import atomic_write
 from convscope.scanning.batch_statistics import Looking, finite
 from convscope.scanning.decoding import Decoded
 from convscope.scanning.plan import SPRITE, Plan
@@ -63,7 +63,7 @@ class Pages:
         losses = -torch.log_softmax(logits, 1)
         for picture, place, target in zip(decoded.indices, decoded.geometry, targets, strict=True):
             row = rows.get(picture)
-            self.sizes.append((0, 0) if place is None else (place.picture[0], place.picture[1]))
+            self.sizes.append((0, 0) if place is None else (place.image_size[0], place.image_size[1]))
             self.boxes.append((0.0,) * 4 if place is None else place.box)
             width = best.indices.shape[1]
             self.classes.append(np.full(width, -1) if row is None else best.indices[row].cpu().numpy())
@@ -123,7 +123,7 @@ def scanned(
             decoded,
             {decoded.indices[i]: i for i in rows.tolist()},
             looked.logits,
-            model.head == "sigmoid" or looked.logits.shape[1] == 1,
+            model.final_activation == "sigmoid" or looked.logits.shape[1] == 1,
             _targets(subject, decoded.indices),
         )
         tiles.append(decoded.thumbnails)
@@ -137,7 +137,7 @@ def scanned(
 
 def _places(model: Model, name: str) -> int:
     row = model.layers.find(name)
-    return int(np.prod(row.shape[1:])) if row.has_space else 1
+    return int(np.prod(row.shape[1:])) if row.is_spatial else 1
 
 
 def _at(labels: np.ndarray, pictures: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ def write(store: Path, found: Found) -> None:
     for folder in ("thumbnails", "shards"):
         (store / folder).mkdir(parents=True, exist_ok=True)
     for name, content in found.sprites.items():
-        with replacing(store / "thumbnails" / name) as file:
+        with atomic_write(store / "thumbnails" / name) as file:
             file.write(content)
-    with replacing(store / "shards" / file_name(found.shard)) as file:
+    with atomic_write(store / "shards" / file_name(found.shard)) as file:
         file.write(found.content)
         file.flush()
         os.fsync(file.fileno())

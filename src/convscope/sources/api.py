@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convscope.engine.model import Model
-from convscope.engine.probe import Probed, probe
+from convscope.engine.probe import ProbeResult, probe
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import bundled, exported, factory, files, instance, keras, timm, torchvision
-from convscope.sources.spec import Found, first_convolution
+from convscope.sources.spec import ModelSpec, first_convolution
 
-BY_PREFIX: dict[str, Callable[[str, str], Found]] = {
+BY_PREFIX: dict[str, Callable[[str, str], ModelSpec]] = {
     "torchvision": torchvision.from_name,
     "timm": timm.from_name,
     "keras": keras.from_name,
 }
-BY_SUFFIX: dict[str, Callable[[Path, str | None], Found]] = {
+BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".keras": keras.from_file,
     ".h5": keras.from_file,
     ".hdf5": keras.from_file,
@@ -76,20 +76,20 @@ def load(
     """
     given = None if preprocessing is None else Preprocessing.of(preprocessing)
     found = _find(source, weights)
-    if found.owned:
+    if found.loaded_by_convscope:
         _optimise(found)
     if device is not None and isinstance(source, str | os.PathLike):
         _move(found, device)
     elif device is not None:
         raise ConvscopeError("device= is for models that load makes; move a model in hand yourself: model.to(device)")
-    settings, probed = _settle(found, given)
+    settings, probed = _resolve_preprocessing(found, given)
     if any(isinstance(m, _BatchNorm) and not m.track_running_stats for m in found.module.modules()):
-        found.fixed_batch = 1
+        found.fixed_batch_size = 1
         found.notes.append("a batch normalisation keeps no statistics of its own: pictures go through one at a time")
     names = tuple(map(str, classes)) if classes is not None else found.classes
-    if names is not None and probed.outputs is not None and len(names) != probed.outputs:
+    if names is not None and probed.num_outputs is not None and len(names) != probed.num_outputs:
         if classes is not None:
-            raise ConvscopeError(f"{len(names)} class names for a model with {probed.outputs} outputs")
+            raise ConvscopeError(f"{len(names)} class names for a model with {probed.num_outputs} outputs")
         names = None
     return Model(
         module=found.module,
@@ -97,23 +97,23 @@ def load(
         preprocessing=settings,
         classes=names,
         layers=probed.layers,
-        dialect=found.dialect,
-        head=probed.head,
+        adapter=found.adapter,
+        final_activation=probed.final_activation,
         notes=tuple(found.notes),
-        fixed_batch=found.fixed_batch,
-        outputs=probed.outputs,
-        owned=found.owned,
-        classes_last=probed.classes_last,
+        fixed_batch_size=found.fixed_batch_size,
+        num_outputs=probed.num_outputs,
+        loaded_by_convscope=found.loaded_by_convscope,
+        channels_last_output=probed.channels_last_output,
     )
 
 
-def _find(source: Any, weights: str | os.PathLike[str] | None) -> Found:
+def _find(source: Any, weights: str | os.PathLike[str] | None) -> ModelSpec:
     if isinstance(source, Model):
         raise ConvscopeError("this model is loaded already")
     if not isinstance(source, str | os.PathLike):
         if weights is not None:
             raise ConvscopeError("weights= is for models made by name; put weights into a model in hand yourself")
-        return instance.take(source)
+        return instance.wrap(source)
     text = os.fspath(source)
     chosen = None if weights is None else os.fspath(weights)
     if text in bundled.NAMES:
@@ -136,24 +136,24 @@ def _find(source: Any, weights: str | os.PathLike[str] | None) -> Found:
     )
 
 
-def _optimise(found: Found) -> None:
+def _optimise(found: ModelSpec) -> None:
     found.module.eval()
-    for parameter in found.dialect.parameters(found.module):
+    for parameter in found.adapter.parameters(found.module):
         parameter.requires_grad_(False)
-    if found.dialect.name == "torch":
+    if found.adapter.name == "torch":
         for parameter in found.module.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _move(found: Found, device: str | torch.device) -> None:
+def _move(found: ModelSpec, device: str | torch.device) -> None:
     try:
         found.module.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, Probed]:
+def _resolve_preprocessing(found: ModelSpec, given: Preprocessing | None) -> tuple[Preprocessing, ProbeResult]:
     """The preprocessing, with what had to be assumed noted, and the layer table found with a picture of that size."""
     if given is not None:
         return given, _probe(found, given.channels, given.size)
@@ -175,15 +175,15 @@ def _settle(found: Found, given: Preprocessing | None) -> tuple[Preprocessing, P
     raise errors[0]
 
 
-def _probe(found: Found, channels: int, size: tuple[int, ...]) -> Probed:
-    parameter: Tensor | None = next((p for p in found.dialect.parameters(found.module) if p.is_floating_point()), None)
+def _probe(found: ModelSpec, channels: int, size: tuple[int, ...]) -> ProbeResult:
+    parameter: Tensor | None = next((p for p in found.adapter.parameters(found.module) if p.is_floating_point()), None)
     x = (
         torch.zeros((1, channels, *size))
         if parameter is None
         else torch.zeros((1, channels, *size), dtype=parameter.dtype, device=parameter.device)
     )
     try:
-        return probe(found.module, found.dialect, x)
+        return probe(found.module, found.adapter, x)
     except ConvscopeError:
         raise
     except Exception as error:  # a network may raise anything

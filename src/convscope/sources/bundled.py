@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.spec import Found, imagenet_classes, seeded
+from convscope.sources.spec import ModelSpec, imagenet_classes, seeded
 
 NAMES = {"lite0": 224, "lite1": 240, "lite2": 260}
 
 
-def from_name(name: str, weights: str) -> Found:
+def from_name(name: str, weights: str) -> ModelSpec:
     """EfficientNet-Lite 0, 1 or 2 (timm's architecture; Tan and Le 2019), pictures RGB as (x - 127) / 128."""
     import timm
 
@@ -35,7 +35,7 @@ def from_name(name: str, weights: str) -> Found:
         std=(128.0,) * 3,
         resize=int(size / 0.875),
     )
-    return Found(module, name, preprocessing=preprocessing, classes=imagenet_classes())
+    return ModelSpec(module, name, preprocessing=preprocessing, classes=imagenet_classes())
 
 
 def _weights_file(name: str) -> Path:

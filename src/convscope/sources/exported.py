@@ -21,7 +21,7 @@ import torch
 
 from convscope.errors import ConvscopeError
 from convscope.sources.files import line
-from convscope.sources.spec import Found
+from convscope.sources.spec import ModelSpec
 
 # The members of an archive, as torch 2.8 and later write them (below a folder of the archive's own name) ...
 PROGRAM = "models/model.json"
@@ -70,7 +70,7 @@ FUNCTION = re.compile(
 )
 
 
-def from_file(path: Path, weights: str | None) -> Found:
+def from_file(path: Path, weights: str | None) -> ModelSpec:
     """A network saved by `torch.export.save`, its layers under their own names again."""
     if weights not in (None, "default"):
         raise ConvscopeError("a .pt2 file holds its own weights; weights= is for models made by name")
@@ -97,7 +97,7 @@ def from_file(path: Path, weights: str | None) -> Found:
     side = height or width
     size = None if side is None else (height or side, width or side)
     # Not ours to lay out anew: its graph was checked for these very tensors and layouts.
-    return Found(module, path.name, size=size, channels=channels, fixed_batch=batch, owned=False)
+    return ModelSpec(module, path.name, size=size, channels=channels, fixed_batch_size=batch, loaded_by_convscope=False)
 
 
 def _copy(path: Path) -> io.BytesIO:

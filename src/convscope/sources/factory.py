@@ -9,10 +9,10 @@ from torch import nn
 
 from convscope.errors import ConvscopeError, nearest
 from convscope.sources import files, instance
-from convscope.sources.spec import Found
+from convscope.sources.spec import ModelSpec
 
 
-def from_path(path: str, weights: str | None) -> Found:
+def from_path(path: str, weights: str | None) -> ModelSpec:
     """Import `package.module`, call `factory()` and take what it returns; `weights` may name a file to put into it."""
     name, _, attribute = path.partition(":")
     try:
@@ -27,12 +27,12 @@ def from_path(path: str, weights: str | None) -> Found:
         module = factory()
     except Exception as error:
         raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.line(error)}") from error
-    found = instance.take(module)
-    found.owned, found.name = True, path
+    found = instance.wrap(module)
+    found.loaded_by_convscope, found.name = True, path
     if weights == "random":
         raise ConvscopeError("a factory makes its own weights; weights= may name a file to put into the network")
     if weights not in (None, "default"):
-        if not isinstance(module, nn.Module) or found.dialect.name != "torch":
+        if not isinstance(module, nn.Module) or found.adapter.name != "torch":
             raise ConvscopeError("weights= for a Keras factory: load them inside the factory")
         files.put_weights(module, Path(str(weights)))
     return found

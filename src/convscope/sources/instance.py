@@ -9,10 +9,10 @@ from torch import nn
 
 from convscope.errors import ConvscopeError
 from convscope.sources import keras, timm
-from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, Found
+from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
-def take(module: Any) -> Found:
+def wrap(module: Any) -> ModelSpec:
     """What can be known about a model in hand. Wrappers (DataParallel, torch.compile) are looked through."""
     origin = {base.__module__.partition(".")[0] for base in type(module).__mro__}
     if origin & {"keras", "tf_keras"}:
@@ -30,12 +30,12 @@ def take(module: Any) -> Found:
     module = unwrap(module)
     name = type(module).__name__
     if hasattr(module, "pretrained_cfg") and origin & {"timm"}:
-        found = Found(module, name, preprocessing=timm.data_config(module), classes=timm.classes_of(module))
+        found = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=timm.classes_of(module))
     elif "torchvision" in origin:
-        found = Found(module, name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        found = ModelSpec(module, name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     else:
-        found = Found(module, name)
-    found.owned = False
+        found = ModelSpec(module, name)
+    found.loaded_by_convscope = False
     return found
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.spec import Found, imagenet_classes
+from convscope.sources.spec import ModelSpec, imagenet_classes
 
 
 @dataclass(frozen=True)
-class KerasDialect:
+class KerasAdapter:
     """A Keras model: an `nn.Module` that mostly speaks NHWC and keeps its layers in lists of its own."""
 
     channels_first: bool = False
@@ -77,7 +77,7 @@ def _refuse_backend(backend: str) -> None:
     )
 
 
-def from_name(name: str, weights: str) -> Found:
+def from_name(name: str, weights: str) -> ModelSpec:
     """A model of keras.applications, with its own preprocessing and ImageNet's class names."""
     known = _applications(import_keras())
     if name not in known:
@@ -97,7 +97,7 @@ def from_name(name: str, weights: str) -> Found:
         if weights != "random":
             _put_weights(module, Path(weights))
     found = from_model(module)
-    found.owned, found.name, found.recognised = True, f"keras:{name}", None
+    found.loaded_by_convscope, found.name, found.recognised = True, f"keras:{name}", None
     found.preprocessing = _measure(preprocess, found.size or USUAL_SIZE)
     found.classes = imagenet_classes() if module.output_shape[-1] == 1000 else None
     return found
@@ -157,7 +157,7 @@ def _put_weights(module: Any, path: Path) -> None:
         raise ConvscopeError(f"the weights in {path} do not fit {module.name}: {_text(error)[:300]}") from error
 
 
-def from_file(path: Path, weights: str | None) -> Found:
+def from_file(path: Path, weights: str | None) -> ModelSpec:
     """A model saved by Keras, by any backend, opened in safe mode."""
     _require_magic(path)
     module = _read(path)
@@ -166,7 +166,7 @@ def from_file(path: Path, weights: str | None) -> Found:
     if weights not in (None, "default"):
         _put_weights(module, Path(str(weights)))
     found = from_model(module)
-    found.owned, found.name = True, path.name
+    found.loaded_by_convscope, found.name = True, path.name
     return found
 
 
@@ -185,7 +185,7 @@ def _require_magic(path: Path) -> None:
 def _read(path: Path) -> Any:
     keras = import_keras()
     try:
-        with _forgiving(keras):
+        with _keras2_compat(keras):
             return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras wraps what goes wrong in many types
         if "safe_mode" in _text(error):
@@ -211,7 +211,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _forgiving(keras: Any) -> Iterator[None]:
+def _keras2_compat(keras: Any) -> Iterator[None]:
     """For as long as the block lasts, Keras passes over `KERAS_2_ONLY` in a file."""
 
     def reader(usual: Any, dropped: set[str]) -> Any:
@@ -238,7 +238,7 @@ def _forgiving(keras: Any) -> Iterator[None]:
 USUAL_SIZE = (224, 224)  # of keras.applications, where a model leaves it open
 
 
-def from_model(module: Any) -> Found:
+def from_model(module: Any) -> ModelSpec:
     """A Keras model in hand."""
     keras: Any = sys.modules.get("keras")
     backend = keras.config.backend() if hasattr(keras, "config") else "tensorflow"
@@ -249,11 +249,11 @@ def from_model(module: Any) -> Found:
     height, width, channels, first = _input(module)
     size = (height, width) if height is not None and width is not None else None
     scaled = any(type(layer).__name__ in ("Rescaling", "Normalization") for _, layer in _walk(module, ""))
-    found = Found(
+    found = ModelSpec(
         module,
         module.name,
-        KerasDialect(first),
-        owned=False,
+        KerasAdapter(first),
+        loaded_by_convscope=False,
         size=size,
         channels=channels,
         range=(0.0, 255.0) if scaled else (0.0, 1.0),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from convscope.engine.adapters import Dialect, TorchDialect
+from convscope.engine.adapters import FrameworkAdapter, TorchAdapter
 from convscope.images.preprocessing import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -17,18 +17,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
-class Found:
+class ModelSpec:
     """A network and what its source knows about it. `owned`: made by `load`, so ours to freeze and lay out anew."""
 
     module: nn.Module
     name: str
-    dialect: Dialect = field(default_factory=TorchDialect)
+    adapter: FrameworkAdapter = field(default_factory=TorchAdapter)
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
-    owned: bool = True
+    loaded_by_convscope: bool = True
     recognised: str | None = None  # where the preprocessing of a model in hand was found, by its looks
-    fixed_batch: int | None = None
+    fixed_batch_size: int | None = None
     size: tuple[int, int] | None = None  # where the network itself fixes the picture's size and channels
     channels: int | None = None
     range: tuple[float, float] = (0.0, 1.0)

@@ -11,7 +11,7 @@ from urllib.request import getproxies
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.spec import Found, imagenet_classes, seeded
+from convscope.sources.spec import ModelSpec, imagenet_classes, seeded
 
 
 def names() -> list[str]:
@@ -21,7 +21,7 @@ def names() -> list[str]:
     return [f"timm:{name}" for name in timm.list_models()]
 
 
-def from_name(name: str, weights: str) -> Found:
+def from_name(name: str, weights: str) -> ModelSpec:
     """A timm model by name; downloads its weights unless they are "random" or a file."""
     import timm
 
@@ -41,7 +41,7 @@ def from_name(name: str, weights: str) -> Found:
             module = timm.create_model(name)
         if weights != "random":
             files.put_weights(module, Path(weights))
-    return Found(module, f"timm:{name}", preprocessing=data_config(module), classes=classes_of(module))
+    return ModelSpec(module, f"timm:{name}", preprocessing=data_config(module), classes=classes_of(module))
 
 
 def _offline(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
-from convscope.sources.spec import Found, seeded
+from convscope.sources.spec import ModelSpec, seeded
 
 CLASSIFICATION = "classification"
 KINDS = (CLASSIFICATION, "segmentation")
@@ -21,7 +21,7 @@ def names() -> list[str]:
     return [f"torchvision:{name}" for name in list_models() if _kind(name) in KINDS]
 
 
-def from_name(name: str, weights: str) -> Found:
+def from_name(name: str, weights: str) -> ModelSpec:
     """A torchvision model by name; downloads its weights unless they are "random" or a file."""
     from torchvision.models import get_model, get_model_weights, list_models
 
@@ -45,7 +45,7 @@ def from_name(name: str, weights: str) -> Found:
             files.put_weights(module, Path(weights))
     preprocessing = _preprocessing(entry.transforms()) if entry is not None else None
     classes = tuple(entry.meta["categories"]) if entry is not None and "categories" in entry.meta else None
-    return Found(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes)
+    return ModelSpec(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes)
 
 
 def _preprocessing(transforms: Any) -> Preprocessing:

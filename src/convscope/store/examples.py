@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from convscope.errors import ConvscopeError
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Pictures
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.results import draw, file_names
 
@@ -131,7 +131,7 @@ def original(store: Store, row: dict[str, Any], tile: Image.Image) -> Image.Imag
         raise ConvscopeError(f"{row['name']}: {row['failed'] or 'is no plain file of this machine'}")
     like = store.manifest["model"].get("preprocessing")
     limit = store.manifest["plan"].get("max_pixels", DEFAULT_MAX_PIXELS)
-    pictures = Pictures([name], Preprocessing.of(like) if like else Preprocessing(), max_pixels=limit)
+    pictures = ImageBatchLoader([name], Preprocessing.of(like) if like else Preprocessing(), max_pixels=limit)
     image = Image.fromarray(pictures.original(0))
     if image.size != (row["width"], row["height"]):
         was, now = f"{row['width']} x {row['height']}", f"{image.width} x {image.height}"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from convscope.errors import ConvscopeError, needed
+from convscope.errors import ConvscopeError, require_extra
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,8 +32,8 @@ class Folder:
     """
 
     def __init__(self, address: str | os.PathLike[str], storage: Mapping[str, Any] | None = None) -> None:
-        core = needed("fsspec.core")
-        self._local = needed("fsspec.implementations.local").LocalFileSystem
+        core = require_extra("fsspec.core")
+        self._local = require_extra("fsspec.implementations.local").LocalFileSystem
         self.address = os.fspath(address)
         try:
             self.system, self._root = core.url_to_fs(self.address, **(storage or {}))
@@ -58,7 +58,7 @@ class Folder:
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file to read. Raises ConvscopeError where it is missing, cannot be read or is damaged."""
-        arrow = needed("pyarrow")
+        arrow = require_extra("pyarrow")
         try:
             with self.system.open(self.path(name), "rb") as file:
                 yield file
@@ -132,7 +132,7 @@ class ParquetTable:
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder, self.name = folder, name
-        self._parquet = needed("pyarrow.parquet")
+        self._parquet = require_extra("pyarrow.parquet")
         self._bounds: dict[str, list[tuple[Any, Any]]] = {}
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.errors import ConvscopeError, needed
+from convscope.errors import ConvscopeError, require_extra
 from convscope.store import queries
 from convscope.store.io import Folder
 
@@ -265,7 +265,7 @@ def _pictures_columns(rows: PictureRows) -> dict[str, Any]:
 
 def _fields(**types: str) -> pyarrow.Schema:
     """A schema from names and types; "list T" is a list of T."""
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
 
     def typed(name: str) -> pyarrow.DataType:
         kind = arrow.type_for_alias(name.removeprefix("list "))
@@ -300,12 +300,12 @@ def _shards_schema() -> pyarrow.Schema:
 def _writer(file: IO[bytes], schema: pyarrow.Schema) -> Any:
     """A writer whose bytes depend on the rows and the version of pyarrow alone."""
     few = [name for name in schema.names if name in _FEW]
-    parquet = needed("pyarrow.parquet")
+    parquet = require_extra("pyarrow.parquet")
     return parquet.ParquetWriter(file, schema, compression="zstd", write_statistics=True, use_dictionary=few)
 
 
 def _table(columns: Mapping[str, Any], schema: pyarrow.Schema) -> pyarrow.Table:
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
     return arrow.table([arrow.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
@@ -313,7 +313,7 @@ def _write_table(
     where: Folder, name: str, schema: pyarrow.Schema, parts: Iterable[Mapping[str, Any]], size: int
 ) -> int:
     """Write rows in groups of `size`, however they are parted; a column `picture` counts them. Gives their number."""
-    arrow = needed("pyarrow")
+    arrow = require_extra("pyarrow")
     with where.writing(name) as file, _writer(file, schema) as writer:
         waiting, count = schema.empty_table(), 0
         for part in parts:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.errors import ConvscopeError, nearest, needed
+from convscope.errors import ConvscopeError, nearest, require_extra
 from convscope.images.loading import Failure
 from convscope.store import analysis, queries
 from convscope.store.examples import Drawn, Example, Examples, View, drawn, laid, original, view
@@ -128,7 +128,7 @@ class Store:
         if missing:
             table = self._units.read(columns=missing)
             self._columns.update(zip(table.column_names, table.columns, strict=True))
-        return needed("pyarrow").table({name: self._columns[name] for name in names})
+        return require_extra("pyarrow").table({name: self._columns[name] for name in names})
 
     def dead(self) -> analysis.Dead:
         """Units that never are above 0 on any picture, or that are constant."""
@@ -194,7 +194,7 @@ class Store:
         """Ids of the best pictures of some units of a layer, int64 (stop - start, k), best first; -1: none."""
         groups = self._groups(self._topk, layer, start, stop)
         table = self._topk.read(groups, ["unit", "kind", "rank", "picture"])
-        compute = needed("pyarrow.compute")
+        compute = require_extra("pyarrow.compute")
         table = table.filter(compute.equal(table["kind"], "top"))
         unit, rank, picture = (table[name].to_numpy() for name in ("unit", "rank", "picture"))
         found = np.full((stop - start, int(rank.max(initial=-1)) + 1), -1, np.int64)
@@ -204,7 +204,7 @@ class Store:
 
     def standings(self, picture: int) -> list[Standing]:
         """Units among whose best pictures one is: best rank first, ties in the order of the units table."""
-        compute = needed("pyarrow.compute")
+        compute = require_extra("pyarrow.compute")
         found: list[Standing] = []
         columns = ["layer", "unit", "kind", "rank", "value", "picture", *SIDES]
         for start in range(0, self._topk.groups, CHUNK):

@@ -220,14 +220,14 @@ def pixels(tab, selector: str, rows: int = 8, columns: int = 8) -> np.ndarray:
 
 def test_heat_over_the_judged_pictures_is_the_librarys(tab, address_of, store):
     """Each concept on one scale for all pictures; at the middle of a place nothing is interpolated."""
-    from convscope.images.colormap import colourise
+    from convscope.images.colormap import apply_colormap
 
     opened(tab, address_of("concepts"))
     heats = store.concepts()[0].arrays()["heats"]
     places = heats.shape[2:]
 
     def agrees(picture: int, concept: int) -> bool:
-        known = colourise(heats[picture, concept] / heats[:, concept].max(), "jet").astype(int)
+        known = apply_colormap(heats[picture, concept] / heats[:, concept].max(), "jet").astype(int)
         shown = pixels(tab, f'#judged canvas[data-picture="{picture}"]', *places)
         return bool(np.median(np.abs(shown - known)) <= 12)
 

@@ -52,9 +52,9 @@ def test_the_heatmap_on_the_page_is_the_librarys(tab, live):
     opened(tab, f"{address}/m/tiny/picture/first/class/2?colours=viridis")
     found = convscope.heatmaps(explorer.first.model, [picture(0, 240, 360)], 2)
     heat = np.maximum(found.resized()[0][0], 0)
-    from convscope.images.colormap import colourise
+    from convscope.images.colormap import apply_colormap
 
-    known = colourise(heat / heat.max(), "viridis").astype(int)
+    known = apply_colormap(heat / heat.max(), "viridis").astype(int)
     shown = painted(tab)
     places = np.linspace(0.02, 0.98, 15)
     for y in places:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from convscope.attribution.context import Question
 from convscope.attribution.methods.gradient import LINEAR, together
-from convscope.engine.batching import chunks
+from convscope.engine.batching import balanced_chunks
 
 
 def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,8 +36,8 @@ def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
     """
     x = question.x
     maps, errors = [], []
-    channels = 1 if getattr(question.model.dialect, "channels_first", True) else -1
-    for part in chunks(range(len(x)), together(question)):
+    channels = 1 if getattr(question.model.adapter, "channels_first", True) else -1
+    for part in balanced_chunks(range(len(x)), together(question)):
         at = slice(part[0], part[-1] + 1)
         heard = _Heard(len(part), x.shape[2:], channels)
         with heard:

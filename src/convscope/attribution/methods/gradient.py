@@ -19,7 +19,7 @@ from convscope.attribution.context import Question
 from convscope.attribution.methods import relu_rules
 from convscope.attribution.methods.cam import grad_cam
 from convscope.engine import capture
-from convscope.engine.batching import chunks, quickest
+from convscope.engine.batching import balanced_chunks, cache_friendly_batch_size
 from convscope.errors import ConvscopeError
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation, by the number of spatial axes
@@ -116,7 +116,7 @@ def guided_grad_cam(question: Question) -> Tensor:
     place by place.
     """
     assert question.layer is not None
-    with capture.attach(question.model, [question.layer.name], leaf=True) as run:
+    with capture.capture_layers(question.model, [question.layer.name], detach_at_layer=True) as run:
         seen = run(question.x)
         with torch.enable_grad():
             scores = question.chosen.scores(seen)
@@ -139,9 +139,9 @@ def together(question: Question) -> int:
 
     But two at least: a lone input takes other kernels, whose rounding switches other rectifiers.
     """
-    if question.model.fixed_batch is not None:
+    if question.model.fixed_batch_size is not None:
         return question.size
-    return max(2, min(question.size, max(4, quickest(question.model, None, question.x[0, 0].numel()))))
+    return max(2, min(question.size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel()))))
 
 
 def _gradient(question: Question) -> Tensor:
@@ -180,11 +180,11 @@ def _passes(question: Question, count: int, copies: Copies) -> Iterator[tuple[sl
     """
     x, most, done = question.x, together(question), 0
     spread = x.amax(tuple(range(1, x.ndim)), keepdim=True) - x.amin(tuple(range(1, x.ndim)), keepdim=True)
-    for part in chunks(range(len(x)), most):
+    for part in balanced_chunks(range(len(x)), most):
         at = slice(part[0], part[-1] + 1)
         rows = torch.arange(at.start, at.stop, device=x.device)
         changed = copies(x[at], spread[at])
-        for these in chunks(range(count), max(1, most // len(part))):
+        for these in balanced_chunks(range(count), max(1, most // len(part))):
             inputs = torch.cat(list(islice(changed, len(these))))
             gradients, _ = question.gradients(inputs, rows.repeat(len(these)))
             yield at, these[0], gradients.reshape(-1, len(these), len(part), *x.shape[1:])

@@ -33,9 +33,9 @@ from convscope.attribution.methods.full_grad import SAME
 from convscope.attribution.methods.gradient import together
 from convscope.attribution.methods.relu_rules import CUTS, SMOOTH, straight
 from convscope.engine import capture
-from convscope.engine.batching import chunks
-from convscope.engine.capture import Seen
-from convscope.engine.nested import each_tensor
+from convscope.engine.batching import balanced_chunks
+from convscope.engine.capture import ForwardResult
+from convscope.engine.nested import map_tensors
 from convscope.errors import ConvscopeError
 
 EPSILON = 1e-6  # of sums, averages and rules that have none of their own; keeps fractions finite
@@ -97,20 +97,23 @@ def _rules() -> Any:
 
 def _relevance(question: Question, rule: Callable[[nn.Module, bool], Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """The relevance at the input. At the output it is what each logit adds to the score: its value times dS/d logit."""
-    if question.model.dialect.name != "torch":
+    if question.model.adapter.name != "torch":
         raise ConvscopeError("lrp needs a network of PyTorch's own layers; this is a Keras model: try full-grad")
     x, most = question.x, together(question)
     module = copy.deepcopy(question.model.module)
     maps: list[Tensor] = []
     errors: list[Tensor] = []
-    with capture.attach(replace(question.model, module=module, owned=False), []) as run, ExitStack() as stack:
+    with (
+        capture.capture_layers(replace(question.model, module=module, loaded_by_convscope=False), []) as run,
+        ExitStack() as stack,
+    ):
         found = _Found(module, x[:most])
         with found, torch.no_grad():
             before = question.chosen.scores(run(x[:most]), torch.arange(len(x[:most]), device=x.device))
         found.merge()
         for layer in found.layers:
             stack.callback(rule(layer, layer is found.first).register(layer).remove)
-        for part in chunks(range(len(x)), most):
+        for part in balanced_chunks(range(len(x)), most):
             at = slice(part[0], part[-1] + 1)
             with torch.enable_grad():
                 leaf = x[at].detach().requires_grad_()
@@ -126,10 +129,10 @@ def _relevance(question: Question, rule: Callable[[nn.Module, bool], Any]) -> tu
     return torch.cat(maps), {"conservation_error": torch.cat(errors)}
 
 
-def _handed_back(leaf: Tensor, seen: Seen, scores: Tensor) -> Iterator[Tensor]:
+def _handed_back(leaf: Tensor, seen: ForwardResult, scores: Tensor) -> Iterator[Tensor]:
     """The relevance at the input (M, C, ...), target by target."""
     ends: list[Tensor] = []
-    each_tensor(seen.output, lambda tensor: ends.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    map_tensors(seen.output, lambda tensor: ends.append(tensor) or tensor)  # type: ignore[func-returns-value]
     ends = [end for end in ends if end.requires_grad]
     for t in range(scores.shape[1]):
         one = torch.zeros_like(scores)

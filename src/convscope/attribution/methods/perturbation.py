@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.attribution.context import Question
-from convscope.engine.batching import chunks
+from convscope.engine.batching import balanced_chunks
 from convscope.errors import ConvscopeError
 
 Scores = Callable[[Tensor], Tensor]  # of M inputs or maps: (M, T)
@@ -159,7 +159,7 @@ def rise(
         for begun in range(0, samples, CHECKED):
             count = min(CHECKED, samples - begun)
             drawn, shifts = _drawn(count, grid, sides, keep, draw)
-            for part in chunks(range(count), question.quick_size):
+            for part in balanced_chunks(range(count), question.quick_size):
                 rows = slice(part[0], part[-1] + 1)
                 masks = _grown(drawn[rows], [shift[rows] for shift in shifts], sides)
                 own.add(scores(x * masks.to(x)[:, None]).cpu(), masks)
@@ -237,7 +237,7 @@ def _asked(
 ) -> Tensor:
     """The scores (count, T) of as many inputs, made `size` at a time; tells how far it is."""
     found = []
-    for part in chunks(range(count), size):
+    for part in balanced_chunks(range(count), size):
         found.append(scores(make(part)))
         question.tell((picture + (part[-1] + 1) / count) / len(question.x))
     return torch.cat(found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convscope.attribution.context import Question
-from convscope.engine.capture import Seen
+from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError
 
 Rule = Callable[[Callable[..., Tensor], Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
@@ -55,7 +55,7 @@ def straight(
 def under(question: Question, rule: Rule) -> Question:
     """The question put to the same network with another rule at its rectifiers. Refused if no rectifier runs."""
 
-    def run(x: Tensor) -> Seen:
+    def run(x: Tensor) -> ForwardResult:
         with _Ruled(rule) as ruled:
             seen = question.run(x)
         if not ruled.changed:

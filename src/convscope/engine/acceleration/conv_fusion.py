@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.engine.acceleration.inplace_clamp import rectified
-from convscope.engine.nested import flat, tensors_in, with_tensor
+from convscope.engine.acceleration.inplace_clamp import inplace_clamp
+from convscope.engine.nested import iter_tensors, replace_tensor, tensor_leaves
 
 R = TypeVar("R")
 OnBatch = Callable[[Tensor], Tensor]
 Pads = tuple[tuple[int, int], ...]  # zeros in front of and behind each axis of a map
 # A chain, and what does all of it, under the identity of the convolution's weight.
-Folds = dict[int, tuple["Chain", Callable[[Tensor, Pads | None], Tensor]]]
+Folds = dict[int, tuple["ConvChain", Callable[[Tensor, Pads | None], Tensor]]]
 
-ALIKE = 1e-3  # of the largest value; far more than rounding makes of a pass, far less than a mistake
-FEW = 4  # maps that each of a convolution's outputs looks at: its time is that of reading and writing, not of adding
+RTOL = 1e-3  # of the largest value; far more than rounding makes of a pass, far less than a mistake
+MAX_CHANNELS_PER_GROUP = (
+    4  # maps that each of a convolution's outputs looks at: its time is that of reading and writing, not of adding
+)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 NORMALISATION = inspect.signature(F.batch_norm)
 PADDING = inspect.signature(F.pad)
@@ -55,7 +57,7 @@ METADATA = frozenset(
 
 
 @dataclass
-class Chain:
+class ConvChain:
     """A convolution and what follows it, of which nobody else sees what is handed on within."""
 
     arguments: tuple[Any, ...]  # of the convolution: weight, bias, stride, padding, dilation, groups
@@ -85,12 +87,12 @@ class Chain:
 
         axes = weight.ndim - 2
         plain = self._as_one(weight, bias, stride, padding, dilation, groups)
-        window = Window(weight, _each(axes, padding), _each(axes, dilation))
+        window = ConvGeometry(weight, _each(axes, padding), _each(axes, dilation))
 
         @cache
         def padded(pads: Pads) -> OnBatch:
             with torch.no_grad():
-                own = padded_within(window, pads) if len(pads) == axes else None
+                own = absorb_padding(window, pads) if len(pads) == axes else None
             if own is None:
                 return lambda x: plain(_laid_around(x, pads))
             return self._as_one(own.weight, bias, stride, own.padding, dilation, groups)
@@ -103,7 +105,7 @@ class Chain:
             if self.activation is None:
                 return lambda x: self.function(x, weight, bias, stride, padding, dilation, groups)
             low, high = numbers or (0.0, math.inf)
-            return lambda x: rectified(self.function(x, weight, bias, stride, padding, dilation, groups), low, high)
+            return lambda x: inplace_clamp(self.function(x, weight, bias, stride, padding, dilation, groups), low, high)
         sizes = padding, stride, dilation
         pointwise = torch.ops.mkldnn._convolution_pointwise  # as torch.compile has it
         packed = weight
@@ -112,7 +114,7 @@ class Chain:
         return lambda x: pointwise(x, packed, bias, *sizes, groups, name, numbers, "")
 
 
-class Window(NamedTuple):
+class ConvGeometry(NamedTuple):
     """What a convolution looks through: its weight, and its padding and dilation along each axis."""
 
     weight: Tensor
@@ -120,7 +122,7 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def padded_within(window: Window, pads: Pads) -> Window | None:
+def absorb_padding(window: ConvGeometry, pads: Pads) -> ConvGeometry | None:
     """A window that pads by itself what would be padded by `pads` first; None if that is not possible, or not quicker.
 
     A convolution pads both ends of an axis alike. Where more zeros are wanted at one end, it gets as many at both, and
@@ -131,7 +133,7 @@ def padded_within(window: Window, pads: Pads) -> Window | None:
     more = [(p - before, p - behind) for p, (before, behind) in zip(padding, around, strict=True)]
     if any(end % d for ends, d in zip(more, window.dilation, strict=True) for end in ends):
         return None
-    if any(map(any, more)) and window.weight.shape[1] > FEW:
+    if any(map(any, more)) and window.weight.shape[1] > MAX_CHANNELS_PER_GROUP:
         return None
     taps = tuple((a // d, b // d) for (a, b), d in zip(more, window.dilation, strict=True))
     return window._replace(weight=_laid_around(window.weight, taps), padding=padding)
@@ -162,15 +164,15 @@ def _each(axes: int, given: int | tuple[int, ...]) -> tuple[int, ...]:
     return numbers * axes if len(numbers) == 1 else numbers
 
 
-class _Watching(TorchFunctionMode):
+class _FusionFinder(TorchFunctionMode):
     """Finds the chains of one pass. Keeps every tensor that passes, so that none is taken for another."""
 
     def __init__(self, activations: Mapping[Any, str], fuses: bool) -> None:
         super().__init__()
         self.activations, self.fuses = activations, fuses
-        self.ends: dict[int, tuple[Tensor, Chain]] = {}  # the last tensor of every chain so far
-        self.within: dict[int, tuple[Tensor, Chain]] = {}  # those handed on inside
-        self.chains: list[Chain] = []
+        self.ends: dict[int, tuple[Tensor, ConvChain]] = {}  # the last tensor of every chain so far
+        self.within: dict[int, tuple[Tensor, ConvChain]] = {}  # those handed on inside
+        self.chains: list[ConvChain] = []
         self.weights: list[int] = []
         self.padded: dict[int, Tensor] = {}
         self.latest: Tensor | None = None  # of what is padded, as long as nothing has happened since
@@ -185,14 +187,14 @@ class _Watching(TorchFunctionMode):
         convolves = func in CONVOLUTIONS and _plain(args, kwargs)
         padded = convolves and args[0] is self.latest
         self.only_before &= padded or self.latest is None
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in iter_tensors((args, kwargs)):
             self.only_before &= id(tensor) not in self.padded or (padded and tensor is args[0])
             if (inside := self.within.get(id(tensor))) is not None:
                 self.chains = [chain for chain in self.chains if chain is not inside[1]]
             if (end := self.ends.get(id(tensor))) is not None:
                 self._goes_on(end[1], func, args, kwargs, tensor, output)
         if convolves:
-            chain = Chain(args[1:], func, args[0].shape, self.fuses, padded)
+            chain = ConvChain(args[1:], func, args[0].shape, self.fuses, padded)
             self.chains.append(chain)
             self.weights.append(id(args[1]))
             self.ends[id(output)] = output, chain
@@ -201,7 +203,7 @@ class _Watching(TorchFunctionMode):
             self.latest = self.padded[id(output)] = output
         return output
 
-    def _goes_on(self, chain: Chain, func: Any, args: Any, kwargs: Any, tensor: Tensor, output: Any) -> None:
+    def _goes_on(self, chain: ConvChain, func: Any, args: Any, kwargs: Any, tensor: Tensor, output: Any) -> None:
         first = chain.extends and bool(args) and args[0] is tensor
         if first and func is F.batch_norm and chain.normalised is None and chain.activation is None:
             bound = NORMALISATION.bind(*args, **kwargs)
@@ -220,7 +222,7 @@ class _Watching(TorchFunctionMode):
             self.ends[id(output)] = output, chain
 
 
-class _Folding(TorchFunctionMode):
+class _FusionMode(TorchFunctionMode):
     """Answers the convolutions of known chains with the whole chain, and what follows them with what it is given."""
 
     def __init__(self, folds: Folds) -> None:
@@ -233,7 +235,7 @@ class _Folding(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.pads and (pads := _zeros_around(func, args, kwargs)) is not None:
-            (x,) = tensors_in((args[:1], kwargs))
+            (x,) = iter_tensors((args[:1], kwargs))
             output = x.view_as(x)
             self.short = output, pads
             return output
@@ -252,8 +254,8 @@ class _Folding(TorchFunctionMode):
                 if not steps:  # let it go
                     del self.done[id(tensor)]
                 return tensor
-        if self.short is not None and any(tensor is self.short[0] for tensor in tensors_in((args, kwargs))):
-            args, kwargs = with_tensor((args, kwargs), self.short[0], _laid_around(*self.short))
+        if self.short is not None and any(tensor is self.short[0] for tensor in iter_tensors((args, kwargs))):
+            args, kwargs = replace_tensor((args, kwargs), self.short[0], _laid_around(*self.short))
         return func(*args, **kwargs)
 
 
@@ -266,11 +268,11 @@ def _step(func: Any) -> str:
     return "normalisation" if func is F.batch_norm else "activation"
 
 
-def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) -> Folds:
+def find_fusions(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) -> Folds:
     """What can be folded of the pass `run(x)`; with `gradients` normalisation and rectifiers only."""
     fuses = not gradients and _fuses(x)
     activations = RECTIFIERS if gradients else ACTIVATIONS if fuses else {}
-    with torch.no_grad(), _Watching(activations, fuses) as watching:
+    with torch.no_grad(), _FusionFinder(activations, fuses) as watching:
         run(x)
     calls = Counter(watching.weights)
     for chain in watching.chains:
@@ -286,22 +288,22 @@ def plan(run: Callable[[Tensor], Any], x: Tensor, *, gradients: bool = False) ->
         return {key: (chain, chain.folded()) for key, chain in chains.items()}
 
 
-def quickened(run: Callable[[Tensor], R], folds: Folds) -> Callable[[Tensor], R]:
+def with_fusion(run: Callable[[Tensor], R], folds: Folds) -> Callable[[Tensor], R]:
     """`run`, folded. For as long as the network's weights stay what they were when `folds` were made."""
 
     def quick(x: Tensor) -> R:
-        with _Folding(folds):
+        with _FusionMode(folds):
             return run(x)
 
     return quick
 
 
-def agrees(run: Callable[[Tensor], Any], quick: Callable[[Tensor], Any], x: Tensor) -> bool:
+def outputs_match(run: Callable[[Tensor], Any], quick: Callable[[Tensor], Any], x: Tensor) -> bool:
     """Whether both give the same but for rounding. They do not where something that is no function of torch's, an
     extension say, looks at what is handed on within a chain."""
     with torch.no_grad():
-        pairs = zip(flat(run(x)), flat(quick(x)), strict=True)
-        return all(bool((a - b).abs().max() <= ALIKE * a.abs().max()) for a, b in pairs if a.is_floating_point())
+        pairs = zip(tensor_leaves(run(x)), tensor_leaves(quick(x)), strict=True)
+        return all(bool((a - b).abs().max() <= RTOL * a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 
 def _fuses(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 
-def rectified(x: Tensor, low: float, high: float) -> Tensor:
+def inplace_clamp(x: Tensor, low: float, high: float) -> Tensor:
     """max(low, min(x, high)), in the place of `x`; its gradient is that of the output, where low < y < high.
 
     torch's own bounded rectifiers keep a copy of what went in, even in place. Seen by whoever watches calls of torch's
@@ -17,7 +17,7 @@ def rectified(x: Tensor, low: float, high: float) -> Tensor:
     """
     y: Tensor
     if has_torch_function((x,)):
-        y = handle_torch_function(rectified, (x,), x, low, high)
+        y = handle_torch_function(inplace_clamp, (x,), x, low, high)
     else:
         y = _Rectified.apply(x, low, high)
     return y

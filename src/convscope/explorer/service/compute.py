@@ -18,9 +18,9 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.evaluation.api import evaluate
-from convscope.feature_maps import activations, predict, silent
-from convscope.images.colormap import palette
-from convscope.images.loading import Pictures
+from convscope.feature_maps import activations, is_constant_channel, predict
+from convscope.images.colormap import lookup_table
+from convscope.images.loading import ImageBatchLoader
 from convscope.plotting.figures import standard, tile
 
 CELL = 56  # pixels of a map on a sheet, at most
@@ -29,7 +29,7 @@ Tell = Callable[[float, int], None]
 
 def prepared(model: Model, pixels: np.ndarray) -> Tensor:
     """The whole picture as the network takes it, (1, C, H, W)."""
-    return next(iter(Pictures(pixels, model.preprocessing).batches(1))).x
+    return next(iter(ImageBatchLoader(pixels, model.preprocessing).batches(1))).x
 
 
 def predictions(model: Model, x: Tensor, top: int = 5) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def _three_axes(values: np.ndarray, row: Layer) -> np.ndarray:
     """One picture's output of a layer as (C, H, W), whatever axes it has."""
     if values.ndim > 3:
         return values.reshape(len(values), -1, values.shape[-1])
-    if values.ndim == 2 and not row.layout.places and row.layout.channels == 2:
+    if values.ndim == 2 and not row.layout.spatial_dims and row.layout.channel_dim == 2:
         values = values.T  # tokens (L, C)
     return values.reshape(*values.shape, *[1] * (3 - values.ndim))
 
@@ -121,7 +121,7 @@ def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
 
     At the last layers of a network that ends in an average and a matrix these add up to the logit, less its bias.
     """
-    with capture.attach(model, [layer], leaf=True) as run:
+    with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
         seen = run(x.to(model.device))
         assert seen.logits is not None
         (slope,) = torch.autograd.grad(seen.logits[0, target], seen.maps[layer], allow_unused=True)
@@ -143,7 +143,7 @@ def concept_heat(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
 def channel_table(maps: np.ndarray) -> dict[str, list[Any]]:
     """Of each channel of maps (C, H, W): mean, max, share of places above 0, whether it says the same everywhere."""
     flat = maps.reshape(len(maps), -1)
-    dead = silent(flat[None])[0] if flat.shape[1] > 1 else flat[:, 0] == 0
+    dead = is_constant_channel(flat[None])[0] if flat.shape[1] > 1 else flat[:, 0] == 0
     return {
         "mean": _rounded(flat.mean(1)),
         "max": _rounded(flat.max(1)),
@@ -188,7 +188,7 @@ def sheet(maps: np.ndarray) -> tuple[Image.Image, dict[str, int]]:
     columns = int(np.ceil(np.sqrt(len(maps) * height / width)))
     page = tile(standard(maps)[..., None], columns)[..., 0]
     image = Image.fromarray(page)
-    image.putpalette(palette("viridis").tobytes())
+    image.putpalette(lookup_table("viridis").tobytes())
     columns = min(columns, len(maps))
     return image, {"columns": columns, "rows": -(-len(maps) // columns), "height": height, "width": width}
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from convscope.errors import ConvscopeError
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 ROOM = 1 << 29  # bytes of pixels that are kept
@@ -70,7 +70,7 @@ class Shelf:
     def add_samples(self, paths: Iterable[str]) -> None:
         """Pictures of the server's own, which stay. Raises ConvscopeError for one that cannot be read."""
         for path in paths:
-            self.add_sample(Pictures([path], Preprocessing()).original(0), Path(path).name, path)
+            self.add_sample(ImageBatchLoader([path], Preprocessing()).original(0), Path(path).name, path)
 
     def add_sample(self, pixels: np.ndarray, name: str, source: str) -> Picture:
         """One of these; its key is its name as far as addresses take it."""

@@ -21,7 +21,7 @@ def twin(model: Model) -> Model:
     be copied.
     """
     shared: dict[int, Any] = {id(value): value for value in _sketches(model.module)}
-    for tensor in (*model.dialect.parameters(model.module), *model.module.parameters(), *model.module.buffers()):
+    for tensor in (*model.adapter.parameters(model.module), *model.module.parameters(), *model.module.buffers()):
         own: Tensor = tensor.detach()
         if isinstance(tensor, nn.Parameter):
             own = nn.Parameter(own, requires_grad=False)

@@ -19,7 +19,7 @@ from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.featurevis.objectives import Objective, diverse, unit
 from convscope.plotting.figures import coloured, tile
-from convscope.results import replacing
+from convscope.results import atomic_write
 
 LOOKS = ("positive", "negative", "diverse")
 RECIPES = ("robust", "maco", "plain")
@@ -132,9 +132,9 @@ class Album:
         picture, told = self._files(version, what)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(picture) as file:
+            with atomic_write(picture) as file:
                 file.write(made["image"])
-            with replacing(told) as file:  # last: what it tells of is there
+            with atomic_write(told) as file:  # last: what it tells of is there
                 file.write(json.dumps({k: v for k, v in made.items() if k != "image"}).encode())
         except OSError as error:
             raise ConvscopeError(f"cannot keep patterns in {self._folder}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from convscope import __version__
-from convscope.engine.layer_selection import stages
+from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
@@ -59,7 +59,7 @@ class Network:
     @property
     def version(self) -> str:
         """Another one once the user has changed the weights of a model in hand."""
-        if not self.model.owned and time.monotonic() >= self._look:
+        if not self.model.loaded_by_convscope and time.monotonic() >= self._look:
             marks, self._look = _marks(self.model), time.monotonic() + LOOK
             self._version = self._began if marks == self._marks else _short(f"{self._began} {self._run} {marks}")
         return self._version
@@ -89,7 +89,7 @@ class Network:
     @property
     def layers(self) -> list[Layer]:
         """The layers with maps of their own, from first to last."""
-        return self.model.layers.distinct()
+        return self.model.layers.unique_spatial()
 
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
@@ -104,30 +104,30 @@ class Network:
         return self.model.layers.find(name)
 
     def units(self, layer: str) -> int:
-        return (self.model.outputs or 0) if layer == LOGITS else self.layer(layer).units
+        return (self.model.num_outputs or 0) if layer == LOGITS else self.layer(layer).units
 
     def require_unit(self, layer: str, unit: int) -> None:
         if not 0 <= unit < self.units(layer):
             raise MissingError(f"layer {layer!r} has units 0 to {self.units(layer) - 1}; there is no {unit}")
 
     def require_class(self, index: int) -> None:
-        if not 0 <= index < (self.model.outputs or 0):
+        if not 0 <= index < (self.model.num_outputs or 0):
             raise MissingError(
-                f"{self.model.name} has classes 0 to {(self.model.outputs or 0) - 1}; there is no {index}"
+                f"{self.model.name} has classes 0 to {(self.model.num_outputs or 0) - 1}; there is no {index}"
             )
 
     def classifies(self) -> bool:
-        return bool(self.model.outputs)
+        return bool(self.model.num_outputs)
 
     @cached_property
     def class_numbers(self) -> dict[str, int]:
         """The classes by their names as they are; the first of those that share one."""
-        return {self.model.class_name(k): k for k in reversed(range(self.model.outputs or 0))}
+        return {self.model.class_name(k): k for k in reversed(range(self.model.num_outputs or 0))}
 
 
 def _marks(model: Model) -> list[tuple[int, int, int]]:
     """What differs once weights are others, found without reading them: which they are, how often written to."""
-    weights = [*model.dialect.parameters(model.module), *model.module.buffers()]
+    weights = [*model.adapter.parameters(model.module), *model.module.buffers()]
     return [(id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
 
 
@@ -366,4 +366,4 @@ def address(name: str) -> str:
 
 def followed(net: Network) -> list[str]:
     """The layers to begin with: the last of each resolution."""
-    return [row.name for row in stages(net.model)]
+    return [row.name for row in last_per_resolution(net.model)]

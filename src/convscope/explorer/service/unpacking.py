@@ -8,7 +8,7 @@ import sys
 
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.uploads import receive, send
-from convscope.images.loading import Pictures
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 ROOM = 2 << 30  # bytes that decoding one picture may take
@@ -27,7 +27,7 @@ def main() -> None:
             send(answers, {})  # ready
             continue
         try:
-            pixels = Pictures([io.BytesIO(content)], Preprocessing(), max_pixels=head["pixels"]).original(0)
+            pixels = ImageBatchLoader([io.BytesIO(content)], Preprocessing(), max_pixels=head["pixels"]).original(0)
         except ConvscopeError as error:
             send(answers, {"error": str(error).removeprefix("image 0: ")})
         except MemoryError:

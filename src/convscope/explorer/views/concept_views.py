@@ -10,7 +10,7 @@ from convscope.explorer.service.state import Network
 from convscope.explorer.urls import Site
 from convscope.explorer.views import snippets
 from convscope.explorer.views.pages import Page, Pages
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 
 CELL, ROW = 100, 126  # a cell of an atlas in its drawing: width, and height with room for a word below
 GAP = 6  # between icons
@@ -42,7 +42,7 @@ def concepts(pages: Pages, net: Network, target: int, layer: str | None, picture
     for r, concept in enumerate(told["concepts"]):
         concept["share"] = max(0.0, concept["importance"] / highest) if highest > 0 else 0.0
         concept["patches"], concept["most"] = patches[r], concept_data.most_of(arrays, r)
-    data |= {"heats": concept_data.heats(arrays), "pictures": len(views), "palette": palette("jet")[::8].tolist()}
+    data |= {"heats": concept_data.heats(arrays), "pictures": len(views), "palette": lookup_table("jet")[::8].tolist()}
     more |= {
         "told": told,
         "layers": [(other.layer, pages.site.page(*concept_data.parts_of(net, other))) for other in found],

@@ -21,7 +21,7 @@ from convscope.explorer.urls import Site
 from convscope.explorer.views import layout, snippets, store_views
 from convscope.explorer.views.glossary import WORDS
 from convscope.featurevis.layer_story import Story
-from convscope.images.colormap import palette
+from convscope.images.colormap import lookup_table
 
 SHOWN = 256  # channels of a layer that a page begins with
 COLOURS = ("jet", "viridis", "inferno", "coolwarm")
@@ -62,12 +62,12 @@ class Pages:
             "target": chosen,
             "layer": heats[chosen]["layer"],
             "heats": heats,
-            "palettes": {name: palette(name)[::8].tolist() for name in COLOURS},
+            "palettes": {name: lookup_table(name)[::8].tolist() for name in COLOURS},
             "lines": {k: snippets.heatmap(*named, k, None, "grad-cam", None) for k in heats},
             "pages": {k: self.site.page("m", net.key, "picture", picture.key, "class", k) for k in heats},
             "classPages": {k: self.site.page("m", net.key, "class", k) for k in heats},
         }
-        spatial = [row for row in net.layers if not row.pooled]
+        spatial = [row for row in net.layers if not row.is_pooling]
         return Page(
             "picture.html",
             f"{picture.name} seen by {net.model.name}",
@@ -178,7 +178,7 @@ class Pages:
             "unit": unit,
             "drawn": made is not None,
             "events": f"/api/models/{net.key}/pattern/events",
-            "palettes": {"viridis": palette("viridis")[::8].tolist()},
+            "palettes": {"viridis": lookup_table("viridis")[::8].tolist()},
         }
         more: dict[str, Any] = {
             "net": net,
@@ -188,7 +188,7 @@ class Pages:
             "count": net.units(layer),
             "sees": "the whole picture" if row is None else sees(net, row),
             "what": what,
-            "looks": [look for look in LOOKS if look != "diverse" or layer == LOGITS or (row and row.has_space)],
+            "looks": [look for look in LOOKS if look != "diverse" or layer == LOGITS or (row and row.is_spatial)],
             "recipes": RECIPES,
             "pattern": self._pattern(net, what) if made else None,
             "about": about,
@@ -272,9 +272,9 @@ class Pages:
     def _around(self, net: Network, layer: str) -> dict[str, str | None]:
         names = [row.name for row in net.layers]
         own = net.layer(layer)
-        if (own.same_as or layer) not in names:
+        if (own.alias_of or layer) not in names:
             return {"before": None, "after": None}
-        i = names.index(own.same_as or layer)
+        i = names.index(own.alias_of or layer)
         return {"before": names[i - 1] if i else None, "after": names[i + 1] if i + 1 < len(names) else None}
 
     def _kept(self, net: Network, layer: str) -> list[dict[str, Any]]:

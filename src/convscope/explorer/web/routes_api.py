@@ -81,13 +81,13 @@ def _models(routes: APIRouter, desk: Desk) -> None:
         net = explorer.network(model)
         rows = [{"name": r.name, "kind": r.kind, "shape": list(r.shape), "units": r.units} for r in net.layers]
         told = net.model.describe()
-        return {**told, "version": net.version, "outputs": net.model.outputs, "layers": rows, "edges": net.edges}
+        return {**told, "version": net.version, "outputs": net.model.num_outputs, "layers": rows, "edges": net.edges}
 
     @routes.get("/models/{model}/classes")
     def classes(model: Model, search: Annotated[str, Query(max_length=100)] = "") -> dict[str, Any]:
         """Up to twenty classes whose name holds the words, or whose number it is."""
         net, wanted = explorer.network(model), search.replace("_", " ").strip().casefold()
-        every = ((k, net.model.class_name(k)) for k in range(net.model.outputs or 0))
+        every = ((k, net.model.class_name(k)) for k in range(net.model.num_outputs or 0))
         found = [
             {"index": k, "name": n} for k, n in every if str(k) == wanted or wanted in n.replace("_", " ").casefold()
         ]
@@ -126,7 +126,7 @@ def _pictures(routes: APIRouter, desk: Desk) -> None:
     @routes.get("/models/{model}/pictures/{picture}/predictions.csv", response_class=Response)
     async def predictions_csv(request: Request, model: Model, picture: Key) -> Response:
         """All classes as a table, the likeliest first."""
-        count = explorer.network(model).model.outputs or 1
+        count = explorer.network(model).model.num_outputs or 1
         rows = [list(row.values()) for row in await table(request, model, picture, count)]
         return _csv(["index", "name", "probability", "logit"], rows, "predictions.csv")
 
@@ -268,7 +268,7 @@ def _heatmaps(routes: APIRouter, desk: Desk) -> None:
 
         def draw() -> bytes:
             pixels = np.asarray(found.shown(LONGEST))
-            laid = Geometry.whole(pixels.shape[:2]).back(torch.from_numpy(compute.unpacked(one["map"])))
+            laid = Geometry.whole(pixels.shape[:2]).to_original(torch.from_numpy(compute.unpacked(one["map"])))
             warm = laid.clamp(min=0)
             return encoded(blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours), "PNG")
 
