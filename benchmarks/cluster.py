@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray.cluster_utils import Cluster
 
-from convscope.distributed.ray_pool import distributed
+from convscope.distributed.ray_pool import map_unordered
 
 
 def sleeping(seconds: float) -> Callable[[], Callable[[int], int]]:
@@ -45,7 +45,7 @@ def steady(nodes: int, tasks: int, seconds: float) -> float:
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         actors, times = set[int](), list[float]()
-        for _, actor in distributed(sleeping(seconds), range(tasks), address=cluster.address):
+        for _, actor in map_unordered(sleeping(seconds), range(tasks), address=cluster.address):
             actors.add(actor)
             if len(actors) == nodes:
                 times.append(time.perf_counter())

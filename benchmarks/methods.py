@@ -17,7 +17,7 @@ from timing import Timed, interleaved
 from torch import Tensor, nn
 
 import convscope
-from convscope.attribution.api import explained, plan_cell
+from convscope.attribution.api import compute_heatmaps, resolve_method
 
 FAMILY = {
     "grad-cam": (pgc.GradCAM, tc.GradCAM),
@@ -68,7 +68,7 @@ def family(name: str, batch: int, rounds: int) -> Family:
     model = convscope.load(source, weights="default" if source == "lite0" else "random")
     layer = model.layers.last_spatial().name
     x = photographs(model, batch)
-    cells = [plan_cell(model, method, layer, "mean", {}) for method in FAMILY]
+    cells = [resolve_method(model, method, layer, "mean", {}) for method in FAMILY]
 
     def bare() -> Tensor:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def family(name: str, batch: int, rounds: int) -> Family:
     contenders: dict[str, Callable[[], object]] = {"bare": bare}
     for method in FAMILY:
         contenders[method] = lambda method=method: convscope.heatmaps(model, x, ASKED, layer=layer, method=method)
-    contenders["together"] = lambda: explained(model, x, ASKED, cells)
+    contenders["together"] = lambda: compute_heatmaps(model, x, ASKED, cells)
     times = interleaved(contenders, "bare", rounds)
     peers = {}
     for method, (theirs, others) in FAMILY.items():

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import convscope
-from convscope.featurevis.objectives import likeness
+from convscope.featurevis.objectives import caricature
 from convscope.samples import photographs
 
 # Edges, textures, parts, and things: layer and channel of Lite0, or class.
@@ -31,7 +31,7 @@ def picture(model: convscope.Model, recipe: str, layer: str, number: int) -> Ima
     """One unit; by a caricature, which knows no units, its layer."""
     begin = {"start": photographs()[0]} if recipe in ("dream", "caricature") else {}
     if recipe == "caricature":
-        made = convscope.patterns(model, likeness(layer), recipe=recipe, **begin)
+        made = convscope.patterns(model, caricature(layer), recipe=recipe, **begin)
     else:
         made = convscope.patterns(model, layer, [number], recipe=recipe, **begin)
     return Image.fromarray(made.images[0])

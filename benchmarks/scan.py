@@ -29,10 +29,10 @@ from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.samples import photographs
-from convscope.scanning.batch_statistics import Looking, looking
+from convscope.scanning.batch_statistics import Looking, forward_with_statistics
 from convscope.scanning.decoding import Decoder
-from convscope.scanning.plan import Plan
-from convscope.scanning.shard import Subject, scanned
+from convscope.scanning.plan import ScanPlan
+from convscope.scanning.shard import ScanTargets, scan_shard
 
 BATCH, BATCHES = 32, 4
 COUNTS = (1_000, 10_000, 100_000)
@@ -81,11 +81,11 @@ def passes(rounds: int) -> list[Pass]:
 def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
     """In turn: the network alone, a shard from decoded pictures to the content of its file, and the same compiled."""
     count = BATCH * BATCHES
-    plan = Plan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
+    plan = ScanPlan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
     with Decoder(catalogue(photographed(count)), model.preprocessing) as decoder:
         decoded = list(decoder.batches(plan.batches(0), BATCH))
     units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.num_outputs or 0)}
-    subject = Subject(units, None, None)
+    subject = ScanTargets(units, None, None)
 
     def bare() -> None:
         with torch.inference_mode():
@@ -93,11 +93,11 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
                 model.module(part.x)
 
     def shard(look: Looking) -> None:
-        deque(scanned(model, plan, 0, subject, look, iter(decoded)), maxlen=0)
+        deque(scan_shard(model, plan, 0, subject, look, iter(decoded)), maxlen=0)
 
     with ExitStack() as stack:
         looks = {
-            name: stack.enter_context(looking(model, list(units), BATCH, compiled=compiled))
+            name: stack.enter_context(forward_with_statistics(model, list(units), BATCH, compiled=compiled))
             for name, compiled in (("convscope", False), ("convscope, compiled", True))
         }
         contenders: dict[str, Callable[[], None]] = {name: partial(shard, look) for name, look in looks.items()}

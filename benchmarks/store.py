@@ -103,7 +103,7 @@ def main() -> None:
         asked(f"{which} unit: nine examples", lambda: unit.examples(9))  # noqa: B023
         asked(f"{which} unit: its classes", unit.classes)
         asked(f"{which} unit: similar ones, of all layers", unit.similar)
-    picture = store.picture(given.pictures // 3)
+    picture = store.image(given.pictures // 3)
     asked("a picture's predictions", lambda: picture.predictions)
     asked("a picture's units: all of topk.parquet, in parts", picture.units)
 

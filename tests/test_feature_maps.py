@@ -57,7 +57,7 @@ def test_equal_what_plain_hooks_see(lite0: convscope.Model, photos: list[str]) -
     expected, _ = hooked(lite0.module, layers, prepared(lite0, photos))
     found = convscope.activations(lite0, photos, layers)
     assert found.layers == layers
-    assert found.pictures == tuple(photos)
+    assert found.image_names == tuple(photos)
     for name in layers:
         assert found[name].dtype == np.float32
         assert found[name].shape == (len(photos), *lite0.layers[name].shape)
@@ -146,11 +146,11 @@ def test_bad_pictures_are_named_and_the_others_done(tmp_path: Any) -> None:
     mixed = [good[0], str(tmp_path / "torn.png"), good[1], str(tmp_path / "none.png")]
     found, expected = (convscope.activations(model, p, "conv3") for p in (mixed, good))
     assert np.array_equal(found["conv3"], expected["conv3"])
-    assert found.pictures == ("image 0", "image 2")
+    assert found.image_names == ("image 0", "image 2")
     assert [f.name for f in found.failed] == mixed[1::2]
     said, known = (convscope.predict(model, p) for p in (mixed, good))
     assert np.array_equal(said.logits, known.logits)
-    assert said.pictures == ("image 0", "image 2")
+    assert said.image_names == ("image 0", "image 2")
 
 
 # --- batches are independent -----------------------------------------------------------------------------------------

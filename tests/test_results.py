@@ -307,7 +307,7 @@ def test_layers_without_space_are_saved_as_numbers_only(tmp_path):
 def test_failures_are_listed(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     seen = convscope.predict(loaded(), [PHOTOS[0], str(tmp_path / "text.png"), str(tmp_path / "none.png"), PHOTOS[1]])
-    assert seen.pictures == ("image 0", "image 3")
+    assert seen.image_names == ("image 0", "image 3")
     manifest = json.loads((seen.save(tmp_path / "out") / "manifest.json").read_text())
     assert [failure["name"] for failure in manifest["failed"]] == [
         str(tmp_path / "text.png"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from convscope.attribution.api import heatmaps
     from convscope.attribution.result import Heatmaps
-    from convscope.attribution.targets import of_head, over_region
+    from convscope.attribution.targets import output_target, segmentation_target
     from convscope.decomposition.activation_atlas import Atlas, atlas
     from convscope.decomposition.craft import Concepts, concepts
     from convscope.engine.model import Model
@@ -93,9 +93,9 @@ __all__ = [
     "heatmaps",
     "load",
     "objectives",
-    "of_head",
+    "output_target",
     "open_store",
-    "over_region",
+    "segmentation_target",
     "patterns",
     "predict",
     "scan",

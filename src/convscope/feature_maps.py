@@ -26,7 +26,7 @@ class Activations(Result):
     """
 
     maps: dict[str, np.ndarray]
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     fit: str
     scaling: str = "standard"
 
@@ -49,7 +49,7 @@ class Activations(Result):
         return self.maps
 
     def parameters(self) -> dict[str, Any]:
-        return {"layers": self.layers, "pictures": self.pictures, "fit": self.fit, "scaling": self.scaling}
+        return {"layers": self.layers, "pictures": self.image_names, "fit": self.fit, "scaling": self.scaling}
 
     def summary(self, layer: str) -> dict[str, np.ndarray]:
         """Per picture and channel, each (N, C): `mean`, `max`, `active` (share of places above 0) and `dead`.
@@ -133,7 +133,7 @@ def activations(
     return Activations(
         model,
         maps={name: np.concatenate(parts) for name, parts in found.items()},
-        pictures=tuple(pictures.names[i] for i in done),
+        image_names=tuple(pictures.names[i] for i in done),
         fit=fit,
         scaling=scaling,
         notes=tuple(pictures.notes),
@@ -148,7 +148,7 @@ class Predictions(Result):
     indices: np.ndarray
     probabilities: np.ndarray
     logits: np.ndarray
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     fit: str
 
     @property
@@ -157,7 +157,7 @@ class Predictions(Result):
         return [[self.model.class_name(int(i)) for i in row] for row in self.indices]
 
     def parameters(self) -> dict[str, Any]:
-        return {"top": self.indices.shape[1], "pictures": self.pictures, "fit": self.fit, "classes": self.names}
+        return {"top": self.indices.shape[1], "pictures": self.image_names, "fit": self.fit, "classes": self.names}
 
 
 def predict(
@@ -196,7 +196,7 @@ def predict(
         indices=best.indices.numpy(),
         probabilities=best.values.numpy(),
         logits=scores.numpy(),
-        pictures=tuple(pictures.names[i] for i in done),
+        image_names=tuple(pictures.names[i] for i in done),
         fit=fit,
         notes=tuple(pictures.notes),
         failed=tuple(pictures.failed),

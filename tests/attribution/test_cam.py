@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.methods.cam import cam, eigen_cam, eigen_grad_cam, grad_cam_pp
-from convscope.attribution.registry import METHODS, Cam
+from convscope.attribution.registry import METHODS, CamMethod
 from tests.oracles.cams import FORMULAS
 from tests.oracles.nets import Usual, filled
 
@@ -35,7 +35,7 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
 
 def ours(method: str, activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     row = METHODS[method]
-    assert isinstance(row, Cam)
+    assert isinstance(row, CamMethod)
     return row.function(torch.from_numpy(activation), torch.from_numpy(gradient)).numpy()
 
 
@@ -101,7 +101,7 @@ def test_cam_place_by_place(shape: tuple[int, ...]) -> None:
 
 
 def test_every_cam_has_its_formula_here() -> None:
-    mine = {name for name, row in METHODS.items() if isinstance(row, Cam)}
+    mine = {name for name, row in METHODS.items() if isinstance(row, CamMethod)}
     assert mine == {*FORMULAS, "finer-cam"}
     assert METHODS["finer-cam"].function is METHODS["grad-cam"].function
 
@@ -305,7 +305,7 @@ def test_what_is_not_finite_stays_so_and_with_its_picture() -> None:
                 assert not found[1].isfinite().all()
 
 
-CAMS = [name for name, row in METHODS.items() if isinstance(row, Cam)]
+CAMS = [name for name, row in METHODS.items() if isinstance(row, CamMethod)]
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 7, 7), (4, 7, 11, 11), (3, 6, 37), (3, 4, 3, 5, 7)], ids=str)

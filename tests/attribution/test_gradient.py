@@ -190,14 +190,14 @@ def test_a_linear_network() -> None:
     for steps in (1, 2, 9):
         found = asked("integrated-gradients", steps=steps)
         assert apart(found.values, product) < TINY
-        assert np.abs(found.more["completeness_error"]).max() < SUMS
+        assert np.abs(found.extras["completeness_error"]).max() < SUMS
     from_one = asked("integrated-gradients", baseline=1.0)
     assert apart(from_one.values, (w * (x[:, None] - 1)).sum(2)) < TINY
     full = asked("full-grad")
     term = (w * x[:, None]).abs()
     low, high = term.amin((2, 3, 4), keepdim=True), term.amax((2, 3, 4), keepdim=True)
     assert apart(full.values, ((term - low) / (high - low)).sum(2)) < TINY
-    assert np.abs(full.more["completeness_error"]).max() < SUMS
+    assert np.abs(full.extras["completeness_error"]).max() < SUMS
 
 
 def test_variance_of_a_square() -> None:
@@ -240,7 +240,7 @@ def test_completeness() -> None:
         with torch.no_grad():
             gain = (net(x) - net(x * 0)).gather(1, torch.tensor(targets))
         by_hand = found.values.astype(np.float64).sum((2, 3)) - gain.numpy()
-        assert np.abs(found.more["completeness_error"] - by_hand).max() < SUMS
+        assert np.abs(found.extras["completeness_error"] - by_hand).max() < SUMS
         errors.append(np.abs(by_hand).max())
     assert errors[1] < 0.2 * errors[0]
     assert found.arrays()["completeness_error"].shape == (3, 2)
@@ -449,7 +449,7 @@ def test_full_gradient_is_the_authors(subject: Any) -> None:
         expected, missing = authors_map(net, x, target)
         assert missing.abs().max() < 1e-10  # so the oracle itself is complete, in float64
         assert apart(found.values[:, position], expected) < TINY
-    assert np.abs(found.more["completeness_error"]).max() < SUMS
+    assert np.abs(found.extras["completeness_error"]).max() < SUMS
     assert found.values.min() >= 0
 
 
@@ -486,12 +486,12 @@ def test_biases_that_are_written_out_are_the_same_biases() -> None:
         (net.relu3(net.bn3(net.conv3(net.relu2(net.conv2(net.pool(net.relu1(net.bn1(net.conv1(x))))))))) == 6).any()
     )
     expected = convscope.heatmaps(loaded(net), x, [[0, 4]] * 3, method="full-grad")
-    assert np.abs(expected.more["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
+    assert np.abs(expected.extras["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
     for chained in (True, False):
         found = convscope.heatmaps(loaded(Written(net, chained)), x, [[0, 4]] * 3, method="full-grad")
         assert apart(found.logits, expected.logits) < SUMS
         assert apart(found.values, expected.values) < SUMS
-        assert np.abs(found.more["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
+        assert np.abs(found.extras["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
 
 
 SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -519,26 +519,26 @@ def test_whatever_is_added_is_a_bias(kind: str) -> None:
     found = convscope.heatmaps(loaded(net), x, [[1, 5]] * 3, method="full-grad")
     alone = convscope.heatmaps(loaded(net), x, [[1, 5]] * 3, method="input-x-gradient").values.sum((2, 3))
     assert np.abs(alone - found.logits).max() > 0.1
-    assert np.abs(found.more["completeness_error"]).max() < 1e-4  # sums of up to 500 values
+    assert np.abs(found.extras["completeness_error"]).max() < 1e-4  # sums of up to 500 values
 
 
 def test_what_is_taken_off_last_is_a_bias() -> None:
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3, bias=False), Calling(lambda x: x - 2))
     net(inputs())
     found = convscope.heatmaps(loaded(filled(net)), inputs(), 1, method="full-grad")
-    assert np.abs(found.more["completeness_error"]).max() < SUMS
+    assert np.abs(found.extras["completeness_error"]).max() < SUMS
 
 
 def test_completeness_of_the_bundled_network(lite0: convscope.Model, photos: list[str]) -> None:
     found = convscope.heatmaps(lite0, photos, method="full-grad")
-    assert np.abs(found.more["completeness_error"]).max() < 1e-4 * np.abs(found.logits).max()
+    assert np.abs(found.extras["completeness_error"]).max() < 1e-4 * np.abs(found.logits).max()
 
 
 def test_a_network_that_bends_is_not_complete_and_says_so() -> None:
     net = filled(Twice())
     net.relu = nn.SiLU()
     found = convscope.heatmaps(loaded(net), inputs(), 1, method="full-grad")
-    assert np.abs(found.more["completeness_error"]).min() > 1e-3
+    assert np.abs(found.extras["completeness_error"]).min() > 1e-3
 
 
 # --- the engine's promises -------------------------------------------------------------------------------------------
@@ -560,8 +560,8 @@ def test_neighbours_targets_and_chunks_change_nothing(method: str) -> None:
     for memory in (1, 1 << 19):
         parts = convscope.heatmaps(model, x, targets, method=method, memory=memory, **options)
         assert apart(parts.values, whole.values) < SUMS
-        for key, value in whole.more.items():
-            assert np.abs(parts.more[key] - value).max() < SUMS
+        for key, value in whole.extras.items():
+            assert np.abs(parts.extras[key] - value).max() < SUMS
     for n in range(5):
         alone = convscope.heatmaps(model, x[n : n + 1], [targets[n]], method=method, **options)
         assert apart(alone.values, whole.values[n : n + 1]) < SUMS
@@ -621,7 +621,7 @@ def test_signals_and_volumes(method: str, size: tuple[int, ...]) -> None:
     assert found.values.shape == (2, 2, *size)
     assert found.values.any()
     if method == "full-grad":
-        assert np.abs(found.more["completeness_error"]).max() < SUMS
+        assert np.abs(found.extras["completeness_error"]).max() < SUMS
 
 
 def test_guided_grad_cam_of_volumes_and_signals() -> None:
@@ -724,5 +724,5 @@ def test_a_keras_model_has_the_maps_of_its_twin(keras: Any) -> None:
         if method != "guided-grad-cam":  # its layer ends behind the activation in Keras
             assert apart(found.values, expected.values) < 1e-4, method
         assert found.values.any()
-        for key, value in expected.more.items():
-            assert np.abs(found.more[key] - value).max() < 1e-4, method
+        for key, value in expected.extras.items():
+            assert np.abs(found.extras[key] - value).max() < 1e-4, method

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.methods.cam import grad_cam
-from convscope.attribution.targets import resolve
+from convscope.attribution.targets import parse_classes
 from convscope.images.colormap import apply_colormap, blend, lookup_table
 from tests.oracles.nets import Aside, Usual, filled
 
@@ -282,7 +282,7 @@ ACCEPTED: list[tuple[Any, int, list[list[int]]]] = [
 
 @pytest.mark.parametrize(("targets", "count", "expected"), ACCEPTED)
 def test_targets_taken(usual: convscope.Model, targets: Any, count: int, expected: list[list[int]]) -> None:
-    found = resolve(usual, targets, count)
+    found = parse_classes(usual, targets, count)
     assert found is not None
     assert found.tolist() == expected
     result = convscope.heatmaps(usual, inputs(count), targets)
@@ -354,7 +354,7 @@ def test_targets_stay_with_their_pictures_when_one_is_bad(usual: convscope.Model
         found = convscope.heatmaps(usual, mixed, targets, memory=memory)
         good = convscope.heatmaps(usual, pictures, [targets[i] for i in (0, 2, 4, 5)], memory=memory)
         assert [f.name for f in found.failed] == ["missing.png", "image 3"]
-        assert found.pictures == ("image 0", "image 2", "image 4", "image 5")
+        assert found.image_names == ("image 0", "image 2", "image 4", "image 5")
         assert found.targets.tolist() == good.targets.tolist()
         assert np.array_equal(found.logits, good.logits)
         assert np.array_equal(found.values, good.values)

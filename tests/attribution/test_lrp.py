@@ -65,7 +65,7 @@ def test_agrees_with_zennit(method: str) -> None:
         assert found.values.dtype == np.float32
         assert apart(found.values, expected) < SUMS
         error = expected.sum((2, 3)) - net(x)[:, [3, 0]].detach()
-        assert apart(found.more["conservation_error"], error) < SUMS
+        assert apart(found.extras["conservation_error"], error) < SUMS
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -154,14 +154,14 @@ def test_without_biases_nothing_is_lost() -> None:
     for method in METHODS:
         found = convscope.heatmaps(model, x, [[0, 4]] * 3, method=method)
         assert apart(found.values.sum((2, 3)), found.logits) < 1e-4
-        assert np.abs(found.more["conservation_error"]).max() < 1e-4 * found.logits.max()
+        assert np.abs(found.extras["conservation_error"]).max() < 1e-4 * found.logits.max()
     with torch.no_grad():
         net.conv2.bias.fill_(3)
         net.bn1.bias.fill_(2)
     kept = convscope.heatmaps(loaded(net), x, 0, method="lrp-zplus")
-    assert kept.more["conservation_error"].max() < -0.1 * kept.logits.min()
+    assert kept.extras["conservation_error"].max() < -0.1 * kept.logits.min()
     free = convscope.heatmaps(loaded(net), x, 0, method="lrp-zplus", biases=False)
-    assert np.abs(free.more["conservation_error"]).max() < 1e-4 * free.logits.max()
+    assert np.abs(free.extras["conservation_error"]).max() < 1e-4 * free.logits.max()
 
 
 # --- what is no layer ------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_neighbours_targets_and_chunks_change_nothing(method: str) -> None:
         assert apart(one.values[:, 0], whole.values[:, position]) < TINY
     parts = convscope.heatmaps(model, x, targets, method=method, memory=1, **options)
     assert apart(parts.values, whole.values) < SUMS
-    assert apart(parts.more["conservation_error"], whole.more["conservation_error"]) < SUMS
+    assert apart(parts.extras["conservation_error"], whole.extras["conservation_error"]) < SUMS
     alone = convscope.heatmaps(model, x[1:2], [targets[1]], method=method, **options)
     assert apart(alone.values, whole.values[1:2]) < SUMS
 

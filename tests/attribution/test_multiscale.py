@@ -15,7 +15,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.attribution.default_layer import choose
+from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.multiscale import enlarged
 from convscope.images.preprocessing import Preprocessing
 from tests.attribution.test_heatmaps import SIZE, TINY, Pooled, apart, inputs, loaded
@@ -126,14 +126,14 @@ def test_enlarged_preprocessing_keeps_its_crop() -> None:
 
 
 def test_convnets_get_their_last_layer_with_places(usual: convscope.Model) -> None:
-    row, why = choose(usual)
+    row, why = choose_layer(usual)
     assert row.name == usual.layers.last_spatial().name
     assert why == "the last layer with spatial extent (12 x 12) that is not a pooling"
     for layer in (None, "auto"):
         found = convscope.heatmaps(usual, inputs(), layer=layer)
-        assert (found.layer, found.why) == (row.name, why)
+        assert (found.layer, found.layer_reason) == (row.name, why)
         assert found.manifest()["parameters"]["why"] == why
-    assert convscope.heatmaps(usual, inputs(), layer="conv1").why == "as asked for"
+    assert convscope.heatmaps(usual, inputs(), layer="conv1").layer_reason == "as asked for"
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -157,7 +157,7 @@ def test_transformers_get_the_last_layer_that_counts(pool: str) -> None:
     assert np.abs(found.values).max((2, 3)).min() > 0
     if pool == "token":
         assert found.layer == "blocks.2.norm1"
-        assert "read off the class token alone" in found.why
+        assert "read off the class token alone" in found.layer_reason
         behind = convscope.heatmaps(model, inputs(2, 64), 0, layer="blocks.2")
         assert not behind.values.any()
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope.attribution.methods.cam import eigen_cam
-from convscope.attribution.targets import over_region
+from convscope.attribution.targets import segmentation_target
 from convscope.engine import capture
 from tests.attribution.test_heatmaps import apart, loaded, resnet
 
@@ -257,6 +257,6 @@ def test_differs_region_of_pytorch_grad_cam() -> None:
     mask = np.zeros((12, 12), np.float32)
     mask[2:5, 3:9] = 1
     theirs = SemanticSegmentationTarget(2, mask)
-    asked = [over_region(2, mask), lambda output: torch.stack([theirs(one) for one in output])]
+    asked = [segmentation_target(2, mask), lambda output: torch.stack([theirs(one) for one in output])]
     found = convscope.heatmaps(model, x, asked, layer="0")
     assert apart(found.values[:, 0] * 18, found.values[:, 1]) < SAME

@@ -345,8 +345,8 @@ def worth(net: nn.Module, target: int, x: Tensor) -> np.ndarray:
 
 def posed(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, layer: Any = None) -> Any:
     """A question as the engine poses it, for inputs that pictures cannot be."""
-    from convscope.attribution.context import Question
-    from convscope.attribution.targets import Chosen
+    from convscope.attribution.context import MethodContext
+    from convscope.attribution.targets import BatchTargets
     from convscope.engine.capture import ForwardResult
 
     class Stub:
@@ -360,9 +360,9 @@ def posed(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, layer: A
         out = net(many)
         return ForwardResult({}, out, out)
 
-    chosen = Chosen(torch.tensor([targets] * len(x)))
+    chosen = BatchTargets(torch.tensor([targets] * len(x)))
     stub: Any = Stub()
-    return Question(stub, x, chosen, run, size, 0, lambda share: None, layer)
+    return MethodContext(stub, x, chosen, run, size, 0, lambda share: None, layer)
 
 
 def test_defaults_of_occlusion_follow_the_picture() -> None:
@@ -478,27 +478,27 @@ def test_rise_stops_when_it_knows_enough() -> None:
         )
 
     never, loose, tight = told(0.0), told(0.5), told(0.35)
-    assert never.more["samples"].tolist() == [[2000.0] * 3] * 2
-    assert np.all(tight.more["samples"] < 2000)
-    assert np.all(tight.more["samples"] % 100 == 0)
-    assert np.all(loose.more["samples"] <= tight.more["samples"])
-    assert (loose.more["samples"] < tight.more["samples"]).any()
-    assert len(set(tight.more["samples"].flatten().tolist())) > 1  # each target has its own end
+    assert never.extras["samples"].tolist() == [[2000.0] * 3] * 2
+    assert np.all(tight.extras["samples"] < 2000)
+    assert np.all(tight.extras["samples"] % 100 == 0)
+    assert np.all(loose.extras["samples"] <= tight.extras["samples"])
+    assert (loose.extras["samples"] < tight.extras["samples"]).any()
+    assert len(set(tight.extras["samples"].flatten().tolist())) > 1  # each target has its own end
     for found, tolerance in ((loose, 0.5), (tight, 0.35)):
-        error, span = found.more["standard_error"], np.ptp(found.values, axis=(2, 3))
+        error, span = found.extras["standard_error"], np.ptp(found.values, axis=(2, 3))
         assert error.shape == found.values.shape
         assert np.all(error.max((2, 3)) <= tolerance * span * (1 + TINY))
     # A target's end does not depend on the others'.
     for t in range(3):
         alone = told(0.35, ((t,),) * 2)
-        assert np.array_equal(alone.more["samples"][:, 0], tight.more["samples"][:, t])
+        assert np.array_equal(alone.extras["samples"][:, 0], tight.extras["samples"][:, t])
         assert apart(alone.values[:, 0], tight.values[:, t]) < TINY
 
 
 def test_rise_of_a_single_mask_knows_no_error() -> None:
     found = convscope.heatmaps(loaded(filled(Usual())), inputs(1), 0, method="rise", samples=1, cells=3)
     assert np.isfinite(found.values).all()
-    assert np.isnan(found.more["standard_error"]).all()
+    assert np.isnan(found.extras["standard_error"]).all()
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

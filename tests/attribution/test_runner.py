@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import Model
-from convscope.attribution.api import explained, plan_cell
-from convscope.attribution.context import Question
-from convscope.attribution.registry import METHODS, Asking, Cam
+from convscope.attribution.api import compute_heatmaps, resolve_method
+from convscope.attribution.context import MethodContext
+from convscope.attribution.registry import METHODS, ModelMethod, CamMethod
 from tests.oracles.nets import Aside, Usual, filled
 
 SIZE = 24
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 BATCHES = 1e-5  # the engine's promise for other batch sizes
-CAMS = [name for name in METHODS if isinstance(METHODS[name], Cam)]
+CAMS = [name for name in METHODS if isinstance(METHODS[name], CamMethod)]
 ANYWHERE = [name for name in CAMS if name != "cam"]
 
 
@@ -44,7 +44,7 @@ def maps(model: Model, x: Tensor, targets: Any = None, **given: Any) -> np.ndarr
 
 
 def several(model: Model, x: Tensor, targets: Any, *cells: tuple[str, Any], fuse: str = "mean", **given: Any) -> Any:
-    return explained(model, x, targets, [plan_cell(model, method, layer, fuse, {}) for method, layer in cells], **given)
+    return compute_heatmaps(model, x, targets, [resolve_method(model, method, layer, fuse, {}) for method, layer in cells], **given)
 
 
 class Counted(Usual):
@@ -272,44 +272,44 @@ def test_noise_by_hand(usual: Model) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[MethodContext]:
     """Two methods that note what they are asked; one looks at a layer, one at the input."""
-    questions: list[Question] = []
+    questions: list[MethodContext] = []
 
-    def at_layer(question: Question, *, factor: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def at_layer(question: MethodContext, *, factor: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
         questions.append(question)
-        question.tell(0.5)
-        mean = question.maps().mean(1, keepdim=True).expand(-1, question.count, -1, -1)
+        question.report_progress(0.5)
+        mean = question.layer_activations().mean(1, keepdim=True).expand(-1, question.num_targets, -1, -1)
         return factor * mean, {"error": question.x.flatten(1).mean(1)}
 
-    def at_input(question: Question) -> Tensor:
+    def at_input(question: MethodContext) -> Tensor:
         questions.append(question)
-        return question.x[:, :1].expand(-1, question.count, -1, -1)
+        return question.x[:, :1].expand(-1, question.num_targets, -1, -1)
 
-    monkeypatch.setitem(METHODS, "at-layer", Asking(at_layer, at_input=False))
-    monkeypatch.setitem(METHODS, "at-input", Asking(at_input))
+    monkeypatch.setitem(METHODS, "at-layer", ModelMethod(at_layer, at_input=False))
+    monkeypatch.setitem(METHODS, "at-input", ModelMethod(at_input))
     return questions
 
 
-def test_what_a_method_is_asked_and_what_it_finds(usual: Model, asked: list[Question]) -> None:
+def test_what_a_method_is_asked_and_what_it_finds(usual: Model, asked: list[MethodContext]) -> None:
     found = convscope.heatmaps(usual, inputs(), [[0, 1]] * 3, method="at-layer", layer="conv2", factor=3.0, seed=4)
     mean = convscope.activations(usual, inputs(), "conv2")["conv2"].mean(1, keepdims=True)
     assert apart(found.values, np.repeat(3 * mean, 2, axis=1)) < TINY
     assert found.settings["factor"] == 3.0
-    assert apart(found.more["error"], inputs().flatten(1).mean(1)) < 1e-4
-    assert apart(found.arrays()["error"], found.more["error"]) == 0
+    assert apart(found.extras["error"], inputs().flatten(1).mean(1)) < 1e-4
+    assert apart(found.arrays()["error"], found.extras["error"]) == 0
     (question,) = asked
     assert question.layer is not None
-    assert (question.layer.name, question.seed, question.count) == ("conv2", 4, 2)
+    assert (question.layer.name, question.seed, question.num_targets) == ("conv2", 4, 2)
     at_input = convscope.heatmaps(usual, inputs(), [[0, 1]] * 3, method="at-input", smooth="flips")
     assert at_input.layer == "input"
     assert apart(at_input.values, inputs()[:, [0, 0]]) < TINY  # the mirror image is turned back
     both = convscope.heatmaps(usual, inputs(), method="at-layer", layer=["conv1", "conv2"])
-    assert both.more == {}  # what belongs to one layer is not that of the fused map
+    assert both.extras == {}  # what belongs to one layer is not that of the fused map
     assert [question.layer.name for question in asked[-2:] if question.layer] == ["conv1", "conv2"]
 
 
-def test_mixed_cells_keep_to_themselves(usual: Model, asked: list[Question]) -> None:
+def test_mixed_cells_keep_to_themselves(usual: Model, asked: list[MethodContext]) -> None:
     cells = [("at-layer", "conv2"), ("grad-cam", "relu1"), ("at-input", None), ("finer-cam", "conv3")]
     for result, (method, layer) in zip(several(usual, inputs(), 1, *cells), cells, strict=True):
         assert apart(result.values, maps(usual, inputs(), 1, method=method, layer=layer)) < TINY
@@ -320,7 +320,7 @@ def test_mixed_cells_keep_to_themselves(usual: Model, asked: list[Question]) -> 
 
 
 @pytest.mark.parametrize("smooth", [None, "flips", "noise"])
-def test_progress_rises_to_the_end(usual: Model, asked: list[Question], smooth: str | None) -> None:
+def test_progress_rises_to_the_end(usual: Model, asked: list[MethodContext], smooth: str | None) -> None:
     told: list[tuple[float, int]] = []
 
     def note(done: float, whole: int) -> None:

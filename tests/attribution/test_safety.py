@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError, Model
-from convscope.attribution.api import explained, plan_cell
-from convscope.attribution.registry import METHODS, Asking, Cam
+from convscope.attribution.api import compute_heatmaps, resolve_method
+from convscope.attribution.registry import METHODS, ModelMethod, CamMethod
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 # A user's own hook, on a layer at which gradients begin; torch tells its owner so.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 SIZE = 24
-CAMS = [name for name in METHODS if isinstance(METHODS[name], Cam)]
+CAMS = [name for name in METHODS if isinstance(METHODS[name], CamMethod)]
 
 
 def loaded(net: nn.Module) -> Model:
@@ -36,7 +36,7 @@ def maps(model: Model, x: Tensor, targets: Any = None, **given: Any) -> np.ndarr
 
 
 def several(model: Model, x: Tensor, targets: Any, *cells: tuple[str, Any], **given: Any) -> Any:
-    return explained(model, x, targets, [plan_cell(model, name, layer, "mean", {}) for name, layer in cells], **given)
+    return compute_heatmaps(model, x, targets, [resolve_method(model, name, layer, "mean", {}) for name, layer in cells], **given)
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ def dummies(monkeypatch: pytest.MonkeyPatch) -> None:
     def at_layer(question: Any, *, factor: float = 2.0) -> Tensor:
         pytest.fail("the method was asked")
 
-    monkeypatch.setitem(METHODS, "at-layer", Asking(at_layer, at_input=False))
-    monkeypatch.setitem(METHODS, "at-input", Asking(at_layer))
+    monkeypatch.setitem(METHODS, "at-layer", ModelMethod(at_layer, at_input=False))
+    monkeypatch.setitem(METHODS, "at-input", ModelMethod(at_layer))
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

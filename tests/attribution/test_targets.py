@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.registry import METHODS
-from convscope.attribution.targets import Chosen, ask, finer, of_head, over_region
+from convscope.attribution.targets import BatchTargets, parse_targets, finer_cam_score, output_target, segmentation_target
 from convscope.engine.capture import ForwardResult
 from tests.oracles.nets import PACKINGS, Packed, Usual, changes, filled, snapshot
 
@@ -85,7 +85,7 @@ AGAINST: list[tuple[Any, list[list[int]]]] = [
 
 @pytest.mark.parametrize(("against", "expected"), AGAINST)
 def test_what_is_taken_off(usual: convscope.Model, against: Any, expected: list[list[int]]) -> None:
-    asked = ask(usual, 0, 3, against)
+    asked = parse_targets(usual, 0, 3, against)
     assert asked.against is not None
     assert asked.against.tolist() == expected
     found = convscope.heatmaps(usual, inputs(), 0, against=against)
@@ -138,7 +138,7 @@ def test_contrast_with_one_picture_and_with_the_top_class(usual: convscope.Model
         (0, lambda output: output[:, 0], "expected None, a class"),
         (lambda output: output[:, 0], 1, "against= goes with classes; a function can take another class off by itself"),
         ([lambda output: output[:, 0], 1], None, "targets are either all classes or all functions"),
-        ([1, over_region(0, np.ones((2, 2)))], None, "targets are either all classes or all functions"),
+        ([1, segmentation_target(0, np.ones((2, 2)))], None, "targets are either all classes or all functions"),
     ],
 )
 def test_refused_before_any_pass(usual: convscope.Model, targets: Any, against: Any, message: str) -> None:
@@ -184,7 +184,7 @@ def test_finer_cam_of_twins() -> None:
     """Classes with the very same score: each is the others' nearest, none is its own."""
     logits = torch.tensor([[2.0, 2, 2, 2, 9, -5]], requires_grad=True)
     for target in range(4):
-        score = finer(Chosen(torch.tensor([[target]])), ForwardResult({}, logits, logits))
+        score = finer_cam_score(BatchTargets(torch.tensor([[target]])), ForwardResult({}, logits, logits))
         (gradient,) = torch.autograd.grad(score.sum(), logits)
         expected = [1.0 if c == target else -0.2 if c < 4 else 0.0 for c in range(6)]
         assert gradient[0].tolist() == pytest.approx(expected)
@@ -233,8 +233,8 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "one for all": (lambda output: output.sum(), r"gave a tensor \(\) for 3 pictures; expected a tensor with a score"),
     "no tensor": (lambda output: output[:, 0].tolist(), "gave a list for 3 pictures"),
     "nothing": (lambda output: None, "gave a NoneType for 3 pictures"),
-    "no maps": (over_region(1, np.ones((4, 4))), "a region was given, but the network gives no maps of classes"),
-    "no heads": (of_head("depth", 1), r"the network gives no head 'depth' in a tensor \(3, 5\)"),
+    "no maps": (segmentation_target(1, np.ones((4, 4))), "a region was given, but the network gives no maps of classes"),
+    "no heads": (output_target("depth", 1), r"the network gives no head 'depth' in a tensor \(3, 5\)"),
     "not finite": (lambda output: output[:, 0] / 0, "not finite"),
 }
 
@@ -299,7 +299,7 @@ def test_over_region_by_hand(scale: int) -> None:
     net = filled(Segmenting())
     inside = np.zeros((12, 12), bool)
     inside[2:5, 3:10] = True
-    region = over_region(2, np.kron(inside, np.ones((scale, scale))))  # at any resolution
+    region = segmentation_target(2, np.kron(inside, np.ones((scale, scale))))  # at any resolution
     assert region.__name__ == "class 2 over a region"
     with torch.no_grad():
         activation = net.conv(inputs()).double().numpy()
@@ -318,15 +318,15 @@ def test_over_region_by_hand(scale: int) -> None:
 def test_regions_that_cannot_be_meant() -> None:
     for mask in (np.zeros((4, 4)), np.ones(4), np.ones((2, 3, 4))):
         with pytest.raises(ConvscopeError, match=r"expected \(H, W\) with at least one place inside"):
-            over_region(0, mask)
+            segmentation_target(0, mask)
     model = loaded(filled(Segmenting()))
     for target in (5, -1):
         with pytest.raises(ConvscopeError, match=rf"class {target} is out of range: the network's maps gave \(3, 5,"):
-            convscope.heatmaps(model, inputs(), over_region(target, np.ones((12, 12))), layer="conv")
+            convscope.heatmaps(model, inputs(), segmentation_target(target, np.ones((12, 12))), layer="conv")
     speck = np.zeros((1200, 1200))
     speck[1, 1] = 1
     with pytest.raises(ConvscopeError, match="nothing of the region is left"):
-        convscope.heatmaps(model, inputs(), over_region(0, speck), layer="conv")
+        convscope.heatmaps(model, inputs(), segmentation_target(0, speck), layer="conv")
 
 
 class Heads(Usual):
@@ -351,7 +351,7 @@ def test_of_head_by_hand(kind: str) -> None:
     keys = ("kind", "depth") if kind == "dict" else (0, 1)
     net = filled(Heads(pack))
     model = loaded(net)
-    targets = [of_head(keys[0], 4), of_head(keys[1], 1)]
+    targets = [output_target(keys[0], 4), output_target(keys[1], 1)]
     found = convscope.heatmaps(model, inputs(), targets, layer="relu3")
     activation = convscope.activations(model, inputs(), "relu3")["relu3"].astype(np.float64)
     for t, (layer, row) in enumerate(((net.fc, 4), (net.depth, 1))):
@@ -360,10 +360,10 @@ def test_of_head_by_hand(kind: str) -> None:
         assert apart(found.values[:, t], expected) < TINY
     assert found.names[0] == [f"class 4 of {keys[0]}", f"class 1 of {keys[1]}"]
     with pytest.raises(ConvscopeError, match=r"class 2 is out of range: head .* gave \(3, 2\)"):
-        convscope.heatmaps(model, inputs(), of_head(keys[1], 2))
+        convscope.heatmaps(model, inputs(), output_target(keys[1], 2))
     missing = "the network gives no head 'colour'" + (": kind, depth" if kind == "dict" else " in a tuple")
     with pytest.raises(ConvscopeError, match=missing):
-        convscope.heatmaps(model, inputs(), of_head("colour", 0))
+        convscope.heatmaps(model, inputs(), output_target("colour", 0))
 
 
 @pytest.mark.parametrize("packing", ["dict", "ordered", "namedtuple", "dataclass", "tuple"])
@@ -374,7 +374,7 @@ def test_of_head_of_every_packing(packing: str) -> None:
     key: Any = 0 if packing == "tuple" else "logits"
     if isinstance(output, Mapping):
         key = next(k for k in output if k != "aux")
-    found = convscope.heatmaps(model, inputs(), of_head(key, 2), layer="relu")
+    found = convscope.heatmaps(model, inputs(), output_target(key, 2), layer="relu")
     assert apart(found.values, convscope.heatmaps(model, inputs(), 2, layer="relu").values) < TINY
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from convscope.cli import app
-from convscope.cli.options import numbers
+from convscope.cli.options import parse_units
 from convscope.errors import ConvscopeError
 
 
@@ -71,7 +71,7 @@ def test_predict_as_json_equals_the_call(lite0, photos):
 
     said = json.loads(run("predict", "lite0", *photos, "--json").stdout)
     expected = convscope.predict(lite0, photos)
-    assert [p["picture"] for p in said] == list(expected.pictures)
+    assert [p["picture"] for p in said] == list(expected.image_names)
     np.testing.assert_allclose(
         [[c["probability"] for c in p["classes"]] for p in said], expected.probabilities, rtol=1e-5
     )
@@ -145,12 +145,12 @@ def test_scaling_of_the_grids(photos, tmp_path):
     [("all", None), ("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("African elephant, 3", ["African elephant", 3])],
 )
 def test_units_as_people_write_them(text, units):
-    assert numbers(text) == units
+    assert parse_units(text) == units
 
 
 def test_units_that_run_backwards_are_refused():
     with pytest.raises(ConvscopeError, match="ends before it begins"):
-        numbers("9-3")
+        parse_units("9-3")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import convscope
 from convscope.cli import app
 from convscope.featurevis import resumable
-from convscope.featurevis.objectives import unit
+from convscope.featurevis.objectives import channel
 from tests.oracles.nets import Usual, filled
 
 MODEL = "tests.test_cli_draw:small"
@@ -244,7 +244,7 @@ def test_negatives_lie_below_their_positives(tmp_path: Path) -> None:
             shown = sheet[at : at + 16, left : left + 16]
             assert (shown == (images[i] if i < 10 else 0)).all(), (i, at)
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
-    expected = convscope.patterns(model, [-unit("conv3", u) for u in units], steps=2, size=16)
+    expected = convscope.patterns(model, [-channel("conv3", u) for u in units], steps=2, size=16)
     assert least["images"].tobytes() == expected.images.tobytes()
     assert (wanted["images"] != least["images"]).mean() > 0.9
 

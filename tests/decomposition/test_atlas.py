@@ -47,7 +47,7 @@ def shown() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def found(usual: convscope.Model, shown: np.ndarray) -> Atlas:
-    return convscope.atlas(usual, shown, layer="relu2", grid=4, places=6, least=3, reduce=first_two, **QUICK)
+    return convscope.atlas(usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK)
 
 
 # --- what is laid out ------------------------------------------------------------------------------------------------
@@ -93,10 +93,10 @@ def test_cells_are_what_a_recount_finds(usual: convscope.Model, shown: np.ndarra
     assert 0 < len(expected) < len(members)  # some cells hold too few, so that the limit is put to use
     for i, cell in enumerate(sorted(expected)):
         assert found.counts[i] == len(expected[cell])
-        assert np.flatnonzero(found.cell == i).tolist() == expected[cell]
+        assert np.flatnonzero(found.cell_index == i).tolist() == expected[cell]
         assert found.means[i] == pytest.approx(own[expected[cell]].mean(0), abs=1e-5)
     few = [i for rows in members.values() if len(rows) < 3 for i in rows]
-    assert sorted(np.flatnonzero(found.cell == -1)) == sorted(few)
+    assert sorted(np.flatnonzero(found.cell_index == -1)) == sorted(few)
     assert found.notes == (f"{72 - len(few)} of 72 vectors are in cells that are drawn",)
 
 
@@ -128,12 +128,12 @@ def effects_recounted(model: convscope.Model, shown: np.ndarray, found: Atlas) -
 def test_classes_are_those_whose_logits_fall(model: convscope.Model) -> None:
     """The logits are means over 32 x 32 places: without one of them they fall by w . v / 1024."""
     tiles = pictures(8)
-    result = convscope.atlas(model, tiles, layer="relu", grid=3, places=9, least=2, reduce=first_two, **QUICK)
+    result = convscope.atlas(model, tiles, layer="relu", grid=3, positions_per_image=9, min_count=2, reducer=first_two, **QUICK)
     maps = convscope.activations(model, tiles, "relu")["relu"]
     n, row, column = result.sources.T
     falls = maps[n, :, row, column] @ WEIGHTS.numpy().T / SIZE**2
     for i in range(len(result.cells)):
-        mean = falls[result.cell == i].mean(0)
+        mean = falls[result.cell_index == i].mean(0)
         assert result.effects[i] == pytest.approx(np.sort(mean)[::-1], abs=1e-6)
         assert result.classes[i][0] == mean.argmax() or result.effects[i][0] == pytest.approx(result.effects[i][1])
         assert result.names[i] == [["warm", "cold"][k] for k in result.classes[i]]
@@ -143,7 +143,7 @@ def test_effects_behind_further_layers() -> None:
     """Where more than a mean lies behind the layer, against hooks on the whole network."""
     model = convscope.load(filled(Usual(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"})
     tiles = np.random.default_rng(5).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
-    result = convscope.atlas(model, tiles, layer="relu2", grid=1, places=5, least=1, reduce=first_two, **QUICK)
+    result = convscope.atlas(model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK)
     mean = effects_recounted(model, tiles, result).mean(0)
     order = np.argsort(-mean)[:TOLD]
     assert result.classes[0].tolist() == order.tolist()
@@ -167,8 +167,8 @@ def test_a_class_keeps_what_speaks_for_it(model: convscope.Model) -> None:
     n, row, column = everything.sources.T
     lit = (maps[n, :, row, column] > 0).any(1)
     assert len(warm.sources) + len(cold.sources) == lit.sum()  # black speaks for nothing
-    assert (warm.target, warm.among, everything.target) == (0, 1, None)
-    both = convscope.atlas(model, tiles, target="warm", among=2, **asked)
+    assert (warm.target, warm.top_k, everything.target) == (0, 1, None)
+    both = convscope.atlas(model, tiles, target="warm", top_k=2, **asked)
     assert len(both.sources) == lit.sum()
 
 
@@ -179,7 +179,7 @@ def test_icons_show_the_colour_of_their_cells(model: convscope.Model) -> None:
         return rows[:, :3] @ np.array([[0.0, 0], [1, 0], [0, 1]])
 
     result = convscope.atlas(
-        model, tiles, layer="relu", grid=2, places=3, least=2, reduce=apart, size=32, steps=40, power=1
+        model, tiles, layer="relu", grid=2, positions_per_image=3, min_count=2, reducer=apart, size=32, steps=40, power=1
     )
     assert len(result.cells) == 3
     assert sorted(result.means.argmax(1).tolist()) == [0, 1, 2]
@@ -192,16 +192,16 @@ def test_icons_show_the_colour_of_their_cells(model: convscope.Model) -> None:
 
 
 def test_places_do_not_depend_on_other_pictures(usual: convscope.Model, shown: np.ndarray, found: Atlas) -> None:
-    fewer = convscope.atlas(usual, shown[:5], layer="relu2", grid=2, places=6, least=1, reduce=first_two, **QUICK)
+    fewer = convscope.atlas(usual, shown[:5], layer="relu2", grid=2, positions_per_image=6, min_count=1, reducer=first_two, **QUICK)
     assert fewer.sources.tolist() == found.sources[:30].tolist()
     other = convscope.atlas(
-        usual, shown[:5], layer="relu2", grid=2, places=6, least=1, reduce=first_two, seed=1, **QUICK
+        usual, shown[:5], layer="relu2", grid=2, positions_per_image=6, min_count=1, reducer=first_two, seed=1, **QUICK
     )
     assert other.sources.tolist() != fewer.sources.tolist()
 
 
 def test_the_same_seed_gives_the_same_bytes(usual: convscope.Model, shown: np.ndarray, found: Atlas) -> None:
-    again = convscope.atlas(usual, shown, layer="relu2", grid=4, places=6, least=3, reduce=first_two, **QUICK)
+    again = convscope.atlas(usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK)
     assert {k: v.tobytes() for k, v in again.arrays().items()} == {k: v.tobytes() for k, v in found.arrays().items()}
 
 
@@ -217,7 +217,7 @@ def test_nothing_is_left_behind(fails: bool, shown: np.ndarray) -> None:
             raise KeyboardInterrupt
 
     def ask() -> Atlas:
-        return convscope.atlas(model, shown, layer="relu2", grid=2, reduce=first_two, progress=watch, **QUICK)
+        return convscope.atlas(model, shown, layer="relu2", grid=2, reducer=first_two, progress=watch, **QUICK)
 
     if fails:
         with pytest.raises(KeyboardInterrupt):
@@ -234,8 +234,8 @@ def test_nothing_is_left_behind(fails: bool, shown: np.ndarray) -> None:
 def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path: Path) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "0.png")
     files = [str(tmp_path / "none.png"), str(tmp_path / "0.png")]
-    result = convscope.atlas(model, files, grid=1, least=1, reduce=first_two, **QUICK)
-    assert result.pictures == (files[1],)
+    result = convscope.atlas(model, files, grid=1, min_count=1, reducer=first_two, **QUICK)
+    assert result.image_names == (files[1],)
     assert [failure.name for failure in result.failed] == [files[0]]
 
 
@@ -269,18 +269,18 @@ def test_places_where_nothing_is_said_have_no_cell(model: convscope.Model) -> No
     plain = convscope.load(net, preprocessing={"size": SIZE, "mean": 0.0, "std": 1.0})
     half = np.random.default_rng(0).integers(100, 256, (6, SIZE, SIZE, 3), np.uint8)
     half[:, : SIZE // 2] = 0
-    found = convscope.atlas(plain, half, layer="1", grid=2, places=20, least=2, reduce=first_two, size=SIZE, steps=2)
+    found = convscope.atlas(plain, half, layer="1", grid=2, positions_per_image=20, min_count=2, reducer=first_two, size=SIZE, steps=2)
     dark = 6 * 20 - len(found.sources)
     assert dark > 0
     assert (found.sources[:, 1] >= SIZE // 2).all()
     assert f"{dark} vectors were left out: all their channels are 0" in found.notes
     with pytest.raises(ConvscopeError, match="all channels of '1' are 0 at every place"):
-        convscope.atlas(plain, np.zeros_like(half), layer="1", reduce=first_two, size=SIZE, steps=2)
+        convscope.atlas(plain, np.zeros_like(half), layer="1", reducer=first_two, size=SIZE, steps=2)
 
 
 def test_a_class_that_nothing_speaks_for(model: convscope.Model) -> None:
     with pytest.raises(ConvscopeError, match="no vector speaks for 'cold'"):
-        convscope.atlas(model, tiled([["red"] * 4] * 4), layer="relu", target="cold", reduce=first_two, **QUICK)
+        convscope.atlas(model, tiled([["red"] * 4] * 4), layer="relu", target="cold", reducer=first_two, **QUICK)
 
 
 def test_without_umap_the_extra_is_named(
@@ -349,7 +349,7 @@ def test_umap_keeps_apart_what_is_apart(model: convscope.Model, tmp_path: Path) 
     assert first.positions.tobytes() == second.positions.tobytes()
     blue = first.sources[:, 0] >= 8
     for i in range(len(first.cells)):  # no cell holds both
-        assert len(set(blue[first.cell == i])) == 1
+        assert len(set(blue[first.cell_index == i])) == 1
     files = []
     for i, picture in enumerate(tiles):
         Image.fromarray(picture).save(tmp_path / f"{i:02d}.png")

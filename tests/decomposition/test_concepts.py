@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Concepts, ConvscopeError
 from convscope.cli import app
-from convscope.decomposition.crops import best, boxes
+from convscope.decomposition.crops import non_overlapping_top_k, boxes
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, Colours, colours, loaded, pictures, tiled
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
@@ -43,7 +43,7 @@ def test_each_colour_is_a_concept(found: Concepts) -> None:
     colour = found.bank.argmax(1)
     assert sorted(colour.tolist()) == [0, 1, 2]
     assert found.bank[range(COUNT), colour] == pytest.approx(np.ones(COUNT), abs=1e-3)
-    assert found.error < 1e-3
+    assert found.reconstruction_error < 1e-3
 
 
 def test_patches_show_their_colour(found: Concepts) -> None:
@@ -54,20 +54,20 @@ def test_patches_show_their_colour(found: Concepts) -> None:
 
 def test_importance_and_effects_have_closed_forms(found: Concepts, model: convscope.Model) -> None:
     """The logit is additive: a concept gives c = w . bank x its mean amount, its index is c^2 / sum c^2."""
-    given = found.heats.mean((2, 3)) * (WEIGHTS[0].numpy() @ found.bank.T)
-    assert found.effects == pytest.approx(given.mean(0), abs=1e-5)
-    assert found.rebuilt == pytest.approx(given.sum(1) + 0.5, abs=1e-5)
+    given = found.heatmaps.mean((2, 3)) * (WEIGHTS[0].numpy() @ found.bank.T)
+    assert found.ablation_effects == pytest.approx(given.mean(0), abs=1e-5)
+    assert found.reconstructed_logits == pytest.approx(given.sum(1) + 0.5, abs=1e-5)
     assert found.indices == pytest.approx(given**2 / (given**2).sum(1, keepdims=True), abs=0.02)
     assert found.importance == pytest.approx(found.indices.mean(0), rel=1e-12)
     assert found.importance.tolist() == sorted(found.importance, reverse=True)
     logits = convscope.predict(model, pictures(6)).logits[:, 0]
     assert found.logits == pytest.approx(logits, rel=1e-5)
-    assert found.rebuilt == pytest.approx(logits, rel=1e-3)
+    assert found.reconstructed_logits == pytest.approx(logits, rel=1e-3)
 
 
 def test_what_speaks_against_a_class_has_a_negative_effect(model: convscope.Model) -> None:
     against = convscope.concepts(model, pictures(6), "cold", only_predicted=False, **ASKED)
-    effects = dict(zip(against.bank.argmax(1).tolist(), against.effects, strict=True))
+    effects = dict(zip(against.bank.argmax(1).tolist(), against.ablation_effects, strict=True))
     assert effects[0] < -0.1  # red
     assert effects[2] > 0.1  # blue
     assert effects[1] == pytest.approx(0, abs=1e-3)  # green has no weight
@@ -91,7 +91,7 @@ def test_heat_lies_on_the_colour(found: Concepts) -> None:
 def test_heat_is_non_negative_least_squares_at_each_place() -> None:
     net = convscope.load(filled(Usual()), preprocessing={"size": SIZE})
     shown = np.random.default_rng(3).integers(0, 256, (4, 48, 40, 3), np.uint8)
-    result = convscope.concepts(net, shown, 0, layer="relu2", count=4, crop=0.5, only_predicted=False, judged=2)
+    result = convscope.concepts(net, shown, 0, layer="relu2", count=4, crop=0.5, only_predicted=False, n_evaluated=2)
     maps = convscope.activations(net, shown[:2], "relu2")["relu2"]
     heat = result.heat(shown[:2])
     places = np.random.default_rng(0).integers(0, maps.shape[2], (10, 2))
@@ -100,8 +100,8 @@ def test_heat_is_non_negative_least_squares_at_each_place() -> None:
             expected, _ = scipy.optimize.nnls(result.bank.T.astype(float), maps[n, :, row, column].astype(float))
             assert heat[n, :, row, column] == pytest.approx(expected, abs=1e-5)
     # What is kept of the judged pictures is the same.
-    assert result.judged.tolist() == [0, 3]
-    assert result.heats == pytest.approx(result.heat(shown[[0, 3]]), abs=1e-4)
+    assert result.evaluated_indices.tolist() == [0, 3]
+    assert result.heatmaps == pytest.approx(result.heat(shown[[0, 3]]), abs=1e-4)
 
 
 def test_crops_are_pooled_activations_of_what_is_cut_out(found: Concepts, model: convscope.Model) -> None:
@@ -121,12 +121,12 @@ def test_pictures_of_other_classes_are_kept_out(model: convscope.Model) -> None:
     cold = tiled([["blue"] * 4] * 4)
     mixed = [cold, *pictures(3), cold]
     result = convscope.concepts(model, mixed, "warm", **ASKED)
-    assert result.pictures == ("image 1", "image 2", "image 3")
+    assert result.image_names == ("image 1", "image 2", "image 3")
     assert any("2 of 5 pictures are not counted to 'warm' but to cold (2): kept out" in note for note in result.notes)
     assert set(result.crops[:, 0].tolist()) == {0, 1, 2}
     assert (result.original(0) == mixed[1]).all()
     everything = convscope.concepts(model, mixed, "warm", only_predicted=False, **ASKED)
-    assert len(everything.pictures) == 5
+    assert len(everything.image_names) == 5
     with pytest.raises(ConvscopeError, match="counts none of these 2 pictures to 'warm' but to cold"):
         convscope.concepts(model, [cold, cold], "warm", **ASKED)
 
@@ -137,7 +137,7 @@ def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
         files.append(str(tmp_path / f"{i}.png"))
     result = convscope.concepts(model, [files[0], str(tmp_path / "none.png"), files[1]], "warm", **ASKED)
-    assert result.pictures == tuple(files)
+    assert result.image_names == tuple(files)
     assert [failure.name for failure in result.failed] == [str(tmp_path / "none.png")]
     with pytest.raises(ConvscopeError, match=r"none\.png"):
         result.heat([files[0], str(tmp_path / "none.png")])
@@ -274,10 +274,10 @@ def test_of_a_larger_grid_some_are_drawn_by_the_pictures_own_seed() -> None:
 def test_the_best_crops_do_not_overlap() -> None:
     crops = np.array([[0, 0, 0, 10, 10], [0, 2, 0, 12, 10], [0, 8, 0, 18, 10], [1, 0, 0, 10, 10], [1, 50, 0, 60, 10]])
     # The second covers 8 of 12 rows of the first, the third 2 of 18; the fourth lies in another picture.
-    assert best(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.3).tolist() == [0, 2, 3, -1, -1]
-    assert best(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.66).tolist() == [0, 2, 3, -1, -1]
-    assert best(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.67).tolist() == [0, 1, 2, 3, -1]
-    assert best(np.array([1.0, 1, 1, 1, 1]), crops, 2, 0.3).tolist() == [0, 2]
+    assert non_overlapping_top_k(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.3).tolist() == [0, 2, 3, -1, -1]
+    assert non_overlapping_top_k(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.66).tolist() == [0, 2, 3, -1, -1]
+    assert non_overlapping_top_k(np.array([5.0, 4, 3, 2, 0]), crops, 5, 0.67).tolist() == [0, 1, 2, 3, -1]
+    assert non_overlapping_top_k(np.array([1.0, 1, 1, 1, 1]), crops, 2, 0.3).tolist() == [0, 2]
 
 
 def test_examples_are_the_crops_with_most_of_it(found: Concepts) -> None:
@@ -298,7 +298,7 @@ def test_what_is_saved(found: Concepts, tmp_path: Path) -> None:
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted([*manifest["files"], "manifest.json"])
     with np.load(tmp_path / "out" / "arrays.npz") as arrays:
         assert (arrays["bank"] == found.bank).all()
-        assert (arrays["heats"] == found.heats).all()
+        assert (arrays["heats"] == found.heatmaps).all()
     for concept, colour in enumerate(found.bank.argmax(1)):
         with Image.open(tmp_path / "out" / f"concept_{concept}_patches.png") as sheet:
             pixels = np.asarray(sheet).reshape(-1, 3)
@@ -311,7 +311,7 @@ def test_the_figure_tells_of_each_concept(found: Concepts) -> None:
     assert len(texts) == COUNT
     for concept, text in enumerate(texts):
         assert f"importance {found.importance[concept]:.2f}" in text
-        assert f"{found.effects[concept]:+.2f}" in text
+        assert f"{found.ablation_effects[concept]:+.2f}" in text
 
 
 def test_the_command(found: Concepts, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_actors_have_as_many_threads_as_this_process(monkeypatch: pytest.MonkeyP
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
-            resumable.in_parts(tiny(), "first", [0], tmp_path, ray="local", resume=True, **HOW)
+            resumable.run_resumable(tiny(), "first", [0], tmp_path, ray="local", resume=True, **HOW)
     finally:
         torch.set_num_threads(before)
     assert asked == [(1, 1), (2, 2)], "the third finds the first one's"

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 import convscope  # noqa: E402
 from convscope import ConvscopeError  # noqa: E402
-from convscope.distributed.ray_pool import distributed  # noqa: E402
+from convscope.distributed.ray_pool import map_unordered  # noqa: E402
 from tests.oracles.tiny import LAYERS, SETTINGS, files, tiny, write_pictures  # noqa: E402
 
 TESTS = str(Path(__file__).parents[2])
@@ -59,7 +59,7 @@ def sleeping(seconds: float) -> Callable[[], Callable[[int], Any]]:
 
 
 def test_every_task_is_done_once_by_all_nodes(two: Cluster) -> None:
-    found = dict(distributed(sleeping(0.2), range(12), address="unused"))
+    found = dict(map_unordered(sleeping(0.2), range(12), address="unused"))
     assert sorted(found) == list(range(12))
     assert [found[task][0] for task in range(12)] == list(range(12))
     assert len({pid for _, pid in found.values()}) == 2
@@ -68,7 +68,7 @@ def test_every_task_is_done_once_by_all_nodes(two: Cluster) -> None:
 def test_a_killed_worker_is_replaced(two: Cluster) -> None:
     found, killed = {}, False
     # Long enough for a new process to start, on a machine that is busy with other tests, while one worker is left.
-    for task, result in distributed(sleeping(1.5), range(10), address="unused"):
+    for task, result in map_unordered(sleeping(1.5), range(10), address="unused"):
         assert task not in found
         found[task] = result
         if not killed:
@@ -80,7 +80,7 @@ def test_a_killed_worker_is_replaced(two: Cluster) -> None:
 
 def test_a_lost_node_holds_nothing_up(two: Cluster) -> None:
     found, lost = {}, False
-    for task, result in distributed(sleeping(0.5), range(8), address="unused"):
+    for task, result in map_unordered(sleeping(0.5), range(8), address="unused"):
         found[task] = result
         if not lost:
             two.remove_node(two.added[-1], allow_graceful=False)
@@ -91,7 +91,7 @@ def test_a_lost_node_holds_nothing_up(two: Cluster) -> None:
 def test_actors_do_not_wait_for_what_is_made_of_a_result(two: Cluster) -> None:
     """Whoever asks takes as long over a result as a task takes, and the next one is done meanwhile."""
     times: list[float] = []
-    for _ in distributed(sleeping(0.4), range(12), address="unused", workers=1):
+    for _ in map_unordered(sleeping(0.4), range(12), address="unused", workers=1):
         time.sleep(0.4)
         times.append(time.monotonic())
     assert float(np.median(np.diff(times))) < 0.7, "not 0.8, one after the other"
@@ -102,7 +102,7 @@ def test_a_node_that_joins_is_used(two: Cluster, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ray_pool, "LOOK_AGAIN", 0.2)
     pids, joined = set(), False
-    for _, (_, pid) in distributed(sleeping(0.5), range(40), address="unused"):
+    for _, (_, pid) in map_unordered(sleeping(0.5), range(40), address="unused"):
         pids.add(pid)
         if not joined:
             two.add_node(num_cpus=1)
@@ -118,18 +118,18 @@ def test_what_a_task_raises_is_said(two: Cluster) -> None:
         return do
 
     with pytest.raises(ConvscopeError, match=r"a worker failed: task \d has no sense"):
-        list(distributed(make, range(2), address="unused"))
+        list(map_unordered(make, range(2), address="unused"))
 
 
 def test_actors_that_no_node_has_room_for_are_refused(two: Cluster) -> None:
     """They would wait for ever."""
     with pytest.raises(ConvscopeError, match=r"a worker takes 2 processors, .* have 1 at most; set OMP_NUM_THREADS"):
-        list(distributed(sleeping(0), range(2), address="unused", cpus=2))
+        list(map_unordered(sleeping(0), range(2), address="unused", cpus=2))
 
 
 def test_an_address_where_nobody_answers_is_refused() -> None:
     with pytest.raises(ConvscopeError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        list(distributed(sleeping(0), range(2), address="127.0.0.1:1"))
+        list(map_unordered(sleeping(0), range(2), address="127.0.0.1:1"))
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_speed_up_is_nearly_linear_where_work_takes_no_processor() -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         try:
             begins: list[float] = []
-            for _ in distributed(sleeping(0.3), range(28), address="unused"):
+            for _ in map_unordered(sleeping(0.3), range(28), address="unused"):
                 begins.append(time.monotonic())
             took[count] = np.diff(begins)[8:].mean()  # between two results, once all actors are up
         finally:

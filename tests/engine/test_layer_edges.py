@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import convscope
-from convscope.explorer.views.layout import figure, marks, placed
+from convscope.explorer.views.layout import figure, marks, layout
 from tests.oracles.nets import Twice, filled
 
 
@@ -171,7 +171,7 @@ DENSE = list(itertools.combinations(range(6), 2))
     ],
 )
 def test_layers_lie_side_by_side_and_lines_have_a_free_way(edges, lanes, arcs):
-    where = placed(1 + max(max(pair) for pair in edges), edges)
+    where = layout(1 + max(max(pair) for pair in edges), edges)
     assert (where.lanes, where.arcs) == (lanes, arcs)
     cells = list(zip(where.column, where.lane, strict=True))
     assert len(set(cells)) == len(cells)
@@ -185,7 +185,7 @@ def test_real_networks_are_drawn_without_collisions(resnet18):
     for model, lanes, arcs in zip(networks, (2, 6), (5, 2), strict=True):
         rows = model.layers.distinct()
         numbers = {row.name: i for i, row in enumerate(rows)}
-        where = placed(len(rows), [(numbers[a], numbers[b]) for a, b in model.layers.edges(numbers)])
+        where = layout(len(rows), [(numbers[a], numbers[b]) for a, b in model.layers.edges(numbers)])
         assert len(set(zip(where.column, where.lane, strict=True))) == len(rows)
         assert (where.lanes, len(where.arcs)) == (lanes, arcs)
         assert all(crossed(where, *line) == [] for line in where.lines)

@@ -17,8 +17,8 @@ from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
 from convscope.engine.acceleration.replay import with_replay
 from convscope.engine.model import Model
-from convscope.featurevis.optimizer import Redirected
-from convscope.featurevis.skip_gradient import favouring
+from convscope.featurevis.optimizer import RedirectedReLU
+from convscope.featurevis.skip_gradient import with_skip_gradient
 from tests.oracles.nets import Output, filled
 
 PASSES = 6
@@ -74,7 +74,7 @@ def test_every_trick_at_once(lite0: Model) -> None:
     """Folded, with more of the gradient along skip connections, from a layer within, and the logits."""
     x = torch.zeros(1, 3, 96, 96)
     with capture.capture_layers(lite0, ["blocks.3.1"]) as run:
-        own = Counted(favouring(conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True)), 0.3))
+        own = Counted(with_skip_gradient(conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True)), 0.3))
         quick = with_replay(own)
         agree(lambda x: own(x).logits, lambda x: quick(x).logits, 2, 3, 96, 96)
         own.count = 0
@@ -100,7 +100,7 @@ def test_redirected_gradients() -> None:
     for seed in range(PASSES):
         x = inputs(2, 3, 8, 8, seed=seed)
         assert not pulled(quick, x)[1].any()
-        with Redirected(torch.tensor([True, False])):
+        with RedirectedReLU(torch.tensor([True, False])):
             expected, found = pulled(net, x), pulled(quick, x)
         assert torch.equal(expected[1], found[1])
         assert found[1][0].any()

@@ -10,7 +10,7 @@ from torch import Tensor
 import convscope
 from convscope import ConvscopeError
 from convscope.evaluation import baselines
-from convscope.evaluation.context import ranked
+from convscope.evaluation.context import pixel_ranks
 from convscope.evaluation.registry import METRICS
 from tests.oracles.judged import (
     SIDE,
@@ -98,9 +98,9 @@ def test_a_coarse_map_is_laid_over_the_input_between_its_centres():
 
 def test_ranks():
     heat = torch.tensor([[[[3.0, 1.0], [2.0, 5.0]]]])
-    assert ranked(heat, torch.Generator()).tolist() == [[[[1, 3], [2, 0]]]]
+    assert pixel_ranks(heat, torch.Generator()).tolist() == [[[[1, 3], [2, 0]]]]
     even = torch.zeros(2, 1, 9, 11)
-    one, two = (ranked(even, torch.Generator().manual_seed(seed)) for seed in (0, 0))
+    one, two = (pixel_ranks(even, torch.Generator().manual_seed(seed)) for seed in (0, 0))
     assert torch.equal(one, two)
     assert torch.equal(one[0], one[1]), "the same order for every picture"
     assert one[0].flatten().sort().values.tolist() == list(range(99))
@@ -110,7 +110,7 @@ def test_ranks():
 def test_equal_heat_does_not_favour_the_top_of_the_picture():
     heat = torch.zeros(1, 1, 40, 40)
     heat[..., 10, 10] = 1
-    ranks = ranked(heat, torch.Generator().manual_seed(0))[0, 0]
+    ranks = pixel_ranks(heat, torch.Generator().manual_seed(0))[0, 0]
     assert ranks[10, 10] == 0
     assert abs(float(ranks[:20].float().mean()) - 800) < 40
 

@@ -204,8 +204,8 @@ def test_masks_in_each_pictures_own_size_and_for_each_target():
     np.testing.assert_allclose(found["pointing"], [[1, 0]] * 2)
     np.testing.assert_allclose(found["energy"], [[1, 0]] * 2, atol=0.06)
     np.testing.assert_allclose(found["iou"], [[1, 0]] * 2, atol=0.06)
-    np.testing.assert_allclose(found.chance["energy"], 0.5)
-    np.testing.assert_allclose(found.chance["iou"], 1 / 3)
+    np.testing.assert_allclose(found.chance_level["energy"], 0.5)
+    np.testing.assert_allclose(found.chance_level["iou"], 1 / 3)
     for alike in ([m[0] for m in masks], [Image.fromarray(m[0]) for m in masks], [m[0] * 255 for m in masks]):
         same = convscope.evaluate(model, photos, heat, "energy", targets=[[0, 1]] * 2, masks=alike)
         np.testing.assert_array_equal(same["energy"][:, 0], found["energy"][:, 0])

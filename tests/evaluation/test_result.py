@@ -46,7 +46,7 @@ def test_the_result(tmp_path):
     assert found["deletion"].shape == (3, 2)
     assert found["deletion"].dtype == np.float32
     assert found.curves["deletion"].shape == (3, 2, 5)
-    assert (found.method, found.layer, found.pictures) == ("layer-cam", "conv3", ("image 0", "image 1", "image 2"))
+    assert (found.method, found.layer, found.image_names) == ("layer-cam", "conv3", ("image 0", "image 1", "image 2"))
     assert found.targets.tolist() == [[0, 1]] * 3
     assert found.names == [["a", "b"]] * 3
     assert found.mean("deletion") == pytest.approx(found["deletion"].mean())
@@ -114,7 +114,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path, photos):
     for maps in (heat, np.concatenate([heat.values[:1], heat.values[:1] * 0, heat.values[1:]])):
         targets = None if maps is heat else 1
         found = convscope.evaluate(model, given, maps, "deletion", targets=targets, steps=3)
-        assert found.pictures == (photos[0], photos[1])
+        assert found.image_names == (photos[0], photos[1])
         assert [failure.name for failure in found.failed] == [str(bad)]
         good = convscope.evaluate(model, [photos[0], photos[1]], heat.values, "deletion", targets=1, steps=3)
         np.testing.assert_allclose(found["deletion"], good["deletion"], rtol=1e-5)

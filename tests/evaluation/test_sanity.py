@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution import registry
-from convscope.attribution.context import Question
-from convscope.attribution.registry import Asking
-from convscope.evaluation.randomisation import from_the_top, lent, redrawn
+from convscope.attribution.context import MethodContext
+from convscope.attribution.registry import ModelMethod
+from convscope.evaluation.randomisation import cascade_order, temporary_parameters, randomize
 from convscope.evaluation.registry import METRICS
 from convscope.evaluation.sanity import _groups, _other
 from convscope.evaluation.statistics import spearman
@@ -26,13 +26,13 @@ from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
 AGAIN = [name for name, metric in METRICS.items() if "heatmaps" in metric.needs]
 
 
-def edges(question: Question) -> Tensor:
+def edges(question: MethodContext) -> Tensor:
     """An explainer that asks the network nothing: how far each pixel is from the one above."""
     grey = question.x.mean(1)
-    return (grey - grey.roll(1, 1)).abs()[:, None].expand(-1, question.count, -1, -1)
+    return (grey - grey.roll(1, 1)).abs()[:, None].expand(-1, question.num_targets, -1, -1)
 
 
-def slopes(question: Question) -> Tensor:
+def slopes(question: MethodContext) -> Tensor:
     """The gradient of the score at each pixel."""
     return question.gradients(question.x)[0].mean(2).transpose(0, 1)
 
@@ -40,7 +40,7 @@ def slopes(question: Question) -> Tensor:
 @pytest.fixture(autouse=True)
 def explainers(monkeypatch):
     for explainer in (edges, slopes):
-        monkeypatch.setitem(registry.METHODS, explainer.__name__, Asking(explainer))
+        monkeypatch.setitem(registry.METHODS, explainer.__name__, ModelMethod(explainer))
 
 
 # --- does the map depend on the weights? -----------------------------------------------------------------------------
@@ -75,12 +75,12 @@ def test_each_stage_is_the_map_of_a_network_with_those_weights_redrawn():
     draw = _other(torch.Generator().manual_seed(7))
     copy = usual()
     order = ["fc", "bn3", "conv3", "conv2", "bn1", "conv1"]
-    assert [name for name, _ in from_the_top(copy)] == order
+    assert [name for name, _ in cascade_order(copy)] == order
     expected, absolute = [np.ones((2, 1))], [np.ones((2, 1))]
     for group in (["fc"], ["bn3", "conv3"], ["conv2", "bn1", "conv1"]):
         for name in group:
             for p in getattr(copy.module, name).parameters():
-                p.data = redrawn(p.data, draw)
+                p.data = randomize(p.data, draw)
         new = convscope.heatmaps(copy, x, 1, layer="conv2", method="hirescam").values
         pair = [torch.from_numpy(v).flatten(2) for v in (new, heat.values)]
         expected.append(spearman(*pair).numpy())
@@ -113,29 +113,29 @@ def test_stages_hold_every_layer_once(count, stages):
 def test_redrawn_weights_keep_their_scale_and_nothing_else():
     draw = torch.Generator().manual_seed(1)
     kernel = (torch.randn(64, 32, 3, 3) * 0.3 + 0.1).to(memory_format=torch.channels_last)
-    new = redrawn(kernel, draw)
+    new = randomize(kernel, draw)
     assert float(new.square().mean().sqrt()) == pytest.approx(float(kernel.square().mean().sqrt()), rel=0.02)
     assert abs(float(torch.corrcoef(torch.stack([new.flatten(), kernel.flatten()]))[0, 1])) < 0.03
     assert new.stride() == kernel.stride()
-    assert redrawn(torch.ones(4, 4), draw).std() > 0, "also where all weights are the same"
+    assert randomize(torch.ones(4, 4), draw).std() > 0, "also where all weights are the same"
     scale = torch.rand(50)
-    assert not torch.equal(redrawn(scale, draw), scale)
-    assert torch.equal(redrawn(scale, draw).sort().values, scale.sort().values)
-    assert redrawn(torch.ones(3, 3, dtype=torch.bfloat16), draw).dtype == torch.bfloat16
+    assert not torch.equal(randomize(scale, draw), scale)
+    assert torch.equal(randomize(scale, draw).sort().values, scale.sort().values)
+    assert randomize(torch.ones(3, 3, dtype=torch.bfloat16), draw).dtype == torch.bfloat16
     count = torch.tensor([3, 4])
-    assert redrawn(count, draw) is count
+    assert randomize(count, draw) is count
 
 
 def test_a_layer_that_runs_twice_is_redrawn_once():
     model = convscope.load(filled(Twice()), preprocessing={"size": 24})
-    assert [name for name, _ in from_the_top(model)] == ["fc", "conv2", "conv1"]
+    assert [name for name, _ in cascade_order(model)] == ["fc", "conv2", "conv1"]
 
 
 def test_shared_weights_are_redrawn_once():
     net = filled(Usual())
     net.twin = nn.Conv2d(3, 8, 3, padding=1)
     net.twin.weight = net.conv1.weight
-    found = from_the_top(convscope.load(net, preprocessing={"size": 24}))
+    found = cascade_order(convscope.load(net, preprocessing={"size": 24}))
     own = [id(p) for _, of in found for p in of]
     assert len(own) == len(set(own)) == len(list(net.parameters()))
     assert found[-1][0] == "the rest", "what did not run comes last"
@@ -294,7 +294,7 @@ def test_other_weights_are_seen_inside_and_views_of_the_own_are_not_written():
     view = net.conv1.weight.detach()
     own = view.clone()
     net.conv1.weight.requires_grad_(False)
-    with lent(net.parameters()) as put:
+    with temporary_parameters(net.parameters()) as put:
         put(net.conv1.weight, torch.zeros_like(own))
         assert net.conv1.weight.abs().max() == 0
         assert torch.equal(view, own)
@@ -315,7 +315,7 @@ def test_weights_made_under_inference_mode_come_back():
         net = Usual().eval()
     own = {name: p.clone() for name, p in net.named_parameters()}
     places = {name: (id(p), p.data_ptr()) for name, p in net.named_parameters()}
-    with lent(net.parameters()) as put:
+    with temporary_parameters(net.parameters()) as put:
         for p in net.parameters():
             put(p, torch.zeros(p.shape))
         assert all(p.detach().abs().max() == 0 for p in net.parameters())
@@ -342,7 +342,7 @@ def keras_model() -> Any:
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=repr)
 def test_keras_weights_come_back(keras_model, error):
     model = convscope.load(keras_model)
-    assert [name for name, _ in from_the_top(model)] == ["top", "second", "norm", "first"]
+    assert [name for name, _ in cascade_order(model)] == ["top", "second", "norm", "first"]
     x = pictures(2, 24, channels=3)
     variables = [v.value for v in keras_model.weights]
 

@@ -13,9 +13,9 @@ from torch import nn
 import convscope
 from convscope.engine import capture
 from convscope.explorer.service import compute
-from convscope.explorer.service.jobs import GoneError
+from convscope.explorer.service.jobs import ClientDisconnected
 from convscope.explorer.service.model_copy import twin
-from convscope.explorer.service.patterns import LOOKS, Drawing
+from convscope.explorer.service.patterns import LOOKS, PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.views import snippets
 from convscope.images.colormap import lookup_table
@@ -183,7 +183,7 @@ def test_work_beside_a_running_answer_has_hooks_of_its_own():
     net = explorer.first
     with capture.capture_layers(net.model, ["relu2"]):
         assert net.model.module.relu2._forward_hooks
-        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.spare.module.modules())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.background_model.module.modules())
 
 
 def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
@@ -216,10 +216,10 @@ def test_faithfulness_is_the_librarys(model, x):
 
 def test_faithfulness_that_nobody_waits_for_ends_in_its_heatmap(model, x, monkeypatch):
     def gone(done, total):
-        raise GoneError
+        raise ClientDisconnected
 
     monkeypatch.setattr(compute, "evaluate", lambda *given, **more: pytest.fail("went on"))
-    with pytest.raises(GoneError):
+    with pytest.raises(ClientDisconnected):
         compute.faithfulness(model, x, 2, method="rise", tell=gone)
 
 
@@ -249,14 +249,14 @@ def test_the_lines_are_programs_that_run(model):
     assert seen == [(("lite0", "it's; rm -rf $HOME.png", 3), {"method": "layer-cam", "against": 7})]
     assert shlex.split(snippets.activations("m", "-x.png", "a b")["shell"])[3] == "./-x.png"
     for look in LOOKS:
-        exec(snippets.pattern("lite0", Drawing("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()})
+        exec(snippets.pattern("lite0", PatternSpec("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()})
     assert len(seen) == 4
 
 
 @pytest.mark.parametrize("look", ["negative", "diverse"])
 @pytest.mark.parametrize("layer", ["relu2", "logits"])
 def test_the_lines_of_patterns_draw_what_the_page_draws(model, monkeypatch, layer, look):
-    what = Drawing(layer, 3, look)
+    what = PatternSpec(layer, 3, look)
     found = []
     monkeypatch.setattr(convscope, "load", lambda name: model)
     draw = convscope.patterns

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 import convscope
 from convscope.explorer.app import create
 from convscope.explorer.service import compute
-from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer, address
 from convscope.explorer.service.uploads import Decoder, plain_name
 from tests.oracles.explorer import CLASSES, HOSTILE, NAME, as_file, picture, tiny_model
@@ -357,7 +357,7 @@ def test_a_pattern_is_drawn_frame_by_frame_and_kept(client, explorer):
     page = client.get("/m/tiny/unit/relu2/3").text
     src = re.search(r'src="(/image/pattern[^"]*)"', page)[1].replace("&amp;", "&")
     assert np.asarray(Image.open(io.BytesIO(client.get(src).content))).shape == known.images[0].shape
-    explorer.cache.put(("pattern", explorer.first.version, Drawing("relu2", 3)), None)  # forgotten: the folder has it
+    explorer.cache.put(("pattern", explorer.first.version, PatternSpec("relu2", 3)), None)  # forgotten: the folder has it
     start = time.perf_counter()
     again = events(client, path)
     assert json.loads(again[-1][1]) == result
@@ -365,12 +365,12 @@ def test_a_pattern_is_drawn_frame_by_frame_and_kept(client, explorer):
 
 
 def test_a_pattern_that_nobody_waits_for_ends(explorer):
-    work = explorer.begin_drawing("a", explorer.first, Drawing("relu3", 5), [])
+    work = explorer.begin_drawing("a", explorer.first, PatternSpec("relu3", 5), [])
     while not work.begun:
         time.sleep(0.01)
     work.lane.leave(work)
     assert work.future.exception(20) is not None
-    assert explorer.drawn(explorer.first, Drawing("relu3", 5)) is None
+    assert explorer.drawn(explorer.first, PatternSpec("relu3", 5)) is None
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from starlette.testclient import TestClient
 import convscope
 from convscope.explorer.app import create
 from convscope.explorer.publish import publish
-from convscope.explorer.service.patterns import Album, Drawing
+from convscope.explorer.service.patterns import PatternCache, PatternSpec
 from convscope.explorer.service.state import Explorer
-from convscope.explorer.urls import Published, clean, file_of
+from convscope.explorer.urls import StaticUrls, clean, file_of
 from convscope.explorer.views.pages import Pages
 from convscope.explorer.views.store_views import COUNT, SIDE, Views
 from tests.oracles.explorer import CLASSES, HOSTILE, data_folder, picture, tiny_model
@@ -53,10 +53,10 @@ def site(model, store, tmp_path_factory):
     buffer = io.BytesIO()
     Image.fromarray(made.images[0]).save(buffer, "PNG")
     explorer = Explorer({"tiny": model})
-    what = Drawing("relu3", 2)
+    what = PatternSpec("relu3", 2)
     told = {"image": buffer.getvalue(), "height": made.images.shape[1], "width": made.images.shape[2], "score": 1.5}
     told |= {"noise": 0.25, "reference": None, "notes": ["said of the pattern"], "steps": 2}
-    Album(keep).put(explorer.first.version, what, told)
+    PatternCache(keep).put(explorer.first.version, what, told)
     explorer.close()
     failed = publish({"tiny": model}, store, where / "site", pictures=[str(file)], keep=keep)
     assert failed == []
@@ -113,7 +113,7 @@ def test_nothing_published_tells_where_the_publishers_files_lie(tmp_path):
 
 @pytest.mark.parametrize("name", ["lite0", "timm:hf-hub:someone/net", "package.module:factory"])
 def test_published_lines_name_networks_that_are_no_files_in_full(name):
-    assert Published((), lambda parts: True, lambda *given: None, lambda *given: b"").source(name) == name
+    assert StaticUrls((), lambda parts: True, lambda *given: None, lambda *given: b"").source(name) == name
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_published(model, store, tmp_path):

@@ -10,12 +10,12 @@ import pytest
 
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.cache import Cache
-from convscope.explorer.service.jobs import Asker, FullError, GoneError, Lane, SlowError
+from convscope.explorer.service.jobs import Client, QueueFull, ClientDisconnected, JobQueue, RequestTimeout
 
 
 @pytest.fixture
 def lane():
-    made = Lane("test", Cache(10_000), limit=6, each=4)
+    made = JobQueue("test", Cache(10_000), limit=6, each=4)
     yield made
     made.close()
 
@@ -41,7 +41,7 @@ def test_the_same_question_is_worked_on_once(lane):
     assert asked[0] is asked[1] is asked[2]
     assert asked[0].waiting == 3
     go.set()
-    assert [Asker("x", 10).wait(work) for work in asked] == [42, 42, 42]
+    assert [Client("x", 10).wait(work) for work in asked] == [42, 42, 42]
     assert calls == [1]
     lane.ask("same", lambda work: calls.append(2), "later")
     assert calls == [1]  # kept
@@ -65,11 +65,11 @@ def test_the_queue_is_bounded_in_all_and_for_each(lane):
     _, go = blocked(lane)
     for i in range(4):
         lane.ask(i, lambda work: 0, "greedy")
-    with pytest.raises(FullError, match="4 of your own"):
+    with pytest.raises(QueueFull, match="4 of your own"):
         lane.ask("more", lambda work: 0, "greedy")
     lane.ask(4, lambda work: 0, "other")
     lane.ask(5, lambda work: 0, "third")
-    with pytest.raises(FullError, match="the queue is full: 6 works wait"):
+    with pytest.raises(QueueFull, match="the queue is full: 6 works wait"):
         lane.ask("more", lambda work: 0, "fourth")
     go.set()
 
@@ -103,7 +103,7 @@ def test_work_under_way_ends_at_its_next_step_once_nobody_waits(lane):
     work = lane.ask("long", run, "a")
     assert first.wait(10)
     lane.leave(work)
-    assert isinstance(work.future.exception(10), GoneError)
+    assert isinstance(work.future.exception(10), ClientDisconnected)
     assert len(steps) < 500
     assert lane.ask("long", lambda work: "anew", "a").future.result(10) == "anew"
 
@@ -114,28 +114,28 @@ def test_errors_reach_who_asked_and_are_not_kept(lane):
 
     for _ in range(2):
         with pytest.raises(ConvscopeError, match="no such thing"):
-            Asker("a", 10).wait(lane.ask("wrong", wrong, "a"))
+            Client("a", 10).wait(lane.ask("wrong", wrong, "a"))
     assert lane.ask("wrong", lambda work: "right", "a").future.result(10) == "right"
 
 
 def test_who_waits_too_long_or_goes_away_leaves_the_work(lane):
     _, go = blocked(lane)
-    with pytest.raises(SlowError, match=r"within 0\.2 s"):
-        Asker("a", 0.2).wait(lane.ask("slow", lambda work: 0, "a"))
-    gone = Asker("a", 10)
+    with pytest.raises(RequestTimeout, match=r"within 0\.2 s"):
+        Client("a", 0.2).wait(lane.ask("slow", lambda work: 0, "a"))
+    gone = Client("a", 10)
     gone.gone = True
-    with pytest.raises(GoneError):
+    with pytest.raises(ClientDisconnected):
         gone.wait(lane.ask("slow", lambda work: 0, "a"))
     assert len(lane) == 0
     go.set()
 
 
 def test_a_closed_lane_has_no_thread_and_takes_nothing():
-    lane = Lane("closing", Cache(1000), limit=5, each=5)
+    lane = JobQueue("closing", Cache(1000), limit=5, each=5)
     lane.ask(1, lambda work: 1, "a").future.result(10)
     lane.close()
     assert not any(thread.name == "convscope-closing" for thread in threading.enumerate())
-    with pytest.raises(FullError, match="closing"):
+    with pytest.raises(QueueFull, match="closing"):
         lane.ask(2, lambda work: 2, "a")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from convscope.explorer.app import create
 from convscope.explorer.service import compute
-from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.web import requests, security
 from tests.oracles.explorer import picture, tiny_model
@@ -69,14 +69,14 @@ def test_listeners_of_work_that_never_began_are_told_of_its_end(explorer):
     go, begun = threading.Event(), threading.Event()
     running = explorer.slow.ask("blocker", lambda work: begun.set() or go.wait(20), "first")
     assert begun.wait(10)
-    work = explorer.begin_drawing("second", explorer.first, Drawing("relu2", 3), [])
+    work = explorer.begin_drawing("second", explorer.first, PatternSpec("relu2", 3), [])
 
     class Listening:
         async def is_disconnected(self):
             return False
 
     async def heard():
-        desk = requests.Desk(explorer, None, 10)
+        desk = requests.RequestRunner(explorer, None, 10)
         said = []
         async for event in desk.events(Listening(), work, lambda made: made).body_iterator:
             said.append(event)

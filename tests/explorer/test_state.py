@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import convscope
-from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import LOOK, Explorer, Network
 from tests.oracles.explorer import data_folder, picture, tiny_model
 
@@ -39,7 +39,7 @@ def pointed(module):
 def test_weights_that_the_user_changes_are_seen(change):
     model = tiny_model()
     explorer = Explorer({"tiny": model})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Asker("a", 60)
+    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     before, version = explorer.predictions(asker, net, shown), net.version
     change(model.module)
     time.sleep(LOOK)
@@ -53,7 +53,7 @@ def test_weights_that_the_user_changes_are_seen(change):
 
 def test_long_work_sees_weights_that_are_trained_on():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Asker("a", 60)
+    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     before = explorer.summaries(asker, net, shown)
     negated(net.model.module)
     time.sleep(LOOK)
@@ -63,7 +63,7 @@ def test_long_work_sees_weights_that_are_trained_on():
 
 def test_to_look_changes_nothing():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Asker("a", 60)
+    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     version = net.version
     for method in ("grad-cam", "lrp-zplus", "guided-backprop", "rise"):
         explorer.heat(asker, net, shown, [0], method=method)

@@ -18,7 +18,7 @@ from convscope.cli import app
 from convscope.explorer.app import create
 from convscope.explorer.publish import publish
 from convscope.explorer.service.cache import weight
-from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.featurevis.image_statistics import MEASURES
 from convscope.featurevis.layer_story import Story, read_story
@@ -106,7 +106,7 @@ def test_another_seed_look_or_unit_is_not_the_stores(client):
 
 def test_what_the_store_has_is_not_drawn_again(explorer, store):
     what = explorer.meant(explorer.first, "relu3", 4)
-    assert what == Drawing("relu3", 4, seed=4)
+    assert what == PatternSpec("relu3", 4, seed=4)
     explorer.drawn(explorer.first, what)
     work = explorer.begin_drawing("a", explorer.first, what, [])
     found = work.future.result(timeout=10)
@@ -147,8 +147,8 @@ def test_remarks_go_with_their_unit_alone(explorer, store):
         told["notes"] = [f"{what} {drawn} (so called) is stuck at 0", f"{what} {drawn}0 is not here"]
         try:
             manifest.write_text(json.dumps(told))
-            assert explorer.drawn(explorer.first, Drawing(layer, drawn, seed=4))["notes"] == told["notes"][:1]
-            assert explorer.drawn(explorer.first, Drawing(layer, other, seed=4))["notes"] == []
+            assert explorer.drawn(explorer.first, PatternSpec(layer, drawn, seed=4))["notes"] == told["notes"][:1]
+            assert explorer.drawn(explorer.first, PatternSpec(layer, other, seed=4))["notes"] == []
         finally:
             manifest.write_text(before)
 
@@ -239,7 +239,7 @@ def test_a_story_that_was_told_live_is_kept_and_published(model, told, tmp_path,
         work = explorer.begin_story("a", explorer.first)
         assert same(work.future.result(60), told)
         work.lane.leave(work)
-        assert same(explorer.told(explorer.first), told)
+        assert same(explorer.get_story(explorer.first), told)
         explorer.close()
     assert len(calls) == 1
     Image.fromarray(picture(0)).save(tmp_path / "first.png")
@@ -265,6 +265,6 @@ def test_the_command_puts_a_story_into_a_store(tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     explorer = Explorer({"tiny": tiny_model()}, store=made)
-    assert [chapter.layer for chapter in explorer.told(explorer.first).chapters] == ["relu3"]
+    assert [chapter.layer for chapter in explorer.get_story(explorer.first).chapters] == ["relu3"]
     explorer.close()
     assert not (tmp_path / "store" / "index.html").exists()

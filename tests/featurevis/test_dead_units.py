@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import parameterization, recipes, request
-from convscope.featurevis.objectives import diverse, unit
+from convscope.featurevis.objectives import diversity, channel
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.featurevis.test_recipes import loaded
@@ -161,10 +161,10 @@ def test_the_photographs_are_run_once_for_all_silent_units(memory: int) -> None:
 
 def begun(side: int) -> Tensor:
     """The pictures (STARTS, C, H, W) with which each start begins, by hand."""
-    wanted = request.wanted(as_it_is(Gated(never), side), "gate", None, "robust", recipes.RECIPES["robust"])
+    wanted = request.parse_request(as_it_is(Gated(never), side), "gate", None, "robust", recipes.RECIPES["robust"])
     draws = [wanted.generators([0], 0, start) for start in range(STARTS)]
     return torch.cat(
-        [recipes.finished(parameterization.Fourier(d, 3, (side, side), torch.device("cpu"))) for d in draws]
+        [recipes.finished(parameterization.FourierImage(d, 3, (side, side), torch.device("cpu"))) for d in draws]
     )
 
 
@@ -232,7 +232,7 @@ def test_photographs_are_shown_as_many_at_a_time_as_the_network_takes() -> None:
     assert np.array_equal(single.images, several.images)
     with pytest.raises(ConvscopeError, match=r"4 pictures have to be shown together, and .* takes 1 at a time"):
         convscope.patterns(
-            replace(as_it_is(OneByOne(warm), 96), fixed_batch=1), diverse(unit("gate", 0), "gate", 4), steps=2
+            replace(as_it_is(OneByOne(warm), 96), fixed_batch=1), diversity(channel("gate", 0), "gate", 4), steps=2
         )
 
 

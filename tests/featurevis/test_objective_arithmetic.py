@@ -15,16 +15,16 @@ from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
-    between,
+    interpolation,
     direction,
-    diverse,
-    each,
-    joined,
-    likeness,
+    diversity,
+    per_image_channels,
+    batch_objectives,
+    caricature,
     neuron,
-    unit,
-    units,
-    whole,
+    channel,
+    channels,
+    deepdream,
 )
 from tests.featurevis.test_objectives import close, numbers, seen
 from tests.featurevis.test_recipes import loaded
@@ -32,7 +32,7 @@ from tests.oracles.nets import Usual, filled
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
-A, B, C = unit("maps", 0), unit("logits", 1), unit("tokens", 2)
+A, B, C = channel("maps", 0), channel("logits", 1), channel("tokens", 2)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_arithmetic(made: Objective, value: Callable[..., Any], name: str) -> No
 def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
     """Also beside those that get twice as many rows as they return."""
     what = seen(4)
-    for objective, count in ((likeness("maps"), 2), (each("maps", [0, 1, 2, 3]), 4), (diverse(A, "maps", 4), 4)):
+    for objective, count in ((caricature("maps"), 2), (per_image_channels("maps", [0, 1, 2, 3]), 4), (diversity(A, "maps", 4), 4)):
         own = numbers(objective(what))
         for made, expected in (
             (2 * objective, 2 * own), (objective * 2, 2 * own), (1 - objective, 1 - own), (objective + 0.1, own + 0.1)
@@ -81,22 +81,22 @@ def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
             assert made(what).shape == (count,)
             assert close(made(what), expected)
             assert (made.pictures, made.mates) == (objective.pictures, objective.mates)
-    together = likeness("maps") - 0.5 * likeness("tokens")
+    together = caricature("maps") - 0.5 * caricature("tokens")
     assert together.mates
-    assert close(together(what), numbers(likeness("maps")(what)) - 0.5 * numbers(likeness("tokens")(what)))
-    mixed = each("maps", [0, 1, 2, 3]) - B
+    assert close(together(what), numbers(caricature("maps")(what)) - 0.5 * numbers(caricature("tokens")(what)))
+    mixed = per_image_channels("maps", [0, 1, 2, 3]) - B
     assert mixed.pictures == 4
-    assert close(mixed(what), numbers(each("maps", [0, 1, 2, 3])(what)) - numbers(B(what)))
+    assert close(mixed(what), numbers(per_image_channels("maps", [0, 1, 2, 3])(what)) - numbers(B(what)))
 
 
 # --- joined ----------------------------------------------------------------------------------------------------------
 
 
 def test_joined_objectives_see_their_own_rows_only() -> None:
-    parts = [B, diverse(C, "maps", 3), neuron("maps", 4, (2, 3)), between(A, B, "tokens", 2), each("other", [1, 0])]
+    parts = [B, diversity(C, "maps", 3), neuron("maps", 4, (2, 3)), interpolation(A, B, "tokens", 2), per_image_channels("other", [1, 0])]
     what = seen(9)
     assert what.logits is not None
-    together = joined(parts)
+    together = batch_objectives(parts)
     expected, first = [], 0
     for part in parts:
         rows = slice(first, first + part.pictures)
@@ -107,15 +107,15 @@ def test_joined_objectives_see_their_own_rows_only() -> None:
     assert together.name == ", ".join(part.name for part in parts)
     assert set(together.watches) == {watch for part in parts for watch in part.watches}
     assert together.layers == ["tokens", "maps", "other"]
-    assert joined([A]) is A
+    assert batch_objectives([A]) is A
 
 
 def test_joined_objectives_see_their_own_rows_and_mates() -> None:
     """Every picture's photograph comes behind it."""
-    parts = [likeness("maps"), likeness("tokens", 2) - likeness("maps", 0), likeness("logits") * 2]
+    parts = [caricature("maps"), caricature("tokens", 2) - caricature("maps", 0), caricature("logits") * 2]
     what = seen(6)
     assert what.logits is not None
-    together = joined(parts)
+    together = batch_objectives(parts)
     assert together.mates
     assert together.pictures == 3
     expected = []
@@ -129,7 +129,7 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
         )
     assert torch.equal(together(what), torch.cat(expected))
     stopped = ForwardResult(what.maps, None)  # a pass that ended in front of the logits
-    assert torch.equal(joined(parts[:2])(ForwardResult({k: x[:4] for k, x in stopped.maps.items()}, None)),
+    assert torch.equal(batch_objectives(parts[:2])(ForwardResult({k: x[:4] for k, x in stopped.maps.items()}, None)),
                        torch.cat(expected[:2]))  # fmt: skip
 
 
@@ -145,17 +145,17 @@ def usual() -> convscope.Model:
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (unit("conv1", 8), "conv1 8: unit 8 is not in layer 'conv1', which has 8 units, 0 to 7"),
-        (unit("conv1", -1), "conv1 -1: unit -1 is not in layer 'conv1', which has 8 units, 0 to 7"),
-        (unit("logits", 5), "logit 5: unit 5 is not in layer 'logits', which has 5 units, 0 to 4"),
-        (A + unit("conv1", 1), "layer 'maps' is not in this model"),
-        (unit("conv1", 1) - 2 * unit("conv2", 12), "unit 12 is not in layer 'conv2'"),
-        (units("conv2", [1, 12]), "conv2 1+12: unit 12 is not in layer 'conv2', which has 12 units, 0 to 11"),
-        (each("conv2", [1, 13]), "unit 13 is not in layer 'conv2'"),
+        (channel("conv1", 8), "conv1 8: unit 8 is not in layer 'conv1', which has 8 units, 0 to 7"),
+        (channel("conv1", -1), "conv1 -1: unit -1 is not in layer 'conv1', which has 8 units, 0 to 7"),
+        (channel("logits", 5), "logit 5: unit 5 is not in layer 'logits', which has 5 units, 0 to 4"),
+        (A + channel("conv1", 1), "layer 'maps' is not in this model"),
+        (channel("conv1", 1) - 2 * channel("conv2", 12), "unit 12 is not in layer 'conv2'"),
+        (channels("conv2", [1, 12]), "conv2 1+12: unit 12 is not in layer 'conv2', which has 12 units, 0 to 11"),
+        (per_image_channels("conv2", [1, 13]), "unit 13 is not in layer 'conv2'"),
         (direction("conv1", [1.0] * 9), "direction in conv1: unit 8 is not in layer 'conv1'"),
-        (whole("conv9"), "layer 'conv9' is not in this model"),
-        (diverse(unit("conv1", 0), "conv7", 2), "layer 'conv7' is not in this model"),
-        (between(unit("conv1", 0), unit("conv1", 9), "conv2", 2), "unit 9 is not in layer 'conv1'"),
+        (deepdream("conv9"), "layer 'conv9' is not in this model"),
+        (diversity(channel("conv1", 0), "conv7", 2), "layer 'conv7' is not in this model"),
+        (interpolation(channel("conv1", 0), channel("conv1", 9), "conv2", 2), "unit 9 is not in layer 'conv1'"),
     ],
 )
 def test_check_refuses(usual: convscope.Model, objective: Objective, message: str) -> None:
@@ -169,19 +169,19 @@ def test_check_passes_what_is_there(usual: convscope.Model) -> None:
     bare = convscope.load(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), preprocessing={"size": 16})
     passed = []
     for objective in (
-        unit("conv1", 7),
-        unit("logits", 4),
-        units("conv2", [0, 11]),
-        whole("fc"),
+        channel("conv1", 7),
+        channel("logits", 4),
+        channels("conv2", [0, 11]),
+        deepdream("fc"),
         2 - neuron("relu3", 9),
     ):
         objective.check(usual)
         passed.append(objective.name)
     assert passed == ["conv1 7", "logit 4", "conv2 0+11", "all of fc", "2 - relu3 9 at middle"]
-    assert unit("0", 3).check(bare) is None
+    assert channel("0", 3).check(bare) is None
 
 
-@pytest.mark.parametrize("made", [lambda o: o, lambda o: -(2 * o + 1), lambda o: diverse(o, "2", 2)])
+@pytest.mark.parametrize("made", [lambda o: o, lambda o: -(2 * o + 1), lambda o: diversity(o, "2", 2)])
 def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
     """Units that see much are climbed in smaller views, whose maps have fewer places; a place has to be there."""
     net = nn.Sequential(nn.Conv2d(3, 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 9, 2, 4), nn.AdaptiveAvgPool2d(1))
@@ -193,4 +193,4 @@ def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
 
 def test_pictures_cannot_differ_where_there_are_no_places() -> None:
     with pytest.raises(ConvscopeError, match="layer 'logits' has no places, and so no texture"):
-        convscope.patterns(loaded(filled(Usual()), 32), diverse(unit("logits", 3), "logits", 4), size=32, steps=1)
+        convscope.patterns(loaded(filled(Usual()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1)

@@ -14,15 +14,15 @@ from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
-    between,
+    interpolation,
     direction,
-    diverse,
-    each,
-    likeness,
+    diversity,
+    per_image_channels,
+    caricature,
     neuron,
-    unit,
-    units,
-    whole,
+    channel,
+    channels,
+    deepdream,
 )
 
 TINY = 1e-5  # values of size 1 in float32, which rounds at 6e-8; sums of up to 60 products, then a root and a quotient
@@ -73,32 +73,32 @@ def test_units_are_means_over_places(layer: str) -> None:
     what = seen()
     x = channels_first(what, layer)
     means = np.array([[sum(row) / len(row) for row in picture] for picture in x])
-    assert close(unit(layer, 1)(what), means[:, 1])
-    assert close(units(layer, [2, 0])(what), means[:, 2] + means[:, 0])
-    assert close(units(layer, [2, 2])(what), 2 * means[:, 2])
-    assert close(each(layer, [2, 0, 0, 1])(what), [means[0, 2], means[1, 0], means[2, 0], means[3, 1]])
-    assert close(whole(layer)(what), [(picture**2).sum() / picture.size for picture in x])
+    assert close(channel(layer, 1)(what), means[:, 1])
+    assert close(channels(layer, [2, 0])(what), means[:, 2] + means[:, 0])
+    assert close(channels(layer, [2, 2])(what), 2 * means[:, 2])
+    assert close(per_image_channels(layer, [2, 0, 0, 1])(what), [means[0, 2], means[1, 0], means[2, 0], means[3, 1]])
+    assert close(deepdream(layer)(what), [(picture**2).sum() / picture.size for picture in x])
 
 
 def test_names_and_what_is_watched() -> None:
     named = [
-        (unit("a.b", 3), "a.b 3", (("a.b", 3),)),
-        (unit("logits", 3), "logit 3", (("logits", 3),)),
-        (units("a", [3, 1]), "a 3+1", (("a", 3), ("a", 1))),
-        (each("a", [3, 1]), "a 3, 1", (("a", 3), ("a", 1))),
+        (channel("a.b", 3), "a.b 3", (("a.b", 3),)),
+        (channel("logits", 3), "logit 3", (("logits", 3),)),
+        (channels("a", [3, 1]), "a 3+1", (("a", 3), ("a", 1))),
+        (per_image_channels("a", [3, 1]), "a 3, 1", (("a", 3), ("a", 1))),
         (neuron("a", 2), "a 2 at middle", (("a", 2),)),
         (neuron("a", 2, (0, 3)), "a 2 at 0, 3", (("a", 2),)),
         (direction("a", [0.0, 1.0, 0.0]), "direction in a", (("a", 2),)),
-        (whole("a"), "all of a", (("a", None),)),
-        (likeness("a"), "likeness in a", (("a", None),)),
-        (diverse(unit("a", 1), "b", 3), "3 of a 1", (("a", 1), ("b", None))),
-        (between(unit("a", 1), unit("b", 2), "c", 3), "from a 1 to b 2", (("a", 1), ("b", 2), ("c", None))),
+        (deepdream("a"), "all of a", (("a", None),)),
+        (caricature("a"), "likeness in a", (("a", None),)),
+        (diversity(channel("a", 1), "b", 3), "3 of a 1", (("a", 1), ("b", None))),
+        (interpolation(channel("a", 1), channel("b", 2), "c", 3), "from a 1 to b 2", (("a", 1), ("b", 2), ("c", None))),
     ]
     for objective, name, watches in named:
         assert (objective.name, objective.watches) == (name, watches)
     assert [o.pictures for o, *_ in named] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 3, 3]
     assert [o.mates for o, *_ in named] == [False] * 8 + [True] + [False] * 2
-    assert (unit("a", 1) + unit("logits", 1) - unit("b", 0) * unit("a", 2)).layers == ["a", "b"]
+    assert (channel("a", 1) + channel("logits", 1) - channel("b", 0) * channel("a", 2)).layers == ["a", "b"]
 
 
 @pytest.mark.parametrize("sides", [(3, 4), (4, 5), (1, 1)])
@@ -153,7 +153,7 @@ def test_direction_by_hand(layer: str, power: float) -> None:
         assert close(direction(layer, vector, power)(what), expected)
     if power == 0:
         only = np.eye(x.shape[1])[1]
-        assert close(direction(layer, only)(what), numbers(unit(layer, 1)(what)))
+        assert close(direction(layer, only)(what), numbers(channel(layer, 1)(what)))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_direction_by_hand(layer: str, power: float) -> None:
     [
         direction("maps", [1.0, 2.0, 3.0]),
         direction("maps", [1.0, 2.0, 3.0], 2),
-        likeness("maps", 2),
-        diverse(unit("maps", 1), "maps", 4),
+        caricature("maps", 2),
+        diversity(channel("maps", 1), "maps", 4),
     ],
     ids=lambda objective: objective.name,
 )
@@ -208,15 +208,15 @@ def test_likeness_by_hand(layer: str, power: float) -> None:
         dot = float(np.dot(own, photograph))
         cosine = dot / (np.linalg.norm(own) * np.linalg.norm(photograph))
         expected.append(dot * max(0.1, cosine) ** power / own.size)
-    assert close(likeness(layer, power)(what), expected)
+    assert close(caricature(layer, power)(what), expected)
     # A photograph beside itself: its mean square.
     twins = ForwardResult({"maps": what.maps["maps"][[0, 0, 1, 1]]}, None)
-    assert close(likeness("maps", power)(twins), numbers(whole("maps")(twins))[::2])
+    assert close(caricature("maps", power)(twins), numbers(deepdream("maps")(twins))[::2])
 
 
 def test_photographs_count_as_given() -> None:
     maps = drawn(4, 5, 3, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(likeness("maps", 2)(ForwardResult({"maps": maps}, None)).sum(), maps)
+    (gradient,) = torch.autograd.grad(caricature("maps", 2)(ForwardResult({"maps": maps}, None)).sum(), maps)
     assert not gradient[1::2].any()
     assert gradient[::2].flatten(1).any(1).all()
 
@@ -239,13 +239,13 @@ def test_diverse_by_hand(layer: str) -> None:
     what = seen(4)
     own = channels_first(what, "logits")[:, 1, 0]
     assert own.min() < 0 < own.max()
-    found = diverse(unit("logits", 1), layer, 4, weight=0.7)(what)
+    found = diversity(channel("logits", 1), layer, 4, weight=0.7)(what)
     assert close(found, diverse_by_hand(channels_first(what, layer), own, 0.7))
     # Pictures of one texture lose the whole weight, whatever their contrast.
     alike = ForwardResult(
         {"maps": what.maps["maps"][[0, 0]] * torch.tensor([1.0, 3.0])[:, None, None, None]}, torch.ones(2, 2)
     )
-    assert close(diverse(unit("logits", 1), "maps", 2, weight=0.25)(alike), [0.75, 0.75])
+    assert close(diversity(channel("logits", 1), "maps", 2, weight=0.25)(alike), [0.75, 0.75])
 
 
 def between_by_hand(maps: np.ndarray, a: np.ndarray, b: np.ndarray, weight: float) -> list[float]:
@@ -264,9 +264,9 @@ def between_by_hand(maps: np.ndarray, a: np.ndarray, b: np.ndarray, weight: floa
 def test_between_by_hand(count: int) -> None:
     what = seen(count)
     maps, x = channels_first(what, "maps").reshape(count, -1), channels_first(what, "logits")[:, :, 0]
-    row = between(unit("logits", 0), unit("logits", 2), "maps", count, weight=0.3)
+    row = interpolation(channel("logits", 0), channel("logits", 2), "maps", count, weight=0.3)
     assert close(row(what), between_by_hand(maps, x[:, 0], x[:, 2], 0.3))
-    free = between(unit("logits", 0), unit("logits", 2), "maps", count, weight=0)(what)
+    free = interpolation(channel("logits", 0), channel("logits", 2), "maps", count, weight=0)(what)
     assert free[0] == what.logits[0, 0]  # the ends are the two objectives themselves
     assert free[-1] == what.logits[-1, 2]
 
@@ -274,12 +274,12 @@ def test_between_by_hand(count: int) -> None:
 def test_between_stands_a_silent_layer() -> None:
     """Where nothing is seen there is nothing to be apart from: no division by 0."""
     what = ForwardResult({"maps": torch.zeros(3, 2, 2, 2)}, torch.ones(3, 2))
-    assert between(unit("logits", 0), unit("logits", 1), "maps", 3)(what).tolist() == [1, 1, 1]
+    assert interpolation(channel("logits", 0), channel("logits", 1), "maps", 3)(what).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     "objective",
-    [diverse(unit("maps", 1), "maps", 4), between(unit("maps", 1), unit("maps", 2), "maps", 4)],
+    [diversity(channel("maps", 1), "maps", 4), interpolation(channel("maps", 1), channel("maps", 2), "maps", 4)],
     ids=["diverse", "between"],
 )
 def test_other_pictures_count_as_given(objective: Objective) -> None:
@@ -296,15 +296,15 @@ def test_other_pictures_count_as_given(objective: Objective) -> None:
 
 @pytest.mark.parametrize(
     ("weight", "make"),
-    [(0.7, lambda f, w: diverse(f, "maps", 3, w)), (0.3, lambda f, w: between(f, f, "maps", 3, w))],
+    [(0.7, lambda f, w: diversity(f, "maps", 3, w)), (0.3, lambda f, w: interpolation(f, f, "maps", 3, w))],
     ids=["diverse", "between"],
 )
 def test_weight_scales_with_the_objective_and_is_not_climbed(weight: float, make: Callable[..., Objective]) -> None:
     """A thousand times the objective: a thousand times the value; and df/dlogit is 1, as it is without a weight."""
     maps, logits = drawn(3, 5, 3, 4), drawn(3, 2, seed=2).requires_grad_()
     what = ForwardResult({"maps": maps}, logits)
-    objective = make(unit("logits", 1), weight)
-    assert close(make(1000 * unit("logits", 1), weight)(what) / 1000, numbers(objective(what)))
+    objective = make(channel("logits", 1), weight)
+    assert close(make(1000 * channel("logits", 1), weight)(what) / 1000, numbers(objective(what)))
     (gradient,) = torch.autograd.grad(objective(what).sum(), logits)
     assert gradient.tolist() == [[0, 1]] * 3
 
@@ -312,15 +312,15 @@ def test_weight_scales_with_the_objective_and_is_not_climbed(weight: float, make
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: diverse(unit("maps", 1), "maps", 1),
-        lambda: diverse(each("maps", [1, 2]), "maps", 2),
-        lambda: diverse(likeness("maps"), "maps", 2),
-        lambda: between(unit("maps", 1), unit("maps", 2), "maps", 1),
-        lambda: between(unit("maps", 1), each("maps", [1, 2]), "maps", 3),
-        lambda: between(likeness("maps"), unit("maps", 1), "maps", 3),
-        lambda: units("maps", []),
-        lambda: each("maps", [1, 2]) + each("maps", [1, 2, 3]),
-        lambda: unit("maps", 1) + likeness("maps"),
+        lambda: diversity(channel("maps", 1), "maps", 1),
+        lambda: diversity(per_image_channels("maps", [1, 2]), "maps", 2),
+        lambda: diversity(caricature("maps"), "maps", 2),
+        lambda: interpolation(channel("maps", 1), channel("maps", 2), "maps", 1),
+        lambda: interpolation(channel("maps", 1), per_image_channels("maps", [1, 2]), "maps", 3),
+        lambda: interpolation(caricature("maps"), channel("maps", 1), "maps", 3),
+        lambda: channels("maps", []),
+        lambda: per_image_channels("maps", [1, 2]) + per_image_channels("maps", [1, 2, 3]),
+        lambda: channel("maps", 1) + caricature("maps"),
     ],
 )
 def test_what_cannot_be_is_refused(make: Callable[[], Objective]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.featurevis.optimizer import SILENT, Plateau, adam_step, ascend, optimised, rms_step, warming
-from convscope.featurevis.parameterization import Pixels
+from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, Plateau, adam_step, ascend, from_torch_optimizer, rms_step, exponential_warmup
+from convscope.featurevis.parameterization import PixelImage
 
 
 def start(*shape: int) -> Tensor:
@@ -25,8 +25,8 @@ def start(*shape: int) -> Tensor:
 def test_sgd_with_momentum_and_a_cosine_by_hand() -> None:
     """Uphill on -(x - peak)^2 / 2: the textbook's recursion, and the schedule's closed form, in float64."""
     first, peak = start(2, 1, 3, 4).numpy(), np.random.default_rng(1).normal(size=(2, 1, 3, 4))
-    canvas, steps, rate, momentum = Pixels(torch.from_numpy(first.copy()), 1), 9, 0.4, 0.9
-    step = optimised(
+    canvas, steps, rate, momentum = PixelImage(torch.from_numpy(first.copy()), 1), 9, 0.4, 0.9
+    step = from_torch_optimizer(
         canvas.values,
         partial(torch.optim.SGD, lr=rate, momentum=momentum),
         partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
@@ -43,16 +43,16 @@ def test_sgd_with_momentum_and_a_cosine_by_hand() -> None:
 
 
 def test_without_a_schedule_the_rate_stays() -> None:
-    canvas = Pixels(start(1, 1, 2, 2), 1)
+    canvas = PixelImage(start(1, 1, 2, 2), 1)
     before = canvas.values.detach().clone()
-    step = optimised(canvas.values, partial(torch.optim.SGD, lr=0.5))
+    step = from_torch_optimizer(canvas.values, partial(torch.optim.SGD, lr=0.5))
     ascend(canvas, lambda _: 3 * canvas.values.sum((1, 2, 3)), step, 4)
     assert (canvas.values.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
 
 
 def test_steps_that_grow_by_the_same_factor() -> None:
     """0.03, then 60 equal factors to 1, then 1, times the size; each is what Adam takes with a gradient that stays."""
-    rate = warming(100, 0.5)
+    rate = exponential_warmup(100, 0.5)
     lengths = np.array([rate(i) for i in range(100)])
     assert lengths[0] == pytest.approx(0.015)
     assert lengths[1:61] / lengths[:60] == pytest.approx(np.full(60, (1 / 0.03) ** (1 / 60)))
@@ -69,7 +69,7 @@ def test_steps_that_grow_by_the_same_factor() -> None:
 
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ConvscopeError, match="LBFGS searches along lines across all pictures at once"):
-        optimised(start(1, 1, 2, 2).requires_grad_(), torch.optim.LBFGS)
+        from_torch_optimizer(start(1, 1, 2, 2).requires_grad_(), torch.optim.LBFGS)
 
 
 # --- the plateau -----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_picture_that_is_done_stays_while_its_neighbour_climbs() -> None:
     steps, patience = 12, 3
 
     def climbed(plateau: Plateau | None) -> tuple[list[Tensor], Tensor]:
-        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
         floor = torch.tensor([1000.0, 0.0])
         seen = [canvas.values.detach().clone()]
         history = ascend(
@@ -158,7 +158,7 @@ def test_what_is_done_has_the_history_that_it_has_alone() -> None:
     """Its value would go on changing with the views: it stays, and no gradient is asked for it."""
 
     def climbed(floors: list[float]) -> tuple[Tensor, list[Tensor]]:
-        canvas, asked = Pixels(start(1, 3, 4, 5).float().expand(len(floors), -1, -1, -1), 1), []
+        canvas, asked = PixelImage(start(1, 3, 4, 5).float().expand(len(floors), -1, -1, -1), 1), []
 
         def measure(i: int) -> Tensor:
             picture = canvas.picture() * 1
@@ -175,7 +175,7 @@ def test_what_is_done_has_the_history_that_it_has_alone() -> None:
 
 
 def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> None:
-    canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+    canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
     measured: list[int] = []
     stepped: list[int] = []
 
@@ -200,7 +200,7 @@ class Silence:
     """Pictures whose values are 0 before their first step, whatever they show; a gradient they always have."""
 
     def __init__(self, *first: int) -> None:
-        self.canvas = Pixels(start(1, 3, 4, 5).float().expand(len(first), -1, -1, -1), 1)
+        self.canvas = PixelImage(start(1, 3, 4, 5).float().expand(len(first), -1, -1, -1), 1)
         self.first, self.seen = first, [self.canvas.values.detach().clone()]
 
     def climbed(self, steps: int, revive: int) -> Tensor:
@@ -213,7 +213,7 @@ class Silence:
         def note(_: int) -> None:
             self.seen.append(self.canvas.values.detach().clone())
 
-        return ascend(self.canvas, measure, step, steps, revive=revive, on_step=note)
+        return ascend(self.canvas, measure, step, steps, redirect_steps=revive, on_step=note)
 
 
 NEVER = 1000
@@ -221,16 +221,16 @@ NEVER = 1000
 
 def test_a_picture_that_is_silent_from_the_first_stays_and_its_neighbours_climb_on() -> None:
     """One that fires at the last of the steps that count is not given up, nor one that falls silent later."""
-    steps = SILENT + 8
-    late = Silence(NEVER, SILENT - 1, 0)
+    steps = DEAD_AFTER_STEPS + 8
+    late = Silence(NEVER, DEAD_AFTER_STEPS - 1, 0)
     history = late.climbed(steps, revive=4)
     for i in range(steps + 1):
         beside = late.seen[min(i, len(late.seen) - 1)]
-        assert torch.equal(beside[0], late.seen[min(i, SILENT - 1)][0])
-    assert not torch.equal(late.seen[SILENT - 2][0], late.seen[SILENT - 1][0])
+        assert torch.equal(beside[0], late.seen[min(i, DEAD_AFTER_STEPS - 1)][0])
+    assert not torch.equal(late.seen[DEAD_AFTER_STEPS - 2][0], late.seen[DEAD_AFTER_STEPS - 1][0])
     assert not history[:, 0].any()
-    assert history[SILENT - 1 :, 1].all()
-    for place, first in ((1, SILENT - 1), (2, 0)):
+    assert history[DEAD_AFTER_STEPS - 1 :, 1].all()
+    for place, first in ((1, DEAD_AFTER_STEPS - 1), (2, 0)):
         alone = Silence(first)
         assert torch.equal(alone.climbed(steps, revive=4)[:, 0], history[:, place])
         assert torch.equal(alone.seen[-1][0], late.seen[-1][place])
@@ -240,7 +240,7 @@ def test_a_picture_that_is_silent_from_the_first_stays_and_its_neighbours_climb_
 def test_when_all_are_silent_the_climb_ends() -> None:
     silent = Silence(NEVER, NEVER)
     history = silent.climbed(150, revive=4)
-    assert len(silent.seen) == SILENT  # as they began, and a step behind each value but the last
+    assert len(silent.seen) == DEAD_AFTER_STEPS  # as they began, and a step behind each value but the last
     assert history.shape == (150, 2)
     assert not history.any()
 
@@ -248,15 +248,15 @@ def test_when_all_are_silent_the_climb_ends() -> None:
 def test_who_is_not_to_be_woken_is_not_given_up() -> None:
     """Without `revive` nothing was done about the silence: the textbook's recipe takes all of its steps."""
     plain = Silence(NEVER)
-    plain.climbed(SILENT + 8, revive=0)
-    assert len(plain.seen) == SILENT + 9
+    plain.climbed(DEAD_AFTER_STEPS + 8, revive=0)
+    assert len(plain.seen) == DEAD_AFTER_STEPS + 9
 
 
 def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
     """Of seven steps the last three; a picture that is done sooner stays as it is. The history is of the steps."""
 
     def climbed(steps: int, mean: int, plateau: Plateau | None) -> tuple[list[Tensor], Tensor, Tensor]:
-        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
         seen: list[Tensor] = []
 
         def measure(i: int) -> Tensor:
@@ -268,7 +268,7 @@ def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
             seen.append(canvas.values.detach().clone())
 
         step = adam_step(canvas.values, 0.1, 2.0)
-        history = ascend(canvas, measure, step, steps, mean=mean, plateau=plateau, on_step=note)
+        history = ascend(canvas, measure, step, steps, average_last=mean, plateau=plateau, on_step=note)
         return seen, canvas.values.detach(), history
 
     seen, last, history = climbed(7, 3, None)
@@ -293,7 +293,7 @@ def test_what_is_frail_is_left_where_it_fired_most() -> None:
     values[2:5, 0] = torch.tensor([1.0, 2.0, 0.5])
 
     def climbed(best: bool) -> list[Tensor]:
-        canvas = Pixels(start(2, 3, 4, 5).float(), 1)
+        canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
         seen = [canvas.values.detach().clone()]
 
         def measure(i: int) -> Tensor:
@@ -303,7 +303,7 @@ def test_what_is_frail_is_left_where_it_fired_most() -> None:
         def note(_: int) -> None:
             seen.append(canvas.values.detach().clone())
 
-        history = ascend(canvas, measure, adam_step(canvas.values, 0.1, 2.0), 8, best=best, on_step=note)
+        history = ascend(canvas, measure, adam_step(canvas.values, 0.1, 2.0), 8, keep_best=best, on_step=note)
         assert torch.equal(history, values)
         return [*seen, canvas.values.detach()]
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from convscope.featurevis.parameterization import COLOUR_AXES, NATURAL, Fourier, Phase, Photograph, natural_magnitude
+from convscope.featurevis.parameterization import COLOUR_AXES, NATURAL, FourierImage, PhaseImage, PyramidResidualImage, natural_magnitude
 from convscope.featurevis.recipes import finished
-from convscope.featurevis.transforms import Looks, rolled, still, zoomed
+from convscope.featurevis.transforms import AugmentationConfig, random_roll, identity, random_affine
 from convscope.samples import photographs
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def frequencies(size: tuple[int, int]) -> np.ndarray:
 def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
     size: tuple[int, int], shown: tuple[int, int], channels: int
 ) -> None:
-    canvas = Fourier(generators(1, 2), channels, size, CPU, spread=0.4)
+    canvas = FourierImage(generators(1, 2), channels, size, CPU, spread=0.4)
     values = canvas.values.detach().double().numpy()
     (height, width), (rows, columns) = size, shown
     down, across = np.mgrid[:rows, :columns]
@@ -83,7 +83,7 @@ def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
 
 def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
     """Every second pixel, where no wave is shorter than four."""
-    canvas = Fourier(generators(3), 3, (16, 24), CPU, spread=0.5)
+    canvas = FourierImage(generators(3), 3, (16, 24), CPU, spread=0.5)
     with torch.no_grad():
         canvas.values[:, :, 4:13] = 0
         canvas.values[:, :, :, 6:] = 0
@@ -112,7 +112,7 @@ def test_natural_magnitude_by_hand(size: tuple[int, int], channels: int) -> None
 def test_phase_canvas_by_hand(size: tuple[int, int], channels: int) -> None:
     """The picture as a plain sum of waves, each of its natural magnitude, in decorrelated colours."""
     height, width = size
-    canvas = Phase(generators(1, 2), channels, size, CPU)
+    canvas = PhaseImage(generators(1, 2), channels, size, CPU)
     phases = canvas.values.detach().double().numpy()
     assert phases.shape == (2, channels, height, width // 2 + 1)
     assert np.abs(phases).max() <= math.pi + 1e-6  # float32
@@ -136,7 +136,7 @@ def test_phase_canvas_by_hand(size: tuple[int, int], channels: int) -> None:
 @pytest.mark.parametrize("size", [(16, 20), (15, 21)])
 def test_magnitudes_stay_natural_whatever_the_phases(size: tuple[int, int], channels: int) -> None:
     """Read back from the picture. Of the columns that are their own mirror images, no magnitude grows beyond it."""
-    canvas = Phase(generators(1, 2, 3), channels, size, CPU)
+    canvas = PhaseImage(generators(1, 2, 3), channels, size, CPU)
     natural = natural_magnitude(channels, size).double().numpy()
     own = [0, size[1] // 2] if size[1] % 2 == 0 else [0]
     others = [j for j in range(natural.shape[-1]) if j not in own]
@@ -194,7 +194,7 @@ def test_photograph_begins_as_itself(channels: int) -> None:
     """To 8 bits, for each of the 256 values, though a sigmoid reaches neither black nor white."""
     values = np.arange(256).reshape(16, 16)
     pictures = np.stack([np.roll(values, 7 * i) for i in range(2 * channels)]).reshape(2, channels, 16, 16)
-    canvas = Photograph(torch.from_numpy(pictures).float() / 255)
+    canvas = PyramidResidualImage(torch.from_numpy(pictures).float() / 255)
     assert np.array_equal(finished(canvas), pictures)
     assert not canvas.values.any()
     assert canvas.values.is_leaf
@@ -226,7 +226,7 @@ def test_one_place_of_a_level_moves_only_what_it_reaches(size: tuple[int, int], 
     for level in range(5):
         sides = [math.ceil(side / 2**level) for side in size]
         for row, column in ((0, 0), (sides[0] - 1, sides[1] - 1), (int(rng.integers(sides[0])), sides[1] // 2)):
-            canvas = Photograph(pictures)
+            canvas = PyramidResidualImage(pictures)
             before = canvas.picture().detach()
             with torch.no_grad():
                 canvas.values[1, -1, begin + row * sides[1] + column] = 0.75
@@ -262,7 +262,7 @@ def test_colour_and_noise_by_hand(channels: int) -> None:
     """Contrast about middle gray, brightness of each channel, then the picture's own noise, rolled at each step."""
     size, steps, seeds = (10, 14), 3, (4, 9)
     pictures = torch.rand((2, channels, *size), generator=Generator().manual_seed(0))
-    view = zoomed(Looks((1, 1), 0, size, mirror=False, colour=0.3, noise=0.2), steps, generators(*seeds), CPU)
+    view = random_affine(AugmentationConfig((1, 1), 0, size, mirror=False, colour=0.3, noise=0.2), steps, generators(*seeds), CPU)
     for step in range(steps):
         found = view(step, pictures)
         for n, seed in enumerate(seeds):
@@ -281,7 +281,7 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
     count, size = 200, (12, 12)
     gray = torch.full((count, 3, *size), 0.75)
     seeds = generators(*range(count))
-    shown = zoomed(Looks((1, 1), 0, size, colour=0.2), 1, seeds, CPU)(0, gray)
+    shown = random_affine(AugmentationConfig((1, 1), 0, size, colour=0.2), 1, seeds, CPU)(0, gray)
     changed = (shown[:, :, 0, 0] - 0.75).double().numpy()
     assert float((shown - shown[:, :, :1, :1]).abs().max()) < 1e-5  # flat stays flat
     # 0.25 away from the middle: contrast gives at most 0.05, brightness 0.1.
@@ -290,7 +290,7 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
     assert abs(changed.mean()) < 0.015  # 600 draws of deviation 0.065, 200 of which in common: 4 deviations
     for deviation in (0.05, 0.4):
         seeds = generators(*range(count))
-        noise = zoomed(Looks((1, 1), 0, size, noise=deviation), 1, seeds, CPU)(0, gray).double().numpy() - 0.75
+        noise = random_affine(AugmentationConfig((1, 1), 0, size, noise=deviation), 1, seeds, CPU)(0, gray).double().numpy() - 0.75
         n = noise.size
         assert noise.std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * n))  # five deviations of a deviation
         assert abs(noise.mean()) < 5 * deviation / math.sqrt(n)
@@ -299,8 +299,8 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
 def test_colour_and_noise_belong_to_the_picture() -> None:
     """The same bytes at any position and in any company; two pictures from one generator's seed see the same."""
     pictures = torch.rand((3, 3, 20, 30), generator=Generator().manual_seed(9))
-    looks = Looks((0.4, 1), 10, (12, 18), colour=0.3, noise=0.1)
-    one, other = (zoomed(looks, 4, generators(*seeds), CPU) for seeds in ((1, 2, 3), (3, 1, 1)))
+    looks = AugmentationConfig((0.4, 1), 10, (12, 18), colour=0.3, noise=0.1)
+    one, other = (random_affine(looks, 4, generators(*seeds), CPU) for seeds in ((1, 2, 3), (3, 1, 1)))
     for step in range(4):
         found = one(step, pictures)
         assert torch.equal(found[[2, 0]], other(step, pictures[[2, 0, 1]])[:2])
@@ -314,7 +314,7 @@ def test_mirrored_only_where_that_is_allowed(mirror: bool) -> None:
     """Columns run from left to right in every view, however zoomed and turned; or in about half of them."""
     count, steps = 60, 4
     ramp = torch.arange(32.0).expand(count, 1, 32, 32)
-    view = zoomed(Looks((0.4, 1), 10, (16, 16), mirror=mirror), steps, generators(*range(count)), CPU)
+    view = random_affine(AugmentationConfig((0.4, 1), 10, (16, 16), mirror=mirror), steps, generators(*range(count)), CPU)
     flipped = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) < 0).all(1).sum()) for step in range(steps))
     rising = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) > 0).all(1).sum()) for step in range(steps))
     assert flipped + rising == count * steps
@@ -326,13 +326,13 @@ def test_views_pass_gradients_on_to_the_canvas() -> None:
     """Each view that moves pixels only hands every gradient back, once; what is still is the very same tensor."""
     pictures = torch.rand((2, 3, 6, 9), generator=Generator().manual_seed(0)).requires_grad_()
     weights = torch.rand((2, 3, 6, 9), generator=Generator().manual_seed(1))
-    rolling: Tensor = rolled(1, generators(1, 2), CPU)(0, pictures)
+    rolling: Tensor = random_roll(1, generators(1, 2), CPU)(0, pictures)
     (gradient,) = torch.autograd.grad((rolling * weights).sum(), pictures)
     for n in range(2):
         assert torch.equal(gradient[n].flatten().sort().values, weights[n].flatten().sort().values)
-    assert still(0, pictures) is pictures
-    assert still(7, pictures) is pictures
-    changed = zoomed(Looks((1, 1), 0, (6, 9), mirror=False, colour=0.3, noise=0.2), 1, generators(4, 9), CPU)
+    assert identity(0, pictures) is pictures
+    assert identity(7, pictures) is pictures
+    changed = random_affine(AugmentationConfig((1, 1), 0, (6, 9), mirror=False, colour=0.3, noise=0.2), 1, generators(4, 9), CPU)
     (gradient,) = torch.autograd.grad(changed(0, pictures).sum(), pictures)
     for n, seed in enumerate((4, 9)):
         contrast = 1 + 0.3 * drawn(seed, 1, (6, 9))[0][0, 0]

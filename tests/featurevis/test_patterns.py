@@ -20,11 +20,11 @@ from convscope.engine.acceleration.inplace_clamp import inplace_clamp as keeping
 from convscope.engine.batching import gradient_bytes
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.defaults import plain_size, robust_size
-from convscope.featurevis.objectives import each
-from convscope.featurevis.optimizer import SILENT, Redirected, adam_step, agreed_step, ascend, rms_step
-from convscope.featurevis.parameterization import COLOUR_AXES, Fourier, Pixels
+from convscope.featurevis.objectives import per_image_channels
+from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, RedirectedReLU, adam_step, consistency_weighted_adam, ascend, rms_step
+from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, PixelImage
 from convscope.featurevis.recipes import REVIVED, standardised
-from convscope.featurevis.transforms import Looks, rolled, zoomed
+from convscope.featurevis.transforms import AugmentationConfig, random_roll, random_affine
 from tests.oracles.nets import Twice, Usual, filled
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
@@ -99,7 +99,7 @@ def test_linear_unit_wants_its_own_weight(space: str) -> None:
 
 def test_the_leaf_moves_along_the_weight() -> None:
     net = filled(Linear(units=2, kernel=3))
-    canvas = Pixels(torch.rand((2, 3, 3, 3), generator=Generator().manual_seed(0)))
+    canvas = PixelImage(torch.rand((2, 3, 3, 3), generator=Generator().manual_seed(0)))
     before = canvas.values.detach().clone()
     history = ascend(canvas, lambda _: net.conv(canvas.values)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
     w = net.conv.weight.detach()
@@ -209,7 +209,7 @@ def test_agreed_step_by_hand() -> None:
     start = rng.normal(size=(2, 3, 4, 5))
     gradients = [rng.normal(size=start.shape) * [[[[3.0]]], [[[1e-4]]]] + 1e-4 for _ in range(6)]
     values = torch.from_numpy(start.copy()).requires_grad_()
-    step = agreed_step(values, 0.3, 0.1)
+    step = consistency_weighted_adam(values, 0.3, 0.1)
     scaled = [g / np.sqrt((g**2).mean((1, 2, 3), keepdims=True)) for g in gradients]
     expected = start.copy()
     for t in range(1, 7):
@@ -221,14 +221,14 @@ def test_agreed_step_by_hand() -> None:
         assert apart(values.detach(), expected) < 1e-12  # float64
     before = values.detach().clone()
     with torch.no_grad():
-        agreed_step(values, 0.3, 0.1)(values, torch.zeros_like(values))
+        consistency_weighted_adam(values, 0.3, 0.1)(values, torch.zeros_like(values))
     assert torch.equal(values.detach(), before)
 
 
 def test_steps_go_where_gradients_agree() -> None:
     """Of two coordinates with gradients of one size, the one whose sign changes at every step hardly moves."""
     values = torch.zeros(1, 2, requires_grad=True)
-    step = agreed_step(values, 0.1, 0.1)
+    step = consistency_weighted_adam(values, 0.1, 0.1)
     for i in range(40):
         with torch.no_grad():
             step(values, torch.tensor([[1.0, (-1.0) ** i]]))
@@ -241,7 +241,7 @@ def test_steps_go_where_gradients_agree() -> None:
 def rectified(x: Tensor, weight: Tensor, how: Any, mask: list[bool]) -> tuple[Tensor, Tensor]:
     """A rectifier's output, and the gradient of its weighed sum, with the pictures of the mask redirected."""
     leaf = x.clone().requires_grad_()
-    with Redirected(torch.tensor(mask)):
+    with RedirectedReLU(torch.tensor(mask)):
         output = how(leaf * 1)
     (gradient,) = torch.autograd.grad((output * weight).sum(), leaf)
     return output.detach(), gradient
@@ -544,7 +544,7 @@ def test_scores_are_of_the_finished_picture(layer: str, recipe: str) -> None:
 def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
     """The picture as a plain sum of cosines and sines, with amplitudes 1/f, in decorrelated colours."""
     height, width = size
-    canvas = Fourier(generators(1, 2), 3, size, torch.device("cpu"), spread=0.5)
+    canvas = FourierImage(generators(1, 2), 3, size, torch.device("cpu"), spread=0.5)
     spectrum = canvas.values.detach().double().numpy()
     spectrum = spectrum[..., 0] + 1j * spectrum[..., 1]
     down = np.fft.fftfreq(height)[:, None]
@@ -572,28 +572,28 @@ def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
 def test_draws_belong_to_the_picture() -> None:
     """Canvas and views of a picture are the same at any position and in any company."""
     pictures = torch.rand((3, 3, 20, 30), generator=Generator().manual_seed(9))
-    device, looks = torch.device("cpu"), Looks((0.4, 1), 10, (12, 18))
-    for make in (lambda g: zoomed(looks, 4, g, device), lambda g: rolled(4, g, device)):
+    device, looks = torch.device("cpu"), AugmentationConfig((0.4, 1), 10, (12, 18))
+    for make in (lambda g: random_affine(looks, 4, g, device), lambda g: random_roll(4, g, device)):
         one, other = make(generators(1, 2, 3)), make(generators(3, 1, 1))
         for step in range(4):
             found = one(step, pictures)
             assert torch.equal(found[[2, 0]], other(step, pictures[[2, 0, 1]])[:2])
             assert not torch.equal(one(step, pictures), one((step + 1) % 4, pictures))
-    canvases = [Fourier(generators(*seeds), 3, (8, 8), device).values for seeds in ((1, 2, 3), (3, 1))]
+    canvases = [FourierImage(generators(*seeds), 3, (8, 8), device).values for seeds in ((1, 2, 3), (3, 1))]
     assert torch.equal(canvases[0][[2, 0]], canvases[1])
 
 
 def test_zoomed_views_by_hand() -> None:
     """Without zoom and turn: the canvas or its mirror image. At half scale: a window that lies within."""
     pictures = torch.rand((40, 2, 16, 24), generator=Generator().manual_seed(0))
-    whole = zoomed(Looks((1, 1), 0, (16, 24)), 1, generators(*range(40)), torch.device("cpu"))(0, pictures)
+    whole = random_affine(AugmentationConfig((1, 1), 0, (16, 24)), 1, generators(*range(40)), torch.device("cpu"))(0, pictures)
     mirrored = [bool((v - p).abs().max() > 1e-3) for v, p in zip(whole, pictures, strict=True)]
     for view, picture, flipped in zip(whole, pictures, mirrored, strict=True):
         assert apart(view, picture.flip(2) if flipped else picture) < 1e-5  # float32 coordinates
     assert 8 <= sum(mirrored) <= 32  # half of 40, four standard deviations to either side
     down, across = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     ramps = torch.stack([down, across]).expand(40, 2, 32, 32)
-    half = zoomed(Looks((0.5, 0.5), 0, (16, 16)), 1, generators(*range(40)), torch.device("cpu"))(0, ramps)
+    half = random_affine(AugmentationConfig((0.5, 0.5), 0, (16, 16)), 1, generators(*range(40)), torch.device("cpu"))(0, ramps)
     assert (half[:, 0].diff(dim=1) - 1).abs().max() < 1e-4  # one pixel of the view is one of the canvas
     assert (half[:, 1].diff(dim=2).abs() - 1).abs().max() < 1e-4
     assert half.min() >= 0
@@ -601,7 +601,7 @@ def test_zoomed_views_by_hand() -> None:
     corners = half[:, 0].amin((1, 2))
     assert corners.min() < 3  # over forty draws, both ends of the free 16 pixels are come near to
     assert corners.max() > 13
-    turned = zoomed(Looks((1, 1), 10, (32, 64)), 1, generators(*range(40)), torch.device("cpu"))
+    turned = random_affine(AugmentationConfig((1, 1), 10, (32, 64)), 1, generators(*range(40)), torch.device("cpu"))
     down, across = torch.meshgrid(torch.arange(32.0), torch.arange(64.0), indexing="ij")
     slopes = turned(0, torch.stack([down, across]).expand(40, 2, 32, 64))[:, :, 14:18, 30:34]
     # In the middle, a turn by t moves (down, across) by (cos t, sin t) for each pixel downwards: lengths stay.
@@ -622,8 +622,8 @@ def test_several_views_are_climbed_by_their_mean() -> None:
     model = loaded(net, 56)
     found = convscope.patterns(model, "logits", [3, 1], views=3, steps=2, seed=4)
     draws = [Generator().manual_seed((4 * 1_000_003 + u * 7919 + 1) % (1 << 63)) for u in (3, 1)]
-    canvas = Fourier(draws, 3, (56, 56), torch.device("cpu"))
-    view = zoomed(Looks((0.5, 1), 10, (32, 32)), 3, draws, torch.device("cpu"))
+    canvas = FourierImage(draws, 3, (56, 56), torch.device("cpu"))
+    view = random_affine(AugmentationConfig((0.5, 1), 10, (32, 32)), 3, draws, torch.device("cpu"))
     with torch.no_grad():
         shown = canvas.picture((32, 32))
         values = [net(model.preprocessing.normalize(view(k, shown)))[[0, 1], [3, 1]] for k in range(3)]
@@ -634,7 +634,7 @@ def test_several_views_are_climbed_by_their_mean() -> None:
 
 def test_rolled_views_by_hand() -> None:
     pictures = torch.rand((5, 3, 6, 9), generator=Generator().manual_seed(0))
-    view = rolled(3, generators(*range(5)), torch.device("cpu"))
+    view = random_roll(3, generators(*range(5)), torch.device("cpu"))
     for step in range(3):
         draws = [torch.rand((3, 2), generator=g)[step] for g in generators(*range(5))]
         for found, picture, draw in zip(view(step, pictures), pictures, draws, strict=True):
@@ -648,8 +648,8 @@ def test_objective_is_the_mean_of_the_units_channel() -> None:
     units = [2, 0, 3]
     expected = torch.stack([maps[i, u].mean() for i, u in enumerate(units)])
     for outputs in (maps, tokens, scores):
-        assert apart(each("layer", units)(ForwardResult({"layer": outputs}, None)), expected) < TINY
-    assert torch.equal(each("logits", units)(ForwardResult({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
+        assert apart(per_image_channels("layer", units)(ForwardResult({"layer": outputs}, None)), expected) < TINY
+    assert torch.equal(per_image_channels("logits", units)(ForwardResult({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
 
 
 def test_sizes() -> None:
@@ -803,7 +803,7 @@ def test_only_what_is_silent_is_run_to_wake_it() -> None:
     handle.remove()
     assert (found.scores > 0).all()
     assert passes.count(3) == 48 + 2  # each step, and the finished pictures before the waking and in the end
-    assert passes.count(2) >= SILENT
+    assert passes.count(2) >= DEAD_AFTER_STEPS
     among_others = convscope.patterns(model, "relu", [1, 0, 0], size=32, steps=48)
     assert np.array_equal(among_others.images[1], found.images[1])
 

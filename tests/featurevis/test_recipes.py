@@ -16,11 +16,11 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import recipes
-from convscope.featurevis.objectives import likeness, unit
-from convscope.featurevis.optimizer import SILENT, adam_step, agreed_step
-from convscope.featurevis.parameterization import Fourier, Phase, natural_magnitude
+from convscope.featurevis.objectives import caricature, channel
+from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, adam_step, consistency_weighted_adam
+from convscope.featurevis.parameterization import FourierImage, PhaseImage, natural_magnitude
 from convscope.featurevis.recipes import DAMPING, RECIPES, SLIGHT, finished
-from convscope.featurevis.transforms import Looks, rolled, still, zoomed
+from convscope.featurevis.transforms import AugmentationConfig, random_roll, identity, random_affine
 from tests.featurevis.test_parameterization import colour_axes, logit
 from tests.oracles.nets import Usual, filled
 
@@ -91,9 +91,9 @@ def test_robust_for_classes_by_hand() -> None:
     found = convscope.patterns(model, "logits", [number, 4], recipe=rule, steps=steps, seed=seed)
     assert found.images.shape == (2, 112, 112, 3)
     own = generator(seed, number)
-    canvas = Fourier([own], 3, (112, 112), CPU)
+    canvas = FourierImage([own], 3, (112, 112), CPU)
     sides = (40, 40, 56, 56, 96)
-    views = [zoomed(Looks((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in sides]
+    views = [random_affine(AugmentationConfig((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in sides]
     rates = [0.2 * min(1.0, 0.03 ** (1 - i / 6)) for i in range(steps)]
     step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
     been = []
@@ -132,7 +132,7 @@ class Residual(nn.Module):
 def test_robust_takes_less_than_half_of_what_residual_branches_hand_back_of_classes() -> None:
     """As a network whose branches do so by themselves, to the byte; units of layers are drawn with all of it."""
     rule = replace(RECIPES["robust"], tries=1)
-    assert rule.branches == 0.45
+    assert rule.residual_grad_scale == 0.45
     whole, less = (loaded(filled(Residual(share)), 56) for share in (1.0, 0.45))
     found = convscope.patterns(whole, "logits", recipe=rule, steps=12)
     expected = convscope.patterns(less, "logits", recipe=replace(rule, branches=1.0), steps=12)
@@ -154,9 +154,9 @@ def test_robust_for_units_that_see_little_by_hand() -> None:
     found = convscope.patterns(model, "relu1", [number, 4], steps=steps, seed=seed)
     size = found.images.shape[1]
     own = generator(seed, number)
-    canvas = Fourier([own], 3, (size, size), CPU)
-    view = rolled(steps, [own], CPU)
-    step = agreed_step(canvas.values, 0.35, SLIGHT)
+    canvas = FourierImage([own], 3, (size, size), CPU)
+    view = random_roll(steps, [own], CPU)
+    step = consistency_weighted_adam(canvas.values, 0.35, SLIGHT)
     for i in range(steps):
         shown = model.preprocessing.normalize(view(i, canvas.picture()))
         value = net.relu1(net.bn1(net.conv1(shown)))[0, number].mean()
@@ -171,13 +171,13 @@ def test_robust_for_units_that_see_little_by_hand() -> None:
 
 def test_units_with_a_field_of_their_own_take_even_steps_and_views_of_one_size() -> None:
     full = (224, 224)
-    assert RECIPES["robust"].seen(None, full, full) == (*[(80, 80)] * 2, *[(112, 112)] * 2, (192, 192))
-    assert RECIPES["robust"].seen(200, full, full) == ((144, 144),)
-    assert RECIPES["robust"].seen(40, full, (120, 120)) == ((120, 120),)
-    assert RECIPES["robust"].pace(200, full) == (150, 0.15)
+    assert RECIPES["robust"].view_sizes(None, full, full) == (*[(80, 80)] * 2, *[(112, 112)] * 2, (192, 192))
+    assert RECIPES["robust"].view_sizes(200, full, full) == ((144, 144),)
+    assert RECIPES["robust"].view_sizes(40, full, (120, 120)) == ((120, 120),)
+    assert RECIPES["robust"].schedule(200, full) == (150, 0.15)
 
 
-@pytest.mark.parametrize(("layer", "given_up"), [("logits", 40), ("relu3", SILENT)])
+@pytest.mark.parametrize(("layer", "given_up"), [("logits", 40), ("relu3", DEAD_AFTER_STEPS)])
 def test_what_begins_with_short_steps_is_not_given_up(
     usual: convscope.Model, monkeypatch: pytest.MonkeyPatch, layer: str, given_up: int
 ) -> None:
@@ -186,7 +186,7 @@ def test_what_begins_with_short_steps_is_not_given_up(
     climb = recipes.ascend
 
     def spied(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(kwargs.get("silent", SILENT))
+        found.append(kwargs.get("silent", DEAD_AFTER_STEPS))
         return climb(*args, **kwargs)
 
     monkeypatch.setattr(recipes, "ascend", spied)
@@ -227,8 +227,8 @@ def test_maco_opacity_by_hand() -> None:
     assert found.alpha is not None
     assert (found.alpha.dtype, found.alpha.shape) == (np.uint8, (2, 32, 32))
     own = generator(seed, number)
-    canvas = Phase([own], 3, (32, 32), CPU)
-    views = zoomed(Looks((0.5, 1), 10, (32, 32)), 2 * steps, [own], CPU)
+    canvas = PhaseImage([own], 3, (32, 32), CPU)
+    views = random_affine(AugmentationConfig((0.5, 1), 10, (32, 32)), 2 * steps, [own], CPU)
     step = adam_step(canvas.values, 0.1, DAMPING)
     asked = np.zeros((32, 32))
     for i in range(steps):
@@ -249,7 +249,7 @@ def test_maco_opacity_by_hand() -> None:
 
 def test_maco_is_opaque_where_the_unit_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a canvas that lies still, a unit of the left half has nothing to do with the right one."""
-    monkeypatch.setattr(recipes, "_views", lambda task, several=1: still)
+    monkeypatch.setattr(recipes, "_views", lambda task, several=1: identity)
     model = loaded(filled(Window((0, 1), (0, 0.5))), 32)
     found = convscope.patterns(model, "logits", [0, 1], recipe="maco", steps=8, size=32)
     assert found.alpha is not None
@@ -301,7 +301,7 @@ def test_dream_of_a_layer_is_its_mean_square(usual: convscope.Model, photograph:
 def test_caricature_grows_like_its_photograph(usual: convscope.Model, photograph: np.ndarray) -> None:
     """The score is x . p / n, times the cosine, of the finished picture's layer x and the photograph's, p."""
     photographs = np.stack([photograph, photograph[::-1], photograph[:, ::-1]])
-    objectives = [likeness("relu2"), 2 * likeness("conv1"), likeness("relu2", 2)]
+    objectives = [caricature("relu2"), 2 * caricature("conv1"), caricature("relu2", 2)]
     drawn = [
         convscope.patterns(usual, objectives, recipe="caricature", start=photographs, steps=steps) for steps in (0, 40)
     ]
@@ -315,8 +315,8 @@ def test_caricature_grows_like_its_photograph(usual: convscope.Model, photograph
     assert (drawn[1].scores > drawn[0].scores).all()
     assert (drawn[1].history[-8:].mean(0) > drawn[1].history[0]).all()
     assert drawn[1].names == ["likeness in relu2", "2 * likeness in conv1", "likeness in relu2"]
-    assert drawn[1].noise is not None
-    assert np.isnan(drawn[1].noise).all()  # it compares pictures
+    assert drawn[1].noise_scores is not None
+    assert np.isnan(drawn[1].noise_scores).all()  # it compares pictures
     alone = convscope.patterns(usual, "relu2", recipe="caricature", start=photograph, steps=40)
     assert alone.scores[0] == pytest.approx(drawn[1].scores[0], rel=0.01)  # the engine's promise for other batch sizes
 
@@ -326,11 +326,11 @@ def test_caricature_grows_like_its_photograph(usual: convscope.Model, photograph
     [
         ("relu2", {}, "recipe 'caricature' begins with a photograph; give one as start="),
         ("relu2", {"units": [0], "start": True}, "a caricature is of all that a layer sees; it takes no units"),
-        (unit("relu2", 0), {"start": True}, "relu2 0 does not compare with a photograph"),
-        (likeness("relu2"), {"recipe": "robust"}, "likeness in relu2 compares with a photograph"),
-        (unit("relu2", 0), {"units": [0], "recipe": "robust"}, "units= goes with a layer's name"),
+        (channel("relu2", 0), {"start": True}, "relu2 0 does not compare with a photograph"),
+        (caricature("relu2"), {"recipe": "robust"}, "likeness in relu2 compares with a photograph"),
+        (channel("relu2", 0), {"units": [0], "recipe": "robust"}, "units= goes with a layer's name"),
         ([], {"recipe": "robust"}, "expected a layer's name, an objective, or a list of objectives"),
-        (3 + unit("relu2", 12), {"recipe": "robust"}, "unit 12 is not in layer 'relu2'"),
+        (3 + channel("relu2", 12), {"recipe": "robust"}, "unit 12 is not in layer 'relu2'"),
     ],
 )
 def test_refused(

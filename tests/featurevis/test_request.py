@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis.defaults import as_it_is, own_size, steady
-from convscope.featurevis.objectives import Objective, between, diverse, neuron, unit, units, whole
-from convscope.featurevis.optimizer import optimised
-from convscope.featurevis.parameterization import Phase, Pixels
-from convscope.featurevis.recipes import RECIPES, Drawn, Recipe, Task, finished
+from convscope.featurevis.defaults import as_it_is, own_size, constant_schedule
+from convscope.featurevis.objectives import Objective, interpolation, diversity, neuron, channel, channels, deepdream
+from convscope.featurevis.optimizer import from_torch_optimizer
+from convscope.featurevis.parameterization import PhaseImage, PixelImage
+from convscope.featurevis.recipes import RECIPES, RecipeOutput, Recipe, OptimizationTask, finished
 from tests.featurevis.test_objectives import between_by_hand, diverse_by_hand
 from tests.featurevis.test_recipes import CPU, SUMS, loaded, outputs
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
@@ -44,13 +44,13 @@ def photographs() -> np.ndarray:
 def test_scores_of_objectives_by_hand(usual: convscope.Model) -> None:
     """On the finished 8-bit pictures, each of its own objective, under its name."""
     objectives = [
-        unit("relu2", 3) - 0.5 * unit("relu2", 4),
+        channel("relu2", 3) - 0.5 * channel("relu2", 4),
         neuron("conv3", 2),
-        -unit("logits", 1),
-        units("conv1", [0, 5]) * 2 + 1,
-        diverse(unit("relu2", 7), "conv2", 3, weight=0.4),
-        whole("conv1"),
-        between(unit("logits", 0), unit("logits", 2), "conv3", 2, weight=0.1),
+        -channel("logits", 1),
+        channels("conv1", [0, 5]) * 2 + 1,
+        diversity(channel("relu2", 7), "conv2", 3, weight=0.4),
+        deepdream("conv1"),
+        interpolation(channel("logits", 0), channel("logits", 2), "conv3", 2, weight=0.1),
     ]
     found = convscope.patterns(usual, objectives, steps=12, size=32)
     shown = found.images
@@ -80,7 +80,7 @@ def test_scores_of_objectives_by_hand(usual: convscope.Model) -> None:
 
 
 def test_one_objective_is_the_unit_it_is_about(usual: convscope.Model) -> None:
-    alone = convscope.patterns(usual, unit("relu2", 3), recipe="plain", start=np.full((32, 32, 3), 128), steps=5)
+    alone = convscope.patterns(usual, channel("relu2", 3), recipe="plain", start=np.full((32, 32, 3), 128), steps=5)
     named = convscope.patterns(usual, "relu2", [3], recipe="plain", start=np.full((32, 32, 3), 128), steps=5)
     assert np.array_equal(alone.images, named.images)
     assert np.array_equal(alone.scores, named.scores)
@@ -115,8 +115,8 @@ def test_neighbours_change_nothing_for_objectives(usual: convscope.Model) -> Non
     def drawn(*objectives: Objective) -> convscope.Patterns:
         return convscope.patterns(usual, list(objectives), steps=10, size=32)
 
-    mixed, sole = unit("relu2", 3) - unit("relu2", 4), whole("conv2")
-    one, other = drawn(mixed, sole, unit("conv2", 1)), drawn(neuron("conv2", 4), mixed, unit("relu2", 7))
+    mixed, sole = channel("relu2", 3) - channel("relu2", 4), deepdream("conv2")
+    one, other = drawn(mixed, sole, channel("conv2", 1)), drawn(neuron("conv2", 4), mixed, channel("relu2", 7))
     assert np.array_equal(one.images[0], other.images[1])
     assert np.array_equal(one.history[:, 0], other.history[:, 1])
 
@@ -124,17 +124,17 @@ def test_neighbours_change_nothing_for_objectives(usual: convscope.Model) -> Non
 # --- a recipe of one's own -------------------------------------------------------------------------------------------
 
 
-def gray(task: Task) -> Drawn:
+def gray(task: OptimizationTask) -> RecipeOutput:
     """From middle gray, with momentum."""
     first = torch.full((len(task.generators), task.channels, *task.size), 127.5, device=task.device)
-    canvas = Pixels(first)
-    step = optimised(canvas.values, partial(torch.optim.SGD, lr=task.step_size, momentum=0.5))
-    history = task.climb(canvas, lambda _: task.measure(task.ready(canvas.picture())), step, partial(finished, canvas))
-    return Drawn(finished(canvas), history)
+    canvas = PixelImage(first)
+    step = from_torch_optimizer(canvas.values, partial(torch.optim.SGD, lr=task.step_size, momentum=0.5))
+    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.picture())), step, partial(finished, canvas))
+    return RecipeOutput(finished(canvas), history)
 
 
 def test_a_recipe_of_ones_own(usual: convscope.Model) -> None:
-    own = Recipe(gray, own_size, as_it_is, steady(4, 1e5))
+    own = Recipe(gray, own_size, as_it_is, constant_schedule(4, 1e5))
     found = convscope.patterns(usual, "conv1", [2, 6], recipe=own, frames=2)
     assert (found.recipe, found.steps, found.step_size) == ("gray", 4, 1e5)
     assert found.images.shape == (2, 32, 32, 3)
@@ -172,7 +172,7 @@ def test_frames_are_evenly_spaced_and_end_with_the_finished_picture(
 
     start = {"start": photographs[0]} if recipe == "dream" else {"size": 32}
     options: dict[str, Any] = {"recipe": recipe, "steps": steps, **start}
-    found = convscope.patterns(usual, "relu2", [0, 5], frames=kept, watch=watch, **options)
+    found = convscope.patterns(usual, "relu2", [0, 5], frames=kept, callback=watch, **options)
     assert told == list(range(1, steps + 1))
     assert found.frames is not None
     assert found.frames.dtype == np.uint8
@@ -190,7 +190,7 @@ def test_frames_of_several_batches_stand_side_by_side(usual: convscope.Model) ->
     told: list[tuple[int, int]] = []
     options: dict[str, Any] = {"size": 32, "steps": 4, "frames": 2}
     parts = convscope.patterns(
-        usual, "relu2", range(6), memory=1, watch=lambda step, shown: told.append((step, len(shown))), **options
+        usual, "relu2", range(6), memory=1, callback=lambda step, shown: told.append((step, len(shown))), **options
     )
     assert parts.frames is not None
     assert parts.frames.shape == (2, 6, 32, 32, 3)
@@ -232,12 +232,12 @@ def test_patience_ends_early(usual: convscope.Model, kept: int) -> None:
     told: list[int] = []
     options: dict[str, Any] = {"recipe": "plain", "start": np.full((32, 32, 3), 128.0), "steps": 40}
     found = convscope.patterns(
-        usual, 100 + 0.01 * unit("conv1", 2), patience=3, frames=kept, watch=lambda i, _: told.append(i), **options
+        usual, 100 + 0.01 * channel("conv1", 2), patience=3, frames=kept, callback=lambda i, _: told.append(i), **options
     )
     assert told == [1, 2, 3]
     assert found.history.shape == (40, 1)
     assert (found.history[3:] == found.history[3]).all()
-    stopped = convscope.patterns(usual, 100 + 0.01 * unit("conv1", 2), **{**options, "steps": 3})
+    stopped = convscope.patterns(usual, 100 + 0.01 * channel("conv1", 2), **{**options, "steps": 3})
     assert np.array_equal(found.images, stopped.images)
     assert np.array_equal(found.scores, stopped.scores)
     if kept:
@@ -252,8 +252,8 @@ def test_what_is_done_is_the_same_beside_whoever_climbs_on(usual: convscope.Mode
     def drawn(*neighbours: Objective) -> convscope.Patterns:
         return convscope.patterns(usual, [slow, *neighbours], recipe="maco", size=32, steps=12, patience=3)
 
-    slow, quick = 100 + 0.01 * unit("relu2", 3), unit("relu2", 4) - unit("relu2", 5)
-    among_slow, among_quick = drawn(50 + 0.01 * unit("relu2", 1)), drawn(quick)
+    slow, quick = 100 + 0.01 * channel("relu2", 3), channel("relu2", 4) - channel("relu2", 5)
+    among_slow, among_quick = drawn(50 + 0.01 * channel("relu2", 1)), drawn(quick)
     assert (among_quick.history[4:, 1] != among_quick.history[3:-1, 1]).any()
     assert among_slow.alpha is not None
     assert among_quick.alpha is not None
@@ -271,19 +271,19 @@ def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame(frail: bool, expe
     and also in views or, if frail, not in these. A unit by itself is drawn twice, as no batch of one is."""
     draws: list[int] = []
 
-    def twice(task: Task) -> Drawn:
+    def twice(task: OptimizationTask) -> RecipeOutput:
         draws.append(len(task.generators))
         level = 255 if task.still or (len(draws) == 3 and not frail) else 0
         pictures = torch.full((len(task.generators), 3, *task.size), level, dtype=torch.uint8)
         task.on_step(0, lambda: pictures)
         sight = torch.full((len(task.generators), *task.size), level / 255)
-        return Drawn(pictures, torch.zeros(1, len(task.generators)), sight)
+        return RecipeOutput(pictures, torch.zeros(1, len(task.generators)), sight)
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU())
     with torch.no_grad():
         net[0].weight.fill_(1)
         net[0].bias.copy_(torch.tensor([-1.0, 1.0]))
-    own = Recipe(twice, own_size, as_it_is, steady(1, 1.0), starts=2)
+    own = Recipe(twice, own_size, as_it_is, constant_schedule(1, 1.0), starts=2)
     found = convscope.patterns(loaded(net, 8), "1", [0, 1], recipe=own, frames=1)
     assert draws == expected
     assert found.scores.tolist() == [2, 1]
@@ -320,7 +320,7 @@ def noises_by_hand(seed: int, size: tuple[int, int]) -> np.ndarray:
         if i < 4:
             found.append((128 + 20 * torch.rand((3, *size), generator=generator)).numpy().astype(np.uint8))
         else:
-            shown: Tensor = Phase([generator], 3, size, CPU).picture().detach()[0]
+            shown: Tensor = PhaseImage([generator], 3, size, CPU).picture().detach()[0]
             found.append(np.round(shown.numpy() * 255).astype(np.uint8))
     return np.stack(found).transpose(0, 2, 3, 1)
 
@@ -331,50 +331,50 @@ def test_noise_by_hand(usual: convscope.Model, seed: int) -> None:
     shown = noises_by_hand(seed, (24, 36))
     by_units = convscope.patterns(usual, "relu2", [3, 0, 9], size=(24, 36), steps=1, seed=seed)
     best = outputs(usual, "relu2", shown).mean((2, 3)).max(0)
-    assert by_units.noise == pytest.approx(best[[3, 0, 9]], rel=SUMS, abs=SUMS)
-    objectives = [unit("logits", 1) - unit("logits", 0), diverse(unit("relu2", 1), "relu2", 2), -neuron("conv3", 4)]
+    assert by_units.noise_scores == pytest.approx(best[[3, 0, 9]], rel=SUMS, abs=SUMS)
+    objectives = [channel("logits", 1) - channel("logits", 0), diversity(channel("relu2", 1), "relu2", 2), -neuron("conv3", 4)]
     found = convscope.patterns(usual, objectives, size=(24, 36), steps=1, seed=seed)
     logits, middle = outputs(usual, "logits", shown), outputs(usual, "conv3", shown)[:, 4, 6, 9]
     expected = [(logits[:, 1] - logits[:, 0]).max(), np.nan, np.nan, (-middle).max()]
-    assert found.noise == pytest.approx(expected, rel=SUMS, abs=SUMS, nan_ok=True)
+    assert found.noise_scores == pytest.approx(expected, rel=SUMS, abs=SUMS, nan_ok=True)
 
 
 def test_reference_by_hand(usual: convscope.Model, photographs: np.ndarray, tmp_path: Path) -> None:
     """The best score among natural pictures, those that cannot be read left out and named."""
     natural = photographs[:, :, :32]
-    objectives = [unit("relu2", 2), 2 * unit("logits", 1) - 3, whole("conv1")]
+    objectives = [channel("relu2", 2), 2 * channel("logits", 1) - 3, deepdream("conv1")]
     found = convscope.patterns(usual, objectives, size=32, steps=1, reference=natural)
     expected = [
         outputs(usual, "relu2", natural)[:, 2].mean((1, 2)).max(),
         (2 * outputs(usual, "logits", natural)[:, 1] - 3).max(),
         (outputs(usual, "conv1", natural) ** 2).mean((1, 2, 3)).max(),
     ]
-    assert found.reference == pytest.approx(expected, rel=SUMS, abs=SUMS)
+    assert found.reference_scores == pytest.approx(expected, rel=SUMS, abs=SUMS)
     one_by_one = convscope.patterns(usual, objectives, size=32, steps=1, reference=natural, memory=1)
-    assert one_by_one.reference == pytest.approx(expected, rel=SUMS, abs=SUMS)
+    assert one_by_one.reference_scores == pytest.approx(expected, rel=SUMS, abs=SUMS)
     files = [tmp_path / f"{i}.png" for i in range(4)]
     for file, picture in zip(files, natural, strict=False):
         Image.fromarray(picture).save(file)
     files[3].write_bytes(b"no picture")
     read = convscope.patterns(usual, objectives, size=32, steps=1, reference=files)
-    assert read.reference == pytest.approx(expected, rel=SUMS, abs=SUMS)
+    assert read.reference_scores == pytest.approx(expected, rel=SUMS, abs=SUMS)
     assert [str(files[3]) in failure.name or failure.name in str(files[3]) for failure in read.failed] == [True]
-    assert convscope.patterns(usual, "relu2", [2], size=32, steps=1).reference is None
-    comparing = convscope.patterns(usual, diverse(unit("relu2", 1), "relu2", 2), size=32, steps=1, reference=natural)
-    assert comparing.reference is not None
-    assert np.isnan(comparing.reference).tolist() == [True, True]
+    assert convscope.patterns(usual, "relu2", [2], size=32, steps=1).reference_scores is None
+    comparing = convscope.patterns(usual, diversity(channel("relu2", 1), "relu2", 2), size=32, steps=1, reference=natural)
+    assert comparing.reference_scores is not None
+    assert np.isnan(comparing.reference_scores).tolist() == [True, True]
 
 
 def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
     """By a recipe that ends with one of the pictures of noise."""
     noises = torch.from_numpy(noises_by_hand(0, (32, 32))).permute(0, 3, 1, 2)
 
-    def lost(task: Task) -> Drawn:
+    def lost(task: OptimizationTask) -> RecipeOutput:
         return RECIPES["plain"].draw(task)._replace(pictures=noises[2:3])
 
-    found = convscope.patterns(usual, unit("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, steady(1, 1.0)))
-    assert found.noise is not None
-    assert found.scores[0] < found.noise[0]
+    found = convscope.patterns(usual, channel("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, constant_schedule(1, 1.0)))
+    assert found.noise_scores is not None
+    assert found.scores[0] < found.noise_scores[0]
     assert len(found.notes) == 1
     assert found.notes[0].startswith(f"relu2 3 ends with a score of {found.scores[0]:.3g}, no more than on noise")
 
@@ -384,7 +384,7 @@ def test_noise_and_nature_are_fed_as_the_picture_is(usual: convscope.Model, phot
     natural = photographs[:, :, :32]
     options = {"recipe": "plain", "space": "input", "size": 32, "steps": 1}
     found = convscope.patterns(usual, "conv1", [1], reference=natural, **options)
-    for score, shown in ((found.noise, noises_by_hand(0, (32, 32))), (found.reference, natural)):
+    for score, shown in ((found.noise_scores, noises_by_hand(0, (32, 32))), (found.reference_scores, natural)):
         x = torch.from_numpy(np.ascontiguousarray(shown.transpose(0, 3, 1, 2))).float()
         with torch.no_grad():
             expected = usual.module.conv1(x).mean((2, 3))[:, 1].max()

@@ -19,7 +19,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import resumable
 from convscope.featurevis.result import Patterns
-from convscope.featurevis.resumable import forget, in_parts, is_done
+from convscope.featurevis.resumable import remove_parts, run_resumable, is_done
 from tests.oracles.nets import Spy, filled
 
 UNITS = 70  # three parts: 23, 23 and 24
@@ -84,7 +84,7 @@ def stopping(at: float) -> Callable[[float, int], None]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Patterns:
     """What nobody disturbed."""
-    return in_parts(loaded(), "wide", None, tmp_path_factory.mktemp("whole"), **OPTIONS)
+    return run_resumable(loaded(), "wide", None, tmp_path_factory.mktemp("whole"), **OPTIONS)
 
 
 # --- the same as in one go -------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Patterns:
 )
 def test_parts_are_what_patterns_draws_of_them(options: dict[str, Any], tmp_path: Path) -> None:
     model = loaded()
-    found = in_parts(model, "wide", None, tmp_path, **options)
+    found = run_resumable(model, "wide", None, tmp_path, **options)
     each = [convscope.patterns(model, "wide", part, **options) for part in PARTS]
     assert found.units.tolist() == list(range(UNITS))
     along = {"history": 1, "frames": 1}
@@ -111,14 +111,14 @@ def test_parts_are_what_patterns_draws_of_them(options: dict[str, Any], tmp_path
 
 def test_units_in_any_order_and_by_name(tmp_path: Path) -> None:
     model = convscope.load(filled(Wide()), preprocessing={"size": 16}, classes=[f"kind {i}" for i in range(UNITS)])
-    found = in_parts(model, "logits", ["kind 69", 2, "kind 5"], tmp_path, **OPTIONS)
+    found = run_resumable(model, "logits", ["kind 69", 2, "kind 5"], tmp_path, **OPTIONS)
     assert found.units.tolist() == [69, 2, 5]
     assert found.images.tobytes() == convscope.patterns(model, "logits", [69, 2, 5], **OPTIONS).images.tobytes()
 
 
 def test_progress_counts_parts_and_what_is_done_of_one(tmp_path: Path) -> None:
     told: list[tuple[float, int]] = []
-    in_parts(loaded(), "wide", None, tmp_path, progress=lambda done, total: told.append((done, total)), **OPTIONS)
+    run_resumable(loaded(), "wide", None, tmp_path, progress=lambda done, total: told.append((done, total)), **OPTIONS)
     done = [d for d, _ in told]
     assert {total for _, total in told} == {3}
     assert done == sorted(done)
@@ -134,18 +134,18 @@ def test_what_was_finished_is_not_drawn_again(at: float, kept: int, whole: Patte
     """The very last step of part 1 comes before it is written, so an interruption there loses it."""
     model = loaded()
     with pytest.raises(KeyboardInterrupt):
-        in_parts(model, "wide", None, tmp_path, progress=stopping(at), **OPTIONS)
+        run_resumable(model, "wide", None, tmp_path, progress=stopping(at), **OPTIONS)
     assert len(drawn_parts(tmp_path)) == kept
     before = {p: p.stat().st_mtime_ns for p in drawn_parts(tmp_path)}
     passes(model)
-    same(in_parts(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+    same(run_resumable(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
     resumed = passes(model)
     for part in PARTS[kept:]:
         convscope.patterns(model, "wide", part, **OPTIONS)
     assert resumed == passes(model)
     assert len(resumed) >= (3 - kept) * 4
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert in_parts(model, "wide", None, tmp_path, resume=True, **OPTIONS).scores.tolist() == whole.scores.tolist()
+    assert run_resumable(model, "wide", None, tmp_path, resume=True, **OPTIONS).scores.tolist() == whole.scores.tolist()
     assert passes(model) == [], "all parts are there: nothing runs"
 
 
@@ -171,7 +171,7 @@ def test_a_process_that_was_killed(whole: Patterns, tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(drawn_parts(tmp_path)) == 1
     model = loaded()
-    same(in_parts(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+    same(run_resumable(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
     expected = loaded()
     for part in PARTS[1:]:
         convscope.patterns(expected, "wide", part, **OPTIONS)
@@ -180,10 +180,10 @@ def test_a_process_that_was_killed(whole: Patterns, tmp_path: Path) -> None:
 
 def test_saved_files_are_the_same_bytes(whole: Patterns, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        in_parts(loaded(), "wide", None, tmp_path / "b", progress=stopping(2.5), **OPTIONS)
-    found = in_parts(loaded(), "wide", None, tmp_path / "b", resume=True, **OPTIONS)
+        run_resumable(loaded(), "wide", None, tmp_path / "b", progress=stopping(2.5), **OPTIONS)
+    found = run_resumable(loaded(), "wide", None, tmp_path / "b", resume=True, **OPTIONS)
     found.save(tmp_path / "b")
-    forget(tmp_path / "b")
+    remove_parts(tmp_path / "b")
     whole.save(tmp_path / "a")
     one, other = files(tmp_path / "a"), files(tmp_path / "b")
     assert one.keys() == other.keys()
@@ -193,9 +193,9 @@ def test_saved_files_are_the_same_bytes(whole: Patterns, tmp_path: Path) -> None
 
 def test_without_resume_all_is_drawn_again(tmp_path: Path) -> None:
     model = loaded()
-    in_parts(model, "wide", None, tmp_path, **OPTIONS)
+    run_resumable(model, "wide", None, tmp_path, **OPTIONS)
     first = passes(model)
-    in_parts(model, "wide", None, tmp_path, **OPTIONS)
+    run_resumable(model, "wide", None, tmp_path, **OPTIONS)
     assert len(drawn_parts(tmp_path)) == 3
     assert passes(model) == first
     assert sum(first) > UNITS * 4
@@ -208,13 +208,13 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> 
     monkeypatch.setattr(resumable, "patterns", lambda *a, **k: calls.append(a[2]) or true(*a, **k))
     model = changed.pop("model", None) or loaded()
     options = {**OPTIONS, **changed}
-    in_parts(model, options.pop("layer", "wide"), options.pop("units", None), tmp_path, resume=True, **options)
+    run_resumable(model, options.pop("layer", "wide"), options.pop("units", None), tmp_path, resume=True, **options)
     return len(calls)
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    in_parts(loaded(), "wide", None, tmp_path, **OPTIONS)
+    run_resumable(loaded(), "wide", None, tmp_path, **OPTIONS)
     return tmp_path
 
 
@@ -276,13 +276,13 @@ def test_another_start_does_not_use_the_parts(tmp_path: Path, monkeypatch: pytes
 def test_half_written_files_are_ignored(whole: Patterns, tmp_path: Path) -> None:
     """What a process that was killed while it wrote leaves behind: a temporary name and half the bytes."""
     model = loaded()
-    in_parts(model, "wide", None, tmp_path, **OPTIONS)
+    run_resumable(model, "wide", None, tmp_path, **OPTIONS)
     victim = drawn_parts(tmp_path)[1]
     content = victim.read_bytes()
     victim.unlink()
     (victim.parent / f".{victim.name}.x8a7").write_bytes(content[: len(content) // 2])
     passes(model)
-    same(in_parts(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+    same(run_resumable(model, "wide", None, tmp_path, resume=True, **OPTIONS), whole)
     resumed = passes(model)
     convscope.patterns(model, "wide", PARTS[1], **OPTIONS)
     assert resumed == passes(model), "one part is drawn"
@@ -291,20 +291,20 @@ def test_half_written_files_are_ignored(whole: Patterns, tmp_path: Path) -> None
 
 def test_forget_removes_the_parts_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    in_parts(loaded(), "wide", [0], tmp_path, **OPTIONS)
+    run_resumable(loaded(), "wide", [0], tmp_path, **OPTIONS)
     assert len(drawn_parts(tmp_path)) == 1
-    forget(tmp_path)
+    remove_parts(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    forget(tmp_path / "never made")
+    remove_parts(tmp_path / "never made")
     assert not (tmp_path / "never made").exists()
 
 
 def test_a_part_that_a_power_cut_left_empty_is_drawn_again(tmp_path: Path) -> None:
-    whole = in_parts(loaded(), "wide", None, tmp_path, **OPTIONS)
+    whole = run_resumable(loaded(), "wide", None, tmp_path, **OPTIONS)
     empty = drawn_parts(tmp_path)[1]
     content = empty.read_bytes()
     empty.write_bytes(b"")
-    same(in_parts(loaded(), "wide", None, tmp_path, resume=True, **OPTIONS), whole)
+    same(run_resumable(loaded(), "wide", None, tmp_path, resume=True, **OPTIONS), whole)
     assert empty.read_bytes() == content
 
 
@@ -313,7 +313,7 @@ def test_a_start_of_another_shape_is_another_start(tmp_path: Path) -> None:
     flat = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     options = {**OPTIONS, "recipe": "plain", "size": None}
     for start in (Image.fromarray(flat), Image.fromarray(flat.reshape(16, 12, 3))):
-        found = in_parts(loaded(), "wide", [0], tmp_path, resume=True, start=start, **options)
+        found = run_resumable(loaded(), "wide", [0], tmp_path, resume=True, start=start, **options)
         fresh = convscope.patterns(loaded(), "wide", [0], start=start, **options)
         same(found, fresh)
         assert found.images.tobytes() == fresh.images.tobytes()
@@ -337,7 +337,7 @@ def test_nothing_is_written_when_refused(
     layer: str, units: Any, changed: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConvscopeError) as refused:
-        in_parts(loaded(), layer, units, tmp_path / "out", **{**OPTIONS, **changed})
+        run_resumable(loaded(), layer, units, tmp_path / "out", **{**OPTIONS, **changed})
     assert words in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -345,13 +345,13 @@ def test_nothing_is_written_when_refused(
 def test_a_layer_as_a_whole_has_no_parts(tmp_path: Path) -> None:
     start = np.full((16, 16, 3), 100, np.uint8)
     with pytest.raises(ConvscopeError, match="recipe 'dream' draws layer 'wide' as a whole, which has no parts"):
-        in_parts(loaded(), "wide", None, tmp_path / "out", recipe="dream", start=start)
+        run_resumable(loaded(), "wide", None, tmp_path / "out", recipe="dream", start=start)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ConvscopeError, match=r"cannot write into .*file: Not a directory"):
-        in_parts(loaded(), "wide", [0], tmp_path / "file", **OPTIONS)
+        run_resumable(loaded(), "wide", [0], tmp_path / "file", **OPTIONS)
 
 
 # --- done before -----------------------------------------------------------------------------------------------------

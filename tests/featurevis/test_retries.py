@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import convscope
-from convscope.featurevis.defaults import steady
+from convscope.featurevis.defaults import constant_schedule
 from convscope.featurevis.recipes import RECIPES, Recipe
-from convscope.featurevis.retries import Batch
-from convscope.featurevis.scoring import KNOWN
+from convscope.featurevis.retries import PatternBatch
+from convscope.featurevis.scoring import MIN_CONFIDENCE
 from tests.featurevis.test_recipes import loaded
 from tests.oracles.nets import Usual, filled
 
 STEPS = 16
-BRIEF = replace(RECIPES["robust"], pace=steady(STEPS, 0.8), tries=4)
+BRIEF = replace(RECIPES["robust"], pace=constant_schedule(STEPS, 0.8), tries=4)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_what_the_network_knows_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatc
     bright = found.images.reshape(4, 2, 16, 2, 16, 3).mean((2, 4, 5)) / 255
     exchanged = np.exp(10 * bright[:, ::-1, ::-1].reshape(4, 4))
     sure = exchanged[range(4), range(4)] / exchanged.sum(1)
-    assert sure.max() < KNOWN  # a quarter that is bright where it was drawn is dark across
+    assert sure.max() < MIN_CONFIDENCE  # a quarter that is bright where it was drawn is dark across
     assert found.notes == tuple(
         f"class {u} is given a probability of {p:.2f} when the picture's quadrants are exchanged: it may convince no "
         "other network, nor you"
@@ -75,11 +75,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[float]]]:
     """How well the network knows a class: not what it says, but the next number from the class's list."""
     lists: dict[int, list[float]] = {}
 
-    def known(self: Batch, pictures: Tensor, which: Sequence[int]) -> Tensor:
+    def known(self: PatternBatch, pictures: Tensor, which: Sequence[int]) -> Tensor:
         assert len(pictures) == len(which)
         return torch.tensor([lists[self.want.numbers[self.part[i]]].pop(0) for i in which])
 
-    monkeypatch.setattr(Batch, "known", known)
+    monkeypatch.setattr(PatternBatch, "known", known)
     yield lists
     assert not any(lists.values())  # each was asked for as often as was foreseen
 
@@ -172,7 +172,7 @@ def test_a_network_that_ends_in_a_sigmoid_is_judged_by_it() -> None:
     found = drawn(model, range(4), replace(BRIEF, tries=2))
     pieces = np.roll(found.images, (16, 16), (1, 2))
     said = 1 / (1 + np.exp(-convscope.predict(model, pieces).logits))
-    doubted = [u for u in range(4) if said[u, u] < KNOWN and found.scores[u] > found.noise[u]]
+    doubted = [u for u in range(4) if said[u, u] < MIN_CONFIDENCE and found.scores[u] > found.noise_scores[u]]
     assert [note.split(" when")[0] for note in found.notes if "quadrants" in note] == [
         f"class {u} is given a probability of {said[u, u]:.2f}" for u in doubted
     ]

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 
 import convscope
 from convscope.engine import capture
-from convscope.featurevis.objectives import each
-from convscope.featurevis.scoring import NOISES, awakened, excited, noises
+from convscope.featurevis.objectives import per_image_channels
+from convscope.featurevis.scoring import NOISES, optimize_from_crops, max_activations, noises
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.oracles.nets import filled
@@ -64,8 +64,8 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
     for steps in (0, 48):
         monkeypatch.setattr(sys.modules["convscope.featurevis.scoring"], "WAKING", steps)
         with capture.capture_layers(model, ["relu"], stop_early=True) as run:
-            piece = excited(run, model, "relu").piece(0, (SIDE, SIDE))
-            (one,) = awakened(piece[None], lambda x: each("relu", [0])(run(x)), model)
+            piece = max_activations(run, model, "relu").piece(0, (SIDE, SIDE))
+            (one,) = optimize_from_crops(piece[None], lambda x: per_image_channels("relu", [0])(run(x)), model)
         assert (one.dtype, tuple(one.shape)) == (torch.uint8, (3, SIDE, SIDE))
         found.append(one)
     picture, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
@@ -80,7 +80,7 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
 def test_a_unit_that_no_photograph_wakes() -> None:
     model = convscope.load(Bright(5.0), preprocessing={"size": 224})
     with capture.capture_layers(model, ["relu"], stop_early=True) as run:
-        assert excited(run, model, "relu").values.tolist() == [0, 0]
+        assert max_activations(run, model, "relu").values.tolist() == [0, 0]
 
 
 def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
@@ -94,7 +94,7 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
         model = convscope.load(filled(nn.Sequential(first, nn.ReLU())), preprocessing={"size": 48})
         x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
         with capture.capture_layers(model, ["1"], stop_early=True) as run, torch.no_grad():
-            found, maps = excited(run, model, "1"), model.module(x).numpy()
+            found, maps = max_activations(run, model, "1"), model.module(x).numpy()
         maps = np.moveaxis(maps, -1, 1) if shape == (35,) else maps
         maps = maps.reshape(4, 5, -1)
         best = maps.max((0, 2))

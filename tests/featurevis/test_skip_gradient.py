@@ -10,7 +10,7 @@ from torch import nn
 import convscope
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
-from convscope.featurevis.skip_gradient import favouring
+from convscope.featurevis.skip_gradient import with_skip_gradient
 
 DRAW = torch.Generator().manual_seed(3)
 
@@ -47,7 +47,7 @@ def x():
 def test_a_branch_hands_on_its_share(x, add, share):
     """y = x + A x: the gradient is g + share * A^T g."""
     a = weight()
-    y, found = gradient(favouring(lambda x: add(x, F.conv2d(x, a, padding=1)), share), x)
+    y, found = gradient(with_skip_gradient(lambda x: add(x, F.conv2d(x, a, padding=1)), share), x)
     g = torch.arange(y.numel(), dtype=torch.float64).view(y.shape)
     torch.testing.assert_close(y, x + F.conv2d(x, a, padding=1))
     torch.testing.assert_close(found, g + share * F.conv_transpose2d(g, a, padding=1))
@@ -61,7 +61,7 @@ def test_blocks_in_a_row(x):
         x = x + F.conv2d(x, a, padding=1)
         return F.conv2d(x, p, padding=1) + F.conv2d(F.conv2d(x, c, padding=1), d, padding=1) + b.sum()
 
-    y, found = gradient(favouring(net, 0.5), x)
+    y, found = gradient(with_skip_gradient(net, 0.5), x)
     g = torch.arange(y.numel(), dtype=torch.float64).view(y.shape)
 
     def back(g, w):
@@ -79,7 +79,7 @@ def test_other_sums_are_left_alone(x):
         both = F.conv2d(x, a, padding=1) + F.conv2d(x, b, padding=1) + bias.expand(2, 3, 6, 6) + 2
         return both + F.conv2d(both, a, padding=1).mean((2, 3), keepdim=True)
 
-    torch.testing.assert_close(gradient(favouring(net, 0.1), x), gradient(net, x))
+    torch.testing.assert_close(gradient(with_skip_gradient(net, 0.1), x), gradient(net, x))
 
 
 def test_a_real_network_by_hooks_of_its_own():
@@ -92,7 +92,7 @@ def test_a_real_network_by_hooks_of_its_own():
     x = torch.rand((2, 3, 96, 96), generator=torch.Generator().manual_seed(0)).double()
     with capture.capture_layers(model, []) as run:
         quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True))
-        y, found = gradient(lambda x: favouring(quick, 0.5)(x).logits, x)
+        y, found = gradient(lambda x: with_skip_gradient(quick, 0.5)(x).logits, x)
         usual, other = gradient(lambda x: quick(x).logits, x)
         assert torch.equal(y, usual)
         ends = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks(model.module)]
@@ -129,12 +129,12 @@ def test_each_residual_branch_is_found_once(source, blocks, monkeypatch):
     x = torch.rand((2, 3, *model.preprocessing.image_size), generator=torch.Generator().manual_seed(0)).requires_grad_()
     with capture.capture_layers(model, []) as run:
         hooked.clear()
-        favouring(run, 0.5)(x)
+        with_skip_gradient(run, 0.5)(x)
     assert len(hooked) == len(set(map(id, hooked))) == blocks
 
 
 def test_without_gradients_nothing_is_looked_at(x):
     seen = []
     with torch.no_grad():
-        assert torch.equal(favouring(lambda x: (seen.append(1), x + F.relu(x))[1], 0.5)(x), x + F.relu(x))
+        assert torch.equal(with_skip_gradient(lambda x: (seen.append(1), x + F.relu(x))[1], 0.5)(x), x + F.relu(x))
     assert seen == [1]

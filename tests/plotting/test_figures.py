@@ -127,7 +127,7 @@ def activations(model: convscope.Model, **maps: np.ndarray) -> Activations:
     count = len(next(iter(maps.values())))
     pictures = tuple(f"/some/folder/a picture with a very long name, number {n}.jpg" for n in range(count))
     return Activations(
-        model, maps={name: m.astype(np.float32) for name, m in maps.items()}, pictures=pictures, fit="squash"
+        model, maps={name: m.astype(np.float32) for name, m in maps.items()}, image_names=pictures, fit="squash"
     )
 
 
@@ -271,7 +271,7 @@ def predictions(model: convscope.Model, count: int, top: int = 5) -> Predictions
         indices=best,
         probabilities=np.take_along_axis(shares, best, 1),
         logits=logits,
-        pictures=tuple(f"/folder/{n}.jpg" for n in range(count)),
+        image_names=tuple(f"/folder/{n}.jpg" for n in range(count)),
         fit="squash",
     )
 

@@ -187,5 +187,5 @@ def test_long_names_of_layers_stay_in_their_place(tmp_path):
     stores.small(tmp_path, units=(9,), pictures=12, layer=LONG)
     stores.thumbnails(tmp_path, np.full((12, 96, 96, 3), 60, np.uint8))
     store = convscope.open_store(tmp_path)
-    for shown in (store.unit(f"{LONG} 0", 1), store.picture(3), store.dead(), store.duplicates(0.1)):
+    for shown in (store.unit(f"{LONG} 0", 1), store.image(3), store.dead(), store.duplicates(0.1)):
         assert legible(shown.figure())  # which fails on words that overlap or leave the page

@@ -239,7 +239,7 @@ def test_a_bounded_number_of_batches_is_decoded_ahead(tmp_path: Path) -> None:
 def test_waiting_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = catalogue([picture(0)])
     with Decoder(found, LIKE) as decoder:
-        real = decoder._here.show
+        real = decoder._here.decode
         monkeypatch.setattr(decoder._here, "show", lambda index: (time.sleep(0.2), real(index))[1])
         for _ in decoder.batches([[0], [0]], 1):
             time.sleep(0.3)

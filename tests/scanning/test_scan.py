@@ -22,7 +22,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.images.loading import ImageBatchLoader
 from convscope.scanning import api
-from convscope.scanning.plan import Plan, shard_size
+from convscope.scanning.plan import ScanPlan, shard_size
 from tests.oracles.tiny import LAYERS, SETTINGS, files, tiny, write_pictures
 
 
@@ -264,7 +264,7 @@ def test_what_a_network_takes_at_a_time_is_not_overruled(data: Path, tmp_path: P
 def test_a_full_disk_is_said_and_can_be_gone_on_from(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(store: Path, found: api.Found) -> None:
+    def full(store: Path, found: api.ShardResult) -> None:
         if found.shard == 1:
             raise OSError(28, "No space left on device")
         original(store, found)
@@ -375,14 +375,14 @@ def test_shards_are_whole_batches_and_whole_sprites() -> None:
 
 
 def test_the_plan_covers_every_picture_once_and_the_sample_is_spread() -> None:
-    plan = Plan(1000, 16, 192, 5, 100, "squash", 10**8, 2, False)
+    plan = ScanPlan(1000, 16, 192, 5, 100, "squash", 10**8, 2, False)
     ids = [i for shard in range(plan.shards) for batch in plan.batches(shard) for i in batch]
     assert ids == list(range(1000))
     sample = plan.sampled()
     assert len(set(sample.tolist())) == 100
     halves = (sample < 500).sum()
     assert 30 < halves < 70  # a fair coin leaves this range once in 50,000 times
-    assert Plan(50, 16, 64, 5, 100, "squash", 10**8, 2, False).sampled().tolist() == list(range(50))
+    assert ScanPlan(50, 16, 64, 5, 100, "squash", 10**8, 2, False).sampled().tolist() == list(range(50))
 
 
 def test_the_manifest_tells_no_time_and_no_place(whole: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convscope.scanning import statistics
-from convscope.scanning.statistics import BINS, EDGES, EMPTY, Best, Stream, Summary, fused, keyed, reduced, unkeyed
+from convscope.scanning.statistics import BINS, EDGES, EMPTY, TopK, OnlineStatistics, UnitStatistics, fused, sort_keys, reduced, unkeyed
 
 
 def maps_of(seed: int, pictures: int, units: int, side: int, levels: int = 3) -> torch.Tensor:
@@ -36,9 +36,9 @@ def ranked(maps: torch.Tensor, unit: int, k: int, sign: int) -> list[tuple[float
 def streamed(
     maps: torch.Tensor, k: int, batch: int, labels: torch.Tensor | None = None, sample: torch.Tensor | None = None,
     first: int = 0,
-) -> Summary:  # fmt: skip
+) -> UnitStatistics:  # fmt: skip
     none = torch.zeros(0, dtype=torch.int64)
-    stream = Stream(maps.shape[1], k, none if sample is None else sample)
+    stream = OnlineStatistics(maps.shape[1], k, none if sample is None else sample)
     for begin in range(0, len(maps), batch):
         part = maps[begin : begin + batch]
         ids = torch.arange(first + begin, first + begin + len(part))
@@ -47,7 +47,7 @@ def streamed(
     return stream.finish()
 
 
-def listed(best: Best, sign: int, unit: int) -> list[tuple[float, int, int]]:
+def listed(best: TopK, sign: int, unit: int) -> list[tuple[float, int, int]]:
     values = unkeyed(best.keys)
     rows = zip(values[unit].tolist(), best.pictures[unit].tolist(), best.places[unit].tolist(), strict=True)
     return [(sign * value + 0.0, picture, place) for value, picture, place in rows if picture >= 0]
@@ -60,7 +60,7 @@ def test_any_sharding_and_order_gives_what_sorting_gives(seed, pictures, k, batc
     cuts = sorted({0, pictures, *(random.randrange(pictures + 1) for _ in range(3))})
     shards = [streamed(maps[a:b], k, batch, first=a) for a, b in pairwise(cuts)]
     random.shuffle(shards)
-    merged = Summary.none(3, k)
+    merged = UnitStatistics.none(3, k)
     for shard in shards:
         merged.join(shard)
     for unit in range(3):
@@ -75,7 +75,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @given(st.lists(st.tuples(floats, floats), min_size=1, max_size=30))
 def test_keys_sort_as_pairs_do_and_give_the_value_back(pairs):
     values, second = torch.tensor(pairs, dtype=torch.float32).T
-    keys = keyed(values, second)
+    keys = sort_keys(values, second)
     order = keys.argsort(stable=True).tolist()
     assert order == sorted(range(len(pairs)), key=lambda i: (values[i].item(), second[i].item()))
     assert unkeyed(keys).tolist() == (values + 0.0).tolist()
@@ -121,7 +121,7 @@ def test_a_variance_that_is_small_beside_the_mean_is_that_of_numpy(monkeypatch, 
     monkeypatch.setattr(sys.modules[__name__], "reduced", read)
     maps = (centre + spread * np.random.default_rng(3).standard_normal((30, 3, side, side))).astype(np.float32)
     shards = [streamed(torch.from_numpy(maps[a:b]), 4, 4, first=a) for a, b in ((0, 11), (11, 11), (11, 12), (12, 30))]
-    merged = Summary.none(3, 4)
+    merged = UnitStatistics.none(3, 4)
     for shard in shards:
         merged.join(shard)
     wide = maps.astype(np.float64)
@@ -144,7 +144,7 @@ def test_class_totals_are_sums_over_pictures_of_each_label():
     maps = torch.rand(20, 3, 2, 2)
     labels = torch.randint(-1, 4, (20,))
     parts = [streamed(maps[a:b], 2, 4, labels[a:b], first=a) for a, b in ((0, 7), (7, 8), (8, 20))]
-    merged = Summary.none(3, 2)
+    merged = UnitStatistics.none(3, 2)
     for part in parts:
         merged.join(part)
     means = maps.double().mean((2, 3))
@@ -201,7 +201,7 @@ def test_what_is_not_finite_shows_in_the_sums():
 def test_a_summary_survives_its_file():
     torch.manual_seed(3)
     found = streamed(torch.randn(9, 2, 3, 3), 3, 4, torch.tensor([0, 1, 2] * 3), torch.tensor([1, 5]))
-    again = Summary.of(found.arrays())
+    again = UnitStatistics.of(found.arrays())
     for name, tensor in found.arrays().items():
         assert torch.equal(tensor, again.arrays()[name]), name
 

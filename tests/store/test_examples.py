@@ -89,9 +89,9 @@ def test_what_is_no_plain_file_is_shown_from_its_thumbnail(tmp_path, name):
     stores.thumbnails(tmp_path, np.full((1, 96, 96, 3), 90, np.uint8))
     store = convscope.open_store(tmp_path)
     assert store.unit("layer 0", 0).examples()[0].source == "thumbnail"
-    assert store.picture(0).view().image.size == (288, 240)
-    assert ("no plain file of this machine" in store.picture(0).view().note) == ("://" in name)
-    np.testing.assert_allclose(np.asarray(store.picture(0).thumbnail()), 90, atol=3)
+    assert store.image(0).view().image.size == (288, 240)
+    assert ("no plain file of this machine" in store.image(0).view().note) == ("://" in name)
+    np.testing.assert_allclose(np.asarray(store.image(0).thumbnail()), 90, atol=3)
 
 
 def test_a_file_address_is_a_plain_file(tmp_path):
@@ -110,4 +110,4 @@ def test_thumbnails_are_found_on_their_sprites(tmp_path):
     stores.thumbnails(tmp_path, tiles)
     store = convscope.open_store(tmp_path)
     for picture in (0, 7, 8, 63, 64, 69):
-        np.testing.assert_allclose(np.asarray(store.picture(picture).thumbnail()), picture * 3, atol=3)
+        np.testing.assert_allclose(np.asarray(store.image(picture).thumbnail()), picture * 3, atol=3)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Atlas, Concepts, ConvscopeError, Store
 from convscope.cli import app
-from convscope.store.saved_results import numbers
+from convscope.store.saved_results import ids_by_name
 from tests.oracles.colours import MODEL, SETTINGS, colours, loaded, pictures
 
 ASKED: dict[str, Any] = {"count": 3, "crop": 1 / 4, "masks": 8, "patches": 4}
@@ -53,7 +53,7 @@ def found(model: convscope.Model, files: list[str]) -> Concepts:
 
 @pytest.fixture(scope="module")
 def drawn(model: convscope.Model, files: list[str]) -> Atlas:
-    return convscope.atlas(model, files, layer="relu", grid=3, least=1, reduce=first_two, size=16, steps=1)
+    return convscope.atlas(model, files, layer="relu", grid=3, min_count=1, reducer=first_two, size=16, steps=1)
 
 
 def copy(store: Store, where: Path) -> Store:
@@ -68,12 +68,12 @@ def copy(store: Store, where: Path) -> Store:
 def test_what_is_kept_is_what_was_found(store: Store, found: Concepts, drawn: Atlas, tmp_path: Path) -> None:
     home = copy(store, tmp_path / "store")
     assert home.concepts() == home.atlases() == []
-    assert home.keep(found) == tmp_path / "store" / "concepts" / "0-relu"
-    assert home.keep(drawn) == tmp_path / "store" / "atlas" / "relu"
+    assert home.save_result(found) == tmp_path / "store" / "concepts" / "0-relu"
+    assert home.save_result(drawn) == tmp_path / "store" / "atlas" / "relu"
     again = convscope.open_store(tmp_path / "store")
     (one,), (other,) = again.concepts(), again.atlases()
-    assert (one.kind, one.layer, one.target, one.pictures) == ("concepts", "relu", 0, list(found.pictures))
-    assert (other.kind, other.layer, other.target, other.pictures) == ("atlas", "relu", None, list(drawn.pictures))
+    assert (one.kind, one.layer, one.target, one.pictures) == ("concepts", "relu", 0, list(found.image_names))
+    assert (other.kind, other.layer, other.target, other.pictures) == ("atlas", "relu", None, list(drawn.image_names))
     for kept, result in ((one, found), (other, drawn)):
         arrays = kept.arrays()
         assert arrays.keys() == result.arrays().keys()
@@ -90,23 +90,23 @@ def test_each_class_and_layer_has_its_place_and_the_last_one_stays(
 ) -> None:
     home = copy(store, tmp_path / "store")
     settings = {**ASKED, "only_predicted": False}
-    home.keep(convscope.concepts(model, files, "cold", **settings))
-    home.keep(found)
-    home.keep(convscope.concepts(model, files, "warm", layer="shrink", **settings))
+    home.save_result(convscope.concepts(model, files, "cold", **settings))
+    home.save_result(found)
+    home.save_result(convscope.concepts(model, files, "warm", layer="shrink", **settings))
     asked: dict[str, Any] = {"grid": 2, "least": 1, "reduce": first_two, "size": 16, "steps": 1, "layer": "relu"}
-    home.keep(convscope.atlas(model, files, target="warm", among=2, **asked))
-    home.keep(drawn)
+    home.save_result(convscope.atlas(model, files, target="warm", top_k=2, **asked))
+    home.save_result(drawn)
     assert [(one.target, one.layer) for one in home.concepts()] == [(0, "relu"), (0, "shrink"), (1, "relu")]
     assert [(one.name, one.target) for one in home.atlases()] == [("relu", None), ("relu-class0", 0)]
     before = home.concepts()
     assert home.concepts()[0] is before[0]  # not read again
     replaced = convscope.concepts(model, files[:3], "warm", **ASKED)
-    home.keep(replaced)
+    home.save_result(replaced)
     after = home.concepts()
     assert len(after) == 3
     assert after[0].version != before[0].version
     assert after[2] is before[2]
-    assert (after[0].arrays()["heats"] == replaced.heats).all()
+    assert (after[0].arrays()["heats"] == replaced.heatmaps).all()
 
 
 def test_results_of_other_weights_are_refused(store: Store, files: list[str], tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_results_of_other_weights_are_refused(store: Store, files: list[str], tm
     net.get_parameter("fc.bias").data += 1
     result = convscope.concepts(loaded(net), files, "warm", **ASKED)
     with pytest.raises(ConvscopeError, match="other weights than this model"):
-        home.keep(result)
+        home.save_result(result)
     assert home.concepts() == []
     assert not (tmp_path / "store" / "concepts").exists()
 
@@ -130,14 +130,14 @@ def test_a_store_that_is_not_on_a_disk_is_refused(store: Store, found: Concepts)
     elsewhere = convscope.open_store("memory://kept")
     assert elsewhere.concepts() == []
     with pytest.raises(ConvscopeError, match="on a disk"):
-        elsewhere.keep(found)
+        elsewhere.save_result(found)
 
 
 def test_a_store_elsewhere_is_read(store: Store, found: Concepts, tmp_path: Path) -> None:
     import fsspec
 
     home = copy(store, tmp_path / "store")
-    home.keep(found)
+    home.save_result(found)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "store"), "/whole", recursive=True)
     (one,) = convscope.open_store("memory://whole").concepts()
@@ -149,7 +149,7 @@ def test_a_store_elsewhere_is_read(store: Store, found: Concepts, tmp_path: Path
 
 @pytest.fixture
 def folder(store: Store, found: Concepts, tmp_path: Path) -> Path:
-    return copy(store, tmp_path / "store").keep(found)
+    return copy(store, tmp_path / "store").save_result(found)
 
 
 def opened(folder: Path) -> Store:
@@ -199,26 +199,26 @@ def test_damaged_arrays_are_named(folder: Path, how: str) -> None:
 
 def test_pictures_are_found_by_name(store: Store, files: list[str]) -> None:
     relative = os.path.relpath(files[3])
-    assert numbers(store, [files[5], "no.png", relative, files[0], "s3://bucket/x.png"]) == [5, None, 3, 0, None]
-    assert [store.facts([n])[0]["name"] for n in (5, 3)] == [files[5], files[3]]
+    assert ids_by_name(store, [files[5], "no.png", relative, files[0], "s3://bucket/x.png"]) == [5, None, 3, 0, None]
+    assert [store.image_rows([n])[0]["name"] for n in (5, 3)] == [files[5], files[3]]
 
 
 def test_views_show_what_the_heats_lie_over(model: convscope.Model) -> None:
     """The whole picture, or the network's own crop: squashed to a square, its proportions told beside it."""
     wide = np.zeros((48, 96, 3), np.uint8)
     wide[:, :24], wide[:, 24:48], wide[:, 48:] = (255, 0, 0), (255, 255, 0), (0, 255, 0)
-    whole = convscope.concepts(model, [wide], 0, count=2, crop=0.5, masks=2)
+    whole = convscope.concepts(model, [wide], 0, count=2, crop=0.5, sobol_points=2)
     assert whole.shapes.tolist() == [[48, 96]]
-    seen = np.asarray(Image.fromarray(whole.views[0]).resize((8, 1), Image.Resampling.BOX))[0]
+    seen = np.asarray(Image.fromarray(whole.thumbnails[0]).resize((8, 1), Image.Resampling.BOX))[0]
     expected = [(255, 0, 0)] * 2 + [(255, 255, 0)] * 2 + [(0, 255, 0)] * 4
     assert np.abs(seen.astype(int) - expected).max() < 16
-    assert whole.heats.shape[2:] == (32, 32)
-    cut = convscope.concepts(model, [wide], 0, count=2, crop=0.5, masks=2, fit="crop")
+    assert whole.heatmaps.shape[2:] == (32, 32)
+    cut = convscope.concepts(model, [wide], 0, count=2, crop=0.5, sobol_points=2, fit="crop")
     top, left, bottom, right = cut.geometry[0].box
     assert cut.shapes.tolist() == [[round(bottom - top), round(right - left)]]
     assert right - left < 60
     middle = np.asarray(Image.fromarray(wide).crop((round(left), round(top), round(right), round(bottom))))
-    assert np.abs(cut.views[0].mean((0, 1)) - middle.mean((0, 1))).max() < 8
+    assert np.abs(cut.thumbnails[0].mean((0, 1)) - middle.mean((0, 1))).max() < 8
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

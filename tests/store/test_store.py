@@ -191,7 +191,7 @@ def test_comparing_finds_the_units_that_changed(tmp_path):
 def test_shared_counts_pictures_and_not_empty_slots():
     a = np.array([[1, 2, 3], [5, -1, -1], [-1, -1, -1], [1, 2, -1]])
     b = np.array([[3, 9, 1], [5, -1, -1], [-1, -1, -1], [2, -1, -1]])
-    np.testing.assert_allclose(queries.shared(a, b), [2 / 3, 1, np.nan, 1 / 2], rtol=1e-6)
+    np.testing.assert_allclose(queries.overlap(a, b), [2 / 3, 1, np.nan, 1 / 2], rtol=1e-6)
 
 
 DIFFERS = r"the data \(folder, 40 pictures; elsewhere, 42\); the layers \(layer 1\); the sample \(20 and 21 pictures\)"
@@ -268,7 +268,7 @@ def test_opening_a_large_store_reads_its_manifest_and_a_unit_a_few_row_groups(tm
     assert tally["pictures.parquet"] / 10 < sizes["pictures.parquet"] / 4
     assert later < 0.5
     tally.clear()
-    assert store.picture(123_456).predictions
+    assert store.image(123_456).predictions
     assert tally["pictures.parquet"] < sizes["pictures.parquet"] / 20
 
 
@@ -292,7 +292,7 @@ def test_a_store_at_an_address_answers_as_one_in_a_folder(shared):
     assert ours.similar() == theirs.similar()
     assert ours.classes() == theirs.classes()
     assert [e.box for e in ours.examples()] == [e.box for e in theirs.examples()]
-    assert here.picture(9).units(None) == there.picture(9).units(None)
+    assert here.picture(9).units(None) == there.image(9).units(None)
     assert {c.r for c in here.compare(there)} == {1.0}
 
 

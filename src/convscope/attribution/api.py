@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convscope.attribution.default_layer import choose
-from convscope.attribution.multiscale import batches, checked, explain_at
+from convscope.attribution.default_layer import choose_layer
+from convscope.attribution.multiscale import batches, validate_scales, run_multiscale
 from convscope.attribution.registry import find, options
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.runner import FUSIONS, VIEWS, Answer, Cell, Plan
-from convscope.attribution.targets import ask, of_head, over_region
+from convscope.attribution.runner import FUSIONS, AUGMENTATIONS, BatchResult, MethodSpec, HeatmapJob
+from convscope.attribution.targets import parse_targets, output_target, segmentation_target
 from convscope.engine.batching import MEMORY, Progress, batch_size
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -22,7 +22,7 @@ from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 
-__all__ = ["Heatmaps", "explained", "heatmaps", "of_head", "over_region", "plan_cell"]
+__all__ = ["Heatmaps", "compute_heatmaps", "heatmaps", "output_target", "segmentation_target", "resolve_method"]
 
 
 def heatmaps(
@@ -95,8 +95,8 @@ def heatmaps(
         For an unknown method, option, layer or target, for a layer without spatial extent, for numbers that are not
         finite, and when no picture can be used. If only some cannot, they are named in `.failed`.
     """
-    cell = plan_cell(model, method, layer, fuse, options)
-    return explained(
+    cell = resolve_method(model, method, layer, fuse, options)
+    return compute_heatmaps(
         model,
         images,
         targets,
@@ -112,9 +112,9 @@ def heatmaps(
     )[0]
 
 
-def plan_cell(
+def resolve_method(
     model: Model, method: str, layer: str | Sequence[str] | None, fuse: str, given: Mapping[str, Any]
-) -> tuple[Cell, str]:
+) -> tuple[MethodSpec, str]:
     """What is to be computed, checked; and why there. Raises ConvscopeError."""
     at_input = find(method).at_input
     settings = options(method, given)
@@ -123,21 +123,21 @@ def plan_cell(
     if at_input:
         if layer not in (None, "auto", "input"):
             raise ConvscopeError(f"{method} looks at the input; it takes no layer, and {layer!r} was given")
-        return Cell(method, (), fuse, settings), "the method looks at the input"
+        return MethodSpec(method, (), fuse, settings), "the method looks at the input"
     if layer is None or layer == "auto":
-        row, why = choose(model)
-        return Cell(method, (row,), fuse, settings), why
+        row, why = choose_layer(model)
+        return MethodSpec(method, (row,), fuse, settings), why
     names = [layer] if isinstance(layer, str) else list(layer)
     if not names:
         raise ConvscopeError("an empty list of layers; give at least one, or None for the automatic choice")
-    return Cell(method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings), "as asked for"
+    return MethodSpec(method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings), "as asked for"
 
 
-def explained(
+def compute_heatmaps(
     model: Model,
     images: Any,
     targets: Any,
-    cells: Sequence[tuple[Cell, str]],
+    cells: Sequence[tuple[MethodSpec, str]],
     *,
     fit: str = "squash",
     against: Any = None,
@@ -149,21 +149,21 @@ def explained(
     progress: Progress | None = None,
 ) -> list[Heatmaps]:
     """Several methods and layers at once, sharing what passes they can; parameters as of `heatmaps`."""
-    if smooth not in VIEWS:
-        known = ", ".join(str(key) for key in VIEWS)
+    if smooth not in AUGMENTATIONS:
+        known = ", ".join(str(key) for key in AUGMENTATIONS)
         raise ConvscopeError(f"smooth is {smooth!r}; expected one of {known}")
-    scales = checked(model, scale)
+    scales = validate_scales(model, scale)
     pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    asked = ask(model, targets, len(pictures), against)
-    plan = Plan(model, asked, tuple(cell for cell, _ in cells), smooth, seed, memory)
-    answers: list[Answer] = []
+    asked = parse_targets(model, targets, len(pictures), against)
+    plan = HeatmapJob(model, asked, tuple(cell for cell, _ in cells), smooth, seed, memory)
+    answers: list[BatchResult] = []
     geometry: list[Geometry] = []
     done: list[int] = []
     size = batch_size(model, plan.bytes() * max(scales) ** 2, memory)
     for batch, inputs in batches(pictures, images, scales, size):
         before, count = len(done) + len(pictures.failed), len(batch.indices)
         tell = partial(_tell, progress, before, count, len(pictures))
-        answers.append(explain_at(plan, batch, scales, inputs, tell))
+        answers.append(run_multiscale(plan, batch, scales, inputs, tell))
         geometry += batch.geometry
         done += batch.indices
     names = tuple(pictures.names[i] for i in done)
@@ -183,15 +183,15 @@ def explained(
                 layer=cell.place,
                 method=cell.method,
                 fit=fit,
-                pictures=names,
+                image_names=names,
                 geometry=tuple(geometry),
-                source=pictures,
-                indices=tuple(done),
-                asked=asked,
+                image_source=pictures,
+                image_indices=tuple(done),
+                target_spec=asked,
                 settings={**_said(cell, smooth, scales, seed), **cell.options},
-                why=why,
-                more={key: value.numpy() for key, value in more.items()},
-                notes=(*pictures.notes, *remarks(maps, called, names, cell.place)),
+                layer_reason=why,
+                extras={key: value.numpy() for key, value in more.items()},
+                notes=(*pictures.notes, *quality_notes(maps, called, names, cell.place)),
                 failed=tuple(pictures.failed),
             )
         )
@@ -203,12 +203,12 @@ def _tell(progress: Progress | None, before: int, count: int, total: int, share:
         progress(before + share * count, total)
 
 
-def _said(cell: Cell, smooth: str | None, scales: Sequence[float], seed: int) -> dict[str, Any]:
+def _said(cell: MethodSpec, smooth: str | None, scales: Sequence[float], seed: int) -> dict[str, Any]:
     fused = {"fuse": cell.fuse} if len(cell.layers) > 1 or len(scales) > 1 else {}
     return {"smooth": smooth, "scale": list(scales), "seed": seed, **fused}
 
 
-def remarks(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], place: str) -> list[str]:
+def quality_notes(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], place: str) -> list[str]:
     """In words: maps that an overlay would show as nothing."""
     here = "the picture" if place == "input" else "this layer"
     flat = maps.flatten(2)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convscope.attribution.targets import Chosen
+from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture, resume
 from convscope.engine.acceleration.conv_fusion import Folds, find_fusions, with_fusion
 from convscope.engine.batching import CACHE_BYTES
@@ -18,7 +18,7 @@ from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 
-Found = Tensor | tuple[Tensor, dict[str, Tensor]]
+MethodOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
 """What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
 
 FEWEST = 8  # inputs at once that are worth their memory on any CPU
@@ -26,7 +26,7 @@ AGREES = 1e-5  # logits, relative to the largest
 
 
 @dataclass(frozen=True)
-class Question:
+class MethodContext:
     """B pictures, prepared: `x` (B, C, H, W); T targets of each; a layer, for methods that look at one.
 
     `run` puts inputs through the network, `size` inputs fit into memory at once, `seed` is what random draws come from
@@ -35,15 +35,15 @@ class Question:
 
     model: Model
     x: Tensor
-    chosen: Chosen
+    chosen: BatchTargets
     run: Callable[[Tensor], ForwardResult]
     size: int
     seed: int
-    tell: Callable[[float], None]
+    report_progress: Callable[[float], None]
     layer: Layer | None = None
 
     @property
-    def count(self) -> int:
+    def num_targets(self) -> int:
         """T."""
         return self.chosen.classes.shape[1]
 
@@ -57,9 +57,9 @@ class Question:
         `picture` may also be (M,): which picture's targets each input is asked for.
         """
         with torch.no_grad():
-            return self._scored(self.run(self._filled(x)), picture)[: len(x)]
+            return self._scored(self.run(self._pad_batch(x)), picture)[: len(x)]
 
-    def evaluator(self, picture: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
+    def score_fn(self, picture: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
         """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
 
         `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
@@ -69,13 +69,13 @@ class Question:
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
-                seen = run(self._filled(x))
+                seen = run(self._pad_batch(x))
                 return self._scored(_likely(self.model, seen) if probability else seen, picture)[: len(x)]
 
         return scores
 
     @property
-    def quick_size(self) -> int:
+    def cache_batch_size(self) -> int:
         """Inputs to a pass without gradients: on a CPU, no more than leave an activation in the cache.
 
         Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
@@ -88,7 +88,7 @@ class Question:
         """`run`, folded if that gives this picture's own logits again; else as it is."""
         if not self.model.loaded_by_convscope or not self._folds:
             return self.run
-        quick, x = with_fusion(self.run, self._folds), self._filled(self.x[picture : picture + 1])
+        quick, x = with_fusion(self.run, self._folds), self._pad_batch(self.x[picture : picture + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
         assert plain is not None
@@ -97,7 +97,7 @@ class Question:
 
     @cached_property
     def _folds(self) -> Folds:
-        return find_fusions(self.run, self._filled(self.x[:1]))
+        return find_fusions(self.run, self._pad_batch(self.x[:1]))
 
     def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).
@@ -116,28 +116,28 @@ class Question:
 
     def backward(self, x: Tensor, scores: Tensor) -> Iterator[Tensor]:
         """The gradients (M, C, H, W) float32 of each target's scores, one backward pass after another."""
-        for t in range(self.count):
+        for t in range(self.num_targets):
             gradient = None
             if scores.requires_grad:
                 one = torch.zeros_like(scores)
                 one[:, t] = 1
-                more = t + 1 < self.count
+                more = t + 1 < self.num_targets
                 (gradient,) = torch.autograd.grad(scores, x, one, retain_graph=more, allow_unused=True)
             yield torch.zeros_like(x, requires_grad=False).float() if gradient is None else gradient.float()
 
     @contextmanager
-    def behind(self, picture: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    def from_layer(self, picture: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Only the part behind the layer: the block gets what the targets of one picture score, (M, T), for maps
         (M, C, h, w) in the place of the layer's output."""
         assert self.layer is not None
         with resume.resume_from_layer(self.model, self.layer.name, self.x[picture : picture + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
-                return self._scored(run(self._filled(maps)), picture)[: len(maps)]
+                return self._scored(run(self._pad_batch(maps)), picture)[: len(maps)]
 
             yield scores
 
-    def maps(self) -> Tensor:
+    def layer_activations(self) -> Tensor:
         """The layer's output (B, C, h, w), float32, without gradients."""
         assert self.layer is not None
         with torch.no_grad(), capture.capture_layers(self.model, [self.layer.name], stop_early=True) as run:
@@ -146,10 +146,10 @@ class Question:
     def _scored(self, seen: ForwardResult, picture: int | Tensor) -> Tensor:
         assert seen.logits is not None
         if isinstance(picture, Tensor):
-            return self.chosen.scores(seen, self._filled(picture))
+            return self.chosen.scores(seen, self._pad_batch(picture))
         return self.chosen.scores(seen, torch.full((len(seen.logits),), picture, device=seen.logits.device))
 
-    def _filled(self, x: Tensor) -> Tensor:
+    def _pad_batch(self, x: Tensor) -> Tensor:
         """A network with a fixed batch gets it full."""
         short = (self.model.fixed_batch_size or 0) - len(x)
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x

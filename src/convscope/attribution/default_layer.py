@@ -11,7 +11,7 @@ from convscope.engine.model import Model
 CANDIDATES = 24  # layers looked at in a transformer: those of its last two blocks or so
 
 
-def choose(model: Model) -> tuple[Layer, str]:
+def choose_layer(model: Model) -> tuple[Layer, str]:
     """The layer at which heatmaps are made if none is asked for, and the reason in words.
 
     The last layer with spatial extent that is not a pooling: deep enough to speak of classes, and the last place where

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.runner import Answer, Maps, Plan, explain, fused, tell_part
+from convscope.attribution.runner import BatchResult, Maps, HeatmapJob, run_batch, fused, tell_part
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -19,7 +19,7 @@ from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 
-def checked(model: Model, scale: float | Sequence[float]) -> tuple[float, ...]:
+def validate_scales(model: Model, scale: float | Sequence[float]) -> tuple[float, ...]:
     """The scales as asked for, the network's own first.
 
     Raises ConvscopeError for any that makes no sense or that the network does not take.
@@ -61,27 +61,27 @@ def batches(
         )
 
 
-def explain_at(
-    plan: Plan,
+def run_multiscale(
+    plan: HeatmapJob,
     batch: Batch,
     scales: Sequence[float],
     inputs: Sequence[Tensor],
     tell: Callable[[float], None],
-) -> Answer:
+) -> BatchResult:
     """One batch at several scales, each cell's maps fused as its layers' are.
 
     Targets and logits are those of the network's own input size, whatever the scales.
     """
     own = None
     if scales[0] != 1:
-        own = explain(dataclasses.replace(plan, cells=(), smooth=None), batch.x, batch.indices, lambda share: None)
-    answers: list[Answer] = []
+        own = run_batch(dataclasses.replace(plan, cells=(), smooth=None), batch.x, batch.indices, lambda share: None)
+    answers: list[BatchResult] = []
     work = [s ** len(plan.model.preprocessing.size) for s in scales]
     for i, x in enumerate(inputs):
         done, whole = sum(work[:i]) / sum(work), work[i] / sum(work)
         first = own or (answers[0] if answers else None)
         part = partial(tell_part, tell, done, whole)
-        answers.append(explain(plan, x, batch.indices, part, None if first is None else first.chosen))
+        answers.append(run_batch(plan, x, batch.indices, part, None if first is None else first.chosen))
     if len(answers) == 1:
         return answers[0] if own is None else dataclasses.replace(own, cells=answers[0].cells)
     cells = (

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from convscope.attribution.context import Found
+from convscope.attribution.context import MethodOutput
 from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation
-from convscope.attribution.targets import Chosen, finer
+from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError, nearest
 
 
 @dataclass(frozen=True)
-class Cam:
+class CamMethod:
     """A pure function of a layer's output and its gradient, (N, C, ...) both, that gives (N, ...).
 
     All of these share one forward and one backward pass. `scores` are what the gradient is taken of; None: the function
@@ -25,52 +25,52 @@ class Cam:
     """
 
     function: Callable[..., Tensor]
-    scores: Callable[[Chosen, ForwardResult], Tensor] | None = Chosen.scores
+    scores: Callable[[BatchTargets, ForwardResult], Tensor] | None = BatchTargets.scores
     at_input = False
 
 
 @dataclass(frozen=True)
-class Asking:
+class ModelMethod:
     """A function that puts its own questions to the network. `at_input`: its maps lie on the input, not on a layer.
 
     `check` takes the options and raises ConvscopeError for what makes no sense whatever the picture.
     """
 
-    function: Callable[..., Found]
+    function: Callable[..., MethodOutput]
     at_input: bool = True
     check: Callable[..., None] | None = None
 
 
-Method = Cam | Asking
+Method = CamMethod | ModelMethod
 
 METHODS: dict[str, Method] = {
-    "cam": Cam(cam.cam),
-    "grad-cam": Cam(cam.grad_cam),
-    "hirescam": Cam(cam.hirescam),
-    "grad-cam++": Cam(cam.grad_cam_pp),
-    "xgrad-cam": Cam(cam.xgrad_cam),
-    "layer-cam": Cam(cam.layer_cam),
-    "eigen-cam": Cam(cam.eigen_cam, None),
-    "eigen-grad-cam": Cam(cam.eigen_grad_cam),
-    "finer-cam": Cam(cam.grad_cam, finer),
-    "saliency": Asking(gradient.saliency),
-    "input-x-gradient": Asking(gradient.input_x_gradient),
-    "smooth-grad": Asking(gradient.smooth_grad, check=gradient.check_noise),
-    "var-grad": Asking(gradient.var_grad, check=gradient.check_noise),
-    "integrated-gradients": Asking(gradient.integrated_gradients, check=gradient.check_path),
-    "guided-backprop": Asking(gradient.guided_backprop),
-    "deconvnet": Asking(gradient.deconvnet),
-    "guided-grad-cam": Asking(gradient.guided_grad_cam, at_input=False),
-    "full-grad": Asking(full_grad.full_grad),
-    "lrp-epsilon": Asking(lrp.lrp_epsilon),
-    "lrp-gamma": Asking(lrp.lrp_gamma),
-    "lrp-zplus": Asking(lrp.lrp_zplus),
-    "score-cam": Asking(perturbation.score_cam, at_input=False),
-    "ablation-cam": Asking(perturbation.ablation_cam, at_input=False),
-    "occlusion": Asking(perturbation.occlusion, check=perturbation.check_occlusion),
-    "rise": Asking(perturbation.rise, check=perturbation.check_rise),
-    "random": Asking(baselines.random_map, at_input=False),
-    "centred": Asking(baselines.centred, at_input=False),
+    "cam": CamMethod(cam.cam),
+    "grad-cam": CamMethod(cam.grad_cam),
+    "hirescam": CamMethod(cam.hirescam),
+    "grad-cam++": CamMethod(cam.grad_cam_pp),
+    "xgrad-cam": CamMethod(cam.xgrad_cam),
+    "layer-cam": CamMethod(cam.layer_cam),
+    "eigen-cam": CamMethod(cam.eigen_cam, None),
+    "eigen-grad-cam": CamMethod(cam.eigen_grad_cam),
+    "finer-cam": CamMethod(cam.grad_cam, finer_cam_score),
+    "saliency": ModelMethod(gradient.saliency),
+    "input-x-gradient": ModelMethod(gradient.input_x_gradient),
+    "smooth-grad": ModelMethod(gradient.smooth_grad, check=gradient.check_noise),
+    "var-grad": ModelMethod(gradient.var_grad, check=gradient.check_noise),
+    "integrated-gradients": ModelMethod(gradient.integrated_gradients, check=gradient.check_path),
+    "guided-backprop": ModelMethod(gradient.guided_backprop),
+    "deconvnet": ModelMethod(gradient.deconvnet),
+    "guided-grad-cam": ModelMethod(gradient.guided_grad_cam, at_input=False),
+    "full-grad": ModelMethod(full_grad.full_grad),
+    "lrp-epsilon": ModelMethod(lrp.lrp_epsilon),
+    "lrp-gamma": ModelMethod(lrp.lrp_gamma),
+    "lrp-zplus": ModelMethod(lrp.lrp_zplus),
+    "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
+    "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
+    "occlusion": ModelMethod(perturbation.occlusion, check=perturbation.check_occlusion),
+    "rise": ModelMethod(perturbation.rise, check=perturbation.check_rise),
+    "random": ModelMethod(baselines.random_map, at_input=False),
+    "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
 
 
@@ -97,6 +97,6 @@ def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
             raise ConvscopeError(f"method {name!r} has no option {key!r}; {has}")
     settings = {**known, **given}
-    if isinstance(method, Asking) and method.check is not None:
+    if isinstance(method, ModelMethod) and method.check is not None:
         method.check(**settings)
     return settings

@@ -35,19 +35,19 @@ class Heatmaps(Result):
     layer: str
     method: str
     fit: str
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     geometry: tuple[Geometry, ...] = field(repr=False)
-    source: ImageBatchLoader = field(repr=False)
-    indices: tuple[int, ...] = field(repr=False)
-    asked: Targets = field(repr=False)
+    image_source: ImageBatchLoader = field(repr=False)
+    image_indices: tuple[int, ...] = field(repr=False)
+    target_spec: Targets = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    why: str = ""
-    more: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    layer_reason: str = ""
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[list[str]]:
         """The targets' names, as `targets`."""
-        return self.asked.names(self.targets, self.indices)
+        return self.target_spec.names(self.targets, self.image_indices)
 
     def resized(self) -> list[np.ndarray]:
         """Per picture (T, H, W), raw, in that picture's own geometry; 0 where the network did not look."""
@@ -65,23 +65,23 @@ class Heatmaps(Result):
 
     def overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
         """The pictures of `overlay` one after another, so that memory does not grow with their number."""
-        for index, where, maps in zip(self.indices, self.geometry, torch.from_numpy(self.values), strict=True):
-            original = self.source.original(index)
+        for index, where, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
+            original = self.image_source.original(index)
             shown = where.to_original(_spread(maps) if self.layer == "input" else maps).numpy()
             for heat in shown:
                 yield blend(original, _unit_range(heat, 0.995 if self.layer == "input" else 1), alpha, colormap)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.more}
+        return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.extras}
 
     def parameters(self) -> dict[str, Any]:
         return {
             "layer": self.layer,
-            "why": self.why,
+            "why": self.layer_reason,
             "method": self.method,
             "fit": self.fit,
             **self.settings,
-            "pictures": self.pictures,
+            "pictures": self.image_names,
             "targets": self.targets.tolist(),
             "classes": self.names,
         }

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import Question
-from convscope.attribution.registry import Asking, Cam, find
-from convscope.attribution.targets import Chosen, Targets
+from convscope.attribution.context import MethodContext
+from convscope.attribution.registry import ModelMethod, CamMethod, find
+from convscope.attribution.targets import BatchTargets, Targets
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
 from convscope.engine.layer_table import Layer
@@ -23,7 +23,7 @@ from convscope.engine.validation import require_finite
 
 
 @dataclass(frozen=True)
-class Cell:
+class MethodSpec:
     """One method, with its options, at one layer or at several whose maps are fused; without layers: at the input."""
 
     method: str
@@ -46,50 +46,50 @@ class Maps:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BatchResult:
     """One batch done: the targets and their logits (B, T), and what each cell found."""
 
-    chosen: Chosen
+    chosen: BatchTargets
     logits: Tensor
     cells: tuple[Maps, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class HeatmapJob:
     """What is to be done with every batch. `smooth` is a key of `VIEWS`."""
 
     model: Model
     targets: Targets
-    cells: tuple[Cell, ...]
+    cells: tuple[MethodSpec, ...]
     smooth: str | None = None
     seed: int = 0
     memory: int = 0
 
     def shared(self) -> list[str]:
         """The layers whose activations and gradients several cells may share, in the network's order."""
-        wanted = {row.name for cell in self.cells if isinstance(find(cell.method), Cam) for row in cell.layers}
+        wanted = {row.name for cell in self.cells if isinstance(find(cell.method), CamMethod) for row in cell.layers}
         return [name for name in self.model.layers.names if name in wanted]
 
     def bytes(self) -> float:
         """Of memory, for one picture of a batch."""
         layers = self.shared()
-        asking = any(isinstance(find(cell.method), Asking) for cell in self.cells)
+        asking = any(isinstance(find(cell.method), ModelMethod) for cell in self.cells)
         whole = gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)) if asking else 0.0
         return max(whole, forward_bytes(self.model, layers[0] if layers else None))
 
 
-def explain(
-    plan: Plan, x: Tensor, indices: Sequence[int], tell: Callable[[float], None], chosen: Chosen | None = None
-) -> Answer:
+def run_batch(
+    plan: HeatmapJob, x: Tensor, indices: Sequence[int], tell: Callable[[float], None], chosen: BatchTargets | None = None
+) -> BatchResult:
     """The maps of all cells for one batch (B, C, H, W) of the pictures `indices`; their targets, if not chosen yet.
 
     `tell` is told the share of the work, 0 to 1, that is done.
     """
-    views = VIEWS[plan.smooth](x, plan.seed)
+    views = AUGMENTATIONS[plan.smooth](x, plan.seed)
     logits: Tensor | None = None
     found: list[list[Maps]] = []
     for view, undo in views:
-        shared = _share(plan, view, indices, chosen)
+        shared = _shared_pass(plan, view, indices, chosen)
         chosen = shared.chosen
         logits = shared.logits if logits is None else logits
         found.append([])
@@ -104,21 +104,21 @@ def explain(
     assert chosen is not None
     assert logits is not None
     cells = (_averaged(views_of_one) for views_of_one in zip(*found, strict=True))
-    return Answer(chosen, logits.cpu(), tuple(cells))
+    return BatchResult(chosen, logits.cpu(), tuple(cells))
 
 
 class _Shared(NamedTuple):
     """What is kept of one forward pass, and for each way to score it the gradients (T, B, C, ...) at every layer."""
 
     maps: dict[str, Tensor]
-    chosen: Chosen
+    chosen: BatchTargets
     logits: Tensor
     gradients: dict[Callable[..., Tensor], dict[str, Tensor]]
 
 
-def _share(plan: Plan, x: Tensor, indices: Sequence[int], chosen: Chosen | None) -> _Shared:
+def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: BatchTargets | None) -> _Shared:
     layers = plan.shared()
-    ways = dict.fromkeys(m.scores for c in plan.cells if isinstance(m := find(c.method), Cam) and m.scores is not None)
+    ways = dict.fromkeys(m.scores for c in plan.cells if isinstance(m := find(c.method), CamMethod) and m.scores is not None)
     several = plan.targets.count > 1
     with (
         torch.no_grad(),
@@ -137,7 +137,7 @@ def _share(plan: Plan, x: Tensor, indices: Sequence[int], chosen: Chosen | None)
     return _Shared(maps, chosen, chosen.logits(seen), gradients)
 
 
-def _gradients(plan: Plan, scores: Tensor, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(plan: HeatmapJob, scores: Tensor, maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of T scores (B, T) at each layer, (T, B, C, ...) float32.
 
     A picture's score depends on no other picture, so the gradient of the sum holds each picture's own. Several targets
@@ -175,9 +175,9 @@ def _backward(scores: Tensor, targets: Sequence[int], ends: Sequence[Tensor]) ->
         yield [None if gradient is None else gradient[None] for gradient in go_back(one)]
 
 
-def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[float], None]) -> Maps:
+def _cell(plan: HeatmapJob, cell: MethodSpec, x: Tensor, shared: _Shared, tell: Callable[[float], None]) -> Maps:
     method = find(cell.method)
-    if isinstance(method, Cam):
+    if isinstance(method, CamMethod):
         maps = [_cams(method, shared, row.name, plan.targets.count) for row in cell.layers]
         tell(1)
         return Maps(fused(maps, cell.fuse))
@@ -188,14 +188,14 @@ def _cell(plan: Plan, cell: Cell, x: Tensor, shared: _Shared, tell: Callable[[fl
         for layer in cell.layers or (None,):
             done = len(found) / len(cell.layers or (None,))
             part = partial(tell_part, tell, done, 1 / len(cell.layers or (None,)))
-            question = Question(plan.model, x, shared.chosen, run, size, plan.seed, part, layer)
+            question = MethodContext(plan.model, x, shared.chosen, run, size, plan.seed, part, layer)
             answer = method.function(question, **cell.options)
             found.append(answer if isinstance(answer, tuple) else (answer, {}))
             part(1)
     return Maps(fused([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {})
 
 
-def _cams(method: Cam, shared: _Shared, layer: str, count: int) -> Tensor:
+def _cams(method: CamMethod, shared: _Shared, layer: str, count: int) -> Tensor:
     """The maps of T targets (B, T, ...)."""
     if method.scores is None:
         one = method.function(shared.maps[layer])[:, None]
@@ -277,4 +277,4 @@ def _noise(x: Tensor, seed: int) -> list[View]:
     return [*_as_it_is(x, seed), *((copy, lambda maps: maps) for copy in copies)]
 
 
-VIEWS: dict[str | None, Callable[[Tensor, int], list[View]]] = {None: _as_it_is, "flips": _flips, "noise": _noise}
+AUGMENTATIONS: dict[str | None, Callable[[Tensor, int], list[View]]] = {None: _as_it_is, "flips": _flips, "noise": _noise}

@@ -36,13 +36,13 @@ class Targets:
         """T."""
         return len(self.functions) or (1 if self.classes is None else self.classes.shape[1])
 
-    def of(self, indices: Sequence[int], logits: Tensor) -> Chosen:
+    def of(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
         """The targets of some of the pictures, whose logits are (B, K)."""
         rows, device = list(indices), logits.device
         if self.functions:
-            return Chosen(torch.full((len(rows), len(self.functions)), -1, device=device), None, self.functions)
+            return BatchTargets(torch.full((len(rows), len(self.functions)), -1, device=device), None, self.functions)
         top = logits.argmax(1, keepdim=True) if self.classes is None else self.classes[rows].to(device)
-        return Chosen(top, None if self.against is None else self.against[rows].to(device))
+        return BatchTargets(top, None if self.against is None else self.against[rows].to(device))
 
     def names(self, classes: np.ndarray, indices: Sequence[int]) -> list[list[str]]:
         """What the targets (B, T) of some of the pictures are called."""
@@ -56,7 +56,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class BatchTargets:
     """The targets of one batch: `classes` (B, T), -1 for functions."""
 
     classes: Tensor
@@ -80,10 +80,10 @@ class Chosen:
 
     def logits(self, seen: ForwardResult) -> Tensor:
         """The targets' own logits (B, T), nothing taken off; what functions give."""
-        return Chosen(self.classes, None, self.functions).scores(seen).detach()
+        return BatchTargets(self.classes, None, self.functions).scores(seen).detach()
 
 
-def finer(chosen: Chosen, seen: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
+def finer_cam_score(chosen: BatchTargets, seen: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
     """What sets a class apart from the classes nearest to it: y_c - gamma / D sum_d y_d, (B, T).
 
     d runs over the D = `nearest` classes whose logits are closest to that of c. Zhang et al., Finer-CAM, CVPR 2025,
@@ -103,7 +103,7 @@ def finer(chosen: Chosen, seen: ForwardResult, nearest: int = 3, gamma: float = 
     return own - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
-def over_region(target: int, mask: Any) -> Function:
+def segmentation_target(target: int, mask: Any) -> Function:
     """The target "class `target` over a region", for a network that gives maps of classes (N, K, H, W).
 
     Its score is the mean logit over the places where `mask` (any size, brought to H x W) is true.
@@ -125,7 +125,7 @@ def over_region(target: int, mask: Any) -> Function:
     return score
 
 
-def of_head(key: Any, target: int) -> Function:
+def output_target(key: Any, target: int) -> Function:
     """The target "class `target` of one head", for a network that gives several outputs, by name or position."""
 
     def score(output: Any) -> Tensor:
@@ -149,7 +149,7 @@ def _channel(scores: Tensor, target: int, where: str) -> Tensor:
     return scores[:, target]
 
 
-def ask(model: Model, targets: Any, count: int, against: Any = None) -> Targets:
+def parse_targets(model: Model, targets: Any, count: int, against: Any = None) -> Targets:
     """The targets as the user gives them; see `heatmaps`. Raises ConvscopeError for what cannot be meant."""
     functions = _functions(targets)
     if functions:
@@ -160,8 +160,8 @@ def ask(model: Model, targets: Any, count: int, against: Any = None) -> Targets:
     if against is not None:
         against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
         several = isinstance(against, Sequence) and not isinstance(against, str)
-        others = resolve(model, [list(against)] * count if several and _flat(against, count) else against, count)
-    return Targets(model, resolve(model, targets, count), others)
+        others = parse_classes(model, [list(against)] * count if several and _flat(against, count) else against, count)
+    return Targets(model, parse_classes(model, targets, count), others)
 
 
 def _flat(against: Sequence[Any], count: int) -> bool:
@@ -169,7 +169,7 @@ def _flat(against: Sequence[Any], count: int) -> bool:
     return len(against) != count and all(_is_class(a) for a in against)
 
 
-def resolve(model: Model, targets: Any, count: int) -> Tensor | None:
+def parse_classes(model: Model, targets: Any, count: int) -> Tensor | None:
     """Class indices (count, T) for `count` pictures; None where each picture's top class is meant.
 
     Accepted: None; one class (index or name) for all; one per picture; a list of several for each picture; with a

@@ -6,7 +6,7 @@ import os
 import sys
 
 from convscope.cli import collect, concepts, draw, heat, look, serve
-from convscope.cli.options import app, say
+from convscope.cli.options import app, log
 from convscope.errors import ConvscopeError
 
 __all__ = ["app", "collect", "concepts", "draw", "heat", "look", "main", "serve"]
@@ -18,5 +18,5 @@ def main() -> None:
     try:
         app()
     except ConvscopeError as error:
-        say(f"convscope: {error}")
+        log(f"convscope: {error}")
         sys.exit(2)

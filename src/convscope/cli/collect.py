@@ -20,11 +20,11 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    bar,
-    listed,
+    progress_bar,
+    split_commas,
     load,
     print_json,
-    say,
+    log,
 )
 
 
@@ -66,22 +66,22 @@ def scan(
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
-    chosen = "all" if layers == "all" else None if layers is None else listed(layers)
+    chosen = "all" if layers == "all" else None if layers is None else split_commas(layers)
     begin = time.perf_counter()
-    with bar("scan") as progress:
+    with progress_bar("scan") as progress:
         store = convscope.scan(
             net, data[0] if len(data) == 1 else data, out, chosen, k, sample=sample, batch=batch, shard=shard, fit=fit,
             workers=workers, ray=ray, compiled=compiled, max_pixels=max_pixels, progress=progress,
         )  # fmt: skip
     pictures, failed = store.manifest["data"]["pictures"], store.manifest["failed"]
     seconds = time.perf_counter() - begin
-    say(f"{pictures:,} pictures, {seconds:.1f} s; written to {out}")
+    log(f"{pictures:,} pictures, {seconds:.1f} s; written to {out}")
     for note in store.manifest.get("notes", ()):
-        say(f"note: {note}")
+        log(f"note: {note}")
     for failure in store.failures(FEW):
-        say(f"failed: {failure}")
+        log(f"failed: {failure}")
     if failed > FEW:
-        say(f"failed: {failed - FEW:,} more; all of them in {out / 'pictures.parquet'}")
+        log(f"failed: {failed - FEW:,} more; all of them in {out / 'pictures.parquet'}")
     if as_json:
         print_json(store.manifest)
     if failed:

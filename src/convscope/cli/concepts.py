@@ -20,7 +20,7 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    bar,
+    progress_bar,
     finish,
     load,
     store_at,
@@ -68,10 +68,10 @@ def concepts(
         "layer": layer, "count": count, "crop": crop, "crops": crops, "only_predicted": only_predicted, "masks": masks,
         "seed": seed, "fit": fit, "max_pixels": max_pixels,
     }  # fmt: skip
-    with bar("concepts") as progress:
+    with progress_bar("concepts") as progress:
         result = convscope.concepts(net, images, target, progress=progress, **settings)
     if not as_json:
-        figures = zip(result.importance, result.effects, strict=True)
+        figures = zip(result.importance, result.ablation_effects, strict=True)
         rows = [(str(r), f"{index:.3f}", f"{effect:+.2f}") for r, (index, effect) in enumerate(figures)]
         table(f"{result.name} at {result.layer}", ("concept", "importance", "logit"), rows, right=(0, 1, 2))
     _put(result, store, out, as_json)
@@ -109,7 +109,7 @@ def atlas(
         "layer": layer, "target": target, "grid": grid, "places": places, "least": least, "size": size, "steps": steps,
         "seed": seed, "fit": fit, "max_pixels": max_pixels,
     }  # fmt: skip
-    with bar("atlas") as progress:
+    with progress_bar("atlas") as progress:
         result = convscope.atlas(net, images, progress=progress, **settings)
     _put(result, store, out, as_json)
 
@@ -122,7 +122,7 @@ def _begun(out: Path, *model: Any) -> tuple[Model, Store | None]:
 
 def _put(result: Any, store: Store | None, out: Path, as_json: bool) -> None:
     if store is not None:
-        from convscope.store.saved_results import place
+        from convscope.store.saved_results import save_path
 
-        out = place(store, result)
+        out = save_path(store, result)
     finish(result, out, as_json)

@@ -19,15 +19,15 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    bar,
+    progress_bar,
     finish,
     first,
-    listed,
+    split_commas,
     load,
-    numbers,
+    parse_units,
     print_json,
     report,
-    say,
+    log,
     store_at,
 )
 from convscope.errors import ConvscopeError
@@ -115,7 +115,7 @@ def _asked(net: Any, layers: str | None, units: str | None, store: Store | None)
         if layers not in (None, "logits"):
             raise ConvscopeError(f"--units {units} are classes, no units of --layer {layers}; give one or the other")
         layers, units = "logits", rest
-    chosen = listed(layers or "")
+    chosen = split_commas(layers or "")
     if not chosen:
         raise ConvscopeError("give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers")
     if chosen == ["all"] and store is not None:
@@ -136,7 +136,7 @@ def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
     if asked == "all" and _whole(recipe):
         return range(net.outputs if layer == "logits" else net.layers.find(layer).units)
     if asked is not None:
-        return numbers(asked)
+        return parse_units(asked)
     return None if _whole(recipe) else first(net, layer)
 
 
@@ -157,31 +157,31 @@ def _drawn(
     net: Any, layer: str, asked: str | None, out: Path, settings: dict[str, Any], resume: bool, ray: str | None
 ) -> Any:
     import convscope
-    from convscope.featurevis.resumable import in_parts
+    from convscope.featurevis.resumable import run_resumable
 
     units = _units(net, layer, asked, settings["recipe"])
-    with bar(layer) as progress:
+    with progress_bar(layer) as progress:
         if units is None and _whole(settings["recipe"]):
             return convscope.patterns(net, layer, progress=progress, **settings)
-        return in_parts(net, layer, units, out, resume=resume, ray=ray, progress=progress, **settings)
+        return run_resumable(net, layer, units, out, resume=resume, ray=ray, progress=progress, **settings)
 
 
 def _negatives(net: Any, result: Any, out: Path, settings: dict[str, Any]) -> None:
     """The same units with their sign turned, in a folder of their own, and both in one picture."""
     import convscope
-    from convscope.featurevis.objectives import unit
+    from convscope.featurevis.objectives import channel
     from convscope.plotting.figures import paired
     from convscope.results import atomic_write
 
-    with bar("negatives") as progress:
+    with progress_bar("negatives") as progress:
         least = convscope.patterns(
-            net, [-unit(result.layer, int(u)) for u in result.units], progress=progress, **settings
+            net, [-channel(result.layer, int(u)) for u in result.units], progress=progress, **settings
         )
     least = replace(least, units=result.units)  # files are named after the units, not counted
     where = least.save(out / "negatives")
     with atomic_write(out / "pairs.png") as file:
         paired(result, least).save(file, format="PNG")
-    say(f"what the units want least: {where}; both: {out / 'pairs.png'}")
+    log(f"what the units want least: {where}; both: {out / 'pairs.png'}")
 
 
 def _many(
@@ -202,7 +202,7 @@ def _many(
         try:
             done = resume and is_done(where, net, layer, _units(net, layer, asked, settings["recipe"]), settings)
             if done and (where / "negatives" / "manifest.json").exists() >= negatives:
-                say(f"{layer}: done before")
+                log(f"{layer}: done before")
                 written.append(where)
                 continue
             result = _drawn(net, layer, asked, where, settings, resume, ray)
@@ -210,14 +210,14 @@ def _many(
                 _negatives(net, result, where, settings)
         except ConvscopeError as error:
             failed.append(layer)
-            say(f"failed: {layer}: {error}")
+            log(f"failed: {layer}: {error}")
             continue
         for note in result.notes:
-            say(f"note: {layer}: {note}")
+            log(f"note: {layer}: {note}")
         report(result.failed)
         complete = complete and not result.failed
         written.append(result.save(where))
-        say(f"written to {where}")
+        log(f"written to {where}")
         _forget(where)
     if as_json and written:
         print_json([json.loads((where / "manifest.json").read_text(encoding="utf-8")) for where in written])
@@ -228,9 +228,9 @@ def _many(
 
 
 def _forget(folder: Path) -> None:
-    from convscope.featurevis.resumable import forget
+    from convscope.featurevis.resumable import remove_parts
 
-    forget(folder)
+    remove_parts(folder)
 
 
 @app.command()
@@ -257,8 +257,8 @@ def story(
 
     net = load(model, weights, classes, preprocessing, device)
     store = store_at(out, net)
-    with bar("story") as progress:
+    with progress_bar("story") as progress:
         result = convscope.story(
-            net, None if layers is None else listed(layers), units=units, shown=shown, seed=seed, progress=progress
+            net, None if layers is None else split_commas(layers), units=units, shown=shown, seed=seed, progress=progress
         )
     finish(result, out if store is None else out / "story", as_json)

@@ -22,11 +22,11 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    bar,
+    progress_bar,
     finish,
-    listed,
+    split_commas,
     load,
-    say,
+    log,
     table,
 )
 from convscope.errors import ConvscopeError
@@ -86,7 +86,7 @@ def heatmap(
 ) -> None:
     """Which places of pictures speak for a class."""
     net = load(model, weights, classes, preprocessing, device)
-    with bar("heatmaps") as progress:
+    with progress_bar("heatmaps") as progress:
         result = _heat(
             net,
             images,
@@ -104,7 +104,7 @@ def heatmap(
             progress=progress,
         )
     if not as_json:
-        say(f"layer {result.layer}: {result.why}")
+        log(f"layer {result.layer}: {result.layer_reason}")
     finish(result, out, as_json)
 
 
@@ -138,7 +138,7 @@ def evaluate(
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
-    with bar("heatmaps") as progress:
+    with progress_bar("heatmaps") as progress:
         heat = _heat(
             net,
             images,
@@ -155,12 +155,12 @@ def evaluate(
             max_pixels=max_pixels,
             progress=progress,
         )
-    with bar("evaluate") as progress:
+    with progress_bar("evaluate") as progress:
         result = convscope.evaluate(
             net,
             images,
             heat,
-            listed(metrics),
+            split_commas(metrics),
             masks=_masks(masks, images),
             fill=fill,
             steps=steps,
@@ -169,7 +169,7 @@ def evaluate(
             progress=progress,
         )
     if not as_json:
-        say(f"layer {heat.layer}: {heat.why}")
+        log(f"layer {heat.layer}: {heat.layer_reason}")
         rows = [_figures(row) for row in result.rows()]
         table("", ("metric", "mean", "95 % interval", "better", "what it is"), rows, right=(1,))
     finish(result, out, as_json)
@@ -207,14 +207,14 @@ def compare(
     from convscope.evaluation.comparison import METHODS
 
     net = load(model, weights, classes, preprocessing, device)
-    with bar("compare") as progress:
+    with progress_bar("compare") as progress:
         result = convscope.compare(
             net,
             images,
             _targets(net, target, len(images)),
-            methods=METHODS if methods is None else listed(methods),
-            layers=None if layer is None else listed(layer),
-            metrics=listed(metrics),
+            methods=METHODS if methods is None else split_commas(methods),
+            layers=None if layer is None else split_commas(layer),
+            metrics=split_commas(metrics),
             masks=_masks(masks, images),
             against=_targets(net, against, len(images)),
             smooth=smooth,
@@ -265,13 +265,13 @@ def _targets(net: Model, names: list[str] | None, count: int) -> list[list[int]]
 
 
 def _layers(text: str) -> str | list[str]:
-    names = listed(text)
+    names = split_commas(text)
     return names if len(names) > 1 else text
 
 
 def _scales(text: str) -> list[float]:
     try:
-        return [float(part) for part in listed(text)]
+        return [float(part) for part in split_commas(text)]
     except ValueError as error:
         raise ConvscopeError(f"--scale {text}: expected a number, or several with commas") from error
 

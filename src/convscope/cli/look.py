@@ -21,13 +21,13 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    bar,
+    progress_bar,
     finish,
-    listed,
+    split_commas,
     load,
     print_json,
     report,
-    say,
+    log,
     table,
 )
 
@@ -70,12 +70,12 @@ def predict(
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
-    with bar("predict") as progress:
+    with progress_bar("predict") as progress:
         result = convscope.predict(net, images, top, fit=fit, max_pixels=max_pixels, progress=progress)
     rows = [
         (name, f"{share:.1%}", label, str(index))
         for name, shares, labels, indices in zip(
-            result.pictures, result.probabilities, result.names, result.indices, strict=True
+            result.image_names, result.probabilities, result.names, result.indices, strict=True
         )
         for share, label, index in zip(shares, labels, indices, strict=True)
     ]
@@ -90,7 +90,7 @@ def predict(
                     ],
                 }
                 for name, indices, labels, shares, logits in zip(
-                    result.pictures, result.indices, result.names, result.probabilities, result.logits, strict=True
+                    result.image_names, result.indices, result.names, result.probabilities, result.logits, strict=True
                 )
             ]
         )
@@ -118,8 +118,8 @@ def activations(
     import convscope
 
     net = load(model, weights, classes, preprocessing, device)
-    wanted = None if layer == "all" else listed(layer)
-    with bar("activations") as progress:
+    wanted = None if layer == "all" else split_commas(layer)
+    with progress_bar("activations") as progress:
         result = convscope.activations(
             net, images, wanted, fit=fit, scaling=scaling, max_pixels=max_pixels, progress=progress
         )
@@ -144,14 +144,14 @@ def demo(
     from convscope.reports.demo import make
     from convscope.samples import photographs
 
-    with bar("load") as progress:
+    with progress_bar("load") as progress:
         net = load(model, weights, classes, preprocessing, device)
         if progress is not None:
             progress(1, 1)
-    failed = make(net, images or photographs(), out, seed=seed, bar=bar)
+    failed = make(net, images or photographs(), out, seed=seed, bar=progress_bar)
     report(failed)
     if as_json:
         typer.echo((out / "manifest.json").read_text(encoding="utf-8"), nl=False)
-    say(f"Done. Open {(out / 'index.html').resolve()}")
+    log(f"Done. Open {(out / 'index.html').resolve()}")
     if failed:
         raise typer.Exit(1)

@@ -65,7 +65,7 @@ def load(name: str, weights: str | None, classes: Path | None, preprocessing: st
             raise ConvscopeError(f"--preprocessing is not JSON: {error}; expected e.g. '{{\"size\": 224}}'") from error
     net = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, device=device)
     for note in net.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     return net
 
 
@@ -76,16 +76,16 @@ def read(path: Path) -> str:
         raise ConvscopeError(f"{path} cannot be read: {error}") from error
 
 
-def listed(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str) -> list[int | str] | None:
+def parse_units(text: str) -> list[int | str] | None:
     """Units as a user writes them: all, 0-63, 3,7,9, names."""
     if text == "all":
         return None
     found: list[int | str] = []
-    for part in listed(text):
+    for part in split_commas(text):
         first, dash, last = part.partition("-")
         if dash and first.isdecimal() and last.isdecimal():
             if int(last) < int(first):
@@ -108,20 +108,20 @@ def store_at(out: Path, net: Model) -> Store | None:
     import convscope
 
     store = convscope.open_store(out)
-    store.require(net)
+    store.check_weights(net)
     return store
 
 
 def finish(result: Result, out: Path | None, as_json: bool, quiet: bool = False) -> None:
     """Write the result, say what is to be said, and end with the status that fits."""
     for note in result.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     if out is not None:
         where = result.save(out)
         if as_json and not quiet:
             typer.echo((where / "manifest.json").read_text(encoding="utf-8"), nl=False)
         else:
-            say(f"written to {where}")
+            log(f"written to {where}")
     report(result.failed)
     if result.failed:
         raise typer.Exit(1)
@@ -129,10 +129,10 @@ def finish(result: Result, out: Path | None, as_json: bool, quiet: bool = False)
 
 def report(failed: Sequence[object]) -> None:
     for failure in failed:
-        say(f"failed: {failure}")
+        log(f"failed: {failure}")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     typer.echo(printable(text), err=True)
 
 
@@ -169,7 +169,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], ri
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Progress | None]:
+def progress_bar(what: str) -> Iterator[Progress | None]:
     """A progress bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn

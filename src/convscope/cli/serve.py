@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convscope.cli.options import Classes, Device, Out, Prepare, Weights, app, bar, load, report, say
+from convscope.cli.options import Classes, Device, Out, Prepare, Weights, app, progress_bar, load, report, log
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def serve(
     )
     listening = server.bound(host, port)
     at = names[0] if names else f"[{host}]" if ":" in host else host
-    say(f"open http://{at}:{listening.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
+    log(f"open http://{at}:{listening.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.run(built, listening)
 
@@ -92,7 +92,7 @@ def publish(
     opened = _opened(store)
     named = model or str(opened.manifest["model"]["name"])
     net: Model = load(named, weights, classes, preprocessing, device)
-    with bar("pages") as progress:
+    with progress_bar("pages") as progress:
         failed = write(
             {named: net},
             opened,
@@ -102,7 +102,7 @@ def publish(
             workers=workers,
             progress=progress,
         )
-    say(f"open {(out / 'index.html').resolve().as_uri()}")
+    log(f"open {(out / 'index.html').resolve().as_uri()}")
     report(failed)
     if failed:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from convscope.datasets import readers_arrow, readers_files, readers_memory
-from convscope.datasets.readers_files import Label, Listing, Origin
+from convscope.datasets.readers_files import Label, DatasetIndex, ImageReader
 from convscope.datasets.storage import Storage, expanded, is_glob
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_extra
@@ -46,7 +46,7 @@ class Catalogue:
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
     notes: tuple[str, ...]
-    origin: Origin = field(repr=False)
+    origin: ImageReader = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,7 +97,7 @@ def _called(data: Any) -> str:
     return "pictures in hand" if isinstance(data, np.ndarray | Image.Image) else type(data).__name__
 
 
-def _listing(data: Any, place: Storage) -> Listing:
+def _listing(data: Any, place: Storage) -> DatasetIndex:
     if isinstance(data, str):
         return readers_memory.of_torchvision(data) if data.startswith("torchvision:") else _at(data, place)
     if isinstance(data, list | tuple):
@@ -120,7 +120,7 @@ def _listing(data: Any, place: Storage) -> Listing:
     raise ConvscopeError(f"a {type(data).__name__} is no data set that is known; expected {_ACCEPTED}")
 
 
-def _at(address: str, place: Storage) -> Listing:
+def _at(address: str, place: Storage) -> DatasetIndex:
     """What lies at an address, or at the several ones that it stands for."""
     kind = place.kind(address)
     if kind == "folder":
@@ -151,7 +151,7 @@ def _matches(pattern: str, place: Storage) -> list[tuple[str, int]]:
     return [(pattern, place.size(pattern))]
 
 
-def _packed(addresses: Sequence[str], place: Storage) -> Listing | None:
+def _packed(addresses: Sequence[str], place: Storage) -> DatasetIndex | None:
     """The pictures in files that hold many: tars or Parquet. None if the addresses are of neither."""
     if any(address.endswith(_PACKED) for address in addresses):
         raise ConvscopeError(f"{addresses[0]} is compressed as a whole, so no picture can be read alone; unpack it")
@@ -161,7 +161,7 @@ def _packed(addresses: Sequence[str], place: Storage) -> Listing | None:
     return None
 
 
-def _finished(name: str, listing: Listing) -> Catalogue:
+def _finished(name: str, listing: DatasetIndex) -> Catalogue:
     """The catalogue of a listing."""
     arrow = require_extra("pyarrow")
     if not len(listing.names):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.datasets.readers_files import Label, Listing, as_label
-from convscope.datasets.storage import Storage, patiently
+from convscope.datasets.readers_files import Label, DatasetIndex, as_label
+from convscope.datasets.storage import Storage, with_retries
 from convscope.errors import ConvscopeError, require_extra
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Columns:
         file, place = self.files[self.which[block]], int(self.places[block])
         begin = partial(self.rows, self.storage, file, place, self.column)
         value = partial(self._cursor.value, block, index - int(self.bounds[block]), begin)
-        found = value() if self.storage.local(file) is not None else patiently(value)
+        found = value() if self.storage.local(file) is not None else with_retries(value)
         content = found.get("bytes") if isinstance(found, dict) else found
         if content is None:
             raise ConvscopeError("holds no bytes")
@@ -181,10 +181,10 @@ class _Found:
 
     def listing(
         self, rows: _Rows, storage: Storage, files: Sequence[str], schema: pyarrow.Schema, columns: _Pair
-    ) -> Listing:
+    ) -> DatasetIndex:
         picture, label = columns
         bounds, which, places = (np.array(values, np.int64) for values in (self.bounds, self.which, self.places))
-        listing = Listing(self.names, Columns(rows, storage, tuple(files), picture, bounds, which, places), self.sizes)
+        listing = DatasetIndex(self.names, Columns(rows, storage, tuple(files), picture, bounds, which, places), self.sizes)
         listing.content = " ".join(self.content)
         if label is not None:
             listing.labels, listing.label_names = self.labels, class_names(schema, label)
@@ -194,7 +194,7 @@ class _Found:
 _Pair = tuple[str, str | None]  # the columns of pictures and of labels
 
 
-def of_parquet(storage: Storage, files: Sequence[str]) -> Listing:
+def of_parquet(storage: Storage, files: Sequence[str]) -> DatasetIndex:
     """The pictures of Parquet files, in the order of the files and of their rows; "FILE#ROW" is a picture's name.
 
     Only footers and labels are read: a file's number of rows and the sizes of its row groups stand for its content.
@@ -217,7 +217,7 @@ def of_parquet(storage: Storage, files: Sequence[str]) -> Listing:
     return found.listing(_parquet_rows, storage, files, schema, columns)
 
 
-def of_arrow(storage: Storage, folder: str) -> Listing:
+def of_arrow(storage: Storage, folder: str) -> DatasetIndex:
     """The pictures of a data set that Hugging Face's `save_to_disk` left in a folder; "FOLDER#ROW" is a picture's name.
 
     Raises ConvscopeError for a folder of several splits, and for one that is damaged or has no pictures.

@@ -26,7 +26,7 @@ _PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2
 _MOST_TEXT = 1 << 20  # bytes of a label in a tar
 
 
-class Origin(Protocol):
+class ImageReader(Protocol):
     """Reads a picture, by its position and its name: bytes of a file, an image or an array. Picklable.
 
     held: the pictures lie in memory, and are handed to worker processes one by one rather than all to each.
@@ -38,7 +38,7 @@ class Origin(Protocol):
 
 
 @dataclass
-class Listing:
+class DatasetIndex:
     """Pictures found: a unique name of each, its size in bytes where that says anything, a label, and their origin.
 
     label_names: the classes that labels count, where that is known; otherwise the labels that occur are the classes.
@@ -46,7 +46,7 @@ class Listing:
     """
 
     names: Sequence[str]
-    origin: Origin
+    origin: ImageReader
     sizes: Sequence[int] | np.ndarray = ()
     labels: Sequence[Label] | None = None
     label_names: tuple[str, ...] | None = None
@@ -70,7 +70,7 @@ def is_picture(name: str) -> bool:
     return bool(_PICTURE.fullmatch(os.path.splitext(name)[1]))
 
 
-def of_folder(storage: Storage, folder: str) -> Listing:
+def of_folder(storage: Storage, folder: str) -> DatasetIndex:
     """The pictures in a folder, at any depth, sorted by name; folders of the first level are the classes.
 
     A picture that lies in none of them has no label; where all do, there are no labels.
@@ -83,28 +83,28 @@ def of_folder(storage: Storage, folder: str) -> Listing:
         advice = f"; it holds {kind} files: give {root}*.{kind}" if kind else ""
         raise ConvscopeError(f"there are no pictures in {folder}{advice}")
     labels: list[Label] = [name.partition("/")[0] if "/" in name else None for name, _ in rows]
-    listing = Listing([root + name for name, _ in rows], Files(storage), [size for _, size in rows])
+    listing = DatasetIndex([root + name for name, _ in rows], Files(storage), [size for _, size in rows])
     listing.labels = labels if any(label is not None for label in labels) else None
     listing.notes += _left_out(left_out, folder)
     return listing
 
 
-def of_matches(storage: Storage, found: Iterable[tuple[str, int]], pattern: str) -> Listing:
+def of_matches(storage: Storage, found: Iterable[tuple[str, int]], pattern: str) -> DatasetIndex:
     """The pictures among the files that a glob names, sorted by name."""
     rows, left_out = _pictures(found)
     if not rows:
         raise ConvscopeError(f"no picture, tar or Parquet file is named by {pattern}")
-    listing = Listing([name for name, _ in rows], Files(storage), [size for _, size in rows])
+    listing = DatasetIndex([name for name, _ in rows], Files(storage), [size for _, size in rows])
     listing.notes += _left_out(left_out, pattern)
     return listing
 
 
-def of_addresses(storage: Storage, addresses: Sequence[str]) -> Listing:
+def of_addresses(storage: Storage, addresses: Sequence[str]) -> DatasetIndex:
     """One picture at each address, in their order; one that is not there fails when it is read."""
-    return Listing(addresses, Files(storage), [storage.size(address) for address in addresses])
+    return DatasetIndex(addresses, Files(storage), [storage.size(address) for address in addresses])
 
 
-def of_text(storage: Storage, address: str) -> Listing:
+def of_text(storage: Storage, address: str) -> DatasetIndex:
     """The pictures that a text file lists: an address a line, a tab and a label may follow.
 
     Relative addresses count from the list's own folder. Raises ConvscopeError for lists that are not there, or no text.
@@ -178,7 +178,7 @@ class Tars:
         return self.storage.read(tar, int(self.starts[index]), int(self.sizes[index]))
 
 
-def of_tars(storage: Storage, tars: Sequence[str]) -> Listing:
+def of_tars(storage: Storage, tars: Sequence[str]) -> DatasetIndex:
     """The pictures of WebDataset tars, in the order of the tars and of their members.
 
     A member KEY.jpg (.png, .webp, ...) is a picture; KEY ends at the first dot of its file name. Its label is the
@@ -207,7 +207,7 @@ def of_tars(storage: Storage, tars: Sequence[str]) -> Listing:
                 left_out.append(member.name)
         labels += [known.get(key) for key in keys]
     which, starts, sizes = np.array(places, np.int64).reshape(-1, 3).T
-    listing = Listing(names, Tars(storage, tuple(tars), which.astype(np.int32), starts.copy(), sizes.copy()), sizes)
+    listing = DatasetIndex(names, Tars(storage, tuple(tars), which.astype(np.int32), starts.copy(), sizes.copy()), sizes)
     listing.labels = labels if any(label is not None for label in labels) else None
     listing.notes += _left_out(left_out, tars[0] if len(tars) == 1 else f"{len(tars)} tars")
     return listing

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from convscope.datasets.readers_arrow import byte_sizes, class_names, label_column, picture_column
-from convscope.datasets.readers_files import Label, Listing, as_label, of_addresses
+from convscope.datasets.readers_files import Label, DatasetIndex, as_label, of_addresses
 from convscope.datasets.storage import Storage
 from convscope.errors import ConvscopeError, nearest
 
@@ -23,7 +23,7 @@ _KINDS = "a (picture, label) pair or a picture, which is a PIL image, an array o
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class InMemoryReader:
     """Pictures in memory; of a path only the file is not."""
 
     storage: Storage
@@ -35,7 +35,7 @@ class Held:
         return self.storage.read(item) if isinstance(item, str) else item
 
 
-def of_items(storage: Storage, given: Sequence[Any] | np.ndarray) -> Listing:
+def of_items(storage: Storage, given: Sequence[Any] | np.ndarray) -> DatasetIndex:
     """Addresses, images and arrays in hand, in their order. Raises ConvscopeError for anything else among them."""
     items = given if isinstance(given, np.ndarray) else [_item(i, item) for i, item in enumerate(given)]
     if isinstance(items, list) and all(isinstance(item, str) for item in items):
@@ -44,7 +44,7 @@ def of_items(storage: Storage, given: Sequence[Any] | np.ndarray) -> Listing:
     for item in items:
         digest.update(_content(item))
     names = [item if isinstance(item, str) else f"image {i}" for i, item in enumerate(items)]
-    return Listing(names, Held(storage, items), content=digest.hexdigest())
+    return DatasetIndex(names, InMemoryReader(storage, items), content=digest.hexdigest())
 
 
 def _item(number: int, item: Any) -> Any:
@@ -78,7 +78,7 @@ class Indexed:
         return _picture_of(self.dataset[index])
 
 
-def of_dataset(dataset: Any) -> Listing:
+def of_dataset(dataset: Any) -> DatasetIndex:
     """A data set with `__len__` and `__getitem__`, as torchvision's are.
 
     Its labels are what it keeps as `targets` or `labels`; where it keeps none, it is gone through once to ask for them.
@@ -93,7 +93,7 @@ def of_dataset(dataset: Any) -> Listing:
         advice = "; leave its transform out: convscope prepares pictures itself" if isinstance(picture, Tensor) else ""
         raise ConvscopeError(f"{type(dataset).__name__} gives {_told(first)}; expected {_KINDS}{advice}")
     paired = isinstance(first, tuple | list) and len(first) > 1
-    listing = Listing([f"image {i}" for i in range(count)], Indexed(dataset))
+    listing = DatasetIndex([f"image {i}" for i in range(count)], Indexed(dataset))
     listing.content = hashlib.sha256(_content(picture)).hexdigest()
     kept = _kept_labels(dataset) if paired else None
     if kept is None and paired:
@@ -150,7 +150,7 @@ def _kept_names(dataset: Any, labels: Sequence[Label]) -> tuple[str, ...] | None
     return tuple(names) if fits else None
 
 
-def of_torchvision(address: str) -> Listing:
+def of_torchvision(address: str) -> DatasetIndex:
     """The data set that "torchvision:NAME:ROOT" names, of torchvision's class of that name; nothing is downloaded.
 
     Raises ConvscopeError for names that are not known or not safe to open, and for data that are not there.
@@ -195,7 +195,7 @@ def is_hugging_face(data: Any) -> bool:
     return type(data).__module__ in ("datasets.arrow_dataset", "datasets.dataset_dict", "datasets.iterable_dataset")
 
 
-def of_hugging_face(storage: Storage, dataset: Any) -> Listing:
+def of_hugging_face(storage: Storage, dataset: Any) -> DatasetIndex:
     """A `datasets.Dataset` in hand. Raises ConvscopeError for several splits, streams, and columns without pictures."""
     import datasets
 
@@ -211,7 +211,7 @@ def of_hugging_face(storage: Storage, dataset: Any) -> Listing:
     pictures = plain.select_columns([column])
     if isinstance(dataset.features[column], datasets.Image):
         pictures = pictures.cast_column(column, datasets.Image(decode=False))
-    listing = Listing([f"image {i}" for i in range(len(dataset))], HuggingFace(storage, pictures, column))
+    listing = DatasetIndex([f"image {i}" for i in range(len(dataset))], HuggingFace(storage, pictures, column))
     listing.sizes = [size for table in pictures.with_format("arrow").iter(1000) for size in byte_sizes(table.column(0))]
     if label is not None:
         listing.labels, listing.label_names = [as_label(v) for v in plain[label]], class_names(schema, label)

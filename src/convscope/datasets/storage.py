@@ -40,7 +40,7 @@ def is_glob(address: str) -> bool:
     return bool(_MAGIC.search(address))
 
 
-def patiently(action: Callable[[], T]) -> T:
+def with_retries(action: Callable[[], T]) -> T:
     """What the action gives; a failure that may pass by itself is answered by three more tries."""
     for attempt in range(RETRIES):
         try:
@@ -75,7 +75,7 @@ class Storage:
             return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
         try:
             system, inner = self._remote(address)
-            return {"directory": "folder"}.get(patiently(lambda: system.info(inner)["type"]), "file")
+            return {"directory": "folder"}.get(with_retries(lambda: system.info(inner)["type"]), "file")
         except FileNotFoundError:
             return None
         except ConvscopeError:
@@ -94,7 +94,7 @@ class Storage:
             return
         try:
             system, inner = self._remote(folder)
-            found = patiently(lambda: system.find(inner, detail=True))
+            found = with_retries(lambda: system.find(inner, detail=True))
         except Exception as error:
             raise _unreachable(folder, error) from error
         for path, info in found.items():
@@ -111,7 +111,7 @@ class Storage:
             return [(name[max(cut, 0) :], os.path.getsize(name)) for name in names]
         try:
             system, inner = self._remote(pattern)
-            found = patiently(lambda: system.glob(inner, detail=True))
+            found = with_retries(lambda: system.glob(inner, detail=True))
         except Exception as error:
             raise _unreachable(pattern, error) from error
         start = _MAGIC.split(inner)[0].rfind("/") + 1
@@ -139,7 +139,7 @@ class Storage:
         if path is None:
             system, inner = self._remote(address)
             stop = None if start is None else start + count
-            data = patiently(lambda: system.cat_file(inner, start=start, end=stop))
+            data = with_retries(lambda: system.cat_file(inner, start=start, end=stop))
         else:
             with open_checked(path) as file:
                 file.seek(start or 0)
@@ -160,7 +160,7 @@ class Storage:
                 raise ConvscopeError(f"{address}: {error}") from error
         system, inner = self._remote(address)
         try:
-            file: IO[bytes] = patiently(lambda: system.open(inner, "rb"))
+            file: IO[bytes] = with_retries(lambda: system.open(inner, "rb"))
         except Exception as error:
             raise _unreachable(address, error) from error
         return file

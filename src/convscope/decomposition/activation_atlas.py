@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convscope.decomposition.layer_access import (
     class_of,
-    logits_behind,
-    looked,
+    logits_from_layer,
+    layer_activations,
     require_pictures,
     require_whole,
     spatial,
@@ -51,7 +51,7 @@ class Atlas(Result):
 
     positions: np.ndarray
     sources: np.ndarray
-    cell: np.ndarray
+    cell_index: np.ndarray
     cells: np.ndarray
     counts: np.ndarray
     means: np.ndarray
@@ -61,14 +61,14 @@ class Atlas(Result):
     layer: str
     target: int | None
     grid: int
-    places: int
-    least: int
-    among: int
+    positions_per_image: int
+    min_count: int
+    top_k: int
     steps: int
     power: float
     seed: int
     fit: str
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
 
     @property
     def names(self) -> list[list[str]]:
@@ -83,10 +83,10 @@ def atlas(
     layer: str | None = None,
     target: int | str | None = None,
     grid: int = 12,
-    places: int = 4,
-    least: int = 4,
-    among: int | None = None,
-    reduce: Reduce | None = None,
+    positions_per_image: int = 4,
+    min_count: int = 4,
+    top_k: int | None = None,
+    reducer: Reduce | None = None,
     size: int = 128,
     steps: int = 96,
     power: float = 2,
@@ -140,10 +140,10 @@ def atlas(
     require_pictures(model.preprocessing, "atlases")
     row = model.layers.last_spatial() if layer is None else spatial(model, layer)
     number = None if target is None else class_of(model, target)
-    require_whole({"grid": grid, "places": places, "least": least, "size": size, "steps": steps})
-    first = max(1, (model.num_outputs or 1) // 100) if among is None else among
+    require_whole({"grid": grid, "places": positions_per_image, "least": min_count, "size": size, "steps": steps})
+    first = max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k
     require_whole({"among": first})
-    lay_out = umap(seed) if reduce is None else reduce
+    lay_out = umap(seed) if reducer is None else reducer
 
     def tell(done: float, total: float, half: int) -> None:
         if progress is not None:
@@ -153,8 +153,8 @@ def atlas(
     vectors, effects, sources = [], [], []
     used: list[int] = []
     for batch in pictures.batches(1):
-        (index,), maps = batch.indices, looked(model, row.name, batch.x)
-        at = _drawn(math.prod(maps.shape[2:]), places, (seed, index))
+        (index,), maps = batch.indices, layer_activations(model, row.name, batch.x)
+        at = _drawn(math.prod(maps.shape[2:]), positions_per_image, (seed, index))
         vectors.append(maps[0].flatten(1)[:, at].T)
         effects.append(_effects(model, row.name, batch.x, maps, at, memory))
         sources.append(np.stack([np.full(len(at), len(used)), *np.divmod(at.numpy(), maps.shape[3])], axis=1))
@@ -176,7 +176,7 @@ def atlas(
                 "more pictures of the class, or a larger among="
             )
     positions = _normalised(_laid_out(lay_out, found))
-    cells, cell, counts = _gridded(positions, grid, least)
+    cells, cell, counts = _gridded(positions, grid, min_count)
     members = [torch.from_numpy(cell == i) for i in range(len(cells))]
     means = torch.stack([found[own].mean(0) for own in members])
     best = torch.stack([effect[own].mean(0) for own in members]).topk(min(TOLD, model.num_outputs or 0), dim=1)
@@ -193,7 +193,7 @@ def atlas(
         model,
         positions=positions,
         sources=origin,
-        cell=cell,
+        cell_index=cell,
         cells=cells,
         counts=counts,
         means=means.numpy(),
@@ -203,14 +203,14 @@ def atlas(
         layer=row.name,
         target=number,
         grid=grid,
-        places=places,
-        least=least,
-        among=first,
+        positions_per_image=positions_per_image,
+        min_count=min_count,
+        top_k=first,
         steps=steps,
         power=power,
         seed=seed,
         fit=fit,
-        pictures=tuple(pictures.names[i] for i in used),
+        image_names=tuple(pictures.names[i] for i in used),
         notes=(
             *pictures.notes,
             *([f"{mute} vectors were left out: all their channels are 0"] if mute else []),
@@ -261,7 +261,7 @@ def _effects(model: Model, layer: str, x: Tensor, maps: Tensor, at: Tensor, memo
         found[rows, :, part[rows]] = 0
         return found.reshape(-1, *maps.shape[1:]).to(model.device)
 
-    logits = logits_behind(model, layer, x, torch.cat([at, torch.tensor([-1])]), without, memory)
+    logits = logits_from_layer(model, layer, x, torch.cat([at, torch.tensor([-1])]), without, memory)
     return logits[-1] - logits[:-1]
 
 

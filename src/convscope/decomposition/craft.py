@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convscope.decomposition.crops import best, boxes
+from convscope.decomposition.crops import non_overlapping_top_k, boxes
 from convscope.decomposition.layer_access import (
-    at_once,
+    eval_batch_size,
     class_of,
-    logits_behind,
-    looked,
-    rectified,
+    logits_from_layer,
+    layer_activations,
+    last_nonnegative_layer,
     require_pictures,
     require_whole,
     spatial,
-    watching,
+    iter_activations,
 )
 from convscope.decomposition.nmf import coefficients, factorise
 from convscope.decomposition.sobol import designs, total_indices
@@ -34,7 +34,7 @@ from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import full
+from convscope.evaluation.context import pad_to_fixed_batch
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 from convscope.results import Result
@@ -64,30 +64,30 @@ class Concepts(Result):
     bank: np.ndarray
     importance: np.ndarray
     indices: np.ndarray
-    effects: np.ndarray
-    heats: np.ndarray
-    judged: np.ndarray
-    views: np.ndarray
+    ablation_effects: np.ndarray
+    heatmaps: np.ndarray
+    evaluated_indices: np.ndarray
+    thumbnails: np.ndarray
     shapes: np.ndarray
     logits: np.ndarray
-    rebuilt: np.ndarray
+    reconstructed_logits: np.ndarray
     crops: np.ndarray
     coefficients: np.ndarray
     examples: np.ndarray
     patches: np.ndarray
-    error: float
+    reconstruction_error: float
     layer: str
     target: int
     crop: float
-    masks: int
+    sobol_points: int
     seed: int
     fit: str
     memory: int
     max_pixels: int
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     geometry: tuple[Geometry, ...] = field(repr=False)
-    source: ImageBatchLoader = field(repr=False)
-    places: tuple[int, ...] = field(repr=False)
+    image_source: ImageBatchLoader = field(repr=False)
+    image_indices: tuple[int, ...] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -96,7 +96,7 @@ class Concepts(Result):
 
     def original(self, picture: int) -> np.ndarray:
         """One of the `pictures` as it is, uint8 (H, W, 3)."""
-        return self.source.original(self.places[picture])
+        return self.image_source.original(self.image_indices[picture])
 
     def heat(self, images: Any) -> np.ndarray:
         """How much of each concept is at each place of other pictures: float32 (N, R, h, w), 0 and more.
@@ -105,8 +105,8 @@ class Concepts(Result):
         pictures cannot be used.
         """
         pictures = ImageBatchLoader(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
-        with watching(self.model, self.layer, self.memory) as maps_of:
-            found = [amounts(self.bank, maps) for _, maps in maps_of(pictures)]
+        with iter_activations(self.model, self.layer, self.memory) as maps_of:
+            found = [encode(self.bank, maps) for _, maps in maps_of(pictures)]
         if pictures.failed:
             raise ConvscopeError(str(pictures.failed[0]))
         return torch.cat(found).numpy()
@@ -117,7 +117,7 @@ class Concepts(Result):
         return {n: getattr(self, n) for n in names} | {n: getattr(self, n).tolist() for n in rows}
 
 
-def amounts(bank: np.ndarray, maps: Tensor) -> Tensor:
+def encode(bank: np.ndarray, maps: Tensor) -> Tensor:
     """How much of each concept of a bank (R, C) is at each place of maps (N, C, h, w): (N, R, h, w), 0 and more."""
     return _laid(coefficients(_at_places(maps), torch.from_numpy(bank)), maps)
 
@@ -133,8 +133,8 @@ def concepts(
     crops: int = 32,
     only_predicted: bool = True,
     patches: int = 8,
-    masks: int = 32,
-    judged: int = 32,
+    sobol_points: int = 32,
+    n_evaluated: int = 32,
     seed: int = 0,
     fit: str = "squash",
     memory: int = MEMORY,
@@ -193,10 +193,10 @@ def concepts(
         spatial(model, layer)
     if not 0 < crop <= 1:
         raise ConvscopeError(f"crop is {crop!r}; expected a share of the picture's sides, above 0 and up to 1")
-    require_whole({"count": count, "crops": crops, "patches": patches, "judged": judged})
-    require_whole({"masks": masks}, least=2)
+    require_whole({"count": count, "crops": crops, "patches": patches, "judged": n_evaluated})
+    require_whole({"masks": sobol_points}, least=2)
     pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    total = 2 * len(pictures) + min(judged, len(pictures))
+    total = 2 * len(pictures) + min(n_evaluated, len(pictures))
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -204,9 +204,9 @@ def concepts(
 
     places, logits, notes = _kept(model, pictures, number, only_predicted, memory, tell)
     first = next(pictures.batches(1)).x
-    row = rectified(model, first, layer)
+    row = last_nonnegative_layer(model, first, layer)
     vectors, cut = [], []
-    with watching(model, row.name, memory) as maps_of:
+    with iter_activations(model, row.name, memory) as maps_of:
         for i, index in enumerate(places):
             original = pictures.original(index)
             where = boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
@@ -215,10 +215,10 @@ def concepts(
             cut.append(np.insert(where, 0, i, axis=1))
             tell(len(pictures) + index + 1)
     factors = factorise(torch.cat(vectors), count)
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(judged, len(places))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(n_evaluated, len(places))).round().astype(int))
     wanted = {places[i] for i in chosen}
-    points = designs(count, masks, seed)
-    opinions: list[_Opinion] = []
+    points = designs(count, sobol_points, seed)
+    opinions: list[_ImageImportance] = []
     for batch in pictures.batches(1):
         if batch.indices[0] in wanted:
             opinions.append(_judged(model, row.name, batch, factors.bank, number, points, memory))
@@ -226,37 +226,37 @@ def concepts(
     indices = torch.stack([opinion.indices for opinion in opinions])
     order = indices.mean(0).argsort(descending=True, stable=True)
     contents, crops_cut = factors.coefficients[:, order].float().numpy(), np.concatenate(cut)
-    examples = np.stack([best(column, crops_cut, patches, OVERLAP) for column in contents.T])
+    examples = np.stack([non_overlapping_top_k(column, crops_cut, patches, OVERLAP) for column in contents.T])
     views, shapes = _views(pictures, [places[i] for i in chosen], [opinion.where for opinion in opinions])
     return Concepts(
         model,
         bank=factors.bank[order].float().numpy(),
         importance=indices.mean(0)[order].numpy(),
         indices=indices[:, order].numpy(),
-        effects=torch.stack([opinion.effects for opinion in opinions]).mean(0)[order].numpy(),
-        heats=torch.cat([opinion.heat for opinion in opinions])[:, order].numpy(),
-        judged=chosen,
-        views=views,
+        ablation_effects=torch.stack([opinion.effects for opinion in opinions]).mean(0)[order].numpy(),
+        heatmaps=torch.cat([opinion.heat for opinion in opinions])[:, order].numpy(),
+        evaluated_indices=chosen,
+        thumbnails=views,
         shapes=shapes,
         logits=logits[chosen],
-        rebuilt=np.array([opinion.rebuilt for opinion in opinions]),
+        reconstructed_logits=np.array([opinion.rebuilt for opinion in opinions]),
         crops=crops_cut,
         coefficients=contents,
         examples=examples,
         patches=_patches(pictures, places, crops_cut, examples, model.preprocessing.image_size),
-        error=factors.error,
+        reconstruction_error=factors.error,
         layer=row.name,
         target=number,
         crop=crop,
-        masks=masks,
+        sobol_points=sobol_points,
         seed=seed,
         fit=fit,
         memory=memory,
         max_pixels=max_pixels,
-        pictures=tuple(pictures.names[i] for i in places),
+        image_names=tuple(pictures.names[i] for i in places),
         geometry=tuple(opinion.where for opinion in opinions),
-        source=pictures,
-        places=tuple(places),
+        image_source=pictures,
+        image_indices=tuple(places),
         notes=(*pictures.notes, *notes),
         failed=tuple(pictures.failed),
     )
@@ -275,8 +275,8 @@ def _kept(
     values: list[float] = []
     others: Counter[int] = Counter()
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in pictures.batches(at_once(model, memory)):
-            logits = run(full(model, batch.x)).logits
+        for batch in pictures.batches(eval_batch_size(model, memory)):
+            logits = run(pad_to_fixed_batch(model, batch.x)).logits
             assert logits is not None
             require_finite(model, logits, "the network's output")
             for index, row in zip(batch.indices, logits.cpu(), strict=False):
@@ -298,7 +298,7 @@ def _kept(
     return kept, np.array(values), notes
 
 
-class _Opinion(NamedTuple):
+class _ImageImportance(NamedTuple):
     """What the rest of the network makes of the concepts (R) in one picture; `heat` is (1, R, h, w)."""
 
     indices: Tensor
@@ -308,10 +308,10 @@ class _Opinion(NamedTuple):
     where: Geometry
 
 
-def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, points: Tensor, memory: int) -> _Opinion:
+def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, points: Tensor, memory: int) -> _ImageImportance:
     """One picture: its concepts are turned down, each by its own share and everywhere alike, at `points`; and taken
     out one by one."""
-    maps = looked(model, layer, one.x)
+    maps = layer_activations(model, layer, one.x)
     count = len(bank)
     contents = coefficients(_at_places(maps), bank)
     shares = torch.cat([points, 1 - torch.eye(count), torch.ones(1, count)])
@@ -320,9 +320,9 @@ def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, poi
         found = (part[:, None] * contents) @ bank
         return found.float().transpose(1, 2).reshape(len(part), -1, *maps.shape[2:]).to(model.device)
 
-    values = logits_behind(model, layer, one.x, shares, together, memory)[:, target].double()
+    values = logits_from_layer(model, layer, one.x, shares, together, memory)[:, target].double()
     without, whole = values[len(points) : -1], values[-1]
-    return _Opinion(
+    return _ImageImportance(
         total_indices(values[: len(points)], count),
         whole - without,
         float(whole),

@@ -31,7 +31,7 @@ def boxes(
     return np.stack([top, left, top + sides[0], left + sides[1]], axis=1).astype(np.int32)
 
 
-def best(values: np.ndarray, crops: np.ndarray, count: int, overlap: float) -> np.ndarray:
+def non_overlapping_top_k(values: np.ndarray, crops: np.ndarray, count: int, overlap: float) -> np.ndarray:
     """The `count` crops with the highest of the values (M,) above 0, -1 where there are no more: int64 (count,).
 
     crops (M, 5): picture, top, left, bottom, right. One that overlaps a better one by more than `overlap`

@@ -17,7 +17,7 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import full
+from convscope.evaluation.context import pad_to_fixed_batch
 from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
@@ -50,7 +50,7 @@ def spatial(model: Model, name: str) -> Layer:
     return row
 
 
-def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
+def last_nonnegative_layer(model: Model, x: Tensor, asked: str | None = None) -> Layer:
     """The layer asked for, or the last with places, poolings apart, that has no negative value for `x` (B, C, H, W).
 
     Raises ConvscopeError if the layer asked for has negative values, and if there is no other.
@@ -66,7 +66,7 @@ def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
         torch.no_grad(),
         capture.capture_layers(model, [row.name for row in rows], stop_early=True, on_output=look) as run,
     ):
-        run(full(model, x))
+        run(pad_to_fixed_batch(model, x))
     found = [row for row in rows if lowest[row.name] >= 0]
     if not found:
         raise ConvscopeError(
@@ -86,7 +86,7 @@ def rectified(model: Model, x: Tensor, asked: str | None = None) -> Layer:
 
 
 @contextmanager
-def watching(
+def iter_activations(
     model: Model, layer: str, memory: int
 ) -> Iterator[Callable[[ImageBatchLoader], Iterator[tuple[Batch, Tensor]]]]:
     """The block gets a function that goes through pictures, batch by batch, and gives with each the maps of the layer
@@ -94,23 +94,23 @@ def watching(
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
 
         def maps(pictures: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
-            for batch in pictures.batches(at_once(model, memory)):
-                found = run(full(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
+            for batch in pictures.batches(eval_batch_size(model, memory)):
+                found = run(pad_to_fixed_batch(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
                 require_finite(model, found, f"layer {layer!r}")
                 yield batch, found
 
         yield maps
 
 
-def looked(model: Model, layer: str, x: Tensor) -> Tensor:
+def layer_activations(model: Model, layer: str, x: Tensor) -> Tensor:
     """What the layer gives for one picture `x` (1, C, H, W): (1, C, h, w), float32, on the CPU."""
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
-        maps = run(full(model, x)).maps[layer][:1].float().cpu()
+        maps = run(pad_to_fixed_batch(model, x)).maps[layer][:1].float().cpu()
     require_finite(model, maps, f"layer {layer!r}")
     return maps
 
 
-def at_once(model: Model, memory: int) -> int:
+def eval_batch_size(model: Model, memory: int) -> int:
     """Pictures in a pass without gradients: on a CPU, no more than leave an activation in the cache."""
     cached = max(FEWEST, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1))))
     return batch_size(
@@ -118,16 +118,16 @@ def at_once(model: Model, memory: int) -> int:
     )
 
 
-def logits_behind(
+def logits_from_layer(
     model: Model, layer: str, x: Tensor, points: Tensor, maps: Callable[[Tensor], Tensor], memory: int = MEMORY
 ) -> Tensor:
     """The logits (M, K), on the CPU, when `maps(points)` (M, C, h, w) takes the place of what `layer` gives for the one
     picture `x` (1, C, H, W). The maps are made a part at a time, from a part of the `points` (M, ...)."""
-    size = at_once(model, memory)
+    size = eval_batch_size(model, memory)
     found = []
     with resume.resume_from_layer(model, layer, x) as run:
         for part in torch.split(points, size):
-            logits = run(full(model, maps(part))).logits
+            logits = run(pad_to_fixed_batch(model, maps(part))).logits
             assert logits is not None
             require_finite(model, logits, "the network's output")
             found.append(logits[: len(part)].cpu())

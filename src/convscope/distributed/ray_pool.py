@@ -29,7 +29,7 @@ class _Worker:
         return self._do(task)
 
 
-def distributed(
+def map_unordered(
     make: Callable[[], Do],
     tasks: Sequence[int],
     *,

@@ -20,8 +20,8 @@ from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.evaluation import baselines, inputs
 from convscope.evaluation import registry as table
-from convscope.evaluation.context import Scores, Subject, full
-from convscope.evaluation.inputs import Given
+from convscope.evaluation.context import Scores, EvaluationContext, pad_to_fixed_batch
+from convscope.evaluation.inputs import HeatmapInput
 from convscope.evaluation.result import Evaluation, warnings
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 
@@ -102,12 +102,12 @@ def evaluate(
     if fit is not None and made is not None and fit != made:
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
     pictures = ImageBatchLoader(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
-    maps = inputs.take(model, pictures, heatmaps, targets)
+    maps = inputs.parse(model, pictures, heatmaps, targets)
     places = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.count)
     _require_needs(names, maps, places)
     if places is not None and maps.result is not None:
-        for index, where in zip(maps.result.indices, maps.result.geometry, strict=True):
-            inputs.require_fitting(places[index], where, pictures.names[index])
+        for index, where in zip(maps.result.image_indices, maps.result.geometry, strict=True):
+            inputs.check_mask_size(places[index], where, pictures.names[index])
 
     each = forward_bytes(model) + STATES * maps.targets.count * np.prod(model.preprocessing.size)
     size = batch_size(model, forward_bytes(model), memory, _most(model))
@@ -122,7 +122,7 @@ def evaluate(
             before = len(done) + len(pictures.failed)
             subject = _subject(model, batch, maps, places, pictures, run, size, seed, memory)
             if model.loaded_by_convscope and many:
-                quick = quick if done else with_fusion(run, find_fusions(run, full(model, subject.x[:1])))
+                quick = quick if done else with_fusion(run, find_fusions(run, pad_to_fixed_batch(model, subject.x[:1])))
                 subject = replace(subject, run=_agreeing(quick, subject))
             classes.append(subject.chosen.classes.cpu())
             found.append({})
@@ -142,27 +142,27 @@ def evaluate(
         for curve in found[0][name].curves
     }
     chance = {
-        name: _joined([part[name].chance for part in found]) for name in names if found[0][name].chance is not None
+        name: _joined([part[name].chance_level for part in found]) for name in names if found[0][name].chance_level is not None
     }
     asked = torch.cat(classes).numpy()
     return Evaluation(
         model,
         values=values,
         curves=curves,
-        chance=chance,
+        chance_level=chance,
         targets=asked,
         names=maps.targets.names(asked, done),
         method=maps.method,
         layer=maps.layer,
         fit=pictures.fit,
-        pictures=tuple(pictures.names[i] for i in done),
+        image_names=tuple(pictures.names[i] for i in done),
         settings={"seed": seed, "options": chosen},
         notes=(*pictures.notes, *_scored(maps), *warnings(values, chance)),
         failed=tuple(pictures.failed),
     )
 
 
-def _require_needs(names: Sequence[str], maps: Given, masks: Sequence[Tensor] | None) -> None:
+def _require_needs(names: Sequence[str], maps: HeatmapInput, masks: Sequence[Tensor] | None) -> None:
     """Refuse metrics that cannot be had of what was given. Raises ConvscopeError."""
     for name in names:
         needs = table.find(name).needs
@@ -179,24 +179,24 @@ def _require_needs(names: Sequence[str], maps: Given, masks: Sequence[Tensor] | 
 def _subject(
     model: Model,
     batch: Batch,
-    maps: Given,
+    maps: HeatmapInput,
     places: Sequence[Tensor] | None,
     pictures: ImageBatchLoader,
     run: Callable[[Tensor], ForwardResult],
     size: int,
     seed: int,
     memory: int,
-) -> Subject:
+) -> EvaluationContext:
     x = batch.x.to(model.device)
-    seen = run(full(model, x))
+    seen = run(pad_to_fixed_batch(model, x))
     assert seen.logits is not None
     require_finite(model, seen.logits, "the network's output")
     for index, where in zip(batch.indices, batch.geometry, strict=True):
         if index not in maps.row:
             raise ConvscopeError(f"{pictures.names[index]} has no heatmap; when these were made it could not be used")
         if places is not None:
-            inputs.require_fitting(places[index], where, pictures.names[index])
-    subject = Subject(
+            inputs.check_mask_size(places[index], where, pictures.names[index])
+    subject = EvaluationContext(
         model=model,
         x=x,
         maps=maps.values[[maps.row[i] for i in batch.indices]].to(x.device),
@@ -207,7 +207,7 @@ def _subject(
         seed=seed,
         geometry=batch.geometry,
         masks=[] if places is None else [places[i] for i in batch.indices],
-        again=maps.again(model, batch.indices, memory),
+        recompute=maps.again(model, batch.indices, memory),
     )
     maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, pictures.names)
     return subject
@@ -220,15 +220,15 @@ def _most(model: Model) -> int:
     return max(FEWEST, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
 
 
-def _agreeing(quick: Callable[[Tensor], ForwardResult], subject: Subject) -> Callable[[Tensor], ForwardResult]:
+def _agreeing(quick: Callable[[Tensor], ForwardResult], subject: EvaluationContext) -> Callable[[Tensor], ForwardResult]:
     """The quicker way through the network, if it says the same of these pictures; else the way that there is."""
-    plain, folded = subject.seen.logits, quick(full(subject.model, subject.x)).logits
+    plain, folded = subject.seen.logits, quick(pad_to_fixed_batch(subject.model, subject.x)).logits
     assert plain is not None
     assert folded is not None
     return quick if bool((plain - folded).abs().max() <= AGREES * plain.abs().max()) else subject.run
 
 
-def _scored(maps: Given) -> list[str]:
+def _scored(maps: HeatmapInput) -> list[str]:
     """In words: what stands in for a probability where there is none."""
     if maps.targets.functions:
         return ["targets are functions, which have no probability: what they give is used as it is"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convscope.attribution.api import explained, plan_cell
+from convscope.attribution.api import compute_heatmaps, resolve_method
 from convscope.attribution.registry import find as find_method
 from convscope.attribution.result import Heatmaps
 from convscope.engine.batching import MEMORY, Progress
@@ -78,9 +78,9 @@ class Comparison(Result):
         return {"table.csv": table.getvalue(), "table.json": json.dumps(rows, indent=1) + "\n"}
 
     def parameters(self) -> dict[str, Any]:
-        cells = [{"method": heat.method, "layer": heat.layer, "why": heat.why} for heat in self.heatmaps]
+        cells = [{"method": heat.method, "layer": heat.layer, "why": heat.layer_reason} for heat in self.heatmaps]
         first = self.heatmaps[0]
-        shown = {"pictures": first.pictures, "targets": first.targets.tolist(), "classes": first.names}
+        shown = {"pictures": first.image_names, "targets": first.targets.tolist(), "classes": first.names}
         settings = {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)}
         return {"cells": cells, "metrics": self.metrics, "fit": self.fit, **shown, "settings": settings}
 
@@ -116,14 +116,14 @@ def compare(
     for method in methods:
         at_input = find_method(method).at_input
         for layer in [None] if at_input or not layers else layers:
-            cells.append(plan_cell(model, method, layer, fuse, {}))
+            cells.append(resolve_method(model, method, layer, fuse, {}))
     if not cells:
         raise ConvscopeError("there are no methods to compare")
     for metric in metrics:
         find_metric(metric)
     predict(model, images, 1, fit=fit, memory=memory, max_pixels=max_pixels)  # what a first pass costs is nobody's time
     make = partial(
-        explained,
+        compute_heatmaps,
         model,
         fit=fit,
         against=against,
@@ -148,7 +148,7 @@ def compare(
             refused.append(Failure(f"{cell[0].method} at {cell[0].place}", str(error)))
             continue
         heat.append(maps)
-        seconds.append(taken / len(maps.pictures))
+        seconds.append(taken / len(maps.image_names))
         scores.append(
             evaluate(model, images, maps, metrics, masks=masks, seed=seed, memory=memory, max_pixels=max_pixels)
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from convscope.attribution.targets import Chosen
+from convscope.attribution.targets import BatchTargets
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
@@ -26,11 +26,11 @@ class Scores(NamedTuple):
 
     values: Tensor
     curves: Mapping[str, Tensor] = MappingProxyType({})
-    chance: Tensor | None = None
+    chance_level: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvaluationContext:
     """B pictures, prepared: `x` (B, C, H, W), channels last; T maps of each, (B, T, h, w), as they were made.
 
     `run` puts inputs through the network, `size` of them at once. `seed` is what random draws come from: the same for
@@ -43,14 +43,14 @@ class Subject:
     model: Model
     x: Tensor
     maps: Tensor
-    chosen: Chosen
+    chosen: BatchTargets
     seen: ForwardResult
     run: Callable[[Tensor], ForwardResult]
     size: int
     seed: int
     geometry: Sequence[Geometry]
     masks: Sequence[Tensor] = ()
-    again: Callable[..., Tensor] | None = None
+    recompute: Callable[..., Tensor] | None = None
     tell: Callable[[float], None] = lambda share: None
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class Subject:
     @property
     def heat(self) -> Tensor:
         """The maps at the input's resolution (B, T, H, W), linear between the places' centres, float32."""
-        return self.once("heat", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.maps))
+        return self.cached("heat", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.maps))
 
     @property
     def order(self) -> Tensor:
@@ -71,7 +71,7 @@ class Subject:
         Pixels of equal heat are ranked in an order drawn from the seed, the same for every picture: in reading order, a
         map that is 0 over much of the picture would be judged by what is at its top.
         """
-        return self.once("order", lambda: ranked(self.heat, self.generator()))
+        return self.cached("order", lambda: pixel_ranks(self.heat, self.generator()))
 
     @property
     def rows(self) -> Tensor:
@@ -84,14 +84,14 @@ class Subject:
         return self._judged(self.seen, self.rows, self.probability)
 
     @property
-    def scored(self) -> Tensor:
+    def target_scores(self) -> Tensor:
         """What the targets score for the pictures as they are, (B, T); see `raw`."""
         return self._judged(self.seen, self.rows, self.raw)
 
     @property
     def logits(self) -> Tensor:
         """What the targets score for the pictures as they are, (B, T), nothing taken off."""
-        return replace(self, chosen=replace(self.chosen, against=None)).scored
+        return replace(self, chosen=replace(self.chosen, against=None)).target_scores
 
     @property
     def sigmoid(self) -> bool:
@@ -136,7 +136,7 @@ class Subject:
         found = [torch.empty(0, self.count, device=rows.device)]
         for part in balanced_chunks(range(len(rows)), self.size):
             numbers = torch.arange(part[0], part[-1] + 1, device=rows.device)
-            seen = self.run(full(self.model, inputs(numbers)))
+            seen = self.run(pad_to_fixed_batch(self.model, inputs(numbers)))
             assert seen.logits is not None
             require_finite(self.model, seen.logits, "the network's output for a changed picture")
             found.append(self._judged(seen, rows[numbers], of or self.probability))
@@ -148,15 +148,15 @@ class Subject:
         assert seen.logits is not None
         return of(seen, torch.cat([rows, rows[-1:].expand(len(seen.logits) - len(rows))]))[: len(rows)]
 
-    def telling(self, done: float, whole: float) -> Subject:
+    def with_progress(self, done: float, whole: float) -> EvaluationContext:
         """The same, whose share of the work begins at `done` and is `whole` in all."""
         return replace(self, tell=lambda share: self.tell(done + whole * share))
 
     def baseline(self, fill: str) -> Tensor:
         """What takes the place of pixels that are taken away, as `x`."""
-        return self.once(("baseline", fill), lambda: filled(self.x, fill, self.generator()))
+        return self.cached(("baseline", fill), lambda: filled(self.x, fill, self.generator()))
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` gives: made once, for all metrics that share it."""
         if key not in self.memo:
             self.memo[key] = make()
@@ -164,13 +164,13 @@ class Subject:
         return found
 
 
-def full(model: Model, x: Tensor) -> Tensor:
+def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:
     """A network with a fixed batch gets it full."""
     short = (model.fixed_batch_size or 0) - len(x)
     return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
-def ranked(heat: Tensor, draw: torch.Generator) -> Tensor:
+def pixel_ranks(heat: Tensor, draw: torch.Generator) -> Tensor:
     """Each pixel's rank in its map (B, T, ...), int32: 0 for the hottest; equal ones in an order drawn at random."""
     flat = heat.flatten(2)
     count = flat.shape[2]
@@ -180,6 +180,6 @@ def ranked(heat: Tensor, draw: torch.Generator) -> Tensor:
     return torch.empty_like(ranks).scatter_(2, places, ranks).view(heat.shape)
 
 
-def mixed(keep: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def composite(keep: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """`first` where `keep` (M, H, W) is true and `second` elsewhere; (M, C, H, W) each, channels last."""
     return torch.where(keep[..., None], first.movedim(1, -1), second.movedim(1, -1)).movedim(-1, 1)

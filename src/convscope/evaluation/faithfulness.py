@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, Subject, mixed
+from convscope.evaluation.context import Scores, EvaluationContext, composite
 from convscope.evaluation.statistics import pearson
 
 
-def average_drop(subject: Subject) -> Scores:
+def average_drop(subject: EvaluationContext) -> Scores:
     """The share of its probability that the target loses on the explanation map, low is good: max(0, y - o) / y.
 
     y is the probability for the picture, o that for the explanation map: the network's input times the map at the
@@ -22,7 +22,7 @@ def average_drop(subject: Subject) -> Scores:
     return Scores(_share((y - o).clamp(min=0), y))
 
 
-def average_gain(subject: Subject) -> Scores:
+def average_gain(subject: EvaluationContext) -> Scores:
     """The share of what its probability lacks that the target gains on the explanation map, high is good.
 
     max(0, o - y) / (1 - y), with y and o as in `average_drop`. Zhang et al., Opti-CAM, 2023, section 4.2.
@@ -31,7 +31,7 @@ def average_gain(subject: Subject) -> Scores:
     return Scores(_share((o - y).clamp(min=0), 1 - y))
 
 
-def average_increase(subject: Subject) -> Scores:
+def average_increase(subject: EvaluationContext) -> Scores:
     """Whether the target's probability is higher on the explanation map than for the picture: 1 or 0, high is good.
 
     With y and o as in `average_drop`; Chattopadhay et al., WACV 2018, section 4.1.
@@ -39,7 +39,7 @@ def average_increase(subject: Subject) -> Scores:
     return Scores((_explained(subject) > subject.probabilities).float())
 
 
-def _explained(subject: Subject) -> Tensor:
+def _explained(subject: EvaluationContext) -> Tensor:
     """The targets' probabilities on their own explanation maps, (B, T)."""
 
     def make() -> Tensor:
@@ -50,7 +50,7 @@ def _explained(subject: Subject) -> Tensor:
         found = subject.scores(rows, lambda part: subject.x[rows[part]] * scaled[part][:, None])
         return found.view(len(subject.x), subject.count, subject.count).diagonal(dim1=1, dim2=2)
 
-    return subject.once("explained", make)
+    return subject.cached("explained", make)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def mu_fidelity(
-    subject: Subject, *, samples: int = 100, cells: int = 9, subset: float = 0.2, baseline: str = "zero"
+    subject: EvaluationContext, *, samples: int = 100, cells: int = 9, subset: float = 0.2, baseline: str = "zero"
 ) -> Scores:
     """The correlation between a subset's heat and the score that goes with it, -1 to 1, high is good.
 
@@ -72,7 +72,7 @@ def mu_fidelity(
 
 
 def infidelity(
-    subject: Subject,
+    subject: EvaluationContext,
     *,
     samples: int = 100,
     cells: int = 9,
@@ -92,7 +92,7 @@ def infidelity(
     return Scores((scale[..., None] * sums - drops).square().mean(2).float())
 
 
-def _removals(subject: Subject, samples: int, cells: int, subset: float, baseline: str) -> tuple[Tensor, Tensor]:
+def _removals(subject: EvaluationContext, samples: int, cells: int, subset: float, baseline: str) -> tuple[Tensor, Tensor]:
     """For S subsets the heat in them and what the scores lose without them, (B, T, S) double each."""
     if samples < 2 or cells < 1 or not 0 < subset < 1:
         raise ConvscopeError(
@@ -108,12 +108,12 @@ def _removals(subject: Subject, samples: int, cells: int, subset: float, baselin
         rows = subject.rows.repeat_interleave(samples)
 
         def inputs(part: Tensor) -> Tensor:
-            return mixed(chosen[part % samples], other[rows[part]], x[rows[part]])
+            return composite(chosen[part % samples], other[rows[part]], x[rows[part]])
 
         after = subject.scores(rows, inputs, subject.raw).view(len(x), samples, subject.count)
-        return sums, (subject.scored[:, None] - after).transpose(1, 2).double()
+        return sums, (subject.target_scores[:, None] - after).transpose(1, 2).double()
 
-    return subject.once(("removals", samples, cells, subset, baseline), make)
+    return subject.cached(("removals", samples, cells, subset, baseline), make)
 
 
 def subsets(size: torch.Size, samples: int, cells: int, share: float, draw: torch.Generator) -> Tensor:
@@ -128,7 +128,7 @@ def subsets(size: torch.Size, samples: int, cells: int, share: float, draw: torc
     return chosen
 
 
-def sparseness(subject: Subject) -> Scores:
+def sparseness(subject: EvaluationContext) -> Scores:
     """The Gini index of the map's absolute values at the input's resolution, 0 (even) to 1, high is concise.
 
     1 - 2 sum_k (a_(k) / |a|_1) (n - k + 1/2) / n, a_(1) <= ... <= a_(n). Chalasani et al., Concise Explanations of
@@ -140,7 +140,7 @@ def sparseness(subject: Subject) -> Scores:
     return Scores((1 - 2 * (shares * (count - places + 0.5) / count).sum(2)).float())
 
 
-def complexity(subject: Subject) -> Scores:
+def complexity(subject: EvaluationContext) -> Scores:
     """The entropy of the map's absolute values at the input's resolution, 0 to log n, low is concise.
 
     - sum_i p_i log p_i, p = |a| / |a|_1. Bhatt, Weller, Moura, IJCAI 2020, definition 4.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convscope.attribution.api import heatmaps
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.targets import Chosen, Targets, ask
+from convscope.attribution.targets import BatchTargets, Targets, parse_targets
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
@@ -22,7 +22,7 @@ from convscope.images.loading import ImageBatchLoader
 
 
 @dataclass(frozen=True)
-class Given:
+class HeatmapInput:
     """Maps to be judged: `values` (R, T, ...), row `row[i]` that of picture i; `result` if convscope made them."""
 
     values: Tensor
@@ -42,7 +42,7 @@ class Given:
         """What makes these pictures' maps by the same method anew; None for maps of others."""
         return partial(_again, model, self.result, indices, memory) if self.result else None
 
-    def chosen(self, indices: Sequence[int], logits: Tensor) -> Chosen:
+    def chosen(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
         """What the maps of some of the pictures, whose logits are (B, K), are evidence for."""
         chosen = self.targets.of(indices, logits)
         if self.result is None:
@@ -71,22 +71,22 @@ class Given:
 LOOSE = 0.02  # of the largest logit; above what another device, batch size or half precision changes
 
 
-def take(model: Model, pictures: ImageBatchLoader, maps: Any, targets: Any) -> Given:
+def parse(model: Model, pictures: ImageBatchLoader, maps: Any, targets: Any) -> HeatmapInput:
     """The maps as given: `Heatmaps` of these pictures, or an array (N, h, w) or (N, T, h, w). Raises ConvscopeError."""
     if isinstance(maps, Heatmaps):
         if targets is not None:
             raise ConvscopeError("targets= goes with maps given as an array; these heatmaps have their own")
-        names = tuple(pictures.names[i] for i in maps.indices if i < len(pictures))
-        if len(maps.source) != len(pictures) or names != maps.pictures:
+        names = tuple(pictures.names[i] for i in maps.image_indices if i < len(pictures))
+        if len(maps.image_source) != len(pictures) or names != maps.image_names:
             raise ConvscopeError(
-                f"heatmaps of {len(maps.source)} pictures, and {len(pictures)} pictures given; expected the same ones"
-                if len(maps.source) != len(pictures)
-                else f"heatmaps of {maps.pictures[0]}, ..., and pictures {names[0]}, ... given; expected the same ones"
+                f"heatmaps of {len(maps.image_source)} pictures, and {len(pictures)} pictures given; expected the same ones"
+                if len(maps.image_source) != len(pictures)
+                else f"heatmaps of {maps.image_names[0]}, ..., and pictures {names[0]}, ... given; expected the same ones"
             )
-        row = {index: r for r, index in enumerate(maps.indices)}
-        return Given(torch.from_numpy(maps.values), row, maps.asked, maps)
+        row = {index: r for r, index in enumerate(maps.image_indices)}
+        return HeatmapInput(torch.from_numpy(maps.values), row, maps.target_spec, maps)
     values = _array(maps, "heatmaps")
-    asked = ask(model, targets, len(pictures))
+    asked = parse_targets(model, targets, len(pictures))
     axes = model.preprocessing.axes
     values = values[:, None] if values.ndim == 1 + axes else values
     if values.ndim != 2 + axes or values.shape[:2] != (len(pictures), asked.count) or 0 in values.shape:
@@ -94,7 +94,7 @@ def take(model: Model, pictures: ImageBatchLoader, maps: Any, targets: Any) -> G
         raise ConvscopeError(f"heatmaps of shape {tuple(np.shape(maps))}; expected Heatmaps, or an array {shape}")
     if not np.isfinite(values).all():
         raise ConvscopeError("the heatmaps hold NaN or infinity")
-    return Given(torch.from_numpy(values.astype(np.float32)), dict(enumerate(range(len(pictures)))), asked)
+    return HeatmapInput(torch.from_numpy(values.astype(np.float32)), dict(enumerate(range(len(pictures)))), asked)
 
 
 def take_masks(masks: Any, count: int, targets: int) -> list[Tensor]:
@@ -123,7 +123,7 @@ def _mask(given: Any, number: int, targets: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(inside))
 
 
-def require_fitting(mask: Tensor, where: Geometry, name: str) -> None:
+def check_mask_size(mask: Tensor, where: Geometry, name: str) -> None:
     """Refuse a mask that is not as large as its picture. Raises ConvscopeError."""
     if tuple(mask.shape[1:]) != where.image_size:
         sizes = (" x ".join(map(str, size)) for size in (mask.shape[1:], where.image_size))
@@ -146,8 +146,8 @@ def _again(
     rows: Tensor,
     classes: Tensor | None = None,
 ) -> Tensor:
-    asked = made.asked
-    row = {index: r for r, index in enumerate(made.indices)}
+    asked = made.target_spec
+    row = {index: r for r, index in enumerate(made.image_indices)}
     pictures = [indices[r] for r in rows.tolist()]
     targets = made.targets[[row[i] for i in pictures]].tolist() if classes is None else classes.tolist()
     found = heatmaps(

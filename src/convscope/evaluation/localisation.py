@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, Subject
+from convscope.evaluation.context import Scores, EvaluationContext
 
 
-def pointing(subject: Subject, *, tolerance: int = 0) -> Scores:
+def pointing(subject: EvaluationContext, *, tolerance: int = 0) -> Scores:
     """Whether the hottest pixel lies on the target: 1 or 0; of several hottest ones, the share that does.
 
     `tolerance`: pixels by which it may miss, all around. Zhang et al., Top-down Neural Attention by Excitation
@@ -32,7 +32,7 @@ def pointing(subject: Subject, *, tolerance: int = 0) -> Scores:
     return _scores(found, chance)
 
 
-def energy(subject: Subject) -> Scores:
+def energy(subject: EvaluationContext) -> Scores:
     """The share of the positive heat that lies on the target, 0 to 1; 0 if there is none.
 
     Wang et al., Score-CAM, CVPR workshops 2020, section 4.3.
@@ -46,7 +46,7 @@ def energy(subject: Subject) -> Scores:
     return _scores(found, chance)
 
 
-def iou(subject: Subject) -> Scores:
+def iou(subject: EvaluationContext) -> Scores:
     """Intersection over union of the target with the map's hottest pixels, as many as the target has, 0 to 1.
 
     Neither a threshold nor the map's scale plays a part. Pixels of equal heat at the limit count in proportion.
@@ -78,7 +78,7 @@ def grown(mask: Tensor, radius: int) -> Tensor:
     return out
 
 
-def _pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(subject: EvaluationContext) -> Iterator[tuple[Tensor, Tensor]]:
     """For each picture its maps (T, H, W), in its own geometry, and as many masks."""
     for maps, mask, where in zip(subject.maps, subject.masks, subject.geometry, strict=True):
         heat = where.to_original(maps)
@@ -91,4 +91,4 @@ def _share(target: Tensor, places: Tensor) -> Tensor:
 
 
 def _scores(found: list[Tensor], chance: list[Tensor]) -> Scores:
-    return Scores(torch.stack(found).float(), chance=torch.stack(chance).float())
+    return Scores(torch.stack(found).float(), chance_level=torch.stack(chance).float())

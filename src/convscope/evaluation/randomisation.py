@@ -14,7 +14,7 @@ Put = Callable[[nn.Parameter, Tensor], None]
 
 
 @contextmanager
-def lent(parameters: Iterable[nn.Parameter]) -> Iterator[Put]:
+def temporary_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[Put]:
     """The block gets a function that puts other values in a parameter's place; behind it all are as they were.
 
     The values' memory changes hands, and nothing is written into the network's own: the parameters are the very same
@@ -37,7 +37,7 @@ def _put(p: nn.Parameter, values: Tensor) -> None:
         p.data = values
 
 
-def redrawn(values: Tensor, draw: torch.Generator) -> Tensor:
+def randomize(values: Tensor, draw: torch.Generator) -> Tensor:
     """As many values that know nothing of these.
 
     Kernels and matrices: normal, of mean 0 and the same root mean square, so that what passes keeps its scale. Vectors
@@ -52,7 +52,7 @@ def redrawn(values: Tensor, draw: torch.Generator) -> Tensor:
     return torch.empty_like(values).copy_(drawn)  # laid out as they were
 
 
-def from_the_top(model: Model) -> list[tuple[str, list[nn.Parameter]]]:
+def cascade_order(model: Model) -> list[tuple[str, list[nn.Parameter]]]:
     """The layers with parameters of their own, the last to run first, and these; none twice.
 
     A parameter belongs to the innermost layer that has it, which is done before those around it. What no layer has that

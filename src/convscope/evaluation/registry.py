@@ -23,7 +23,7 @@ class Metric:
 
     function: Callable[..., Scores]
     better: str
-    says: str
+    description: str
     limit: float | None = None
     warning: str = ""
     needs: tuple[str, ...] = ()

@@ -25,13 +25,13 @@ class Evaluation(Result):
 
     values: Mapping[str, np.ndarray]
     curves: Mapping[str, np.ndarray]
-    chance: Mapping[str, np.ndarray]
+    chance_level: Mapping[str, np.ndarray]
     targets: np.ndarray
     names: list[list[str]]
     method: str
     layer: str
     fit: str
-    pictures: tuple[str, ...]
+    image_names: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,14 +58,14 @@ class Evaluation(Result):
         found = []
         for name in self.values:
             low, high = self.interval(name)
-            chance = float(self.chance[name].mean()) if name in self.chance else None
+            chance = float(self.chance_level[name].mean()) if name in self.chance_level else None
             row = {"metric": name, "mean": self.mean(name), "low": low, "high": high}
-            found.append({**row, "better": find(name).better, "chance": chance, "says": find(name).says})
+            found.append({**row, "better": find(name).better, "chance": chance, "says": find(name).description})
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         curves = {f"{name}_curve": curve for name, curve in self.curves.items()}
-        chance = {f"{name}_chance": values for name, values in self.chance.items()}
+        chance = {f"{name}_chance": values for name, values in self.chance_level.items()}
         return {**self.values, **curves, **chance, "targets": self.targets}
 
     def parameters(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Evaluation(Result):
             "layer": self.layer,
             "fit": self.fit,
             **self.settings,
-            "pictures": self.pictures,
+            "pictures": self.image_names,
             "targets": self.targets.tolist(),
             "classes": self.names,
             "results": self.rows(),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, Subject
-from convscope.evaluation.randomisation import from_the_top, lent, redrawn
+from convscope.evaluation.context import Scores, EvaluationContext
+from convscope.evaluation.randomisation import cascade_order, temporary_parameters, randomize
 from convscope.evaluation.statistics import spearman
 
 
-def randomisation(subject: Subject, *, stages: int = 8) -> Scores:
+def randomisation(subject: EvaluationContext, *, stages: int = 8) -> Scores:
     """How much of a map is left when the network's weights are drawn anew, -1 to 1; near 0 is good.
 
     Cascading randomisation: layers lose their weights from the top downwards, in `stages` steps (the first is the top
@@ -25,19 +25,19 @@ def randomisation(subject: Subject, *, stages: int = 8) -> Scores:
     """
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise ConvscopeError(f"stages is {stages!r}; expected a whole number from 1 up")
-    assert subject.again is not None
+    assert subject.recompute is not None
     start = subject.maps.flatten(2)
-    layers = from_the_top(subject.model)
+    layers = cascade_order(subject.model)
     if not layers:
         raise ConvscopeError("the network has no parameters: there is nothing to draw anew")
     draw = _other(subject.generator())
     signed, absolute = [torch.ones_like(start[..., 0])], [torch.ones_like(start[..., 0])]
     groups = _groups(len(layers), stages)
-    with lent(p for _, own in layers for p in own) as put:
+    with temporary_parameters(p for _, own in layers for p in own) as put:
         for number, group in enumerate(groups):
             for p in (p for position in group for p in layers[position][1]):
-                put(p, redrawn(p.detach(), draw))
-            now = subject.again(subject.x, subject.rows).flatten(2)
+                put(p, randomize(p.detach(), draw))
+            now = subject.recompute(subject.x, subject.rows).flatten(2)
             signed.append(spearman(now, start).float())
             absolute.append(spearman(now.abs(), start.abs()).float())
             subject.tell((number + 1) / len(groups))
@@ -59,23 +59,23 @@ def _groups(count: int, stages: int) -> list[range]:
     return [range(1), *(range(first, last) for first, last in pairwise(bounds))]
 
 
-def random_logit(subject: Subject) -> Scores:
+def random_logit(subject: EvaluationContext) -> Scores:
     """How much a map resembles the one for another class drawn at random, -1 to 1; near 1 it is blind to the class.
 
     The rank correlation (Spearman's) of the two. The other class lies as many classes further on, a number drawn from
     the seed, for every picture and target. Sixt, Granz, Landgraf, When Explanations Lie, ICML 2020, section 5.
     """
-    assert subject.again is not None
+    assert subject.recompute is not None
     assert subject.seen.logits is not None
     count = subject.seen.logits.shape[1]
     if count < 2:
         raise ConvscopeError("random-logit compares two classes; this network has one output")
     further = int(torch.randint(1, count, (), generator=subject.generator()))
-    other = subject.again(subject.x, subject.rows, (subject.chosen.classes + further) % count)
+    other = subject.recompute(subject.x, subject.rows, (subject.chosen.classes + further) % count)
     return Scores(spearman(other.flatten(2), subject.maps.flatten(2)).float())
 
 
-def max_sensitivity(subject: Subject, *, samples: int = 10, radius: float = 0.02) -> Scores:
+def max_sensitivity(subject: EvaluationContext, *, samples: int = 10, radius: float = 0.02) -> Scores:
     """The most that a map changes, relative to itself, under noise too weak to be seen; low is good.
 
     max over `samples` of |phi(x + e) - phi(x)| / |phi(x)|, e uniform within `radius` times the picture's range of
@@ -84,20 +84,20 @@ def max_sensitivity(subject: Subject, *, samples: int = 10, radius: float = 0.02
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1 or not radius > 0:
         raise ConvscopeError(f"samples {samples!r}, radius {radius!r}; expected at least 1, and a number above 0")
-    assert subject.again is not None
+    assert subject.recompute is not None
     x, draw = subject.x, subject.generator()
     places = tuple(range(1, x.ndim))
     reach = radius * (x.amax(places, keepdim=True) - x.amin(places, keepdim=True))
-    worst = torch.zeros_like(subject.scored)
+    worst = torch.zeros_like(subject.target_scores)
     for number in range(samples):
         noise = 2 * torch.rand(x.shape[1:], generator=draw).to(x) - 1
-        now = subject.again(x + reach * noise, subject.rows)
-        worst = torch.maximum(worst, _apart(now, subject.maps))
+        now = subject.recompute(x + reach * noise, subject.rows)
+        worst = torch.maximum(worst, _relative_distance(now, subject.maps))
         subject.tell((number + 1) / samples)
     return Scores(worst)
 
 
-def _apart(now: Tensor, then: Tensor) -> Tensor:
+def _relative_distance(now: Tensor, then: Tensor) -> Tensor:
     """|now - then| / |then| of maps (B, T, ...); of a map of nothing 0 where it stays so, else 1."""
     change, whole = (maps.flatten(2).norm(dim=2) for maps in (now - then, then))
     return torch.where(whole > 0, change / whole.clamp(min=1e-38), (change > 0).float())

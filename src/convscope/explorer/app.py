@@ -17,16 +17,16 @@ from starlette.exceptions import HTTPException
 
 from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import MissingError
-from convscope.explorer.service.jobs import FullError, GoneError, SlowError
+from convscope.explorer.service.images import NotFound
+from convscope.explorer.service.jobs import QueueFull, ClientDisconnected, RequestTimeout
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.service.uploads import Decoder
-from convscope.explorer.urls import Live
+from convscope.explorer.urls import LiveUrls
 from convscope.explorer.views import concept_views
 from convscope.explorer.views.pages import Page, Pages
 from convscope.explorer.web import routes_api, routes_concepts, routes_images, security
-from convscope.explorer.web.middleware import Guard
-from convscope.explorer.web.requests import Desk
+from convscope.explorer.web.middleware import SecurityMiddleware
+from convscope.explorer.web.requests import RequestRunner
 
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -66,9 +66,9 @@ def create(
     """
     ours = assets()
     version = hashlib.sha256(b"".join(ours[name] for name in sorted(ours))).hexdigest()[:10]
-    site = Live(version)
+    site = LiveUrls(version)
     decoder = decoder or Decoder()
-    desk = Desk(explorer, decoder, seconds)
+    desk = RequestRunner(explorer, decoder, seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -87,7 +87,7 @@ def create(
         lifespan=lifespan,
     )
 
-    app.add_middleware(Guard, hosts=hosts, token=token, frames=frames)
+    app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, frames=frames)
 
     def error(request: Request, status: int, reason: str) -> Response:
         wait = {"Retry-After": "5"} if status == 503 else None
@@ -99,11 +99,11 @@ def create(
 
     @app.exception_handler(ConvscopeError)
     async def _(request: Request, problem: ConvscopeError) -> Response:
-        status = {MissingError: 404, FullError: 503, SlowError: 504}.get(type(problem), 422)
+        status = {NotFound: 404, QueueFull: 503, RequestTimeout: 504}.get(type(problem), 422)
         return error(request, status, str(problem))
 
-    @app.exception_handler(GoneError)
-    async def _(request: Request, problem: GoneError) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def _(request: Request, problem: ClientDisconnected) -> Response:
         return error(request, 503, "this work was ended")
 
     @app.exception_handler(HTTPException)
@@ -178,7 +178,7 @@ def create(
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_unit(layer, unit)
-            what = explorer.meant(net, layer, unit, shown.look, shown.recipe, shown.seed)
+            what = explorer.resolve_pattern(net, layer, unit, shown.look, shown.recipe, shown.seed)
             return pages.unit(net, layer, unit, desk.chosen(net, shown.picture), what)
 
         return await show(request, make)
@@ -188,7 +188,7 @@ def create(
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            what = explorer.meant(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
+            what = explorer.resolve_pattern(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
             return pages.class_(net, target, desk.chosen(net, shown.picture), what)
 
         return await show(request, make)

@@ -20,7 +20,7 @@ NOTEBOOKS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
 
 
 @dataclass(frozen=True)
-class Shown:
+class ExplorerFrame:
     """An explorer that runs in this process. A notebook shows it as a frame; `url` opens in any browser.
 
     `close()` ends it; so does the end of the process.
@@ -40,7 +40,7 @@ class Shown:
         )
 
 
-def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0) -> Shown:
+def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
     """Open the explorer for a model, and pictures in any form that `convscope` takes (default: the samples).
 
     The server listens on this machine only (127.0.0.1), at `port` (0: any free one). The notebook's browser has to be
@@ -60,7 +60,7 @@ def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0)
         raise
     running = server.in_thread(app, listening)
     atexit.register(setattr, running, "should_exit", True)
-    return Shown(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
+    return ExplorerFrame(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
 
 
 def _app(model: Model, picture: Any) -> Any:

@@ -17,16 +17,16 @@ from convscope.errors import ConvscopeError
 from convscope.explorer.app import assets
 from convscope.explorer.service import concept_data
 from convscope.explorer.service.images import Picture, encoded
-from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import Explorer, Network
-from convscope.explorer.urls import Parts, Published, file_of
+from convscope.explorer.urls import Parts, StaticUrls, file_of
 from convscope.explorer.views import concept_views
 from convscope.explorer.views.pages import Page, Pages
 from convscope.explorer.views.store_views import Views
 from convscope.explorer.web.routes_images import chapter_sheet, story_figure
 from convscope.images.loading import Failure
 from convscope.results import atomic_write, versions, write_json
-from convscope.store.saved_results import Kept
+from convscope.store.saved_results import SavedResult
 from convscope.store.store import Store, open_store
 
 CHUNK = 48  # units whose examples one process cuts out at a time
@@ -55,14 +55,14 @@ def publish(
             explorer.shelf.add_samples(pictures)
         else:
             explorer.add_samples()
-        return _Press(explorer, store, out).run(workers, progress)
+        return _SiteWriter(explorer, store, out).run(workers, progress)
     except OSError as error:
         raise ConvscopeError(f"cannot write into {out}: {error.strerror or error}") from error
     finally:
         explorer.close()
 
 
-class _Press:
+class _SiteWriter:
     """Writes one site."""
 
     def __init__(self, explorer: Explorer, store: Store, out: Path) -> None:
@@ -72,7 +72,7 @@ class _Press:
         self._written: set[str] = set()
         self._failed: list[Failure] = []
         self._views = Views(store)
-        self._asker = Asker("publish", float("inf"))
+        self._asker = Client("publish", float("inf"))
 
     def run(self, workers: int, progress: Progress | None) -> list[Failure]:
         out = self._out
@@ -147,7 +147,7 @@ class _Press:
 
         found: set[int] = set()
         for layer in self._units_of():
-            best = self._store.top_pictures(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
+            best = self._store.top_images(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
             found |= {int(p) for p in best.ravel() if p >= 0}
         for one in concept_data.atlases(self._net):
             cells = concept_data.told_atlas(
@@ -173,7 +173,7 @@ class _Press:
         return True
 
     def _page(self, parts: Parts, make: Callable[[Pages], Page]) -> None:
-        site = Published(parts, self._is_planned, self._image, self._make)
+        site = StaticUrls(parts, self._is_planned, self._image, self._make)
         pages = Pages(self._explorer, self._asker, site)
         self._put(file_of(*parts), pages.render(make(pages)).encode(errors="backslashreplace"))
 
@@ -193,7 +193,7 @@ class _Press:
 
     def _patches_file(self, layer: str, unit: int) -> str:
         found: list[str] = []
-        site = Published((), self._is_planned, lambda name, _: found.append(name), self._make)
+        site = StaticUrls((), self._is_planned, lambda name, _: found.append(name), self._make)
         site.patches(self._net, layer, unit, "top")
         return found[0]
 
@@ -206,9 +206,9 @@ class _Press:
         if route == "thumbnail":
             return self._views.thumbnail(what["number"], 320)
         if route == "figure":
-            return story_figure(self._explorer.told(what["net"]))
+            return story_figure(self._explorer.get_story(what["net"]))
         if route == "chapter":
-            return chapter_sheet(self._explorer.told(what["net"]), what["number"])
+            return chapter_sheet(self._explorer.get_story(what["net"]), what["number"])
         if route == "kept":
             return concept_data.sheet(concept_data.arrays_of(self._explorer, what["one"]), what["which"])
         if route == "pattern":
@@ -228,14 +228,14 @@ def _layer(net: Network, layer: str, pages: Pages) -> Page:
 
 
 def _unit(net: Network, layer: str, unit: int, pages: Pages) -> Page:
-    return pages.unit(net, layer, unit, None, pages.explorer.meant(net, layer, unit))
+    return pages.unit(net, layer, unit, None, pages.explorer.resolve_pattern(net, layer, unit))
 
 
 def _class(net: Network, index: int, pages: Pages) -> Page:
-    return pages.class_(net, index, None, pages.explorer.meant(net, LOGITS, index))
+    return pages.class_(net, index, None, pages.explorer.resolve_pattern(net, LOGITS, index))
 
 
-def _concepts(net: Network, one: Kept, pages: Pages) -> Page:
+def _concepts(net: Network, one: SavedResult, pages: Pages) -> Page:
     return concept_views.concepts(pages, net, one.target or 0, one.layer, None)
 
 

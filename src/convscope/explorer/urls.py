@@ -10,14 +10,14 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
 from convscope.explorer.service.images import Picture
-from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Network
 from convscope.results import file_names
 from convscope.sources.api import BY_PREFIX
-from convscope.store.saved_results import Kept
+from convscope.store.saved_results import SavedResult
 
 
-class Site(Protocol):
+class UrlBuilder(Protocol):
     """Where things are, as seen from the page that is being made."""
 
     live: bool
@@ -35,7 +35,7 @@ class Site(Protocol):
 
     def sheet(self, net: Network, picture: Picture, layer: str) -> str: ...
 
-    def pattern(self, net: Network, what: Drawing) -> str: ...
+    def pattern(self, net: Network, what: PatternSpec) -> str: ...
 
     def patches(self, net: Network, layer: str, unit: int, kind: str) -> str: ...
 
@@ -43,13 +43,13 @@ class Site(Protocol):
 
     def chapter(self, net: Network, number: int) -> str: ...
 
-    def kept(self, net: Network, one: Kept, which: str) -> str:
+    def kept(self, net: Network, one: SavedResult, which: str) -> str:
         """A sheet of pictures of concepts or of an atlas."""
 
     def figure(self, net: Network) -> str: ...
 
 
-class Live:
+class LiveUrls:
     """Addresses on the server. Pictures' carry the network's version: none of another stands by a page's numbers."""
 
     live = True
@@ -72,7 +72,7 @@ class Live:
     def sheet(self, net: Network, picture: Picture, layer: str) -> str:
         return self._image("sheet", model=net.key, picture=picture.key, layer=layer, v=net.version)
 
-    def pattern(self, net: Network, what: Drawing) -> str:
+    def pattern(self, net: Network, what: PatternSpec) -> str:
         return self._image("pattern", model=net.key, **vars(what), v=net.version)
 
     def patches(self, net: Network, layer: str, unit: int, kind: str) -> str:
@@ -87,7 +87,7 @@ class Live:
     def figure(self, net: Network) -> str:
         return self._image("story", model=net.key, v=net.version)
 
-    def kept(self, net: Network, one: Kept, which: str) -> str:
+    def kept(self, net: Network, one: SavedResult, which: str) -> str:
         return self._image("kept", model=net.key, kind=one.kind, name=one.name, which=which, v=one.version)
 
     def _image(self, route: str, **what: Any) -> str:
@@ -98,7 +98,7 @@ Parts = tuple[str | int, ...]
 Write = Callable[[str, Callable[[], bytes]], None]
 
 
-class Published:
+class StaticUrls:
     """Relative addresses between files, as seen from the page `parts`; none for pages that are not `planned`.
 
     Pictures are written as they are mentioned.
@@ -128,8 +128,8 @@ class Published:
         name = f"m/{net.key}/sheets/{clean(layer)}-{picture.key}.png"
         return self._image(name, "sheet", net=net, picture=picture, layer=layer)
 
-    def pattern(self, net: Network, what: Drawing) -> str:
-        name = f"m/{net.key}/patterns/{clean(what.layer)}-{what.unit}-{what.look}-{what.recipe}-{what.seed}.webp"
+    def pattern(self, net: Network, what: PatternSpec) -> str:
+        name = f"m/{net.key}/patterns/{clean(what.layer)}-{what.unit}-{what.variant}-{what.recipe}-{what.seed}.webp"
         return self._image(name, "pattern", net=net, what=what)
 
     def patches(self, net: Network, layer: str, unit: int, kind: str) -> str:
@@ -145,7 +145,7 @@ class Published:
     def figure(self, net: Network) -> str:
         return self._image(f"m/{net.key}/story.png", "figure", net=net)
 
-    def kept(self, net: Network, one: Kept, which: str) -> str:
+    def kept(self, net: Network, one: SavedResult, which: str) -> str:
         name = f"m/{net.key}/{one.kind}/{clean(one.name)}-{which}.webp"
         return self._image(name, "kept", one=one, which=which)
 

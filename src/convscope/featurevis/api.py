@@ -26,15 +26,15 @@ from convscope.engine.batching import (
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.featurevis.frames import Album, for_display
+from convscope.featurevis.frames import FrameRecorder, for_display
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import Plateau
-from convscope.featurevis.recipes import Recipe, Task
-from convscope.featurevis.request import Wanted, canvas_size, find_recipe, refuses, started, wanted
+from convscope.featurevis.recipes import Recipe, OptimizationTask
+from convscope.featurevis.request import PatternRequest, canvas_size, find_recipe, size_checker, initial_images, parse_request
 from convscope.featurevis.result import Patterns
-from convscope.featurevis.retries import Batch, Finished, convince, joined, measure_of, revive
-from convscope.featurevis.scoring import Run, beside_nature, beside_noise, excited, remarks
-from convscope.featurevis.skip_gradient import favouring
+from convscope.featurevis.retries import PatternBatch, BatchResult, retry_low_confidence, joined, measure_of, retry_dead_units
+from convscope.featurevis.scoring import Run, reference_baseline, noise_baseline, max_activations, remarks
+from convscope.featurevis.skip_gradient import with_skip_gradient
 
 __all__ = ["Patterns", "patterns"]
 
@@ -57,7 +57,7 @@ def patterns(
     patience: int | None = None,
     reference: Any = None,
     frames: int = 0,
-    watch: Watch | None = None,
+    callback: Watch | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Patterns:
@@ -117,29 +117,29 @@ def patterns(
         not finite.
     """
     name, rule = find_recipe(recipe, start, space)
-    want = wanted(model, layer, units, name, rule)
-    own_steps, own_size = rule.pace(want.sees(model), model.preprocessing.image_size)
+    want = parse_request(model, layer, units, name, rule)
+    own_steps, own_size = rule.schedule(want.sees(model), model.preprocessing.image_size)
     count = _whole("steps", own_steps if steps is None else steps, 0)
     kept = _whole("frames", frames, 0)
     if views is not None and rule.views == 0:
         raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
     shown = rule.views if views is None else _whole("views", views, 1)
     plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
-    first = started(start, size, len(want.numbers), model)
+    first = initial_images(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
     with retained(), capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
-        sees, tried = want.sees(model), refuses(model, run)
+        sees, tried = want.sees(model), size_checker(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
-        seen = rule.seen(sees, model.preprocessing.image_size, sides)
+        seen = rule.view_sizes(sees, model.preprocessing.image_size, sides)
         if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
             seen = (sides,)
         largest = seen[-1]
         if model.loaded_by_convscope:
             blank = torch.zeros((model.fixed_batch_size or 1, model.preprocessing.channels, *largest))
             run = _quickened(run, blank)
-        if want.to_logits and rule.branches != 1:
-            run = favouring(run, rule.branches)
+        if want.to_logits and rule.residual_grad_scale != 1:
+            run = with_skip_gradient(run, rule.residual_grad_scale)
         if model.loaded_by_convscope:
             run = with_replay(partial(_without_output, run))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
@@ -155,19 +155,19 @@ def patterns(
             raise ConvscopeError(
                 f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch_size} at a time"
             )
-        nature = cache(partial(excited, run, model, want.layer))
-        natural = None if reference is None else beside_nature(run, want, reference, model, memory, space == "input")
-        batches: list[Finished] = []
+        nature = cache(partial(max_activations, run, model, want.layer))
+        natural = None if reference is None else reference_baseline(run, want, reference, model, memory, space == "input")
+        batches: list[BatchResult] = []
         for position, part in enumerate(parts):
-            album = Album(count, kept)
+            album = FrameRecorder(count, kept)
 
             def on_step(
-                step: int, look: Callable[[], Tensor], album: Album = album, before: int = position * count
+                step: int, look: Callable[[], Tensor], album: FrameRecorder = album, before: int = position * count
             ) -> None:
                 done = before + step + 1
                 album.look(step, look)
-                if watch is not None:
-                    watch(done, look().permute(0, 2, 3, 1).cpu().numpy())
+                if callback is not None:
+                    callback(done, look().permute(0, 2, 3, 1).cpu().numpy())
                 if progress is not None:
                     progress(done, count * len(parts))
 
@@ -176,7 +176,7 @@ def patterns(
                     progress(done, count * len(parts))
 
             rows, alone = want.pictures(part), measure_of(model, run, want, part)
-            task = Task(
+            task = OptimizationTask(
                 measure=alone(range(len(part))),
                 generators=want.generators(part, seed),
                 preprocessing=model.preprocessing,
@@ -185,30 +185,30 @@ def patterns(
                 steps=count,
                 step_size=own_size if step_size is None else step_size,
                 sees=sees,
-                seen=seen,
+                view_sizes=seen,
                 start=None if first is None else first[rows.start : rows.stop],
-                raw=space == "input",
-                mates=mates,
+                skip_preprocessing=space == "input",
+                paired=mates,
                 views=shown,
                 plateau=plateau,
                 on_step=on_step,
-                alone=alone if together == 1 else None,
+                subset_objective=alone if together == 1 else None,
             )
             drawn = rule.draw(task)
-            done = Finished(drawn, task.score(drawn.pictures).cpu(), album)
+            done = BatchResult(drawn, task.score(drawn.pictures).cpu(), album)
             album.close(drawn.pictures)
-            revive(Batch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
+            retry_dead_units(PatternBatch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
             album.close(done.drawn.pictures)
             if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
                 all_done()
             batches.append(done)
         done = joined(batches)
         if count >= own_steps:  # fewer were asked for to see something soon
-            whole = Batch(
+            whole = PatternBatch(
                 replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done, nature
             )
-            convince(whole, done, fits)
-        noise = beside_noise(run, want, model, sides, seed, memory, space == "input")
+            retry_low_confidence(whole, done, fits)
+        noise = noise_baseline(run, want, model, sides, seed, memory, space == "input")
     scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
     return Patterns(
         model,
@@ -224,8 +224,8 @@ def patterns(
         space=space,
         views=shown,
         patience=patience,
-        noise=noise.numpy(),
-        reference=None if natural is None else natural[0].numpy(),
+        noise_scores=noise.numpy(),
+        reference_scores=None if natural is None else natural[0].numpy(),
         alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
         frames=np.stack(done.album.frames) if kept and count else None,
         objectives=want.names,
@@ -251,7 +251,7 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _batches(want: Wanted, size: int) -> list[Sequence[int]]:
+def _batches(want: PatternRequest, size: int) -> list[Sequence[int]]:
     """Objectives in batches of about `size` pictures; those of one objective are never parted."""
     largest = max(objective.pictures for objective in want.objectives)
     return list(balanced_chunks(range(len(want.objectives)), max(1, size // largest)))

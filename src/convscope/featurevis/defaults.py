@@ -55,7 +55,7 @@ def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
     return tuple((min(height, max(32, height * n // 14)), min(width, max(32, width * n // 14))) for n in parts)
 
 
-def steady(steps: int, step_size: float) -> Callable[[int | None, Size], tuple[int, float]]:
+def constant_schedule(steps: int, step_size: float) -> Callable[[int | None, Size], tuple[int, float]]:
     """The same number and size of steps whatever a unit sees."""
     return lambda sees, full: (steps, step_size)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Album:
+class FrameRecorder:
     """Keeps `count` pictures of an ascent of `steps` steps, evenly spaced, the last one included."""
 
     steps: int
@@ -29,7 +29,7 @@ class Album:
             kept = self.frames[: self.count - 1]
             self.frames = kept + [for_display(pictures.cpu())] * (self.count - len(kept))
 
-    def put(self, which: Sequence[int], other: Album, rows: Sequence[int]) -> None:
+    def put(self, which: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
         """Rows of another ascent's frames in the place of ours."""
         for i, (frame, found) in enumerate(zip(self.frames, other.frames, strict=True)):
             self.frames[i] = frame.copy()

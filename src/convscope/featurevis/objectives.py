@@ -106,13 +106,13 @@ class Objective:
         return f"({self.name})" if sums and (" + " in self.name or " - " in self.name) else self.name
 
 
-def unit(layer: str, number: int) -> Objective:
+def channel(layer: str, number: int) -> Objective:
     """The mean of a channel over all places; for "logits" the logit of a class."""
     name = f"logit {number}" if layer == LOGITS else f"{layer} {number}"
     return Objective(name, ((layer, number),), lambda seen: _means(_outputs(seen, layer)[:, number]))
 
 
-def units(layer: str, numbers: Sequence[int]) -> Objective:
+def channels(layer: str, numbers: Sequence[int]) -> Objective:
     """The sum of several channels' means: what excites all of them at once."""
     rows = list(numbers)
     if not rows:
@@ -122,7 +122,7 @@ def units(layer: str, numbers: Sequence[int]) -> Objective:
     return Objective(name, watches, lambda seen: _means(_outputs(seen, layer)[:, rows].sum(1)))
 
 
-def each(layer: str, numbers: Sequence[int]) -> Objective:
+def per_image_channels(layer: str, numbers: Sequence[int]) -> Objective:
     """For picture i the mean of channel `numbers[i]`: many units at once, with nothing between them."""
     name = f"{layer} {', '.join(map(str, numbers))}"
 
@@ -168,7 +168,7 @@ def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: 
     return Objective(f"direction in {layer}", ((layer, len(along) - 1),), value)
 
 
-def whole(layer: str) -> Objective:
+def deepdream(layer: str) -> Objective:
     """The mean square of everything that a layer gives: more of whatever it sees already (DeepDream).
 
     Mordvintsev, Olah and Tyka, Inceptionism, 2015.
@@ -177,7 +177,7 @@ def whole(layer: str) -> Objective:
     return Objective(f"all of {layer}", watches, lambda seen: _outputs(seen, layer).square().flatten(1).mean(1))
 
 
-def likeness(layer: str, power: float = 1) -> Objective:
+def caricature(layer: str, power: float = 1) -> Objective:
     """x . p, times max(0.1, cos(x, p)) to a power: the picture's layer x along that of its photograph, p.
 
     Whatever the layer sees in the photograph is exaggerated, at the place where it sees it (caricatures: Olah,
@@ -193,7 +193,7 @@ def likeness(layer: str, power: float = 1) -> Objective:
     return Objective(f"likeness in {layer}", ((layer, None),), value, mates=True)
 
 
-def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
     """`count` pictures for one objective, each the less worth the more its texture in `layer` is like the others'.
 
     (1 - weight * c) f, with c the mean cosine of the picture's Gram matrix of channels with the other pictures', which
@@ -219,7 +219,7 @@ def diverse(objective: Objective, layer: str, count: int, weight: float = 1) -> 
     return Objective(f"{count} of {objective.name}", watches, value, count, placed=objective.placed)
 
 
-def between(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+def interpolation(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
     """A row of `count` pictures from one objective to another, neighbours alike in `layer`.
 
     Picture i has (1 - t) a + t b, t = i / (count - 1), less `weight` times its mean squared distance to its neighbours
@@ -245,7 +245,7 @@ def between(first: Objective, last: Objective, layer: str, count: int, weight: f
     return Objective(f"from {first.name} to {last.name}", watches, value, count, placed=placed)
 
 
-def joined(objectives: Sequence[Objective]) -> Objective:
+def batch_objectives(objectives: Sequence[Objective]) -> Objective:
     """Several objectives in one batch, each of its own pictures only: (sum of pictures,) values."""
     if len(objectives) == 1:
         return objectives[0]

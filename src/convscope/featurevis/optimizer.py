@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from convscope.engine.acceleration.inplace_clamp import inplace_clamp
 from convscope.errors import ConvscopeError
-from convscope.featurevis.parameterization import Canvas
+from convscope.featurevis.parameterization import ImageParameterization
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -29,7 +29,7 @@ def rms_step(size: float) -> Step:
     return step
 
 
-def warming(steps: int, size: float) -> Callable[[int], float]:
+def exponential_warmup(steps: int, size: float) -> Callable[[int], float]:
     """Lengths of steps: from 3 % of `size`, each longer than the last by the same factor, to `size` after 60 % of them.
 
     On a gray picture the gradient is mostly that of the one view from which it was taken, and what a first long step
@@ -67,7 +67,7 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     return step
 
 
-def agreed_step(values: Tensor, rate: float, damping: float) -> Step:
+def consistency_weighted_adam(values: Tensor, rate: float, damping: float) -> Step:
     """Adam as above, each coordinate's step times |m| / sqrt(v), which is 1 where gradients agree from step to step.
 
     m and v are Adam's means of the gradient and of its square. Much damping keeps noise still, but with it whatever has
@@ -93,7 +93,7 @@ def _of_unit_rms(gradient: Tensor) -> Tensor:
     return gradient / gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt().clamp(min=1e-12)
 
 
-def optimised(
+def from_torch_optimizer(
     values: Tensor,
     make: Callable[[list[Tensor]], torch.optim.Optimizer],
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
@@ -138,20 +138,20 @@ class Plateau:
 
 
 # Steps at 0, from the first on, with the gradient let past rectifiers, after which a picture is given up.
-SILENT = 24
+DEAD_AFTER_STEPS = 24
 
 
 def ascend(
-    canvas: Canvas,
+    canvas: ImageParameterization,
     measure: Callable[[int], Tensor],
     step: Step,
     steps: int,
     *,
-    revive: int = 0,
-    silent: int = SILENT,
+    redirect_steps: int = 0,
+    silent: int = DEAD_AFTER_STEPS,
     plateau: Plateau | None = None,
-    best: bool = False,
-    mean: int = 0,
+    keep_best: bool = False,
+    average_last: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
@@ -170,14 +170,14 @@ def ascend(
     pictures = len(canvas.values)
     done = torch.zeros(pictures, dtype=torch.bool, device=canvas.values.device)
     top = torch.zeros(pictures, device=canvas.values.device)
-    highest = canvas.values.detach().clone() if best else None
-    total, late = torch.zeros_like(canvas.values) if mean else None, 0
+    highest = canvas.values.detach().clone() if keep_best else None
+    total, late = torch.zeros_like(canvas.values) if average_last else None, 0
     for i in range(steps):
-        dead = torch.full((pictures,), i < revive, device=canvas.values.device)
-        if revive and history:
+        dead = torch.full((pictures,), i < redirect_steps, device=canvas.values.device)
+        if redirect_steps and history:
             dead |= history[-1] == 0
         dead &= ~done
-        with torch.enable_grad(), Redirected(dead) if bool(dead.any()) else nullcontext():
+        with torch.enable_grad(), RedirectedReLU(dead) if bool(dead.any()) else nullcontext():
             values = measure(i)
             if not values.requires_grad:
                 raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
@@ -188,7 +188,7 @@ def ascend(
             higher = history[-1] > top
             top = torch.where(higher, history[-1], top)
             highest[higher] = canvas.values.detach()[higher]
-        if revive and len(history) == silent:
+        if redirect_steps and len(history) == silent:
             done = done | (torch.stack(history) == 0).all(0)
         if plateau is not None:
             done = done | plateau.reached(history)
@@ -198,7 +198,7 @@ def ascend(
             kept = canvas.values[done]
             step(canvas.values, gradient)
             canvas.values[done] = kept
-            if total is not None and i >= steps - mean:
+            if total is not None and i >= steps - average_last:
                 total, late = total.add_(canvas.values), late + 1
         if on_step is not None:
             on_step(i)
@@ -253,7 +253,7 @@ def _any(gradient: Tensor, pictures: int) -> Tensor:
     return live.view(pictures, -1).any(1)
 
 
-class Redirected(TorchFunctionMode):
+class RedirectedReLU(TorchFunctionMode):
     """While active, rectifiers (ReLU, ReLU6; modules, functions, Keras activations) have redirected gradients.
 
     `pictures` is a mask over the batch: the others keep their usual gradients, whoever is beside them.

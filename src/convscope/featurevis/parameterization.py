@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
-class Canvas(Protocol):
+class ImageParameterization(Protocol):
     """A batch of pictures that can be climbed."""
 
     values: Tensor
@@ -21,7 +21,7 @@ class Canvas(Protocol):
         """The pictures (U, C, H, W); in [0, 1] if they are to be preprocessed."""
 
 
-class Pixels:
+class PixelImage:
     """Pixels as they are; `scale` is the value that a picture shows as 1."""
 
     def __init__(self, start: Tensor, scale: float = 255) -> None:
@@ -38,7 +38,7 @@ class Pixels:
 COLOUR_AXES = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
-class Fourier:
+class FourierImage:
     """A spectrum with amplitude 1/f and decorrelated colours, through a sigmoid into [0, 1].
 
     In these coordinates a gradient step changes all spatial frequencies and all colour axes by what is natural for
@@ -82,7 +82,7 @@ def _lowest(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat((above, below), -2)[..., : width // 2 + 1]
 
 
-class Natural(NamedTuple):
+class SpectrumFit(NamedTuple):
     """A photograph's spectrum along one colour axis, in the canvas's coordinates: amplitude / f ** slope, f in cycles
     per pixel, of the orthonormal transform; and the deviation of its mean."""
 
@@ -93,10 +93,10 @@ class Natural(NamedTuple):
 
 # Fitted to the package's four sample photographs: the mean of their centres' spectra at 224 x 224 under a Hann window,
 # along the colour axes above, through the inverse sigmoid of values kept from 0.02 to 0.98.
-NATURAL = (Natural(0.143, 1.26, 0.62), Natural(0.137, 1.38, 0.94), Natural(0.199, 1.20, 1.08))
+NATURAL = (SpectrumFit(0.143, 1.26, 0.62), SpectrumFit(0.137, 1.38, 0.94), SpectrumFit(0.199, 1.20, 1.08))
 
 
-class Phase:
+class PhaseImage:
     """The spectrum of a photograph, of which only the phases can be changed: what is drawn keeps natural contrast.
 
     A real picture ties the coefficients of the first column, and for even widths of the last, to each other: there the
@@ -136,7 +136,7 @@ LEVELS = 5  # of the pyramid: the coarsest has places of 16 pixels
 EDGE = 1 / 512  # half an 8-bit step: where a photograph's black and white begin, as a sigmoid reaches neither
 
 
-class Photograph:
+class PyramidResidualImage:
     """A photograph and what is laid over it: sigmoid(logit(photograph) + sum over levels of enlarged(values)).
 
     It begins as the photograph itself. Each level has half the resolution of the one before; a step so changes coarse

@@ -24,19 +24,20 @@ from convscope.featurevis.defaults import (
     robust_seen,
     robust_size,
     sees_little,
-    steady,
+    constant_schedule,
 )
-from convscope.featurevis.objectives import Objective, likeness, whole
-from convscope.featurevis.optimizer import Plateau, Step, adam_step, agreed_step, ascend, rms_step, warming
-from convscope.featurevis.parameterization import Canvas, Fourier, Phase, Photograph, Pixels
-from convscope.featurevis.transforms import Looks, View, rolled, still, zoomed
+from convscope.featurevis.objectives import Objective, deepdream
+from convscope.featurevis.objectives import caricature as caricature_objective
+from convscope.featurevis.optimizer import Plateau, Step, adam_step, consistency_weighted_adam, ascend, rms_step, exponential_warmup
+from convscope.featurevis.parameterization import ImageParameterization, FourierImage, PhaseImage, PyramidResidualImage, PixelImage
+from convscope.featurevis.transforms import AugmentationConfig, View, random_roll, identity, random_affine
 from convscope.images.preprocessing import Preprocessing
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Task:
+class OptimizationTask:
     """What a recipe is asked for: pictures for a batch of units.
 
     `measure` gives the value (U,) of a batch (U, C, H, W) that is ready for the network. `sees` is the receptive field
@@ -54,19 +55,19 @@ class Task:
     steps: int
     step_size: float
     sees: int | None
-    seen: tuple[Size, ...]
+    view_sizes: tuple[Size, ...]
     start: Tensor | None
-    raw: bool
-    mates: bool
+    skip_preprocessing: bool
+    paired: bool
     views: int
     plateau: Plateau | None
     on_step: Callable[[int, Callable[[], Tensor]], None]
     still: bool = False
-    alone: Callable[[Sequence[int]], Callable[[Tensor], Tensor]] | None = None
+    subset_objective: Callable[[Sequence[int]], Callable[[Tensor], Tensor]] | None = None
 
-    def climb(
+    def optimize(
         self,
-        canvas: Canvas,
+        canvas: ImageParameterization,
         measure: Callable[[int], Tensor],
         step: Step,
         finish: Callable[[], Tensor],
@@ -74,7 +75,7 @@ class Task:
     ) -> Tensor:
         """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
         tell = partial(self._tell, finish)
-        return ascend(canvas, measure, step, self.steps, plateau=self.plateau, best=self.still, on_step=tell, **how)
+        return ascend(canvas, measure, step, self.steps, plateau=self.plateau, keep_best=self.still, on_step=tell, **how)
 
     def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
         self.on_step(step, finish)
@@ -90,20 +91,20 @@ class Task:
 
     def ready(self, pictures: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
-        return pictures if self.raw else self.preprocessing.normalize(pictures)
+        return pictures if self.skip_preprocessing else self.preprocessing.normalize(pictures)
 
     @property
     def bounds(self) -> list[int]:
         """The step at which each size of `seen` has its turn, and the number of steps."""
-        return [self.steps * k // len(self.seen) for k in range(len(self.seen) + 1)]
+        return [self.steps * k // len(self.view_sizes) for k in range(len(self.view_sizes) + 1)]
 
     def seen_at(self, step: int) -> Size:
         """The size in which the network is shown the canvas at this step."""
-        return self.seen[bisect(self.bounds, step) - 1]
+        return self.view_sizes[bisect(self.bounds, step) - 1]
 
-    def through(self, view: View, shown: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    def augmented_objective(self, view: View, shown: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
         """What is climbed: at each step the mean value over views of what the canvas shows then, `views` of them."""
-        look = still if self.still else view
+        look = identity if self.still else view
 
         def measure(step: int) -> Tensor:
             picture = shown(step)
@@ -118,12 +119,12 @@ class Task:
 
     def score(self, finished: Tensor) -> Tensor:
         """The value of finished 8-bit pictures (U, C, H, W)."""
-        pictures = finished.float() if self.raw else finished.float() / 255
+        pictures = finished.float() if self.skip_preprocessing else finished.float() / 255
         with torch.no_grad():
-            return self.measure(self.ready(beside(pictures, _photographs(self)) if self.mates else pictures))
+            return self.measure(self.ready(interleave(pictures, _photographs(self)) if self.paired else pictures))
 
 
-class Drawn(NamedTuple):
+class RecipeOutput(NamedTuple):
     """Finished pictures (U, C, H, W) uint8, the history (steps, U), and where pictures are opaque (U, H, W) in [0, 1]
     if a recipe says so."""
 
@@ -132,7 +133,7 @@ class Drawn(NamedTuple):
     alpha: Tensor | None = None
 
 
-def plain(task: Task) -> Drawn:
+def plain(task: OptimizationTask) -> RecipeOutput:
     """The textbook's algorithm to the letter: pixels from gray noise, normalised gradient, fixed steps.
 
     Good for the first layers of networks without batch normalisation, and for comparison. On newer networks and deeper
@@ -142,13 +143,13 @@ def plain(task: Task) -> Drawn:
     if start is None:
         shape = (task.channels, *task.size)
         start = torch.stack([128 + 20 * torch.rand(shape, generator=g) for g in task.generators])
-    canvas = Pixels(start.to(task.device), 1 if task.raw else 255)
+    canvas = PixelImage(start.to(task.device), 1 if task.skip_preprocessing else 255)
 
     def finish() -> Tensor:
         return standardised(canvas.values.detach())
 
-    history = task.climb(canvas, lambda _: task.measure(task.ready(canvas.picture())), rms_step(task.step_size), finish)
-    return Drawn(finish(), history)
+    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.picture())), rms_step(task.step_size), finish)
+    return RecipeOutput(finish(), history)
 
 
 def standardised(pixels: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ SLIGHT = 0.1
 SETTLING = 5
 
 
-def robust(task: Task) -> Drawn:
+def robust(task: OptimizationTask) -> RecipeOutput:
     """A Fourier canvas seen in random views: pictures that hold for the unit however they are looked at. The default.
 
     Units that see much of a picture get zoomed, turned and mirrored views; for units that see little the canvas is only
@@ -180,13 +181,13 @@ def robust(task: Task) -> Drawn:
     what comes back through residual branches, where networks differ, a class's gradient takes less than half. A
     unit that stays silent is woken in the end, on the canvas as it lies.
     """
-    canvas = Fourier(task.generators, task.channels, task.size, task.device)
+    canvas = FourierImage(task.generators, task.channels, task.size, task.device)
     view = _views(task)
     warms = task.sees is None and not task.still
     if task.sees_little:
-        step = agreed_step(canvas.values, task.step_size, SLIGHT)
+        step = consistency_weighted_adam(canvas.values, task.step_size, SLIGHT)
     else:
-        rate = warming(task.steps, task.step_size) if warms else task.step_size
+        rate = exponential_warmup(task.steps, task.step_size) if warms else task.step_size
         step = adam_step(canvas.values, rate, DAMPING)
 
     def shown(step: int) -> Tensor:
@@ -194,31 +195,31 @@ def robust(task: Task) -> Drawn:
 
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
     how = {"silent": task.steps, "mean": task.steps // SETTLING} if warms else {}
-    drawn = _climbed(task, canvas, task.through(view, shown), step, **how)
+    drawn = _climbed(task, canvas, task.augmented_objective(view, shown), step, **how)
     if not task.still:
-        _wake(task, canvas, (drawn.history == 0).any(0))
+        _retry_silent(task, canvas, (drawn.history == 0).any(0))
     return drawn._replace(pictures=finished(canvas))
 
 
 def _climbed(
-    task: Task, canvas: Canvas, measure: Callable[[int], Tensor], step: Step | None = None, **how: int
-) -> Drawn:
+    task: OptimizationTask, canvas: ImageParameterization, measure: Callable[[int], Tensor], step: Step | None = None, **how: int
+) -> RecipeOutput:
     """With the gradient let past dead rectifiers at first, by damped Adam unless another step is given: what all
     recipes but the textbook's do."""
     finish = partial(finished, canvas)
     own = adam_step(canvas.values, task.step_size, DAMPING) if step is None else step
-    history = task.climb(canvas, measure, own, finish, revive=REVIVED, **how)
-    return Drawn(finish(), history)
+    history = task.optimize(canvas, measure, own, finish, revive=REVIVED, **how)
+    return RecipeOutput(finish(), history)
 
 
-def maco(task: Task) -> Drawn:
+def maco(task: OptimizationTask) -> RecipeOutput:
     """Only the phases of a natural spectrum are drawn: no contrast that a photograph does not have.
 
     Good for deep units and classes, where other canvases exaggerate. What the ascent never asked for stays noise, and
     is made transparent: opacity is the gradient at each pixel, summed over all steps. Two views a step, as a single one
     moves the phases of every pixel. Fel et al., NeurIPS 2023.
     """
-    canvas = Phase(task.generators, task.channels, task.size, task.device)
+    canvas = PhaseImage(task.generators, task.channels, task.size, task.device)
     view = _views(task)
     asked = torch.zeros((len(task.generators), *task.size), device=task.device)
 
@@ -241,49 +242,49 @@ def _opacity(asked: Tensor) -> Tensor:
     return opacity.clamp(0, 1)
 
 
-def dream(task: Task) -> Drawn:
+def dream(task: OptimizationTask) -> RecipeOutput:
     """A photograph, changed where the layer sees something: more of that. The photograph is `start`.
 
     With units, the picture is changed towards these alone; what the unit does not look at stays as it was. Good for
     seeing what a layer makes of a picture, and what it would take for a unit to fire.
     """
-    canvas = Photograph(_photographs(task))
+    canvas = PyramidResidualImage(_photographs(task))
     view = _zoomed(task, (0.7, 1), 5)
-    return _climbed(task, canvas, task.through(view, lambda _: canvas.picture()))
+    return _climbed(task, canvas, task.augmented_objective(view, lambda _: canvas.picture()))
 
 
-def caricature(task: Task) -> Drawn:
+def caricature(task: OptimizationTask) -> RecipeOutput:
     """A photograph, redrawn from nothing so that the layer sees in it what it sees in the photograph, and more of it.
 
     Good for seeing what a layer keeps of a picture: what is not drawn, it does not see. The photograph is `start`; it
     and the drawing are looked at in the same random views.
     """
     photographs = _photographs(task)
-    canvas = Fourier(task.generators, task.channels, task.size, task.device)
+    canvas = FourierImage(task.generators, task.channels, task.size, task.device)
     view = _zoomed(task, (0.7, 1), 5)
 
     def measure(i: int) -> Tensor:
         picture = canvas.picture()
-        return task.mean(i, lambda number: task.ready(beside(view(number, picture), view(number, photographs))))
+        return task.mean(i, lambda number: task.ready(interleave(view(number, picture), view(number, photographs))))
 
     return _climbed(task, canvas, measure)
 
 
-def beside(pictures: Tensor, photographs: Tensor) -> Tensor:
+def interleave(pictures: Tensor, photographs: Tensor) -> Tensor:
     """Each picture (U, C, H, W) with its photograph behind it: (2 U, C, H, W)."""
     return torch.stack([pictures, photographs], 1).flatten(0, 1)
 
 
-def _photographs(task: Task) -> Tensor:
+def _photographs(task: OptimizationTask) -> Tensor:
     assert task.start is not None
     return (task.start / 255).to(task.device)
 
 
-def finished(canvas: Canvas) -> Tensor:
+def finished(canvas: ImageParameterization) -> Tensor:
     return (canvas.picture().detach() * 255).round().to(torch.uint8)
 
 
-def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
+def _retry_silent(task: OptimizationTask, canvas: FourierImage, faltered: Tensor) -> None:
     """Climb on with pictures that are silent now, and `faltered` (U,) on the way, unmoved: what some units fire at is
     too frail to survive a view."""
     if not bool(faltered.any()):
@@ -292,9 +293,9 @@ def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
     if not bool(silent.any()):
         return
     rows, measure, few = list(range(len(silent))), task.measure, canvas
-    if task.alone is not None:
-        rows = paired(silent.nonzero()[:, 0].tolist(), len(silent))
-        measure, few = task.alone(rows), copy(canvas)
+    if task.subset_objective is not None:
+        rows = avoid_batch_of_one(silent.nonzero()[:, 0].tolist(), len(silent))
+        measure, few = task.subset_objective(rows), copy(canvas)
         few.values = canvas.values.detach()[rows].requires_grad_()
     step = adam_step(few.values, task.step_size, DAMPING)
     only = silent[rows].view(-1, *[1] * (canvas.values.ndim - 1))
@@ -303,33 +304,33 @@ def _wake(task: Task, canvas: Fourier, faltered: Tensor) -> None:
         lambda _: measure(task.ready(few.picture())),
         lambda values, gradient: step(values, gradient * only),
         min(WAKING, task.steps),
-        revive=WAKING,
-        best=True,
+        redirect_steps=WAKING,
+        keep_best=True,
     )
     if few is not canvas:
         canvas.values.detach()[rows] = few.values.detach()
 
 
-def paired(rows: Sequence[T], of: int) -> list[T]:
+def avoid_batch_of_one(rows: Sequence[T], of: int) -> list[T]:
     """Some of a batch's `of` pictures: one by itself is taken twice. On a CPU a batch of one is rounded otherwise than
     all others, and what is done with a picture must not depend on who else needs it."""
     return list(rows) * 2 if len(rows) == 1 and of > 1 else list(rows)
 
 
-def _views(task: Task) -> View:
+def _views(task: OptimizationTask) -> View:
     if task.still:
-        return still
+        return identity
     if task.sees_little:
-        return rolled(task.views * task.steps, task.generators, task.device)
+        return random_roll(task.views * task.steps, task.generators, task.device)
     return _zoomed(task, (0.5, 1), 10)
 
 
-def _zoomed(task: Task, scale: tuple[float, float], turn: float) -> View:
+def _zoomed(task: OptimizationTask, scale: tuple[float, float], turn: float) -> View:
     """Views in each of the task's sizes, for equal shares of the steps."""
     bounds = [task.views * bound for bound in task.bounds]
     parts = [
-        zoomed(Looks(scale, turn, size), last - first, task.generators, task.device)
-        for size, (first, last) in zip(task.seen, pairwise(bounds), strict=True)
+        random_affine(AugmentationConfig(scale, turn, size), last - first, task.generators, task.device)
+        for size, (first, last) in zip(task.view_sizes, pairwise(bounds), strict=True)
     ]
 
     def view(number: int, pictures: Tensor) -> Tensor:
@@ -349,10 +350,10 @@ class Recipe:
     picture to start from, or needs one, or does without.
     """
 
-    draw: Callable[[Task], Drawn]
+    draw: Callable[[OptimizationTask], RecipeOutput]
     size: Callable[[int | None, Size, bool], Size]
-    seen: Callable[[int | None, Size, Size], tuple[Size, ...]]
-    pace: Callable[[int | None, Size], tuple[int, float]]
+    view_sizes: Callable[[int | None, Size, Size], tuple[Size, ...]]
+    schedule: Callable[[int | None, Size], tuple[int, float]]
     objective: Callable[[str], Objective] | None = None
     takes_start: bool = False
     needs_start: bool = False
@@ -360,18 +361,18 @@ class Recipe:
     """How many of the canvas the network is shown at each step; 0: the canvas as it lies."""
     starts: int = 1
     """From how many starts a unit is tried that does not fire."""
-    tries: int = 1
+    max_restarts: int = 1
     """From how many starts a class is drawn that the network does not know in pieces."""
-    branches: float = 1.0
+    residual_grad_scale: float = 1.0
     """Of a class's gradient, the share that goes through the branches that skip connections pass by."""
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, as_it_is, steady(40, 1.0), views=0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, tries=2, branches=0.45),
+    "plain": Recipe(plain, plain_size, as_it_is, constant_schedule(40, 1.0), views=0, takes_start=True),
+    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, max_restarts=2, residual_grad_scale=0.45),
     "maco": Recipe(maco, robust_size, reduced_seen, even_pace, views=2, starts=8),
-    "dream": Recipe(dream, own_size, as_it_is, steady(48, 0.05), objective=whole, takes_start=True, needs_start=True),
+    "dream": Recipe(dream, own_size, as_it_is, constant_schedule(48, 0.05), objective=deepdream, takes_start=True, needs_start=True),
     "caricature": Recipe(
-        caricature, own_size, as_it_is, steady(128, 0.1), objective=likeness, takes_start=True, needs_start=True
+        caricature, own_size, as_it_is, constant_schedule(128, 0.1), objective=caricature_objective, takes_start=True, needs_start=True
     ),
 }

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest
-from convscope.featurevis.objectives import Objective, each, joined, unit
+from convscope.featurevis.objectives import Objective, per_image_channels, batch_objectives, channel
 from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.images.loading import ImageBatchLoader
 
@@ -23,7 +23,7 @@ SPACES = ("pixels", "input")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PatternRequest:
     """What is to be climbed: units of one layer, or objectives of any kind, each with the pictures drawn for it.
 
     `numbers` are the units, or count the pictures of objectives; `objectives` are the same as objects, one for each
@@ -69,8 +69,8 @@ class Wanted:
     def batch(self, part: Sequence[int]) -> Objective:
         """One objective for all of the batch's pictures."""
         if self.of_units:
-            return each(self.layer, [self.numbers[i] for i in part])
-        return joined([self.objectives[i] for i in part])
+            return per_image_channels(self.layer, [self.numbers[i] for i in part])
+        return batch_objectives([self.objectives[i] for i in part])
 
     def generators(self, part: Sequence[int], seed: int, start: int = 0) -> list[Generator]:
         """Each picture's own random numbers, far apart for neighbours, the same whatever is drawn beside it."""
@@ -116,7 +116,7 @@ def find_recipe(asked: str | Recipe, start: Any, space: str) -> tuple[str, Recip
     return name, rule
 
 
-def wanted(model: Model, layer: str | Objective | Sequence[Objective], units: Any, name: str, rule: Recipe) -> Wanted:
+def parse_request(model: Model, layer: str | Objective | Sequence[Objective], units: Any, name: str, rule: Recipe) -> PatternRequest:
     """What the user asks for, checked. Raises ConvscopeError."""
     if isinstance(layer, str):
         return _units(model, layer, units, name, rule)
@@ -128,7 +128,7 @@ def wanted(model: Model, layer: str | Objective | Sequence[Objective], units: An
     return _objectives(model, given, name)
 
 
-def _objectives(model: Model, given: Sequence[Objective], name: str) -> Wanted:
+def _objectives(model: Model, given: Sequence[Objective], name: str) -> PatternRequest:
     for objective in given:
         objective.check(model)
         if not objective.watches:
@@ -138,7 +138,7 @@ def _objectives(model: Model, given: Sequence[Objective], name: str) -> Wanted:
             raise ConvscopeError(f"{objective.name} {beside}; recipe 'caricature', and no other, is for what does")
     layers = dict.fromkeys(layer for objective in given for layer, _ in objective.watches)
     numbers = range(sum(objective.pictures for objective in given))
-    return Wanted(", ".join(layers), tuple(numbers), tuple(_found(model, o) for o in given), of_units=False)
+    return PatternRequest(", ".join(layers), tuple(numbers), tuple(_found(model, o) for o in given), of_units=False)
 
 
 def _found(model: Model, objective: Objective) -> Objective:
@@ -156,7 +156,7 @@ def _found(model: Model, objective: Objective) -> Objective:
     return replace(objective, watches=watches, value=value)
 
 
-def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> Wanted:
+def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> PatternRequest:
     layer = layer if layer == LOGITS else model.layers.find(layer).name
     if units is None and rule.objective is not None:
         if layer == LOGITS:
@@ -167,7 +167,7 @@ def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> Wan
     if name == "caricature":
         raise ConvscopeError("a caricature is of all that a layer sees; it takes no units")
     numbers = tuple(_numbers(model, layer, units))
-    return Wanted(layer, numbers, tuple(unit(layer, number) for number in numbers), of_units=True)
+    return PatternRequest(layer, numbers, tuple(channel(layer, number) for number in numbers), of_units=True)
 
 
 def _numbers(model: Model, layer: str, units: int | str | Iterable[int | str] | None) -> list[int]:
@@ -187,7 +187,7 @@ def _numbers(model: Model, layer: str, units: int | str | Iterable[int | str] | 
     return [int(u) for u in asked]
 
 
-def started(start: Any, size: int | tuple[int, int] | None, count: int, model: Model) -> Tensor | None:
+def initial_images(start: Any, size: int | tuple[int, int] | None, count: int, model: Model) -> Tensor | None:
     """Pictures to start from (U, C, H, W) on the scale 0..255, or none.
 
     Arrays and tensors are used as they are. A file, or a PIL image, is brought to `size`, or until its shorter side is
@@ -225,10 +225,10 @@ def _opened(start: Any, size: int | tuple[int, int] | None, model: Model) -> Ten
         height, width = next(ImageBatchLoader(start, as_it_is).batches(1)).geometry[0].image_size
         share = min(full) / min(height, width)
         size = max(1, round(height * share)), max(1, round(width * share))
-    return next(ImageBatchLoader(start, replace(as_it_is, size=pair(size))).batches(1)).x
+    return next(ImageBatchLoader(start, replace(as_it_is, size=height_width(size))).batches(1)).x
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width. Raises ConvscopeError."""
     sides = (size, size) if isinstance(size, int | np.integer) else tuple(int(side) for side in size)
     if len(sides) != 2 or min(sides) < 1:
@@ -239,7 +239,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 Refuses = Callable[[tuple[int, int]], Exception | None]
 
 
-def refuses(model: Model, run: Callable[[Tensor], Any]) -> Refuses:
+def size_checker(model: Model, run: Callable[[Tensor], Any]) -> Refuses:
     """What the network, up to the layers, raises on pictures of a size; None if it takes them: found by trying."""
 
     def tried(size: tuple[int, int]) -> Exception | None:
@@ -261,7 +261,7 @@ def canvas_size(
     if size is None:
         wished = rule.size(sees, full, True)
         return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)
-    sides = pair(size)
+    sides = height_width(size)
     if (error := refuses(sides)) is not None:
         reason = " ".join(str(error).split())[:200]
         raise ConvscopeError(

@@ -44,8 +44,8 @@ class Patterns(Result):
     space: str
     views: int = 1
     patience: int | None = None
-    noise: np.ndarray | None = None
-    reference: np.ndarray | None = None
+    noise_scores: np.ndarray | None = None
+    reference_scores: np.ndarray | None = None
     alpha: np.ndarray | None = None
     frames: np.ndarray | None = None
     objectives: tuple[str, ...] = ()
@@ -62,11 +62,11 @@ class Patterns(Result):
 
     def texts(self) -> dict[str, str]:
         """`units.csv`: scores beside noise and natural pictures; `sprites.json`: where each is on the sheet."""
-        columns: dict[str, Any] = {"unit": self.units, "name": self.names, "score": self.scores, "noise": self.noise}
-        if self.reference is not None:
-            columns["reference"] = self.reference
+        columns: dict[str, Any] = {"unit": self.units, "name": self.names, "score": self.scores, "noise": self.noise_scores}
+        if self.reference_scores is not None:
+            columns["reference"] = self.reference_scores
             with np.errstate(divide="ignore", invalid="ignore"):
-                columns["times the reference"] = self.scores / self.reference
+                columns["times the reference"] = self.scores / self.reference_scores
         given = {name: column for name, column in columns.items() if column is not None}
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")

@@ -24,14 +24,14 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.recipes import Recipe
-from convscope.featurevis.request import Wanted, canvas_size, find_recipe, refuses, started, wanted
+from convscope.featurevis.request import PatternRequest, canvas_size, find_recipe, size_checker, initial_images, parse_request
 from convscope.featurevis.result import Patterns
 from convscope.results import atomic_write, versions, write_npz
 
 PART = 32  # units that are drawn and written together
 
 
-def in_parts(
+def run_resumable(
     model: Model,
     layer: str,
     units: Sequence[int | str] | None,
@@ -51,7 +51,7 @@ def in_parts(
     saved. Raises ConvscopeError as `patterns` does, and if the folder cannot be written.
     """
     name, rule = find_recipe(options.get("recipe", "robust"), options.get("start"), options.get("space", "pixels"))
-    want = wanted(model, layer, units, name, rule)
+    want = parse_request(model, layer, units, name, rule)
     if not want.of_units:
         raise ConvscopeError(f"recipe {name!r} draws layer {layer!r} as a whole, which has no parts; name units of it")
     parts = list(balanced_chunks(want.numbers, PART))
@@ -93,7 +93,7 @@ class _Work:
         given = {**self.options, "start": self.starts[number]}
         return _content(patterns(self.model, self.layer, self.parts[number], progress=progress, **given))
 
-    def elsewhere(self) -> Callable[[int], bytes]:
+    def remote_task(self) -> Callable[[int], bytes]:
         """What an actor of a cluster does."""
         torch.set_num_threads(self.threads)
         return self.part
@@ -107,10 +107,10 @@ def _drawn(
         for done, i in enumerate(missing, before):
             yield i, work.part(i, _share(progress, done, len(work.parts)))
         return
-    from convscope.distributed.ray_pool import distributed
+    from convscope.distributed.ray_pool import map_unordered
 
     gpus = int(work.model.device.type == "cuda")
-    yield from distributed(work.elsewhere, missing, address=ray, cpus=work.threads, gpus=gpus)
+    yield from map_unordered(work.remote_task, missing, address=ray, cpus=work.threads, gpus=gpus)
 
 
 def _starts(start: Any, parts: Sequence[Sequence[int]]) -> list[Any]:
@@ -122,7 +122,7 @@ def _starts(start: Any, parts: Sequence[Sequence[int]]) -> list[Any]:
     return [start[begin : begin + len(part)] for begin, part in zip(begins, parts, strict=False)]
 
 
-def forget(folder: str | os.PathLike[str]) -> None:
+def remove_parts(folder: str | os.PathLike[str]) -> None:
     """Remove the parts below `folder`."""
     shutil.rmtree(_parts(folder), ignore_errors=True)
 
@@ -143,8 +143,8 @@ def is_done(
     except (OSError, ValueError):
         return False
     name, rule = find_recipe(options["recipe"], options.get("start"), "pixels")
-    want = wanted(model, layer, units, name, rule)
-    steps, _ = rule.pace(want.sees(model), model.preprocessing.image_size)
+    want = parse_request(model, layer, units, name, rule)
+    steps, _ = rule.schedule(want.sees(model), model.preprocessing.image_size)
     settings = {
         "layer": want.layer,
         "units": list(want.numbers),
@@ -163,13 +163,13 @@ def is_done(
     return bool(made.get("size") == list(_sides(model, want, rule, options)))
 
 
-def _sides(model: Model, want: Wanted, rule: Recipe, options: Mapping[str, Any]) -> tuple[int, int]:
+def _sides(model: Model, want: PatternRequest, rule: Recipe, options: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of what `patterns` would draw."""
-    first = started(options.get("start"), options["size"], len(want.numbers), model)
+    first = initial_images(options.get("start"), options["size"], len(want.numbers), model)
     if first is not None:
         return int(first.shape[-2]), int(first.shape[-1])
     with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
-        return canvas_size(options["size"], rule, want.sees(model), model, refuses(model, run))
+        return canvas_size(options["size"], rule, want.sees(model), model, size_checker(model, run))
 
 
 def _parts(folder: str | os.PathLike[str]) -> Path:

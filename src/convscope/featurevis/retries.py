@@ -14,11 +14,11 @@ from torch import Tensor
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.engine.validation import require_finite
-from convscope.featurevis.frames import Album
+from convscope.featurevis.frames import FrameRecorder
 from convscope.featurevis.objectives import Objective
-from convscope.featurevis.recipes import Drawn, Recipe, Task, paired, plain
-from convscope.featurevis.request import Wanted
-from convscope.featurevis.scoring import KNOWN, Excited, Run, awakened, known
+from convscope.featurevis.recipes import RecipeOutput, Recipe, OptimizationTask, avoid_batch_of_one, plain
+from convscope.featurevis.request import PatternRequest
+from convscope.featurevis.scoring import MIN_CONFIDENCE, MaxActivations, Run, optimize_from_crops, shuffled_confidence
 
 # Steps from another start, of twice the recipe's size, for a unit that was silent from the first. On the canvas as it
 # lies nearly all real units that wake do so at one of the first dozen of half the size; the last ones want to go far.
@@ -51,7 +51,7 @@ def measured(model: Model, run: Run, objective: Objective, what: str) -> Callabl
 
 
 def measure_of(
-    model: Model, run: Run, want: Wanted, part: Sequence[int]
+    model: Model, run: Run, want: PatternRequest, part: Sequence[int]
 ) -> Callable[[Sequence[int]], Callable[[Tensor], Tensor]]:
     """What some of the batch `part` are climbed by."""
 
@@ -62,24 +62,24 @@ def measure_of(
 
 
 @dataclass(frozen=True)
-class Batch:
+class PatternBatch:
     """What is drawn together: `part` of all that is wanted.
 
     `beat` is called at every step of what is drawn again. `nature` tells what the layer's units make of the sample
     photographs.
     """
 
-    task: Task
+    task: OptimizationTask
     rule: Recipe
-    want: Wanted
+    want: PatternRequest
     part: Sequence[int]
     run: Run
     model: Model
     seed: int
     beat: Callable[[], None]
-    nature: Callable[[], Excited]
+    nature: Callable[[], MaxActivations]
 
-    def again(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> Task:
+    def again(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> OptimizationTask:
         """The task for some of the batch's pictures alone, from other starts, one for each."""
         part = [self.part[i] for i in which]
         alone = measure_of(self.model, self.run, self.want, part)
@@ -89,30 +89,30 @@ class Batch:
             measure=alone(range(len(part))),
             generators=[draw for own in draws for draw in own],
             start=None if self.task.start is None else self.task.start[list(which)],
-            alone=alone,
+            subset_objective=alone,
             **changes,
         )
 
     def known(self, pictures: Tensor, which: Sequence[int]) -> Tensor:
         """How well the network knows the classes of some of the pictures in these."""
-        return known(self.model, self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
+        return shuffled_confidence(self.model, self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
 
 
 @dataclass
-class Finished:
+class BatchResult:
     """A batch's pictures, their scores (U,), and frames.
 
     For units that were silent at every step also what is to be said of them, by row; for classes how well the network
     knows them (U,).
     """
 
-    drawn: Drawn
+    drawn: RecipeOutput
     scores: Tensor
-    album: Album
+    album: FrameRecorder
     silent: dict[int, str] = field(default_factory=dict)
     known: Tensor | None = None
 
-    def put(self, which: Sequence[int], found: Drawn, scores: Tensor, rows: Sequence[int]) -> None:
+    def put(self, which: Sequence[int], found: RecipeOutput, scores: Tensor, rows: Sequence[int]) -> None:
         """Of other pictures these rows in the place of `which`."""
         which, rows = list(which), list(rows)
         pictures, alpha = self.drawn.pictures.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
@@ -124,7 +124,7 @@ class Finished:
         self.scores[which] = scores[rows]
 
 
-def revive(batch: Batch, done: Finished, fits: int) -> None:
+def retry_dead_units(batch: PatternBatch, done: BatchResult, fits: int) -> None:
     """Units that end at 0, drawn again from other starts and, if none wakes them, from photographs.
 
     Of units that stay at 0, and of those that fire only at the last, `done` tells why. `fits` is how many pictures of
@@ -138,7 +138,7 @@ def revive(batch: Batch, done: Finished, fits: int) -> None:
     if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
         return
     fired = ~never
-    small = batch.task.seen[-1] if batch.task.start is None else batch.task.size
+    small = batch.task.view_sizes[-1] if batch.task.start is None else batch.task.size
     for size in dict.fromkeys((small, batch.task.size)):
         # The size in which the network is shown views is cheaper. What fires there, or in views, is worth the whole.
         silent = [i for i in _rows(done.scores == 0) if size == small or fired[i]]
@@ -149,7 +149,7 @@ def revive(batch: Batch, done: Finished, fits: int) -> None:
     done.silent |= {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
 
 
-def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int], fits: int) -> dict[int, int]:
+def _woken(batch: PatternBatch, silent: list[int], fired: Tensor, size: tuple[int, int], fits: int) -> dict[int, int]:
     """Silent units from other starts, on a canvas of this size that is climbed as it lies: moved views would keep
     asleep what is frail.
 
@@ -160,7 +160,7 @@ def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int]
         # Few units are tried from several starts at once.
         more = min(max(1, fits // len(silent)), every - tried)
         for pairs in balanced_chunks([(i, start) for i in silent for start in range(tried, tried + more)], fits):
-            found, scores = _as_it_lies(batch, paired(pairs, fits), size)
+            found, scores = _as_it_lies(batch, avoid_batch_of_one(pairs, fits), size)
             for row, (i, start) in enumerate(pairs):
                 fired[i] |= bool(found.history[:, row].any())
                 if scores[row] != 0:
@@ -170,7 +170,7 @@ def _woken(batch: Batch, silent: list[int], fired: Tensor, size: tuple[int, int]
     return woken
 
 
-def _as_it_lies(batch: Batch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Drawn, Tensor]:
+def _as_it_lies(batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[RecipeOutput, Tensor]:
     """Units, each with a start, drawn by the recipe on a canvas that is not moved; and their scores."""
     other = batch.again(
         [i for i, _ in pairs],
@@ -187,22 +187,22 @@ def _as_it_lies(batch: Batch, pairs: Sequence[tuple[int, int]], size: tuple[int,
     return found, other.score(found.pictures).cpu()
 
 
-def _from_start(batch: Batch, done: Finished, woken: Mapping[int, int]) -> Tensor:
+def _from_start(batch: PatternBatch, done: BatchResult, woken: Mapping[int, int]) -> Tensor:
     """Units that woke from other starts, drawn from there: by the recipe, and those that this puts to sleep as the
     canvas lies.
 
     Returns which of them never fired while they were moved.
     """
     which = list(woken)
-    found, scores, album = _drawn(batch, done, paired(which, len(batch.part)), woken)
+    found, scores, album = _drawn(batch, done, avoid_batch_of_one(which, len(batch.part)), woken)
     _keep(done, which, found, scores, album, _rows(scores[: len(which)] != 0))
     if asleep := [i for i in which if done.scores[i] == 0]:
-        still, scores = _as_it_lies(batch, paired([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size)
+        still, scores = _as_it_lies(batch, avoid_batch_of_one([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size)
         done.put(asleep, still, scores, range(len(asleep)))
     return (found.history[:, : len(which)] == 0).all(0).cpu()
 
 
-def _from_photographs(batch: Batch, done: Finished, silent: Sequence[int]) -> dict[int, str]:
+def _from_photographs(batch: PatternBatch, done: BatchResult, silent: Sequence[int]) -> dict[int, str]:
     """Units that no start woke, each drawn from the sample photograph that excites it most. What is to be said."""
     starts, (height, width) = batch.rule.starts, batch.task.size
     if not silent or batch.model.preprocessing.channels != 3:
@@ -210,16 +210,16 @@ def _from_photographs(batch: Batch, done: Finished, silent: Sequence[int]) -> di
     nature, numbers = batch.nature(), batch.want.numbers
     said = dict.fromkeys(silent, DEAD.format(starts=starts))
     if which := [i for i in silent if nature.values[numbers[batch.part[i]]] > 0]:
-        both = paired(which, len(batch.part))
+        both = avoid_batch_of_one(which, len(batch.part))
         pieces = torch.stack([nature.piece(numbers[batch.part[i]], batch.task.size) for i in both])
         alone = batch.again(both, [0] * len(both))
-        pictures = awakened(pieces, alone.measure, batch.model)
+        pictures = optimize_from_crops(pieces, alone.measure, batch.model)
         scores = alone.score(pictures).cpu()
         for row, i in enumerate(which):
             said[i] = FLEETING if scores[row] != 0 else LARGER.format(starts=starts, height=height, width=width)
         opaque = torch.ones((len(both), *batch.task.size), device=pictures.device)
         rows = [row for row in range(len(which)) if scores[row] != 0]
-        done.put([which[row] for row in rows], Drawn(pictures, done.drawn.history, opaque), scores, rows)
+        done.put([which[row] for row in rows], RecipeOutput(pictures, done.drawn.history, opaque), scores, rows)
     return said
 
 
@@ -228,23 +228,23 @@ def _rows(which: Tensor) -> list[int]:
     return rows
 
 
-def convince(batch: Batch, done: Finished, fits: int) -> None:
+def retry_low_confidence(batch: PatternBatch, done: BatchResult, fits: int) -> None:
     """Classes that the network does not know in pieces, drawn again from other starts, `fits` at once.
 
     What convinces best is kept, with its own history and frames.
     """
-    if batch.rule.tries == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
+    if batch.rule.max_restarts == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
         return
     every = list(balanced_chunks(range(len(batch.part)), fits))
     sure = torch.cat([batch.known(done.drawn.pictures[list(part)], part) for part in every])
-    for start in range(1, batch.rule.tries):
-        doubtful = _rows(sure < KNOWN)
+    for start in range(1, batch.rule.max_restarts):
+        doubtful = _rows(sure < MIN_CONFIDENCE)
         for which in balanced_chunks(doubtful, fits):
             _try(batch, done, sure, which, start)
     done.known = sure
 
 
-def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start: int) -> None:
+def _try(batch: PatternBatch, done: BatchResult, sure: Tensor, which: Sequence[int], start: int) -> None:
     found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start))
     now = batch.known(found.pictures, which)
     rows = _rows(now > sure[list(which)])
@@ -253,10 +253,10 @@ def _try(batch: Batch, done: Finished, sure: Tensor, which: Sequence[int], start
 
 
 def _drawn(
-    batch: Batch, done: Finished, which: Sequence[int], starts: Mapping[int, int]
-) -> tuple[Drawn, Tensor, Album]:
+    batch: PatternBatch, done: BatchResult, which: Sequence[int], starts: Mapping[int, int]
+) -> tuple[RecipeOutput, Tensor, FrameRecorder]:
     """Some of the batch's pictures, drawn by the recipe from other starts; their scores and frames."""
-    album = Album(batch.task.steps, done.album.count)
+    album = FrameRecorder(batch.task.steps, done.album.count)
 
     def on_step(step: int, look: Callable[[], Tensor]) -> None:
         album.look(step, look)
@@ -269,7 +269,7 @@ def _drawn(
 
 
 def _keep(
-    done: Finished, which: Sequence[int], found: Drawn, scores: Tensor, album: Album, rows: Sequence[int]
+    done: BatchResult, which: Sequence[int], found: RecipeOutput, scores: Tensor, album: FrameRecorder, rows: Sequence[int]
 ) -> None:
     """Of what was drawn for `which`, these rows in the place of what was there, with their history and frames."""
     better = [which[row] for row in rows]
@@ -278,11 +278,11 @@ def _keep(
     done.album.put(better, album, rows)
 
 
-def joined(batches: Sequence[Finished]) -> Finished:
+def joined(batches: Sequence[BatchResult]) -> BatchResult:
     """Batches one after the other."""
     parts = [batch.drawn for batch in batches]
     alphas = [part.alpha for part in parts if part.alpha is not None]
-    drawn = Drawn(
+    drawn = RecipeOutput(
         torch.cat([part.pictures for part in parts]),
         torch.cat([part.history for part in parts], dim=1),
         torch.cat(alphas) if alphas else None,
@@ -292,4 +292,4 @@ def joined(batches: Sequence[Finished]) -> Finished:
     before = accumulate([0, *(len(batch.scores) for batch in batches)])
     silent = {first + i: why for first, batch in zip(before, batches, strict=False) for i, why in batch.silent.items()}
     scores = torch.cat([batch.scores for batch in batches])
-    return Finished(drawn, scores, Album(album.steps, album.count, frames), silent)
+    return BatchResult(drawn, scores, FrameRecorder(album.steps, album.count, frames), silent)

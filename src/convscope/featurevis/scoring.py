@@ -14,9 +14,9 @@ from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import adam_step, ascend
-from convscope.featurevis.parameterization import Phase, Photograph
-from convscope.featurevis.recipes import DAMPING, WAKING, Task, finished
-from convscope.featurevis.request import Wanted
+from convscope.featurevis.parameterization import PhaseImage, PyramidResidualImage
+from convscope.featurevis.recipes import DAMPING, WAKING, OptimizationTask, finished
+from convscope.featurevis.request import PatternRequest
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
@@ -31,12 +31,12 @@ def noises(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Te
     draws = [Generator().manual_seed((seed * NOISES + i) % (1 << 63)) for i in range(NOISES)]
     half = NOISES // 2
     gray = torch.stack([128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in draws[:half]])
-    cloudy = finished(Phase(draws[half:], preprocessing.channels, size, torch.device("cpu")))
+    cloudy = finished(PhaseImage(draws[half:], preprocessing.channels, size, torch.device("cpu")))
     return torch.cat([gray.to(torch.uint8), cloudy])
 
 
-def beside_noise(
-    run: Run, wanted: Wanted, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
+def noise_baseline(
+    run: Run, wanted: PatternRequest, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
 ) -> Tensor:
     """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
     pictures, found = noises(model.preprocessing, size, seed).float(), []
@@ -49,8 +49,8 @@ def beside_noise(
     return torch.stack(found).amax(0)
 
 
-def beside_nature(
-    run: Run, wanted: Wanted, images: Any, model: Model, memory: int, raw: bool
+def reference_baseline(
+    run: Run, wanted: PatternRequest, images: Any, model: Model, memory: int, raw: bool
 ) -> tuple[Tensor, ImageBatchLoader]:
     """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed.
 
@@ -72,7 +72,7 @@ def _best(objective: Objective, seen: ForwardResult) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Excited:
+class MaxActivations:
     """How much each channel of a layer fires at most in the sample photographs (units,), in which of them, and where.
 
     `shown` are the photographs (N, C, H, W) in [0, 1], `grid` the layer's height and width, None without places.
@@ -94,7 +94,7 @@ class Excited:
         return _fitted(pixels, size)[0]
 
 
-def excited(run: Run, model: Model, layer: str) -> Excited:
+def max_activations(run: Run, model: Model, layer: str) -> MaxActivations:
     """All channels of a layer on the sample photographs."""
     batches = list(ImageBatchLoader(photographs(), model.preprocessing).batches(model.fixed_batch_size or NOISES))
     shown = torch.cat([batch.x for batch in batches])
@@ -104,7 +104,7 @@ def excited(run: Run, model: Model, layer: str) -> Excited:
     values, places = maps.max(2)
     most, which = values.max(0)
     shape = model.layers.find(layer).shape[1:]
-    return Excited(
+    return MaxActivations(
         model.preprocessing.denormalize(shown).clamp(0, 1),
         most.cpu(),
         which.cpu(),
@@ -113,16 +113,16 @@ def excited(run: Run, model: Model, layer: str) -> Excited:
     )
 
 
-def awakened(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) -> Tensor:
+def optimize_from_crops(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) -> Tensor:
     """Patterns (U, C, H, W) uint8 from pieces of photographs, climbed as they lie."""
-    canvas = Photograph(pieces.to(model.device))
+    canvas = PyramidResidualImage(pieces.to(model.device))
     ascend(
         canvas,
         lambda _: measure(model.preprocessing.normalize(canvas.picture())),
         adam_step(canvas.values, 0.1, DAMPING),
         WAKING,
-        revive=WAKING,
-        best=True,
+        redirect_steps=WAKING,
+        keep_best=True,
     )
     return finished(canvas)
 
@@ -140,10 +140,10 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
 
-KNOWN = 0.7  # the probability below which a picture is doubtful
+MIN_CONFIDENCE = 0.7  # the probability below which a picture is doubtful
 
 
-def known(model: Model, run: Run, task: Task, finished: Tensor, classes: Sequence[int]) -> Tensor:
+def shuffled_confidence(model: Model, run: Run, task: OptimizationTask, finished: Tensor, classes: Sequence[int]) -> Tensor:
     """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
 
     The quadrants are exchanged across the centre: all that was drawn is there, nothing is where it was. What the
@@ -171,7 +171,7 @@ def remarks(
                 f"{name} ends with a score of {score:.3g}, no more than on noise ({nothing:.3g}): this is not what it "
                 "looks for"
             )
-        elif known is not None and float(known[i]) < KNOWN:
+        elif known is not None and float(known[i]) < MIN_CONFIDENCE:
             said.append(
                 f"{name} is given a probability of {float(known[i]):.2f} when the picture's quadrants are exchanged: "
                 "it may convince no other network, nor you"

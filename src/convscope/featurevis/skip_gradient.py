@@ -19,7 +19,7 @@ ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 DEEPER = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
-def favouring(run: Callable[[Tensor], R], share: float) -> Callable[[Tensor], R]:
+def with_skip_gradient(run: Callable[[Tensor], R], share: float) -> Callable[[Tensor], R]:
     """`run`, but of the gradient of each residual branch only `share` goes on; what is computed stays the same.
 
     Where y = x + f(x), the gradient of x is that of y, plus `share` times what comes through f. Tricks that work on

@@ -13,7 +13,7 @@ View = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Looks:
+class AugmentationConfig:
     """The range from which zoomed views are drawn.
 
     scale: share of the canvas that a view covers, smallest and largest. turn: degrees to either side. size: height
@@ -30,7 +30,7 @@ class Looks:
     noise: float = 0.0
 
 
-def zoomed(looks: Looks, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+def random_affine(looks: AugmentationConfig, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
     """Zoomed, turned, mirrored views, drawn beforehand for all pictures and steps; a batch is resampled at once.
 
     Beyond its rim, where a turn reaches out, the canvas is mirrored. What follows each step is in `Looks`.
@@ -83,7 +83,7 @@ def _noisy(
 ) -> View:
     """Each picture's own field of noise, rolled to another place at every step."""
     fields = torch.stack([torch.randn((CHANNELS, *size), generator=g) for g in generators]).to(device)
-    roll = rolled(steps, generators, device)
+    roll = random_roll(steps, generators, device)
 
     def change(step: int, pictures: Tensor) -> Tensor:
         channels = torch.arange(pictures.shape[1], device=device) % CHANNELS
@@ -92,7 +92,7 @@ def _noisy(
     return change
 
 
-def rolled(steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+def random_roll(steps: int, generators: Sequence[Generator], device: torch.device) -> View:
     """Views moved by whole pixels, any distance, with what leaves at one side coming back at the other.
 
     Every place of the canvas is looked at alike, none is blurred, and the finished picture tiles without seams.
@@ -110,7 +110,7 @@ def rolled(steps: int, generators: Sequence[Generator], device: torch.device) ->
     return view
 
 
-def still(_: int, pictures: Tensor) -> Tensor:
+def identity(_: int, pictures: Tensor) -> Tensor:
     """The canvas as it is."""
     return pictures
 

@@ -43,7 +43,7 @@ Shown = tuple[Pixels, Geometry, Pixels]  # the network's input before normalisat
 Reply = Shown | str  # or why the picture cannot be used
 
 
-class Preparation:
+class DecodeTask:
     """How a catalogue's pictures become what a network sees: `Pictures` one at a time, and a thumbnail.
 
     catalogue: None where the pictures themselves are handed over. Raises ConvscopeError for options that do not fit.
@@ -58,7 +58,7 @@ class Preparation:
         item = io.BytesIO(item) if isinstance(item, bytes) else item
         return ImageBatchLoader([item], preprocessing, fit=fit, max_pixels=max_pixels)
 
-    def show(self, index: int, item: Any = None) -> Reply:
+    def decode(self, index: int, item: Any = None) -> Reply:
         """The picture with that id, or why it cannot be used, in one line."""
         try:
             item = item if self._catalogue is None else self._catalogue.read(index)
@@ -95,7 +95,7 @@ def serve() -> None:
         out.flush()
 
     try:
-        preparation: Preparation = pickle.load(source)
+        preparation: DecodeTask = pickle.load(source)
     except Exception as error:  # a data set in hand may be of a class that exists only over there
         say(one_line(f"{type(error).__name__}: {error}"))
         return
@@ -103,14 +103,14 @@ def serve() -> None:
     with suppress(EOFError):
         while True:
             for index, item in pickle.load(source):
-                say(preparation.show(index, item))
+                say(preparation.decode(index, item))
 
 
-class EndedError(Exception):
+class WorkerDied(Exception):
     """A process ended, or never began."""
 
 
-class SlowError(Exception):
+class WorkerTimeout(Exception):
     """A process gave no reply in time."""
 
 
@@ -137,14 +137,14 @@ class Worker:
         with suppress(Exception), self._process.stdout as source:  # it may end in the middle of a reply
             while True:
                 self._replies.put(pickle.load(source))
-        self._replies.put(EndedError)
+        self._replies.put(WorkerDied)
 
     def ready(self) -> None:
         """Waits until the process has begun. Raises ConvscopeError if it does not."""
         try:
             self._send(self._preparation)
             reply = self._next(_START)
-        except (EndedError, SlowError) as error:
+        except (WorkerDied, WorkerTimeout) as error:
             raise ConvscopeError("a process that decodes pictures cannot be started; workers=0 does without") from error
         if reply is not None:
             advice = "define it in a module that can be imported, or decode without processes: workers=0"
@@ -165,15 +165,15 @@ class Worker:
             self._process.stdin.write(message)
             self._process.stdin.flush()
         except (OSError, ValueError) as error:  # ValueError: closed by `end`
-            raise EndedError from error
+            raise WorkerDied from error
 
     def _next(self, timeout: float) -> Any:
         try:
             reply = self._replies.get(timeout=timeout)
         except queue.Empty as error:
-            raise SlowError from error
-        if reply is EndedError:
-            raise EndedError
+            raise WorkerTimeout from error
+        if reply is WorkerDied:
+            raise WorkerDied
         return reply
 
     def end(self) -> None:

@@ -42,7 +42,7 @@ def _(result: Concepts) -> Figure:
     from matplotlib.figure import Figure
 
     rows, columns = min(len(result.bank), ROWS), result.patches.shape[1]
-    pictures = min(OVERLAYS, len(result.judged))
+    pictures = min(OVERLAYS, len(result.evaluated_indices))
     widths = [1.35] + [1.0] * columns + [1.3] * pictures
     figure = Figure(figsize=(1.1 * sum(widths), 1.3 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
@@ -54,7 +54,7 @@ def _(result: Concepts) -> Figure:
         row[0].set_xlim(0, highest)
         row[0].set_ylim(-0.6, 1.2)
         row[0].set_axis_off()
-        words = f"concept {r}\nimportance {result.importance[r]:.2f}\nlogit {result.effects[r]:+.2f}"
+        words = f"concept {r}\nimportance {result.importance[r]:.2f}\nlogit {result.ablation_effects[r]:+.2f}"
         row[0].text(0, 0.3, words, fontsize=8, va="bottom")
         for axes, patch in zip(row[1 : columns + 1], result.patches[r], strict=True):
             axes.imshow(patch)
@@ -70,15 +70,15 @@ def _(result: Concepts) -> Figure:
 
 def _telling(result: Concepts, concept: int) -> list[int]:
     """The judged pictures, up to three, that have most of a concept anywhere."""
-    most = result.heats[:, concept].max((1, 2))
+    most = result.heatmaps[:, concept].max((1, 2))
     return [int(n) for n in np.argsort(-most, kind="stable")[:OVERLAYS] if most[n] > 0]
 
 
 def _overlay(result: Concepts, concept: int, n: int) -> Image.Image:
     """One of the judged pictures under the heat of a concept, relative to the concept's most over all of them."""
-    heat = result.geometry[n].to_original(torch.from_numpy(result.heats[n, concept])).numpy()
-    highest = float(result.heats[:, concept].max())
-    return blend(result.original(int(result.judged[n])), heat / max(highest, 1e-12), 0.4, "jet")
+    heat = result.geometry[n].to_original(torch.from_numpy(result.heatmaps[n, concept])).numpy()
+    highest = float(result.heatmaps[:, concept].max())
+    return blend(result.original(int(result.evaluated_indices[n])), heat / max(highest, 1e-12), 0.4, "jet")
 
 
 # --- atlases ---------------------------------------------------------------------------------------------------------

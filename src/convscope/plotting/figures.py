@@ -118,7 +118,7 @@ def _drawable(result: Activations, layers: Iterable[str]) -> list[str]:
 @render.register(Activations)
 def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
     for layer, name in file_names(_drawable(result, result)).items():
-        for n in range(len(result.pictures)):
+        for n in range(len(result.image_names)):
             pages = activation_pages(result, layer, n, scaling=result.scaling)
             for page, picture in enumerate(pages):
                 suffix = f"_page{page + 1}" if len(pages) > 1 else ""
@@ -198,7 +198,7 @@ def _(result: Activations) -> Figure:
     for (axes,), layer, grid in zip(panels, drawable, grids, strict=True):
         count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][:1]).sum())
         shown = f", first {PAGE} shown" if count > PAGE else ""
-        _show(axes, grid, f"{layer}: {count} channels{shown}, {dead} dead on {_title(result.pictures[0])}")
+        _show(axes, grid, f"{layer}: {count} channels{shown}, {dead} dead on {_title(result.image_names[0])}")
     _limited(figure, len(drawable), len(every), "layers")
     return figure
 
@@ -220,7 +220,7 @@ def _(result: Predictions) -> Figure:
         axes.set_xlim(0, 1.15)
         for y, p in zip(place, result.probabilities[n], strict=True):
             axes.text(p + 0.01, y, f"{p:.1%}", va="center", fontsize=8)
-        axes.set_title(_title(result.pictures[n]), fontsize=9)
+        axes.set_title(_title(result.image_names[n]), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     _limited(figure, count, len(result.indices), "pictures")
     return figure
@@ -238,7 +238,7 @@ def _(result: Heatmaps) -> Figure:
     ]
     figure, panels = _axes(count, targets + 1, 3.4 * (targets + 1), sum(heights), height_ratios=heights)
     for n in range(count):
-        _show(panels[n][0], result.source.original(result.indices[n]), _title(result.pictures[n]))
+        _show(panels[n][0], result.image_source.original(result.image_indices[n]), _title(result.image_names[n]))
         for t in range(targets):
             _show(panels[n][t + 1], overlays[n * targets + t], "\n".join(titles[n][t]))
     _limited(figure, count, len(result.targets), "pictures")
@@ -253,7 +253,7 @@ def _heat_title(result: Heatmaps, n: int, t: int) -> list[str]:
 def _head(result: Heatmaps, count: int) -> Heatmaps:
     """The first pictures of a result alone."""
     return dataclasses.replace(
-        result, values=result.values[:count], indices=result.indices[:count], geometry=result.geometry[:count]
+        result, values=result.values[:count], image_indices=result.image_indices[:count], geometry=result.geometry[:count]
     )
 
 
@@ -349,8 +349,8 @@ def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
     axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
     axes.axhline(result.mean(metric))
     axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
-    if metric in result.chance:
-        axes.axhline(float(result.chance[metric].mean()), color="gray", linestyle=":", label="chance")
+    if metric in result.chance_level:
+        axes.axhline(float(result.chance_level[metric].mean()), color="gray", linestyle=":", label="chance")
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("picture", fontsize=8)
     axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))
@@ -375,14 +375,14 @@ def _(result: Comparison) -> Figure:
     Under each map its own figures; at the left the method with its time and its means.
     """
     first = result.heatmaps[0]
-    count = min(SHEET, len(first.pictures))
+    count = min(SHEET, len(first.image_names))
     tallest = max(where.image_size[0] / where.image_size[1] for where in first.geometry[:count])
     height = max(2.3 * min(tallest, 2) + 0.5, 0.55 + 0.19 * len(result.metrics) + 0.4)
     rows = len(result.heatmaps) + 1
     figure, panels = _axes(rows, count + 1, 2.3 * (count + 1), height * rows)
-    _words(panels[0][0], [f"{result.model.name}", f"{len(first.pictures)} pictures, target by picture"])
+    _words(panels[0][0], [f"{result.model.name}", f"{len(first.image_names)} pictures, target by picture"])
     for n in range(count):
-        _show(panels[0][n + 1], first.source.original(first.indices[n]), _title(first.pictures[n]))
+        _show(panels[0][n + 1], first.image_source.original(first.image_indices[n]), _title(first.image_names[n]))
         panels[0][n + 1].text(
             0.5,
             -0.04,
@@ -409,7 +409,7 @@ def _(result: Comparison) -> Figure:
                 va="top",
                 fontsize=7,
             )
-    _limited(figure, count, len(first.pictures), "pictures")
+    _limited(figure, count, len(first.image_names), "pictures")
     return figure
 
 

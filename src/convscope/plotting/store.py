@@ -11,9 +11,9 @@ import numpy as np
 from convscope.plotting.figures import _short, _show, _title
 from convscope.results import draw
 from convscope.scanning.statistics import EDGES
-from convscope.store.analysis import Changes, Dead, Duplicates
+from convscope.store.analysis import UnitChanges, DeadUnits, Duplicates
 from convscope.store.examples import Example, Examples
-from convscope.store.store import PicturePage, Store, UnitPage
+from convscope.store.store import ImagePage, Store, UnitPage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,8 +164,8 @@ def _related(axes: Axes, page: UnitPage) -> None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@draw.register(PicturePage)
-def _(page: PicturePage) -> Figure:
+@draw.register(ImagePage)
+def _(page: ImagePage) -> Figure:
     """The picture, what the network says of it, and the units for which it is among the best, with what they see."""
     if page.failed is not None:
         figure, (part,) = _figure(8, [1.2])
@@ -203,8 +203,8 @@ def _(page: PicturePage) -> Figure:
 # --- findings --------------------------------------------------------------------------------------------------------
 
 
-@draw.register(Dead)
-def _(result: Dead) -> Figure:
+@draw.register(DeadUnits)
+def _(result: DeadUnits) -> Figure:
     """For each layer the share of its units that are dead."""
     figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.shares))])
     ((axes,),) = _band(part, 1, 1)
@@ -232,8 +232,8 @@ def _(result: Duplicates) -> Figure:
     return _pairs(title, rows, len(result))
 
 
-@draw.register(Changes)
-def _(result: Changes) -> Figure:
+@draw.register(UnitChanges)
+def _(result: UnitChanges) -> Figure:
     """The units that changed most, up to eight: their best patches in both scans."""
     changes = result.most(ROWS)
     left, right = (_short(f"{s.manifest['model']['name']}, {_title(s.address)}") for s in (result.store, result.other))

@@ -71,20 +71,20 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
     with bar("heatmaps") as progress:
         heat = heatmaps(model, list(images), progress=progress)
     photos = []
-    for n, (index, overlay) in enumerate(zip(heat.indices, heat.overlays(), strict=True)):
-        original = Image.fromarray(heat.source.original(index))
+    for n, (index, overlay) in enumerate(zip(heat.image_indices, heat.overlays(), strict=True)):
+        original = Image.fromarray(heat.image_source.original(index))
         photo, heated = f"photo_{n}.jpg", f"heatmap_{n}.jpg"
         _write(out / photo, _fitted(original))
         _write(out / heated, _fitted(overlay))
         best = list(zip(said.names[n], map(float, said.probabilities[n]), strict=True))
-        photos.append(Shown(Path(heat.pictures[n]).name, photo, heated, heat.names[n][0], best))
+        photos.append(Shown(Path(heat.image_names[n]).name, photo, heated, heat.names[n][0], best))
 
     # The picture that the network is surest of is the one that is followed through the layers.
     lead = int(np.argmax(said.probabilities[:, 0]))
     stops = select_by_depth(model, 5)
     names = file_names(row.name for row in stops)
     with bar("activations") as progress:
-        seen = activations(model, images[heat.indices[lead]], [row.name for row in stops], progress=progress)
+        seen = activations(model, images[heat.image_indices[lead]], [row.name for row in stops], progress=progress)
     maps = []
     for row in stops:
         page = activation_pages(seen, row.name, limit=SHOWN)[0]

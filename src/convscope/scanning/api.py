@@ -17,18 +17,18 @@ import torch
 from filelock import FileLock, Timeout
 
 from convscope.datasets.catalogue import Catalogue, catalogue, class_indices
-from convscope.distributed.ray_pool import distributed
+from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.results import local_folder, versions, write_json
-from convscope.scanning.batch_statistics import Looking, looking
+from convscope.scanning.batch_statistics import Looking, forward_with_statistics
 from convscope.scanning.decoding import Decoder
 from convscope.scanning.merge import Merge
-from convscope.scanning.plan import IDENTITY, Plan, identity, require_same, shard_size
-from convscope.scanning.shard import Found, Subject, Waiting, file_name, scanned, write
+from convscope.scanning.plan import IDENTITY, ScanPlan, identity, require_same, shard_size
+from convscope.scanning.shard import ShardResult, ScanTargets, ShardFile, file_name, scan_shard, write
 from convscope.store.store import Store, open_store
 
 
@@ -108,7 +108,7 @@ def scan(
     size = (
         batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else _whole("batch", batch, 1)
     )
-    plan = Plan(
+    plan = ScanPlan(
         pictures=len(data),
         batch=size,
         shard=shard_size(len(data), size, None if shard is None else _whole("shard", shard, 1)),
@@ -121,17 +121,17 @@ def scan(
     )
     told = {"name": data.name, "pictures": len(data), "fingerprint": data.fingerprint}
     own = identity(plan, model.describe(), told, names, versions())
-    subject = Subject(units, data.labels, class_indices(data, model))
-    with _alone(store):
+    subject = ScanTargets(units, data.labels, class_indices(data, model))
+    with _locked(store):
         if (store / "manifest.json").exists():
             require_same(_kept(store / "manifest.json"), own, str(store))
-            _tidy(store)
+            _remove_temporary(store)
             return open_store(store)
         if (store / "plan.json").exists():
             require_same(_kept(store / "plan.json"), own, str(store))
         else:
             write_json(store / "plan.json", own)
-        work = _Pass(model, plan, subject, data)
+        work = _ScanJob(model, plan, subject, data)
         still_there = partial(catalogue, dataset, storage=storage)
         with closing(_found(work, missing_shards(store, plan), workers, ray)) as found:
             for step in found:
@@ -146,11 +146,11 @@ def scan(
         manifest = {"kind": "scan", **own, "classes": model.classes, "labels": data.label_names, "failed": failed}
         manifest["notes"] = list(data.notes)
         Merge(model, plan, subject, data, store).write(manifest)
-        _tidy(store)
+        _remove_temporary(store)
     return open_store(store)
 
 
-def _tidy(store: Path) -> None:
+def _remove_temporary(store: Path) -> None:
     """Remove what only an unfinished store needs, and files that a killed run had not yet given their names."""
     shutil.rmtree(store / "shards", ignore_errors=True)
     (store / "plan.json").unlink(missing_ok=True)
@@ -159,32 +159,32 @@ def _tidy(store: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _ScanJob:
     """What is to be done to whichever shards are missing, here or elsewhere."""
 
     model: Model
-    plan: Plan
-    subject: Subject
+    plan: ScanPlan
+    subject: ScanTargets
     data: Catalogue
 
-    def here(self, shards: Sequence[int], workers: int) -> Iterator[int | Found]:
+    def here(self, shards: Sequence[int], workers: int) -> Iterator[int | ShardResult]:
         """The shards, in their order; before each the number of pictures done after every batch."""
         batches = chain.from_iterable(self.plan.batches(shard) for shard in shards)
         with self.decoder(workers) as decoder, self.looking() as look:
             decoded = decoder.batches(batches, self.plan.batch)
             for shard in shards:
-                yield from scanned(self.model, self.plan, shard, self.subject, look, decoded)
+                yield from scan_shard(self.model, self.plan, shard, self.subject, look, decoded)
 
-    def elsewhere(self) -> Callable[[int], Found]:
+    def elsewhere(self) -> Callable[[int], ShardResult]:
         """What an actor of a cluster does with a shard. It lives as long as the actor."""
         torch.set_num_threads(self.plan.threads)
         stack = ExitStack()
         decoder, look = stack.enter_context(self.decoder(1)), stack.enter_context(self.looking())
 
-        def do(shard: int, _alive: ExitStack = stack) -> Found:
+        def do(shard: int, _alive: ExitStack = stack) -> ShardResult:
             batches = decoder.batches(self.plan.batches(shard), self.plan.batch)
-            steps = list(scanned(self.model, self.plan, shard, self.subject, look, batches))
-            assert isinstance(steps[-1], Found)
+            steps = list(scan_shard(self.model, self.plan, shard, self.subject, look, batches))
+            assert isinstance(steps[-1], ShardResult)
             return steps[-1]
 
         return do
@@ -195,12 +195,12 @@ class _Pass:
         return Decoder(self.data, preprocessing, fit=plan.fit, max_pixels=plan.max_pixels, workers=workers)
 
     def looking(self) -> AbstractContextManager[Looking]:
-        return looking(self.model, list(self.subject.layers), self.plan.batch, compiled=self.plan.compiled)
+        return forward_with_statistics(self.model, list(self.subject.layers), self.plan.batch, compiled=self.plan.compiled)
 
 
 def _found(
-    work: _Pass, shards: Sequence[int], workers: int | None, ray: str | None
-) -> Generator[int | Found, None, None]:
+    work: _ScanJob, shards: Sequence[int], workers: int | None, ray: str | None
+) -> Generator[int | ShardResult, None, None]:
     """The shards as they are done, and between them the number of pictures done in all."""
     plan = work.plan
     done = plan.pictures - sum(len(plan.within(shard)) for shard in shards)
@@ -213,22 +213,22 @@ def _found(
             yield done if isinstance(step, int) else step
         return
     gpus = int(work.model.device.type == "cuda")
-    elsewhere = distributed(work.elsewhere, shards, address=ray, cpus=plan.threads, gpus=gpus, workers=workers or None)
+    elsewhere = map_unordered(work.elsewhere, shards, address=ray, cpus=plan.threads, gpus=gpus, workers=workers or None)
     for shard, found in elsewhere:
         yield found
         done += len(plan.within(shard))
         yield done
 
 
-def missing_shards(store: Path, plan: Plan) -> list[int]:
+def missing_shards(store: Path, plan: ScanPlan) -> list[int]:
     return [shard for shard in range(plan.shards) if not (store / "shards" / file_name(shard)).exists()]
 
 
-def _require_some(store: Path, plan: Plan, data: Catalogue) -> int:
+def _require_some(store: Path, plan: ScanPlan, data: Catalogue) -> int:
     """How many pictures failed. Raises ConvscopeError if all did."""
     reasons: dict[int, str] = {}
     for shard in range(plan.shards):
-        reasons |= Waiting(store, shard).pictures()[1]
+        reasons |= ShardFile(store, shard).pictures()[1]
     if len(reasons) == plan.pictures:
         few = "; ".join(str(Failure(data.names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
         raise ConvscopeError(f"none of the {plan.pictures:,} pictures of {data.name} can be used: {few}")
@@ -236,7 +236,7 @@ def _require_some(store: Path, plan: Plan, data: Catalogue) -> int:
 
 
 @contextmanager
-def _alone(store: Path) -> Iterator[None]:
+def _locked(store: Path) -> Iterator[None]:
     """Nobody else writes into the store; what the disk refuses is said in words, and can be gone on from."""
     lock = FileLock(store / ".lock", blocking=False)
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convscope.datasets.catalogue import Catalogue
 from convscope.errors import ConvscopeError
-from convscope.images.decode_worker import THUMBNAIL, EndedError, Pixels, Preparation, Reply, SlowError, Worker
+from convscope.images.decode_worker import THUMBNAIL, WorkerDied, Pixels, DecodeTask, Reply, WorkerTimeout, Worker
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, one_line
 from convscope.images.preprocessing import Preprocessing
@@ -68,7 +68,7 @@ class Decoder:
             raise ConvscopeError(f"timeout is {timeout!r}; expected seconds above 0")
         self.waited = 0.0
         self._catalogue, self._count, self._timeout = catalogue, workers, timeout
-        self._here, self._input = Preparation(catalogue, preprocessing, fit, max_pixels), _Input(preprocessing)
+        self._here, self._input = DecodeTask(catalogue, preprocessing, fit, max_pixels), _Input(preprocessing)
         self._lock, self._closed = threading.Lock(), False
         self._workers: list[Worker] = []
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()  # None: one that has yet to be started
@@ -76,7 +76,7 @@ class Decoder:
             self._idle.put(None)
         if workers:
             held = catalogue.origin.held
-            there = Preparation(None, preprocessing, fit, max_pixels) if held else self._here
+            there = DecodeTask(None, preprocessing, fit, max_pixels) if held else self._here
             self._pickled = _pickled(there)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="convscope-decoder")
 
@@ -117,7 +117,7 @@ class Decoder:
                 began = time.perf_counter()
                 replies = [reply for future in asked for reply in future.result()]
                 if not self._count:
-                    replies = [self._here.show(index) for index in ids]
+                    replies = [self._here.decode(index) for index in ids]
                 self.waited += time.perf_counter() - began
                 yield self._collated(ids, replies, size)
         finally:
@@ -155,11 +155,11 @@ class Decoder:
                 for reply in self._replies(worker, rest[:1] if alone else rest):
                     replies.append(reply)
                     alone = False
-            except SlowError:
+            except WorkerTimeout:
                 replies.append(f"took longer than {self._timeout:g} s")
                 self._without(worker)
                 worker = None
-            except EndedError:
+            except WorkerDied:
                 if alone:
                     replies.append(ENDED)
                 alone = not alone
@@ -181,7 +181,7 @@ class Decoder:
                 continue
             # Only bytes have yet to be decoded; and an image would lose a part of its tags on the way.
             yield from (
-                worker.show([(index, item)], self._timeout) if isinstance(item, bytes) else [self._here.show(index)]
+                worker.show([(index, item)], self._timeout) if isinstance(item, bytes) else [self._here.decode(index)]
             )
 
     def _started(self) -> Worker:
@@ -246,7 +246,7 @@ class _Input:
         unit.mul_(high - low).add_(low).sub_(self._mean).div_(self._std)
 
 
-def _pickled(preparation: Preparation) -> bytes:
+def _pickled(preparation: DecodeTask) -> bytes:
     try:
         return pickle.dumps(preparation, pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # pickle raises almost anything

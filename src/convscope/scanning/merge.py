@@ -11,9 +11,9 @@ import numpy as np
 
 from convscope.datasets.catalogue import Catalogue
 from convscope.engine.model import LOGITS, Model
-from convscope.scanning.plan import Plan
-from convscope.scanning.shard import Subject, Waiting
-from convscope.scanning.statistics import EDGES, Summary, unkeyed
+from convscope.scanning.plan import ScanPlan
+from convscope.scanning.shard import ScanTargets, ShardFile
+from convscope.scanning.statistics import EDGES, UnitStatistics, unkeyed
 from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
 
 
@@ -22,14 +22,14 @@ class Merge:
     """All that the tables of a store are made from."""
 
     model: Model
-    plan: Plan
-    subject: Subject
+    plan: ScanPlan
+    subject: ScanTargets
     catalogue: Catalogue
     store: Path
 
     def write(self, manifest: Mapping[str, Any]) -> None:
         """The tables, and the manifest as the last of all."""
-        waiting = [Waiting(self.store, shard) for shard in range(self.plan.shards)]
+        waiting = [ShardFile(self.store, shard) for shard in range(self.plan.shards)]
         counts = self._class_counts(waiting)
         shards = [
             {"shard": i, "first": self.plan.within(i)[0], "last": self.plan.within(i)[-1], "sha256": one.sha256()}
@@ -46,7 +46,7 @@ class Merge:
             manifest=dict(manifest),
         )
 
-    def _class_counts(self, waiting: list[Waiting]) -> np.ndarray | None:
+    def _class_counts(self, waiting: list[ShardFile]) -> np.ndarray | None:
         """How many usable pictures each label has."""
         names = self.catalogue.label_names
         if self.subject.labels is None or names is None:
@@ -57,9 +57,9 @@ class Merge:
             counts[found.labels.numpy()] += found.class_pictures.numpy()
         return counts
 
-    def _layer(self, number: int, name: str, waiting: list[Waiting], counts: np.ndarray | None) -> LayerSummary:
+    def _layer(self, number: int, name: str, waiting: list[ShardFile], counts: np.ndarray | None) -> LayerSummary:
         units = self.subject.layers[name]
-        found = Summary.none(units, self.plan.k)
+        found = UnitStatistics.none(units, self.plan.k)
         for one in waiting:
             found.join(one.summary(number))
         highest, lowest = unkeyed(found.best.keys), -unkeyed(found.worst.keys)
@@ -92,7 +92,7 @@ class Merge:
             class_means=means,
         )
 
-    def _pictures(self, waiting: list[Waiting]) -> Iterator[PictureRows]:
+    def _pictures(self, waiting: list[ShardFile]) -> Iterator[PictureRows]:
         labels = self.subject.labels
         for shard, one in enumerate(waiting):
             ids = self.plan.within(shard)

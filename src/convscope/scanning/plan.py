@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScanPlan:
     """`pictures` in all, cut into shards of `shard` pictures (the last may be shorter), these into batches of `batch`.
 
     `k` places are kept at either end, `sample` pictures serve for what needs every value. The plan alone decides what
@@ -49,12 +49,12 @@ class Plan:
 
     def sampled(self) -> np.ndarray:
         """The ids (R,) int64, ascending, of the pictures in the sample: those with the lowest hashes."""
-        hashes = mixed(np.arange(self.pictures, dtype=np.uint64))
+        hashes = splitmix64(np.arange(self.pictures, dtype=np.uint64))
         count = min(self.sample, self.pictures)
         return np.sort(np.argsort(hashes, kind="stable")[:count]).astype(np.int64)
 
 
-def mixed(numbers: np.ndarray) -> np.ndarray:
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
     """Whole numbers to well-spread 64-bit hashes: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -75,7 +75,7 @@ def shard_size(pictures: int, batch: int, asked: int | None) -> int:
 IDENTITY = ("format", "model", "data", "watched", "plan", "versions")
 
 
-def identity(plan: Plan, model: Mapping[str, Any], data: Mapping[str, Any], layers: list[str], versions: Any) -> Any:
+def identity(plan: ScanPlan, model: Mapping[str, Any], data: Mapping[str, Any], layers: list[str], versions: Any) -> Any:
     """What two runs must have in common to share a store, by the names in `IDENTITY`; JSON-able."""
     told = dict(zip(IDENTITY, (FORMAT, model, data, layers, asdict(plan), versions), strict=True))
     return json.loads(json.dumps(told, default=str))

@@ -23,15 +23,15 @@ from convscope.engine.model import LOGITS, Model
 from convscope.results import atomic_write
 from convscope.scanning.batch_statistics import Looking, finite
 from convscope.scanning.decoding import Decoded
-from convscope.scanning.plan import SPRITE, Plan
-from convscope.scanning.statistics import Stream, Summary
+from convscope.scanning.plan import SPRITE, ScanPlan
+from convscope.scanning.statistics import OnlineStatistics, UnitStatistics
 
 TOP = 5  # classes that are kept for each picture
 OUT_OF_RANGE = "drives the network out of the range of finite numbers"
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScanTargets:
     """What is scanned, beside the network: layers with their number of units, and the labels of pictures.
 
     labels: of the data set's own classes (N,), -1 where there is none, or None; targets: the network's class of each
@@ -44,7 +44,7 @@ class Subject:
 
 
 @dataclass
-class Pages:
+class ImageRows:
     """What is known of the pictures of a shard, row by row."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Found:
+class ShardResult:
     """A shard, done: its file's content, and its sprites by name. `ends_in_failures`: of its last batch nothing could
     be read, as when the data are gone."""
 
@@ -92,9 +92,9 @@ class Found:
     ends_in_failures: bool
 
 
-def scanned(
-    model: Model, plan: Plan, shard: int, subject: Subject, look: Looking, batches: Iterator[Decoded]
-) -> Iterator[int | Found]:
+def scan_shard(
+    model: Model, plan: ScanPlan, shard: int, subject: ScanTargets, look: Looking, batches: Iterator[Decoded]
+) -> Iterator[int | ShardResult]:
     """One shard. Yields the number of pictures after each batch and, at last, what was found.
 
     Takes from `batches` just those of this shard.
@@ -103,8 +103,8 @@ def scanned(
     sample = torch.from_numpy(plan.sampled())
     sample = sample[(sample >= ids.start) & (sample < ids.stop)]
     k = min(plan.k, len(ids))
-    streams = {name: Stream(units, k, sample, model.device) for name, units in subject.layers.items()}
-    pages, tiles = Pages(), []
+    streams = {name: OnlineStatistics(units, k, sample, model.device) for name, units in subject.layers.items()}
+    pages, tiles = ImageRows(), []
     for decoded in islice(batches, len(list(plan.batches(shard)))):
         below = {name: stream.below for name, stream in streams.items()}
         looked = look(decoded.x, below)
@@ -132,7 +132,7 @@ def scanned(
     for number, stream in enumerate(streams.values()):
         tensors |= {f"layers/{number}/{key}": tensor for key, tensor in stream.finish().arrays().items()}
     said = {"failed": json.dumps({str(picture): reason for picture, reason in sorted(pages.failed.items())})}
-    yield Found(shard, save(tensors, said), _sprites(ids.start, np.concatenate(tiles)), not good)
+    yield ShardResult(shard, save(tensors, said), _sprites(ids.start, np.concatenate(tiles)), not good)
 
 
 def _places(model: Model, name: str) -> int:
@@ -144,7 +144,7 @@ def _at(labels: np.ndarray, pictures: Tensor) -> Tensor:
     return torch.from_numpy(labels[pictures.numpy()].astype(np.int64))
 
 
-def _targets(subject: Subject, pictures: Sequence[int]) -> list[int]:
+def _targets(subject: ScanTargets, pictures: Sequence[int]) -> list[int]:
     if subject.labels is None or subject.targets is None:
         return [-1] * len(pictures)
     labels = subject.labels[list(pictures)]
@@ -171,7 +171,7 @@ def file_name(shard: int) -> str:
     return f"{shard:05d}.safetensors"
 
 
-def write(store: Path, found: Found) -> None:
+def write(store: Path, found: ShardResult) -> None:
     """Thumbnails first, then the shard's file, flushed to the disk before it takes its name: if it is there, all is."""
     for folder in ("thumbnails", "shards"):
         (store / folder).mkdir(parents=True, exist_ok=True)
@@ -184,16 +184,16 @@ def write(store: Path, found: Found) -> None:
         os.fsync(file.fileno())
 
 
-class Waiting:
+class ShardFile:
     """A shard's file, read as far as it is asked."""
 
     def __init__(self, store: Path, shard: int) -> None:
         self.path = store / "shards" / file_name(shard)
 
-    def summary(self, layer: int) -> Summary:
+    def summary(self, layer: int) -> UnitStatistics:
         """Of the layer with this number."""
         prefix = f"layers/{layer}/"
-        return Summary.of({name.removeprefix(prefix): tensor for name, tensor in self._read(prefix).items()})
+        return UnitStatistics.of({name.removeprefix(prefix): tensor for name, tensor in self._read(prefix).items()})
 
     def pictures(self) -> tuple[dict[str, np.ndarray], dict[int, str]]:
         """Columns of its pictures, and the reasons of those that failed."""

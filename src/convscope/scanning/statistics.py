@@ -23,7 +23,7 @@ CHUNK = 2 << 20  # bytes of maps that are reduced at once on a CPU: what is read
 PENDING = 128  # pictures whose extremes wait before they are sorted in
 
 
-class Reduced(NamedTuple):
+class BatchReduction(NamedTuple):
     """What is read off a batch of maps: for every picture and unit (N, U).
 
     `highest` and `lowest` value, the first place (row * W + column) of each; the value in the middle; over the places,
@@ -40,11 +40,11 @@ class Reduced(NamedTuple):
     squares: Tensor
     active: Tensor
 
-    def select(self, rows: Tensor) -> Reduced:
+    def select(self, rows: Tensor) -> BatchReduction:
         """Only some of the pictures."""
         lowest, lowest_at = (None if part is None else part[rows] for part in (self.lowest, self.lowest_at))
         rest = (part[rows] for part in self[4:])
-        return Reduced(self.highest[rows], self.highest_at[rows], lowest, lowest_at, *rest)
+        return BatchReduction(self.highest[rows], self.highest_at[rows], lowest, lowest_at, *rest)
 
     def moments(self, places: int) -> tuple[Tensor, Tensor]:
         """Over so many places: the means, and the sums of squared differences from them; float64 (N, U), on the CPU.
@@ -56,7 +56,7 @@ class Reduced(NamedTuple):
         return (middle * places + total) / places, (squares - total.square() / places).clamp(min=0)
 
 
-def reduced(maps: Tensor, below: Tensor | None = None) -> Reduced:
+def reduced(maps: Tensor, below: Tensor | None = None) -> BatchReduction:
     """`Reduced` from maps (N, U, H, W) or (N, U).
 
     below: values (U,); where no value of the batch lies below the least of them, the lowest are of no interest and are
@@ -76,17 +76,17 @@ def reduced(maps: Tensor, below: Tensor | None = None) -> Reduced:
     chunks = zip(torch.split(places, size), torch.split(middle, size), strict=True)
     parts = [_sums(part, own, scratch[: len(part)]) for part, own in chunks]
     sums = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Reduced(highest, highest_at, lowest, lowest_at, middle, *sums)
+    return BatchReduction(highest, highest_at, lowest, lowest_at, middle, *sums)
 
 
-def fused(maps: Tensor) -> Reduced:
+def fused(maps: Tensor) -> BatchReduction:
     """`Reduced` by plain reductions, of which a compiler makes a single pass over the maps."""
     maps = maps.float() if maps.ndim == 4 else maps.float()[:, :, None, None]
     places, middle = _laid(maps)
     apart = places - middle[:, None]
     (highest, highest_at), (lowest, lowest_at) = places.max(1), places.min(1)
     sums = apart.sum(1), apart.square().sum(1), (places > 0).float().sum(1)
-    return Reduced(highest, highest_at.int(), lowest, lowest_at.int(), middle, *sums)
+    return BatchReduction(highest, highest_at.int(), lowest, lowest_at.int(), middle, *sums)
 
 
 def _laid(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _sums(places: Tensor, middle: Tensor, scratch: Tensor) -> tuple[Tensor, Tens
 EMPTY = torch.iinfo(torch.int64).min  # the key of an empty slot: below all others
 
 
-def keyed(values: Tensor, second: Tensor | None = None) -> Tensor:
+def sort_keys(values: Tensor, second: Tensor | None = None) -> Tensor:
     """Whole numbers that sort as (value, second) do; without `second` all of a value are alike.
 
     The bits of a float, those of negative ones turned round, sort as whole numbers; two of them fill 64 bits.
@@ -138,7 +138,7 @@ def unkeyed(keys: Tensor) -> Tensor:
 
 
 @dataclass
-class Best:
+class TopK:
     """Of each unit the k pictures with the highest keys, (U, k) each: keys, descending, pictures and places in them.
 
     Of equal keys the earlier picture comes first. An empty slot has picture -1.
@@ -149,7 +149,7 @@ class Best:
     places: Tensor
 
     @classmethod
-    def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> Best:
+    def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> TopK:
         keys = torch.full((units, k), EMPTY, device=device)
         return cls(keys, torch.full_like(keys, -1), torch.zeros((units, k), dtype=torch.int32, device=device))
 
@@ -172,12 +172,12 @@ class Best:
         self.keys[pick], self.pictures[pick] = both.gather(1, order), ids.gather(1, order)
         self.places[pick] = where.gather(1, order)
 
-    def join(self, other: Best) -> None:
+    def merge(self, other: TopK) -> None:
         self.add(other.keys, other.pictures, other.places)
 
 
 @dataclass
-class Summary:
+class UnitStatistics:
     """What is known of a layer's units after some pictures; merging is `join`.
 
     `best` are ordered by the highest value and then by the mean over the map, for where an activation has a ceiling,
@@ -188,8 +188,8 @@ class Summary:
     belong to the sample, in their order; NaN where a picture could not be used.
     """
 
-    best: Best
-    worst: Best
+    best: TopK
+    worst: TopK
     pictures: int
     places: int
     mean: Tensor
@@ -203,10 +203,10 @@ class Summary:
     sample_places: Tensor
 
     @classmethod
-    def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> Summary:
+    def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> UnitStatistics:
         return cls(
-            best=Best.none(units, k, device),
-            worst=Best.none(units, k, device),
+            best=TopK.none(units, k, device),
+            worst=TopK.none(units, k, device),
             pictures=0,
             places=0,
             mean=torch.zeros(units, dtype=torch.float64),
@@ -220,10 +220,10 @@ class Summary:
             sample_places=torch.zeros((units, 0), dtype=torch.int32),
         )
 
-    def join(self, other: Summary) -> None:
+    def join(self, other: UnitStatistics) -> None:
         """Take in what was found on later pictures."""
-        self.best.join(other.best)
-        self.worst.join(other.worst)
+        self.best.merge(other.best)
+        self.worst.merge(other.worst)
         self.pictures += other.pictures
         self.join_moments(other.places, other.mean, other.scatter)
         for name in ("active", "histogram"):
@@ -254,16 +254,16 @@ class Summary:
         return {name: value.cpu().contiguous() for name, value in found.items()}
 
     @classmethod
-    def of(cls, arrays: dict[str, Tensor]) -> Summary:
+    def of(cls, arrays: dict[str, Tensor]) -> UnitStatistics:
         given: dict[str, Any] = dict(arrays)
         for name in ("best", "worst"):
-            given[name] = Best(*(given.pop(f"{name}_{part.name}") for part in fields(Best)))
+            given[name] = TopK(*(given.pop(f"{name}_{part.name}") for part in fields(TopK)))
         for name in ("pictures", "places"):
             given[name] = int(given[name])
         return cls(**given)
 
 
-def _joined_rows(labels: Tensor, parts: Iterable[Summary], name: str) -> Tensor:
+def _joined_rows(labels: Tensor, parts: Iterable[UnitStatistics], name: str) -> Tensor:
     """Rows per label, those of the same label added."""
     found = None
     for part in parts:
@@ -274,12 +274,12 @@ def _joined_rows(labels: Tensor, parts: Iterable[Summary], name: str) -> Tensor:
     return found
 
 
-class Stream:
+class OnlineStatistics:
     """Builds a layer's `Summary` batch by batch. Extremes wait, `PENDING` pictures of them, to be sorted in at once."""
 
     def __init__(self, units: int, k: int, sample: Tensor, device: torch.device | str = "cpu") -> None:
         """sample: the pictures (r,), ascending, on which every unit's highest value is kept; NaN until it is known."""
-        self.summary = Summary.none(units, k, device)
+        self.summary = UnitStatistics.none(units, k, device)
         self.summary.sample = torch.full((units, len(sample)), torch.nan)
         self.summary.sample_places = torch.zeros((units, len(sample)), dtype=torch.int32)
         self._sample = sample
@@ -294,7 +294,7 @@ class Stream:
         last = keys[:, -1] if keys.shape[1] else torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         return torch.where(last == EMPTY, torch.inf, -unkeyed(last))
 
-    def add(self, found: Reduced, pictures: Tensor, places: int, labels: Tensor) -> None:
+    def add(self, found: BatchReduction, pictures: Tensor, places: int, labels: Tensor) -> None:
         """Take in what was read off n pictures.
 
         pictures: their ids (n,); places: of each map; labels (n,), -1 where there is none.
@@ -313,14 +313,14 @@ class Stream:
         rows, columns = (pictures[:, None] == self._sample).nonzero(as_tuple=True)
         into.sample[:, columns] = found.highest[rows].T.cpu()
         into.sample_places[:, columns] = found.highest_at[rows].T.cpu()
-        self._waiting.append((keyed(found.highest, means.float().to(found.highest.device)), pictures, found.highest_at))
+        self._waiting.append((sort_keys(found.highest, means.float().to(found.highest.device)), pictures, found.highest_at))
         if found.lowest is not None and found.lowest_at is not None:
-            self._waiting_low.append((keyed(-found.lowest), pictures, found.lowest_at))
+            self._waiting_low.append((sort_keys(-found.lowest), pictures, found.lowest_at))
         for waiting, best in ((self._waiting, into.best), (self._waiting_low, into.worst)):
             if sum(len(keys) for keys, *_ in waiting) >= PENDING:
                 _sort_in(waiting, best)
 
-    def finish(self) -> Summary:
+    def finish(self) -> UnitStatistics:
         """The summary of all that was added."""
         _sort_in(self._waiting, self.summary.best)
         _sort_in(self._waiting_low, self.summary.worst)
@@ -333,7 +333,7 @@ class Stream:
         into, units = self.summary, means.shape[1]
         totals = torch.zeros((len(known), units), dtype=torch.float64).index_add_(0, rows, means[labels >= 0])
         seen = torch.zeros(len(known), dtype=torch.int64).index_add_(0, rows, torch.ones_like(rows))
-        own = Summary.none(units, 0)
+        own = UnitStatistics.none(units, 0)
         own.labels, own.class_totals, own.class_pictures = known, totals, seen
         labels = torch.unique(torch.cat([into.labels, known]))
         into.class_totals = _joined_rows(labels, (into, own), "class_totals")
@@ -344,7 +344,7 @@ class Stream:
 _Candidates = tuple[Tensor, Tensor, Tensor]  # keys (n, U), pictures (n,), places (n, U)
 
 
-def _sort_in(waiting: list[_Candidates], best: Best) -> None:
+def _sort_in(waiting: list[_Candidates], best: TopK) -> None:
     if not waiting:
         return
     keys, pictures, places = (torch.cat(part) for part in zip(*waiting, strict=True))

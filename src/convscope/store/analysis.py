@@ -10,7 +10,7 @@ import numpy as np
 
 from convscope.errors import ConvscopeError
 from convscope.store import queries
-from convscope.store.examples import Drawn
+from convscope.store.examples import HasFigure
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Dead(Drawn):
+class DeadUnits(HasFigure):
     """Units that are never above 0, or constant. table: layer, unit, maximum, minimum, a row each.
 
     shares: for each layer the share of its units that are dead.
@@ -53,16 +53,16 @@ class Dead(Drawn):
         return len(self.table)
 
 
-def dead(store: Store) -> Dead:
+def dead(store: Store) -> DeadUnits:
     table = store.units(["layer", "unit", "maximum", "minimum", "dead"])
     found = table.filter(table["dead"]).drop_columns(["dead"])
     counts = {row["values"]: row["counts"] for row in found["layer"].value_counts().to_pylist()}
     shares = {layer: counts.get(layer, 0) / count for layer, count in store.unit_counts.items()}
-    return Dead(found, shares)
+    return DeadUnits(found, shares)
 
 
 @dataclass(frozen=True, eq=False)
-class Duplicates(Drawn, Sequence[Pair]):
+class Duplicates(HasFigure, Sequence[Pair]):
     """Pairs of units with r >= threshold, highest r first, ties in the order of layers and units."""
 
     store: Store = field(repr=False)
@@ -99,7 +99,7 @@ def duplicates(store: Store, threshold: float) -> Duplicates:
         raise ConvscopeError(f"threshold is {threshold!r}; expected a correlation, such as 0.99")
     found: list[tuple[Any, ...]] = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0, np.float32))]
     for i, layer in enumerate(store.layers):
-        for first, second, r in queries.twins(store.samples(layer), threshold):
+        for first, second, r in queries.correlated_pairs(store.samples(layer), threshold):
             found.append((np.full(len(r), i), first, second, r))
     layers, first, second, r = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(-r, kind="stable")
@@ -107,7 +107,7 @@ def duplicates(store: Store, threshold: float) -> Duplicates:
 
 
 @dataclass(frozen=True, eq=False)
-class Changes(Drawn, Sequence[Change]):
+class UnitChanges(HasFigure, Sequence[Change]):
     """What became of every unit between two scans of the same layers and pictures, in the order of the units table.
 
     r, shared: (all units,) as in `Change`. one_constant: whether a unit is constant on the sample in just one of them.
@@ -129,7 +129,7 @@ class Changes(Drawn, Sequence[Change]):
     def __getitem__(self, index: int | slice) -> Change | list[Change]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        layer, unit = self.store.at(range(len(self))[index])
+        layer, unit = self.store.unit_at_row(range(len(self))[index])
         return Change(layer, unit, float(self.r[index]), float(self.shared[index]))
 
     def most(self, n: int = 10) -> list[Change]:
@@ -142,7 +142,7 @@ class Changes(Drawn, Sequence[Change]):
         return [self[int(i)] for i in order[~np.isnan(key[order])][:n]]
 
 
-def compare(store: Store, other: Store) -> Changes:
+def compare(store: Store, other: Store) -> UnitChanges:
     _require_comparable(store, other)
     r, shared, one = [], [], []
     for layer in store.layers:
@@ -152,10 +152,10 @@ def compare(store: Store, other: Store) -> Changes:
         count = store.unit_counts[layer]
         for start in range(0, count, queries.BLOCK):
             stop = min(start + queries.BLOCK, count)
-            ours, theirs = (one_store.top_pictures(layer, start, stop) for one_store in (store, other))
+            ours, theirs = (one_store.top_images(layer, start, stop) for one_store in (store, other))
             k = min(ours.shape[1], theirs.shape[1])
-            shared.append(queries.shared(ours[:, :k], theirs[:, :k]))
-    return Changes(store, other, *(np.concatenate(parts) for parts in (r, shared, one)))
+            shared.append(queries.overlap(ours[:, :k], theirs[:, :k]))
+    return UnitChanges(store, other, *(np.concatenate(parts) for parts in (r, shared, one)))
 
 
 def _require_comparable(store: Store, other: Store) -> None:
@@ -167,8 +167,8 @@ def _require_comparable(store: Store, other: Store) -> None:
         names = {*store.unit_counts.items()} ^ {*other.unit_counts.items()}
         told = ", ".join(sorted({name for name, _ in names})[:4]) or "their order"
         differ.append(f"the layers ({told})")
-    if not np.array_equal(store.sample_pictures, other.sample_pictures):
-        differ.append(f"the sample ({len(store.sample_pictures)} and {len(other.sample_pictures)} pictures)")
+    if not np.array_equal(store.sample_images, other.sample_images):
+        differ.append(f"the sample ({len(store.sample_images)} and {len(other.sample_images)} pictures)")
     if differ:
         raise ConvscopeError(
             f"{store.address} and {other.address} cannot be compared: they differ in {'; '.join(differ)}; "

@@ -29,7 +29,7 @@ FRAME = (255, 214, 0)
 _GRID, _ALIKE = 12, 14.0  # cells a side, and gray levels of difference between them that compression explains
 
 
-class Drawn:
+class HasFigure:
     """What has a figure, which is also how Jupyter shows it. How it looks is registered from above, in `show`."""
 
     def figure(self) -> Figure:
@@ -42,7 +42,7 @@ class Drawn:
         return buffer.getvalue()
 
 
-def drawn(store: Store, layer: str, unit: int) -> Image.Image | None:
+def load_pattern(store: Store, layer: str, unit: int) -> Image.Image | None:
     """The pattern of a unit that was drawn into the store, as `Patterns.save` names it; None where there is none."""
     name = file_names(store.layers)[layer]
     path = f"patterns/{name}/{file_names([layer])[layer]}_{unit}.png"
@@ -52,7 +52,7 @@ def drawn(store: Store, layer: str, unit: int) -> Image.Image | None:
         return picture.convert("RGB")
 
 
-def laid(patch: Box, box: Box, size: tuple[int, int]) -> Box:
+def scale_box(patch: Box, box: Box, size: tuple[int, int]) -> Box:
     """A patch of the network's input, of `size` (H, W), in pixels of a picture where the input lies in `box`."""
     top, left, bottom, right = box
     height, width = (bottom - top) / size[0], (right - left) / size[1]
@@ -60,7 +60,7 @@ def laid(patch: Box, box: Box, size: tuple[int, int]) -> Box:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class ImageView:
     """A picture to look at: `image`, where in it the network's input lies, and whether it is the "original".
 
     box: top, left, bottom, right edge of the network's input in pixels of the image. size: (H, W) of the network's
@@ -75,14 +75,14 @@ class View:
 
     def cut(self, patch: Box) -> Image.Image:
         """The patch, at the image's own resolution, in whole pixels, at least one."""
-        top, left, bottom, right = self._whole_pixels(laid(patch, self.box, self.size))
+        top, left, bottom, right = self._whole_pixels(scale_box(patch, self.box, self.size))
         return self.image.crop((left, top, right, bottom))
 
     def framed(self, patch: Box) -> Image.Image:
         """All of the picture, at most 512 pixels a side, with a frame around the patch."""
         share = min(1.0, SHOWN / max(self.image.size))
         shown = self.image.resize([max(1, round(side * share)) for side in self.image.size], Image.Resampling.BOX)
-        top, left, bottom, right = (round(edge * share) for edge in laid(patch, self.box, self.size))
+        top, left, bottom, right = (round(edge * share) for edge in scale_box(patch, self.box, self.size))
         pen = ImageDraw.Draw(shown)
         thick = max(3, round(max(shown.size) / 90))
         for colour, grow, line in (((0, 0, 0), thick + 1, thick + 1), (FRAME, thick, thick)):
@@ -102,7 +102,7 @@ class View:
         return top, left, bottom, right
 
 
-def view(store: Store, row: dict[str, Any]) -> View:
+def view(store: Store, row: dict[str, Any]) -> ImageView:
     """The picture of a row of pictures.parquet: from its original if that can be read and is still the one scanned.
 
     Raises ConvscopeError if not even its thumbnail can be read.
@@ -111,13 +111,13 @@ def view(store: Store, row: dict[str, Any]) -> View:
     known = row["height"] is not None
     box = tuple(row[f"box_{side}"] for side in ("top", "left", "bottom", "right")) if known else (0.0, 0.0, 1.0, 1.0)
     try:
-        return View(original(store, row, tile), box, store.input_size, "original")
+        return ImageView(original(store, row, tile), box, store.input_size, "original")
     except ConvscopeError as error:  # gone, changed, or within an archive: what was kept of it is shown instead
         height, width = box[2] - box[0], box[3] - box[1]
         share = SPREAD / max(height, width)
         sides = (max(1, round(width * share)), max(1, round(height * share)))
         spread = tile.resize(sides, Image.Resampling.BICUBIC)
-        return View(spread, (0.0, 0.0, spread.height, spread.width), store.input_size, "thumbnail", str(error))
+        return ImageView(spread, (0.0, 0.0, spread.height, spread.width), store.input_size, "thumbnail", str(error))
 
 
 def original(store: Store, row: dict[str, Any], tile: Image.Image) -> Image.Image:
@@ -167,7 +167,7 @@ class Example:
     _store: Store = field(repr=False)
     _facts: dict[str, Any] = field(repr=False)
 
-    def view(self) -> View:
+    def view(self) -> ImageView:
         """The picture, opened anew each time. Raises ConvscopeError if neither original nor thumbnail can be read."""
         return view(self._store, self._facts)
 
@@ -186,7 +186,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class Examples(Drawn, Sequence[Example]):
+class Examples(HasFigure, Sequence[Example]):
     """Examples of a unit, in their order. kind: "top", "bottom", or "decile": each tenth's middle, lowest first."""
 
     layer: str

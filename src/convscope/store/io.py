@@ -164,7 +164,7 @@ class ParquetTable:
         return self._bounds[column]
 
 
-class Rows:
+class NpyRows:
     """A matrix in a .npy file, read some rows at a time."""
 
     def __init__(self, folder: Folder, name: str) -> None:
@@ -203,7 +203,7 @@ def sprite_name(picture: int) -> str:
     return f"thumbnails/{picture // TILES:05d}.webp"
 
 
-class Tiles:
+class ThumbnailSheets:
     """The thumbnails of a store. The sprites that were used last stay decoded, for their neighbours."""
 
     def __init__(self, folder: Folder) -> None:

@@ -34,13 +34,13 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(a @ b.T, -1, 1), np.float32)
 
 
-def strongest(r: np.ndarray, count: int) -> np.ndarray:
+def top_k(r: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` highest values of a vector, highest first, ties by position; NaN is left out."""
     order = np.argsort(-r, kind="stable")[:count]  # NaN sorts last
     return np.asarray(order[~np.isnan(r[order])])
 
 
-def used(samples: np.ndarray) -> np.ndarray:
+def valid_columns(samples: np.ndarray) -> np.ndarray:
     """Which pictures of a sample (U, R) were seen: a failed one is NaN for every unit."""
     return np.asarray(~np.isnan(samples).all(0))
 
@@ -51,22 +51,22 @@ def coactive(samples: np.ndarray, count: int = 10) -> tuple[list[np.ndarray], li
     samples: a layer's maxima (U, R). Gives positions and Pearson's r, up to `count` of each, highest r first, ties by
     position. Constant units are correlated with none.
     """
-    z = standardised(samples[:, used(samples)])
+    z = standardised(samples[:, valid_columns(samples)])
     units: list[np.ndarray] = []
     values: list[np.ndarray] = []
     for start in range(0, len(z), BLOCK):
         block = pearson(z[start : start + BLOCK], z)
         for i, r in enumerate(block):
             r[start + i] = np.nan
-            best = strongest(r, count)
+            best = top_k(r, count)
             units.append(best)
             values.append(r[best])
     return units, values
 
 
-def twins(samples: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def correlated_pairs(samples: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs of a layer's units with r >= threshold, block by block: first units, second units (higher), r."""
-    z = standardised(samples[:, used(samples)])
+    z = standardised(samples[:, valid_columns(samples)])
     for start in range(0, len(z), BLOCK):
         r = pearson(z[start : start + BLOCK], z[start:])
         first, second = np.nonzero(r >= np.float32(threshold))
@@ -77,7 +77,7 @@ def twins(samples: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, n
 
 def same_row(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's r of each row of `a` (U, R) with the same row of `b`; float32 (U,), NaN where one is constant."""
-    both = used(a) & used(b)
+    both = valid_columns(a) & valid_columns(b)
     if not both.any():
         return np.full(len(a), np.nan, np.float32)
     product = (standardised(a[:, both]) * standardised(b[:, both])).sum(1)
@@ -86,11 +86,11 @@ def same_row(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def varies(samples: np.ndarray) -> np.ndarray:
     """Which units (U, R) are not constant on the pictures that were seen."""
-    seen = samples[:, used(samples)]
+    seen = samples[:, valid_columns(samples)]
     return seen.max(1) > seen.min(1) if seen.shape[1] else np.zeros(len(samples), bool)
 
 
-def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """For each row the share of pictures that both lists (U, k) name, of the longer list; -1 is an empty slot.
 
     float32 (U,), NaN where both lists are empty. No list names a picture twice.
@@ -103,27 +103,27 @@ def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def deciles(samples: np.ndarray) -> np.ndarray:
     """The 11 quantiles 0, 0.1, ... 1 of each row (U, R), linear between samples; float32, NaN without any sample."""
-    seen = samples[:, used(samples)].astype(np.float64)
+    seen = samples[:, valid_columns(samples)].astype(np.float64)
     if not seen.shape[1]:
         return np.full((len(samples), 11), np.nan, np.float32)
     return np.asarray(np.quantile(seen, np.linspace(0, 1, 11), axis=1).T, np.float32)
 
 
-def middles(samples: np.ndarray) -> np.ndarray:
+def decile_medians(samples: np.ndarray) -> np.ndarray:
     """For each tenth of each row's samples, lowest first, the place of its middle one; (U, 10), (U, 0) without any.
 
     The samples are ordered by value, then by place; the middle one of tenth t of n is number floor((2 t + 1) n / 20).
     """
-    seen = np.flatnonzero(used(samples))
+    seen = np.flatnonzero(valid_columns(samples))
     if not len(seen):
         return np.empty((len(samples), 0), np.int64)
     order = np.argsort(samples[:, seen], axis=1, kind="stable")
     return seen[order[:, (2 * np.arange(10) + 1) * len(seen) // 20]]
 
 
-def telling(means: np.ndarray, count: int = 10) -> np.ndarray:
+def top_classes(means: np.ndarray, count: int = 10) -> np.ndarray:
     """The classes with the highest means (K,), highest first, ties by index; NaN, without pictures, is left out."""
-    return strongest(means, count)
+    return top_k(means, count)
 
 
 def selectivity(means: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ class ClassMean(NamedTuple):
     pictures: int
 
 
-class Relative(NamedTuple):
+class UnitCorrelation(NamedTuple):
     """Another unit, and Pearson's r of the two units' maxima on the sample."""
 
     layer: str
@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
     probability: float
 
 
-class Standing(NamedTuple):
+class UnitRank(NamedTuple):
     """A unit among whose best pictures one stands: its rank there (0 is the best), the unit's value, what it sees.
 
     box: top, left, bottom, right, in pixels of the network's input.

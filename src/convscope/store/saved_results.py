@@ -31,7 +31,7 @@ ALIKE = {
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class SavedResult:
     """A result in a store. kind: "concepts" or "atlas"; name: of its folder there; version: another for other content.
 
     manifest: what made it. layer, target: of what; an atlas may be of no class.
@@ -78,14 +78,14 @@ class Kept:
         return found
 
 
-class Listing:
+class SavedResultIndex:
     """The results of one kind in a store, as they are now; a manifest that has not changed is not read again."""
 
     def __init__(self, folder: Folder, kind: str) -> None:
         self._folder, self._kind = folder, kind
-        self._known: dict[str, tuple[str, Kept]] = {}
+        self._known: dict[str, tuple[str, SavedResult]] = {}
 
-    def items(self) -> list[Kept]:
+    def items(self) -> list[SavedResult]:
         """By layer and class; concepts by class first. Raises ConvscopeError for a manifest that makes no sense."""
         try:
             paths = self._folder.system.ls(self._folder.path(self._kind), detail=False)
@@ -99,12 +99,12 @@ class Listing:
         atlas = self._kind == "atlas"
         return sorted(found, key=lambda one: (one.layer if atlas else "", -1 if one.target is None else one.target))
 
-    def _item(self, name: str, stamp: str) -> Kept:
+    def _item(self, name: str, stamp: str) -> SavedResult:
         if name not in self._known or self._known[name][0] != stamp:
             self._known[name] = (stamp, self._read(name, stamp))
         return self._known[name][1]
 
-    def _read(self, name: str, stamp: str) -> Kept:
+    def _read(self, name: str, stamp: str) -> SavedResult:
         path = f"{self._kind}/{name}/manifest.json"
         manifest = self._folder.read_json(path)
         told = manifest.get("parameters") if isinstance(manifest, dict) else None
@@ -112,7 +112,7 @@ class Listing:
             raise ConvscopeError(f"{path} in {self._folder.address} is no manifest of {self._kind}; remove its folder")
         words = json.dumps([stamp, manifest], sort_keys=True)
         version = hashlib.sha256(words.encode(errors="backslashreplace")).hexdigest()[:12]
-        return Kept(self._folder, self._kind, name, version, manifest)
+        return SavedResult(self._folder, self._kind, name, version, manifest)
 
 
 def _told(parameters: dict[str, Any], kind: str) -> bool:
@@ -122,9 +122,9 @@ def _told(parameters: dict[str, Any], kind: str) -> bool:
     return isinstance(layer, str) and number and isinstance(pictures, list)
 
 
-def place(store: Store, result: Concepts | Atlas) -> Path:
+def save_path(store: Store, result: Concepts | Atlas) -> Path:
     """The folder in the store that a result is saved in; `Store.keep` says what is raised."""
-    store.require(result.model)
+    store.check_weights(result.model)
     if store.folder.local is None:
         raise ConvscopeError(f"results can be put into a store in a folder on a disk; {store.address} is none")
     layer, kind = file_names(result.model.layers.names)[result.layer], type(result).__name__.lower()
@@ -133,7 +133,7 @@ def place(store: Store, result: Concepts | Atlas) -> Path:
     return store.folder.local / kind / (layer if result.target is None else f"{layer}-class{result.target}")
 
 
-def numbers(store: Store, names: Sequence[str]) -> list[int | None]:
+def ids_by_name(store: Store, names: Sequence[str]) -> list[int | None]:
     """Which pictures of the store's data set have these names; None for a name that none has.
 
     Local files have the same name however it was written: relative to the working folder, say.

@@ -146,7 +146,7 @@ def _write_layers(
         for layer in layers:
             told.append(_told(layer))
             unit_table = _table(_units_columns(layer), _units_schema())
-            middles = queries.middles(layer.sample)
+            middles = queries.decile_medians(layer.sample)
             for start in range(0, len(unit_table), GROUP):
                 unit_rows.write_table(unit_table.slice(start, GROUP))
                 columns = _topk_columns(layer, slice(start, start + GROUP), middles, sample_pictures, size)
@@ -176,7 +176,7 @@ def _units_columns(layer: LayerSummary) -> dict[str, Any]:
     coactive, coactivation = queries.coactive(layer.sample, TELLING)
     means, classes = layer.class_means, None
     if means is not None:
-        classes = [queries.telling(row, TELLING) for row in means]
+        classes = [queries.top_classes(row, TELLING) for row in means]
     return {
         "layer": [layer.name] * count,
         "unit": np.arange(count),

@@ -15,10 +15,10 @@ import numpy as np
 from convscope.errors import ConvscopeError, nearest, require_extra
 from convscope.images.loading import Failure
 from convscope.store import analysis, queries
-from convscope.store.examples import Drawn, Example, Examples, View, drawn, laid, original, view
-from convscope.store.io import Folder, ParquetTable, Rows, Tiles
-from convscope.store.records import ClassMean, Prediction, Relative, Standing
-from convscope.store.saved_results import Kept, Listing, place
+from convscope.store.examples import HasFigure, Example, Examples, ImageView, load_pattern, scale_box, original, view
+from convscope.store.io import Folder, ParquetTable, NpyRows, ThumbnailSheets
+from convscope.store.records import ClassMean, Prediction, UnitCorrelation, UnitRank
+from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,7 +62,7 @@ class Store:
 
     def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.address, self.tiles = folder.address, Tiles(folder)
+        self.address, self.tiles = folder.address, ThumbnailSheets(folder)
         self.unit_counts: dict[str, int] = {layer["name"]: layer["units"] for layer in manifest["layers"]}
         self.layers: list[str] = list(self.unit_counts)
         self.classes: list[str] | None = manifest["classes"]
@@ -75,9 +75,9 @@ class Store:
         self._units, self._topk, self._pictures = (
             ParquetTable(folder, f"{name}.parquet") for name in ("units", "topk", "pictures")
         )
-        self._sample, self._class_means = Rows(folder, "sample.npy"), Rows(folder, "class_means.npy")
+        self._sample, self._class_means = NpyRows(folder, "sample.npy"), NpyRows(folder, "class_means.npy")
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
-        self._concepts, self._atlases = Listing(folder, "concepts"), Listing(folder, "atlas")
+        self._concepts, self._atlases = SavedResultIndex(folder, "concepts"), SavedResultIndex(folder, "atlas")
 
     def __repr__(self) -> str:
         units = sum(self.unit_counts.values())
@@ -95,12 +95,12 @@ class Store:
             raise ConvscopeError(f"unit {unit} is out of range: {layer} has {count} units, 0 to {count - 1}")
         return UnitPage(self, layer, int(unit))
 
-    def picture(self, picture: int) -> PicturePage:
+    def image(self, picture: int) -> ImagePage:
         """Everything about a picture. Raises ConvscopeError for an id that is not in the store."""
         if not 0 <= picture < self.pictures_count:
             there = f"there are {self.pictures_count}, 0 to {self.pictures_count - 1}"
             raise ConvscopeError(f"picture {picture} is out of range: {there}")
-        return PicturePage(self, int(picture))
+        return ImagePage(self, int(picture))
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The pictures that could not be used, and why, in their order; at most `limit` of them."""
@@ -130,7 +130,7 @@ class Store:
             self._columns.update(zip(table.column_names, table.columns, strict=True))
         return require_extra("pyarrow").table({name: self._columns[name] for name in names})
 
-    def dead(self) -> analysis.Dead:
+    def dead(self) -> analysis.DeadUnits:
         """Units that never are above 0 on any picture, or that are constant."""
         return analysis.dead(self)
 
@@ -138,7 +138,7 @@ class Store:
         """Pairs of units of a layer whose maxima on the sample correlate at least so much (Pearson's r)."""
         return analysis.duplicates(self, threshold)
 
-    def compare(self, other: Store) -> analysis.Changes:
+    def compare(self, other: Store) -> analysis.UnitChanges:
         """What became of each unit in another scan, of the same layers on the same pictures: another checkpoint, say.
 
         Raises ConvscopeError, with what differs, if the data, the layers or the samples are not the same.
@@ -147,30 +147,30 @@ class Store:
 
     # --- concepts and atlases ------------------------------------------------------------------------------------
 
-    def require(self, model: Model) -> None:
+    def check_weights(self, model: Model) -> None:
         """Raise ConvscopeError if the store was made with other weights than this model's."""
         made = self.manifest["model"]
         if made["weights_sha256"] != model.weights_hash():
             raise ConvscopeError(f"{self.address} is a store of {made['name']} with other weights than this model")
 
-    def keep(self, result: Concepts | Atlas) -> Path:
+    def save_result(self, result: Concepts | Atlas) -> Path:
         """Save concepts or an atlas in the store, in the place of those of the same layer and class.
 
         Raises ConvscopeError for a network with other weights, and where the store is not in a folder on a disk.
         """
-        return result.save(place(self, result))
+        return result.save(save_path(self, result))
 
-    def concepts(self) -> list[Kept]:
+    def concepts(self) -> list[SavedResult]:
         """The concepts that are kept here, by class, then by layer."""
         return self._concepts.items()
 
-    def atlases(self) -> list[Kept]:
+    def atlases(self) -> list[SavedResult]:
         """The atlases that are kept here, by layer, then by class; those of no class first."""
         return self._atlases.items()
 
     # --- what the pages are made from ----------------------------------------------------------------------------
 
-    def at(self, row: int) -> tuple[str, int]:
+    def unit_at_row(self, row: int) -> tuple[str, int]:
         """Layer and unit of a row of the units table."""
         place = int(np.searchsorted(list(self._starts.values()), row, side="right")) - 1
         return self.layers[place], row - self._starts[self.layers[place]]
@@ -181,7 +181,7 @@ class Store:
         return self._sample.read(start, start + self.unit_counts[layer])
 
     @cached_property
-    def sample_pictures(self) -> np.ndarray:
+    def sample_images(self) -> np.ndarray:
         """Ids of the pictures in the sample, int64 (R,)."""
         return self.folder.read_array("sample_pictures.npy")
 
@@ -190,7 +190,7 @@ class Store:
         """Number of usable pictures of each of the data set's classes, int64 (K,)."""
         return self.folder.read_array("class_counts.npy")
 
-    def top_pictures(self, layer: str, start: int, stop: int) -> np.ndarray:
+    def top_images(self, layer: str, start: int, stop: int) -> np.ndarray:
         """Ids of the best pictures of some units of a layer, int64 (stop - start, k), best first; -1: none."""
         groups = self._groups(self._topk, layer, start, stop)
         table = self._topk.read(groups, ["unit", "kind", "rank", "picture"])
@@ -202,10 +202,10 @@ class Store:
         found[unit[inside] - start, rank[inside]] = picture[inside]
         return found
 
-    def standings(self, picture: int) -> list[Standing]:
+    def unit_ranks(self, picture: int) -> list[UnitRank]:
         """Units among whose best pictures one is: best rank first, ties in the order of the units table."""
         compute = require_extra("pyarrow.compute")
-        found: list[Standing] = []
+        found: list[UnitRank] = []
         columns = ["layer", "unit", "kind", "rank", "value", "picture", *SIDES]
         for start in range(0, self._topk.groups, CHUNK):
             table = self._topk.read(range(start, min(start + CHUNK, self._topk.groups)), columns)
@@ -213,10 +213,10 @@ class Store:
             for row in here:
                 if row["kind"] == "top":
                     box = (row["top"], row["left"], row["bottom"], row["right"])
-                    found.append(Standing(row["layer"], row["unit"], row["rank"], row["value"], box))
+                    found.append(UnitRank(row["layer"], row["unit"], row["rank"], row["value"], box))
         return sorted(found, key=lambda standing: standing.rank)
 
-    def facts(self, pictures: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def image_rows(self, pictures: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of pictures.parquet, in the order asked for; only the row groups that hold them are read."""
         bounds = self._pictures.bounds("picture")
         lows = [low for low, _ in bounds]
@@ -229,9 +229,9 @@ class Store:
                 found[row["picture"]] = row
         return [found[int(picture)] for picture in pictures]
 
-    def view(self, picture: int) -> View:
+    def view(self, picture: int) -> ImageView:
         """A picture to look at: the original if it can still be read, else its thumbnail."""
-        return view(self, self.facts([picture], _FACTS)[0])
+        return view(self, self.image_rows([picture], _FACTS)[0])
 
     def _groups(self, table: ParquetTable, layer: str, start: int, stop: int) -> list[int]:
         """Row groups with any of the units `start` up to `stop` of a layer."""
@@ -250,7 +250,7 @@ class Store:
 
 
 @dataclass(frozen=True, eq=False)
-class UnitPage(Drawn):
+class UnitPage(HasFigure):
     """Everything about a unit."""
 
     store: Store = field(repr=False)
@@ -289,13 +289,13 @@ class UnitPage(Drawn):
         if n is not None and n < 1:
             raise ConvscopeError(f"n is {n}; expected a whole number from 1 up, or None for all")
         rows = [row for row in self._places.to_pylist() if row["kind"] == kind][:n]
-        facts = self.store.facts([row["picture"] for row in rows], _FACTS)
+        facts = self.store.image_rows([row["picture"] for row in rows], _FACTS)
         items = (_example(self.store, row, fact) for row, fact in zip(rows, facts, strict=True))
         return Examples(self.layer, self.unit, kind, tuple(items))
 
     def pattern(self) -> Image.Image | None:
         """What `convscope patterns --layers ... -o STORE` drew for it; None where it was not drawn."""
-        return drawn(self.store, self.layer, self.unit)
+        return load_pattern(self.store, self.layer, self.unit)
 
     def classes(self, n: int = 5) -> list[ClassMean]:
         """The data set's classes on whose pictures it is most active, highest mean first; none without labels."""
@@ -305,14 +305,14 @@ class UnitPage(Drawn):
         means = self.store._class_means.read(self.row, self.row + 1)[0]
         return [
             ClassMean(labels[c], int(c), float(means[c]), int(self.store.class_counts[c]))
-            for c in queries.telling(means, n)
+            for c in queries.top_classes(means, n)
         ]
 
-    def similar(self, n: int = 10) -> list[Relative]:
+    def similar(self, n: int = 10) -> list[UnitCorrelation]:
         """Units of any layer that fire on the same pictures: highest r first, ties in the order of the units table."""
         source = self.store._sample
         own = source.read(self.row, self.row + 1)
-        seen = queries.used(own)
+        seen = queries.valid_columns(own)
         z = queries.standardised(own[:, seen])
         count = sum(self.store.unit_counts.values())
         parts = [
@@ -321,24 +321,24 @@ class UnitPage(Drawn):
         ]
         r = np.concatenate(parts)
         r[self.row] = np.nan
-        return [Relative(*self.store.at(int(i)), float(r[i])) for i in queries.strongest(r, n)]
+        return [UnitCorrelation(*self.store.unit_at_row(int(i)), float(r[i])) for i in queries.top_k(r, n)]
 
-    def coactive(self, n: int = 10) -> list[Relative]:
+    def coactive(self, n: int = 10) -> list[UnitCorrelation]:
         """Units of the same layer that fire on the same pictures, up to the ten that are kept."""
         told = self.statistics
         pairs = zip(told["coactive"][:n], told["coactivation"][:n], strict=True)
-        return [Relative(self.layer, unit, r) for unit, r in pairs]
+        return [UnitCorrelation(self.layer, unit, r) for unit, r in pairs]
 
 
 def _example(store: Store, row: Mapping[str, Any], fact: dict[str, Any]) -> Example:
     box = (row["top"], row["left"], row["bottom"], row["right"])
     edges = tuple(fact[f"box_{side}"] for side in SIDES)
     place = (row["value"], row["picture"], fact["name"], row["row"], row["column"])
-    return Example(*place, box, laid(box, edges, store.input_size), store, fact)
+    return Example(*place, box, scale_box(box, edges, store.input_size), store, fact)
 
 
 @dataclass(frozen=True, eq=False)
-class PicturePage(Drawn):
+class ImagePage(HasFigure):
     """Everything about a picture."""
 
     store: Store = field(repr=False)
@@ -347,7 +347,7 @@ class PicturePage(Drawn):
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Its row of the pictures table."""
-        return self.store.facts([self.id])[0]
+        return self.store.image_rows([self.id])[0]
 
     @property
     def name(self) -> str:
@@ -387,10 +387,10 @@ class PicturePage(Drawn):
         """The picture at its own size. Raises ConvscopeError where it cannot be read, or is another one by now."""
         return original(self.store, self.facts, self.thumbnail())
 
-    def view(self) -> View:
+    def view(self) -> ImageView:
         """The picture to look at: the original or, failing that, the thumbnail at the original's proportions."""
         return view(self.store, self.facts)
 
-    def units(self, n: int | None = 10) -> list[Standing]:
+    def units(self, n: int | None = 10) -> list[UnitRank]:
         """Units among whose best pictures it is: best rank first, ties in the order of the units table; None: all."""
-        return self.store.standings(self.id)[:n]
+        return self.store.unit_ranks(self.id)[:n]

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.attribution.context import Question
-from convscope.attribution.methods.gradient import LINEAR, together
+from convscope.attribution.context import MethodContext
+from convscope.attribution.methods.gradient import LINEAR, grad_batch_size
 from convscope.engine.batching import balanced_chunks
 
 
-def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
+def full_grad(question: MethodContext) -> tuple[Tensor, dict[str, Tensor]]:
     """M = psi(dS/dx x) + sum_l sum_c psi(dS/db_l b_l)_c  over the layers l with places. Unsigned.
 
     Srinivas & Fleuret, Full-Gradient Representation for Neural Network Visualization, NeurIPS 2019, equation 9; psi
@@ -37,24 +37,24 @@ def full_grad(question: Question) -> tuple[Tensor, dict[str, Tensor]]:
     x = question.x
     maps, errors = [], []
     channels = 1 if getattr(question.model.adapter, "channels_first", True) else -1
-    for part in balanced_chunks(range(len(x)), together(question)):
+    for part in balanced_chunks(range(len(x)), grad_batch_size(question)):
         at = slice(part[0], part[-1] + 1)
-        heard = _Heard(len(part), x.shape[2:], channels)
+        heard = _BiasCollector(len(part), x.shape[2:], channels)
         with heard:
             leaf, scores = question.forward(x[at], torch.arange(at.start, at.stop, device=x.device))
         found, total = [], []
         for gradient in question.backward(leaf, scores):
-            heard.take(x[at], 1, gradient)
+            heard.accumulate(x[at], 1, gradient)
             found.append(heard.map)
             total.append(heard.total)
             heard.begin()
         maps.append(torch.stack(found, 1))
         errors.append(scores.detach() - torch.stack(total, 1).to(scores))
-        question.tell(at.stop / len(x))
+        question.report_progress(at.stop / len(x))
     return torch.cat(maps), {"completeness_error": torch.cat(errors)}
 
 
-class _Heard(TorchFunctionMode):
+class _BiasCollector(TorchFunctionMode):
     """Hears of every bias while a batch of `count` pictures runs, and adds up what it contributes on the way back.
 
     `channels` is the dimension of the channels where a function does not tell.
@@ -73,7 +73,7 @@ class _Heard(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0].strip("_")
-        name = SAME.get(name, name)
+        name = FUNCTION_ALIASES.get(name, name)
         pair = _Pair.of(name, args, kwargs)
         if self.centred is not None and name != "get" and _among(self.centred[0], args, kwargs):
             goes_on = pair is not None and pair.x is self.centred[0] and not pair.begins and not pair.inverts
@@ -84,11 +84,11 @@ class _Heard(TorchFunctionMode):
             if name in _LAYERS:
                 position, channels = _LAYERS[name]
                 bias = args[position] if len(args) > position else kwargs.get("bias")
-                self.hear(output, _column(bias, output.ndim, channels), channels)
+                self.add_bias(output, _column(bias, output.ndim, channels), channels)
             elif name == "batch_norm":
-                self.hear(output, _of_batch_norm(func, args, kwargs), 1)
+                self.add_bias(output, _of_batch_norm(func, args, kwargs), 1)
             elif name in _BOUNDS:
-                self.hear(output, _saturated(name, output, args[1:], kwargs), self.channels)
+                self.add_bias(output, _saturated(name, output, args[1:], kwargs), self.channels)
             elif pair is not None:
                 self.follow(pair, output)
         return output
@@ -106,20 +106,20 @@ class _Heard(TorchFunctionMode):
         else:
             if before is not None:
                 self.centred = None
-            self.hear(output, pair.other if before is None else before + pair.other, self.channels)
+            self.add_bias(output, pair.other if before is None else before + pair.other, self.channels)
 
     def flush(self) -> None:
         """What was taken off is a bias by itself, where nothing was put on behind it."""
         if self.centred is not None:
-            self.hear(*self.centred, self.channels)
+            self.add_bias(*self.centred, self.channels)
             self.centred = None
 
-    def hear(self, output: Tensor, bias: Tensor | None, channels: int) -> None:
+    def add_bias(self, output: Tensor, bias: Tensor | None, channels: int) -> None:
         if bias is not None:
             # Belongs to this value of the tensor; what is written into it later does not see the hook.
-            output.register_hook(partial(self.take, bias.detach(), channels))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self.accumulate, bias.detach(), channels))  # type: ignore[no-untyped-call]
 
-    def take(self, bias: Tensor, channels: int, gradient: Tensor) -> None:
+    def accumulate(self, bias: Tensor, channels: int, gradient: Tensor) -> None:
         term = gradient.float() * bias
         self.total = self.total + term.reshape(self.count, -1).sum(1)
         if term.ndim == 2 + len(self.size):
@@ -172,7 +172,7 @@ _LAYERS = {
 _BOUNDS: dict[str, tuple[Any, Any]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
 """Functions that cut off, and where unless they are told."""
 
-SAME = {
+FUNCTION_ALIASES = {
     **{"clip": "clamp", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"},
     **{"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "truediv": "div", "itruediv": "div"},
 }

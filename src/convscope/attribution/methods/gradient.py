@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import Question
+from convscope.attribution.context import MethodContext
 from convscope.attribution.methods import relu_rules
 from convscope.attribution.methods.cam import grad_cam
 from convscope.engine import capture
@@ -25,7 +25,7 @@ from convscope.errors import ConvscopeError
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation, by the number of spatial axes
 
 
-def saliency(question: Question) -> Tensor:
+def saliency(question: MethodContext) -> Tensor:
     """M = max_c |G_c|: how strongly the score reacts to each place, whichever way. Unsigned.
 
     Simonyan et al., Deep Inside Convolutional Networks, ICLR workshop 2014, section 3.1.
@@ -33,7 +33,7 @@ def saliency(question: Question) -> Tensor:
     return _strongest(_gradient(question))
 
 
-def input_x_gradient(question: Question) -> Tensor:
+def input_x_gradient(question: MethodContext) -> Tensor:
     """M = sum_c x_c G_c: what the score would lose, to first order, if the place were set to 0. Signed.
 
     Shrikumar et al., Not Just a Black Box, 2016; Ancona et al., ICLR 2018, table 1. The sum over channels keeps the
@@ -42,7 +42,7 @@ def input_x_gradient(question: Question) -> Tensor:
     return (question.x.unsqueeze(1) * _gradient(question)).sum(2)
 
 
-def smooth_grad(question: Question, *, samples: int = 50, noise: float = 0.15) -> Tensor:
+def smooth_grad(question: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
     """M = max_c |1/n sum_i G_c(x + e_i)|  with  e_i ~ N(0, s^2),  s = noise (max x - min x). Unsigned.
 
     Smilkov et al., SmoothGrad, 2017: equation in section 3, noise level and n = 50 from section 3.2. What is averaged
@@ -52,7 +52,7 @@ def smooth_grad(question: Question, *, samples: int = 50, noise: float = 0.15) -
     return _strongest(mean)
 
 
-def var_grad(question: Question, *, samples: int = 50, noise: float = 0.15) -> Tensor:
+def var_grad(question: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
     """M = sum_c Var_i G_c(x + e_i), the variance over noisy copies e_i as in `smooth_grad`. Unsigned.
 
     Adebayo et al., Local Explanation Methods for Deep Neural Networks Lack Sensitivity to Parameter Values, ICLR
@@ -63,7 +63,7 @@ def var_grad(question: Question, *, samples: int = 50, noise: float = 0.15) -> T
 
 
 def integrated_gradients(
-    question: Question, *, steps: int = 32, baseline: Any = 0.0
+    question: MethodContext, *, steps: int = 32, baseline: Any = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c (x_c - x'_c) int_0^1 G_c(x' + a (x - x')) da: the way from a baseline x' to x. Signed.
 
@@ -81,7 +81,7 @@ def integrated_gradients(
     def along(x: Tensor, _: Tensor) -> Iterator[Tensor]:
         return (start + (1 + node) / 2 * (x - start) for node in nodes)
 
-    total = x.new_zeros(question.count, *x.shape, dtype=torch.float32)
+    total = x.new_zeros(question.num_targets, *x.shape, dtype=torch.float32)
     for at, first, gradients in _passes(question, steps, along):
         share = torch.as_tensor(weights[first : first + gradients.shape[1]] / 2).to(gradients)
         total[:, at] += torch.tensordot(share, gradients, ([0], [1]))
@@ -91,25 +91,25 @@ def integrated_gradients(
     return maps, {"completeness_error": maps.flatten(2).sum(2) - gain}
 
 
-def guided_backprop(question: Question) -> Tensor:
+def guided_backprop(question: MethodContext) -> Tensor:
     """M = sum_c of the gradient under the rule  R_in = 1[out > 0] relu(R_out)  at every rectifier. Signed.
 
     Springenberg et al., Striving for Simplicity, ICLR workshop 2015, section 3.4 and figure 1. The paper shows the
     result (C, ...) as a picture in colours; for a map the channels are summed up. See `rectifiers` for what has a rule.
     """
-    return _gradient(relu_rules.under(question, relu_rules.guided_backprop)).sum(2)
+    return _gradient(relu_rules.with_relu_rule(question, relu_rules.guided_backprop)).sum(2)
 
 
-def deconvnet(question: Question) -> Tensor:
+def deconvnet(question: MethodContext) -> Tensor:
     """M = sum_c of the gradient under the rule  R_in = relu(R_out)  at every rectifier. Signed.
 
     Zeiler & Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014, section 2.1: in the way back
     signals are rectified by themselves, not by what the rectifier let through. Shown and summed up as guided_backprop.
     """
-    return _gradient(relu_rules.under(question, relu_rules.deconvnet)).sum(2)
+    return _gradient(relu_rules.with_relu_rule(question, relu_rules.deconvnet)).sum(2)
 
 
-def guided_grad_cam(question: Question) -> Tensor:
+def guided_grad_cam(question: MethodContext) -> Tensor:
     """M = relu(Grad-CAM at the layer, upsampled) times guided backpropagation, summed over channels. Signed.
 
     Selvaraju et al., Grad-CAM, ICCV 2017, section 3.3: bilinear interpolation to the size of the input, and a product
@@ -134,7 +134,7 @@ Copies = Callable[[Tensor, Tensor], Iterator[Tensor]]
 """From pictures (P, C, ...) and the range of values of each, (P, 1, ...): changed copies of all of them."""
 
 
-def together(question: Question) -> int:
+def grad_batch_size(question: MethodContext) -> int:
     """Inputs whose gradients are taken in one pass: what fits into memory, no more than is quick, a fixed batch full.
 
     But two at least: a lone input takes other kernels, whose rounding switches other rectifiers.
@@ -144,13 +144,13 @@ def together(question: Question) -> int:
     return max(2, min(question.size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel()))))
 
 
-def _gradient(question: Question) -> Tensor:
+def _gradient(question: MethodContext) -> Tensor:
     """The gradient at the pictures themselves, (B, T, C, ...)."""
     found = [gradients[:, 0] for _, _, gradients in _passes(question, 1, lambda x, _: iter([x]))]
     return torch.cat(found, 1).transpose(0, 1)
 
 
-def _moments(question: Question, samples: int, noise: float) -> tuple[Tensor, Tensor]:
+def _moments(question: MethodContext, samples: int, noise: float) -> tuple[Tensor, Tensor]:
     """Mean and variance (1/n) of the gradient over noisy copies, (B, T, C, ...) each.
 
     In parts, as by Chan et al. 1979: sums of squares would cancel out.
@@ -162,7 +162,7 @@ def _moments(question: Question, samples: int, noise: float) -> tuple[Tensor, Te
         for _ in range(samples):
             yield x + noise * spread * torch.randn(x.shape[1:], generator=draw).to(x)
 
-    mean = question.x.new_zeros(question.count, *question.x.shape, dtype=torch.float32)
+    mean = question.x.new_zeros(question.num_targets, *question.x.shape, dtype=torch.float32)
     squares = torch.zeros_like(mean)
     for at, before, gradients in _passes(question, samples, noisy):
         count = gradients.shape[1]
@@ -173,12 +173,12 @@ def _moments(question: Question, samples: int, noise: float) -> tuple[Tensor, Te
     return mean.transpose(0, 1), squares.transpose(0, 1) / samples
 
 
-def _passes(question: Question, count: int, copies: Copies) -> Iterator[tuple[slice, int, Tensor]]:
+def _passes(question: MethodContext, count: int, copies: Copies) -> Iterator[tuple[slice, int, Tensor]]:
     """Gradients at `count` copies of each picture, as many at once as are quick.
 
     Each time: which pictures, how many of their copies were done before, and the gradients (T, k, P, C, ...) at k more.
     """
-    x, most, done = question.x, together(question), 0
+    x, most, done = question.x, grad_batch_size(question), 0
     spread = x.amax(tuple(range(1, x.ndim)), keepdim=True) - x.amin(tuple(range(1, x.ndim)), keepdim=True)
     for part in balanced_chunks(range(len(x)), most):
         at = slice(part[0], part[-1] + 1)
@@ -189,14 +189,14 @@ def _passes(question: Question, count: int, copies: Copies) -> Iterator[tuple[sl
             gradients, _ = question.gradients(inputs, rows.repeat(len(these)))
             yield at, these[0], gradients.reshape(-1, len(these), len(part), *x.shape[1:])
             done += len(inputs)
-            question.tell(done / (count * len(x)))
+            question.report_progress(done / (count * len(x)))
 
 
 def _strongest(gradient: Tensor) -> Tensor:
     return gradient.abs().amax(2)
 
 
-def _baseline(question: Question, baseline: Any) -> Tensor:
+def _baseline(question: MethodContext, baseline: Any) -> Tensor:
     """(1, C, ...), in the network's input space."""
     x = question.x[:1]
     if isinstance(baseline, str):

@@ -28,10 +28,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from convscope.attribution.context import Question
-from convscope.attribution.methods.full_grad import SAME
-from convscope.attribution.methods.gradient import together
-from convscope.attribution.methods.relu_rules import CUTS, SMOOTH, straight
+from convscope.attribution.context import MethodContext
+from convscope.attribution.methods.full_grad import FUNCTION_ALIASES
+from convscope.attribution.methods.gradient import grad_batch_size
+from convscope.attribution.methods.relu_rules import RELU_LIKE, OTHER_ACTIVATIONS, straight_through
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import ForwardResult
@@ -41,7 +41,7 @@ from convscope.errors import ConvscopeError
 EPSILON = 1e-6  # of sums, averages and rules that have none of their own; keeps fractions finite
 
 
-def lrp_epsilon(question: Question, *, epsilon: float = 1e-6) -> tuple[Tensor, dict[str, Tensor]]:
+def lrp_epsilon(question: MethodContext, *, epsilon: float = 1e-6) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c R_c at the input, the epsilon rule at every layer. Signed.
 
     Bach et al., PLOS ONE 2015, equation 58. "conservation_error" (B, T) is the sum of the map minus the score: what
@@ -51,7 +51,7 @@ def lrp_epsilon(question: Question, *, epsilon: float = 1e-6) -> tuple[Tensor, d
     return _relevance(question, lambda layer, first: rules.Epsilon(epsilon=epsilon))
 
 
-def lrp_gamma(question: Question, *, gamma: float = 0.25, epsilon: float = 1e-6) -> tuple[Tensor, dict[str, Tensor]]:
+def lrp_gamma(question: MethodContext, *, gamma: float = 0.25, epsilon: float = 1e-6) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c R_c: z-box at the first convolution, gamma at all others, epsilon at linear layers. Signed.
 
     Montavon et al., Layer-Wise Relevance Propagation: An Overview, 2019, section 10.3; zennit's `EpsilonGammaBox`. The
@@ -71,7 +71,7 @@ def lrp_gamma(question: Question, *, gamma: float = 0.25, epsilon: float = 1e-6)
     return _relevance(question, rule)
 
 
-def lrp_zplus(question: Question, *, epsilon: float = 1e-6, biases: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+def lrp_zplus(question: MethodContext, *, epsilon: float = 1e-6, biases: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c R_c: z-plus at every convolution, epsilon at linear layers. Signed.
 
     Montavon et al., Explaining Nonlinear Classification Decisions with Deep Taylor Decomposition, 2017, section 4.1;
@@ -95,11 +95,11 @@ def _rules() -> Any:
         raise ConvscopeError("lrp needs zennit, which is not installed; pip install 'convscope[lrp]'") from error
 
 
-def _relevance(question: Question, rule: Callable[[nn.Module, bool], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def _relevance(question: MethodContext, rule: Callable[[nn.Module, bool], Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """The relevance at the input. At the output it is what each logit adds to the score: its value times dS/d logit."""
     if question.model.adapter.name != "torch":
         raise ConvscopeError("lrp needs a network of PyTorch's own layers; this is a Keras model: try full-grad")
-    x, most = question.x, together(question)
+    x, most = question.x, grad_batch_size(question)
     module = copy.deepcopy(question.model.module)
     maps: list[Tensor] = []
     errors: list[Tensor] = []
@@ -107,7 +107,7 @@ def _relevance(question: Question, rule: Callable[[nn.Module, bool], Any]) -> tu
         capture.capture_layers(replace(question.model, module=module, loaded_by_convscope=False), []) as run,
         ExitStack() as stack,
     ):
-        found = _Found(module, x[:most])
+        found = _LayerGraph(module, x[:most])
         with found, torch.no_grad():
             before = question.chosen.scores(run(x[:most]), torch.arange(len(x[:most]), device=x.device))
         found.merge()
@@ -117,19 +117,19 @@ def _relevance(question: Question, rule: Callable[[nn.Module, bool], Any]) -> tu
             at = slice(part[0], part[-1] + 1)
             with torch.enable_grad():
                 leaf = x[at].detach().requires_grad_()
-                with _Handing():
+                with _LrpMode():
                     seen = run(leaf.clone())
                 scores = question.chosen.scores(seen, torch.arange(at.start, at.stop, device=x.device))
             if at.start == 0:
                 _require_same(before[: len(scores)], scores)
-            found_here = torch.stack([m.sum(1) for m in _handed_back(leaf, seen, scores)], 1)
+            found_here = torch.stack([m.sum(1) for m in _backward_relevance(leaf, seen, scores)], 1)
             maps.append(found_here)
             errors.append(found_here.flatten(2).sum(2) - scores.detach().to(found_here))
-            question.tell(at.stop / len(x))
+            question.report_progress(at.stop / len(x))
     return torch.cat(maps), {"conservation_error": torch.cat(errors)}
 
 
-def _handed_back(leaf: Tensor, seen: ForwardResult, scores: Tensor) -> Iterator[Tensor]:
+def _backward_relevance(leaf: Tensor, seen: ForwardResult, scores: Tensor) -> Iterator[Tensor]:
     """The relevance at the input (M, C, ...), target by target."""
     ends: list[Tensor] = []
     map_tensors(seen.output, lambda tensor: ends.append(tensor) or tensor)  # type: ignore[func-returns-value]
@@ -155,7 +155,7 @@ def _require_same(before: Tensor, after: Tensor) -> None:
         )
 
 
-class _Found:
+class _LayerGraph:
     """What the rules need to know of a network, from one pass: its layers, which of them sees the pictures themselves,
     and behind which of them a batch normalisation follows at once."""
 
@@ -218,7 +218,7 @@ def _merge(layer: Any, norm: Any) -> None:
     norm.running_mean, norm.running_var = torch.zeros_like(scale), torch.ones_like(scale)
 
 
-class _Handing(TorchFunctionMode):
+class _LrpMode(TorchFunctionMode):
     """While active, what is no layer hands relevance back: sums and averages to their terms, activations as it comes.
 
     So do products with numbers, which would scale it otherwise. To what is added and does not depend on the picture
@@ -230,7 +230,7 @@ class _Handing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = getattr(func, "__name__", "").partition(".")[0]
-        name = SAME.get(given.strip("_"), given.strip("_"))
+        name = FUNCTION_ALIASES.get(given.strip("_"), given.strip("_"))
         tensors = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
         if not tensors or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -240,7 +240,7 @@ class _Handing(TorchFunctionMode):
                 "statistics, squeeze-and-excitation, attention); try full-grad or integrated-gradients"
             )
         if name in _PASS:
-            return straight(func, args[0], args[1:], kwargs, _as_it_comes)
+            return straight_through(func, args[0], args[1:], kwargs, _as_it_comes)
         if name in _LINEAR or (name in ("add", "sub") and len(tensors) > 1):
             return _shared_out(func, args, kwargs, given.startswith("__i") or (given.endswith("_") and given[0] != "_"))
         return func(*args, **kwargs)
@@ -257,11 +257,11 @@ def _shared_out(func: Any, args: Sequence[Any], kwargs: Any, in_place: bool) -> 
         output: Tensor = func(*filled, **kwargs)
         return output
 
-    shared: Tensor = _Shares.apply(call, *(args[i] for i in at))
+    shared: Tensor = _EpsilonRule.apply(call, *(args[i] for i in at))
     return args[0].copy_(shared) if in_place else shared
 
 
-class _Shares(torch.autograd.Function):
+class _EpsilonRule(torch.autograd.Function):
     """y = call(*x), linear; on the way back  R_x = x dy/dx R_y / (y + eps sign y)."""
 
     @staticmethod
@@ -286,6 +286,6 @@ _LINEAR = frozenset(
     {"mean", "sum", "neg", "mul", "div", "rsub"}
     | {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
 )
-_PASS = frozenset({"batch_norm", *CUTS, *SMOOTH})
+_PASS = frozenset({"batch_norm", *RELU_LIKE, *OTHER_ACTIVATIONS})
 _PRODUCTS = frozenset({"mul", "div", "matmul", "bmm", "einsum"})
 _REFUSED = frozenset({"layer_norm", "group_norm", "instance_norm", "scaled_dot_product_attention"})

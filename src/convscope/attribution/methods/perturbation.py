@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import Question
+from convscope.attribution.context import MethodContext
 from convscope.engine.batching import balanced_chunks
 from convscope.errors import ConvscopeError
 
 Scores = Callable[[Tensor], Tensor]  # of M inputs or maps: (M, T)
 
 
-def score_cam(question: Question) -> Tensor:
+def score_cam(question: MethodContext) -> Tensor:
     """Maps weighed by what the picture scores seen through each of them: softmax_k(f(x o H_k) - f(0)), summed over k.
 
     H_k is map k, brought to the picture's size linearly and then to [0, 1] by its extremes. A map that is the same
@@ -32,7 +32,7 @@ def score_cam(question: Question) -> Tensor:
 
     Wang et al., Score-CAM, CVPR workshops 2020: channel-wise increase of confidence, algorithm 1.
     """
-    maps, found = question.maps(), []
+    maps, found = question.layer_activations(), []
     for picture, own in enumerate(maps):
         x = question.x[picture]
         if own.ndim != x.ndim:
@@ -44,15 +44,15 @@ def score_cam(question: Question) -> Tensor:
         def seen_through(part: Sequence[int], masks: Tensor = masks, x: Tensor = x) -> Tensor:
             return x * _unit(_resized(masks[part[0] : part[-1] + 1, None], x.shape[1:])).to(x.dtype)
 
-        scores, size = question.evaluator(picture), question.quick_size
-        shown = _asked(question, picture, len(masks), seen_through, scores, size)
-        increase = shown.new_zeros(len(own), question.count)
+        scores, size = question.score_fn(picture), question.cache_batch_size
+        shown = _score_chunks(question, picture, len(masks), seen_through, scores, size)
+        increase = shown.new_zeros(len(own), question.num_targets)
         increase[varied] = shown[1:] - shown[:1]
         found.append(torch.tensordot(increase.softmax(0), own, dims=([0], [0])))
     return torch.stack(found)
 
 
-def ablation_cam(question: Question) -> Tensor:
+def ablation_cam(question: MethodContext) -> Tensor:
     """Maps weighed by the share of the score that goes with each of them: (y - y_k) / y, channel k being 0 in y_k.
 
     Only what lies behind the layer runs again. A channel that is 0 already has the weight 0 and takes no pass. Where y
@@ -60,7 +60,7 @@ def ablation_cam(question: Question) -> Tensor:
 
     Desai and Ramaswamy, Ablation-CAM, WACV 2020, the slope of the score; their rectifier is left to the viewer.
     """
-    maps, found = question.maps(), []
+    maps, found = question.layer_activations(), []
     for picture, own in enumerate(maps):
         channels = len(own)
         alive = own.flatten(1).any(1).nonzero()[:, 0]
@@ -71,17 +71,17 @@ def ablation_cam(question: Question) -> Tensor:
             left.scatter_(1, off[part[0] : part[-1] + 1, None], 0)
             return own * left[:, :-1].reshape(len(part), len(own), *[1] * (own.ndim - 1))
 
-        with question.behind(picture) as scores:
-            left = _asked(question, picture, len(off), ablated, scores, question.size)
+        with question.from_layer(picture) as scores:
+            left = _score_chunks(question, picture, len(off), ablated, scores, question.size)
         whole = left[:1]
-        slope = left.new_zeros(channels, question.count)
+        slope = left.new_zeros(channels, question.num_targets)
         slope[alive] = (whole - left[1:]) / torch.where(whole == 0, 1, whole)
         found.append(torch.tensordot(slope, own, dims=([0], [0])))
     return torch.stack(found)
 
 
 def occlusion(
-    question: Question,
+    question: MethodContext,
     *,
     window: int | Sequence[int] | None = None,
     stride: int | Sequence[int] | None = None,
@@ -116,8 +116,8 @@ def occlusion(
                 mask[0] = False
             return torch.where(mask[:, None], blank, x)
 
-        scores, size = question.evaluator(picture), question.quick_size
-        left = _asked(question, picture, 1 + math.prod(steps), hidden, scores, size)
+        scores, size = question.score_fn(picture), question.cache_batch_size
+        left = _score_chunks(question, picture, 1 + math.prod(steps), hidden, scores, size)
         drops = (left[:1] - left[1:]).T.reshape(-1, *steps).cpu().double()
         for cover in covers:  # axis by axis, each of which moves to the end
             share = cover.cpu().double() / cover.cpu().sum(0)
@@ -127,7 +127,7 @@ def occlusion(
 
 
 def rise(
-    question: Question,
+    question: MethodContext,
     *,
     samples: int = 4000,
     cells: int | Sequence[int] = 7,
@@ -154,19 +154,19 @@ def rise(
         )
     found = []
     for picture, x in enumerate(question.x):
-        scores, draw = question.evaluator(picture, probability), question.generator()
-        own = _Running(question.count, sides, keep)
+        scores, draw = question.score_fn(picture, probability), question.generator()
+        own = _RunningMean(question.num_targets, sides, keep)
         for begun in range(0, samples, CHECKED):
             count = min(CHECKED, samples - begun)
             drawn, shifts = _drawn(count, grid, sides, keep, draw)
-            for part in balanced_chunks(range(count), question.quick_size):
+            for part in balanced_chunks(range(count), question.cache_batch_size):
                 rows = slice(part[0], part[-1] + 1)
-                masks = _grown(drawn[rows], [shift[rows] for shift in shifts], sides)
+                masks = _upsample_masks(drawn[rows], [shift[rows] for shift in shifts], sides)
                 own.add(scores(x * masks.to(x)[:, None]).cpu(), masks)
-                question.tell((picture + (begun + part[-1] + 1) / samples) / len(question.x))
+                question.report_progress((picture + (begun + part[-1] + 1) / samples) / len(question.x))
             if own.settled(tolerance):
                 break
-        question.tell((picture + 1) / len(question.x))
+        question.report_progress((picture + 1) / len(question.x))
         found.append(own)
     more = {
         "standard_error": torch.stack([own.error() for own in found]).float(),
@@ -178,7 +178,7 @@ def rise(
 CHECKED = 100  # masks between two looks at the standard error, whatever fits into memory at once
 
 
-class _Running:
+class _RunningMean:
     """The mean of score times mask, over p, and its standard error; targets that are done take no more."""
 
     def __init__(self, targets: int, sides: Sequence[int], keep: float) -> None:
@@ -222,7 +222,7 @@ def _drawn(
     return cells, [torch.randint(-(-side // n), (count,), generator=draw) for side, n in zip(sides, grid, strict=True)]
 
 
-def _grown(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+def _upsample_masks(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
     """Grids (M, ...) enlarged linearly by one cell more than the picture, of which `shifts` (M,) are cut off."""
     for side, shift in zip(sides, shifts, strict=True):  # axis by axis, each of which moves to the end
         n = cells.shape[1]
@@ -232,14 +232,14 @@ def _grown(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Ten
     return cells
 
 
-def _asked(
-    question: Question, picture: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
+def _score_chunks(
+    question: MethodContext, picture: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
 ) -> Tensor:
     """The scores (count, T) of as many inputs, made `size` at a time; tells how far it is."""
     found = []
     for part in balanced_chunks(range(count), size):
         found.append(scores(make(part)))
-        question.tell((picture + (part[-1] + 1) / count) / len(question.x))
+        question.report_progress((picture + (part[-1] + 1) / count) / len(question.x))
     return torch.cat(found)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.attribution.context import Question
+from convscope.attribution.context import MethodContext
 from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError
 
@@ -35,10 +35,10 @@ def guided_backprop(
 
 def deconvnet(function: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """R_in = relu(R_out), whatever x was."""
-    return straight(function, x, args, kwargs, _positive)
+    return straight_through(function, x, args, kwargs, _positive)
 
 
-def straight(
+def straight_through(
     function: Callable[..., Tensor],
     x: Tensor,
     args: Sequence[Any],
@@ -52,11 +52,11 @@ def straight(
     return x.copy_(passed) if output.data_ptr() == still.data_ptr() else passed
 
 
-def under(question: Question, rule: Rule) -> Question:
+def with_relu_rule(question: MethodContext, rule: Rule) -> MethodContext:
     """The question put to the same network with another rule at its rectifiers. Refused if no rectifier runs."""
 
     def run(x: Tensor) -> ForwardResult:
-        with _Ruled(rule) as ruled:
+        with _ReluRuleMode(rule) as ruled:
             seen = question.run(x)
         if not ruled.changed:
             method = rule.__name__.replace("_", "-")
@@ -70,7 +70,7 @@ def under(question: Question, rule: Rule) -> Question:
     return replace(question, run=run)
 
 
-class _Ruled(TorchFunctionMode):
+class _ReluRuleMode(TorchFunctionMode):
     """While active, rectifiers that gradients pass through follow the rule."""
 
     def __init__(self, rule: Rule) -> None:
@@ -82,12 +82,12 @@ class _Ruled(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "").partition(".")[0].strip("_")
-        if name in SMOOTH:
+        if name in OTHER_ACTIVATIONS:
             self.others.add(name)
-        if name not in CUTS:
+        if name not in RELU_LIKE:
             return func(*args, **kwargs)
         x, *rest = args or (kwargs.pop("input"),)
-        if not (x.requires_grad and torch.is_grad_enabled() and CUTS[name](rest, kwargs)):
+        if not (x.requires_grad and torch.is_grad_enabled() and RELU_LIKE[name](rest, kwargs)):
             return func(x, *rest, **kwargs)
         self.changed += 1
         return self.rule(func, x, rest, kwargs)
@@ -112,7 +112,7 @@ def _threshold(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(at == 0 and value == 0)
 
 
-CUTS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
+RELU_LIKE: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
     "relu": _always,
     "relu6": _always,
     "hardtanh": _from_zero("min_val", -1.0),
@@ -123,7 +123,7 @@ CUTS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
 }
 """Functions that may be rectifiers, and what their arguments must be for it."""
 
-SMOOTH = frozenset(
+OTHER_ACTIVATIONS = frozenset(
     {
         *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "leaky_relu", "logsigmoid", "mish"),
         *("prelu", "rrelu", "selu", "sigmoid", "silu", "softplus", "tanh"),

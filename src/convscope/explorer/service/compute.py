@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.api import heatmaps
-from convscope.decomposition.craft import amounts
+from convscope.decomposition.craft import encode
 from convscope.engine import capture
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -60,7 +60,7 @@ def heat(
             "name": model.class_name(int(k)),
             "logit": float(found.logits[0, t]),
             "layer": found.layer,
-            "why": found.why,
+            "why": found.layer_reason,
             "method": method,
             "against": against,
             "map": packed(found.values[0, t]),
@@ -136,7 +136,7 @@ def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
 
 def concept_heat(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
     """How much of each concept of a bank (R, C) is at each place of maps (C, h, w), float32 (R, h, w)."""
-    found: np.ndarray = amounts(bank, torch.from_numpy(maps)[None])[0].numpy()
+    found: np.ndarray = encode(bank, torch.from_numpy(maps)[None])[0].numpy()
     return found
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
 from convscope.explorer.service import compute
-from convscope.explorer.service.images import MissingError, Picture, encoded
-from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.images import NotFound, Picture, encoded
+from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import plain_name
-from convscope.explorer.urls import Parts, Site
+from convscope.explorer.urls import Parts, UrlBuilder
 from convscope.plotting.figures import coloured, tile
-from convscope.store.saved_results import Kept, numbers
+from convscope.store.saved_results import SavedResult, ids_by_name
 
 PATCH = 96  # pixels of a patch on its sheet
 COLUMNS = 8  # judged pictures side by side on theirs
@@ -33,7 +33,7 @@ Arrays = dict[str, np.ndarray]
 # --- which there are ---
 
 
-def concepts(net: Network, target: int | None = None) -> list[Kept]:
+def concepts(net: Network, target: int | None = None) -> list[SavedResult]:
     """The concepts in the store, of all classes or of one, by class; those of the last layer first."""
     every = [] if net.store is None else net.store.concepts()
     names = list(net.model.layers.names)
@@ -41,28 +41,28 @@ def concepts(net: Network, target: int | None = None) -> list[Kept]:
     return sorted(found, key=lambda one: (one.target, -names.index(one.layer)))
 
 
-def atlases(net: Network) -> list[Kept]:
+def atlases(net: Network) -> list[SavedResult]:
     return [] if net.store is None else net.store.atlases()
 
 
-def concepts_of(net: Network, target: int, layer: str | None = None) -> Kept:
+def concepts_of(net: Network, target: int, layer: str | None = None) -> SavedResult:
     """Those of a class, at a layer if one is named. Raises MissingError where there are none."""
     for one in concepts(net, target):
         if layer in (None, one.layer):
             return one
     where = "" if layer is None else f" at {layer[:80]!r}"
-    raise MissingError(f"no concepts of {net.model.class_name(target)!r}{where} are kept here")
+    raise NotFound(f"no concepts of {net.model.class_name(target)!r}{where} are kept here")
 
 
-def atlas_of(net: Network, name: str) -> Kept:
+def atlas_of(net: Network, name: str) -> SavedResult:
     """Raises MissingError for a name that none has."""
     for one in atlases(net):
         if one.name == name:
             return one
-    raise MissingError(f"no atlas {name[:80]!r} is kept here")
+    raise NotFound(f"no atlas {name[:80]!r} is kept here")
 
 
-def arrays_of(explorer: Explorer, one: Kept) -> Arrays:
+def arrays_of(explorer: Explorer, one: SavedResult) -> Arrays:
     """The arrays, as long as there is room for them."""
     found: Arrays | None = explorer.cache.get(("kept", one.version))
     if found is None:
@@ -71,7 +71,7 @@ def arrays_of(explorer: Explorer, one: Kept) -> Arrays:
     return found
 
 
-def parts_of(net: Network, one: Kept) -> Parts:
+def parts_of(net: Network, one: SavedResult) -> Parts:
     """The parts of an address: of an atlas, or of a class's concepts, of which the first layer needs no name."""
     if one.target is None or one.kind == "atlas":
         return ("m", net.key, "atlas", one.name)
@@ -79,7 +79,7 @@ def parts_of(net: Network, one: Kept) -> Parts:
     return ("m", net.key, "concepts", one.target, *(() if first else (one.layer,)))
 
 
-def links(net: Network, site: Site, target: int | None = None) -> dict[str, Any]:
+def links(net: Network, site: UrlBuilder, target: int | None = None) -> dict[str, Any]:
     """Links to all that is kept; for a class: to its concepts, its own atlases and those of all classes."""
     return {
         "concepts": [
@@ -101,7 +101,7 @@ def links(net: Network, site: Site, target: int | None = None) -> dict[str, Any]
 # --- concepts ---
 
 
-def told_concepts(net: Network, one: Kept, arrays: Arrays) -> dict[str, Any]:
+def told_concepts(net: Network, one: SavedResult, arrays: Arrays) -> dict[str, Any]:
     """The figures of a class's concepts."""
     assert one.target is not None
     told = one.manifest["parameters"]
@@ -138,7 +138,7 @@ def heats(arrays: Arrays) -> list[dict[str, Any]]:
     return [compute.packed(found[:, r].flatten(0, 1).numpy()) for r in range(found.shape[1])]
 
 
-def heat_on(explorer: Explorer, asker: Asker, net: Network, picture: Picture, one: Kept) -> np.ndarray:
+def heat_on(explorer: Explorer, asker: Client, net: Network, picture: Picture, one: SavedResult) -> np.ndarray:
     """How much of each concept is at each place of a picture, float32 (R, h, w)."""
     bank = arrays_of(explorer, one)["bank"]
     return explorer.concept_heat(asker, net, picture, one.layer, bank, one.version)
@@ -170,7 +170,7 @@ def _patch_width(arrays: Arrays) -> int:
 # --- atlases ---
 
 
-def told_atlas(explorer: Explorer, net: Network, one: Kept, arrays: Arrays) -> dict[str, Any]:
+def told_atlas(explorer: Explorer, net: Network, one: SavedResult, arrays: Arrays) -> dict[str, Any]:
     """The figures of an atlas, cell by cell. A picture has a number where the store's data set holds it."""
     told, sources = one.manifest["parameters"], _numbered(explorer, net, one)
     members = [Counter(arrays["sources"][arrays["cell"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
@@ -203,12 +203,12 @@ def told_atlas(explorer: Explorer, net: Network, one: Kept, arrays: Arrays) -> d
     }
 
 
-def _numbered(explorer: Explorer, net: Network, one: Kept) -> list[int | None]:
+def _numbered(explorer: Explorer, net: Network, one: SavedResult) -> list[int | None]:
     """The numbers of an atlas's pictures in the data set of the store."""
     assert net.store is not None
     found: list[int | None] | None = explorer.cache.get(("numbers", one.version))
     if found is None:
-        found = numbers(net.store, one.pictures)
+        found = ids_by_name(net.store, one.pictures)
         explorer.cache.put(("numbers", one.version), found)
     return found
 

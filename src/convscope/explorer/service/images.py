@@ -54,7 +54,7 @@ def unused(key: str, taken: Container[str]) -> str:
     return found
 
 
-class Shelf:
+class ImageRegistry:
     """Pictures by key. Samples stay; of the others, what was looked at last, up to `room` bytes and `most` pictures."""
 
     def __init__(self, *, room: int = ROOM, most: int = MOST) -> None:
@@ -100,10 +100,10 @@ class Shelf:
             if key in self._brought:
                 self._brought.move_to_end(key)
                 return self._brought[key]
-        raise MissingError(f"there is no picture {key[:40]!r} here (any more): drop it onto the page again")
+        raise NotFound(f"there is no picture {key[:40]!r} here (any more): drop it onto the page again")
 
 
-class MissingError(ConvscopeError):
+class NotFound(ConvscopeError):
     """An address that leads nowhere."""
 
 

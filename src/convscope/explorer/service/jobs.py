@@ -13,49 +13,49 @@ from convscope.errors import ConvscopeError
 from convscope.explorer.service.cache import Cache
 
 
-class GoneError(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for this work any more."""
 
 
-class FullError(ConvscopeError):
+class QueueFull(ConvscopeError):
     """The queue takes no more work just now."""
 
 
-class SlowError(ConvscopeError):
+class RequestTimeout(ConvscopeError):
     """The answer did not come in time."""
 
 
-class Asker:
+class Client:
     """Somebody who waits for answers, `seconds` at most in all; `gone` once they no longer do."""
 
     def __init__(self, client: str, seconds: float) -> None:
         self.client, self.gone = client, False
         self._seconds, self._until = seconds, time.monotonic() + seconds
 
-    def wait(self, work: Work) -> Any:
+    def wait(self, work: Job) -> Any:
         """The work's result, or what it raised. Raises GoneError once gone, and SlowError."""
         try:
             while not wait([work.future], timeout=0.1).done:
                 if self.gone:
-                    raise GoneError
+                    raise ClientDisconnected
                 if time.monotonic() > self._until:
-                    raise SlowError(
+                    raise RequestTimeout(
                         f"no answer within {self._seconds:g} s; the explorer is busy, try again in a moment"
                     )
             return work.future.result()
         except CancelledError as error:
-            raise GoneError from error
+            raise ClientDisconnected from error
         finally:
             work.lane.leave(work)
 
 
-class Work:
+class Job:
     """One computation. `run(work)` makes the result; it may `tell` how far it is and `show` what there is so far.
 
     `done` of `total` steps are done (total 0: not known); `shown` is the newest picture on the way, `frame` its number.
     """
 
-    def __init__(self, key: Hashable, run: Callable[[Work], Any], client: str, lane: Lane) -> None:
+    def __init__(self, key: Hashable, run: Callable[[Job], Any], client: str, lane: JobQueue) -> None:
         self.key, self.run, self.client, self.lane = key, run, client, lane
         self.future: Future[Any] = Future()
         self.waiting = 1
@@ -66,14 +66,14 @@ class Work:
     def tell(self, done: float, total: int) -> None:
         """Note the progress. Raises GoneError if nobody waits: the work then ends where it is."""
         if self.waiting == 0:
-            raise GoneError
+            raise ClientDisconnected
         self.done, self.total = done, total
 
     def show(self, picture: bytes) -> None:
         self.shown, self.frame = picture, self.frame + 1
 
 
-class Lane:
+class JobQueue:
     """A thread that does one work after another, each client in turn. Results go to the cache.
 
     At most `limit` works wait in all, and `each` of one client.
@@ -81,18 +81,18 @@ class Lane:
 
     def __init__(self, name: str, cache: Cache, *, limit: int, each: int) -> None:
         self.name, self._cache, self._limit, self._each = name, cache, limit, each
-        self._queues: OrderedDict[str, deque[Work]] = OrderedDict()
-        self._known: dict[Hashable, Work] = {}
+        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._known: dict[Hashable, Job] = {}
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def ask(self, key: Hashable, run: Callable[[Work], Any], client: str) -> Work:
+    def ask(self, key: Hashable, run: Callable[[Job], Any], client: str) -> Job:
         """The work for `key`: kept, under way, or new. Who asked must `leave` in the end. Raises FullError."""
         with self._change:
             kept = self._cache.get(key)
             if kept is not None:
-                work = Work(key, run, client, self)
+                work = Job(key, run, client, self)
                 work.future.set_result(kept)
                 return work
             known = self._known.get(key)
@@ -100,7 +100,7 @@ class Lane:
                 known.waiting += 1
                 return known
             self._require_room(client)
-            work = self._known[key] = Work(key, run, client, self)
+            work = self._known[key] = Job(key, run, client, self)
             self._queues.setdefault(client, deque()).append(work)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"convscope-{self.name}", daemon=True)
@@ -110,13 +110,13 @@ class Lane:
 
     def _require_room(self, client: str) -> None:
         if self._closed:
-            raise FullError("the explorer is closing")
+            raise QueueFull("the explorer is closing")
         if len(self) >= self._limit:
-            raise FullError(f"the queue is full: {len(self)} works wait; try again in a moment")
+            raise QueueFull(f"the queue is full: {len(self)} works wait; try again in a moment")
         if len(self._queues.get(client, ())) >= self._each:
-            raise FullError(f"{self._each} of your own works wait already; try again when one is done")
+            raise QueueFull(f"{self._each} of your own works wait already; try again when one is done")
 
-    def leave(self, work: Work) -> None:
+    def leave(self, work: Job) -> None:
         """One who waited has gone. Work that nobody waits for is dropped, or ends at its next step."""
         with self._change:
             work.waiting -= 1
@@ -129,7 +129,7 @@ class Lane:
                     self._forget(work)
                     work.future.cancel()
 
-    def ahead(self, work: Work) -> int:
+    def position(self, work: Job) -> int:
         """How many works are done before this one, as things stand; 0 when it is under way or next."""
         with self._change:
             if work.begun or work.client not in self._queues:
@@ -158,11 +158,11 @@ class Lane:
         if self._thread is not None:
             self._thread.join(timeout=30)
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, work: Job) -> None:
         if self._known.get(work.key) is work:
             del self._known[work.key]
 
-    def _next(self) -> Work | None:
+    def _next(self) -> Job | None:
         with self._change:
             while not self._queues and not self._closed:
                 self._change.wait()

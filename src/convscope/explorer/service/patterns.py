@@ -14,10 +14,10 @@ from PIL import Image
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encoded
-from convscope.explorer.service.jobs import Work
+from convscope.explorer.service.jobs import Job
 from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
-from convscope.featurevis.objectives import Objective, diverse, unit
+from convscope.featurevis.objectives import Objective, diversity, channel
 from convscope.plotting.figures import coloured, tile
 from convscope.results import atomic_write
 
@@ -29,7 +29,7 @@ FRAME = 160  # pixels of a frame, at most
 
 
 @dataclass(frozen=True)
-class Drawing:
+class PatternSpec:
     """Which pattern: of a unit ("logits": a class), what it wants, what it does not want, or several ways to please it.
 
     Raises ConvscopeError for a look or recipe that there is not.
@@ -37,28 +37,28 @@ class Drawing:
 
     layer: str
     unit: int
-    look: str = "positive"
+    variant: str = "positive"
     recipe: str = "robust"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.look not in LOOKS:
-            raise ConvscopeError(f"look is {self.look!r}; expected {', '.join(LOOKS)}")
+        if self.variant not in LOOKS:
+            raise ConvscopeError(f"look is {self.variant!r}; expected {', '.join(LOOKS)}")
         if self.recipe not in RECIPES:
             raise ConvscopeError(f"recipe is {self.recipe!r}; expected {', '.join(RECIPES)}")
 
     def objective(self, model: Model) -> Objective:
-        one = unit(self.layer, self.unit)
-        if self.look == "negative":
+        one = channel(self.layer, self.unit)
+        if self.variant == "negative":
             return -one
-        return diverse(one, self.diverse_at(model), SEVERAL) if self.look == "diverse" else one
+        return diversity(one, self.diverse_at(model), SEVERAL) if self.variant == "diverse" else one
 
     def diverse_at(self, model: Model) -> str:
         """The layer at which several pictures are kept apart: a class's last with places, else the unit's own."""
         return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
 
 
-def draw(model: Model, what: Drawing, references: list[np.ndarray], work: Work) -> dict[str, Any]:
+def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Job) -> dict[str, Any]:
     """The pattern: `image`, a PNG; its `score`, that of noise and of the best reference; `notes` in words.
 
     `work` is shown a picture every few steps, and told of every one.
@@ -70,19 +70,19 @@ def draw(model: Model, what: Drawing, references: list[np.ndarray], work: Work) 
             image.thumbnail((FRAME * image.width // image.height, FRAME))
             work.show(encoded(image, quality=70))
 
-    plain = what.look == "positive"
+    plain = what.variant == "positive"
     made = patterns(
         model,
         what.layer if plain else what.objective(model),
         [what.unit] if plain else None,
         recipe=what.recipe,
         seed=what.seed,
-        watch=watch,
+        callback=watch,
         reference=(references or None) if plain else None,
         progress=work.tell,
     )
     score = float(made.scores.mean())
-    best = None if made.reference is None else float(made.reference[0])
+    best = None if made.reference_scores is None else float(made.reference_scores[0])
     notes = list(made.notes)
     if best is not None and best > score:
         notes.append(
@@ -94,7 +94,7 @@ def draw(model: Model, what: Drawing, references: list[np.ndarray], work: Work) 
         "height": page.shape[0],
         "width": page.shape[1],
         "score": score,
-        "noise": None if made.noise is None or np.isnan(made.noise).any() else float(made.noise.mean()),
+        "noise": None if made.noise_scores is None or np.isnan(made.noise_scores).any() else float(made.noise_scores.mean()),
         "reference": best,
         "notes": notes,
         "steps": made.steps,
@@ -106,13 +106,13 @@ def side_by_side(pictures: np.ndarray) -> np.ndarray:
     return tile(coloured(pictures), len(pictures), margin=4, background=(128, 128, 128))
 
 
-class Album:
+class PatternCache:
     """Finished patterns and stories in a folder; without one, nothing is kept here."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, version: str, what: Drawing) -> dict[str, Any] | None:
+    def get(self, version: str, what: PatternSpec) -> dict[str, Any] | None:
         """The pattern that was kept; None if it is not there."""
         if self._folder is None:
             return None
@@ -125,7 +125,7 @@ class Album:
         except (OSError, ValueError) as error:
             raise ConvscopeError(f"the kept pattern {told} cannot be read ({error}); remove it") from error
 
-    def put(self, version: str, what: Drawing, made: dict[str, Any]) -> None:
+    def put(self, version: str, what: PatternSpec, made: dict[str, Any]) -> None:
         """Keep it. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is None:
             return
@@ -151,7 +151,7 @@ class Album:
         if self._folder is not None:
             told.save(self._folder / f"story-{version}")
 
-    def _files(self, version: str, what: Drawing) -> tuple[Path, Path]:
+    def _files(self, version: str, what: PatternSpec) -> tuple[Path, Path]:
         assert self._folder is not None
         words = json.dumps([version, asdict(what)], sort_keys=True)
         name = hashlib.sha256(words.encode()).hexdigest()[:32]

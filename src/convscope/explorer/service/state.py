@@ -21,11 +21,11 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
 from convscope.explorer.service.cache import Cache
-from convscope.explorer.service.images import MissingError, Picture, Shelf, encoded, unused
-from convscope.explorer.service.jobs import Asker, Lane, Work
+from convscope.explorer.service.images import NotFound, Picture, ImageRegistry, encoded, unused
+from convscope.explorer.service.jobs import Client, JobQueue, Job
 from convscope.explorer.service.model_copy import twin
-from convscope.explorer.service.patterns import Album, Drawing, draw
-from convscope.explorer.service.stored_patterns import Stored
+from convscope.explorer.service.patterns import PatternCache, PatternSpec, draw
+from convscope.explorer.service.stored_patterns import StoredPatterns
 from convscope.featurevis.layer_story import Story, story
 from convscope.samples import photographs
 
@@ -43,24 +43,24 @@ class Network:
 
     def __init__(self, key: str, model: Model, source: str, store: Store | None = None) -> None:
         self.key, self.model, self.source = key, model, source
-        self._marks, self._look = _marks(model), 0.0
+        self._marks, self._look = _weight_fingerprint(model), 0.0
         self._run = uuid.uuid4()  # marks mean nothing to another process, which may read what this one kept
         weights = model.weights_hash()
         self._store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
-        self._stored = None if self._store is None else Stored(self._store)
+        self._stored = None if self._store is None else StoredPatterns(self._store)
         self._began = self._version = _short(f"{weights} {__version__} {model.preprocessing}")
         # Now, before anything runs: a copy made beside a running answer would have that answer's hooks.
-        self._spare: Model | str
+        self._background_model: Model | str
         try:
-            self._spare = twin(model)
+            self._background_model = twin(model)
         except ConvscopeError as error:
-            self._spare = str(error)
+            self._background_model = str(error)
 
     @property
     def version(self) -> str:
         """Another one once the user has changed the weights of a model in hand."""
         if not self.model.loaded_by_convscope and time.monotonic() >= self._look:
-            marks, self._look = _marks(self.model), time.monotonic() + LOOK
+            marks, self._look = _weight_fingerprint(self.model), time.monotonic() + LOOK
             self._version = self._began if marks == self._marks else _short(f"{self._began} {self._run} {marks}")
         return self._version
 
@@ -70,16 +70,16 @@ class Network:
         return self._store if self.version == self._began else None
 
     @property
-    def stored(self) -> Stored | None:
+    def stored(self) -> StoredPatterns | None:
         """What was drawn with these weights into the store."""
         return self._stored if self.version == self._began else None
 
     @property
-    def spare(self) -> Model:
+    def background_model(self) -> Model:
         """The same network with modules of its own, for work beside the quick answers. Raises ConvscopeError."""
-        if isinstance(self._spare, str):
-            raise ConvscopeError(self._spare)
-        return self._spare
+        if isinstance(self._background_model, str):
+            raise ConvscopeError(self._background_model)
+        return self._background_model
 
     @property
     def takes_pictures(self) -> bool:
@@ -100,7 +100,7 @@ class Network:
     def layer(self, name: str) -> Layer:
         """Raises MissingError for a name that none of the layers has."""
         if name not in self.model.layers.names:
-            raise MissingError(f"{self.model.name} has no layer {name[:80]!r}")
+            raise NotFound(f"{self.model.name} has no layer {name[:80]!r}")
         return self.model.layers.find(name)
 
     def units(self, layer: str) -> int:
@@ -108,11 +108,11 @@ class Network:
 
     def require_unit(self, layer: str, unit: int) -> None:
         if not 0 <= unit < self.units(layer):
-            raise MissingError(f"layer {layer!r} has units 0 to {self.units(layer) - 1}; there is no {unit}")
+            raise NotFound(f"layer {layer!r} has units 0 to {self.units(layer) - 1}; there is no {unit}")
 
     def require_class(self, index: int) -> None:
         if not 0 <= index < (self.model.num_outputs or 0):
-            raise MissingError(
+            raise NotFound(
                 f"{self.model.name} has classes 0 to {(self.model.num_outputs or 0) - 1}; there is no {index}"
             )
 
@@ -125,7 +125,7 @@ class Network:
         return {self.model.class_name(k): k for k in reversed(range(self.model.num_outputs or 0))}
 
 
-def _marks(model: Model) -> list[tuple[int, int, int]]:
+def _weight_fingerprint(model: Model) -> list[tuple[int, int, int]]:
     """What differs once weights are others, found without reading them: which they are, how often written to."""
     weights = [*model.adapter.parameters(model.module), *model.module.buffers()]
     return [(id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
@@ -150,12 +150,12 @@ class Explorer:
         if store is not None and not any(net.store for net in self.networks.values()):
             made = store.manifest["model"]["name"]
             raise ConvscopeError(f"{store.address} was made with {made} and other weights than the models given")
-        self.shelf = Shelf()
-        self.album = Album(keep)
+        self.shelf = ImageRegistry()
+        self.album = PatternCache(keep)
         self.cache = Cache(room)
-        self.quick = Lane("quick", self.cache, limit=64, each=24)
-        self.slow = Lane("slow", self.cache, limit=32, each=8)
-        self.cutting = Lane("cutting", self.cache, limit=256, each=96)
+        self.quick = JobQueue("quick", self.cache, limit=64, each=24)
+        self.slow = JobQueue("slow", self.cache, limit=32, each=8)
+        self.cutting = JobQueue("cutting", self.cache, limit=256, each=96)
 
     def add_samples(self) -> None:
         """The photographs that come with the package."""
@@ -168,7 +168,7 @@ class Explorer:
 
     def network(self, key: str) -> Network:
         if key not in self.networks:
-            raise MissingError(f"there is no model {key[:40]!r} here; there are {', '.join(self.networks)}")
+            raise NotFound(f"there is no model {key[:40]!r} here; there are {', '.join(self.networks)}")
         return self.networks[key]
 
     @property
@@ -177,13 +177,13 @@ class Explorer:
 
     # --- quick answers ---
 
-    def predictions(self, asker: Asker, net: Network, picture: Picture, top: int = 5) -> list[dict[str, Any]]:
+    def predictions(self, asker: Client, net: Network, picture: Picture, top: int = 5) -> list[dict[str, Any]]:
         key = ("predictions", net.version, picture.key, top)
         return self._quickly(asker, key, lambda work: compute.predictions(net.model, self._input(net, picture), top))
 
     def heat(
         self,
-        asker: Asker,
+        asker: Client,
         net: Network,
         picture: Picture,
         targets: Sequence[int],
@@ -191,7 +191,7 @@ class Explorer:
         method: str = "grad-cam",
         against: int | None = None,
     ) -> list[dict[str, Any]]:
-        lane, model = (self.slow, net.spare) if method in SLOW else (self.quick, net.model)
+        lane, model = (self.slow, net.background_model) if method in SLOW else (self.quick, net.model)
         key = ("heat", net.version, picture.key, tuple(targets), layer, method, against)
         return self._asked(
             lane,
@@ -208,40 +208,40 @@ class Explorer:
             ),
         )
 
-    def maps(self, asker: Asker, net: Network, picture: Picture, layer: str) -> np.ndarray:
+    def maps(self, asker: Client, net: Network, picture: Picture, layer: str) -> np.ndarray:
         key = ("maps", net.version, picture.key, layer)
         return self._quickly(asker, key, lambda work: compute.maps(net.model, self._input(net, picture), layer))
 
-    def relevance(self, asker: Asker, net: Network, picture: Picture, layer: str, target: int) -> np.ndarray:
+    def relevance(self, asker: Client, net: Network, picture: Picture, layer: str, target: int) -> np.ndarray:
         key = ("relevance", net.version, picture.key, layer, target)
         return self._quickly(
             asker, key, lambda work: compute.relevance(net.model, self._input(net, picture), layer, target)
         )
 
     def concept_heat(
-        self, asker: Asker, net: Network, picture: Picture, layer: str, bank: np.ndarray, version: str
+        self, asker: Client, net: Network, picture: Picture, layer: str, bank: np.ndarray, version: str
     ) -> np.ndarray:
         """How much of each concept of a bank (R, C) is at each place of a picture, float32 (R, h, w)."""
         maps = self.maps(asker, net, picture, layer)
         key = ("concepts", net.version, version, picture.key)
         return self._quickly(asker, key, lambda work: compute.concept_heat(maps, bank))
 
-    def sheet(self, asker: Asker, net: Network, picture: Picture, layer: str) -> tuple[bytes, dict[str, int]]:
+    def sheet(self, asker: Client, net: Network, picture: Picture, layer: str) -> tuple[bytes, dict[str, int]]:
         """All channels of a layer on one PNG, and its measures."""
         maps = self.maps(asker, net, picture, layer)
 
-        def make(work: Work) -> tuple[bytes, dict[str, int]]:
+        def make(work: Job) -> tuple[bytes, dict[str, int]]:
             image, measures = compute.sheet(maps)
             return encoded(image, "PNG"), measures
 
         return self._quickly(asker, ("sheet", net.version, picture.key, layer), make)
 
-    def summaries(self, asker: Asker, net: Network, picture: Picture) -> dict[str, dict[str, float]]:
+    def summaries(self, asker: Client, net: Network, picture: Picture) -> dict[str, dict[str, float]]:
         """What is measured of each layer on a picture."""
 
-        def make(work: Work) -> dict[str, dict[str, float]]:
+        def make(work: Job) -> dict[str, dict[str, float]]:
             names = [row.name for row in net.layers]
-            return compute.layer_summaries(net.spare, self._input(net, picture), names, work.tell)
+            return compute.layer_summaries(net.background_model, self._input(net, picture), names, work.tell)
 
         return self._asked(self.slow, asker, ("summaries", net.version, picture.key), make)
 
@@ -249,7 +249,7 @@ class Explorer:
 
     def faithfulness(
         self,
-        asker: Asker,
+        asker: Client,
         net: Network,
         picture: Picture,
         target: int,
@@ -263,7 +263,7 @@ class Explorer:
             asker,
             key,
             lambda work: compute.faithfulness(
-                net.spare,
+                net.background_model,
                 self._input(net, picture),
                 target,
                 layer=layer,
@@ -273,19 +273,19 @@ class Explorer:
             ),
         )
 
-    def begin_drawing(self, client: str, net: Network, what: Drawing, references: list[np.ndarray]) -> Work:
+    def begin_drawing(self, client: str, net: Network, what: PatternSpec, references: list[np.ndarray]) -> Job:
         """A pattern: kept, or under way from now on. Raises FullError. Who began it has to leave it."""
 
-        def make(work: Work) -> dict[str, Any]:
+        def make(work: Job) -> dict[str, Any]:
             found = self.drawn(net, what)
             if found is None:
-                found = draw(net.spare, what, references, work)
+                found = draw(net.background_model, what, references, work)
                 self.album.put(net.version, what, found)
             return found
 
         return self.slow.ask(("pattern", net.version, what), make, client)
 
-    def drawn(self, net: Network, what: Drawing) -> dict[str, Any] | None:
+    def drawn(self, net: Network, what: PatternSpec) -> dict[str, Any] | None:
         """A pattern that is there already; the store's as it is now."""
         stored, found = net.stored, None
         stamp = None if stored is None else stored.stamp(what)
@@ -295,7 +295,7 @@ class Explorer:
             self.cache.put(key, found)
         return found or self.cache.get(("pattern", net.version, what)) or self.album.get(net.version, what)
 
-    def meant(
+    def resolve_pattern(
         self,
         net: Network,
         layer: str,
@@ -303,24 +303,24 @@ class Explorer:
         look: str = "positive",
         recipe: str | None = None,
         seed: int | None = None,
-    ) -> Drawing:
+    ) -> PatternSpec:
         """The pattern that is asked for; where recipe or seed are left open, as the store's own was drawn."""
-        own = (net.stored and net.stored.how(layer, unit)) or Drawing(layer, unit)
-        return Drawing(layer, unit, look, recipe or own.recipe, own.seed if seed is None else seed)
+        own = (net.stored and net.stored.how(layer, unit)) or PatternSpec(layer, unit)
+        return PatternSpec(layer, unit, look, recipe or own.recipe, own.seed if seed is None else seed)
 
-    def begin_story(self, client: str, net: Network) -> Work:
+    def begin_story(self, client: str, net: Network) -> Job:
         """The story of the network, chapter by chapter; minutes. Who began it has to leave it."""
 
-        def make(work: Work) -> Story:
-            told = self.told(net)
+        def make(work: Job) -> Story:
+            told = self.get_story(net)
             if told is None:
-                told = story(net.spare, units=12, shown=6, progress=work.tell)
+                told = story(net.background_model, units=12, shown=6, progress=work.tell)
                 self.album.put_story(net.version, told)
             return told
 
         return self.slow.ask(self._story_key(net), make, client)
 
-    def told(self, net: Network) -> Story | None:
+    def get_story(self, net: Network) -> Story | None:
         """The story, if it has been told: here, into the store, or into the folder where things are kept."""
         key = self._story_key(net)
         told: Story | None = self.cache.get(key)
@@ -333,17 +333,17 @@ class Explorer:
 
     # --- pictures of the data set ---
 
-    def cut(self, asker: Asker, net: Network, what: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+    def cached_image(self, asker: Client, net: Network, what: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
         """A picture that is made of others: of the store's, say."""
         return self._asked(self.cutting, asker, ("cut", net.version, *what), lambda work: make())
 
     def _story_key(self, net: Network) -> tuple[str, str]:
         return ("story", net.version)
 
-    def _quickly(self, asker: Asker, key: tuple[Any, ...], run: Callable[[Work], T]) -> T:
+    def _quickly(self, asker: Client, key: tuple[Any, ...], run: Callable[[Job], T]) -> T:
         return self._asked(self.quick, asker, key, run)
 
-    def _asked(self, lane: Lane, asker: Asker, key: tuple[Any, ...], run: Callable[[Work], T]) -> T:
+    def _asked(self, lane: JobQueue, asker: Client, key: tuple[Any, ...], run: Callable[[Job], T]) -> T:
         found: T = asker.wait(lane.ask(key, run, asker.client))
         return found
 

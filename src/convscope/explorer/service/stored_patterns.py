@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encoded
-from convscope.explorer.service.patterns import RECIPES, Drawing
+from convscope.explorer.service.patterns import RECIPES, PatternSpec
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.results import file_names
 
@@ -30,7 +30,7 @@ class _Drawn:
     rows: dict[int, dict[str, str]]
 
 
-class Stored:
+class StoredPatterns:
     """Drawings in a store; they are there from the moment on at which they are finished."""
 
     def __init__(self, store: Store) -> None:
@@ -38,19 +38,19 @@ class Stored:
         self._layers: dict[str, _Drawn] = {}
         self._folders = file_names(store.layers)
 
-    def how(self, layer: str, unit: int) -> Drawing | None:
+    def how(self, layer: str, unit: int) -> PatternSpec | None:
         """How the unit's pattern was drawn; None if it was not."""
         drawn = self._drawn(layer)
         if drawn is None or unit not in drawn.rows or drawn.recipe not in RECIPES:
             return None
-        return Drawing(layer, unit, recipe=drawn.recipe, seed=drawn.seed)
+        return PatternSpec(layer, unit, recipe=drawn.recipe, seed=drawn.seed)
 
-    def stamp(self, what: Drawing) -> str | None:
+    def stamp(self, what: PatternSpec) -> str | None:
         """Another one once the pattern is drawn anew; None if this one was not drawn."""
         drawn = self._drawn(what.layer)
         return None if drawn is None or what != self.how(what.layer, what.unit) else drawn.stamp
 
-    def pattern(self, what: Drawing) -> dict[str, Any] | None:
+    def pattern(self, what: PatternSpec) -> dict[str, Any] | None:
         """The pattern, told as `drawings.draw` tells it; None if this one was not drawn."""
         drawn = self._drawn(what.layer)
         if drawn is None or what != self.how(what.layer, what.unit):

@@ -7,7 +7,7 @@ from typing import Any
 from convscope.explorer.service import compute, concept_data
 from convscope.explorer.service.images import Picture
 from convscope.explorer.service.state import Network
-from convscope.explorer.urls import Site
+from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
 from convscope.explorer.views.pages import Page, Pages
 from convscope.images.colormap import lookup_table
@@ -101,13 +101,13 @@ def atlas(pages: Pages, net: Network, name: str) -> Page:
     return Page("atlas.html", f"Atlas of {one.layer}{of}, {net.model.name}", data, more)
 
 
-def _makers(site: Site, net: Network, target: int | None) -> dict[str, Any]:
+def _makers(site: UrlBuilder, net: Network, target: int | None) -> dict[str, Any]:
     """The lines that make what is not there."""
     store, name = _store(site, net), site.source(net.source)
     made = {"make_concepts": snippets.concepts(name, store, target), "make_atlas": snippets.atlas(name, store)}
     return {**made, "make_store": None if net.store else snippets.scan(name)}
 
 
-def _store(site: Site, net: Network) -> str:
+def _store(site: UrlBuilder, net: Network) -> str:
     """The store as a user's line names it; on public pages it is not said where it lies."""
     return net.store.address if site.live and net.store is not None else "STORE"

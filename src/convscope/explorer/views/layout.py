@@ -10,7 +10,7 @@ Edge = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Placed:
+class NodePositions:
     """`column` and `lane` of each layer, no two in one place; `lanes` in all.
 
     Of the edges, the `arcs` are those to be led around what lies between their ends; the `lines` have a free way along
@@ -24,7 +24,7 @@ class Placed:
     arcs: list[Edge]
 
 
-def placed(count: int, edges: Sequence[Edge]) -> Placed:
+def layout(count: int, edges: Sequence[Edge]) -> NodePositions:
     """Lay out `count` layers, numbered in the order in which they finish; each edge leads to a later one.
 
     A layer's column is the longest way to it. A branch goes on in the lane of the layer that it comes from, as long as
@@ -51,7 +51,7 @@ def placed(count: int, edges: Sequence[Edge]) -> Placed:
         taken[free] |= own
         lane.append(free)
     lines = [(a, b) for a, b in edges if column[b] - 1 <= last[a]]
-    return Placed(column, lane, len(taken), lines, sorted(set(edges) - set(lines)))
+    return NodePositions(column, lane, len(taken), lines, sorted(set(edges) - set(lines)))
 
 
 def marks(column: Sequence[int], sides: Sequence[int], apart: int) -> list[tuple[int, int]]:
@@ -71,7 +71,7 @@ def figure(sides: Sequence[int], edges: Sequence[Edge]) -> dict[str, Any]:
 
     step: from column to column; pitch: from lane to lane; top: room for arcs.
     """
-    where = placed(len(sides), edges)
+    where = layout(len(sides), edges)
     columns = 1 + max(where.column, default=0)
     step = max(15, min(40, 1100 // columns))
     top, pitch = (44 if where.arcs else 8), max(42, 150 // max(1, where.lanes))

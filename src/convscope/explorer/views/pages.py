@@ -14,10 +14,10 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS
 from convscope.explorer.service import compute, concept_data
 from convscope.explorer.service.images import Picture
-from convscope.explorer.service.jobs import Asker
-from convscope.explorer.service.patterns import LOOKS, RECIPES, Drawing
+from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.patterns import LOOKS, RECIPES, PatternSpec
 from convscope.explorer.service.state import SLOW, Explorer, Network, followed
-from convscope.explorer.urls import Site
+from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import layout, snippets, store_views
 from convscope.explorer.views.glossary import WORDS
 from convscope.featurevis.layer_story import Story
@@ -41,7 +41,7 @@ class Page:
 class Pages:
     """All pages of an explorer, for one site and one who asks."""
 
-    def __init__(self, explorer: Explorer, asker: Asker, site: Site) -> None:
+    def __init__(self, explorer: Explorer, asker: Client, site: UrlBuilder) -> None:
         self.explorer, self.asker, self.site = explorer, asker, site
 
     # --- a picture ---
@@ -165,7 +165,7 @@ class Pages:
 
     # --- a unit ---
 
-    def unit(self, net: Network, layer: str, unit: int, picture: Picture | None, what: Drawing) -> Page:
+    def unit(self, net: Network, layer: str, unit: int, picture: Picture | None, what: PatternSpec) -> Page:
         """A unit: what it wants, what excites it, what it makes of a picture."""
         picture = picture or self.lead(net)
         row = None if layer == LOGITS else net.layer(layer)
@@ -206,11 +206,11 @@ class Pages:
         called = f"class {net.model.class_name(unit)}" if layer == LOGITS else f"unit {unit} of {layer}"
         return Page("unit.html", f"{called}, {net.model.name}", data, more)
 
-    def _pattern(self, net: Network, what: Drawing) -> dict[str, Any]:
+    def _pattern(self, net: Network, what: PatternSpec) -> dict[str, Any]:
         made = self.explorer.drawn(net, what) or {}
         return {**{k: v for k, v in made.items() if k != "image"}, "src": self.site.pattern(net, what)}
 
-    def class_(self, net: Network, index: int, picture: Picture | None, what: Drawing) -> Page:
+    def class_(self, net: Network, index: int, picture: Picture | None, what: PatternSpec) -> Page:
         """A class: its pattern, the units that tell of it, and the pictures that the network takes for it."""
         page = self.unit(net, LOGITS, index, picture, what)
         about = {**store_views.class_page(net, self.site, index), **self._made_of(net, index)}
@@ -220,7 +220,7 @@ class Pages:
 
     def story(self, net: Network) -> Page:
         """The network from its first layer to its classes."""
-        told = self.explorer.told(net)
+        told = self.explorer.get_story(net)
         chapters = [] if told is None else _chapters(told)
         for i, chapter in enumerate(chapters):
             chapter["src"] = self.site.chapter(net, i)

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from convscope.engine.model import Model
-from convscope.explorer.service.patterns import SEVERAL, Drawing
+from convscope.explorer.service.patterns import SEVERAL, PatternSpec
 
 Lines = dict[str, str]
 
@@ -25,8 +25,8 @@ def activations(model: str, picture: str, layer: str) -> Lines:
     }
 
 
-def pattern(model: str, what: Drawing, net: Model) -> Lines:
-    layer, unit, look = what.layer, what.unit, what.look
+def pattern(model: str, what: PatternSpec, net: Model) -> Lines:
+    layer, unit, look = what.layer, what.unit, what.variant
     given = _given(recipe=None if what.recipe == "robust" else what.recipe, seed=what.seed or None)
     python = f"convscope.patterns({_load(model)}, {layer!r}, [{unit}]{_arguments(given)})"
     if look != "positive":

@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from convscope.engine.model import LOGITS
-from convscope.explorer.service.images import MissingError, encoded
+from convscope.explorer.service.images import NotFound, encoded
 from convscope.explorer.service.state import Network
 from convscope.explorer.service.uploads import plain_name
-from convscope.explorer.urls import Site
+from convscope.explorer.urls import UrlBuilder
 from convscope.scanning.statistics import EDGES
 
 if TYPE_CHECKING:
-    from convscope.store.examples import Example, View
+    from convscope.store.examples import Example, ImageView
     from convscope.store.store import Store
 
 SIDE = 96  # pixels of a tile
@@ -24,7 +24,7 @@ COUNT = 9  # examples on a page
 LISTED = 48  # units on a layer's page
 
 
-def unit_page(net: Network, site: Site, layer: str, unit: int) -> dict[str, Any] | None:
+def unit_page(net: Network, site: UrlBuilder, layer: str, unit: int) -> dict[str, Any] | None:
     """A unit in the data set; None without a store that knows its layer."""
     store = net.store
     if store is None or layer not in store.layers:
@@ -70,7 +70,7 @@ def unit_page(net: Network, site: Site, layer: str, unit: int) -> dict[str, Any]
     }
 
 
-def _shown(net: Network, site: Site, example: Example, index: int) -> dict[str, Any]:
+def _shown(net: Network, site: UrlBuilder, example: Example, index: int) -> dict[str, Any]:
     return {
         "value": example.value,
         "name": plain_name(example.name),
@@ -95,7 +95,7 @@ def _end(value: float) -> str:
     return "no limit" if np.isinf(value) else f"{value:.3g}"
 
 
-def layer_units(net: Network, site: Site, layer: str) -> list[dict[str, Any]]:
+def layer_units(net: Network, site: UrlBuilder, layer: str) -> list[dict[str, Any]]:
     """The layer's units that prefer something most, each with the patch that excites it most."""
     store = net.store
     if store is None or layer not in store.layers:
@@ -141,7 +141,7 @@ def layer_measures(net: Network) -> dict[str, dict[str, float]]:
     return found
 
 
-def class_page(net: Network, site: Site, index: int) -> dict[str, Any]:
+def class_page(net: Network, site: UrlBuilder, index: int) -> dict[str, Any]:
     """The units that tell of a class: whose mean on its pictures is highest, beside their mean on all."""
     store = net.store
     name = net.model.class_name(index)
@@ -162,11 +162,11 @@ def class_page(net: Network, site: Site, index: int) -> dict[str, Any]:
     }
 
 
-def picture_page(net: Network, site: Site, number: int) -> dict[str, Any]:
+def picture_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
     """A picture of the data set. Raises MissingError where there is none of that number."""
     if net.store is None or not 0 <= number < net.store.pictures_count:
-        raise MissingError(f"there is no picture {number} in the data set here")
-    own = net.store.picture(number)
+        raise NotFound(f"there is no picture {number} in the data set here")
+    own = net.store.image(number)
     return {
         "number": number,
         "name": plain_name(own.name),
@@ -187,13 +187,13 @@ def picture_page(net: Network, site: Site, number: int) -> dict[str, Any]:
     }
 
 
-def _unit_link(net: Network, site: Site, layer: str, unit: int) -> str:
+def _unit_link(net: Network, site: UrlBuilder, layer: str, unit: int) -> str:
     if layer == LOGITS:
         return site.page("m", net.key, "class", unit)
     return site.page("m", net.key, "unit", layer, unit)
 
 
-def _class_page(net: Network, site: Site, name: str) -> str:
+def _class_page(net: Network, site: UrlBuilder, name: str) -> str:
     """The network's class of that name; the data set's own classes need not be the network's."""
     index = net.class_numbers.get(name)
     return "" if index is None else site.page("m", net.key, "class", index)
@@ -210,11 +210,11 @@ class Views:
 
         self._store, self._cache = store, Cache(room)
 
-    def get(self, picture: int) -> View:
+    def get(self, picture: int) -> ImageView:
         return self._kept(picture, lambda: self._store.view(picture))
 
-    def _kept(self, picture: int, make: Callable[[], View]) -> View:
-        view: View | None = self._cache.get(picture)
+    def _kept(self, picture: int, make: Callable[[], ImageView]) -> ImageView:
+        view: ImageView | None = self._cache.get(picture)
         if view is None:
             view = make()
             self._cache.put(picture, view)

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from convscope.explorer.web import security
 
 
-class Guard:
+class SecurityMiddleware:
     """Around the application. hosts: the names under which it may be asked; token: what a visitor has to know."""
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, frames: Sequence[str]) -> None:

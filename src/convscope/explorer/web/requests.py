@@ -15,11 +15,11 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import MissingError, Picture
-from convscope.explorer.service.jobs import Asker, FullError, GoneError, Work
+from convscope.explorer.service.images import NotFound, Picture
+from convscope.explorer.service.jobs import Client, QueueFull, ClientDisconnected, Job
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import Decoder, plain_name
-from convscope.explorer.urls import Live
+from convscope.explorer.urls import LiveUrls
 from convscope.explorer.views.pages import Pages
 from convscope.explorer.views.store_views import Views
 from convscope.explorer.web import security
@@ -31,7 +31,7 @@ UPLOADS = 8  # at once
 EACH = 32  # requests of one visitor that are answered at once: half of the threads
 
 
-class Desk:
+class RequestRunner:
     """Takes requests to the explorer, each in a thread that ends when the client goes away or time is up."""
 
     def __init__(self, explorer: Explorer, decoder: Decoder, seconds: float) -> None:
@@ -45,17 +45,17 @@ class Desk:
         """Who asks, as far as it matters for taking turns."""
         return request.cookies.get(security.COOKIE) or (request.client.host if request.client else "unknown")
 
-    def pages(self, asker: Asker | None, site: Live) -> Pages:
-        return Pages(self.explorer, asker or Asker("nobody", 0), site)
+    def pages(self, asker: Client | None, site: LiveUrls) -> Pages:
+        return Pages(self.explorer, asker or Client("nobody", 0), site)
 
-    async def answer(self, request: Request, make: Callable[[Asker], T]) -> T:
+    async def answer(self, request: Request, make: Callable[[Client], T]) -> T:
         """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away.
 
         Raises FullError if the client waits for too many answers already.
         """
-        asker = Asker(self.client(request), self.seconds)
+        asker = Client(self.client(request), self.seconds)
         if self._asking[asker.client] >= EACH:
-            raise FullError(f"{EACH} of your own questions wait already; try again when one is answered")
+            raise QueueFull(f"{EACH} of your own questions wait already; try again when one is answered")
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -79,7 +79,7 @@ class Desk:
     async def upload(self, request: Request, name: str) -> Picture:
         """The picture in a request's body. Raises ConvscopeError if it is none, too large or too slow."""
         if self._uploading >= UPLOADS:
-            raise FullError(f"{UPLOADS} pictures are being read already; try again in a moment")
+            raise QueueFull(f"{UPLOADS} pictures are being read already; try again in a moment")
         self._uploading += 1
         try:
             async with asyncio.timeout(READING):
@@ -100,15 +100,15 @@ class Desk:
             parts.append(part)
         return b"".join(parts)
 
-    def opened(self, asker: Asker, net: Network, number: int) -> str:
+    def opened(self, asker: Client, net: Network, number: int) -> str:
         """A picture of the data set, put on the shelf; its key."""
         if net.key not in self.views or net.store is None or not 0 <= number < net.store.pictures_count:
-            raise MissingError(f"there is no picture {number} in the data set here")
+            raise NotFound(f"there is no picture {number} in the data set here")
         store = net.store
         view = self.views[net.key].get(number)
-        return self.explorer.shelf.add(np.asarray(view.image), plain_name(store.picture(number).name)).key
+        return self.explorer.shelf.add(np.asarray(view.image), plain_name(store.image(number).name)).key
 
-    def events(self, request: Request, work: Work, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:
+    def events(self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:
         """The progress of work, as server-sent events: progress, frame, then done or failed."""
         return StreamingResponse(
             self._events(request, work, result),
@@ -117,14 +117,14 @@ class Desk:
         )
 
     async def _events(
-        self, request: Request, work: Work, result: Callable[[Any], dict[str, Any]]
+        self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]
     ) -> AsyncIterator[str]:
         told, frame = None, 0
         try:
             while not work.future.done():
                 if await request.is_disconnected():
                     return
-                state = {"begun": work.begun, "ahead": work.lane.ahead(work), "done": work.done, "total": work.total}
+                state = {"begun": work.begun, "ahead": work.lane.position(work), "done": work.done, "total": work.total}
                 if state != told:
                     told = state
                     yield _event("progress", state)
@@ -136,7 +136,7 @@ class Desk:
                 yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
             try:
                 yield _event("done", result(work.future.result()))
-            except (ConvscopeError, GoneError, CancelledError) as error:
+            except (ConvscopeError, ClientDisconnected, CancelledError) as error:
                 yield _event("failed", {"error": str(error) or "the work was ended"})
         finally:
             work.lane.leave(work)

@@ -17,11 +17,11 @@ from convscope.attribution.registry import METHODS
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
 from convscope.explorer.service.images import encoded
-from convscope.explorer.service.jobs import Asker
-from convscope.explorer.service.patterns import LOOKS, RECIPES, Drawing
+from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.patterns import LOOKS, RECIPES, PatternSpec
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.views import snippets
-from convscope.explorer.web.requests import Desk
+from convscope.explorer.web.requests import RequestRunner
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
 from convscope.results import write_npz
@@ -55,7 +55,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def router(desk: Desk) -> APIRouter:
+def router(desk: RequestRunner) -> APIRouter:
     """The addresses under /api/."""
     routes = APIRouter(prefix="/api", responses=PROBLEMS)
     _models(routes, desk)
@@ -65,7 +65,7 @@ def router(desk: Desk) -> APIRouter:
     return routes
 
 
-def _models(routes: APIRouter, desk: Desk) -> None:
+def _models(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.get("/models")
@@ -95,7 +95,7 @@ def _models(routes: APIRouter, desk: Desk) -> None:
         return {"classes": [*exact, *(c for c in found if c not in exact)][:20]}
 
 
-def _pictures(routes: APIRouter, desk: Desk) -> None:
+def _pictures(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.post(
@@ -225,14 +225,14 @@ async def _question(
 Asked = Annotated[Question, Depends(_question)]
 
 
-def _heatmaps(routes: APIRouter, desk: Desk) -> None:
+def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
     base = "/models/{model}/pictures/{picture}"
 
     async def heat(request: Request, asked: Question) -> dict[str, Any]:
         net, found = asked.network(explorer), explorer.shelf.find(asked.picture)
 
-        def make(asker: Asker) -> dict[str, Any]:
+        def make(asker: Client) -> dict[str, Any]:
             (one,) = explorer.heat(asker, net, found, [asked.target], asked.layer, asked.method, asked.against)
             return one
 
@@ -273,7 +273,7 @@ def _heatmaps(routes: APIRouter, desk: Desk) -> None:
             return encoded(blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours), "PNG")
 
         how = (found.key, asked.target, asked.layer, asked.method, asked.against, opacity, colours)
-        content = await desk.answer(request, lambda asker: explorer.cut(asker, net, ("overlay", *how), draw))
+        content = await desk.answer(request, lambda asker: explorer.cached_image(asker, net, ("overlay", *how), draw))
         return _file(content, "image/png", f"heatmap_{asked.target}.png")
 
     @routes.get(base + "/faithfulness")
@@ -284,7 +284,7 @@ def _heatmaps(routes: APIRouter, desk: Desk) -> None:
         return await desk.answer(request, lambda asker: explorer.faithfulness(asker, net, found, *how))
 
 
-def _long(routes: APIRouter, desk: Desk) -> None:
+def _long(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     def references() -> list[np.ndarray]:
@@ -305,7 +305,7 @@ def _long(routes: APIRouter, desk: Desk) -> None:
         The drawing ends when nobody listens any more."""
         net = explorer.network(model)
         net.require_unit(layer, unit)
-        what = Drawing(layer, unit, look, recipe, seed)
+        what = PatternSpec(layer, unit, look, recipe, seed)
         work = explorer.begin_drawing(desk.client(request), net, what, references() if net.takes_pictures else [])
         told: Callable[[Any], dict[str, Any]] = lambda made: {  # noqa: E731
             **{k: v for k, v in made.items() if k != "image"},

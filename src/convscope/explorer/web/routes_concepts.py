@@ -7,19 +7,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from convscope.explorer.service import compute, concept_data
-from convscope.explorer.service.images import MissingError
-from convscope.explorer.service.jobs import Asker
+from convscope.explorer.service.images import NotFound
+from convscope.explorer.service.jobs import Client
 from convscope.explorer.web import routes_images
-from convscope.explorer.web.requests import Desk
+from convscope.explorer.web.requests import RequestRunner
 from convscope.explorer.web.routes_api import PROBLEMS, Key, Model
-from convscope.store.saved_results import Kept
+from convscope.store.saved_results import SavedResult
 
 Class = Annotated[int, Path(description="a class", ge=0)]
 Name = Annotated[str, Path(description="an atlas's name", max_length=400)]
 AtLayer = Annotated[str | None, Query(description="default: the first layer that is kept", max_length=400)]
 
 
-def router(desk: Desk) -> APIRouter:
+def router(desk: RequestRunner) -> APIRouter:
     """The addresses under /api/ and /image/. What is asked for is looked up in the store's own listing."""
     routes = APIRouter()
     api = APIRouter(prefix="/api", responses=PROBLEMS)
@@ -30,7 +30,7 @@ def router(desk: Desk) -> APIRouter:
     return routes
 
 
-def _concepts(routes: APIRouter, desk: Desk) -> None:
+def _concepts(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.get("/models/{model}/concepts")
@@ -47,7 +47,7 @@ def _concepts(routes: APIRouter, desk: Desk) -> None:
         net = explorer.network(model)
         net.require_class(target)
 
-        def make(asker: Asker) -> dict[str, Any]:
+        def make(asker: Client) -> dict[str, Any]:
             one = concept_data.concepts_of(net, target, layer)
             return concept_data.told_concepts(net, one, concept_data.arrays_of(explorer, one))
 
@@ -70,7 +70,7 @@ def _concepts(routes: APIRouter, desk: Desk) -> None:
         net, found = explorer.network(model), explorer.shelf.find(picture)
         net.require_class(target)
 
-        def make(asker: Asker) -> dict[str, Any]:
+        def make(asker: Client) -> dict[str, Any]:
             one = concept_data.concepts_of(net, target, layer)
             maps = concept_data.heat_on(explorer, asker, net, found, one)
             return {"target": target, "layer": one.layer, "maps": [compute.packed(values) for values in maps]}
@@ -78,7 +78,7 @@ def _concepts(routes: APIRouter, desk: Desk) -> None:
         return await desk.answer(request, make)
 
 
-def _atlases(routes: APIRouter, desk: Desk) -> None:
+def _atlases(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.get("/models/{model}/atlases")
@@ -93,7 +93,7 @@ def _atlases(routes: APIRouter, desk: Desk) -> None:
         """An atlas, cell by cell: how many vectors, for which classes they speak, from which pictures they come."""
         net = explorer.network(model)
 
-        def make(asker: Asker) -> dict[str, Any]:
+        def make(asker: Client) -> dict[str, Any]:
             one = concept_data.atlas_of(net, name)
             return concept_data.told_atlas(explorer, net, one, concept_data.arrays_of(explorer, one))
 
@@ -106,28 +106,28 @@ def _atlases(routes: APIRouter, desk: Desk) -> None:
         return _archive(await desk.answer(request, lambda asker: concept_data.atlas_of(net, name).archive()))
 
 
-def _sheets(routes: APIRouter, desk: Desk) -> None:
+def _sheets(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.get("/image/kept", include_in_schema=False)
     async def sheet(request: Request, model: str, kind: str, name: str, which: str, v: str) -> Response:
         net = explorer.network(model)
         if which not in concept_data.SHEETS.get(kind, ()):
-            raise MissingError("there are no such pictures here")
+            raise NotFound("there are no such pictures here")
 
-        def make(asker: Asker) -> bytes:
+        def make(asker: Client) -> bytes:
             one = _version(concept_data.concepts(net) if kind == "concepts" else concept_data.atlases(net), name, v)
             draw = lambda: concept_data.sheet(concept_data.arrays_of(explorer, one), which)  # noqa: E731
-            return explorer.cut(asker, net, ("kept", one.version, which), draw)
+            return explorer.cached_image(asker, net, ("kept", one.version, which), draw)
 
         return routes_images.picture(await desk.answer(request, make), request)
 
 
-def _version(every: list[Kept], name: str, version: str) -> Kept:
+def _version(every: list[SavedResult], name: str, version: str) -> SavedResult:
     for one in every:
         if (one.name, one.version) == (name, version):
             return one
-    raise MissingError("these pictures are not, or no longer, in the store; open the page anew")
+    raise NotFound("these pictures are not, or no longer, in the store; open the page anew")
 
 
 def _archive(content: bytes) -> Response:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from convscope.explorer.service.images import MissingError, encoded
-from convscope.explorer.service.jobs import Asker
-from convscope.explorer.service.patterns import Drawing
+from convscope.explorer.service.images import NotFound, encoded
+from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Network
-from convscope.explorer.web.requests import Desk
+from convscope.explorer.web.requests import RequestRunner
 from convscope.plotting.figures import pattern_grid
 
 FOREVER = "public, max-age=31536000, immutable"
@@ -32,7 +32,7 @@ def picture(content: bytes, request: Request) -> Response:
     return Response(content, media_type=kind, headers=headers)
 
 
-def router(desk: Desk) -> APIRouter:
+def router(desk: RequestRunner) -> APIRouter:
     """The addresses under /image/."""
     routes = APIRouter(prefix="/image", include_in_schema=False)
     explorer = desk.explorer
@@ -40,10 +40,10 @@ def router(desk: Desk) -> APIRouter:
     def network(model: str, v: str) -> Network:
         net = explorer.network(model)
         if v != net.version:
-            raise MissingError("this picture is of another version of the network; open the page anew")
+            raise NotFound("this picture is of another version of the network; open the page anew")
         return net
 
-    async def made(request: Request, make: Callable[[Asker], bytes]) -> Response:
+    async def made(request: Request, make: Callable[[Client], bytes]) -> Response:
         return picture(await desk.answer(request, make), request)
 
     @routes.get("/photo")
@@ -51,7 +51,7 @@ def router(desk: Desk) -> APIRouter:
         found = explorer.shelf.find(picture)
         size = min(SIZES, key=lambda known: abs(known - longest))
 
-        def make(asker: Asker) -> bytes:
+        def make(asker: Client) -> bytes:
             kept: bytes | None = explorer.cache.get(("photo", found.key, size))
             if kept is None:
                 kept = encoded(found.shown(size))
@@ -70,12 +70,12 @@ def router(desk: Desk) -> APIRouter:
     async def pattern(
         request: Request, model: str, layer: str, unit: int, look: str, recipe: str, seed: int, v: str
     ) -> Response:
-        net, what = network(model, v), Drawing(layer, unit, look, recipe, seed)
+        net, what = network(model, v), PatternSpec(layer, unit, look, recipe, seed)
 
-        def make(asker: Asker) -> bytes:
+        def make(asker: Client) -> bytes:
             found = explorer.drawn(net, what)
             if found is None:
-                raise MissingError("this pattern is not drawn yet")
+                raise NotFound("this pattern is not drawn yet")
             image: bytes = found["image"]
             return image
 
@@ -86,28 +86,28 @@ def router(desk: Desk) -> APIRouter:
         net = network(model, v)
         net.require_unit(layer, unit)
         if net.key not in desk.views or kind not in ("top", "bottom", "best"):
-            raise MissingError("there are no such examples here")
+            raise NotFound("there are no such examples here")
         what: tuple[Any, ...] = ("patches", layer, unit, kind)
         views = desk.views[net.key]
-        return await made(request, lambda asker: explorer.cut(asker, net, what, lambda: views.sheet(layer, unit, kind)))
+        return await made(request, lambda asker: explorer.cached_image(asker, net, what, lambda: views.sheet(layer, unit, kind)))
 
     @routes.get("/thumbnail")
     async def thumbnail(request: Request, number: int, v: str) -> Response:
         net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
         if net is None or net.store is None or not 0 <= number < net.store.pictures_count:
-            raise MissingError("there is no such picture here")
+            raise NotFound("there is no such picture here")
         owner, views = net, desk.views[net.key]
-        make = lambda asker: explorer.cut(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
+        make = lambda asker: explorer.cached_image(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
         return await made(request, make)
 
     @routes.get("/chapter")
     async def chapter(request: Request, model: str, number: int, v: str) -> Response:
         net = network(model, v)
 
-        def make(asker: Asker) -> bytes:
-            told = explorer.told(net)
+        def make(asker: Client) -> bytes:
+            told = explorer.get_story(net)
             if told is None or not 0 <= number < len(told.chapters):
-                raise MissingError("this story is not told yet")
+                raise NotFound("this story is not told yet")
             return chapter_sheet(told, number)
 
         return await made(request, make)
@@ -116,11 +116,11 @@ def router(desk: Desk) -> APIRouter:
     async def story(request: Request, model: str, v: str) -> Response:
         net = network(model, v)
 
-        def make(asker: Asker) -> bytes:
-            told = explorer.told(net)
+        def make(asker: Client) -> bytes:
+            told = explorer.get_story(net)
             if told is None:
-                raise MissingError("this story is not told yet")
-            return explorer.cut(asker, net, ("story",), lambda: story_figure(told))
+                raise NotFound("this story is not told yet")
+            return explorer.cached_image(asker, net, ("story",), lambda: story_figure(told))
 
         return await made(request, make)
 
