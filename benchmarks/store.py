@@ -16,7 +16,7 @@ import numpy as np
 
 import convscope
 from convscope.scanning.statistics import BINS
-from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
+from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
 LAYERS, PART = 10, 1 << 16  # layers; pictures that are made at once
 K, SAMPLE, CLASSES = 100, 1000, 1000
@@ -39,10 +39,10 @@ def layer(number: int, units: int, pictures: int, draw: np.random.Generator) -> 
     )  # fmt: skip
 
 
-def rows(pictures: int, draw: np.random.Generator) -> Iterator[PictureRows]:
+def rows(pictures: int, draw: np.random.Generator) -> Iterator[ImageRows]:
     for begin in range(0, pictures, PART):
         ids = np.arange(begin, min(begin + PART, pictures))
-        yield PictureRows(
+        yield ImageRows(
             names=[f"photographs/{i % CLASSES:04d}/{i:08d}.jpg" for i in ids], labels=ids % CLASSES,
             failed=[None] * len(ids), sizes=draw.integers(200, 800, (len(ids), 2)),
             boxes=np.tile([0.0, 0, 500, 500], (len(ids), 1)), classes=draw.integers(0, CLASSES, (len(ids), 5)),
@@ -57,7 +57,7 @@ def write(folder: Path, units: int, pictures: int) -> None:
         folder,
         (layer(i, units // LAYERS, pictures, draw) for i in range(LAYERS)),
         rows(pictures, draw),
-        sample_pictures=np.sort(draw.choice(pictures, SAMPLE, replace=False)),
+        sample_images=np.sort(draw.choice(pictures, SAMPLE, replace=False)),
         class_counts=np.full(CLASSES, pictures // CLASSES),
         input_size=(224, 224),
         shards=[],

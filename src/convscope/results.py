@@ -100,9 +100,9 @@ class Result:
             where.mkdir(parents=True, exist_ok=True)
             (where / "manifest.json").unlink(missing_ok=True)  # of an earlier save: it does not speak for this one
             files = []
-            for name, picture in render(self):
+            for name, image in render(self):
                 with atomic_write(where / name) as file:
-                    _write_shown(file, picture)
+                    _write_shown(file, image)
                 files.append(name)
             for name, text in self.text_files().items():
                 with atomic_write(where / name) as file:
@@ -175,16 +175,14 @@ def file_names(layers: Iterable[str]) -> dict[str, str]:
 FRAME = 120  # milliseconds
 
 
-def _write_shown(file: IO[bytes], picture: Shown) -> None:
-    if isinstance(picture, str):
-        file.write(picture.encode(errors="backslashreplace"))
-    elif isinstance(picture, Image.Image):
-        picture.save(file, format="PNG")
+def _write_shown(file: IO[bytes], image: Shown) -> None:
+    if isinstance(image, str):
+        file.write(image.encode(errors="backslashreplace"))
+    elif isinstance(image, Image.Image):
+        image.save(file, format="PNG")
     else:
-        shown = [FRAME] * (len(picture) - 1) + [8 * FRAME]  # the last one is what it is about
-        picture[0].save(
-            file, format="WEBP", save_all=True, append_images=picture[1:], duration=shown, loop=0, quality=90
-        )
+        shown = [FRAME] * (len(image) - 1) + [8 * FRAME]  # the last one is what it is about
+        image[0].save(file, format="WEBP", save_all=True, append_images=image[1:], duration=shown, loop=0, quality=90)
 
 
 def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:

@@ -14,7 +14,7 @@ import convscope
 from convscope import Model
 from convscope.attribution.api import compute_heatmaps, resolve_method
 from convscope.attribution.context import MethodContext
-from convscope.attribution.registry import METHODS, ModelMethod, CamMethod
+from convscope.attribution.registry import METHODS, CamMethod, ModelMethod
 from tests.oracles.nets import Aside, Usual, filled
 
 SIZE = 24
@@ -44,7 +44,9 @@ def maps(model: Model, x: Tensor, targets: Any = None, **given: Any) -> np.ndarr
 
 
 def several(model: Model, x: Tensor, targets: Any, *cells: tuple[str, Any], fuse: str = "mean", **given: Any) -> Any:
-    return compute_heatmaps(model, x, targets, [resolve_method(model, method, layer, fuse, {}) for method, layer in cells], **given)
+    return compute_heatmaps(
+        model, x, targets, [resolve_method(model, method, layer, fuse, {}) for method, layer in cells], **given
+    )
 
 
 class Counted(Usual):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError, Model
 from convscope.attribution.api import compute_heatmaps, resolve_method
-from convscope.attribution.registry import METHODS, ModelMethod, CamMethod
+from convscope.attribution.registry import METHODS, CamMethod, ModelMethod
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 # A user's own hook, on a layer at which gradients begin; torch tells its owner so.
@@ -36,7 +36,9 @@ def maps(model: Model, x: Tensor, targets: Any = None, **given: Any) -> np.ndarr
 
 
 def several(model: Model, x: Tensor, targets: Any, *cells: tuple[str, Any], **given: Any) -> Any:
-    return compute_heatmaps(model, x, targets, [resolve_method(model, name, layer, "mean", {}) for name, layer in cells], **given)
+    return compute_heatmaps(
+        model, x, targets, [resolve_method(model, name, layer, "mean", {}) for name, layer in cells], **given
+    )
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------

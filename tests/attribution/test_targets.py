@@ -13,7 +13,13 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.registry import METHODS
-from convscope.attribution.targets import BatchTargets, parse_targets, finer_cam_score, output_target, segmentation_target
+from convscope.attribution.targets import (
+    BatchTargets,
+    finer_cam_score,
+    output_target,
+    parse_targets,
+    segmentation_target,
+)
 from convscope.engine.capture import ForwardResult
 from tests.oracles.nets import PACKINGS, Packed, Usual, changes, filled, snapshot
 
@@ -233,7 +239,10 @@ BAD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "one for all": (lambda output: output.sum(), r"gave a tensor \(\) for 3 pictures; expected a tensor with a score"),
     "no tensor": (lambda output: output[:, 0].tolist(), "gave a list for 3 pictures"),
     "nothing": (lambda output: None, "gave a NoneType for 3 pictures"),
-    "no maps": (segmentation_target(1, np.ones((4, 4))), "a region was given, but the network gives no maps of classes"),
+    "no maps": (
+        segmentation_target(1, np.ones((4, 4))),
+        "a region was given, but the network gives no maps of classes",
+    ),
     "no heads": (output_target("depth", 1), r"the network gives no head 'depth' in a tensor \(3, 5\)"),
     "not finite": (lambda output: output[:, 0] / 0, "not finite"),
 }

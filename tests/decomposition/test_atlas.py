@@ -47,7 +47,9 @@ def shown() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def found(usual: convscope.Model, shown: np.ndarray) -> Atlas:
-    return convscope.atlas(usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK)
+    return convscope.atlas(
+        usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK
+    )
 
 
 # --- what is laid out ------------------------------------------------------------------------------------------------
@@ -128,7 +130,9 @@ def effects_recounted(model: convscope.Model, shown: np.ndarray, found: Atlas) -
 def test_classes_are_those_whose_logits_fall(model: convscope.Model) -> None:
     """The logits are means over 32 x 32 places: without one of them they fall by w . v / 1024."""
     tiles = pictures(8)
-    result = convscope.atlas(model, tiles, layer="relu", grid=3, positions_per_image=9, min_count=2, reducer=first_two, **QUICK)
+    result = convscope.atlas(
+        model, tiles, layer="relu", grid=3, positions_per_image=9, min_count=2, reducer=first_two, **QUICK
+    )
     maps = convscope.activations(model, tiles, "relu")["relu"]
     n, row, column = result.sources.T
     falls = maps[n, :, row, column] @ WEIGHTS.numpy().T / SIZE**2
@@ -143,7 +147,9 @@ def test_effects_behind_further_layers() -> None:
     """Where more than a mean lies behind the layer, against hooks on the whole network."""
     model = convscope.load(filled(Usual(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"})
     tiles = np.random.default_rng(5).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
-    result = convscope.atlas(model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK)
+    result = convscope.atlas(
+        model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK
+    )
     mean = effects_recounted(model, tiles, result).mean(0)
     order = np.argsort(-mean)[:TOLD]
     assert result.classes[0].tolist() == order.tolist()
@@ -179,7 +185,16 @@ def test_icons_show_the_colour_of_their_cells(model: convscope.Model) -> None:
         return rows[:, :3] @ np.array([[0.0, 0], [1, 0], [0, 1]])
 
     result = convscope.atlas(
-        model, tiles, layer="relu", grid=2, positions_per_image=3, min_count=2, reducer=apart, size=32, steps=40, power=1
+        model,
+        tiles,
+        layer="relu",
+        grid=2,
+        positions_per_image=3,
+        min_count=2,
+        reducer=apart,
+        size=32,
+        steps=40,
+        power=1,
     )
     assert len(result.cells) == 3
     assert sorted(result.means.argmax(1).tolist()) == [0, 1, 2]
@@ -192,7 +207,9 @@ def test_icons_show_the_colour_of_their_cells(model: convscope.Model) -> None:
 
 
 def test_places_do_not_depend_on_other_pictures(usual: convscope.Model, shown: np.ndarray, found: Atlas) -> None:
-    fewer = convscope.atlas(usual, shown[:5], layer="relu2", grid=2, positions_per_image=6, min_count=1, reducer=first_two, **QUICK)
+    fewer = convscope.atlas(
+        usual, shown[:5], layer="relu2", grid=2, positions_per_image=6, min_count=1, reducer=first_two, **QUICK
+    )
     assert fewer.sources.tolist() == found.sources[:30].tolist()
     other = convscope.atlas(
         usual, shown[:5], layer="relu2", grid=2, positions_per_image=6, min_count=1, reducer=first_two, seed=1, **QUICK
@@ -201,7 +218,9 @@ def test_places_do_not_depend_on_other_pictures(usual: convscope.Model, shown: n
 
 
 def test_the_same_seed_gives_the_same_bytes(usual: convscope.Model, shown: np.ndarray, found: Atlas) -> None:
-    again = convscope.atlas(usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK)
+    again = convscope.atlas(
+        usual, shown, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK
+    )
     assert {k: v.tobytes() for k, v in again.arrays().items()} == {k: v.tobytes() for k, v in found.arrays().items()}
 
 
@@ -269,7 +288,9 @@ def test_places_where_nothing_is_said_have_no_cell(model: convscope.Model) -> No
     plain = convscope.load(net, preprocessing={"size": SIZE, "mean": 0.0, "std": 1.0})
     half = np.random.default_rng(0).integers(100, 256, (6, SIZE, SIZE, 3), np.uint8)
     half[:, : SIZE // 2] = 0
-    found = convscope.atlas(plain, half, layer="1", grid=2, positions_per_image=20, min_count=2, reducer=first_two, size=SIZE, steps=2)
+    found = convscope.atlas(
+        plain, half, layer="1", grid=2, positions_per_image=20, min_count=2, reducer=first_two, size=SIZE, steps=2
+    )
     dark = 6 * 20 - len(found.sources)
     assert dark > 0
     assert (found.sources[:, 1] >= SIZE // 2).all()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Concepts, ConvscopeError
 from convscope.cli import app
-from convscope.decomposition.crops import non_overlapping_top_k, boxes
+from convscope.decomposition.crops import boxes, non_overlapping_top_k
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, Colours, colours, loaded, pictures, tiled
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
@@ -75,7 +75,7 @@ def test_what_speaks_against_a_class_has_a_negative_effect(model: convscope.Mode
 
 def test_heat_lies_on_the_colour(found: Concepts) -> None:
     picture = tiled([["red", "black"], ["green", "blue"]])
-    heat = found.heat(picture)
+    heat = found.heatmap(picture)
     assert heat.shape == (1, COUNT, SIZE, SIZE)
     assert heat.dtype == np.float32
     half = SIZE // 2
@@ -93,7 +93,7 @@ def test_heat_is_non_negative_least_squares_at_each_place() -> None:
     shown = np.random.default_rng(3).integers(0, 256, (4, 48, 40, 3), np.uint8)
     result = convscope.concepts(net, shown, 0, layer="relu2", count=4, crop=0.5, only_predicted=False, n_evaluated=2)
     maps = convscope.activations(net, shown[:2], "relu2")["relu2"]
-    heat = result.heat(shown[:2])
+    heat = result.heatmap(shown[:2])
     places = np.random.default_rng(0).integers(0, maps.shape[2], (10, 2))
     for n in range(2):
         for row, column in places:
@@ -101,7 +101,7 @@ def test_heat_is_non_negative_least_squares_at_each_place() -> None:
             assert heat[n, :, row, column] == pytest.approx(expected, abs=1e-5)
     # What is kept of the judged pictures is the same.
     assert result.evaluated_indices.tolist() == [0, 3]
-    assert result.heatmaps == pytest.approx(result.heat(shown[[0, 3]]), abs=1e-4)
+    assert result.heatmaps == pytest.approx(result.heatmap(shown[[0, 3]]), abs=1e-4)
 
 
 def test_crops_are_pooled_activations_of_what_is_cut_out(found: Concepts, model: convscope.Model) -> None:
@@ -140,7 +140,7 @@ def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path
     assert result.image_names == tuple(files)
     assert [failure.name for failure in result.failed] == [str(tmp_path / "none.png")]
     with pytest.raises(ConvscopeError, match=r"none\.png"):
-        result.heat([files[0], str(tmp_path / "none.png")])
+        result.heatmap([files[0], str(tmp_path / "none.png")])
 
 
 def test_the_default_layer_is_the_last_rectified_one() -> None:
@@ -207,8 +207,8 @@ def test_the_size_of_batches_does_not_matter() -> None:
     plenty, little = convscope.concepts(net, shown, 0, **asked), convscope.concepts(net, shown, 0, **asked, memory=1)
     assert little.bank == pytest.approx(plenty.bank, abs=1e-4)
     assert little.importance == pytest.approx(plenty.importance, abs=1e-3)
-    heat = plenty.heat(shown)
-    alone = np.concatenate([plenty.heat(one) for one in shown])
+    heat = plenty.heatmap(shown)
+    alone = np.concatenate([plenty.heatmap(one) for one in shown])
     assert alone == pytest.approx(heat, abs=1e-5 * float(heat.max()))
 
 
@@ -334,8 +334,8 @@ def test_a_users_network_is_used_as_it_is() -> None:
     """Weights that change later are seen, also by `heat`."""
     net = colours()
     result = convscope.concepts(loaded(net), pictures(3), "warm", **ASKED)
-    before = result.heat(pictures(1))
+    before = result.heatmap(pictures(1))
     assert isinstance(net, Colours)
     with torch.no_grad():
         net.mix.weight *= 2
-    assert result.heat(pictures(1)) == pytest.approx(2 * before, abs=1e-4)
+    assert result.heatmap(pictures(1)) == pytest.approx(2 * before, abs=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import convscope
-from convscope.explorer.views.layout import figure, marks, layout
+from convscope.explorer.views.layout import figure, layout, marks
 from tests.oracles.nets import Twice, filled
 
 

@@ -74,7 +74,9 @@ def test_every_trick_at_once(lite0: Model) -> None:
     """Folded, with more of the gradient along skip connections, from a layer within, and the logits."""
     x = torch.zeros(1, 3, 96, 96)
     with capture.capture_layers(lite0, ["blocks.3.1"]) as run:
-        own = Counted(with_skip_gradient(conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True)), 0.3))
+        own = Counted(
+            with_skip_gradient(conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True)), 0.3)
+        )
         quick = with_replay(own)
         agree(lambda x: own(x).logits, lambda x: quick(x).logits, 2, 3, 96, 96)
         own.count = 0

@@ -16,7 +16,7 @@ from convscope import ConvscopeError
 from convscope.attribution import registry
 from convscope.attribution.context import MethodContext
 from convscope.attribution.registry import ModelMethod
-from convscope.evaluation.randomisation import cascade_order, temporary_parameters, randomize
+from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
 from convscope.evaluation.registry import METRICS
 from convscope.evaluation.sanity import _groups, _other
 from convscope.evaluation.statistics import spearman

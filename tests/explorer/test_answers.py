@@ -43,7 +43,7 @@ def test_predictions_are_the_librarys(model, x):
 
 
 def test_heat_is_the_librarys_to_16_bits(model, x):
-    found = compute.heat(model, x, [2, 0], layer="relu2", method="layer-cam", against=1)
+    found = compute.heatmap(model, x, [2, 0], layer="relu2", method="layer-cam", against=1)
     known = convscope.heatmaps(model, [picture()], [[2, 0]], layer="relu2", method="layer-cam", against=1)
     for t, one in enumerate(found):
         values = compute.unpacked(one["map"])
@@ -60,7 +60,7 @@ def test_notes_are_of_their_own_class():
         net[4].weight[1] = -0.5
     for names in (["cat", "tiger cat", "cat: tiger"], None):
         loaded = convscope.load(net, preprocessing={"size": 32}, classes=names)
-        found = compute.heat(loaded, compute.prepared(loaded, picture()), [0, 1, 2], layer="1")
+        found = compute.heatmap(loaded, compute.prepared(loaded, picture()), [0, 1, 2], layer="1")
         said = "tiger cat" if names else "class 1"
         assert [len(one["notes"]) for one in found] == [0, 1, 0]
         assert found[1]["notes"][0].startswith(f"{said}: the map is negative everywhere")
@@ -141,7 +141,7 @@ def test_large_maps_are_averaged_on_sheets():
 
 def test_the_strongest_units_at_a_place_by_brute_force(model, x):
     maps = compute.maps(model, x, "relu2")
-    told = compute.place(model, maps, "relu2", 4, 9)
+    told = compute.position(model, maps, "relu2", 4, 9)
     here = sorted(((float(m[4, 9]), -u) for u, m in enumerate(maps) if m[4, 9] > 0), reverse=True)
     assert [(u["unit"], u["value"]) for u in told["units"]] == [(-u, v) for v, u in here]
 
@@ -188,7 +188,7 @@ def test_work_beside_a_running_answer_has_hooks_of_its_own():
 
 def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
     other = twin(model)
-    known = compute.heat(model, x, [1], layer="relu2")[0]["map"]
+    known = compute.heatmap(model, x, [1], layer="relu2")[0]["map"]
     found, ends = [], []
 
     def beside():
@@ -198,7 +198,7 @@ def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
     thread = threading.Thread(target=beside)
     thread.start()
     try:
-        found = [compute.heat(model, x, [1], layer="relu2")[0]["map"] for _ in range(30)]
+        found = [compute.heatmap(model, x, [1], layer="relu2")[0]["map"] for _ in range(30)]
     finally:
         ends.append(1)
         thread.join()
@@ -249,7 +249,9 @@ def test_the_lines_are_programs_that_run(model):
     assert seen == [(("lite0", "it's; rm -rf $HOME.png", 3), {"method": "layer-cam", "against": 7})]
     assert shlex.split(snippets.activations("m", "-x.png", "a b")["shell"])[3] == "./-x.png"
     for look in LOOKS:
-        exec(snippets.pattern("lite0", PatternSpec("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()})
+        exec(
+            snippets.pattern("lite0", PatternSpec("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()}
+        )
     assert len(seen) == 4
 
 

@@ -357,7 +357,9 @@ def test_a_pattern_is_drawn_frame_by_frame_and_kept(client, explorer):
     page = client.get("/m/tiny/unit/relu2/3").text
     src = re.search(r'src="(/image/pattern[^"]*)"', page)[1].replace("&amp;", "&")
     assert np.asarray(Image.open(io.BytesIO(client.get(src).content))).shape == known.images[0].shape
-    explorer.cache.put(("pattern", explorer.first.version, PatternSpec("relu2", 3)), None)  # forgotten: the folder has it
+    explorer.cache.put(
+        ("pattern", explorer.first.version, PatternSpec("relu2", 3)), None
+    )  # forgotten: the folder has it
     start = time.perf_counter()
     again = events(client, path)
     assert json.loads(again[-1][1]) == result

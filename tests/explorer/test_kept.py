@@ -62,7 +62,7 @@ def client(model, store, results):
 def site(model, store, results, tmp_path_factory):
     where = tmp_path_factory.mktemp("site")
     Image.fromarray(picture(0)).save(where / "first.png")
-    assert publish({"tiny": model}, store, where / "site", pictures=[str(where / "first.png")]) == []
+    assert publish({"tiny": model}, store, where / "site", images=[str(where / "first.png")]) == []
     return where / "site"
 
 

@@ -58,7 +58,7 @@ def site(model, store, tmp_path_factory):
     told |= {"noise": 0.25, "reference": None, "notes": ["said of the pattern"], "steps": 2}
     PatternCache(keep).put(explorer.first.version, what, told)
     explorer.close()
-    failed = publish({"tiny": model}, store, where / "site", pictures=[str(file)], keep=keep)
+    failed = publish({"tiny": model}, store, where / "site", images=[str(file)], keep=keep)
     assert failed == []
     return where / "site"
 
@@ -102,7 +102,7 @@ def test_nothing_published_tells_where_the_publishers_files_lie(tmp_path):
     shown = tmp_path / "shown.png"
     Image.fromarray(picture(1)).save(shown)
     own = convscope.scan(loaded, data_folder(tmp_path / "data"), tmp_path / "store", k=3, workers=0)
-    assert publish({str(file): loaded}, own, tmp_path / "site", pictures=[str(shown)]) == []
+    assert publish({str(file): loaded}, own, tmp_path / "site", images=[str(shown)]) == []
     files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
     assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
     page = (tmp_path / "site/m/net.pt2/picture/shown.html").read_text()
@@ -183,7 +183,7 @@ def test_the_same_store_gives_the_same_bytes(model, store, tmp_path):
     Image.fromarray(picture(1)).save(file)
     found = []
     for run in ("a", "b"):
-        publish({"tiny": model}, store, tmp_path / run, pictures=[str(file)])
+        publish({"tiny": model}, store, tmp_path / run, images=[str(file)])
         files = sorted(p for p in (tmp_path / run).rglob("*") if p.is_file())
         found.append({p.relative_to(tmp_path / run): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
     assert found[0] == found[1]

@@ -10,7 +10,7 @@ import pytest
 
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.cache import Cache
-from convscope.explorer.service.jobs import Client, QueueFull, ClientDisconnected, JobQueue, RequestTimeout
+from convscope.explorer.service.jobs import Client, ClientDisconnected, JobQueue, QueueFull, RequestTimeout
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_to_look_changes_nothing():
     shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     version = net.version
     for method in ("grad-cam", "lrp-zplus", "guided-backprop", "rise"):
-        explorer.heat(asker, net, shown, [0], method=method)
+        explorer.heatmap(asker, net, shown, [0], method=method)
     explorer.faithfulness(asker, net, shown, 0, None, "grad-cam", None)
     time.sleep(LOOK)
     assert net.version == version

@@ -74,7 +74,7 @@ def client(explorer):
 def site(model, store, tmp_path_factory):
     where = tmp_path_factory.mktemp("site")
     Image.fromarray(picture(0)).save(where / "first.png")
-    assert publish({"tiny": model}, store, where / "site", pictures=[str(where / "first.png")]) == []
+    assert publish({"tiny": model}, store, where / "site", images=[str(where / "first.png")]) == []
     return where / "site"
 
 
@@ -246,7 +246,7 @@ def test_a_story_that_was_told_live_is_kept_and_published(model, told, tmp_path,
     given = {"pictures": [str(tmp_path / "first.png")], "keep": tmp_path / "kept"}
     publish({"tiny": model}, made, tmp_path / "site", **given)
     assert "was not told" not in (tmp_path / "site/m/tiny/story.html").read_text()
-    publish({"tiny": model}, made, tmp_path / "other", pictures=given["pictures"])
+    publish({"tiny": model}, made, tmp_path / "other", images=given["pictures"])
     assert "was not told" in (tmp_path / "other/m/tiny/story.html").read_text()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import parameterization, recipes, request
-from convscope.featurevis.objectives import diversity, channel
+from convscope.featurevis.objectives import channel, diversity
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.featurevis.test_recipes import loaded

@@ -15,16 +15,16 @@ from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
-    interpolation,
-    direction,
-    diversity,
-    per_image_channels,
     batch_objectives,
     caricature,
-    neuron,
     channel,
     channels,
     deepdream,
+    direction,
+    diversity,
+    interpolation,
+    neuron,
+    per_image_channels,
 )
 from tests.featurevis.test_objectives import close, numbers, seen
 from tests.featurevis.test_recipes import loaded
@@ -66,26 +66,30 @@ def test_arithmetic(made: Objective, value: Callable[..., Any], name: str) -> No
     assert made.name == name
     read = eval(name.replace("maps 0", "a").replace("logit 1", "b").replace("tokens 2", "c"), {"a": a, "b": b, "c": c})
     assert np.abs(read - value(a, b, c)).max() < 1e-12  # float64
-    assert made.pictures == 1
+    assert made.images == 1
     assert not made.mates
 
 
 def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
     """Also beside those that get twice as many rows as they return."""
     what = seen(4)
-    for objective, count in ((caricature("maps"), 2), (per_image_channels("maps", [0, 1, 2, 3]), 4), (diversity(A, "maps", 4), 4)):
+    for objective, count in (
+        (caricature("maps"), 2),
+        (per_image_channels("maps", [0, 1, 2, 3]), 4),
+        (diversity(A, "maps", 4), 4),
+    ):
         own = numbers(objective(what))
         for made, expected in (
             (2 * objective, 2 * own), (objective * 2, 2 * own), (1 - objective, 1 - own), (objective + 0.1, own + 0.1)
         ):  # fmt: skip
             assert made(what).shape == (count,)
             assert close(made(what), expected)
-            assert (made.pictures, made.mates) == (objective.pictures, objective.mates)
+            assert (made.images, made.mates) == (objective.images, objective.mates)
     together = caricature("maps") - 0.5 * caricature("tokens")
     assert together.mates
     assert close(together(what), numbers(caricature("maps")(what)) - 0.5 * numbers(caricature("tokens")(what)))
     mixed = per_image_channels("maps", [0, 1, 2, 3]) - B
-    assert mixed.pictures == 4
+    assert mixed.images == 4
     assert close(mixed(what), numbers(per_image_channels("maps", [0, 1, 2, 3])(what)) - numbers(B(what)))
 
 
@@ -93,16 +97,22 @@ def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
 
 
 def test_joined_objectives_see_their_own_rows_only() -> None:
-    parts = [B, diversity(C, "maps", 3), neuron("maps", 4, (2, 3)), interpolation(A, B, "tokens", 2), per_image_channels("other", [1, 0])]
+    parts = [
+        B,
+        diversity(C, "maps", 3),
+        neuron("maps", 4, (2, 3)),
+        interpolation(A, B, "tokens", 2),
+        per_image_channels("other", [1, 0]),
+    ]
     what = seen(9)
     assert what.logits is not None
     together = batch_objectives(parts)
     expected, first = [], 0
     for part in parts:
-        rows = slice(first, first + part.pictures)
+        rows = slice(first, first + part.images)
         expected.append(part(ForwardResult({layer: x[rows] for layer, x in what.maps.items()}, what.logits[rows])))
-        first += part.pictures
-    assert first == together.pictures == 9
+        first += part.images
+    assert first == together.images == 9
     assert torch.equal(together(what), torch.cat(expected))
     assert together.name == ", ".join(part.name for part in parts)
     assert set(together.watches) == {watch for part in parts for watch in part.watches}
@@ -117,7 +127,7 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
     assert what.logits is not None
     together = batch_objectives(parts)
     assert together.mates
-    assert together.pictures == 3
+    assert together.images == 3
     expected = []
     for i, part in enumerate(parts):
         expected.append(

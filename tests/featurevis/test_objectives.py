@@ -14,15 +14,15 @@ from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.objectives import (
     Objective,
-    interpolation,
-    direction,
-    diversity,
-    per_image_channels,
     caricature,
-    neuron,
     channel,
     channels,
     deepdream,
+    direction,
+    diversity,
+    interpolation,
+    neuron,
+    per_image_channels,
 )
 
 TINY = 1e-5  # values of size 1 in float32, which rounds at 6e-8; sums of up to 60 products, then a root and a quotient

@@ -11,7 +11,15 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, Plateau, adam_step, ascend, from_torch_optimizer, rms_step, exponential_warmup
+from convscope.featurevis.optimizer import (
+    DEAD_AFTER_STEPS,
+    Plateau,
+    adam_step,
+    ascend,
+    exponential_warmup,
+    from_torch_optimizer,
+    rms_step,
+)
 from convscope.featurevis.parameterization import PixelImage
 
 
@@ -161,7 +169,7 @@ def test_what_is_done_has_the_history_that_it_has_alone() -> None:
         canvas, asked = PixelImage(start(1, 3, 4, 5).float().expand(len(floors), -1, -1, -1), 1), []
 
         def measure(i: int) -> Tensor:
-            picture = canvas.picture() * 1
+            picture = canvas.image() * 1
             picture.register_hook(lambda gradient: asked.append(gradient.flatten(1).any(1)) or None)
             return torch.tensor(floors) + (1 + i % 3) * picture.mean((1, 2, 3))
 

@@ -12,9 +12,16 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from convscope.featurevis.parameterization import COLOUR_AXES, NATURAL, FourierImage, PhaseImage, PyramidResidualImage, natural_magnitude
+from convscope.featurevis.parameterization import (
+    COLOUR_AXES,
+    NATURAL,
+    FourierImage,
+    PhaseImage,
+    PyramidResidualImage,
+    natural_magnitude,
+)
 from convscope.featurevis.recipes import finished
-from convscope.featurevis.transforms import AugmentationConfig, random_roll, identity, random_affine
+from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from convscope.samples import photographs
 
 CPU = torch.device("cpu")
@@ -78,7 +85,7 @@ def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
             real, imaginary = np.moveaxis(values[:, :, r % height, c], -1, 0)
             plain += weight * ((real + 1j * imaginary)[..., None, None] * wave).real
     assert plain.std() > 0.1
-    assert apart(along_axes(canvas.picture(shown).detach().numpy()), plain) < 1e-4  # float32 through a sigmoid and back
+    assert apart(along_axes(canvas.image(shown).detach().numpy()), plain) < 1e-4  # float32 through a sigmoid and back
 
 
 def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
@@ -87,8 +94,8 @@ def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
     with torch.no_grad():
         canvas.values[:, :, 4:13] = 0
         canvas.values[:, :, :, 6:] = 0
-    assert apart(canvas.picture((8, 12)).detach(), canvas.picture().detach()[:, :, ::2, ::2]) < 1e-5
-    assert torch.equal(canvas.picture((16, 24)), canvas.picture())
+    assert apart(canvas.image((8, 12)).detach(), canvas.image().detach()[:, :, ::2, ::2]) < 1e-5
+    assert torch.equal(canvas.image((16, 24)), canvas.image())
 
 
 # --- a photograph's spectrum, and its phases -------------------------------------------------------------------------
@@ -127,7 +134,7 @@ def test_phase_canvas_by_hand(size: tuple[int, int], channels: int) -> None:
                     angle = phases[:, :, k, j] + 2 * math.pi * (k * y / height + j * x / width)
                     plain[:, :, y, x] += twice * magnitude[:, k, j] * np.cos(angle) / math.sqrt(height * width)
     expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", colour_axes(channels), plain)))
-    assert apart(canvas.picture().detach(), expected) < 1e-5  # a transform in float32
+    assert apart(canvas.image().detach(), expected) < 1e-5  # a transform in float32
     assert canvas.values.is_leaf
     assert canvas.values.requires_grad
 
@@ -144,7 +151,7 @@ def test_magnitudes_stay_natural_whatever_the_phases(size: tuple[int, int], chan
     for change in (0.0, 1.0, 30.0):
         with torch.no_grad():
             canvas.values += change * torch.randn(canvas.values.shape, generator=Generator().manual_seed(5))
-        pictures.append(canvas.picture().detach().double().numpy())
+        pictures.append(canvas.image().detach().double().numpy())
         magnitude = np.abs(np.fft.rfft2(along_axes(pictures[-1]), norm="ortho"))
         for found in magnitude:
             # A sigmoid in float32, undone where it is steep; colours undone, which makes an error 8 times as large.
@@ -227,10 +234,10 @@ def test_one_place_of_a_level_moves_only_what_it_reaches(size: tuple[int, int], 
         sides = [math.ceil(side / 2**level) for side in size]
         for row, column in ((0, 0), (sides[0] - 1, sides[1] - 1), (int(rng.integers(sides[0])), sides[1] // 2)):
             canvas = PyramidResidualImage(pictures)
-            before = canvas.picture().detach()
+            before = canvas.image().detach()
             with torch.no_grad():
                 canvas.values[1, -1, begin + row * sides[1] + column] = 0.75
-            after = canvas.picture().detach()
+            after = canvas.image().detach()
             laid = np.outer(enlarging(sides[0], size[0])[:, row], enlarging(sides[1], size[1])[:, column])
             moved = (after != before).numpy()
             assert not moved[0].any()
@@ -262,7 +269,9 @@ def test_colour_and_noise_by_hand(channels: int) -> None:
     """Contrast about middle gray, brightness of each channel, then the picture's own noise, rolled at each step."""
     size, steps, seeds = (10, 14), 3, (4, 9)
     pictures = torch.rand((2, channels, *size), generator=Generator().manual_seed(0))
-    view = random_affine(AugmentationConfig((1, 1), 0, size, mirror=False, colour=0.3, noise=0.2), steps, generators(*seeds), CPU)
+    view = random_affine(
+        AugmentationConfig((1, 1), 0, size, mirror=False, colour=0.3, noise=0.2), steps, generators(*seeds), CPU
+    )
     for step in range(steps):
         found = view(step, pictures)
         for n, seed in enumerate(seeds):
@@ -290,7 +299,10 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
     assert abs(changed.mean()) < 0.015  # 600 draws of deviation 0.065, 200 of which in common: 4 deviations
     for deviation in (0.05, 0.4):
         seeds = generators(*range(count))
-        noise = random_affine(AugmentationConfig((1, 1), 0, size, noise=deviation), 1, seeds, CPU)(0, gray).double().numpy() - 0.75
+        noise = (
+            random_affine(AugmentationConfig((1, 1), 0, size, noise=deviation), 1, seeds, CPU)(0, gray).double().numpy()
+            - 0.75
+        )
         n = noise.size
         assert noise.std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * n))  # five deviations of a deviation
         assert abs(noise.mean()) < 5 * deviation / math.sqrt(n)
@@ -314,7 +326,9 @@ def test_mirrored_only_where_that_is_allowed(mirror: bool) -> None:
     """Columns run from left to right in every view, however zoomed and turned; or in about half of them."""
     count, steps = 60, 4
     ramp = torch.arange(32.0).expand(count, 1, 32, 32)
-    view = random_affine(AugmentationConfig((0.4, 1), 10, (16, 16), mirror=mirror), steps, generators(*range(count)), CPU)
+    view = random_affine(
+        AugmentationConfig((0.4, 1), 10, (16, 16), mirror=mirror), steps, generators(*range(count)), CPU
+    )
     flipped = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) < 0).all(1).sum()) for step in range(steps))
     rising = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) > 0).all(1).sum()) for step in range(steps))
     assert flipped + rising == count * steps
@@ -332,7 +346,9 @@ def test_views_pass_gradients_on_to_the_canvas() -> None:
         assert torch.equal(gradient[n].flatten().sort().values, weights[n].flatten().sort().values)
     assert identity(0, pictures) is pictures
     assert identity(7, pictures) is pictures
-    changed = random_affine(AugmentationConfig((1, 1), 0, (6, 9), mirror=False, colour=0.3, noise=0.2), 1, generators(4, 9), CPU)
+    changed = random_affine(
+        AugmentationConfig((1, 1), 0, (6, 9), mirror=False, colour=0.3, noise=0.2), 1, generators(4, 9), CPU
+    )
     (gradient,) = torch.autograd.grad(changed(0, pictures).sum(), pictures)
     for n, seed in enumerate((4, 9)):
         contrast = 1 + 0.3 * drawn(seed, 1, (6, 9))[0][0, 0]

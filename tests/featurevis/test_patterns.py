@@ -21,10 +21,17 @@ from convscope.engine.batching import gradient_bytes
 from convscope.engine.capture import ForwardResult
 from convscope.featurevis.defaults import plain_size, robust_size
 from convscope.featurevis.objectives import per_image_channels
-from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, RedirectedReLU, adam_step, consistency_weighted_adam, ascend, rms_step
+from convscope.featurevis.optimizer import (
+    DEAD_AFTER_STEPS,
+    RedirectedReLU,
+    adam_step,
+    ascend,
+    consistency_weighted_adam,
+    rms_step,
+)
 from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, PixelImage
 from convscope.featurevis.recipes import REVIVED, standardised
-from convscope.featurevis.transforms import AugmentationConfig, random_roll, random_affine
+from convscope.featurevis.transforms import AugmentationConfig, random_affine, random_roll
 from tests.oracles.nets import Twice, Usual, filled
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
@@ -564,7 +571,7 @@ def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
     axes = np.array(COLOUR_AXES)
     axes = axes / np.sqrt((axes**2).sum(0)).max()
     expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", axes, plain)))
-    assert apart(canvas.picture().detach(), expected) < 1e-5  # a transform in float32
+    assert apart(canvas.image().detach(), expected) < 1e-5  # a transform in float32
     assert canvas.values.is_leaf
     assert canvas.values.requires_grad
 
@@ -586,14 +593,18 @@ def test_draws_belong_to_the_picture() -> None:
 def test_zoomed_views_by_hand() -> None:
     """Without zoom and turn: the canvas or its mirror image. At half scale: a window that lies within."""
     pictures = torch.rand((40, 2, 16, 24), generator=Generator().manual_seed(0))
-    whole = random_affine(AugmentationConfig((1, 1), 0, (16, 24)), 1, generators(*range(40)), torch.device("cpu"))(0, pictures)
+    whole = random_affine(AugmentationConfig((1, 1), 0, (16, 24)), 1, generators(*range(40)), torch.device("cpu"))(
+        0, pictures
+    )
     mirrored = [bool((v - p).abs().max() > 1e-3) for v, p in zip(whole, pictures, strict=True)]
     for view, picture, flipped in zip(whole, pictures, mirrored, strict=True):
         assert apart(view, picture.flip(2) if flipped else picture) < 1e-5  # float32 coordinates
     assert 8 <= sum(mirrored) <= 32  # half of 40, four standard deviations to either side
     down, across = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     ramps = torch.stack([down, across]).expand(40, 2, 32, 32)
-    half = random_affine(AugmentationConfig((0.5, 0.5), 0, (16, 16)), 1, generators(*range(40)), torch.device("cpu"))(0, ramps)
+    half = random_affine(AugmentationConfig((0.5, 0.5), 0, (16, 16)), 1, generators(*range(40)), torch.device("cpu"))(
+        0, ramps
+    )
     assert (half[:, 0].diff(dim=1) - 1).abs().max() < 1e-4  # one pixel of the view is one of the canvas
     assert (half[:, 1].diff(dim=2).abs() - 1).abs().max() < 1e-4
     assert half.min() >= 0
@@ -625,7 +636,7 @@ def test_several_views_are_climbed_by_their_mean() -> None:
     canvas = FourierImage(draws, 3, (56, 56), torch.device("cpu"))
     view = random_affine(AugmentationConfig((0.5, 1), 10, (32, 32)), 3, draws, torch.device("cpu"))
     with torch.no_grad():
-        shown = canvas.picture((32, 32))
+        shown = canvas.image((32, 32))
         values = [net(model.preprocessing.normalize(view(k, shown)))[[0, 1], [3, 1]] for k in range(3)]
     assert apart(found.history[0], torch.stack(values).mean(0)) < 1e-5  # sums of floats in another layout
     assert found.parameters()["views"] == 3

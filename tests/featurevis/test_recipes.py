@@ -20,7 +20,7 @@ from convscope.featurevis.objectives import caricature, channel
 from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, adam_step, consistency_weighted_adam
 from convscope.featurevis.parameterization import FourierImage, PhaseImage, natural_magnitude
 from convscope.featurevis.recipes import DAMPING, RECIPES, SLIGHT, finished
-from convscope.featurevis.transforms import AugmentationConfig, random_roll, identity, random_affine
+from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.test_parameterization import colour_axes, logit
 from tests.oracles.nets import Usual, filled
 
@@ -98,7 +98,7 @@ def test_robust_for_classes_by_hand() -> None:
     step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
     been = []
     for i in range(steps):
-        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.picture((sides[i // 2],) * 2)))
+        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.image((sides[i // 2],) * 2)))
         value = net(shown)[0, number]
         assert found.history[i, 0] == pytest.approx(value.item(), abs=SUMS)
         (gradient,) = torch.autograd.grad(value, canvas.values)
@@ -158,7 +158,7 @@ def test_robust_for_units_that_see_little_by_hand() -> None:
     view = random_roll(steps, [own], CPU)
     step = consistency_weighted_adam(canvas.values, 0.35, SLIGHT)
     for i in range(steps):
-        shown = model.preprocessing.normalize(view(i, canvas.picture()))
+        shown = model.preprocessing.normalize(view(i, canvas.image()))
         value = net.relu1(net.bn1(net.conv1(shown)))[0, number].mean()
         assert found.history[i, 0] == pytest.approx(value.item(), rel=1e-4)
         (gradient,) = torch.autograd.grad(value, canvas.values)
@@ -232,7 +232,7 @@ def test_maco_opacity_by_hand() -> None:
     step = adam_step(canvas.values, 0.1, DAMPING)
     asked = np.zeros((32, 32))
     for i in range(steps):
-        picture = canvas.picture()
+        picture = canvas.image()
         seen = torch.cat([views(2 * i, picture), views(2 * i + 1, picture)])
         value = net(model.preprocessing.normalize(seen))[:, number].mean()
         at_pixels, at_phases = torch.autograd.grad(value, (picture, canvas.values))

@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis.defaults import as_it_is, own_size, constant_schedule
-from convscope.featurevis.objectives import Objective, interpolation, diversity, neuron, channel, channels, deepdream
+from convscope.featurevis.defaults import as_it_is, constant_schedule, own_size
+from convscope.featurevis.objectives import Objective, channel, channels, deepdream, diversity, interpolation, neuron
 from convscope.featurevis.optimizer import from_torch_optimizer
 from convscope.featurevis.parameterization import PhaseImage, PixelImage
-from convscope.featurevis.recipes import RECIPES, RecipeOutput, Recipe, OptimizationTask, finished
+from convscope.featurevis.recipes import RECIPES, OptimizationTask, Recipe, RecipeOutput, finished
 from tests.featurevis.test_objectives import between_by_hand, diverse_by_hand
 from tests.featurevis.test_recipes import CPU, SUMS, loaded, outputs
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
@@ -129,7 +129,7 @@ def gray(task: OptimizationTask) -> RecipeOutput:
     first = torch.full((len(task.generators), task.channels, *task.size), 127.5, device=task.device)
     canvas = PixelImage(first)
     step = from_torch_optimizer(canvas.values, partial(torch.optim.SGD, lr=task.step_size, momentum=0.5))
-    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.picture())), step, partial(finished, canvas))
+    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.image())), step, partial(finished, canvas))
     return RecipeOutput(finished(canvas), history)
 
 
@@ -232,7 +232,12 @@ def test_patience_ends_early(usual: convscope.Model, kept: int) -> None:
     told: list[int] = []
     options: dict[str, Any] = {"recipe": "plain", "start": np.full((32, 32, 3), 128.0), "steps": 40}
     found = convscope.patterns(
-        usual, 100 + 0.01 * channel("conv1", 2), patience=3, frames=kept, callback=lambda i, _: told.append(i), **options
+        usual,
+        100 + 0.01 * channel("conv1", 2),
+        patience=3,
+        frames=kept,
+        callback=lambda i, _: told.append(i),
+        **options,
     )
     assert told == [1, 2, 3]
     assert found.history.shape == (40, 1)
@@ -320,7 +325,7 @@ def noises_by_hand(seed: int, size: tuple[int, int]) -> np.ndarray:
         if i < 4:
             found.append((128 + 20 * torch.rand((3, *size), generator=generator)).numpy().astype(np.uint8))
         else:
-            shown: Tensor = PhaseImage([generator], 3, size, CPU).picture().detach()[0]
+            shown: Tensor = PhaseImage([generator], 3, size, CPU).image().detach()[0]
             found.append(np.round(shown.numpy() * 255).astype(np.uint8))
     return np.stack(found).transpose(0, 2, 3, 1)
 
@@ -332,7 +337,11 @@ def test_noise_by_hand(usual: convscope.Model, seed: int) -> None:
     by_units = convscope.patterns(usual, "relu2", [3, 0, 9], size=(24, 36), steps=1, seed=seed)
     best = outputs(usual, "relu2", shown).mean((2, 3)).max(0)
     assert by_units.noise_scores == pytest.approx(best[[3, 0, 9]], rel=SUMS, abs=SUMS)
-    objectives = [channel("logits", 1) - channel("logits", 0), diversity(channel("relu2", 1), "relu2", 2), -neuron("conv3", 4)]
+    objectives = [
+        channel("logits", 1) - channel("logits", 0),
+        diversity(channel("relu2", 1), "relu2", 2),
+        -neuron("conv3", 4),
+    ]
     found = convscope.patterns(usual, objectives, size=(24, 36), steps=1, seed=seed)
     logits, middle = outputs(usual, "logits", shown), outputs(usual, "conv3", shown)[:, 4, 6, 9]
     expected = [(logits[:, 1] - logits[:, 0]).max(), np.nan, np.nan, (-middle).max()]
@@ -360,7 +369,9 @@ def test_reference_by_hand(usual: convscope.Model, photographs: np.ndarray, tmp_
     assert read.reference_scores == pytest.approx(expected, rel=SUMS, abs=SUMS)
     assert [str(files[3]) in failure.name or failure.name in str(files[3]) for failure in read.failed] == [True]
     assert convscope.patterns(usual, "relu2", [2], size=32, steps=1).reference_scores is None
-    comparing = convscope.patterns(usual, diversity(channel("relu2", 1), "relu2", 2), size=32, steps=1, reference=natural)
+    comparing = convscope.patterns(
+        usual, diversity(channel("relu2", 1), "relu2", 2), size=32, steps=1, reference=natural
+    )
     assert comparing.reference_scores is not None
     assert np.isnan(comparing.reference_scores).tolist() == [True, True]
 
@@ -372,7 +383,9 @@ def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
     def lost(task: OptimizationTask) -> RecipeOutput:
         return RECIPES["plain"].draw(task)._replace(pictures=noises[2:3])
 
-    found = convscope.patterns(usual, channel("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, constant_schedule(1, 1.0)))
+    found = convscope.patterns(
+        usual, channel("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, constant_schedule(1, 1.0))
+    )
     assert found.noise_scores is not None
     assert found.scores[0] < found.noise_scores[0]
     assert len(found.notes) == 1

@@ -19,7 +19,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.featurevis import resumable
 from convscope.featurevis.result import Patterns
-from convscope.featurevis.resumable import remove_parts, run_resumable, is_done
+from convscope.featurevis.resumable import is_done, remove_parts, run_resumable
 from tests.oracles.nets import Spy, filled
 
 UNITS = 70  # three parts: 23, 23 and 24

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope.engine import capture
 from convscope.featurevis.objectives import per_image_channels
-from convscope.featurevis.scoring import NOISES, optimize_from_crops, max_activations, noises
+from convscope.featurevis.scoring import NOISES, max_activations, noises, optimize_from_crops
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.oracles.nets import filled

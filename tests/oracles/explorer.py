@@ -46,7 +46,7 @@ def data_folder(where: Path, count: int = 12) -> Path:
 
 def kept(model: convscope.Model, store: convscope.Store) -> tuple[convscope.Concepts, convscope.Atlas]:
     """Concepts of a class and an atlas, of the store's own pictures and one more, put into the store."""
-    files = [store.image(number).name for number in range(store.pictures_count)]
+    files = [store.image(number).name for number in range(store.images_count)]
     settings = {"count": 3, "crop": 0.5, "masks": 8, "patches": 4, "only_predicted": False}
     found = convscope.concepts(model, files, 1, layer="relu3", **settings)
     store.save_result(found)
@@ -54,7 +54,15 @@ def kept(model: convscope.Model, store: convscope.Store) -> tuple[convscope.Conc
         store.save_result(convscope.concepts(model, files, 3, layer=layer, **settings))
     given = [*(np.asarray(Image.open(file).convert("RGB")) for file in files[:2]), *files[2:]]
     drawn = convscope.atlas(
-        model, given, layer="relu3", grid=3, positions_per_image=5, min_count=2, size=16, steps=2, reducer=lambda vectors: vectors[:, :2]
+        model,
+        given,
+        layer="relu3",
+        grid=3,
+        positions_per_image=5,
+        min_count=2,
+        size=16,
+        steps=2,
+        reducer=lambda vectors: vectors[:, :2],
     )
     store.save_result(drawn)
     return found, drawn

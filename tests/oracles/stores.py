@@ -13,7 +13,7 @@ from PIL import Image
 
 from convscope.scanning.statistics import EDGES
 from convscope.store.io import Folder
-from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
+from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
 SIZE = (64, 80)  # of the network's input
 
@@ -94,12 +94,12 @@ def picture_rows(
     names: Sequence[str] | None = None,
     sizes: np.ndarray | None = None,
     seed: int = 0,
-) -> PictureRows:
+) -> ImageRows:
     """Rows of pictures, 100 x 120 pixels each unless told, all of it seen by the network."""
     rng = np.random.default_rng(seed)
     sizes = np.tile([[100, 120]], (count, 1)) if sizes is None else sizes
     shares = -np.sort(-rng.dirichlet(np.ones(classes), count), 1)[:, :5]
-    return PictureRows(
+    return ImageRows(
         names=[f"folder/{i:05d}.png" for i in range(count)] if names is None else list(names),
         labels=labels,
         failed=["is damaged" if i in failed else None for i in range(count)],
@@ -172,7 +172,7 @@ def small(
         folder,
         layers,
         split(rows, parts or [pictures]),
-        sample_pictures=sample,
+        sample_images=sample,
         class_counts=counts,
         input_size=SIZE,
         shards=[{"shard": 0, "first": 0, "last": pictures - 1, "sha256": "a" * 64}],
@@ -195,7 +195,7 @@ def large(folder: Any, units: int, pictures: int, k: int, sample: int = 100) -> 
         folder,
         [dataclasses.replace(small_one, top=best, bottom=best)],
         split(picture_rows(pictures), [pictures]),
-        sample_pictures=sample_pictures,
+        sample_images=sample_pictures,
         class_counts=None,
         input_size=SIZE,
         shards=[],
@@ -203,13 +203,13 @@ def large(folder: Any, units: int, pictures: int, k: int, sample: int = 100) -> 
     )
 
 
-def split(rows: PictureRows, lengths: Sequence[int]) -> list[PictureRows]:
+def split(rows: ImageRows, lengths: Sequence[int]) -> list[ImageRows]:
     """The same rows in parts of these lengths."""
     found, start = [], 0
     for length in lengths:
         part = slice(start, start + length)
         cut = {name: None if value is None else value[part] for name, value in vars(rows).items()}
-        found.append(PictureRows(**cut))
+        found.append(ImageRows(**cut))
         start += length
     return found
 

@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convscope.scanning import statistics
-from convscope.scanning.statistics import BINS, EDGES, EMPTY, TopK, OnlineStatistics, UnitStatistics, fused, sort_keys, reduced, unkeyed
+from convscope.scanning.statistics import (
+    BINS,
+    EDGES,
+    EMPTY,
+    OnlineStatistics,
+    TopK,
+    UnitStatistics,
+    fused,
+    reduced,
+    sort_keys,
+    unkeyed,
+)
 
 
 def maps_of(seed: int, pictures: int, units: int, side: int, levels: int = 3) -> torch.Tensor:
@@ -49,7 +60,7 @@ def streamed(
 
 def listed(best: TopK, sign: int, unit: int) -> list[tuple[float, int, int]]:
     values = unkeyed(best.keys)
-    rows = zip(values[unit].tolist(), best.pictures[unit].tolist(), best.places[unit].tolist(), strict=True)
+    rows = zip(values[unit].tolist(), best.images[unit].tolist(), best.positions[unit].tolist(), strict=True)
     return [(sign * value + 0.0, picture, place) for value, picture, place in rows if picture >= 0]
 
 
@@ -94,10 +105,10 @@ def test_moments_histogram_and_sample_equal_direct_computation():
     sample = torch.tensor([2, 3, 30, 36])
     found = streamed(maps, 4, 8, sample=sample)
     wide = maps.double()
-    assert found.pictures == 37
-    assert found.places == 37 * 24
+    assert found.images == 37
+    assert found.positions == 37 * 24
     torch.testing.assert_close(found.mean, wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.scatter / found.places, wide.var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.scatter / found.positions, wide.var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
     assert found.active.tolist() == (maps > 0).sum((0, 2, 3)).tolist()
     maxima = maps.amax((2, 3)).numpy()
     for unit in range(5):
@@ -108,7 +119,7 @@ def test_moments_histogram_and_sample_equal_direct_computation():
         assert found.histogram[unit].tolist() == counts
     assert found.histogram.shape == (5, BINS)
     assert torch.equal(found.sample, maps[sample].amax((2, 3)).T)
-    assert torch.equal(found.sample_places.long(), maps[sample].flatten(2).argmax(2).T)
+    assert torch.equal(found.sample_positions.long(), maps[sample].flatten(2).argmax(2).T)
 
 
 @pytest.mark.parametrize("read", [reduced, lambda maps, below: fused(maps)], ids=["reduced", "fused"])
@@ -125,9 +136,9 @@ def test_a_variance_that_is_small_beside_the_mean_is_that_of_numpy(monkeypatch, 
     for shard in shards:
         merged.join(shard)
     wide = maps.astype(np.float64)
-    assert merged.places == 30 * side * side
+    assert merged.positions == 30 * side * side
     np.testing.assert_allclose(merged.mean, wide.mean((0, 2, 3)), rtol=1e-12, atol=1e-7 * spread)
-    np.testing.assert_allclose(merged.scatter / merged.places, wide.var((0, 2, 3)), rtol=1e-5, atol=0)
+    np.testing.assert_allclose(merged.scatter / merged.positions, wide.var((0, 2, 3)), rtol=1e-5, atol=0)
 
 
 def test_a_middle_far_off_costs_no_more_than_its_share_of_the_variance():
@@ -136,7 +147,7 @@ def test_a_middle_far_off_costs_no_more_than_its_share_of_the_variance():
     maps[:, :, 28, 28] = 1000
     found = streamed(maps, 2, 2)
     expected = maps.double().var((0, 2, 3), correction=0)
-    torch.testing.assert_close(found.scatter / found.places, expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.scatter / found.positions, expected, rtol=1e-3, atol=0)
 
 
 def test_class_totals_are_sums_over_pictures_of_each_label():
@@ -150,7 +161,7 @@ def test_class_totals_are_sums_over_pictures_of_each_label():
     means = maps.double().mean((2, 3))
     assert merged.labels.tolist() == sorted({x for x in labels.tolist() if x >= 0})
     for row, label in enumerate(merged.labels.tolist()):
-        assert int(merged.class_pictures[row]) == int((labels == label).sum())
+        assert int(merged.class_images[row]) == int((labels == label).sum())
         torch.testing.assert_close(merged.class_totals[row], means[labels == label].sum(0), rtol=1e-6, atol=0)
 
 

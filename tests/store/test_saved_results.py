@@ -72,8 +72,8 @@ def test_what_is_kept_is_what_was_found(store: Store, found: Concepts, drawn: At
     assert home.save_result(drawn) == tmp_path / "store" / "atlas" / "relu"
     again = convscope.open_store(tmp_path / "store")
     (one,), (other,) = again.concepts(), again.atlases()
-    assert (one.kind, one.layer, one.target, one.pictures) == ("concepts", "relu", 0, list(found.image_names))
-    assert (other.kind, other.layer, other.target, other.pictures) == ("atlas", "relu", None, list(drawn.image_names))
+    assert (one.kind, one.layer, one.target, one.images) == ("concepts", "relu", 0, list(found.image_names))
+    assert (other.kind, other.layer, other.target, other.images) == ("atlas", "relu", None, list(drawn.image_names))
     for kept, result in ((one, found), (other, drawn)):
         arrays = kept.arrays()
         assert arrays.keys() == result.arrays().keys()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from convscope.attribution.default_layer import choose_layer
-from convscope.attribution.multiscale import batches, validate_scales, run_multiscale
+from convscope.attribution.multiscale import batches, run_multiscale, validate_scales
 from convscope.attribution.registry import find, options
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.runner import FUSIONS, AUGMENTATIONS, BatchResult, MethodSpec, HeatmapJob
-from convscope.attribution.targets import parse_targets, output_target, segmentation_target
+from convscope.attribution.runner import AUGMENTATIONS, FUSIONS, BatchResult, HeatmapJob, MethodSpec
+from convscope.attribution.targets import output_target, parse_targets, segmentation_target
 from convscope.engine.batching import MEMORY, Progress, batch_size
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -22,7 +22,7 @@ from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 
-__all__ = ["Heatmaps", "compute_heatmaps", "heatmaps", "output_target", "segmentation_target", "resolve_method"]
+__all__ = ["Heatmaps", "compute_heatmaps", "heatmaps", "output_target", "resolve_method", "segmentation_target"]
 
 
 def heatmaps(
@@ -130,7 +130,9 @@ def resolve_method(
     names = [layer] if isinstance(layer, str) else list(layer)
     if not names:
         raise ConvscopeError("an empty list of layers; give at least one, or None for the automatic choice")
-    return MethodSpec(method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings), "as asked for"
+    return MethodSpec(
+        method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings
+    ), "as asked for"
 
 
 def compute_heatmaps(
@@ -208,9 +210,9 @@ def _said(cell: MethodSpec, smooth: str | None, scales: Sequence[float], seed: i
     return {"smooth": smooth, "scale": list(scales), "seed": seed, **fused}
 
 
-def quality_notes(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], place: str) -> list[str]:
+def quality_notes(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], position: str) -> list[str]:
     """In words: maps that an overlay would show as nothing."""
-    here = "the picture" if place == "input" else "this layer"
+    here = "the picture" if position == "input" else "this layer"
     flat = maps.flatten(2)
     low, high = flat.amin(2), flat.amax(2)
     said = []

@@ -51,26 +51,26 @@ class MethodContext:
         """A fresh generator on the CPU: the same draws for every picture."""
         return torch.Generator().manual_seed(self.seed)
 
-    def scores(self, x: Tensor, picture: int | Tensor) -> Tensor:
+    def scores(self, x: Tensor, image: int | Tensor) -> Tensor:
         """What the targets of one picture score for M inputs (M, C, H, W): (M, T), without gradients.
 
         `picture` may also be (M,): which picture's targets each input is asked for.
         """
         with torch.no_grad():
-            return self._scored(self.run(self._pad_batch(x)), picture)[: len(x)]
+            return self._scored(self.run(self._pad_batch(x)), image)[: len(x)]
 
-    def score_fn(self, picture: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
+    def score_fn(self, image: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
         """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
 
         `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
         """
 
-        run = self._quickest(picture)
+        run = self._quickest(image)
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
                 seen = run(self._pad_batch(x))
-                return self._scored(_likely(self.model, seen) if probability else seen, picture)[: len(x)]
+                return self._scored(_likely(self.model, seen) if probability else seen, image)[: len(x)]
 
         return scores
 
@@ -84,11 +84,11 @@ class MethodContext:
             return self.size
         return min(self.size, max(FEWEST, int(2 * CACHE_BYTES // (4 * max(self.model.layers.largest, 1)))))
 
-    def _quickest(self, picture: int) -> Callable[[Tensor], ForwardResult]:
+    def _quickest(self, image: int) -> Callable[[Tensor], ForwardResult]:
         """`run`, folded if that gives this picture's own logits again; else as it is."""
         if not self.model.loaded_by_convscope or not self._folds:
             return self.run
-        quick, x = with_fusion(self.run, self._folds), self._pad_batch(self.x[picture : picture + 1])
+        quick, x = with_fusion(self.run, self._folds), self._pad_batch(self.x[image : image + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
         assert plain is not None
@@ -126,14 +126,14 @@ class MethodContext:
             yield torch.zeros_like(x, requires_grad=False).float() if gradient is None else gradient.float()
 
     @contextmanager
-    def from_layer(self, picture: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    def from_layer(self, image: int) -> Iterator[Callable[[Tensor], Tensor]]:
         """Only the part behind the layer: the block gets what the targets of one picture score, (M, T), for maps
         (M, C, h, w) in the place of the layer's output."""
         assert self.layer is not None
-        with resume.resume_from_layer(self.model, self.layer.name, self.x[picture : picture + 1]) as run:
+        with resume.resume_from_layer(self.model, self.layer.name, self.x[image : image + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
-                return self._scored(run(self._pad_batch(maps)), picture)[: len(maps)]
+                return self._scored(run(self._pad_batch(maps)), image)[: len(maps)]
 
             yield scores
 
@@ -143,11 +143,11 @@ class MethodContext:
         with torch.no_grad(), capture.capture_layers(self.model, [self.layer.name], stop_early=True) as run:
             return run(self.x).maps[self.layer.name].float()
 
-    def _scored(self, seen: ForwardResult, picture: int | Tensor) -> Tensor:
+    def _scored(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
         assert seen.logits is not None
-        if isinstance(picture, Tensor):
-            return self.chosen.scores(seen, self._pad_batch(picture))
-        return self.chosen.scores(seen, torch.full((len(seen.logits),), picture, device=seen.logits.device))
+        if isinstance(image, Tensor):
+            return self.chosen.scores(seen, self._pad_batch(image))
+        return self.chosen.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
 
     def _pad_batch(self, x: Tensor) -> Tensor:
         """A network with a fixed batch gets it full."""

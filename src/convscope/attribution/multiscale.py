@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.runner import BatchResult, Maps, HeatmapJob, run_batch, fused, tell_part
+from convscope.attribution.runner import BatchResult, HeatmapJob, Maps, fused, run_batch, tell_part
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError

@@ -68,8 +68,8 @@ class Heatmaps(Result):
         for index, where, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
             original = self.image_source.original(index)
             shown = where.to_original(_spread(maps) if self.layer == "input" else maps).numpy()
-            for heat in shown:
-                yield blend(original, _unit_range(heat, 0.995 if self.layer == "input" else 1), alpha, colormap)
+            for heatmap in shown:
+                yield blend(original, _unit_range(heatmap, 0.995 if self.layer == "input" else 1), alpha, colormap)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.extras}
@@ -87,10 +87,10 @@ class Heatmaps(Result):
         }
 
 
-def _unit_range(heat: np.ndarray, highest_share: float) -> np.ndarray:
-    positive = np.maximum(heat, 0)
+def _unit_range(heatmap: np.ndarray, highest_share: float) -> np.ndarray:
+    positive = np.maximum(heatmap, 0)
     highest = positive.max() if highest_share == 1 else np.quantile(positive, highest_share)
-    return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heat)
+    return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heatmap)
 
 
 def _spread(maps: Tensor) -> Tensor:

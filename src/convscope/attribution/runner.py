@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.attribution.context import MethodContext
-from convscope.attribution.registry import ModelMethod, CamMethod, find
+from convscope.attribution.registry import CamMethod, ModelMethod, find
 from convscope.attribution.targets import BatchTargets, Targets
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
@@ -79,7 +79,11 @@ class HeatmapJob:
 
 
 def run_batch(
-    plan: HeatmapJob, x: Tensor, indices: Sequence[int], tell: Callable[[float], None], chosen: BatchTargets | None = None
+    plan: HeatmapJob,
+    x: Tensor,
+    indices: Sequence[int],
+    tell: Callable[[float], None],
+    chosen: BatchTargets | None = None,
 ) -> BatchResult:
     """The maps of all cells for one batch (B, C, H, W) of the pictures `indices`; their targets, if not chosen yet.
 
@@ -118,7 +122,9 @@ class _Shared(NamedTuple):
 
 def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: BatchTargets | None) -> _Shared:
     layers = plan.shared()
-    ways = dict.fromkeys(m.scores for c in plan.cells if isinstance(m := find(c.method), CamMethod) and m.scores is not None)
+    ways = dict.fromkeys(
+        m.scores for c in plan.cells if isinstance(m := find(c.method), CamMethod) and m.scores is not None
+    )
     several = plan.targets.count > 1
     with (
         torch.no_grad(),
@@ -271,10 +277,14 @@ def _flips(x: Tensor, seed: int) -> list[View]:
 def _noise(x: Tensor, seed: int) -> list[View]:
     """The picture and noisy copies of it: the same noise for every picture, whatever its neighbours."""
     draw = torch.Generator().manual_seed(seed)
-    places = tuple(range(1, x.ndim))
-    spread = NOISE * (x.amax(places, keepdim=True) - x.amin(places, keepdim=True))
+    positions = tuple(range(1, x.ndim))
+    spread = NOISE * (x.amax(positions, keepdim=True) - x.amin(positions, keepdim=True))
     copies = [x + spread * torch.randn(x.shape[1:], generator=draw).to(x) for _ in range(NOISES)]
     return [*_as_it_is(x, seed), *((copy, lambda maps: maps) for copy in copies)]
 
 
-AUGMENTATIONS: dict[str | None, Callable[[Tensor, int], list[View]]] = {None: _as_it_is, "flips": _flips, "noise": _noise}
+AUGMENTATIONS: dict[str | None, Callable[[Tensor, int], list[View]]] = {
+    None: _as_it_is,
+    "flips": _flips,
+    "noise": _noise,
+}

@@ -20,11 +20,11 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
+    load,
+    log,
+    print_json,
     progress_bar,
     split_commas,
-    load,
-    print_json,
-    log,
 )
 
 
@@ -73,9 +73,9 @@ def scan(
             net, data[0] if len(data) == 1 else data, out, chosen, k, sample=sample, batch=batch, shard=shard, fit=fit,
             workers=workers, ray=ray, compiled=compiled, max_pixels=max_pixels, progress=progress,
         )  # fmt: skip
-    pictures, failed = store.manifest["data"]["pictures"], store.manifest["failed"]
+    images, failed = store.manifest["data"]["pictures"], store.manifest["failed"]
     seconds = time.perf_counter() - begin
-    log(f"{pictures:,} pictures, {seconds:.1f} s; written to {out}")
+    log(f"{images:,} pictures, {seconds:.1f} s; written to {out}")
     for note in store.manifest.get("notes", ()):
         log(f"note: {note}")
     for failure in store.failures(FEW):

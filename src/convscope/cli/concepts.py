@@ -20,9 +20,9 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    progress_bar,
     finish,
     load,
+    progress_bar,
     store_at,
     table,
 )
@@ -85,7 +85,7 @@ def atlas(
     layer: Annotated[str | None, typer.Option(help="Default: the last one with places.")] = None,
     target: Annotated[str | None, typer.Option(help="A class: only activations that speak for it.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Cells a side.")] = 12,
-    places: Annotated[int, typer.Option(min=1, help="Random places of each picture.")] = 4,
+    positions: Annotated[int, typer.Option(min=1, help="Random places of each picture.")] = 4,
     least: Annotated[int, typer.Option(min=1, help="Activations that a cell must hold to be drawn.")] = 4,
     size: Annotated[int, typer.Option(min=1, help="Pixels a side of an icon.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the ascent of an icon.")] = 96,
@@ -106,7 +106,7 @@ def atlas(
 
     net, store = _begun(out, model, weights, classes, preprocessing, device)
     settings: dict[str, Any] = {
-        "layer": layer, "target": target, "grid": grid, "places": places, "least": least, "size": size, "steps": steps,
+        "layer": layer, "target": target, "grid": grid, "places": positions, "least": least, "size": size, "steps": steps,
         "seed": seed, "fit": fit, "max_pixels": max_pixels,
     }  # fmt: skip
     with progress_bar("atlas") as progress:

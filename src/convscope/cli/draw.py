@@ -19,15 +19,15 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    progress_bar,
     finish,
     first,
-    split_commas,
     load,
+    log,
     parse_units,
     print_json,
+    progress_bar,
     report,
-    log,
+    split_commas,
     store_at,
 )
 from convscope.errors import ConvscopeError
@@ -259,6 +259,11 @@ def story(
     store = store_at(out, net)
     with progress_bar("story") as progress:
         result = convscope.story(
-            net, None if layers is None else split_commas(layers), units=units, shown=shown, seed=seed, progress=progress
+            net,
+            None if layers is None else split_commas(layers),
+            units=units,
+            shown=shown,
+            seed=seed,
+            progress=progress,
         )
     finish(result, out if store is None else out / "story", as_json)

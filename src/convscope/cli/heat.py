@@ -22,11 +22,11 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    progress_bar,
     finish,
-    split_commas,
     load,
     log,
+    progress_bar,
+    split_commas,
     table,
 )
 from convscope.errors import ConvscopeError
@@ -87,7 +87,7 @@ def heatmap(
     """Which places of pictures speak for a class."""
     net = load(model, weights, classes, preprocessing, device)
     with progress_bar("heatmaps") as progress:
-        result = _heat(
+        result = _heatmap(
             net,
             images,
             target,
@@ -139,7 +139,7 @@ def evaluate(
 
     net = load(model, weights, classes, preprocessing, device)
     with progress_bar("heatmaps") as progress:
-        heat = _heat(
+        heatmap = _heatmap(
             net,
             images,
             target,
@@ -159,7 +159,7 @@ def evaluate(
         result = convscope.evaluate(
             net,
             images,
-            heat,
+            heatmap,
             split_commas(metrics),
             masks=_masks(masks, images),
             fill=fill,
@@ -169,7 +169,7 @@ def evaluate(
             progress=progress,
         )
     if not as_json:
-        log(f"layer {heat.layer}: {heat.layer_reason}")
+        log(f"layer {heatmap.layer}: {heatmap.layer_reason}")
         rows = [_figures(row) for row in result.rows()]
         table("", ("metric", "mean", "95 % interval", "better", "what it is"), rows, right=(1,))
     finish(result, out, as_json)
@@ -235,7 +235,7 @@ def compare(
     finish(result, out, as_json)
 
 
-def _heat(
+def _heatmap(
     net: Model,
     images: list[str],
     target: list[str] | None,
@@ -304,8 +304,8 @@ def _masks(folder: Path | None, images: Sequence[str]) -> list[Any] | None:
         if file is None:
             raise ConvscopeError(f"there is no mask for {name}: neither {stem}.png nor {stem}_mask.png in {folder}")
         try:
-            with Image.open(file, formats=["PNG"]) as picture:
-                found.append(np.asarray(picture.convert("L")) > 127)
+            with Image.open(file, formats=["PNG"]) as image:
+                found.append(np.asarray(image.convert("L")) > 127)
         except OSError as error:
             raise ConvscopeError(f"mask {file} cannot be read: {error}") from error
     return found

@@ -21,13 +21,13 @@ from convscope.cli.options import (
     Prepare,
     Weights,
     app,
-    progress_bar,
     finish,
-    split_commas,
     load,
-    print_json,
-    report,
     log,
+    print_json,
+    progress_bar,
+    report,
+    split_commas,
     table,
 )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convscope.cli.options import Classes, Device, Out, Prepare, Weights, app, progress_bar, load, report, log
+from convscope.cli.options import Classes, Device, Out, Prepare, Weights, app, load, log, progress_bar, report
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Keep = Annotated[
 @app.command()
 def serve(
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help="Default: lite0.")] = None,
-    picture: Annotated[
+    image: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Pictures to begin with; several times.")
     ] = None,
     store: StoreFolder = None,
@@ -56,9 +56,7 @@ def serve(
     nets = {m: load(m, weights, classes, preprocessing, device) for m in models or ["lite0"]}
     names = [n.lower() for n in name or ()]
     hosts = [*security.LOCAL, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
-    built = server.built(
-        nets, pictures=picture or (), store=opened, keep=keep or cache_folder(), hosts=hosts, token=secret
-    )
+    built = server.built(nets, images=image or (), store=opened, keep=keep or cache_folder(), hosts=hosts, token=secret)
     listening = server.bound(host, port)
     at = names[0] if names else f"[{host}]" if ":" in host else host
     log(f"open http://{at}:{listening.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
@@ -73,7 +71,7 @@ def publish(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network. Default: by the name in the store.")
     ] = None,
-    picture: Annotated[
+    image: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Pictures to walk with; several times.")
     ] = None,
     keep: Keep = None,
@@ -97,7 +95,7 @@ def publish(
             {named: net},
             opened,
             out,
-            pictures=picture or (),
+            images=image or (),
             keep=keep or cache_folder(),
             workers=workers,
             progress=progress,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from convscope.datasets import readers_arrow, readers_files, readers_memory
-from convscope.datasets.readers_files import Label, DatasetIndex, ImageReader
+from convscope.datasets.readers_files import DatasetIndex, ImageReader, Label
 from convscope.datasets.storage import Storage, expanded, is_glob
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_extra
@@ -133,7 +133,7 @@ def _at(address: str, place: Storage) -> DatasetIndex:
         if address.endswith(".txt"):
             return readers_files.of_text(place, address)
         listing = _packed([address], place)
-        if listing is None and not readers_files.is_picture(address):
+        if listing is None and not readers_files.is_image(address):
             raise ConvscopeError(f"{address} is no data set that is known; expected {_ACCEPTED}")
         return listing or readers_files.of_addresses(place, [address])
     found = [match for part in expanded(address) for match in _matches(part, place)]

@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.datasets.readers_files import Label, DatasetIndex, as_label
+from convscope.datasets.readers_files import DatasetIndex, Label, as_label
 from convscope.datasets.storage import Storage, with_retries
 from convscope.errors import ConvscopeError, require_extra
 
 if TYPE_CHECKING:
     import pyarrow
 
-_PICTURES = ("image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp")  # which of several binary columns
+_IMAGES = ("image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp")  # which of several binary columns
 _LABELS = ("label", "labels", "cls")
 _ROWS = 32  # of a row group that are decompressed at a time
 
 
-def picture_column(schema: pyarrow.Schema, where: str) -> str:
+def image_column(schema: pyarrow.Schema, where: str) -> str:
     """The column that holds pictures, found by its type: a struct with "bytes" among its fields, or binary.
 
     Raises ConvscopeError if there is none, or if several are and no name tells which.
     """
     fits = [str(column.name) for column in schema if _is_struct(column.type) or _is_binary(column.type)]
-    named = [name for name in fits if name.lower() in _PICTURES]
+    named = [name for name in fits if name.lower() in _IMAGES]
     best = fits if len(fits) == 1 else named[:1]
     if not best:
         found = ", ".join(f"{column.name} ({column.type})" for column in schema)
         raise ConvscopeError(
             f"{where} has {len(fits) or 'no'} columns of binary or struct<bytes, path>, and none is called "
-            f"{', '.join(_PICTURES)}: it has {found}"
+            f"{', '.join(_IMAGES)}: it has {found}"
         )
     return best[0]
 
@@ -182,9 +182,11 @@ class _Found:
     def listing(
         self, rows: _Rows, storage: Storage, files: Sequence[str], schema: pyarrow.Schema, columns: _Pair
     ) -> DatasetIndex:
-        picture, label = columns
+        image, label = columns
         bounds, which, places = (np.array(values, np.int64) for values in (self.bounds, self.which, self.places))
-        listing = DatasetIndex(self.names, Columns(rows, storage, tuple(files), picture, bounds, which, places), self.sizes)
+        listing = DatasetIndex(
+            self.names, Columns(rows, storage, tuple(files), image, bounds, which, places), self.sizes
+        )
         listing.content = " ".join(self.content)
         if label is not None:
             listing.labels, listing.label_names = self.labels, class_names(schema, label)
@@ -205,7 +207,7 @@ def of_parquet(storage: Storage, files: Sequence[str]) -> DatasetIndex:
     for number, file in enumerate(files):
         with _as_arrow(file), storage.open(file) as stream, parquet.ParquetFile(stream) as opened:
             schema, meta = opened.schema_arrow, opened.metadata
-            columns = picture_column(schema, file), label_column(schema)
+            columns = image_column(schema, file), label_column(schema)
             if columns != (first := first or columns):
                 raise ConvscopeError(f"{file} has its pictures and labels in {columns}, {files[0]} in {first}")
             if columns[1] is not None:
@@ -231,7 +233,7 @@ def of_arrow(storage: Storage, folder: str) -> DatasetIndex:
     for number, file in enumerate(files):
         with _as_arrow(file), _stream(storage, file) as stream:
             schema = ipc.read_schema(stream)
-            columns = picture_column(schema, file), label_column(schema)
+            columns = image_column(schema, file), label_column(schema)
             while (batch := _next(stream, schema)) is not None:
                 place, rows = batch
                 found.block(number, place, len(rows))

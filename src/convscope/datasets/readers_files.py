@@ -22,7 +22,7 @@ from convscope.images.loading import one_line
 
 Label = str | int | None  # a name, a number (below 0: unknown), or nothing known
 
-_PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
+_IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
 _MOST_TEXT = 1 << 20  # bytes of a label in a tar
 
 
@@ -65,9 +65,9 @@ class Files:
         return self.storage.read(name)
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file looks like a picture, by its extension."""
-    return bool(_PICTURE.fullmatch(os.path.splitext(name)[1]))
+    return bool(_IMAGE.fullmatch(os.path.splitext(name)[1]))
 
 
 def of_folder(storage: Storage, folder: str) -> DatasetIndex:
@@ -76,7 +76,7 @@ def of_folder(storage: Storage, folder: str) -> DatasetIndex:
     A picture that lies in none of them has no label; where all do, there are no labels.
     """
     root = folder if folder.endswith("/") else folder + "/"
-    rows, left_out = _pictures(storage.walk(folder))
+    rows, left_out = _images(storage.walk(folder))
     if not rows:
         found = Counter(name.rpartition(".")[2].lower() for name in left_out)
         kind = next((kind for kind in ("tar", "parquet") if found[kind]), None)
@@ -91,7 +91,7 @@ def of_folder(storage: Storage, folder: str) -> DatasetIndex:
 
 def of_matches(storage: Storage, found: Iterable[tuple[str, int]], pattern: str) -> DatasetIndex:
     """The pictures among the files that a glob names, sorted by name."""
-    rows, left_out = _pictures(found)
+    rows, left_out = _images(found)
     if not rows:
         raise ConvscopeError(f"no picture, tar or Parquet file is named by {pattern}")
     listing = DatasetIndex([name for name, _ in rows], Files(storage), [size for _, size in rows])
@@ -136,11 +136,11 @@ def plain_label(text: str) -> Label:
     return int(text) if text.removeprefix("-").isdecimal() else text or None
 
 
-def _pictures(found: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:
+def _images(found: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:
     """Those files that look like pictures, sorted part by part of their names, and the names of the others."""
     rows, others = [], []
     for name, size in found:
-        if is_picture(name) and _is_text(name):
+        if is_image(name) and _is_text(name):
             rows.append((name, size))
         else:
             others.append(name)
@@ -196,7 +196,7 @@ def of_tars(storage: Storage, tars: Sequence[str]) -> DatasetIndex:
             folder, _, last = member.name.rpartition("/")
             stem, _, extension = last.partition(".")
             key, extension = f"{folder}/{stem}", extension.lower()
-            if "." not in extension and is_picture(last) and _is_text(member.name):
+            if "." not in extension and is_image(last) and _is_text(member.name):
                 names.append(f"{tar}!{member.name}")
                 keys.append(key)
                 places.append((number, member.offset_data, member.size))
@@ -207,7 +207,9 @@ def of_tars(storage: Storage, tars: Sequence[str]) -> DatasetIndex:
                 left_out.append(member.name)
         labels += [known.get(key) for key in keys]
     which, starts, sizes = np.array(places, np.int64).reshape(-1, 3).T
-    listing = DatasetIndex(names, Tars(storage, tuple(tars), which.astype(np.int32), starts.copy(), sizes.copy()), sizes)
+    listing = DatasetIndex(
+        names, Tars(storage, tuple(tars), which.astype(np.int32), starts.copy(), sizes.copy()), sizes
+    )
     listing.labels = labels if any(label is not None for label in labels) else None
     listing.notes += _left_out(left_out, tars[0] if len(tars) == 1 else f"{len(tars)} tars")
     return listing

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from convscope.datasets.readers_arrow import byte_sizes, class_names, label_column, picture_column
-from convscope.datasets.readers_files import Label, DatasetIndex, as_label, of_addresses
+from convscope.datasets.readers_arrow import byte_sizes, class_names, image_column, label_column
+from convscope.datasets.readers_files import DatasetIndex, Label, as_label, of_addresses
 from convscope.datasets.storage import Storage
 from convscope.errors import ConvscopeError, nearest
 
@@ -75,7 +75,7 @@ class Indexed:
     held = False
 
     def read(self, index: int, name: str) -> Any:
-        return _picture_of(self.dataset[index])
+        return _image_of(self.dataset[index])
 
 
 def of_dataset(dataset: Any) -> DatasetIndex:
@@ -88,13 +88,13 @@ def of_dataset(dataset: Any) -> DatasetIndex:
     if not count:
         raise ConvscopeError(f"{type(dataset).__name__} is empty; expected pictures")
     first = dataset[0]
-    picture = _picture_of(first)
-    if not isinstance(picture, Image.Image | np.ndarray | bytes):
-        advice = "; leave its transform out: convscope prepares pictures itself" if isinstance(picture, Tensor) else ""
+    image = _image_of(first)
+    if not isinstance(image, Image.Image | np.ndarray | bytes):
+        advice = "; leave its transform out: convscope prepares pictures itself" if isinstance(image, Tensor) else ""
         raise ConvscopeError(f"{type(dataset).__name__} gives {_told(first)}; expected {_KINDS}{advice}")
     paired = isinstance(first, tuple | list) and len(first) > 1
     listing = DatasetIndex([f"image {i}" for i in range(count)], Indexed(dataset))
-    listing.content = hashlib.sha256(_content(picture)).hexdigest()
+    listing.content = hashlib.sha256(_content(image)).hexdigest()
     kept = _kept_labels(dataset) if paired else None
     if kept is None and paired:
         kept = list(_asked(dataset))
@@ -109,7 +109,7 @@ def _told(item: Any) -> str:
     return f"({', '.join(kinds)})" if len(kinds) > 1 else "".join(kinds)
 
 
-def _picture_of(item: Any) -> Any:
+def _image_of(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and item else item
 
 
@@ -206,13 +206,13 @@ def of_hugging_face(storage: Storage, dataset: Any) -> DatasetIndex:
     if not isinstance(dataset, datasets.Dataset):
         raise ConvscopeError(f"a {type(dataset).__name__} has no fixed order and length; expected a datasets.Dataset")
     schema = dataset.features.arrow_schema
-    column, label = picture_column(schema, "the data set"), label_column(schema)
+    column, label = image_column(schema, "the data set"), label_column(schema)
     plain = dataset.with_format(None)
-    pictures = plain.select_columns([column])
+    images = plain.select_columns([column])
     if isinstance(dataset.features[column], datasets.Image):
-        pictures = pictures.cast_column(column, datasets.Image(decode=False))
-    listing = DatasetIndex([f"image {i}" for i in range(len(dataset))], HuggingFace(storage, pictures, column))
-    listing.sizes = [size for table in pictures.with_format("arrow").iter(1000) for size in byte_sizes(table.column(0))]
+        images = images.cast_column(column, datasets.Image(decode=False))
+    listing = DatasetIndex([f"image {i}" for i in range(len(dataset))], HuggingFace(storage, images, column))
+    listing.sizes = [size for table in images.with_format("arrow").iter(1000) for size in byte_sizes(table.column(0))]
     if label is not None:
         listing.labels, listing.label_names = [as_label(v) for v in plain[label]], class_names(schema, label)
     return listing

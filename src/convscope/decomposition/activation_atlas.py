@@ -16,9 +16,9 @@ from torch import Tensor
 
 from convscope.decomposition.layer_access import (
     class_of,
-    logits_from_layer,
     layer_activations,
-    require_pictures,
+    logits_from_layer,
+    require_images,
     require_whole,
     spatial,
 )
@@ -137,7 +137,7 @@ def atlas(
         For an unknown class or layer, settings out of range, a missing UMAP, a `reduce` that gives something else than
         finite (n, 2), where all vectors are 0, and where no cell holds enough vectors.
     """
-    require_pictures(model.preprocessing, "atlases")
+    require_images(model.preprocessing, "atlases")
     row = model.layers.last_spatial() if layer is None else spatial(model, layer)
     number = None if target is None else class_of(model, target)
     require_whole({"grid": grid, "places": positions_per_image, "least": min_count, "size": size, "steps": steps})

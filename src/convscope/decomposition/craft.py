@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convscope.decomposition.crops import non_overlapping_top_k, boxes
+from convscope.decomposition.crops import boxes, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
-    eval_batch_size,
     class_of,
-    logits_from_layer,
-    layer_activations,
+    eval_batch_size,
+    iter_activations,
     last_nonnegative_layer,
-    require_pictures,
+    layer_activations,
+    logits_from_layer,
+    require_images,
     require_whole,
     spatial,
-    iter_activations,
 )
 from convscope.decomposition.nmf import coefficients, factorise
 from convscope.decomposition.sobol import designs, total_indices
@@ -94,11 +94,11 @@ class Concepts(Result):
         """The class's."""
         return self.model.class_name(self.target)
 
-    def original(self, picture: int) -> np.ndarray:
+    def original(self, image: int) -> np.ndarray:
         """One of the `pictures` as it is, uint8 (H, W, 3)."""
-        return self.image_source.original(self.image_indices[picture])
+        return self.image_source.original(self.image_indices[image])
 
-    def heat(self, images: Any) -> np.ndarray:
+    def heatmap(self, images: Any) -> np.ndarray:
         """How much of each concept is at each place of other pictures: float32 (N, R, h, w), 0 and more.
 
         The non-negative least squares of each place's activations on the bank. Raises ConvscopeError if one of the
@@ -119,7 +119,7 @@ class Concepts(Result):
 
 def encode(bank: np.ndarray, maps: Tensor) -> Tensor:
     """How much of each concept of a bank (R, C) is at each place of maps (N, C, h, w): (N, R, h, w), 0 and more."""
-    return _laid(coefficients(_at_places(maps), torch.from_numpy(bank)), maps)
+    return _laid(coefficients(_at_positions(maps), torch.from_numpy(bank)), maps)
 
 
 def concepts(
@@ -188,7 +188,7 @@ def concepts(
         For an unknown class or layer, a layer with negative values, settings out of range, and when no picture is left.
     """
     number = class_of(model, target)
-    require_pictures(model.preprocessing, "concepts")
+    require_images(model.preprocessing, "concepts")
     if layer is not None:
         spatial(model, layer)
     if not 0 < crop <= 1:
@@ -202,12 +202,12 @@ def concepts(
         if progress is not None:
             progress(done, total)
 
-    places, logits, notes = _kept(model, pictures, number, only_predicted, memory, tell)
+    positions, logits, notes = _kept(model, pictures, number, only_predicted, memory, tell)
     first = next(pictures.batches(1)).x
     row = last_nonnegative_layer(model, first, layer)
     vectors, cut = [], []
     with iter_activations(model, row.name, memory) as maps_of:
-        for i, index in enumerate(places):
+        for i, index in enumerate(positions):
             original = pictures.original(index)
             where = boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
             parts = [original[top:bottom, left:right] for top, left, bottom, right in where]
@@ -215,8 +215,8 @@ def concepts(
             cut.append(np.insert(where, 0, i, axis=1))
             tell(len(pictures) + index + 1)
     factors = factorise(torch.cat(vectors), count)
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(n_evaluated, len(places))).round().astype(int))
-    wanted = {places[i] for i in chosen}
+    chosen = np.unique(np.linspace(0, len(positions) - 1, min(n_evaluated, len(positions))).round().astype(int))
+    wanted = {positions[i] for i in chosen}
     points = designs(count, sobol_points, seed)
     opinions: list[_ImageImportance] = []
     for batch in pictures.batches(1):
@@ -227,14 +227,14 @@ def concepts(
     order = indices.mean(0).argsort(descending=True, stable=True)
     contents, crops_cut = factors.coefficients[:, order].float().numpy(), np.concatenate(cut)
     examples = np.stack([non_overlapping_top_k(column, crops_cut, patches, OVERLAP) for column in contents.T])
-    views, shapes = _views(pictures, [places[i] for i in chosen], [opinion.where for opinion in opinions])
+    views, shapes = _views(pictures, [positions[i] for i in chosen], [opinion.where for opinion in opinions])
     return Concepts(
         model,
         bank=factors.bank[order].float().numpy(),
         importance=indices.mean(0)[order].numpy(),
         indices=indices[:, order].numpy(),
         ablation_effects=torch.stack([opinion.effects for opinion in opinions]).mean(0)[order].numpy(),
-        heatmaps=torch.cat([opinion.heat for opinion in opinions])[:, order].numpy(),
+        heatmaps=torch.cat([opinion.heatmap for opinion in opinions])[:, order].numpy(),
         evaluated_indices=chosen,
         thumbnails=views,
         shapes=shapes,
@@ -243,7 +243,7 @@ def concepts(
         crops=crops_cut,
         coefficients=contents,
         examples=examples,
-        patches=_patches(pictures, places, crops_cut, examples, model.preprocessing.image_size),
+        patches=_patches(pictures, positions, crops_cut, examples, model.preprocessing.image_size),
         reconstruction_error=factors.error,
         layer=row.name,
         target=number,
@@ -253,10 +253,10 @@ def concepts(
         fit=fit,
         memory=memory,
         max_pixels=max_pixels,
-        image_names=tuple(pictures.names[i] for i in places),
+        image_names=tuple(pictures.names[i] for i in positions),
         geometry=tuple(opinion.where for opinion in opinions),
         image_source=pictures,
-        image_indices=tuple(places),
+        image_indices=tuple(positions),
         notes=(*pictures.notes, *notes),
         failed=tuple(pictures.failed),
     )
@@ -264,7 +264,7 @@ def concepts(
 
 def _kept(
     model: Model,
-    pictures: ImageBatchLoader,
+    images: ImageBatchLoader,
     target: int,
     only_predicted: bool,
     memory: int,
@@ -275,7 +275,7 @@ def _kept(
     values: list[float] = []
     others: Counter[int] = Counter()
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in pictures.batches(eval_batch_size(model, memory)):
+        for batch in images.batches(eval_batch_size(model, memory)):
             logits = run(pad_to_fixed_batch(model, batch.x)).logits
             assert logits is not None
             require_finite(model, logits, "the network's output")
@@ -304,16 +304,18 @@ class _ImageImportance(NamedTuple):
     indices: Tensor
     effects: Tensor
     rebuilt: float
-    heat: Tensor
+    heatmap: Tensor
     where: Geometry
 
 
-def _judged(model: Model, layer: str, one: Batch, bank: Tensor, target: int, points: Tensor, memory: int) -> _ImageImportance:
+def _judged(
+    model: Model, layer: str, one: Batch, bank: Tensor, target: int, points: Tensor, memory: int
+) -> _ImageImportance:
     """One picture: its concepts are turned down, each by its own share and everywhere alike, at `points`; and taken
     out one by one."""
     maps = layer_activations(model, layer, one.x)
     count = len(bank)
-    contents = coefficients(_at_places(maps), bank)
+    contents = coefficients(_at_positions(maps), bank)
     shares = torch.cat([points, 1 - torch.eye(count), torch.ones(1, count)])
 
     def together(part: Tensor) -> Tensor:
@@ -336,7 +338,7 @@ def _pooled(maps: Tensor) -> Tensor:
     return maps.flatten(2).mean(2)
 
 
-def _at_places(maps: Tensor) -> Tensor:
+def _at_positions(maps: Tensor) -> Tensor:
     """Maps (N, C, h, w) as vectors, place after place: (N h w, C)."""
     return maps.flatten(2).transpose(1, 2).flatten(0, 1)
 
@@ -348,15 +350,15 @@ def _laid(contents: Tensor, maps: Tensor) -> Tensor:
 
 
 def _patches(
-    pictures: ImageBatchLoader, places: Sequence[int], crops: np.ndarray, examples: np.ndarray, like: tuple[int, int]
+    images: ImageBatchLoader, positions: Sequence[int], crops: np.ndarray, examples: np.ndarray, like: tuple[int, int]
 ) -> np.ndarray:
     """How the examples (R, P) look, uint8 (R, P, h, w, 3); white where there is none. Each picture is read once."""
     height, width = PATCH, max(1, round(PATCH * like[1] / like[0]))
     found = np.full((*examples.shape, height, width, 3), 255, np.uint8)
     pictured = np.where(examples >= 0, crops[examples, 0], -1)
-    for picture in np.unique(pictured[pictured >= 0]):
-        original = pictures.original(places[picture])
-        for where in zip(*np.nonzero(pictured == picture), strict=True):
+    for image in np.unique(pictured[pictured >= 0]):
+        original = images.original(positions[image])
+        for where in zip(*np.nonzero(pictured == image), strict=True):
             top, left, bottom, right = crops[examples[where], 1:]
             patch = Image.fromarray(original[top:bottom, left:right])
             found[where] = np.asarray(patch.resize((width, height), Image.Resampling.BICUBIC))
@@ -364,12 +366,12 @@ def _patches(
 
 
 def _views(
-    pictures: ImageBatchLoader, places: Sequence[int], where: Sequence[Geometry]
+    images: ImageBatchLoader, positions: Sequence[int], where: Sequence[Geometry]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of some pictures what the network sees, uint8 (J, 160, 160, 3); how high and wide it was, in pixels (J, 2)."""
     views, shapes = [], []
-    for place, geometry in zip(places, where, strict=True):
-        original = Image.fromarray(pictures.original(place))
+    for position, geometry in zip(positions, where, strict=True):
+        original = Image.fromarray(images.original(position))
         ends = (original.height, original.width, original.height, original.width)
         top, left, bottom, right = (min(max(0.0, side), end) for side, end in zip(geometry.box, ends, strict=True))
         seen = original.resize((VIEW, VIEW), Image.Resampling.BICUBIC, box=(left, top, right, bottom))

@@ -7,18 +7,16 @@ import math
 import numpy as np
 
 
-def boxes(
-    picture: tuple[int, int], like: tuple[int, int], share: float, most: int, seed: tuple[int, int]
-) -> np.ndarray:
+def boxes(image: tuple[int, int], like: tuple[int, int], share: float, most: int, seed: tuple[int, int]) -> np.ndarray:
     """Crops (M, 4) of a picture (H, W): top, left, bottom, right in its pixels, row by row; M is `most` at most.
 
     Their sides are `share` of the largest rectangle with the proportions `like` (h, w) that fits into the picture. They
     lie on a grid from rim to rim, half a crop or a little less from one to the next; of a larger grid `most` are drawn
     at random, from `seed`.
     """
-    scale = share * min(side / wish for side, wish in zip(picture, like, strict=True))
-    sides = [min(side, max(1, round(scale * wish))) for side, wish in zip(picture, like, strict=True)]
-    steps = [math.ceil((whole - side) / max(side / 2, 1)) + 1 for whole, side in zip(picture, sides, strict=True)]
+    scale = share * min(side / wish for side, wish in zip(image, like, strict=True))
+    sides = [min(side, max(1, round(scale * wish))) for side, wish in zip(image, like, strict=True)]
+    steps = [math.ceil((whole - side) / max(side / 2, 1)) + 1 for whole, side in zip(image, sides, strict=True)]
     count = math.prod(steps)
     chosen = np.arange(count)
     if count > most:
@@ -26,7 +24,7 @@ def boxes(
     rows, columns = np.divmod(chosen, steps[1])
     top, left = (
         np.rint(at * (whole - side) / max(1, n - 1)).astype(np.int32)
-        for at, whole, side, n in zip((rows, columns), picture, sides, steps, strict=True)
+        for at, whole, side, n in zip((rows, columns), image, sides, steps, strict=True)
     )
     return np.stack([top, left, top + sides[0], left + sides[1]], axis=1).astype(np.int32)
 

@@ -22,7 +22,7 @@ from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 
-def require_pictures(preprocessing: Preprocessing, what: str) -> None:
+def require_images(preprocessing: Preprocessing, what: str) -> None:
     """Raise ConvscopeError for networks on anything but ordinary pictures."""
     if preprocessing.axes != 2 or preprocessing.channel_order == "channels":
         raise ConvscopeError(f"{what} are made of ordinary pictures; this network takes {preprocessing.shape}")
@@ -93,8 +93,8 @@ def iter_activations(
     (B, C, h, w), float32, on the CPU. The passes end behind the layer."""
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
 
-        def maps(pictures: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
-            for batch in pictures.batches(eval_batch_size(model, memory)):
+        def maps(images: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
+            for batch in images.batches(eval_batch_size(model, memory)):
                 found = run(pad_to_fixed_batch(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
                 require_finite(model, found, f"layer {layer!r}")
                 yield batch, found

@@ -52,7 +52,7 @@ def map_unordered(
     ray = require_extra("ray", "ray")
     with connected(address):
         if workers is None:
-            _require_place(ray.nodes(), cpus)
+            _require_position(ray.nodes(), cpus)
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
         shared = ray.put(ray.cloudpickle.dumps(make))
         todo, left = deque(tasks), set(tasks)
@@ -88,7 +88,7 @@ def _room(there: Mapping[str, float], each: Mapping[str, int]) -> int:
     return max(1, min(int(there.get(kind, 0) // count) for kind, count in each.items() if count))
 
 
-def _require_place(nodes: Sequence[Mapping[str, Any]], cpus: int) -> None:
+def _require_position(nodes: Sequence[Mapping[str, Any]], cpus: int) -> None:
     """Raises ConvscopeError where actors would wait for ever. A cluster without any processor may yet get some."""
     most = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
     if 0 < most < cpus:

@@ -43,8 +43,8 @@ class Layout:
                 f"{output.shape[dim]} tokens where a picture of the network's own size gives {self.prefix_tokens + count}: "
                 "it is not known how they lie"
             )
-        places = output.narrow(dim, self.prefix_tokens, count).movedim(self.channel_dim, 1)
-        return places.view(*places.shape[:2], *self.grid)
+        positions = output.narrow(dim, self.prefix_tokens, count).movedim(self.channel_dim, 1)
+        return positions.view(*positions.shape[:2], *self.grid)
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
         """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
@@ -53,8 +53,10 @@ class Layout:
         if not self.grid:
             return tensor.movedim(1, self.channel_dim)
         (dim,) = self.spatial_dims
-        places = tensor.flatten(2).movedim(1, self.channel_dim)
-        return torch.cat([output.narrow(dim, 0, self.prefix_tokens), places], dim) if self.prefix_tokens else places
+        positions = tensor.flatten(2).movedim(1, self.channel_dim)
+        return (
+            torch.cat([output.narrow(dim, 0, self.prefix_tokens), positions], dim) if self.prefix_tokens else positions
+        )
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,14 @@ class LayerTable(Sequence[Layer]):
         that only pass on what an earlier one made. Where a branch goes around layers, its edge does too.
         """
         shown = {row.name for row in self._rows if row.alias_of is None} if among is None else set(among)
-        place = {row.name: i for i, row in enumerate(self._rows)}
+        position = {row.name: i for i, row in enumerate(self._rows)}
         reach: dict[str, frozenset[str]] = {}  # of each layer: the shown ones that what is made of it goes back to
         found = []
         for row in self._rows:
             before = frozenset[str]().union(*(reach.get(name, ()) for name in row.inputs))
             reach[row.name] = frozenset({row.name}) if row.name in shown else before
             if row.name in shown:
-                found += [(name, row.name) for name in sorted(before, key=place.__getitem__)]
+                found += [(name, row.name) for name in sorted(before, key=position.__getitem__)]
         return found
 
     def last_spatial(self) -> Layer:

@@ -90,9 +90,9 @@ def _row(
     same_as: str | None,
     bytes_: int,
     dialect: FrameworkAdapter,
-    picture: int,
+    image: int,
 ) -> Layer:
-    layout, axes = _laid(tensor, field, picture)
+    layout, axes = _laid(tensor, field, image)
     shape = tuple(layout.to_nchw(tensor).shape[1:])
     known = len(axes) > 0 and all(math.isfinite(a.high - a.low) for a in axes)
     return Layer(
@@ -113,17 +113,17 @@ def _row(
     )
 
 
-def _laid(tensor: Tensor, field: Field, picture: int) -> tuple[Layout, Axes]:
+def _laid(tensor: Tensor, field: Field, image: int) -> tuple[Layout, Axes]:
     """How an output lies, and its spatial axes, none where there is no extent; the input has `picture` dimensions."""
     plain, tokens = field.plain(tensor), field.tokens(tensor)
-    dims = [] if plain is None or tensor.ndim != picture else [a.dim for a in plain]
-    if plain is not None and dims == list(range(2, picture)):
+    dims = [] if plain is None or tensor.ndim != image else [a.dim for a in plain]
+    if plain is not None and dims == list(range(2, image)):
         return Layout(1, tuple(dims)), plain
-    if plain is not None and dims == list(range(1, picture - 1)):
-        return Layout(picture - 1, tuple(dims)), plain
-    if tokens is not None and tensor.ndim == 3 < picture and tokens[0].dim == 1:
+    if plain is not None and dims == list(range(1, image - 1)):
+        return Layout(image - 1, tuple(dims)), plain
+    if tokens is not None and tensor.ndim == 3 < image and tokens[0].dim == 1:
         return Layout(2, (1,), tuple(a.length for a in tokens), tokens[0].before), tokens
-    return Layout(2 if tensor.ndim == 3 < picture else 1), ()
+    return Layout(2 if tensor.ndim == 3 < image else 1), ()
 
 
 def _size(axis: Axis) -> int:

@@ -109,7 +109,7 @@ UNKNOWN = Field(None, is_global=True, op="unknown")
 
 
 def propagate(
-    func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor, picture: int
+    func: Any, name: str, args: Any, inputs: list[Tensor], fields: list[Field], output: Tensor, image: int
 ) -> Field:
     """The field of one output of an operation; a tensor of `picture` dimensions can be a picture, as the input is."""
     x, field = inputs[0], fields[0]
@@ -117,11 +117,11 @@ def propagate(
     if name == "cat" and (joined := _joined(args, inputs, fields)) is not None:
         return joined
     if name in RULES and any(x is a for a in args[FIRST.get(name, 0) :][:1]):
-        if field.axes is None and x.ndim == picture and RULES[name] in (_convolution, _pooling, _adaptive):
+        if field.axes is None and x.ndim == image and RULES[name] in (_convolution, _pooling, _adaptive):
             field = Field(_anywhere(x, range(2, x.ndim)), is_global=True)  # such an input is a picture again
         followed = RULES[name](field, x, args, output) if field.axes is not None else UNKNOWN
         return dataclasses.replace(followed, is_global=followed.is_global or field.is_global or others)
-    if name not in KEEPS_PLACES and torch.Tag.pointwise not in func.tags:
+    if name not in KEEPS_POSITIONS and torch.Tag.pointwise not in func.tags:
         return _unknown(field, x, output)
     kept = [f.plain(t) or f.axes for t, f in zip(inputs, fields, strict=True) if _keeps(t, f, output)]
     # Where something local joins in, what may come from anywhere is a path beside it.
@@ -129,7 +129,7 @@ def propagate(
     axes = _union(local or [axes for axes in kept if axes is not None])
     if axes is None:
         return _unknown(field, x, output)
-    whole = any(f.is_global for f in fields) or len(kept) < len(fields) or _mixes_places(name, args, axes, output)
+    whole = any(f.is_global for f in fields) or len(kept) < len(fields) or _mixes_positions(name, args, axes, output)
     return Field(axes, whole)
 
 
@@ -160,8 +160,8 @@ def _joined(args: Any, inputs: list[Tensor], fields: list[Field]) -> Field | Non
 
 def _union(fields: Sequence[Axes]) -> Axes | None:
     """What several tensors see together; None if their axes lie differently."""
-    places = {tuple((a.dim, a.length, a.inner, a.before) for a in axes) for axes in fields}
-    if len(places) != 1:
+    positions = {tuple((a.dim, a.length, a.inner, a.before) for a in axes) for axes in fields}
+    if len(positions) != 1:
         return None
 
     def widest(axes: Sequence[Axis]) -> Axis:
@@ -186,7 +186,7 @@ def _anywhere(tensor: Tensor, dims: Iterable[int]) -> Axes:
     return tuple(Axis(dim, tensor.shape[dim], 1, -math.inf, math.inf) for dim in dims)
 
 
-def _mixes_places(name: str, args: Any, axes: Axes, output: Tensor) -> bool:
+def _mixes_positions(name: str, args: Any, axes: Axes, output: Tensor) -> bool:
     """A normalisation or softmax that runs along a spatial axis."""
     dims = {a.dim for a in axes}
     if name in BATCH_NORMS:
@@ -386,7 +386,7 @@ def _resize(reach: int) -> Callable[[Field, Tensor, Any, Tensor], Field]:
 # as they do not run along a spatial axis.
 ALONG = frozenset({"_softmax", "_log_softmax", "index_select"})
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
-KEEPS_PLACES = frozenset(
+KEEPS_POSITIONS = frozenset(
     {
         *ALONG,
         *BATCH_NORMS,

@@ -24,7 +24,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Memory into which parts of the input went, piece by piece, and the marks of these.
         self._written: dict[int, frozenset[str]] = {}
         self.bytes = 0
-        self._picture = x.ndim  # dimensions of a tensor that has the input's axes for itself
+        self._image = x.ndim  # dimensions of a tensor that has the input's axes for itself
         self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), is_global=False))
 
     def field(self, tensor: Tensor) -> Field:
@@ -56,7 +56,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(inputs) > 1 or written is not inputs[0]:
                 self._invalidate_aliases(written, made_of)
         for tensor in _tensors(output):
-            field = propagate(func, name, args, inputs, fields, tensor, self._picture)
+            field = propagate(func, name, args, inputs, fields, tensor, self._image)
             memory = _memory(tensor)
             if memory not in known:
                 self.bytes += tensor.numel() * tensor.element_size()

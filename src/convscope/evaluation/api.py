@@ -20,7 +20,7 @@ from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.evaluation import baselines, inputs
 from convscope.evaluation import registry as table
-from convscope.evaluation.context import Scores, EvaluationContext, pad_to_fixed_batch
+from convscope.evaluation.context import EvaluationContext, Scores, pad_to_fixed_batch
 from convscope.evaluation.inputs import HeatmapInput
 from convscope.evaluation.result import Evaluation, warnings
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
@@ -103,11 +103,11 @@ def evaluate(
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
     pictures = ImageBatchLoader(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
     maps = inputs.parse(model, pictures, heatmaps, targets)
-    places = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.count)
-    _require_needs(names, maps, places)
-    if places is not None and maps.result is not None:
+    positions = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.count)
+    _require_needs(names, maps, positions)
+    if positions is not None and maps.result is not None:
         for index, where in zip(maps.result.image_indices, maps.result.geometry, strict=True):
-            inputs.check_mask_size(places[index], where, pictures.names[index])
+            inputs.check_mask_size(positions[index], where, pictures.names[index])
 
     each = forward_bytes(model) + STATES * maps.targets.count * np.prod(model.preprocessing.size)
     size = batch_size(model, forward_bytes(model), memory, _most(model))
@@ -120,7 +120,7 @@ def evaluate(
         quick = run
         for batch in pictures.batches(batch_size(model, each, memory)):
             before = len(done) + len(pictures.failed)
-            subject = _subject(model, batch, maps, places, pictures, run, size, seed, memory)
+            subject = _subject(model, batch, maps, positions, pictures, run, size, seed, memory)
             if model.loaded_by_convscope and many:
                 quick = quick if done else with_fusion(run, find_fusions(run, pad_to_fixed_batch(model, subject.x[:1])))
                 subject = replace(subject, run=_agreeing(quick, subject))
@@ -142,7 +142,9 @@ def evaluate(
         for curve in found[0][name].curves
     }
     chance = {
-        name: _joined([part[name].chance_level for part in found]) for name in names if found[0][name].chance_level is not None
+        name: _joined([part[name].chance_level for part in found])
+        for name in names
+        if found[0][name].chance_level is not None
     }
     asked = torch.cat(classes).numpy()
     return Evaluation(
@@ -180,8 +182,8 @@ def _subject(
     model: Model,
     batch: Batch,
     maps: HeatmapInput,
-    places: Sequence[Tensor] | None,
-    pictures: ImageBatchLoader,
+    positions: Sequence[Tensor] | None,
+    images: ImageBatchLoader,
     run: Callable[[Tensor], ForwardResult],
     size: int,
     seed: int,
@@ -193,9 +195,9 @@ def _subject(
     require_finite(model, seen.logits, "the network's output")
     for index, where in zip(batch.indices, batch.geometry, strict=True):
         if index not in maps.row:
-            raise ConvscopeError(f"{pictures.names[index]} has no heatmap; when these were made it could not be used")
-        if places is not None:
-            inputs.check_mask_size(places[index], where, pictures.names[index])
+            raise ConvscopeError(f"{images.names[index]} has no heatmap; when these were made it could not be used")
+        if positions is not None:
+            inputs.check_mask_size(positions[index], where, images.names[index])
     subject = EvaluationContext(
         model=model,
         x=x,
@@ -206,10 +208,10 @@ def _subject(
         size=size,
         seed=seed,
         geometry=batch.geometry,
-        masks=[] if places is None else [places[i] for i in batch.indices],
+        masks=[] if positions is None else [positions[i] for i in batch.indices],
         recompute=maps.again(model, batch.indices, memory),
     )
-    maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, pictures.names)
+    maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, images.names)
     return subject
 
 
@@ -220,7 +222,9 @@ def _most(model: Model) -> int:
     return max(FEWEST, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
 
 
-def _agreeing(quick: Callable[[Tensor], ForwardResult], subject: EvaluationContext) -> Callable[[Tensor], ForwardResult]:
+def _agreeing(
+    quick: Callable[[Tensor], ForwardResult], subject: EvaluationContext
+) -> Callable[[Tensor], ForwardResult]:
     """The quicker way through the network, if it says the same of these pictures; else the way that there is."""
     plain, folded = subject.seen.logits, quick(pad_to_fixed_batch(subject.model, subject.x)).logits
     assert plain is not None

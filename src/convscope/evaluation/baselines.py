@@ -21,8 +21,8 @@ def blur(x: Tensor, draw: torch.Generator) -> Tensor:
     """
     sigma = BLUR * max(x.shape[2:])
     reach = max(1, math.ceil(3 * sigma))
-    places = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-    weights = torch.exp(-0.5 * (places / sigma) ** 2)
+    positions = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    weights = torch.exp(-0.5 * (positions / sigma) ** 2)
     weights /= weights.sum()
     for dim in range(2, x.ndim):
         rows = x.movedim(dim, -1)
@@ -43,9 +43,9 @@ def zero(x: Tensor, draw: torch.Generator) -> Tensor:
 
 def noise(x: Tensor, draw: torch.Generator) -> Tensor:
     """Normal noise of the picture's own mean and deviation in each channel; the same draws for every picture."""
-    places = tuple(range(2, x.ndim))
+    positions = tuple(range(2, x.ndim))
     drawn = torch.randn(x.shape[1:], generator=draw).to(x)
-    return x.mean(places, keepdim=True) + x.std(places, keepdim=True, correction=0) * drawn
+    return x.mean(positions, keepdim=True) + x.std(positions, keepdim=True, correction=0) * drawn
 
 
 FILLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {

@@ -48,8 +48,8 @@ class Comparison(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row a cell: method, layer, milliseconds a picture, and of each metric mean and 95 % interval."""
         found = []
-        for heat, scores, seconds in zip(self.heatmaps, self.evaluations, self.seconds, strict=True):
-            row: dict[str, Any] = {"method": heat.method, "layer": heat.layer, "ms": 1000 * float(seconds)}
+        for heatmap, scores, seconds in zip(self.heatmaps, self.evaluations, self.seconds, strict=True):
+            row: dict[str, Any] = {"method": heatmap.method, "layer": heatmap.layer, "ms": 1000 * float(seconds)}
             for metric in self.metrics:
                 low, high = scores.interval(metric)
                 row |= {metric: scores.mean(metric), f"{metric}_low": low, f"{metric}_high": high}
@@ -64,9 +64,9 @@ class Comparison(Result):
     def arrays(self) -> dict[str, np.ndarray]:
         """The seconds, and under "method/layer/..." what each cell found."""
         arrays = {"seconds": self.seconds}
-        for heat, scores in zip(self.heatmaps, self.evaluations, strict=True):
-            for part in (heat.arrays(), scores.arrays()):
-                arrays |= {f"{heat.method}/{heat.layer}/{name}": array for name, array in part.items()}
+        for heatmap, scores in zip(self.heatmaps, self.evaluations, strict=True):
+            for part in (heatmap.arrays(), scores.arrays()):
+                arrays |= {f"{heatmap.method}/{heatmap.layer}/{name}": array for name, array in part.items()}
         return arrays
 
     def texts(self) -> dict[str, str]:
@@ -78,7 +78,9 @@ class Comparison(Result):
         return {"table.csv": table.getvalue(), "table.json": json.dumps(rows, indent=1) + "\n"}
 
     def parameters(self) -> dict[str, Any]:
-        cells = [{"method": heat.method, "layer": heat.layer, "why": heat.layer_reason} for heat in self.heatmaps]
+        cells = [
+            {"method": heatmap.method, "layer": heatmap.layer, "why": heatmap.layer_reason} for heatmap in self.heatmaps
+        ]
         first = self.heatmaps[0]
         shown = {"pictures": first.image_names, "targets": first.targets.tolist(), "classes": first.names}
         settings = {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)}
@@ -133,7 +135,7 @@ def compare(
         memory=memory,
         max_pixels=max_pixels,
     )
-    heat: list[Heatmaps] = []
+    heatmap: list[Heatmaps] = []
     scores: list[Evaluation] = []
     seconds: list[float] = []
     refused: list[Failure] = []
@@ -147,24 +149,26 @@ def compare(
         except ConvscopeError as error:
             refused.append(Failure(f"{cell[0].method} at {cell[0].place}", str(error)))
             continue
-        heat.append(maps)
+        heatmap.append(maps)
         seconds.append(taken / len(maps.image_names))
         scores.append(
             evaluate(model, images, maps, metrics, masks=masks, seed=seed, memory=memory, max_pixels=max_pixels)
         )
     if progress is not None:
         progress(len(cells), len(cells))
-    if not heat:
+    if not heatmap:
         raise ConvscopeError("; ".join(map(str, refused)))
     said = [
-        f"{maps.method} at {maps.layer}: {note}" for maps, own in zip(heat, scores, strict=True) for note in own.notes
+        f"{maps.method} at {maps.layer}: {note}"
+        for maps, own in zip(heatmap, scores, strict=True)
+        for note in own.notes
     ]
     return Comparison(
         model,
-        heatmaps=tuple(heat),
+        heatmaps=tuple(heatmap),
         evaluations=tuple(scores),
         seconds=np.array(seconds),
         fit=fit,
-        notes=tuple(dict.fromkeys((*heat[0].notes, *said))),
-        failed=(*refused, *heat[0].failed),
+        notes=tuple(dict.fromkeys((*heatmap[0].notes, *said))),
+        failed=(*refused, *heatmap[0].failed),
     )

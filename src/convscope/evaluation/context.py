@@ -60,7 +60,7 @@ class EvaluationContext:
         return self.maps.shape[1]
 
     @property
-    def heat(self) -> Tensor:
+    def heatmap(self) -> Tensor:
         """The maps at the input's resolution (B, T, H, W), linear between the places' centres, float32."""
         return self.cached("heat", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.maps))
 
@@ -71,7 +71,7 @@ class EvaluationContext:
         Pixels of equal heat are ranked in an order drawn from the seed, the same for every picture: in reading order, a
         map that is 0 over much of the picture would be judged by what is at its top.
         """
-        return self.cached("order", lambda: pixel_ranks(self.heat, self.generator()))
+        return self.cached("order", lambda: pixel_ranks(self.heatmap, self.generator()))
 
     @property
     def rows(self) -> Tensor:
@@ -170,14 +170,14 @@ def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:
     return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
-def pixel_ranks(heat: Tensor, draw: torch.Generator) -> Tensor:
+def pixel_ranks(heatmap: Tensor, draw: torch.Generator) -> Tensor:
     """Each pixel's rank in its map (B, T, ...), int32: 0 for the hottest; equal ones in an order drawn at random."""
-    flat = heat.flatten(2)
+    flat = heatmap.flatten(2)
     count = flat.shape[2]
-    shuffled = torch.randperm(count, generator=draw).to(heat.device)
-    places = shuffled[flat[..., shuffled].argsort(dim=2, descending=True, stable=True)]
-    ranks = torch.arange(count, dtype=torch.int32, device=heat.device).expand_as(places)
-    return torch.empty_like(ranks).scatter_(2, places, ranks).view(heat.shape)
+    shuffled = torch.randperm(count, generator=draw).to(heatmap.device)
+    positions = shuffled[flat[..., shuffled].argsort(dim=2, descending=True, stable=True)]
+    ranks = torch.arange(count, dtype=torch.int32, device=heatmap.device).expand_as(positions)
+    return torch.empty_like(ranks).scatter_(2, positions, ranks).view(heatmap.shape)
 
 
 def composite(keep: Tensor, first: Tensor, second: Tensor) -> Tensor:

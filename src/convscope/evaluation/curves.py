@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, EvaluationContext, composite
+from convscope.evaluation.context import EvaluationContext, Scores, composite
 from convscope.evaluation.imputation import impute
 
 
@@ -44,20 +44,20 @@ def road(subject: EvaluationContext, *, steps: int = 28, noise: float = 0.01) ->
     grain = noise * x.std((1, 2, 3), keepdim=True, correction=0) * drawn
     gray = x.mean((2, 3), keepdim=True) + grain
     empty = subject.with_progress(0, 0).scores(subject.rows, lambda part: gray[part])
-    picture, targets, counts = curve_points(subject, steps)
+    image, targets, counts = curve_points(subject, steps)
     ranks = subject.order.flatten(0, 1)
     curves = {}
     for number, name in enumerate(("road-most", "road-least")):
         half = subject.with_progress(number / 2, 1 / 2)
 
         def inputs(part: Tensor, hottest: bool = name == "road-most") -> Tensor:
-            rows = picture[part]
+            rows = image[part]
             rank = ranks[rows * subject.count + targets[part]]
             count = _column(counts[part], ranks)
             known = rank >= count if hottest else rank < ranks[0].numel() - count
             return composite(known, x[rows], impute(x[rows], known) + grain[rows])
 
-        between = half.scores(picture, inputs).gather(1, targets[:, None]).view(len(x), subject.count, steps - 1)
+        between = half.scores(image, inputs).gather(1, targets[:, None]).view(len(x), subject.count, steps - 1)
         curves[name] = torch.cat([subject.probabilities[..., None], between, empty[..., None]], dim=2)
     return Scores(area(curves["road-least"]) - area(curves["road-most"]), curves)
 
@@ -79,16 +79,16 @@ def _perturbation_curve(subject: EvaluationContext, steps: int, fill: str, delet
     baseline = subject.baseline(fill)
     silent = subject.with_progress(0, 0)
     empty = subject.cached(("empty", fill), lambda: silent.scores(subject.rows, lambda part: baseline[part]))
-    picture, targets, counts = curve_points(subject, steps)
+    image, targets, counts = curve_points(subject, steps)
     ranks = subject.order.flatten(0, 1)
 
     def inputs(part: Tensor) -> Tensor:
-        rows = picture[part]
+        rows = image[part]
         hot = ranks[rows * subject.count + targets[part]] < _column(counts[part], ranks)
         x, other = subject.x[rows], baseline[rows]
         return composite(hot, other, x) if deleting else composite(hot, x, other)
 
-    between = subject.scores(picture, inputs).gather(1, targets[:, None])
+    between = subject.scores(image, inputs).gather(1, targets[:, None])
     between = between.view(len(subject.x), subject.count, steps - 1)
     ends = [subject.probabilities[..., None], empty[..., None]]
     first, last = ends if deleting else reversed(ends)
@@ -97,11 +97,11 @@ def _perturbation_curve(subject: EvaluationContext, steps: int, fill: str, delet
 
 def curve_points(subject: EvaluationContext, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """All that lies between a curve's ends: each state's picture, target and number of hot pixels, in this order."""
-    pixels = subject.heat[0, 0].numel()
+    pixels = subject.heatmap[0, 0].numel()
     counts = torch.arange(1, steps, device=subject.x.device) * pixels // steps
     targets = torch.arange(subject.count, device=subject.x.device)
-    picture, target, count = (grid.flatten() for grid in torch.meshgrid(subject.rows, targets, counts, indexing="ij"))
-    return picture, target, count
+    image, target, count = (grid.flatten() for grid in torch.meshgrid(subject.rows, targets, counts, indexing="ij"))
+    return image, target, count
 
 
 def _column(counts: Tensor, ranks: Tensor) -> Tensor:

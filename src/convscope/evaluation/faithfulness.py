@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, EvaluationContext, composite
+from convscope.evaluation.context import EvaluationContext, Scores, composite
 from convscope.evaluation.statistics import pearson
 
 
@@ -43,9 +43,9 @@ def _explained(subject: EvaluationContext) -> Tensor:
     """The targets' probabilities on their own explanation maps, (B, T)."""
 
     def make() -> Tensor:
-        low, high = (extreme(subject.heat.flatten(2), 2, keepdim=True) for extreme in (torch.amin, torch.amax))
-        scaled = torch.where(high > low, (subject.heat.flatten(2) - low) / (high - low).clamp(min=1e-38), 1.0)
-        scaled = scaled.view(subject.heat.shape).flatten(0, 1)
+        low, high = (extreme(subject.heatmap.flatten(2), 2, keepdim=True) for extreme in (torch.amin, torch.amax))
+        scaled = torch.where(high > low, (subject.heatmap.flatten(2) - low) / (high - low).clamp(min=1e-38), 1.0)
+        scaled = scaled.view(subject.heatmap.shape).flatten(0, 1)
         rows = subject.rows.repeat_interleave(subject.count)
         found = subject.scores(rows, lambda part: subject.x[rows[part]] * scaled[part][:, None])
         return found.view(len(subject.x), subject.count, subject.count).diagonal(dim1=1, dim2=2)
@@ -92,7 +92,9 @@ def infidelity(
     return Scores((scale[..., None] * sums - drops).square().mean(2).float())
 
 
-def _removals(subject: EvaluationContext, samples: int, cells: int, subset: float, baseline: str) -> tuple[Tensor, Tensor]:
+def _removals(
+    subject: EvaluationContext, samples: int, cells: int, subset: float, baseline: str
+) -> tuple[Tensor, Tensor]:
     """For S subsets the heat in them and what the scores lose without them, (B, T, S) double each."""
     if samples < 2 or cells < 1 or not 0 < subset < 1:
         raise ConvscopeError(
@@ -103,7 +105,7 @@ def _removals(subject: EvaluationContext, samples: int, cells: int, subset: floa
     def make() -> tuple[Tensor, Tensor]:
         x = subject.x
         chosen = subsets(x.shape[2:], samples, cells, subset, subject.generator()).to(x.device)
-        sums = subject.heat.flatten(2).double() @ chosen.flatten(1).double().T
+        sums = subject.heatmap.flatten(2).double() @ chosen.flatten(1).double().T
         other = subject.baseline(baseline)
         rows = subject.rows.repeat_interleave(samples)
 
@@ -134,10 +136,10 @@ def sparseness(subject: EvaluationContext) -> Scores:
     1 - 2 sum_k (a_(k) / |a|_1) (n - k + 1/2) / n, a_(1) <= ... <= a_(n). Chalasani et al., Concise Explanations of
     Neural Networks using Adversarial Training, ICML 2020, section 3.
     """
-    shares = _shares(subject.heat).sort(dim=2).values
+    shares = _shares(subject.heatmap).sort(dim=2).values
     count = shares.shape[2]
-    places = torch.arange(1, count + 1, dtype=shares.dtype, device=shares.device)
-    return Scores((1 - 2 * (shares * (count - places + 0.5) / count).sum(2)).float())
+    positions = torch.arange(1, count + 1, dtype=shares.dtype, device=shares.device)
+    return Scores((1 - 2 * (shares * (count - positions + 0.5) / count).sum(2)).float())
 
 
 def complexity(subject: EvaluationContext) -> Scores:
@@ -145,10 +147,10 @@ def complexity(subject: EvaluationContext) -> Scores:
 
     - sum_i p_i log p_i, p = |a| / |a|_1. Bhatt, Weller, Moura, IJCAI 2020, definition 4.
     """
-    return Scores(torch.special.entr(_shares(subject.heat)).sum(2).float())
+    return Scores(torch.special.entr(_shares(subject.heatmap)).sum(2).float())
 
 
-def _shares(heat: Tensor) -> Tensor:
+def _shares(heatmap: Tensor) -> Tensor:
     """Absolute values (B, T, n) that sum to 1; evenly where there is nothing but 0."""
-    flat = heat.flatten(2).abs().double()
+    flat = heatmap.flatten(2).abs().double()
     return F.normalize(torch.where(flat.amax(2, keepdim=True) > 0, flat, 1.0), p=1.0, dim=2)

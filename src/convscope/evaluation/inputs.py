@@ -59,10 +59,10 @@ class HeatmapInput:
             return
         then = torch.from_numpy(self.result.logits[[self.row[i] for i in indices]])
         apart = (then - own.cpu()).abs() > LOOSE * logits.abs().amax(1, keepdim=True).cpu()
-        for picture, differs in zip(indices, apart.any(1).tolist(), strict=True):
+        for image, differs in zip(indices, apart.any(1).tolist(), strict=True):
             if differs:
                 raise ConvscopeError(
-                    f"{names[picture]}: the model does not say of it what it said when the heatmaps were made: "
+                    f"{names[image]}: the model does not say of it what it said when the heatmaps were made: "
                     "they are of other pictures, or its weights have changed; to judge maps of another model, give "
                     "heatmaps.values and targets="
                 )
@@ -71,30 +71,30 @@ class HeatmapInput:
 LOOSE = 0.02  # of the largest logit; above what another device, batch size or half precision changes
 
 
-def parse(model: Model, pictures: ImageBatchLoader, maps: Any, targets: Any) -> HeatmapInput:
+def parse(model: Model, images: ImageBatchLoader, maps: Any, targets: Any) -> HeatmapInput:
     """The maps as given: `Heatmaps` of these pictures, or an array (N, h, w) or (N, T, h, w). Raises ConvscopeError."""
     if isinstance(maps, Heatmaps):
         if targets is not None:
             raise ConvscopeError("targets= goes with maps given as an array; these heatmaps have their own")
-        names = tuple(pictures.names[i] for i in maps.image_indices if i < len(pictures))
-        if len(maps.image_source) != len(pictures) or names != maps.image_names:
+        names = tuple(images.names[i] for i in maps.image_indices if i < len(images))
+        if len(maps.image_source) != len(images) or names != maps.image_names:
             raise ConvscopeError(
-                f"heatmaps of {len(maps.image_source)} pictures, and {len(pictures)} pictures given; expected the same ones"
-                if len(maps.image_source) != len(pictures)
+                f"heatmaps of {len(maps.image_source)} pictures, and {len(images)} pictures given; expected the same ones"
+                if len(maps.image_source) != len(images)
                 else f"heatmaps of {maps.image_names[0]}, ..., and pictures {names[0]}, ... given; expected the same ones"
             )
         row = {index: r for r, index in enumerate(maps.image_indices)}
         return HeatmapInput(torch.from_numpy(maps.values), row, maps.target_spec, maps)
     values = _array(maps, "heatmaps")
-    asked = parse_targets(model, targets, len(pictures))
+    asked = parse_targets(model, targets, len(images))
     axes = model.preprocessing.axes
     values = values[:, None] if values.ndim == 1 + axes else values
-    if values.ndim != 2 + axes or values.shape[:2] != (len(pictures), asked.count) or 0 in values.shape:
-        shape = " or ".join(f"({len(pictures)}, {more}h, w)" for more in ("", f"{asked.count}, "))
+    if values.ndim != 2 + axes or values.shape[:2] != (len(images), asked.count) or 0 in values.shape:
+        shape = " or ".join(f"({len(images)}, {more}h, w)" for more in ("", f"{asked.count}, "))
         raise ConvscopeError(f"heatmaps of shape {tuple(np.shape(maps))}; expected Heatmaps, or an array {shape}")
     if not np.isfinite(values).all():
         raise ConvscopeError("the heatmaps hold NaN or infinity")
-    return HeatmapInput(torch.from_numpy(values.astype(np.float32)), dict(enumerate(range(len(pictures)))), asked)
+    return HeatmapInput(torch.from_numpy(values.astype(np.float32)), dict(enumerate(range(len(images)))), asked)
 
 
 def take_masks(masks: Any, count: int, targets: int) -> list[Tensor]:
@@ -148,15 +148,15 @@ def _again(
 ) -> Tensor:
     asked = made.target_spec
     row = {index: r for r, index in enumerate(made.image_indices)}
-    pictures = [indices[r] for r in rows.tolist()]
-    targets = made.targets[[row[i] for i in pictures]].tolist() if classes is None else classes.tolist()
+    images = [indices[r] for r in rows.tolist()]
+    targets = made.targets[[row[i] for i in images]].tolist() if classes is None else classes.tolist()
     found = heatmaps(
         model,
         x,
         list(asked.functions) or targets,
         layer=None if made.layer == "input" else made.layer.split(" + "),
         method=made.method,
-        against=None if asked.against is None else asked.against[pictures].tolist(),
+        against=None if asked.against is None else asked.against[images].tolist(),
         memory=memory,
         **made.settings,
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, EvaluationContext
+from convscope.evaluation.context import EvaluationContext, Scores
 
 
 def pointing(subject: EvaluationContext, *, tolerance: int = 0) -> Scores:
@@ -24,9 +24,9 @@ def pointing(subject: EvaluationContext, *, tolerance: int = 0) -> Scores:
     if isinstance(tolerance, bool) or not isinstance(tolerance, int) or tolerance < 0:
         raise ConvscopeError(f"tolerance is {tolerance!r}; expected a whole number of pixels from 0 up")
     found, chance = [], []
-    for heat, mask in _pairs(subject):
+    for heatmap, mask in _pairs(subject):
         target = grown(mask, tolerance).flatten(1)
-        flat = heat.flatten(1)
+        flat = heatmap.flatten(1)
         found.append(_share(target, flat == flat.amax(1, keepdim=True)))
         chance.append(target.double().mean(1))
     return _scores(found, chance)
@@ -38,8 +38,8 @@ def energy(subject: EvaluationContext) -> Scores:
     Wang et al., Score-CAM, CVPR workshops 2020, section 4.3.
     """
     found, chance = [], []
-    for heat, mask in _pairs(subject):
-        target, positive = mask.flatten(1), heat.flatten(1).clamp(min=0).double()
+    for heatmap, mask in _pairs(subject):
+        target, positive = mask.flatten(1), heatmap.flatten(1).clamp(min=0).double()
         whole = positive.sum(1)
         found.append(torch.where(whole > 0, (positive * target).sum(1) / whole.clamp(min=1e-300), 0.0))
         chance.append(target.double().mean(1))
@@ -52,8 +52,8 @@ def iou(subject: EvaluationContext) -> Scores:
     Neither a threshold nor the map's scale plays a part. Pixels of equal heat at the limit count in proportion.
     """
     found, chance = [], []
-    for heat, mask in _pairs(subject):
-        target, flat = mask.flatten(1), heat.flatten(1)
+    for heatmap, mask in _pairs(subject):
+        target, flat = mask.flatten(1), heatmap.flatten(1)
         size = target.sum(1)
         coldest = flat.shape[1] + 1 - size  # the k-th hottest, counted from below
         limits = [h.kthvalue(int(k)).values for h, k in zip(flat, coldest, strict=True)]
@@ -81,13 +81,13 @@ def grown(mask: Tensor, radius: int) -> Tensor:
 def _pairs(subject: EvaluationContext) -> Iterator[tuple[Tensor, Tensor]]:
     """For each picture its maps (T, H, W), in its own geometry, and as many masks."""
     for maps, mask, where in zip(subject.maps, subject.masks, subject.geometry, strict=True):
-        heat = where.to_original(maps)
-        yield heat, mask.to(heat.device).expand_as(heat)
+        heatmap = where.to_original(maps)
+        yield heatmap, mask.to(heatmap.device).expand_as(heatmap)
 
 
-def _share(target: Tensor, places: Tensor) -> Tensor:
+def _share(target: Tensor, positions: Tensor) -> Tensor:
     """The share of `places` that lies on the target; (T, P) bool each give (T,)."""
-    return (target & places).sum(1).double() / places.sum(1)
+    return (target & positions).sum(1).double() / positions.sum(1)
 
 
 def _scores(found: list[Tensor], chance: list[Tensor]) -> Scores:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import Scores, EvaluationContext
-from convscope.evaluation.randomisation import cascade_order, temporary_parameters, randomize
+from convscope.evaluation.context import EvaluationContext, Scores
+from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
 from convscope.evaluation.statistics import spearman
 
 
@@ -86,8 +86,8 @@ def max_sensitivity(subject: EvaluationContext, *, samples: int = 10, radius: fl
         raise ConvscopeError(f"samples {samples!r}, radius {radius!r}; expected at least 1, and a number above 0")
     assert subject.recompute is not None
     x, draw = subject.x, subject.generator()
-    places = tuple(range(1, x.ndim))
-    reach = radius * (x.amax(places, keepdim=True) - x.amin(places, keepdim=True))
+    positions = tuple(range(1, x.ndim))
+    reach = radius * (x.amax(positions, keepdim=True) - x.amin(positions, keepdim=True))
     worst = torch.zeros_like(subject.target_scores)
     for number in range(samples):
         noise = 2 * torch.rand(x.shape[1:], generator=draw).to(x) - 1

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import NotFound
-from convscope.explorer.service.jobs import QueueFull, ClientDisconnected, RequestTimeout
+from convscope.explorer.service.jobs import ClientDisconnected, QueueFull, RequestTimeout
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.service.uploads import Decoder
 from convscope.explorer.urls import LiveUrls
@@ -41,7 +41,7 @@ def assets() -> dict[str, bytes]:
 class _Beside:
     """What a page of a unit or a class shows beside it: a picture, and which of its patterns."""
 
-    picture: str | None = None
+    image: str | None = None
     look: str = "positive"
     recipe: str | None = None
     seed: int | None = None
@@ -130,7 +130,7 @@ def create(
     def home(request: Request) -> Response:
         net = explorer.first
         samples = explorer.shelf.samples
-        parts = ("m", net.key, "picture", samples[0].key) if net.takes_pictures and samples else ("m", net.key)
+        parts = ("m", net.key, "picture", samples[0].key) if net.takes_images and samples else ("m", net.key)
         return RedirectResponse(site.page(*parts), 307)
 
     @app.get("/glossary", **hidden)
@@ -157,7 +157,7 @@ def create(
             net = explorer.network(model)
             if target is not None:
                 net.require_class(target)
-            return pages.picture(net, explorer.shelf.find(picture), target)
+            return pages.image(net, explorer.shelf.find(picture), target)
 
         return await show(request, make)
 
@@ -179,7 +179,7 @@ def create(
             net = explorer.network(model)
             net.require_unit(layer, unit)
             what = explorer.resolve_pattern(net, layer, unit, shown.look, shown.recipe, shown.seed)
-            return pages.unit(net, layer, unit, desk.chosen(net, shown.picture), what)
+            return pages.unit(net, layer, unit, desk.chosen(net, shown.image), what)
 
         return await show(request, make)
 
@@ -189,7 +189,7 @@ def create(
             net = explorer.network(model)
             net.require_class(target)
             what = explorer.resolve_pattern(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
-            return pages.class_(net, target, desk.chosen(net, shown.picture), what)
+            return pages.class_(net, target, desk.chosen(net, shown.image), what)
 
         return await show(request, make)
 

@@ -40,7 +40,7 @@ class ExplorerFrame:
         )
 
 
-def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
+def show(model: Model, image: Any = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
     """Open the explorer for a model, and pictures in any form that `convscope` takes (default: the samples).
 
     The server listens on this machine only (127.0.0.1), at `port` (0: any free one). The notebook's browser has to be
@@ -54,7 +54,7 @@ def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0)
         raise ConvscopeError(f"height is {height}; expected pixels, 100 or more")
     listening = server.bound("127.0.0.1", port)
     try:
-        app = _app(model, picture)
+        app = _app(model, image)
     except BaseException:
         listening.close()
         raise
@@ -63,16 +63,16 @@ def show(model: Model, picture: Any = None, *, height: int = 720, port: int = 0)
     return ExplorerFrame(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
 
 
-def _app(model: Model, picture: Any) -> Any:
+def _app(model: Model, image: Any) -> Any:
     server.require()
     from convscope.explorer.app import create
     from convscope.explorer.service.state import Explorer
 
     explorer = Explorer({model.name: model})
-    if picture is None:
+    if image is None:
         explorer.add_samples()
     else:
-        given = ImageBatchLoader(picture, Preprocessing())
+        given = ImageBatchLoader(image, Preprocessing())
         for index, name in enumerate(given.names):
             pixels: np.ndarray = given.original(index)
             explorer.shelf.add_sample(pixels, name.rpartition("/")[2], name)

@@ -37,7 +37,7 @@ def publish(
     store: Store,
     out: Path,
     *,
-    pictures: Sequence[str] = (),
+    images: Sequence[str] = (),
     keep: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
@@ -51,8 +51,8 @@ def publish(
     """
     explorer = Explorer(models, store=store, keep=keep, room=1 << 30)
     try:
-        if pictures:
-            explorer.shelf.add_samples(pictures)
+        if images:
+            explorer.shelf.add_samples(images)
         else:
             explorer.add_samples()
         return _SiteWriter(explorer, store, out).run(workers, progress)
@@ -114,16 +114,16 @@ class _SiteWriter:
     def _planned_pages(self) -> Iterator[tuple[Parts, Callable[[Pages], Page]]]:
         """Every page: its address, and how it is made."""
         net, key = self._net, self._net.key
-        samples = self._explorer.shelf.samples if net.takes_pictures and net.classifies() else []
+        samples = self._explorer.shelf.samples if net.takes_images and net.classifies() else []
         yield ("m", key), lambda pages: pages.network(net)
         yield ("m", key, "story"), lambda pages: pages.story(net)
         yield ("glossary",), lambda pages: pages.glossary()
-        for picture in samples:
-            yield ("m", key, "picture", picture.key), partial(_picture, net, picture, None)
-            for row in self._explorer.predictions(self._asker, net, picture):
+        for image in samples:
+            yield ("m", key, "picture", image.key), partial(_image, net, image, None)
+            for row in self._explorer.predictions(self._asker, net, image):
                 yield (
-                    ("m", key, "picture", picture.key, "class", row["index"]),
-                    partial(_picture, net, picture, row["index"]),
+                    ("m", key, "picture", image.key, "class", row["index"]),
+                    partial(_image, net, image, row["index"]),
                 )
         for layer in self._layers:
             yield ("m", key, "layer", layer), partial(_layer, net, layer)
@@ -139,7 +139,7 @@ class _SiteWriter:
         for number in self._shown():
             yield ("m", key, "data", number), partial(_example, net, number)
         first = samples[0] if samples else None
-        yield (), (lambda pages: pages.network(net)) if first is None else partial(_picture, net, first, None)
+        yield (), (lambda pages: pages.network(net)) if first is None else partial(_image, net, first, None)
 
     def _shown(self) -> list[int]:
         """The pictures of the data set that units show as examples."""
@@ -167,8 +167,8 @@ class _SiteWriter:
         if kind in ("layer", "unit"):
             return parts[3] in self._layers
         if kind == "picture" and len(parts) == 6:
-            picture = self._explorer.shelf.find(str(parts[3]))
-            said = self._explorer.predictions(self._asker, self._net, picture)
+            image = self._explorer.shelf.find(str(parts[3]))
+            said = self._explorer.predictions(self._asker, self._net, image)
             return parts[5] in [row["index"] for row in said]
         return True
 
@@ -219,8 +219,8 @@ class _SiteWriter:
         raise ValueError(route)
 
 
-def _picture(net: Network, picture: Picture, target: int | None, pages: Pages) -> Page:
-    return pages.picture(net, picture, target)
+def _image(net: Network, image: Picture, target: int | None, pages: Pages) -> Page:
+    return pages.image(net, image, target)
 
 
 def _layer(net: Network, layer: str, pages: Pages) -> Page:

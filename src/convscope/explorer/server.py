@@ -29,7 +29,7 @@ def require() -> None:
 def built(
     models: Mapping[str, Model],
     *,
-    pictures: Sequence[str] = (),
+    images: Sequence[str] = (),
     store: Store | None = None,
     keep: Path | None = None,
     hosts: Sequence[str] = security.LOCAL,
@@ -42,8 +42,8 @@ def built(
     from convscope.explorer.service.state import Explorer
 
     explorer = Explorer(models, store=store, keep=keep)
-    if pictures:
-        explorer.shelf.add_samples(pictures)
+    if images:
+        explorer.shelf.add_samples(images)
     else:
         explorer.add_samples()
     return create(explorer, hosts=hosts, token=token, frames=frames)

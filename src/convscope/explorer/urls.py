@@ -31,9 +31,9 @@ class UrlBuilder(Protocol):
     def static(self, name: str) -> str:
         """A file of ours: style, scripts."""
 
-    def photo(self, picture: Picture, longest: int) -> str: ...
+    def photo(self, image: Picture, longest: int) -> str: ...
 
-    def sheet(self, net: Network, picture: Picture, layer: str) -> str: ...
+    def sheet(self, net: Network, image: Picture, layer: str) -> str: ...
 
     def pattern(self, net: Network, what: PatternSpec) -> str: ...
 
@@ -66,11 +66,11 @@ class LiveUrls:
     def static(self, name: str) -> str:
         return f"/static/{name}?v={self._assets}"
 
-    def photo(self, picture: Picture, longest: int) -> str:
-        return self._image("photo", picture=picture.key, longest=longest)
+    def photo(self, image: Picture, longest: int) -> str:
+        return self._image("photo", picture=image.key, longest=longest)
 
-    def sheet(self, net: Network, picture: Picture, layer: str) -> str:
-        return self._image("sheet", model=net.key, picture=picture.key, layer=layer, v=net.version)
+    def sheet(self, net: Network, image: Picture, layer: str) -> str:
+        return self._image("sheet", model=net.key, picture=image.key, layer=layer, v=net.version)
 
     def pattern(self, net: Network, what: PatternSpec) -> str:
         return self._image("pattern", model=net.key, **vars(what), v=net.version)
@@ -121,12 +121,12 @@ class StaticUrls:
     def static(self, name: str) -> str:
         return self._relative(f"static/{name}")
 
-    def photo(self, picture: Picture, longest: int) -> str:
-        return self._image(f"pictures/{picture.key}-{longest}.webp", "photo", picture=picture, longest=longest)
+    def photo(self, image: Picture, longest: int) -> str:
+        return self._image(f"pictures/{image.key}-{longest}.webp", "photo", picture=image, longest=longest)
 
-    def sheet(self, net: Network, picture: Picture, layer: str) -> str:
-        name = f"m/{net.key}/sheets/{clean(layer)}-{picture.key}.png"
-        return self._image(name, "sheet", net=net, picture=picture, layer=layer)
+    def sheet(self, net: Network, image: Picture, layer: str) -> str:
+        name = f"m/{net.key}/sheets/{clean(layer)}-{image.key}.png"
+        return self._image(name, "sheet", net=net, picture=image, layer=layer)
 
     def pattern(self, net: Network, what: PatternSpec) -> str:
         name = f"m/{net.key}/patterns/{clean(what.layer)}-{what.unit}-{what.variant}-{what.recipe}-{what.seed}.webp"

@@ -29,11 +29,25 @@ from convscope.errors import ConvscopeError
 from convscope.featurevis.frames import FrameRecorder, for_display
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import Plateau
-from convscope.featurevis.recipes import Recipe, OptimizationTask
-from convscope.featurevis.request import PatternRequest, canvas_size, find_recipe, size_checker, initial_images, parse_request
+from convscope.featurevis.recipes import OptimizationTask, Recipe
+from convscope.featurevis.request import (
+    PatternRequest,
+    canvas_size,
+    find_recipe,
+    initial_images,
+    parse_request,
+    size_checker,
+)
 from convscope.featurevis.result import Patterns
-from convscope.featurevis.retries import PatternBatch, BatchResult, retry_low_confidence, joined, measure_of, retry_dead_units
-from convscope.featurevis.scoring import Run, reference_baseline, noise_baseline, max_activations, remarks
+from convscope.featurevis.retries import (
+    BatchResult,
+    PatternBatch,
+    joined,
+    measure_of,
+    retry_dead_units,
+    retry_low_confidence,
+)
+from convscope.featurevis.scoring import Run, max_activations, noise_baseline, reference_baseline, remarks
 from convscope.featurevis.skip_gradient import with_skip_gradient
 
 __all__ = ["Patterns", "patterns"]
@@ -150,13 +164,15 @@ def patterns(
         coarsest = min(height * width for height, width in seen)
         fits = batch_size(model, each, memory, max(1, cache_friendly_batch_size(model, deepest, coarsest) // passes))
         parts = _batches(want, fits)
-        together = max(objective.pictures for objective in want.objectives) * (2 if mates else 1)
+        together = max(objective.images for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch_size is not None and together > model.fixed_batch_size:
             raise ConvscopeError(
                 f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch_size} at a time"
             )
         nature = cache(partial(max_activations, run, model, want.layer))
-        natural = None if reference is None else reference_baseline(run, want, reference, model, memory, space == "input")
+        natural = (
+            None if reference is None else reference_baseline(run, want, reference, model, memory, space == "input")
+        )
         batches: list[BatchResult] = []
         for position, part in enumerate(parts):
             album = FrameRecorder(count, kept)
@@ -175,7 +191,7 @@ def patterns(
                 if progress is not None:
                     progress(done, count * len(parts))
 
-            rows, alone = want.pictures(part), measure_of(model, run, want, part)
+            rows, alone = want.images(part), measure_of(model, run, want, part)
             task = OptimizationTask(
                 measure=alone(range(len(part))),
                 generators=want.generators(part, seed),
@@ -195,10 +211,10 @@ def patterns(
                 subset_objective=alone if together == 1 else None,
             )
             drawn = rule.draw(task)
-            done = BatchResult(drawn, task.score(drawn.pictures).cpu(), album)
-            album.close(drawn.pictures)
+            done = BatchResult(drawn, task.score(drawn.images).cpu(), album)
+            album.close(drawn.images)
             retry_dead_units(PatternBatch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
-            album.close(done.drawn.pictures)
+            album.close(done.drawn.images)
             if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
                 all_done()
             batches.append(done)
@@ -212,7 +228,7 @@ def patterns(
     scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
     return Patterns(
         model,
-        images=for_display(done.drawn.pictures.cpu()),
+        images=for_display(done.drawn.images.cpu()),
         units=np.array(want.numbers),
         scores=scores.numpy(),
         history=history.numpy(),
@@ -253,5 +269,5 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 def _batches(want: PatternRequest, size: int) -> list[Sequence[int]]:
     """Objectives in batches of about `size` pictures; those of one objective are never parted."""
-    largest = max(objective.pictures for objective in want.objectives)
+    largest = max(objective.images for objective in want.objectives)
     return list(balanced_chunks(range(len(want.objectives)), max(1, size // largest)))

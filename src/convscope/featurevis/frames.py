@@ -23,11 +23,11 @@ class FrameRecorder:
         if due:
             self.frames += [for_display(look().cpu())] * due
 
-    def close(self, pictures: Tensor) -> None:
+    def close(self, images: Tensor) -> None:
         """The last is the finished picture, and so is what an ascent that ended early did not come to."""
         if self.steps and self.count:
             kept = self.frames[: self.count - 1]
-            self.frames = kept + [for_display(pictures.cpu())] * (self.count - len(kept))
+            self.frames = kept + [for_display(images.cpu())] * (self.count - len(kept))
 
     def put(self, which: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
         """Rows of another ascent's frames in the place of ours."""
@@ -36,7 +36,7 @@ class FrameRecorder:
             self.frames[i][which] = found[rows]
 
 
-def for_display(pictures: Tensor) -> np.ndarray:
+def for_display(images: Tensor) -> np.ndarray:
     """(U, C, H, W) as (U, H, W, C)."""
-    shown: np.ndarray = pictures.permute(0, 2, 3, 1).contiguous().numpy()
+    shown: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
     return shown

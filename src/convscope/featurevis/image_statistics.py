@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-Pictures = np.ndarray  # uint8 (N, H, W, C)
+Images = np.ndarray  # uint8 (N, H, W, C)
 
 
-def dominant_frequency(images: Pictures) -> np.ndarray:
+def dominant_frequency(images: Images) -> np.ndarray:
     """The spatial frequency with most power (N,), in cycles per pixel: 0.5 is a change from each pixel to the next.
 
     Power of the brightness, its mean taken off, under a Hann window, is summed over rings one cycle over the picture
@@ -21,7 +21,7 @@ def dominant_frequency(images: Pictures) -> np.ndarray:
     return found
 
 
-def orientation_selectivity(images: Pictures) -> np.ndarray:
+def orientation_selectivity(images: Images) -> np.ndarray:
     """How much the picture's structure runs in one direction (N,): 1 for a grating, 0 for what has none.
 
     |sum P exp(2 i angle)| / sum P over the power spectrum P, which is 1 minus the circular variance that is measured of
@@ -35,7 +35,7 @@ def orientation_selectivity(images: Pictures) -> np.ndarray:
     return found
 
 
-def colourfulness(images: Pictures) -> np.ndarray:
+def colourfulness(images: Images) -> np.ndarray:
     """Hasler and Süsstrunk's measure (N,): 0 is gray, 33 moderately, 82 highly colourful (Measuring colourfulness in
     natural images, 2003, M3).
 
@@ -58,7 +58,7 @@ MEASURES = {
 }
 
 
-def most_distinct(images: Pictures, count: int) -> list[int]:
+def most_distinct(images: Images, count: int) -> list[int]:
     """`count` of the pictures, each as unlike those before it as can be; begins with the one farthest from the mean.
 
     Unlike are pictures whose mean colour, contrast of each channel, and brightness spectrum in 4 octaves by 6
@@ -76,7 +76,7 @@ def most_distinct(images: Pictures, count: int) -> list[int]:
     return chosen
 
 
-def _traits(images: Pictures) -> np.ndarray:
+def _traits(images: Images) -> np.ndarray:
     pixels = images.astype(np.float64) / 255
     power, frequency = _spectrum(images)
     down, across = _axes(images)
@@ -90,7 +90,7 @@ def _traits(images: Pictures) -> np.ndarray:
     return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2)), np.sqrt(shares)], axis=1)
 
 
-def _spectrum(images: Pictures) -> tuple[np.ndarray, np.ndarray]:
+def _spectrum(images: Images) -> tuple[np.ndarray, np.ndarray]:
     """Power of the brightness (N, H, W), and each coefficient's frequency (H, W) in cycles per pixel."""
     weights = np.array([0.299, 0.587, 0.114]) if images.shape[3] == 3 else np.full(images.shape[3], 1 / images.shape[3])
     brightness = images.astype(np.float64) @ weights / 255
@@ -103,6 +103,6 @@ def _spectrum(images: Pictures) -> tuple[np.ndarray, np.ndarray]:
     return power, np.hypot(*_axes(images))
 
 
-def _axes(images: Pictures) -> tuple[np.ndarray, np.ndarray]:
+def _axes(images: Images) -> tuple[np.ndarray, np.ndarray]:
     height, width = images.shape[1:3]
     return np.broadcast_arrays(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])  # type: ignore[return-value]

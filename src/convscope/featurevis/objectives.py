@@ -37,7 +37,7 @@ class Objective:
     name: str
     watches: tuple[tuple[str, int | None], ...]
     value: Value
-    pictures: int = 1
+    images: int = 1
     mates: bool = False
     placed: bool = False
 
@@ -84,9 +84,9 @@ class Objective:
 
     def _with(self, sign: str, given: Objective | float, join: Callable[[Tensor, Tensor], Tensor]) -> Objective:
         other = given if isinstance(given, Objective) else _constant(given)
-        if 1 not in (self.pictures, other.pictures) and self.pictures != other.pictures:
+        if 1 not in (self.images, other.images) and self.images != other.images:
             raise ConvscopeError(
-                f"{self.name} is about {self.pictures} pictures and {other.name} about {other.pictures}; "
+                f"{self.name} is about {self.images} pictures and {other.name} about {other.images}; "
                 "what is joined must be about as many"
             )
         if self.mates != other.mates and self.watches and other.watches:
@@ -97,7 +97,7 @@ class Objective:
             f"{left} {sign} {right}",
             self.watches + other.watches,
             lambda seen: join(self.value(seen), other.value(seen)),
-            max(self.pictures, other.pictures),
+            max(self.images, other.images),
             self.mates or other.mates,
             self.placed or other.placed,
         )
@@ -145,8 +145,8 @@ def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objectiv
         index: tuple[slice | int, ...] = (slice(None), *where)
         return maps[index]
 
-    place = "middle" if at is None else ", ".join(map(str, at))
-    return Objective(f"{layer} {number} at {place}", ((layer, number),), value, placed=at is not None)
+    position = "middle" if at is None else ", ".join(map(str, at))
+    return Objective(f"{layer} {number} at {position}", ((layer, number),), value, placed=at is not None)
 
 
 def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
@@ -200,7 +200,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     counts as given: a picture moves away from the others and is not held by them. (Style diversity: Olah et al.,
     Distill 2017, "Diversity".) A share of f, so that `weight` means the same for every unit.
     """
-    if count < 2 or objective.pictures != 1 or objective.mates:
+    if count < 2 or objective.images != 1 or objective.mates:
         raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
 
     def value(seen: ForwardResult) -> Tensor:
@@ -226,7 +226,7 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
     in the layer, relative to the layer's mean square. Neighbours count as given. (Aligned interpolation: Mordvintsev et
     al., Differentiable Image Parameterizations, Distill 2018.)
     """
-    if count < 2 or (first.pictures, last.pictures) != (1, 1) or first.mates or last.mates:
+    if count < 2 or (first.images, last.images) != (1, 1) or first.mates or last.mates:
         raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
 
     def value(seen: ForwardResult) -> Tensor:
@@ -250,7 +250,7 @@ def batch_objectives(objectives: Sequence[Objective]) -> Objective:
     if len(objectives) == 1:
         return objectives[0]
     mates = objectives[0].mates
-    rows = [objective.pictures * (1 + mates) for objective in objectives]
+    rows = [objective.images * (1 + mates) for objective in objectives]
 
     def value(seen: ForwardResult) -> Tensor:
         return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])

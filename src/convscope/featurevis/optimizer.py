@@ -53,13 +53,13 @@ def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: flo
     lengths = map(rate, count()) if callable(rate) else repeat(rate)
     # In one go through memory where torch can; there each picture by itself, as where it lies must decide nothing.
     fused = values.device.type in ("cpu", "cuda")
-    pictures = list(values.detach()) if fused else [values.detach()]
-    optimiser = torch.optim.Adam(pictures, betas=BETAS, eps=damping, maximize=True, fused=fused)
+    images = list(values.detach()) if fused else [values.detach()]
+    optimiser = torch.optim.Adam(images, betas=BETAS, eps=damping, maximize=True, fused=fused)
 
     def step(_: Tensor, gradient: Tensor) -> None:
         laid_out = torch.empty_like(values).copy_(_of_unit_rms(gradient))  # like the values: not all of torch looks
-        for picture, own in zip(pictures, laid_out if fused else [laid_out], strict=True):
-            picture.grad = own
+        for image, own in zip(images, laid_out if fused else [laid_out], strict=True):
+            image.grad = own
         optimiser.param_groups[0]["lr"] = next(lengths)
         optimiser.step()
         optimiser.zero_grad()
@@ -167,13 +167,13 @@ def ascend(
     all.
     """
     history: list[Tensor] = []
-    pictures = len(canvas.values)
-    done = torch.zeros(pictures, dtype=torch.bool, device=canvas.values.device)
-    top = torch.zeros(pictures, device=canvas.values.device)
+    images = len(canvas.values)
+    done = torch.zeros(images, dtype=torch.bool, device=canvas.values.device)
+    top = torch.zeros(images, device=canvas.values.device)
     highest = canvas.values.detach().clone() if keep_best else None
     total, late = torch.zeros_like(canvas.values) if average_last else None, 0
     for i in range(steps):
-        dead = torch.full((pictures,), i < redirect_steps, device=canvas.values.device)
+        dead = torch.full((images,), i < redirect_steps, device=canvas.values.device)
         if redirect_steps and history:
             dead |= history[-1] == 0
         dead &= ~done
@@ -209,7 +209,7 @@ def ascend(
         with torch.no_grad():
             canvas.values.copy_(total / late)
     history += history[-1:] * (steps - len(history))
-    return torch.stack(history) if history else torch.zeros((0, pictures))
+    return torch.stack(history) if history else torch.zeros((0, images))
 
 
 class _RedirectedClamp(torch.autograd.Function):
@@ -220,37 +220,37 @@ class _RedirectedClamp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, top: float, inplace: bool, pictures: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, top: float, inplace: bool, images: Tensor) -> Tensor:
         output = x.clamp_(0, top) if inplace else x.clamp(0, top)
         if inplace:
             ctx.mark_dirty(x)
         # What is off or at the top can be told from either, but the input is gone if the output took its place.
-        ctx.save_for_backward(output if inplace else x, pictures)
+        ctx.save_for_backward(output if inplace else x, images)
         ctx.top = top
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        (x, pictures), (gradient,) = ctx.saved_tensors, gradients
+        (x, images), (gradient,) = ctx.saved_tensors, gradients
         usual: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.top)
-        blocked = pictures & ~_live(usual, len(pictures))
+        blocked = images & ~_live(usual, len(images))
         if bool(blocked.any()):  # what lives beside them is not looked at
-            rows = blocked.repeat_interleave(len(x) // len(pictures)).nonzero()[:, 0]
+            rows = blocked.repeat_interleave(len(x) // len(images)).nonzero()[:, 0]
             x, gradient = x[rows], gradient[rows]
             usual[rows] = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
         return usual, None, None, None
 
 
-def _live(gradient: Tensor, pictures: int) -> Tensor:
+def _live(gradient: Tensor, images: int) -> Tensor:
     """Of which pictures any part is not 0, as a mask. Mostly one row of places tells; only if not, all are asked."""
     some = gradient[:, :, gradient.shape[2] // 2] if gradient.ndim == 4 else gradient
-    live = _any(some, pictures)
-    return live if some is gradient or bool(live.all()) else _any(gradient, pictures)
+    live = _any(some, images)
+    return live if some is gradient or bool(live.all()) else _any(gradient, images)
 
 
-def _any(gradient: Tensor, pictures: int) -> Tensor:
+def _any(gradient: Tensor, images: int) -> Tensor:
     live: Tensor = gradient != 0 if gradient.ndim == 1 else gradient.any(tuple(range(1, gradient.ndim)))
-    return live.view(pictures, -1).any(1)
+    return live.view(images, -1).any(1)
 
 
 class RedirectedReLU(TorchFunctionMode):
@@ -259,19 +259,19 @@ class RedirectedReLU(TorchFunctionMode):
     `pictures` is a mask over the batch: the others keep their usual gradients, whoever is beside them.
     """
 
-    def __init__(self, pictures: Tensor) -> None:
+    def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.pictures = pictures
+        self.images = images
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]
         top = _top(name, args, kwargs)
         x = None if top is None else args[0] if args else kwargs["input"]
-        if x is None or x.ndim == 0 or len(x) % len(self.pictures):
+        if x is None or x.ndim == 0 or len(x) % len(self.images):
             return func(*args, **kwargs)
         inplace = func is inplace_clamp or name.endswith("_") or bool(kwargs.get("inplace"))
-        return _RedirectedClamp.apply(x, top, inplace, self.pictures)
+        return _RedirectedClamp.apply(x, top, inplace, self.images)
 
 
 def _top(name: str, args: Any, kwargs: Any) -> float | None:

@@ -17,7 +17,7 @@ class ImageParameterization(Protocol):
     values: Tensor
     """The leaf that the ascent changes; its first axis counts the pictures."""
 
-    def picture(self) -> Tensor:
+    def image(self) -> Tensor:
         """The pictures (U, C, H, W); in [0, 1] if they are to be preprocessed."""
 
 
@@ -28,7 +28,7 @@ class PixelImage:
         self.values = start.detach().clone(memory_format=torch.channels_last).requires_grad_()
         self._scale = scale
 
-    def picture(self) -> Tensor:
+    def image(self) -> Tensor:
         return self.values if self._scale == 1 else self.values / self._scale
 
 
@@ -61,7 +61,7 @@ class FourierImage:
         self._size = size
         self._axes = _axes(channels).to(device)
 
-    def picture(self, size: tuple[int, int] | None = None) -> Tensor:
+    def image(self, size: tuple[int, int] | None = None) -> Tensor:
         """The pictures; of another `size`, not larger than the canvas, from those frequencies alone that it can show.
 
         What is sampled as coarsely as that would otherwise take finer structure for coarse (aliasing), and draw it.
@@ -117,7 +117,7 @@ class PhaseImage:
         self._size = size
         self._axes = _axes(channels).to(device)
 
-    def picture(self) -> Tensor:
+    def image(self) -> Tensor:
         spectrum = torch.polar(self._magnitude.expand_as(self.values), self.values)
         plain = torch.fft.irfft2(spectrum, s=self._size, norm="ortho")
         return torch.einsum("rc,uchw->urhw", self._axes, plain).sigmoid()
@@ -152,7 +152,7 @@ class PyramidResidualImage:
         count = sum(h * w for h, w in self._sides)
         self.values = photographs.new_zeros((*photographs.shape[:2], count)).requires_grad_()
 
-    def picture(self) -> Tensor:
+    def image(self) -> Tensor:
         laid, counts = self._base, [h * w for h, w in self._sides]
         for part, sides in zip(torch.split(self.values, counts, dim=2), self._sides, strict=True):
             level = part.reshape(*part.shape[:2], *sides)

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from convscope.featurevis.defaults import (
     Size,
     as_it_is,
+    constant_schedule,
     even_pace,
     own_size,
     plain_size,
@@ -24,13 +25,26 @@ from convscope.featurevis.defaults import (
     robust_seen,
     robust_size,
     sees_little,
-    constant_schedule,
 )
 from convscope.featurevis.objectives import Objective, deepdream
 from convscope.featurevis.objectives import caricature as caricature_objective
-from convscope.featurevis.optimizer import Plateau, Step, adam_step, consistency_weighted_adam, ascend, rms_step, exponential_warmup
-from convscope.featurevis.parameterization import ImageParameterization, FourierImage, PhaseImage, PyramidResidualImage, PixelImage
-from convscope.featurevis.transforms import AugmentationConfig, View, random_roll, identity, random_affine
+from convscope.featurevis.optimizer import (
+    Plateau,
+    Step,
+    adam_step,
+    ascend,
+    consistency_weighted_adam,
+    exponential_warmup,
+    rms_step,
+)
+from convscope.featurevis.parameterization import (
+    FourierImage,
+    ImageParameterization,
+    PhaseImage,
+    PixelImage,
+    PyramidResidualImage,
+)
+from convscope.featurevis.transforms import AugmentationConfig, View, identity, random_affine, random_roll
 from convscope.images.preprocessing import Preprocessing
 
 T = TypeVar("T")
@@ -75,7 +89,9 @@ class OptimizationTask:
     ) -> Tensor:
         """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
         tell = partial(self._tell, finish)
-        return ascend(canvas, measure, step, self.steps, plateau=self.plateau, keep_best=self.still, on_step=tell, **how)
+        return ascend(
+            canvas, measure, step, self.steps, plateau=self.plateau, keep_best=self.still, on_step=tell, **how
+        )
 
     def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
         self.on_step(step, finish)
@@ -89,9 +105,9 @@ class OptimizationTask:
         """Whether a unit sees less than half of what the network is made for."""
         return sees_little(self.sees, self.preprocessing.image_size)
 
-    def ready(self, pictures: Tensor) -> Tensor:
+    def ready(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
-        return pictures if self.skip_preprocessing else self.preprocessing.normalize(pictures)
+        return images if self.skip_preprocessing else self.preprocessing.normalize(images)
 
     @property
     def bounds(self) -> list[int]:
@@ -107,8 +123,8 @@ class OptimizationTask:
         look = identity if self.still else view
 
         def measure(step: int) -> Tensor:
-            picture = shown(step)
-            return self.mean(step, lambda number: self.ready(look(number, picture)))
+            image = shown(step)
+            return self.mean(step, lambda number: self.ready(look(number, image)))
 
         return measure
 
@@ -119,16 +135,16 @@ class OptimizationTask:
 
     def score(self, finished: Tensor) -> Tensor:
         """The value of finished 8-bit pictures (U, C, H, W)."""
-        pictures = finished.float() if self.skip_preprocessing else finished.float() / 255
+        images = finished.float() if self.skip_preprocessing else finished.float() / 255
         with torch.no_grad():
-            return self.measure(self.ready(interleave(pictures, _photographs(self)) if self.paired else pictures))
+            return self.measure(self.ready(interleave(images, _photographs(self)) if self.paired else images))
 
 
 class RecipeOutput(NamedTuple):
     """Finished pictures (U, C, H, W) uint8, the history (steps, U), and where pictures are opaque (U, H, W) in [0, 1]
     if a recipe says so."""
 
-    pictures: Tensor
+    images: Tensor
     history: Tensor
     alpha: Tensor | None = None
 
@@ -148,7 +164,9 @@ def plain(task: OptimizationTask) -> RecipeOutput:
     def finish() -> Tensor:
         return standardised(canvas.values.detach())
 
-    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.picture())), rms_step(task.step_size), finish)
+    history = task.optimize(
+        canvas, lambda _: task.measure(task.ready(canvas.image())), rms_step(task.step_size), finish
+    )
     return RecipeOutput(finish(), history)
 
 
@@ -156,8 +174,8 @@ def standardised(pixels: Tensor) -> Tensor:
     """The textbook's way to make a picture of any numbers: mean 0.5, standard deviation 0.1, clipped; uint8."""
     mean = pixels.mean((1, 2, 3), keepdim=True)
     spread = pixels.std((1, 2, 3), keepdim=True, correction=0)
-    picture = (pixels - mean) / (spread + 1e-5) * 0.1 + 0.5
-    return (picture.clamp(0, 1) * 255).to(torch.uint8)
+    image = (pixels - mean) / (spread + 1e-5) * 0.1 + 0.5
+    return (image.clamp(0, 1) * 255).to(torch.uint8)
 
 
 # Steps during which dead units get a gradient in any case.
@@ -191,18 +209,22 @@ def robust(task: OptimizationTask) -> RecipeOutput:
         step = adam_step(canvas.values, rate, DAMPING)
 
     def shown(step: int) -> Tensor:
-        return canvas.picture(task.seen_at(step) if warms else None)
+        return canvas.image(task.seen_at(step) if warms else None)
 
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
     how = {"silent": task.steps, "mean": task.steps // SETTLING} if warms else {}
     drawn = _climbed(task, canvas, task.augmented_objective(view, shown), step, **how)
     if not task.still:
         _retry_silent(task, canvas, (drawn.history == 0).any(0))
-    return drawn._replace(pictures=finished(canvas))
+    return drawn._replace(images=finished(canvas))
 
 
 def _climbed(
-    task: OptimizationTask, canvas: ImageParameterization, measure: Callable[[int], Tensor], step: Step | None = None, **how: int
+    task: OptimizationTask,
+    canvas: ImageParameterization,
+    measure: Callable[[int], Tensor],
+    step: Step | None = None,
+    **how: int,
 ) -> RecipeOutput:
     """With the gradient let past dead rectifiers at first, by damped Adam unless another step is given: what all
     recipes but the textbook's do."""
@@ -227,9 +249,9 @@ def maco(task: OptimizationTask) -> RecipeOutput:
         asked.add_(gradient.detach().abs().mean(1))
 
     def measure(i: int) -> Tensor:
-        picture = canvas.picture()
-        picture.register_hook(note)  # type: ignore[no-untyped-call]
-        return task.mean(i, lambda number: task.ready(view(number, picture)))
+        image = canvas.image()
+        image.register_hook(note)  # type: ignore[no-untyped-call]
+        return task.mean(i, lambda number: task.ready(view(number, image)))
 
     return _climbed(task, canvas, measure)._replace(alpha=_opacity(asked))
 
@@ -250,7 +272,7 @@ def dream(task: OptimizationTask) -> RecipeOutput:
     """
     canvas = PyramidResidualImage(_photographs(task))
     view = _zoomed(task, (0.7, 1), 5)
-    return _climbed(task, canvas, task.augmented_objective(view, lambda _: canvas.picture()))
+    return _climbed(task, canvas, task.augmented_objective(view, lambda _: canvas.image()))
 
 
 def caricature(task: OptimizationTask) -> RecipeOutput:
@@ -264,15 +286,15 @@ def caricature(task: OptimizationTask) -> RecipeOutput:
     view = _zoomed(task, (0.7, 1), 5)
 
     def measure(i: int) -> Tensor:
-        picture = canvas.picture()
-        return task.mean(i, lambda number: task.ready(interleave(view(number, picture), view(number, photographs))))
+        image = canvas.image()
+        return task.mean(i, lambda number: task.ready(interleave(view(number, image), view(number, photographs))))
 
     return _climbed(task, canvas, measure)
 
 
-def interleave(pictures: Tensor, photographs: Tensor) -> Tensor:
+def interleave(images: Tensor, photographs: Tensor) -> Tensor:
     """Each picture (U, C, H, W) with its photograph behind it: (2 U, C, H, W)."""
-    return torch.stack([pictures, photographs], 1).flatten(0, 1)
+    return torch.stack([images, photographs], 1).flatten(0, 1)
 
 
 def _photographs(task: OptimizationTask) -> Tensor:
@@ -281,7 +303,7 @@ def _photographs(task: OptimizationTask) -> Tensor:
 
 
 def finished(canvas: ImageParameterization) -> Tensor:
-    return (canvas.picture().detach() * 255).round().to(torch.uint8)
+    return (canvas.image().detach() * 255).round().to(torch.uint8)
 
 
 def _retry_silent(task: OptimizationTask, canvas: FourierImage, faltered: Tensor) -> None:
@@ -301,7 +323,7 @@ def _retry_silent(task: OptimizationTask, canvas: FourierImage, faltered: Tensor
     only = silent[rows].view(-1, *[1] * (canvas.values.ndim - 1))
     ascend(
         few,
-        lambda _: measure(task.ready(few.picture())),
+        lambda _: measure(task.ready(few.image())),
         lambda values, gradient: step(values, gradient * only),
         min(WAKING, task.steps),
         redirect_steps=WAKING,
@@ -333,9 +355,9 @@ def _zoomed(task: OptimizationTask, scale: tuple[float, float], turn: float) -> 
         for size, (first, last) in zip(task.view_sizes, pairwise(bounds), strict=True)
     ]
 
-    def view(number: int, pictures: Tensor) -> Tensor:
+    def view(number: int, images: Tensor) -> Tensor:
         part = bisect(bounds, number) - 1
-        return parts[part](number - bounds[part], pictures)
+        return parts[part](number - bounds[part], images)
 
     return view
 
@@ -371,8 +393,16 @@ RECIPES = {
     "plain": Recipe(plain, plain_size, as_it_is, constant_schedule(40, 1.0), views=0, takes_start=True),
     "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, max_restarts=2, residual_grad_scale=0.45),
     "maco": Recipe(maco, robust_size, reduced_seen, even_pace, views=2, starts=8),
-    "dream": Recipe(dream, own_size, as_it_is, constant_schedule(48, 0.05), objective=deepdream, takes_start=True, needs_start=True),
+    "dream": Recipe(
+        dream, own_size, as_it_is, constant_schedule(48, 0.05), objective=deepdream, takes_start=True, needs_start=True
+    ),
     "caricature": Recipe(
-        caricature, own_size, as_it_is, constant_schedule(128, 0.1), objective=caricature_objective, takes_start=True, needs_start=True
+        caricature,
+        own_size,
+        as_it_is,
+        constant_schedule(128, 0.1),
+        objective=caricature_objective,
+        takes_start=True,
+        needs_start=True,
     ),
 }

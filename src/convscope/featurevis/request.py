@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest
-from convscope.featurevis.objectives import Objective, per_image_channels, batch_objectives, channel
+from convscope.featurevis.objectives import Objective, batch_objectives, channel, per_image_channels
 from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.images.loading import ImageBatchLoader
 
@@ -50,7 +50,7 @@ class PatternRequest:
         if self.of_units:
             return ()
         return tuple(
-            o.name if o.pictures == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.pictures)
+            o.name if o.images == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.images)
         )
 
     def called(self, model: Model) -> list[str]:
@@ -61,10 +61,10 @@ class PatternRequest:
             return [f"unit {n}" for n in self.numbers]
         return [f"class {n}" + ("" if model.classes is None else f" ({model.classes[n]})") for n in self.numbers]
 
-    def pictures(self, part: Sequence[int]) -> range:
+    def images(self, part: Sequence[int]) -> range:
         """The pictures of the objectives `part`, a range."""
-        before = sum(o.pictures for o in self.objectives[: part[0]])
-        return range(before, before + sum(self.objectives[i].pictures for i in part))
+        before = sum(o.images for o in self.objectives[: part[0]])
+        return range(before, before + sum(self.objectives[i].images for i in part))
 
     def batch(self, part: Sequence[int]) -> Objective:
         """One objective for all of the batch's pictures."""
@@ -77,9 +77,9 @@ class PatternRequest:
         found = []
         for i in part:
             objective = self.objectives[i]
-            for picture in range(objective.pictures):
+            for image in range(objective.images):
                 # A unit's number says which it is; of any other objective, its name does.
-                number = self.numbers[i] if self.of_units else zlib.crc32(f"{objective.name} {picture}".encode())
+                number = self.numbers[i] if self.of_units else zlib.crc32(f"{objective.name} {image}".encode())
                 own = seed * 1_000_003 + number * 7919 + 1 + start * 2_147_483_647
                 found.append(Generator().manual_seed(own % (1 << 63)))
         return found
@@ -116,7 +116,9 @@ def find_recipe(asked: str | Recipe, start: Any, space: str) -> tuple[str, Recip
     return name, rule
 
 
-def parse_request(model: Model, layer: str | Objective | Sequence[Objective], units: Any, name: str, rule: Recipe) -> PatternRequest:
+def parse_request(
+    model: Model, layer: str | Objective | Sequence[Objective], units: Any, name: str, rule: Recipe
+) -> PatternRequest:
     """What the user asks for, checked. Raises ConvscopeError."""
     if isinstance(layer, str):
         return _units(model, layer, units, name, rule)
@@ -137,7 +139,7 @@ def _objectives(model: Model, given: Sequence[Objective], name: str) -> PatternR
             beside = "compares with a photograph" if objective.mates else "does not compare with a photograph"
             raise ConvscopeError(f"{objective.name} {beside}; recipe 'caricature', and no other, is for what does")
     layers = dict.fromkeys(layer for objective in given for layer, _ in objective.watches)
-    numbers = range(sum(objective.pictures for objective in given))
+    numbers = range(sum(objective.images for objective in given))
     return PatternRequest(", ".join(layers), tuple(numbers), tuple(_found(model, o) for o in given), of_units=False)
 
 

@@ -62,7 +62,12 @@ class Patterns(Result):
 
     def texts(self) -> dict[str, str]:
         """`units.csv`: scores beside noise and natural pictures; `sprites.json`: where each is on the sheet."""
-        columns: dict[str, Any] = {"unit": self.units, "name": self.names, "score": self.scores, "noise": self.noise_scores}
+        columns: dict[str, Any] = {
+            "unit": self.units,
+            "name": self.names,
+            "score": self.scores,
+            "noise": self.noise_scores,
+        }
         if self.reference_scores is not None:
             columns["reference"] = self.reference_scores
             with np.errstate(divide="ignore", invalid="ignore"):

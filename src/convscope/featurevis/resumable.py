@@ -24,7 +24,14 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.recipes import Recipe
-from convscope.featurevis.request import PatternRequest, canvas_size, find_recipe, size_checker, initial_images, parse_request
+from convscope.featurevis.request import (
+    PatternRequest,
+    canvas_size,
+    find_recipe,
+    initial_images,
+    parse_request,
+    size_checker,
+)
 from convscope.featurevis.result import Patterns
 from convscope.results import atomic_write, versions, write_npz
 

@@ -16,7 +16,7 @@ from convscope.engine.model import LOGITS, Model
 from convscope.engine.validation import require_finite
 from convscope.featurevis.frames import FrameRecorder
 from convscope.featurevis.objectives import Objective
-from convscope.featurevis.recipes import RecipeOutput, Recipe, OptimizationTask, avoid_batch_of_one, plain
+from convscope.featurevis.recipes import OptimizationTask, Recipe, RecipeOutput, avoid_batch_of_one, plain
 from convscope.featurevis.request import PatternRequest
 from convscope.featurevis.scoring import MIN_CONFIDENCE, MaxActivations, Run, optimize_from_crops, shuffled_confidence
 
@@ -93,9 +93,11 @@ class PatternBatch:
             **changes,
         )
 
-    def known(self, pictures: Tensor, which: Sequence[int]) -> Tensor:
+    def known(self, images: Tensor, which: Sequence[int]) -> Tensor:
         """How well the network knows the classes of some of the pictures in these."""
-        return shuffled_confidence(self.model, self.run, self.task, pictures, [self.want.numbers[self.part[i]] for i in which])
+        return shuffled_confidence(
+            self.model, self.run, self.task, images, [self.want.numbers[self.part[i]] for i in which]
+        )
 
 
 @dataclass
@@ -115,11 +117,11 @@ class BatchResult:
     def put(self, which: Sequence[int], found: RecipeOutput, scores: Tensor, rows: Sequence[int]) -> None:
         """Of other pictures these rows in the place of `which`."""
         which, rows = list(which), list(rows)
-        pictures, alpha = self.drawn.pictures.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
-        pictures[which] = found.pictures[rows]
+        images, alpha = self.drawn.images.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
+        images[which] = found.images[rows]
         if alpha is not None and found.alpha is not None:
             alpha[which] = found.alpha[rows]
-        self.drawn = self.drawn._replace(pictures=pictures, alpha=alpha)
+        self.drawn = self.drawn._replace(images=images, alpha=alpha)
         self.scores = self.scores.clone()
         self.scores[which] = scores[rows]
 
@@ -170,7 +172,9 @@ def _woken(batch: PatternBatch, silent: list[int], fired: Tensor, size: tuple[in
     return woken
 
 
-def _as_it_lies(batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[RecipeOutput, Tensor]:
+def _as_it_lies(
+    batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+) -> tuple[RecipeOutput, Tensor]:
     """Units, each with a start, drawn by the recipe on a canvas that is not moved; and their scores."""
     other = batch.again(
         [i for i, _ in pairs],
@@ -184,7 +188,7 @@ def _as_it_lies(batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tup
         on_step=lambda *_: batch.beat(),
     )
     found = batch.rule.draw(other)
-    return found, other.score(found.pictures).cpu()
+    return found, other.score(found.images).cpu()
 
 
 def _from_start(batch: PatternBatch, done: BatchResult, woken: Mapping[int, int]) -> Tensor:
@@ -197,7 +201,9 @@ def _from_start(batch: PatternBatch, done: BatchResult, woken: Mapping[int, int]
     found, scores, album = _drawn(batch, done, avoid_batch_of_one(which, len(batch.part)), woken)
     _keep(done, which, found, scores, album, _rows(scores[: len(which)] != 0))
     if asleep := [i for i in which if done.scores[i] == 0]:
-        still, scores = _as_it_lies(batch, avoid_batch_of_one([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size)
+        still, scores = _as_it_lies(
+            batch, avoid_batch_of_one([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size
+        )
         done.put(asleep, still, scores, range(len(asleep)))
     return (found.history[:, : len(which)] == 0).all(0).cpu()
 
@@ -213,13 +219,13 @@ def _from_photographs(batch: PatternBatch, done: BatchResult, silent: Sequence[i
         both = avoid_batch_of_one(which, len(batch.part))
         pieces = torch.stack([nature.piece(numbers[batch.part[i]], batch.task.size) for i in both])
         alone = batch.again(both, [0] * len(both))
-        pictures = optimize_from_crops(pieces, alone.measure, batch.model)
-        scores = alone.score(pictures).cpu()
+        images = optimize_from_crops(pieces, alone.measure, batch.model)
+        scores = alone.score(images).cpu()
         for row, i in enumerate(which):
             said[i] = FLEETING if scores[row] != 0 else LARGER.format(starts=starts, height=height, width=width)
-        opaque = torch.ones((len(both), *batch.task.size), device=pictures.device)
+        opaque = torch.ones((len(both), *batch.task.size), device=images.device)
         rows = [row for row in range(len(which)) if scores[row] != 0]
-        done.put([which[row] for row in rows], RecipeOutput(pictures, done.drawn.history, opaque), scores, rows)
+        done.put([which[row] for row in rows], RecipeOutput(images, done.drawn.history, opaque), scores, rows)
     return said
 
 
@@ -236,7 +242,7 @@ def retry_low_confidence(batch: PatternBatch, done: BatchResult, fits: int) -> N
     if batch.rule.max_restarts == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
         return
     every = list(balanced_chunks(range(len(batch.part)), fits))
-    sure = torch.cat([batch.known(done.drawn.pictures[list(part)], part) for part in every])
+    sure = torch.cat([batch.known(done.drawn.images[list(part)], part) for part in every])
     for start in range(1, batch.rule.max_restarts):
         doubtful = _rows(sure < MIN_CONFIDENCE)
         for which in balanced_chunks(doubtful, fits):
@@ -246,7 +252,7 @@ def retry_low_confidence(batch: PatternBatch, done: BatchResult, fits: int) -> N
 
 def _try(batch: PatternBatch, done: BatchResult, sure: Tensor, which: Sequence[int], start: int) -> None:
     found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start))
-    now = batch.known(found.pictures, which)
+    now = batch.known(found.images, which)
     rows = _rows(now > sure[list(which)])
     _keep(done, which, found, scores, album, rows)
     sure[[which[row] for row in rows]] = now[rows]
@@ -264,12 +270,17 @@ def _drawn(
 
     other = batch.again(which, [starts[i] for i in which], on_step=on_step)
     found = batch.rule.draw(other)
-    album.close(found.pictures)
-    return found, other.score(found.pictures).cpu(), album
+    album.close(found.images)
+    return found, other.score(found.images).cpu(), album
 
 
 def _keep(
-    done: BatchResult, which: Sequence[int], found: RecipeOutput, scores: Tensor, album: FrameRecorder, rows: Sequence[int]
+    done: BatchResult,
+    which: Sequence[int],
+    found: RecipeOutput,
+    scores: Tensor,
+    album: FrameRecorder,
+    rows: Sequence[int],
 ) -> None:
     """Of what was drawn for `which`, these rows in the place of what was there, with their history and frames."""
     better = [which[row] for row in rows]
@@ -283,7 +294,7 @@ def joined(batches: Sequence[BatchResult]) -> BatchResult:
     parts = [batch.drawn for batch in batches]
     alphas = [part.alpha for part in parts if part.alpha is not None]
     drawn = RecipeOutput(
-        torch.cat([part.pictures for part in parts]),
+        torch.cat([part.images for part in parts]),
         torch.cat([part.history for part in parts], dim=1),
         torch.cat(alphas) if alphas else None,
     )

@@ -39,11 +39,11 @@ def noise_baseline(
     run: Run, wanted: PatternRequest, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
 ) -> Tensor:
     """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
-    pictures, found = noises(model.preprocessing, size, seed).float(), []
+    images, found = noises(model.preprocessing, size, seed).float(), []
     pixels, own = size[0] * size[1], model.preprocessing.image_size
     each = forward_bytes(model) * pixels / (own[0] * own[1])
     with torch.no_grad():
-        for part in torch.split(pictures, batch_size(model, each, memory, NOISES)):
+        for part in torch.split(images, batch_size(model, each, memory, NOISES)):
             seen = run(part if raw else model.preprocessing.normalize(part / 255))
             found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
     return torch.stack(found).amax(0)
@@ -66,8 +66,8 @@ def reference_baseline(
 
 
 def _best(objective: Objective, seen: ForwardResult) -> Tensor:
-    if objective.pictures > 1 or objective.mates:
-        return torch.full((objective.pictures,), torch.nan)
+    if objective.images > 1 or objective.mates:
+        return torch.full((objective.images,), torch.nan)
     return objective.value(seen).max()[None].cpu()
 
 
@@ -81,16 +81,16 @@ class MaxActivations:
     shown: Tensor
     values: Tensor
     photographs: Tensor
-    places: Tensor
+    positions: Tensor
     grid: tuple[int, int] | None
 
     def piece(self, number: int, size: tuple[int, int]) -> Tensor:
         """What of a photograph (C, H, W) excites a channel most, in this size: the photograph itself without places."""
-        picture, place = int(self.photographs[number]), int(self.places[number])
-        pixels = self.shown[picture : picture + 1]
+        image, position = int(self.photographs[number]), int(self.positions[number])
+        pixels = self.shown[image : image + 1]
         if self.grid is not None:
             height, width = self.grid
-            pixels = _cut(pixels, (place // width / height, place % width / width), size)
+            pixels = _cut(pixels, (position // width / height, position % width / width), size)
         return _fitted(pixels, size)[0]
 
 
@@ -101,14 +101,14 @@ def max_activations(run: Run, model: Model, layer: str) -> MaxActivations:
     with torch.no_grad():
         maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])
     maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps).flatten(2) if maps.ndim > 2 else maps[:, :, None]
-    values, places = maps.max(2)
+    values, positions = maps.max(2)
     most, which = values.max(0)
     shape = model.layers.find(layer).shape[1:]
     return MaxActivations(
         model.preprocessing.denormalize(shown).clamp(0, 1),
         most.cpu(),
         which.cpu(),
-        places.gather(0, which[None])[0].cpu(),
+        positions.gather(0, which[None])[0].cpu(),
         (shape[0], shape[1]) if len(shape) == 2 else None,
     )
 
@@ -118,7 +118,7 @@ def optimize_from_crops(pieces: Tensor, measure: Callable[[Tensor], Tensor], mod
     canvas = PyramidResidualImage(pieces.to(model.device))
     ascend(
         canvas,
-        lambda _: measure(model.preprocessing.normalize(canvas.picture())),
+        lambda _: measure(model.preprocessing.normalize(canvas.image())),
         adam_step(canvas.values, 0.1, DAMPING),
         WAKING,
         redirect_steps=WAKING,
@@ -143,7 +143,9 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 MIN_CONFIDENCE = 0.7  # the probability below which a picture is doubtful
 
 
-def shuffled_confidence(model: Model, run: Run, task: OptimizationTask, finished: Tensor, classes: Sequence[int]) -> Tensor:
+def shuffled_confidence(
+    model: Model, run: Run, task: OptimizationTask, finished: Tensor, classes: Sequence[int]
+) -> Tensor:
     """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
 
     The quadrants are exchanged across the centre: all that was drawn is there, nothing is where it was. What the

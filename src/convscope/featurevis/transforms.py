@@ -43,14 +43,14 @@ def random_affine(looks: AugmentationConfig, steps: int, generators: Sequence[Ge
     mirror = torch.where((draws[..., 4] < 0.5) & looks.mirror, -1.0, 1.0)
     cos, sin = scale * turn.cos(), scale * turn.sin()
 
-    def view(step: int, pictures: Tensor) -> Tensor:
+    def view(step: int, images: Tensor) -> Tensor:
         # Grid coordinates run from -1 to 1 along both sides; a turn is one only in units of pixels.
-        ratio = pictures.shape[-2] / pictures.shape[-1]
+        ratio = images.shape[-2] / images.shape[-1]
         above = (cos[step] * mirror[step], -sin[step] * ratio, across[step])
         below = (sin[step] * mirror[step] / ratio, cos[step], down[step])
         theta = torch.stack((*above, *below), dim=-1).view(-1, 2, 3)
-        grid = F.affine_grid(theta, [len(pictures), 1, *looks.size], align_corners=False)
-        seen = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        grid = F.affine_grid(theta, [len(images), 1, *looks.size], align_corners=False)
+        seen = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         for change in changes:
             seen = change(step, seen)
         return seen
@@ -67,10 +67,10 @@ def _coloured(most: float, steps: int, generators: Sequence[Generator], device: 
     """Contrast about middle gray times 1 + u, brightness of each channel plus u / 2; each u from -most to most."""
     draws = most * (2 * _draws(generators, steps, 1 + CHANNELS).to(device) - 1)
 
-    def change(step: int, pictures: Tensor) -> Tensor:
+    def change(step: int, images: Tensor) -> Tensor:
         u = draws[step, :, :, None, None]
-        channels = u[:, 1 + torch.arange(pictures.shape[1], device=device) % CHANNELS]
-        return (pictures - 0.5) * (1 + u[:, :1]) + 0.5 + channels / 2
+        channels = u[:, 1 + torch.arange(images.shape[1], device=device) % CHANNELS]
+        return (images - 0.5) * (1 + u[:, :1]) + 0.5 + channels / 2
 
     return change
 
@@ -85,9 +85,9 @@ def _noisy(
     fields = torch.stack([torch.randn((CHANNELS, *size), generator=g) for g in generators]).to(device)
     roll = random_roll(steps, generators, device)
 
-    def change(step: int, pictures: Tensor) -> Tensor:
-        channels = torch.arange(pictures.shape[1], device=device) % CHANNELS
-        return pictures + deviation * roll(step, fields)[:, channels]
+    def change(step: int, images: Tensor) -> Tensor:
+        channels = torch.arange(images.shape[1], device=device) % CHANNELS
+        return images + deviation * roll(step, fields)[:, channels]
 
     return change
 
@@ -99,20 +99,20 @@ def random_roll(steps: int, generators: Sequence[Generator], device: torch.devic
     """
     draws = _draws(generators, steps, 2).to(device)
 
-    def view(step: int, pictures: Tensor) -> Tensor:
-        count, _, height, width = pictures.shape
+    def view(step: int, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
         down, across = ((draws[step, :, i] * side).long()[:, None] for i, side in enumerate((height, width)))
-        rows = (torch.arange(height, device=pictures.device) + down) % height
-        columns = (torch.arange(width, device=pictures.device) + across) % width
-        which = torch.arange(count, device=pictures.device)[:, None, None]
-        return pictures.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        rows = (torch.arange(height, device=images.device) + down) % height
+        columns = (torch.arange(width, device=images.device) + across) % width
+        which = torch.arange(count, device=images.device)[:, None, None]
+        return images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     return view
 
 
-def identity(_: int, pictures: Tensor) -> Tensor:
+def identity(_: int, images: Tensor) -> Tensor:
     """The canvas as it is."""
-    return pictures
+    return images
 
 
 def _draws(generators: Sequence[Generator], steps: int, count: int) -> Tensor:

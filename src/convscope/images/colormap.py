@@ -26,9 +26,9 @@ def apply_colormap(values: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(lookup_table(name)[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)])
 
 
-def blend(picture: np.ndarray, heat: np.ndarray, alpha: float, colormap: str) -> Image.Image:
+def blend(image: np.ndarray, heatmap: np.ndarray, alpha: float, colormap: str) -> Image.Image:
     """Heat in [0, 1] (H, W) laid over a picture, uint8 (H, W, 3): (1 - alpha) picture + alpha colours."""
     if not 0 <= alpha <= 1:
         raise ConvscopeError(f"alpha is {alpha}; expected a number from 0 (picture only) to 1 (heat only)")
-    mixed = (1 - alpha) * picture.astype(np.float32) + alpha * apply_colormap(heat, colormap).astype(np.float32)
+    mixed = (1 - alpha) * image.astype(np.float32) + alpha * apply_colormap(heatmap, colormap).astype(np.float32)
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))

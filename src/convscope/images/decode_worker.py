@@ -51,9 +51,9 @@ class DecodeTask:
 
     def __init__(self, catalogue: Catalogue | None, preprocessing: Preprocessing, fit: str, max_pixels: int) -> None:
         self._catalogue, self._options = catalogue, (preprocessing, fit, max_pixels)
-        self._pictures(b"")
+        self._images(b"")
 
-    def _pictures(self, item: Any) -> ImageBatchLoader:
+    def _images(self, item: Any) -> ImageBatchLoader:
         preprocessing, fit, max_pixels = self._options
         item = io.BytesIO(item) if isinstance(item, bytes) else item
         return ImageBatchLoader([item], preprocessing, fit=fit, max_pixels=max_pixels)
@@ -62,8 +62,8 @@ class DecodeTask:
         """The picture with that id, or why it cannot be used, in one line."""
         try:
             item = item if self._catalogue is None else self._catalogue.read(index)
-            pixels, place = self._pictures(item).pixels(0)
-            return pixels, place, thumbnail(pixels)
+            pixels, position = self._images(item).pixels(0)
+            return pixels, position, thumbnail(pixels)
         except ConvscopeError as error:
             return one_line(str(error))
         except Exception as error:  # such as too little memory: the picture's own failure, whatever it is
@@ -150,13 +150,13 @@ class Worker:
             advice = "define it in a module that can be imported, or decode without processes: workers=0"
             raise ConvscopeError(f"the data set cannot be handed to processes that decode ({reply}); {advice}")
 
-    def show(self, pictures: Sequence[tuple[int, Any]], timeout: float) -> Iterator[Reply]:
+    def show(self, images: Sequence[tuple[int, Any]], timeout: float) -> Iterator[Reply]:
         """A reply for each picture, given by its id and, where the process has no catalogue, itself.
 
         Raises EndedError or SlowError at the picture over which the process ended, or took longer than `timeout`.
         """
-        self._send(pickle.dumps(pictures, pickle.HIGHEST_PROTOCOL))
-        for _ in pictures:
+        self._send(pickle.dumps(images, pickle.HIGHEST_PROTOCOL))
+        for _ in images:
             yield self._next(timeout)
 
     def _send(self, message: bytes) -> None:

@@ -22,9 +22,9 @@ class Geometry:
     box: tuple[float, ...]
 
     @classmethod
-    def whole(cls, picture: Iterable[int]) -> Geometry:
+    def whole(cls, image: Iterable[int]) -> Geometry:
         """The network's input is all of it."""
-        sides = tuple(picture)
+        sides = tuple(image)
         return cls(sides, (*[0] * len(sides), *sides))
 
     def to_original(self, maps: Tensor) -> Tensor:

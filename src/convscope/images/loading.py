@@ -188,8 +188,8 @@ class ImageBatchLoader:
         item = self._items[index]
         if isinstance(item, Tensor):
             return _finite(item), Geometry.whole(item.shape[1:])
-        values, place = self.pixels(index)
-        return self.preprocessing.normalize(unit_pixels(values[None]))[0], place
+        values, position = self.pixels(index)
+        return self.preprocessing.normalize(unit_pixels(values[None]))[0], position
 
     def pixels(self, index: int) -> tuple[Array, Geometry]:
         """One picture at the network's size, (H, W, C) of uint8 or floats in about [0, 1], and where it lies.
@@ -313,10 +313,10 @@ def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
 
 def _sliced(x: Tensor, size: int) -> Iterator[Batch]:
     """Batches of a preprocessed tensor (N, C, ...) without taking it apart."""
-    place = Geometry.whole(x.shape[2:])
+    position = Geometry.whole(x.shape[2:])
     for first in range(0, len(x), size):
         part = to_channels_last(x[first : first + size].detach().float())
-        yield Batch(tuple(range(first, first + len(part))), part, (place,) * len(part))
+        yield Batch(tuple(range(first, first + len(part))), part, (position,) * len(part))
 
 
 def to_channels_last(x: Tensor) -> Tensor:

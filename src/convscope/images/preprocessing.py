@@ -141,12 +141,12 @@ class Preprocessing:
         counts = len(_numbers(mean)), len(_numbers(std))
         order, channels = given.get("channel_order"), given.pop("channels", None)
         size = given.get("size", cls.size)
-        picture = not isinstance(size, Iterable) or len(_numbers(size)) == 2
+        image = not isinstance(size, Iterable) or len(_numbers(size)) == 2
         if channels is None:
-            channels = _ORDERS.get(str(order)) or max(*counts, 1 if order or not picture else 3)
+            channels = _ORDERS.get(str(order)) or max(*counts, 1 if order or not image else 3)
         if not isinstance(channels, int) or channels < 1 or not set(counts) <= {0, 1, channels}:
             raise ConvscopeError(f"preprocessing: {channels!r} channels do not fit mean {mean!r} and std {std!r}")
-        given.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels if picture else 0, "channels"))
+        given.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels if image else 0, "channels"))
         for word, count in zip(("mean", "std"), counts, strict=True):
             given[word] = _numbers(given[word]) * channels if count == 1 else given[word]
         return cls(**given)

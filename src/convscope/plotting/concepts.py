@@ -33,7 +33,7 @@ def _(result: Concepts) -> Iterator[tuple[str, Image.Image]]:
         yield f"concept_{r}_patches.png", Image.fromarray(tile(patches, 4, margin=4, background=(255, 255, 255)))
         for n in _telling(result, r):
             yield f"concept_{r}_heat_{n:04d}.png", _overlay(result, r, n)
-    yield "concepts.png", _picture(result.figure())
+    yield "concepts.png", _image(result.figure())
 
 
 @draw.register(Concepts)
@@ -76,9 +76,9 @@ def _telling(result: Concepts, concept: int) -> list[int]:
 
 def _overlay(result: Concepts, concept: int, n: int) -> Image.Image:
     """One of the judged pictures under the heat of a concept, relative to the concept's most over all of them."""
-    heat = result.geometry[n].to_original(torch.from_numpy(result.heatmaps[n, concept])).numpy()
+    heatmap = result.geometry[n].to_original(torch.from_numpy(result.heatmaps[n, concept])).numpy()
     highest = float(result.heatmaps[:, concept].max())
-    return blend(result.original(int(result.evaluated_indices[n])), heat / max(highest, 1e-12), 0.4, "jet")
+    return blend(result.original(int(result.evaluated_indices[n])), heatmap / max(highest, 1e-12), 0.4, "jet")
 
 
 # --- atlases ---------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def _(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
     for (row, column), icon in zip(result.cells, coloured(result.icons), strict=True):
         yield f"cell_{row}_{column}.png", Image.fromarray(icon)
     yield "map.png", _map(result)
-    yield "atlas.png", _picture(result.figure())
+    yield "atlas.png", _image(result.figure())
 
 
 @draw.register(Atlas)
@@ -125,7 +125,7 @@ def _map(result: Atlas) -> Image.Image:
     return page
 
 
-def _picture(figure: Figure) -> Image.Image:
+def _image(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return Image.open(buffer).convert("RGB")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = 256  # channels on one page of an activation grid
-LAYERS, PICTURES, PATTERNS = 16, 16, 64  # in one figure; more than that can be saved, but not be looked at
+LAYERS, IMAGES, PATTERNS = 16, 16, 64  # in one figure; more than that can be saved, but not be looked at
 DEAD = (90, 90, 90)  # the colour of a channel that says the same everywhere: no colour map used here holds a gray
 
 
@@ -76,23 +76,23 @@ def activation_grid(
 
 def _crossed(height: int, width: int) -> np.ndarray:
     down, across = np.mgrid[0:height, 0:width]
-    place = (
+    position = (
         np.abs(down * (width - 1) - across * (height - 1)),
         np.abs((height - 1 - down) * (width - 1) - across * (height - 1)),
     )
     cell = np.empty((height, width, 3), np.uint8)
     cell[:] = DEAD
-    cell[np.minimum(*place) <= max(height, width) * 0.6] = 150
+    cell[np.minimum(*position) <= max(height, width) * 0.6] = 150
     return cell
 
 
 def activation_pages(
-    result: Activations, layer: str, picture: int = 0, *, limit: int = PAGE, **style: object
+    result: Activations, layer: str, image: int = 0, *, limit: int = PAGE, **style: object
 ) -> list[Image.Image]:
     """A layer's grid for one picture, `limit` channels a page."""
     if layer not in _drawable(result, [layer]):
         raise ConvscopeError(f"layer {layer!r} gives {' x '.join(map(str, result[layer].shape[1:]))}: no maps to draw")
-    maps = result[layer][picture]
+    maps = result[layer][image]
     dead = is_constant_channel(maps[None])[0]
     return [
         activation_grid(maps[i : i + limit], dead[i : i + limit], **style)  # type: ignore[arg-type]
@@ -120,9 +120,9 @@ def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
     for layer, name in file_names(_drawable(result, result)).items():
         for n in range(len(result.image_names)):
             pages = activation_pages(result, layer, n, scaling=result.scaling)
-            for page, picture in enumerate(pages):
+            for page, image in enumerate(pages):
                 suffix = f"_page{page + 1}" if len(pages) > 1 else ""
-                yield f"{n:04d}_{name}{suffix}.png", picture
+                yield f"{n:04d}_{name}{suffix}.png", image
 
 
 @render.register(Predictions)
@@ -179,8 +179,8 @@ def _limited(figure: Figure, shown: int, count: int, what: str) -> None:
         figure.suptitle(f"{shown} of {count} {what}", fontsize=10)
 
 
-def _show(axes: Axes, picture: Image.Image | np.ndarray, title: str = "") -> None:
-    axes.imshow(np.asarray(picture))
+def _show(axes: Axes, image: Image.Image | np.ndarray, title: str = "") -> None:
+    axes.imshow(np.asarray(image))
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
 
@@ -206,7 +206,7 @@ def _(result: Activations) -> Figure:
 @draw.register(Predictions)
 def _(result: Predictions) -> Figure:
     """A bar chart for each picture, up to 16."""
-    count, top = min(len(result.indices), PICTURES), result.indices.shape[1]
+    count, top = min(len(result.indices), IMAGES), result.indices.shape[1]
     columns = min(2, count)
     rows = math.ceil(count / columns)
     figure, panels = _axes(rows, columns, 6 * columns, (0.6 + 0.32 * top) * rows)
@@ -229,9 +229,9 @@ def _(result: Predictions) -> Figure:
 @draw.register(Heatmaps)
 def _(result: Heatmaps) -> Figure:
     """For each picture, up to 16: the picture, and its overlay for each target."""
-    count, targets = min(len(result.targets), PICTURES), result.targets.shape[1]
+    count, targets = min(len(result.targets), IMAGES), result.targets.shape[1]
     overlays = _head(result, count).overlay()
-    titles = [[_heat_title(result, n, t) for t in range(targets)] for n in range(count)]
+    titles = [[_heatmap_title(result, n, t) for t in range(targets)] for n in range(count)]
     heights = [
         min(6.8, 3.4 * where.image_size[0] / where.image_size[1]) + 0.3 + 0.15 * max(len(lines) for lines in row)
         for where, row in zip(result.geometry, titles, strict=False)
@@ -245,7 +245,7 @@ def _(result: Heatmaps) -> Figure:
     return figure
 
 
-def _heat_title(result: Heatmaps, n: int, t: int) -> list[str]:
+def _heatmap_title(result: Heatmaps, n: int, t: int) -> list[str]:
     silent = ", no positive evidence" if result.values[n, t].max() <= 0 else ""
     return [*_wrapped(result.names[n][t], 26), f"logit {result.logits[n, t]:.2f}{silent}"]
 
@@ -253,7 +253,10 @@ def _heat_title(result: Heatmaps, n: int, t: int) -> list[str]:
 def _head(result: Heatmaps, count: int) -> Heatmaps:
     """The first pictures of a result alone."""
     return dataclasses.replace(
-        result, values=result.values[:count], image_indices=result.image_indices[:count], geometry=result.geometry[:count]
+        result,
+        values=result.values[:count],
+        image_indices=result.image_indices[:count],
+        geometry=result.geometry[:count],
     )
 
 
@@ -277,9 +280,9 @@ def _(result: Patterns) -> Figure:
     return figure
 
 
-def _title(picture: str) -> str:
+def _title(image: str) -> str:
     """A picture's name without its folder."""
-    return _short(Path(picture).name)
+    return _short(Path(image).name)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -334,9 +337,9 @@ def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], metric: str) -> None
     for name, curve in curves.items():
         means = curve.mean(1, dtype=np.float64)
         low, high = bootstrap(means)
-        place = np.linspace(0, 1, curve.shape[-1])
-        (line,) = axes.plot(place, means.mean(0), label=name)
-        axes.fill_between(place, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+        position = np.linspace(0, 1, curve.shape[-1])
+        (line,) = axes.plot(position, means.mean(0), label=name)
+        axes.fill_between(position, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set_xlabel(find(metric).axis, fontsize=8)
     axes.set_xlim(0, 1)
     if len(curves) > 1:

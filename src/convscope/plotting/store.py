@@ -11,7 +11,7 @@ import numpy as np
 from convscope.plotting.figures import _short, _show, _title
 from convscope.results import draw
 from convscope.scanning.statistics import EDGES
-from convscope.store.analysis import UnitChanges, DeadUnits, Duplicates
+from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
 from convscope.store.store import ImagePage, Store, UnitPage
 
@@ -73,9 +73,9 @@ def _framed(panels: Sequence[Axes], examples: Sequence[Example], titles: Iterabl
 
 def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, written: str = "{:.3g}") -> None:
     """Bars with their names at the left and their values at their ends, the first one on top."""
-    place = np.arange(len(names))
-    axes.barh(place, values, color=BLUE, height=0.7)
-    axes.set_yticks(place, names, fontsize=8)
+    position = np.arange(len(names))
+    axes.barh(position, values, color=BLUE, height=0.7)
+    axes.set_yticks(position, names, fontsize=8)
     axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
     low, high = min([0.0, *values]), max([0.0, *values])
     room = (high - low) or 1.0
@@ -260,10 +260,10 @@ def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[Store, int]]]],
         units = " | ".join(dict.fromkeys(f"unit {unit}" for _, unit in pair))
         name = "\n".join(textwrap.wrap(_short(layer, 44), 22))
         _nothing(axes[each], f"{name}\n{units}\n{words}")
-        for places, (store, unit) in zip((axes[:each], axes[each + 1 :]), pair, strict=True):
+        for positions, (store, unit) in zip((axes[:each], axes[each + 1 :]), pair, strict=True):
             examples = store.unit(layer, unit).examples(each)
-            for place in places[len(examples) :]:
-                place.set_axis_off()
-            for place, example in zip(places, examples, strict=False):
-                _show(place, example.patch(), f"{example.value:.3g}")
+            for position in positions[len(examples) :]:
+                position.set_axis_off()
+            for position, example in zip(positions, examples, strict=False):
+                _show(position, example.patch(), f"{example.value:.3g}")
     return figure

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def _(result: Story) -> Iterator[tuple[str, Image.Image | str]]:
     for i, chapter in enumerate(result.chapters):
         yield f"{i + 1}_{file_names([chapter.layer])[chapter.layer]}.png", pattern_grid(chapter.images)
-    figure = _picture(result.figure())
+    figure = _image(result.figure())
     yield "story.png", figure
     yield "index.html", _page(result, figure)
 
@@ -93,13 +93,13 @@ def _page(result: Story, figure: Image.Image) -> str:
     return html
 
 
-def _picture(figure: Figure) -> Image.Image:
+def _image(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return Image.open(buffer).convert("RGB")
 
 
-def _url(picture: Image.Image) -> str:
+def _url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -69,22 +69,22 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
     with bar("predictions") as progress:
         said = predict(model, list(images), progress=progress)
     with bar("heatmaps") as progress:
-        heat = heatmaps(model, list(images), progress=progress)
+        heatmap = heatmaps(model, list(images), progress=progress)
     photos = []
-    for n, (index, overlay) in enumerate(zip(heat.image_indices, heat.overlays(), strict=True)):
-        original = Image.fromarray(heat.image_source.original(index))
+    for n, (index, overlay) in enumerate(zip(heatmap.image_indices, heatmap.overlays(), strict=True)):
+        original = Image.fromarray(heatmap.image_source.original(index))
         photo, heated = f"photo_{n}.jpg", f"heatmap_{n}.jpg"
         _write(out / photo, _fitted(original))
         _write(out / heated, _fitted(overlay))
         best = list(zip(said.names[n], map(float, said.probabilities[n]), strict=True))
-        photos.append(Shown(Path(heat.image_names[n]).name, photo, heated, heat.names[n][0], best))
+        photos.append(Shown(Path(heatmap.image_names[n]).name, photo, heated, heatmap.names[n][0], best))
 
     # The picture that the network is surest of is the one that is followed through the layers.
     lead = int(np.argmax(said.probabilities[:, 0]))
     stops = select_by_depth(model, 5)
     names = file_names(row.name for row in stops)
     with bar("activations") as progress:
-        seen = activations(model, images[heat.image_indices[lead]], [row.name for row in stops], progress=progress)
+        seen = activations(model, images[heatmap.image_indices[lead]], [row.name for row in stops], progress=progress)
     maps = []
     for row in stops:
         page = activation_pages(seen, row.name, limit=SHOWN)[0]
@@ -106,11 +106,11 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
         classes = patterns(model, LOGITS, wanted, seed=seed, progress=progress)
     _write(out / "patterns_classes.png", pattern_grid(classes.images, columns=4))
 
-    _page(out, model, photos, lead, maps, grids, classes, heat.layer, said.notes + heat.notes)
+    _page(out, model, photos, lead, maps, grids, classes, heatmap.layer, said.notes + heatmap.notes)
     manifest = {
         "kind": "demo",
         "model": model.describe(),
-        "parameters": {"seed": seed, "heatmap_layer": heat.layer, "layers": [row.name for row in stops]},
+        "parameters": {"seed": seed, "heatmap_layer": heatmap.layer, "layers": [row.name for row in stops]},
         "predictions": [{"picture": p.name, "classes": p.classes} for p in photos],
         "failed": [{"name": f.name, "reason": f.reason} for f in said.failed],
         "versions": versions(),
@@ -158,16 +158,16 @@ def _sees(model: Model, row: Layer) -> str:
     return f"{height} x {width} pixels"
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
+def _fitted(image: Image.Image) -> Image.Image:
     """The picture at most `WIDTH` pixels a side."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
     return small
 
 
-def _write(path: Path, picture: Image.Image) -> None:
+def _write(path: Path, image: Image.Image) -> None:
     with atomic_write(path) as file:
         if path.suffix == ".jpg":
-            picture.save(file, format="JPEG", quality=90)
+            image.save(file, format="JPEG", quality=90)
         else:
-            picture.save(file, format="PNG")
+            image.save(file, format="PNG")

@@ -28,7 +28,7 @@ from convscope.scanning.batch_statistics import Looking, forward_with_statistics
 from convscope.scanning.decoding import Decoder
 from convscope.scanning.merge import Merge
 from convscope.scanning.plan import IDENTITY, ScanPlan, identity, require_same, shard_size
-from convscope.scanning.shard import ShardResult, ScanTargets, ShardFile, file_name, scan_shard, write
+from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, file_name, scan_shard, write
 from convscope.store.store import Store, open_store
 
 
@@ -109,7 +109,7 @@ def scan(
         batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else _whole("batch", batch, 1)
     )
     plan = ScanPlan(
-        pictures=len(data),
+        images=len(data),
         batch=size,
         shard=shard_size(len(data), size, None if shard is None else _whole("shard", shard, 1)),
         k=_whole("k", k, 1),
@@ -137,7 +137,7 @@ def scan(
             for step in found:
                 if isinstance(step, int):
                     if progress is not None:
-                        progress(step, plan.pictures)
+                        progress(step, plan.images)
                     continue
                 if step.ends_in_failures and still_there().fingerprint != data.fingerprint:
                     raise ConvscopeError(f"{data.name} is not what it was when the scan began; the same call goes on")
@@ -195,7 +195,9 @@ class _ScanJob:
         return Decoder(self.data, preprocessing, fit=plan.fit, max_pixels=plan.max_pixels, workers=workers)
 
     def looking(self) -> AbstractContextManager[Looking]:
-        return forward_with_statistics(self.model, list(self.subject.layers), self.plan.batch, compiled=self.plan.compiled)
+        return forward_with_statistics(
+            self.model, list(self.subject.layers), self.plan.batch, compiled=self.plan.compiled
+        )
 
 
 def _found(
@@ -203,17 +205,19 @@ def _found(
 ) -> Generator[int | ShardResult, None, None]:
     """The shards as they are done, and between them the number of pictures done in all."""
     plan = work.plan
-    done = plan.pictures - sum(len(plan.within(shard)) for shard in shards)
+    done = plan.images - sum(len(plan.within(shard)) for shard in shards)
     if not shards:
         return
     if ray is None:
-        count = _default_workers(plan.pictures) if workers is None else workers
+        count = _default_workers(plan.images) if workers is None else workers
         for step in work.here(shards, count):
             done += step if isinstance(step, int) else 0
             yield done if isinstance(step, int) else step
         return
     gpus = int(work.model.device.type == "cuda")
-    elsewhere = map_unordered(work.elsewhere, shards, address=ray, cpus=plan.threads, gpus=gpus, workers=workers or None)
+    elsewhere = map_unordered(
+        work.elsewhere, shards, address=ray, cpus=plan.threads, gpus=gpus, workers=workers or None
+    )
     for shard, found in elsewhere:
         yield found
         done += len(plan.within(shard))
@@ -228,10 +232,10 @@ def _require_some(store: Path, plan: ScanPlan, data: Catalogue) -> int:
     """How many pictures failed. Raises ConvscopeError if all did."""
     reasons: dict[int, str] = {}
     for shard in range(plan.shards):
-        reasons |= ShardFile(store, shard).pictures()[1]
-    if len(reasons) == plan.pictures:
+        reasons |= ShardFile(store, shard).images()[1]
+    if len(reasons) == plan.images:
         few = "; ".join(str(Failure(data.names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
-        raise ConvscopeError(f"none of the {plan.pictures:,} pictures of {data.name} can be used: {few}")
+        raise ConvscopeError(f"none of the {plan.images:,} pictures of {data.name} can be used: {few}")
     return len(reasons)
 
 
@@ -279,9 +283,9 @@ def _units(model: Model, name: str) -> int:
     return int(model.num_outputs or 0) if name == LOGITS else model.layers.find(name).units
 
 
-def _default_workers(pictures: int) -> int:
+def _default_workers(images: int) -> int:
     """One process for each core but one; none where starting them takes longer than the work."""
-    return max(0, (os.cpu_count() or 1) - 1) if pictures > FEW else 0
+    return max(0, (os.cpu_count() or 1) - 1) if images > FEW else 0
 
 
 FEW = 128

@@ -28,7 +28,9 @@ Looking = Callable[[Tensor, Mapping[str, Tensor]], BatchStatistics]
 
 
 @contextmanager
-def forward_with_statistics(model: Model, layers: Sequence[str], batch: int, *, compiled: bool = False) -> Iterator[Looking]:
+def forward_with_statistics(
+    model: Model, layers: Sequence[str], batch: int, *, compiled: bool = False
+) -> Iterator[Looking]:
     """The block gets a function of a batch (B, C, H, W) and, for each layer, of the values (U,) that are the highest of
     interest among the lowest (see `reduced`).
 
@@ -99,7 +101,9 @@ def _program(looked: Callable[[Tensor], BatchStatistics], blank: Tensor) -> Call
 
     def once(x: Tensor) -> BatchStatistics:
         logits, *parts = program(x)
-        return BatchStatistics({name: BatchReduction(*parts[i * width : (i + 1) * width]) for i, name in enumerate(names)}, logits)
+        return BatchStatistics(
+            {name: BatchReduction(*parts[i * width : (i + 1) * width]) for i, name in enumerate(names)}, logits
+        )
 
     return once
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convscope.datasets.catalogue import Catalogue
 from convscope.errors import ConvscopeError
-from convscope.images.decode_worker import THUMBNAIL, WorkerDied, Pixels, DecodeTask, Reply, WorkerTimeout, Worker
+from convscope.images.decode_worker import THUMBNAIL, DecodeTask, Pixels, Reply, Worker, WorkerDied, WorkerTimeout
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, one_line
 from convscope.images.preprocessing import Preprocessing

@@ -14,7 +14,7 @@ from convscope.engine.model import LOGITS, Model
 from convscope.scanning.plan import ScanPlan
 from convscope.scanning.shard import ScanTargets, ShardFile
 from convscope.scanning.statistics import EDGES, UnitStatistics, unkeyed
-from convscope.store.schema import Best, LayerSummary, PictureRows, write_store
+from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Merge:
         write_store(
             self.store,
             (self._layer(i, name, waiting, counts) for i, name in enumerate(self.subject.layers)),
-            self._pictures(waiting),
-            sample_pictures=self.plan.sampled(),
+            self._images(waiting),
+            sample_images=self.plan.sampled(),
             class_counts=counts,
             input_size=self.model.preprocessing.image_size,
             shards=shards,
@@ -54,7 +54,7 @@ class Merge:
         counts = np.zeros(len(names), np.int64)
         for one in waiting:
             found = one.summary(0)
-            counts[found.labels.numpy()] += found.class_pictures.numpy()
+            counts[found.labels.numpy()] += found.class_images.numpy()
         return counts
 
     def _layer(self, number: int, name: str, waiting: list[ShardFile], counts: np.ndarray | None) -> LayerSummary:
@@ -66,7 +66,7 @@ class Merge:
         means = None
         if counts is not None:
             means = np.full((units, len(counts)), np.nan, np.float32)
-            seen = found.class_pictures.numpy()
+            seen = found.class_images.numpy()
             means[:, found.labels.numpy()] = (found.class_totals.numpy() / seen[:, None]).T
         histogram = found.histogram.numpy()
         row = None if name == LOGITS else self.model.layers.find(name)
@@ -79,28 +79,28 @@ class Merge:
             origin=None if row is None else row.origin,
             sees_all=row is None or row.has_global_context,
             mean=found.mean.numpy(),
-            variance=found.scatter.numpy() / found.places,
+            variance=found.scatter.numpy() / found.positions,
             maximum=highest[:, 0].double().numpy(),
             minimum=lowest[:, 0].double().numpy(),
-            active=found.active.numpy() / found.places,
-            fires=histogram[:, np.searchsorted(EDGES, 0) + 1 :].sum(1) / found.pictures,
+            active=found.active.numpy() / found.positions,
+            fires=histogram[:, np.searchsorted(EDGES, 0) + 1 :].sum(1) / found.images,
             histogram=histogram,
-            top=Best(highest.numpy(), found.best.pictures.numpy(), found.best.places.numpy()),
-            bottom=Best(lowest.numpy(), found.worst.pictures.numpy(), found.worst.places.numpy()),
+            top=Best(highest.numpy(), found.best.images.numpy(), found.best.positions.numpy()),
+            bottom=Best(lowest.numpy(), found.worst.images.numpy(), found.worst.positions.numpy()),
             sample=found.sample.numpy(),
-            sample_positions=found.sample_places.numpy(),
+            sample_positions=found.sample_positions.numpy(),
             class_means=means,
         )
 
-    def _pictures(self, waiting: list[ShardFile]) -> Iterator[PictureRows]:
+    def _images(self, waiting: list[ShardFile]) -> Iterator[ImageRows]:
         labels = self.subject.labels
         for shard, one in enumerate(waiting):
             ids = self.plan.within(shard)
-            columns, reasons = one.pictures()
-            yield PictureRows(
+            columns, reasons = one.images()
+            yield ImageRows(
                 names=self.catalogue.names[ids.start : ids.stop].to_pylist(),
                 labels=None if labels is None else labels[ids.start : ids.stop],
-                failed=[reasons.get(picture) for picture in ids],
+                failed=[reasons.get(image) for image in ids],
                 sizes=columns["sizes"],
                 boxes=columns["boxes"],
                 classes=columns["classes"],

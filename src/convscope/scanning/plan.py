@@ -23,7 +23,7 @@ class ScanPlan:
     is computed together: workers, faults and the order of events have no influence on a single bit.
     """
 
-    pictures: int
+    images: int
     batch: int
     shard: int
     k: int
@@ -35,11 +35,11 @@ class ScanPlan:
 
     @property
     def shards(self) -> int:
-        return -(-self.pictures // self.shard)
+        return -(-self.images // self.shard)
 
     def within(self, shard: int) -> range:
         """The pictures of a shard."""
-        return range(shard * self.shard, min((shard + 1) * self.shard, self.pictures))
+        return range(shard * self.shard, min((shard + 1) * self.shard, self.images))
 
     def batches(self, shard: int) -> Iterator[range]:
         """The pictures of each batch of a shard."""
@@ -49,8 +49,8 @@ class ScanPlan:
 
     def sampled(self) -> np.ndarray:
         """The ids (R,) int64, ascending, of the pictures in the sample: those with the lowest hashes."""
-        hashes = splitmix64(np.arange(self.pictures, dtype=np.uint64))
-        count = min(self.sample, self.pictures)
+        hashes = splitmix64(np.arange(self.images, dtype=np.uint64))
+        count = min(self.sample, self.images)
         return np.sort(np.argsort(hashes, kind="stable")[:count]).astype(np.int64)
 
 
@@ -65,17 +65,19 @@ def splitmix64(numbers: np.ndarray) -> np.ndarray:
 SMALLEST, LARGEST, AIM = 256, 4096, 64
 
 
-def shard_size(pictures: int, batch: int, asked: int | None) -> int:
+def shard_size(images: int, batch: int, asked: int | None) -> int:
     """Pictures per shard: whole sprites and whole batches; unless asked otherwise about a 64th of all, 256 to 4096."""
     step = int(np.lcm(SPRITE, batch))
-    wanted = min(LARGEST, max(SMALLEST, pictures // AIM)) if asked is None else asked
+    wanted = min(LARGEST, max(SMALLEST, images // AIM)) if asked is None else asked
     return max(1, -(-wanted // step)) * step
 
 
 IDENTITY = ("format", "model", "data", "watched", "plan", "versions")
 
 
-def identity(plan: ScanPlan, model: Mapping[str, Any], data: Mapping[str, Any], layers: list[str], versions: Any) -> Any:
+def identity(
+    plan: ScanPlan, model: Mapping[str, Any], data: Mapping[str, Any], layers: list[str], versions: Any
+) -> Any:
     """What two runs must have in common to share a store, by the names in `IDENTITY`; JSON-able."""
     told = dict(zip(IDENTITY, (FORMAT, model, data, layers, asdict(plan), versions), strict=True))
     return json.loads(json.dumps(told, default=str))

@@ -61,10 +61,10 @@ class ImageRows:
         shares = logits.sigmoid() if sigmoid else logits.softmax(1)
         best = shares.topk(min(TOP, shares.shape[1]), dim=1)
         losses = -torch.log_softmax(logits, 1)
-        for picture, place, target in zip(decoded.indices, decoded.geometry, targets, strict=True):
-            row = rows.get(picture)
-            self.sizes.append((0, 0) if place is None else (place.image_size[0], place.image_size[1]))
-            self.boxes.append((0.0,) * 4 if place is None else place.box)
+        for image, position, target in zip(decoded.indices, decoded.geometry, targets, strict=True):
+            row = rows.get(image)
+            self.sizes.append((0, 0) if position is None else (position.image_size[0], position.image_size[1]))
+            self.boxes.append((0.0,) * 4 if position is None else position.box)
             width = best.indices.shape[1]
             self.classes.append(np.full(width, -1) if row is None else best.indices[row].cpu().numpy())
             self.probabilities.append(np.zeros(width) if row is None else best.values[row].cpu().numpy())
@@ -110,15 +110,15 @@ def scan_shard(
         looked = look(decoded.x, below)
         fine = finite(looked)
         pages.failed |= decoded.failed
-        good = [i for i, picture in enumerate(decoded.indices) if picture not in decoded.failed]
+        good = [i for i, image in enumerate(decoded.indices) if image not in decoded.failed]
         pages.failed |= {decoded.indices[i]: OUT_OF_RANGE for i in good if not fine[i]}
         rows = torch.tensor([i for i in good if fine[i]], dtype=torch.long)
-        pictures = torch.tensor(decoded.indices)[rows]
-        labels = torch.full((len(rows),), -1) if subject.labels is None else _at(subject.labels, pictures)
+        images = torch.tensor(decoded.indices)[rows]
+        labels = torch.full((len(rows),), -1) if subject.labels is None else _at(subject.labels, images)
         for name, stream in streams.items():
             found = looked.layers[name]
-            places = 1 if name == LOGITS else _places(model, name)
-            stream.add(found.select(rows.to(found.highest.device)), pictures, places, labels)
+            positions = 1 if name == LOGITS else _positions(model, name)
+            stream.add(found.select(rows.to(found.highest.device)), images, positions, labels)
         pages.add(
             decoded,
             {decoded.indices[i]: i for i in rows.tolist()},
@@ -135,19 +135,19 @@ def scan_shard(
     yield ShardResult(shard, save(tensors, said), _sprites(ids.start, np.concatenate(tiles)), not good)
 
 
-def _places(model: Model, name: str) -> int:
+def _positions(model: Model, name: str) -> int:
     row = model.layers.find(name)
     return int(np.prod(row.shape[1:])) if row.is_spatial else 1
 
 
-def _at(labels: np.ndarray, pictures: Tensor) -> Tensor:
-    return torch.from_numpy(labels[pictures.numpy()].astype(np.int64))
+def _at(labels: np.ndarray, images: Tensor) -> Tensor:
+    return torch.from_numpy(labels[images.numpy()].astype(np.int64))
 
 
-def _targets(subject: ScanTargets, pictures: Sequence[int]) -> list[int]:
+def _targets(subject: ScanTargets, images: Sequence[int]) -> list[int]:
     if subject.labels is None or subject.targets is None:
-        return [-1] * len(pictures)
-    labels = subject.labels[list(pictures)]
+        return [-1] * len(images)
+    labels = subject.labels[list(images)]
     return [int(subject.targets[label]) if label >= 0 else -1 for label in labels]
 
 
@@ -195,12 +195,12 @@ class ShardFile:
         prefix = f"layers/{layer}/"
         return UnitStatistics.of({name.removeprefix(prefix): tensor for name, tensor in self._read(prefix).items()})
 
-    def pictures(self) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    def images(self) -> tuple[dict[str, np.ndarray], dict[int, str]]:
         """Columns of its pictures, and the reasons of those that failed."""
         found = {name.removeprefix("pictures/"): tensor.numpy() for name, tensor in self._read("pictures/").items()}
         with safe_open(self.path, framework="pt") as file:
             said: Any = json.loads(file.metadata()["failed"])
-        return found, {int(picture): reason for picture, reason in said.items()}
+        return found, {int(image): reason for image, reason in said.items()}
 
     def sha256(self) -> str:
         with open(self.path, "rb") as file:

@@ -46,14 +46,14 @@ class BatchReduction(NamedTuple):
         rest = (part[rows] for part in self[4:])
         return BatchReduction(self.highest[rows], self.highest_at[rows], lowest, lowest_at, *rest)
 
-    def moments(self, places: int) -> tuple[Tensor, Tensor]:
+    def moments(self, positions: int) -> tuple[Tensor, Tensor]:
         """Over so many places: the means, and the sums of squared differences from them; float64 (N, U), on the CPU.
 
         Float32 sums of squares of the values themselves would leave nothing of a variance that is small beside the
         mean. The middle is one of the P places, so that its own square is at most P times the variance.
         """
         middle, total, squares = (part.cpu().double() for part in (self.middle, self.total, self.squares))
-        return (middle * places + total) / places, (squares - total.square() / places).clamp(min=0)
+        return (middle * positions + total) / positions, (squares - total.square() / positions).clamp(min=0)
 
 
 def reduced(maps: Tensor, below: Tensor | None = None) -> BatchReduction:
@@ -69,11 +69,11 @@ def reduced(maps: Tensor, below: Tensor | None = None) -> BatchReduction:
     if below is None or bool((maps.amin() < below).any()):
         lowest, lowest_at = _peaks(-maps)
         lowest = -lowest
-    places, middle = _laid(maps)
-    each = places[0].numel() * places.element_size() if len(places) else 1
+    positions, middle = _laid(maps)
+    each = positions[0].numel() * positions.element_size() if len(positions) else 1
     size = max(1, CHUNK // max(each, 1)) if maps.device.type == "cpu" else len(maps)
-    scratch = torch.empty_like(places[:size])
-    chunks = zip(torch.split(places, size), torch.split(middle, size), strict=True)
+    scratch = torch.empty_like(positions[:size])
+    chunks = zip(torch.split(positions, size), torch.split(middle, size), strict=True)
     parts = [_sums(part, own, scratch[: len(part)]) for part, own in chunks]
     sums = (torch.cat(part) for part in zip(*parts, strict=True))
     return BatchReduction(highest, highest_at, lowest, lowest_at, middle, *sums)
@@ -82,10 +82,10 @@ def reduced(maps: Tensor, below: Tensor | None = None) -> BatchReduction:
 def fused(maps: Tensor) -> BatchReduction:
     """`Reduced` by plain reductions, of which a compiler makes a single pass over the maps."""
     maps = maps.float() if maps.ndim == 4 else maps.float()[:, :, None, None]
-    places, middle = _laid(maps)
-    apart = places - middle[:, None]
-    (highest, highest_at), (lowest, lowest_at) = places.max(1), places.min(1)
-    sums = apart.sum(1), apart.square().sum(1), (places > 0).float().sum(1)
+    positions, middle = _laid(maps)
+    apart = positions - middle[:, None]
+    (highest, highest_at), (lowest, lowest_at) = positions.max(1), positions.min(1)
+    sums = apart.sum(1), apart.square().sum(1), (positions > 0).float().sum(1)
     return BatchReduction(highest, highest_at.int(), lowest, lowest_at.int(), middle, *sums)
 
 
@@ -96,22 +96,22 @@ def _laid(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _peaks(maps: Tensor) -> tuple[Tensor, Tensor]:
     """The highest value of every map (N, U), and its first place: one pooling over all of it."""
-    values, places = F.max_pool2d(maps, (maps.shape[2], maps.shape[3]), return_indices=True)
-    return values.flatten(1), places.flatten(1).int()
+    values, positions = F.max_pool2d(maps, (maps.shape[2], maps.shape[3]), return_indices=True)
+    return values.flatten(1), positions.flatten(1).int()
 
 
-def _sums(places: Tensor, middle: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(positions: Tensor, middle: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Over the places (N, P, U): the sum of what they are apart from the middle (N, U), of its squares, and the number
     above 0; each (N, U)."""
-    ones = places.new_ones(len(places), 1, places.shape[1])
+    ones = positions.new_ones(len(positions), 1, positions.shape[1])
 
     def summed(values: Tensor) -> Tensor:
         return torch.bmm(ones, values)[:, 0]  # the quickest way to add along the places
 
-    apart = torch.sub(places, middle[:, None], out=scratch)
+    apart = torch.sub(positions, middle[:, None], out=scratch)
     total = summed(apart)
     squares = summed(apart.square_())
-    return total, squares, summed(torch.gt(places, 0, out=scratch))
+    return total, squares, summed(torch.gt(positions, 0, out=scratch))
 
 
 EMPTY = torch.iinfo(torch.int64).min  # the key of an empty slot: below all others
@@ -145,15 +145,15 @@ class TopK:
     """
 
     keys: Tensor
-    pictures: Tensor
-    places: Tensor
+    images: Tensor
+    positions: Tensor
 
     @classmethod
     def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> TopK:
         keys = torch.full((units, k), EMPTY, device=device)
         return cls(keys, torch.full_like(keys, -1), torch.zeros((units, k), dtype=torch.int32, device=device))
 
-    def add(self, keys: Tensor, pictures: Tensor, places: Tensor) -> None:
+    def add(self, keys: Tensor, images: Tensor, positions: Tensor) -> None:
         """Take in candidates (U, n). Units none of whose candidates reaches the k-th best are not looked at again.
 
         What comes out does not depend on the order in which pictures come in.
@@ -165,15 +165,15 @@ class TopK:
         if len(pick) == 0:
             return
         both = torch.cat([self.keys[pick], keys[pick]], 1)
-        ids = torch.cat([self.pictures[pick], pictures[pick]], 1)
-        where = torch.cat([self.places[pick], places[pick]], 1)
+        ids = torch.cat([self.images[pick], images[pick]], 1)
+        where = torch.cat([self.positions[pick], positions[pick]], 1)
         order = ids.argsort(1)
         order = order.gather(1, both.gather(1, order).argsort(dim=1, descending=True, stable=True)[:, :k])
-        self.keys[pick], self.pictures[pick] = both.gather(1, order), ids.gather(1, order)
-        self.places[pick] = where.gather(1, order)
+        self.keys[pick], self.images[pick] = both.gather(1, order), ids.gather(1, order)
+        self.positions[pick] = where.gather(1, order)
 
     def merge(self, other: TopK) -> None:
-        self.add(other.keys, other.pictures, other.places)
+        self.add(other.keys, other.images, other.positions)
 
 
 @dataclass
@@ -190,42 +190,42 @@ class UnitStatistics:
 
     best: TopK
     worst: TopK
-    pictures: int
-    places: int
+    images: int
+    positions: int
     mean: Tensor
     scatter: Tensor
     active: Tensor
     histogram: Tensor
     labels: Tensor
     class_totals: Tensor
-    class_pictures: Tensor
+    class_images: Tensor
     sample: Tensor
-    sample_places: Tensor
+    sample_positions: Tensor
 
     @classmethod
     def none(cls, units: int, k: int, device: torch.device | str = "cpu") -> UnitStatistics:
         return cls(
             best=TopK.none(units, k, device),
             worst=TopK.none(units, k, device),
-            pictures=0,
-            places=0,
+            images=0,
+            positions=0,
             mean=torch.zeros(units, dtype=torch.float64),
             scatter=torch.zeros(units, dtype=torch.float64),
             active=torch.zeros(units, dtype=torch.float64),
             histogram=torch.zeros((units, BINS), dtype=torch.int64),
             labels=torch.zeros(0, dtype=torch.int64),
             class_totals=torch.zeros((0, units), dtype=torch.float64),
-            class_pictures=torch.zeros(0, dtype=torch.int64),
+            class_images=torch.zeros(0, dtype=torch.int64),
             sample=torch.zeros((units, 0)),
-            sample_places=torch.zeros((units, 0), dtype=torch.int32),
+            sample_positions=torch.zeros((units, 0), dtype=torch.int32),
         )
 
     def join(self, other: UnitStatistics) -> None:
         """Take in what was found on later pictures."""
         self.best.merge(other.best)
         self.worst.merge(other.worst)
-        self.pictures += other.pictures
-        self.join_moments(other.places, other.mean, other.scatter)
+        self.images += other.images
+        self.join_moments(other.positions, other.mean, other.scatter)
         for name in ("active", "histogram"):
             getattr(self, name).add_(getattr(other, name))
         labels = torch.unique(torch.cat([self.labels, other.labels]))
@@ -233,17 +233,17 @@ class UnitStatistics:
             setattr(self, name, _joined_rows(labels, (self, other), name))
         self.labels = labels
         self.sample = torch.cat([self.sample, other.sample], 1)
-        self.sample_places = torch.cat([self.sample_places, other.sample_places], 1)
+        self.sample_positions = torch.cat([self.sample_positions, other.sample_positions], 1)
 
-    def join_moments(self, places: int, mean: Tensor, scatter: Tensor) -> None:
+    def join_moments(self, positions: int, mean: Tensor, scatter: Tensor) -> None:
         """Take in the moments of other places: T. Chan, G. Golub, R. LeVeque, Updating Formulae and a Pairwise
         Algorithm for Computing Sample Variances, 1979, equation 2.1."""
-        if places == 0:
+        if positions == 0:
             return
-        share, apart = places / (self.places + places), mean - self.mean
+        share, apart = positions / (self.positions + positions), mean - self.mean
         self.mean = self.mean + share * apart
-        self.scatter = self.scatter + scatter + share * self.places * apart.square()
-        self.places += places
+        self.scatter = self.scatter + scatter + share * self.positions * apart.square()
+        self.positions += positions
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything as tensors, under names by which `of` finds it."""
@@ -281,7 +281,7 @@ class OnlineStatistics:
         """sample: the pictures (r,), ascending, on which every unit's highest value is kept; NaN until it is known."""
         self.summary = UnitStatistics.none(units, k, device)
         self.summary.sample = torch.full((units, len(sample)), torch.nan)
-        self.summary.sample_places = torch.zeros((units, len(sample)), dtype=torch.int32)
+        self.summary.sample_positions = torch.zeros((units, len(sample)), dtype=torch.int32)
         self._sample = sample
         self._edges = torch.from_numpy(EDGES)
         self._waiting: list[_Candidates] = []
@@ -294,28 +294,30 @@ class OnlineStatistics:
         last = keys[:, -1] if keys.shape[1] else torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         return torch.where(last == EMPTY, torch.inf, -unkeyed(last))
 
-    def add(self, found: BatchReduction, pictures: Tensor, places: int, labels: Tensor) -> None:
+    def add(self, found: BatchReduction, images: Tensor, positions: int, labels: Tensor) -> None:
         """Take in what was read off n pictures.
 
         pictures: their ids (n,); places: of each map; labels (n,), -1 where there is none.
         """
-        into, count = self.summary, len(pictures)
+        into, count = self.summary, len(images)
         if count == 0:
             return
-        means, scatters = found.moments(places)
+        means, scatters = found.moments(positions)
         mean = means.mean(0)
-        into.pictures += count
-        into.join_moments(count * places, mean, scatters.sum(0) + places * (means - mean).square().sum(0))
+        into.images += count
+        into.join_moments(count * positions, mean, scatters.sum(0) + positions * (means - mean).square().sum(0))
         into.active += found.active.cpu().double().sum(0)
         bins = torch.bucketize(found.highest.cpu(), self._edges) + BINS * torch.arange(found.highest.shape[1])
         into.histogram.view(-1).add_(torch.bincount(bins.flatten(), minlength=into.histogram.numel()))
         self._add_classes(means, labels)
-        rows, columns = (pictures[:, None] == self._sample).nonzero(as_tuple=True)
+        rows, columns = (images[:, None] == self._sample).nonzero(as_tuple=True)
         into.sample[:, columns] = found.highest[rows].T.cpu()
-        into.sample_places[:, columns] = found.highest_at[rows].T.cpu()
-        self._waiting.append((sort_keys(found.highest, means.float().to(found.highest.device)), pictures, found.highest_at))
+        into.sample_positions[:, columns] = found.highest_at[rows].T.cpu()
+        self._waiting.append(
+            (sort_keys(found.highest, means.float().to(found.highest.device)), images, found.highest_at)
+        )
         if found.lowest is not None and found.lowest_at is not None:
-            self._waiting_low.append((sort_keys(-found.lowest), pictures, found.lowest_at))
+            self._waiting_low.append((sort_keys(-found.lowest), images, found.lowest_at))
         for waiting, best in ((self._waiting, into.best), (self._waiting_low, into.worst)):
             if sum(len(keys) for keys, *_ in waiting) >= PENDING:
                 _sort_in(waiting, best)
@@ -334,10 +336,10 @@ class OnlineStatistics:
         totals = torch.zeros((len(known), units), dtype=torch.float64).index_add_(0, rows, means[labels >= 0])
         seen = torch.zeros(len(known), dtype=torch.int64).index_add_(0, rows, torch.ones_like(rows))
         own = UnitStatistics.none(units, 0)
-        own.labels, own.class_totals, own.class_pictures = known, totals, seen
+        own.labels, own.class_totals, own.class_images = known, totals, seen
         labels = torch.unique(torch.cat([into.labels, known]))
         into.class_totals = _joined_rows(labels, (into, own), "class_totals")
-        into.class_pictures = _joined_rows(labels, (into, own), "class_pictures")
+        into.class_images = _joined_rows(labels, (into, own), "class_pictures")
         into.labels = labels
 
 
@@ -347,6 +349,6 @@ _Candidates = tuple[Tensor, Tensor, Tensor]  # keys (n, U), pictures (n,), place
 def _sort_in(waiting: list[_Candidates], best: TopK) -> None:
     if not waiting:
         return
-    keys, pictures, places = (torch.cat(part) for part in zip(*waiting, strict=True))
-    best.add(keys.T.contiguous(), pictures.to(keys.device).expand(keys.shape[1], -1), places.T.contiguous())
+    keys, images, positions = (torch.cat(part) for part in zip(*waiting, strict=True))
+    best.add(keys.T.contiguous(), images.to(keys.device).expand(keys.shape[1], -1), positions.T.contiguous())
     waiting.clear()

@@ -62,8 +62,8 @@ FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "co
 
 def rename(state: dict[str, Tensor], wanted: object) -> dict[str, Tensor]:
     """The saved weights under timm's names. `wanted` are these names: they tell which blocks make up which stage."""
-    places = [k.split(".")[1:3] for k in wanted if k.startswith("blocks.")]  # type: ignore[attr-defined]
-    blocks = list(dict.fromkeys((stage, block) for stage, block in places))
+    positions = [k.split(".")[1:3] for k in wanted if k.startswith("blocks.")]  # type: ignore[attr-defined]
+    blocks = list(dict.fromkeys((stage, block) for stage, block in positions))
 
     def new(key: str) -> str:
         head, _, rest = key.partition(".")

@@ -48,8 +48,8 @@ def load_pattern(store: Store, layer: str, unit: int) -> Image.Image | None:
     path = f"patterns/{name}/{file_names([layer])[layer]}_{unit}.png"
     if not store.folder.system.exists(store.folder.path(path)):
         return None
-    with store.folder.open(path) as file, Image.open(file, formats=["PNG"]) as picture:
-        return picture.convert("RGB")
+    with store.folder.open(path) as file, Image.open(file, formats=["PNG"]) as image:
+        return image.convert("RGB")
 
 
 def scale_box(patch: Box, box: Box, size: tuple[int, int]) -> Box:
@@ -131,8 +131,8 @@ def original(store: Store, row: dict[str, Any], tile: Image.Image) -> Image.Imag
         raise ConvscopeError(f"{row['name']}: {row['failed'] or 'is no plain file of this machine'}")
     like = store.manifest["model"].get("preprocessing")
     limit = store.manifest["plan"].get("max_pixels", DEFAULT_MAX_PIXELS)
-    pictures = ImageBatchLoader([name], Preprocessing.of(like) if like else Preprocessing(), max_pixels=limit)
-    image = Image.fromarray(pictures.original(0))
+    images = ImageBatchLoader([name], Preprocessing.of(like) if like else Preprocessing(), max_pixels=limit)
+    image = Image.fromarray(images.original(0))
     if image.size != (row["width"], row["height"]):
         was, now = f"{row['width']} x {row['height']}", f"{image.width} x {image.height}"
         raise ConvscopeError(f"{row['name']}: is {now} pixels now, and was {was} when it was scanned")
@@ -158,7 +158,7 @@ class Example:
     """
 
     value: float
-    picture: int
+    image: int
     name: str
     row: int
     column: int

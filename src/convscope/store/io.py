@@ -156,8 +156,8 @@ class ParquetTable:
         """Lowest and highest value of a column in each row group, from the file's statistics."""
         if column not in self._bounds:
             meta = self.metadata
-            place = [meta.schema.column(i).path for i in range(meta.num_columns)].index(column)
-            found = [meta.row_group(g).column(place).statistics for g in range(meta.num_row_groups)]
+            position = [meta.schema.column(i).path for i in range(meta.num_columns)].index(column)
+            found = [meta.row_group(g).column(position).statistics for g in range(meta.num_row_groups)]
             if not all(s is not None and s.has_min_max for s in found):
                 raise ConvscopeError(f"{self.name} in {self.folder.address} lacks statistics of {column}: scan anew")
             self._bounds[column] = [(s.min, s.max) for s in found]
@@ -198,9 +198,9 @@ class NpyRows:
         return np.frombuffer(data, dtype).reshape(stop - start, width)
 
 
-def sprite_name(picture: int) -> str:
+def sprite_name(image: int) -> str:
     """The sprite that a picture's thumbnail is on."""
-    return f"thumbnails/{picture // TILES:05d}.webp"
+    return f"thumbnails/{image // TILES:05d}.webp"
 
 
 class ThumbnailSheets:
@@ -210,10 +210,10 @@ class ThumbnailSheets:
         self._folder = folder
         self._sprite = lru_cache(SPRITES)(self._decoded)
 
-    def read(self, picture: int) -> Image.Image:
+    def read(self, image: int) -> Image.Image:
         """A picture's thumbnail."""
-        top, left = picture % TILES // ACROSS * TILE, picture % ACROSS * TILE
-        return self._sprite(sprite_name(picture)).crop((left, top, left + TILE, top + TILE))
+        top, left = image % TILES // ACROSS * TILE, image % ACROSS * TILE
+        return self._sprite(sprite_name(image)).crop((left, top, left + TILE, top + TILE))
 
     def _decoded(self, name: str) -> Image.Image:
         with self._folder.open(name) as file, Image.open(file, formats=["WEBP"]) as page:

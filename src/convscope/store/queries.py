@@ -154,11 +154,11 @@ def patches(
     field, stride, origin: (height, width) each, as in the layer table; the input's `size` where any is None.
     """
     boxes = np.empty((*rows.shape, 4), np.int32)
-    for axis, (place, length) in enumerate(zip((rows, columns), size, strict=True)):
+    for axis, (position, length) in enumerate(zip((rows, columns), size, strict=True)):
         if field is None or stride is None or origin is None:
-            low, high = np.zeros_like(place), np.full_like(place, length)
+            low, high = np.zeros_like(position), np.full_like(position, length)
         else:
-            start = origin[axis] + stride[axis] * place
+            start = origin[axis] + stride[axis] * position
             # A field that lies in the padding altogether still shows the nearest pixel.
             low = np.clip(np.floor(start), 0, length - 1)
             high = np.clip(np.ceil(start + field[axis]), low + 1, length)

@@ -11,7 +11,7 @@ class ClassMean(NamedTuple):
     name: str
     label: int
     mean: float
-    pictures: int
+    images: int
 
 
 class UnitCorrelation(NamedTuple):

@@ -53,7 +53,7 @@ class SavedResult:
         return number
 
     @property
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """The names of the pictures it was made from."""
         return list(self.manifest["parameters"]["pictures"])
 
@@ -117,9 +117,9 @@ class SavedResultIndex:
 
 def _told(parameters: dict[str, Any], kind: str) -> bool:
     """Whether layer, class and pictures are named."""
-    layer, target, pictures = (parameters.get(key) for key in ("layer", "target", "pictures"))
+    layer, target, images = (parameters.get(key) for key in ("layer", "target", "pictures"))
     number = isinstance(target, int) or (kind == "atlas" and target is None and "target" in parameters)
-    return isinstance(layer, str) and number and isinstance(pictures, list)
+    return isinstance(layer, str) and number and isinstance(images, list)
 
 
 def save_path(store: Store, result: Concepts | Atlas) -> Path:
@@ -142,9 +142,9 @@ def ids_by_name(store: Store, names: Sequence[str]) -> list[int | None]:
     table = ParquetTable(store.folder, "pictures.parquet")
     for group in range(table.groups):
         rows = table.read([group], ["picture", "name"])
-        for picture, name in zip(rows["picture"].to_pylist(), rows["name"].to_pylist(), strict=True):
+        for image, name in zip(rows["picture"].to_pylist(), rows["name"].to_pylist(), strict=True):
             if (own := _absolute(name)) in wanted:
-                found.setdefault(own, picture)
+                found.setdefault(own, image)
     return [found.get(_absolute(name)) for name in names]
 
 

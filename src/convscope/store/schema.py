@@ -32,7 +32,7 @@ class Best:
     """
 
     values: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     positions: np.ndarray
 
 
@@ -69,7 +69,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True, eq=False)
-class PictureRows:
+class ImageRows:
     """Pictures one after the other, n of them.
 
     names: addresses. labels (n,): -1 where unknown; None without labels. failed: the reason, or None, of each. sizes
@@ -91,9 +91,9 @@ class PictureRows:
 def write_store(
     folder: str | os.PathLike[str],
     layers: Iterable[LayerSummary],
-    pictures: Iterable[PictureRows],
+    images: Iterable[ImageRows],
     *,
-    sample_pictures: np.ndarray,
+    sample_images: np.ndarray,
     class_counts: np.ndarray | None,
     input_size: tuple[int, int],
     shards: Iterable[Mapping[str, Any]],
@@ -112,14 +112,14 @@ def write_store(
     """
     where = Folder(folder, storage)
     where.remove("manifest.json")  # of an earlier store: it does not speak for this one
-    told = _write_layers(where, layers, sample_pictures, class_counts, input_size)
-    count = _write_table(where, "pictures.parquet", _pictures_schema(), map(_pictures_columns, pictures), PAGE)
+    told = _write_layers(where, layers, sample_images, class_counts, input_size)
+    count = _write_table(where, "pictures.parquet", _images_schema(), map(_images_columns, images), PAGE)
     if count != manifest["data"]["pictures"]:
         raise ConvscopeError(f"{count} pictures were given; the manifest tells of {manifest['data']['pictures']}")
     rows = list(shards)
     columns = {name: [row[name] for row in rows] for name in _shards_schema().names}
     _write_table(where, "shards.parquet", _shards_schema(), [columns] if rows else [], PAGE)
-    where.write_array("sample_pictures.npy", np.asarray(sample_pictures, np.int64))
+    where.write_array("sample_pictures.npy", np.asarray(sample_images, np.int64))
     if class_counts is not None:
         where.write_array("class_counts.npy", np.asarray(class_counts, np.int64))
     where.write_json("manifest.json", {**manifest, "layers": told, "input_size": list(input_size)})
@@ -131,7 +131,7 @@ def write_store(
 def _write_layers(
     where: Folder,
     layers: Iterable[LayerSummary],
-    sample_pictures: np.ndarray,
+    sample_images: np.ndarray,
     class_counts: np.ndarray | None,
     size: tuple[int, int],
 ) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def _write_layers(
             middles = queries.decile_medians(layer.sample)
             for start in range(0, len(unit_table), GROUP):
                 unit_rows.write_table(unit_table.slice(start, GROUP))
-                columns = _topk_columns(layer, slice(start, start + GROUP), middles, sample_pictures, size)
+                columns = _topk_columns(layer, slice(start, start + GROUP), middles, sample_images, size)
                 table = _table(columns, _topk_schema())
                 if len(table):
                     topk_rows.write_table(table, row_group_size=len(table))
@@ -157,7 +157,7 @@ def _write_layers(
             if layer.class_means is not None:
                 means.write(np.ascontiguousarray(layer.class_means, "<f4").tobytes())
         count = sum(layer["units"] for layer in told)
-        where.write_rows("sample.npy", sample, (count, len(sample_pictures)))
+        where.write_rows("sample.npy", sample, (count, len(sample_images)))
         if class_counts is not None:
             where.write_rows("class_means.npy", means, (count, len(class_counts)))
     return told
@@ -195,22 +195,22 @@ def _units_columns(layer: LayerSummary) -> dict[str, Any]:
 
 
 def _topk_columns(
-    layer: LayerSummary, units: slice, middles: np.ndarray, sample_pictures: np.ndarray, size: tuple[int, int]
+    layer: LayerSummary, units: slice, middles: np.ndarray, sample_images: np.ndarray, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The rows of some units, sorted by unit, kind (alphabetically) and rank; empty slots left out."""
     places = middles[units]
     decile = Best(
         np.take_along_axis(layer.sample[units], places, 1),
-        np.asarray(sample_pictures)[places],
+        np.asarray(sample_images)[places],
         np.take_along_axis(layer.sample_positions[units], places, 1),
     )
-    worst, best = (Best(b.values[units], b.pictures[units], b.positions[units]) for b in (layer.bottom, layer.top))
+    worst, best = (Best(b.values[units], b.images[units], b.positions[units]) for b in (layer.bottom, layer.top))
     lists = {"bottom": worst, "decile": decile, "top": best}
-    values, pictures, positions = (
+    values, images, positions = (
         np.concatenate([getattr(part, name) for part in lists.values()], 1)
         for name in ("values", "pictures", "positions")
     )
-    there = pictures >= 0
+    there = images >= 0
     lengths = [part.values.shape[1] for part in lists.values()]
     rank = np.concatenate([np.arange(length) for length in lengths])
     kind = np.repeat(list(lists), lengths)
@@ -225,7 +225,7 @@ def _topk_columns(
         "kind": np.broadcast_to(kind, there.shape)[there].tolist(),
         "rank": np.broadcast_to(rank, there.shape)[there],
         "value": values[there] + np.float32(0),  # -0 becomes 0
-        "picture": pictures[there],
+        "picture": images[there],
         "row": row,
         "column": column,
         **{side: boxes[:, i] for i, side in enumerate(("top", "left", "bottom", "right"))},
@@ -235,7 +235,7 @@ def _topk_columns(
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _pictures_columns(rows: PictureRows) -> dict[str, Any]:
+def _images_columns(rows: ImageRows) -> dict[str, Any]:
     """Everything but the ids, which follow each other."""
     bad = np.array([reason is not None for reason in rows.failed], bool)
     count = len(bad)
@@ -282,12 +282,12 @@ def _units_schema() -> pyarrow.Schema:
 
 
 def _topk_schema() -> pyarrow.Schema:
-    place = dict.fromkeys(("row", "column", "top", "left", "bottom", "right"), "int32")
+    position = dict.fromkeys(("row", "column", "top", "left", "bottom", "right"), "int32")
     head = {"layer": "string", "unit": "int32", "kind": "string", "rank": "int32", "value": "float", "picture": "int64"}
-    return _fields(**head, **place)
+    return _fields(**head, **position)
 
 
-def _pictures_schema() -> pyarrow.Schema:
+def _images_schema() -> pyarrow.Schema:
     box = dict.fromkeys(("box_top", "box_left", "box_bottom", "box_right"), "float")
     head = {"picture": "int64", "name": "string", "label": "int32", "failed": "string", "height": "int32"}
     return _fields(**head, width="int32", **box, classes="list int32", probabilities="list float", loss="float")

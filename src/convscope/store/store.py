@@ -15,8 +15,8 @@ import numpy as np
 from convscope.errors import ConvscopeError, nearest, require_extra
 from convscope.images.loading import Failure
 from convscope.store import analysis, queries
-from convscope.store.examples import HasFigure, Example, Examples, ImageView, load_pattern, scale_box, original, view
-from convscope.store.io import Folder, ParquetTable, NpyRows, ThumbnailSheets
+from convscope.store.examples import Example, Examples, HasFigure, ImageView, load_pattern, original, scale_box, view
+from convscope.store.io import Folder, NpyRows, ParquetTable, ThumbnailSheets
 from convscope.store.records import ClassMean, Prediction, UnitCorrelation, UnitRank
 from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
 
@@ -67,12 +67,12 @@ class Store:
         self.layers: list[str] = list(self.unit_counts)
         self.classes: list[str] | None = manifest["classes"]
         self.labels: list[str] | None = manifest["labels"]
-        self.pictures_count: int = manifest["data"]["pictures"]
+        self.images_count: int = manifest["data"]["pictures"]
         height, width = manifest["input_size"]
         self.input_size: tuple[int, int] = (height, width)
         ends = accumulate(self.unit_counts.values())
         self._starts = {layer: end - self.unit_counts[layer] for layer, end in zip(self.layers, ends, strict=True)}
-        self._units, self._topk, self._pictures = (
+        self._units, self._topk, self._images = (
             ParquetTable(folder, f"{name}.parquet") for name in ("units", "topk", "pictures")
         )
         self._sample, self._class_means = NpyRows(folder, "sample.npy"), NpyRows(folder, "class_means.npy")
@@ -81,7 +81,7 @@ class Store:
 
     def __repr__(self) -> str:
         units = sum(self.unit_counts.values())
-        size = f"{len(self.layers)} layers, {units:,} units, {self.pictures_count:,} pictures"
+        size = f"{len(self.layers)} layers, {units:,} units, {self.images_count:,} pictures"
         return f"<convscope store {self.address}: {self.manifest['model']['name']} on {size}>"
 
     # --- one unit, one picture -----------------------------------------------------------------------------------
@@ -95,18 +95,18 @@ class Store:
             raise ConvscopeError(f"unit {unit} is out of range: {layer} has {count} units, 0 to {count - 1}")
         return UnitPage(self, layer, int(unit))
 
-    def image(self, picture: int) -> ImagePage:
+    def image(self, image: int) -> ImagePage:
         """Everything about a picture. Raises ConvscopeError for an id that is not in the store."""
-        if not 0 <= picture < self.pictures_count:
-            there = f"there are {self.pictures_count}, 0 to {self.pictures_count - 1}"
-            raise ConvscopeError(f"picture {picture} is out of range: {there}")
-        return ImagePage(self, int(picture))
+        if not 0 <= image < self.images_count:
+            there = f"there are {self.images_count}, 0 to {self.images_count - 1}"
+            raise ConvscopeError(f"picture {image} is out of range: {there}")
+        return ImagePage(self, int(image))
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The pictures that could not be used, and why, in their order; at most `limit` of them."""
         found: list[Failure] = []
-        for group in range(self._pictures.groups if self.manifest["failed"] else 0):
-            rows = self._pictures.read([group], ["name", "failed"]).to_pylist()
+        for group in range(self._images.groups if self.manifest["failed"] else 0):
+            rows = self._images.read([group], ["name", "failed"]).to_pylist()
             found += [Failure(row["name"], row["failed"]) for row in rows if row["failed"] is not None]
             if limit is not None and len(found) >= limit:
                 return found[:limit]
@@ -172,8 +172,8 @@ class Store:
 
     def unit_at_row(self, row: int) -> tuple[str, int]:
         """Layer and unit of a row of the units table."""
-        place = int(np.searchsorted(list(self._starts.values()), row, side="right")) - 1
-        return self.layers[place], row - self._starts[self.layers[place]]
+        position = int(np.searchsorted(list(self._starts.values()), row, side="right")) - 1
+        return self.layers[position], row - self._starts[self.layers[position]]
 
     def samples(self, layer: str) -> np.ndarray:
         """The maxima of a layer's units on the sample, float32 (U, R); NaN where a picture failed."""
@@ -196,42 +196,42 @@ class Store:
         table = self._topk.read(groups, ["unit", "kind", "rank", "picture"])
         compute = require_extra("pyarrow.compute")
         table = table.filter(compute.equal(table["kind"], "top"))
-        unit, rank, picture = (table[name].to_numpy() for name in ("unit", "rank", "picture"))
+        unit, rank, image = (table[name].to_numpy() for name in ("unit", "rank", "picture"))
         found = np.full((stop - start, int(rank.max(initial=-1)) + 1), -1, np.int64)
         inside = (unit >= start) & (unit < stop)
-        found[unit[inside] - start, rank[inside]] = picture[inside]
+        found[unit[inside] - start, rank[inside]] = image[inside]
         return found
 
-    def unit_ranks(self, picture: int) -> list[UnitRank]:
+    def unit_ranks(self, image: int) -> list[UnitRank]:
         """Units among whose best pictures one is: best rank first, ties in the order of the units table."""
         compute = require_extra("pyarrow.compute")
         found: list[UnitRank] = []
         columns = ["layer", "unit", "kind", "rank", "value", "picture", *SIDES]
         for start in range(0, self._topk.groups, CHUNK):
             table = self._topk.read(range(start, min(start + CHUNK, self._topk.groups)), columns)
-            here = table.filter(compute.equal(table["picture"], picture)).to_pylist()
+            here = table.filter(compute.equal(table["picture"], image)).to_pylist()
             for row in here:
                 if row["kind"] == "top":
                     box = (row["top"], row["left"], row["bottom"], row["right"])
                     found.append(UnitRank(row["layer"], row["unit"], row["rank"], row["value"], box))
         return sorted(found, key=lambda standing: standing.rank)
 
-    def image_rows(self, pictures: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def image_rows(self, images: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of pictures.parquet, in the order asked for; only the row groups that hold them are read."""
-        bounds = self._pictures.bounds("picture")
+        bounds = self._images.bounds("picture")
         lows = [low for low, _ in bounds]
         found: dict[int, dict[str, Any]] = {}
-        wanted = np.unique(np.asarray(pictures, np.int64))
-        places = np.searchsorted(lows, wanted, side="right") - 1
-        for group in np.unique(places):
-            rows = wanted[places == group] - lows[group]
-            for row in self._pictures.read([int(group)], columns).take(rows).to_pylist():
+        wanted = np.unique(np.asarray(images, np.int64))
+        positions = np.searchsorted(lows, wanted, side="right") - 1
+        for group in np.unique(positions):
+            rows = wanted[positions == group] - lows[group]
+            for row in self._images.read([int(group)], columns).take(rows).to_pylist():
                 found[row["picture"]] = row
-        return [found[int(picture)] for picture in pictures]
+        return [found[int(image)] for image in images]
 
-    def view(self, picture: int) -> ImageView:
+    def view(self, image: int) -> ImageView:
         """A picture to look at: the original if it can still be read, else its thumbnail."""
-        return view(self, self.image_rows([picture], _FACTS)[0])
+        return view(self, self.image_rows([image], _FACTS)[0])
 
     def _groups(self, table: ParquetTable, layer: str, start: int, stop: int) -> list[int]:
         """Row groups with any of the units `start` up to `stop` of a layer."""
@@ -245,8 +245,8 @@ class Store:
     def _rows(self, table: ParquetTable, layer: str, unit: int) -> pyarrow.Table:
         """A unit's rows of a table."""
         found = table.read(self._groups(table, layer, unit, unit + 1))
-        (places,) = np.nonzero(found["unit"].to_numpy() == unit)
-        return found.slice(places[0], len(places)) if len(places) else found.slice(0, 0)
+        (positions,) = np.nonzero(found["unit"].to_numpy() == unit)
+        return found.slice(positions[0], len(positions)) if len(positions) else found.slice(0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +276,7 @@ class UnitPage(HasFigure):
         return dict(row)
 
     @cached_property
-    def _places(self) -> pyarrow.Table:
+    def _positions(self) -> pyarrow.Table:
         return self.store._rows(self.store._topk, self.layer, self.unit)
 
     def examples(self, n: int | None = 9, kind: str = "top") -> Examples:
@@ -288,7 +288,7 @@ class UnitPage(HasFigure):
             raise ConvscopeError(f"kind is {kind!r}; expected {', '.join(KINDS)}")
         if n is not None and n < 1:
             raise ConvscopeError(f"n is {n}; expected a whole number from 1 up, or None for all")
-        rows = [row for row in self._places.to_pylist() if row["kind"] == kind][:n]
+        rows = [row for row in self._positions.to_pylist() if row["kind"] == kind][:n]
         facts = self.store.image_rows([row["picture"] for row in rows], _FACTS)
         items = (_example(self.store, row, fact) for row, fact in zip(rows, facts, strict=True))
         return Examples(self.layer, self.unit, kind, tuple(items))
@@ -333,8 +333,8 @@ class UnitPage(HasFigure):
 def _example(store: Store, row: Mapping[str, Any], fact: dict[str, Any]) -> Example:
     box = (row["top"], row["left"], row["bottom"], row["right"])
     edges = tuple(fact[f"box_{side}"] for side in SIDES)
-    place = (row["value"], row["picture"], fact["name"], row["row"], row["column"])
-    return Example(*place, box, scale_box(box, edges, store.input_size), store, fact)
+    position = (row["value"], row["picture"], fact["name"], row["row"], row["column"])
+    return Example(*position, box, scale_box(box, edges, store.input_size), store, fact)
 
 
 @dataclass(frozen=True, eq=False)

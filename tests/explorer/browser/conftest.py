@@ -105,7 +105,7 @@ def site(model, store, tmp_path_factory):
     for number, name in enumerate(("first.png", "second.png")):
         files.append(str(where / name))
         Image.fromarray(picture(number, 240, 360)).save(files[-1])
-    publish({"tiny": model}, store, where / "site", pictures=files)
+    publish({"tiny": model}, store, where / "site", images=files)
     return (where / "site").as_uri()
 
 

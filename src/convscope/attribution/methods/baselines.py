@@ -20,8 +20,8 @@ def center_gaussian(question: MethodContext, *, width: float = 0.25) -> Tensor:
     things there."""
     axes = [torch.linspace(-1, 1, 2 * side + 1)[1::2] / 2 / width for side in _grid(question)]
     squares = torch.stack([axis**2 for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
-    heat = torch.exp(-squares / 2)
-    return heat.expand(len(question.x), question.num_targets, *heat.shape).to(question.x.device)
+    heatmap = torch.exp(-squares / 2)
+    return heatmap.expand(len(question.x), question.num_targets, *heatmap.shape).to(question.x.device)
 
 
 def _grid(question: MethodContext) -> tuple[int, ...]:

@@ -105,18 +105,18 @@ def eigen_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _first_component(maps: Tensor) -> Tensor:
-    places = maps.flatten(2).transpose(1, 2)  # (N, Z, C)
-    scale = places.abs().amax((1, 2), keepdim=True)
+    positions = maps.flatten(2).transpose(1, 2)  # (N, Z, C)
+    scale = positions.abs().amax((1, 2), keepdim=True)
     # What is not finite stays so in `scale`, and comes back in the end; a decomposition would only crash on it.
-    places = (places / torch.where(scale > 0, scale, 1)).nan_to_num()
+    positions = (positions / torch.where(scale > 0, scale, 1)).nan_to_num()
     # Rows and columns of nought change nothing, and lay every picture's matrix out alike: the same bytes anywhere.
-    count, channels = places.shape[1:]
-    places = F.pad(places, (0, -channels % 16, 0, -count % 16))
+    count, channels = positions.shape[1:]
+    positions = F.pad(positions, (0, -channels % 16, 0, -count % 16))
     if count <= channels:
-        values, vectors = torch.linalg.eigh(places @ places.transpose(1, 2))
+        values, vectors = torch.linalg.eigh(positions @ positions.transpose(1, 2))
         first: Tensor = vectors[..., -1:] * values[:, -1:, None].clamp(min=0).sqrt()
     else:
-        first = places @ torch.linalg.eigh(places.transpose(1, 2) @ places)[1][..., -1:]
+        first = positions @ torch.linalg.eigh(positions.transpose(1, 2) @ positions)[1][..., -1:]
     first = first[:, :count]
     first = first * torch.where(first.sum(1, keepdim=True) < 0, -1.0, 1.0) * scale
     return first.reshape(len(maps), *maps.shape[2:])

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from convscope.attribution.context import MethodContext
 from convscope.attribution.methods.full_grad import FUNCTION_ALIASES
 from convscope.attribution.methods.gradient import grad_batch_size
-from convscope.attribution.methods.relu_rules import RELU_LIKE, OTHER_ACTIVATIONS, straight_through
+from convscope.attribution.methods.relu_rules import OTHER_ACTIVATIONS, RELU_LIKE, straight_through
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import ForwardResult
@@ -51,7 +51,9 @@ def lrp_epsilon(question: MethodContext, *, epsilon: float = 1e-6) -> tuple[Tens
     return _relevance(question, lambda layer, first: rules.Epsilon(epsilon=epsilon))
 
 
-def lrp_gamma(question: MethodContext, *, gamma: float = 0.25, epsilon: float = 1e-6) -> tuple[Tensor, dict[str, Tensor]]:
+def lrp_gamma(
+    question: MethodContext, *, gamma: float = 0.25, epsilon: float = 1e-6
+) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c R_c: z-box at the first convolution, gamma at all others, epsilon at linear layers. Signed.
 
     Montavon et al., Layer-Wise Relevance Propagation: An Overview, 2019, section 10.3; zennit's `EpsilonGammaBox`. The
@@ -71,7 +73,9 @@ def lrp_gamma(question: MethodContext, *, gamma: float = 0.25, epsilon: float = 
     return _relevance(question, rule)
 
 
-def lrp_zplus(question: MethodContext, *, epsilon: float = 1e-6, biases: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+def lrp_zplus(
+    question: MethodContext, *, epsilon: float = 1e-6, biases: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
     """M = sum_c R_c: z-plus at every convolution, epsilon at linear layers. Signed.
 
     Montavon et al., Explaining Nonlinear Classification Decisions with Deep Taylor Decomposition, 2017, section 4.1;

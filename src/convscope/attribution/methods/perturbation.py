@@ -33,8 +33,8 @@ def score_cam(question: MethodContext) -> Tensor:
     Wang et al., Score-CAM, CVPR workshops 2020: channel-wise increase of confidence, algorithm 1.
     """
     maps, found = question.layer_activations(), []
-    for picture, own in enumerate(maps):
-        x = question.x[picture]
+    for image, own in enumerate(maps):
+        x = question.x[image]
         if own.ndim != x.ndim:
             raise ConvscopeError(f"score-cam cannot lay maps {tuple(own.shape)} over an input {tuple(x.shape)}")
         flat = own.flatten(1)
@@ -44,8 +44,8 @@ def score_cam(question: MethodContext) -> Tensor:
         def seen_through(part: Sequence[int], masks: Tensor = masks, x: Tensor = x) -> Tensor:
             return x * _unit(_resized(masks[part[0] : part[-1] + 1, None], x.shape[1:])).to(x.dtype)
 
-        scores, size = question.score_fn(picture), question.cache_batch_size
-        shown = _score_chunks(question, picture, len(masks), seen_through, scores, size)
+        scores, size = question.score_fn(image), question.cache_batch_size
+        shown = _score_chunks(question, image, len(masks), seen_through, scores, size)
         increase = shown.new_zeros(len(own), question.num_targets)
         increase[varied] = shown[1:] - shown[:1]
         found.append(torch.tensordot(increase.softmax(0), own, dims=([0], [0])))
@@ -61,7 +61,7 @@ def ablation_cam(question: MethodContext) -> Tensor:
     Desai and Ramaswamy, Ablation-CAM, WACV 2020, the slope of the score; their rectifier is left to the viewer.
     """
     maps, found = question.layer_activations(), []
-    for picture, own in enumerate(maps):
+    for image, own in enumerate(maps):
         channels = len(own)
         alive = own.flatten(1).any(1).nonzero()[:, 0]
         off = torch.cat([alive.new_full((1,), channels), alive])  # in front one beyond the last: nothing is missing
@@ -71,8 +71,8 @@ def ablation_cam(question: MethodContext) -> Tensor:
             left.scatter_(1, off[part[0] : part[-1] + 1, None], 0)
             return own * left[:, :-1].reshape(len(part), len(own), *[1] * (own.ndim - 1))
 
-        with question.from_layer(picture) as scores:
-            left = _score_chunks(question, picture, len(off), ablated, scores, question.size)
+        with question.from_layer(image) as scores:
+            left = _score_chunks(question, image, len(off), ablated, scores, question.size)
         whole = left[:1]
         slope = left.new_zeros(channels, question.num_targets)
         slope[alive] = (whole - left[1:]) / torch.where(whole == 0, 1, whole)
@@ -106,9 +106,9 @@ def occlusion(
     covers = [_cover(*sizes).to(question.x.device) for sizes in zip(sides, windows, strides, strict=True)]
     steps = [len(cover) for cover in covers]
     found = []
-    for picture, x in enumerate(question.x):
+    for image, x in enumerate(question.x):
 
-        def hidden(part: Sequence[int], x: Tensor = x, blank: Tensor = blank[picture]) -> Tensor:
+        def hidden(part: Sequence[int], x: Tensor = x, blank: Tensor = blank[image]) -> Tensor:
             # The first input has nothing hidden: the others' positions are one less.
             where = torch.unravel_index(torch.tensor(part, device=x.device).sub(1).clamp(min=0), steps)
             mask = _outer([cover[at] for cover, at in zip(covers, where, strict=True)])
@@ -116,8 +116,8 @@ def occlusion(
                 mask[0] = False
             return torch.where(mask[:, None], blank, x)
 
-        scores, size = question.score_fn(picture), question.cache_batch_size
-        left = _score_chunks(question, picture, 1 + math.prod(steps), hidden, scores, size)
+        scores, size = question.score_fn(image), question.cache_batch_size
+        left = _score_chunks(question, image, 1 + math.prod(steps), hidden, scores, size)
         drops = (left[:1] - left[1:]).T.reshape(-1, *steps).cpu().double()
         for cover in covers:  # axis by axis, each of which moves to the end
             share = cover.cpu().double() / cover.cpu().sum(0)
@@ -153,8 +153,8 @@ def rise(
             "a function of the network's output has no probability; give classes, or probability=False"
         )
     found = []
-    for picture, x in enumerate(question.x):
-        scores, draw = question.score_fn(picture, probability), question.generator()
+    for image, x in enumerate(question.x):
+        scores, draw = question.score_fn(image, probability), question.generator()
         own = _RunningMean(question.num_targets, sides, keep)
         for begun in range(0, samples, CHECKED):
             count = min(CHECKED, samples - begun)
@@ -163,10 +163,10 @@ def rise(
                 rows = slice(part[0], part[-1] + 1)
                 masks = _upsample_masks(drawn[rows], [shift[rows] for shift in shifts], sides)
                 own.add(scores(x * masks.to(x)[:, None]).cpu(), masks)
-                question.report_progress((picture + (begun + part[-1] + 1) / samples) / len(question.x))
+                question.report_progress((image + (begun + part[-1] + 1) / samples) / len(question.x))
             if own.settled(tolerance):
                 break
-        question.report_progress((picture + 1) / len(question.x))
+        question.report_progress((image + 1) / len(question.x))
         found.append(own)
     more = {
         "standard_error": torch.stack([own.error() for own in found]).float(),
@@ -233,13 +233,13 @@ def _upsample_masks(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int
 
 
 def _score_chunks(
-    question: MethodContext, picture: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
+    question: MethodContext, image: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
 ) -> Tensor:
     """The scores (count, T) of as many inputs, made `size` at a time; tells how far it is."""
     found = []
     for part in balanced_chunks(range(count), size):
         found.append(scores(make(part)))
-        question.report_progress((picture + (part[-1] + 1) / count) / len(question.x))
+        question.report_progress((image + (part[-1] + 1) / count) / len(question.x))
     return torch.cat(found)
 
 
@@ -249,8 +249,8 @@ def _resized(maps: Tensor, sides: Sequence[int]) -> Tensor:
 
 def _unit(maps: Tensor) -> Tensor:
     """Each map (M, 1, ...) by its extremes to [0, 1]; 0 where these are the same."""
-    places = tuple(range(2, maps.ndim))
-    low, high = maps.amin(places, keepdim=True), maps.amax(places, keepdim=True)
+    positions = tuple(range(2, maps.ndim))
+    low, high = maps.amin(positions, keepdim=True), maps.amax(positions, keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), 0)
 
 
@@ -271,9 +271,9 @@ def _outer(rows: Sequence[Tensor]) -> Tensor:
 
 def _blank(x: Tensor, fill: float | str) -> Tensor:
     """What hides each picture, (B, C, 1, ...) or (B, 1, 1, ...)."""
-    places = tuple(range(2, x.ndim))
+    positions = tuple(range(2, x.ndim))
     if fill == "average":
-        return x.mean(places, keepdim=True)
+        return x.mean(positions, keepdim=True)
     return x.new_full((len(x), *[1] * (x.ndim - 1)), float(fill))
 
 

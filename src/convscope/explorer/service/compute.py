@@ -41,7 +41,7 @@ def predictions(model: Model, x: Tensor, top: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-def heat(
+def heatmap(
     model: Model,
     x: Tensor,
     targets: Sequence[int],
@@ -134,7 +134,7 @@ def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
     return summed
 
 
-def concept_heat(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
+def concept_heatmap(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
     """How much of each concept of a bank (R, C) is at each place of maps (C, h, w), float32 (R, h, w)."""
     found: np.ndarray = encode(bank, torch.from_numpy(maps)[None])[0].numpy()
     return found
@@ -198,7 +198,7 @@ def _shrunk(maps: np.ndarray, by: int) -> np.ndarray:
     return np.asarray(averaged[0])
 
 
-def place(model: Model, maps: np.ndarray, layer: str, row: int, column: int, top: int = 12) -> dict[str, Any]:
+def position(model: Model, maps: np.ndarray, layer: str, row: int, column: int, top: int = 12) -> dict[str, Any]:
     """Who speaks at a place of a layer: its strongest units there, and which part of the picture they see."""
     here = maps[:, row, column]
     best = np.argsort(-here, kind="stable")[:top]

@@ -110,14 +110,14 @@ def told_concepts(net: Network, one: SavedResult, arrays: Arrays) -> dict[str, A
         "target": one.target,
         "name": net.model.class_name(one.target),
         "layer": one.layer,
-        "pictures": len(one.pictures),
+        "pictures": len(one.images),
         "error": float(told["error"]),
         "concepts": [
             {"importance": float(index), "effect": float(effect), "indices": [float(v) for v in own]}
             for index, effect, own in figures
         ],
         "judged": [
-            {"name": plain_name(one.pictures[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
+            {"name": plain_name(one.images[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
             for n, logit, rebuilt in zip(arrays["judged"], arrays["logits"], arrays["rebuilt"], strict=True)
         ],
         "notes": list(one.manifest["notes"]),
@@ -138,10 +138,10 @@ def heats(arrays: Arrays) -> list[dict[str, Any]]:
     return [compute.packed(found[:, r].flatten(0, 1).numpy()) for r in range(found.shape[1])]
 
 
-def heat_on(explorer: Explorer, asker: Client, net: Network, picture: Picture, one: SavedResult) -> np.ndarray:
+def heatmap_on(explorer: Explorer, asker: Client, net: Network, image: Picture, one: SavedResult) -> np.ndarray:
     """How much of each concept is at each place of a picture, float32 (R, h, w)."""
     bank = arrays_of(explorer, one)["bank"]
-    return explorer.concept_heat(asker, net, picture, one.layer, bank, one.version)
+    return explorer.concept_heatmap(asker, net, image, one.layer, bank, one.version)
 
 
 def patch_tiles(arrays: Arrays) -> list[list[dict[str, int]]]:
@@ -181,7 +181,7 @@ def told_atlas(explorer: Explorer, net: Network, one: SavedResult, arrays: Array
         "target": one.target,
         "grid": int(told["grid"]),
         "vectors": len(arrays["positions"]),
-        "pictures": len(one.pictures),
+        "pictures": len(one.images),
         "cells": [
             {
                 "row": int(row),
@@ -192,7 +192,7 @@ def told_atlas(explorer: Explorer, net: Network, one: SavedResult, arrays: Array
                     for k, effect in zip(classes, effects, strict=True)
                 ],
                 "pictures": [
-                    {"name": plain_name(one.pictures[n]), "vectors": vectors, "number": sources[n]}
+                    {"name": plain_name(one.images[n]), "vectors": vectors, "number": sources[n]}
                     for n, vectors in own.most_common(FROM)
                 ],
                 "sources": len(own),
@@ -208,7 +208,7 @@ def _numbered(explorer: Explorer, net: Network, one: SavedResult) -> list[int | 
     assert net.store is not None
     found: list[int | None] | None = explorer.cache.get(("numbers", one.version))
     if found is None:
-        found = ids_by_name(net.store, one.pictures)
+        found = ids_by_name(net.store, one.images)
         explorer.cache.put(("numbers", one.version), found)
     return found
 
@@ -240,9 +240,9 @@ def sheet(arrays: Arrays, which: str) -> bytes:
         cells = _resized(coloured(arrays["icons"]), laid["side"], laid["side"])
         return encoded(Image.fromarray(tile(np.stack(cells), laid["columns"])), quality=85)
     page = Image.new("RGB", views_size(arrays), "gray")
-    for view, place in zip(arrays["views"], view_tiles(arrays), strict=True):
-        (shown,) = _resized(view[None], place["width"], place["height"])
-        page.paste(Image.fromarray(shown), (place["x"], place["y"]))
+    for view, position in zip(arrays["views"], view_tiles(arrays), strict=True):
+        (shown,) = _resized(view[None], position["width"], position["height"])
+        page.paste(Image.fromarray(shown), (position["x"], position["y"]))
     return encoded(page, quality=80)
 
 

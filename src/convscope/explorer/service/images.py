@@ -82,15 +82,15 @@ class ImageRegistry:
     def add(self, pixels: np.ndarray, name: str) -> Picture:
         """A picture that somebody brought. The same pixels get the same key, whoever brings them."""
         digest = hashlib.sha256(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).data).hexdigest()[:24]
-        picture = Picture(f"x{digest}", name, pixels, name)
+        image = Picture(f"x{digest}", name, pixels, name)
         with self._lock:
-            self._brought[picture.key] = picture
-            self._brought.move_to_end(picture.key)
+            self._brought[image.key] = image
+            self._brought.move_to_end(image.key)
             while len(self._brought) > 1 and (
                 len(self._brought) > self._most or sum(p.pixels.nbytes for p in self._brought.values()) > self._room
             ):
                 self._brought.popitem(last=False)
-        return picture
+        return image
 
     def find(self, key: str) -> Picture:
         """Raises MissingError for a picture that is not, or no longer, here."""

@@ -69,8 +69,8 @@ class Job:
             raise ClientDisconnected
         self.done, self.total = done, total
 
-    def show(self, picture: bytes) -> None:
-        self.shown, self.frame = picture, self.frame + 1
+    def show(self, image: bytes) -> None:
+        self.shown, self.frame = image, self.frame + 1
 
 
 class JobQueue:
@@ -134,11 +134,11 @@ class JobQueue:
         with self._change:
             if work.begun or work.client not in self._queues:
                 return 0
-            place = self._queues[work.client].index(work) if work in self._queues[work.client] else 0
+            position = self._queues[work.client].index(work) if work in self._queues[work.client] else 0
             clients = list(self._queues)
             turn = clients.index(work.client)
-            return place + sum(
-                min(len(queue), place + (clients.index(client) < turn))
+            return position + sum(
+                min(len(queue), position + (clients.index(client) < turn))
                 for client, queue in self._queues.items()
                 if client != work.client
             )

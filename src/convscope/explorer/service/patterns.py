@@ -17,7 +17,7 @@ from convscope.explorer.service.images import encoded
 from convscope.explorer.service.jobs import Job
 from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
-from convscope.featurevis.objectives import Objective, diversity, channel
+from convscope.featurevis.objectives import Objective, channel, diversity
 from convscope.plotting.figures import coloured, tile
 from convscope.results import atomic_write
 
@@ -64,9 +64,9 @@ def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Jo
     `work` is shown a picture every few steps, and told of every one.
     """
 
-    def watch(step: int, pictures: np.ndarray) -> None:
+    def watch(step: int, images: np.ndarray) -> None:
         if step % EVERY == 1:
-            image = Image.fromarray(side_by_side(pictures))
+            image = Image.fromarray(side_by_side(images))
             image.thumbnail((FRAME * image.width // image.height, FRAME))
             work.show(encoded(image, quality=70))
 
@@ -94,7 +94,9 @@ def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Jo
         "height": page.shape[0],
         "width": page.shape[1],
         "score": score,
-        "noise": None if made.noise_scores is None or np.isnan(made.noise_scores).any() else float(made.noise_scores.mean()),
+        "noise": None
+        if made.noise_scores is None or np.isnan(made.noise_scores).any()
+        else float(made.noise_scores.mean()),
         "reference": best,
         "notes": notes,
         "steps": made.steps,
@@ -102,8 +104,8 @@ def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Jo
     }
 
 
-def side_by_side(pictures: np.ndarray) -> np.ndarray:
-    return tile(coloured(pictures), len(pictures), margin=4, background=(128, 128, 128))
+def side_by_side(images: np.ndarray) -> np.ndarray:
+    return tile(coloured(images), len(images), margin=4, background=(128, 128, 128))
 
 
 class PatternCache:
@@ -116,10 +118,10 @@ class PatternCache:
         """The pattern that was kept; None if it is not there."""
         if self._folder is None:
             return None
-        picture, told = self._files(version, what)
+        image, told = self._files(version, what)
         try:
             found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
-            return {**found, "image": picture.read_bytes()}
+            return {**found, "image": image.read_bytes()}
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -129,10 +131,10 @@ class PatternCache:
         """Keep it. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is None:
             return
-        picture, told = self._files(version, what)
+        image, told = self._files(version, what)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(picture) as file:
+            with atomic_write(image) as file:
                 file.write(made["image"])
             with atomic_write(told) as file:  # last: what it tells of is there
                 file.write(json.dumps({k: v for k, v in made.items() if k != "image"}).encode())

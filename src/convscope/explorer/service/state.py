@@ -21,8 +21,8 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
 from convscope.explorer.service.cache import Cache
-from convscope.explorer.service.images import NotFound, Picture, ImageRegistry, encoded, unused
-from convscope.explorer.service.jobs import Client, JobQueue, Job
+from convscope.explorer.service.images import ImageRegistry, NotFound, Picture, encoded, unused
+from convscope.explorer.service.jobs import Client, Job, JobQueue
 from convscope.explorer.service.model_copy import twin
 from convscope.explorer.service.patterns import PatternCache, PatternSpec, draw
 from convscope.explorer.service.stored_patterns import StoredPatterns
@@ -82,7 +82,7 @@ class Network:
         return self._background_model
 
     @property
-    def takes_pictures(self) -> bool:
+    def takes_images(self) -> bool:
         like = self.model.preprocessing
         return like.axes == 2 and like.channel_order != "channels"
 
@@ -177,29 +177,29 @@ class Explorer:
 
     # --- quick answers ---
 
-    def predictions(self, asker: Client, net: Network, picture: Picture, top: int = 5) -> list[dict[str, Any]]:
-        key = ("predictions", net.version, picture.key, top)
-        return self._quickly(asker, key, lambda work: compute.predictions(net.model, self._input(net, picture), top))
+    def predictions(self, asker: Client, net: Network, image: Picture, top: int = 5) -> list[dict[str, Any]]:
+        key = ("predictions", net.version, image.key, top)
+        return self._quickly(asker, key, lambda work: compute.predictions(net.model, self._input(net, image), top))
 
-    def heat(
+    def heatmap(
         self,
         asker: Client,
         net: Network,
-        picture: Picture,
+        image: Picture,
         targets: Sequence[int],
         layer: str | None = None,
         method: str = "grad-cam",
         against: int | None = None,
     ) -> list[dict[str, Any]]:
         lane, model = (self.slow, net.background_model) if method in SLOW else (self.quick, net.model)
-        key = ("heat", net.version, picture.key, tuple(targets), layer, method, against)
+        key = ("heat", net.version, image.key, tuple(targets), layer, method, against)
         return self._asked(
             lane,
             asker,
             key,
-            lambda work: compute.heat(
+            lambda work: compute.heatmap(
                 model,
-                self._input(net, picture),
+                self._input(net, image),
                 targets,
                 layer=layer,
                 method=method,
@@ -208,23 +208,23 @@ class Explorer:
             ),
         )
 
-    def maps(self, asker: Client, net: Network, picture: Picture, layer: str) -> np.ndarray:
-        key = ("maps", net.version, picture.key, layer)
-        return self._quickly(asker, key, lambda work: compute.maps(net.model, self._input(net, picture), layer))
+    def maps(self, asker: Client, net: Network, image: Picture, layer: str) -> np.ndarray:
+        key = ("maps", net.version, image.key, layer)
+        return self._quickly(asker, key, lambda work: compute.maps(net.model, self._input(net, image), layer))
 
-    def relevance(self, asker: Client, net: Network, picture: Picture, layer: str, target: int) -> np.ndarray:
-        key = ("relevance", net.version, picture.key, layer, target)
+    def relevance(self, asker: Client, net: Network, image: Picture, layer: str, target: int) -> np.ndarray:
+        key = ("relevance", net.version, image.key, layer, target)
         return self._quickly(
-            asker, key, lambda work: compute.relevance(net.model, self._input(net, picture), layer, target)
+            asker, key, lambda work: compute.relevance(net.model, self._input(net, image), layer, target)
         )
 
-    def concept_heat(
-        self, asker: Client, net: Network, picture: Picture, layer: str, bank: np.ndarray, version: str
+    def concept_heatmap(
+        self, asker: Client, net: Network, image: Picture, layer: str, bank: np.ndarray, version: str
     ) -> np.ndarray:
         """How much of each concept of a bank (R, C) is at each place of a picture, float32 (R, h, w)."""
-        maps = self.maps(asker, net, picture, layer)
-        key = ("concepts", net.version, version, picture.key)
-        return self._quickly(asker, key, lambda work: compute.concept_heat(maps, bank))
+        maps = self.maps(asker, net, image, layer)
+        key = ("concepts", net.version, version, image.key)
+        return self._quickly(asker, key, lambda work: compute.concept_heatmap(maps, bank))
 
     def sheet(self, asker: Client, net: Network, picture: Picture, layer: str) -> tuple[bytes, dict[str, int]]:
         """All channels of a layer on one PNG, and its measures."""
@@ -236,14 +236,14 @@ class Explorer:
 
         return self._quickly(asker, ("sheet", net.version, picture.key, layer), make)
 
-    def summaries(self, asker: Client, net: Network, picture: Picture) -> dict[str, dict[str, float]]:
+    def summaries(self, asker: Client, net: Network, image: Picture) -> dict[str, dict[str, float]]:
         """What is measured of each layer on a picture."""
 
         def make(work: Job) -> dict[str, dict[str, float]]:
             names = [row.name for row in net.layers]
-            return compute.layer_summaries(net.background_model, self._input(net, picture), names, work.tell)
+            return compute.layer_summaries(net.background_model, self._input(net, image), names, work.tell)
 
-        return self._asked(self.slow, asker, ("summaries", net.version, picture.key), make)
+        return self._asked(self.slow, asker, ("summaries", net.version, image.key), make)
 
     # --- long work ---
 
@@ -251,20 +251,20 @@ class Explorer:
         self,
         asker: Client,
         net: Network,
-        picture: Picture,
+        image: Picture,
         target: int,
         layer: str | None,
         method: str,
         against: int | None,
     ) -> dict[str, Any]:
-        key = ("faithfulness", net.version, picture.key, target, layer, method, against)
+        key = ("faithfulness", net.version, image.key, target, layer, method, against)
         return self._asked(
             self.slow,
             asker,
             key,
             lambda work: compute.faithfulness(
                 net.background_model,
-                self._input(net, picture),
+                self._input(net, image),
                 target,
                 layer=layer,
                 method=method,
@@ -347,13 +347,13 @@ class Explorer:
         found: T = asker.wait(lane.ask(key, run, asker.client))
         return found
 
-    def _input(self, net: Network, picture: Picture) -> Tensor:
-        if not net.takes_pictures:
+    def _input(self, net: Network, image: Picture) -> Tensor:
+        if not net.takes_images:
             raise ConvscopeError(f"{net.model.name} takes no ordinary pictures, but {net.model.preprocessing}")
-        key = ("input", net.version, picture.key)
+        key = ("input", net.version, image.key)
         x: Tensor | None = self.cache.get(key)
         if x is None:
-            x = compute.prepared(net.model, picture.pixels)
+            x = compute.prepared(net.model, image.pixels)
             self.cache.put(key, x)
         return x
 

@@ -25,7 +25,7 @@ def index(pages: Pages, net: Network) -> Page:
     return Page("kept.html", f"Concepts and atlases of {net.model.name}", data, more)
 
 
-def concepts(pages: Pages, net: Network, target: int, layer: str | None, picture: Picture | None) -> Page:
+def concepts(pages: Pages, net: Network, target: int, layer: str | None, image: Picture | None) -> Page:
     """What a class is made of; where that is not known yet, how it is found out."""
     found = concept_data.concepts(net, target)
     title = f"What {net.model.class_name(target)} is made of, {net.model.name}"
@@ -35,7 +35,7 @@ def concepts(pages: Pages, net: Network, target: int, layer: str | None, picture
     if not found and layer is None:
         return Page("concepts.html", title, data, more)
     one = concept_data.concepts_of(net, target, layer)
-    arrays, picture = concept_data.arrays_of(pages.explorer, one), picture or pages.lead(net)
+    arrays, image = concept_data.arrays_of(pages.explorer, one), image or pages.lead(net)
     told = concept_data.told_concepts(net, one, arrays)
     highest = max(c["importance"] for c in told["concepts"])
     patches, views = concept_data.patch_tiles(arrays), concept_data.view_tiles(arrays)
@@ -49,13 +49,13 @@ def concepts(pages: Pages, net: Network, target: int, layer: str | None, picture
         "patches": {"src": pages.site.kept(net, one, "patches"), "size": concept_data.patches_size(arrays)},
         "views": {"src": pages.site.kept(net, one, "views"), "size": concept_data.views_size(arrays), "tiles": views},
         "lines": snippets.concepts(pages.site.source(net.source), _store(pages.site, net), target, one.layer),
-        "picture": picture,
+        "picture": image,
         "samples": pages.explorer.shelf.samples,
     }
-    if picture is not None:
-        own = concept_data.heat_on(pages.explorer, pages.asker, net, picture, one)
-        data["current"] = [compute.packed(heat) for heat in own]
-        more["photo"] = pages.site.photo(picture, 640)
+    if image is not None:
+        own = concept_data.heatmap_on(pages.explorer, pages.asker, net, image, one)
+        data["current"] = [compute.packed(heatmap) for heatmap in own]
+        more["photo"] = pages.site.photo(image, 640)
     return Page("concepts.html", title, data, more)
 
 

@@ -46,36 +46,36 @@ class Pages:
 
     # --- a picture ---
 
-    def picture(self, net: Network, picture: Picture, target: int | None = None, beside: str = "") -> Page:
+    def image(self, net: Network, image: Picture, target: int | None = None, beside: str = "") -> Page:
         """What the network says of a picture, and where it sees it."""
-        said = self.explorer.predictions(self.asker, net, picture)
+        said = self.explorer.predictions(self.asker, net, image)
         classes = [row["index"] for row in said[:CLASSES]]
         chosen = classes[0] if target is None else target
         asked = [*classes, *([] if chosen in classes else [chosen])]
-        heats = {h["target"]: h for h in self.explorer.heat(self.asker, net, picture, asked)}
-        named = self.site.source(net.source), self.site.source(picture.source)
+        heatmaps = {h["target"]: h for h in self.explorer.heatmap(self.asker, net, image, asked)}
+        named = self.site.source(net.source), self.site.source(image.source)
         data = {
             "kind": "picture",
             "live": self.site.live,
-            "api": f"/api/models/{net.key}/pictures/{picture.key}",
-            "picture": picture.key,
+            "api": f"/api/models/{net.key}/pictures/{image.key}",
+            "picture": image.key,
             "target": chosen,
-            "layer": heats[chosen]["layer"],
-            "heats": heats,
+            "layer": heatmaps[chosen]["layer"],
+            "heats": heatmaps,
             "palettes": {name: lookup_table(name)[::8].tolist() for name in COLOURS},
-            "lines": {k: snippets.heatmap(*named, k, None, "grad-cam", None) for k in heats},
-            "pages": {k: self.site.page("m", net.key, "picture", picture.key, "class", k) for k in heats},
-            "classPages": {k: self.site.page("m", net.key, "class", k) for k in heats},
+            "lines": {k: snippets.heatmap(*named, k, None, "grad-cam", None) for k in heatmaps},
+            "pages": {k: self.site.page("m", net.key, "picture", image.key, "class", k) for k in heatmaps},
+            "classPages": {k: self.site.page("m", net.key, "class", k) for k in heatmaps},
         }
         spatial = [row for row in net.layers if not row.is_pooling]
         return Page(
             "picture.html",
-            f"{picture.name} seen by {net.model.name}",
+            f"{image.name} seen by {net.model.name}",
             data,
             {
                 "net": net,
-                "picture": picture,
-                "photo": self.site.photo(picture, 1024),
+                "picture": image,
+                "photo": self.site.photo(image, 1024),
                 "said": said[:CLASSES],
                 "target": chosen,
                 "target_name": net.model.class_name(chosen),
@@ -93,61 +93,61 @@ class Pages:
 
     def network(self, net: Network) -> Page:
         """All layers, as a table and as a drawing."""
-        picture = self.lead(net)
+        image = self.lead(net)
         rows = [self._row(net, row) for row in net.layers]
         measured = store_views.layer_measures(net)
         for row in rows:
             row["measured"] = measured.get(row["name"], {})
-        if not self.site.live and picture is not None:
-            for name, values in self.explorer.summaries(self.asker, net, picture).items():
+        if not self.site.live and image is not None:
+            for name, values in self.explorer.summaries(self.asker, net, image).items():
                 row = next(row for row in rows if row["name"] == name)
                 row["measured"] = values | row["measured"]  # what a data set told is not taken back by one picture
         drawn = layout.figure([(row.shape[1:] or (1,))[0] for row in net.layers], net.edges)
         data = {
             "kind": "network",
             "live": self.site.live,
-            "summaries": f"/api/models/{net.key}/pictures/{picture.key}/layers" if picture else None,
+            "summaries": f"/api/models/{net.key}/pictures/{image.key}/layers" if image else None,
             "layers": rows,
             "graph": drawn,
         }
-        more = {"net": net, "rows": rows, "lead": picture, "graph": drawn}
+        more = {"net": net, "rows": rows, "lead": image, "graph": drawn}
         return Page("network.html", f"{net.model.name}: its layers", data, more)
 
-    def layer(self, net: Network, row: Layer, picture: Picture | None, target: int | None = None) -> Page:
+    def layer(self, net: Network, row: Layer, image: Picture | None, target: int | None = None) -> Page:
         """A layer: its channels on a picture, and what the data set says of its units."""
-        picture = picture or self.lead(net)
+        image = image or self.lead(net)
         data: dict[str, Any] = {"kind": "layer", "live": self.site.live, "layer": row.name, "units": row.units}
-        more: dict[str, Any] = {"net": net, "row": row, "picture": picture, "around": self._around(net, row.name)}
+        more: dict[str, Any] = {"net": net, "row": row, "picture": image, "around": self._around(net, row.name)}
         more |= {"sees": sees(net, row), "cells": [], "dead": 0, "kept": self._kept(net, row.name)}
-        if picture is not None:
-            maps = self.explorer.maps(self.asker, net, picture, row.name)
-            _, sheet = self.explorer.sheet(self.asker, net, picture, row.name)
+        if image is not None:
+            maps = self.explorer.maps(self.asker, net, image, row.name)
+            _, sheet = self.explorer.sheet(self.asker, net, image, row.name)
             table = compute.channel_table(maps)
             if net.classifies():
-                said = self.explorer.predictions(self.asker, net, picture)
+                said = self.explorer.predictions(self.asker, net, image)
                 target = said[0]["index"] if target is None else target
-                speaks = self.explorer.relevance(self.asker, net, picture, row.name, target)
+                speaks = self.explorer.relevance(self.asker, net, image, row.name, target)
                 table["relevance"] = [float(f"{v:.4g}") for v in speaks]
                 more |= {"target": target, "target_name": net.model.class_name(target), "said": said[:CLASSES]}
             data |= {
                 "table": table,
-                "picture": picture.key,
-                "api": f"/api/models/{net.key}/pictures/{picture.key}",
+                "picture": image.key,
+                "api": f"/api/models/{net.key}/pictures/{image.key}",
                 "grid": [maps.shape[1], maps.shape[2]],
                 "field": compute.field(net.model, row.name),
                 "unitPage": self.site.page("m", net.key, "unit", row.name, 0),
             }
             if not self.site.live:
-                data["places"] = _places(maps)
+                data["places"] = _positions(maps)
             order = np.argsort(-np.array(table["max"]), kind="stable")
             more |= {
-                "sheet": self.site.sheet(net, picture, row.name),
+                "sheet": self.site.sheet(net, image, row.name),
                 "measures": sheet,
-                "photo": self.site.photo(picture, 1024),
+                "photo": self.site.photo(image, 1024),
                 "cells": [self._cell(net, row.name, int(u), sheet, table) for u in order],
                 "first": SHOWN,
                 "dead": sum(table["dead"]),
-                "lines": snippets.activations(self.site.source(net.source), self.site.source(picture.source), row.name),
+                "lines": snippets.activations(self.site.source(net.source), self.site.source(image.source), row.name),
                 "orders": [k for k in ("max", "mean", "relevance") if k in table],
             }
         return Page("layer.html", f"{row.name} of {net.model.name}", data, more)
@@ -165,9 +165,9 @@ class Pages:
 
     # --- a unit ---
 
-    def unit(self, net: Network, layer: str, unit: int, picture: Picture | None, what: PatternSpec) -> Page:
+    def unit(self, net: Network, layer: str, unit: int, image: Picture | None, what: PatternSpec) -> Page:
         """A unit: what it wants, what excites it, what it makes of a picture."""
-        picture = picture or self.lead(net)
+        image = image or self.lead(net)
         row = None if layer == LOGITS else net.layer(layer)
         made = self.explorer.drawn(net, what)
         about = store_views.unit_page(net, self.site, layer, unit)
@@ -195,13 +195,13 @@ class Pages:
             "lines": snippets.pattern(self.site.source(net.source), what, net.model),
             "class_name": net.model.class_name(unit) if layer == LOGITS else None,
             "map": None,
-            "picture": picture,
+            "picture": image,
         }
-        if picture is not None and row is not None:
-            maps = self.explorer.maps(self.asker, net, picture, layer)
+        if image is not None and row is not None:
+            maps = self.explorer.maps(self.asker, net, image, layer)
             table = compute.channel_table(maps[unit : unit + 1])
             data["map"] = compute.packed(maps[unit])
-            more["map"] = {"photo": self.site.photo(picture, 1024), "max": table["max"][0], "mean": table["mean"][0]}
+            more["map"] = {"photo": self.site.photo(image, 1024), "max": table["max"][0], "mean": table["mean"][0]}
             more["map"]["dead"] = table["dead"][0]
         called = f"class {net.model.class_name(unit)}" if layer == LOGITS else f"unit {unit} of {layer}"
         return Page("unit.html", f"{called}, {net.model.name}", data, more)
@@ -210,9 +210,9 @@ class Pages:
         made = self.explorer.drawn(net, what) or {}
         return {**{k: v for k, v in made.items() if k != "image"}, "src": self.site.pattern(net, what)}
 
-    def class_(self, net: Network, index: int, picture: Picture | None, what: PatternSpec) -> Page:
+    def class_(self, net: Network, index: int, image: Picture | None, what: PatternSpec) -> Page:
         """A class: its pattern, the units that tell of it, and the pictures that the network takes for it."""
-        page = self.unit(net, LOGITS, index, picture, what)
+        page = self.unit(net, LOGITS, index, image, what)
         about = {**store_views.class_page(net, self.site, index), **self._made_of(net, index)}
         return Page("class.html", f"{net.model.class_name(index)}, {net.model.name}", page.data, {**page.more, **about})
 
@@ -231,7 +231,7 @@ class Pages:
 
     def example(self, net: Network, number: int) -> Page:
         """A picture of the data set: what the network said of it, and which units it excites."""
-        about = store_views.picture_page(net, self.site, number)
+        about = store_views.image_page(net, self.site, number)
         data = {"kind": "example", "live": self.site.live}
         return Page("example.html", f"{about['name']}, picture {number}", data, {"net": net, **about})
 
@@ -259,7 +259,7 @@ class Pages:
     def lead(self, net: Network) -> Picture | None:
         """The picture to begin with, if there is any."""
         samples = self.explorer.shelf.samples
-        return samples[0] if samples and net.takes_pictures else None
+        return samples[0] if samples and net.takes_images else None
 
     def _made_of(self, net: Network, index: int) -> dict[str, Any]:
         """What the store keeps of a class: concepts and atlases; and where a live page says how they are made."""
@@ -303,7 +303,7 @@ def sees(net: Network, row: Layer) -> str:
     return " × ".join(map(str, row.receptive_field)) + " pixels"
 
 
-def _places(maps: np.ndarray, most: int = 1024, top: int = 6) -> dict[str, Any] | None:
+def _positions(maps: np.ndarray, most: int = 1024, top: int = 6) -> dict[str, Any] | None:
     """For published pages: the strongest units at every place, row by row; None where there are too many places."""
     height, width = maps.shape[1:]
     if height * width > most:

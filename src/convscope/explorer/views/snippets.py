@@ -11,17 +11,17 @@ from convscope.explorer.service.patterns import SEVERAL, PatternSpec
 Lines = dict[str, str]
 
 
-def heatmap(model: str, picture: str, target: int, layer: str | None, method: str, against: int | None) -> Lines:
+def heatmap(model: str, image: str, target: int, layer: str | None, method: str, against: int | None) -> Lines:
     given = _given(layer=layer, method=None if method == "grad-cam" else method, against=against)
-    python = f"convscope.heatmaps({_load(model)}, {picture!r}, {target}{_arguments(given)}).overlay()[0]"
+    python = f"convscope.heatmaps({_load(model)}, {image!r}, {target}{_arguments(given)}).overlay()[0]"
     options = [f"--target {target}", *_options(given)]
-    return {"python": python, "shell": f"convscope heatmap {_quoted(model, picture)} {' '.join(options)}"}
+    return {"python": python, "shell": f"convscope heatmap {_quoted(model, image)} {' '.join(options)}"}
 
 
-def activations(model: str, picture: str, layer: str) -> Lines:
+def activations(model: str, image: str, layer: str) -> Lines:
     return {
-        "python": f"convscope.activations({_load(model)}, {picture!r}, {layer!r})",
-        "shell": f"convscope activations {_quoted(model, picture)} --layers {shlex.quote(layer)}",
+        "python": f"convscope.activations({_load(model)}, {image!r}, {layer!r})",
+        "shell": f"convscope activations {_quoted(model, image)} --layers {shlex.quote(layer)}",
     }
 
 

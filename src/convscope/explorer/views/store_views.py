@@ -45,7 +45,7 @@ def unit_page(net: Network, site: UrlBuilder, layer: str, unit: int) -> dict[str
     if told["selectivity"] is not None:
         facts["selectivity"] = f"{told['selectivity']:.2f}"
     return {
-        "pictures": f"{store.pictures_count:,}",
+        "pictures": f"{store.images_count:,}",
         "warnings": ["This unit is dead: on none of the pictures did it answer."] if dead else [],
         "examples": [_shown(net, site, example, i) for i, example in enumerate(examples)],
         "src": site.patches(net, layer, unit, "top") if len(examples) else None,
@@ -75,7 +75,7 @@ def _shown(net: Network, site: UrlBuilder, example: Example, index: int) -> dict
         "value": example.value,
         "name": plain_name(example.name),
         "x": index * SIDE,
-        "page": site.page("m", net.key, "data", example.picture),
+        "page": site.page("m", net.key, "data", example.image),
     }
 
 
@@ -162,9 +162,9 @@ def class_page(net: Network, site: UrlBuilder, index: int) -> dict[str, Any]:
     }
 
 
-def picture_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
+def image_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
     """A picture of the data set. Raises MissingError where there is none of that number."""
-    if net.store is None or not 0 <= number < net.store.pictures_count:
+    if net.store is None or not 0 <= number < net.store.images_count:
         raise NotFound(f"there is no picture {number} in the data set here")
     own = net.store.image(number)
     return {
@@ -175,7 +175,7 @@ def picture_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
         "label": own.label,
         "loss": own.loss,
         "failed": own.failed,
-        "can_open": own.failed is None and net.takes_pictures,
+        "can_open": own.failed is None and net.takes_images,
         "said": [
             {"name": p.name, "probability": p.probability, "page": site.page("m", net.key, "class", p.target)}
             for p in own.predictions
@@ -210,14 +210,14 @@ class Views:
 
         self._store, self._cache = store, Cache(room)
 
-    def get(self, picture: int) -> ImageView:
-        return self._kept(picture, lambda: self._store.view(picture))
+    def get(self, image: int) -> ImageView:
+        return self._kept(image, lambda: self._store.view(image))
 
-    def _kept(self, picture: int, make: Callable[[], ImageView]) -> ImageView:
-        view: ImageView | None = self._cache.get(picture)
+    def _kept(self, image: int, make: Callable[[], ImageView]) -> ImageView:
+        view: ImageView | None = self._cache.get(image)
         if view is None:
             view = make()
-            self._cache.put(picture, view)
+            self._cache.put(image, view)
         return view
 
     def sheet(self, layer: str, unit: int, kind: str = "top") -> bytes:
@@ -226,7 +226,7 @@ class Views:
         examples = self._store.unit(layer, unit).examples(count, "top" if kind == "best" else kind)
         sheet = Image.new("RGB", (SIDE * max(1, len(examples)), SIDE * (1 if kind == "best" else 2)), "gray")
         for i, example in enumerate(examples):
-            view = self._kept(example.picture, example.view)  # which knows already what the store says of the picture
+            view = self._kept(example.image, example.view)  # which knows already what the store says of the picture
             sheet.paste(_squared(view.cut(example.box)), (i * SIDE, 0))
             if kind != "best":
                 sheet.paste(_squared(view.framed(example.box)), (i * SIDE, SIDE))

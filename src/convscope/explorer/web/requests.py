@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import NotFound, Picture
-from convscope.explorer.service.jobs import Client, QueueFull, ClientDisconnected, Job
+from convscope.explorer.service.jobs import Client, ClientDisconnected, Job, QueueFull
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import Decoder, plain_name
 from convscope.explorer.urls import LiveUrls
@@ -74,7 +74,7 @@ class RequestRunner:
 
     def chosen(self, net: Network, key: str | None) -> Picture | None:
         """The picture that an address names, if it names one. Raises MissingError."""
-        return self.explorer.shelf.find(key) if key and net.takes_pictures else None
+        return self.explorer.shelf.find(key) if key and net.takes_images else None
 
     async def upload(self, request: Request, name: str) -> Picture:
         """The picture in a request's body. Raises ConvscopeError if it is none, too large or too slow."""
@@ -102,7 +102,7 @@ class RequestRunner:
 
     def opened(self, asker: Client, net: Network, number: int) -> str:
         """A picture of the data set, put on the shelf; its key."""
-        if net.key not in self.views or net.store is None or not 0 <= number < net.store.pictures_count:
+        if net.key not in self.views or net.store is None or not 0 <= number < net.store.images_count:
             raise NotFound(f"there is no picture {number} in the data set here")
         store = net.store
         view = self.views[net.key].get(number)
@@ -116,9 +116,7 @@ class RequestRunner:
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
-    async def _events(
-        self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]
-    ) -> AsyncIterator[str]:
+    async def _events(self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]) -> AsyncIterator[str]:
         told, frame = None, 0
         try:
             while not work.future.done():
@@ -146,7 +144,7 @@ def _event(name: str, content: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(content)}\n\n"
 
 
-def _data_url(picture: bytes) -> str:
+def _data_url(image: bytes) -> str:
     import base64
 
-    return "data:image/webp;base64," + base64.b64encode(picture).decode()
+    return "data:image/webp;base64," + base64.b64encode(image).decode()

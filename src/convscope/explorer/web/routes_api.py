@@ -59,7 +59,7 @@ def router(desk: RequestRunner) -> APIRouter:
     """The addresses under /api/."""
     routes = APIRouter(prefix="/api", responses=PROBLEMS)
     _models(routes, desk)
-    _pictures(routes, desk)
+    _images(routes, desk)
     _heatmaps(routes, desk)
     _long(routes, desk)
     return routes
@@ -72,7 +72,7 @@ def _models(routes: APIRouter, desk: RequestRunner) -> None:
     def models() -> dict[str, Any]:
         """The networks that can be explored, and how busy the explorer is."""
         nets = explorer.networks.values()
-        found = [{"key": n.key, "name": n.model.name, "version": n.version, "pictures": n.takes_pictures} for n in nets]
+        found = [{"key": n.key, "name": n.model.name, "version": n.version, "pictures": n.takes_images} for n in nets]
         return {"models": found, "waiting": {"quick": len(explorer.quick), "slow": len(explorer.slow)}}
 
     @routes.get("/models/{model}")
@@ -95,7 +95,7 @@ def _models(routes: APIRouter, desk: RequestRunner) -> None:
         return {"classes": [*exact, *(c for c in found if c not in exact)][:20]}
 
 
-def _pictures(routes: APIRouter, desk: RequestRunner) -> None:
+def _images(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     @routes.post(
@@ -175,7 +175,7 @@ def _pictures(routes: APIRouter, desk: RequestRunner) -> None:
         net, found = await maps(request, model, picture, layer)
         if row >= found.shape[1] or column >= found.shape[2]:
             raise ConvscopeError(f"layer {layer!r} has {found.shape[1]} x {found.shape[2]} places; not {row}, {column}")
-        return compute.place(net.model, found, layer, row, column)
+        return compute.position(net.model, found, layer, row, column)
 
     @routes.get("/models/{model}/pictures/{picture}/relevance")
     async def relevance(request: Request, model: Model, picture: Key, layer: Layer, target: Target) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Question:
     """What is asked for a class of a picture, and how."""
 
     model: str
-    picture: str
+    image: str
     target: int
     layer: str | None
     method: str
@@ -213,13 +213,13 @@ class Question:
 
 async def _question(
     model: Model,
-    picture: Key,
+    image: Key,
     target: Target,
     layer: MaybeLayer = None,
     method: Method = "grad-cam",
     against: Against = None,
 ) -> Question:
-    return Question(model, picture, target, layer, method, against)
+    return Question(model, image, target, layer, method, against)
 
 
 Asked = Annotated[Question, Depends(_question)]
@@ -230,10 +230,10 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     base = "/models/{model}/pictures/{picture}"
 
     async def heat(request: Request, asked: Question) -> dict[str, Any]:
-        net, found = asked.network(explorer), explorer.shelf.find(asked.picture)
+        net, found = asked.network(explorer), explorer.shelf.find(asked.image)
 
         def make(asker: Client) -> dict[str, Any]:
-            (one,) = explorer.heat(asker, net, found, [asked.target], asked.layer, asked.method, asked.against)
+            (one,) = explorer.heatmap(asker, net, found, [asked.target], asked.layer, asked.method, asked.against)
             return one
 
         return await desk.answer(request, make)
@@ -242,7 +242,7 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     async def heatmap(request: Request, asked: Asked) -> dict[str, Any]:
         """Which places speak for a class. `map.data`: 16-bit integers in base64; value = integer / 32767 * `peak`."""
         one = await heat(request, asked)
-        net, found = explorer.network(asked.model), explorer.shelf.find(asked.picture)
+        net, found = explorer.network(asked.model), explorer.shelf.find(asked.image)
         how = (asked.target, asked.layer, asked.method, asked.against)
         return {**one, "lines": snippets.heatmap(net.source, found.source, *how)}
 
@@ -264,7 +264,7 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
         if colours not in ("jet", "viridis", "inferno", "coolwarm"):
             raise ConvscopeError(f"colours are {colours[:40]!r}; expected jet, viridis, inferno or coolwarm")
         one = await heat(request, asked)
-        net, found = explorer.network(asked.model), explorer.shelf.find(asked.picture)
+        net, found = explorer.network(asked.model), explorer.shelf.find(asked.image)
 
         def draw() -> bytes:
             pixels = np.asarray(found.shown(LONGEST))
@@ -279,7 +279,7 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     @routes.get(base + "/faithfulness")
     async def faithfulness(request: Request, asked: Asked) -> dict[str, Any]:
         """Whether the map tells the truth: deletion (lower is better) and insertion (higher), with their curves."""
-        net, found = asked.network(explorer), explorer.shelf.find(asked.picture)
+        net, found = asked.network(explorer), explorer.shelf.find(asked.image)
         how = (asked.target, asked.layer, asked.method, asked.against)
         return await desk.answer(request, lambda asker: explorer.faithfulness(asker, net, found, *how))
 
@@ -288,7 +288,7 @@ def _long(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     def references() -> list[np.ndarray]:
-        return [picture.pixels for picture in explorer.shelf.samples[:8]]
+        return [image.pixels for image in explorer.shelf.samples[:8]]
 
     @routes.get("/models/{model}/pattern/events", response_class=Response)
     async def pattern(
@@ -306,7 +306,7 @@ def _long(routes: APIRouter, desk: RequestRunner) -> None:
         net = explorer.network(model)
         net.require_unit(layer, unit)
         what = PatternSpec(layer, unit, look, recipe, seed)
-        work = explorer.begin_drawing(desk.client(request), net, what, references() if net.takes_pictures else [])
+        work = explorer.begin_drawing(desk.client(request), net, what, references() if net.takes_images else [])
         told: Callable[[Any], dict[str, Any]] = lambda made: {  # noqa: E731
             **{k: v for k, v in made.items() if k != "image"},
             **asdict(what),

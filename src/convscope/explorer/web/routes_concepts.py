@@ -72,7 +72,7 @@ def _concepts(routes: APIRouter, desk: RequestRunner) -> None:
 
         def make(asker: Client) -> dict[str, Any]:
             one = concept_data.concepts_of(net, target, layer)
-            maps = concept_data.heat_on(explorer, asker, net, found, one)
+            maps = concept_data.heatmap_on(explorer, asker, net, found, one)
             return {"target": target, "layer": one.layer, "maps": [compute.packed(values) for values in maps]}
 
         return await desk.answer(request, make)
@@ -120,7 +120,7 @@ def _sheets(routes: APIRouter, desk: RequestRunner) -> None:
             draw = lambda: concept_data.sheet(concept_data.arrays_of(explorer, one), which)  # noqa: E731
             return explorer.cached_image(asker, net, ("kept", one.version, which), draw)
 
-        return routes_images.picture(await desk.answer(request, make), request)
+        return routes_images.image(await desk.answer(request, make), request)
 
 
 def _version(every: list[SavedResult], name: str, version: str) -> SavedResult:

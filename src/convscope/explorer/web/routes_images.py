@@ -22,7 +22,7 @@ SIZES = (96, 160, 320, 640, 1024)
 Longest = Annotated[int, Query(ge=16, le=1024)]
 
 
-def picture(content: bytes, request: Request) -> Response:
+def image(content: bytes, request: Request) -> Response:
     """A picture, or, where the browser has it already, the word that it is the same."""
     tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
     headers = {"Cache-Control": ASKED, "ETag": tag}
@@ -44,7 +44,7 @@ def router(desk: RequestRunner) -> APIRouter:
         return net
 
     async def made(request: Request, make: Callable[[Client], bytes]) -> Response:
-        return picture(await desk.answer(request, make), request)
+        return image(await desk.answer(request, make), request)
 
     @routes.get("/photo")
     async def photo(request: Request, picture: str, longest: Longest = 1024) -> Response:
@@ -89,12 +89,14 @@ def router(desk: RequestRunner) -> APIRouter:
             raise NotFound("there are no such examples here")
         what: tuple[Any, ...] = ("patches", layer, unit, kind)
         views = desk.views[net.key]
-        return await made(request, lambda asker: explorer.cached_image(asker, net, what, lambda: views.sheet(layer, unit, kind)))
+        return await made(
+            request, lambda asker: explorer.cached_image(asker, net, what, lambda: views.sheet(layer, unit, kind))
+        )
 
     @routes.get("/thumbnail")
     async def thumbnail(request: Request, number: int, v: str) -> Response:
         net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
-        if net is None or net.store is None or not 0 <= number < net.store.pictures_count:
+        if net is None or net.store is None or not 0 <= number < net.store.images_count:
             raise NotFound("there is no such picture here")
         owner, views = net, desk.views[net.key]
         make = lambda asker: explorer.cached_image(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
