@@ -591,7 +591,7 @@ def test_nothing_is_left_behind(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("after", [1, 3])
 def test_cancelling_ends_the_work_and_leaves_nothing(method: str, after: int) -> None:
-    class Cancelled(Exception):  # noqa: N818
+    class Cancelled(Exception):
         pass
 
     net = filled(Usual())

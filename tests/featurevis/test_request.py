@@ -203,7 +203,7 @@ def test_frames_of_several_batches_stand_side_by_side(usual: convscope.Model) ->
 @pytest.mark.parametrize("ends", ["watch", "progress"])
 @pytest.mark.parametrize("recipe", ["robust", "maco", "plain"])
 def test_an_end_from_outside_leaves_nothing_behind(recipe: str, ends: str) -> None:
-    class Enough(Exception):  # noqa: N818
+    class Enough(Exception):
         pass
 
     calls: list[int] = []
