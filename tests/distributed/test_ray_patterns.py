@@ -215,7 +215,7 @@ def test_actors_have_as_many_threads_as_this_process(monkeypatch: pytest.MonkeyP
         torch.set_num_threads(before)
         return [(task, do(task)) for task in tasks]
 
-    monkeypatch.setattr(ray_pool, "distributed", here)
+    monkeypatch.setattr(ray_pool, "map_unordered", here)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 1):

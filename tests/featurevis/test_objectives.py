@@ -96,7 +96,7 @@ def test_names_and_what_is_watched() -> None:
     ]
     for objective, name, watches in named:
         assert (objective.name, objective.watches) == (name, watches)
-    assert [o.pictures for o, *_ in named] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 3, 3]
+    assert [o.images for o, *_ in named] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 3, 3]
     assert [o.mates for o, *_ in named] == [False] * 8 + [True] + [False] * 2
     assert (channel("a", 1) + channel("logits", 1) - channel("b", 0) * channel("a", 2)).layers == ["a", "b"]
 

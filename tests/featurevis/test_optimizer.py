@@ -211,7 +211,7 @@ class Silence:
         self.canvas = PixelImage(start(1, 3, 4, 5).float().expand(len(first), -1, -1, -1), 1)
         self.first, self.seen = first, [self.canvas.values.detach().clone()]
 
-    def climbed(self, steps: int, revive: int) -> Tensor:
+    def climbed(self, steps: int, redirect_steps: int) -> Tensor:
         def measure(i: int) -> Tensor:
             values = self.canvas.values.square().mean((1, 2, 3))
             return values - values.detach() * torch.tensor([float(i < first) for first in self.first])
@@ -221,7 +221,7 @@ class Silence:
         def note(_: int) -> None:
             self.seen.append(self.canvas.values.detach().clone())
 
-        return ascend(self.canvas, measure, step, steps, redirect_steps=revive, on_step=note)
+        return ascend(self.canvas, measure, step, steps, redirect_steps=redirect_steps, on_step=note)
 
 
 NEVER = 1000
@@ -231,7 +231,7 @@ def test_a_picture_that_is_silent_from_the_first_stays_and_its_neighbours_climb_
     """One that fires at the last of the steps that count is not given up, nor one that falls silent later."""
     steps = DEAD_AFTER_STEPS + 8
     late = Silence(NEVER, DEAD_AFTER_STEPS - 1, 0)
-    history = late.climbed(steps, revive=4)
+    history = late.climbed(steps, redirect_steps=4)
     for i in range(steps + 1):
         beside = late.seen[min(i, len(late.seen) - 1)]
         assert torch.equal(beside[0], late.seen[min(i, DEAD_AFTER_STEPS - 1)][0])
@@ -240,14 +240,14 @@ def test_a_picture_that_is_silent_from_the_first_stays_and_its_neighbours_climb_
     assert history[DEAD_AFTER_STEPS - 1 :, 1].all()
     for place, first in ((1, DEAD_AFTER_STEPS - 1), (2, 0)):
         alone = Silence(first)
-        assert torch.equal(alone.climbed(steps, revive=4)[:, 0], history[:, place])
+        assert torch.equal(alone.climbed(steps, redirect_steps=4)[:, 0], history[:, place])
         assert torch.equal(alone.seen[-1][0], late.seen[-1][place])
     assert not torch.equal(late.seen[-2][1], late.seen[-1][1])
 
 
 def test_when_all_are_silent_the_climb_ends() -> None:
     silent = Silence(NEVER, NEVER)
-    history = silent.climbed(150, revive=4)
+    history = silent.climbed(150, redirect_steps=4)
     assert len(silent.seen) == DEAD_AFTER_STEPS  # as they began, and a step behind each value but the last
     assert history.shape == (150, 2)
     assert not history.any()
@@ -256,7 +256,7 @@ def test_when_all_are_silent_the_climb_ends() -> None:
 def test_who_is_not_to_be_woken_is_not_given_up() -> None:
     """Without `revive` nothing was done about the silence: the textbook's recipe takes all of its steps."""
     plain = Silence(NEVER)
-    plain.climbed(DEAD_AFTER_STEPS + 8, revive=0)
+    plain.climbed(DEAD_AFTER_STEPS + 8, redirect_steps=0)
     assert len(plain.seen) == DEAD_AFTER_STEPS + 9
 
 

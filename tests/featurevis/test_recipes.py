@@ -87,7 +87,7 @@ def test_robust_for_classes_by_hand() -> None:
     net = filled(Usual())
     model = loaded(net, 112)
     steps, number, seed = 10, 2, 5
-    rule = replace(RECIPES["robust"], tries=1)
+    rule = replace(RECIPES["robust"], max_restarts=1)
     found = convscope.patterns(model, "logits", [number, 4], recipe=rule, steps=steps, seed=seed)
     assert found.images.shape == (2, 112, 112, 3)
     own = generator(seed, number)
@@ -131,18 +131,18 @@ class Residual(nn.Module):
 
 def test_robust_takes_less_than_half_of_what_residual_branches_hand_back_of_classes() -> None:
     """As a network whose branches do so by themselves, to the byte; units of layers are drawn with all of it."""
-    rule = replace(RECIPES["robust"], tries=1)
+    rule = replace(RECIPES["robust"], max_restarts=1)
     assert rule.residual_grad_scale == 0.45
     whole, less = (loaded(filled(Residual(share)), 56) for share in (1.0, 0.45))
     found = convscope.patterns(whole, "logits", recipe=rule, steps=12)
-    expected = convscope.patterns(less, "logits", recipe=replace(rule, branches=1.0), steps=12)
+    expected = convscope.patterns(less, "logits", recipe=replace(rule, residual_grad_scale=1.0), steps=12)
     assert np.array_equal(found.images, expected.images)
     assert np.array_equal(found.history, expected.history)
-    other = convscope.patterns(whole, "logits", recipe=replace(rule, branches=1.0), steps=12)
+    other = convscope.patterns(whole, "logits", recipe=replace(rule, residual_grad_scale=1.0), steps=12)
     assert not np.array_equal(found.images, other.images)
     units = [convscope.patterns(net, "head", recipe=rule, steps=4).images for net in (whole, less)]
     assert not np.array_equal(*units)
-    plain = convscope.patterns(whole, "head", recipe=replace(rule, branches=1.0), steps=4).images
+    plain = convscope.patterns(whole, "head", recipe=replace(rule, residual_grad_scale=1.0), steps=4).images
     assert np.array_equal(units[0], plain)
 
 

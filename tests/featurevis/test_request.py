@@ -200,7 +200,7 @@ def test_frames_of_several_batches_stand_side_by_side(usual: convscope.Model) ->
     assert len({count for _, count in told}) == 1
 
 
-@pytest.mark.parametrize("ends", ["watch", "progress"])
+@pytest.mark.parametrize("ends", ["callback", "progress"])
 @pytest.mark.parametrize("recipe", ["robust", "maco", "plain"])
 def test_an_end_from_outside_leaves_nothing_behind(recipe: str, ends: str) -> None:
     class Enough(Exception):
@@ -381,7 +381,7 @@ def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
     noises = torch.from_numpy(noises_by_hand(0, (32, 32))).permute(0, 3, 1, 2)
 
     def lost(task: OptimizationTask) -> RecipeOutput:
-        return RECIPES["plain"].draw(task)._replace(pictures=noises[2:3])
+        return RECIPES["plain"].draw(task)._replace(images=noises[2:3])
 
     found = convscope.patterns(
         usual, channel("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, constant_schedule(1, 1.0))

@@ -154,12 +154,12 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from tests.featurevis.test_resumable import OPTIONS, loaded
-from convscope.patterns.unattended import in_parts
+from convscope.featurevis.resumable import run_resumable
 def progress(done, total):
     if done >= 1.5:
         os.kill(os.getpid(), signal.SIGKILL)
 torch.set_num_threads(int(sys.argv[2]))
-in_parts(loaded(), "wide", None, Path(sys.argv[1]), progress=progress, **OPTIONS)
+run_resumable(loaded(), "wide", None, Path(sys.argv[1]), progress=progress, **OPTIONS)
 """
 
 

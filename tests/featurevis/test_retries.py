@@ -21,7 +21,7 @@ from tests.featurevis.test_recipes import loaded
 from tests.oracles.nets import Usual, filled
 
 STEPS = 16
-BRIEF = replace(RECIPES["robust"], pace=constant_schedule(STEPS, 0.8), tries=4)
+BRIEF = replace(RECIPES["robust"], schedule=constant_schedule(STEPS, 0.8), max_restarts=4)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ class Quarters(nn.Module):
 
 def test_what_the_network_knows_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished pictures cut by hand at their middle; what falls short is drawn again, and said to."""
-    monkeypatch.setattr(sys.modules["convscope.featurevis.api"], "beside_noise", lambda *_: torch.zeros(4))
+    monkeypatch.setattr(sys.modules["convscope.featurevis.api"], "noise_baseline", lambda *_: torch.zeros(4))
     model = loaded(Quarters(), 32)
-    once = drawn(model, range(4), replace(BRIEF, tries=1))
+    once = drawn(model, range(4), replace(BRIEF, max_restarts=1))
     assert not once.notes
     found = drawn(model, range(4))
     bright = found.images.reshape(4, 2, 16, 2, 16, 3).mean((2, 4, 5)) / 255
@@ -91,13 +91,13 @@ def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, lis
 
     def alone(unit: int, start: int) -> convscope.Patterns:
         """From the same random numbers: a start adds 2^31 - 1 to them, as a seed adds 1,000,003."""
-        once = replace(BRIEF, tries=1)
+        once = replace(BRIEF, max_restarts=1)
         if start == 0:
             return drawn(usual, [unit], once, frames=2)
         with pytest.MonkeyPatch.context() as patch:
             plan = sys.modules["convscope.featurevis.request"]
-            usually = plan.Wanted.generators
-            patch.setattr(plan.Wanted, "generators", lambda self, part, seed: usually(self, part, seed, start))
+            usually = plan.PatternRequest.generators
+            patch.setattr(plan.PatternRequest, "generators", lambda self, part, seed: usually(self, part, seed, start))
             return drawn(usual, [unit], once, frames=2)
 
     for unit, start in ((0, 0), (1, 2), (2, 1), (3, 0), (4, 0)):
@@ -169,7 +169,7 @@ def test_a_network_that_ends_in_a_sigmoid_is_judged_by_it() -> None:
     """Each class by itself: what the network says of the picture in pieces is what `predict` says of it."""
     model = loaded(nn.Sequential(Quarters(), nn.Sigmoid()), 32)
     assert model.final_activation == "sigmoid"
-    found = drawn(model, range(4), replace(BRIEF, tries=2))
+    found = drawn(model, range(4), replace(BRIEF, max_restarts=2))
     pieces = np.roll(found.images, (16, 16), (1, 2))
     said = 1 / (1 + np.exp(-convscope.predict(model, pieces).logits))
     doubted = [u for u in range(4) if said[u, u] < MIN_CONFIDENCE and found.scores[u] > found.noise_scores[u]]

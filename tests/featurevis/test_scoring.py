@@ -101,7 +101,7 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
         assert found.grid == (shape if len(shape) == 2 else None)
         np.testing.assert_allclose(found.values, best, rtol=1e-5)
         for unit in range(5):
-            at = maps[int(found.photographs[unit]), unit, int(found.places[unit])]
+            at = maps[int(found.photographs[unit]), unit, int(found.positions[unit])]
             np.testing.assert_allclose(at, best[unit], rtol=1e-5)
 
 

@@ -30,7 +30,7 @@ UNITS, SHOWN = 4, 2
 # Four of 8, of 12 and of 5, evenly spread, first and last included.
 PICKED = {"conv1": [0, 2, 5, 7], "relu2": [0, 4, 7, 11], "logits": [0, 1, 3, 4]}
 CLASSES = ["ant", "bee & <wasp>", "cat", "dog", "eel"]
-MODEL = "tests.test_story:small"
+MODEL = "tests.featurevis.test_story:small"
 
 
 def small() -> nn.Module:

@@ -64,7 +64,7 @@ class Story(Result):
             rows.append(row)
         return rows
 
-    def texts(self) -> dict[str, str]:
+    def text_files(self) -> dict[str, str]:
         rows = self.table()
         out = io.StringIO()
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")

@@ -280,7 +280,7 @@ def _top(name: str, args: Any, kwargs: Any) -> float | None:
         return float("inf")
     if name in ("relu6", "relu6_"):
         return 6.0
-    if name == "rectified":
+    if name == "inplace_clamp":
         return float(args[2]) if args[1] == 0 else None
     if name in ("hardtanh", "hardtanh_"):
         low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)

@@ -212,7 +212,7 @@ def robust(task: OptimizationTask) -> RecipeOutput:
         return canvas.image(task.seen_at(step) if warms else None)
 
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
-    how = {"silent": task.steps, "mean": task.steps // SETTLING} if warms else {}
+    how = {"silent": task.steps, "average_last": task.steps // SETTLING} if warms else {}
     drawn = _climbed(task, canvas, task.augmented_objective(view, shown), step, **how)
     if not task.still:
         _retry_silent(task, canvas, (drawn.history == 0).any(0))
@@ -230,7 +230,7 @@ def _climbed(
     recipes but the textbook's do."""
     finish = partial(finished, canvas)
     own = adam_step(canvas.values, task.step_size, DAMPING) if step is None else step
-    history = task.optimize(canvas, measure, own, finish, revive=REVIVED, **how)
+    history = task.optimize(canvas, measure, own, finish, redirect_steps=REVIVED, **how)
     return RecipeOutput(finish(), history)
 
 

@@ -60,7 +60,7 @@ class Patterns(Result):
             return [self.model.class_name(int(u)) for u in self.units]
         return [f"{self.layer} {u}" for u in self.units]
 
-    def texts(self) -> dict[str, str]:
+    def text_files(self) -> dict[str, str]:
         """`units.csv`: scores beside noise and natural pictures; `sprites.json`: where each is on the sheet."""
         columns: dict[str, Any] = {
             "unit": self.units,
