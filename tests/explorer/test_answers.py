@@ -14,8 +14,8 @@ import convscope
 from convscope.engine import capture
 from convscope.explorer.service import compute
 from convscope.explorer.service.jobs import ClientDisconnected
-from convscope.explorer.service.model_copy import twin
-from convscope.explorer.service.patterns import LOOKS, PatternSpec
+from convscope.explorer.service.model_copy import copy_model
+from convscope.explorer.service.patterns import VARIANTS, PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.views import snippets
 from convscope.images.colormap import lookup_table
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def x(model):
-    return compute.prepared(model, picture())
+    return compute.preprocess(model, picture())
 
 
 def test_predictions_are_the_librarys(model, x):
@@ -46,7 +46,7 @@ def test_heat_is_the_librarys_to_16_bits(model, x):
     found = compute.heatmap(model, x, [2, 0], layer="relu2", method="layer-cam", against=1)
     known = convscope.heatmaps(model, [picture()], [[2, 0]], layer="relu2", method="layer-cam", against=1)
     for t, one in enumerate(found):
-        values = compute.unpacked(one["map"])
+        values = compute.unpack_map(one["map"])
         assert np.abs(values - known.values[0, t]).max() <= np.abs(known.values[0, t]).max() / 32767
         assert one["logit"] == pytest.approx(float(known.logits[0, t]), rel=1e-5)
     assert [one["target"] for one in found] == [2, 0]
@@ -60,7 +60,7 @@ def test_notes_are_of_their_own_class():
         net[4].weight[1] = -0.5
     for names in (["cat", "tiger cat", "cat: tiger"], None):
         loaded = convscope.load(net, preprocessing={"size": 32}, classes=names)
-        found = compute.heatmap(loaded, compute.prepared(loaded, picture()), [0, 1, 2], layer="1")
+        found = compute.heatmap(loaded, compute.preprocess(loaded, picture()), [0, 1, 2], layer="1")
         said = "tiger cat" if names else "class 1"
         assert [len(one["notes"]) for one in found] == [0, 1, 0]
         assert found[1]["notes"][0].startswith(f"{said}: the map is negative everywhere")
@@ -68,8 +68,8 @@ def test_notes_are_of_their_own_class():
 
 def test_packed_maps_come_back():
     values = np.array([[-2.0, 0, 1], [0.5, 2, -0.25]], np.float32)
-    assert compute.unpacked(compute.packed(values)) == pytest.approx(values, abs=2 / 32767)
-    assert (compute.unpacked(compute.packed(np.zeros((2, 3), np.float32))) == 0).all()
+    assert compute.unpack_map(compute.pack_map(values)) == pytest.approx(values, abs=2 / 32767)
+    assert (compute.unpack_map(compute.pack_map(np.zeros((2, 3), np.float32))) == 0).all()
 
 
 def test_relevance_of_the_last_layer_adds_up_to_the_logit_less_its_bias(model, x):
@@ -80,7 +80,7 @@ def test_relevance_of_the_last_layer_adds_up_to_the_logit_less_its_bias(model, x
 
 def test_relevance_is_activation_times_slope_by_finite_differences(model, x):
     found = compute.relevance(model, x, "relu2", 1)
-    own = compute.maps(model, x, "relu2")
+    own = compute.feature_maps(model, x, "relu2")
     module, step = model.module, 1e-3
     for unit in (0, 7):
         scale = torch.ones(1, len(own), 1, 1)
@@ -101,7 +101,7 @@ def test_channel_table_and_layer_summary_by_hand():
     maps = np.zeros((10, 2, 2), np.float32)
     maps[0] = [[1, 2], [0, -1]]
     maps[1] = 3
-    table = compute.channel_table(maps)
+    table = compute.channel_statistics(maps)
     assert table["mean"][:2] == [0.5, 3]
     assert table["max"][:2] == [2, 3]
     assert table["active"][:2] == [0.5, 1]
@@ -114,15 +114,15 @@ def test_channel_table_and_layer_summary_by_hand():
 
 def test_summaries_of_all_layers_are_those_of_each(model, x):
     names = [row.name for row in model.layers.distinct()]
-    told = compute.layer_summaries(model, x, names, lambda done, total: None, at_once=2)
+    told = compute.layer_summaries(model, x, names, lambda done, total: None, batch_size=2)
     assert list(told) == names
     for name in names:
-        assert told[name] == pytest.approx(compute.layer_summary(compute.maps(model, x, name)))
+        assert told[name] == pytest.approx(compute.layer_summary(compute.feature_maps(model, x, name)))
 
 
 def test_a_sheet_holds_each_map_in_its_cell(model, x):
-    maps = compute.maps(model, x, "relu2")
-    image, measures = compute.sheet(maps)
+    maps = compute.feature_maps(model, x, "relu2")
+    image, measures = compute.channel_sheet(maps)
     shown = np.asarray(image.convert("RGB"))
     for unit in (0, 5, 11):
         y = unit // measures["columns"] * measures["height"]
@@ -133,21 +133,21 @@ def test_a_sheet_holds_each_map_in_its_cell(model, x):
 
 def test_large_maps_are_averaged_on_sheets():
     maps = np.arange(4 * 120 * 60, dtype=np.float32).reshape(4, 120, 60)
-    image, measures = compute.sheet(maps)
+    image, measures = compute.channel_sheet(maps)
     assert (measures["height"], measures["width"]) == (40, 20)
     small = maps.reshape(4, 40, 3, 20, 3).mean((2, 4))
     assert (np.asarray(image)[:40, :20] == standard(small)[0]).all()
 
 
 def test_the_strongest_units_at_a_place_by_brute_force(model, x):
-    maps = compute.maps(model, x, "relu2")
-    told = compute.position(model, maps, "relu2", 4, 9)
+    maps = compute.feature_maps(model, x, "relu2")
+    told = compute.units_at_position(model, maps, "relu2", 4, 9)
     here = sorted(((float(m[4, 9]), -u) for u, m in enumerate(maps) if m[4, 9] > 0), reverse=True)
     assert [(u["unit"], u["value"]) for u in told["units"]] == [(-u, v) for v, u in here]
 
 
 def test_what_a_place_sees_is_where_the_picture_matters(model):
-    top, left, bottom, right = compute.sees(model, "relu3", 5, 7)
+    top, left, bottom, right = compute.receptive_field_box(model, "relu3", 5, 7)
     # Every weight counts, whatever the rectifiers do: the bound is for all pictures.
     rows, columns = [], []
     for _ in range(40):
@@ -163,7 +163,7 @@ def test_what_a_place_sees_is_where_the_picture_matters(model):
 
 
 def test_a_twin_shares_the_weights_and_nothing_else(model, x):
-    other = twin(model)
+    other = copy_model(model)
     assert other.module is not model.module
     for ours, theirs in zip(model.module.parameters(), other.module.parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
@@ -171,7 +171,7 @@ def test_a_twin_shares_the_weights_and_nothing_else(model, x):
     assert convscope.predict(other, x).logits == pytest.approx(convscope.predict(model, x).logits)
     net = filled(Usual())
     own = convscope.load(net, preprocessing={"size": 32})
-    seen = twin(own)
+    seen = copy_model(own)
     with torch.no_grad():
         net.fc.bias += 1
     assert all(p.requires_grad for p in net.parameters())
@@ -187,7 +187,7 @@ def test_work_beside_a_running_answer_has_hooks_of_its_own():
 
 
 def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
-    other = twin(model)
+    other = copy_model(model)
     known = compute.heatmap(model, x, [1], layer="relu2")[0]["map"]
     found, ends = [], []
 
@@ -220,7 +220,7 @@ def test_faithfulness_that_nobody_waits_for_ends_in_its_heatmap(model, x, monkey
 
     monkeypatch.setattr(compute, "evaluate", lambda *given, **more: pytest.fail("went on"))
     with pytest.raises(ClientDisconnected):
-        compute.faithfulness(model, x, 2, method="rise", tell=gone)
+        compute.faithfulness(model, x, 2, method="rise", report_progress=gone)
 
 
 def test_the_lines_are_programs_that_run(model):
@@ -248,7 +248,7 @@ def test_the_lines_are_programs_that_run(model):
     exec(told["python"], {"convscope": Fake()})
     assert seen == [(("lite0", "it's; rm -rf $HOME.png", 3), {"method": "layer-cam", "against": 7})]
     assert shlex.split(snippets.activations("m", "-x.png", "a b")["shell"])[3] == "./-x.png"
-    for look in LOOKS:
+    for look in VARIANTS:
         exec(
             snippets.pattern("lite0", PatternSpec("conv1", 3, look, "maco", 1), model)["python"], {"convscope": Fake()}
         )

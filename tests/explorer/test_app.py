@@ -17,25 +17,25 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import convscope
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.service import compute
 from convscope.explorer.service.patterns import PatternSpec
-from convscope.explorer.service.state import Explorer, address
+from convscope.explorer.service.state import Explorer, url_key
 from convscope.explorer.service.uploads import Decoder, plain_name
 from tests.oracles.explorer import CLASSES, HOSTILE, NAME, as_file, picture, tiny_model
 
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory):
-    made = Explorer({"tiny": tiny_model()}, keep=tmp_path_factory.mktemp("kept"))
-    made.shelf.add_sample(picture(0), "first.png", "first.png")
-    made.shelf.add_sample(picture(1), NAME, NAME)
+    made = Explorer({"tiny": tiny_model()}, cache_dir=tmp_path_factory.mktemp("kept"))
+    made.images.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(picture(1), NAME, NAME)
     return made
 
 
 @pytest.fixture(scope="module")
 def app(explorer):
-    return create(explorer, decoder=Decoder(most_bytes=300_000, most_pixels=400_000, seconds=20))
+    return create_app(explorer, decoder=Decoder(most_bytes=300_000, most_pixels=400_000, seconds=20))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def data_of(page) -> dict:
 
 
 def assert_same_map(sent: dict, known: np.ndarray) -> None:
-    assert compute.unpacked(sent) == pytest.approx(known, abs=float(np.abs(known).max()) / 30000)
+    assert compute.unpack_map(sent) == pytest.approx(known, abs=float(np.abs(known).max()) / 30000)
 
 
 def test_the_first_address_shows_a_picture_already_analysed(client, explorer):
@@ -61,7 +61,7 @@ def test_the_first_address_shows_a_picture_already_analysed(client, explorer):
     assert set(map(int, told["heats"])) == set(known.indices[0].tolist())
     best = known.indices[0, 0]
     heat = convscope.heatmaps(explorer.first.model, [picture(0)], int(best)).values[0, 0]
-    assert compute.unpacked(told["heats"][str(best)]["map"]) == pytest.approx(
+    assert compute.unpack_map(told["heats"][str(best)]["map"]) == pytest.approx(
         heat, abs=float(np.abs(heat).max()) / 30000
     )
     assert f"{100 * known.probabilities[0, 0]:.1f} %" in page.text
@@ -125,7 +125,7 @@ def test_json_says_what_the_library_says(client, explorer):
     base, model = "/api/models/tiny/pictures/first", explorer.first.model
     heat = client.get(f"{base}/heatmap?target=2&method=layer-cam&layer=relu2&against=1").json()
     known = convscope.heatmaps(model, [picture(0)], 2, method="layer-cam", layer="relu2", against=1)
-    assert compute.unpacked(heat["map"]) == pytest.approx(
+    assert compute.unpack_map(heat["map"]) == pytest.approx(
         known.values[0, 0], abs=float(np.abs(known.values).max()) / 30000
     )
     maps = convscope.activations(model, [picture(0)], ["relu2"])["relu2"][0]
@@ -201,8 +201,8 @@ def test_a_picture_that_the_browser_has_is_not_sent_again(client):
 
 def test_another_server_at_the_same_address_shows_its_own_pictures(client, explorer):
     other = Explorer({"tiny": explorer.first.model})
-    other.shelf.add_sample(picture(5), "first.png", "first.png")  # the same name, other pixels
-    later = TestClient(create(other), base_url="http://localhost")
+    other.images.add_sample(picture(5), "first.png", "first.png")  # the same name, other pixels
+    later = TestClient(create_app(other), base_url="http://localhost")
     sheet = f"/image/sheet?model=tiny&picture=first&layer=relu2&v={other.first.version}"
     for src in ("/image/photo?picture=first&longest=1024", sheet):
         kept = client.get(src)
@@ -286,7 +286,7 @@ def test_a_decoder_that_takes_too_long_is_killed_and_replaced():
 def test_a_server_has_its_decoder_ready():
     decoder = Decoder()
     explorer = Explorer({"tiny": tiny_model()})
-    with TestClient(create(explorer, decoder=decoder), base_url="http://localhost"):
+    with TestClient(create_app(explorer, decoder=decoder), base_url="http://localhost"):
         for _ in range(200):
             if decoder._process is not None:
                 break
@@ -323,7 +323,7 @@ def test_other_names_are_refused(client):
 
 
 def test_a_token_is_asked_for_and_then_remembered(explorer):
-    guarded = TestClient(create(explorer, hosts=["*"], token="secret-secret-secret"), base_url="http://there")
+    guarded = TestClient(create_app(explorer, hosts=["*"], token="secret-secret-secret"), base_url="http://there")
     assert guarded.get("/api/models").status_code == 401
     assert guarded.get("/api/models?token=wrong").status_code == 401
     assert guarded.get("/api/models", headers={"authorization": "Bearer secret-secret-secret"}).status_code == 200
@@ -384,7 +384,7 @@ def test_patterns_that_cannot_be_are_refused_before_work_starts(client, explorer
 
 
 def test_addresses_of_models():
-    assert [address(name) for name in ("lite0", "torchvision:vgg16", "/home/me/my net.keras", "..")] == [
+    assert [url_key(name) for name in ("lite0", "torchvision:vgg16", "/home/me/my net.keras", "..")] == [
         "lite0", "torchvision-vgg16", "my-net.keras", "model",
     ]  # fmt: skip
 
@@ -394,7 +394,7 @@ def test_networks_of_the_same_file_name_have_addresses_and_names_of_their_own():
     explorer = Explorer({source: tiny_model() for source in sources})
     assert list(explorer.networks) == ["net.keras", "net.keras-2", "net.keras-2-2"]
     assert [net.source for net in explorer.networks.values()] == sources
-    page = TestClient(create(explorer), base_url="http://localhost").get("/glossary").text
+    page = TestClient(create_app(explorer), base_url="http://localhost").get("/glossary").text
     shown = re.findall(r'<a href="/m/([^"]*)" title="([^"]*)"[^>]*>([^<]*)</a>', page)
     assert shown == [(key, net.source, key) for key, net in explorer.networks.items()]
 

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from torch import nn
 
 import convscope
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.service import compute
 from convscope.explorer.service.state import Explorer
 from tests.oracles.explorer import picture
@@ -63,14 +63,14 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def explorer(model):
     made = Explorer({"net": model})
-    made.shelf.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(picture(0), "first.png", "first.png")
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
 def client(explorer):
-    return TestClient(create(explorer), base_url="http://localhost")
+    return TestClient(create_app(explorer), base_url="http://localhost")
 
 
 def test_every_page_of_the_walk_is_there(client, explorer):
@@ -90,7 +90,7 @@ def test_what_the_pages_say_is_what_the_library_says(client, model):
     for method in ("grad-cam", "layer-cam"):
         heat = client.get(f"{base}/heatmap?target=1&method={method}").json()
         values = convscope.heatmaps(model, [picture(0)], 1, method=method).values[0, 0]
-        assert compute.unpacked(heat["map"]) == pytest.approx(values, abs=float(np.abs(values).max()) / 30000)
+        assert compute.unpack_map(heat["map"]) == pytest.approx(values, abs=float(np.abs(values).max()) / 30000)
     maps = convscope.activations(model, [picture(0)], [layer])[layer][0]
     told = client.get(f"{base}/activations?layer={layer}").json()
     assert told["max"] == pytest.approx(maps.max((1, 2)), rel=1e-3)
@@ -123,8 +123,8 @@ class Single(Usual):
 
 def test_a_network_that_cannot_be_copied_says_so():
     made = Explorer({"net": convscope.load(filled(Single()), preprocessing=HOW)})
-    made.shelf.add_sample(picture(0), "first.png", "first.png")
-    client = TestClient(create(made), base_url="http://localhost")
+    made.images.add_sample(picture(0), "first.png", "first.png")
+    client = TestClient(create_app(made), base_url="http://localhost")
     for page in ("/m/net", "/m/net/picture/first", "/m/net/layer/relu3", "/m/net/unit/relu3/1"):
         assert client.get(page).status_code == 200
     answer = client.get("/api/models/net/pictures/first/faithfulness?target=1")

@@ -15,10 +15,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import convscope
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.publish import publish
 from convscope.explorer.service import compute
-from convscope.explorer.service.concept_data import PATCH
+from convscope.explorer.service.concept_data import PATCH_HEIGHT
 from convscope.explorer.service.state import Explorer
 from tests.oracles.explorer import CLASSES, HOSTILE, data_folder, kept, picture, tiny_model
 
@@ -52,9 +52,9 @@ def drawn(results):
 @pytest.fixture(scope="module")
 def client(model, store, results):
     explorer = Explorer({"tiny": model}, store=store)
-    explorer.shelf.add_sample(picture(0), "first.png", "first.png")
-    explorer.shelf.add_sample(picture(40, 50, 30), "second.png", "second.png")
-    with TestClient(create(explorer), base_url="http://localhost") as opened:
+    explorer.images.add_sample(picture(0), "first.png", "first.png")
+    explorer.images.add_sample(picture(40, 50, 30), "second.png", "second.png")
+    with TestClient(create_app(explorer), base_url="http://localhost") as opened:
         yield opened
 
 
@@ -69,7 +69,7 @@ def site(model, store, results, tmp_path_factory):
 @pytest.fixture
 def bare(model):
     """The explorer without a store."""
-    with TestClient(create(Explorer({"tiny": model})), base_url="http://localhost") as opened:
+    with TestClient(create_app(Explorer({"tiny": model})), base_url="http://localhost") as opened:
         yield opened
 
 
@@ -115,7 +115,7 @@ def test_heat_on_a_picture_is_the_librarys(client, found):
     assert told["layer"] == "relu3"
     known = found.heat([picture(40, 50, 30)])[0]
     for sent, values in zip(told["maps"], known, strict=True):
-        assert compute.unpacked(sent) == pytest.approx(values, abs=max(1e-5, float(values.max()) / 30000))
+        assert compute.unpack_map(sent) == pytest.approx(values, abs=max(1e-5, float(values.max()) / 30000))
 
 
 def test_the_page_of_a_class_shows_its_concepts(client, found):
@@ -125,7 +125,7 @@ def test_the_page_of_a_class_shows_its_concepts(client, found):
     data = data_of(text)
     assert data["pictures"] == 12
     for r, sent in enumerate(data["heats"]):
-        values = compute.unpacked(sent).reshape(found.heats[:, r].shape)
+        values = compute.unpack_map(sent).reshape(found.heats[:, r].shape)
         assert values == pytest.approx(found.heats[:, r], abs=float(found.heats[:, r].max()) / 30000)
         most = [n for n in np.argsort(-found.heats[:, r].max((1, 2)), kind="stable")[:3] if found.heats[n, r].max() > 0]
         assert re.findall(rf'data-heat="{r}" data-picture="(\d+)"', text) == [str(n) for n in most]
@@ -139,10 +139,10 @@ def test_the_page_of_a_class_shows_its_concepts(client, found):
 def test_sheets_show_patches_and_pictures(client, found):
     text = client.get("/m/tiny/concepts/1").text
     patches = shown(client, text, "patches")
-    assert patches.shape == (3 * PATCH, 4 * PATCH, 3)
+    assert patches.shape == (3 * PATCH_HEIGHT, 4 * PATCH_HEIGHT, 3)
     for r in range(3):
         for p in range(4):
-            cell = patches[r * PATCH : (r + 1) * PATCH, p * PATCH : (p + 1) * PATCH]
+            cell = patches[r * PATCH_HEIGHT : (r + 1) * PATCH_HEIGHT, p * PATCH_HEIGHT : (p + 1) * PATCH_HEIGHT]
             assert np.abs(cell.mean((0, 1)) - found.patches[r, p].mean((0, 1))).max() < 6
     views = shown(client, text, "views")
     assert views.shape == (2 * 160, 8 * 160, 3)

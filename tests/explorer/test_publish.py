@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import convscope
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.publish import publish
 from convscope.explorer.service.patterns import PatternCache, PatternSpec
 from convscope.explorer.service.state import Explorer
@@ -217,8 +217,8 @@ def test_files_have_names_of_their_own():
 @pytest.fixture(scope="module")
 def client(model, store):
     explorer = Explorer({"tiny": model}, store=store)
-    explorer.shelf.add_sample(picture(0), "first.png", "first.png")
-    with TestClient(create(explorer), base_url="http://localhost") as opened:
+    explorer.images.add_sample(picture(0), "first.png", "first.png")
+    with TestClient(create_app(explorer), base_url="http://localhost") as opened:
         yield opened
 
 

@@ -15,7 +15,7 @@ from convscope.explorer.service.jobs import Client, ClientDisconnected, JobQueue
 
 @pytest.fixture
 def lane():
-    made = JobQueue("test", Cache(10_000), limit=6, each=4)
+    made = JobQueue("test", Cache(10_000), max_jobs=6, max_jobs_per_client=4)
     yield made
     made.close()
 
@@ -123,7 +123,7 @@ def test_who_waits_too_long_or_goes_away_leaves_the_work(lane):
     with pytest.raises(RequestTimeout, match=r"within 0\.2 s"):
         Client("a", 0.2).wait(lane.ask("slow", lambda work: 0, "a"))
     gone = Client("a", 10)
-    gone.gone = True
+    gone.disconnected = True
     with pytest.raises(ClientDisconnected):
         gone.wait(lane.ask("slow", lambda work: 0, "a"))
     assert len(lane) == 0
@@ -131,12 +131,12 @@ def test_who_waits_too_long_or_goes_away_leaves_the_work(lane):
 
 
 def test_a_closed_lane_has_no_thread_and_takes_nothing():
-    lane = JobQueue("closing", Cache(1000), limit=5, each=5)
-    lane.ask(1, lambda work: 1, "a").future.result(10)
+    lane = JobQueue("closing", Cache(1000), max_jobs=5, max_jobs_per_client=5)
+    lane.submit(1, lambda work: 1, "a").future.result(10)
     lane.close()
     assert not any(thread.name == "convscope-closing" for thread in threading.enumerate())
     with pytest.raises(QueueFull, match="closing"):
-        lane.ask(2, lambda work: 2, "a")
+        lane.submit(2, lambda work: 2, "a")
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest():
@@ -153,7 +153,7 @@ def test_the_cache_forgets_what_was_not_used_for_longest():
 
 
 def test_the_cache_is_bounded_in_number():
-    cache = Cache(10**9, most=3)
+    cache = Cache(10**9, max_entries=3)
     for i in range(10):
         cache.put(i, b"x")
     assert [cache.get(i) is not None for i in range(10)] == [False] * 7 + [True] * 3

@@ -106,7 +106,7 @@ def test_a_port_that_is_taken_is_named():
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(convscope.ConvscopeError, match="try another --port"),
     ):
-        server.bound("127.0.0.1", taken.getsockname()[1])
+        server.bind_socket("127.0.0.1", taken.getsockname()[1])
 
 
 def test_a_notebook_shows_a_frame_whose_address_answers():

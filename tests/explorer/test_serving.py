@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.service import compute
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
@@ -26,7 +26,7 @@ def alone(work):
 @pytest.fixture
 def explorer():
     made = Explorer({"tiny": tiny_model()})
-    made.shelf.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(picture(0), "first.png", "first.png")
     yield made
     made.close()
 
@@ -42,15 +42,15 @@ def test_a_visitor_who_asks_a_lot_leaves_room_for_others(explorer, monkeypatch):
     path = "/api/models/tiny/pictures/first/faithfulness?target=0"
 
     async def run():
-        app = httpx.ASGITransport(app=create(explorer))
+        app = httpx.ASGITransport(app=create_app(explorer))
 
         def visitor(name):
             return httpx.AsyncClient(transport=app, base_url="http://localhost", cookies={security.COOKIE: name})
 
         async with visitor("greedy") as greedy, visitor("other") as other:
-            many = [asyncio.create_task(greedy.get(path)) for _ in range(2 * requests.EACH)]
+            many = [asyncio.create_task(greedy.get(path)) for _ in range(2 * requests.MAX_REQUESTS_PER_CLIENT)]
             async with asyncio.timeout(10):
-                while sum(task.done() for task in many) < requests.EACH:
+                while sum(task.done() for task in many) < requests.MAX_REQUESTS_PER_CLIENT:
                     await asyncio.sleep(0.01)
             page = await asyncio.wait_for(other.get("/glossary"), 10)
             go.set()
@@ -58,7 +58,10 @@ def test_a_visitor_who_asks_a_lot_leaves_room_for_others(explorer, monkeypatch):
 
     page, many, later = alone(run())
     assert page.status_code == 200
-    assert sorted(answer.status_code for answer in many) == [200] * requests.EACH + [503] * requests.EACH
+    assert (
+        sorted(answer.status_code for answer in many)
+        == [200] * requests.MAX_REQUESTS_PER_CLIENT + [503] * requests.MAX_REQUESTS_PER_CLIENT
+    )
     assert {answer.json()["error"] for answer in many if answer.status_code == 503} == {
         "32 of your own questions wait already; try again when one is answered"
     }
@@ -78,7 +81,7 @@ def test_listeners_of_work_that_never_began_are_told_of_its_end(explorer):
     async def heard():
         desk = requests.RequestRunner(explorer, None, 10)
         said = []
-        async for event in desk.events(Listening(), work, lambda made: made).body_iterator:
+        async for event in desk.event_stream(Listening(), work, lambda made: made).body_iterator:
             said.append(event)
             if len(said) == 1:
                 threading.Timer(0.1, explorer.slow.close).start()

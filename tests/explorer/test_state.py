@@ -11,7 +11,7 @@ from torch import nn
 
 import convscope
 from convscope.explorer.service.jobs import Client
-from convscope.explorer.service.state import LOOK, Explorer, Network
+from convscope.explorer.service.state import WEIGHT_CHECK_INTERVAL, Explorer, Network
 from tests.oracles.explorer import data_folder, picture, tiny_model
 
 
@@ -39,10 +39,10 @@ def pointed(module):
 def test_weights_that_the_user_changes_are_seen(change):
     model = tiny_model()
     explorer = Explorer({"tiny": model})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     before, version = explorer.predictions(asker, net, shown), net.version
     change(model.module)
-    time.sleep(LOOK)
+    time.sleep(WEIGHT_CHECK_INTERVAL)
     assert net.version != version
     known = convscope.predict(model, picture(0))
     found = explorer.predictions(asker, net, shown)
@@ -53,22 +53,22 @@ def test_weights_that_the_user_changes_are_seen(change):
 
 def test_long_work_sees_weights_that_are_trained_on():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
-    before = explorer.summaries(asker, net, shown)
+    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    before = explorer.layer_summaries(asker, net, shown)
     negated(net.model.module)
-    time.sleep(LOOK)
-    assert explorer.summaries(asker, net, shown) != before
+    time.sleep(WEIGHT_CHECK_INTERVAL)
+    assert explorer.layer_summaries(asker, net, shown) != before
     explorer.close()
 
 
 def test_to_look_changes_nothing():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.shelf.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     version = net.version
     for method in ("grad-cam", "lrp-zplus", "guided-backprop", "rise"):
         explorer.heatmap(asker, net, shown, [0], method=method)
     explorer.faithfulness(asker, net, shown, 0, None, "grad-cam", None)
-    time.sleep(LOOK)
+    time.sleep(WEIGHT_CHECK_INTERVAL)
     assert net.version == version
     explorer.close()
 
@@ -77,7 +77,7 @@ def test_weights_that_load_made_are_not_looked_at_again():
     net = Network("tiny", dataclasses.replace(tiny_model(), owned=True), "tiny")
     version = net.version
     negated(net.model.module)
-    time.sleep(LOOK)
+    time.sleep(WEIGHT_CHECK_INTERVAL)
     assert net.version == version
 
 
@@ -87,6 +87,6 @@ def test_what_a_store_holds_of_other_weights_is_not_shown(tmp_path):
     net = Network("tiny", model, "tiny", store)
     assert net.store is store
     negated(model.module)
-    time.sleep(LOOK)
+    time.sleep(WEIGHT_CHECK_INTERVAL)
     assert net.store is None
-    assert net.stored is None
+    assert net.stored_patterns is None

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import convscope
 from convscope.cli import app
-from convscope.explorer.app import create
+from convscope.explorer.app import create_app
 from convscope.explorer.publish import publish
-from convscope.explorer.service.cache import weight
+from convscope.explorer.service.cache import estimate_bytes
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.featurevis.image_statistics import MEASURES
@@ -60,14 +60,14 @@ def store(model, told, tmp_path_factory):
 @pytest.fixture
 def explorer(model, store):
     made = Explorer({"tiny": model}, store=store)
-    made.shelf.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(picture(0), "first.png", "first.png")
     yield made
     made.close()
 
 
 @pytest.fixture
 def client(explorer):
-    return TestClient(create(explorer), base_url="http://localhost")
+    return TestClient(create_app(explorer), base_url="http://localhost")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_what_the_store_has_is_not_drawn_again(explorer, store):
 def test_patterns_that_are_drawn_anew_are_shown_with_their_own_figures(model, store, tmp_path, seed, steps):
     shutil.copytree(store.address, tmp_path / "store")
     explorer = Explorer({"tiny": model}, store=convscope.open_store(tmp_path / "store"))
-    client = TestClient(create(explorer), base_url="http://localhost")
+    client = TestClient(create_app(explorer), base_url="http://localhost")
     assert "3 steps" in client.get("/m/tiny/unit/relu3/2").text
     again = convscope.patterns(model, "relu3", [1, 2], steps=steps, seed=seed)
     again.save(tmp_path / "store" / "patterns" / file_names(store.layers)["relu3"])
@@ -235,10 +235,10 @@ def test_a_story_that_was_told_live_is_kept_and_published(model, told, tmp_path,
     calls = []
     monkeypatch.setattr("convscope.explorer.service.state.story", lambda *given, **named: calls.append(given) or told)
     for _ in range(2):  # the second explorer finds what the first kept
-        explorer = Explorer({"tiny": model}, keep=tmp_path / "kept")
-        work = explorer.begin_story("a", explorer.first)
+        explorer = Explorer({"tiny": model}, cache_dir=tmp_path / "kept")
+        work = explorer.start_story("a", explorer.first)
         assert same(work.future.result(60), told)
-        work.lane.leave(work)
+        work.queue.release(work)
         assert same(explorer.get_story(explorer.first), told)
         explorer.close()
     assert len(calls) == 1
@@ -252,8 +252,8 @@ def test_a_story_that_was_told_live_is_kept_and_published(model, told, tmp_path,
 
 def test_a_kept_story_weighs_what_its_pictures_do(told, model):
     pictures = sum(chapter.images.nbytes for chapter in told.chapters)
-    assert pictures < weight(told) < pictures + 20_000
-    assert weight(model) < 1000
+    assert pictures < estimate_bytes(told) < pictures + 20_000
+    assert estimate_bytes(model) < 1000
 
 
 def test_the_command_puts_a_story_into_a_store(tmp_path):

@@ -55,13 +55,15 @@ def serve(
     opened = None if store is None else _opened(store)
     nets = {m: load(m, weights, classes, preprocessing, device) for m in models or ["lite0"]}
     names = [n.lower() for n in name or ()]
-    hosts = [*security.LOCAL, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
-    built = server.built(nets, images=image or (), store=opened, keep=keep or cache_folder(), hosts=hosts, token=secret)
-    listening = server.bound(host, port)
+    hosts = [*security.LOCAL_HOSTS, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
+    built = server.build_app(
+        nets, images=image or (), store=opened, cache_dir=keep or cache_folder(), hosts=hosts, token=secret
+    )
+    listening = server.bind_socket(host, port)
     at = names[0] if names else f"[{host}]" if ":" in host else host
     log(f"open http://{at}:{listening.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server.run(built, listening)
+    server.serve(built, listening)
 
 
 @app.command()
@@ -84,7 +86,7 @@ def publish(
     """Write the explorer's pages as files, for any web server or none."""
     from convscope.explorer import server
 
-    server.require()
+    server.require_packages()
     from convscope.explorer.publish import publish as write
 
     opened = _opened(store)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import NotFound
+from convscope.explorer.service.images import UnknownResource
 from convscope.explorer.service.jobs import ClientDisconnected, QueueFull, RequestTimeout
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.service.uploads import Decoder
@@ -50,14 +50,14 @@ class _Beside:
 Shown = Annotated[_Beside, Depends()]
 
 
-def create(
+def create_app(
     explorer: Explorer,
     *,
     decoder: Decoder | None = None,
-    hosts: Sequence[str] = security.LOCAL,
+    hosts: Sequence[str] = security.LOCAL_HOSTS,
     token: str | None = None,
-    frames: Sequence[str] = (),
-    seconds: float = 120,
+    frame_ancestors: Sequence[str] = (),
+    timeout: float = 120,
 ) -> FastAPI:
     """The application.
 
@@ -68,7 +68,7 @@ def create(
     version = hashlib.sha256(b"".join(ours[name] for name in sorted(ours))).hexdigest()[:10]
     site = LiveUrls(version)
     decoder = decoder or Decoder()
-    desk = RequestRunner(explorer, decoder, seconds)
+    desk = RequestRunner(explorer, decoder, timeout)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -87,7 +87,7 @@ def create(
         lifespan=lifespan,
     )
 
-    app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, frames=frames)
+    app.add_middleware(SecurityMiddleware, hosts=hosts, token=token, frames=frame_ancestors)
 
     def error(request: Request, status: int, reason: str) -> Response:
         wait = {"Retry-After": "5"} if status == 503 else None
@@ -99,7 +99,7 @@ def create(
 
     @app.exception_handler(ConvscopeError)
     async def _(request: Request, problem: ConvscopeError) -> Response:
-        status = {NotFound: 404, QueueFull: 503, RequestTimeout: 504}.get(type(problem), 422)
+        status = {UnknownResource: 404, QueueFull: 503, RequestTimeout: 504}.get(type(problem), 422)
         return error(request, status, str(problem))
 
     @app.exception_handler(ClientDisconnected)
@@ -122,14 +122,14 @@ def create(
             pages = desk.pages(asker, site)
             return pages.render(make(pages))
 
-        return HTMLResponse(await desk.answer(request, page))
+        return HTMLResponse(await desk.run(request, page))
 
     hidden: dict[str, Any] = {"include_in_schema": False, "response_model": None}
 
     @app.get("/", **hidden)
     def home(request: Request) -> Response:
         net = explorer.first
-        samples = explorer.shelf.samples
+        samples = explorer.images.samples
         parts = ("m", net.key, "picture", samples[0].key) if net.takes_images and samples else ("m", net.key)
         return RedirectResponse(site.page(*parts), 307)
 
@@ -157,7 +157,7 @@ def create(
             net = explorer.network(model)
             if target is not None:
                 net.require_class(target)
-            return pages.image(net, explorer.shelf.find(picture), target)
+            return pages.image(net, explorer.images.find(picture), target)
 
         return await show(request, make)
 
@@ -169,7 +169,7 @@ def create(
             net = explorer.network(model)
             if target is not None:
                 net.require_class(target)
-            return pages.layer(net, net.layer(layer), desk.chosen(net, picture), target)
+            return pages.layer(net, net.layer(layer), desk.find_image(net, picture), target)
 
         return await show(request, make)
 
@@ -179,7 +179,7 @@ def create(
             net = explorer.network(model)
             net.require_unit(layer, unit)
             what = explorer.resolve_pattern(net, layer, unit, shown.look, shown.recipe, shown.seed)
-            return pages.unit(net, layer, unit, desk.chosen(net, shown.image), what)
+            return pages.unit(net, layer, unit, desk.find_image(net, shown.image), what)
 
         return await show(request, make)
 
@@ -189,7 +189,7 @@ def create(
             net = explorer.network(model)
             net.require_class(target)
             what = explorer.resolve_pattern(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
-            return pages.class_(net, target, desk.chosen(net, shown.image), what)
+            return pages.class_(net, target, desk.find_image(net, shown.image), what)
 
         return await show(request, make)
 
@@ -205,7 +205,7 @@ def create(
         def make(pages: Pages) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            return concept_views.concepts(pages, net, target, layer, desk.chosen(net, picture))
+            return concept_views.concepts(pages, net, target, layer, desk.find_image(net, picture))
 
         return await show(request, make)
 
@@ -220,7 +220,7 @@ def create(
     @app.post("/m/{model}/data/{number}/open", **hidden)
     async def open_example(request: Request, model: str, number: int) -> Response:
         net = explorer.network(model)
-        key = await desk.answer(request, lambda asker: desk.opened(asker, net, number))
+        key = await desk.run(request, lambda asker: desk.open_dataset_image(asker, net, number))
         return RedirectResponse(site.page("m", net.key, "picture", key), 303)
 
     @app.get("/static/{name}", **hidden)

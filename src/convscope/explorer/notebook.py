@@ -52,20 +52,20 @@ def show(model: Model, image: Any = None, *, height: int = 720, port: int = 0) -
         raise ConvscopeError(f"show takes a model that convscope.load made; {type(model).__name__} given")
     if height < 100:
         raise ConvscopeError(f"height is {height}; expected pixels, 100 or more")
-    listening = server.bound("127.0.0.1", port)
+    listening = server.bind_socket("127.0.0.1", port)
     try:
         app = _app(model, image)
     except BaseException:
         listening.close()
         raise
-    running = server.in_thread(app, listening)
+    running = server.serve_in_thread(app, listening)
     atexit.register(setattr, running, "should_exit", True)
     return ExplorerFrame(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
 
 
 def _app(model: Model, image: Any) -> Any:
-    server.require()
-    from convscope.explorer.app import create
+    server.require_packages()
+    from convscope.explorer.app import create_app
     from convscope.explorer.service.state import Explorer
 
     explorer = Explorer({model.name: model})
@@ -75,5 +75,5 @@ def _app(model: Model, image: Any) -> Any:
         given = ImageBatchLoader(image, Preprocessing())
         for index, name in enumerate(given.names):
             pixels: np.ndarray = given.original(index)
-            explorer.shelf.add_sample(pixels, name.rpartition("/")[2], name)
-    return create(explorer, hosts=security.LOCAL, frames=("'self'", *NOTEBOOKS))
+            explorer.images.add_sample(pixels, name.rpartition("/")[2], name)
+    return create_app(explorer, hosts=security.LOCAL_HOSTS, frame_ancestors=("'self'", *NOTEBOOKS))

@@ -16,7 +16,7 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.app import assets
 from convscope.explorer.service import concept_data
-from convscope.explorer.service.images import Picture, encoded
+from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.urls import Parts, StaticUrls, file_of
@@ -49,10 +49,10 @@ def publish(
     could not be cut out, and the pictures and pages that could not be made. Raises ConvscopeError if the store was made
     with other weights, or the folder cannot be written.
     """
-    explorer = Explorer(models, store=store, keep=keep, room=1 << 30)
+    explorer = Explorer(models, store=store, cache_dir=keep, cache_bytes=1 << 30)
     try:
         if images:
-            explorer.shelf.add_samples(images)
+            explorer.images.add_samples(images)
         else:
             explorer.add_samples()
         return _SiteWriter(explorer, store, out).run(workers, progress)
@@ -80,7 +80,7 @@ class _SiteWriter:
         (out / "manifest.json").unlink(missing_ok=True)
         for name, content in assets().items():
             self._put(f"static/{name}", content)
-        todo = [(layer, unit) for layer in self._units_of() for unit in range(self._net.units(layer))]
+        todo = [(layer, unit) for layer in self._units_of() for unit in range(self._net.num_units(layer))]
         pages = list(self._planned_pages())
         total, done = len(pages) + len(todo), 0
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -114,7 +114,7 @@ class _SiteWriter:
     def _planned_pages(self) -> Iterator[tuple[Parts, Callable[[Pages], Page]]]:
         """Every page: its address, and how it is made."""
         net, key = self._net, self._net.key
-        samples = self._explorer.shelf.samples if net.takes_images and net.classifies() else []
+        samples = self._explorer.images.samples if net.takes_images and net.classifies() else []
         yield ("m", key), lambda pages: pages.network(net)
         yield ("m", key, "story"), lambda pages: pages.story(net)
         yield ("glossary",), lambda pages: pages.glossary()
@@ -127,14 +127,14 @@ class _SiteWriter:
                 )
         for layer in self._layers:
             yield ("m", key, "layer", layer), partial(_layer, net, layer)
-            for unit in range(net.units(layer)):
+            for unit in range(net.num_units(layer)):
                 yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
         for index in range(net.model.num_outputs or 0):
             yield ("m", key, "class", index), partial(_class, net, index)
         yield ("m", key, "concepts"), lambda pages: concept_views.index(pages, net)
-        for one in concept_data.concepts(net):
+        for one in concept_data.saved_concepts(net):
             yield concept_data.parts_of(net, one), partial(_concepts, net, one)
-        for one in concept_data.atlases(net):
+        for one in concept_data.saved_atlases(net):
             yield concept_data.parts_of(net, one), partial(_atlas, net, one.name)
         for number in self._shown():
             yield ("m", key, "data", number), partial(_example, net, number)
@@ -149,9 +149,9 @@ class _SiteWriter:
         for layer in self._units_of():
             best = self._store.top_images(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
             found |= {int(p) for p in best.ravel() if p >= 0}
-        for one in concept_data.atlases(self._net):
-            cells = concept_data.told_atlas(
-                self._explorer, self._net, one, concept_data.arrays_of(self._explorer, one)
+        for one in concept_data.saved_atlases(self._net):
+            cells = concept_data.describe_atlas(
+                self._explorer, self._net, one, concept_data.load_arrays(self._explorer, one)
             )["cells"]
             numbers = {shown["number"] for cell in cells for shown in cell["pictures"]}
             found |= numbers - {None}
@@ -163,11 +163,11 @@ class _SiteWriter:
             return True
         kind = parts[2]
         if kind == "concepts" and len(parts) > 3:
-            return bool(concept_data.concepts(self._net, int(parts[3])))
+            return bool(concept_data.saved_concepts(self._net, int(parts[3])))
         if kind in ("layer", "unit"):
             return parts[3] in self._layers
         if kind == "picture" and len(parts) == 6:
-            image = self._explorer.shelf.find(str(parts[3]))
+            image = self._explorer.images.find(str(parts[3]))
             said = self._explorer.predictions(self._asker, self._net, image)
             return parts[5] in [row["index"] for row in said]
         return True
@@ -200,9 +200,9 @@ class _SiteWriter:
     def _make(self, route: str, **what: Any) -> bytes:
         """A picture's content."""
         if route == "photo":
-            return encoded(what["picture"].shown(what["longest"]))
+            return encode_image(what["picture"].shown(what["longest"]))
         if route == "sheet":
-            return self._explorer.sheet(self._asker, what["net"], what["picture"], what["layer"])[0]
+            return self._explorer.feature_map_sheet(self._asker, what["net"], what["picture"], what["layer"])[0]
         if route == "thumbnail":
             return self._views.thumbnail(what["number"], 320)
         if route == "figure":
@@ -210,16 +210,16 @@ class _SiteWriter:
         if route == "chapter":
             return chapter_sheet(self._explorer.get_story(what["net"]), what["number"])
         if route == "kept":
-            return concept_data.sheet(concept_data.arrays_of(self._explorer, what["one"]), what["which"])
+            return concept_data.render_sheet(concept_data.load_arrays(self._explorer, what["one"]), what["which"])
         if route == "pattern":
             import io
 
-            made = self._explorer.drawn(what["net"], what["what"]) or {}
-            return encoded(Image.open(io.BytesIO(made["image"])), quality=88)
+            made = self._explorer.get_pattern(what["net"], what["what"]) or {}
+            return encode_image(Image.open(io.BytesIO(made["image"])), quality=88)
         raise ValueError(route)
 
 
-def _image(net: Network, image: Picture, target: int | None, pages: Pages) -> Page:
+def _image(net: Network, image: RegisteredImage, target: int | None, pages: Pages) -> Page:
     return pages.image(net, image, target)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from convscope.store.store import Store
 
 
-def require() -> None:
+def require_packages() -> None:
     """Raises ConvscopeError where the packages that the explorer needs are not installed."""
     try:
         for needed in ("uvicorn", "convscope.explorer.app"):
@@ -26,30 +26,30 @@ def require() -> None:
         raise ConvscopeError(f"the explorer needs {error.name}; pip install 'convscope[serve]'") from error
 
 
-def built(
+def build_app(
     models: Mapping[str, Model],
     *,
     images: Sequence[str] = (),
     store: Store | None = None,
-    keep: Path | None = None,
-    hosts: Sequence[str] = security.LOCAL,
+    cache_dir: Path | None = None,
+    hosts: Sequence[str] = security.LOCAL_HOSTS,
     token: str | None = None,
-    frames: Sequence[str] = (),
+    frame_ancestors: Sequence[str] = (),
 ) -> Any:
     """The application, with the sample photographs or the pictures given. Raises ConvscopeError."""
-    require()
-    from convscope.explorer.app import create
+    require_packages()
+    from convscope.explorer.app import create_app
     from convscope.explorer.service.state import Explorer
 
-    explorer = Explorer(models, store=store, keep=keep)
+    explorer = Explorer(models, store=store, cache_dir=cache_dir)
     if images:
-        explorer.shelf.add_samples(images)
+        explorer.images.add_samples(images)
     else:
         explorer.add_samples()
-    return create(explorer, hosts=hosts, token=token, frames=frames)
+    return create_app(explorer, hosts=hosts, token=token, frame_ancestors=frame_ancestors)
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: any free one. Raises ConvscopeError if it cannot be had."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -59,12 +59,12 @@ def bound(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def run(app: Any, listening: socket.socket) -> None:
+def serve(app: Any, listening: socket.socket) -> None:
     """Serve until interrupted."""
     _server(app).run(sockets=[listening])
 
 
-def in_thread(app: Any, listening: socket.socket) -> Any:
+def serve_in_thread(app: Any, listening: socket.socket) -> Any:
     """Serve in a thread of this process. Returns the server; its `should_exit = True` ends it."""
     server = _server(app)
     thread = threading.Thread(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
-from convscope.explorer.service.images import Picture
+from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Network
 from convscope.results import file_names
@@ -31,9 +31,9 @@ class UrlBuilder(Protocol):
     def static(self, name: str) -> str:
         """A file of ours: style, scripts."""
 
-    def photo(self, image: Picture, longest: int) -> str: ...
+    def photo(self, image: RegisteredImage, longest: int) -> str: ...
 
-    def sheet(self, net: Network, image: Picture, layer: str) -> str: ...
+    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str: ...
 
     def pattern(self, net: Network, what: PatternSpec) -> str: ...
 
@@ -66,10 +66,10 @@ class LiveUrls:
     def static(self, name: str) -> str:
         return f"/static/{name}?v={self._assets}"
 
-    def photo(self, image: Picture, longest: int) -> str:
+    def photo(self, image: RegisteredImage, longest: int) -> str:
         return self._image("photo", picture=image.key, longest=longest)
 
-    def sheet(self, net: Network, image: Picture, layer: str) -> str:
+    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str:
         return self._image("sheet", model=net.key, picture=image.key, layer=layer, v=net.version)
 
     def pattern(self, net: Network, what: PatternSpec) -> str:
@@ -121,10 +121,10 @@ class StaticUrls:
     def static(self, name: str) -> str:
         return self._relative(f"static/{name}")
 
-    def photo(self, image: Picture, longest: int) -> str:
+    def photo(self, image: RegisteredImage, longest: int) -> str:
         return self._image(f"pictures/{image.key}-{longest}.webp", "photo", picture=image, longest=longest)
 
-    def sheet(self, net: Network, image: Picture, layer: str) -> str:
+    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str:
         name = f"m/{net.key}/sheets/{clean(layer)}-{image.key}.png"
         return self._image(name, "sheet", net=net, picture=image, layer=layer)
 

@@ -83,14 +83,14 @@ def live(model, store):
     """The explorer behind the address, and the address."""
     pytest.importorskip("fastapi", reason="the explorer's extra is not installed")
     from convscope.explorer import server
-    from convscope.explorer.app import create
+    from convscope.explorer.app import create_app
     from convscope.explorer.service.state import Explorer
 
     explorer = Explorer({"tiny": model}, store=store)
     for number, name in enumerate(("first.png", "second.png")):
-        explorer.shelf.add_sample(picture(number, 240, 360), name, name)
-    listening = server.bound("127.0.0.1", 0)
-    running = server.in_thread(create(explorer), listening)
+        explorer.images.add_sample(picture(number, 240, 360), name, name)
+    listening = server.bind_socket("127.0.0.1", 0)
+    running = server.serve_in_thread(create_app(explorer), listening)
     yield explorer, f"http://127.0.0.1:{listening.getsockname()[1]}"
     running.should_exit = True
 

@@ -25,7 +25,7 @@ import convscope
 from convscope.engine.model import LOGITS
 from convscope.explorer import server
 from convscope.explorer.publish import publish
-from convscope.explorer.service.state import address
+from convscope.explorer.service.state import url_key
 from convscope.explorer.urls import Parts, file_of
 from convscope.results import file_names
 from convscope.samples import photographs
@@ -86,10 +86,10 @@ def prepared(model: Any, store: str | None, where: Path) -> Any:
 @contextmanager
 def sites(model: Any, name: str, store: Any, where: Path) -> Iterator[dict[str, Any]]:
     """Of the live and of the published pages: a function that gives a page's address."""
-    built = server.built({name: model}, store=store)
-    listening = server.bound("127.0.0.1", 0)
+    built = server.build_app({name: model}, store=store)
+    listening = server.bind_socket("127.0.0.1", 0)
     base = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    running = server.in_thread(built, listening)
+    running = server.serve_in_thread(built, listening)
     publish({name: model}, store, where / "site", workers=2)
     try:
         yield {
@@ -155,7 +155,7 @@ def main() -> int:
         where = Path(folder)
         store = prepared(model, given.store, where)
         layer = [name for name in store.layers if name != LOGITS][-1]
-        pages = kinds(store, address(given.model), "red_panda", layer)
+        pages = kinds(store, url_key(given.model), "red_panda", layer)
         unknown = [kind for kind in given.only if kind not in pages]
         if unknown:
             parser.error(f"kind {unknown[0]!r} is not known; there are {', '.join(pages)}")

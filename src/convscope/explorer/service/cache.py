@@ -17,8 +17,8 @@ from convscope.engine.model import Model
 class Cache:
     """What was used last stays; of all together no more than `limit` bytes, and no more than `most` entries."""
 
-    def __init__(self, limit: int, most: int = 10_000) -> None:
-        self._limit, self._most, self._bytes = limit, most, 0
+    def __init__(self, max_bytes: int, max_entries: int = 10_000) -> None:
+        self._limit, self._most, self._bytes = max_bytes, max_entries, 0
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -31,7 +31,7 @@ class Cache:
             return self._entries[key][0]
 
     def put(self, key: Hashable, value: Any) -> None:
-        size = weight(value)
+        size = estimate_bytes(value)
         with self._lock:
             self._bytes += size - self._entries.pop(key, (None, 0))[1]
             self._entries[key] = (value, size)
@@ -46,7 +46,7 @@ class Cache:
         return len(self._entries)
 
 
-def weight(value: Any) -> int:
+def estimate_bytes(value: Any) -> int:
     """About how many bytes a value takes; networks that it speaks of are there without it."""
     if isinstance(value, Model):
         return 32
@@ -59,9 +59,9 @@ def weight(value: Any) -> int:
     if isinstance(value, bytes | str):
         return len(value) + 64
     if isinstance(value, Mapping):
-        return 64 + sum(weight(k) + weight(v) for k, v in value.items())
+        return 64 + sum(estimate_bytes(k) + estimate_bytes(v) for k, v in value.items())
     if isinstance(value, list | tuple):
-        return 64 + sum(map(weight, value))
+        return 64 + sum(map(estimate_bytes, value))
     if hasattr(value, "__dict__"):
-        return 64 + sum(map(weight, vars(value).values()))
+        return 64 + sum(map(estimate_bytes, vars(value).values()))
     return 32

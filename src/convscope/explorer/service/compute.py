@@ -23,11 +23,11 @@ from convscope.images.colormap import lookup_table
 from convscope.images.loading import ImageBatchLoader
 from convscope.plotting.figures import standard, tile
 
-CELL = 56  # pixels of a map on a sheet, at most
-Tell = Callable[[float, int], None]
+MAX_TILE_SIZE = 56  # pixels of a map on a sheet, at most
+ProgressCallback = Callable[[float, int], None]
 
 
-def prepared(model: Model, pixels: np.ndarray) -> Tensor:
+def preprocess(model: Model, pixels: np.ndarray) -> Tensor:
     """The whole picture as the network takes it, (1, C, H, W)."""
     return next(iter(ImageBatchLoader(pixels, model.preprocessing).batches(1))).x
 
@@ -49,10 +49,10 @@ def heatmap(
     layer: str | None = None,
     method: str = "grad-cam",
     against: int | None = None,
-    tell: Tell | None = None,
+    report_progress: ProgressCallback | None = None,
 ) -> list[dict[str, Any]]:
     """Evidence for each target: `map` (see `packed`), the layer and why it, what is to be said in words."""
-    found = heatmaps(model, x, [list(targets)], layer=layer, method=method, against=against, progress=tell)
+    found = heatmaps(model, x, [list(targets)], layer=layer, method=method, against=against, progress=report_progress)
     own = [f"image 0, {name}: the map " for name in found.names[0]]
     return [
         {
@@ -63,14 +63,14 @@ def heatmap(
             "why": found.layer_reason,
             "method": method,
             "against": against,
-            "map": packed(found.values[0, t]),
+            "map": pack_map(found.values[0, t]),
             "notes": [n.removeprefix("image 0, ") for n in found.notes if n.startswith(own[t])],
         }
         for t, k in enumerate(found.targets[0])
     ]
 
 
-def packed(values: np.ndarray) -> dict[str, Any]:
+def pack_map(values: np.ndarray) -> dict[str, Any]:
     """A map (h, w) for the page: 16-bit integers in base64, least byte first; value = integer / 32767 * peak."""
     peak = float(np.abs(values).max(initial=0))
     whole = np.rint(values / peak * 32767) if peak > 0 else np.zeros_like(values)
@@ -78,7 +78,7 @@ def packed(values: np.ndarray) -> dict[str, Any]:
     return {"height": values.shape[0], "width": values.shape[1], "peak": peak, "data": data}
 
 
-def unpacked(content: dict[str, Any]) -> np.ndarray:
+def unpack_map(content: dict[str, Any]) -> np.ndarray:
     """The inverse of `packed`, to its precision."""
     whole = np.frombuffer(base64.b64decode(content["data"]), "<i2").astype(np.float32)
     return whole.reshape(content["height"], content["width"]) / 32767 * np.float32(content["peak"])
@@ -92,17 +92,17 @@ def faithfulness(
     layer: str | None = None,
     method: str = "grad-cam",
     against: int | None = None,
-    tell: Tell | None = None,
+    report_progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Whether the map tells the truth: deletion and insertion with their curves, and what is to be said in words."""
-    found = heatmaps(model, x, [[target]], layer=layer, method=method, against=against, progress=tell)
-    scores = evaluate(model, x, found, steps=14, progress=tell)
+    found = heatmaps(model, x, [[target]], layer=layer, method=method, against=against, progress=report_progress)
+    scores = evaluate(model, x, found, steps=14, progress=report_progress)
     rows = [{**row, "curve": [round(float(v), 4) for v in scores.curves[row["metric"]][0, 0]]} for row in scores.rows()]
     keep = ("metric", "mean", "better", "says", "curve")
     return {"rows": [{k: row[k] for k in keep} for row in rows], "notes": list(scores.notes)}
 
 
-def maps(model: Model, x: Tensor, layer: str) -> np.ndarray:
+def feature_maps(model: Model, x: Tensor, layer: str) -> np.ndarray:
     """What one layer makes of the picture, float32 (C, H, W); (C, L, 1) of tokens, (C, 1, 1) without extent."""
     return _three_axes(activations(model, x, [layer])[layer][0], model.layers.find(layer))
 
@@ -140,7 +140,7 @@ def concept_heatmap(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
     return found
 
 
-def channel_table(maps: np.ndarray) -> dict[str, list[Any]]:
+def channel_statistics(maps: np.ndarray) -> dict[str, list[Any]]:
     """Of each channel of maps (C, H, W): mean, max, share of places above 0, whether it says the same everywhere."""
     flat = maps.reshape(len(maps), -1)
     dead = is_constant_channel(flat[None])[0] if flat.shape[1] > 1 else flat[:, 0] == 0
@@ -155,7 +155,7 @@ def channel_table(maps: np.ndarray) -> dict[str, list[Any]]:
 def layer_summary(maps: np.ndarray) -> dict[str, float]:
     """A layer in three numbers, each a share: of dead channels, of values that are not above 0, of the busiest tenth of
     the channels in all that is above 0."""
-    table = channel_table(maps)
+    table = channel_statistics(maps)
     weights = np.sort(maps.reshape(len(maps), -1).clip(min=0).sum(1))[::-1]
     total = float(weights.sum())
     tenth = float(weights[: max(1, len(weights) // 10)].sum()) / total if total > 0 else 0.0
@@ -167,21 +167,21 @@ def layer_summary(maps: np.ndarray) -> dict[str, float]:
 
 
 def layer_summaries(
-    model: Model, x: Tensor, layers: Sequence[str], tell: Tell, at_once: int = 24
+    model: Model, x: Tensor, layers: Sequence[str], report_progress: ProgressCallback, batch_size: int = 24
 ) -> dict[str, dict[str, float]]:
     """`layer_summary` of many layers, from a few passes."""
     found: dict[str, dict[str, float]] = {}
-    for start in range(0, len(layers), at_once):
-        seen = activations(model, x, layers[start : start + at_once])
+    for start in range(0, len(layers), batch_size):
+        seen = activations(model, x, layers[start : start + batch_size])
         found |= {name: layer_summary(seen[name][0].reshape(seen[name].shape[1], -1)) for name in seen}
-        tell(min(start + at_once, len(layers)), len(layers))
+        report_progress(min(start + batch_size, len(layers)), len(layers))
     return found
 
 
-def sheet(maps: np.ndarray) -> tuple[Image.Image, dict[str, int]]:
+def channel_sheet(maps: np.ndarray) -> tuple[Image.Image, dict[str, int]]:
     """All channels on one sheet, row by row, in colour, each scaled for itself; and the sheet's measures in pixels."""
     height, width = maps.shape[1:]
-    shrink = max(1, -(-max(height, width) // CELL))
+    shrink = max(1, -(-max(height, width) // MAX_TILE_SIZE))
     if shrink > 1:
         maps = _shrunk(maps, shrink)
         height, width = maps.shape[1:]
@@ -198,15 +198,23 @@ def _shrunk(maps: np.ndarray, by: int) -> np.ndarray:
     return np.asarray(averaged[0])
 
 
-def position(model: Model, maps: np.ndarray, layer: str, row: int, column: int, top: int = 12) -> dict[str, Any]:
+def units_at_position(
+    model: Model, maps: np.ndarray, layer: str, row: int, column: int, top: int = 12
+) -> dict[str, Any]:
     """Who speaks at a place of a layer: its strongest units there, and which part of the picture they see."""
     here = maps[:, row, column]
     best = np.argsort(-here, kind="stable")[:top]
     units = [{"unit": int(u), "value": float(here[u])} for u in best if here[u] > 0]
-    return {"layer": layer, "row": row, "column": column, "units": units, "sees": sees(model, layer, row, column)}
+    return {
+        "layer": layer,
+        "row": row,
+        "column": column,
+        "units": units,
+        "sees": receptive_field_box(model, layer, row, column),
+    }
 
 
-def field(model: Model, layer: str) -> dict[str, list[float]] | None:
+def receptive_field_grid(model: Model, layer: str) -> dict[str, list[float]] | None:
     """Where a layer's places look, as shares of the picture, (down, across): `origin` of the first place, `stride` from
     one to the next, `size` of what each sees. None where it is not known."""
     where: Layer = model.layers.find(layer)
@@ -217,9 +225,9 @@ def field(model: Model, layer: str) -> dict[str, list[float]] | None:
     return {name: [v / side for v, side in zip(values, sides, strict=True)] for name, values in told.items()}
 
 
-def sees(model: Model, layer: str, row: int, column: int) -> list[float] | None:
+def receptive_field_box(model: Model, layer: str, row: int, column: int) -> list[float] | None:
     """Top, left, bottom and right of what a place sees, as shares of the picture; None where it is not known."""
-    known = field(model, layer)
+    known = receptive_field_grid(model, layer)
     if known is None:
         return None
     start = [o + i * s for o, i, s in zip(known["origin"], (row, column), known["stride"], strict=True)]

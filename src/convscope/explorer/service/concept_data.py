@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
 from convscope.explorer.service import compute
-from convscope.explorer.service.images import NotFound, Picture, encoded
+from convscope.explorer.service.images import RegisteredImage, UnknownResource, encode_image
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import plain_name
@@ -19,12 +19,12 @@ from convscope.explorer.urls import Parts, UrlBuilder
 from convscope.plotting.figures import coloured, tile
 from convscope.store.saved_results import SavedResult, ids_by_name
 
-PATCH = 96  # pixels of a patch on its sheet
-COLUMNS = 8  # judged pictures side by side on theirs
-FINEST = 16  # places a side of a heat on a page
-MOST = 3  # judged pictures that are shown beside a concept
-WIDEST = 4096  # pixels of a sheet of icons
-FROM = 6  # pictures that are named for a cell
+PATCH_HEIGHT = 96  # pixels of a patch on its sheet
+SHEET_COLUMNS = 8  # judged pictures side by side on theirs
+MAX_HEATMAP_SIZE = 16  # places a side of a heat on a page
+NUM_TOP_IMAGES = 3  # judged pictures that are shown beside a concept
+MAX_SHEET_WIDTH = 4096  # pixels of a sheet of icons
+NUM_CELL_IMAGES = 6  # pictures that are named for a cell
 SHEETS = {"concepts": ("patches", "views"), "atlas": ("icons",)}
 
 Arrays = dict[str, np.ndarray]
@@ -33,7 +33,7 @@ Arrays = dict[str, np.ndarray]
 # --- which there are ---
 
 
-def concepts(net: Network, target: int | None = None) -> list[SavedResult]:
+def saved_concepts(net: Network, target: int | None = None) -> list[SavedResult]:
     """The concepts in the store, of all classes or of one, by class; those of the last layer first."""
     every = [] if net.store is None else net.store.concepts()
     names = list(net.model.layers.names)
@@ -41,33 +41,33 @@ def concepts(net: Network, target: int | None = None) -> list[SavedResult]:
     return sorted(found, key=lambda one: (one.target, -names.index(one.layer)))
 
 
-def atlases(net: Network) -> list[SavedResult]:
+def saved_atlases(net: Network) -> list[SavedResult]:
     return [] if net.store is None else net.store.atlases()
 
 
-def concepts_of(net: Network, target: int, layer: str | None = None) -> SavedResult:
+def find_concepts(net: Network, target: int, layer: str | None = None) -> SavedResult:
     """Those of a class, at a layer if one is named. Raises MissingError where there are none."""
-    for one in concepts(net, target):
+    for one in saved_concepts(net, target):
         if layer in (None, one.layer):
             return one
     where = "" if layer is None else f" at {layer[:80]!r}"
-    raise NotFound(f"no concepts of {net.model.class_name(target)!r}{where} are kept here")
+    raise UnknownResource(f"no concepts of {net.model.class_name(target)!r}{where} are kept here")
 
 
-def atlas_of(net: Network, name: str) -> SavedResult:
+def find_atlas(net: Network, name: str) -> SavedResult:
     """Raises MissingError for a name that none has."""
-    for one in atlases(net):
+    for one in saved_atlases(net):
         if one.name == name:
             return one
-    raise NotFound(f"no atlas {name[:80]!r} is kept here")
+    raise UnknownResource(f"no atlas {name[:80]!r} is kept here")
 
 
-def arrays_of(explorer: Explorer, one: SavedResult) -> Arrays:
+def load_arrays(explorer: Explorer, result: SavedResult) -> Arrays:
     """The arrays, as long as there is room for them."""
-    found: Arrays | None = explorer.cache.get(("kept", one.version))
+    found: Arrays | None = explorer.cache.get(("kept", result.version))
     if found is None:
-        found = one.arrays()
-        explorer.cache.put(("kept", one.version), found)
+        found = result.arrays()
+        explorer.cache.put(("kept", result.version), found)
     return found
 
 
@@ -75,7 +75,7 @@ def parts_of(net: Network, one: SavedResult) -> Parts:
     """The parts of an address: of an atlas, or of a class's concepts, of which the first layer needs no name."""
     if one.target is None or one.kind == "atlas":
         return ("m", net.key, "atlas", one.name)
-    first = concepts(net, one.target)[0].name == one.name
+    first = saved_concepts(net, one.target)[0].name == one.name
     return ("m", net.key, "concepts", one.target, *(() if first else (one.layer,)))
 
 
@@ -84,7 +84,7 @@ def links(net: Network, site: UrlBuilder, target: int | None = None) -> dict[str
     return {
         "concepts": [
             {"name": net.model.class_name(one.target or 0), "layer": one.layer, "page": site.page(*parts_of(net, one))}
-            for one in concepts(net, target)
+            for one in saved_concepts(net, target)
         ],
         "atlases": [
             {
@@ -92,7 +92,7 @@ def links(net: Network, site: UrlBuilder, target: int | None = None) -> dict[str
                 "name": None if one.target is None else net.model.class_name(one.target),
                 "page": site.page(*parts_of(net, one)),
             }
-            for one in atlases(net)
+            for one in saved_atlases(net)
             if target is None or one.target in (None, target)
         ],
     }
@@ -101,87 +101,94 @@ def links(net: Network, site: UrlBuilder, target: int | None = None) -> dict[str
 # --- concepts ---
 
 
-def told_concepts(net: Network, one: SavedResult, arrays: Arrays) -> dict[str, Any]:
+def describe_concepts(net: Network, result: SavedResult, arrays: Arrays) -> dict[str, Any]:
     """The figures of a class's concepts."""
-    assert one.target is not None
-    told = one.manifest["parameters"]
+    assert result.target is not None
+    told = result.manifest["parameters"]
     figures = zip(arrays["importance"], arrays["effects"], arrays["indices"].T, strict=True)
     return {
-        "target": one.target,
-        "name": net.model.class_name(one.target),
-        "layer": one.layer,
-        "pictures": len(one.images),
+        "target": result.target,
+        "name": net.model.class_name(result.target),
+        "layer": result.layer,
+        "pictures": len(result.images),
         "error": float(told["error"]),
         "concepts": [
             {"importance": float(index), "effect": float(effect), "indices": [float(v) for v in own]}
             for index, effect, own in figures
         ],
         "judged": [
-            {"name": plain_name(one.images[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
+            {"name": plain_name(result.images[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
             for n, logit, rebuilt in zip(arrays["judged"], arrays["logits"], arrays["rebuilt"], strict=True)
         ],
-        "notes": list(one.manifest["notes"]),
+        "notes": list(result.manifest["notes"]),
     }
 
 
-def most_of(arrays: Arrays, concept: int) -> list[int]:
+def top_images(arrays: Arrays, concept: int) -> list[int]:
     """The judged pictures that have most of a concept anywhere."""
     most = arrays["heats"][:, concept].max((1, 2))
-    return [int(n) for n in np.argsort(-most, kind="stable")[:MOST] if most[n] > 0]
+    return [int(n) for n in np.argsort(-most, kind="stable")[:NUM_TOP_IMAGES] if most[n] > 0]
 
 
-def heats(arrays: Arrays) -> list[dict[str, Any]]:
+def packed_heatmaps(arrays: Arrays) -> list[dict[str, Any]]:
     """For each concept its heat on all judged pictures, one below the other, on one scale (see `answers.packed`)."""
     found = torch.from_numpy(arrays["heats"])
-    if max(found.shape[2:]) > FINEST:
-        found = adaptive_avg_pool2d(found, (min(FINEST, found.shape[2]), min(FINEST, found.shape[3])))
-    return [compute.packed(found[:, r].flatten(0, 1).numpy()) for r in range(found.shape[1])]
+    if max(found.shape[2:]) > MAX_HEATMAP_SIZE:
+        found = adaptive_avg_pool2d(
+            found, (min(MAX_HEATMAP_SIZE, found.shape[2]), min(MAX_HEATMAP_SIZE, found.shape[3]))
+        )
+    return [compute.pack_map(found[:, r].flatten(0, 1).numpy()) for r in range(found.shape[1])]
 
 
-def heatmap_on(explorer: Explorer, asker: Client, net: Network, image: Picture, one: SavedResult) -> np.ndarray:
+def concept_heatmaps(
+    explorer: Explorer, client: Client, net: Network, image: RegisteredImage, result: SavedResult
+) -> np.ndarray:
     """How much of each concept is at each place of a picture, float32 (R, h, w)."""
-    bank = arrays_of(explorer, one)["bank"]
-    return explorer.concept_heatmap(asker, net, image, one.layer, bank, one.version)
+    bank = load_arrays(explorer, result)["bank"]
+    return explorer.concept_heatmap(client, net, image, result.layer, bank, result.version)
 
 
 def patch_tiles(arrays: Arrays) -> list[list[dict[str, int]]]:
     """Where each concept's patches are on their sheet."""
     width = _patch_width(arrays)
     return [
-        [{"x": p * width, "y": r * PATCH, "width": width, "height": PATCH} for p in np.flatnonzero(row >= 0).tolist()]
+        [
+            {"x": p * width, "y": r * PATCH_HEIGHT, "width": width, "height": PATCH_HEIGHT}
+            for p in np.flatnonzero(row >= 0).tolist()
+        ]
         for r, row in enumerate(arrays["examples"])
     ]
 
 
-def view_tiles(arrays: Arrays) -> list[dict[str, int]]:
+def thumbnail_tiles(arrays: Arrays) -> list[dict[str, int]]:
     """Where the judged pictures are on their sheet, each in its own proportions."""
     side, found = arrays["views"].shape[1], []
     for i, shape in enumerate(arrays["shapes"].astype(float)):
         height, width = np.maximum(1, (shape / shape.max() * side).round()).astype(int).tolist()
-        found.append({"x": i % COLUMNS * side, "y": i // COLUMNS * side, "width": width, "height": height})
+        found.append({"x": i % SHEET_COLUMNS * side, "y": i // SHEET_COLUMNS * side, "width": width, "height": height})
     return found
 
 
 def _patch_width(arrays: Arrays) -> int:
     height, width = map(int, arrays["patches"].shape[2:4])
-    return max(1, round(PATCH * width / height))
+    return max(1, round(PATCH_HEIGHT * width / height))
 
 
 # --- atlases ---
 
 
-def told_atlas(explorer: Explorer, net: Network, one: SavedResult, arrays: Arrays) -> dict[str, Any]:
+def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays: Arrays) -> dict[str, Any]:
     """The figures of an atlas, cell by cell. A picture has a number where the store's data set holds it."""
-    told, sources = one.manifest["parameters"], _numbered(explorer, net, one)
+    told, sources = result.manifest["parameters"], _numbered(explorer, net, result)
     members = [Counter(arrays["sources"][arrays["cell"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
     rows = zip(arrays["cells"], arrays["counts"], arrays["classes"], arrays["effects"], members, strict=True)
     return {
-        "name": one.name,
-        "layer": one.layer,
-        "target": one.target,
+        "name": result.name,
+        "layer": result.layer,
+        "target": result.target,
         "grid": int(told["grid"]),
         "vectors": len(arrays["positions"]),
-        "pictures": len(one.images),
+        "pictures": len(result.images),
         "cells": [
             {
                 "row": int(row),
@@ -192,14 +199,14 @@ def told_atlas(explorer: Explorer, net: Network, one: SavedResult, arrays: Array
                     for k, effect in zip(classes, effects, strict=True)
                 ],
                 "pictures": [
-                    {"name": plain_name(one.images[n]), "vectors": vectors, "number": sources[n]}
-                    for n, vectors in own.most_common(FROM)
+                    {"name": plain_name(result.images[n]), "vectors": vectors, "number": sources[n]}
+                    for n, vectors in own.most_common(NUM_CELL_IMAGES)
                 ],
                 "sources": len(own),
             }
             for (row, column), count, classes, effects, own in rows
         ],
-        "notes": list(one.manifest["notes"]),
+        "notes": list(result.manifest["notes"]),
     }
 
 
@@ -213,12 +220,12 @@ def _numbered(explorer: Explorer, net: Network, one: SavedResult) -> list[int | 
     return found
 
 
-def icon_tiles(arrays: Arrays) -> dict[str, int]:
+def icon_layout(arrays: Arrays) -> dict[str, int]:
     """How the icons lie on their sheet: pixels of each, how many side by side, how many rows."""
     count = len(arrays["icons"])
     columns = int(np.ceil(np.sqrt(count)))
     return {
-        "side": min(arrays["icons"].shape[1], WIDEST // columns),
+        "side": min(arrays["icons"].shape[1], MAX_SHEET_WIDTH // columns),
         "columns": columns,
         "rows": -(-count // columns),
     }
@@ -227,35 +234,35 @@ def icon_tiles(arrays: Arrays) -> dict[str, int]:
 # --- pictures ---
 
 
-def sheet(arrays: Arrays, which: str) -> bytes:
+def render_sheet(arrays: Arrays, kind: str) -> bytes:
     """All pictures of a kind on one, as WEBP: "patches" and "views" of concepts, "icons" of an atlas."""
-    if which == "patches":
+    if kind == "patches":
         rows, columns = arrays["patches"].shape[:2]
         cells = _resized(
-            arrays["patches"].reshape(rows * columns, *arrays["patches"].shape[2:]), _patch_width(arrays), PATCH
+            arrays["patches"].reshape(rows * columns, *arrays["patches"].shape[2:]), _patch_width(arrays), PATCH_HEIGHT
         )
-        return encoded(Image.fromarray(tile(np.stack(cells), columns)), quality=80)
-    if which == "icons":
-        laid = icon_tiles(arrays)
+        return encode_image(Image.fromarray(tile(np.stack(cells), columns)), quality=80)
+    if kind == "icons":
+        laid = icon_layout(arrays)
         cells = _resized(coloured(arrays["icons"]), laid["side"], laid["side"])
-        return encoded(Image.fromarray(tile(np.stack(cells), laid["columns"])), quality=85)
-    page = Image.new("RGB", views_size(arrays), "gray")
-    for view, position in zip(arrays["views"], view_tiles(arrays), strict=True):
+        return encode_image(Image.fromarray(tile(np.stack(cells), laid["columns"])), quality=85)
+    page = Image.new("RGB", thumbnail_sheet_size(arrays), "gray")
+    for view, position in zip(arrays["views"], thumbnail_tiles(arrays), strict=True):
         (shown,) = _resized(view[None], position["width"], position["height"])
         page.paste(Image.fromarray(shown), (position["x"], position["y"]))
-    return encoded(page, quality=80)
+    return encode_image(page, quality=80)
 
 
-def patches_size(arrays: Arrays) -> tuple[int, int]:
+def patch_sheet_size(arrays: Arrays) -> tuple[int, int]:
     """Width and height of the sheet of patches."""
     rows, columns = arrays["patches"].shape[:2]
-    return columns * _patch_width(arrays), rows * PATCH
+    return columns * _patch_width(arrays), rows * PATCH_HEIGHT
 
 
-def views_size(arrays: Arrays) -> tuple[int, int]:
+def thumbnail_sheet_size(arrays: Arrays) -> tuple[int, int]:
     """Width and height of the sheet of judged pictures."""
     count, side = arrays["views"].shape[:2]
-    return min(count, COLUMNS) * side, -(-count // COLUMNS) * side
+    return min(count, SHEET_COLUMNS) * side, -(-count // SHEET_COLUMNS) * side
 
 
 def _resized(images: np.ndarray, width: int, height: int) -> list[np.ndarray]:

@@ -28,25 +28,25 @@ class RequestTimeout(ConvscopeError):
 class Client:
     """Somebody who waits for answers, `seconds` at most in all; `gone` once they no longer do."""
 
-    def __init__(self, client: str, seconds: float) -> None:
-        self.client, self.gone = client, False
-        self._seconds, self._until = seconds, time.monotonic() + seconds
+    def __init__(self, client: str, timeout: float) -> None:
+        self.id, self.disconnected = client, False
+        self._seconds, self._until = timeout, time.monotonic() + timeout
 
-    def wait(self, work: Job) -> Any:
+    def wait(self, job: Job) -> Any:
         """The work's result, or what it raised. Raises GoneError once gone, and SlowError."""
         try:
-            while not wait([work.future], timeout=0.1).done:
-                if self.gone:
+            while not wait([job.future], timeout=0.1).done:
+                if self.disconnected:
                     raise ClientDisconnected
                 if time.monotonic() > self._until:
                     raise RequestTimeout(
                         f"no answer within {self._seconds:g} s; the explorer is busy, try again in a moment"
                     )
-            return work.future.result()
+            return job.future.result()
         except CancelledError as error:
             raise ClientDisconnected from error
         finally:
-            work.lane.leave(work)
+            job.queue.release(job)
 
 
 class Job:
@@ -55,22 +55,22 @@ class Job:
     `done` of `total` steps are done (total 0: not known); `shown` is the newest picture on the way, `frame` its number.
     """
 
-    def __init__(self, key: Hashable, run: Callable[[Job], Any], client: str, lane: JobQueue) -> None:
-        self.key, self.run, self.client, self.lane = key, run, client, lane
+    def __init__(self, key: Hashable, run: Callable[[Job], Any], client: str, queue: JobQueue) -> None:
+        self.key, self.run, self.client, self.queue = key, run, client, queue
         self.future: Future[Any] = Future()
-        self.waiting = 1
-        self.begun = False
+        self.num_waiting = 1
+        self.started = False
         self.done, self.total = 0.0, 0
-        self.shown, self.frame = b"", 0
+        self.preview, self.preview_index = b"", 0
 
-    def tell(self, done: float, total: int) -> None:
+    def report_progress(self, done: float, total: int) -> None:
         """Note the progress. Raises GoneError if nobody waits: the work then ends where it is."""
-        if self.waiting == 0:
+        if self.num_waiting == 0:
             raise ClientDisconnected
         self.done, self.total = done, total
 
-    def show(self, image: bytes) -> None:
-        self.shown, self.frame = image, self.frame + 1
+    def set_preview(self, image: bytes) -> None:
+        self.preview, self.preview_index = image, self.preview_index + 1
 
 
 class JobQueue:
@@ -79,15 +79,15 @@ class JobQueue:
     At most `limit` works wait in all, and `each` of one client.
     """
 
-    def __init__(self, name: str, cache: Cache, *, limit: int, each: int) -> None:
-        self.name, self._cache, self._limit, self._each = name, cache, limit, each
+    def __init__(self, name: str, cache: Cache, *, max_jobs: int, max_jobs_per_client: int) -> None:
+        self.name, self._cache, self._limit, self._each = name, cache, max_jobs, max_jobs_per_client
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._known: dict[Hashable, Job] = {}
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def ask(self, key: Hashable, run: Callable[[Job], Any], client: str) -> Job:
+    def submit(self, key: Hashable, run: Callable[[Job], Any], client: str) -> Job:
         """The work for `key`: kept, under way, or new. Who asked must `leave` in the end. Raises FullError."""
         with self._change:
             kept = self._cache.get(key)
@@ -96,8 +96,8 @@ class JobQueue:
                 work.future.set_result(kept)
                 return work
             known = self._known.get(key)
-            if known is not None and known.waiting:
-                known.waiting += 1
+            if known is not None and known.num_waiting:
+                known.num_waiting += 1
                 return known
             self._require_room(client)
             work = self._known[key] = Job(key, run, client, self)
@@ -116,31 +116,31 @@ class JobQueue:
         if len(self._queues.get(client, ())) >= self._each:
             raise QueueFull(f"{self._each} of your own works wait already; try again when one is done")
 
-    def leave(self, work: Job) -> None:
+    def release(self, job: Job) -> None:
         """One who waited has gone. Work that nobody waits for is dropped, or ends at its next step."""
         with self._change:
-            work.waiting -= 1
-            if work.waiting == 0 and not work.begun:
-                queue = self._queues.get(work.client)
-                if queue is not None and work in queue:
-                    queue.remove(work)
+            job.num_waiting -= 1
+            if job.num_waiting == 0 and not job.started:
+                queue = self._queues.get(job.client)
+                if queue is not None and job in queue:
+                    queue.remove(job)
                     if not queue:
-                        del self._queues[work.client]
-                    self._forget(work)
-                    work.future.cancel()
+                        del self._queues[job.client]
+                    self._forget(job)
+                    job.future.cancel()
 
-    def position(self, work: Job) -> int:
+    def position(self, job: Job) -> int:
         """How many works are done before this one, as things stand; 0 when it is under way or next."""
         with self._change:
-            if work.begun or work.client not in self._queues:
+            if job.started or job.client not in self._queues:
                 return 0
-            position = self._queues[work.client].index(work) if work in self._queues[work.client] else 0
+            position = self._queues[job.client].index(job) if job in self._queues[job.client] else 0
             clients = list(self._queues)
-            turn = clients.index(work.client)
+            turn = clients.index(job.client)
             return position + sum(
                 min(len(queue), position + (clients.index(client) < turn))
                 for client, queue in self._queues.items()
-                if client != work.client
+                if client != job.client
             )
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class JobQueue:
         with self._change:
             self._closed = True
             for work in list(self._known.values()):
-                work.waiting = 0
+                work.num_waiting = 0
                 work.future.cancel()
             self._queues.clear()
             self._change.notify()
@@ -172,7 +172,7 @@ class JobQueue:
             work = queue.popleft()
             if queue:
                 self._queues[client] = queue  # behind all others
-            work.begun = True
+            work.started = True
             return work
 
     def _work(self) -> None:

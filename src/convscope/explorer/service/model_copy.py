@@ -14,7 +14,7 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 
 
-def twin(model: Model) -> Model:
+def copy_model(model: Model) -> Model:
     """The model with modules of its own, for hooks and flags; the memory of the weights is shared, and frozen here.
 
     Weights that the user changes in place later are seen by the twin too. Raises ConvscopeError where the module cannot

@@ -13,7 +13,7 @@ from PIL import Image
 
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import encoded
+from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.jobs import Job
 from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
@@ -21,11 +21,11 @@ from convscope.featurevis.objectives import Objective, channel, diversity
 from convscope.plotting.figures import coloured, tile
 from convscope.results import atomic_write
 
-LOOKS = ("positive", "negative", "diverse")
+VARIANTS = ("positive", "negative", "diverse")
 RECIPES = ("robust", "maco", "plain")
-SEVERAL = 4  # pictures of a diverse pattern
-EVERY = 6  # steps between two frames
-FRAME = 160  # pixels of a frame, at most
+NUM_DIVERSE = 4  # pictures of a diverse pattern
+PREVIEW_INTERVAL = 6  # steps between two frames
+PREVIEW_SIZE = 160  # pixels of a frame, at most
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class PatternSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.variant not in LOOKS:
-            raise ConvscopeError(f"look is {self.variant!r}; expected {', '.join(LOOKS)}")
+        if self.variant not in VARIANTS:
+            raise ConvscopeError(f"look is {self.variant!r}; expected {', '.join(VARIANTS)}")
         if self.recipe not in RECIPES:
             raise ConvscopeError(f"recipe is {self.recipe!r}; expected {', '.join(RECIPES)}")
 
@@ -51,35 +51,35 @@ class PatternSpec:
         one = channel(self.layer, self.unit)
         if self.variant == "negative":
             return -one
-        return diversity(one, self.diverse_at(model), SEVERAL) if self.variant == "diverse" else one
+        return diversity(one, self.diversity_layer(model), NUM_DIVERSE) if self.variant == "diverse" else one
 
-    def diverse_at(self, model: Model) -> str:
+    def diversity_layer(self, model: Model) -> str:
         """The layer at which several pictures are kept apart: a class's last with places, else the unit's own."""
         return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
 
 
-def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Job) -> dict[str, Any]:
+def compute_pattern(model: Model, spec: PatternSpec, references: list[np.ndarray], job: Job) -> dict[str, Any]:
     """The pattern: `image`, a PNG; its `score`, that of noise and of the best reference; `notes` in words.
 
     `work` is shown a picture every few steps, and told of every one.
     """
 
     def watch(step: int, images: np.ndarray) -> None:
-        if step % EVERY == 1:
+        if step % PREVIEW_INTERVAL == 1:
             image = Image.fromarray(side_by_side(images))
-            image.thumbnail((FRAME * image.width // image.height, FRAME))
-            work.show(encoded(image, quality=70))
+            image.thumbnail((PREVIEW_SIZE * image.width // image.height, PREVIEW_SIZE))
+            job.set_preview(encode_image(image, quality=70))
 
-    plain = what.variant == "positive"
+    plain = spec.variant == "positive"
     made = patterns(
         model,
-        what.layer if plain else what.objective(model),
-        [what.unit] if plain else None,
-        recipe=what.recipe,
-        seed=what.seed,
+        spec.layer if plain else spec.objective(model),
+        [spec.unit] if plain else None,
+        recipe=spec.recipe,
+        seed=spec.seed,
         callback=watch,
         reference=(references or None) if plain else None,
-        progress=work.tell,
+        progress=job.report_progress,
     )
     score = float(made.scores.mean())
     best = None if made.reference_scores is None else float(made.reference_scores[0])
@@ -90,7 +90,7 @@ def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Jo
         )
     page = side_by_side(made.images)
     return {
-        "image": encoded(Image.fromarray(page), "PNG"),
+        "image": encode_image(Image.fromarray(page), "PNG"),
         "height": page.shape[0],
         "width": page.shape[1],
         "score": score,
@@ -100,7 +100,7 @@ def draw(model: Model, what: PatternSpec, references: list[np.ndarray], work: Jo
         "reference": best,
         "notes": notes,
         "steps": made.steps,
-        **asdict(what),
+        **asdict(spec),
     }
 
 
@@ -114,11 +114,11 @@ class PatternCache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, version: str, what: PatternSpec) -> dict[str, Any] | None:
+    def get(self, version: str, spec: PatternSpec) -> dict[str, Any] | None:
         """The pattern that was kept; None if it is not there."""
         if self._folder is None:
             return None
-        image, told = self._files(version, what)
+        image, told = self._files(version, spec)
         try:
             found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
             return {**found, "image": image.read_bytes()}
@@ -127,31 +127,31 @@ class PatternCache:
         except (OSError, ValueError) as error:
             raise ConvscopeError(f"the kept pattern {told} cannot be read ({error}); remove it") from error
 
-    def put(self, version: str, what: PatternSpec, made: dict[str, Any]) -> None:
+    def put(self, version: str, spec: PatternSpec, pattern: dict[str, Any]) -> None:
         """Keep it. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is None:
             return
-        image, told = self._files(version, what)
+        image, told = self._files(version, spec)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(image) as file:
-                file.write(made["image"])
+                file.write(pattern["image"])
             with atomic_write(told) as file:  # last: what it tells of is there
-                file.write(json.dumps({k: v for k, v in made.items() if k != "image"}).encode())
+                file.write(json.dumps({k: v for k, v in pattern.items() if k != "image"}).encode())
         except OSError as error:
             raise ConvscopeError(f"cannot keep patterns in {self._folder}: {error.strerror or error}") from error
 
-    def story(self, version: str, model: Model) -> Story | None:
+    def get_story(self, version: str, model: Model) -> Story | None:
         """The story that was kept; None if it is not there. Raises ConvscopeError if it cannot be read."""
         folder = self._folder and self._folder / f"story-{version}"
         if folder is None or not (folder / "manifest.json").exists():
             return None
         return read_story(model, lambda name: (folder / name).read_bytes())
 
-    def put_story(self, version: str, told: Story) -> None:
+    def put_story(self, version: str, story: Story) -> None:
         """Keep it. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is not None:
-            told.save(self._folder / f"story-{version}")
+            story.save(self._folder / f"story-{version}")
 
     def _files(self, version: str, what: PatternSpec) -> tuple[Path, Path]:
         assert self._folder is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import encoded
+from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.patterns import RECIPES, PatternSpec
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.results import file_names
@@ -38,38 +38,38 @@ class StoredPatterns:
         self._layers: dict[str, _Drawn] = {}
         self._folders = file_names(store.layers)
 
-    def how(self, layer: str, unit: int) -> PatternSpec | None:
+    def get_spec(self, layer: str, unit: int) -> PatternSpec | None:
         """How the unit's pattern was drawn; None if it was not."""
         drawn = self._drawn(layer)
         if drawn is None or unit not in drawn.rows or drawn.recipe not in RECIPES:
             return None
         return PatternSpec(layer, unit, recipe=drawn.recipe, seed=drawn.seed)
 
-    def stamp(self, what: PatternSpec) -> str | None:
+    def get_revision(self, spec: PatternSpec) -> str | None:
         """Another one once the pattern is drawn anew; None if this one was not drawn."""
-        drawn = self._drawn(what.layer)
-        return None if drawn is None or what != self.how(what.layer, what.unit) else drawn.stamp
+        drawn = self._drawn(spec.layer)
+        return None if drawn is None or spec != self.get_spec(spec.layer, spec.unit) else drawn.stamp
 
-    def pattern(self, what: PatternSpec) -> dict[str, Any] | None:
+    def get_pattern(self, spec: PatternSpec) -> dict[str, Any] | None:
         """The pattern, told as `drawings.draw` tells it; None if this one was not drawn."""
-        drawn = self._drawn(what.layer)
-        if drawn is None or what != self.how(what.layer, what.unit):
+        drawn = self._drawn(spec.layer)
+        if drawn is None or spec != self.get_spec(spec.layer, spec.unit):
             return None
-        image = self._store.unit(what.layer, what.unit).pattern()
+        image = self._store.unit(spec.layer, spec.unit).pattern()
         if image is None:
             return None
-        row = drawn.rows[what.unit]
+        row = drawn.rows[spec.unit]
         numbers = {name: float(row[name]) if row.get(name) else None for name in ("score", "noise", "reference")}
         return {
-            "image": encoded(image, "PNG"),
+            "image": encode_image(image, "PNG"),
             "height": image.height,
             "width": image.width,
             **numbers,
-            "notes": [note for note in drawn.notes if note.startswith((f"unit {what.unit} ", f"class {what.unit} "))],
+            "notes": [note for note in drawn.notes if note.startswith((f"unit {spec.unit} ", f"class {spec.unit} "))],
             "steps": drawn.steps,
         }
 
-    def story(self, model: Model) -> Story | None:
+    def get_story(self, model: Model) -> Story | None:
         """The story, if one is there. Raises ConvscopeError if it cannot be read, or is another network's."""
         if not self._there("story/manifest.json"):
             return None

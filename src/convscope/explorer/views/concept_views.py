@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convscope.explorer.service import compute, concept_data
-from convscope.explorer.service.images import Picture
+from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.state import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
@@ -25,45 +25,53 @@ def index(pages: Pages, net: Network) -> Page:
     return Page("kept.html", f"Concepts and atlases of {net.model.name}", data, more)
 
 
-def concepts(pages: Pages, net: Network, target: int, layer: str | None, image: Picture | None) -> Page:
+def concepts(pages: Pages, net: Network, target: int, layer: str | None, image: RegisteredImage | None) -> Page:
     """What a class is made of; where that is not known yet, how it is found out."""
-    found = concept_data.concepts(net, target)
+    found = concept_data.saved_concepts(net, target)
     title = f"What {net.model.class_name(target)} is made of, {net.model.name}"
     data: dict[str, Any] = {"kind": "concepts", "live": pages.site.live}
     more: dict[str, Any] = {"net": net, "target": target, "target_name": net.model.class_name(target), "told": None}
     more |= _makers(pages.site, net, target)
     if not found and layer is None:
         return Page("concepts.html", title, data, more)
-    one = concept_data.concepts_of(net, target, layer)
-    arrays, image = concept_data.arrays_of(pages.explorer, one), image or pages.lead(net)
-    told = concept_data.told_concepts(net, one, arrays)
+    one = concept_data.find_concepts(net, target, layer)
+    arrays, image = concept_data.load_arrays(pages.explorer, one), image or pages.lead(net)
+    told = concept_data.describe_concepts(net, one, arrays)
     highest = max(c["importance"] for c in told["concepts"])
-    patches, views = concept_data.patch_tiles(arrays), concept_data.view_tiles(arrays)
+    patches, views = concept_data.patch_tiles(arrays), concept_data.thumbnail_tiles(arrays)
     for r, concept in enumerate(told["concepts"]):
         concept["share"] = max(0.0, concept["importance"] / highest) if highest > 0 else 0.0
-        concept["patches"], concept["most"] = patches[r], concept_data.most_of(arrays, r)
-    data |= {"heats": concept_data.heats(arrays), "pictures": len(views), "palette": lookup_table("jet")[::8].tolist()}
+        concept["patches"], concept["most"] = patches[r], concept_data.top_images(arrays, r)
+    data |= {
+        "heats": concept_data.packed_heatmaps(arrays),
+        "pictures": len(views),
+        "palette": lookup_table("jet")[::8].tolist(),
+    }
     more |= {
         "told": told,
         "layers": [(other.layer, pages.site.page(*concept_data.parts_of(net, other))) for other in found],
-        "patches": {"src": pages.site.kept(net, one, "patches"), "size": concept_data.patches_size(arrays)},
-        "views": {"src": pages.site.kept(net, one, "views"), "size": concept_data.views_size(arrays), "tiles": views},
+        "patches": {"src": pages.site.kept(net, one, "patches"), "size": concept_data.patch_sheet_size(arrays)},
+        "views": {
+            "src": pages.site.kept(net, one, "views"),
+            "size": concept_data.thumbnail_sheet_size(arrays),
+            "tiles": views,
+        },
         "lines": snippets.concepts(pages.site.source(net.source), _store(pages.site, net), target, one.layer),
         "picture": image,
-        "samples": pages.explorer.shelf.samples,
+        "samples": pages.explorer.images.samples,
     }
     if image is not None:
-        own = concept_data.heatmap_on(pages.explorer, pages.asker, net, image, one)
-        data["current"] = [compute.packed(heatmap) for heatmap in own]
+        own = concept_data.concept_heatmaps(pages.explorer, pages.asker, net, image, one)
+        data["current"] = [compute.pack_map(heatmap) for heatmap in own]
         more["photo"] = pages.site.photo(image, 640)
     return Page("concepts.html", title, data, more)
 
 
 def atlas(pages: Pages, net: Network, name: str) -> Page:
     """An atlas: a map of icons, and what each stands for."""
-    one, site = concept_data.atlas_of(net, name), pages.site
-    arrays = concept_data.arrays_of(pages.explorer, one)
-    told, laid = concept_data.told_atlas(pages.explorer, net, one, arrays), concept_data.icon_tiles(arrays)
+    one, site = concept_data.find_atlas(net, name), pages.site
+    arrays = concept_data.load_arrays(pages.explorer, one)
+    told, laid = concept_data.describe_atlas(pages.explorer, net, one, arrays), concept_data.icon_layout(arrays)
     side, shares = laid["side"], (arrays["counts"] / arrays["counts"].max()) ** 0.5
     drawn = (CELL - GAP) * (SMALLEST + (1 - SMALLEST) * shares)
     corner, end = arrays["cells"].min(0), arrays["cells"].max(0) + 1

@@ -13,10 +13,10 @@ from convscope.attribution.registry import METHODS
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS
 from convscope.explorer.service import compute, concept_data
-from convscope.explorer.service.images import Picture
+from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.jobs import Client
-from convscope.explorer.service.patterns import LOOKS, RECIPES, PatternSpec
-from convscope.explorer.service.state import SLOW, Explorer, Network, followed
+from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
+from convscope.explorer.service.state import SLOW_METHODS, Explorer, Network, main_layers
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import layout, snippets, store_views
 from convscope.explorer.views.glossary import WORDS
@@ -46,7 +46,7 @@ class Pages:
 
     # --- a picture ---
 
-    def image(self, net: Network, image: Picture, target: int | None = None, beside: str = "") -> Page:
+    def image(self, net: Network, image: RegisteredImage, target: int | None = None, beside: str = "") -> Page:
         """What the network says of a picture, and where it sees it."""
         said = self.explorer.predictions(self.asker, net, image)
         classes = [row["index"] for row in said[:CLASSES]]
@@ -82,10 +82,10 @@ class Pages:
                 "layers": [row.name for row in spatial],
                 "chosen_layer": data["layer"],
                 "methods": [m for m in METHODS if m not in ("random", "centred")],
-                "slow": SLOW,
+                "slow": SLOW_METHODS,
                 "colours": COLOURS,
                 "walk": self._walk(net),
-                "samples": self.explorer.shelf.samples,
+                "samples": self.explorer.images.samples,
             },
         )
 
@@ -99,7 +99,7 @@ class Pages:
         for row in rows:
             row["measured"] = measured.get(row["name"], {})
         if not self.site.live and image is not None:
-            for name, values in self.explorer.summaries(self.asker, net, image).items():
+            for name, values in self.explorer.layer_summaries(self.asker, net, image).items():
                 row = next(row for row in rows if row["name"] == name)
                 row["measured"] = values | row["measured"]  # what a data set told is not taken back by one picture
         drawn = layout.figure([(row.shape[1:] or (1,))[0] for row in net.layers], net.edges)
@@ -113,16 +113,16 @@ class Pages:
         more = {"net": net, "rows": rows, "lead": image, "graph": drawn}
         return Page("network.html", f"{net.model.name}: its layers", data, more)
 
-    def layer(self, net: Network, row: Layer, image: Picture | None, target: int | None = None) -> Page:
+    def layer(self, net: Network, row: Layer, image: RegisteredImage | None, target: int | None = None) -> Page:
         """A layer: its channels on a picture, and what the data set says of its units."""
         image = image or self.lead(net)
         data: dict[str, Any] = {"kind": "layer", "live": self.site.live, "layer": row.name, "units": row.units}
         more: dict[str, Any] = {"net": net, "row": row, "picture": image, "around": self._around(net, row.name)}
         more |= {"sees": sees(net, row), "cells": [], "dead": 0, "kept": self._kept(net, row.name)}
         if image is not None:
-            maps = self.explorer.maps(self.asker, net, image, row.name)
-            _, sheet = self.explorer.sheet(self.asker, net, image, row.name)
-            table = compute.channel_table(maps)
+            maps = self.explorer.feature_maps(self.asker, net, image, row.name)
+            _, sheet = self.explorer.feature_map_sheet(self.asker, net, image, row.name)
+            table = compute.channel_statistics(maps)
             if net.classifies():
                 said = self.explorer.predictions(self.asker, net, image)
                 target = said[0]["index"] if target is None else target
@@ -134,7 +134,7 @@ class Pages:
                 "picture": image.key,
                 "api": f"/api/models/{net.key}/pictures/{image.key}",
                 "grid": [maps.shape[1], maps.shape[2]],
-                "field": compute.field(net.model, row.name),
+                "field": compute.receptive_field_grid(net.model, row.name),
                 "unitPage": self.site.page("m", net.key, "unit", row.name, 0),
             }
             if not self.site.live:
@@ -165,11 +165,11 @@ class Pages:
 
     # --- a unit ---
 
-    def unit(self, net: Network, layer: str, unit: int, image: Picture | None, what: PatternSpec) -> Page:
+    def unit(self, net: Network, layer: str, unit: int, image: RegisteredImage | None, what: PatternSpec) -> Page:
         """A unit: what it wants, what excites it, what it makes of a picture."""
         image = image or self.lead(net)
         row = None if layer == LOGITS else net.layer(layer)
-        made = self.explorer.drawn(net, what)
+        made = self.explorer.get_pattern(net, what)
         about = store_views.unit_page(net, self.site, layer, unit)
         data: dict[str, Any] = {
             "kind": "unit",
@@ -185,10 +185,10 @@ class Pages:
             "row": row,
             "layer": layer,
             "unit": unit,
-            "count": net.units(layer),
+            "count": net.num_units(layer),
             "sees": "the whole picture" if row is None else sees(net, row),
             "what": what,
-            "looks": [look for look in LOOKS if look != "diverse" or layer == LOGITS or (row and row.is_spatial)],
+            "looks": [look for look in VARIANTS if look != "diverse" or layer == LOGITS or (row and row.is_spatial)],
             "recipes": RECIPES,
             "pattern": self._pattern(net, what) if made else None,
             "about": about,
@@ -198,19 +198,19 @@ class Pages:
             "picture": image,
         }
         if image is not None and row is not None:
-            maps = self.explorer.maps(self.asker, net, image, layer)
-            table = compute.channel_table(maps[unit : unit + 1])
-            data["map"] = compute.packed(maps[unit])
+            maps = self.explorer.feature_maps(self.asker, net, image, layer)
+            table = compute.channel_statistics(maps[unit : unit + 1])
+            data["map"] = compute.pack_map(maps[unit])
             more["map"] = {"photo": self.site.photo(image, 1024), "max": table["max"][0], "mean": table["mean"][0]}
             more["map"]["dead"] = table["dead"][0]
         called = f"class {net.model.class_name(unit)}" if layer == LOGITS else f"unit {unit} of {layer}"
         return Page("unit.html", f"{called}, {net.model.name}", data, more)
 
     def _pattern(self, net: Network, what: PatternSpec) -> dict[str, Any]:
-        made = self.explorer.drawn(net, what) or {}
+        made = self.explorer.get_pattern(net, what) or {}
         return {**{k: v for k, v in made.items() if k != "image"}, "src": self.site.pattern(net, what)}
 
-    def class_(self, net: Network, index: int, image: Picture | None, what: PatternSpec) -> Page:
+    def class_(self, net: Network, index: int, image: RegisteredImage | None, what: PatternSpec) -> Page:
         """A class: its pattern, the units that tell of it, and the pictures that the network takes for it."""
         page = self.unit(net, LOGITS, index, image, what)
         about = {**store_views.class_page(net, self.site, index), **self._made_of(net, index)}
@@ -256,9 +256,9 @@ class Pages:
         )
         return html
 
-    def lead(self, net: Network) -> Picture | None:
+    def lead(self, net: Network) -> RegisteredImage | None:
         """The picture to begin with, if there is any."""
-        samples = self.explorer.shelf.samples
+        samples = self.explorer.images.samples
         return samples[0] if samples and net.takes_images else None
 
     def _made_of(self, net: Network, index: int) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Pages:
         return {"kept": concept_data.links(net, self.site, index), "concepts_page": page}
 
     def _walk(self, net: Network) -> list[str]:
-        return followed(net)
+        return main_layers(net)
 
     def _around(self, net: Network, layer: str) -> dict[str, str | None]:
         names = [row.name for row in net.layers]

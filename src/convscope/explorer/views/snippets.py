@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from convscope.engine.model import Model
-from convscope.explorer.service.patterns import SEVERAL, PatternSpec
+from convscope.explorer.service.patterns import NUM_DIVERSE, PatternSpec
 
 Lines = dict[str, str]
 
@@ -31,7 +31,7 @@ def pattern(model: str, what: PatternSpec, net: Model) -> Lines:
     python = f"convscope.patterns({_load(model)}, {layer!r}, [{unit}]{_arguments(given)})"
     if look != "positive":
         one = f"unit({layer!r}, {unit})"
-        objective = f"-{one}" if look == "negative" else f"diverse({one}, {what.diverse_at(net)!r}, {SEVERAL})"
+        objective = f"-{one}" if look == "negative" else f"diverse({one}, {what.diversity_layer(net)!r}, {NUM_DIVERSE})"
         given_names = "unit" if look == "negative" else "diverse, unit"
         python = (
             f"from convscope.featurevis.objectives import {given_names}\n"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from convscope.engine.model import LOGITS
-from convscope.explorer.service.images import NotFound, encoded
+from convscope.explorer.service.images import UnknownResource, encode_image
 from convscope.explorer.service.state import Network
 from convscope.explorer.service.uploads import plain_name
 from convscope.explorer.urls import UrlBuilder
@@ -165,7 +165,7 @@ def class_page(net: Network, site: UrlBuilder, index: int) -> dict[str, Any]:
 def image_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
     """A picture of the data set. Raises MissingError where there is none of that number."""
     if net.store is None or not 0 <= number < net.store.images_count:
-        raise NotFound(f"there is no picture {number} in the data set here")
+        raise UnknownResource(f"there is no picture {number} in the data set here")
     own = net.store.image(number)
     return {
         "number": number,
@@ -195,7 +195,7 @@ def _unit_link(net: Network, site: UrlBuilder, layer: str, unit: int) -> str:
 
 def _class_page(net: Network, site: UrlBuilder, name: str) -> str:
     """The network's class of that name; the data set's own classes need not be the network's."""
-    index = net.class_numbers.get(name)
+    index = net.class_indices.get(name)
     return "" if index is None else site.page("m", net.key, "class", index)
 
 
@@ -230,12 +230,12 @@ class Views:
             sheet.paste(_squared(view.cut(example.box)), (i * SIDE, 0))
             if kind != "best":
                 sheet.paste(_squared(view.framed(example.box)), (i * SIDE, SIDE))
-        return encoded(sheet, quality=78)
+        return encode_image(sheet, quality=78)
 
     def thumbnail(self, number: int, longest: int = 640) -> bytes:
         image = self.get(number).image.copy()
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        return encoded(image)
+        return encode_image(image)
 
 
 def _squared(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ class SecurityMiddleware:
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, frames: Sequence[str]) -> None:
         self._app, self._hosts, self._token = app, hosts, token
-        self._headers = security.headers(frames)
+        self._headers = security.security_headers(frames)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,10 +45,10 @@ class SecurityMiddleware:
         headers: Mapping[str, str] = request.headers
         if not security.host_allowed(headers.get("host", ""), self._hosts):
             return JSONResponse({"error": "this is not the name of this server"}, 421)
-        if security.from_elsewhere(headers) or (request.method not in ("GET", "HEAD") and _foreign(headers)):
+        if security.is_cross_site(headers) or (request.method not in ("GET", "HEAD") and _foreign(headers)):
             return JSONResponse({"error": "another site's page may not ask this"}, 403)
         given = (request.query_params.get("token"), request.cookies.get(security.TOKEN), _bearer(headers))
-        if self._token is not None and not any(security.token_fits(one, self._token) for one in given):
+        if self._token is not None and not any(security.token_matches(one, self._token) for one in given):
             words = "open the address with ?token=... that the server printed when it started"
             return JSONResponse({"error": words}, 401, headers={"WWW-Authenticate": "Bearer"})
         return None

@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from convscope.errors import ConvscopeError
-from convscope.explorer.service.images import NotFound, Picture
+from convscope.explorer.service.images import RegisteredImage, UnknownResource
 from convscope.explorer.service.jobs import Client, ClientDisconnected, Job, QueueFull
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import Decoder, plain_name
@@ -25,71 +25,73 @@ from convscope.explorer.views.store_views import Views
 from convscope.explorer.web import security
 
 T = TypeVar("T")
-TICK = 0.15  # seconds between two looks at work under way
-READING = 30.0  # seconds that an upload may take to arrive
-UPLOADS = 8  # at once
-EACH = 32  # requests of one visitor that are answered at once: half of the threads
+POLL_INTERVAL = 0.15  # seconds between two looks at work under way
+UPLOAD_TIMEOUT = 30.0  # seconds that an upload may take to arrive
+MAX_UPLOADS = 8  # at once
+MAX_REQUESTS_PER_CLIENT = 32  # requests of one visitor that are answered at once: half of the threads
 
 
 class RequestRunner:
     """Takes requests to the explorer, each in a thread that ends when the client goes away or time is up."""
 
-    def __init__(self, explorer: Explorer, decoder: Decoder, seconds: float) -> None:
-        self.explorer, self.decoder, self.seconds = explorer, decoder, seconds
+    def __init__(self, explorer: Explorer, decoder: Decoder, timeout: float) -> None:
+        self.explorer, self.decoder, self.timeout = explorer, decoder, timeout
         self.views = {net.key: Views(net.store) for net in explorer.networks.values() if net.store is not None}
         self._threads = anyio.CapacityLimiter(64)
         self._uploading = 0
         self._asking: Counter[str] = Counter()
 
-    def client(self, request: Request) -> str:
+    def client_id(self, request: Request) -> str:
         """Who asks, as far as it matters for taking turns."""
         return request.cookies.get(security.COOKIE) or (request.client.host if request.client else "unknown")
 
     def pages(self, asker: Client | None, site: LiveUrls) -> Pages:
         return Pages(self.explorer, asker or Client("nobody", 0), site)
 
-    async def answer(self, request: Request, make: Callable[[Client], T]) -> T:
+    async def run(self, request: Request, make: Callable[[Client], T]) -> T:
         """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away.
 
         Raises FullError if the client waits for too many answers already.
         """
-        asker = Client(self.client(request), self.seconds)
-        if self._asking[asker.client] >= EACH:
-            raise QueueFull(f"{EACH} of your own questions wait already; try again when one is answered")
+        asker = Client(self.client_id(request), self.timeout)
+        if self._asking[asker.id] >= MAX_REQUESTS_PER_CLIENT:
+            raise QueueFull(
+                f"{MAX_REQUESTS_PER_CLIENT} of your own questions wait already; try again when one is answered"
+            )
 
         async def watch() -> None:
             while not await request.is_disconnected():
-                await asyncio.sleep(TICK)
-            asker.gone = True
+                await asyncio.sleep(POLL_INTERVAL)
+            asker.disconnected = True
 
         watching = asyncio.create_task(watch())
-        self._asking[asker.client] += 1
+        self._asking[asker.id] += 1
         try:
             return await anyio.to_thread.run_sync(make, asker, limiter=self._threads)
         finally:
-            asker.gone = True
+            asker.disconnected = True
             watching.cancel()
-            self._asking[asker.client] -= 1
+            self._asking[asker.id] -= 1
             self._asking += Counter()  # forgets who waits for nothing
 
-    def chosen(self, net: Network, key: str | None) -> Picture | None:
+    def find_image(self, net: Network, key: str | None) -> RegisteredImage | None:
         """The picture that an address names, if it names one. Raises MissingError."""
-        return self.explorer.shelf.find(key) if key and net.takes_images else None
+        return self.explorer.images.find(key) if key and net.takes_images else None
 
-    async def upload(self, request: Request, name: str) -> Picture:
+    async def upload(self, request: Request, name: str) -> RegisteredImage:
         """The picture in a request's body. Raises ConvscopeError if it is none, too large or too slow."""
-        if self._uploading >= UPLOADS:
-            raise QueueFull(f"{UPLOADS} pictures are being read already; try again in a moment")
+        if self._uploading >= MAX_UPLOADS:
+            raise QueueFull(f"{MAX_UPLOADS} pictures are being read already; try again in a moment")
         self._uploading += 1
         try:
-            async with asyncio.timeout(READING):
+            async with asyncio.timeout(UPLOAD_TIMEOUT):
                 content = await self._body(request)
             pixels: np.ndarray = await anyio.to_thread.run_sync(self.decoder.decode, content, limiter=self._threads)
         except TimeoutError as error:
-            raise ConvscopeError(f"the picture did not arrive within {READING:g} s") from error
+            raise ConvscopeError(f"the picture did not arrive within {UPLOAD_TIMEOUT:g} s") from error
         finally:
             self._uploading -= 1
-        return self.explorer.shelf.add(pixels, plain_name(name))
+        return self.explorer.images.add(pixels, plain_name(name))
 
     async def _body(self, request: Request) -> bytes:
         most, parts, size = self.decoder.most_bytes, [], 0
@@ -100,15 +102,15 @@ class RequestRunner:
             parts.append(part)
         return b"".join(parts)
 
-    def opened(self, asker: Client, net: Network, number: int) -> str:
+    def open_dataset_image(self, asker: Client, net: Network, number: int) -> str:
         """A picture of the data set, put on the shelf; its key."""
         if net.key not in self.views or net.store is None or not 0 <= number < net.store.images_count:
-            raise NotFound(f"there is no picture {number} in the data set here")
+            raise UnknownResource(f"there is no picture {number} in the data set here")
         store = net.store
         view = self.views[net.key].get(number)
-        return self.explorer.shelf.add(np.asarray(view.image), plain_name(store.image(number).name)).key
+        return self.explorer.images.add(np.asarray(view.image), plain_name(store.image(number).name)).key
 
-    def events(self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:
+    def event_stream(self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:
         """The progress of work, as server-sent events: progress, frame, then done or failed."""
         return StreamingResponse(
             self._events(request, work, result),
@@ -122,22 +124,27 @@ class RequestRunner:
             while not work.future.done():
                 if await request.is_disconnected():
                     return
-                state = {"begun": work.begun, "ahead": work.lane.position(work), "done": work.done, "total": work.total}
+                state = {
+                    "begun": work.started,
+                    "ahead": work.queue.position(work),
+                    "done": work.done,
+                    "total": work.total,
+                }
                 if state != told:
                     told = state
                     yield _event("progress", state)
-                if work.frame != frame:
-                    frame = work.frame
-                    yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
-                await asyncio.sleep(TICK)
-            if work.frame != frame:  # work that is done within a tick has been seen too
-                yield f"event: frame\ndata: {_data_url(work.shown)}\n\n"
+                if work.preview_index != frame:
+                    frame = work.preview_index
+                    yield f"event: frame\ndata: {_data_url(work.preview)}\n\n"
+                await asyncio.sleep(POLL_INTERVAL)
+            if work.preview_index != frame:  # work that is done within a tick has been seen too
+                yield f"event: frame\ndata: {_data_url(work.preview)}\n\n"
             try:
                 yield _event("done", result(work.future.result()))
             except (ConvscopeError, ClientDisconnected, CancelledError) as error:
                 yield _event("failed", {"error": str(error) or "the work was ended"})
         finally:
-            work.lane.leave(work)
+            work.queue.release(work)
 
 
 def _event(name: str, content: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from convscope.attribution.registry import METHODS
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
-from convscope.explorer.service.images import encoded
+from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.jobs import Client
-from convscope.explorer.service.patterns import LOOKS, RECIPES, PatternSpec
+from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.views import snippets
 from convscope.explorer.web.requests import RequestRunner
@@ -73,7 +73,10 @@ def _models(routes: APIRouter, desk: RequestRunner) -> None:
         """The networks that can be explored, and how busy the explorer is."""
         nets = explorer.networks.values()
         found = [{"key": n.key, "name": n.model.name, "version": n.version, "pictures": n.takes_images} for n in nets]
-        return {"models": found, "waiting": {"quick": len(explorer.quick), "slow": len(explorer.slow)}}
+        return {
+            "models": found,
+            "waiting": {"quick": len(explorer.interactive_queue), "slow": len(explorer.background_queue)},
+        }
 
     @routes.get("/models/{model}")
     def model(model: Model) -> dict[str, Any]:
@@ -113,8 +116,8 @@ def _images(routes: APIRouter, desk: RequestRunner) -> None:
         return {"key": made.key, "name": made.name, "height": made.height, "width": made.width}
 
     async def table(request: Request, model: str, picture: str, top: int) -> list[dict[str, Any]]:
-        net, found = explorer.network(model), explorer.shelf.find(picture)
-        return await desk.answer(request, lambda asker: explorer.predictions(asker, net, found, top))
+        net, found = explorer.network(model), explorer.images.find(picture)
+        return await desk.run(request, lambda asker: explorer.predictions(asker, net, found, top))
 
     @routes.get("/models/{model}/pictures/{picture}/predictions")
     async def predictions(
@@ -133,26 +136,26 @@ def _images(routes: APIRouter, desk: RequestRunner) -> None:
     @routes.get("/models/{model}/pictures/{picture}/layers")
     async def layers(request: Request, model: Model, picture: Key) -> dict[str, Any]:
         """What is measured of every layer on a picture: shares of dead units, of values not above 0."""
-        net, found = explorer.network(model), explorer.shelf.find(picture)
-        return {"layers": await desk.answer(request, lambda asker: explorer.summaries(asker, net, found))}
+        net, found = explorer.network(model), explorer.images.find(picture)
+        return {"layers": await desk.run(request, lambda asker: explorer.layer_summaries(asker, net, found))}
 
     async def maps(request: Request, model: str, picture: str, layer: str) -> tuple[Network, np.ndarray]:
-        net, found = explorer.network(model), explorer.shelf.find(picture)
+        net, found = explorer.network(model), explorer.images.find(picture)
         row = net.layer(layer)
-        return net, await desk.answer(request, lambda asker: explorer.maps(asker, net, found, row.name))
+        return net, await desk.run(request, lambda asker: explorer.feature_maps(asker, net, found, row.name))
 
     @routes.get("/models/{model}/pictures/{picture}/activations")
     async def activations(request: Request, model: Model, picture: Key, layer: Layer) -> dict[str, Any]:
         """Of each channel of a layer: mean, max, share of places above 0, whether it is dead on the picture."""
         _, found = await maps(request, model, picture, layer)
-        table = await desk.answer(request, lambda asker: compute.channel_table(found))
+        table = await desk.run(request, lambda asker: compute.channel_statistics(found))
         return {"layer": layer, "shape": list(found.shape), **table}
 
     @routes.get("/models/{model}/pictures/{picture}/activations.csv", response_class=Response)
     async def activations_csv(request: Request, model: Model, picture: Key, layer: Layer) -> Response:
         """The same as a table."""
         _, found = await maps(request, model, picture, layer)
-        table = await desk.answer(request, lambda asker: compute.channel_table(found))
+        table = await desk.run(request, lambda asker: compute.channel_statistics(found))
         rows = [[u, *values] for u, values in enumerate(zip(*table.values(), strict=True))]
         return _csv(["unit", *table], rows, "activations.csv")
 
@@ -160,7 +163,7 @@ def _images(routes: APIRouter, desk: RequestRunner) -> None:
     async def activations_npz(request: Request, model: Model, picture: Key, layer: Layer) -> Response:
         """The activations (C, H, W) themselves."""
         _, found = await maps(request, model, picture, layer)
-        return await desk.answer(request, lambda asker: _npz({"activations": found}, "activations.npz"))
+        return await desk.run(request, lambda asker: _npz({"activations": found}, "activations.npz"))
 
     @routes.get("/models/{model}/pictures/{picture}/place")
     async def place(
@@ -175,15 +178,15 @@ def _images(routes: APIRouter, desk: RequestRunner) -> None:
         net, found = await maps(request, model, picture, layer)
         if row >= found.shape[1] or column >= found.shape[2]:
             raise ConvscopeError(f"layer {layer!r} has {found.shape[1]} x {found.shape[2]} places; not {row}, {column}")
-        return compute.position(net.model, found, layer, row, column)
+        return compute.units_at_position(net.model, found, layer, row, column)
 
     @routes.get("/models/{model}/pictures/{picture}/relevance")
     async def relevance(request: Request, model: Model, picture: Key, layer: Layer, target: Target) -> dict[str, Any]:
         """How much each channel of a layer adds to a class's logit."""
-        net, found = explorer.network(model), explorer.shelf.find(picture)
+        net, found = explorer.network(model), explorer.images.find(picture)
         net.require_class(target)
         name = net.layer(layer).name
-        speaks = await desk.answer(request, lambda asker: explorer.relevance(asker, net, found, name, target))
+        speaks = await desk.run(request, lambda asker: explorer.relevance(asker, net, found, name, target))
         return {"layer": name, "target": target, "relevance": [float(f"{v:.4g}") for v in speaks]}
 
 
@@ -230,19 +233,19 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     base = "/models/{model}/pictures/{picture}"
 
     async def heat(request: Request, asked: Question) -> dict[str, Any]:
-        net, found = asked.network(explorer), explorer.shelf.find(asked.image)
+        net, found = asked.network(explorer), explorer.images.find(asked.image)
 
         def make(asker: Client) -> dict[str, Any]:
             (one,) = explorer.heatmap(asker, net, found, [asked.target], asked.layer, asked.method, asked.against)
             return one
 
-        return await desk.answer(request, make)
+        return await desk.run(request, make)
 
     @routes.get(base + "/heatmap")
     async def heatmap(request: Request, asked: Asked) -> dict[str, Any]:
         """Which places speak for a class. `map.data`: 16-bit integers in base64; value = integer / 32767 * `peak`."""
         one = await heat(request, asked)
-        net, found = explorer.network(asked.model), explorer.shelf.find(asked.image)
+        net, found = explorer.network(asked.model), explorer.images.find(asked.image)
         how = (asked.target, asked.layer, asked.method, asked.against)
         return {**one, "lines": snippets.heatmap(net.source, found.source, *how)}
 
@@ -250,8 +253,8 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
     async def heatmap_npz(request: Request, asked: Asked) -> Response:
         """The map (h, w) as an array."""
         one = await heat(request, asked)
-        arrays = {"heatmap": compute.unpacked(one["map"]), "target": np.array(asked.target)}
-        return await desk.answer(request, lambda asker: _npz(arrays, "heatmap.npz"))
+        arrays = {"heatmap": compute.unpack_map(one["map"]), "target": np.array(asked.target)}
+        return await desk.run(request, lambda asker: _npz(arrays, "heatmap.npz"))
 
     @routes.get(base + "/heatmap.png", response_class=Response)
     async def heatmap_png(
@@ -264,31 +267,31 @@ def _heatmaps(routes: APIRouter, desk: RequestRunner) -> None:
         if colours not in ("jet", "viridis", "inferno", "coolwarm"):
             raise ConvscopeError(f"colours are {colours[:40]!r}; expected jet, viridis, inferno or coolwarm")
         one = await heat(request, asked)
-        net, found = explorer.network(asked.model), explorer.shelf.find(asked.image)
+        net, found = explorer.network(asked.model), explorer.images.find(asked.image)
 
         def draw() -> bytes:
-            pixels = np.asarray(found.shown(LONGEST))
-            laid = Geometry.whole(pixels.shape[:2]).to_original(torch.from_numpy(compute.unpacked(one["map"])))
+            pixels = np.asarray(found.resized(LONGEST))
+            laid = Geometry.whole(pixels.shape[:2]).to_original(torch.from_numpy(compute.unpack_map(one["map"])))
             warm = laid.clamp(min=0)
-            return encoded(blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours), "PNG")
+            return encode_image(blend(pixels, (warm / warm.max().clamp(min=1e-12)).numpy(), opacity, colours), "PNG")
 
         how = (found.key, asked.target, asked.layer, asked.method, asked.against, opacity, colours)
-        content = await desk.answer(request, lambda asker: explorer.cached_image(asker, net, ("overlay", *how), draw))
+        content = await desk.run(request, lambda asker: explorer.cached_image(asker, net, ("overlay", *how), draw))
         return _file(content, "image/png", f"heatmap_{asked.target}.png")
 
     @routes.get(base + "/faithfulness")
     async def faithfulness(request: Request, asked: Asked) -> dict[str, Any]:
         """Whether the map tells the truth: deletion (lower is better) and insertion (higher), with their curves."""
-        net, found = asked.network(explorer), explorer.shelf.find(asked.image)
+        net, found = asked.network(explorer), explorer.images.find(asked.image)
         how = (asked.target, asked.layer, asked.method, asked.against)
-        return await desk.answer(request, lambda asker: explorer.faithfulness(asker, net, found, *how))
+        return await desk.run(request, lambda asker: explorer.faithfulness(asker, net, found, *how))
 
 
 def _long(routes: APIRouter, desk: RequestRunner) -> None:
     explorer = desk.explorer
 
     def references() -> list[np.ndarray]:
-        return [image.pixels for image in explorer.shelf.samples[:8]]
+        return [image.pixels for image in explorer.images.samples[:8]]
 
     @routes.get("/models/{model}/pattern/events", response_class=Response)
     async def pattern(
@@ -296,7 +299,7 @@ def _long(routes: APIRouter, desk: RequestRunner) -> None:
         model: Model,
         layer: Layer,
         unit: Annotated[int, Query(ge=0)],
-        look: Annotated[str, Query(json_schema_extra={"enum": list(LOOKS)})] = "positive",
+        look: Annotated[str, Query(json_schema_extra={"enum": list(VARIANTS)})] = "positive",
         recipe: Annotated[str, Query(json_schema_extra={"enum": list(RECIPES)})] = "robust",
         seed: Annotated[int, Query(ge=0, le=9999)] = 0,
     ) -> Response:
@@ -306,19 +309,19 @@ def _long(routes: APIRouter, desk: RequestRunner) -> None:
         net = explorer.network(model)
         net.require_unit(layer, unit)
         what = PatternSpec(layer, unit, look, recipe, seed)
-        work = explorer.begin_drawing(desk.client(request), net, what, references() if net.takes_images else [])
+        work = explorer.start_pattern(desk.client_id(request), net, what, references() if net.takes_images else [])
         told: Callable[[Any], dict[str, Any]] = lambda made: {  # noqa: E731
             **{k: v for k, v in made.items() if k != "image"},
             **asdict(what),
         }
-        return desk.events(request, work, told)
+        return desk.event_stream(request, work, told)
 
     @routes.get("/models/{model}/story/events", response_class=Response)
     async def story(request: Request, model: Model) -> Response:
         """Tell the story of the network, as long as you listen: events as of a pattern."""
         net = explorer.network(model)
-        work = explorer.begin_story(desk.client(request), net)
-        return desk.events(request, work, lambda told: {"chapters": len(told.chapters)})
+        work = explorer.start_story(desk.client_id(request), net)
+        return desk.event_stream(request, work, lambda told: {"chapters": len(told.chapters)})
 
 
 def _csv(heading: list[str], rows: list[list[Any]], name: str) -> Response:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from convscope.explorer.service import compute, concept_data
-from convscope.explorer.service.images import NotFound
+from convscope.explorer.service.images import UnknownResource
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.web import routes_images
 from convscope.explorer.web.requests import RequestRunner
@@ -37,7 +37,7 @@ def _concepts(routes: APIRouter, desk: RequestRunner) -> None:
     async def listed(request: Request, model: Model) -> dict[str, Any]:
         """The classes whose concepts are kept in the store, and at which layers."""
         net = explorer.network(model)
-        every = await desk.answer(request, lambda asker: concept_data.concepts(net))
+        every = await desk.run(request, lambda asker: concept_data.saved_concepts(net))
         found = [{"target": k.target, "name": net.model.class_name(k.target or 0), "layer": k.layer} for k in every]
         return {"concepts": found}
 
@@ -48,34 +48,32 @@ def _concepts(routes: APIRouter, desk: RequestRunner) -> None:
         net.require_class(target)
 
         def make(asker: Client) -> dict[str, Any]:
-            one = concept_data.concepts_of(net, target, layer)
-            return concept_data.told_concepts(net, one, concept_data.arrays_of(explorer, one))
+            one = concept_data.find_concepts(net, target, layer)
+            return concept_data.describe_concepts(net, one, concept_data.load_arrays(explorer, one))
 
-        return await desk.answer(request, make)
+        return await desk.run(request, make)
 
     @routes.get("/models/{model}/concepts/{target}/arrays.npz", response_class=Response)
     async def arrays(request: Request, model: Model, target: Class, layer: AtLayer = None) -> Response:
         """All arrays of the concepts of a class: bank, heats, patches and more."""
         net = explorer.network(model)
         net.require_class(target)
-        return _archive(
-            await desk.answer(request, lambda asker: concept_data.concepts_of(net, target, layer).archive())
-        )
+        return _archive(await desk.run(request, lambda asker: concept_data.find_concepts(net, target, layer).archive()))
 
     @routes.get("/models/{model}/pictures/{picture}/concepts/{target}")
     async def heat(
         request: Request, model: Model, picture: Key, target: Class, layer: AtLayer = None
     ) -> dict[str, Any]:
         """Where in a picture each concept of a class is: maps as those of heatmaps, 0 and more."""
-        net, found = explorer.network(model), explorer.shelf.find(picture)
+        net, found = explorer.network(model), explorer.images.find(picture)
         net.require_class(target)
 
         def make(asker: Client) -> dict[str, Any]:
-            one = concept_data.concepts_of(net, target, layer)
-            maps = concept_data.heatmap_on(explorer, asker, net, found, one)
-            return {"target": target, "layer": one.layer, "maps": [compute.packed(values) for values in maps]}
+            one = concept_data.find_concepts(net, target, layer)
+            maps = concept_data.concept_heatmaps(explorer, asker, net, found, one)
+            return {"target": target, "layer": one.layer, "maps": [compute.pack_map(values) for values in maps]}
 
-        return await desk.answer(request, make)
+        return await desk.run(request, make)
 
 
 def _atlases(routes: APIRouter, desk: RequestRunner) -> None:
@@ -85,7 +83,7 @@ def _atlases(routes: APIRouter, desk: RequestRunner) -> None:
     async def listed(request: Request, model: Model) -> dict[str, Any]:
         """The atlases that are kept in the store."""
         net = explorer.network(model)
-        every = await desk.answer(request, lambda asker: concept_data.atlases(net))
+        every = await desk.run(request, lambda asker: concept_data.saved_atlases(net))
         return {"atlases": [{"name": one.name, "layer": one.layer, "target": one.target} for one in every]}
 
     @routes.get("/models/{model}/atlases/{name}")
@@ -94,16 +92,16 @@ def _atlases(routes: APIRouter, desk: RequestRunner) -> None:
         net = explorer.network(model)
 
         def make(asker: Client) -> dict[str, Any]:
-            one = concept_data.atlas_of(net, name)
-            return concept_data.told_atlas(explorer, net, one, concept_data.arrays_of(explorer, one))
+            one = concept_data.find_atlas(net, name)
+            return concept_data.describe_atlas(explorer, net, one, concept_data.load_arrays(explorer, one))
 
-        return await desk.answer(request, make)
+        return await desk.run(request, make)
 
     @routes.get("/models/{model}/atlases/{name}/arrays.npz", response_class=Response)
     async def arrays(request: Request, model: Model, name: Name) -> Response:
         """All arrays of an atlas: positions, sources, means, icons and more."""
         net = explorer.network(model)
-        return _archive(await desk.answer(request, lambda asker: concept_data.atlas_of(net, name).archive()))
+        return _archive(await desk.run(request, lambda asker: concept_data.find_atlas(net, name).archive()))
 
 
 def _sheets(routes: APIRouter, desk: RequestRunner) -> None:
@@ -113,21 +111,23 @@ def _sheets(routes: APIRouter, desk: RequestRunner) -> None:
     async def sheet(request: Request, model: str, kind: str, name: str, which: str, v: str) -> Response:
         net = explorer.network(model)
         if which not in concept_data.SHEETS.get(kind, ()):
-            raise NotFound("there are no such pictures here")
+            raise UnknownResource("there are no such pictures here")
 
         def make(asker: Client) -> bytes:
-            one = _version(concept_data.concepts(net) if kind == "concepts" else concept_data.atlases(net), name, v)
-            draw = lambda: concept_data.sheet(concept_data.arrays_of(explorer, one), which)  # noqa: E731
+            one = _version(
+                concept_data.saved_concepts(net) if kind == "concepts" else concept_data.saved_atlases(net), name, v
+            )
+            draw = lambda: concept_data.render_sheet(concept_data.load_arrays(explorer, one), which)  # noqa: E731
             return explorer.cached_image(asker, net, ("kept", one.version, which), draw)
 
-        return routes_images.image(await desk.answer(request, make), request)
+        return routes_images.image(await desk.run(request, make), request)
 
 
 def _version(every: list[SavedResult], name: str, version: str) -> SavedResult:
     for one in every:
         if (one.name, one.version) == (name, version):
             return one
-    raise NotFound("these pictures are not, or no longer, in the store; open the page anew")
+    raise UnknownResource("these pictures are not, or no longer, in the store; open the page anew")
 
 
 def _archive(content: bytes) -> Response:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from convscope.explorer.service.images import NotFound, encoded
+from convscope.explorer.service.images import UnknownResource, encode_image
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Network
@@ -40,21 +40,21 @@ def router(desk: RequestRunner) -> APIRouter:
     def network(model: str, v: str) -> Network:
         net = explorer.network(model)
         if v != net.version:
-            raise NotFound("this picture is of another version of the network; open the page anew")
+            raise UnknownResource("this picture is of another version of the network; open the page anew")
         return net
 
     async def made(request: Request, make: Callable[[Client], bytes]) -> Response:
-        return image(await desk.answer(request, make), request)
+        return image(await desk.run(request, make), request)
 
     @routes.get("/photo")
     async def photo(request: Request, picture: str, longest: Longest = 1024) -> Response:
-        found = explorer.shelf.find(picture)
+        found = explorer.images.find(picture)
         size = min(SIZES, key=lambda known: abs(known - longest))
 
         def make(asker: Client) -> bytes:
             kept: bytes | None = explorer.cache.get(("photo", found.key, size))
             if kept is None:
-                kept = encoded(found.shown(size))
+                kept = encode_image(found.resized(size))
                 explorer.cache.put(("photo", found.key, size), kept)
             return kept
 
@@ -62,9 +62,9 @@ def router(desk: RequestRunner) -> APIRouter:
 
     @routes.get("/sheet")
     async def sheet(request: Request, model: str, picture: str, layer: str, v: str) -> Response:
-        net, found = network(model, v), explorer.shelf.find(picture)
+        net, found = network(model, v), explorer.images.find(picture)
         net.layer(layer)
-        return await made(request, lambda asker: explorer.sheet(asker, net, found, layer)[0])
+        return await made(request, lambda asker: explorer.feature_map_sheet(asker, net, found, layer)[0])
 
     @routes.get("/pattern")
     async def pattern(
@@ -73,9 +73,9 @@ def router(desk: RequestRunner) -> APIRouter:
         net, what = network(model, v), PatternSpec(layer, unit, look, recipe, seed)
 
         def make(asker: Client) -> bytes:
-            found = explorer.drawn(net, what)
+            found = explorer.get_pattern(net, what)
             if found is None:
-                raise NotFound("this pattern is not drawn yet")
+                raise UnknownResource("this pattern is not drawn yet")
             image: bytes = found["image"]
             return image
 
@@ -86,7 +86,7 @@ def router(desk: RequestRunner) -> APIRouter:
         net = network(model, v)
         net.require_unit(layer, unit)
         if net.key not in desk.views or kind not in ("top", "bottom", "best"):
-            raise NotFound("there are no such examples here")
+            raise UnknownResource("there are no such examples here")
         what: tuple[Any, ...] = ("patches", layer, unit, kind)
         views = desk.views[net.key]
         return await made(
@@ -97,7 +97,7 @@ def router(desk: RequestRunner) -> APIRouter:
     async def thumbnail(request: Request, number: int, v: str) -> Response:
         net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
         if net is None or net.store is None or not 0 <= number < net.store.images_count:
-            raise NotFound("there is no such picture here")
+            raise UnknownResource("there is no such picture here")
         owner, views = net, desk.views[net.key]
         make = lambda asker: explorer.cached_image(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
         return await made(request, make)
@@ -109,7 +109,7 @@ def router(desk: RequestRunner) -> APIRouter:
         def make(asker: Client) -> bytes:
             told = explorer.get_story(net)
             if told is None or not 0 <= number < len(told.chapters):
-                raise NotFound("this story is not told yet")
+                raise UnknownResource("this story is not told yet")
             return chapter_sheet(told, number)
 
         return await made(request, make)
@@ -121,7 +121,7 @@ def router(desk: RequestRunner) -> APIRouter:
         def make(asker: Client) -> bytes:
             told = explorer.get_story(net)
             if told is None:
-                raise NotFound("this story is not told yet")
+                raise UnknownResource("this story is not told yet")
             return explorer.cached_image(asker, net, ("story",), lambda: story_figure(told))
 
         return await made(request, make)
@@ -139,4 +139,4 @@ def story_figure(told: Any) -> bytes:
 def chapter_sheet(told: Any, number: int) -> bytes:
     """A chapter's patterns side by side, no margin between them."""
     images = told.chapters[number].images
-    return encoded(pattern_grid(images, columns=len(images), margin=0), "PNG")
+    return encode_image(pattern_grid(images, columns=len(images), margin=0), "PNG")

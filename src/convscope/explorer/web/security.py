@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from convscope.errors import ConvscopeError
 
 COOKIE, TOKEN = "convscope_client", "convscope_token"
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 def policy(frames: Sequence[str] = ()) -> str:
@@ -21,7 +21,7 @@ def policy(frames: Sequence[str] = ()) -> str:
     )
 
 
-def headers(frames: Sequence[str] = ()) -> dict[str, str]:
+def security_headers(frames: Sequence[str] = ()) -> dict[str, str]:
     return {
         "Content-Security-Policy": policy(frames),
         "X-Content-Type-Options": "nosniff",
@@ -60,11 +60,11 @@ def host_allowed(header: str, hosts: Sequence[str]) -> bool:
     return "*" in hosts or name.lower() in hosts
 
 
-def from_elsewhere(headers: Mapping[str, str]) -> bool:
+def is_cross_site(headers: Mapping[str, str]) -> bool:
     """Whether the browser says that another site's page makes this request, other than by a link to a page."""
     site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
     return site in ("cross-site", "same-site") and mode != "navigate"
 
 
-def token_fits(given: str | None, token: str) -> bool:
+def token_matches(given: str | None, token: str) -> bool:
     return given is not None and hmac.compare_digest(given.encode(), token.encode())
