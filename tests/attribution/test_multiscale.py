@@ -16,7 +16,7 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.default_layer import choose_layer
-from convscope.attribution.multiscale import enlarged
+from convscope.attribution.multiscale import scale_preprocessing
 from convscope.images.preprocessing import Preprocessing
 from tests.attribution.test_heatmaps import SIZE, TINY, Pooled, apart, inputs, loaded
 from tests.oracles.nets import Usual, filled
@@ -117,9 +117,9 @@ def test_network_of_fixed_size_says_so() -> None:
 
 def test_enlarged_preprocessing_keeps_its_crop() -> None:
     own = Preprocessing(size=(20, 30), resize=40)
-    assert (enlarged(own, 1.5).size, enlarged(own, 1.5).resize) == ((30, 45), 60)
-    assert enlarged(Preprocessing(size=(224, 224)), 3).resize == 3 * 256  # 224 / 0.875 is 256
-    assert enlarged(own, 1) == own
+    assert (scale_preprocessing(own, 1.5).size, scale_preprocessing(own, 1.5).resize) == ((30, 45), 60)
+    assert scale_preprocessing(Preprocessing(size=(224, 224)), 3).resize == 3 * 256  # 224 / 0.875 is 256
+    assert scale_preprocessing(own, 1) == own
 
 
 # --- the automatic choice --------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from convscope.attribution.default_layer import choose_layer
-from convscope.attribution.multiscale import batches, run_multiscale, validate_scales
-from convscope.attribution.registry import find, options
+from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
+from convscope.attribution.registry import get_method, method_options
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import AUGMENTATIONS, FUSIONS, BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import output_target, parse_targets, segmentation_target
@@ -113,33 +113,32 @@ def heatmaps(
 
 
 def resolve_method(
-    model: Model, method: str, layer: str | Sequence[str] | None, fuse: str, given: Mapping[str, Any]
-) -> tuple[MethodSpec, str]:
+    model: Model, method: str, layer: str | Sequence[str] | None, fuse: str, options: Mapping[str, Any]
+) -> MethodSpec:
     """What is to be computed, checked; and why there. Raises ConvscopeError."""
-    at_input = find(method).at_input
-    settings = options(method, given)
+    at_input = get_method(method).at_input
+    settings = method_options(method, options)
     if fuse not in FUSIONS:
         raise ConvscopeError(f"fuse is {fuse!r}; expected {' or '.join(FUSIONS)}")
     if at_input:
         if layer not in (None, "auto", "input"):
             raise ConvscopeError(f"{method} looks at the input; it takes no layer, and {layer!r} was given")
-        return MethodSpec(method, (), fuse, settings), "the method looks at the input"
+        return MethodSpec(method, (), fuse, settings, "the method works at the input")
     if layer is None or layer == "auto":
         row, why = choose_layer(model)
-        return MethodSpec(method, (row,), fuse, settings), why
+        return MethodSpec(method, (row,), fuse, settings, why)
     names = [layer] if isinstance(layer, str) else list(layer)
     if not names:
         raise ConvscopeError("an empty list of layers; give at least one, or None for the automatic choice")
-    return MethodSpec(
-        method, tuple(dict.fromkeys(_spatial(model, name) for name in names)), fuse, settings
-    ), "as asked for"
+    layers = tuple(dict.fromkeys(_spatial(model, name) for name in names))
+    return MethodSpec(method, layers, fuse, settings, "as requested")
 
 
 def compute_heatmaps(
     model: Model,
     images: Any,
     targets: Any,
-    cells: Sequence[tuple[MethodSpec, str]],
+    specs: Sequence[MethodSpec],
     *,
     fit: str = "squash",
     against: Any = None,
@@ -157,24 +156,24 @@ def compute_heatmaps(
     scales = validate_scales(model, scale)
     pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     asked = parse_targets(model, targets, len(pictures), against)
-    plan = HeatmapJob(model, asked, tuple(cell for cell, _ in cells), smooth, seed, memory)
+    plan = HeatmapJob(model, asked, tuple(specs), smooth, seed, memory)
     answers: list[BatchResult] = []
     geometry: list[Geometry] = []
     done: list[int] = []
-    size = batch_size(model, plan.bytes() * max(scales) ** 2, memory)
-    for batch, inputs in batches(pictures, images, scales, size):
+    size = batch_size(model, plan.bytes_per_image() * max(scales) ** 2, memory)
+    for batch, inputs in iter_batches(pictures, images, scales, size):
         before, count = len(done) + len(pictures.failed), len(batch.indices)
         tell = partial(_tell, progress, before, count, len(pictures))
         answers.append(run_multiscale(plan, batch, scales, inputs, tell))
         geometry += batch.geometry
         done += batch.indices
     names = tuple(pictures.names[i] for i in done)
-    classes = torch.cat([answer.chosen.classes for answer in answers]).cpu()
+    classes = torch.cat([answer.targets.classes for answer in answers]).cpu()
     logits = torch.cat([answer.logits for answer in answers])
     results = []
-    for c, (cell, why) in enumerate(cells):
-        maps = torch.cat([answer.cells[c].values for answer in answers])
-        more = {key: torch.cat([answer.cells[c].more[key] for answer in answers]) for key in answers[0].cells[c].more}
+    for c, cell in enumerate(specs):
+        maps = torch.cat([answer.maps[c].values for answer in answers])
+        more = {key: torch.cat([answer.maps[c].extras[key] for answer in answers]) for key in answers[0].maps[c].extras}
         called = asked.names(classes.numpy(), done)
         results.append(
             Heatmaps(
@@ -182,7 +181,7 @@ def compute_heatmaps(
                 values=maps.numpy(),
                 targets=classes.numpy(),
                 logits=logits.numpy(),
-                layer=cell.place,
+                layer=cell.layer_name,
                 method=cell.method,
                 fit=fit,
                 image_names=names,
@@ -191,9 +190,9 @@ def compute_heatmaps(
                 image_indices=tuple(done),
                 target_spec=asked,
                 settings={**_said(cell, smooth, scales, seed), **cell.options},
-                layer_reason=why,
+                layer_reason=cell.layer_reason,
                 extras={key: value.numpy() for key, value in more.items()},
-                notes=(*pictures.notes, *quality_notes(maps, called, names, cell.place)),
+                notes=(*pictures.notes, *quality_notes(maps, called, names, cell.layer_name)),
                 failed=tuple(pictures.failed),
             )
         )

@@ -21,8 +21,8 @@ from convscope.engine.model import Model
 MethodOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
 """What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
 
-FEWEST = 8  # inputs at once that are worth their memory on any CPU
-AGREES = 1e-5  # logits, relative to the largest
+MIN_BATCH = 8  # inputs at once that are worth their memory on any CPU
+LOGITS_RTOL = 1e-5  # logits, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class MethodContext:
 
     model: Model
     x: Tensor
-    chosen: BatchTargets
+    targets: BatchTargets
     run: Callable[[Tensor], ForwardResult]
-    size: int
+    batch_size: int
     seed: int
     report_progress: Callable[[float], None]
     layer: Layer | None = None
@@ -45,7 +45,7 @@ class MethodContext:
     @property
     def num_targets(self) -> int:
         """T."""
-        return self.chosen.classes.shape[1]
+        return self.targets.classes.shape[1]
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same draws for every picture."""
@@ -57,7 +57,7 @@ class MethodContext:
         `picture` may also be (M,): which picture's targets each input is asked for.
         """
         with torch.no_grad():
-            return self._scored(self.run(self._pad_batch(x)), image)[: len(x)]
+            return self._target_scores(self.run(self._pad_batch(x)), image)[: len(x)]
 
     def score_fn(self, image: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
         """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
@@ -65,12 +65,14 @@ class MethodContext:
         `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
         """
 
-        run = self._quickest(image)
+        run = self._fused_run(image)
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
                 seen = run(self._pad_batch(x))
-                return self._scored(_likely(self.model, seen) if probability else seen, image)[: len(x)]
+                return self._target_scores(_with_probabilities(self.model, seen) if probability else seen, image)[
+                    : len(x)
+                ]
 
         return scores
 
@@ -81,22 +83,22 @@ class MethodContext:
         Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
         """
         if self.model.fixed_batch_size is not None or self.x.device.type != "cpu":
-            return self.size
-        return min(self.size, max(FEWEST, int(2 * CACHE_BYTES // (4 * max(self.model.layers.largest, 1)))))
+            return self.batch_size
+        return min(self.batch_size, max(MIN_BATCH, int(2 * CACHE_BYTES // (4 * max(self.model.layers.largest, 1)))))
 
-    def _quickest(self, image: int) -> Callable[[Tensor], ForwardResult]:
+    def _fused_run(self, image: int) -> Callable[[Tensor], ForwardResult]:
         """`run`, folded if that gives this picture's own logits again; else as it is."""
-        if not self.model.loaded_by_convscope or not self._folds:
+        if not self.model.loaded_by_convscope or not self._fusions:
             return self.run
-        quick, x = with_fusion(self.run, self._folds), self._pad_batch(self.x[image : image + 1])
+        quick, x = with_fusion(self.run, self._fusions), self._pad_batch(self.x[image : image + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
         assert plain is not None
         assert folded is not None
-        return quick if bool((plain - folded).abs().max() <= AGREES * plain.abs().max()) else self.run
+        return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else self.run
 
     @cached_property
-    def _folds(self) -> Folds:
+    def _fusions(self) -> Folds:
         return find_fusions(self.run, self._pad_batch(self.x[:1]))
 
     def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ class MethodContext:
         """A fresh leaf for inputs `x`, and the scores (M, T) that lead back to it."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return x, self.chosen.scores(self.run(x.clone()), rows)  # a copy: the network may write into its input
+            return x, self.targets.scores(self.run(x.clone()), rows)  # a copy: the network may write into its input
 
     def backward(self, x: Tensor, scores: Tensor) -> Iterator[Tensor]:
         """The gradients (M, C, H, W) float32 of each target's scores, one backward pass after another."""
@@ -133,7 +135,7 @@ class MethodContext:
         with resume.resume_from_layer(self.model, self.layer.name, self.x[image : image + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
-                return self._scored(run(self._pad_batch(maps)), image)[: len(maps)]
+                return self._target_scores(run(self._pad_batch(maps)), image)[: len(maps)]
 
             yield scores
 
@@ -143,11 +145,11 @@ class MethodContext:
         with torch.no_grad(), capture.capture_layers(self.model, [self.layer.name], stop_early=True) as run:
             return run(self.x).maps[self.layer.name].float()
 
-    def _scored(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
+    def _target_scores(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
         assert seen.logits is not None
         if isinstance(image, Tensor):
-            return self.chosen.scores(seen, self._pad_batch(image))
-        return self.chosen.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
+            return self.targets.scores(seen, self._pad_batch(image))
+        return self.targets.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
 
     def _pad_batch(self, x: Tensor) -> Tensor:
         """A network with a fixed batch gets it full."""
@@ -155,7 +157,7 @@ class MethodContext:
         return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
-def _likely(model: Model, seen: ForwardResult) -> ForwardResult:
+def _with_probabilities(model: Model, seen: ForwardResult) -> ForwardResult:
     """Probabilities in the place of logits."""
     assert seen.logits is not None
     return seen._replace(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.runner import BatchResult, HeatmapJob, Maps, fused, run_batch, tell_part
+from convscope.attribution.runner import BatchResult, HeatmapJob, MethodMaps, fuse_maps, run_batch, tell_part
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -30,11 +30,11 @@ def validate_scales(model: Model, scale: float | Sequence[float]) -> tuple[float
     scales = tuple(sorted({float(s) for s in given}, key=lambda s: (s != 1, s)))
     for s in scales:
         if s != 1:
-            _require_taken(model, enlarged(model.preprocessing, s).size)
+            _require_taken(model, scale_preprocessing(model.preprocessing, s).size)
     return scales
 
 
-def enlarged(preprocessing: Preprocessing, scale: float) -> Preprocessing:
+def scale_preprocessing(preprocessing: Preprocessing, scale: float) -> Preprocessing:
     """The same preprocessing for an input `scale` times as large, which shows the same part of the picture."""
     size = tuple(max(1, round(side * scale)) for side in preprocessing.size)
     short = preprocessing.resize or round(max(preprocessing.size) / 0.875)
@@ -42,14 +42,14 @@ def enlarged(preprocessing: Preprocessing, scale: float) -> Preprocessing:
     return dataclasses.replace(preprocessing, size=size, resize=resize)
 
 
-def batches(
+def iter_batches(
     pictures: ImageBatchLoader, images: Any, scales: Sequence[float], size: int
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Every batch of `pictures`, and its inputs at each scale, read from the pictures anew: detail that the network's
     own size would lose is there. Tensors, which are prepared already, are interpolated."""
     others = {
         s: ImageBatchLoader(
-            images, enlarged(pictures.preprocessing, s), fit=pictures.fit, max_pixels=pictures.max_pixels
+            images, scale_preprocessing(pictures.preprocessing, s), fit=pictures.fit, max_pixels=pictures.max_pixels
         ).batches(size)
         for s in scales
         if s != 1 and not isinstance(images, Tensor)
@@ -62,11 +62,11 @@ def batches(
 
 
 def run_multiscale(
-    plan: HeatmapJob,
+    job: HeatmapJob,
     batch: Batch,
     scales: Sequence[float],
     inputs: Sequence[Tensor],
-    tell: Callable[[float], None],
+    report_progress: Callable[[float], None],
 ) -> BatchResult:
     """One batch at several scales, each cell's maps fused as its layers' are.
 
@@ -74,20 +74,21 @@ def run_multiscale(
     """
     own = None
     if scales[0] != 1:
-        own = run_batch(dataclasses.replace(plan, cells=(), smooth=None), batch.x, batch.indices, lambda share: None)
+        own = run_batch(dataclasses.replace(job, specs=(), smooth=None), batch.x, batch.indices, lambda share: None)
     answers: list[BatchResult] = []
-    work = [s ** len(plan.model.preprocessing.size) for s in scales]
+    work = [s ** len(job.model.preprocessing.size) for s in scales]
     for i, x in enumerate(inputs):
         done, whole = sum(work[:i]) / sum(work), work[i] / sum(work)
         first = own or (answers[0] if answers else None)
-        part = partial(tell_part, tell, done, whole)
-        answers.append(run_batch(plan, x, batch.indices, part, None if first is None else first.chosen))
+        part = partial(tell_part, report_progress, done, whole)
+        answers.append(run_batch(job, x, batch.indices, part, None if first is None else first.targets))
     if len(answers) == 1:
-        return answers[0] if own is None else dataclasses.replace(own, cells=answers[0].cells)
+        return answers[0] if own is None else dataclasses.replace(own, maps=answers[0].maps)
     cells = (
-        Maps(fused([answer.cells[c].values for answer in answers], cell.fuse)) for c, cell in enumerate(plan.cells)
+        MethodMaps(fuse_maps([answer.maps[c].values for answer in answers], cell.fuse))
+        for c, cell in enumerate(job.specs)
     )
-    return dataclasses.replace(own or answers[0], cells=tuple(cells))
+    return dataclasses.replace(own or answers[0], maps=tuple(cells))
 
 
 def _stretched(x: Tensor, scale: float) -> Tensor:

@@ -74,29 +74,29 @@ METHODS: dict[str, Method] = {
 }
 
 
-def find(name: str) -> Method:
+def get_method(name: str) -> Method:
     """The method of that name. Raises ConvscopeError, with the nearest names, when there is none."""
     if name not in METHODS:
         raise ConvscopeError(f"method {name!r} is not known; nearest: {nearest(name, list(METHODS))}")
     return METHODS[name]
 
 
-def options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def method_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method, the given ones and the others' defaults.
 
     Raises ConvscopeError for unknown ones, and for values that make no sense.
     """
-    method = find(name)
+    method = get_method(name)
     known = {
         key: parameter.default
         for key, parameter in inspect.signature(method.function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    for key in given:
+    for key in options:
         if key not in known:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
             raise ConvscopeError(f"method {name!r} has no option {key!r}; {has}")
-    settings = {**known, **given}
+    settings = {**known, **options}
     if isinstance(method, ModelMethod) and method.check is not None:
         method.check(**settings)
     return settings

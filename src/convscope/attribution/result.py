@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from convscope.attribution.targets import Targets
+from convscope.attribution.targets import TargetSpec
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
@@ -39,7 +39,7 @@ class Heatmaps(Result):
     geometry: tuple[Geometry, ...] = field(repr=False)
     image_source: ImageBatchLoader = field(repr=False)
     image_indices: tuple[int, ...] = field(repr=False)
-    target_spec: Targets = field(repr=False)
+    target_spec: TargetSpec = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     layer_reason: str = ""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -61,9 +61,9 @@ class Heatmaps(Result):
         evidence at all the map is zero everywhere, and `notes` say so. Of maps on the input, single pixels would be all
         that can be seen: they are drawn spread over a hundredth of the picture, the hottest half percent alike.
         """
-        return list(self.overlays(alpha, colormap))
+        return list(self.iter_overlays(alpha, colormap))
 
-    def overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
+    def iter_overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
         """The pictures of `overlay` one after another, so that memory does not grow with their number."""
         for index, where, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
             original = self.image_source.original(index)
@@ -77,11 +77,11 @@ class Heatmaps(Result):
     def parameters(self) -> dict[str, Any]:
         return {
             "layer": self.layer,
-            "why": self.layer_reason,
+            "layer_reason": self.layer_reason,
             "method": self.method,
             "fit": self.fit,
             **self.settings,
-            "pictures": self.image_names,
+            "image_names": self.image_names,
             "targets": self.targets.tolist(),
             "classes": self.names,
         }

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.attribution.context import MethodContext
-from convscope.attribution.registry import CamMethod, ModelMethod, find
-from convscope.attribution.targets import BatchTargets, Targets
+from convscope.attribution.registry import CamMethod, ModelMethod, get_method
+from convscope.attribution.targets import BatchTargets, TargetSpec
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
 from convscope.engine.layer_table import Layer
@@ -30,28 +30,29 @@ class MethodSpec:
     layers: tuple[Layer, ...] = ()
     fuse: str = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
+    layer_reason: str = ""
 
     @property
-    def place(self) -> str:
+    def layer_name(self) -> str:
         """The layers' names."""
         return " + ".join(layer.name for layer in self.layers) or "input"
 
 
 @dataclass(frozen=True)
-class Maps:
+class MethodMaps:
     """What one cell found for a batch: `values` (B, T, ...), and what else there is under its name, (B, ...) each."""
 
     values: Tensor
-    more: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BatchResult:
     """One batch done: the targets and their logits (B, T), and what each cell found."""
 
-    chosen: BatchTargets
+    targets: BatchTargets
     logits: Tensor
-    cells: tuple[Maps, ...]
+    maps: tuple[MethodMaps, ...]
 
 
 @dataclass(frozen=True)
@@ -59,56 +60,58 @@ class HeatmapJob:
     """What is to be done with every batch. `smooth` is a key of `VIEWS`."""
 
     model: Model
-    targets: Targets
-    cells: tuple[MethodSpec, ...]
+    targets: TargetSpec
+    specs: tuple[MethodSpec, ...]
     smooth: str | None = None
     seed: int = 0
     memory: int = 0
 
-    def shared(self) -> list[str]:
+    def cam_layers(self) -> list[str]:
         """The layers whose activations and gradients several cells may share, in the network's order."""
-        wanted = {row.name for cell in self.cells if isinstance(find(cell.method), CamMethod) for row in cell.layers}
+        wanted = {
+            row.name for cell in self.specs if isinstance(get_method(cell.method), CamMethod) for row in cell.layers
+        }
         return [name for name in self.model.layers.names if name in wanted]
 
-    def bytes(self) -> float:
+    def bytes_per_image(self) -> float:
         """Of memory, for one picture of a batch."""
-        layers = self.shared()
-        asking = any(isinstance(find(cell.method), ModelMethod) for cell in self.cells)
+        layers = self.cam_layers()
+        asking = any(isinstance(get_method(cell.method), ModelMethod) for cell in self.specs)
         whole = gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)) if asking else 0.0
         return max(whole, forward_bytes(self.model, layers[0] if layers else None))
 
 
 def run_batch(
-    plan: HeatmapJob,
+    job: HeatmapJob,
     x: Tensor,
     indices: Sequence[int],
-    tell: Callable[[float], None],
-    chosen: BatchTargets | None = None,
+    report_progress: Callable[[float], None],
+    targets: BatchTargets | None = None,
 ) -> BatchResult:
     """The maps of all cells for one batch (B, C, H, W) of the pictures `indices`; their targets, if not chosen yet.
 
     `tell` is told the share of the work, 0 to 1, that is done.
     """
-    views = AUGMENTATIONS[plan.smooth](x, plan.seed)
+    views = AUGMENTATIONS[job.smooth](x, job.seed)
     logits: Tensor | None = None
-    found: list[list[Maps]] = []
+    found: list[list[MethodMaps]] = []
     for view, undo in views:
-        shared = _shared_pass(plan, view, indices, chosen)
-        chosen = shared.chosen
+        shared = _shared_pass(job, view, indices, targets)
+        targets = shared.chosen
         logits = shared.logits if logits is None else logits
         found.append([])
-        for cell in plan.cells:
-            done = (len(found) - 1) / len(views) + len(found[-1]) / len(plan.cells) / len(views)
-            part = partial(tell_part, tell, done, 1 / len(plan.cells) / len(views))
-            maps = _cell(plan, cell, view, shared, part)
-            require_finite(plan.model, maps.values, f"the evidence by {cell.method} at layer {cell.place!r}")
+        for cell in job.specs:
+            done = (len(found) - 1) / len(views) + len(found[-1]) / len(job.specs) / len(views)
+            part = partial(tell_part, report_progress, done, 1 / len(job.specs) / len(views))
+            maps = _run_method(job, cell, view, shared, part)
+            require_finite(job.model, maps.values, f"the evidence by {cell.method} at layer {cell.layer_name!r}")
             grid = maps.values.shape[2:]
-            more = {key: undo(value) if value.shape[2:] == grid else value for key, value in maps.more.items()}
-            found[-1].append(Maps(undo(maps.values), more))
-    assert chosen is not None
+            more = {key: undo(value) if value.shape[2:] == grid else value for key, value in maps.extras.items()}
+            found[-1].append(MethodMaps(undo(maps.values), more))
+    assert targets is not None
     assert logits is not None
     cells = (_averaged(views_of_one) for views_of_one in zip(*found, strict=True))
-    return BatchResult(chosen, logits.cpu(), tuple(cells))
+    return BatchResult(targets, logits.cpu(), tuple(cells))
 
 
 class _Shared(NamedTuple):
@@ -121,11 +124,11 @@ class _Shared(NamedTuple):
 
 
 def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: BatchTargets | None) -> _Shared:
-    layers = plan.shared()
+    layers = plan.cam_layers()
     ways = dict.fromkeys(
-        m.scores for c in plan.cells if isinstance(m := find(c.method), CamMethod) and m.scores is not None
+        m.scores for c in plan.specs if isinstance(m := get_method(c.method), CamMethod) and m.scores is not None
     )
-    several = plan.targets.count > 1
+    several = plan.targets.num_targets > 1
     with (
         torch.no_grad(),
         capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways), multiple_backward=several) as run,
@@ -133,7 +136,7 @@ def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: Ba
         seen = run(x)
         assert seen.logits is not None
         require_finite(plan.model, seen.logits, "the network's output")
-        chosen = plan.targets.of(indices, seen.logits) if chosen is None else chosen
+        chosen = plan.targets.for_batch(indices, seen.logits) if chosen is None else chosen
         gradients = {}
         for way in ways:
             with torch.enable_grad():
@@ -152,7 +155,7 @@ def _gradients(plan: HeatmapJob, scores: Tensor, maps: dict[str, Tensor]) -> dic
     if not scores.requires_grad:  # nothing leads from the layers to the scores
         return {n: m.new_zeros((scores.shape[1], *m.shape), dtype=torch.float32) for n, m in maps.items()}
     count = scores.shape[1]
-    fits = max(1, int(plan.memory // (2 * len(scores) * plan.bytes())))
+    fits = max(1, int(plan.memory // (2 * len(scores) * plan.bytes_per_image())))
     ends = list(maps.values())
     found = [part for targets in balanced_chunks(range(count), fits) for part in _backward(scores, targets, ends)]
     zeros = [m.new_zeros(1).expand(count, *m.shape) for m in ends]
@@ -181,14 +184,16 @@ def _backward(scores: Tensor, targets: Sequence[int], ends: Sequence[Tensor]) ->
         yield [None if gradient is None else gradient[None] for gradient in go_back(one)]
 
 
-def _cell(plan: HeatmapJob, cell: MethodSpec, x: Tensor, shared: _Shared, tell: Callable[[float], None]) -> Maps:
-    method = find(cell.method)
+def _run_method(
+    plan: HeatmapJob, cell: MethodSpec, x: Tensor, shared: _Shared, tell: Callable[[float], None]
+) -> MethodMaps:
+    method = get_method(cell.method)
     if isinstance(method, CamMethod):
-        maps = [_cams(method, shared, row.name, plan.targets.count) for row in cell.layers]
+        maps = [_cam_maps(method, shared, row.name, plan.targets.num_targets) for row in cell.layers]
         tell(1)
-        return Maps(fused(maps, cell.fuse))
+        return MethodMaps(fuse_maps(maps, cell.fuse))
     larger = x[0, 0].numel() / math.prod(plan.model.preprocessing.size)
-    size = batch_size(plan.model, plan.bytes() * larger, plan.memory)
+    size = batch_size(plan.model, plan.bytes_per_image() * larger, plan.memory)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     with capture.capture_layers(plan.model, []) as run:
         for layer in cell.layers or (None,):
@@ -198,10 +203,12 @@ def _cell(plan: HeatmapJob, cell: MethodSpec, x: Tensor, shared: _Shared, tell: 
             answer = method.function(question, **cell.options)
             found.append(answer if isinstance(answer, tuple) else (answer, {}))
             part(1)
-    return Maps(fused([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {})
+    return MethodMaps(
+        fuse_maps([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {}
+    )
 
 
-def _cams(method: CamMethod, shared: _Shared, layer: str, count: int) -> Tensor:
+def _cam_maps(method: CamMethod, shared: _Shared, layer: str, count: int) -> Tensor:
     """The maps of T targets (B, T, ...)."""
     if method.scores is None:
         one = method.function(shared.maps[layer])[:, None]
@@ -215,10 +222,10 @@ def tell_part(tell: Callable[[float], None], done: float, whole: float, share: f
     tell(done + whole * share)
 
 
-def _averaged(maps: Sequence[Maps]) -> Maps:
+def _averaged(maps: Sequence[MethodMaps]) -> MethodMaps:
     """The mean over views, on the CPU."""
-    more = {key: _mean([m.more[key] for m in maps]).cpu() for key in maps[0].more}
-    return Maps(_mean([m.values for m in maps]).cpu(), more)
+    more = {key: _mean([m.extras[key] for m in maps]).cpu() for key in maps[0].extras}
+    return MethodMaps(_mean([m.values for m in maps]).cpu(), more)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
@@ -229,7 +236,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 # --- several layers --------------------------------------------------------------------------------------------------
 
 
-def fused(maps: Sequence[Tensor], how: str) -> Tensor:
+def fuse_maps(maps: Sequence[Tensor], how: str) -> Tensor:
     """Maps (B, T, ...) of several layers as one at the finest of their resolutions, each divided by its largest value
     beforehand, so that no layer drowns the others."""
     if len(maps) == 1:

@@ -15,11 +15,11 @@ from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
 from convscope.errors import ConvscopeError
 
-Function = Callable[[Any], Tensor]
+ScoreFunction = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Targets:
+class TargetSpec:
     """T things asked about each of N pictures.
 
     `classes` is (N, T), or None where each picture's top class is meant; `against` (N, A) holds classes whose mean
@@ -29,14 +29,14 @@ class Targets:
     model: Model = field(repr=False)
     classes: Tensor | None = None
     against: Tensor | None = None
-    functions: tuple[Function, ...] = ()
+    functions: tuple[ScoreFunction, ...] = ()
 
     @property
-    def count(self) -> int:
+    def num_targets(self) -> int:
         """T."""
         return len(self.functions) or (1 if self.classes is None else self.classes.shape[1])
 
-    def of(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
+    def for_batch(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
         """The targets of some of the pictures, whose logits are (B, K)."""
         rows, device = list(indices), logits.device
         if self.functions:
@@ -61,7 +61,7 @@ class BatchTargets:
 
     classes: Tensor
     against: Tensor | None = None
-    functions: tuple[Function, ...] = ()
+    functions: tuple[ScoreFunction, ...] = ()
 
     def scores(self, seen: ForwardResult, rows: Tensor | None = None) -> Tensor:
         """What each target scores, (M, T), float32, for one pass through the network.
@@ -103,7 +103,7 @@ def finer_cam_score(chosen: BatchTargets, seen: ForwardResult, nearest: int = 3,
     return own - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
-def segmentation_target(target: int, mask: Any) -> Function:
+def segmentation_target(label: int, mask: Any) -> ScoreFunction:
     """The target "class `target` over a region", for a network that gives maps of classes (N, K, H, W).
 
     Its score is the mean logit over the places where `mask` (any size, brought to H x W) is true.
@@ -119,27 +119,27 @@ def segmentation_target(target: int, mask: Any) -> Function:
         inside = torch.nn.functional.interpolate(region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0
         if not bool(inside.any()):
             raise ConvscopeError("at the resolution of the network's maps, nothing of the region is left")
-        return _channel(maps, target, "the network's maps")[:, inside.to(maps.device)].mean(1)
+        return _channel(maps, label, "the network's maps")[:, inside.to(maps.device)].mean(1)
 
-    score.__name__ = f"class {target} over a region"
+    score.__name__ = f"class {label} over a region"
     return score
 
 
-def output_target(key: Any, target: int) -> Function:
+def output_target(name: Any, label: int) -> ScoreFunction:
     """The target "class `target` of one head", for a network that gives several outputs, by name or position."""
 
     def score(output: Any) -> Tensor:
         try:
-            by_name = isinstance(key, str) and not isinstance(output, Mapping)
-            head = None if isinstance(output, Tensor) else getattr(output, key) if by_name else output[key]
+            by_name = isinstance(name, str) and not isinstance(output, Mapping)
+            head = None if isinstance(output, Tensor) else getattr(output, name) if by_name else output[name]
         except (KeyError, IndexError, TypeError, AttributeError):
             head = None
         if not isinstance(head, Tensor):
             given = f": {', '.join(map(str, output))}" if isinstance(output, Mapping) else f" in {_kind(output)}"
-            raise ConvscopeError(f"the network gives no head {key!r}{given}")
-        return _channel(head, target, f"head {key!r}")
+            raise ConvscopeError(f"the network gives no head {name!r}{given}")
+        return _channel(head, label, f"head {name!r}")
 
-    score.__name__ = f"class {target} of {key}"
+    score.__name__ = f"class {label} of {name}"
     return score
 
 
@@ -149,19 +149,19 @@ def _channel(scores: Tensor, target: int, where: str) -> Tensor:
     return scores[:, target]
 
 
-def parse_targets(model: Model, targets: Any, count: int, against: Any = None) -> Targets:
+def parse_targets(model: Model, targets: Any, count: int, against: Any = None) -> TargetSpec:
     """The targets as the user gives them; see `heatmaps`. Raises ConvscopeError for what cannot be meant."""
     functions = _functions(targets)
     if functions:
         if against is not None:
             raise ConvscopeError("against= goes with classes; a function can take another class off by itself")
-        return Targets(model, functions=functions)
+        return TargetSpec(model, functions=functions)
     others = None
     if against is not None:
         against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
         several = isinstance(against, Sequence) and not isinstance(against, str)
         others = parse_classes(model, [list(against)] * count if several and _flat(against, count) else against, count)
-    return Targets(model, parse_classes(model, targets, count), others)
+    return TargetSpec(model, parse_classes(model, targets, count), others)
 
 
 def _flat(against: Sequence[Any], count: int) -> bool:
@@ -205,7 +205,7 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
 
 
-def _functions(targets: Any) -> tuple[Function, ...]:
+def _functions(targets: Any) -> tuple[ScoreFunction, ...]:
     many = targets if isinstance(targets, list | tuple) else [targets]
     if not many or not any(callable(t) for t in many):
         return ()
@@ -214,7 +214,7 @@ def _functions(targets: Any) -> tuple[Function, ...]:
     return tuple(many)
 
 
-def _checked(function: Function, score: Any, count: int) -> Tensor:
+def _checked(function: ScoreFunction, score: Any, count: int) -> Tensor:
     if not isinstance(score, Tensor) or score.numel() != count:
         raise ConvscopeError(
             f"target {_called(function)!r} gave {_kind(score)} for {count} pictures; "
@@ -227,5 +227,5 @@ def _kind(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _called(function: Function) -> str:
+def _called(function: ScoreFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)

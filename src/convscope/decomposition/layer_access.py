@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convscope.attribution.context import FEWEST
+from convscope.attribution.context import MIN_BATCH
 from convscope.engine import capture, resume
 from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_table import Layer
@@ -112,7 +112,7 @@ def layer_activations(model: Model, layer: str, x: Tensor) -> Tensor:
 
 def eval_batch_size(model: Model, memory: int) -> int:
     """Pictures in a pass without gradients: on a CPU, no more than leave an activation in the cache."""
-    cached = max(FEWEST, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1))))
+    cached = max(MIN_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1))))
     return batch_size(
         model, forward_bytes(model), memory, min(MAX_BATCH, cached) if model.device.type == "cpu" else MAX_BATCH
     )

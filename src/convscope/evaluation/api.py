@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.attribution.context import AGREES, FEWEST
+from convscope.attribution.context import LOGITS_RTOL, MIN_BATCH
 from convscope.engine import capture
 from convscope.engine.acceleration.conv_fusion import find_fusions, with_fusion
 from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
@@ -103,13 +103,13 @@ def evaluate(
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
     pictures = ImageBatchLoader(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
     maps = inputs.parse(model, pictures, heatmaps, targets)
-    positions = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.count)
+    positions = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.num_targets)
     _require_needs(names, maps, positions)
     if positions is not None and maps.result is not None:
         for index, where in zip(maps.result.image_indices, maps.result.geometry, strict=True):
             inputs.check_mask_size(positions[index], where, pictures.names[index])
 
-    each = forward_bytes(model) + STATES * maps.targets.count * np.prod(model.preprocessing.size)
+    each = forward_bytes(model) + STATES * maps.targets.num_targets * np.prod(model.preprocessing.size)
     size = batch_size(model, forward_bytes(model), memory, _most(model))
     # A quicker way through the network has to be found first, which a pass or two do not pay for.
     many = any({"steps", "samples"} & own.keys() for own in chosen.values())
@@ -219,7 +219,7 @@ def _most(model: Model) -> int:
     """Inputs to a pass: on a CPU, no more than leave an activation in the cache, beyond which passes get slower."""
     if model.device.type != "cpu":
         return MAX_BATCH
-    return max(FEWEST, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
+    return max(MIN_BATCH, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
 
 
 def _agreeing(
@@ -229,7 +229,7 @@ def _agreeing(
     plain, folded = subject.seen.logits, quick(pad_to_fixed_batch(subject.model, subject.x)).logits
     assert plain is not None
     assert folded is not None
-    return quick if bool((plain - folded).abs().max() <= AGREES * plain.abs().max()) else subject.run
+    return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else subject.run
 
 
 def _scored(maps: HeatmapInput) -> list[str]:

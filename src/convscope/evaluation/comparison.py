@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convscope.attribution.api import compute_heatmaps, resolve_method
-from convscope.attribution.registry import find as find_method
+from convscope.attribution.registry import get_method as find_method
 from convscope.attribution.result import Heatmaps
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
@@ -147,7 +147,7 @@ def compare(
             (maps,) = make(images, targets, [cell])
             taken = time.perf_counter() - start
         except ConvscopeError as error:
-            refused.append(Failure(f"{cell[0].method} at {cell[0].place}", str(error)))
+            refused.append(Failure(f"{cell.method} at {cell.layer_name}", str(error)))
             continue
         heatmap.append(maps)
         seconds.append(taken / len(maps.image_names))

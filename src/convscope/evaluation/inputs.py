@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convscope.attribution.api import heatmaps
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.targets import BatchTargets, Targets, parse_targets
+from convscope.attribution.targets import BatchTargets, TargetSpec, parse_targets
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
@@ -27,7 +27,7 @@ class HeatmapInput:
 
     values: Tensor
     row: dict[int, int]
-    targets: Targets
+    targets: TargetSpec
     result: Heatmaps | None = None
 
     @property
@@ -44,7 +44,7 @@ class HeatmapInput:
 
     def chosen(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
         """What the maps of some of the pictures, whose logits are (B, K), are evidence for."""
-        chosen = self.targets.of(indices, logits)
+        chosen = self.targets.for_batch(indices, logits)
         if self.result is None:
             return chosen
         classes = self.result.targets[[self.row[i] for i in indices]]
@@ -89,8 +89,8 @@ def parse(model: Model, images: ImageBatchLoader, maps: Any, targets: Any) -> He
     asked = parse_targets(model, targets, len(images))
     axes = model.preprocessing.axes
     values = values[:, None] if values.ndim == 1 + axes else values
-    if values.ndim != 2 + axes or values.shape[:2] != (len(images), asked.count) or 0 in values.shape:
-        shape = " or ".join(f"({len(images)}, {more}h, w)" for more in ("", f"{asked.count}, "))
+    if values.ndim != 2 + axes or values.shape[:2] != (len(images), asked.num_targets) or 0 in values.shape:
+        shape = " or ".join(f"({len(images)}, {more}h, w)" for more in ("", f"{asked.num_targets}, "))
         raise ConvscopeError(f"heatmaps of shape {tuple(np.shape(maps))}; expected Heatmaps, or an array {shape}")
     if not np.isfinite(values).all():
         raise ConvscopeError("the heatmaps hold NaN or infinity")

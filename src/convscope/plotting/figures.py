@@ -135,7 +135,7 @@ def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
     if result.values.ndim != 4:
         return  # heat over signals and volumes is not drawn
     names = [(n, int(t)) for n, row in enumerate(result.targets) for t in row]
-    for (n, target), picture in zip(names, result.overlays(), strict=True):
+    for (n, target), picture in zip(names, result.iter_overlays(), strict=True):
         yield f"{n:04d}_class{target}.png", picture
 
 
@@ -398,7 +398,7 @@ def _(result: Comparison) -> Figure:
     for row, heat, scores, seconds in zip(panels[1:], result.heatmaps, result.evaluations, result.seconds, strict=True):
         means = [f"{metric} {scores.mean(metric):.3f}" for metric in result.metrics]
         _words(row[0], [heat.method, *_wrapped(f"at {heat.layer}", 26), f"{1000 * seconds:.0f} ms a picture", *means])
-        overlays = iter(_head(heat, count).overlays())
+        overlays = iter(_head(heat, count).iter_overlays())
         for n in range(count):
             shown = [next(overlays) for _ in range(heat.targets.shape[1])]
             _show(row[n + 1], shown[0])

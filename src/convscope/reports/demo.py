@@ -71,7 +71,7 @@ def _make(model: Model, images: Sequence[str], out: Path, *, seed: int, bar: Bar
     with bar("heatmaps") as progress:
         heatmap = heatmaps(model, list(images), progress=progress)
     photos = []
-    for n, (index, overlay) in enumerate(zip(heatmap.image_indices, heatmap.overlays(), strict=True)):
+    for n, (index, overlay) in enumerate(zip(heatmap.image_indices, heatmap.iter_overlays(), strict=True)):
         original = Image.fromarray(heatmap.image_source.original(index))
         photo, heated = f"photo_{n}.jpg", f"heatmap_{n}.jpg"
         _write(out / photo, _fitted(original))

@@ -119,7 +119,7 @@ def guided_grad_cam(question: MethodContext) -> Tensor:
     with capture.capture_layers(question.model, [question.layer.name], detach_at_layer=True) as run:
         seen = run(question.x)
         with torch.enable_grad():
-            scores = question.chosen.scores(seen)
+            scores = question.targets.scores(seen)
         layer = seen.maps[question.layer.name]
         maps = [grad_cam(layer.detach().float(), g) for g in question.backward(layer, scores)]
     cam = torch.stack(maps, 1).clamp(min=0)
@@ -140,8 +140,10 @@ def grad_batch_size(question: MethodContext) -> int:
     But two at least: a lone input takes other kernels, whose rounding switches other rectifiers.
     """
     if question.model.fixed_batch_size is not None:
-        return question.size
-    return max(2, min(question.size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel()))))
+        return question.batch_size
+    return max(
+        2, min(question.batch_size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel())))
+    )
 
 
 def _gradient(question: MethodContext) -> Tensor:

@@ -113,7 +113,7 @@ def _relevance(question: MethodContext, rule: Callable[[nn.Module, bool], Any]) 
     ):
         found = _LayerGraph(module, x[:most])
         with found, torch.no_grad():
-            before = question.chosen.scores(run(x[:most]), torch.arange(len(x[:most]), device=x.device))
+            before = question.targets.scores(run(x[:most]), torch.arange(len(x[:most]), device=x.device))
         found.merge()
         for layer in found.layers:
             stack.callback(rule(layer, layer is found.first).register(layer).remove)
@@ -123,7 +123,7 @@ def _relevance(question: MethodContext, rule: Callable[[nn.Module, bool], Any]) 
                 leaf = x[at].detach().requires_grad_()
                 with _LrpMode():
                     seen = run(leaf.clone())
-                scores = question.chosen.scores(seen, torch.arange(at.start, at.stop, device=x.device))
+                scores = question.targets.scores(seen, torch.arange(at.start, at.stop, device=x.device))
             if at.start == 0:
                 _require_same(before[: len(scores)], scores)
             found_here = torch.stack([m.sum(1) for m in _backward_relevance(leaf, seen, scores)], 1)

@@ -72,7 +72,7 @@ def ablation_cam(question: MethodContext) -> Tensor:
             return own * left[:, :-1].reshape(len(part), len(own), *[1] * (own.ndim - 1))
 
         with question.from_layer(image) as scores:
-            left = _score_chunks(question, image, len(off), ablated, scores, question.size)
+            left = _score_chunks(question, image, len(off), ablated, scores, question.batch_size)
         whole = left[:1]
         slope = left.new_zeros(channels, question.num_targets)
         slope[alive] = (whole - left[1:]) / torch.where(whole == 0, 1, whole)
@@ -148,7 +148,7 @@ def rise(
     sides = question.x.shape[2:]
     grid = _per_axis("cells", cells, [], sides)
     check_rise(samples=samples, cells=cells, keep=keep, tolerance=tolerance)
-    if probability and question.chosen.functions:
+    if probability and question.targets.functions:
         raise ConvscopeError(
             "a function of the network's output has no probability; give classes, or probability=False"
         )
