@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where the network's input lies in the original image, and how maps are laid back over it."""
 
 from __future__ import annotations
 
@@ -11,43 +11,61 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the network's input lies in the original picture.
+    """The position of the network's input in the original image.
 
-    picture: (H, W) of the original, upright; (L,) of a signal, (D, H, W) of a volume. box: top, left, bottom and right
-    edge of the network's input, in original pixels, so that the whole picture is (0, 0, H, W); in general where it
-    begins on each axis, then where it ends.
+    Attributes
+    ----------
+    image_size : tuple of int
+        (H, W) of the original image, upright; (L,) of a signal, (D, H, W) of a volume.
+    box : tuple of float
+        Top, left, bottom and right edge of the network's input, in pixels of the original; the whole image is
+        (0, 0, H, W). In general the start on each axis, then the end on each axis.
     """
 
     image_size: tuple[int, ...]
     box: tuple[float, ...]
 
     @classmethod
-    def whole(cls, image: Iterable[int]) -> Geometry:
-        """The network's input is all of it."""
-        sides = tuple(image)
+    def whole(cls, image_size: Iterable[int]) -> Geometry:
+        """Return the geometry of an input that covers the whole image."""
+        sides = tuple(image_size)
         return cls(sides, (*[0] * len(sides), *sides))
 
     def to_original(self, maps: Tensor) -> Tensor:
-        """Maps (..., h, w) over the network's input, at any resolution, as maps (..., H, W) over the picture.
+        """Resize maps over the network's input to maps over the original image.
 
         Linear along each axis with half-pixel centres, the border repeated; zero outside the box. Differentiable.
+
+        Parameters
+        ----------
+        maps : Tensor
+            (..., h, w), at any resolution.
+
+        Returns
+        -------
+        Tensor
+            (..., H, W), with (H, W) = `image_size`.
         """
         maps = maps if maps.is_floating_point() else maps.float()
-        count = len(self.image_size)
-        for axis in reversed(range(count)):
-            maps = _laid(maps, axis - count, self.box[axis], self.box[axis + count], self.image_size[axis])
+        axes = len(self.image_size)
+        for axis in reversed(range(axes)):
+            maps = _resize_axis(maps, axis - axes, self.box[axis], self.box[axis + axes], self.image_size[axis])
         return maps
 
 
-def _laid(maps: Tensor, dim: int, start: float, stop: float, length: int) -> Tensor:
-    """One axis of maps, laid from `start` to `stop` over `length` pixels with linear interpolation."""
-    centres = torch.arange(length, dtype=torch.float64) + 0.5
+def _resize_axis(maps: Tensor, dim: int, start: float, stop: float, length: int) -> Tensor:
+    """Interpolate one axis of maps linearly, from `start` to `stop` of `length` pixels."""
+    centers = torch.arange(length, dtype=torch.float64) + 0.5
     last = maps.shape[dim] - 1
-    cell = ((centres - start) / (stop - start) * (last + 1) - 0.5).clamp(0, last)
-    low = cell.long()
-    inside = (centres >= start) & (centres < stop)
-    shares = [(share * inside).to(maps.dtype).to(maps.device) for share in (low + 1 - cell, cell - low)]
-    near, far = (share.reshape(-1, *[1] * (-1 - dim)) for share in shares)
-    high = (low + 1).clamp(max=last).to(maps.device)
-    # In place, on fresh copies: a map over a photograph is large, and memory is what takes the time.
-    return maps.index_select(dim, low.to(maps.device)).mul_(near).addcmul_(maps.index_select(dim, high), far)
+    coordinate = ((centers - start) / (stop - start) * (last + 1) - 0.5).clamp(0, last)
+    lower = coordinate.long()
+    inside = (centers >= start) & (centers < stop)
+    weights = [(w * inside).to(maps.dtype).to(maps.device) for w in (lower + 1 - coordinate, coordinate - lower)]
+    lower_weight, upper_weight = (w.reshape(-1, *[1] * (-1 - dim)) for w in weights)
+    upper = (lower + 1).clamp(max=last).to(maps.device)
+    # In place on fresh copies: maps of photographs are large, and memory traffic takes most of the time.
+    return (
+        maps.index_select(dim, lower.to(maps.device))
+        .mul_(lower_weight)
+        .addcmul_(maps.index_select(dim, upper), upper_weight)
+    )

@@ -1,4 +1,4 @@
-"""Pictures in, safely; what a network wants to see of them; and the way back to the original picture."""
+"""Load images in any accepted form as batches of network input."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
 from convscope.images.decoding import (
-    FORMATS,
     Array,
-    open_checked,
+    check_pixels,
+    read_file,
     safe_decoding,
     unit_floats,
     unit_pixels,
@@ -27,11 +26,11 @@ from convscope.images.decoding import (
 )
 from convscope.images.geometry import Geometry
 from convscope.images.preprocessing import Preprocessing
+from convscope.images.resizing import FITS
 
-DEFAULT_MAX_PIXELS = 100_000_000  # of one picture: about 400 MB once decoded
+DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
 
-_Box = tuple[float, float, float, float]
-_Item = str | io.BytesIO | Image.Image | Array | Tensor
+_Item: TypeAlias = str | io.BytesIO | Image.Image | Array | Tensor
 
 _ACCEPTED = (
     "a path, a list of paths, PIL images and arrays, an array (H, W, 3) or (N, H, W, 3) of uint8 or floats in [0, 1], "
@@ -41,7 +40,15 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be used, and why. As text it is always one line."""
+    """An image that could not be used.
+
+    Attributes
+    ----------
+    name : str
+        The image's path, or "image 3".
+    reason : str
+        Why it could not be used. ``str(failure)`` is always one line.
+    """
 
     name: str
     reason: str
@@ -51,16 +58,23 @@ class Failure:
 
 
 def one_line(text: str) -> str:
-    """The text with everything escaped that would break its line or that cannot be printed."""
+    """Escape line breaks and unprintable characters."""
     bad = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures ready for the network: x (B, C, H, W) float32, channels_last; `indices` say which pictures they are.
+    """Images ready for the network.
 
-    Signals are (B, C, L) and volumes (B, C, D, H, W), contiguous.
+    Attributes
+    ----------
+    indices : tuple of int
+        Positions of the images in what was given.
+    x : Tensor
+        (B, C, H, W) float32, channels_last. Signals are (B, C, L) and volumes (B, C, D, H, W), contiguous.
+    geometry : tuple of Geometry
+        Where each input lies in its image.
     """
 
     indices: tuple[int, ...]
@@ -69,269 +83,283 @@ class Batch:
 
 
 class ImageBatchLoader:
-    """What the user gave as pictures, opened one at a time, so that memory does not grow with their number.
+    """Open images one at a time and collect them into batches, so that memory does not grow with their number.
 
-    images: a path; a list of paths, files in memory (io.BytesIO), PIL images and arrays; an array (H, W), (H, W, C)
-    or (N, H, W, C) with C = 1, 3, or 4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also
-    (N, H, W); for channel_order="channels" just its own C. Or a floating tensor (C, H, W) or (N, C, H, W), already
-    preprocessed: it is used as it is. For networks on signals or volumes only the latter, (N, C, L) or (N, C, D, H, W).
-    fit: "squash" shows the network the whole picture, "crop" the middle of it, as in the model's own evaluation.
-    max_pixels: pictures with more are refused before memory is spent on them.
-    Raises ConvscopeError at once if `images` is none of these.
+    Parameters
+    ----------
+    images : object
+        A path; a list of paths, files in memory (io.BytesIO), PIL images and arrays; an array (H, W), (H, W, C) or
+        (N, H, W, C) with C = 1, 3, or 4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also
+        (N, H, W); for ``channel_order="channels"`` its own C only. Or a preprocessed floating tensor (C, H, W) or
+        (N, C, H, W), used as it is; for networks on signals or volumes only (N, C, L) or (N, C, D, H, W).
+    preprocessing : Preprocessing
+        The network's input.
+    fit : {"squash", "crop"}
+        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
 
-    names: the path as given, or "image 0", "image 1", ... failed: the pictures found unusable so far, which the batches
-    leave out. notes: what else there is to say about the pictures.
+    Attributes
+    ----------
+    names : tuple of str
+        The paths as given, or "image 0", "image 1", ...
+    failed : list of Failure
+        Images found to be unusable so far; batches leave them out.
+    notes : list of str
+        Remarks on single images.
+
+    Raises
+    ------
+    ConvscopeError
+        At once, if `images` has none of these forms.
     """
 
     def __init__(
         self, images: object, preprocessing: Preprocessing, *, fit: str = "squash", max_pixels: int = DEFAULT_MAX_PIXELS
     ) -> None:
-        if fit not in ("squash", "crop"):
+        if fit not in FITS:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
         if max_pixels < 1:
             raise ConvscopeError(f"max_pixels is {max_pixels}; expected a whole number from 1 up")
         self.preprocessing, self.fit, self.max_pixels = preprocessing, fit, max_pixels
-        self._special = preprocessing.channel_order == "channels"
-        own = f"(H, W, {preprocessing.channels})"
-        self._shapes = own if self._special else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        self._any_channels = preprocessing.channel_order == "channels"
+        channels_last = f"(H, W, {preprocessing.channels})"
+        self._shapes = channels_last if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         self._images = images
         if isinstance(images, Tensor) and images.ndim == 1 + preprocessing.axes:
             self._images = images[None]
         self._items = self._split(images)
         if not self._items:
-            raise ConvscopeError(f"there are no pictures; expected {_ACCEPTED}")
+            raise ConvscopeError(f"there are no images; expected {_ACCEPTED}")
         self.names = tuple(item if isinstance(item, str) else f"image {i}" for i, item in enumerate(self._items))
         self.failed: list[Failure] = []
         self.notes: list[str] = []
-        self._bad: set[int] = set()
+        self._unusable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._items)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The usable pictures in their order, `size` at a time, each decoded only when its batch is asked for.
+        """Iterate over the usable images in order; each is decoded when its batch is requested.
 
-        Raises ConvscopeError at the end if there was none.
+        Parameters
+        ----------
+        size : int
+            Images per batch.
+
+        Yields
+        ------
+        Batch
+            Up to `size` images.
+
+        Raises
+        ------
+        ConvscopeError
+            At the end, if no image could be used.
         """
         if size < 1:
             raise ConvscopeError(f"the batch size is {size}; expected a whole number from 1 up")
         if isinstance(self._images, Tensor) and _all_finite(self._images):
-            yield from _sliced(self._images, size)
+            yield from _tensor_batches(self._images, size)
             return
-        ready: list[tuple[int, Tensor, Geometry]] = []
+        inputs: list[tuple[int, Tensor, Geometry]] = []
         for index in range(len(self)):
-            if index in self._bad:
+            if index in self._unusable:
                 continue
             try:
-                ready.append((index, *self._input(index)))
+                inputs.append((index, *self._input(index)))
             except ConvscopeError as error:
-                self._bad.add(index)
+                self._unusable.add(index)
                 self.failed.append(Failure(self.names[index], str(error)))
-            if len(ready) == size:
-                yield _collated(ready)
-                ready.clear()
-        if ready:
-            yield _collated(ready)
-        if len(self._bad) == len(self):
+            if len(inputs) == size:
+                yield _collate(inputs)
+                inputs.clear()
+        if inputs:
+            yield _collate(inputs)
+        if len(self._unusable) == len(self):
             reasons = "; ".join([*map(str, self.failed[:3]), *["..."] * (len(self) > 3)])
-            several = f"none of the {len(self)} pictures can be used: "
-            raise ConvscopeError((several if len(self) > 1 else "") + reasons)
+            prefix = f"none of the {len(self)} images can be used: "
+            raise ConvscopeError((prefix if len(self) > 1 else "") + reasons)
 
     def original(self, index: int) -> Array:
-        """One picture for display, uint8 (H, W, 3), upright, at its own size, decoded anew.
+        """Decode one image for display, upright and at its own size.
 
-        Gray is spread; of any other number of channels the first three are shown, or the first one alone.
-        Raises ConvscopeError if the picture cannot be used, and for signals and volumes.
+        Parameters
+        ----------
+        index : int
+            Position of the image in what was given.
+
+        Returns
+        -------
+        ndarray
+            uint8 (H, W, 3). Gray is repeated; of any other number of channels the first three are used, or the first.
+
+        Raises
+        ------
+        ConvscopeError
+            If the image cannot be used, and for signals and volumes.
         """
         if self.preprocessing.axes != 2:
-            raise ConvscopeError(f"{self.names[index]} is no picture: this network takes {self.preprocessing.shape}")
+            raise ConvscopeError(f"{self.names[index]} is not an image: this network takes {self.preprocessing.shape}")
         item = self._items[index]
         try:
             if isinstance(item, Tensor):
                 pixels = self.preprocessing.denormalize(_finite(item)[None])[0].permute(1, 2, 0).cpu().numpy()
             else:
-                pixels = np.dstack([np.asarray(band) for band in self._channels(item, "RGB")])
+                pixels = np.dstack([np.asarray(channel) for channel in self._channels(item, "RGB")])
         except ConvscopeError as error:
             raise ConvscopeError(str(Failure(self.names[index], str(error)))) from error
         if pixels.dtype != np.uint8:
             pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
         return pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
 
-    def _split(self, images: object) -> list[_Item]:
-        """One item per picture, nothing opened yet."""
-        like = self.preprocessing
-        if isinstance(images, Tensor):
-            many = images[None] if images.ndim == 1 + like.axes else images
-            if many.ndim != 2 + like.axes or many.shape[1] != like.channels or not many.is_floating_point():
-                given = f"a tensor {tuple(images.shape)} of {images.dtype}"
-                raise ConvscopeError(f"{given}; expected a preprocessed, floating one, {like.shape}")
-            return list(many.detach())
-        if like.axes != 2:
-            given = type(images).__name__
-            raise ConvscopeError(f"{given} given; this network takes preprocessed floating tensors {like.shape} only")
-        if isinstance(images, np.ndarray):
-            if self._is_one(images.shape):
-                return [images]
-            many_gray = self.preprocessing.channel_order == "L" and images.ndim == 3
-            if many_gray or (images.ndim == 4 and self._is_one(images.shape[1:])):
-                return list(images)
-            raise ConvscopeError(f"an array of shape {images.shape}; expected {self._shapes}, or (N, H, W, C)")
-        items: list[_Item] = []
-        for item in images if isinstance(images, list | tuple) else [images]:
-            if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray):
-                raise ConvscopeError(f"{type(item).__name__} is no picture; expected {_ACCEPTED}")
-            items.append(os.fsdecode(item) if isinstance(item, str | os.PathLike) else item)
-        return items
-
-    def _input(self, index: int) -> tuple[Tensor, Geometry]:
-        """One picture as network input (C, h, w), and where it lies."""
-        item = self._items[index]
-        if isinstance(item, Tensor):
-            return _finite(item), Geometry.whole(item.shape[1:])
-        values, position = self.pixels(index)
-        return self.preprocessing.normalize(unit_pixels(values[None]))[0], position
-
     def pixels(self, index: int) -> tuple[Array, Geometry]:
-        """One picture at the network's size, (H, W, C) of uint8 or floats in about [0, 1], and where it lies.
+        """Resize one image to the network's size; `unit_pixels` and `normalize` make it the network's input.
 
-        `unit_pixels` and `normalize` make the network's input of it. Raises ConvscopeError if the picture cannot be
-        used. Not of preprocessed tensors.
+        Parameters
+        ----------
+        index : int
+            Position of the image in what was given.
+
+        Returns
+        -------
+        pixels : ndarray
+            (H, W, C), uint8 or floats in about [0, 1].
+        geometry : Geometry
+            Where it lies in the image.
+
+        Raises
+        ------
+        ConvscopeError
+            If the image cannot be used, and for preprocessed tensors.
         """
         item = self._items[index]
         if isinstance(item, Tensor):
             raise ConvscopeError("is a preprocessed tensor, which has no pixels")
-        bands = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
-        fitted = [self._fitted(band) for band in bands]
-        return np.dstack([band for band, _ in fitted]), Geometry((bands[0].height, bands[0].width), fitted[0][1])
+        channels = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
+        resized = [FITS[self.fit](channel, self.preprocessing, self.max_pixels) for channel in channels]
+        geometry = Geometry((channels[0].height, channels[0].width), resized[0][1])
+        return np.dstack([pixels for pixels, _ in resized]), geometry
 
-    def _fitted(self, image: Image.Image) -> tuple[Array, _Box]:
-        """The image as the network sees it, and its box. Sizes and offsets of the crop are torchvision's."""
-        height, width = self.preprocessing.image_size
-        resample = Image.Resampling[self.preprocessing.interpolation.upper()]
-        if self.fit == "squash":
-            box: _Box = (0, 0, image.height, image.width)
-            if width * image.height > self.max_pixels:  # Pillow changes the width of every row before it drops any
-                image = image.resize((image.width, height), resample)
-            return np.asarray(image.resize((width, height), resample)), box
-        short = self.preprocessing.resize or round(max(height, width) / 0.875)
-        long = int(short * max(image.size) / min(image.size))
-        across, down = (short, long) if image.width <= image.height else (long, short)
-        left, top = round((across - width) / 2), round((down - height) / 2)
-        x, y = image.width / across, image.height / down  # original pixels per resized one
-        box = (top * y, left * x, (top + height) * y, (left + width) * x)
-        if across * down <= self.max_pixels:
-            whole = np.asarray(image.resize((across, down), resample))
-            return whole[top : top + height, left : left + width], box
-        # A very long picture: enlarge only what the crop shows. It is cut out first, with a margin for the filter,
-        # because Pillow keeps the corners of its box in single precision.
-        x0, y0 = max(0, int(box[1]) - 4), max(0, int(box[0]) - 4)
-        part = image.crop((x0, y0, min(image.width, int(box[3]) + 5), min(image.height, int(box[2]) + 5)))
-        inner = (box[1] - x0, box[0] - y0, min(box[3] - x0, part.width), min(box[2] - y0, part.height))
-        return np.asarray(part.resize((width, height), resample, box=inner)), box
+    def _input(self, index: int) -> tuple[Tensor, Geometry]:
+        """Return one image as network input (C, h, w), and its geometry."""
+        item = self._items[index]
+        if isinstance(item, Tensor):
+            return _finite(item), Geometry.whole(item.shape[1:])
+        values, geometry = self.pixels(index)
+        return self.preprocessing.normalize(unit_pixels(values[None]))[0], geometry
+
+    def _split(self, images: object) -> list[_Item]:
+        """Split what was given into one item per image; nothing is opened yet."""
+        if isinstance(images, Tensor):
+            return self._split_tensor(images)
+        if self.preprocessing.axes != 2:
+            shape, kind = self.preprocessing.shape, type(images).__name__
+            raise ConvscopeError(f"{kind} given; this network takes preprocessed floating tensors {shape} only")
+        if isinstance(images, np.ndarray):
+            return self._split_array(images)
+        items: list[_Item] = []
+        for item in images if isinstance(images, list | tuple) else [images]:
+            if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray):
+                raise ConvscopeError(f"{type(item).__name__} is not an image; expected {_ACCEPTED}")
+            items.append(os.fsdecode(item) if isinstance(item, str | os.PathLike) else item)
+        return items
+
+    def _split_tensor(self, images: Tensor) -> list[_Item]:
+        axes, channels = self.preprocessing.axes, self.preprocessing.channels
+        batch = images[None] if images.ndim == 1 + axes else images
+        if batch.ndim != 2 + axes or batch.shape[1] != channels or not batch.is_floating_point():
+            actual = f"a tensor {tuple(images.shape)} of {images.dtype}"
+            raise ConvscopeError(f"{actual}; expected a preprocessed, floating one, {self.preprocessing.shape}")
+        return list(batch.detach())
+
+    def _split_array(self, images: Array) -> list[_Item]:
+        if self._is_one_image(images.shape):
+            return [images]
+        several_gray = self.preprocessing.channel_order == "L" and images.ndim == 3
+        if several_gray or (images.ndim == 4 and self._is_one_image(images.shape[1:])):
+            return list(images)
+        raise ConvscopeError(f"an array of shape {images.shape}; expected {self._shapes}, or (N, H, W, C)")
 
     def _channels(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
-        """One picture, upright and opaque: as an image of `mode` (RGB or L), or as one image (L or F) per channel."""
+        """Return one image, upright and opaque, as an image of `mode` (RGB or L) or as one image per channel."""
         if isinstance(item, str | io.BytesIO):
             item = self._read(item)
         elif isinstance(item, Image.Image):
-            self._check_pixels(item.height, item.width)
+            check_pixels(item.height, item.width, self.max_pixels)
             with safe_decoding():
                 item = upright_opaque(item)
-        bands = [item] if isinstance(item, Image.Image) else self._unpacked(item)
-        if self._special:
+        channels = [item] if isinstance(item, Image.Image) else self._array_channels(item)
+        if self._any_channels:
             if isinstance(item, Image.Image):
-                raise ConvscopeError(f"is an ordinary picture; this network takes arrays {self._shapes}")
-            return bands
-        if bands[0].mode != "F":
-            return [bands[0] if bands[0].mode == mode else bands[0].convert(mode)]
-        if mode == "L" and len(bands) == 3:
-            luma = np.array([0.299, 0.587, 0.114], np.float32)  # as in Pillow's own conversion
-            return [Image.fromarray(np.dstack([np.asarray(band) for band in bands]) @ luma)]
-        return bands * 3 if mode == "RGB" and len(bands) == 1 else bands
+                raise ConvscopeError(f"is an ordinary image; this network takes arrays {self._shapes}")
+            return channels
+        if channels[0].mode != "F":
+            return [channels[0] if channels[0].mode == mode else channels[0].convert(mode)]
+        if mode == "L" and len(channels) == 3:
+            luma = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as in Pillow's own conversion
+            return [Image.fromarray(np.dstack([np.asarray(channel) for channel in channels]) @ luma)]
+        return channels * 3 if mode == "RGB" and len(channels) == 1 else channels
 
     def _read(self, file: str | io.BytesIO) -> Image.Image | Array:
-        """What a file holds: an image in RGB, L or F, or an array."""
-        with open_checked(file) as stream, safe_decoding():
-            magic = stream.read(6)
-            stream.seek(0)
-            if magic == b"\x93NUMPY":
-                first = npy.read_magic(stream) == (1, 0)
-                shape, _, dtype = (npy.read_array_header_1_0 if first else npy.read_array_header_2_0)(stream)
-                self._check_array(shape, dtype)
-                stream.seek(0)
-                return np.asarray(np.load(stream, allow_pickle=False))
-            Image.init()  # so that OPEN knows them all; an older Pillow has no AVIF
-            image = Image.open(stream, formats=[known for known in FORMATS if known in Image.OPEN])
-            self._check_pixels(image.height, image.width)
-            frames = getattr(image, "n_frames", 1)
-            name = file if isinstance(file, str) else "a picture"
-            note = one_line(f"{name}: {frames} frames, the first one is used")
-            # Phones add previews to a photograph as further frames of an MPO file: nothing that anybody would miss.
-            if frames > 1 and image.format != "MPO" and note not in self.notes:
-                self.notes.append(note)
-            clear, bits = image.info.get("transparency"), image.tile[0][3] if image.tile else None
-            # Pillow turns the pixels of any PNG into 8 bits, but not the colour that is transparent.
-            if clear is not None and bits in ("L;2", "L;4"):
-                image.info["transparency"] = clear * (85 if bits == "L;2" else 17)
-            elif clear is not None and bits == "RGB;16B":
-                image.info["transparency"] = tuple(value >> 8 for value in clear)
-            return upright_opaque(image)
+        """Read a file, and note when only its first frame is used."""
+        content, frames = read_file(file, self.max_pixels, self._check_array)
+        name = file if isinstance(file, str) else "an image"
+        note = one_line(f"{name}: {frames} frames, the first one is used")
+        if frames > 1 and note not in self.notes:
+            self.notes.append(note)
+        return content
 
-    def _unpacked(self, array: Array) -> list[Image.Image]:
+    def _array_channels(self, array: Array) -> list[Image.Image]:
+        """Return an array as an image of 8 bits, or as one image of floats per channel."""
         self._check_array(array.shape, array.dtype)
-        if array.dtype == np.uint8 and not self._special:
+        if array.dtype == np.uint8 and not self._any_channels:
             return [upright_opaque(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array))]
         if array.dtype != np.uint8:
             array = unit_floats(array)
-        if array.shape[2:] == (4,) and not self._special:
+        if array.shape[2:] == (4,) and not self._any_channels:
             array = array[..., :3] * array[..., 3:] + (1 - array[..., 3:])
-        return [Image.fromarray(band) for band in np.atleast_3d(array).transpose(2, 0, 1)]
+        return [Image.fromarray(channel) for channel in np.atleast_3d(array).transpose(2, 0, 1)]
 
-    def _is_one(self, shape: tuple[int, ...]) -> bool:
-        last = (self.preprocessing.channels,) if self._special else (1, 3, 4)
-        return (len(shape) == 3 and shape[2] in last) or (len(shape) == 2 and not self._special)
+    def _is_one_image(self, shape: tuple[int, ...]) -> bool:
+        """Return whether an array of this shape is a single image."""
+        channels = (self.preprocessing.channels,) if self._any_channels else (1, 3, 4)
+        return (len(shape) == 3 and shape[2] in channels) or (len(shape) == 2 and not self._any_channels)
 
     def _check_array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        if not self._is_one(shape):
+        if not self._is_one_image(shape):
             raise ConvscopeError(f"is an array of shape {shape}; expected {self._shapes}")
         if dtype != np.uint8 and dtype.kind != "f":
             raise ConvscopeError(f"is an array of {dtype}; expected uint8, or floats in [0, 1]")
-        self._check_pixels(*shape[:2])
-
-    def _check_pixels(self, height: int, width: int) -> None:
-        if min(height, width) < 1:
-            raise ConvscopeError("has no pixels")
-        if height * width > self.max_pixels:
-            limit = f"the limit of {self.max_pixels:,}; max_pixels= raises it"
-            raise ConvscopeError(f"has {height} x {width} = {height * width:,} pixels, more than {limit}")
+        check_pixels(shape[0], shape[1], self.max_pixels)
 
 
-def _collated(ready: list[tuple[int, Tensor, Geometry]]) -> Batch:
-    indices, inputs, geometry = zip(*ready, strict=True)
-    return Batch(indices, to_channels_last(torch.stack(inputs)), geometry)
+def _collate(inputs: list[tuple[int, Tensor, Geometry]]) -> Batch:
+    indices, tensors, geometry = zip(*inputs, strict=True)
+    return Batch(indices, to_channels_last(torch.stack(tensors)), geometry)
 
 
-def _sliced(x: Tensor, size: int) -> Iterator[Batch]:
-    """Batches of a preprocessed tensor (N, C, ...) without taking it apart."""
-    position = Geometry.whole(x.shape[2:])
+def _tensor_batches(x: Tensor, size: int) -> Iterator[Batch]:
+    """Slice a preprocessed tensor (N, C, ...) into batches."""
+    geometry = Geometry.whole(x.shape[2:])
     for first in range(0, len(x), size):
         part = to_channels_last(x[first : first + size].detach().float())
-        yield Batch(tuple(range(first, first + len(part))), part, (position,) * len(part))
+        yield Batch(tuple(range(first, first + len(part))), part, (geometry,) * len(part))
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """A batch as it is quickest: pictures channels last, all else contiguous."""
+    """Return images in channels_last memory format and everything else contiguous: the fastest layouts."""
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Whether there are values and all of them are finite."""
-    # One reduction is quicker than a test of every value, and any NaN or infinity makes it one.
+    """Return whether there are values and all of them are finite."""
+    # One reduction is faster than an elementwise test, and any NaN or infinity carries over into the sum.
     return x.numel() > 0 and bool(x.detach().sum(dtype=torch.float32).isfinite())
 
 
 def _finite(x: Tensor) -> Tensor:
-    """A preprocessed picture (C, H, W), signal or volume as float32."""
+    """Return a preprocessed image (C, H, W), signal or volume as float32; refuse NaN and infinity."""
     if not _all_finite(x):
         raise ConvscopeError("holds NaN or infinity" if x.numel() else "has no pixels")
     return x.float()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a network expects of its input: size, interpolation, range, mean, std, channel order."""
 
 from __future__ import annotations
 
@@ -13,21 +13,41 @@ from convscope.errors import ConvscopeError, nearest
 
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-_ORDERS = {"RGB": 3, "BGR": 3, "L": 1, "channels": None}
+_CHANNELS = {"RGB": 3, "BGR": 3, "L": 1, "channels": None}
+_TIMM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_TORCHVISION_ATTRIBUTES = ("crop_size", "resize_size", "mean", "std", "interpolation")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network wants to see.
+    """How an image becomes network input.
 
-    size: (H, W) of its input; a bare number means a square. (L,) makes it a network on signals, (D, H, W) one on
-        volumes: their channel_order is "channels", and what is shown to them comes as preprocessed tensors.
-    interpolation: nearest, bilinear, bicubic, lanczos, box or hamming (Pillow's antialiased filters).
-    range: what the pixel values 0..255 become before mean and std; a number v means (0, v).
-    mean, std: one number per channel, in the network's own channel order; a single one counts for all.
-    channel_order: RGB, BGR, L (one gray channel) or "channels" (pictures come as arrays with just that many channels).
-    resize: the shorter side before the centre crop of fit="crop"; None: the longer side of `size` / 0.875.
-    Raises ConvscopeError naming the field that makes no sense.
+    Parameters
+    ----------
+    size : tuple of int, optional
+        (H, W) of the input in pixels; a bare number means a square. (L,) makes it a network on signals, (D, H, W) one
+        on volumes: their `channel_order` is "channels", and their input comes as preprocessed tensors.
+    interpolation : {"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"}, optional
+        Pillow's antialiased filters.
+    range : tuple of float, optional
+        What the pixel values 0..255 become before `mean` and `std`; a number v means (0, v).
+    mean, std : tuple of float, optional
+        One number per channel, in the network's own channel order; a single one counts for all.
+    channel_order : {"RGB", "BGR", "L", "channels"}, optional
+        "L": one gray channel. "channels": images come as arrays with exactly that many channels.
+    resize : int, optional
+        The shorter side before the centre crop of ``fit="crop"``; by default the longer side of `size` / 0.875.
+
+    Raises
+    ------
+    ConvscopeError
+        Naming the field whose value makes no sense.
+
+    Examples
+    --------
+    >>> from convscope import Preprocessing
+    >>> print(Preprocessing(size=224, mean=0.5, std=0.25))
+    224 x 224 RGB, bilinear, 0..1, mean 0.5, std 0.25
     """
 
     size: tuple[int, ...] = (224, 224)
@@ -39,120 +59,111 @@ class Preprocessing:
     resize: int | None = None
 
     def __post_init__(self) -> None:
-        def put(name: str, value: object, fine: bool, expected: str) -> None:
-            if not fine:
+        def assign(name: str, value: object, valid: bool, expected: str) -> None:
+            if not valid:
                 raise ConvscopeError(f"preprocessing: {name} is {getattr(self, name)!r}; expected {expected}")
             object.__setattr__(self, name, value)
 
-        put("interpolation", self.interpolation, self.interpolation in _INTERPOLATIONS, " | ".join(_INTERPOLATIONS))
-        put("channel_order", self.channel_order, str(self.channel_order) in _ORDERS, " | ".join(_ORDERS))
+        assign("interpolation", self.interpolation, self.interpolation in _INTERPOLATIONS, " | ".join(_INTERPOLATIONS))
+        assign("channel_order", self.channel_order, str(self.channel_order) in _CHANNELS, " | ".join(_CHANNELS))
         size, limits, mean, std = (_numbers(value) for value in (self.size, self.range, self.mean, self.std))
         size = size * 2 if len(size) == 1 and not isinstance(self.size, Iterable) else size
-        whole = all(side >= 1 and side == int(side) for side in size)
-        special = self.channel_order == "channels"
+        integral = all(side >= 1 and side == int(side) for side in size)
+        dimensions = _AXES if self.channel_order == "channels" else (2,)
         expected = "(height, width) in pixels; for channel_order='channels' also (length,) or (depth, height, width)"
-        put("size", tuple(map(int, size)), whole and len(size) in (_AXES if special else (2,)), expected)
+        assign("size", tuple(map(int, size)), integral and len(size) in dimensions, expected)
         limits = (0.0, *limits) if len(limits) == 1 else limits
-        put("range", limits, len(limits) == 2 and limits[0] < limits[1], "(low, high) with low < high")
-        count = _ORDERS[self.channel_order] or max(len(mean), len(std))
+        assign("range", limits, len(limits) == 2 and limits[0] < limits[1], "(low, high) with low < high")
+        count = _CHANNELS[self.channel_order] or max(len(mean), len(std))
         mean, std = (values * count if len(values) == 1 else values for values in (mean, std))
-        put("mean", mean, 0 < len(mean) == count, f"{count} finite numbers for {self.channel_order}")
-        put("std", std, 0 < len(std) == count and min(std) > 0, f"{count} numbers above 0 for {self.channel_order}")
-        crop = max(self.size)
-        fine = self.resize is None or (isinstance(self.resize, int) and self.resize >= crop)
-        put("resize", self.resize, fine, f"None or a whole number from {crop} up, so that the crop fits in")
+        assign("mean", mean, 0 < len(mean) == count, f"{count} finite numbers for {self.channel_order}")
+        assign("std", std, 0 < len(std) == count and min(std) > 0, f"{count} numbers above 0 for {self.channel_order}")
+        longer = max(self.size)
+        valid = self.resize is None or (isinstance(self.resize, int) and self.resize >= longer)
+        assign("resize", self.resize, valid, f"None or a whole number from {longer} up, so that the crop fits in")
 
     @property
     def channels(self) -> int:
-        """The number of channels of the network's input."""
+        """Number of channels of the network's input."""
         return len(self.mean)
 
     @property
     def axes(self) -> int:
-        """The number of spatial axes: 2 for pictures, 1 for signals, 3 for volumes."""
+        """Number of spatial axes: 2 for images, 1 for signals, 3 for volumes."""
         return len(self.size)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """`size` as height and width. Raises ConvscopeError for signals and volumes."""
+        """`size` as height and width; raises `ConvscopeError` for signals and volumes."""
         if self.axes != 2:
-            raise ConvscopeError(f"this network takes {self.shape}, and no pictures")
+            raise ConvscopeError(f"this network takes {self.shape}, not images")
         return self.size[0], self.size[1]
 
     @property
     def shape(self) -> str:
-        """The network's input in words: "(N, 3, H, W)"."""
+        """Shape of the network's input as text: "(N, 3, H, W)"."""
         return f"(N, {self.channels}, {_AXES[self.axes]})"
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Network input from pixels (N, C, H, W) in [0, 1], in RGB order where they have colours. Differentiable.
+        """Convert pixels to network input; differentiable.
 
-        Of signals (N, C, L) and volumes (N, C, D, H, W) alike.
+        Parameters
+        ----------
+        pixels : Tensor
+            (N, C, H, W) in [0, 1], colours in RGB order. Signals are (N, C, L), volumes (N, C, D, H, W).
+
+        Returns
+        -------
+        Tensor
+            Network input of the same shape.
         """
-        mean, std = self._columns(pixels)
+        mean, std = self._channel_statistics(pixels)
         low, high = self.range
-        return (self._swapped(pixels) * (high - low) + low - mean) / std
+        return (self._swap_channels(pixels) * (high - low) + low - mean) / std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Pixels from network input (N, C, H, W): the inverse of `normalize`, not clipped."""
-        mean, std = self._columns(x)
+        """Convert network input (N, C, H, W) to pixels: the inverse of `normalize`, not clipped."""
+        mean, std = self._channel_statistics(x)
         low, high = self.range
-        return self._swapped((x * std + mean - low) / (high - low))
+        return self._swap_channels((x * std + mean - low) / (high - low))
 
-    def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _channel_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std as tensors that broadcast over `x`."""
         if x.ndim != 2 + self.axes or x.shape[1] != self.channels:
             raise ConvscopeError(f"a tensor of shape {tuple(x.shape)}; expected {self.shape}")
-        column = (-1, *[1] * self.axes)
-        return x.new_tensor(self.mean).view(column), x.new_tensor(self.std).view(column)
+        shape = (-1, *[1] * self.axes)
+        return x.new_tensor(self.mean).view(shape), x.new_tensor(self.std).view(shape)
 
-    def _swapped(self, x: Tensor) -> Tensor:
+    def _swap_channels(self, x: Tensor) -> Tensor:
         return x.flip(1) if self.channel_order == "BGR" else x
 
     @classmethod
-    def of(cls, value: Any) -> Preprocessing:
-        """Preprocessing from whatever says it.
+    def of(cls, value: object) -> Preprocessing:
+        """Read preprocessing from any description of it.
 
-        value: a Preprocessing; a mapping with its field names, where `channels` may say how many there are; a timm data
-        config (its `crop_mode` is not looked at: fit="crop" is the centre crop); or a torchvision preset.
-        Raises ConvscopeError for anything else, naming what is not known.
+        Parameters
+        ----------
+        value : Preprocessing, mapping or torchvision preset
+            A mapping has the names of the fields, where ``channels`` may give their number, or is a data config of timm
+            (its `crop_mode` is ignored: ``fit="crop"`` is the centre crop).
+
+        Raises
+        ------
+        ConvscopeError
+            For anything else, naming what is not known.
         """
         if isinstance(value, Preprocessing):
             return value
-        known = [field.name for field in fields(cls)]
         if isinstance(value, Mapping):
-            given = dict(value)
-            timm = ["input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"]
-            words = timm if "input_size" in given else [*known, "channels"]
-            for word in given:
-                if word not in words:
-                    raise ConvscopeError(f"preprocessing: {word!r} is not known; nearest: {nearest(str(word), words)}")
-            if "input_size" in given:
-                given = _of_timm(given)
-        elif all(hasattr(value, word) for word in ("crop_size", "resize_size", "mean", "std", "interpolation")):
-            given = {word: getattr(value, word) for word in ("mean", "std", "interpolation")}
-            given["interpolation"] = getattr(given["interpolation"], "value", given["interpolation"])
-            size, resize = _numbers(value.crop_size), _numbers(value.resize_size)
-            given["size"] = size[0] if len(size) == 1 else value.crop_size
-            given["resize"] = int(resize[0]) if len(resize) == 1 else resize
-        else:
-            ways = f"a mapping with {', '.join(known)}, a timm data config or a torchvision preset"
-            raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {ways}")
-        mean, std = given.setdefault("mean", 0.0), given.setdefault("std", 1.0)
-        counts = len(_numbers(mean)), len(_numbers(std))
-        order, channels = given.get("channel_order"), given.pop("channels", None)
-        size = given.get("size", cls.size)
-        image = not isinstance(size, Iterable) or len(_numbers(size)) == 2
-        if channels is None:
-            channels = _ORDERS.get(str(order)) or max(*counts, 1 if order or not image else 3)
-        if not isinstance(channels, int) or channels < 1 or not set(counts) <= {0, 1, channels}:
-            raise ConvscopeError(f"preprocessing: {channels!r} channels do not fit mean {mean!r} and std {std!r}")
-        given.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels if image else 0, "channels"))
-        for word, count in zip(("mean", "std"), counts, strict=True):
-            given[word] = _numbers(given[word]) * channels if count == 1 else given[word]
-        return cls(**given)
+            return cls(**_infer_channels(_from_mapping(value)))
+        if all(hasattr(value, name) for name in _TORCHVISION_ATTRIBUTES):
+            return cls(**_infer_channels(_from_torchvision(value)))
+        names = ", ".join(field.name for field in fields(cls))
+        forms = f"a mapping with {names}, a timm data config or a torchvision preset"
+        raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {forms}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them; `Preprocessing.of` takes them back."""
+        """Return the fields as JSON values; `Preprocessing.of` reads them back."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -166,19 +177,55 @@ class Preprocessing:
 
 
 def _numbers(value: object) -> tuple[float, ...]:
-    """The finite numbers in a number or in a sequence of them; none at all if anything else is among them."""
+    """Return the finite numbers of a number or sequence; none if anything else is among them."""
     try:
-        many: Iterable[Any] = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-        numbers = tuple(float(one) for one in many)
+        values: Iterable[Any] = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+        numbers = tuple(float(v) for v in values)
     except (TypeError, ValueError):
         return ()
     return numbers if all(math.isfinite(number) for number in numbers) else ()
 
 
-def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
-    shape, share = _numbers(config["input_size"]), _numbers(config.get("crop_pct") or 0.875)
-    if len(shape) != 3 or len(share) != 1:
-        found = f"input_size is {config['input_size']!r} and crop_pct is {config.get('crop_pct')!r}"
-        raise ConvscopeError(f"preprocessing: {found}; expected (channels, height, width) and one number")
-    given: dict[str, Any] = {word: config[word] for word in ("interpolation", "mean", "std") if word in config}
-    return {**given, "channels": int(shape[0]), "size": shape[1:], "resize": math.floor(max(shape[1:]) / share[0])}
+def _from_mapping(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Read the fields of a mapping, or of a data config of timm."""
+    known = [field.name for field in fields(Preprocessing)]
+    keys = list(_TIMM_KEYS) if "input_size" in config else [*known, "channels"]
+    for key in config:
+        if key not in keys:
+            raise ConvscopeError(f"preprocessing: {key!r} is not known; nearest: {nearest(str(key), keys)}")
+    if "input_size" not in config:
+        return dict(config)
+    shape, fraction = _numbers(config["input_size"]), _numbers(config.get("crop_pct") or 0.875)
+    if len(shape) != 3 or len(fraction) != 1:
+        actual = f"input_size is {config['input_size']!r} and crop_pct is {config.get('crop_pct')!r}"
+        raise ConvscopeError(f"preprocessing: {actual}; expected (channels, height, width) and one number")
+    settings = {key: config[key] for key in ("interpolation", "mean", "std") if key in config}
+    resize = math.floor(max(shape[1:]) / fraction[0])
+    return {**settings, "channels": int(shape[0]), "size": shape[1:], "resize": resize}
+
+
+def _from_torchvision(preset: Any) -> dict[str, Any]:
+    """Read the fields of a transforms preset of torchvision."""
+    settings: dict[str, Any] = {name: getattr(preset, name) for name in ("mean", "std", "interpolation")}
+    settings["interpolation"] = getattr(settings["interpolation"], "value", settings["interpolation"])
+    size, resize = _numbers(preset.crop_size), _numbers(preset.resize_size)
+    settings["size"] = size[0] if len(size) == 1 else preset.crop_size
+    settings["resize"] = int(resize[0]) if len(resize) == 1 else resize
+    return settings
+
+
+def _infer_channels(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``channels`` by a channel order, and repeat single numbers of mean and std."""
+    mean, std = settings.setdefault("mean", 0.0), settings.setdefault("std", 1.0)
+    counts = len(_numbers(mean)), len(_numbers(std))
+    order, channels = settings.get("channel_order"), settings.pop("channels", None)
+    size = settings.get("size", Preprocessing.size)
+    is_image = not isinstance(size, Iterable) or len(_numbers(size)) == 2
+    if channels is None:
+        channels = _CHANNELS.get(str(order)) or max(*counts, 1 if order or not is_image else 3)
+    if not isinstance(channels, int) or channels < 1 or not set(counts) <= {0, 1, channels}:
+        raise ConvscopeError(f"preprocessing: {channels!r} channels do not fit mean {mean!r} and std {std!r}")
+    settings.setdefault("channel_order", {1: "L", 3: "RGB"}.get(channels if is_image else 0, "channels"))
+    for name, count in zip(("mean", "std"), counts, strict=True):
+        settings[name] = _numbers(settings[name]) * channels if count == 1 else settings[name]
+    return settings

@@ -1,0 +1,63 @@
+"""Resize an image to the network's input: the whole image, or its centre crop."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from convscope.images.decoding import Array
+from convscope.images.preprocessing import Preprocessing
+
+Box: TypeAlias = tuple[float, float, float, float]
+
+
+def squash(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Array, Box]:
+    """Resize the whole image to the network's size, without regard to its aspect ratio.
+
+    Returns
+    -------
+    pixels : ndarray
+        (H, W) or (H, W, C), of the image's own type.
+    box : tuple of float
+        Top, left, bottom, right of the result in the image: all of it.
+    """
+    height, width = preprocessing.image_size
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    box: Box = (0, 0, image.height, image.width)
+    if width * image.height > max_pixels:  # Pillow resizes the width of every row before it drops rows
+        image = image.resize((image.width, height), resample)
+    return np.asarray(image.resize((width, height), resample)), box
+
+
+def center_crop(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Array, Box]:
+    """Resize the shorter side and cut out the centre, with torchvision's rounding of sizes and offsets.
+
+    Returns
+    -------
+    pixels : ndarray
+        (H, W) or (H, W, C), of the image's own type.
+    box : tuple of float
+        Top, left, bottom, right of the crop, in pixels of the image.
+    """
+    height, width = preprocessing.image_size
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    short = preprocessing.resize or round(max(height, width) / 0.875)
+    long = int(short * max(image.size) / min(image.size))
+    new_width, new_height = (short, long) if image.width <= image.height else (long, short)
+    left, top = round((new_width - width) / 2), round((new_height - height) / 2)
+    x, y = image.width / new_width, image.height / new_height  # original pixels per resized pixel
+    box = (top * y, left * x, (top + height) * y, (left + width) * x)
+    if new_width * new_height <= max_pixels:
+        resized = np.asarray(image.resize((new_width, new_height), resample))
+        return resized[top : top + height, left : left + width], box
+    # A very long image: resize only the region of the crop. It is cut out first, with a margin for the filter,
+    # because Pillow keeps the corners of its box in single precision.
+    x0, y0 = max(0, int(box[1]) - 4), max(0, int(box[0]) - 4)
+    region = image.crop((x0, y0, min(image.width, int(box[3]) + 5), min(image.height, int(box[2]) + 5)))
+    inner = (box[1] - x0, box[0] - y0, min(box[3] - x0, region.width), min(box[2] - y0, region.height))
+    return np.asarray(region.resize((width, height), resample, box=inner)), box
+
+
+FITS = {"squash": squash, "crop": center_crop}
