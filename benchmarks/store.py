@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import convscope
-from convscope.scanning.statistics import BINS
+from convscope.scanning.statistics import HISTOGRAM_BINS
 from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
 LAYERS, PART = 10, 1 << 16  # layers; pictures that are made at once
@@ -33,7 +33,7 @@ def layer(number: int, units: int, pictures: int, draw: np.random.Generator) -> 
     return LayerSummary(
         name=f"layer {number}", kind="Conv2d", shape=(units, 14, 14), receptive_field=(64.0, 64.0),
         stride=(16.0, 16.0), origin=(0.0, 0.0), sees_all=False, mean=one, variance=one, maximum=one, minimum=-one,
-        active=one, fires=one, histogram=np.full((units, BINS), pictures // BINS), top=Best(values, which, places),
+        active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), pictures // HISTOGRAM_BINS), top=Best(values, which, places),
         bottom=Best(-values, (which + 1) % pictures, places), sample=sample,
         sample_positions=np.zeros(sample.shape, np.int32), class_means=draw.random((units, CLASSES), np.float32),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from convscope.scanning.statistics import EDGES
+from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.io import Folder
 from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
@@ -52,8 +52,8 @@ def summary(
 ) -> LayerSummary:
     """A layer whose maximum on each picture is `values` (U, N), NaN where it failed; its mean over places is half."""
     seen = values[:, ~np.isnan(values).all(0)].astype(np.float64)
-    place = np.searchsorted(EDGES, seen)
-    histogram = np.stack([np.bincount(row, minlength=len(EDGES) + 1) for row in place])
+    place = np.searchsorted(HISTOGRAM_EDGES, seen)
+    histogram = np.stack([np.bincount(row, minlength=len(HISTOGRAM_EDGES) + 1) for row in place])
     means = None
     if labels is not None:
         means = np.full((len(values), classes), np.nan, np.float32)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from convscope.scanning import statistics
 from convscope.scanning.statistics import (
-    BINS,
-    EDGES,
+    HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
     EMPTY,
     OnlineStatistics,
     TopK,
@@ -114,10 +114,10 @@ def test_moments_histogram_and_sample_equal_direct_computation():
     for unit in range(5):
         counts = [
             ((maxima[:, unit] > low) & (maxima[:, unit] <= high)).sum()
-            for low, high in zip([-np.inf, *EDGES], [*EDGES, np.inf], strict=True)
+            for low, high in zip([-np.inf, *HISTOGRAM_EDGES], [*HISTOGRAM_EDGES, np.inf], strict=True)
         ]
         assert found.histogram[unit].tolist() == counts
-    assert found.histogram.shape == (5, BINS)
+    assert found.histogram.shape == (5, HISTOGRAM_BINS)
     assert torch.equal(found.sample, maps[sample].amax((2, 3)).T)
     assert torch.equal(found.sample_positions.long(), maps[sample].flatten(2).argmax(2).T)
 

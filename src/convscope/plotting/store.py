@@ -10,7 +10,7 @@ import numpy as np
 
 from convscope.plotting.figures import _short, _show, _title
 from convscope.results import draw
-from convscope.scanning.statistics import EDGES
+from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
 from convscope.store.store import ImagePage, Store, UnitPage
@@ -132,9 +132,9 @@ def _histogram(axes: Axes, counts: np.ndarray) -> None:
         return
     first, last = filled[0], filled[-1]
     axes.bar(np.arange(first, last + 1), counts[first : last + 1], width=1.0, color=PALE, edgecolor="white")
-    edges = np.arange(max(first - 1, 0), min(last, len(EDGES) - 1) + 1)  # bin i is from EDGES[i - 1] to EDGES[i]
+    edges = np.arange(max(first - 1, 0), min(last, len(HISTOGRAM_EDGES) - 1) + 1)  # bin i is from HISTOGRAM_EDGES[i - 1] to HISTOGRAM_EDGES[i]
     marks = edges[:: max(1, -(-len(edges) // 6))]
-    axes.set_xticks(marks + 0.5, [f"{EDGES[i]:.3g}" for i in marks])
+    axes.set_xticks(marks + 0.5, [f"{HISTOGRAM_EDGES[i]:.3g}" for i in marks])
     axes.set_xlim(first - 1, last + 1)
     axes.tick_params(labelsize=8)
     axes.set_title("pictures by the unit's maximum", fontsize=9, loc="left")

@@ -13,7 +13,7 @@ from convscope.datasets.catalogue import Catalogue
 from convscope.engine.model import LOGITS, Model
 from convscope.scanning.plan import ScanPlan
 from convscope.scanning.shard import ScanTargets, ShardFile
-from convscope.scanning.statistics import EDGES, UnitStatistics, unkeyed
+from convscope.scanning.statistics import HISTOGRAM_EDGES, UnitStatistics, unkeyed
 from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
 
 
@@ -83,7 +83,7 @@ class Merge:
             maximum=highest[:, 0].double().numpy(),
             minimum=lowest[:, 0].double().numpy(),
             active=found.active.numpy() / found.positions,
-            fires=histogram[:, np.searchsorted(EDGES, 0) + 1 :].sum(1) / found.images,
+            fires=histogram[:, np.searchsorted(HISTOGRAM_EDGES, 0) + 1 :].sum(1) / found.images,
             histogram=histogram,
             top=Best(highest.numpy(), found.best.images.numpy(), found.best.positions.numpy()),
             bottom=Best(lowest.numpy(), found.worst.images.numpy(), found.worst.positions.numpy()),

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _STEPS = 2.0 ** (np.arange(-16, 17) / 2)
-EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS]).astype(np.float32)
-"""Bin i of a histogram holds EDGES[i - 1] < value <= EDGES[i]; the first and the last are open."""
-BINS = len(EDGES) + 1
+HISTOGRAM_EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS]).astype(np.float32)
+"""Bin i of a histogram holds HISTOGRAM_EDGES[i - 1] < value <= HISTOGRAM_EDGES[i]; the first and the last are open."""
+HISTOGRAM_BINS = len(HISTOGRAM_EDGES) + 1
 
 CHUNK = 2 << 20  # bytes of maps that are reduced at once on a CPU: what is read several times is to stay in the cache
 PENDING = 128  # pictures whose extremes wait before they are sorted in
@@ -212,7 +212,7 @@ class UnitStatistics:
             mean=torch.zeros(units, dtype=torch.float64),
             scatter=torch.zeros(units, dtype=torch.float64),
             active=torch.zeros(units, dtype=torch.float64),
-            histogram=torch.zeros((units, BINS), dtype=torch.int64),
+            histogram=torch.zeros((units, HISTOGRAM_BINS), dtype=torch.int64),
             labels=torch.zeros(0, dtype=torch.int64),
             class_totals=torch.zeros((0, units), dtype=torch.float64),
             class_images=torch.zeros(0, dtype=torch.int64),
@@ -229,7 +229,7 @@ class UnitStatistics:
         for name in ("active", "histogram"):
             getattr(self, name).add_(getattr(other, name))
         labels = torch.unique(torch.cat([self.labels, other.labels]))
-        for name in ("class_totals", "class_pictures"):
+        for name in ("class_totals", "class_images"):
             setattr(self, name, _joined_rows(labels, (self, other), name))
         self.labels = labels
         self.sample = torch.cat([self.sample, other.sample], 1)
@@ -258,7 +258,7 @@ class UnitStatistics:
         given: dict[str, Any] = dict(arrays)
         for name in ("best", "worst"):
             given[name] = TopK(*(given.pop(f"{name}_{part.name}") for part in fields(TopK)))
-        for name in ("pictures", "places"):
+        for name in ("images", "positions"):
             given[name] = int(given[name])
         return cls(**given)
 
@@ -283,7 +283,7 @@ class OnlineStatistics:
         self.summary.sample = torch.full((units, len(sample)), torch.nan)
         self.summary.sample_positions = torch.zeros((units, len(sample)), dtype=torch.int32)
         self._sample = sample
-        self._edges = torch.from_numpy(EDGES)
+        self._edges = torch.from_numpy(HISTOGRAM_EDGES)
         self._waiting: list[_Candidates] = []
         self._waiting_low: list[_Candidates] = []
 
@@ -307,7 +307,7 @@ class OnlineStatistics:
         into.images += count
         into.join_moments(count * positions, mean, scatters.sum(0) + positions * (means - mean).square().sum(0))
         into.active += found.active.cpu().double().sum(0)
-        bins = torch.bucketize(found.highest.cpu(), self._edges) + BINS * torch.arange(found.highest.shape[1])
+        bins = torch.bucketize(found.highest.cpu(), self._edges) + HISTOGRAM_BINS * torch.arange(found.highest.shape[1])
         into.histogram.view(-1).add_(torch.bincount(bins.flatten(), minlength=into.histogram.numel()))
         self._add_classes(means, labels)
         rows, columns = (images[:, None] == self._sample).nonzero(as_tuple=True)
@@ -339,7 +339,7 @@ class OnlineStatistics:
         own.labels, own.class_totals, own.class_images = known, totals, seen
         labels = torch.unique(torch.cat([into.labels, known]))
         into.class_totals = _joined_rows(labels, (into, own), "class_totals")
-        into.class_images = _joined_rows(labels, (into, own), "class_pictures")
+        into.class_images = _joined_rows(labels, (into, own), "class_images")
         into.labels = labels
 
 

@@ -42,7 +42,7 @@ class LayerSummary:
 
     shape: of its output, channels first, without the batch: (U, H, W), or without places. receptive_field, stride,
     origin, sees_all: as in the layer table. mean, variance, maximum, minimum, active (share of places above 0), fires
-    (share of pictures with a maximum above 0): (U,). histogram: of the pictures' maxima, (U, BINS). sample: maxima on
+    (share of pictures with a maximum above 0): (U,). histogram: of the pictures' maxima, (U, HISTOGRAM_BINS). sample: maxima on
     the R pictures of the sample (U, R), NaN where a picture failed; sample_positions: where they are. class_means:
     (U, K), NaN for a class without pictures; None without labels.
     """
@@ -208,7 +208,7 @@ def _topk_columns(
     lists = {"bottom": worst, "decile": decile, "top": best}
     values, images, positions = (
         np.concatenate([getattr(part, name) for part in lists.values()], 1)
-        for name in ("values", "pictures", "positions")
+        for name in ("values", "images", "positions")
     )
     there = images >= 0
     lengths = [part.values.shape[1] for part in lists.values()]

@@ -13,7 +13,7 @@ from convscope.explorer.service.images import UnknownResource, encode_image
 from convscope.explorer.service.state import Network
 from convscope.explorer.service.uploads import plain_name
 from convscope.explorer.urls import UrlBuilder
-from convscope.scanning.statistics import EDGES
+from convscope.scanning.statistics import HISTOGRAM_EDGES
 
 if TYPE_CHECKING:
     from convscope.store.examples import Example, ImageView
@@ -86,7 +86,7 @@ def _spread(histogram: Sequence[int]) -> tuple[list[float], str, str]:
     if not len(occupied):
         return [0.0], "", ""
     first, last = int(occupied[0]), int(occupied[-1])
-    ends = [-np.inf, *map(float, EDGES), np.inf]
+    ends = [-np.inf, *map(float, HISTOGRAM_EDGES), np.inf]
     heights = (counts[first : last + 1] / counts.max()).round(3).tolist()
     return heights, _end(ends[first]), _end(ends[last + 1])
 
