@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from convscope.scanning import statistics
 from convscope.scanning.statistics import (
+    EMPTY,
     HISTOGRAM_BINS,
     HISTOGRAM_EDGES,
-    EMPTY,
     OnlineStatistics,
     TopK,
     UnitStatistics,
