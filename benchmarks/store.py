@@ -16,7 +16,7 @@ import numpy as np
 
 import convscope
 from convscope.scanning.statistics import HISTOGRAM_BINS
-from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
+from convscope.store.schema import FORMAT, ImageRows, LayerSummary, RankedExamples, write_store
 
 LAYERS, PART = 10, 1 << 16  # layers; pictures that are made at once
 K, SAMPLE, CLASSES = 100, 1000, 1000
@@ -32,9 +32,9 @@ def layer(number: int, units: int, pictures: int, draw: np.random.Generator) -> 
     one = np.ones(units)
     return LayerSummary(
         name=f"layer {number}", kind="Conv2d", shape=(units, 14, 14), receptive_field=(64.0, 64.0),
-        stride=(16.0, 16.0), origin=(0.0, 0.0), sees_all=False, mean=one, variance=one, maximum=one, minimum=-one,
-        active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), pictures // HISTOGRAM_BINS), top=Best(values, which, places),
-        bottom=Best(-values, (which + 1) % pictures, places), sample=sample,
+        stride=(16.0, 16.0), origin=(0.0, 0.0), has_global_context=False, mean=one, variance=one, maximum=one, minimum=-one,
+        active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), pictures // HISTOGRAM_BINS), top=RankedExamples(values, which, places),
+        bottom=RankedExamples(-values, (which + 1) % pictures, places), sample=sample,
         sample_positions=np.zeros(sample.shape, np.int32), class_means=draw.random((units, CLASSES), np.float32),
     )  # fmt: skip
 
@@ -62,8 +62,8 @@ def write(folder: Path, units: int, pictures: int) -> None:
         input_size=(224, 224),
         shards=[],
         manifest={
-            "kind": "scan", "format": 1, "model": {"name": "none", "weights_sha256": "", "preprocessing": None},
-            "data": {"name": "none", "pictures": pictures, "fingerprint": ""}, "plan": {"k": K}, "classes": names,
+            "kind": "scan", "format": FORMAT, "model": {"name": "none", "weights_sha256": "", "preprocessing": None},
+            "data": {"name": "none", "images": pictures, "fingerprint": ""}, "plan": {"k": K}, "classes": names,
             "labels": names, "failed": 0, "versions": {},
         },
     )  # fmt: skip

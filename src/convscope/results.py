@@ -172,6 +172,16 @@ def file_names(layers: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def pattern_folders(layers: Iterable[str]) -> dict[str, str]:
+    """Map the layers of a store to the folders of their patterns, relative to the store."""
+    return {layer: f"patterns/{name}" for layer, name in file_names(layers).items()}
+
+
+def pattern_file(layer: str, unit: int | str) -> str:
+    """Name the PNG file of a unit's pattern, as `Patterns.save` writes it."""
+    return f"{file_names([layer])[layer]}_{unit}.png"
+
+
 FRAME = 120  # milliseconds
 
 

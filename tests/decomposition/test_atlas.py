@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Atlas, ConvscopeError
 from convscope.cli import app
-from convscope.decomposition.activation_atlas import TOLD
+from convscope.decomposition.activation_atlas import NUM_CLASSES
 from convscope.images.loading import ImageBatchLoader
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, loaded, pictures, tiled
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
@@ -151,7 +151,7 @@ def test_effects_behind_further_layers() -> None:
         model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK
     )
     mean = effects_recounted(model, tiles, result).mean(0)
-    order = np.argsort(-mean)[:TOLD]
+    order = np.argsort(-mean)[:NUM_CLASSES]
     assert result.classes[0].tolist() == order.tolist()
     assert result.effects[0] == pytest.approx(mean[order], abs=1e-5)
 
@@ -159,7 +159,14 @@ def test_effects_behind_further_layers() -> None:
 def test_a_class_keeps_what_speaks_for_it(model: convscope.Model) -> None:
     """Of colours with weights (3, 2, 1) for warm and (-1, 0, 2.5) for cold, red and green are warm and blue is cold."""
     tiles = pictures(8)
-    asked: dict[str, Any] = {"layer": "relu", "grid": 2, "places": 9, "least": 1, "reduce": first_two, **QUICK}
+    asked: dict[str, Any] = {
+        "layer": "relu",
+        "grid": 2,
+        "positions_per_image": 9,
+        "min_count": 1,
+        "reducer": first_two,
+        **QUICK,
+    }
     warm, cold = (convscope.atlas(model, tiles, target=name, **asked) for name in ("warm", "cold"))
     everything = convscope.atlas(model, tiles, **asked)
     maps = convscope.activations(model, tiles, "relu")["relu"]
@@ -268,16 +275,16 @@ def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path
         ({"layer": "nowhere"}, "is not in this model"),
         ({"target": 7}, "class 7 is out of range"),
         ({"grid": 0}, "grid is 0"),
-        ({"places": 1.5}, "places is 1.5"),
-        ({"among": 0}, "among is 0"),
-        ({"least": 1000}, "no cell holds 1000 of the 48 vectors"),
-        ({"reduce": lambda v: v[:, :1]}, r"reduce gave \(48, 1\); expected finite numbers \(48, 2\)"),
-        ({"reduce": lambda v: v[:, :2] * np.nan}, "expected finite numbers"),
+        ({"positions_per_image": 1.5}, "positions_per_image is 1.5"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"min_count": 1000}, "no cell holds 1000 of the 48 vectors"),
+        ({"reducer": lambda v: v[:, :1]}, r"reduce gave \(48, 1\); expected finite numbers \(48, 2\)"),
+        ({"reducer": lambda v: v[:, :2] * np.nan}, "expected finite numbers"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], message: str, usual: convscope.Model, shown: np.ndarray) -> None:
     with pytest.raises(ConvscopeError, match=message):
-        convscope.atlas(usual, shown, **{"layer": "relu2", "reduce": first_two, **QUICK, **settings})
+        convscope.atlas(usual, shown, **{"layer": "relu2", "reducer": first_two, **QUICK, **settings})
 
 
 def test_places_where_nothing_is_said_have_no_cell(model: convscope.Model) -> None:
@@ -365,7 +372,7 @@ def test_umap_keeps_apart_what_is_apart(model: convscope.Model, tmp_path: Path) 
         for name in ("red", "blue")
         for _ in range(8)
     ]
-    asked: dict[str, Any] = {"layer": "relu", "grid": 4, "places": 4, "least": 2}
+    asked: dict[str, Any] = {"layer": "relu", "grid": 4, "positions_per_image": 4, "min_count": 2}
     first, second = (convscope.atlas(model, tiles, **asked, **QUICK) for _ in range(2))
     assert first.positions.tobytes() == second.positions.tobytes()
     blue = first.sources[:, 0] >= 8

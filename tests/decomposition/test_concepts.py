@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Concepts, ConvscopeError
 from convscope.cli import app
-from convscope.decomposition.crops import boxes, non_overlapping_top_k
+from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, Colours, colours, loaded, pictures, tiled
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 COUNT = 3
-ASKED: dict[str, Any] = {"count": COUNT, "crop": 1 / 4, "crops": 64, "masks": 512, "patches": 6}
+ASKED: dict[str, Any] = {"count": COUNT, "crop": 1 / 4, "crops": 64, "sobol_points": 512, "patches": 6}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,9 @@ def test_the_default_layer_is_the_last_rectified_one() -> None:
         ({"crop": 0}, "crop is 0"),
         ({"crop": 1.5}, "crop is 1.5"),
         ({"count": 0}, "count is 0"),
-        ({"masks": 1}, "masks is 1; expected a whole number, 2 or more"),
+        ({"sobol_points": 1}, "masks is 1; expected a whole number, 2 or more"),
         ({"patches": 2.5}, "patches is 2.5"),
-        ({"judged": True}, "judged is True"),
+        ({"n_evaluated": True}, "judged is True"),
         ({"count": 11}, "11 parts of a matrix"),
         ({"target": 9}, "class 9 is out of range"),
         ({"fit": "stretch"}, "fit is 'stretch'"),
@@ -244,7 +244,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
 
 def test_crops_lie_on_a_grid_from_rim_to_rim() -> None:
     """A third of a picture of 90 x 180, square: 30 pixels; (90 - 30) / 15 + 1 = 5 rows, (180 - 30) / 15 + 1 = 11."""
-    found = boxes((90, 180), (224, 224), 1 / 3, 100, (0, 0))
+    found = crop_boxes((90, 180), (224, 224), 1 / 3, 100, (0, 0))
     rows, columns = np.unique(found[:, 0]), np.unique(found[:, 1])
     assert rows.tolist() == [0, 15, 30, 45, 60]
     assert columns.tolist() == list(range(0, 151, 15))
@@ -254,7 +254,7 @@ def test_crops_lie_on_a_grid_from_rim_to_rim() -> None:
 
 @pytest.mark.parametrize(("picture", "share"), [((7, 500), 0.5), ((33, 47), 0.9), ((1, 1), 0.3), ((64, 64), 1.0)])
 def test_crops_are_inside_and_alike(picture: tuple[int, int], share: float) -> None:
-    found = boxes(picture, (20, 30), share, 25, (0, 0))
+    found = crop_boxes(picture, (20, 30), share, 25, (0, 0))
     assert 1 <= len(found) <= 25
     assert (found[:, :2] >= 0).all()
     assert (found[:, 2:] <= picture).all()
@@ -265,7 +265,7 @@ def test_crops_are_inside_and_alike(picture: tuple[int, int], share: float) -> N
 
 
 def test_of_a_larger_grid_some_are_drawn_by_the_pictures_own_seed() -> None:
-    drawn = [boxes((300, 400), (1, 1), 0.2, 10, (seed, index)) for seed, index in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    drawn = [crop_boxes((300, 400), (1, 1), 0.2, 10, (seed, index)) for seed, index in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
     assert (drawn[0] != drawn[3]).any()
@@ -298,7 +298,7 @@ def test_what_is_saved(found: Concepts, tmp_path: Path) -> None:
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted([*manifest["files"], "manifest.json"])
     with np.load(tmp_path / "out" / "arrays.npz") as arrays:
         assert (arrays["bank"] == found.bank).all()
-        assert (arrays["heats"] == found.heatmaps).all()
+        assert (arrays["heatmaps"] == found.heatmaps).all()
     for concept, colour in enumerate(found.bank.argmax(1)):
         with Image.open(tmp_path / "out" / f"concept_{concept}_patches.png") as sheet:
             pixels = np.asarray(sheet).reshape(-1, 3)

@@ -10,7 +10,7 @@ from sklearn.decomposition import NMF
 from torch import Tensor
 
 from convscope import ConvscopeError
-from convscope.decomposition.nmf import coefficients, factorise
+from convscope.decomposition.nmf import coefficients, factorize
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -28,14 +28,14 @@ def test_error_is_that_of_scikit_learn(rows: int, columns: int, count: int, seed
     """Local optima differ; none may be worse by more than a hundredth."""
     a = sparse(rows, count, seed) @ sparse(count, columns, seed + 9) + 0.3 * sparse(rows, columns, seed + 50)
     theirs = NMF(count, init="nndsvda", max_iter=2000, tol=1e-6).fit(a.numpy()).reconstruction_err_ / float(a.norm())
-    ours = factorise(a, count)
+    ours = factorize(a, count)
     assert ours.error <= 1.01 * theirs
     assert ours.error >= 0.95 * theirs
 
 
 def test_error_and_scale_are_what_they_are_said_to_be() -> None:
     a = sparse(50, 30)
-    found = factorise(a, 4)
+    found = factorize(a, 4)
     assert found.error == pytest.approx(float((a - found.coefficients @ found.bank).norm() / a.norm()), rel=1e-9)
     assert found.bank.norm(dim=1).numpy() == pytest.approx(np.ones(4), rel=1e-12)
     assert float(found.bank.min()) >= 0
@@ -46,7 +46,7 @@ def test_one_part_is_the_leading_singular_vector() -> None:
     """Perron and Frobenius: it has no negative entries, and no other matrix of rank one comes nearer."""
     a = random(40, 25)
     _, values, right = torch.linalg.svd(a)
-    found = factorise(a, 1)
+    found = factorize(a, 1)
     assert found.bank[0].numpy() == pytest.approx(right[0].abs().numpy(), abs=1e-4)
     assert found.error == pytest.approx(float((values[1:].square().sum() / values.square().sum()).sqrt()), rel=1e-6)
 
@@ -57,7 +57,7 @@ def test_parts_that_do_not_overlap_are_found_exactly() -> None:
         parts[k, 4 * k : 4 * k + 4] = random(4, seed=k) + 0.1
     parts /= parts.norm(dim=1, keepdim=True)
     shares = sparse(80, 3, seed=7) * torch.tensor([3.0, 2.0, 1.0])
-    found = factorise(shares @ parts, 3)
+    found = factorize(shares @ parts, 3)
     order = (found.bank @ parts.T).argmax(0)
     assert sorted(order.tolist()) == [0, 1, 2]
     assert found.error < 1e-6
@@ -67,7 +67,7 @@ def test_parts_that_do_not_overlap_are_found_exactly() -> None:
 
 def test_rounds_never_make_it_worse() -> None:
     a = sparse(50, 40)
-    errors = [factorise(a, 6, rounds).error for rounds in (1, 2, 4, 8, 16)]
+    errors = [factorize(a, 6, rounds).error for rounds in (1, 2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
 
@@ -75,7 +75,7 @@ def test_rounds_never_make_it_worse() -> None:
 def test_there_is_nothing_better_nearby() -> None:
     """The gradient of |A - U W|^2 by W is 0 where W is above 0, and not negative where W is 0."""
     a = sparse(60, 30)
-    u, w, _ = factorise(a, 4, rounds=3000)
+    u, w, _ = factorize(a, 4, rounds=3000)
     gradient = (u.T @ u @ w - u.T @ a) / (u.T @ a).abs().max()
     assert float(gradient[w > 1e-6].abs().max()) < 0.01
     assert float(gradient.min()) > -0.01
@@ -83,7 +83,7 @@ def test_there_is_nothing_better_nearby() -> None:
 
 def test_scale_and_order_of_rows_do_not_matter() -> None:
     a, order = sparse(50, 30), torch.randperm(50)
-    plain, scaled, mixed = factorise(a, 4), factorise(1000 * a, 4), factorise(a[order], 4)
+    plain, scaled, mixed = factorize(a, 4), factorize(1000 * a, 4), factorize(a[order], 4)
     assert scaled.bank.numpy() == pytest.approx(plain.bank.numpy(), abs=1e-9)
     assert scaled.coefficients.numpy() == pytest.approx(1000 * plain.coefficients.numpy(), rel=1e-6, abs=1e-6)
     assert mixed.bank.numpy() == pytest.approx(plain.bank.numpy(), abs=1e-9)
@@ -92,7 +92,7 @@ def test_scale_and_order_of_rows_do_not_matter() -> None:
 
 def test_the_same_bytes_again() -> None:
     a = sparse(50, 30).float()
-    first, second = factorise(a, 4), factorise(a.clone(), 4)
+    first, second = factorize(a, 4), factorize(a.clone(), 4)
     assert torch.equal(first.bank, second.bank)
     assert torch.equal(first.coefficients, second.coefficients)
 
@@ -100,7 +100,7 @@ def test_the_same_bytes_again() -> None:
 def test_more_parts_than_there_are() -> None:
     """A matrix of rank two has two parts; others stay empty and spoil nothing."""
     a = random(20, 2) @ random(2, 10, seed=1)
-    found = factorise(a, 5)
+    found = factorize(a, 5)
     assert found.error < 1e-3
     assert bool(found.bank.isfinite().all())
     assert bool(found.coefficients.isfinite().all())
@@ -138,4 +138,4 @@ def test_coefficients_do_not_depend_on_neighbours() -> None:
 )
 def test_what_is_refused(data: Tensor, count: int, message: str) -> None:
     with pytest.raises(ConvscopeError, match=message):
-        factorise(data, count)
+        factorize(data, count)

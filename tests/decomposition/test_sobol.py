@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from convscope import ConvscopeError
-from convscope.decomposition.sobol import designs, total_indices
+from convscope.decomposition.sobol import saltelli_points, total_indices
 
 
 def found(function: Callable[[Tensor], Tensor], inputs: int, count: int = 1024, seed: int = 0) -> np.ndarray:
-    return total_indices(function(designs(inputs, count, seed)), inputs).numpy()
+    return total_indices(function(saltelli_points(inputs, count, seed)), inputs).numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,7 +60,7 @@ def test_the_g_function() -> None:
 
 def test_the_estimator_written_out() -> None:
     inputs, count = 3, 8
-    points = designs(inputs, count, seed=4)
+    points = saltelli_points(inputs, count, seed=4)
     values = (points @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).square() + points[:, 0]
     parts = values.numpy().reshape(inputs + 2, count)
     variance = np.concatenate([parts[0], parts[1]]).var()
@@ -71,7 +71,7 @@ def test_the_estimator_written_out() -> None:
 
 
 def test_points() -> None:
-    points = designs(3, 16, seed=1).reshape(5, 16, 3).numpy()
+    points = saltelli_points(3, 16, seed=1).reshape(5, 16, 3).numpy()
     assert points.min() >= 0
     assert points.max() < 1
     a, b = points[:2]
@@ -85,12 +85,12 @@ def test_points() -> None:
 
 
 def test_seeds() -> None:
-    assert torch.equal(designs(4, 32, 3), designs(4, 32, 3))
-    assert not torch.equal(designs(4, 32, 3), designs(4, 32, 4))
+    assert torch.equal(saltelli_points(4, 32, 3), saltelli_points(4, 32, 3))
+    assert not torch.equal(saltelli_points(4, 32, 3), saltelli_points(4, 32, 4))
 
 
 def test_several_functions_at_once_are_each_as_alone() -> None:
-    points = designs(3, 64)
+    points = saltelli_points(3, 64)
     values = torch.stack([points[:, 0], points.prod(1), points.sum(1).exp()])
     alone = torch.stack([total_indices(row, 3) for row in values])
     assert total_indices(values, 3).numpy() == pytest.approx(alone.numpy(), rel=1e-12)
@@ -109,4 +109,4 @@ def test_units_do_not_matter() -> None:
 @pytest.mark.parametrize(("inputs", "count"), [(0, 8), (3, 1)])
 def test_what_is_refused(inputs: int, count: int) -> None:
     with pytest.raises(ConvscopeError, match="expected at least one, at two or more"):
-        designs(inputs, count)
+        saltelli_points(inputs, count)

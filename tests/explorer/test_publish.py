@@ -108,7 +108,7 @@ def test_nothing_published_tells_where_the_publishers_files_lie(tmp_path):
     page = (tmp_path / "site/m/net.pt2/picture/shown.html").read_text()
     assert "convscope heatmap net.pt2 shown.png --target" in page
     told = json.loads((tmp_path / "site/manifest.json").read_text())
-    assert told["store"] == {key: own.manifest["data"][key] for key in ("pictures", "fingerprint")}
+    assert told["store"] == {key: own.manifest["data"][key] for key in ("images", "fingerprint")}
 
 
 @pytest.mark.parametrize("name", ["lite0", "timm:hf-hub:someone/net", "package.module:factory"])

@@ -46,7 +46,7 @@ def data_folder(where: Path, count: int = 12) -> Path:
 
 def kept(model: convscope.Model, store: convscope.Store) -> tuple[convscope.Concepts, convscope.Atlas]:
     """Concepts of a class and an atlas, of the store's own pictures and one more, put into the store."""
-    files = [store.image(number).name for number in range(store.images_count)]
+    files = [store.image(number).name for number in range(store.num_images)]
     settings = {"count": 3, "crop": 0.5, "masks": 8, "patches": 4, "only_predicted": False}
     found = convscope.concepts(model, files, 1, layer="relu3", **settings)
     store.save_result(found)

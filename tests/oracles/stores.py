@@ -13,7 +13,7 @@ from PIL import Image
 
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.io import Folder
-from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
+from convscope.store.schema import FORMAT, ImageRows, LayerSummary, RankedExamples, write_store
 
 SIZE = (64, 80)  # of the network's input
 
@@ -25,14 +25,14 @@ def draw(units: int, pictures: int, seed: int = 0, places: int = 6) -> tuple[np.
     return values, rng.integers(0, places * places, (units, pictures)).astype(np.int32)
 
 
-def ranked(values: np.ndarray, positions: np.ndarray, k: int, lowest: bool = False) -> Best:
+def ranked(values: np.ndarray, positions: np.ndarray, k: int, lowest: bool = False) -> RankedExamples:
     """The best k of maxima (U, N), ties by picture; NaN is a failed picture."""
     key = np.where(np.isnan(values), np.inf, values if lowest else -values)
     order = np.argsort(key, axis=1, kind="stable")[:, :k]
     found = np.take_along_axis(values, order, 1)
     empty = np.isnan(found)
     short = ((0, 0), (0, k - order.shape[1]))
-    return Best(
+    return RankedExamples(
         np.pad(np.where(empty, 0, found), short).astype(np.float32),
         np.pad(np.where(empty, -1, order), short, constant_values=-1),
         np.pad(np.take_along_axis(positions, order, 1), short),
@@ -65,7 +65,7 @@ def summary(
         "receptive_field": (15.0, 15.0),
         "stride": (10.0, 13.0),
         "origin": (-3.0, -3.0),
-        "sees_all": False,
+        "has_global_context": False,
     }
     return LayerSummary(
         name=name,
@@ -115,9 +115,9 @@ def manifest(pictures: int, *, classes: int = 7, labels: int | None = None, fail
     """What a scan says of itself, as far as a store looks at it."""
     return {
         "kind": "scan",
-        "format": 1,
+        "format": FORMAT,
         "model": {"name": "tiny", "weights_sha256": "0" * 64},
-        "data": {"name": "folder", "pictures": pictures, "fingerprint": "f" * 64},
+        "data": {"name": "folder", "images": pictures, "fingerprint": "f" * 64},
         "plan": {"k": 5},
         "classes": [f"class {c}" for c in range(classes)],
         "labels": None if labels is None else [f"label {c}" for c in range(labels)],
@@ -135,7 +135,7 @@ def thumbnails(folder: Any, tiles: np.ndarray) -> None:
         page = page.reshape(8, 8, 96, 96, 3).transpose(0, 2, 1, 3, 4).reshape(768, 768, 3)
         buffer = io.BytesIO()
         Image.fromarray(page).save(buffer, format="WEBP", quality=80, method=2)
-        with where.writing(f"thumbnails/{first // 64:05d}.webp") as file:
+        with where.atomic_write(f"thumbnails/{first // 64:05d}.webp") as file:
             file.write(buffer.getvalue())
 
 
@@ -189,7 +189,7 @@ def large(folder: Any, units: int, pictures: int, k: int, sample: int = 100) -> 
     places = rng.integers(0, 36, (units, k)).astype(np.int32)
     ranks = np.arange(k) * (pictures // k)  # a step of this size and an offset: no picture comes twice
     drawn = (rng.integers(0, pictures, (units, 1)) + ranks) % pictures
-    best = Best(-np.sort(-rng.random((units, k), np.float32), 1), drawn, places)
+    best = RankedExamples(-np.sort(-rng.random((units, k), np.float32), 1), drawn, places)
     small_one = summary("layer 0", maxima, np.zeros(maxima.shape, np.int32), np.arange(sample))
     write_store(
         folder,

@@ -78,13 +78,13 @@ def test_the_store_says_what_plain_loops_say(model: convscope.Model, data: Path,
                 signed = (sign * values).flatten(1)
                 order = sorted(range(len(good)), key=lambda i: (-signed[i].max().item(), good[i]))[:7]
                 found = [r for r in rows if (r["layer"], r["unit"], r["kind"]) == (name, unit, kind)]
-                assert [r["picture"] for r in found] == [good[i] for i in order]
+                assert [r["image"] for r in found] == [good[i] for i in order]
                 width = maps.shape[3]
                 places = [int(signed[i].argmax()) for i in order]
                 assert [r["row"] * width + r["column"] for r in found] == places
                 expected = [sign * signed[i].max().item() for i in order]
                 assert [r["value"] for r in found] == pytest.approx(expected, rel=1e-5)
-    table = pq.read_table(whole / "pictures.parquet").to_pylist()
+    table = pq.read_table(whole / "images.parquet").to_pylist()
     shares = logits.softmax(1)
     for position, picture in enumerate(good):
         row = table[picture]
@@ -98,7 +98,7 @@ def test_the_store_says_what_plain_loops_say(model: convscope.Model, data: Path,
         else:
             target = model.classes.index(label)
             assert row["loss"] == pytest.approx(-shares[position, target].log().item(), rel=1e-4)
-    failed = [row["picture"] for row in table if row["failed"]]
+    failed = [row["image"] for row in table if row["failed"]]
     assert failed == sorted(ids[str(data / name)] for name in ("apple/060.png", "bread/100.png"))
 
 
@@ -295,13 +295,13 @@ def test_a_picture_that_drives_the_network_out_of_range_costs_itself_only(tmp_pa
     pictures = list(random.integers(0, 200, (20, 8, 8, 3), dtype=np.uint8))
     pictures[5] = np.full((8, 8, 3), 255, np.uint8)
     store = convscope.scan(net, pictures, tmp_path / "a", "conv", k=3, batch=4, workers=0)
-    table = pq.read_table(tmp_path / "a" / "pictures.parquet").to_pylist()
-    assert [row["picture"] for row in table if row["failed"]] == [5]
+    table = pq.read_table(tmp_path / "a" / "images.parquet").to_pylist()
+    assert [row["image"] for row in table if row["failed"]] == [5]
     assert "range of finite numbers" in table[5]["failed"]
     assert store.manifest["failed"] == 1
     units = pq.read_table(tmp_path / "a" / "units.parquet").to_pandas()
     assert np.isfinite(units["mean"]).all()
-    assert 5 not in pq.read_table(tmp_path / "a" / "topk.parquet")["picture"].to_pylist()
+    assert 5 not in pq.read_table(tmp_path / "a" / "topk.parquet")["image"].to_pylist()
 
 
 def test_nothing_is_left_behind_in_the_network(data: Path, tmp_path: Path) -> None:

@@ -35,12 +35,12 @@ def test_a_patch_is_cut_from_the_original_at_its_own_resolution(photographs):
         rows, columns = slice(int(top), int(np.ceil(bottom))), slice(int(left), int(np.ceil(right)))
         np.testing.assert_array_equal(np.asarray(example.patch()), whole[rows, columns])
         assert example.source == "original"
-        assert photographs.picture(example.picture).original().size == whole.shape[1::-1]
+        assert photographs.image(example.image).original().size == whole.shape[1::-1]
 
 
 def test_the_frame_is_around_the_patch(photographs):
     example = photographs.unit("layer 0", 1).examples()[0]
-    framed = np.asarray(example.whole()).astype(int)
+    framed = np.asarray(example.framed()).astype(int)
     share = framed.shape[0] / Image.open(example.name).height
     yellow = np.argwhere((framed == (255, 214, 0)).all(-1))
     low, high = yellow.min(0), yellow.max(0)
@@ -80,7 +80,7 @@ def test_a_picture_that_is_gone_or_changed_is_shown_from_its_thumbnail(photograp
     difference = np.asarray(shown.convert("L").resize((8, 8), Image.Resampling.BOX), int) - np.asarray(original, int)
     assert np.abs(difference).mean() < 20
     with pytest.raises(ConvscopeError, match=why):
-        photographs.picture(example.picture).original()
+        photographs.image(example.image).original()
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/a.png", "shards/a.tar!x.jpg", "t.parquet#12", "image 3", "/dev/zero"])

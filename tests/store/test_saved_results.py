@@ -20,7 +20,7 @@ from convscope.cli import app
 from convscope.store.saved_results import ids_by_name
 from tests.oracles.colours import MODEL, SETTINGS, colours, loaded, pictures
 
-ASKED: dict[str, Any] = {"count": 3, "crop": 1 / 4, "masks": 8, "patches": 4}
+ASKED: dict[str, Any] = {"count": 3, "crop": 1 / 4, "sobol_points": 8, "patches": 4}
 
 
 def first_two(vectors: np.ndarray) -> np.ndarray:
@@ -72,8 +72,13 @@ def test_what_is_kept_is_what_was_found(store: Store, found: Concepts, drawn: At
     assert home.save_result(drawn) == tmp_path / "store" / "atlas" / "relu"
     again = convscope.open_store(tmp_path / "store")
     (one,), (other,) = again.concepts(), again.atlases()
-    assert (one.kind, one.layer, one.target, one.images) == ("concepts", "relu", 0, list(found.image_names))
-    assert (other.kind, other.layer, other.target, other.images) == ("atlas", "relu", None, list(drawn.image_names))
+    assert (one.kind, one.layer, one.target, one.image_names) == ("concepts", "relu", 0, list(found.image_names))
+    assert (other.kind, other.layer, other.target, other.image_names) == (
+        "atlas",
+        "relu",
+        None,
+        list(drawn.image_names),
+    )
     for kept, result in ((one, found), (other, drawn)):
         arrays = kept.arrays()
         assert arrays.keys() == result.arrays().keys()
@@ -93,7 +98,7 @@ def test_each_class_and_layer_has_its_place_and_the_last_one_stays(
     home.save_result(convscope.concepts(model, files, "cold", **settings))
     home.save_result(found)
     home.save_result(convscope.concepts(model, files, "warm", layer="shrink", **settings))
-    asked: dict[str, Any] = {"grid": 2, "least": 1, "reduce": first_two, "size": 16, "steps": 1, "layer": "relu"}
+    asked: dict[str, Any] = {"grid": 2, "min_count": 1, "reducer": first_two, "size": 16, "steps": 1, "layer": "relu"}
     home.save_result(convscope.atlas(model, files, target="warm", top_k=2, **asked))
     home.save_result(drawn)
     assert [(one.target, one.layer) for one in home.concepts()] == [(0, "relu"), (0, "shrink"), (1, "relu")]
@@ -106,7 +111,7 @@ def test_each_class_and_layer_has_its_place_and_the_last_one_stays(
     assert len(after) == 3
     assert after[0].version != before[0].version
     assert after[2] is before[2]
-    assert (after[0].arrays()["heats"] == replaced.heatmaps).all()
+    assert (after[0].arrays()["heatmaps"] == replaced.heatmaps).all()
 
 
 def test_results_of_other_weights_are_refused(store: Store, files: list[str], tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def damaged(folder: Path, how: str) -> None:
     with np.load(path) as archive:
         arrays = dict(archive)
     if how == "missing":
-        del arrays["heats"]
+        del arrays["heatmaps"]
     elif how == "shorter":
         arrays["importance"] = arrays["importance"][1:]
     else:

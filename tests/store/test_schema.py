@@ -65,9 +65,9 @@ def test_best_worst_and_tenths_are_those_of_a_plain_sort(tmp_path):
         tenths = [seen[(2 * t + 1) * len(seen) // 20] for t in range(10)]
         for kind, found in (("bottom", worst), ("decile", tenths), ("top", best)):
             expected += [(unit, kind, rank, value, p) for rank, (value, p) in enumerate(found)]
-    assert [(r["unit"], r["kind"], r["rank"], r["value"], r["picture"]) for r in rows] == expected
+    assert [(r["unit"], r["kind"], r["rank"], r["value"], r["image"]) for r in rows] == expected
     for r in rows:
-        place = positions[r["unit"], r["picture"]]
+        place = positions[r["unit"], r["image"]]
         assert (r["row"], r["column"]) == (place // 6, place % 6)
         top, left = -3 + 10 * r["row"], -3 + 13 * r["column"]
         box = (max(top, 0), max(left, 0), min(top + 15, 64), min(left + 15, 80))
@@ -77,9 +77,9 @@ def test_best_worst_and_tenths_are_those_of_a_plain_sort(tmp_path):
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"sees_all": True},
+        {"has_global_context": True},
         {"receptive_field": None, "stride": None, "origin": None},
-        {"shape": (3,), "receptive_field": None, "stride": None, "origin": None, "sees_all": True},
+        {"shape": (3,), "receptive_field": None, "stride": None, "origin": None, "has_global_context": True},
     ],
 )
 def test_a_layer_that_sees_everything_shows_the_whole_input(tmp_path, geometry):
@@ -90,7 +90,7 @@ def test_a_layer_that_sees_everything_shows_the_whole_input(tmp_path, geometry):
 
 def test_fractions_of_pixels_are_shown_whole_and_padding_shows_the_rim():
     at = np.array([0, 1, 9])
-    boxes = queries.patches(at, at, (2.0, 2.0), (2.5, 2.5), (-4.5, 0.25), (10, 12))
+    boxes = queries.patch_boxes(at, at, (2.0, 2.0), (2.5, 2.5), (-4.5, 0.25), (10, 12))
     assert boxes.tolist() == [[0, 0, 1, 3], [0, 2, 1, 5], [9, 11, 10, 12]]
 
 
@@ -99,7 +99,7 @@ def test_few_pictures_leave_no_empty_rows_and_failed_ones_are_nowhere(tmp_path):
     values[:, 2] = np.nan
     _, rows = one_layer(tmp_path, values, positions)
     assert [r["kind"] for r in rows if r["unit"] == 0] == ["bottom"] * 3 + ["decile"] * 10 + ["top"] * 3
-    assert {r["picture"] for r in rows} == {0, 1, 3}
+    assert {r["image"] for r in rows} == {0, 1, 3}
 
 
 def test_minus_zero_is_zero(tmp_path):
@@ -127,7 +127,7 @@ def test_deciles_are_those_of_pandas_and_statistics_are_handed_on(tmp_path):
 
 
 def test_units_that_fire_together_are_those_of_the_formula_ties_by_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(queries, "BLOCK", 7)  # so that several blocks, the last one short, are joined
+    monkeypatch.setattr(queries, "BLOCK_SIZE", 7)  # so that several blocks, the last one short, are joined
     values, positions = stores.draw(30, 25, seed=5)
     values[9] = 1.5 * values[4] + 2  # r is 1 with both of these
     values[21] = values[4]
@@ -203,7 +203,7 @@ def test_a_unit_is_in_one_row_group_and_the_statistics_tell_which(tmp_path):
 def test_samples_are_kept_as_they_are_in_the_order_of_the_units(tmp_path):
     values = stores.small(tmp_path, failed=[4])
     sample = np.load(tmp_path / "sample.npy", mmap_mode="r")
-    pictures = np.load(tmp_path / "sample_pictures.npy")
+    pictures = np.load(tmp_path / "sample_images.npy")
     np.testing.assert_array_equal(sample, np.concatenate(values)[:, pictures])
     assert sample.dtype == np.float32
     assert np.isnan(sample[:, 2]).all()
@@ -211,8 +211,8 @@ def test_samples_are_kept_as_they_are_in_the_order_of_the_units(tmp_path):
 
 def test_what_is_not_known_of_a_picture_is_null(tmp_path):
     stores.small(tmp_path, classes=2, failed=[4])
-    rows = pq.read_table(tmp_path / "pictures.parquet").to_pylist()
-    assert [r["picture"] for r in rows] == list(range(40))
+    rows = pq.read_table(tmp_path / "images.parquet").to_pylist()
+    assert [r["image"] for r in rows] == list(range(40))
     bad, fine = rows[4], rows[5]
     assert (bad["failed"], bad["name"], bad["label"]) == ("is damaged", "folder/00004.png", 0)
     assert all(bad[name] is None for name in ("height", "width", "box_top", "classes", "probabilities", "loss"))
@@ -231,7 +231,7 @@ def test_the_same_input_gives_the_same_bytes_however_it_is_parted_and_wherever_i
     assert ours == stores.files(tmp_path / "b")
     memory = fsspec.filesystem("memory")
     assert ours == {path.removeprefix("/bytes/c/"): memory.cat_file(path) for path in memory.find("/bytes/c")}
-    meta = pq.read_metadata(tmp_path / "a" / "pictures.parquet")
+    meta = pq.read_metadata(tmp_path / "a" / "images.parquet")
     assert [meta.row_group(g).num_rows for g in range(meta.num_row_groups)] == [4096, 904]
 
 
@@ -268,7 +268,7 @@ def test_an_error_leaves_no_manifest_and_no_half_written_file(tmp_path):
 
 
 def test_other_pictures_than_the_manifest_tells_of_are_refused(tmp_path):
-    with pytest.raises(ConvscopeError, match="8 pictures were given; the manifest tells of 9"):
+    with pytest.raises(ConvscopeError, match="8 images were given; expected 9"):
         one_layer(tmp_path, stores.draw(3, 8)[0], count=9)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -311,7 +311,7 @@ def test_the_lines_of_the_docs_read_the_same_unit(tmp_path, monkeypatch):
 def test_the_docs_describe_every_column_in_its_order(tmp_path):
     stores.small(tmp_path, classes=2)
     text = DOCS.read_text()
-    for name in ("units", "topk", "pictures", "shards"):
+    for name in ("units", "topk", "images", "shards"):
         section = text.split(f"## {name}.parquet")[1].split("\n## ")[0]
         told = [column for row in re.findall(r"^\| (`.*?) \|", section, re.M) for column in re.findall(r"`(\w+)`", row)]
         assert told == pq.read_schema(tmp_path / f"{name}.parquet").names

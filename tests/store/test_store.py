@@ -38,9 +38,9 @@ def same(found, expected):
 
 def test_a_store_tells_what_it_holds(shared):
     store, _ = shared
-    assert (store.layers, store.pictures_count, store.input_size) == (["layer 0", "layer 1"], 40, (64, 80))
+    assert (store.layers, store.num_images, store.input_size) == (["layer 0", "layer 1"], 40, (64, 80))
     assert (store.classes[6], store.labels) == ("class 6", ["label 0", "label 1", "label 2"])
-    assert "2 layers, 75 units, 40 pictures" in repr(store)
+    assert "2 layers, 75 units, 40 images" in repr(store)
 
 
 def test_examples_are_the_best_pictures_in_order(shared):
@@ -48,11 +48,9 @@ def test_examples_are_the_best_pictures_in_order(shared):
     for unit in (0, 63, 64, 69):  # on both sides of where the row groups part
         best = sorted((p for p in range(40) if p != 4), key=lambda p: (-first[unit, p], p))[:5]
         found = store.unit("layer 0", unit).examples()
-        assert [(e.picture, e.value, e.name) for e in found] == [
-            (p, first[unit, p], f"folder/{p:05d}.png") for p in best
-        ]
+        assert [(e.image, e.value, e.name) for e in found] == [(p, first[unit, p], f"folder/{p:05d}.png") for p in best]
         worst = sorted((p for p in range(40) if p != 4), key=lambda p: (first[unit, p], p))[:3]
-        assert [e.picture for e in store.unit("layer 0", unit).examples(3, "bottom")] == worst
+        assert [e.image for e in store.unit("layer 0", unit).examples(3, "bottom")] == worst
         assert len(store.unit("layer 0", unit).examples(None, "decile")) == 10
 
 
@@ -72,7 +70,7 @@ def test_statistics_and_classes_of_a_unit(shared):
     direct = {c: np.nanmean(second[2][labels == c]) / 2 for c in range(3)}
     order = sorted(direct, key=lambda c: -direct[c])
     found = page.classes(2)
-    assert [(c.name, c.label, c.pictures) for c in found] == [(f"label {c}", c, 10 if c != 3 else 9) for c in order[:2]]
+    assert [(c.name, c.label, c.images) for c in found] == [(f"label {c}", c, 10 if c != 3 else 9) for c in order[:2]]
     assert [c.mean for c in found] == pytest.approx([direct[c] for c in order[:2]], rel=1e-6)
     column = store.units(["maximum"])["maximum"].to_numpy()
     np.testing.assert_array_equal(column, np.nanmax(np.concatenate([first, second]), 1))
@@ -80,8 +78,8 @@ def test_statistics_and_classes_of_a_unit(shared):
 
 def test_similar_units_are_those_of_the_formula_over_all_layers(shared, monkeypatch):
     store, values = shared
-    monkeypatch.setattr(queries, "BLOCK", 16)
-    every = np.concatenate(values)[:, store.sample_pictures]
+    monkeypatch.setattr(queries, "BLOCK_SIZE", 16)
+    every = np.concatenate(values)[:, store.sample_images]
     r = np.corrcoef(every[:, ~np.isnan(every[0])].astype(float))
     for layer, unit, row in (("layer 0", 5, 5), ("layer 1", 4, 74)):
         order = [i for i in sorted(range(75), key=lambda i: (-np.float32(r[row, i]), i)) if i != row][:12]
@@ -101,25 +99,25 @@ def test_the_units_of_a_picture_are_all_that_have_it_among_their_best(shared):
                 if picture in best:
                     expected.append((best.index(picture), layer, unit, one[picture]))
         expected.sort(key=lambda row: row[0])
-        found = store.picture(picture).units(None)
+        found = store.image(picture).units(None)
         assert [(s.rank, s.layer, s.unit, s.value) for s in found] == expected
-        assert store.picture(picture).units(3) == found[:3]
+        assert store.image(picture).units(3) == found[:3]
         example = store.unit(found[0].layer, found[0].unit).examples()[found[0].rank]
-        assert (example.picture, example.box) == (picture, found[0].box)
+        assert (example.image, example.box) == (picture, found[0].box)
 
 
 def test_a_picture_tells_what_is_known_of_it(shared):
     store, _ = shared
-    page = store.picture(6)
+    page = store.image(6)
     rows = stores.picture_rows(40, labels=np.arange(40) % 4 - 1)
     assert [p.target for p in page.predictions] == rows.classes[6].tolist()
     assert page.predictions[0].name == f"class {rows.classes[6][0]}"
     assert page.predictions[0].probability == pytest.approx(rows.probabilities[6][0])
     assert (page.label, page.failed, page.name) == ("label 1", None, "folder/00006.png")
     assert page.loss == pytest.approx(-np.log(rows.probabilities[6][0]))
-    assert (store.picture(8).label, store.picture(8).loss) == (None, None)
-    assert (store.picture(4).failed, store.picture(4).predictions) == ("is damaged", [])
-    assert store.picture(4).units() == []
+    assert (store.image(8).label, store.image(8).loss) == (None, None)
+    assert (store.image(4).failed, store.image(4).predictions) == ("is damaged", [])
+    assert store.image(4).units() == []
 
 
 # --- all units -------------------------------------------------------------------------------------------------------
@@ -134,11 +132,11 @@ def test_dead_units(tmp_path):
     found = convscope.open_store(tmp_path).dead()
     rows = [(r["layer"], r["unit"], r["maximum"]) for r in found.table.to_pylist()]
     assert rows == [("layer 0", 3, 0), ("layer 0", 65, 0), ("layer 1", 2, 2.5)]
-    assert found.shares == {"layer 0": 2 / 70, "layer 1": 1 / 5}
+    assert found.fractions == {"layer 0": 2 / 70, "layer 1": 1 / 5}
 
 
 def test_duplicates_are_all_pairs_above_the_threshold(tmp_path, monkeypatch):
-    monkeypatch.setattr(queries, "BLOCK", 16)
+    monkeypatch.setattr(queries, "BLOCK_SIZE", 16)
 
     def double(values):
         values[0][[40, 69]] = values[0][2] * 3
@@ -176,16 +174,16 @@ def test_comparing_finds_the_units_that_changed(tmp_path):
     a, b = (convscope.open_store(tmp_path / name) for name in "ab")
     changes = a.compare(b)
     assert len(changes) == 75
-    turned, dead = changes.most(2)
+    turned, dead = changes.largest(2)
     assert (turned.layer, turned.unit, turned.r) == ("layer 0", 12, -1)
     best = [set(np.argsort(-one[0][12], kind="stable")[:5].tolist()) for one in (before, after)]
-    assert turned.shared == pytest.approx(len(best[0] & best[1]) / 5)
+    assert turned.overlap == pytest.approx(len(best[0] & best[1]) / 5)
     assert (dead.unit, np.isnan(dead.r)) == (30, True)
     assert changes[73].r == 1
-    assert changes[73].shared == 1
-    others = [c for c in changes.most(100) if (c.layer, c.unit) not in {("layer 0", 12), ("layer 0", 30)}]
+    assert changes[73].overlap == 1
+    others = [c for c in changes.largest(100) if (c.layer, c.unit) not in {("layer 0", 12), ("layer 0", 30)}]
     assert len(others) == 73
-    assert all(c.r == 1 and c.shared == 1 for c in others)
+    assert all(c.r == 1 and c.overlap == 1 for c in others)
 
 
 def test_shared_counts_pictures_and_not_empty_slots():
@@ -194,7 +192,7 @@ def test_shared_counts_pictures_and_not_empty_slots():
     np.testing.assert_allclose(queries.overlap(a, b), [2 / 3, 1, np.nan, 1 / 2], rtol=1e-6)
 
 
-DIFFERS = r"the data \(folder, 40 pictures; elsewhere, 42\); the layers \(layer 1\); the sample \(20 and 21 pictures\)"
+DIFFERS = r"the data \(folder, 40 images; elsewhere, 42\); the layers \(layer 1\); the sample \(20 and 21 images\)"
 
 
 def test_stores_that_cannot_be_compared_say_what_differs(tmp_path):
@@ -254,7 +252,7 @@ def test_opening_a_large_store_reads_its_manifest_and_a_unit_a_few_row_groups(tm
     stores.large(tmp_path, units=2000, pictures=200_000, k=50)
     sizes = {name: len(content) for name, content in stores.files(tmp_path).items()}
     assert sizes["topk.parquet"] > 1_000_000
-    assert sizes["pictures.parquet"] > 4_000_000
+    assert sizes["images.parquet"] > 4_000_000
     store = convscope.open_store(tmp_path)
     assert tally == {"manifest.json": sizes["manifest.json"]}
     store.unit("layer 0", 1).examples()  # the footers are read now
@@ -263,13 +261,13 @@ def test_opening_a_large_store_reads_its_manifest_and_a_unit_a_few_row_groups(tm
     for unit in range(100, 2000, 200):
         assert len(store.unit("layer 0", unit).examples(9)) == 9
     later = (time.perf_counter() - start) / 10
-    assert set(tally) == {"topk.parquet", "pictures.parquet"}
+    assert set(tally) == {"topk.parquet", "images.parquet"}
     assert tally["topk.parquet"] / 10 < sizes["topk.parquet"] / 20
-    assert tally["pictures.parquet"] / 10 < sizes["pictures.parquet"] / 4
+    assert tally["images.parquet"] / 10 < sizes["images.parquet"] / 4
     assert later < 0.5
     tally.clear()
     assert store.image(123_456).predictions
-    assert tally["pictures.parquet"] < sizes["pictures.parquet"] / 20
+    assert tally["images.parquet"] < sizes["images.parquet"] / 20
 
 
 def test_columns_of_units_are_read_once(shared, tally):
@@ -292,7 +290,7 @@ def test_a_store_at_an_address_answers_as_one_in_a_folder(shared):
     assert ours.similar() == theirs.similar()
     assert ours.classes() == theirs.classes()
     assert [e.box for e in ours.examples()] == [e.box for e in theirs.examples()]
-    assert here.picture(9).units(None) == there.image(9).units(None)
+    assert here.image(9).units(None) == there.image(9).units(None)
     assert {c.r for c in here.compare(there)} == {1.0}
 
 
@@ -305,8 +303,8 @@ def test_a_store_at_an_address_answers_as_one_in_a_folder(shared):
         (lambda s: s.unit("layer O", 0), "'layer O' is not in this store; nearest: layer"),
         (lambda s: s.unit("layer 1", 5), "unit 5 is out of range: layer 1 has 5 units, 0 to 4"),
         (lambda s: s.unit("layer 1", -1), "unit -1 is out of range"),
-        (lambda s: s.picture(40), "picture 40 is out of range: there are 40, 0 to 39"),
-        (lambda s: s.picture(-1), "picture -1 is out of range"),
+        (lambda s: s.image(40), "image 40 is out of range: there are 40, 0 to 39"),
+        (lambda s: s.image(-1), "image -1 is out of range"),
         (lambda s: s.unit("layer 1", 0).examples(3, "best"), "kind is 'best'; expected top, bottom, decile"),
         (lambda s: s.unit("layer 1", 0).examples(0), "n is 0; expected a whole number from 1 up"),
         (lambda s: s.units(["maximun"]), "column 'maximun' is not in units.parquet; nearest: maximum"),
@@ -337,10 +335,10 @@ def test_what_is_no_store_is_refused(tmp_path):
     [
         ("topk.parquet", lambda s: s.unit("layer 0", 3).examples()),
         ("units.parquet", lambda s: s.unit("layer 0", 3).statistics),
-        ("pictures.parquet", lambda s: s.picture(3).name),
+        ("images.parquet", lambda s: s.image(3).name),
         ("sample.npy", lambda s: s.unit("layer 0", 3).similar()),
-        ("sample_pictures.npy", lambda s: s.sample_pictures),
-        ("thumbnails/00000.webp", lambda s: s.picture(3).thumbnail()),
+        ("sample_images.npy", lambda s: s.sample_images),
+        ("thumbnails/00000.webp", lambda s: s.image(3).thumbnail()),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, ask):
@@ -360,7 +358,7 @@ def test_a_pickle_is_not_opened(tmp_path):
     stores.small(tmp_path)
     for name, ask in (
         ("sample.npy", lambda s: s.samples("layer 0")),
-        ("sample_pictures.npy", lambda s: s.sample_pictures),
+        ("sample_images.npy", lambda s: s.sample_images),
     ):
         np.save(tmp_path / name, np.array([[print]], object), allow_pickle=True)
         with pytest.raises(ConvscopeError, match=f"{name} in"):

@@ -142,15 +142,15 @@ def _units(net: Any, layer: str, asked: str | None, recipe: str) -> Any:
 
 def _folders(layers: list[str], out: Path, store: Store | None) -> dict[str, Path]:
     """Where the patterns of each layer go. In a store they lie where its unit pages look for them."""
-    from convscope.results import file_names
+    from convscope.results import file_names, pattern_folders
 
     if store is None:
         return {layer: out / name for layer, name in file_names(layers).items()}
-    names = file_names(store.layers)
-    unknown = [layer for layer in layers if layer not in names]
+    folders = pattern_folders(store.layers)
+    unknown = [layer for layer in layers if layer not in folders]
     if unknown:
-        raise ConvscopeError(f"layer {unknown[0]!r} is not in the store {out}; it has {', '.join(names)}")
-    return {layer: out / "patterns" / names[layer] for layer in layers}
+        raise ConvscopeError(f"layer {unknown[0]!r} is not in the store {out}; it has {', '.join(folders)}")
+    return {layer: out / folders[layer] for layer in layers}
 
 
 def _drawn(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from convscope.decomposition.layer_access import (
-    class_of,
+    check_image_model,
+    check_integers,
     layer_activations,
     logits_from_layer,
-    require_images,
-    require_whole,
-    spatial,
+    resolve_class,
+    spatial_layer,
 )
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
@@ -30,9 +30,9 @@ from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.results import Result
 
-Reduce = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to positions (n, 2)
+Reducer = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to positions (n, 2)
 
-TOLD = 3  # classes of each cell
+NUM_CLASSES = 3  # classes of each cell
 RIM = 0.01  # of the positions on each side of an axis that do not stretch the grid
 
 
@@ -86,7 +86,7 @@ def atlas(
     positions_per_image: int = 4,
     min_count: int = 4,
     top_k: int | None = None,
-    reducer: Reduce | None = None,
+    reducer: Reducer | None = None,
     size: int = 128,
     steps: int = 96,
     power: float = 2,
@@ -137,13 +137,13 @@ def atlas(
         For an unknown class or layer, settings out of range, a missing UMAP, a `reduce` that gives something else than
         finite (n, 2), where all vectors are 0, and where no cell holds enough vectors.
     """
-    require_images(model.preprocessing, "atlases")
-    row = model.layers.last_spatial() if layer is None else spatial(model, layer)
-    number = None if target is None else class_of(model, target)
-    require_whole({"grid": grid, "places": positions_per_image, "least": min_count, "size": size, "steps": steps})
+    check_image_model(model.preprocessing, "atlases")
+    row = model.layers.last_spatial() if layer is None else spatial_layer(model, layer)
+    number = None if target is None else resolve_class(model, target)
+    check_integers({"grid": grid, "places": positions_per_image, "least": min_count, "size": size, "steps": steps})
     first = max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k
-    require_whole({"among": first})
-    lay_out = umap(seed) if reducer is None else reducer
+    check_integers({"among": first})
+    lay_out = umap_reducer(seed) if reducer is None else reducer
 
     def tell(done: float, total: float, half: int) -> None:
         if progress is not None:
@@ -179,7 +179,7 @@ def atlas(
     cells, cell, counts = _gridded(positions, grid, min_count)
     members = [torch.from_numpy(cell == i) for i in range(len(cells))]
     means = torch.stack([found[own].mean(0) for own in members])
-    best = torch.stack([effect[own].mean(0) for own in members]).topk(min(TOLD, model.num_outputs or 0), dim=1)
+    best = torch.stack([effect[own].mean(0) for own in members]).topk(min(NUM_CLASSES, model.num_outputs or 0), dim=1)
     icons = patterns(
         model,
         [direction(row.name, mean, power) for mean in means],
@@ -220,7 +220,7 @@ def atlas(
     )
 
 
-def umap(seed: int) -> Reduce:
+def umap_reducer(seed: int) -> Reducer:
     """The atlas's own reduction: UMAP with 20 neighbours, cosine distance, a fixed seed, in one thread.
 
     Raises ConvscopeError if umap-learn is not installed.
@@ -271,7 +271,7 @@ def _among(effects: Tensor, target: int, first: int) -> Tensor:
     return ((effects > own).sum(1) < first) & (own[:, 0] > 0)
 
 
-def _laid_out(reduce: Reduce, vectors: Tensor) -> np.ndarray:
+def _laid_out(reduce: Reducer, vectors: Tensor) -> np.ndarray:
     found = np.asarray(reduce(vectors.numpy()), dtype=np.float64)
     if found.shape != (len(vectors), 2) or not np.isfinite(found).all():
         raise ConvscopeError(f"reduce gave {found.shape}; expected finite numbers ({len(vectors)}, 2)")

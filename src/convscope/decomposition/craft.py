@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convscope.decomposition.crops import boxes, non_overlapping_top_k
+from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
-    class_of,
+    check_image_model,
+    check_integers,
     eval_batch_size,
     iter_activations,
     last_nonnegative_layer,
     layer_activations,
     logits_from_layer,
-    require_images,
-    require_whole,
-    spatial,
+    resolve_class,
+    spatial_layer,
 )
-from convscope.decomposition.nmf import coefficients, factorise
-from convscope.decomposition.sobol import designs, total_indices
+from convscope.decomposition.nmf import coefficients, factorize
+from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
@@ -112,8 +112,18 @@ class Concepts(Result):
         return torch.cat(found).numpy()
 
     def parameters(self) -> dict[str, Any]:
-        names = ("layer", "target", "name", "crop", "masks", "seed", "fit", "error", "pictures")
-        rows = ("importance", "effects")
+        names = (
+            "layer",
+            "target",
+            "name",
+            "crop",
+            "sobol_points",
+            "seed",
+            "fit",
+            "reconstruction_error",
+            "image_names",
+        )
+        rows = ("importance", "ablation_effects")
         return {n: getattr(self, n) for n in names} | {n: getattr(self, n).tolist() for n in rows}
 
 
@@ -187,14 +197,14 @@ def concepts(
     ConvscopeError
         For an unknown class or layer, a layer with negative values, settings out of range, and when no picture is left.
     """
-    number = class_of(model, target)
-    require_images(model.preprocessing, "concepts")
+    number = resolve_class(model, target)
+    check_image_model(model.preprocessing, "concepts")
     if layer is not None:
-        spatial(model, layer)
+        spatial_layer(model, layer)
     if not 0 < crop <= 1:
         raise ConvscopeError(f"crop is {crop!r}; expected a share of the picture's sides, above 0 and up to 1")
-    require_whole({"count": count, "crops": crops, "patches": patches, "judged": n_evaluated})
-    require_whole({"masks": sobol_points}, least=2)
+    check_integers({"count": count, "crops": crops, "patches": patches, "judged": n_evaluated})
+    check_integers({"masks": sobol_points}, least=2)
     pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     total = 2 * len(pictures) + min(n_evaluated, len(pictures))
 
@@ -209,15 +219,15 @@ def concepts(
     with iter_activations(model, row.name, memory) as maps_of:
         for i, index in enumerate(positions):
             original = pictures.original(index)
-            where = boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
+            where = crop_boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
             parts = [original[top:bottom, left:right] for top, left, bottom, right in where]
             vectors += [_pooled(maps) for _, maps in maps_of(ImageBatchLoader(parts, model.preprocessing))]
             cut.append(np.insert(where, 0, i, axis=1))
             tell(len(pictures) + index + 1)
-    factors = factorise(torch.cat(vectors), count)
+    factors = factorize(torch.cat(vectors), count)
     chosen = np.unique(np.linspace(0, len(positions) - 1, min(n_evaluated, len(positions))).round().astype(int))
     wanted = {positions[i] for i in chosen}
-    points = designs(count, sobol_points, seed)
+    points = saltelli_points(count, sobol_points, seed)
     opinions: list[_ImageImportance] = []
     for batch in pictures.batches(1):
         if batch.indices[0] in wanted:

@@ -7,7 +7,9 @@ import math
 import numpy as np
 
 
-def boxes(image: tuple[int, int], like: tuple[int, int], share: float, most: int, seed: tuple[int, int]) -> np.ndarray:
+def crop_boxes(
+    image: tuple[int, int], like: tuple[int, int], share: float, most: int, seed: tuple[int, int]
+) -> np.ndarray:
     """Crops (M, 4) of a picture (H, W): top, left, bottom, right in its pixels, row by row; M is `most` at most.
 
     Their sides are `share` of the largest rectangle with the proportions `like` (h, w) that fits into the picture. They

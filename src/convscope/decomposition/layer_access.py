@@ -22,27 +22,27 @@ from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 
-def require_images(preprocessing: Preprocessing, what: str) -> None:
+def check_image_model(preprocessing: Preprocessing, what: str) -> None:
     """Raise ConvscopeError for networks on anything but ordinary pictures."""
     if preprocessing.axes != 2 or preprocessing.channel_order == "channels":
         raise ConvscopeError(f"{what} are made of ordinary pictures; this network takes {preprocessing.shape}")
 
 
-def class_of(model: Model, target: int | str) -> int:
+def resolve_class(model: Model, target: int | str) -> int:
     """The index of a class. Raises ConvscopeError where there is no such class, or none at all."""
     if model.num_outputs is None:
         raise ConvscopeError(f"class {target!r} was asked for, but this model has no classes")
     return model.class_index(target)
 
 
-def require_whole(settings: Mapping[str, Any], least: int = 1) -> None:
+def check_integers(settings: Mapping[str, Any], least: int = 1) -> None:
     """Raise ConvscopeError for a setting that is no whole number from `least` up."""
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
 
 
-def spatial(model: Model, name: str) -> Layer:
+def spatial_layer(model: Model, name: str) -> Layer:
     """The layer called `name`. Raises ConvscopeError if there is none, or if it has no places."""
     row = model.layers.find(name)
     if not row.is_spatial:
@@ -56,7 +56,7 @@ def last_nonnegative_layer(model: Model, x: Tensor, asked: str | None = None) ->
     Raises ConvscopeError if the layer asked for has negative values, and if there is no other.
     """
     rows = [row for row in model.layers.unique_spatial() if not row.is_pooling]
-    rows += [] if asked is None else [spatial(model, asked)]
+    rows += [] if asked is None else [spatial_layer(model, asked)]
     lowest: dict[str, float] = {}
 
     def look(name: str, maps: Tensor) -> None:

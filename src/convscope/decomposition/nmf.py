@@ -15,7 +15,7 @@ SETTLED = 1e-5  # the largest relative change of the error in a round that ends 
 EXACT = 1e-10  # of coefficients, relative to the largest one
 
 
-class Factors(NamedTuple):
+class Factorization(NamedTuple):
     """A (n, d) ~ U W: `coefficients` U (n, r) and `bank` W (r, d), float64; each row of W has length 1.
 
     `error` is |A - U W| / |A| in the Frobenius norm.
@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     error: float
 
 
-def factorise(data: Tensor, count: int, rounds: int = ROUNDS) -> Factors:
+def factorize(data: Tensor, count: int, rounds: int = ROUNDS) -> Factorization:
     """`count` parts whose non-negative sums come as near as can be to the rows of `data` (n, d), in squared error.
 
     Hierarchical alternating least squares: in turn each column of U and each row of W takes the value that is best
@@ -57,7 +57,7 @@ def factorise(data: Tensor, count: int, rounds: int = ROUNDS) -> Factors:
     lengths = w.norm(dim=1)
     w = w / torch.where(lengths > 0, lengths, 1)[:, None]
     u = coefficients(a, w)
-    return Factors(u, w, float(_error(square, a, u, w).sqrt()))
+    return Factorization(u, w, float(_error(square, a, u, w).sqrt()))
 
 
 def coefficients(data: Tensor, bank: Tensor, rounds: int = 2000) -> Tensor:

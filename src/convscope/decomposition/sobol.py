@@ -8,7 +8,7 @@ from torch import Tensor
 from convscope.errors import ConvscopeError
 
 
-def designs(inputs: int, count: int, seed: int = 0) -> Tensor:
+def saltelli_points(inputs: int, count: int, seed: int = 0) -> Tensor:
     """Points (count * (inputs + 2), inputs) in [0, 1) at which `total_indices` wants to know a function.
 
     A, B, and for each input i the matrix A with its column i from B: three kinds of rows, `count` of each matrix. A and

@@ -103,7 +103,7 @@ class _SiteWriter:
                 if progress is not None:
                     progress(done, total)
         described = self._net.model.describe()
-        data = {name: self._store.manifest["data"][name] for name in ("pictures", "fingerprint")}
+        data = {name: self._store.manifest["data"][name] for name in ("images", "fingerprint")}
         told = {"kind": "site", "model": described, "store": data, "versions": versions()}
         write_json(out / "manifest.json", told)
         return self._failed

@@ -22,7 +22,7 @@ from convscope.evaluation.statistics import bootstrap
 from convscope.feature_maps import Activations, Predictions, is_constant_channel
 from convscope.featurevis.result import Patterns, sheet_columns
 from convscope.images.colormap import lookup_table
-from convscope.results import draw, file_names, render
+from convscope.results import draw, file_names, pattern_file, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,13 +141,12 @@ def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
 
 @render.register(Patterns)
 def _(result: Patterns) -> Iterator[tuple[str, Image.Image | list[Image.Image]]]:
-    name = file_names([result.layer])[result.layer]
     shown = coloured(result.images)
     for unit, picture in zip(result.units, shown, strict=True):
-        yield f"{name}_{unit}.png", Image.fromarray(picture)
+        yield pattern_file(result.layer, unit), Image.fromarray(picture)
     if result.alpha is not None:
         for unit, picture, alpha in zip(result.units, shown, result.alpha, strict=True):
-            yield f"{name}_{unit}_transparent.png", Image.fromarray(np.dstack([picture, alpha]))
+            yield pattern_file(result.layer, f"{unit}_transparent"), Image.fromarray(np.dstack([picture, alpha]))
     yield "grid.png", pattern_grid(result.images)
     yield "sprites.png", Image.fromarray(tile(shown, sheet_columns(len(shown))))
     if result.frames is not None:

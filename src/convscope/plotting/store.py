@@ -13,7 +13,7 @@ from convscope.results import draw
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
-from convscope.store.store import ImagePage, Store, UnitPage
+from convscope.store.store import ImageRecord, Store, UnitRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def _patches(examples: Sequence[Example], panels: Sequence[Axes], wholes: Sequen
     for example, patch, whole in zip(examples, panels, wholes, strict=False):
         seen = example.view()  # once for both, and one at a time: originals are large
         sources.add(seen.source)
-        _show(patch, seen.cut(example.box), f"{example.value:.3g}")
+        _show(patch, seen.crop(example.box), f"{example.value:.3g}")
         _show(whole, seen.framed(example.box))
     for axes in (*panels[len(examples) :], *wholes[len(examples) :]):
         axes.set_axis_off()
@@ -66,7 +66,7 @@ def _patches(examples: Sequence[Example], panels: Sequence[Axes], wholes: Sequen
 
 def _framed(panels: Sequence[Axes], examples: Sequence[Example], titles: Iterable[str]) -> None:
     for axes, example, title in zip(panels, examples, titles, strict=False):
-        _show(axes, example.whole(), title)
+        _show(axes, example.framed(), title)
     for axes in panels[len(examples) :]:
         axes.set_axis_off()
 
@@ -103,8 +103,8 @@ def _(result: Examples) -> Figure:
     return figure
 
 
-@draw.register(UnitPage)
-def _(page: UnitPage) -> Figure:
+@draw.register(UnitRecord)
+def _(page: UnitRecord) -> Figure:
     """Best and worst examples, the tenths in between, the histogram, and what else fires on the same pictures."""
     figure, bands = _figure(14, [3.4, 1.75, 1.75, 2.9])
     told = page.statistics
@@ -141,7 +141,7 @@ def _histogram(axes: Axes, counts: np.ndarray) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _classes(axes: Axes, page: UnitPage) -> None:
+def _classes(axes: Axes, page: UnitRecord) -> None:
     classes = page.classes(LIST)
     if not classes:
         _nothing(axes, "the pictures have no labels")
@@ -152,7 +152,7 @@ def _classes(axes: Axes, page: UnitPage) -> None:
     _bars(axes, names, [c.mean for c in classes], f"mean by class{how}")
 
 
-def _related(axes: Axes, page: UnitPage) -> None:
+def _related(axes: Axes, page: UnitRecord) -> None:
     similar = page.similar(LIST)
     if not similar:
         _nothing(axes, "constant on the sample:\nnothing fires with it")
@@ -164,8 +164,8 @@ def _related(axes: Axes, page: UnitPage) -> None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@draw.register(ImagePage)
-def _(page: ImagePage) -> Figure:
+@draw.register(ImageRecord)
+def _(page: ImageRecord) -> Figure:
     """The picture, what the network says of it, and the units for which it is among the best, with what they see."""
     if page.failed is not None:
         figure, (part,) = _figure(8, [1.2])
@@ -206,13 +206,13 @@ def _(page: ImagePage) -> Figure:
 @draw.register(DeadUnits)
 def _(result: DeadUnits) -> Figure:
     """For each layer the share of its units that are dead."""
-    figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.shares))])
+    figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.fractions))])
     ((axes,),) = _band(part, 1, 1)
-    names = [_short(layer, 44) for layer in result.shares]
+    names = [_short(layer, 44) for layer in result.fractions]
     _bars(
         axes,
         names,
-        list(result.shares.values()),
+        list(result.fractions.values()),
         f"dead: {len(result):,} unit{'s' * (len(result) != 1)}; share of each layer",
         "{:.1%}",
     )
@@ -235,7 +235,7 @@ def _(result: Duplicates) -> Figure:
 @draw.register(UnitChanges)
 def _(result: UnitChanges) -> Figure:
     """The units that changed most, up to eight: their best patches in both scans."""
-    changes = result.most(ROWS)
+    changes = result.largest(ROWS)
     left, right = (_short(f"{s.manifest['model']['name']}, {_title(s.address)}") for s in (result.store, result.other))
     title = f"units that changed most; left: {left}; right: {right}"
     if not changes:
@@ -244,10 +244,10 @@ def _(result: UnitChanges) -> Figure:
         return figure
     rows = []
     for c in changes:
-        shared = "no best pictures" if np.isnan(c.shared) else f"{c.shared:.0%} of the best shared"
+        shared = "no best pictures" if np.isnan(c.overlap) else f"{c.overlap:.0%} of the best shared"
         r = "constant in one" if np.isnan(c.r) else f"r {c.r:.3f}"
         rows.append((c.layer, f"{r}\n{shared}", [(result.store, c.unit), (result.other, c.unit)]))
-    return _pairs(title, rows, int((~np.isnan(result.r) | result.one_constant).sum()))
+    return _pairs(title, rows, int((~np.isnan(result.r) | result.constant_in_one).sum()))
 
 
 def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[Store, int]]]], count: int) -> Figure:

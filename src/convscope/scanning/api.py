@@ -119,7 +119,7 @@ def scan(
         threads=torch.get_num_threads(),
         compiled=compiled,
     )
-    told = {"name": data.name, "pictures": len(data), "fingerprint": data.fingerprint}
+    told = {"name": data.name, "images": len(data), "fingerprint": data.fingerprint}
     own = identity(plan, model.describe(), told, names, versions())
     subject = ScanTargets(units, data.labels, class_indices(data, model))
     with _locked(store):

@@ -14,7 +14,7 @@ from convscope.engine.model import LOGITS, Model
 from convscope.scanning.plan import ScanPlan
 from convscope.scanning.shard import ScanTargets, ShardFile
 from convscope.scanning.statistics import HISTOGRAM_EDGES, UnitStatistics, unkeyed
-from convscope.store.schema import Best, ImageRows, LayerSummary, write_store
+from convscope.store.schema import ImageRows, LayerSummary, RankedExamples, write_store
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Merge:
             receptive_field=None if row is None else row.receptive_field,
             stride=None if row is None else row.stride,
             origin=None if row is None else row.origin,
-            sees_all=row is None or row.has_global_context,
+            has_global_context=row is None or row.has_global_context,
             mean=found.mean.numpy(),
             variance=found.scatter.numpy() / found.positions,
             maximum=highest[:, 0].double().numpy(),
@@ -85,8 +85,8 @@ class Merge:
             active=found.active.numpy() / found.positions,
             fires=histogram[:, np.searchsorted(HISTOGRAM_EDGES, 0) + 1 :].sum(1) / found.images,
             histogram=histogram,
-            top=Best(highest.numpy(), found.best.images.numpy(), found.best.positions.numpy()),
-            bottom=Best(lowest.numpy(), found.worst.images.numpy(), found.worst.positions.numpy()),
+            top=RankedExamples(highest.numpy(), found.best.images.numpy(), found.best.positions.numpy()),
+            bottom=RankedExamples(lowest.numpy(), found.worst.images.numpy(), found.worst.positions.numpy()),
             sample=found.sample.numpy(),
             sample_positions=found.sample_positions.numpy(),
             class_means=means,

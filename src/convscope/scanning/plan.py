@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from convscope.errors import ConvscopeError
+from convscope.store.schema import FORMAT
 
 SPRITE = 64  # pictures whose thumbnails share a file: shards begin and end with one
-FORMAT = 1
 
 
 @dataclass(frozen=True)

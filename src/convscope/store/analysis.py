@@ -36,7 +36,7 @@ class Change(NamedTuple):
     layer: str
     unit: int
     r: float
-    shared: float
+    overlap: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,13 @@ class DeadUnits(HasFigure):
     """
 
     table: pyarrow.Table = field(repr=False)
-    shares: dict[str, float]
+    fractions: dict[str, float]
 
     def __len__(self) -> int:
         return len(self.table)
 
 
-def dead(store: Store) -> DeadUnits:
+def find_dead_units(store: Store) -> DeadUnits:
     table = store.units(["layer", "unit", "maximum", "minimum", "dead"])
     found = table.filter(table["dead"]).drop_columns(["dead"])
     counts = {row["values"]: row["counts"] for row in found["layer"].value_counts().to_pylist()}
@@ -94,7 +94,7 @@ class Duplicates(HasFigure, Sequence[Pair]):
         }
 
 
-def duplicates(store: Store, threshold: float) -> Duplicates:
+def find_duplicates(store: Store, threshold: float) -> Duplicates:
     if not -1 <= threshold <= 1:
         raise ConvscopeError(f"threshold is {threshold!r}; expected a correlation, such as 0.99")
     found: list[tuple[Any, ...]] = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0, np.float32))]
@@ -116,8 +116,8 @@ class UnitChanges(HasFigure, Sequence[Change]):
     store: Store = field(repr=False)
     other: Store = field(repr=False)
     r: np.ndarray = field(repr=False)
-    shared: np.ndarray = field(repr=False)
-    one_constant: np.ndarray = field(repr=False)
+    overlap: np.ndarray = field(repr=False)
+    constant_in_one: np.ndarray = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.r)
@@ -130,28 +130,28 @@ class UnitChanges(HasFigure, Sequence[Change]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         layer, unit = self.store.unit_at_row(range(len(self))[index])
-        return Change(layer, unit, float(self.r[index]), float(self.shared[index]))
+        return Change(layer, unit, float(self.r[index]), float(self.overlap[index]))
 
-    def most(self, n: int = 10) -> list[Change]:
+    def largest(self, n: int = 10) -> list[Change]:
         """The units that changed most: lowest r first, then fewest shared pictures, then in order.
 
         A unit that is constant in one of the two counts as r = 0; one that is constant in both did not change.
         """
-        key = np.where(self.one_constant, 0, self.r)
-        order = np.lexsort((np.nan_to_num(self.shared, nan=1.0), key))  # NaN sorts last
+        key = np.where(self.constant_in_one, 0, self.r)
+        order = np.lexsort((np.nan_to_num(self.overlap, nan=1.0), key))  # NaN sorts last
         return [self[int(i)] for i in order[~np.isnan(key[order])][:n]]
 
 
-def compare(store: Store, other: Store) -> UnitChanges:
+def compare_units(store: Store, other: Store) -> UnitChanges:
     _require_comparable(store, other)
     r, shared, one = [], [], []
     for layer in store.layers:
         a, b = store.samples(layer), other.samples(layer)
-        r.append(queries.same_row(a, b))
-        one.append(queries.varies(a) != queries.varies(b))
+        r.append(queries.pearson_rowwise(a, b))
+        one.append(queries.is_not_constant(a) != queries.is_not_constant(b))
         count = store.unit_counts[layer]
-        for start in range(0, count, queries.BLOCK):
-            stop = min(start + queries.BLOCK, count)
+        for start in range(0, count, queries.BLOCK_SIZE):
+            stop = min(start + queries.BLOCK_SIZE, count)
             ours, theirs = (one_store.top_images(layer, start, stop) for one_store in (store, other))
             k = min(ours.shape[1], theirs.shape[1])
             shared.append(queries.overlap(ours[:, :k], theirs[:, :k]))
@@ -162,13 +162,13 @@ def _require_comparable(store: Store, other: Store) -> None:
     differ = []
     ours, theirs = (one.manifest["data"] for one in (store, other))
     if ours["fingerprint"] != theirs["fingerprint"]:
-        differ.append(f"the data ({ours['name']}, {ours['pictures']} pictures; {theirs['name']}, {theirs['pictures']})")
+        differ.append(f"the data ({ours['name']}, {ours['images']} images; {theirs['name']}, {theirs['images']})")
     if store.unit_counts != other.unit_counts or store.layers != other.layers:
         names = {*store.unit_counts.items()} ^ {*other.unit_counts.items()}
         told = ", ".join(sorted({name for name, _ in names})[:4]) or "their order"
         differ.append(f"the layers ({told})")
     if not np.array_equal(store.sample_images, other.sample_images):
-        differ.append(f"the sample ({len(store.sample_images)} and {len(other.sample_images)} pictures)")
+        differ.append(f"the sample ({len(store.sample_images)} and {len(other.sample_images)} images)")
     if differ:
         raise ConvscopeError(
             f"{store.address} and {other.address} cannot be compared: they differ in {'; '.join(differ)}; "

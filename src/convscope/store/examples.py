@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
-from convscope.results import draw, file_names
+from convscope.results import draw, pattern_file, pattern_folders
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,9 +44,8 @@ class HasFigure:
 
 def load_pattern(store: Store, layer: str, unit: int) -> Image.Image | None:
     """The pattern of a unit that was drawn into the store, as `Patterns.save` names it; None where there is none."""
-    name = file_names(store.layers)[layer]
-    path = f"patterns/{name}/{file_names([layer])[layer]}_{unit}.png"
-    if not store.folder.system.exists(store.folder.path(path)):
+    path = f"{pattern_folders(store.layers)[layer]}/{pattern_file(layer, unit)}"
+    if not store.folder.filesystem.exists(store.folder.path(path)):
         return None
     with store.folder.open(path) as file, Image.open(file, formats=["PNG"]) as image:
         return image.convert("RGB")
@@ -69,20 +68,20 @@ class ImageView:
 
     image: Image.Image
     box: Box
-    size: tuple[int, int]
+    input_size: tuple[int, int]
     source: str
     note: str = ""
 
-    def cut(self, patch: Box) -> Image.Image:
+    def crop(self, patch: Box) -> Image.Image:
         """The patch, at the image's own resolution, in whole pixels, at least one."""
-        top, left, bottom, right = self._whole_pixels(scale_box(patch, self.box, self.size))
+        top, left, bottom, right = self._whole_pixels(scale_box(patch, self.box, self.input_size))
         return self.image.crop((left, top, right, bottom))
 
     def framed(self, patch: Box) -> Image.Image:
         """All of the picture, at most 512 pixels a side, with a frame around the patch."""
         share = min(1.0, SHOWN / max(self.image.size))
         shown = self.image.resize([max(1, round(side * share)) for side in self.image.size], Image.Resampling.BOX)
-        top, left, bottom, right = (round(edge * share) for edge in scale_box(patch, self.box, self.size))
+        top, left, bottom, right = (round(edge * share) for edge in scale_box(patch, self.box, self.input_size))
         pen = ImageDraw.Draw(shown)
         thick = max(3, round(max(shown.size) / 90))
         for colour, grow, line in (((0, 0, 0), thick + 1, thick + 1), (FRAME, thick, thick)):
@@ -102,16 +101,16 @@ class ImageView:
         return top, left, bottom, right
 
 
-def view(store: Store, row: dict[str, Any]) -> ImageView:
+def load_view(store: Store, row: dict[str, Any]) -> ImageView:
     """The picture of a row of pictures.parquet: from its original if that can be read and is still the one scanned.
 
     Raises ConvscopeError if not even its thumbnail can be read.
     """
-    tile = store.tiles.read(row["picture"])
+    tile = store.thumbnails.read(row["image"])
     known = row["height"] is not None
     box = tuple(row[f"box_{side}"] for side in ("top", "left", "bottom", "right")) if known else (0.0, 0.0, 1.0, 1.0)
     try:
-        return ImageView(original(store, row, tile), box, store.input_size, "original")
+        return ImageView(load_original(store, row, tile), box, store.input_size, "original")
     except ConvscopeError as error:  # gone, changed, or within an archive: what was kept of it is shown instead
         height, width = box[2] - box[0], box[3] - box[1]
         share = SPREAD / max(height, width)
@@ -120,7 +119,7 @@ def view(store: Store, row: dict[str, Any]) -> ImageView:
         return ImageView(spread, (0.0, 0.0, spread.height, spread.width), store.input_size, "thumbnail", str(error))
 
 
-def original(store: Store, row: dict[str, Any], tile: Image.Image) -> Image.Image:
+def load_original(store: Store, row: dict[str, Any], tile: Image.Image) -> Image.Image:
     """The picture from the file that its name tells of, upright, in RGB.
 
     Plain files and file:// only; they are opened with the checks of `convscope.images`. Raises ConvscopeError where
@@ -169,13 +168,13 @@ class Example:
 
     def view(self) -> ImageView:
         """The picture, opened anew each time. Raises ConvscopeError if neither original nor thumbnail can be read."""
-        return view(self._store, self._facts)
+        return load_view(self._store, self._facts)
 
     def patch(self) -> Image.Image:
         """What the place sees: cut from the original, or from the thumbnail where that cannot be read: see `source`."""
-        return self.view().cut(self.box)
+        return self.view().crop(self.box)
 
-    def whole(self) -> Image.Image:
+    def framed(self) -> Image.Image:
         """The picture with the patch framed."""
         return self.view().framed(self.box)
 

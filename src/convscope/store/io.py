@@ -20,9 +20,9 @@ from convscope.errors import ConvscopeError, require_extra
 if TYPE_CHECKING:
     import pyarrow
 
-TILE, ACROSS = 96, 8  # pixels of a thumbnail's side; thumbnails on a sprite's side
-TILES = ACROSS * ACROSS
-SPRITES = 32  # that stay decoded: 56 MB
+THUMBNAIL_SIDE, SHEET_COLUMNS = 96, 8  # pixels of a thumbnail's side; thumbnails on a sprite's side
+THUMBNAILS_PER_SHEET = SHEET_COLUMNS * SHEET_COLUMNS
+CACHED_SHEETS = 32  # that stay decoded: 56 MB
 
 
 class Folder:
@@ -36,23 +36,23 @@ class Folder:
         self._local = require_extra("fsspec.implementations.local").LocalFileSystem
         self.address = os.fspath(address)
         try:
-            self.system, self._root = core.url_to_fs(self.address, **(storage or {}))
+            self.filesystem, self._root = core.url_to_fs(self.address, **(storage or {}))
         except (ValueError, ImportError) as error:
             raise ConvscopeError(f"{self.address!r} cannot be opened: {error}") from error
 
     @property
-    def local(self) -> Path | None:
+    def local_path(self) -> Path | None:
         """The folder on the disk; None where it is elsewhere."""
-        return Path(self._root) if isinstance(self.system, self._local) else None
+        return Path(self._root) if isinstance(self.filesystem, self._local) else None
 
     def path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    def stamp(self, name: str) -> str | None:
+    def file_version(self, name: str) -> str | None:
         """What changes when the file is written anew; None where there is none."""
-        if not self.system.exists(self.path(name)):
+        if not self.filesystem.exists(self.path(name)):
             return None
-        info = self.system.info(self.path(name))
+        info = self.filesystem.info(self.path(name))
         return str([info.get(key) for key in ("size", "mtime", "LastModified", "ETag")])
 
     @contextmanager
@@ -60,7 +60,7 @@ class Folder:
         """A file to read. Raises ConvscopeError where it is missing, cannot be read or is damaged."""
         arrow = require_extra("pyarrow")
         try:
-            with self.system.open(self.path(name), "rb") as file:
+            with self.filesystem.open(self.path(name), "rb") as file:
                 yield file
         except FileNotFoundError as error:
             raise ConvscopeError(f"{self.address} has no {name}: no finished scan, or files were taken out") from error
@@ -68,20 +68,20 @@ class Folder:
             raise ConvscopeError(f"{name} in {self.address} cannot be read: {error}") from error
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[IO[bytes]]:
+    def atomic_write(self, name: str) -> Iterator[IO[bytes]]:
         """A file that takes its name only once it is written whole. Raises ConvscopeError where that fails."""
         path = self.path(name)
         parent, _, last = path.rpartition("/")
         temporary = f"{parent}/.{last}.part"
         try:
-            self.system.makedirs(parent, exist_ok=True)
+            self.filesystem.makedirs(parent, exist_ok=True)
             try:
-                with self.system.open(temporary, "wb") as file:
+                with self.filesystem.open(temporary, "wb") as file:
                     yield file
                     file.flush()
-                    if isinstance(self.system, self._local):
+                    if isinstance(self.filesystem, self._local):
                         os.fsync(file.fileno())
-                self.system.mv(temporary, path)
+                self.filesystem.mv(temporary, path)
             except BaseException:
                 self._remove(temporary)
                 raise
@@ -93,8 +93,8 @@ class Folder:
         self._remove(self.path(name))
 
     def _remove(self, path: str) -> None:
-        if self.system.exists(path):
-            self.system.rm_file(path)
+        if self.filesystem.exists(path):
+            self.filesystem.rm_file(path)
 
     def read_json(self, name: str) -> Any:
         with self.open(name) as file:
@@ -104,7 +104,7 @@ class Folder:
                 raise ConvscopeError(f"{name} in {self.address} is no JSON: {error}") from error
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with self.writing(name) as file:
+        with self.atomic_write(name) as file:
             file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
     def read_array(self, name: str) -> np.ndarray:
@@ -116,12 +116,12 @@ class Folder:
                 raise ConvscopeError(f"{name} in {self.address} is no array that can be read: {error}") from error
 
     def write_array(self, name: str, array: np.ndarray) -> None:
-        with self.writing(name) as file:
+        with self.atomic_write(name) as file:
             npy.write_array(file, array, allow_pickle=False)
 
     def write_rows(self, name: str, rows: IO[bytes], shape: tuple[int, int]) -> None:
         """A .npy file of float32 in this shape, whose values are in another file, row by row."""
-        with self.writing(name) as file:
+        with self.atomic_write(name) as file:
             npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             rows.seek(0)
             shutil.copyfileobj(rows, file)
@@ -142,17 +142,17 @@ class ParquetTable:
             return self._parquet.read_metadata(file)
 
     @property
-    def groups(self) -> int:
+    def num_row_groups(self) -> int:
         return int(self.metadata.num_row_groups)
 
     def read(self, groups: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> pyarrow.Table:
         """Some columns (None: all) of some row groups (None: all), as one table."""
         with self.folder.open(self.name) as file:
             source = self._parquet.ParquetFile(file, metadata=self.metadata, pre_buffer=True)
-            chosen = range(self.groups) if groups is None else groups
+            chosen = range(self.num_row_groups) if groups is None else groups
             return source.read_row_groups(list(chosen), columns=columns and list(columns), use_threads=groups is None)
 
-    def bounds(self, column: str) -> list[tuple[Any, Any]]:
+    def column_bounds(self, column: str) -> list[tuple[Any, Any]]:
         """Lowest and highest value of a column in each row group, from the file's statistics."""
         if column not in self._bounds:
             meta = self.metadata
@@ -198,9 +198,9 @@ class NpyRows:
         return np.frombuffer(data, dtype).reshape(stop - start, width)
 
 
-def sprite_name(image: int) -> str:
+def sheet_name(image: int) -> str:
     """The sprite that a picture's thumbnail is on."""
-    return f"thumbnails/{image // TILES:05d}.webp"
+    return f"thumbnails/{image // THUMBNAILS_PER_SHEET:05d}.webp"
 
 
 class ThumbnailSheets:
@@ -208,16 +208,19 @@ class ThumbnailSheets:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._sprite = lru_cache(SPRITES)(self._decoded)
+        self._sprite = lru_cache(CACHED_SHEETS)(self._decoded)
 
     def read(self, image: int) -> Image.Image:
         """A picture's thumbnail."""
-        top, left = image % TILES // ACROSS * TILE, image % ACROSS * TILE
-        return self._sprite(sprite_name(image)).crop((left, top, left + TILE, top + TILE))
+        top, left = (
+            image % THUMBNAILS_PER_SHEET // SHEET_COLUMNS * THUMBNAIL_SIDE,
+            image % SHEET_COLUMNS * THUMBNAIL_SIDE,
+        )
+        return self._sprite(sheet_name(image)).crop((left, top, left + THUMBNAIL_SIDE, top + THUMBNAIL_SIDE))
 
     def _decoded(self, name: str) -> Image.Image:
         with self._folder.open(name) as file, Image.open(file, formats=["WEBP"]) as page:
-            if page.size != (ACROSS * TILE, ACROSS * TILE):
+            if page.size != (SHEET_COLUMNS * THUMBNAIL_SIDE, SHEET_COLUMNS * THUMBNAIL_SIDE):
                 where = f"{name} in {self._folder.address}"
                 raise ConvscopeError(f"{where} is {page.width} x {page.height}; expected 768 x 768")
             return page.convert("RGB")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK = 512  # rows that are correlated with all others at a time
+BLOCK_SIZE = 512  # rows that are correlated with all others at a time
 
 
-def standardised(samples: np.ndarray) -> np.ndarray:
+def standardize_rows(samples: np.ndarray) -> np.ndarray:
     """Rows (U, R) less their mean, at length 1, float64: the products of two of them are Pearson's r.
 
     A row that is constant, or holds anything that is not finite, becomes NaN: it correlates with nothing.
@@ -51,11 +51,11 @@ def coactive(samples: np.ndarray, count: int = 10) -> tuple[list[np.ndarray], li
     samples: a layer's maxima (U, R). Gives positions and Pearson's r, up to `count` of each, highest r first, ties by
     position. Constant units are correlated with none.
     """
-    z = standardised(samples[:, valid_columns(samples)])
+    z = standardize_rows(samples[:, valid_columns(samples)])
     units: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    for start in range(0, len(z), BLOCK):
-        block = pearson(z[start : start + BLOCK], z)
+    for start in range(0, len(z), BLOCK_SIZE):
+        block = pearson(z[start : start + BLOCK_SIZE], z)
         for i, r in enumerate(block):
             r[start + i] = np.nan
             best = top_k(r, count)
@@ -66,25 +66,25 @@ def coactive(samples: np.ndarray, count: int = 10) -> tuple[list[np.ndarray], li
 
 def correlated_pairs(samples: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs of a layer's units with r >= threshold, block by block: first units, second units (higher), r."""
-    z = standardised(samples[:, valid_columns(samples)])
-    for start in range(0, len(z), BLOCK):
-        r = pearson(z[start : start + BLOCK], z[start:])
+    z = standardize_rows(samples[:, valid_columns(samples)])
+    for start in range(0, len(z), BLOCK_SIZE):
+        r = pearson(z[start : start + BLOCK_SIZE], z[start:])
         first, second = np.nonzero(r >= np.float32(threshold))
         keep = second > first
         first, second = first[keep], second[keep]
         yield first + start, second + start, r[first, second]
 
 
-def same_row(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def pearson_rowwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's r of each row of `a` (U, R) with the same row of `b`; float32 (U,), NaN where one is constant."""
     both = valid_columns(a) & valid_columns(b)
     if not both.any():
         return np.full(len(a), np.nan, np.float32)
-    product = (standardised(a[:, both]) * standardised(b[:, both])).sum(1)
+    product = (standardize_rows(a[:, both]) * standardize_rows(b[:, both])).sum(1)
     return np.asarray(np.clip(product, -1, 1), np.float32)
 
 
-def varies(samples: np.ndarray) -> np.ndarray:
+def is_not_constant(samples: np.ndarray) -> np.ndarray:
     """Which units (U, R) are not constant on the pictures that were seen."""
     seen = samples[:, valid_columns(samples)]
     return seen.max(1) > seen.min(1) if seen.shape[1] else np.zeros(len(samples), bool)
@@ -141,7 +141,7 @@ def selectivity(means: np.ndarray) -> float | None:
     return float((best - rest) / (best + rest)) if best + rest > 0 else None
 
 
-def patches(
+def patch_boxes(
     rows: np.ndarray,
     columns: np.ndarray,
     field: tuple[float, ...] | None,

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 # What each kind has one row for: arrays whose first axis must agree.
 ALIKE = {
-    "concepts": (("bank", "importance", "effects", "examples", "patches"), ("heats", "judged", "views", "shapes")),
-    "atlas": (("cells", "counts", "icons", "classes", "effects"), ("positions", "sources", "cell")),
+    "concepts": (
+        ("bank", "importance", "ablation_effects", "examples", "patches"),
+        ("heatmaps", "evaluated_indices", "thumbnails", "shapes"),
+    ),
+    "atlas": (("cells", "counts", "icons", "classes", "effects"), ("positions", "sources", "cell_index")),
 }
 
 
@@ -53,9 +56,9 @@ class SavedResult:
         return number
 
     @property
-    def images(self) -> list[str]:
+    def image_names(self) -> list[str]:
         """The names of the pictures it was made from."""
-        return list(self.manifest["parameters"]["pictures"])
+        return list(self.manifest["parameters"]["image_names"])
 
     def archive(self) -> bytes:
         """The file with all arrays, as it is. Raises ConvscopeError where it is missing."""
@@ -88,12 +91,12 @@ class SavedResultIndex:
     def items(self) -> list[SavedResult]:
         """By layer and class; concepts by class first. Raises ConvscopeError for a manifest that makes no sense."""
         try:
-            paths = self._folder.system.ls(self._folder.path(self._kind), detail=False)
+            paths = self._folder.filesystem.ls(self._folder.path(self._kind), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         found = []
         for name in sorted(path.rstrip("/").rpartition("/")[2] for path in paths):
-            stamp = self._folder.stamp(f"{self._kind}/{name}/manifest.json")
+            stamp = self._folder.file_version(f"{self._kind}/{name}/manifest.json")
             if stamp is not None:  # else it was not finished
                 found.append(self._item(name, stamp))
         atlas = self._kind == "atlas"
@@ -117,7 +120,7 @@ class SavedResultIndex:
 
 def _told(parameters: dict[str, Any], kind: str) -> bool:
     """Whether layer, class and pictures are named."""
-    layer, target, images = (parameters.get(key) for key in ("layer", "target", "pictures"))
+    layer, target, images = (parameters.get(key) for key in ("layer", "target", "image_names"))
     number = isinstance(target, int) or (kind == "atlas" and target is None and "target" in parameters)
     return isinstance(layer, str) and number and isinstance(images, list)
 
@@ -125,12 +128,12 @@ def _told(parameters: dict[str, Any], kind: str) -> bool:
 def save_path(store: Store, result: Concepts | Atlas) -> Path:
     """The folder in the store that a result is saved in; `Store.keep` says what is raised."""
     store.check_weights(result.model)
-    if store.folder.local is None:
+    if store.folder.local_path is None:
         raise ConvscopeError(f"results can be put into a store in a folder on a disk; {store.address} is none")
     layer, kind = file_names(result.model.layers.names)[result.layer], type(result).__name__.lower()
     if kind == "concepts":
-        return store.folder.local / kind / f"{result.target}-{layer}"
-    return store.folder.local / kind / (layer if result.target is None else f"{layer}-class{result.target}")
+        return store.folder.local_path / kind / f"{result.target}-{layer}"
+    return store.folder.local_path / kind / (layer if result.target is None else f"{layer}-class{result.target}")
 
 
 def ids_by_name(store: Store, names: Sequence[str]) -> list[int | None]:
@@ -139,10 +142,10 @@ def ids_by_name(store: Store, names: Sequence[str]) -> list[int | None]:
     Local files have the same name however it was written: relative to the working folder, say.
     """
     wanted, found = {_absolute(name) for name in names}, dict[str, int]()
-    table = ParquetTable(store.folder, "pictures.parquet")
-    for group in range(table.groups):
-        rows = table.read([group], ["picture", "name"])
-        for image, name in zip(rows["picture"].to_pylist(), rows["name"].to_pylist(), strict=True):
+    table = ParquetTable(store.folder, "images.parquet")
+    for group in range(table.num_row_groups):
+        rows = table.read([group], ["image", "name"])
+        for image, name in zip(rows["image"].to_pylist(), rows["name"].to_pylist(), strict=True):
             if (own := _absolute(name)) in wanted:
                 found.setdefault(own, image)
     return [found.get(_absolute(name)) for name in names]

@@ -18,14 +18,19 @@ from convscope.store.io import Folder
 if TYPE_CHECKING:
     import pyarrow
 
-GROUP, PAGE = 64, 4096  # units in a row group of units.parquet and topk.parquet; pictures in one of pictures.parquet
+UNITS_PER_ROW_GROUP, IMAGES_PER_ROW_GROUP = (
+    64,
+    4096,
+)  # units in a row group of units.parquet and topk.parquet; pictures in one of pictures.parquet
 IN_MEMORY = 64 << 20  # bytes of an array that waits; beyond them it does so on the disk
-TELLING = 10  # classes and coactive units that are kept of a unit
+MAX_LISTED = 10  # classes and coactive units that are kept of a unit
 _FEW = ["layer", "unit", "kind", "rank", "row", "column", "top", "left", "bottom", "right", "dead"]  # values repeat
+
+FORMAT = 2  # of the store: raised by one with every change of its columns or keys
 
 
 @dataclass(frozen=True, eq=False)
-class Best:
+class RankedExamples:
     """The best places, or the worst, of a layer's units, in their order; `pictures` is -1 in an empty slot.
 
     values (U, k) float32, pictures (U, k) int64, positions (U, k) int32: row * W + column.
@@ -53,7 +58,7 @@ class LayerSummary:
     receptive_field: tuple[float, ...] | None
     stride: tuple[float, ...] | None
     origin: tuple[float, ...] | None
-    sees_all: bool
+    has_global_context: bool
     mean: np.ndarray
     variance: np.ndarray
     maximum: np.ndarray
@@ -61,8 +66,8 @@ class LayerSummary:
     active: np.ndarray
     fires: np.ndarray
     histogram: np.ndarray
-    top: Best
-    bottom: Best
+    top: RankedExamples
+    bottom: RankedExamples
     sample: np.ndarray
     sample_positions: np.ndarray
     class_means: np.ndarray | None = None
@@ -113,13 +118,13 @@ def write_store(
     where = Folder(folder, storage)
     where.remove("manifest.json")  # of an earlier store: it does not speak for this one
     told = _write_layers(where, layers, sample_images, class_counts, input_size)
-    count = _write_table(where, "pictures.parquet", _images_schema(), map(_images_columns, images), PAGE)
-    if count != manifest["data"]["pictures"]:
-        raise ConvscopeError(f"{count} pictures were given; the manifest tells of {manifest['data']['pictures']}")
+    count = _write_table(where, "images.parquet", _images_schema(), map(_images_columns, images), IMAGES_PER_ROW_GROUP)
+    if count != manifest["data"]["images"]:
+        raise ConvscopeError(f"{count} images were given; expected {manifest['data']['images']} as in the manifest")
     rows = list(shards)
     columns = {name: [row[name] for row in rows] for name in _shards_schema().names}
-    _write_table(where, "shards.parquet", _shards_schema(), [columns] if rows else [], PAGE)
-    where.write_array("sample_pictures.npy", np.asarray(sample_images, np.int64))
+    _write_table(where, "shards.parquet", _shards_schema(), [columns] if rows else [], IMAGES_PER_ROW_GROUP)
+    where.write_array("sample_images.npy", np.asarray(sample_images, np.int64))
     if class_counts is not None:
         where.write_array("class_counts.npy", np.asarray(class_counts, np.int64))
     where.write_json("manifest.json", {**manifest, "layers": told, "input_size": list(input_size)})
@@ -138,7 +143,7 @@ def _write_layers(
     """units.parquet, topk.parquet, sample.npy and class_means.npy, all in one go; what the manifest says of layers."""
     told = []
     with ExitStack() as stack:
-        units, topk = (stack.enter_context(where.writing(name)) for name in ("units.parquet", "topk.parquet"))
+        units, topk = (stack.enter_context(where.atomic_write(name)) for name in ("units.parquet", "topk.parquet"))
         unit_rows = stack.enter_context(_writer(units, _units_schema()))
         topk_rows = stack.enter_context(_writer(topk, _topk_schema()))
         # Rows of arrays wait, since how many there are is said ahead of them.
@@ -147,9 +152,9 @@ def _write_layers(
             told.append(_told(layer))
             unit_table = _table(_units_columns(layer), _units_schema())
             middles = queries.decile_medians(layer.sample)
-            for start in range(0, len(unit_table), GROUP):
-                unit_rows.write_table(unit_table.slice(start, GROUP))
-                columns = _topk_columns(layer, slice(start, start + GROUP), middles, sample_images, size)
+            for start in range(0, len(unit_table), UNITS_PER_ROW_GROUP):
+                unit_rows.write_table(unit_table.slice(start, UNITS_PER_ROW_GROUP))
+                columns = _topk_columns(layer, slice(start, start + UNITS_PER_ROW_GROUP), middles, sample_images, size)
                 table = _table(columns, _topk_schema())
                 if len(table):
                     topk_rows.write_table(table, row_group_size=len(table))
@@ -167,16 +172,16 @@ def _told(layer: LayerSummary) -> dict[str, Any]:
     head = {"name": layer.name, "kind": layer.kind, "units": len(layer.mean), "shape": list(layer.shape)}
     geometry = {name: getattr(layer, name) for name in ("receptive_field", "stride", "origin")}
     lists = {name: None if value is None else list(value) for name, value in geometry.items()}
-    return {**head, **lists, "sees_all": layer.sees_all}
+    return {**head, **lists, "has_global_context": layer.has_global_context}
 
 
 def _units_columns(layer: LayerSummary) -> dict[str, Any]:
     count = len(layer.mean)
     constant = layer.maximum == layer.minimum
-    coactive, coactivation = queries.coactive(layer.sample, TELLING)
+    coactive, coactivation = queries.coactive(layer.sample, MAX_LISTED)
     means, classes = layer.class_means, None
     if means is not None:
-        classes = [queries.top_classes(row, TELLING) for row in means]
+        classes = [queries.top_classes(row, MAX_LISTED) for row in means]
     return {
         "layer": [layer.name] * count,
         "unit": np.arange(count),
@@ -199,12 +204,14 @@ def _topk_columns(
 ) -> dict[str, Any]:
     """The rows of some units, sorted by unit, kind (alphabetically) and rank; empty slots left out."""
     places = middles[units]
-    decile = Best(
+    decile = RankedExamples(
         np.take_along_axis(layer.sample[units], places, 1),
         np.asarray(sample_images)[places],
         np.take_along_axis(layer.sample_positions[units], places, 1),
     )
-    worst, best = (Best(b.values[units], b.images[units], b.positions[units]) for b in (layer.bottom, layer.top))
+    worst, best = (
+        RankedExamples(b.values[units], b.images[units], b.positions[units]) for b in (layer.bottom, layer.top)
+    )
     lists = {"bottom": worst, "decile": decile, "top": best}
     values, images, positions = (
         np.concatenate([getattr(part, name) for part in lists.values()], 1)
@@ -216,8 +223,8 @@ def _topk_columns(
     kind = np.repeat(list(lists), lengths)
     width = layer.shape[2] if len(layer.shape) == 3 else 1
     row, column = positions[there] // width, positions[there] % width
-    known = (None, None, None) if layer.sees_all else (layer.receptive_field, layer.stride, layer.origin)
-    boxes = queries.patches(row, column, *known, size)
+    known = (None, None, None) if layer.has_global_context else (layer.receptive_field, layer.stride, layer.origin)
+    boxes = queries.patch_boxes(row, column, *known, size)
     unit = np.arange(units.start, units.start + len(places))
     return {
         "layer": [layer.name] * len(row),
@@ -225,7 +232,7 @@ def _topk_columns(
         "kind": np.broadcast_to(kind, there.shape)[there].tolist(),
         "rank": np.broadcast_to(rank, there.shape)[there],
         "value": values[there] + np.float32(0),  # -0 becomes 0
-        "picture": images[there],
+        "image": images[there],
         "row": row,
         "column": column,
         **{side: boxes[:, i] for i, side in enumerate(("top", "left", "bottom", "right"))},
@@ -283,13 +290,13 @@ def _units_schema() -> pyarrow.Schema:
 
 def _topk_schema() -> pyarrow.Schema:
     position = dict.fromkeys(("row", "column", "top", "left", "bottom", "right"), "int32")
-    head = {"layer": "string", "unit": "int32", "kind": "string", "rank": "int32", "value": "float", "picture": "int64"}
+    head = {"layer": "string", "unit": "int32", "kind": "string", "rank": "int32", "value": "float", "image": "int64"}
     return _fields(**head, **position)
 
 
 def _images_schema() -> pyarrow.Schema:
     box = dict.fromkeys(("box_top", "box_left", "box_bottom", "box_right"), "float")
-    head = {"picture": "int64", "name": "string", "label": "int32", "failed": "string", "height": "int32"}
+    head = {"image": "int64", "name": "string", "label": "int32", "failed": "string", "height": "int32"}
     return _fields(**head, width="int32", **box, classes="list int32", probabilities="list float", loss="float")
 
 
@@ -314,11 +321,11 @@ def _write_table(
 ) -> int:
     """Write rows in groups of `size`, however they are parted; a column `picture` counts them. Gives their number."""
     arrow = require_extra("pyarrow")
-    with where.writing(name) as file, _writer(file, schema) as writer:
+    with where.atomic_write(name) as file, _writer(file, schema) as writer:
         waiting, count = schema.empty_table(), 0
         for part in parts:
             rows = len(part[schema.names[-1]])
-            numbered = {"picture": np.arange(count, count + rows), **part}
+            numbered = {"image": np.arange(count, count + rows), **part}
             waiting = arrow.concat_tables([waiting, _table(numbered, schema)])
             count += rows
             whole = len(waiting) // size * size

@@ -15,10 +15,20 @@ import numpy as np
 from convscope.errors import ConvscopeError, nearest, require_extra
 from convscope.images.loading import Failure
 from convscope.store import analysis, queries
-from convscope.store.examples import Example, Examples, HasFigure, ImageView, load_pattern, original, scale_box, view
+from convscope.store.examples import (
+    Example,
+    Examples,
+    HasFigure,
+    ImageView,
+    load_original,
+    load_pattern,
+    load_view,
+    scale_box,
+)
 from convscope.store.io import Folder, NpyRows, ParquetTable, ThumbnailSheets
 from convscope.store.records import ClassMean, Prediction, UnitCorrelation, UnitRank
 from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
+from convscope.store.schema import FORMAT
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,11 +38,10 @@ if TYPE_CHECKING:
     from convscope.decomposition.craft import Concepts
     from convscope.engine.model import Model
 
-FORMAT = 1
 CHUNK = 32  # row groups of topk.parquet that are searched at a time
 KINDS = ("top", "bottom", "decile")
 SIDES = ("top", "left", "bottom", "right")
-_FACTS = ["picture", "name", "failed", "height", "width", *(f"box_{side}" for side in SIDES)]  # what a view needs
+_FACTS = ["image", "name", "failed", "height", "width", *(f"box_{side}" for side in SIDES)]  # what a view needs
 
 
 def open_store(folder: str | os.PathLike[str], storage: Mapping[str, Any] | None = None) -> Store:
@@ -43,14 +52,18 @@ def open_store(folder: str | os.PathLike[str], storage: Mapping[str, Any] | None
     """
     where = Folder(folder, storage)
     manifest = where.read_json("manifest.json")
-    told = (manifest.get("kind"), manifest.get("format")) if isinstance(manifest, dict) else (None, None)
-    if told != ("scan", FORMAT):
-        found = f"kind {told[0]!r}, format {told[1]!r}"
-        raise ConvscopeError(f"{where.address} is no store that can be read: {found}; expected 'scan', format {FORMAT}")
+    kind, version = (manifest.get("kind"), manifest.get("format")) if isinstance(manifest, dict) else (None, None)
+    if kind != "scan":
+        raise ConvscopeError(f"{where.address} is not a store: its manifest is of kind {kind!r}, expected 'scan'")
+    if version != FORMAT:
+        raise ConvscopeError(
+            f"{where.address} has store format {version!r}, expected {FORMAT}; rerun `convscope scan MODEL DATA -o OUT` "
+            "with a new folder"
+        )
     try:
         return Store(where, manifest)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConvscopeError(f"{where.address} is no store that can be read: manifest.json lacks {error}") from error
+        raise ConvscopeError(f"{where.address} is not a store that can be read: manifest.json lacks {error}") from error
 
 
 class Store:
@@ -62,18 +75,18 @@ class Store:
 
     def __init__(self, folder: Folder, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.address, self.tiles = folder.address, ThumbnailSheets(folder)
+        self.address, self.thumbnails = folder.address, ThumbnailSheets(folder)
         self.unit_counts: dict[str, int] = {layer["name"]: layer["units"] for layer in manifest["layers"]}
         self.layers: list[str] = list(self.unit_counts)
         self.classes: list[str] | None = manifest["classes"]
         self.labels: list[str] | None = manifest["labels"]
-        self.images_count: int = manifest["data"]["pictures"]
+        self.num_images: int = manifest["data"]["images"]
         height, width = manifest["input_size"]
         self.input_size: tuple[int, int] = (height, width)
         ends = accumulate(self.unit_counts.values())
         self._starts = {layer: end - self.unit_counts[layer] for layer, end in zip(self.layers, ends, strict=True)}
         self._units, self._topk, self._images = (
-            ParquetTable(folder, f"{name}.parquet") for name in ("units", "topk", "pictures")
+            ParquetTable(folder, f"{name}.parquet") for name in ("units", "topk", "images")
         )
         self._sample, self._class_means = NpyRows(folder, "sample.npy"), NpyRows(folder, "class_means.npy")
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
@@ -81,31 +94,31 @@ class Store:
 
     def __repr__(self) -> str:
         units = sum(self.unit_counts.values())
-        size = f"{len(self.layers)} layers, {units:,} units, {self.images_count:,} pictures"
+        size = f"{len(self.layers)} layers, {units:,} units, {self.num_images:,} images"
         return f"<convscope store {self.address}: {self.manifest['model']['name']} on {size}>"
 
     # --- one unit, one picture -----------------------------------------------------------------------------------
 
-    def unit(self, layer: str, unit: int) -> UnitPage:
+    def unit(self, layer: str, unit: int) -> UnitRecord:
         """Everything about a unit. Raises ConvscopeError for one that is not in the store."""
         count = self.unit_counts.get(layer)
         if count is None:
             raise ConvscopeError(f"layer {layer!r} is not in this store; nearest: {nearest(layer, self.layers)}")
         if not 0 <= unit < count:
             raise ConvscopeError(f"unit {unit} is out of range: {layer} has {count} units, 0 to {count - 1}")
-        return UnitPage(self, layer, int(unit))
+        return UnitRecord(self, layer, int(unit))
 
-    def image(self, image: int) -> ImagePage:
+    def image(self, image: int) -> ImageRecord:
         """Everything about a picture. Raises ConvscopeError for an id that is not in the store."""
-        if not 0 <= image < self.images_count:
-            there = f"there are {self.images_count}, 0 to {self.images_count - 1}"
-            raise ConvscopeError(f"picture {image} is out of range: {there}")
-        return ImagePage(self, int(image))
+        if not 0 <= image < self.num_images:
+            there = f"there are {self.num_images}, 0 to {self.num_images - 1}"
+            raise ConvscopeError(f"image {image} is out of range: {there}")
+        return ImageRecord(self, int(image))
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The pictures that could not be used, and why, in their order; at most `limit` of them."""
         found: list[Failure] = []
-        for group in range(self._images.groups if self.manifest["failed"] else 0):
+        for group in range(self._images.num_row_groups if self.manifest["failed"] else 0):
             rows = self._images.read([group], ["name", "failed"]).to_pylist()
             found += [Failure(row["name"], row["failed"]) for row in rows if row["failed"] is not None]
             if limit is not None and len(found) >= limit:
@@ -132,18 +145,18 @@ class Store:
 
     def dead(self) -> analysis.DeadUnits:
         """Units that never are above 0 on any picture, or that are constant."""
-        return analysis.dead(self)
+        return analysis.find_dead_units(self)
 
     def duplicates(self, threshold: float = 0.99) -> analysis.Duplicates:
         """Pairs of units of a layer whose maxima on the sample correlate at least so much (Pearson's r)."""
-        return analysis.duplicates(self, threshold)
+        return analysis.find_duplicates(self, threshold)
 
     def compare(self, other: Store) -> analysis.UnitChanges:
         """What became of each unit in another scan, of the same layers on the same pictures: another checkpoint, say.
 
         Raises ConvscopeError, with what differs, if the data, the layers or the samples are not the same.
         """
-        return analysis.compare(self, other)
+        return analysis.compare_units(self, other)
 
     # --- concepts and atlases ------------------------------------------------------------------------------------
 
@@ -183,7 +196,7 @@ class Store:
     @cached_property
     def sample_images(self) -> np.ndarray:
         """Ids of the pictures in the sample, int64 (R,)."""
-        return self.folder.read_array("sample_pictures.npy")
+        return self.folder.read_array("sample_images.npy")
 
     @cached_property
     def class_counts(self) -> np.ndarray:
@@ -193,10 +206,10 @@ class Store:
     def top_images(self, layer: str, start: int, stop: int) -> np.ndarray:
         """Ids of the best pictures of some units of a layer, int64 (stop - start, k), best first; -1: none."""
         groups = self._groups(self._topk, layer, start, stop)
-        table = self._topk.read(groups, ["unit", "kind", "rank", "picture"])
+        table = self._topk.read(groups, ["unit", "kind", "rank", "image"])
         compute = require_extra("pyarrow.compute")
         table = table.filter(compute.equal(table["kind"], "top"))
-        unit, rank, image = (table[name].to_numpy() for name in ("unit", "rank", "picture"))
+        unit, rank, image = (table[name].to_numpy() for name in ("unit", "rank", "image"))
         found = np.full((stop - start, int(rank.max(initial=-1)) + 1), -1, np.int64)
         inside = (unit >= start) & (unit < stop)
         found[unit[inside] - start, rank[inside]] = image[inside]
@@ -206,10 +219,10 @@ class Store:
         """Units among whose best pictures one is: best rank first, ties in the order of the units table."""
         compute = require_extra("pyarrow.compute")
         found: list[UnitRank] = []
-        columns = ["layer", "unit", "kind", "rank", "value", "picture", *SIDES]
-        for start in range(0, self._topk.groups, CHUNK):
-            table = self._topk.read(range(start, min(start + CHUNK, self._topk.groups)), columns)
-            here = table.filter(compute.equal(table["picture"], image)).to_pylist()
+        columns = ["layer", "unit", "kind", "rank", "value", "image", *SIDES]
+        for start in range(0, self._topk.num_row_groups, CHUNK):
+            table = self._topk.read(range(start, min(start + CHUNK, self._topk.num_row_groups)), columns)
+            here = table.filter(compute.equal(table["image"], image)).to_pylist()
             for row in here:
                 if row["kind"] == "top":
                     box = (row["top"], row["left"], row["bottom"], row["right"])
@@ -218,7 +231,7 @@ class Store:
 
     def image_rows(self, images: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of pictures.parquet, in the order asked for; only the row groups that hold them are read."""
-        bounds = self._images.bounds("picture")
+        bounds = self._images.column_bounds("image")
         lows = [low for low, _ in bounds]
         found: dict[int, dict[str, Any]] = {}
         wanted = np.unique(np.asarray(images, np.int64))
@@ -226,16 +239,16 @@ class Store:
         for group in np.unique(positions):
             rows = wanted[positions == group] - lows[group]
             for row in self._images.read([int(group)], columns).take(rows).to_pylist():
-                found[row["picture"]] = row
+                found[row["image"]] = row
         return [found[int(image)] for image in images]
 
     def view(self, image: int) -> ImageView:
         """A picture to look at: the original if it can still be read, else its thumbnail."""
-        return view(self, self.image_rows([image], _FACTS)[0])
+        return load_view(self, self.image_rows([image], _FACTS)[0])
 
     def _groups(self, table: ParquetTable, layer: str, start: int, stop: int) -> list[int]:
         """Row groups with any of the units `start` up to `stop` of a layer."""
-        ranges = zip(table.bounds("layer"), table.bounds("unit"), strict=True)
+        ranges = zip(table.column_bounds("layer"), table.column_bounds("unit"), strict=True)
         return [
             group
             for group, ((first, last), (low, high)) in enumerate(ranges)
@@ -250,7 +263,7 @@ class Store:
 
 
 @dataclass(frozen=True, eq=False)
-class UnitPage(HasFigure):
+class UnitRecord(HasFigure):
     """Everything about a unit."""
 
     store: Store = field(repr=False)
@@ -289,7 +302,7 @@ class UnitPage(HasFigure):
         if n is not None and n < 1:
             raise ConvscopeError(f"n is {n}; expected a whole number from 1 up, or None for all")
         rows = [row for row in self._positions.to_pylist() if row["kind"] == kind][:n]
-        facts = self.store.image_rows([row["picture"] for row in rows], _FACTS)
+        facts = self.store.image_rows([row["image"] for row in rows], _FACTS)
         items = (_example(self.store, row, fact) for row, fact in zip(rows, facts, strict=True))
         return Examples(self.layer, self.unit, kind, tuple(items))
 
@@ -313,11 +326,11 @@ class UnitPage(HasFigure):
         source = self.store._sample
         own = source.read(self.row, self.row + 1)
         seen = queries.valid_columns(own)
-        z = queries.standardised(own[:, seen])
+        z = queries.standardize_rows(own[:, seen])
         count = sum(self.store.unit_counts.values())
         parts = [
-            queries.pearson(z, queries.standardised(source.read(start, start + queries.BLOCK)[:, seen]))[0]
-            for start in range(0, count, queries.BLOCK)
+            queries.pearson(z, queries.standardize_rows(source.read(start, start + queries.BLOCK_SIZE)[:, seen]))[0]
+            for start in range(0, count, queries.BLOCK_SIZE)
         ]
         r = np.concatenate(parts)
         r[self.row] = np.nan
@@ -333,12 +346,12 @@ class UnitPage(HasFigure):
 def _example(store: Store, row: Mapping[str, Any], fact: dict[str, Any]) -> Example:
     box = (row["top"], row["left"], row["bottom"], row["right"])
     edges = tuple(fact[f"box_{side}"] for side in SIDES)
-    position = (row["value"], row["picture"], fact["name"], row["row"], row["column"])
+    position = (row["value"], row["image"], fact["name"], row["row"], row["column"])
     return Example(*position, box, scale_box(box, edges, store.input_size), store, fact)
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePage(HasFigure):
+class ImageRecord(HasFigure):
     """Everything about a picture."""
 
     store: Store = field(repr=False)
@@ -381,15 +394,15 @@ class ImagePage(HasFigure):
 
     def thumbnail(self) -> Image.Image:
         """96 x 96 pixels: the network's input, squashed."""
-        return self.store.tiles.read(self.id)
+        return self.store.thumbnails.read(self.id)
 
     def original(self) -> Image.Image:
         """The picture at its own size. Raises ConvscopeError where it cannot be read, or is another one by now."""
-        return original(self.store, self.facts, self.thumbnail())
+        return load_original(self.store, self.facts, self.thumbnail())
 
     def view(self) -> ImageView:
         """The picture to look at: the original or, failing that, the thumbnail at the original's proportions."""
-        return view(self.store, self.facts)
+        return load_view(self.store, self.facts)
 
     def units(self, n: int | None = 10) -> list[UnitRank]:
         """Units among whose best pictures it is: best rank first, ties in the order of the units table; None: all."""

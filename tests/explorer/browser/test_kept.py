@@ -162,7 +162,7 @@ def test_a_click_tells_of_a_region(atlas, drawn, model):
     assert effects == pytest.approx(drawn["effects"][number].tolist(), rel=6e-3)
     assert atlas.locator("#cell strong").inner_text() == f"{drawn['counts'][number]} vectors"
     assert atlas.url.endswith(f"#cell-{row}-{column}")
-    own = np.unique(drawn["sources"][drawn["cell"] == number, 0])
+    own = np.unique(drawn["sources"][drawn["cell_index"] == number, 0])
     assert atlas.locator("#cell .sources li").count() == min(6, len(own))
     images = atlas.locator("#cell .sources img")
     images.first.wait_for()
@@ -223,7 +223,7 @@ def test_heat_over_the_judged_pictures_is_the_librarys(tab, address_of, store):
     from convscope.images.colormap import apply_colormap
 
     opened(tab, address_of("concepts"))
-    heats = store.concepts()[0].arrays()["heats"]
+    heats = store.concepts()[0].arrays()["heatmaps"]
     places = heats.shape[2:]
 
     def agrees(picture: int, concept: int) -> bool:

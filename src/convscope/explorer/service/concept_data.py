@@ -105,20 +105,20 @@ def describe_concepts(net: Network, result: SavedResult, arrays: Arrays) -> dict
     """The figures of a class's concepts."""
     assert result.target is not None
     told = result.manifest["parameters"]
-    figures = zip(arrays["importance"], arrays["effects"], arrays["indices"].T, strict=True)
+    figures = zip(arrays["importance"], arrays["ablation_effects"], arrays["indices"].T, strict=True)
     return {
         "target": result.target,
         "name": net.model.class_name(result.target),
         "layer": result.layer,
-        "pictures": len(result.images),
-        "error": float(told["error"]),
+        "pictures": len(result.image_names),
+        "error": float(told["reconstruction_error"]),
         "concepts": [
             {"importance": float(index), "effect": float(effect), "indices": [float(v) for v in own]}
             for index, effect, own in figures
         ],
         "judged": [
-            {"name": plain_name(result.images[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
-            for n, logit, rebuilt in zip(arrays["judged"], arrays["logits"], arrays["rebuilt"], strict=True)
+            {"name": plain_name(result.image_names[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
+            for n, logit, rebuilt in zip(arrays["evaluated_indices"], arrays["logits"], arrays["reconstructed_logits"], strict=True)
         ],
         "notes": list(result.manifest["notes"]),
     }
@@ -126,13 +126,13 @@ def describe_concepts(net: Network, result: SavedResult, arrays: Arrays) -> dict
 
 def top_images(arrays: Arrays, concept: int) -> list[int]:
     """The judged pictures that have most of a concept anywhere."""
-    most = arrays["heats"][:, concept].max((1, 2))
+    most = arrays["heatmaps"][:, concept].max((1, 2))
     return [int(n) for n in np.argsort(-most, kind="stable")[:NUM_TOP_IMAGES] if most[n] > 0]
 
 
 def packed_heatmaps(arrays: Arrays) -> list[dict[str, Any]]:
     """For each concept its heat on all judged pictures, one below the other, on one scale (see `answers.packed`)."""
-    found = torch.from_numpy(arrays["heats"])
+    found = torch.from_numpy(arrays["heatmaps"])
     if max(found.shape[2:]) > MAX_HEATMAP_SIZE:
         found = adaptive_avg_pool2d(
             found, (min(MAX_HEATMAP_SIZE, found.shape[2]), min(MAX_HEATMAP_SIZE, found.shape[3]))
@@ -162,7 +162,7 @@ def patch_tiles(arrays: Arrays) -> list[list[dict[str, int]]]:
 
 def thumbnail_tiles(arrays: Arrays) -> list[dict[str, int]]:
     """Where the judged pictures are on their sheet, each in its own proportions."""
-    side, found = arrays["views"].shape[1], []
+    side, found = arrays["thumbnails"].shape[1], []
     for i, shape in enumerate(arrays["shapes"].astype(float)):
         height, width = np.maximum(1, (shape / shape.max() * side).round()).astype(int).tolist()
         found.append({"x": i % SHEET_COLUMNS * side, "y": i // SHEET_COLUMNS * side, "width": width, "height": height})
@@ -180,7 +180,7 @@ def _patch_width(arrays: Arrays) -> int:
 def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays: Arrays) -> dict[str, Any]:
     """The figures of an atlas, cell by cell. A picture has a number where the store's data set holds it."""
     told, sources = result.manifest["parameters"], _numbered(explorer, net, result)
-    members = [Counter(arrays["sources"][arrays["cell"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
+    members = [Counter(arrays["sources"][arrays["cell_index"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
     rows = zip(arrays["cells"], arrays["counts"], arrays["classes"], arrays["effects"], members, strict=True)
     return {
         "name": result.name,
@@ -188,7 +188,7 @@ def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays
         "target": result.target,
         "grid": int(told["grid"]),
         "vectors": len(arrays["positions"]),
-        "pictures": len(result.images),
+        "pictures": len(result.image_names),
         "cells": [
             {
                 "row": int(row),
@@ -199,7 +199,7 @@ def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays
                     for k, effect in zip(classes, effects, strict=True)
                 ],
                 "pictures": [
-                    {"name": plain_name(result.images[n]), "vectors": vectors, "number": sources[n]}
+                    {"name": plain_name(result.image_names[n]), "vectors": vectors, "number": sources[n]}
                     for n, vectors in own.most_common(NUM_CELL_IMAGES)
                 ],
                 "sources": len(own),
@@ -247,7 +247,7 @@ def render_sheet(arrays: Arrays, kind: str) -> bytes:
         cells = _resized(coloured(arrays["icons"]), laid["side"], laid["side"])
         return encode_image(Image.fromarray(tile(np.stack(cells), laid["columns"])), quality=85)
     page = Image.new("RGB", thumbnail_sheet_size(arrays), "gray")
-    for view, position in zip(arrays["views"], thumbnail_tiles(arrays), strict=True):
+    for view, position in zip(arrays["thumbnails"], thumbnail_tiles(arrays), strict=True):
         (shown,) = _resized(view[None], position["width"], position["height"])
         page.paste(Image.fromarray(shown), (position["x"], position["y"]))
     return encode_image(page, quality=80)
@@ -261,7 +261,7 @@ def patch_sheet_size(arrays: Arrays) -> tuple[int, int]:
 
 def thumbnail_sheet_size(arrays: Arrays) -> tuple[int, int]:
     """Width and height of the sheet of judged pictures."""
-    count, side = arrays["views"].shape[:2]
+    count, side = arrays["thumbnails"].shape[:2]
     return min(count, SHEET_COLUMNS) * side, -(-count // SHEET_COLUMNS) * side
 
 

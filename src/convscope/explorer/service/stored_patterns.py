@@ -12,7 +12,7 @@ from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.patterns import RECIPES, PatternSpec
 from convscope.featurevis.layer_story import Story, read_story
-from convscope.results import file_names
+from convscope.results import pattern_folders
 
 if TYPE_CHECKING:
     from convscope.store.store import Store
@@ -36,7 +36,7 @@ class StoredPatterns:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._layers: dict[str, _Drawn] = {}
-        self._folders = file_names(store.layers)
+        self._folders = pattern_folders(store.layers)
 
     def get_spec(self, layer: str, unit: int) -> PatternSpec | None:
         """How the unit's pattern was drawn; None if it was not."""
@@ -78,8 +78,8 @@ class StoredPatterns:
     def _drawn(self, layer: str) -> _Drawn | None:
         if layer not in self._folders:
             return None
-        path = f"patterns/{self._folders[layer]}"
-        stamp = self._store.folder.stamp(f"{path}/manifest.json")  # which is written last
+        path = self._folders[layer]
+        stamp = self._store.folder.file_version(f"{path}/manifest.json")  # which is written last
         known = self._layers.get(layer)
         if stamp is not None and (known is None or known.stamp != stamp):
             known = self._layers[layer] = self._told(path, stamp)
@@ -98,7 +98,7 @@ class StoredPatterns:
             ) from error
 
     def _there(self, name: str) -> bool:
-        return bool(self._store.folder.system.exists(self._store.folder.path(name)))
+        return bool(self._store.folder.filesystem.exists(self._store.folder.path(name)))
 
     def _read(self, name: str) -> bytes:
         with self._store.folder.open(name) as file:

@@ -45,7 +45,7 @@ def unit_page(net: Network, site: UrlBuilder, layer: str, unit: int) -> dict[str
     if told["selectivity"] is not None:
         facts["selectivity"] = f"{told['selectivity']:.2f}"
     return {
-        "pictures": f"{store.images_count:,}",
+        "pictures": f"{store.num_images:,}",
         "warnings": ["This unit is dead: on none of the pictures did it answer."] if dead else [],
         "examples": [_shown(net, site, example, i) for i, example in enumerate(examples)],
         "src": site.patches(net, layer, unit, "top") if len(examples) else None,
@@ -164,7 +164,7 @@ def class_page(net: Network, site: UrlBuilder, index: int) -> dict[str, Any]:
 
 def image_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
     """A picture of the data set. Raises MissingError where there is none of that number."""
-    if net.store is None or not 0 <= number < net.store.images_count:
+    if net.store is None or not 0 <= number < net.store.num_images:
         raise UnknownResource(f"there is no picture {number} in the data set here")
     own = net.store.image(number)
     return {
@@ -227,7 +227,7 @@ class Views:
         sheet = Image.new("RGB", (SIDE * max(1, len(examples)), SIDE * (1 if kind == "best" else 2)), "gray")
         for i, example in enumerate(examples):
             view = self._kept(example.image, example.view)  # which knows already what the store says of the picture
-            sheet.paste(_squared(view.cut(example.box)), (i * SIDE, 0))
+            sheet.paste(_squared(view.crop(example.box)), (i * SIDE, 0))
             if kind != "best":
                 sheet.paste(_squared(view.framed(example.box)), (i * SIDE, SIDE))
         return encode_image(sheet, quality=78)

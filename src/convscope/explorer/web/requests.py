@@ -104,7 +104,7 @@ class RequestRunner:
 
     def open_dataset_image(self, asker: Client, net: Network, number: int) -> str:
         """A picture of the data set, put on the shelf; its key."""
-        if net.key not in self.views or net.store is None or not 0 <= number < net.store.images_count:
+        if net.key not in self.views or net.store is None or not 0 <= number < net.store.num_images:
             raise UnknownResource(f"there is no picture {number} in the data set here")
         store = net.store
         view = self.views[net.key].get(number)

@@ -96,7 +96,7 @@ def router(desk: RequestRunner) -> APIRouter:
     @routes.get("/thumbnail")
     async def thumbnail(request: Request, number: int, v: str) -> Response:
         net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
-        if net is None or net.store is None or not 0 <= number < net.store.images_count:
+        if net is None or net.store is None or not 0 <= number < net.store.num_images:
             raise UnknownResource("there is no such picture here")
         owner, views = net, desk.views[net.key]
         make = lambda asker: explorer.cached_image(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
