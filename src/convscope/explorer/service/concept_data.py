@@ -118,7 +118,9 @@ def describe_concepts(net: Network, result: SavedResult, arrays: Arrays) -> dict
         ],
         "judged": [
             {"name": plain_name(result.image_names[int(n)]), "logit": float(logit), "rebuilt": float(rebuilt)}
-            for n, logit, rebuilt in zip(arrays["evaluated_indices"], arrays["logits"], arrays["reconstructed_logits"], strict=True)
+            for n, logit, rebuilt in zip(
+                arrays["evaluated_indices"], arrays["logits"], arrays["reconstructed_logits"], strict=True
+            )
         ],
         "notes": list(result.manifest["notes"]),
     }
@@ -215,7 +217,7 @@ def _numbered(explorer: Explorer, net: Network, one: SavedResult) -> list[int | 
     assert net.store is not None
     found: list[int | None] | None = explorer.cache.get(("numbers", one.version))
     if found is None:
-        found = ids_by_name(net.store, one.images)
+        found = ids_by_name(net.store, one.image_names)
         explorer.cache.put(("numbers", one.version), found)
     return found
 
