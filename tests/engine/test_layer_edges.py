@@ -1,15 +1,12 @@
-"""How data flows between layers, told by one traced pass; and how that is laid out to be drawn."""
+"""How data flows between layers, traced in one forward pass."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import convscope
-from convscope.explorer.views.layout import figure, layout, marks
 from tests.oracles.nets import Twice, filled
 
 
@@ -141,62 +138,3 @@ def test_the_blocks_of_a_real_residual_network(resnet18):
     assert ("layer2.0.relu#2", "layer2.1.relu#2") in found
     assert ("layer1.1.relu#2", "layer2.0.conv1") in found
     assert ("layer1.1.relu#2", "layer2.0.downsample.0") in found
-
-
-# --- the drawing ---
-
-
-def crossed(where, start: int, end: int) -> list[int]:
-    """Layers that lie on the way of a line, which keeps to the lane that it comes from."""
-    between = range(where.column[start] + 1, where.column[end])
-    return [
-        i
-        for i, (column, lane) in enumerate(zip(where.column, where.lane, strict=True))
-        if column in between and lane == where.lane[start]
-    ]
-
-
-RESIDUAL = [(0, 1), (1, 2), (2, 3), (0, 3), (3, 4)]
-INCEPTION = [(0, 1), (0, 2), (2, 3), (0, 4), (4, 5), (5, 6), (1, 7), (3, 7), (6, 7), (7, 8)]
-DENSE = list(itertools.combinations(range(6), 2))
-
-
-@pytest.mark.parametrize(
-    ("edges", "lanes", "arcs"),
-    [
-        ([(0, 1), (1, 2)], 1, []),
-        (RESIDUAL, 1, [(0, 3)]),
-        (INCEPTION, 3, []),
-        (DENSE, 1, [(a, b) for a, b in DENSE if b - a > 1]),
-    ],
-)
-def test_layers_lie_side_by_side_and_lines_have_a_free_way(edges, lanes, arcs):
-    where = layout(1 + max(max(pair) for pair in edges), edges)
-    assert (where.lanes, where.arcs) == (lanes, arcs)
-    cells = list(zip(where.column, where.lane, strict=True))
-    assert len(set(cells)) == len(cells)
-    assert all(where.column[start] < where.column[end] for start, end in edges)
-    assert sorted(where.lines + where.arcs) == sorted(edges)
-    assert all(crossed(where, *line) == [] for line in where.lines)
-
-
-def test_real_networks_are_drawn_without_collisions(resnet18):
-    networks = [resnet18, convscope.load("torchvision:inception_v3", weights="random")]
-    for model, lanes, arcs in zip(networks, (2, 6), (5, 2), strict=True):
-        rows = model.layers.distinct()
-        numbers = {row.name: i for i, row in enumerate(rows)}
-        where = layout(len(rows), [(numbers[a], numbers[b]) for a, b in model.layers.edges(numbers)])
-        assert len(set(zip(where.column, where.lane, strict=True))) == len(rows)
-        assert (where.lanes, len(where.arcs)) == (lanes, arcs)
-        assert all(crossed(where, *line) == [] for line in where.lines)
-
-
-def test_sizes_are_written_where_they_change_and_never_over_each_other():
-    assert marks([0, 1, 2, 2, 3, 4, 5], [8, 8, 8, 4, 4, 2, 1], 2) == [(0, 8), (3, 4), (5, 1)]
-    drawn = figure([224] * 3 + [112, 56, 28], [(i, i + 1) for i in range(5)])
-    gaps = [b[0] - a[0] for a, b in itertools.pairwise(drawn["marks"])]
-    assert min(gaps) * drawn["step"] >= 30
-
-
-def test_a_network_without_maps_is_an_empty_drawing():
-    assert figure([], [])["lanes"] == 0

@@ -21,11 +21,11 @@ from starlette.testclient import TestClient
 import convscope
 from convscope.explorer.app import create_app
 from convscope.explorer.publish import publish
+from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, TILE_SIZE, ExampleSheets
 from convscope.explorer.service.patterns import PatternCache, PatternSpec
 from convscope.explorer.service.state import Explorer
-from convscope.explorer.urls import StaticUrls, clean, file_of
-from convscope.explorer.views.pages import Pages
-from convscope.explorer.views.store_views import COUNT, SIDE, Views
+from convscope.explorer.urls import StaticUrls, page_file, safe_name
+from convscope.explorer.views import story_page
 from tests.oracles.explorer import CLASSES, HOSTILE, data_folder, picture, tiny_model
 from tests.oracles.nets import Usual, filled
 
@@ -77,7 +77,7 @@ def test_every_unit_layer_class_and_example_has_a_page(site, store):
     tops = {
         int(p)
         for layer in store.layers
-        for p in store.top_pictures(layer, 0, store.unit_counts[layer])[:, :COUNT].ravel()
+        for p in store.top_pictures(layer, 0, store.unit_counts[layer])[:, :EXAMPLES_PER_UNIT].ravel()
     }
     assert {f"m/tiny/data/{p}.html" for p in tops} <= found
     assert (site / "manifest.json").exists()
@@ -133,7 +133,7 @@ def test_a_page_that_cannot_be_made_is_named_and_the_others_are_published(model,
     def refuse(pages, net):
         raise convscope.ConvscopeError("is torn")
 
-    monkeypatch.setattr(Pages, "story", refuse)
+    monkeypatch.setattr(story_page, "build", refuse)
     failed = publish({"tiny": model}, store, tmp_path / "site")
     assert [(failure.name, failure.reason) for failure in failed] == [("m/tiny/story.html", "is torn")]
     assert (tmp_path / "site/m/tiny/unit/relu3/2.html").exists()
@@ -150,7 +150,7 @@ def test_a_unit_page_tells_what_the_store_knows(site, store):
     text = (site / "m/tiny/unit/relu3/2.html").read_text()
     own = store.unit("relu3", 2)
     assert f"{own.statistics['maximum']:.4g}" in text
-    for example in own.examples(COUNT):
+    for example in own.examples(EXAMPLES_PER_UNIT):
         assert f">{example.value:.3g}<" in text
     for name, _, mean, _ in own.classes(5):
         assert name in text
@@ -162,12 +162,12 @@ def test_a_unit_page_tells_what_the_store_knows(site, store):
 
 def test_the_examples_on_a_sheet_are_the_stores(site, store):
     sheet = np.asarray(Image.open(site / "m/tiny/unit/relu1/4-top.webp").convert("RGB"), int)
-    examples = store.unit("relu1", 4).examples(COUNT)
-    assert sheet.shape == (2 * SIDE, SIDE * len(examples), 3)
+    examples = store.unit("relu1", 4).examples(EXAMPLES_PER_UNIT)
+    assert sheet.shape == (2 * TILE_SIZE, TILE_SIZE * len(examples), 3)
     for i, example in enumerate(examples):
         patch = np.asarray(example.patch(), int).mean((0, 1))
-        tile = sheet[:SIDE, i * SIDE : (i + 1) * SIDE]
-        middle = tile[SIDE // 2 - 8 : SIDE // 2 + 8, SIDE // 2 - 8 : SIDE // 2 + 8].mean((0, 1))
+        tile = sheet[:TILE_SIZE, i * TILE_SIZE : (i + 1) * TILE_SIZE]
+        middle = tile[TILE_SIZE // 2 - 8 : TILE_SIZE // 2 + 8, TILE_SIZE // 2 - 8 : TILE_SIZE // 2 + 8].mean((0, 1))
         assert np.abs(patch - middle).max() < 40
 
 
@@ -204,11 +204,11 @@ def test_a_folder_that_cannot_be_written_is_named(model, store, tmp_path):
 
 
 def test_files_have_names_of_their_own():
-    assert file_of("m", "lite0", "unit", "a/b", 3) != file_of("m", "lite0", "unit", "a-b", 3)
+    assert page_file("m", "lite0", "unit", "a/b", 3) != page_file("m", "lite0", "unit", "a-b", 3)
     for part in ("../../etc", "a/b", "CON:", "x" * 300, "\x00"):
-        assert "/" not in clean(part)
-        assert clean(part) not in ("..", ".")
-        assert len(clean(part)) < 120
+        assert "/" not in safe_name(part)
+        assert safe_name(part) not in ("..", ".")
+        assert len(safe_name(part)) < 120
 
 
 # --- the live pages with a store ---
@@ -254,5 +254,5 @@ def test_layers_are_measured_by_the_store(client, store):
 
 
 def test_a_view_that_is_used_again_is_not_decoded_again(store):
-    views = Views(store)
-    assert views.get(2) is views.get(2)
+    sheets = ExampleSheets(store)
+    assert sheets.view(2) is sheets.view(2)

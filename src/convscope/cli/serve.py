@@ -98,7 +98,7 @@ def publish(
             opened,
             out,
             images=image or (),
-            keep=keep or cache_folder(),
+            cache_dir=keep or cache_folder(),
             workers=workers,
             progress=progress,
         )

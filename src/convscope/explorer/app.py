@@ -18,12 +18,26 @@ from starlette.exceptions import HTTPException
 from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import UnknownResource
-from convscope.explorer.service.jobs import ClientDisconnected, QueueFull, RequestTimeout
+from convscope.explorer.service.jobs import Client, ClientDisconnected, QueueFull, RequestTimeout
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.service.uploads import Decoder
 from convscope.explorer.urls import LiveUrls
-from convscope.explorer.views import concept_views
-from convscope.explorer.views.pages import Page, Pages
+from convscope.explorer.views import (
+    api_page,
+    atlas_page,
+    class_page,
+    concepts_page,
+    error_page,
+    example_page,
+    glossary_page,
+    image_page,
+    layer_page,
+    network_page,
+    saved_results_page,
+    story_page,
+    unit_page,
+)
+from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.web import routes_api, routes_concepts, routes_images, security
 from convscope.explorer.web.middleware import SecurityMiddleware
 from convscope.explorer.web.requests import RequestRunner
@@ -93,9 +107,8 @@ def create_app(
         wait = {"Retry-After": "5"} if status == 503 else None
         if request.url.path.startswith(("/api/", "/image/")):
             return JSONResponse({"error": reason}, status, headers=wait)
-        title = "Not here" if status == 404 else "That did not work"
-        page = Page("error.html", title, {"kind": "error", "live": True}, {"net": explorer.first, "reason": reason})
-        return HTMLResponse(desk.pages(None, site).render(page), status, headers=wait)
+        context = desk.page_context(None, site)
+        return HTMLResponse(render(error_page.build(context, status, reason), context), status, headers=wait)
 
     @app.exception_handler(ConvscopeError)
     async def _(request: Request, problem: ConvscopeError) -> Response:
@@ -117,10 +130,10 @@ def create_app(
         told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors())
         return error(request, 422, told)
 
-    async def show(request: Request, make: Callable[[Pages], Page]) -> Response:
-        def page(asker: Any) -> str:
-            pages = desk.pages(asker, site)
-            return pages.render(make(pages))
+    async def show(request: Request, build: Callable[[PageContext], Page]) -> Response:
+        def page(client: Client) -> str:
+            context = desk.page_context(client, site)
+            return render(build(context), context)
 
         return HTMLResponse(await desk.run(request, page))
 
@@ -130,98 +143,97 @@ def create_app(
     def home(request: Request) -> Response:
         net = explorer.first
         samples = explorer.images.samples
-        parts = ("m", net.key, "picture", samples[0].key) if net.takes_images and samples else ("m", net.key)
+        parts = ("m", net.key, "image", samples[0].key) if net.takes_images and samples else ("m", net.key)
         return RedirectResponse(site.page(*parts), 307)
 
     @app.get("/glossary", **hidden)
     async def glossary(request: Request) -> Response:
-        return await show(request, lambda pages: pages.glossary())
+        return await show(request, glossary_page.build)
 
     @app.get("/docs", **hidden)
     async def docs(request: Request) -> Response:
-        more = {"net": explorer.first, "spec": app.openapi()}
-        return await show(request, lambda _: Page("api.html", "For programs", {"kind": "api", "live": True}, more))
+        return await show(request, lambda context: api_page.build(context, app.openapi()))
 
     @app.get("/m/{model}", **hidden)
     async def network(request: Request, model: str) -> Response:
-        return await show(request, lambda pages: pages.network(explorer.network(model)))
+        return await show(request, lambda context: network_page.build(context, explorer.network(model)))
 
     @app.get("/m/{model}/story", **hidden)
     async def story(request: Request, model: str) -> Response:
-        return await show(request, lambda pages: pages.story(explorer.network(model)))
+        return await show(request, lambda context: story_page.build(context, explorer.network(model)))
 
-    @app.get("/m/{model}/picture/{picture}", **hidden)
-    @app.get("/m/{model}/picture/{picture}/class/{target}", **hidden)
+    @app.get("/m/{model}/image/{image}", **hidden)
+    @app.get("/m/{model}/image/{image}/class/{target}", **hidden)
     async def picture(request: Request, model: str, picture: str, target: int | None = None) -> Response:
-        def make(pages: Pages) -> Page:
+        def build(context: PageContext) -> Page:
             net = explorer.network(model)
             if target is not None:
                 net.require_class(target)
-            return pages.image(net, explorer.images.find(picture), target)
+            return image_page.build(context, net, explorer.images.find(picture), target)
 
-        return await show(request, make)
+        return await show(request, build)
 
     @app.get("/m/{model}/layer/{layer:path}", **hidden)
     async def layer(
         request: Request, model: str, layer: str, picture: str | None = None, target: int | None = None
     ) -> Response:
-        def make(pages: Pages) -> Page:
+        def build(context: PageContext) -> Page:
             net = explorer.network(model)
             if target is not None:
                 net.require_class(target)
-            return pages.layer(net, net.layer(layer), desk.find_image(net, picture), target)
+            return layer_page.build(context, net, net.layer(layer), desk.find_image(net, picture), target)
 
-        return await show(request, make)
+        return await show(request, build)
 
     @app.get("/m/{model}/unit/{layer:path}/{unit:int}", **hidden)
     async def unit(request: Request, model: str, layer: str, unit: int, shown: Shown) -> Response:
-        def make(pages: Pages) -> Page:
+        def build(context: PageContext) -> Page:
             net = explorer.network(model)
             net.require_unit(layer, unit)
             what = explorer.resolve_pattern(net, layer, unit, shown.look, shown.recipe, shown.seed)
-            return pages.unit(net, layer, unit, desk.find_image(net, shown.image), what)
+            return unit_page.build(context, net, layer, unit, desk.find_image(net, shown.image), what)
 
-        return await show(request, make)
+        return await show(request, build)
 
     @app.get("/m/{model}/class/{target}", **hidden)
     async def class_(request: Request, model: str, target: int, shown: Shown) -> Response:
-        def make(pages: Pages) -> Page:
+        def build(context: PageContext) -> Page:
             net = explorer.network(model)
             net.require_class(target)
             what = explorer.resolve_pattern(net, LOGITS, target, shown.look, shown.recipe, shown.seed)
-            return pages.class_(net, target, desk.find_image(net, shown.image), what)
+            return class_page.build(context, net, target, desk.find_image(net, shown.image), what)
 
-        return await show(request, make)
+        return await show(request, build)
 
     @app.get("/m/{model}/concepts", **hidden)
     async def kept(request: Request, model: str) -> Response:
-        return await show(request, lambda pages: concept_views.index(pages, explorer.network(model)))
+        return await show(request, lambda context: saved_results_page.build(context, explorer.network(model)))
 
     @app.get("/m/{model}/concepts/{target}", **hidden)
     @app.get("/m/{model}/concepts/{target}/{layer:path}", **hidden)
     async def concepts(
         request: Request, model: str, target: int, layer: str | None = None, picture: str | None = None
     ) -> Response:
-        def make(pages: Pages) -> Page:
+        def build(context: PageContext) -> Page:
             net = explorer.network(model)
             net.require_class(target)
-            return concept_views.concepts(pages, net, target, layer, desk.find_image(net, picture))
+            return concepts_page.build(context, net, target, layer, desk.find_image(net, picture))
 
-        return await show(request, make)
+        return await show(request, build)
 
     @app.get("/m/{model}/atlas/{name}", **hidden)
     async def atlas(request: Request, model: str, name: str) -> Response:
-        return await show(request, lambda pages: concept_views.atlas(pages, explorer.network(model), name))
+        return await show(request, lambda context: atlas_page.build(context, explorer.network(model), name))
 
     @app.get("/m/{model}/data/{number}", **hidden)
     async def example(request: Request, model: str, number: int) -> Response:
-        return await show(request, lambda pages: pages.example(explorer.network(model), number))
+        return await show(request, lambda context: example_page.build(context, explorer.network(model), number))
 
     @app.post("/m/{model}/data/{number}/open", **hidden)
     async def open_example(request: Request, model: str, number: int) -> Response:
         net = explorer.network(model)
         key = await desk.run(request, lambda asker: desk.open_dataset_image(asker, net, number))
-        return RedirectResponse(site.page("m", net.key, "picture", key), 303)
+        return RedirectResponse(site.page("m", net.key, "image", key), 303)
 
     @app.get("/static/{name}", **hidden)
     def static(name: str) -> Response:

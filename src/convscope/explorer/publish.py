@@ -1,13 +1,13 @@
-"""The explorer's pages as files: the same templates, relative links, no server needed."""
+"""Publish the explorer's pages as files: the templates of the live pages, relative links, no server."""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -16,20 +16,38 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.app import assets
 from convscope.explorer.service import concept_data
+from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, ExampleSheets
 from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer, Network
-from convscope.explorer.urls import Parts, StaticUrls, file_of
-from convscope.explorer.views import concept_views
-from convscope.explorer.views.pages import Page, Pages
-from convscope.explorer.views.store_views import Views
+from convscope.explorer.urls import Parts, StaticUrls, page_file, patches_file
+from convscope.explorer.views import (
+    atlas_page,
+    class_page,
+    concepts_page,
+    example_page,
+    glossary_page,
+    image_page,
+    layer_page,
+    network_page,
+    saved_results_page,
+    story_page,
+    unit_page,
+)
+from convscope.explorer.views.page import Page, PageContext, render
+from convscope.explorer.views.saved_links import page_parts
 from convscope.explorer.web.routes_images import chapter_sheet, story_figure
+from convscope.featurevis.layer_story import Story
 from convscope.images.loading import Failure
 from convscope.results import atomic_write, versions, write_json
 from convscope.store.saved_results import SavedResult
 from convscope.store.store import Store, open_store
 
-CHUNK = 48  # units whose examples one process cuts out at a time
+UNITS_PER_TASK = 48  # units whose examples a worker process renders at a time
+MAX_THUMBNAIL = 320  # pixels
+
+BuildPage = Callable[[PageContext], Page]
 
 
 def publish(
@@ -38,28 +56,87 @@ def publish(
     out: Path,
     *,
     images: Sequence[str] = (),
-    keep: Path | None = None,
+    cache_dir: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> list[Failure]:
-    """Write a site: the pages of the network, of the store's layers and units, of its classes and examples.
+    """Write a site with the pages of a network, its layers, units and classes, and the examples in a store.
 
-    pictures: with which the pages walk through the network; default: the sample photographs. keep: where patterns are
-    kept; those that are there are shown. workers: processes that cut out examples. Returns the units whose examples
-    could not be cut out, and the pictures and pages that could not be made. Raises ConvscopeError if the store was made
-    with other weights, or the folder cannot be written.
+    Parameters
+    ----------
+    models : mapping of str to Model
+        By the name that each was loaded by.
+    store : Store
+    out : Path
+        Folder of the site; created if needed, existing files are replaced.
+    images : sequence of str, optional
+        Paths of the images that get pages of their own; the sample photographs if omitted.
+    cache_dir : Path, optional
+        Folder with generated patterns; those in it are shown.
+    workers : int
+        Number of processes that render examples.
+    progress : callable, optional
+        ``progress(done, total)``.
+
+    Returns
+    -------
+    list of Failure
+        Units whose examples could not be rendered, and images and pages that could not be made.
+
+    Raises
+    ------
+    ConvscopeError
+        If the store was made with other weights, or the folder cannot be written.
     """
-    explorer = Explorer(models, store=store, cache_dir=keep, cache_bytes=1 << 30)
+    explorer = Explorer(models, store=store, cache_dir=cache_dir, cache_bytes=1 << 30)
     try:
         if images:
             explorer.images.add_samples(images)
         else:
             explorer.add_samples()
-        return _SiteWriter(explorer, store, out).run(workers, progress)
+        return _SiteWriter(explorer, store, out).write(workers, progress)
     except OSError as error:
         raise ConvscopeError(f"cannot write into {out}: {error.strerror or error}") from error
     finally:
         explorer.close()
+
+
+class _SiteImages:
+    """Renders the images that pages refer to; see `urls.ImageRenderer`."""
+
+    def __init__(self, explorer: Explorer, store: Store, client: Client) -> None:
+        self._explorer, self._client = explorer, client
+        self._sheets = ExampleSheets(store)
+
+    def photo(self, image: RegisteredImage, max_size: int) -> bytes:
+        return encode_image(image.resized(max_size))
+
+    def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> bytes:
+        return self._explorer.feature_map_sheet(self._client, network, image, layer)[0]
+
+    def pattern(self, network: Network, spec: PatternSpec) -> bytes:
+        pattern = self._explorer.get_pattern(network, spec)
+        if pattern is None:
+            raise ConvscopeError(f"the pattern of {spec.layer} {spec.unit} is not available any more")
+        return encode_image(Image.open(io.BytesIO(pattern["image"])), quality=88)
+
+    def thumbnail(self, index: int) -> bytes:
+        return self._sheets.thumbnail(index, MAX_THUMBNAIL)
+
+    def story_chapter(self, network: Network, index: int) -> bytes:
+        return chapter_sheet(self._story(network), index)
+
+    def story_figure(self, network: Network) -> bytes:
+        return story_figure(self._story(network))
+
+    def saved_sheet(self, result: SavedResult, sheet: str) -> bytes:
+        return concept_data.render_sheet(concept_data.load_arrays(self._explorer, result), sheet)
+
+    def _story(self, network: Network) -> Story:
+        story = self._explorer.get_story(network)
+        if story is None:
+            raise ConvscopeError(f"the story of {network.model.name} is not available any more")
+        return story
 
 
 class _SiteWriter:
@@ -67,202 +144,170 @@ class _SiteWriter:
 
     def __init__(self, explorer: Explorer, store: Store, out: Path) -> None:
         self._explorer, self._store, self._out = explorer, store, out
-        self._net = next(net for net in explorer.networks.values() if net.store is not None)
-        self._layers = [name for name in store.layers if name in self._net.model.layers.names]
+        self._network = next(network for network in explorer.networks.values() if network.store is not None)
+        self._layers = [name for name in store.layers if name in self._network.model.layers.names]
+        self._client = Client("publish", float("inf"))
+        self._images = _SiteImages(explorer, store, self._client)
         self._written: set[str] = set()
-        self._failed: list[Failure] = []
-        self._views = Views(store)
-        self._asker = Client("publish", float("inf"))
+        self._failures: list[Failure] = []
 
-    def run(self, workers: int, progress: Progress | None) -> list[Failure]:
-        out = self._out
-        (out / "static").mkdir(parents=True, exist_ok=True)
-        (out / "manifest.json").unlink(missing_ok=True)
+    def write(self, workers: int, progress: Progress | None) -> list[Failure]:
+        """Write all files; the manifest comes last. Returns what could not be made."""
+        (self._out / "static").mkdir(parents=True, exist_ok=True)
+        (self._out / "manifest.json").unlink(missing_ok=True)
         for name, content in assets().items():
-            self._put(f"static/{name}", content)
-        todo = [(layer, unit) for layer in self._units_of() for unit in range(self._net.num_units(layer))]
+            self._write_file(f"static/{name}", content)
+        units = [(layer, unit) for layer in self._scanned_layers() for unit in range(self._network.num_units(layer))]
         pages = list(self._planned_pages())
-        total, done = len(pages) + len(todo), 0
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            names = {(layer, unit): self._patches_file(layer, unit) for layer, unit in todo}
-            cutting = [
-                pool.submit(_cut, self._store.address, str(out), [(*one, names[one]) for one in part])
-                for part in balanced_chunks(todo, CHUNK)
-            ]
-            for parts, make in pages:
-                try:
-                    self._page(parts, make)
-                except ConvscopeError as error:
-                    self._failed.append(Failure(file_of(*parts), str(error)))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            for work, part in zip(cutting, balanced_chunks(todo, CHUNK), strict=True):
-                self._failed += work.result()
-                done += len(part)
-                if progress is not None:
-                    progress(done, total)
-        described = self._net.model.describe()
-        data = {name: self._store.manifest["data"][name] for name in ("images", "fingerprint")}
-        told = {"kind": "site", "model": described, "store": data, "versions": versions()}
-        write_json(out / "manifest.json", told)
-        return self._failed
+        done, total = 0, len(pages) + len(units)
 
-    def _units_of(self) -> list[str]:
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            tasks = [(self._submit_sheets(pool, chunk), len(chunk)) for chunk in balanced_chunks(units, UNITS_PER_TASK)]
+            for parts, build in pages:
+                self._write_page(parts, build)
+                advance(1)
+            for future, count in tasks:
+                self._failures += future.result()
+                advance(count)
+        self._write_manifest()
+        return self._failures
+
+    def _scanned_layers(self) -> list[str]:
         return [*self._layers, *([LOGITS] if LOGITS in self._store.layers else [])]
 
-    def _planned_pages(self) -> Iterator[tuple[Parts, Callable[[Pages], Page]]]:
-        """Every page: its address, and how it is made."""
-        net, key = self._net, self._net.key
-        samples = self._explorer.images.samples if net.takes_images and net.classifies() else []
-        yield ("m", key), lambda pages: pages.network(net)
-        yield ("m", key, "story"), lambda pages: pages.story(net)
-        yield ("glossary",), lambda pages: pages.glossary()
+    def _planned_pages(self) -> Iterator[tuple[Parts, BuildPage]]:
+        """Yield the address of every page and the function that builds it."""
+        network, key = self._network, self._network.key
+        samples = self._explorer.images.samples if network.takes_images and network.classifies() else []
+        yield ("m", key), partial(network_page.build, network=network)
+        yield ("m", key, "story"), partial(story_page.build, network=network)
+        yield ("glossary",), glossary_page.build
         for image in samples:
-            yield ("m", key, "picture", image.key), partial(_image, net, image, None)
-            for row in self._explorer.predictions(self._asker, net, image):
-                yield (
-                    ("m", key, "picture", image.key, "class", row["index"]),
-                    partial(_image, net, image, row["index"]),
-                )
+            yield ("m", key, "image", image.key), partial(image_page.build, network=network, image=image)
+            for index in self._predicted_classes(image):
+                build = partial(image_page.build, network=network, image=image, target=index)
+                yield ("m", key, "image", image.key, "class", index), build
         for layer in self._layers:
-            yield ("m", key, "layer", layer), partial(_layer, net, layer)
-            for unit in range(net.num_units(layer)):
-                yield ("m", key, "unit", layer, unit), partial(_unit, net, layer, unit)
-        for index in range(net.model.num_outputs or 0):
-            yield ("m", key, "class", index), partial(_class, net, index)
-        yield ("m", key, "concepts"), lambda pages: concept_views.index(pages, net)
-        for one in concept_data.saved_concepts(net):
-            yield concept_data.parts_of(net, one), partial(_concepts, net, one)
-        for one in concept_data.saved_atlases(net):
-            yield concept_data.parts_of(net, one), partial(_atlas, net, one.name)
-        for number in self._shown():
-            yield ("m", key, "data", number), partial(_example, net, number)
-        first = samples[0] if samples else None
-        yield (), (lambda pages: pages.network(net)) if first is None else partial(_image, net, first, None)
+            yield ("m", key, "layer", layer), partial(_layer_page, network=network, layer=layer)
+            for unit in range(network.num_units(layer)):
+                yield ("m", key, "unit", layer, unit), partial(_unit_page, network=network, layer=layer, unit=unit)
+        for index in range(network.model.num_outputs or 0):
+            yield ("m", key, "class", index), partial(_class_page, network=network, index=index)
+        yield ("m", key, "concepts"), partial(saved_results_page.build, network=network)
+        for result in concept_data.saved_concepts(network):
+            target = result.target or 0
+            build = partial(concepts_page.build, network=network, target=target, layer=result.layer, image=None)
+            yield page_parts(network, result), build
+        for result in concept_data.saved_atlases(network):
+            yield page_parts(network, result), partial(atlas_page.build, network=network, name=result.name)
+        for index in self._example_indices():
+            yield ("m", key, "data", index), partial(example_page.build, network=network, index=index)
+        if samples:
+            yield (), partial(image_page.build, network=network, image=samples[0])
+        else:
+            yield (), partial(network_page.build, network=network)
 
-    def _shown(self) -> list[int]:
-        """The pictures of the data set that units show as examples."""
-        from convscope.explorer.views.store_views import COUNT
+    def _predicted_classes(self, image: RegisteredImage) -> list[int]:
+        predictions = self._explorer.predictions(self._client, self._network, image)
+        return [row["index"] for row in predictions]
 
-        found: set[int] = set()
-        for layer in self._units_of():
-            best = self._store.top_images(layer, 0, self._store.unit_counts[layer])[:, :COUNT]
-            found |= {int(p) for p in best.ravel() if p >= 0}
-        for one in concept_data.saved_atlases(self._net):
-            cells = concept_data.describe_atlas(
-                self._explorer, self._net, one, concept_data.load_arrays(self._explorer, one)
-            )["cells"]
-            numbers = {shown["number"] for cell in cells for shown in cell["pictures"]}
-            found |= numbers - {None}
-        return sorted(found)
+    def _example_indices(self) -> list[int]:
+        """Return the images of the data set that are examples of a unit or a cell of an atlas."""
+        indices: set[int] = set()
+        for layer in self._scanned_layers():
+            top = self._store.top_images(layer, 0, self._store.unit_counts[layer])[:, :EXAMPLES_PER_UNIT]
+            indices.update(top[top >= 0].tolist())
+        for result in concept_data.saved_atlases(self._network):
+            arrays = concept_data.load_arrays(self._explorer, result)
+            description = concept_data.describe_atlas(self._explorer, self._network, result, arrays)
+            cell_images = [image["index"] for cell in description["cells"] for image in cell["images"]]
+            indices.update(index for index in cell_images if index is not None)
+        return sorted(indices)
 
     def _is_planned(self, parts: Parts) -> bool:
-        """Whether a page is written; without asking for all that are."""
+        """Return whether the site has a page, without listing all pages."""
         if parts[:1] != ("m",) or len(parts) == 2:
             return True
         kind = parts[2]
         if kind == "concepts" and len(parts) > 3:
-            return bool(concept_data.saved_concepts(self._net, int(parts[3])))
+            return bool(concept_data.saved_concepts(self._network, int(parts[3])))
         if kind in ("layer", "unit"):
             return parts[3] in self._layers
-        if kind == "picture" and len(parts) == 6:
-            image = self._explorer.images.find(str(parts[3]))
-            said = self._explorer.predictions(self._asker, self._net, image)
-            return parts[5] in [row["index"] for row in said]
+        if kind == "image" and len(parts) == 6:
+            return parts[5] in self._predicted_classes(self._explorer.images.find(str(parts[3])))
         return True
 
-    def _page(self, parts: Parts, make: Callable[[Pages], Page]) -> None:
-        site = StaticUrls(parts, self._is_planned, self._image, self._make)
-        pages = Pages(self._explorer, self._asker, site)
-        self._put(file_of(*parts), pages.render(make(pages)).encode(errors="backslashreplace"))
+    def _submit_sheets(self, pool: ProcessPoolExecutor, units: Sequence[tuple[str, int]]) -> Future[list[Failure]]:
+        files = [
+            (layer, unit, str(self._out / patches_file(self._network, layer, unit, "top"))) for layer, unit in units
+        ]
+        return pool.submit(_render_example_sheets, self._store.address, files)
 
-    def _image(self, name: str, make: Callable[[], bytes]) -> None:
-        if name not in self._written and not name.endswith("-top.webp"):  # those are cut out by other processes
+    def _write_page(self, parts: Parts, build: BuildPage) -> None:
+        urls = StaticUrls(parts, self._is_planned, self._write_image, self._images)
+        context = PageContext(self._explorer, self._client, urls)
+        try:
+            html = render(build(context), context)
+            self._write_file(page_file(*parts), html.encode(errors="backslashreplace"))
+        except ConvscopeError as error:
+            self._failures.append(Failure(page_file(*parts), str(error)))
+
+    def _write_image(self, name: str, render_image: Callable[[], bytes]) -> None:
+        """Write an image that a page refers to, once; the page is written even if this fails."""
+        if name not in self._written:
             self._written.add(name)
             try:
-                self._put(name, make())
-            except ConvscopeError as error:  # the page is worth having without it
-                self._failed.append(Failure(name, str(error)))
+                self._write_file(name, render_image())
+            except ConvscopeError as error:
+                self._failures.append(Failure(name, str(error)))
 
-    def _put(self, name: str, content: bytes) -> None:
-        path = self._out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
+    def _write_manifest(self) -> None:
+        data = {name: self._store.manifest["data"][name] for name in ("images", "fingerprint")}
+        model = self._network.model.describe()
+        manifest = {"kind": "site", "model": model, "store": data, "versions": versions()}
+        write_json(self._out / "manifest.json", manifest)
 
-    def _patches_file(self, layer: str, unit: int) -> str:
-        found: list[str] = []
-        site = StaticUrls((), self._is_planned, lambda name, _: found.append(name), self._make)
-        site.patches(self._net, layer, unit, "top")
-        return found[0]
-
-    def _make(self, route: str, **what: Any) -> bytes:
-        """A picture's content."""
-        if route == "photo":
-            return encode_image(what["picture"].shown(what["longest"]))
-        if route == "sheet":
-            return self._explorer.feature_map_sheet(self._asker, what["net"], what["picture"], what["layer"])[0]
-        if route == "thumbnail":
-            return self._views.thumbnail(what["number"], 320)
-        if route == "figure":
-            return story_figure(self._explorer.get_story(what["net"]))
-        if route == "chapter":
-            return chapter_sheet(self._explorer.get_story(what["net"]), what["number"])
-        if route == "kept":
-            return concept_data.render_sheet(concept_data.load_arrays(self._explorer, what["one"]), what["which"])
-        if route == "pattern":
-            import io
-
-            made = self._explorer.get_pattern(what["net"], what["what"]) or {}
-            return encode_image(Image.open(io.BytesIO(made["image"])), quality=88)
-        raise ValueError(route)
+    def _write_file(self, name: str, content: bytes) -> None:
+        _write(self._out / name, content)
 
 
-def _image(net: Network, image: RegisteredImage, target: int | None, pages: Pages) -> Page:
-    return pages.image(net, image, target)
+def _layer_page(context: PageContext, network: Network, layer: str) -> Page:
+    return layer_page.build(context, network, network.layer(layer), None)
 
 
-def _layer(net: Network, layer: str, pages: Pages) -> Page:
-    return pages.layer(net, net.layer(layer), None)
+def _unit_page(context: PageContext, network: Network, layer: str, unit: int) -> Page:
+    spec = context.explorer.resolve_pattern(network, layer, unit)
+    return unit_page.build(context, network, layer, unit, None, spec)
 
 
-def _unit(net: Network, layer: str, unit: int, pages: Pages) -> Page:
-    return pages.unit(net, layer, unit, None, pages.explorer.resolve_pattern(net, layer, unit))
+def _class_page(context: PageContext, network: Network, index: int) -> Page:
+    spec = context.explorer.resolve_pattern(network, LOGITS, index)
+    return class_page.build(context, network, index, None, spec)
 
 
-def _class(net: Network, index: int, pages: Pages) -> Page:
-    return pages.class_(net, index, None, pages.explorer.resolve_pattern(net, LOGITS, index))
+_worker_sheets: dict[str, ExampleSheets] = {}  # in a worker process: by the store's address
 
 
-def _concepts(net: Network, one: SavedResult, pages: Pages) -> Page:
-    return concept_views.concepts(pages, net, one.target or 0, one.layer, None)
-
-
-def _atlas(net: Network, name: str, pages: Pages) -> Page:
-    return concept_views.atlas(pages, net, name)
-
-
-def _example(net: Network, number: int, pages: Pages) -> Page:
-    return pages.example(net, number)
-
-
-_open: dict[str, Views] = {}  # of a worker process: the store it reads
-
-
-def _cut(address: str, out: str, units: Sequence[tuple[str, int, str]]) -> list[Failure]:
-    """In a worker process: the examples of some units, each written to its file."""
-    if address not in _open:
-        _open[address] = Views(open_store(address))
-    failed = []
-    for layer, unit, name in units:
-        path = Path(out) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _render_example_sheets(address: str, units: Sequence[tuple[str, int, str]]) -> list[Failure]:
+    """Render the examples of units (layer, unit, file) in a worker process."""
+    if address not in _worker_sheets:
+        _worker_sheets[address] = ExampleSheets(open_store(address))
+    failures = []
+    for layer, unit, file in units:
         try:
-            content = _open[address].sheet(layer, unit, "top")
+            _write(Path(file), _worker_sheets[address].sheet(layer, unit))
         except ConvscopeError as error:
-            failed.append(Failure(f"{layer} {unit}", str(error)))
-            continue
-        with atomic_write(path) as file:
-            file.write(content)
-    return failed
+            failures.append(Failure(f"{layer} {unit}", str(error)))
+    return failures
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(content)

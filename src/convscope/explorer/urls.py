@@ -1,4 +1,4 @@
-"""Addresses of pages and pictures: the live explorer's, and those between the files of a published one."""
+"""Addresses of pages and images: on the live server, and between the files of a published site."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote, urlencode
 
 from convscope.explorer.service.images import RegisteredImage
@@ -16,46 +16,60 @@ from convscope.results import file_names
 from convscope.sources.api import BY_PREFIX
 from convscope.store.saved_results import SavedResult
 
+Parts = tuple[str | int, ...]
+"""The parts of a page's address, as in ("m", "lite0", "unit", "conv1", 3)."""
+
 
 class UrlBuilder(Protocol):
-    """Where things are, as seen from the page that is being made."""
+    """Addresses as seen from the page that is being built."""
 
     live: bool
+    """Whether a server answers requests for more."""
 
     def source(self, name: str) -> str:
-        """A picture or network as a user's line names it; on public pages it is not said where files lie."""
+        """Return the name of an image or a network in code snippets; published pages do not disclose folders."""
 
     def page(self, *parts: str | int) -> str:
-        """A page's address: ("m", "lite0", "unit", "conv1", 3), say. Empty where there is no such page."""
+        """Return the address of a page, or '' if there is no such page."""
 
     def static(self, name: str) -> str:
-        """A file of ours: style, scripts."""
+        """Return the address of a script, a style sheet or an icon."""
 
-    def photo(self, image: RegisteredImage, longest: int) -> str: ...
+    def photo(self, image: RegisteredImage, max_size: int) -> str:
+        """Return the address of an image, its longer side at most `max_size` pixels."""
 
-    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str: ...
+    def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> str:
+        """Return the address of the sheet with all activation maps of a layer."""
 
-    def pattern(self, net: Network, what: PatternSpec) -> str: ...
+    def pattern(self, network: Network, spec: PatternSpec) -> str:
+        """Return the address of a pattern."""
 
-    def patches(self, net: Network, layer: str, unit: int, kind: str) -> str: ...
+    def patches(self, network: Network, layer: str, unit: int, kind: str) -> str:
+        """Return the address of the sheet with a unit's examples: "top", "bottom" or "best"."""
 
-    def thumbnail(self, net: Network, number: int) -> str: ...
+    def thumbnail(self, network: Network, index: int) -> str:
+        """Return the address of an image of the data set."""
 
-    def chapter(self, net: Network, number: int) -> str: ...
+    def story_chapter(self, network: Network, index: int) -> str:
+        """Return the address of the patterns of one chapter of the story."""
 
-    def kept(self, net: Network, one: SavedResult, which: str) -> str:
-        """A sheet of pictures of concepts or of an atlas."""
+    def story_figure(self, network: Network) -> str:
+        """Return the address of the figure of the whole story."""
 
-    def figure(self, net: Network) -> str: ...
+    def saved_sheet(self, network: Network, result: SavedResult, sheet: str) -> str:
+        """Return the address of an image sheet of concepts or an atlas."""
 
 
 class LiveUrls:
-    """Addresses on the server. Pictures' carry the network's version: none of another stands by a page's numbers."""
+    """Addresses on the server.
+
+    Addresses of images contain the version of the network or the result, so that no page shows an image of another.
+    """
 
     live = True
 
-    def __init__(self, assets: str) -> None:
-        self._assets = assets
+    def __init__(self, assets_version: str) -> None:
+        self._assets_version = assets_version
 
     def source(self, name: str) -> str:
         return name
@@ -64,108 +78,148 @@ class LiveUrls:
         return "/" + "/".join(quote(str(part), safe="") for part in parts)
 
     def static(self, name: str) -> str:
-        return f"/static/{name}?v={self._assets}"
+        return f"/static/{name}?v={self._assets_version}"
 
-    def photo(self, image: RegisteredImage, longest: int) -> str:
-        return self._image("photo", picture=image.key, longest=longest)
+    def photo(self, image: RegisteredImage, max_size: int) -> str:
+        return self._image("photo", image=image.key, max_size=max_size)
 
-    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str:
-        return self._image("sheet", model=net.key, picture=image.key, layer=layer, v=net.version)
+    def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> str:
+        return self._image("feature_maps", model=network.key, image=image.key, layer=layer, v=network.version)
 
-    def pattern(self, net: Network, what: PatternSpec) -> str:
-        return self._image("pattern", model=net.key, **vars(what), v=net.version)
+    def pattern(self, network: Network, spec: PatternSpec) -> str:
+        return self._image("pattern", model=network.key, **vars(spec), v=network.version)
 
-    def patches(self, net: Network, layer: str, unit: int, kind: str) -> str:
-        return self._image("patches", model=net.key, layer=layer, unit=unit, kind=kind, v=net.version)
+    def patches(self, network: Network, layer: str, unit: int, kind: str) -> str:
+        return self._image("patches", model=network.key, layer=layer, unit=unit, kind=kind, v=network.version)
 
-    def thumbnail(self, net: Network, number: int) -> str:
-        return self._image("thumbnail", number=number, v=net.version)
+    def thumbnail(self, network: Network, index: int) -> str:
+        return self._image("thumbnail", index=index, v=network.version)
 
-    def chapter(self, net: Network, number: int) -> str:
-        return self._image("chapter", model=net.key, number=number, v=net.version)
+    def story_chapter(self, network: Network, index: int) -> str:
+        return self._image("story_chapter", model=network.key, index=index, v=network.version)
 
-    def figure(self, net: Network) -> str:
-        return self._image("story", model=net.key, v=net.version)
+    def story_figure(self, network: Network) -> str:
+        return self._image("story_figure", model=network.key, v=network.version)
 
-    def kept(self, net: Network, one: SavedResult, which: str) -> str:
-        return self._image("kept", model=net.key, kind=one.kind, name=one.name, which=which, v=one.version)
+    def saved_sheet(self, network: Network, result: SavedResult, sheet: str) -> str:
+        return self._image(
+            "saved", model=network.key, kind=result.kind, name=result.name, sheet=sheet, v=result.version
+        )
 
-    def _image(self, route: str, **what: Any) -> str:
-        return f"/image/{route}?{urlencode(what)}"
+    def _image(self, route: str, **query: str | int) -> str:
+        return f"/image/{route}?{urlencode(query)}"
 
 
-Parts = tuple[str | int, ...]
-Write = Callable[[str, Callable[[], bytes]], None]
+class ImageRenderer(Protocol):
+    """Renders the images that published pages refer to; each method returns the content of a file."""
+
+    def photo(self, image: RegisteredImage, max_size: int) -> bytes:
+        """Render an image."""
+
+    def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> bytes:
+        """Render all activation maps of a layer."""
+
+    def pattern(self, network: Network, spec: PatternSpec) -> bytes:
+        """Render a pattern."""
+
+    def thumbnail(self, index: int) -> bytes:
+        """Render an image of the data set."""
+
+    def story_chapter(self, network: Network, index: int) -> bytes:
+        """Render the patterns of one chapter of the story."""
+
+    def story_figure(self, network: Network) -> bytes:
+        """Render the figure of the whole story."""
+
+    def saved_sheet(self, result: SavedResult, sheet: str) -> bytes:
+        """Render an image sheet of concepts or an atlas."""
 
 
 class StaticUrls:
-    """Relative addresses between files, as seen from the page `parts`; none for pages that are not `planned`.
+    """Relative addresses between the files of a published site; images are written as pages refer to them.
 
-    Pictures are written as they are mentioned.
+    Parameters
+    ----------
+    parts : Parts
+        The page that contains the addresses.
+    is_planned : callable
+        Whether the site has the page with the given parts.
+    write : callable
+        ``write(file, render)`` writes the content that ``render()`` returns to a file of the site.
+    images : ImageRenderer
     """
 
     live = False
 
     def __init__(
-        self, parts: Parts, planned: Callable[[Parts], bool], write: Write, make: Callable[..., bytes]
+        self,
+        parts: Parts,
+        is_planned: Callable[[Parts], bool],
+        write: Callable[[str, Callable[[], bytes]], None],
+        images: ImageRenderer,
     ) -> None:
-        self._from = posixpath.dirname(file_of(*parts))
-        self._planned, self._write, self._make = planned, write, make
+        self._folder = posixpath.dirname(page_file(*parts)) or "."
+        self._is_planned, self._write, self._images = is_planned, write, images
 
     def source(self, name: str) -> str:
         return name if name.partition(":")[0] in BY_PREFIX else Path(name).name
 
     def page(self, *parts: str | int) -> str:
-        return self._relative(file_of(*parts)) if self._planned(parts) else ""
+        return self._relative(page_file(*parts)) if self._is_planned(parts) else ""
 
     def static(self, name: str) -> str:
         return self._relative(f"static/{name}")
 
-    def photo(self, image: RegisteredImage, longest: int) -> str:
-        return self._image(f"pictures/{image.key}-{longest}.webp", "photo", picture=image, longest=longest)
+    def photo(self, image: RegisteredImage, max_size: int) -> str:
+        return self._image(f"images/{image.key}-{max_size}.webp", lambda: self._images.photo(image, max_size))
 
-    def sheet(self, net: Network, image: RegisteredImage, layer: str) -> str:
-        name = f"m/{net.key}/sheets/{clean(layer)}-{image.key}.png"
-        return self._image(name, "sheet", net=net, picture=image, layer=layer)
+    def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> str:
+        file = f"m/{network.key}/feature_maps/{safe_name(layer)}-{image.key}.png"
+        return self._image(file, lambda: self._images.feature_maps(network, image, layer))
 
-    def pattern(self, net: Network, what: PatternSpec) -> str:
-        name = f"m/{net.key}/patterns/{clean(what.layer)}-{what.unit}-{what.variant}-{what.recipe}-{what.seed}.webp"
-        return self._image(name, "pattern", net=net, what=what)
+    def pattern(self, network: Network, spec: PatternSpec) -> str:
+        name = f"{safe_name(spec.layer)}-{spec.unit}-{spec.variant}-{spec.recipe}-{spec.seed}.webp"
+        return self._image(f"m/{network.key}/patterns/{name}", lambda: self._images.pattern(network, spec))
 
-    def patches(self, net: Network, layer: str, unit: int, kind: str) -> str:
-        name = f"m/{net.key}/unit/{clean(layer)}/{unit}-{kind}.webp"
-        return self._image(name, "patches", layer=layer, unit=unit, kind=kind)
+    def patches(self, network: Network, layer: str, unit: int, kind: str) -> str:
+        """Return the address of the sheet with a unit's examples, which the caller has to write."""
+        return self._relative(patches_file(network, layer, unit, kind))
 
-    def thumbnail(self, net: Network, number: int) -> str:
-        return self._image(f"m/{net.key}/data/{number}.webp", "thumbnail", number=number)
+    def thumbnail(self, network: Network, index: int) -> str:
+        return self._image(f"m/{network.key}/data/{index}.webp", lambda: self._images.thumbnail(index))
 
-    def chapter(self, net: Network, number: int) -> str:
-        return self._image(f"m/{net.key}/story-{number}.png", "chapter", net=net, number=number)
+    def story_chapter(self, network: Network, index: int) -> str:
+        file = f"m/{network.key}/story-{index}.png"
+        return self._image(file, lambda: self._images.story_chapter(network, index))
 
-    def figure(self, net: Network) -> str:
-        return self._image(f"m/{net.key}/story.png", "figure", net=net)
+    def story_figure(self, network: Network) -> str:
+        return self._image(f"m/{network.key}/story.png", lambda: self._images.story_figure(network))
 
-    def kept(self, net: Network, one: SavedResult, which: str) -> str:
-        name = f"m/{net.key}/{one.kind}/{clean(one.name)}-{which}.webp"
-        return self._image(name, "kept", one=one, which=which)
+    def saved_sheet(self, network: Network, result: SavedResult, sheet: str) -> str:
+        file = f"m/{network.key}/{result.kind}/{safe_name(result.name)}-{sheet}.webp"
+        return self._image(file, lambda: self._images.saved_sheet(result, sheet))
 
-    def _image(self, name: str, route: str, **what: Any) -> str:
-        self._write(name, lambda: self._make(route, **what))
-        return self._relative(name)
+    def _image(self, file: str, render: Callable[[], bytes]) -> str:
+        self._write(file, render)
+        return self._relative(file)
 
-    def _relative(self, target: str) -> str:
-        return quote(posixpath.relpath(target, self._from or "."), safe="/._-~")
+    def _relative(self, file: str) -> str:
+        return quote(posixpath.relpath(file, self._folder), safe="/._-~")
 
 
 @lru_cache(1 << 16)
-def clean(part: str | int) -> str:
-    """A part of a file's name that any file system and any web server takes; see `results.file_names`."""
+def safe_name(part: str | int) -> str:
+    """Return a name that every file system and web server accepts; different parts get different names."""
     text = str(part)
-    plain = file_names([text])[text]
-    # Two names that differ only in what a file's name cannot hold must not meet.
-    return plain if plain == text else f"{plain}~{sum(text.encode()) % 997}"
+    name = file_names([text])[text]
+    return name if name == text else f"{name}~{sum(text.encode()) % 997}"
 
 
-def file_of(*parts: str | int) -> str:
-    """The file of a page, from the top of the published folder."""
-    return "/".join(clean(part) for part in parts) + ".html" if parts else "index.html"
+def page_file(*parts: str | int) -> str:
+    """Return the file of a page, relative to the root of the published site."""
+    return "/".join(safe_name(part) for part in parts) + ".html" if parts else "index.html"
+
+
+def patches_file(network: Network, layer: str, unit: int, kind: str) -> str:
+    """Return the file of the sheet with a unit's examples."""
+    return f"m/{network.key}/unit/{safe_name(layer)}/{unit}-{kind}.webp"

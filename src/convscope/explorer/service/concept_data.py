@@ -15,7 +15,6 @@ from convscope.explorer.service.images import RegisteredImage, UnknownResource, 
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import plain_name
-from convscope.explorer.urls import Parts, UrlBuilder
 from convscope.plotting.figures import coloured, tile
 from convscope.store.saved_results import SavedResult, ids_by_name
 
@@ -69,33 +68,6 @@ def load_arrays(explorer: Explorer, result: SavedResult) -> Arrays:
         found = result.arrays()
         explorer.cache.put(("kept", result.version), found)
     return found
-
-
-def parts_of(net: Network, one: SavedResult) -> Parts:
-    """The parts of an address: of an atlas, or of a class's concepts, of which the first layer needs no name."""
-    if one.target is None or one.kind == "atlas":
-        return ("m", net.key, "atlas", one.name)
-    first = saved_concepts(net, one.target)[0].name == one.name
-    return ("m", net.key, "concepts", one.target, *(() if first else (one.layer,)))
-
-
-def links(net: Network, site: UrlBuilder, target: int | None = None) -> dict[str, Any]:
-    """Links to all that is kept; for a class: to its concepts, its own atlases and those of all classes."""
-    return {
-        "concepts": [
-            {"name": net.model.class_name(one.target or 0), "layer": one.layer, "page": site.page(*parts_of(net, one))}
-            for one in saved_concepts(net, target)
-        ],
-        "atlases": [
-            {
-                "layer": one.layer,
-                "name": None if one.target is None else net.model.class_name(one.target),
-                "page": site.page(*parts_of(net, one)),
-            }
-            for one in saved_atlases(net)
-            if target is None or one.target in (None, target)
-        ],
-    }
 
 
 # --- concepts ---

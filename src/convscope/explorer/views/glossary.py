@@ -1,52 +1,60 @@
-"""The words that the pages use, for somebody who meets them for the first time."""
+"""Definitions of the terms that the pages use."""
 
 from __future__ import annotations
 
-WORDS: dict[str, str] = {
-    "network": "A chain of computing steps that has learned from many labelled pictures to say what a picture shows.",
-    "layer": "One step of the chain. It turns a stack of small pictures, its maps, into another stack.",
-    "unit": "One map of a layer: a detector for one feature, such as an edge, a fur texture or an eye. Also called "
-    "channel or filter.",
-    "class": "One of the kinds of things that the network can name.",
-    "logit": "The score that the network gives a class, before all scores are turned into shares that add up to 1.",
-    "probability": "The network's belief in a class, as a share of 1. It says how sure the network is, not how right.",
-    "activation": "How strongly a unit answers at a place of the picture. Nought or less means: not at all.",
-    "activation map": "A unit's answer at every place of the picture, drawn as a picture: bright where it is strong.",
-    "heatmap": "A map of which places of the picture speak for a class, and (signed) which speak against it.",
-    "rectified": "Only the evidence for the class is shown.",
-    "signed": "Evidence against the class is shown too, in the other colour.",
-    "contrast class": "Asks why the network says this class rather than another: what speaks for both is taken off.",
-    "deletion": "A test of a heatmap: its hottest places are taken away first. The quicker the network loses its "
-    "belief, the better; so lower is better.",
-    "insertion": "A test of a heatmap: its hottest places are shown first. The quicker the network finds its belief, "
-    "the better; so higher is better.",
-    "faithfulness": "Whether a heatmap shows what the network really uses. Deletion and insertion measure it.",
-    "pattern": "A picture made by the computer, from noise, so that one unit answers as strongly as it can.",
-    "negative pattern": "A picture that makes the unit answer as little as it can.",
-    "diverse patterns": "Several patterns for one unit that are made to differ: a unit may like more than one thing.",
-    "concept": "Something that recurs in the pictures of a class, as a layer sees it: an eye, a striped fur, the grass "
-    "around. The layer's activations are taken apart into a few concepts that add up to them.",
-    "importance": "From 0 to 1: how much of the ups and downs of the class's score a concept takes part in when the "
-    "concepts are turned up and down at random (the total Sobol index). Together they may be more than 1.",
-    "effect": "By how much the class's score falls when this is taken out; negative where it speaks against the class.",
-    "atlas": "A map of what a layer tells apart. What it makes of thousands of places in pictures is laid out so that "
-    "alike lies beside alike; each region is shown by a pattern that the computer drew for it.",
-    "vector": "All activations of a layer at one place of a picture: what the layer makes of that place.",
-    "top patches": "The parts of real pictures that excite a unit most.",
-    "receptive field": "The part of the picture that one place of a layer can see.",
-    "stride": "How many pixels of the picture lie between neighbouring places of a layer.",
-    "dead": "A unit that says the same everywhere (on this picture), or, in a data set, never answers at all.",
-    "sparsity": "The share of values in a layer that are nought or less: how few places are busy.",
-    "selectivity": "From 0 to 1: how much more a unit answers to its favourite class than to the others.",
-    "relevance": "How much a unit adds to a class's score on this picture: its activation times what the score gains "
-    "by it, summed over all places.",
-    "busiest tenth": "The share of a layer's activation that the busiest tenth of its units holds.",
-    "similar units": "Units whose strongest answers to the same pictures go up and down together.",
-    "story": "A walk through the network from its first layer to its classes: what units of each stage look for.",
-    "dominant frequency": "How fine a pattern's strongest structure is, in waves for each pixel: 0.5 changes from each "
-    "pixel to the next, 0.05 takes 20 pixels.",
-    "orientation selectivity": "From 0 to 1: how much a pattern's structure runs in one direction only.",
-    "colourfulness": "0 is gray, 33 moderately colourful, 82 and more highly.",
-    "loss": "How surprised the network is by a picture's true label: 0 if it was sure of it.",
-    "store": "A folder with what every unit did on a whole data set, made by `convscope scan`.",
+GLOSSARY: dict[str, str] = {
+    "network": "A function, composed of layers, whose parameters were learned from images. A classifier maps an image "
+    "to one score per class.",
+    "layer": "One step of the network. A convolutional layer maps a stack of feature maps to another stack.",
+    "unit": "One feature map of a layer: the response of one filter at all positions. Also called channel or filter.",
+    "class": "One of the categories that the network distinguishes.",
+    "logit": "The score of a class before the softmax turns all scores into probabilities.",
+    "probability": "The softmax of the logits: between 0 and 1, and 1 in total. A high probability does not guarantee "
+    "that a prediction is correct.",
+    "activation": "The value of a unit at one position. After a ReLU, 0 means that the unit does not respond.",
+    "activation map": "The activations of a unit at all positions, shown as an image: the brighter, the higher.",
+    "heatmap": "The evidence for a class at each position of the image, shown as colours on top of it.",
+    "positive evidence": "Regions that increase the score of the class. Negative values are set to 0.",
+    "signed evidence": "Both evidence for and evidence against the class, on a diverging colour scale.",
+    "contrast class": "The class to contrast with: the heatmap then shows the evidence for the difference between the "
+    "logits of the two classes.",
+    "deletion": "A faithfulness metric. The most important pixels are removed step by step, and the probability of the "
+    "class is recorded. The metric is the area under the curve; lower is better.",
+    "insertion": "A faithfulness metric. The most important pixels are added to a blurred image step by step, and the "
+    "probability of the class is recorded. The metric is the area under the curve; higher is better.",
+    "faithfulness": "How well a heatmap reflects what the network uses. Deletion and insertion measure it with the "
+    "network itself.",
+    "pattern": "An image that maximises the activation of a unit or the logit of a class. It is found by gradient "
+    "ascent from noise (feature visualization).",
+    "negative pattern": "An image that minimises the activation of a unit.",
+    "diverse patterns": "Several patterns of one unit, optimised together to differ from each other. They show whether "
+    "a unit responds to more than one feature.",
+    "concept": "A direction in the space of a layer's activations that recurs in images of a class, found by "
+    "non-negative matrix factorisation.",
+    "importance": "The total Sobol index of a concept, between 0 and 1: the fraction of the variance of the class's "
+    "logit that involves the concept when all concepts are masked at random. The sum over concepts can exceed 1.",
+    "effect": "The decrease of the class's logit when the item is removed. It is negative for evidence against the "
+    "class.",
+    "atlas": "A two-dimensional map of the activation vectors of a layer. Similar vectors are close to each other, and "
+    "each cell shows a pattern for the mean of its vectors.",
+    "vector": "The activations of all units of a layer at one position of an image.",
+    "top patches": "The regions of images in the data set with the highest activations of a unit.",
+    "receptive field": "The region of the image that can influence one position of a layer.",
+    "stride": "The distance in pixels of the image between neighbouring positions of a layer.",
+    "dead": "A unit that is constant on an image, or that never has a positive activation on a data set.",
+    "sparsity": "The fraction of activations that are not positive.",
+    "selectivity": "The class selectivity index (m1 - m2) / (m1 + m2), where m1 is the mean of the class with the "
+    "highest mean and m2 the mean of all other classes. 1 means that a unit responds to one class only.",
+    "relevance": "The contribution of a unit to the logit of a class: activation times gradient, summed over all "
+    "positions.",
+    "top decile share": "The fraction of a layer's total positive activation that its most active 10 % of units "
+    "contribute.",
+    "similar units": "Units whose maxima on the same images are correlated (Pearson's r).",
+    "story": "Patterns of a sample of units of each stage of the network, from the first layer to the classes.",
+    "dominant frequency": "The spatial frequency with the most energy in a pattern, in cycles per pixel. 0.5 alternates "
+    "at every pixel; 0.05 has a period of 20 pixels.",
+    "orientation selectivity": "How much of a pattern's structure has a single orientation, between 0 and 1.",
+    "colourfulness": "The metric of Hasler and Süsstrunk (2003): 0 is grey, 33 moderately and 82 highly colourful.",
+    "loss": "The cross-entropy of the prediction with respect to the image's label. 0 is a certain, correct prediction.",
+    "store": "The results of `convscope scan`: the statistics and top patches of all units on a data set.",
 }

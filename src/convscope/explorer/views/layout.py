@@ -1,4 +1,4 @@
-"""Where the layers of a network lie in its drawing: columns from first to last, branches in lanes below each other."""
+"""Layout of the graph of layers: a column for each depth, and lanes for parallel branches."""
 
 from __future__ import annotations
 
@@ -8,79 +8,92 @@ from typing import Any
 
 Edge = tuple[int, int]
 
+MIN_LABEL_DISTANCE = 30  # pixels between two size labels
+MAX_WIDTH = 1100  # pixels that the columns share before they reach their smallest width
+
 
 @dataclass(frozen=True)
 class NodePositions:
-    """`column` and `lane` of each layer, no two in one place; `lanes` in all.
+    """Positions of the nodes of a graph; no two nodes share a column and a lane.
 
-    Of the edges, the `arcs` are those to be led around what lies between their ends; the `lines` have a free way along
-    the lane that they come from.
+    Attributes
+    ----------
+    column, lane : list of int
+        Position of each node.
+    num_lanes : int
+    straight : list of Edge
+        Edges with a free path along the lane of their start.
+    arcs : list of Edge
+        The other edges; they have to be drawn around the nodes in between.
     """
 
     column: list[int]
     lane: list[int]
-    lanes: int
-    lines: list[Edge]
+    num_lanes: int
+    straight: list[Edge]
     arcs: list[Edge]
 
 
-def layout(count: int, edges: Sequence[Edge]) -> NodePositions:
-    """Lay out `count` layers, numbered in the order in which they finish; each edge leads to a later one.
+def assign_positions(count: int, edges: Sequence[Edge]) -> NodePositions:
+    """Assign a column and a lane to `count` nodes, given in topological order.
 
-    A layer's column is the longest way to it. A branch goes on in the lane of the layer that it comes from, as long as
-    that is free, and keeps its lane up to where it ends in another.
+    The column of a node is the length of the longest path to it. A branch continues in the lane of the node it comes
+    from while that lane is free, and keeps its lane up to the column where it joins another branch.
     """
-    before: list[list[int]] = [[] for _ in range(count)]
-    after: list[list[int]] = [[] for _ in range(count)]
+    predecessors: list[list[int]] = [[] for _ in range(count)]
+    successors: list[list[int]] = [[] for _ in range(count)]
     for start, end in edges:
-        before[end].append(start)
-        after[start].append(end)
+        predecessors[end].append(start)
+        successors[start].append(end)
     column = [0] * count
     for i in range(count):
-        column[i] = 1 + max((column[p] for p in before[i]), default=-1)
-    # A layer needs its place up to the column of the first that takes from it.
-    last = [max(column[i], min((column[n] for n in after[i]), default=0) - 1) for i in range(count)]
+        column[i] = 1 + max((column[p] for p in predecessors[i]), default=-1)
+    # A node occupies its lane up to the column before its first successor.
+    last = [max(column[i], min((column[s] for s in successors[i]), default=0) - 1) for i in range(count)]
     lane: list[int] = []
-    taken: list[set[int]] = []  # of each lane: columns
+    occupied: list[set[int]] = []  # columns, for each lane
     for i in range(count):
-        own = set(range(column[i], last[i] + 1))
-        wanted = sorted({lane[p] for p in before[i]}) + list(range(len(taken)))
-        free = next((at for at in wanted if not own & taken[at]), len(taken))
-        if free == len(taken):
-            taken.append(set())
-        taken[free] |= own
+        columns = set(range(column[i], last[i] + 1))
+        candidates = sorted({lane[p] for p in predecessors[i]}) + list(range(len(occupied)))
+        free = next((k for k in candidates if not columns & occupied[k]), len(occupied))
+        if free == len(occupied):
+            occupied.append(set())
+        occupied[free] |= columns
         lane.append(free)
-    lines = [(a, b) for a, b in edges if column[b] - 1 <= last[a]]
-    return NodePositions(column, lane, len(taken), lines, sorted(set(edges) - set(lines)))
+    straight = [(start, end) for start, end in edges if column[end] - 1 <= last[start]]
+    return NodePositions(column, lane, len(occupied), straight, sorted(set(edges) - set(straight)))
 
 
-def marks(column: Sequence[int], sides: Sequence[int], apart: int) -> list[tuple[int, int]]:
-    """Columns at which the largest map has a new size, and that size; at least `apart` columns from each other."""
-    largest: dict[int, int] = {}
-    for at, side in sorted(zip(column, sides, strict=True)):
-        largest[at] = side
-    found: list[tuple[int, int]] = []
-    for at, side in largest.items():
-        if not found or (side != found[-1][1] and at - found[-1][0] >= apart):
-            found.append((at, side))
-    return found
+def size_labels(column: Sequence[int], sides: Sequence[int], min_distance: int) -> list[tuple[int, int]]:
+    """Return (column, side) where the side of the largest map of a column changes.
 
-
-def figure(sides: Sequence[int], edges: Sequence[Edge]) -> dict[str, Any]:
-    """What a page needs to draw layers whose maps have these sides: `placed`, the `marks`, and its measures in pixels.
-
-    step: from column to column; pitch: from lane to lane; top: room for arcs.
+    Labels are at least `min_distance` columns apart.
     """
-    where = layout(len(sides), edges)
-    columns = 1 + max(where.column, default=0)
-    step = max(15, min(40, 1100 // columns))
-    top, pitch = (44 if where.arcs else 8), max(42, 150 // max(1, where.lanes))
+    largest = dict(sorted(zip(column, sides, strict=True)))  # the last of a column is its largest
+    labels: list[tuple[int, int]] = []
+    for i, side in largest.items():
+        if not labels or (side != labels[-1][1] and i - labels[-1][0] >= min_distance):
+            labels.append((i, side))
+    return labels
+
+
+def graph_layout(sides: Sequence[int], edges: Sequence[Edge]) -> dict[str, Any]:
+    """Lay out layers whose maps have the given sides; all lengths are in pixels.
+
+    Returns the fields of `NodePositions`, ``labels`` (see `size_labels`), ``column_width``, ``lane_height``, ``top``
+    (room for arcs), ``width`` and ``height``.
+    """
+    positions = assign_positions(len(sides), edges)
+    num_columns = 1 + max(positions.column, default=0)
+    column_width = max(15, min(40, MAX_WIDTH // num_columns))
+    lane_height = max(42, 150 // max(1, positions.num_lanes))
+    top = 44 if positions.arcs else 8
     return {
-        **asdict(where),
-        "marks": marks(where.column, sides, -(-30 // step)),
-        "step": step,
-        "pitch": pitch,
+        **asdict(positions),
+        "labels": size_labels(positions.column, sides, -(-MIN_LABEL_DISTANCE // column_width)),
+        "column_width": column_width,
+        "lane_height": lane_height,
         "top": top,
-        "width": columns * step + 40,
-        "height": top + where.lanes * pitch + 24,
+        "width": num_columns * column_width + 40,
+        "height": top + positions.num_lanes * lane_height + 24,
     }

@@ -1,96 +1,105 @@
-"""The line that a user would type for what is on the screen, in Python and in a shell."""
+"""The Python and shell code that reproduces what a page shows."""
 
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from convscope.engine.model import Model
 from convscope.explorer.service.patterns import NUM_DIVERSE, PatternSpec
 
-Lines = dict[str, str]
+Snippet = dict[str, str]
+"""Code by language: "python" and, where the command line can do it, "shell"."""
+
+Arguments = dict[str, str | int]
 
 
-def heatmap(model: str, image: str, target: int, layer: str | None, method: str, against: int | None) -> Lines:
-    given = _given(layer=layer, method=None if method == "grad-cam" else method, against=against)
-    python = f"convscope.heatmaps({_load(model)}, {image!r}, {target}{_arguments(given)}).overlay()[0]"
-    options = [f"--target {target}", *_options(given)]
-    return {"python": python, "shell": f"convscope heatmap {_quoted(model, image)} {' '.join(options)}"}
+def heatmap(model: str, image: str, target: int, layer: str | None, method: str, against: int | None) -> Snippet:
+    """Return the code that computes a heatmap and lays it over the image."""
+    arguments = _not_none(layer=layer, method=None if method == "grad-cam" else method, against=against)
+    call = f"convscope.heatmaps({_load(model)}, {image!r}, {target}{_keywords(arguments)})"
+    options = [f"--target {target}", *_options(arguments)]
+    return {
+        "python": f"{call}.overlay()[0]",
+        "shell": f"convscope heatmap {_quote(model, image)} {' '.join(options)}",
+    }
 
 
-def activations(model: str, image: str, layer: str) -> Lines:
+def activations(model: str, image: str, layer: str) -> Snippet:
+    """Return the code that computes a layer's activations on an image."""
     return {
         "python": f"convscope.activations({_load(model)}, {image!r}, {layer!r})",
-        "shell": f"convscope activations {_quoted(model, image)} --layers {shlex.quote(layer)}",
+        "shell": f"convscope activations {_quote(model, image)} --layers {shlex.quote(layer)}",
     }
 
 
-def pattern(model: str, what: PatternSpec, net: Model) -> Lines:
-    layer, unit, look = what.layer, what.unit, what.variant
-    given = _given(recipe=None if what.recipe == "robust" else what.recipe, seed=what.seed or None)
-    python = f"convscope.patterns({_load(model)}, {layer!r}, [{unit}]{_arguments(given)})"
-    if look != "positive":
-        one = f"unit({layer!r}, {unit})"
-        objective = f"-{one}" if look == "negative" else f"diverse({one}, {what.diversity_layer(net)!r}, {NUM_DIVERSE})"
-        given_names = "unit" if look == "negative" else "diverse, unit"
-        python = (
-            f"from convscope.featurevis.objectives import {given_names}\n"
-            f"convscope.patterns({_load(model)}, {objective}{_arguments(given)})"
-        )
-    lines = {"python": python}
-    if look != "diverse":
-        more = [*_options(given), *(["--negatives"] if look == "negative" else [])]
-        shell = f"convscope patterns {shlex.quote(model)} --layer {shlex.quote(layer)} --units {unit} {' '.join(more)}"
-        lines["shell"] = shell.strip()
-    return lines
+def pattern(source: str, spec: PatternSpec, model: Model) -> Snippet:
+    """Return the code that generates a pattern; the command line has no diverse patterns."""
+    arguments = _not_none(recipe=None if spec.recipe == "robust" else spec.recipe, seed=spec.seed or None)
+    if spec.variant == "positive":
+        python = f"convscope.patterns({_load(source)}, {spec.layer!r}, [{spec.unit}]{_keywords(arguments)})"
+    else:
+        channel = f"convscope.objectives.channel({spec.layer!r}, {spec.unit})"
+        objective = f"-{channel}"
+        if spec.variant == "diverse":
+            objective = f"convscope.objectives.diversity({channel}, {spec.diversity_layer(model)!r}, {NUM_DIVERSE})"
+        python = f"convscope.patterns({_load(source)}, {objective}{_keywords(arguments)})"
+    if spec.variant == "diverse":
+        return {"python": python}
+    options = [*_options(arguments), *(["--negatives"] if spec.variant == "negative" else [])]
+    layer, unit = shlex.quote(spec.layer), spec.unit
+    words = [f"convscope patterns {_quote(source)} --layer {layer} --units {unit}", *options]
+    return {"python": python, "shell": " ".join(words)}
 
 
-def scan(model: str) -> Lines:
+def scan(model: str) -> Snippet:
+    """Return the code that scans images into a store."""
     return {
-        "python": f"convscope.scan({_load(model)}, PICTURES, 'STORE')",
-        "shell": f"convscope scan {_quoted(model)} PICTURES -o STORE",
+        "python": f"convscope.scan({_load(model)}, IMAGES, 'STORE')",
+        "shell": f"convscope scan {_quote(model)} IMAGES -o STORE",
     }
 
 
-def concepts(model: str, store: str, target: int | None, layer: str | None = None) -> Lines:
-    asked = "CLASS" if target is None else str(target)
-    given = _given(layer=layer)
+def concepts(model: str, store: str, target: int | None, layer: str | None = None) -> Snippet:
+    """Return the code that finds the concepts of a class and saves them in a store."""
+    class_argument = "CLASS" if target is None else str(target)
+    arguments = _not_none(layer=layer)
+    call = f"convscope.concepts({_load(model)}, IMAGES, {class_argument}{_keywords(arguments)})"
+    command = f"convscope concepts {_quote(model)} IMAGES --target {class_argument}"
     return {
-        "python": f"found = convscope.concepts({_load(model)}, PICTURES, {asked}{_arguments(given)})\n{_keep(store)}",
-        "shell": " ".join(
-            [f"convscope concepts {_quoted(model)} PICTURES --target {asked}", *_options(given), "-o", _quoted(store)]
-        ),
+        "python": f"concepts = {call}\n{_save(store, 'concepts')}",
+        "shell": " ".join([command, *_options(arguments), "-o", _quote(store)]),
     }
 
 
-def atlas(model: str, store: str, layer: str | None = None, target: int | None = None) -> Lines:
-    given = _given(layer=layer, target=target)
+def atlas(model: str, store: str, layer: str | None = None, target: int | None = None) -> Snippet:
+    """Return the code that computes an atlas and saves it in a store."""
+    arguments = _not_none(layer=layer, target=target)
     return {
-        "python": f"found = convscope.atlas({_load(model)}, PICTURES{_arguments(given)})\n{_keep(store)}",
-        "shell": " ".join([f"convscope atlas {_quoted(model)} PICTURES", *_options(given), "-o", _quoted(store)]),
+        "python": f"atlas = convscope.atlas({_load(model)}, IMAGES{_keywords(arguments)})\n{_save(store, 'atlas')}",
+        "shell": " ".join([f"convscope atlas {_quote(model)} IMAGES", *_options(arguments), "-o", _quote(store)]),
     }
 
 
-def _keep(store: str) -> str:
-    return f"convscope.open_store({store!r}).keep(found)"
+def _save(store: str, name: str) -> str:
+    return f"convscope.open_store({store!r}).save_result({name})"
 
 
 def _load(model: str) -> str:
     return f"convscope.load({model!r})"
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _not_none(**values: str | int | None) -> Arguments:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _arguments(given: dict[str, Any]) -> str:
-    return "".join(f", {name}={value!r}" for name, value in given.items())
+def _keywords(arguments: Arguments) -> str:
+    return "".join(f", {name}={value!r}" for name, value in arguments.items())
 
 
-def _options(given: dict[str, Any]) -> list[str]:
-    return [f"--{name} {shlex.quote(str(value))}" for name, value in given.items()]
+def _options(arguments: Arguments) -> list[str]:
+    return [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items()]
 
 
-def _quoted(*words: str) -> str:
-    """Words of a command line; a file's name that looks like an option is no option."""
+def _quote(*words: str) -> str:
+    """Quote words for a shell; a file name that starts with a hyphen gets './' so that it is no option."""
     return " ".join(shlex.quote(f"./{word}" if word.startswith("-") else word) for word in words)

@@ -1,242 +1,191 @@
-"""What a store adds to the pages: examples, distributions, classes, similar units; pictures of the data set."""
+"""What a store adds to the pages: top patches, statistics, class means, similar units and images of the data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from convscope.engine.model import LOGITS
-from convscope.explorer.service.images import UnknownResource, encode_image
+from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, TILE_SIZE
+from convscope.explorer.service.images import UnknownResource
 from convscope.explorer.service.state import Network
-from convscope.explorer.service.uploads import plain_name
+from convscope.explorer.service.uploads import plain_name as display_name
 from convscope.explorer.urls import UrlBuilder
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 
-if TYPE_CHECKING:
-    from convscope.store.examples import Example, ImageView
-    from convscope.store.store import Store
-
-SIDE = 96  # pixels of a tile
-COUNT = 9  # examples on a page
-LISTED = 48  # units on a layer's page
+UNITS_ON_LAYER_PAGE = 48
+NUM_CLASSES = 5
+NUM_SIMILAR = 8
+NUM_CHARACTERISTIC = 12
 
 
-def unit_page(net: Network, site: UrlBuilder, layer: str, unit: int) -> dict[str, Any] | None:
-    """A unit in the data set; None without a store that knows its layer."""
-    store = net.store
+def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -> dict[str, Any] | None:
+    """Describe a unit's activations over the data set; None if the store does not have the layer."""
+    store = network.store
     if store is None or layer not in store.layers:
         return None
-    own = store.unit(layer, unit)
-    told, examples = own.statistics, own.examples(COUNT)
-    dead = told["dead"] and layer != LOGITS  # a class whose score never is above 0 is no dead one
-    bins, low, high = _spread(told["histogram"])
-    classes = own.classes(5)
-    most = max((c.mean for c in classes), default=0.0)
-    near = own.similar(8) if site.live else own.coactive(8)
+    record = store.unit(layer, unit)
+    statistics, examples = record.statistics, record.examples(EXAMPLES_PER_UNIT)
+    is_dead = statistics["dead"] and layer != LOGITS  # a class is not dead because its logit is never positive
+    bars, low, high = _histogram(statistics["histogram"])
+    class_means = record.classes(NUM_CLASSES)
+    highest = max((row.mean for row in class_means), default=0.0)
     facts = {
-        "highest": f"{told['maximum']:.4g}",
-        "mean": f"{told['mean']:.4g}",
-        "answers at": f"{100 * told['active']:.1f} % of all places",
-        "answers on": f"{100 * told['fires']:.1f} % of all pictures",
+        "Maximum": f"{statistics['maximum']:.4g}",
+        "Mean": f"{statistics['mean']:.4g}",
+        "Active positions": f"{100 * statistics['active']:.1f} %",
+        "Images with activation": f"{100 * statistics['fires']:.1f} %",
     }
-    if told["selectivity"] is not None:
-        facts["selectivity"] = f"{told['selectivity']:.2f}"
+    if statistics["selectivity"] is not None:
+        facts["Class selectivity"] = f"{statistics['selectivity']:.2f}"
     return {
-        "pictures": f"{store.num_images:,}",
-        "warnings": ["This unit is dead: on none of the pictures did it answer."] if dead else [],
-        "examples": [_shown(net, site, example, i) for i, example in enumerate(examples)],
-        "src": site.patches(net, layer, unit, "top") if len(examples) else None,
-        "sheet": (SIDE * max(1, len(examples)), 2 * SIDE),
-        "side": SIDE,
-        "bins": bins,
-        "low": low,
-        "high": high,
+        "num_images": f"{store.num_images:,}",
+        "dead": is_dead,
+        "examples": [
+            {
+                "value": example.value,
+                "name": display_name(example.name),
+                "x": i * TILE_SIZE,
+                "page": urls.page("m", network.key, "data", example.image),
+            }
+            for i, example in enumerate(examples)
+        ],
+        "src": urls.patches(network, layer, unit, "top") if len(examples) else None,
+        "sheet_size": (TILE_SIZE * max(1, len(examples)), 2 * TILE_SIZE),
+        "tile_size": TILE_SIZE,
+        "histogram": {"bars": bars, "low": low, "high": high},
         "facts": facts,
         "classes": [
             {
-                "name": c.name,
-                "mean": c.mean,
-                "share": max(0.0, c.mean / most) if most > 0 else 0.0,
-                "page": _class_page(net, site, c.name),
+                "name": row.name,
+                "mean": row.mean,
+                "bar": max(0.0, row.mean / highest) if highest > 0 else 0.0,
+                "page": _class_url(network, urls, row.name),
             }
-            for c in classes
+            for row in class_means
         ],
-        "similar": [
-            {"layer": s.layer, "unit": s.unit, "r": s.r, "page": _unit_link(net, site, s.layer, s.unit)} for s in near
+        "similar_units": [
+            {"layer": other.layer, "unit": other.unit, "r": other.r, "page": unit_url(network, urls, *other[:2])}
+            for other in (record.similar(NUM_SIMILAR) if urls.live else record.coactive(NUM_SIMILAR))
         ],
     }
 
 
-def _shown(net: Network, site: UrlBuilder, example: Example, index: int) -> dict[str, Any]:
+def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[dict[str, Any]]:
+    """Return the most selective units of a layer, each with the location of its best patch on a sheet."""
+    store = network.store
+    if store is None or layer not in store.layers:
+        return []
+    table = store.units(["layer", "unit", "fires", "selectivity", "dead"]).to_pandas()
+    table = table[table["layer"] == layer].assign(selectivity=lambda t: t["selectivity"].fillna(0))
+    table = table.sort_values(["selectivity", "fires", "unit"], ascending=[False, False, True])
+    # A published page takes the best patch from the sheet of the unit's own page.
+    kind, columns, rows = ("best", 1, 1) if urls.live else ("top", EXAMPLES_PER_UNIT, 2)
+    return [
+        {
+            "unit": int(unit),
+            "dead": bool(dead),
+            "page": urls.page("m", network.key, "unit", layer, int(unit)),
+            "src": urls.patches(network, layer, int(unit), kind),
+            "sheet_size": (TILE_SIZE * columns, TILE_SIZE * rows),
+            "tile_size": TILE_SIZE,
+        }
+        for unit, dead in table[["unit", "dead"]].head(UNITS_ON_LAYER_PAGE).itertuples(index=False)
+    ]
+
+
+def layer_measures(network: Network) -> dict[str, dict[str, float]]:
+    """Return for each layer of the store the fraction of dead units, the mean sparsity and the mean selectivity."""
+    store = network.store
+    if store is None:
+        return {}
+    table = store.units(["layer", "dead", "active", "selectivity"]).to_pandas()
+    measures: dict[str, dict[str, float]] = {}
+    for name, rows in table.groupby("layer", observed=True):
+        measures[str(name)] = {"dead": float(rows["dead"].mean()), "sparsity": float(1 - rows["active"].mean())}
+        if rows["selectivity"].notna().any():
+            measures[str(name)]["selectivity"] = float(rows["selectivity"].mean())
+    return measures
+
+
+def characteristic_units(network: Network, urls: UrlBuilder, index: int) -> list[dict[str, Any]]:
+    """Return the units whose preferred class this is, by the ratio of their mean on its images to their mean on all."""
+    store, name = network.store, network.model.class_name(index)
+    if store is None or not store.labels or name not in store.labels:
+        return []
+    label = store.labels.index(name)
+    units = []
+    for row in store.units(["layer", "unit", "mean", "classes", "class_means"]).to_pylist():
+        if row["layer"] != LOGITS and row["classes"] and row["classes"][0] == label and row["mean"] > 0:
+            units.append((row["class_means"][0] / row["mean"], row["layer"], row["unit"]))
+    units.sort(key=lambda unit: (-unit[0], *unit[1:]))
+    return [
+        {"ratio": ratio, "layer": layer, "unit": unit, "page": unit_url(network, urls, layer, unit)}
+        for ratio, layer, unit in units[:NUM_CHARACTERISTIC]
+    ]
+
+
+def dataset_image(network: Network, urls: UrlBuilder, index: int) -> dict[str, Any]:
+    """Describe an image of the data set. Raises UnknownResource if the store has no image with this index."""
+    store = network.store
+    if store is None or not 0 <= index < store.num_images:
+        raise UnknownResource(f"the store has no image {index}")
+    record = store.image(index)
+    ranks = record.units(10) if urls.live else []  # searches all units: too slow for every published page
     return {
-        "value": example.value,
-        "name": plain_name(example.name),
-        "x": index * SIDE,
-        "page": site.page("m", net.key, "data", example.image),
+        "index": index,
+        "name": display_name(record.name),
+        "src": urls.thumbnail(network, index),
+        "height": record.facts["height"] or TILE_SIZE,
+        "width": record.facts["width"] or TILE_SIZE,
+        "label": record.label,
+        "loss": record.loss,
+        "failure": record.failed,
+        "can_analyse": record.failed is None and network.takes_images,
+        "predictions": [
+            {"name": row.name, "probability": row.probability, "page": urls.page("m", network.key, "class", row.target)}
+            for row in record.predictions
+        ],
+        "unit_ranks": [
+            {
+                "layer": row.layer,
+                "unit": row.unit,
+                "rank": row.rank,
+                "page": unit_url(network, urls, row.layer, row.unit),
+            }
+            for row in ranks
+        ],
     }
 
 
-def _spread(histogram: Sequence[int]) -> tuple[list[float], str, str]:
-    """The occupied bins of a histogram, heights as shares of the highest, and the values at its ends."""
-    counts = np.asarray(histogram, np.float64)
-    occupied = np.flatnonzero(counts)
+def unit_url(network: Network, urls: UrlBuilder, layer: str, unit: int) -> str:
+    """Return the address of a unit's page; units of "logits" are classes."""
+    if layer == LOGITS:
+        return urls.page("m", network.key, "class", unit)
+    return urls.page("m", network.key, "unit", layer, unit)
+
+
+def _class_url(network: Network, urls: UrlBuilder, name: str) -> str:
+    """Return the address of the network's class of this name; classes of the data set need not be classes of it."""
+    index = network.class_indices.get(name)
+    return "" if index is None else urls.page("m", network.key, "class", index)
+
+
+def _histogram(counts: Sequence[int]) -> tuple[list[float], str, str]:
+    """Return the heights of the occupied bins relative to the highest, and the values at their ends."""
+    heights = np.asarray(counts, np.float64)
+    occupied = np.flatnonzero(heights)
     if not len(occupied):
         return [0.0], "", ""
     first, last = int(occupied[0]), int(occupied[-1])
     ends = [-np.inf, *map(float, HISTOGRAM_EDGES), np.inf]
-    heights = (counts[first : last + 1] / counts.max()).round(3).tolist()
-    return heights, _end(ends[first]), _end(ends[last + 1])
+    bars = (heights[first : last + 1] / heights.max()).round(3).tolist()
+    return bars, _format_end(ends[first]), _format_end(ends[last + 1])
 
 
-def _end(value: float) -> str:
-    return "no limit" if np.isinf(value) else f"{value:.3g}"
-
-
-def layer_units(net: Network, site: UrlBuilder, layer: str) -> list[dict[str, Any]]:
-    """The layer's units that prefer something most, each with the patch that excites it most."""
-    store = net.store
-    if store is None or layer not in store.layers:
-        return []
-    table = store.units(["layer", "unit", "fires", "selectivity", "dead"])
-    rows = table.filter(_equal(table["layer"], layer)).to_pylist()
-    order = sorted(rows, key=lambda r: (-(r["selectivity"] or 0), -r["fires"], r["unit"]))[:LISTED]
-    kind = "best" if site.live else "top"
-    width = SIDE * (1 if site.live else COUNT)
-    return [
-        {
-            "unit": row["unit"],
-            "dead": row["dead"],
-            "page": site.page("m", net.key, "unit", layer, row["unit"]),
-            "src": site.patches(net, layer, row["unit"], kind),
-            "sheet": (width, SIDE * (1 if site.live else 2)),
-            "x": 0,
-            "y": 0,
-            "side": SIDE,
-            "label": f"unit {row['unit']}",
-        }
-        for row in order
-    ]
-
-
-def _equal(column: Any, value: str) -> Any:
-    import pyarrow.compute as compute
-
-    return compute.equal(column, value)
-
-
-def layer_measures(net: Network) -> dict[str, dict[str, float]]:
-    """Of each layer in the store: the share of dead units, mean sparsity and selectivity."""
-    store = net.store
-    if store is None:
-        return {}
-    table = store.units(["layer", "dead", "active", "selectivity"]).to_pandas()
-    found: dict[str, dict[str, float]] = {}
-    for name, rows in table.groupby("layer", observed=True):
-        found[str(name)] = {"dead": float(rows["dead"].mean()), "sparsity": float(1 - rows["active"].mean())}
-        if rows["selectivity"].notna().any():
-            found[str(name)]["selectivity"] = float(rows["selectivity"].mean())
-    return found
-
-
-def class_page(net: Network, site: UrlBuilder, index: int) -> dict[str, Any]:
-    """The units that tell of a class: whose mean on its pictures is highest, beside their mean on all."""
-    store = net.store
-    name = net.model.class_name(index)
-    if store is None or not store.labels or name not in store.labels:
-        return {"telling": []}
-    label = store.labels.index(name)
-    table = store.units(["layer", "unit", "mean", "classes", "class_means"]).to_pylist()
-    found = []
-    for row in table:
-        if row["layer"] != LOGITS and row["classes"] and row["classes"][0] == label and row["mean"] > 0:
-            found.append((row["class_means"][0] / row["mean"], row["layer"], row["unit"]))
-    best = sorted(found, key=lambda r: (-r[0], r[1], r[2]))[:12]
-    return {
-        "telling": [
-            {"ratio": ratio, "layer": layer, "unit": unit, "page": _unit_link(net, site, layer, unit)}
-            for ratio, layer, unit in best
-        ]
-    }
-
-
-def image_page(net: Network, site: UrlBuilder, number: int) -> dict[str, Any]:
-    """A picture of the data set. Raises MissingError where there is none of that number."""
-    if net.store is None or not 0 <= number < net.store.num_images:
-        raise UnknownResource(f"there is no picture {number} in the data set here")
-    own = net.store.image(number)
-    return {
-        "number": number,
-        "name": plain_name(own.name),
-        "src": site.thumbnail(net, number),
-        "size": (own.facts["height"] or SIDE, own.facts["width"] or SIDE),
-        "label": own.label,
-        "loss": own.loss,
-        "failed": own.failed,
-        "can_open": own.failed is None and net.takes_images,
-        "said": [
-            {"name": p.name, "probability": p.probability, "page": site.page("m", net.key, "class", p.target)}
-            for p in own.predictions
-        ],
-        "units": [
-            {"layer": s.layer, "unit": s.unit, "rank": s.rank, "page": _unit_link(net, site, s.layer, s.unit)}
-            for s in (own.units(10) if site.live else [])  # a search through all units: too much for every picture
-        ],
-    }
-
-
-def _unit_link(net: Network, site: UrlBuilder, layer: str, unit: int) -> str:
-    if layer == LOGITS:
-        return site.page("m", net.key, "class", unit)
-    return site.page("m", net.key, "unit", layer, unit)
-
-
-def _class_page(net: Network, site: UrlBuilder, name: str) -> str:
-    """The network's class of that name; the data set's own classes need not be the network's."""
-    index = net.class_indices.get(name)
-    return "" if index is None else site.page("m", net.key, "class", index)
-
-
-# --- pictures of pictures ---
-
-
-class Views:
-    """The latest views of a store's pictures, decoded; up to `room` bytes."""
-
-    def __init__(self, store: Store, room: int = 1 << 28) -> None:
-        from convscope.explorer.service.cache import Cache
-
-        self._store, self._cache = store, Cache(room)
-
-    def get(self, image: int) -> ImageView:
-        return self._kept(image, lambda: self._store.view(image))
-
-    def _kept(self, image: int, make: Callable[[], ImageView]) -> ImageView:
-        view: ImageView | None = self._cache.get(image)
-        if view is None:
-            view = make()
-            self._cache.put(image, view)
-        return view
-
-    def sheet(self, layer: str, unit: int, kind: str = "top") -> bytes:
-        """A unit's examples as WEBP: patches side by side and, below them, the whole pictures; "best": one patch."""
-        count = 1 if kind == "best" else COUNT
-        examples = self._store.unit(layer, unit).examples(count, "top" if kind == "best" else kind)
-        sheet = Image.new("RGB", (SIDE * max(1, len(examples)), SIDE * (1 if kind == "best" else 2)), "gray")
-        for i, example in enumerate(examples):
-            view = self._kept(example.image, example.view)  # which knows already what the store says of the picture
-            sheet.paste(_squared(view.crop(example.box)), (i * SIDE, 0))
-            if kind != "best":
-                sheet.paste(_squared(view.framed(example.box)), (i * SIDE, SIDE))
-        return encode_image(sheet, quality=78)
-
-    def thumbnail(self, number: int, longest: int = 640) -> bytes:
-        image = self.get(number).image.copy()
-        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        return encode_image(image)
-
-
-def _squared(image: Image.Image) -> Image.Image:
-    return ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR, color="gray")
+def _format_end(value: float) -> str:
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.3g}"

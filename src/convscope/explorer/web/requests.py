@@ -15,13 +15,13 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from convscope.errors import ConvscopeError
+from convscope.explorer.service.example_sheets import ExampleSheets
 from convscope.explorer.service.images import RegisteredImage, UnknownResource
 from convscope.explorer.service.jobs import Client, ClientDisconnected, Job, QueueFull
 from convscope.explorer.service.state import Explorer, Network
 from convscope.explorer.service.uploads import Decoder, plain_name
 from convscope.explorer.urls import LiveUrls
-from convscope.explorer.views.pages import Pages
-from convscope.explorer.views.store_views import Views
+from convscope.explorer.views.page import PageContext
 from convscope.explorer.web import security
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class RequestRunner:
 
     def __init__(self, explorer: Explorer, decoder: Decoder, timeout: float) -> None:
         self.explorer, self.decoder, self.timeout = explorer, decoder, timeout
-        self.views = {net.key: Views(net.store) for net in explorer.networks.values() if net.store is not None}
+        self.sheets = {net.key: ExampleSheets(net.store) for net in explorer.networks.values() if net.store is not None}
         self._threads = anyio.CapacityLimiter(64)
         self._uploading = 0
         self._asking: Counter[str] = Counter()
@@ -45,8 +45,9 @@ class RequestRunner:
         """Who asks, as far as it matters for taking turns."""
         return request.cookies.get(security.COOKIE) or (request.client.host if request.client else "unknown")
 
-    def pages(self, asker: Client | None, site: LiveUrls) -> Pages:
-        return Pages(self.explorer, asker or Client("nobody", 0), site)
+    def page_context(self, client: Client | None, urls: LiveUrls) -> PageContext:
+        """Return what pages are built from; without a client they must not need the network."""
+        return PageContext(self.explorer, client or Client("nobody", 0), urls)
 
     async def run(self, request: Request, make: Callable[[Client], T]) -> T:
         """What `make` gives, made in a thread. Work that only this client waits for ends when the client goes away.
@@ -104,10 +105,10 @@ class RequestRunner:
 
     def open_dataset_image(self, asker: Client, net: Network, number: int) -> str:
         """A picture of the data set, put on the shelf; its key."""
-        if net.key not in self.views or net.store is None or not 0 <= number < net.store.num_images:
+        if net.key not in self.sheets or net.store is None or not 0 <= number < net.store.num_images:
             raise UnknownResource(f"there is no picture {number} in the data set here")
         store = net.store
-        view = self.views[net.key].get(number)
+        view = self.sheets[net.key].view(number)
         return self.explorer.images.add(np.asarray(view.image), plain_name(store.image(number).name)).key
 
     def event_stream(self, request: Request, work: Job, result: Callable[[Any], dict[str, Any]]) -> StreamingResponse:

@@ -85,21 +85,24 @@ def router(desk: RequestRunner) -> APIRouter:
     async def patches(request: Request, model: str, layer: str, unit: int, kind: str, v: str) -> Response:
         net = network(model, v)
         net.require_unit(layer, unit)
-        if net.key not in desk.views or kind not in ("top", "bottom", "best"):
+        if net.key not in desk.sheets or kind not in ("top", "bottom", "best"):
             raise UnknownResource("there are no such examples here")
         what: tuple[Any, ...] = ("patches", layer, unit, kind)
-        views = desk.views[net.key]
+        sheets = desk.sheets[net.key]
         return await made(
-            request, lambda asker: explorer.cached_image(asker, net, what, lambda: views.sheet(layer, unit, kind))
+            request, lambda asker: explorer.cached_image(asker, net, what, lambda: sheets.sheet(layer, unit, kind))
         )
 
     @routes.get("/thumbnail")
     async def thumbnail(request: Request, number: int, v: str) -> Response:
-        net = next((n for n in explorer.networks.values() if n.key in desk.views and n.version == v), None)
+        net = next((n for n in explorer.networks.values() if n.key in desk.sheets and n.version == v), None)
         if net is None or net.store is None or not 0 <= number < net.store.num_images:
             raise UnknownResource("there is no such picture here")
-        owner, views = net, desk.views[net.key]
-        make = lambda asker: explorer.cached_image(asker, owner, ("thumbnail", number), lambda: views.thumbnail(number))  # noqa: E731
+        owner, sheets = net, desk.sheets[net.key]
+
+        def make(client: Client) -> bytes:
+            return explorer.cached_image(client, owner, ("thumbnail", number), lambda: sheets.thumbnail(number))
+
         return await made(request, make)
 
     @routes.get("/chapter")

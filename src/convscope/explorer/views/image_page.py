@@ -1,0 +1,57 @@
+"""The image page: predictions for an image, and heatmaps of the evidence for a class."""
+
+from __future__ import annotations
+
+from convscope.attribution.registry import METHODS
+from convscope.explorer.service.images import RegisteredImage
+from convscope.explorer.service.state import SLOW_METHODS, Network, main_layers
+from convscope.explorer.views import snippets
+from convscope.explorer.views.page import Page, PageContext
+from convscope.images.colormap import lookup_table
+
+COLORMAPS = ("jet", "viridis", "inferno", "coolwarm")
+TOP_CLASSES = 5
+_CONTROLS = ("random", "centred")  # methods that ignore the network
+
+
+def build(context: PageContext, network: Network, image: RegisteredImage, target: int | None = None) -> Page:
+    """Build the image page; `target` defaults to the top class."""
+    urls, explorer = context.urls, context.explorer
+    predictions = explorer.predictions(context.client, network, image)[:TOP_CLASSES]
+    classes = [row["index"] for row in predictions]
+    target = classes[0] if target is None else target
+    targets = classes if target in classes else [*classes, target]
+    heatmaps = {row["target"]: row for row in explorer.heatmap(context.client, network, image, targets)}
+    sources = urls.source(network.source), urls.source(image.source)
+    code = {k: snippets.heatmap(*sources, k, None, "grad-cam", None) for k in heatmaps}
+    layer = heatmaps[target]["layer"]
+    data = context.page_data(
+        "image",
+        api=f"/api/models/{network.key}/images/{image.key}",
+        model=network.key,
+        image=image.key,
+        target=target,
+        layer=layer,
+        heatmaps=heatmaps,
+        colormaps={name: lookup_table(name)[::8].tolist() for name in COLORMAPS},
+        code=code,
+        pages={k: urls.page("m", network.key, "image", image.key, "class", k) for k in heatmaps},
+        classPages={k: urls.page("m", network.key, "class", k) for k in heatmaps},
+    )
+    variables = {
+        "network": network,
+        "image": image,
+        "photo": urls.photo(image, 1024),
+        "predictions": predictions,
+        "target": target,
+        "target_name": network.model.class_name(target),
+        "layers": [other.name for other in network.layers if not other.is_pooling],
+        "default_layer": layer,
+        "methods": [name for name in METHODS if name not in _CONTROLS],
+        "slow_methods": SLOW_METHODS,
+        "colormaps": COLORMAPS,
+        "stages": main_layers(network),
+        "samples": explorer.images.samples,
+        "code": code[target],
+    }
+    return Page("image.html", f"{image.name}, {network.model.name}", data, variables)

@@ -1,0 +1,56 @@
+"""The network page: all layers as a table and as a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convscope.engine.layer_table import Layer
+from convscope.explorer.service.state import Network
+from convscope.explorer.urls import UrlBuilder
+from convscope.explorer.views import layout, store_views
+from convscope.explorer.views.page import Page, PageContext
+
+
+def build(context: PageContext, network: Network) -> Page:
+    """Build the network page."""
+    image = context.default_image(network)
+    measures = store_views.layer_measures(network)
+    if not context.urls.live and image is not None:
+        # Values from the store's data set take precedence over those from a single image.
+        for name, values in context.explorer.layer_summaries(context.client, network, image).items():
+            measures[name] = values | measures.get(name, {})
+    rows = [_layer_row(context.urls, network, layer, measures.get(layer.name, {})) for layer in network.layers]
+    graph = layout.graph_layout([(layer.shape[1:] or (1,))[0] for layer in network.layers], network.edges)
+    summaries = f"/api/models/{network.key}/images/{image.key}/layers" if image else None
+    data = context.page_data("network", summaries=summaries, layers=rows, graph=graph)
+    variables = {"network": network, "layers": rows, "image": image, "graph": graph}
+    return Page("network.html", f"Layers of {network.model.name}", data, variables)
+
+
+def format_receptive_field(network: Network, layer: Layer) -> str:
+    """Format a layer's receptive field: its size in pixels, or 'the whole image'."""
+    size = layer.receptive_field
+    if size is None or min(size) >= min(network.model.preprocessing.size):
+        return "the whole image"
+    return format_size(size)
+
+
+def format_size(size: tuple[int, ...]) -> str:
+    """Format a size in pixels."""
+    return " × ".join(map(str, size)) + " pixels"
+
+
+def _layer_row(urls: UrlBuilder, network: Network, layer: Layer, measures: dict[str, float]) -> dict[str, Any]:
+    field = None if layer.receptive_field is None else max(layer.receptive_field)
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "units": layer.units,
+        "receptive_field": format_receptive_field(network, layer),
+        "stride": None if layer.stride is None else max(layer.stride),
+        "field": None if field is None else min(field, max(network.model.preprocessing.size)),
+        "parameters": layer.parameters,
+        "page": urls.page("m", network.key, "layer", layer.name),
+        "measures": measures,
+    }

@@ -1,0 +1,41 @@
+"""The story page: patterns of each stage of the network, with their image statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from convscope.explorer.service.state import Network, main_layers
+from convscope.explorer.views.network_page import format_size
+from convscope.explorer.views.page import Page, PageContext
+from convscope.featurevis.layer_story import Chapter
+
+
+def build(context: PageContext, network: Network) -> Page:
+    """Build the story page; without a story, it offers to generate one."""
+    urls = context.urls
+    story = context.explorer.get_story(network)
+    chapters = [] if story is None else story.chapters
+    variables = {
+        "network": network,
+        "chapters": [_chapter(chapter, urls.story_chapter(network, i)) for i, chapter in enumerate(chapters)],
+        "stages": main_layers(network),
+        "figure": "" if story is None else urls.story_figure(network),
+    }
+    data = context.page_data("story", events=f"/api/models/{network.key}/story/events")
+    return Page("story.html", f"Story of {network.model.name}", data, variables)
+
+
+def _chapter(chapter: Chapter, src: str) -> dict[str, Any]:
+    return {
+        "src": src,
+        "layer": chapter.layer,
+        "receptive_field": "the whole image" if chapter.sees is None else format_size(chapter.sees),
+        "names": list(chapter.names),
+        "units": [int(unit) for unit in chapter.units],
+        "quartiles": {name: np.percentile(v, (25, 50, 75)).tolist() for name, v in chapter.measures.items()},
+        "count": len(chapter.images),
+        "height": chapter.images.shape[1],
+        "width": chapter.images.shape[2],
+    }
