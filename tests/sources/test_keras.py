@@ -90,7 +90,7 @@ def test_every_application_is_known_with_its_preprocessing(keras: Any) -> None:
     for name, (build, preprocess) in known.items():
         own = importlib.import_module(f"keras.applications.{build.__module__.rpartition('.')[2]}")
         assert preprocess is own.preprocess_input, name
-        measured = source._measure(preprocess, (5, 7))
+        measured = source._measure_preprocessing(preprocess, (5, 7))
         assert measured.size == (5, 7)
         got = measured.normalize(torch.from_numpy(given).permute(0, 3, 1, 2) / 255).permute(0, 2, 3, 1)
         np.testing.assert_allclose(got, preprocess(given.copy()), rtol=1e-4, atol=1e-4, err_msg=name)
@@ -109,7 +109,7 @@ def test_every_application_is_known_with_its_preprocessing(keras: Any) -> None:
     ],
 )
 def test_preprocessing_in_plain_numbers(name: str, order: str, mean: Any, std: Any, keras: Any) -> None:
-    measured = source._measure(source._applications(keras)[name][1], (224, 224))
+    measured = source._measure_preprocessing(source._applications(keras)[name][1], (224, 224))
     assert measured.channel_order == order
     assert measured.range == (0, 255)
     np.testing.assert_allclose(measured.mean, mean, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_preprocessing_is_read_off_in_the_right_layout(keras: Any, monkeypatch: 
     before = keras.backend.image_data_format()
     keras.config.set_image_data_format("channels_first")
     try:
-        measured = source._measure(source._applications(keras)["VGG16"][1], (224, 224))
+        measured = source._measure_preprocessing(source._applications(keras)["VGG16"][1], (224, 224))
     finally:
         keras.config.set_image_data_format(before)
     assert measured.channel_order == "BGR"
@@ -135,10 +135,10 @@ def test_a_model_in_hand_is_recognised_by_the_name_keras_gave_it(keras: Any) -> 
         own = inspect.signature(build).parameters["name"].default
         if own is None:  # MobileNet and MobileNetV2, whose names tell width and size; light enough to be built
             own = build(weights=None, alpha=0.35, input_shape=(96, 96, 3)).name
-        found = source._by_name(keras, own, (64, 96))
-        assert found == source._measure(preprocess, (64, 96)), name
-    assert source._by_name(keras, "functional_3", (64, 96)) is None
-    assert source._by_name(keras, "vgg16_mine", (64, 96)) is None
+        found = source._preprocessing_by_name(keras, own, (64, 96))
+        assert found == source._measure_preprocessing(preprocess, (64, 96)), name
+    assert source._preprocessing_by_name(keras, "functional_3", (64, 96)) is None
+    assert source._preprocessing_by_name(keras, "vgg16_mine", (64, 96)) is None
 
 
 def test_preprocessing_of_a_model_in_hand_is_said(keras: Any) -> None:
@@ -398,7 +398,7 @@ def test_sequential(keras: Any, pixels: np.ndarray) -> None:
         keras.layers.Dense(2, activation="softmax", name="scores"),
     ]
     own = keras.Sequential(layers)
-    with pytest.raises(ConvscopeError, match="is not built yet, so its input is not known; call it once on a picture"):
+    with pytest.raises(ConvscopeError, match="is not built, so its input shape is not known; call it once on an image"):
         convscope.load(own)
     assert not own.built
     own(unit(pixels))
@@ -449,7 +449,7 @@ def own_classes(keras: Any) -> SimpleNamespace:
 
 def test_subclassed_models(own_classes: SimpleNamespace, pixels: np.ndarray) -> None:
     own = own_classes.Subclassed()
-    with pytest.raises(ConvscopeError, match="is not built yet, so its input is not known; call it once on a picture"):
+    with pytest.raises(ConvscopeError, match="is not built, so its input shape is not known; call it once on an image"):
         convscope.load(own)
     assert own.weights == []
     own(unit(pixels))
@@ -480,13 +480,13 @@ def test_several_outputs(keras: Any, pixels: np.ndarray) -> None:
 
 def test_models_that_take_no_picture(keras: Any) -> None:
     one, two = keras.Input(SHAPE), keras.Input(SHAPE)
-    with pytest.raises(ConvscopeError, match="one picture as input is expected"):
+    with pytest.raises(ConvscopeError, match="expected a single input"):
         convscope.load(keras.Model([one, two], keras.layers.Add()([one, two])))
     vector = keras.Input((7,))
-    with pytest.raises(ConvscopeError, match=r"one picture as input is expected; this one takes \(None, 7\)"):
+    with pytest.raises(ConvscopeError, match=r"this Keras model takes \(None, 7\); expected a single input"):
         convscope.load(keras.Model(vector, keras.layers.Dense(2)(vector)))
     for thing in (keras.layers.Conv2D(3, 3), keras.optimizers.SGD()):
-        with pytest.raises(ConvscopeError, match=f"cannot look into a Keras {type(thing).__name__}; expected a Keras"):
+        with pytest.raises(ConvscopeError, match=f"cannot load a Keras {type(thing).__name__}; expected a Keras"):
             convscope.load(thing)
 
 
@@ -715,7 +715,7 @@ def test_other_weights_for_a_file(keras: Any, tmp_path: Path, pixels: np.ndarray
     expected = own.predict(unit(pixels), verbose=0)
     model = convscope.load(tmp_path / "model.keras", weights=tmp_path / "later.weights.h5")
     close(convscope.predict(model, pixels).logits, expected)
-    with pytest.raises(ConvscopeError, match=r"model\.keras holds weights of its own"):
+    with pytest.raises(ConvscopeError, match=r"model\.keras holds its own weights"):
         convscope.load(tmp_path / "model.keras", weights="random")
 
 
@@ -761,7 +761,7 @@ def test_code_in_a_file_is_not_run(suffix: str, keras: Any, tmp_path: Path) -> N
     keras.Model(inputs, x).save(tmp_path / f"bad{suffix}")
     ran.unlink(missing_ok=True)
     with pytest.raises(
-        ConvscopeError, match=r"Lambda.*not run; if you trust it, .*load_model\(FILE, safe_mode=False\)"
+        ConvscopeError, match=r"Lambda.*not run; if you trust the file, .*load_model\(FILE, safe_mode=False\)"
     ):
         convscope.load(tmp_path / f"bad{suffix}")
     assert not ran.exists()
@@ -846,7 +846,7 @@ class OfTfKeras:
 
 
 def test_a_model_of_another_backend(keras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = r"Keras runs on the {} backend here; save the model as model.save\('FILE.keras'\).*KERAS_BACKEND=torch"
+    words = r"Keras runs on the {} backend; save the model as model.save\('FILE.keras'\).*KERAS_BACKEND=torch"
     with pytest.raises(ConvscopeError, match=words.format("tensorflow")):
         convscope.load(OfTfKeras())
     for backend in ("tensorflow", "jax"):
@@ -861,7 +861,7 @@ def test_a_backend_that_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     with pytest.raises(ConvscopeError, match="KERAS_BACKEND is 'tensorflow'; convscope runs Keras on torch"):
         convscope.load("keras:VGG16")
-    with pytest.raises(ConvscopeError, match="Keras runs on the tensorflow backend here"):
+    with pytest.raises(ConvscopeError, match="Keras runs on the tensorflow backend"):
         convscope.load(OfTfKeras())
     assert "keras" not in sys.modules
 

@@ -86,7 +86,7 @@ def test_saved_names_become_timms(lite):
     reference = timm.create_model(f"tf_efficientnet_{lite}")
     saved = saved_weights(lite)
     own = reference.state_dict()
-    renamed = bundled.rename(saved, own)
+    renamed = bundled.rename_keys(saved, own)
     assert len(saved) == len(own)
     assert renamed.keys() == own.keys()
     for new, old in zip(own, saved, strict=True):
@@ -237,11 +237,11 @@ def test_names_that_are_none(source):
 
 @pytest.mark.parametrize("source", [3, None, {"a": 1}, [], b"lite0", nn.Module, object()])
 def test_things_that_are_no_model(source):
-    assert f"cannot look into a {type(source).__name__}" in refusal(source)
+    assert f"cannot load a {type(source).__name__}" in refusal(source)
 
 
 def test_a_loaded_model_is_refused(lite0):
-    assert "loaded already" in refusal(lite0)
+    assert "is a convscope Model already" in refusal(lite0)
 
 
 # --- without a network ---
@@ -357,7 +357,7 @@ class Evil:
 def test_a_pickle_that_holds_code_is_not_run(tmp_path, squeezed, zipped):
     mark, file = tmp_path / "mark", tmp_path / "evil.pth"
     torch.save({**squeezed, "evil": Evil(mark)}, file, _use_new_zipfile_serialization=zipped)
-    assert "could run anything" in refusal("torchvision:squeezenet1_1", weights=file)
+    assert "could run arbitrary code" in refusal("torchvision:squeezenet1_1", weights=file)
     assert not mark.exists()
     torch.load(file, weights_only=False)
     assert mark.exists()  # the file is as dangerous as it looks
@@ -476,7 +476,7 @@ def test_a_program_that_takes_no_pictures_is_refused(tmp_path, take):
     flat, picture = torch.rand(2, 5), torch.rand(1, 3, 8, 8)
     module, given = (nn.Linear(5, 2), (flat,)) if take == "flat" else (Adds(), (picture, picture))
     torch.export.save(torch.export.export(module, given), tmp_path / "odd.pt2")
-    assert "expected one batch of pictures (N, C, H, W)" in refusal(tmp_path / "odd.pt2")
+    assert "expected one batch of images (N, C, H, W)" in refusal(tmp_path / "odd.pt2")
 
 
 def test_an_old_program(exported, tmp_path):
@@ -733,7 +733,7 @@ def test_factories(tmp_path, monkeypatch):
     assert "no function 'value'" in refusal("made_up_nets:value")
     assert "raised KeyError: 'no such thing'" in refusal("made_up_nets:broken")
     assert "raised TypeError" in refusal("made_up_nets:picky")
-    assert "cannot look into a str" in refusal("made_up_nets:text")
+    assert "cannot load a str" in refusal("made_up_nets:text")
     assert "division by zero" in refusal("made_up_broken:net")
     assert "No module named 'made_up_none'" in refusal("made_up_none:net")
 
@@ -892,7 +892,7 @@ for function in (heatmaps, convscope.heatmaps, patterns, convscope.patterns, act
     assert callable(function), function
 assert callable(convscope.load) and issubclass(convscope.ConvscopeError, ValueError)
 assert sys.modules["convscope.attribution.api"].heatmaps is heatmaps
-assert callable(convscope.objectives.unit)
+assert callable(convscope.objectives.channel)
 assert not {"keras", "matplotlib.pyplot"} & set(sys.modules), "heavy"
 """
 

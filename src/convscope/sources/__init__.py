@@ -1,0 +1,1 @@
+"""Load models from names, files and objects, one module per origin."""

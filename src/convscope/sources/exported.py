@@ -1,8 +1,8 @@
-"""Networks saved by `torch.export.save`, opened without running code that their file may hold.
+"""Networks saved by `torch.export.save`, opened without running code that the file may contain.
 
-`torch.export.load` unpickles in full what it cannot read otherwise, evaluates the sizes' expressions as Python and
-writes names into Python source. So it never gets to see the file itself, but a copy that holds the bare numbers and the
-program, of which every word has been checked; example inputs, remarks and whatever else there is are left out.
+`torch.export.load` falls back to full unpickling, evaluates size expressions as Python and writes names into Python
+source. It therefore gets a sanitized copy of the file: the tensors, and the program with every string validated.
+Example inputs, metadata and unknown members are left out.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 import torch
 
 from convscope.errors import ConvscopeError
-from convscope.sources.files import line
+from convscope.sources.files import first_line
 from convscope.sources.spec import ModelSpec
 
-# The members of an archive, as torch 2.8 and later write them (below a folder of the archive's own name) ...
+# Members of an archive of torch 2.8 and later (below a folder named like the archive) ...
 PROGRAM = "models/model.json"
 CONFIG = re.compile(r"data/(weights|constants)/model_\1_config\.json")
-NUMBERS = re.compile(
+TENSORS = re.compile(
     r"data/(weights|constants)/(weight|tensor)_\d+|archive_(format|version)|byteorder|(\.data/)?version"
 )
-# ... and as earlier versions do.
+# ... and of earlier versions.
 OLD_PROGRAM = "serialized_exported_program.json"
-OLD_NUMBERS = ("serialized_state_dict.pt", "serialized_constants.pt")
+OLD_TENSORS = ("serialized_state_dict.pt", "serialized_constants.pt")
 EXAMPLES = ("data/sample_inputs/model.pt", "serialized_example_inputs.pt")
 
 NAME = re.compile(r"\w*")
 CONSTANT = re.compile(r"[\w.]*")
-WORD = re.compile(r"[\w.:/@+ -]*")
+IDENTIFIER = re.compile(r"[\w.:/@+ -]*")
 MODULES = re.compile(r"[\w.,;:<>@$()\[\]' -]*")
 OPERATOR = re.compile(
     r"torch\.ops\.aten\.(?!(from_file|save)\.)\w+\.\w+"
@@ -71,23 +71,23 @@ FUNCTION = re.compile(
 
 
 def from_file(path: Path, weights: str | None) -> ModelSpec:
-    """A network saved by `torch.export.save`, its layers under their own names again."""
+    """Open a network saved by `torch.export.save`; layers get their original names back."""
     if weights not in (None, "default"):
         raise ConvscopeError("a .pt2 file holds its own weights; weights= is for models made by name")
-    copy = _copy(path)
+    copy = _sanitized_copy(path)
     try:
         program = torch.export.load(copy)
         module = torch.export.unflatten(program)
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        raise ConvscopeError(f"{path} cannot be read as an exported program: {line(error)}") from error
+    except Exception as error:  # damaged archives raise many types
+        raise ConvscopeError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
     inputs = [
         getattr(node.meta.get("val"), "shape", ())
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
     ]
     if len(inputs) != 1 or len(inputs[0]) != 4:
-        given = ", ".join(str(tuple(shape)) for shape in inputs)
-        raise ConvscopeError(f"{path} takes {given or 'nothing'}; expected one batch of pictures (N, C, H, W)")
+        shapes = ", ".join(str(tuple(shape)) for shape in inputs)
+        raise ConvscopeError(f"{path} takes {shapes or 'nothing'}; expected one batch of images (N, C, H, W)")
     batch, channels, height, width = [n if isinstance(n, int) else None for n in inputs[0]]
     if batch not in (None, 1):
         raise ConvscopeError(
@@ -96,72 +96,74 @@ def from_file(path: Path, weights: str | None) -> ModelSpec:
         )
     side = height or width
     size = None if side is None else (height or side, width or side)
-    # Not ours to lay out anew: its graph was checked for these very tensors and layouts.
+    # Its memory format is not changed: the graph has guards on strides.
     return ModelSpec(module, path.name, size=size, channels=channels, fixed_batch_size=batch, loaded_by_convscope=False)
 
 
-def _copy(path: Path) -> io.BytesIO:
-    """The archive anew, with nothing in it but what is known to be data."""
+def _sanitized_copy(path: Path) -> io.BytesIO:
+    """Copy the archive, with nothing but members that are known to be data."""
     copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
             members = dict.fromkeys(archive.namelist())
             if any("aotinductor/" in name for name in members):
-                raise _CodeError("machine code; save the program with torch.export.save instead of compiling it")
+                raise _UnsafeContentError(
+                    "machine code; save the program with torch.export.save instead of compiling it"
+                )
             root = next((name.removesuffix(PROGRAM) for name in members if name.endswith("/" + PROGRAM)), "")
             if root + PROGRAM not in members and OLD_PROGRAM not in members:
                 raise ValueError("there is no program in the archive")
             for name in members:
-                content = _content(archive.read(name), name.removeprefix(root))
+                content = _member_content(archive.read(name), name.removeprefix(root))
                 if content is not None:
                     clean.writestr(name, content)
-    except _CodeError as error:
+    except _UnsafeContentError as error:
         raise ConvscopeError(f"{path} is not opened: it holds {error}") from error
-    except Exception as error:  # whatever a damaged archive makes the readers raise
-        raise ConvscopeError(f"{path} is not an exported program (.pt2), or is damaged: {line(error)}") from error
+    except Exception as error:  # damaged archives raise many types
+        raise ConvscopeError(f"{path} is not an exported program (.pt2), or is damaged: {first_line(error)}") from error
     copy.seek(0)
     return copy
 
 
-class _CodeError(ValueError):
-    """Something in the archive could be code."""
+class _UnsafeContentError(ValueError):
+    """The archive holds something that could be code."""
 
 
-def _content(raw: bytes, name: str) -> bytes | None:
-    """What goes on of a member; None: nothing."""
+def _member_content(raw: bytes, name: str) -> bytes | None:
+    """Return the sanitized content of a member; None leaves it out."""
     if name in EXAMPLES:
         return b""
     if name in (PROGRAM, OLD_PROGRAM) or CONFIG.fullmatch(name):
-        return json.dumps(_checked(json.loads(raw))).encode()
-    if name in OLD_NUMBERS:
+        return json.dumps(_validated(json.loads(raw))).encode()
+    if name in OLD_TENSORS:
         try:
             torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise _CodeError(f"pickled code or objects ({name})") from error
+            raise _UnsafeContentError(f"pickled code or objects ({name})") from error
         return raw
-    return raw if NUMBERS.fullmatch(name) else None
+    return raw if TENSORS.fullmatch(name) else None
 
 
-def _checked(value: Any, key: str = "") -> Any:
-    """The program, or what describes its weights, without remarks; raises _CodeError for a word that could be code."""
+def _validated(value: Any, key: str = "") -> Any:
+    """Return a program or weight config without metadata; raise for a string that could be code."""
     if isinstance(value, dict):
         if value.get("use_pickle"):
-            raise _CodeError(f"pickled objects ({value.get('path_name')})")
-        kept = {k: v for k, v in value.items() if k not in ("metadata", "guards_code")}
+            raise _UnsafeContentError(f"pickled objects ({value.get('path_name')})")
+        members = {k: v for k, v in value.items() if k not in ("metadata", "guards_code")}
         if modules := value.get("metadata", {}).get("nn_module_stack"):
-            kept["metadata"] = {"nn_module_stack": modules}
+            members["metadata"] = {"nn_module_stack": modules}
         elif "metadata" in value:
-            kept["metadata"] = {}
-        return {_checked(k): _checked(v, k) for k, v in kept.items()}
+            members["metadata"] = {}
+        return {_validated(k): _validated(v, k) for k, v in members.items()}
     if isinstance(value, list):
-        return [_checked(v, key) for v in value]
-    if isinstance(value, str) and not RULES.get(key, WORD.fullmatch)(value):
-        raise _CodeError(f"{value[:60]!r} where {key or 'a name'} is expected")
+        return [_validated(v, key) for v in value]
+    if isinstance(value, str) and not RULES.get(key, IDENTIFIER.fullmatch)(value):
+        raise _UnsafeContentError(f"{value[:60]!r} where {key or 'a name'} is expected")
     return value
 
 
 def _is_arithmetic(text: str) -> bool:
-    """A size's expression: sympy would evaluate whatever else there is."""
+    """Return whether a size expression is plain arithmetic; sympy would evaluate anything."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except SyntaxError:
@@ -176,7 +178,7 @@ def _is_arithmetic(text: str) -> bool:
 
 
 def _is_tree(text: str) -> bool:
-    """How inputs and outputs are nested: a mapping among what goes with a node may name a module to import."""
+    """Return whether a pytree spec is plain nesting; a context that is a mapping could import a module."""
 
     def plain(tree: Any) -> bool:
         return bool(NESTING.fullmatch(json.dumps(tree["context"]))) and all(map(plain, tree["children_spec"]))
@@ -193,6 +195,6 @@ RULES: dict[str, Callable[[str], object]] = {
     "expr_str": _is_arithmetic,
     "in_spec": _is_tree,
     "out_spec": _is_tree,
-    "as_string": lambda text: True,  # an operator's own argument, never part of the source
-    "as_strings": lambda text: True,
+    "as_string": lambda _: True,  # an operator's argument, never part of the source
+    "as_strings": lambda _: True,
 }

@@ -1,4 +1,4 @@
-"""Networks made by a function of the user's: "package.module:factory"."""
+"""Networks made by a function of the user: "package.module:factory"."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from convscope.sources.spec import ModelSpec
 
 
 def from_path(path: str, weights: str | None) -> ModelSpec:
-    """Import `package.module`, call `factory()` and take what it returns; `weights` may name a file to put into it."""
+    """Import `package.module` and call `factory()`; `weights` may name a file to load into the result."""
     name, _, attribute = path.partition(":")
     try:
         package = importlib.import_module(name)
     except Exception as error:  # the user's module may raise anything
         expected = "expected package.module:factory, importable from here"
-        raise ConvscopeError(f"{path!r} cannot be imported: {files.line(error)}; {expected}") from error
+        raise ConvscopeError(f"{path!r} cannot be imported: {files.first_line(error)}; {expected}") from error
     factory = getattr(package, attribute, None)
     if not callable(factory):
         raise ConvscopeError(f"{name} has no function {attribute!r}; nearest: {nearest(attribute, dir(package))}")
     try:
         module = factory()
-    except Exception as error:
-        raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.line(error)}") from error
-    found = instance.wrap(module)
-    found.loaded_by_convscope, found.name = True, path
+    except Exception as error:  # the user's function may raise anything
+        raise ConvscopeError(f"{path!r} raised {type(error).__name__}: {files.first_line(error)}") from error
+    spec = instance.wrap(module)
+    spec.loaded_by_convscope, spec.name = True, path
     if weights == "random":
-        raise ConvscopeError("a factory makes its own weights; weights= may name a file to put into the network")
+        raise ConvscopeError("a factory makes its own weights; weights= may name a file to load into the network")
     if weights not in (None, "default"):
-        if not isinstance(module, nn.Module) or found.adapter.name != "torch":
+        if not isinstance(module, nn.Module) or spec.adapter.name != "torch":
             raise ConvscopeError("weights= for a Keras factory: load them inside the factory")
-        files.put_weights(module, Path(str(weights)))
-    return found
+        files.load_weights_file(module, Path(str(weights)))
+    return spec

@@ -1,4 +1,4 @@
-"""Files of weights, opened without running code that they may hold."""
+"""Read files of weights without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ def require_file(path: Path) -> None:
 
 
 @contextmanager
-def downloading(name: str) -> Iterator[None]:
-    """Turn whatever a framework raises when it cannot download into one clear line."""
+def download_errors(name: str) -> Iterator[None]:
+    """Turn the errors of a failed download into one clear line."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -39,7 +39,7 @@ def downloading(name: str) -> Iterator[None]:
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file. Refuses pickles that hold anything but tensors, numbers and containers."""
+    """Read the tensors of a .pth file; refuse pickles of anything but tensors, numbers and containers."""
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):
             raise ConvscopeError(f"{path} is not a file of PyTorch weights: it is neither a zip archive nor a pickle")
@@ -47,11 +47,11 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvscopeError(
-            f"{path} holds code or objects, not only weights, and is not opened: unpickling it could run anything; "
+            f"{path} holds code or objects besides weights and is not opened: unpickling could run arbitrary code; "
             "save the weights alone: torch.save(model.state_dict(), FILE), or use safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ConvscopeError(f"{path} is not a file of PyTorch weights: {line(error)}") from error
+        raise ConvscopeError(f"{path} is not a file of PyTorch weights: {first_line(error)}") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -59,7 +59,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise ConvscopeError(f"{path} holds no named weights")
-    # Saved from within DataParallel or torch.compile, all names begin with theirs.
+    # Weights saved from DataParallel or torch.compile carry the wrapper's prefix.
     for _ in range(2):
         for wrapper in ("module.", "_orig_mod."):
             if all(key.startswith(wrapper) for key in tensors):
@@ -68,14 +68,14 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file."""
+    """Read the tensors of a .safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ConvscopeError(f"{path} is not a safetensors file: {line(error)}") from error
+        raise ConvscopeError(f"{path} is not a safetensors file: {first_line(error)}") from error
     return tensors
 
 
@@ -88,25 +88,25 @@ READERS = {
 }
 
 
-def put_weights(module: nn.Module, path: Path) -> None:
+def load_weights_file(module: nn.Module, path: Path) -> None:
     """Load a file of weights into a PyTorch module; every key must fit."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ConvscopeError(f"weights {str(path)!r}: expected 'default', 'random' or a {', '.join(READERS)} file")
     require_file(path)
-    fit(module, reader(path), str(path))
+    load_state(module, reader(path), str(path))
 
 
-def fit(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Put `state` into the module, or say which keys are missing, unknown or of another shape."""
-    own = module.state_dict()
-    # Counters of batches are missing from files of old PyTorch versions and play no part in inference.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in state if k not in own]
+def load_state(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load `state` into the module; raise with the keys that are missing, unknown or of another shape."""
+    expected = module.state_dict()
+    # Batch counters are missing from files of old PyTorch versions and are not used in inference.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in expected]
     shapes = [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k} is {tuple(state[k].shape)}, not {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
     ]
     complaints = [
         f"{what} {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
@@ -118,20 +118,20 @@ def fit(module: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def refuse_pickle(path: Path, weights: str | None) -> NoReturn:
-    """A .pth file holds weights or a pickle, never a network that can be opened safely."""
+def refuse_pickle(path: Path, _weights: str | None) -> NoReturn:
+    """Refuse a .pth file as a model: it holds weights, or a pickle that is not safe to open."""
     raise ConvscopeError(
         f"{path} holds weights, or a pickled network, which is not opened because it can run code; name the network "
         f"and give the file as its weights: load('torchvision:resnet50', weights={str(path)!r})"
     )
 
 
-def refuse_weights(path: Path, weights: str | None) -> NoReturn:
-    """A file of weights alone does not say which network they belong to."""
+def refuse_weights(path: Path, _weights: str | None) -> NoReturn:
+    """Refuse a file of weights as a model: it does not name its network."""
     raise ConvscopeError(f"{path} holds weights without a network; load('NAME', weights={str(path)!r})")
 
 
-def line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    text: Any = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Keras 3 models on the torch backend: applications by name, files, models in hand.
+"""Keras 3 models on the torch backend: applications by name, files, instances.
 
-Keras is imported only here, and only when asked for: it takes seconds.
+Keras is imported only when it is needed, since that takes seconds.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from convscope.sources.spec import ModelSpec, imagenet_classes
 
 @dataclass(frozen=True)
 class KerasAdapter:
-    """A Keras model: an `nn.Module` that mostly speaks NHWC and keeps its layers in lists of its own."""
+    """Adapter of Keras models: modules that mostly use NHWC and list their layers in `layers`."""
 
     channels_first: bool = False
     name = "keras"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return every layer by its path of Keras names."""
         return dict(_walk(module, ""))
 
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """Return all weights."""
         return (variable.value for variable in module.weights)  # type: ignore[union-attr]
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
+        """Run the model in inference mode on an NCHW batch."""
         import keras
 
-        # Keras would bring the picture to its own default device, wherever the model is.
+        # Otherwise Keras moves the input to its own default device.
         with keras.device(str(x.device)):
             return module(x if self.channels_first else x.permute(0, 2, 3, 1), training=False)
 
@@ -56,7 +59,7 @@ def _walk(module: Any, prefix: str) -> Iterable[tuple[str, nn.Module]]:
 
 
 def import_keras() -> Any:
-    """Keras on the torch backend, or a clear refusal."""
+    """Import Keras on the torch backend; raise `ConvscopeError` if it is missing or uses another backend."""
     if "keras" not in sys.modules and os.environ.setdefault("KERAS_BACKEND", "torch") != "torch":
         raise ConvscopeError(
             f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']!r}; convscope runs Keras on torch: set KERAS_BACKEND=torch"
@@ -72,13 +75,13 @@ def import_keras() -> Any:
 
 def _refuse_backend(backend: str) -> None:
     raise ConvscopeError(
-        f"Keras runs on the {backend} backend here; save the model as model.save('FILE.keras') and load that file in a "
+        f"Keras runs on the {backend} backend; save the model as model.save('FILE.keras') and load that file in a "
         "process of its own, or set KERAS_BACKEND=torch before the first import of keras"
     )
 
 
 def from_name(name: str, weights: str) -> ModelSpec:
-    """A model of keras.applications, with its own preprocessing and ImageNet's class names."""
+    """Make a model of keras.applications, with its preprocessing and ImageNet's class names."""
     known = _applications(import_keras())
     if name not in known:
         raise ConvscopeError(f"keras.applications has no model {name!r}; nearest: {nearest(name, list(known))}")
@@ -86,25 +89,25 @@ def from_name(name: str, weights: str) -> ModelSpec:
     if weights == "default":
         try:
             module = build(weights="imagenet")
-        except Exception as error:  # Keras raises a bare Exception when it cannot download
+        except Exception as error:  # Keras raises a bare Exception when a download fails
             if "URL fetch failure" not in str(error):
                 raise
-            with files.downloading(f"keras:{name}"):
+            with files.download_errors(f"keras:{name}"):
                 raise OSError(str(error).partition(": None")[0]) from error
     else:
         with _seeded():
             module = build(weights=None)
         if weights != "random":
-            _put_weights(module, Path(weights))
-    found = from_model(module)
-    found.loaded_by_convscope, found.name, found.recognised = True, f"keras:{name}", None
-    found.preprocessing = _measure(preprocess, found.size or USUAL_SIZE)
-    found.classes = imagenet_classes() if module.output_shape[-1] == 1000 else None
-    return found
+            _load_weights(module, Path(weights))
+    spec = from_model(module)
+    spec.loaded_by_convscope, spec.name, spec.preprocessing_origin = True, f"keras:{name}", None
+    spec.preprocessing = _measure_preprocessing(preprocess, spec.size or DEFAULT_SIZE)
+    spec.classes = imagenet_classes() if module.output_shape[-1] == 1000 else None
+    return spec
 
 
 def _applications(keras: Any) -> dict[str, tuple[Any, Any]]:
-    """What keras.applications holds: each model's builder, and the `preprocess_input` of the module it comes from."""
+    """Map each model of keras.applications to its builder and its `preprocess_input`."""
     builders = {name: build for name, build in vars(keras.applications).items() if name[0].isupper()}
 
     def home(build: Any) -> Any:
@@ -115,7 +118,7 @@ def _applications(keras: Any) -> dict[str, tuple[Any, Any]]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Random weights made in the block are always the same ones: Keras draws its seeds from Python's own generator."""
+    """Fix random weights inside the block: Keras draws its seeds from Python's `random`."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -124,14 +127,14 @@ def _seeded() -> Iterator[None]:
         random.setstate(state)
 
 
-def _measure(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
-    """What a `preprocess_input` does to pixels 0..255: its offset, scale and channel order, read off four pictures."""
+def _measure_preprocessing(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
+    """Measure the offset, scale and channel order of a `preprocess_input` on four images of one pixel."""
     pixels = torch.zeros((4, 1, 1, 3))
     for channel in range(3):
         pixels[channel + 1, 0, 0, channel] = 255.0
-    black, *pure = torch.tensor(preprocess(pixels.numpy(), data_format="channels_last").copy()).float()[:, 0, 0]
-    response = torch.stack([p - black for p in pure])  # row: channel of the picture, column: channel of the network
-    order = response.abs().argmax(0)  # which channel of the picture each of the network's channels shows
+    black, *responses = torch.tensor(preprocess(pixels.numpy(), data_format="channels_last").copy()).float()[:, 0, 0]
+    response = torch.stack([p - black for p in responses])  # row: channel of the image, column: channel of the input
+    order = response.abs().argmax(0)  # the image channel in each input channel
     scale = response.abs().max(0).values / 255
     return Preprocessing(
         size=size,
@@ -142,7 +145,7 @@ def _measure(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
     )
 
 
-def _put_weights(module: Any, path: Path) -> None:
+def _load_weights(module: Any, path: Path) -> None:
     if path.suffix.lower() not in (".keras", ".h5"):
         raise ConvscopeError(f"weights {str(path)!r}: expected 'default', 'random', a .keras or a .weights.h5 file")
     files.require_file(path)
@@ -154,20 +157,22 @@ def _put_weights(module: Any, path: Path) -> None:
         else:
             module.load_weights(path)
     except Exception as error:  # Keras and h5py raise many types
-        raise ConvscopeError(f"the weights in {path} do not fit {module.name}: {_text(error)[:300]}") from error
+        raise ConvscopeError(
+            f"the weights in {path} do not fit {module.name}: {_innermost_message(error)[:300]}"
+        ) from error
 
 
 def from_file(path: Path, weights: str | None) -> ModelSpec:
-    """A model saved by Keras, by any backend, opened in safe mode."""
+    """Open a model saved by Keras with any backend, in safe mode."""
     _require_magic(path)
     module = _read(path)
     if weights == "random":
-        raise ConvscopeError(f"{path} holds weights of its own; weights= may only name a file to put in their place")
+        raise ConvscopeError(f"{path} holds its own weights; weights= may only name a file that replaces them")
     if weights not in (None, "default"):
-        _put_weights(module, Path(str(weights)))
-    found = from_model(module)
-    found.loaded_by_convscope, found.name = True, path.name
-    return found
+        _load_weights(module, Path(str(weights)))
+    spec = from_model(module)
+    spec.loaded_by_convscope, spec.name = True, path.name
+    return spec
 
 
 def _require_magic(path: Path) -> None:
@@ -187,21 +192,21 @@ def _read(path: Path) -> Any:
     try:
         with _keras2_compat(keras):
             return keras.models.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras wraps what goes wrong in many types
-        if "safe_mode" in _text(error):
+    except Exception as error:  # Keras wraps errors in many types
+        if "safe_mode" in _innermost_message(error):
             raise ConvscopeError(
-                f"{path} holds a Lambda layer or another piece of Python code, which is not run; if you trust it, load "
+                f"{path} holds a Lambda layer or other Python code, which is not run; if you trust the file, load "
                 "it yourself with keras.models.load_model(FILE, safe_mode=False) and pass the model"
             ) from error
-        raise ConvscopeError(f"{path} cannot be loaded by Keras: {_text(error)[:300]}") from error
+        raise ConvscopeError(f"{path} cannot be loaded by Keras: {_innermost_message(error)[:300]}") from error
 
 
-def _text(error: Exception) -> str:
-    """What an error says, in one line; of Keras' errors around errors, the innermost."""
+def _innermost_message(error: Exception) -> str:
+    """Return an error's message in one line; of nested Keras errors, the innermost."""
     return " ".join(str(error).rpartition("Exception encountered: ")[2].split())
 
 
-# What Keras 2 saved with a layer, as if it meant something, and Keras 3 refuses.
+# Arguments that Keras 2 saved without using them, and that Keras 3 refuses.
 KERAS_2_ONLY = {
     "Conv2DTranspose": {"groups"},
     "DepthwiseConv2D": {"groups"},
@@ -212,7 +217,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def _keras2_compat(keras: Any) -> Iterator[None]:
-    """For as long as the block lasts, Keras passes over `KERAS_2_ONLY` in a file."""
+    """Make Keras ignore the arguments of `KERAS_2_ONLY` inside the block."""
 
     def reader(usual: Any, dropped: set[str]) -> Any:
         def from_config(cls: Any, config: Mapping[str, Any]) -> Any:
@@ -222,34 +227,34 @@ def _keras2_compat(keras: Any) -> Iterator[None]:
 
     with _lock:
         layers = {getattr(keras.layers, name): dropped for name, dropped in KERAS_2_ONLY.items()}
-        own = {layer: vars(layer)["from_config"] for layer in layers if "from_config" in vars(layer)}
+        original = {layer: vars(layer)["from_config"] for layer in layers if "from_config" in vars(layer)}
         try:
             for layer, dropped in layers.items():
                 layer.from_config = reader(layer.from_config, dropped)
             yield
         finally:
             for layer in layers:
-                if layer in own:
-                    layer.from_config = own[layer]
+                if layer in original:
+                    layer.from_config = original[layer]
                 else:
                     del layer.from_config
 
 
-USUAL_SIZE = (224, 224)  # of keras.applications, where a model leaves it open
+DEFAULT_SIZE = (224, 224)  # of keras.applications, for models of any input size
 
 
 def from_model(module: Any) -> ModelSpec:
-    """A Keras model in hand."""
+    """Describe a Keras model that the user passes in."""
     keras: Any = sys.modules.get("keras")
     backend = keras.config.backend() if hasattr(keras, "config") else "tensorflow"
     if backend != "torch" or any(base.__module__.startswith("tf_keras") for base in type(module).__mro__):
         _refuse_backend("tensorflow" if backend == "torch" else backend)
     if not isinstance(module, keras.Model):
-        raise ConvscopeError(f"cannot look into a Keras {type(module).__name__}; expected a Keras model")
+        raise ConvscopeError(f"cannot load a Keras {type(module).__name__}; expected a Keras model")
     height, width, channels, first = _input(module)
     size = (height, width) if height is not None and width is not None else None
     scaled = any(type(layer).__name__ in ("Rescaling", "Normalization") for _, layer in _walk(module, ""))
-    found = ModelSpec(
+    spec = ModelSpec(
         module,
         module.name,
         KerasAdapter(first),
@@ -259,36 +264,36 @@ def from_model(module: Any) -> ModelSpec:
         range=(0.0, 255.0) if scaled else (0.0, 1.0),
     )
     if channels == 3:
-        found.preprocessing = _by_name(keras, module.name, size or USUAL_SIZE)
-    found.recognised = f"keras.applications, by the name {module.name!r}"
-    return found
+        spec.preprocessing = _preprocessing_by_name(keras, module.name, size or DEFAULT_SIZE)
+    spec.preprocessing_origin = f"keras.applications, by the name {module.name!r}"
+    return spec
 
 
 def _input(module: Any) -> tuple[int | None, int | None, int, bool]:
-    """Height, width and channels of the picture that a model takes, and whether it takes its channels first."""
+    """Return height, width and channels of a model's input, and whether channels come first."""
     shape = getattr(module, "input_shape", None)
-    if shape is None:  # a subclassed model; what it was built for
+    if shape is None:  # a subclassed model: the shape it was built with
         shape = (module.get_build_config() or {}).get("input_shape")
     if shape is None:
         raise ConvscopeError(
-            f"the Keras model {module.name!r} is not built yet, so its input is not known; call it once on a picture: "
+            f"the Keras model {module.name!r} is not built, so its input shape is not known; call it once on an image: "
             "model(numpy.zeros((1, H, W, C)))"
         )
     if not isinstance(shape, tuple) or len(shape) != 4:
-        raise ConvscopeError(f"a Keras model with one picture as input is expected; this one takes {shape}")
+        raise ConvscopeError(f"this Keras model takes {shape}; expected a single input (N, H, W, C)")
     formats = (getattr(layer, "data_format", None) for _, layer in _walk(module, ""))
     if next(filter(None, formats), "channels_last") == "channels_first":
         return shape[2], shape[3], shape[1], True
     return shape[1], shape[2], shape[3], False
 
 
-def _by_name(keras: Any, name: str, size: tuple[int, int]) -> Preprocessing | None:
-    """The preprocessing of a keras.applications model, recognised by the name that Keras gives it."""
+def _preprocessing_by_name(keras: Any, name: str, size: tuple[int, int]) -> Preprocessing | None:
+    """Recognise a model of keras.applications by its default name; return its preprocessing."""
 
     def plain(text: str) -> str:  # "efficientnetv2-b0", "inception_v3"; "mobilenet_1.00_224" with its width and size
         return re.sub(r"[-_]", "", re.sub(r"_\d\.\d\d_\d+$", "", text.lower()))
 
     for application, (_, preprocess) in _applications(keras).items():
         if plain(application) == plain(name):
-            return _measure(preprocess, size)
+            return _measure_preprocessing(preprocess, size)
     return None

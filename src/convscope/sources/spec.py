@@ -1,4 +1,4 @@
-"""What a source hands over to `load`, and what the sources share."""
+"""What each source returns to `load`, and helpers that sources share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass
 class ModelSpec:
-    """A network and what its source knows about it. `owned`: made by `load`, so ours to freeze and lay out anew."""
+    """A network and what its source knows about it.
+
+    Attributes
+    ----------
+    loaded_by_convscope : bool
+        Whether `load` made the network, so that it may freeze it and change its memory format.
+    preprocessing_origin : str or None
+        Where the preprocessing comes from, if it was inferred from the module.
+    size, channels : tuple of int, int or None
+        Height, width and channels of the input, where the network itself fixes them.
+    range, mean, std : tuple of float
+        Used for the assumed preprocessing if `preprocessing` is None.
+    """
 
     module: nn.Module
     name: str
@@ -27,28 +39,28 @@ class ModelSpec:
     classes: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     loaded_by_convscope: bool = True
-    recognised: str | None = None  # where the preprocessing of a model in hand was found, by its looks
+    preprocessing_origin: str | None = None
     fixed_batch_size: int | None = None
-    size: tuple[int, int] | None = None  # where the network itself fixes the picture's size and channels
+    size: tuple[int, int] | None = None
     channels: int | None = None
     range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
-    def assume(self, size: tuple[int, int], channels: int) -> Preprocessing:
-        """The preprocessing of a network whose source does not say."""
+    def assumed_preprocessing(self, size: tuple[int, int], channels: int) -> Preprocessing:
+        """Return the preprocessing to assume when the source specifies none."""
         mean, std = ((v if len(v) == channels else v[:1] * channels) for v in (self.mean, self.std))
         order = {1: "L", 3: "RGB"}.get(channels, "channels")
         return Preprocessing(size=size, range=self.range, mean=mean, std=std, channel_order=order)
 
 
-def first_convolution(module: nn.Module) -> int:
-    """Channels that the first 2-D convolution takes; 3 if there is none."""
+def input_channels(module: nn.Module) -> int:
+    """Return the input channels of the first 2-D convolution; 3 if there is none."""
     return next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d) and m.in_channels), 3)
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The first of each ImageNet-1k class's names, as timm carries them."""
+    """Return the first name of each ImageNet-1k class, from timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
@@ -56,8 +68,8 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 @contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """Random weights drawn in the block come from `seed`; the caller's generator is left as it was."""
+def fixed_seed(seed: int = 0) -> Iterator[None]:
+    """Seed torch's generator inside the block; restore its state on exit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
