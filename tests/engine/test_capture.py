@@ -466,7 +466,7 @@ def test_output_without_a_tensor_of_floats_is_refused() -> None:
     model = loaded(filled(Packed(*PACKINGS["tensor"])))
     model.module.inner.pack = lambda t: ("words", t.long())
     model.module.unpack = lambda o: o[1].float()
-    with pytest.raises(ConvscopeError, match="layer 'inner' gave no tensor"):
+    with pytest.raises(ConvscopeError, match="layer 'inner' returned no tensor"):
         convscope.activations(model, inputs(), "inner")
 
 
@@ -520,7 +520,7 @@ def test_weights_made_in_inference_mode() -> None:
     assert np.array_equal(*[convscope.activations(m, x, "conv2")["conv2"] for m in (model, same)])
     assert np.array_equal(*[convscope.predict(m, x).logits for m in (model, same)])
     for call in ("heatmaps", "plain", "robust", "robust classes"):
-        with pytest.raises(ConvscopeError, match=r"weights were made under torch.inference_mode\(\)"):
+        with pytest.raises(ConvscopeError, match=r"parameters were created under torch.inference_mode\(\)"):
             CALLS[call](model)
     assert all(p.requires_grad for p in net.parameters())
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.featurevis.objectives import (
     Objective,
     batch_objectives,
@@ -105,7 +105,6 @@ def test_joined_objectives_see_their_own_rows_only() -> None:
         per_image_channels("other", [1, 0]),
     ]
     what = seen(9)
-    assert what.logits is not None
     together = batch_objectives(parts)
     expected, first = [], 0
     for part in parts:
@@ -124,7 +123,6 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
     """Every picture's photograph comes behind it."""
     parts = [caricature("maps"), caricature("tokens", 2) - caricature("maps", 0), caricature("logits") * 2]
     what = seen(6)
-    assert what.logits is not None
     together = batch_objectives(parts)
     assert together.mates
     assert together.images == 3
@@ -138,8 +136,8 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
             )
         )
     assert torch.equal(together(what), torch.cat(expected))
-    stopped = ForwardResult(what.maps, None)  # a pass that ended in front of the logits
-    assert torch.equal(batch_objectives(parts[:2])(ForwardResult({k: x[:4] for k, x in stopped.maps.items()}, None)),
+    stopped = LayerOutputs(what.maps)  # a pass that ended in front of the logits
+    assert torch.equal(batch_objectives(parts[:2])(LayerOutputs({k: x[:4] for k, x in stopped.maps.items()})),
                        torch.cat(expected[:2]))  # fmt: skip
 
 

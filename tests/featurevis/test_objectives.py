@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from convscope import ConvscopeError
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.featurevis.objectives import (
     Objective,
     caricature,
@@ -53,7 +53,6 @@ def numbers(tensor: Tensor) -> np.ndarray:
 def channels_first(found: ForwardResult, layer: str) -> np.ndarray:
     """Outputs (N, C, places), in float64."""
     if layer == "logits":
-        assert found.logits is not None
         return numbers(found.logits)[:, :, None]
     outputs = numbers(found.maps[layer])
     return outputs.swapaxes(1, 2) if layer == "tokens" else outputs.reshape(*outputs.shape[:2], -1)
@@ -105,7 +104,7 @@ def test_names_and_what_is_watched() -> None:
 def test_neuron_is_one_place(sides: tuple[int, int]) -> None:
     """By default the middle: of an odd number of places the middle one, of an even the first behind it."""
     maps = drawn(4, 5, *sides)
-    what = ForwardResult({"maps": maps}, None)
+    what = LayerOutputs({"maps": maps})
     middle = (sides[0] // 2, sides[1] // 2)
     assert torch.equal(neuron("maps", 2)(what), maps[:, 2, middle[0], middle[1]])
     for row in range(sides[0]):
@@ -115,7 +114,6 @@ def test_neuron_is_one_place(sides: tuple[int, int]) -> None:
 
 def test_neuron_in_tokens_and_logits() -> None:
     what = seen()
-    assert what.logits is not None
     assert torch.equal(neuron("tokens", 4)(what), what.maps["tokens"][:, 3, 4])
     assert torch.equal(neuron("tokens", 4, [5])(what), what.maps["tokens"][:, 5, 4])
     assert torch.equal(neuron("logits", 1)(what), what.logits[:, 1])
@@ -172,7 +170,7 @@ def test_silent_places_have_no_value_and_finite_gradients(objective: Objective) 
     maps[2] = 0
     maps[0, :, 1, 1] = 0
     maps.requires_grad_()
-    values = objective(ForwardResult({"maps": maps}, None))
+    values = objective(LayerOutputs({"maps": maps}))
     (gradient,) = torch.autograd.grad(values.sum(), maps)
     assert values[1 if objective.mates else 2] == 0
     assert bool(values.isfinite().all())
@@ -210,13 +208,13 @@ def test_likeness_by_hand(layer: str, power: float) -> None:
         expected.append(dot * max(0.1, cosine) ** power / own.size)
     assert close(caricature(layer, power)(what), expected)
     # A photograph beside itself: its mean square.
-    twins = ForwardResult({"maps": what.maps["maps"][[0, 0, 1, 1]]}, None)
+    twins = LayerOutputs({"maps": what.maps["maps"][[0, 0, 1, 1]]})
     assert close(caricature("maps", power)(twins), numbers(deepdream("maps")(twins))[::2])
 
 
 def test_photographs_count_as_given() -> None:
     maps = drawn(4, 5, 3, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(caricature("maps", 2)(ForwardResult({"maps": maps}, None)).sum(), maps)
+    (gradient,) = torch.autograd.grad(caricature("maps", 2)(LayerOutputs({"maps": maps})).sum(), maps)
     assert not gradient[1::2].any()
     assert gradient[::2].flatten(1).any(1).all()
 
@@ -285,13 +283,13 @@ def test_between_stands_a_silent_layer() -> None:
 def test_other_pictures_count_as_given(objective: Objective) -> None:
     """No picture's value pulls at another picture, though it depends on it."""
     maps = drawn(4, 5, 3, 4).requires_grad_()
-    values = objective(ForwardResult({"maps": maps}, None))
+    values = objective(LayerOutputs({"maps": maps}))
     for i in range(4):
         (gradient,) = torch.autograd.grad(values[i], maps, retain_graph=True)
         assert [bool(gradient[j].any()) for j in range(4)] == [i == j for j in range(4)]
     changed = maps.detach().clone()
     changed[1] = drawn(5, 3, 4, seed=9)
-    assert objective(ForwardResult({"maps": changed}, None))[0] != values[0]
+    assert objective(LayerOutputs({"maps": changed}))[0] != values[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.engine.acceleration.inplace_clamp import inplace_clamp as keeping_nothing
 from convscope.engine.batching import gradient_bytes
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.featurevis.defaults import plain_size, robust_size
 from convscope.featurevis.objectives import per_image_channels
 from convscope.featurevis.optimizer import (
@@ -659,7 +659,7 @@ def test_objective_is_the_mean_of_the_units_channel() -> None:
     units = [2, 0, 3]
     expected = torch.stack([maps[i, u].mean() for i, u in enumerate(units)])
     for outputs in (maps, tokens, scores):
-        assert apart(per_image_channels("layer", units)(ForwardResult({"layer": outputs}, None)), expected) < TINY
+        assert apart(per_image_channels("layer", units)(LayerOutputs({"layer": outputs})), expected) < TINY
     assert torch.equal(per_image_channels("logits", units)(ForwardResult({}, scores)), scores[[0, 1, 2], [2, 0, 3]])
 
 

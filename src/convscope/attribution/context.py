@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -93,8 +93,6 @@ class MethodContext:
         quick, x = with_fusion(self.run, self._fusions), self._pad_batch(self.x[image : image + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
-        assert plain is not None
-        assert folded is not None
         return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else self.run
 
     @cached_property
@@ -146,7 +144,6 @@ class MethodContext:
             return run(self.x).maps[self.layer.name].float()
 
     def _target_scores(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
-        assert seen.logits is not None
         if isinstance(image, Tensor):
             return self.targets.scores(seen, self._pad_batch(image))
         return self.targets.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
@@ -159,7 +156,6 @@ class MethodContext:
 
 def _with_probabilities(model: Model, seen: ForwardResult) -> ForwardResult:
     """Probabilities in the place of logits."""
-    assert seen.logits is not None
-    return seen._replace(
-        logits=seen.logits.sigmoid() if model.final_activation == "sigmoid" else seen.logits.softmax(1)
+    return replace(
+        seen, logits=seen.logits.sigmoid() if model.final_activation == "sigmoid" else seen.logits.softmax(1)
     )

@@ -134,7 +134,6 @@ def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: Ba
         capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways), multiple_backward=several) as run,
     ):
         seen = run(x)
-        assert seen.logits is not None
         require_finite(plan.model, seen.logits, "the network's output")
         chosen = plan.targets.for_batch(indices, seen.logits) if chosen is None else chosen
         gradients = {}

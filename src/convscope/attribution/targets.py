@@ -68,7 +68,6 @@ class BatchTargets:
 
         `rows` (M,) says which picture of the batch each row of the pass belongs to; None: they are the batch itself.
         """
-        assert seen.logits is not None
         if self.functions:
             return torch.stack([_checked(f, f(seen.output), len(seen.logits)) for f in self.functions], dim=1)
         classes = self.classes if rows is None else self.classes[rows]
@@ -90,7 +89,6 @@ def finer_cam_score(chosen: BatchTargets, seen: ForwardResult, nearest: int = 3,
     equations 5 to 8, with their gamma. (Their program weighs the classes by their probabilities instead, and takes the
     gradient of these as well.)
     """
-    assert seen.logits is not None
     if chosen.functions or chosen.against is not None:
         raise ConvscopeError("finer-cam sets a class against those nearest to it by itself: give classes, no against=")
     logits = seen.logits

@@ -287,7 +287,6 @@ def _kept(
     with torch.no_grad(), capture.capture_layers(model, []) as run:
         for batch in images.batches(eval_batch_size(model, memory)):
             logits = run(pad_to_fixed_batch(model, batch.x)).logits
-            assert logits is not None
             require_finite(model, logits, "the network's output")
             for index, row in zip(batch.indices, logits.cpu(), strict=False):
                 top = int(row.argmax())

@@ -128,7 +128,6 @@ def logits_from_layer(
     with resume.resume_from_layer(model, layer, x) as run:
         for part in torch.split(points, size):
             logits = run(pad_to_fixed_batch(model, maps(part))).logits
-            assert logits is not None
             require_finite(model, logits, "the network's output")
             found.append(logits[: len(part)].cpu())
     return torch.cat(found)

@@ -1,10 +1,16 @@
-"""The one place where hooks live: watch layers, stop behind them, begin gradients at them. Restores on every exit."""
+"""Run a network and capture the outputs of its layers with forward hooks.
+
+`capture_layers` is the entry point. Inside its block the network is in inference mode with frozen parameters; on every
+exit, hooks, flags and parameters are as they were before. Gradients exist only after the captured layers
+(`detach_at_layer`), so that Grad-CAM and its relatives cost little more than a forward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,45 +18,89 @@ from torch import Tensor, nn
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.function_modes import ForceGradMode, LogitsRecorder, RowsOnly
 from convscope.engine.layer_table import Layer
-from convscope.engine.model import Model
+from convscope.engine.model import LOGITS, Model
 from convscope.engine.nested import primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
 OutputCallback = Callable[[str, Tensor], None]
 
 
-class ForwardResult(NamedTuple):
-    """What one pass through the network gave: the watched layers' outputs, NCHW, and the logits (N, K), float32.
+@dataclass(frozen=True)
+class LayerOutputs:
+    """Outputs of the captured layers in one forward pass.
 
-    `logits` is None when the pass was stopped behind the last watched layer. `output` is what the network itself
-    returned, with the softmax or sigmoid that ended it taken off.
+    Attributes
+    ----------
+    maps : dict of str to Tensor
+        One entry per captured layer, channels first: (N, C, H, W) for images.
     """
 
     maps: dict[str, Tensor]
-    logits: Tensor | None
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.maps[layer]
+
+
+@dataclass(frozen=True)
+class ForwardResult(LayerOutputs):
+    """Outputs of the captured layers and of the network in one complete forward pass.
+
+    ``result["logits"]`` is `logits`.
+
+    Attributes
+    ----------
+    logits : Tensor
+        (N, K) float32, before any softmax or sigmoid.
+    output : object
+        What the network returned, before a final softmax or sigmoid.
+    """
+
+    logits: Tensor
     output: Any = None
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.logits if layer == LOGITS else self.maps[layer]
 
 
 @contextmanager
 def frozen_eval_mode(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inference mode without parameter gradients, for as long as the block lasts; every flag is put back behind it."""
+    """Set eval mode and freeze parameters inside the block; restore every flag on exit."""
     training = [m for m in modules if m.training]
-    # Weights made under inference_mode never get gradients, and may not be told so.
-    learning = [p for p in parameters if p.requires_grad and not p.is_inference()]
+    # Inference tensors never get gradients, and `requires_grad_` raises on them.
+    trainable = [p for p in parameters if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False
-        for p in learning:
+        for p in trainable:
             p.requires_grad_(False)
         yield
     finally:
-        for p in learning:
+        for p in trainable:
             p.requires_grad_(True)
         for m in training:
             m.training = True
 
 
-@contextmanager
+@overload
+def capture_layers(
+    model: Model,
+    layers: Sequence[str],
+    *,
+    detach_at_layer: bool = False,
+    stop_early: Literal[False] = False,
+    multiple_backward: bool = False,
+    on_output: OutputCallback | None = None,
+) -> AbstractContextManager[Callable[[Tensor], ForwardResult]]: ...
+@overload
+def capture_layers(
+    model: Model,
+    layers: Sequence[str],
+    *,
+    detach_at_layer: bool = False,
+    stop_early: bool,
+    multiple_backward: bool = False,
+    on_output: OutputCallback | None = None,
+) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]: ...
 def capture_layers(
     model: Model,
     layers: Sequence[str],
@@ -59,91 +109,66 @@ def capture_layers(
     stop_early: bool = False,
     multiple_backward: bool = False,
     on_output: OutputCallback | None = None,
-) -> Iterator[Callable[[Tensor], ForwardResult]]:
-    """Watch `layers`; the block gets a function that runs a prepared NCHW batch through the network.
+) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]:
+    """Capture the outputs of `layers`; the block gets a function that runs a batch.
 
-    leaf: the part in front of the layers runs without gradients; at each layer that has none yet a fresh leaf takes
-        the output's place, and gradients exist only behind it: `torch.autograd.grad(logits[...], maps[layer])`.
-        A copy of it goes on, so that an in-place activation behind the layer cannot change what was seen.
-    stop: nothing behind the last of the layers runs, and `logits` is None.
-    several: several gradients will be taken at once, so nothing is to be saved by what only one of them needs.
-    look: is given each layer's name and maps (N, C, H, W) as soon as they are made, which may change behind it; nothing
-        is copied or kept then, and `maps` holds empty tensors.
+    Without `detach_at_layer`, gradients follow the caller's gradient mode. The caller's ``torch.inference_mode`` does
+    not apply inside the block. If the network disables gradients itself (around a frozen stem, say), the pass is
+    repeated with its ``torch.no_grad`` ignored.
 
-    Without `leaf`, the pass runs in the caller's gradient mode; the caller's `inference_mode` is left for the block.
-    A network that turns gradients off by itself, around a frozen front part say, is run again with its `no_grad` passed
-    over. Raises ConvscopeError for an unknown layer.
+    Parameters
+    ----------
+    model : Model
+        The network; unchanged after the block.
+    layers : sequence of str
+        Names in ``model.layers``.
+    detach_at_layer : bool
+        Run without gradients up to the layers, and make each layer's output a new leaf from which gradients are
+        recorded: ``torch.autograd.grad(result.logits[...], result.maps[layer])``. A copy of the leaf is passed on, so
+        that a following in-place activation cannot change what was captured.
+    stop_early : bool
+        Stop after the last of the layers. There are no logits then.
+    multiple_backward : bool
+        Whether several gradients are taken in one batched backward pass.
+    on_output : callable, optional
+        ``on_output(layer, maps)``, called with the maps (N, C, H, W) as soon as they exist. Later layers may change
+        them in place. Nothing is copied, and `maps` in the result holds empty tensors.
+
+    Returns
+    -------
+    context manager of callable
+        The callable takes a preprocessed batch (N, C, H, W) and returns a `ForwardResult`, or `LayerOutputs` with
+        `stop_early`.
+
+    Raises
+    ------
+    ConvscopeError
+        For an unknown layer; when a batch is run: for a layer that does not run or returns no tensor, and where
+        gradients are impossible because tensors were created under ``torch.inference_mode``.
     """
-    wanted = {(row := model.layers.find(name)).name: row for name in layers}
-    pass_ = _CaptureState(wanted, detach_at_layer, stop_early, on_output)
-    modules, parameters = model.modules_and_parameters()
-    no_gradients = not model.loaded_by_convscope and any(p.is_inference() for p in parameters)
-    heavy = detach_at_layer and not multiple_backward and model.layers.largest_matrix >= RowsOnly.WORTH
-    names = dict.fromkeys(name.partition("#")[0] if name not in modules else name for name in wanted)
-    force_grad = False
-
-    def once(x: Tensor) -> ForwardResult:
-        pass_.begin()
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(force_grad or (torch.is_grad_enabled() and not detach_at_layer)))
-            if force_grad:
-                stack.enter_context(ForceGradMode())
-            if heavy and len(x) == 1:
-                stack.enter_context(RowsOnly())
-            try:
-                output = _run(model, x)
-                logits = _as_logits(model, output)
-            except _Stop:
-                return ForwardResult(pass_.outputs, None)
-        missing = [name for name in wanted if name not in pass_.outputs]
-        if missing:
-            raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
-        return ForwardResult(pass_.outputs, logits, output)
-
-    def run(x: Tensor) -> ForwardResult:
-        nonlocal force_grad
-        expected = detach_at_layer or (torch.is_grad_enabled() and x.requires_grad)
-        if expected and no_gradients:
-            raise ConvscopeError(
-                "the network's weights were made under torch.inference_mode() and let no gradients through; "
-                "make the network, or copy it, outside of it"
-            )
-        seen = once(x)
-        ends = seen.maps.values() if seen.logits is None else (seen.logits,)
-        if expected and not force_grad and not any(end.requires_grad for end in ends):
-            force_grad = True
-            seen = once(x)
-        return seen
-
-    with ExitStack() as stack:
-        gradients = torch.is_grad_enabled()
-        stack.enter_context(torch.inference_mode(False))  # which also turns gradients on
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.enter_context(frozen_eval_mode((model.module, *modules.values()), parameters))
-        for name in names:
-            stack.enter_context(_hooked(modules[name], pass_.hook(name)))
-        yield run
+    return _capture(_CaptureState(model, layers, detach_at_layer, stop_early, multiple_backward, on_output))
 
 
 def run_with_callback(
-    module: nn.Module, dialect: FrameworkAdapter, x: Tensor, callback: Callable[[str, nn.Module, Any], None]
+    module: nn.Module, adapter: FrameworkAdapter, x: Tensor, callback: Callable[[str, nn.Module, Any], None]
 ) -> Any:
-    """One pass without gradients; `callback(name, layer, output)` is called each time a layer is done."""
+    """Run `x` without gradients; call ``callback(name, layer, output)`` whenever a layer finishes."""
     with ExitStack() as stack:
-        modules = dialect.modules(module)
-        stack.enter_context(frozen_eval_mode((module, *modules.values()), dialect.parameters(module)))
+        modules = adapter.modules(module)
+        stack.enter_context(frozen_eval_mode((module, *modules.values()), adapter.parameters(module)))
         stack.enter_context(torch.no_grad())
         for name, layer in modules.items():
 
             def hook(layer: nn.Module, _: Any, output: Any, name: str = name) -> None:
                 callback(name, layer, output)
 
-            stack.enter_context(_hooked(layer, hook))
-        return dialect.run(module, x)
+            stack.enter_context(forward_hook(layer, hook))
+        return adapter.run(module, x)
 
 
 @contextmanager
-def _hooked(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def forward_hook(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Register a forward hook for the duration of the block."""
     handle = layer.register_forward_hook(hook)
     try:
         yield
@@ -151,71 +176,142 @@ def _hooked(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-class _Stop(BaseException):
-    """Unwinds a forward pass whose rest is not needed; no handler of the network's own catches a BaseException."""
+def forward_pass(model: Model, x: Tensor) -> Any:
+    """Run the network and return its own output, before a final softmax or sigmoid.
 
-
-class _CaptureState:
-    """The state of one forward pass, shared by the hooks."""
-
-    def __init__(self, wanted: Mapping[str, Layer], leaf: bool, stop: bool, look: OutputCallback | None) -> None:
-        self.layers, self.detach_at_layer, self.stop_early, self.on_output = wanted, leaf, stop, look
-        self.begin()
-
-    def begin(self) -> None:
-        self.outputs: dict[str, Tensor] = {}
-        self.calls: dict[str, int] = {}
-
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def on_output(_: nn.Module, __: Any, output: Any) -> Any:
-            call = self.calls[name] = self.calls.get(name, 0) + 1
-            layer = self.layers.get(name if call == 1 else f"{name}#{call}")
-            if layer is None:
-                return None
-            own = primary_tensor(output)
-            if own is None:
-                raise ConvscopeError(f"layer {layer.name!r} gave no tensor")
-            last = self.stop_early and len(self.outputs) + 1 == len(self.layers)
-            tensor = layer.to_nchw(own)
-            if self.detach_at_layer and tensor.is_inference():
-                raise ConvscopeError(
-                    f"layer {layer.name!r} runs under the network's own torch.inference_mode(), where there are no "
-                    "gradients; put torch.no_grad() in its place, or choose a layer behind it"
-                )
-            if self.detach_at_layer and not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-                torch.set_grad_enabled(True)
-            elif self.on_output is not None:
-                self.on_output(layer.name, tensor)
-                tensor = tensor[:0]
-            elif not self.detach_at_layer and not last:
-                tensor = tensor.clone()  # an in-place layer may follow
-            self.outputs[layer.name] = tensor
-            if last:
-                raise _Stop
-            return replace_tensor(output, own, layer.from_nchw(tensor, own).clone()) if self.detach_at_layer else None
-
-        return on_output
-
-
-def _run(model: Model, x: Tensor) -> Any:
-    """The network's own output, without the softmax or sigmoid at its end; maps of classes as (N, K, H, W)."""
+    Class maps (N, H, W, K) are returned as (N, K, H, W).
+    """
     x = x.to(device=model.device, dtype=model.dtype)
     if model.final_activation is None:
         output = model.adapter.run(model.module, x)
     else:
-        with LogitsRecorder() as head:
-            output = head.pre_activation(model.adapter.run(model.module, x))
+        with LogitsRecorder() as recorder:
+            output = recorder.pre_activation(model.adapter.run(model.module, x))
     if model.channels_last_output and (maps := primary_tensor(output)) is not None:
         output = replace_tensor(output, maps, maps.movedim(-1, 1))
     return output
 
 
-def _as_logits(model: Model, output: Any) -> Tensor:
+def extract_logits(output: Any) -> Tensor:
+    """Return the logits (N, K) float32 in a network's output; class maps (N, K, H, W) are averaged over positions."""
     tensor = primary_tensor(output)
     if tensor is None:
-        raise ConvscopeError(f"the network gives {type(output).__name__}, in which there is no tensor of floats")
+        raise ConvscopeError(f"the network returns {type(output).__name__}, which contains no floating-point tensor")
     if tensor.ndim == 1:
         tensor = tensor[:, None]
-    # A class map (segmentation) speaks for a picture by its mean.
     return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
+
+
+class _StopForward(BaseException):
+    """Unwinds a forward pass whose rest is not needed; a network's own handlers do not catch a BaseException."""
+
+
+class _CaptureState:
+    """State of `capture_layers`: the hooks and the forward pass share it."""
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[str],
+        detach_at_layer: bool,
+        stop_early: bool,
+        multiple_backward: bool,
+        on_output: OutputCallback | None,
+    ) -> None:
+        self.model = model
+        self.layers: Mapping[str, Layer] = {(layer := model.layers.find(name)).name: layer for name in layers}
+        self.detach_at_layer, self.stop_early, self.on_output = detach_at_layer, stop_early, on_output
+        self.modules, self.parameters = model.modules_and_parameters()
+        self.inference_weights = not model.loaded_by_convscope and any(p.is_inference() for p in self.parameters)
+        self.sparse_rows = detach_at_layer and not multiple_backward and model.layers.largest_matrix >= RowsOnly.WORTH
+        self.force_grad = False
+        self.outputs: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+
+    @property
+    def hooked_modules(self) -> list[str]:
+        """Names of the modules whose calls are the layers, without call numbers."""
+        return list(dict.fromkeys(n if n in self.modules else n.partition("#")[0] for n in self.layers))
+
+    def run(self, x: Tensor) -> LayerOutputs:
+        """Run a batch; repeat with gradients forced where the network disables gradients that are needed."""
+        needs_grad = self.detach_at_layer or (torch.is_grad_enabled() and x.requires_grad)
+        if needs_grad and self.inference_weights:
+            raise ConvscopeError(
+                "the network's parameters were created under torch.inference_mode() and pass no gradients on; "
+                "create or copy the network outside of it"
+            )
+        result = self._run_once(x)
+        ends = [result.logits] if isinstance(result, ForwardResult) else result.maps.values()
+        if needs_grad and not self.force_grad and not any(end.requires_grad for end in ends):
+            self.force_grad = True
+            result = self._run_once(x)
+        return result
+
+    def _run_once(self, x: Tensor) -> LayerOutputs:
+        self.outputs, self.calls = {}, {}
+        with ExitStack() as stack:
+            caller_grad = torch.is_grad_enabled() and not self.detach_at_layer
+            stack.enter_context(torch.set_grad_enabled(self.force_grad or caller_grad))
+            if self.force_grad:
+                stack.enter_context(ForceGradMode())
+            if self.sparse_rows and len(x) == 1:
+                stack.enter_context(RowsOnly())
+            try:
+                output = forward_pass(self.model, x)
+                logits = extract_logits(output)
+            except _StopForward:
+                return LayerOutputs(self.outputs)
+        missing = [name for name in self.layers if name not in self.outputs]
+        if missing:
+            raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
+        return ForwardResult(self.outputs, logits, output)
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        """Return the forward hook of the module called `name`."""
+
+        def count_and_record(_: nn.Module, __: Any, output: Any) -> Any:
+            call = self.calls[name] = self.calls.get(name, 0) + 1
+            layer = self.layers.get(name if call == 1 else f"{name}#{call}")
+            return None if layer is None else self._record(layer, output)
+
+        return count_and_record
+
+    def _record(self, layer: Layer, output: Any) -> Any:
+        """Record a layer's output; return its replacement, or None to leave it as it is."""
+        original = primary_tensor(output)
+        if original is None:
+            raise ConvscopeError(f"layer {layer.name!r} returned no tensor")
+        is_last = self.stop_early and len(self.outputs) + 1 == len(self.layers)
+        tensor = layer.to_nchw(original)
+        if self.detach_at_layer and tensor.is_inference():
+            raise ConvscopeError(
+                f"layer {layer.name!r} runs under the network's own torch.inference_mode(), which allows no gradients; "
+                "use torch.no_grad() there, or choose a later layer"
+            )
+        if self.detach_at_layer and not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_()
+            torch.set_grad_enabled(True)
+        elif self.on_output is not None:
+            self.on_output(layer.name, tensor)
+            tensor = tensor[:0]
+        elif not self.detach_at_layer and not is_last:
+            tensor = tensor.clone()  # an in-place layer may follow
+        self.outputs[layer.name] = tensor
+        if is_last:
+            raise _StopForward
+        if not self.detach_at_layer:
+            return None
+        return replace_tensor(output, original, layer.from_nchw(tensor, original).clone())
+
+
+@contextmanager
+def _capture(state: _CaptureState) -> Iterator[Callable[[Tensor], LayerOutputs]]:
+    with ExitStack() as stack:
+        grad_enabled = torch.is_grad_enabled()
+        stack.enter_context(torch.inference_mode(False))  # which also enables gradients
+        stack.enter_context(torch.set_grad_enabled(grad_enabled))
+        stack.enter_context(frozen_eval_mode((state.model.module, *state.modules.values()), state.parameters))
+        for name in state.hooked_modules:
+            stack.enter_context(forward_hook(state.modules[name], state.hook(name)))
+        yield state.run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.capture import ForwardResult, _as_logits, _hooked, _run, frozen_eval_mode
+from convscope.engine.capture import ForwardResult, extract_logits, forward_hook, forward_pass, frozen_eval_mode
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
@@ -34,8 +34,8 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
         with ExitStack() as hooks:
             for module in modules.values():
                 hooks.callback(module.register_forward_pre_hook(record.start).remove)
-                hooks.enter_context(_hooked(module, record.done))
-            _run(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
+                hooks.enter_context(forward_hook(module, record.done))
+            forward_pass(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
         replay = _PrefixReplay(record)
         for name, module in modules.items():
             stack.enter_context(_patched_forward(module, replay.forward(name, module.forward)))
@@ -43,13 +43,13 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
         def run(maps: Tensor) -> ForwardResult:
             replay.begin(maps)
             try:
-                output = _run(model, replay.many(x))
+                output = forward_pass(model, replay.many(x))
             except RuntimeError as error:
                 if replay.copies or "single memory location" not in str(error):
                     raise
                 replay.copies = True  # the network writes into what a layer returned
                 return run(maps)
-            return ForwardResult({row.name: record.own[:1]}, _as_logits(model, output), output)
+            return ForwardResult({row.name: record.own[:1]}, extract_logits(output), output)
 
         yield run
 

@@ -191,7 +191,6 @@ def _subject(
 ) -> EvaluationContext:
     x = batch.x.to(model.device)
     seen = run(pad_to_fixed_batch(model, x))
-    assert seen.logits is not None
     require_finite(model, seen.logits, "the network's output")
     for index, where in zip(batch.indices, batch.geometry, strict=True):
         if index not in maps.row:
@@ -227,8 +226,6 @@ def _agreeing(
 ) -> Callable[[Tensor], ForwardResult]:
     """The quicker way through the network, if it says the same of these pictures; else the way that there is."""
     plain, folded = subject.seen.logits, quick(pad_to_fixed_batch(subject.model, subject.x)).logits
-    assert plain is not None
-    assert folded is not None
     return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else subject.run
 
 

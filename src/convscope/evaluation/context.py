@@ -96,9 +96,7 @@ class EvaluationContext:
     @property
     def sigmoid(self) -> bool:
         """Whether each class has a probability of its own."""
-        return self.model.final_activation == "sigmoid" or (
-            self.seen.logits is not None and self.seen.logits.shape[1] == 1
-        )
+        return self.model.final_activation == "sigmoid" or self.seen.logits.shape[1] == 1
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same draws for every picture."""
@@ -118,7 +116,6 @@ class EvaluationContext:
             return self.raw(seen, rows)
         if self.chosen.against is not None:
             return self.raw(seen, rows).sigmoid()
-        assert seen.logits is not None
         shares = seen.logits.sigmoid() if self.sigmoid else seen.logits.softmax(1)
         return shares.gather(1, self.chosen.classes[rows])
 
@@ -137,7 +134,6 @@ class EvaluationContext:
         for part in balanced_chunks(range(len(rows)), self.size):
             numbers = torch.arange(part[0], part[-1] + 1, device=rows.device)
             seen = self.run(pad_to_fixed_batch(self.model, inputs(numbers)))
-            assert seen.logits is not None
             require_finite(self.model, seen.logits, "the network's output for a changed picture")
             found.append(self._judged(seen, rows[numbers], of or self.probability))
             self.tell((part[-1] + 1) / len(rows))
@@ -145,7 +141,6 @@ class EvaluationContext:
 
     def _judged(self, seen: ForwardResult, rows: Tensor, of: Callable[[ForwardResult, Tensor], Tensor]) -> Tensor:
         """Scores of the pass's first rows, which belong to the pictures `rows`; the rest has filled it up."""
-        assert seen.logits is not None
         return of(seen, torch.cat([rows, rows[-1:].expand(len(seen.logits) - len(rows))]))[: len(rows)]
 
     def with_progress(self, done: float, whole: float) -> EvaluationContext:

@@ -66,7 +66,6 @@ def random_logit(subject: EvaluationContext) -> Scores:
     the seed, for every picture and target. Sixt, Granz, Landgraf, When Explanations Lie, ICML 2020, section 5.
     """
     assert subject.recompute is not None
-    assert subject.seen.logits is not None
     count = subject.seen.logits.shape[1]
     if count < 2:
         raise ConvscopeError("random-logit compares two classes; this network has one output")

@@ -23,7 +23,7 @@ from convscope.engine.batching import (
     cache_friendly_batch_size,
     gradient_bytes,
 )
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.frames import FrameRecorder, for_display
@@ -250,9 +250,10 @@ def patterns(
     )
 
 
-def _without_output(run: Run, x: Tensor) -> ForwardResult:
+def _without_output(run: Run, x: Tensor) -> LayerOutputs:
     """What was seen, without what else the network returned: that may be anything."""
-    return run(x)._replace(output=None)
+    outputs = run(x)
+    return replace(outputs, output=None) if isinstance(outputs, ForwardResult) else outputs
 
 
 def _quickened(run: Run, blank: Tensor) -> Run:

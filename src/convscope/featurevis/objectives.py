@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 
-Value = Callable[[ForwardResult], Tensor]  # of P pictures: (P,)
+Value = Callable[[LayerOutputs], Tensor]  # of P pictures: (P,)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Objective:
         """The layers that have to be watched, each once; the logits are always there."""
         return list(dict.fromkeys(layer for layer, _ in self.watches if layer != LOGITS))
 
-    def __call__(self, seen: ForwardResult) -> Tensor:
+    def __call__(self, seen: LayerOutputs) -> Tensor:
         return self.value(seen)
 
     def check(self, model: Model) -> None:
@@ -126,7 +126,7 @@ def per_image_channels(layer: str, numbers: Sequence[int]) -> Objective:
     """For picture i the mean of channel `numbers[i]`: many units at once, with nothing between them."""
     name = f"{layer} {', '.join(map(str, numbers))}"
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         outputs = _outputs(seen, layer)
         return _means(outputs[torch.arange(len(numbers), device=outputs.device), list(numbers)])
 
@@ -136,7 +136,7 @@ def per_image_channels(layer: str, numbers: Sequence[int]) -> Objective:
 def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objective:
     """A channel at one place; by default the middle one, as (row, column) the picture's own."""
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         maps = _outputs(seen, layer)[:, number]
         where = [side // 2 for side in maps.shape[1:]] if at is None else list(at)
         if len(where) != maps.ndim - 1 or not all(0 <= i < n for i, n in zip(where, maps.shape[1:], strict=True)):
@@ -159,7 +159,7 @@ def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: 
     if len(along) == 0 or not bool(along.isfinite().all()) or not bool(along.any()):
         raise ConvscopeError("a direction needs a vector of finite numbers that are not all 0")
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         outputs = _outputs(seen, layer)
         if outputs.shape[1] != len(along):
             raise ConvscopeError(f"the direction has {len(along)} numbers, layer {layer!r} {outputs.shape[1]} channels")
@@ -184,7 +184,7 @@ def caricature(layer: str, power: float = 1) -> Objective:
     "Feature Visualization", Distill 2017; lucid's notebook of activation caricatures). Both are shown in the same view.
     """
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         outputs = _outputs(seen, layer)
         own, photograph = outputs[::2], outputs[1::2]
         axes = tuple(range(1, own.ndim))
@@ -203,7 +203,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     if count < 2 or objective.images != 1 or objective.mates:
         raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         outputs = _outputs(seen, layer)
         if outputs.ndim < 3:
             raise ConvscopeError(f"layer {layer!r} has no places, and so no texture in which pictures could differ")
@@ -229,7 +229,7 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
     if count < 2 or (first.images, last.images) != (1, 1) or first.mates or last.mates:
         raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         maps = _outputs(seen, layer).flatten(1)
         t = torch.linspace(0, 1, count, device=maps.device)
         own = (1 - t) * first.value(seen) + t * last.value(seen)
@@ -252,21 +252,20 @@ def batch_objectives(objectives: Sequence[Objective]) -> Objective:
     mates = objectives[0].mates
     rows = [objective.images * (1 + mates) for objective in objectives]
 
-    def value(seen: ForwardResult) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
 
     watches = tuple(watch for objective in objectives for watch in objective.watches)
     return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
 
 
-def _parts(seen: ForwardResult, rows: list[int]) -> list[ForwardResult]:
+def _parts(seen: LayerOutputs, rows: list[int]) -> Sequence[LayerOutputs]:
     """What was seen, cut into the rows of each objective."""
     maps = {layer: torch.split(tensor, rows) for layer, tensor in seen.maps.items()}
-    logits = None if seen.logits is None else torch.split(seen.logits, rows)
-    return [
-        ForwardResult({layer: parts[i] for layer, parts in maps.items()}, None if logits is None else logits[i])
-        for i in range(len(rows))
-    ]
+    parts = [{layer: tensors[i] for layer, tensors in maps.items()} for i in range(len(rows))]
+    if not isinstance(seen, ForwardResult):
+        return [LayerOutputs(part) for part in parts]
+    return [ForwardResult(*part) for part in zip(parts, torch.split(seen.logits, rows), strict=True)]
 
 
 def _constant(number: float) -> Objective:
@@ -274,11 +273,9 @@ def _constant(number: float) -> Objective:
     return Objective(f"{number:g}", (), lambda _: torch.tensor(float(number)))
 
 
-def _outputs(seen: ForwardResult, layer: str) -> Tensor:
+def _outputs(seen: LayerOutputs, layer: str) -> Tensor:
     """What a layer gave, channels first, in float32."""
-    outputs = seen.logits if layer == LOGITS else seen.maps[layer]
-    assert outputs is not None
-    outputs = outputs.float()
+    outputs = seen[layer].float()
     return outputs.transpose(1, 2) if outputs.ndim == 3 else outputs  # tokens: (N, L, C)
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest
 from convscope.featurevis.objectives import Objective, batch_objectives, channel, per_image_channels
@@ -150,9 +151,9 @@ def _found(model: Model, objective: Objective) -> Objective:
         return objective
     watches = tuple((names[layer], channel) for layer, channel in objective.watches)
 
-    def value(seen: Any) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         return objective.value(
-            seen._replace(maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
+            replace(seen, maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
         )
 
     return replace(objective, watches=watches, value=value)

@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from convscope.engine.batching import batch_size, forward_bytes
-from convscope.engine.capture import ForwardResult
-from convscope.engine.model import Model
+from convscope.engine.capture import LayerOutputs
+from convscope.engine.model import LOGITS, Model
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import adam_step, ascend
 from convscope.featurevis.parameterization import PhaseImage, PyramidResidualImage
@@ -21,7 +21,7 @@ from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
 
-Run = Callable[[Tensor], ForwardResult]
+Run = Callable[[Tensor], LayerOutputs]
 NOISES = 8
 
 
@@ -65,7 +65,7 @@ def reference_baseline(
     return torch.stack(found).amax(0), pictures
 
 
-def _best(objective: Objective, seen: ForwardResult) -> Tensor:
+def _best(objective: Objective, seen: LayerOutputs) -> Tensor:
     if objective.images > 1 or objective.mates:
         return torch.full((objective.images,), torch.nan)
     return objective.value(seen).max()[None].cpu()
@@ -153,8 +153,7 @@ def shuffled_confidence(
     """
     pieces = finished.roll((finished.shape[2] // 2, finished.shape[3] // 2), (2, 3)).float() / 255
     with torch.no_grad():
-        logits = run(task.ready(pieces).contiguous(memory_format=torch.channels_last)).logits
-    assert logits is not None
+        logits = run(task.ready(pieces).contiguous(memory_format=torch.channels_last))[LOGITS]
     each = torch.tensor(classes, device=logits.device)[:, None]
     return model.probabilities(logits).gather(1, each)[:, 0].cpu()
 

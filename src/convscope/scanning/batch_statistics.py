@@ -52,7 +52,6 @@ def forward_with_statistics(
         def looked(x: Tensor) -> BatchStatistics:
             eye.found.clear()
             logits = run(x).logits
-            assert logits is not None
             if LOGITS in layers:
                 eye(LOGITS, logits)
             return BatchStatistics(dict(eye.found), logits)

@@ -123,7 +123,6 @@ def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
     """
     with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
         seen = run(x.to(model.device))
-        assert seen.logits is not None
         (slope,) = torch.autograd.grad(seen.logits[0, target], seen.maps[layer], allow_unused=True)
     own = seen.maps[layer].detach()
     if slope is None:
