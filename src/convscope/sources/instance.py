@@ -43,6 +43,6 @@ def unwrap(module: nn.Module) -> nn.Module:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
+            module = module._orig_mod  # type: ignore[assignment]  # noqa: SLF001
         else:
             return module

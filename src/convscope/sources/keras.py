@@ -53,7 +53,7 @@ class KerasAdapter:
 def _walk(module: Any, prefix: str) -> Iterable[tuple[str, nn.Module]]:
     import keras
 
-    for layer in module.layers if isinstance(module, keras.Model) else module._layers:
+    for layer in module.layers if isinstance(module, keras.Model) else module._layers:  # noqa: SLF001
         yield prefix + layer.name, layer
         yield from _walk(layer, f"{prefix}{layer.name}/")
 
