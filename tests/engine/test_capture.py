@@ -16,7 +16,6 @@ import convscope
 from convscope import ConvscopeError, Model
 from convscope.engine import capture
 from convscope.engine.adapters import TorchAdapter
-from convscope.engine.function_modes import RowsOnly
 from tests.oracles.nets import (
     PACKINGS,
     Aside,
@@ -743,43 +742,6 @@ def test_observer_is_told_of_every_call_in_order() -> None:
     assert [name for name, _ in told] == ["conv1", "relu", "conv2", "relu", "fc"]
     assert [value for _, value in told] == [float(t.sum()) for t in expected]
     assert all(not m._forward_hooks for m in net.modules())
-
-
-@pytest.mark.parametrize("active", [0, 1, 900, 2048])
-def test_gradient_through_the_rows_it_reaches_is_the_whole_gradient(active: int) -> None:
-    """Against plain autograd, for no row, one, some and all; to rounding, since the sums run in another order."""
-    x = torch.randn(1, 2048, requires_grad=True)
-    weight, bias = torch.randn(2048, 2048), torch.randn(2048)
-    towards = torch.zeros(1, 2048)
-    towards[0, torch.randperm(2048)[:active]] = torch.randn(active)
-    (expected,) = torch.autograd.grad((torch.nn.functional.linear(x, weight, bias) * towards).sum(), x)
-    with RowsOnly():
-        output = torch.nn.functional.linear(x, weight, bias)
-    assert "_RowsLinear" in output.grad_fn.name()
-    (found,) = torch.autograd.grad((output * towards).sum(), x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-
-
-def test_heatmaps_through_large_matrices_are_the_same_alone_and_in_company() -> None:
-    """A lone picture takes the short way back, a batch the usual one."""
-
-    class Headed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 128, 3), nn.ReLU()
-            self.fc1, self.fc2 = nn.Linear(128 * 36, 1024), nn.Linear(1024, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc2(self.fc1(self.relu(self.conv(x)).flatten(1)).relu())
-
-    net = Headed()
-    assert net.fc1.weight.numel() >= RowsOnly.WORTH
-    model = convscope.load(net, preprocessing={"size": 8})
-    x = torch.randn(3, 3, 8, 8)
-    together = convscope.heatmaps(model, x, [[1, 4]] * 3, layer="relu").values
-    for i in range(3):
-        alone = convscope.heatmaps(model, x[i : i + 1], [[1, 4]], layer="relu").values
-        np.testing.assert_allclose(alone[0], together[i], rtol=1e-4, atol=1e-6 * np.abs(together).max())
 
 
 class Segmenting(nn.Module):

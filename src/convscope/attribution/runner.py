@@ -128,11 +128,7 @@ def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: Ba
     ways = dict.fromkeys(
         m.scores for c in plan.specs if isinstance(m := get_method(c.method), CamMethod) and m.scores is not None
     )
-    several = plan.targets.num_targets > 1
-    with (
-        torch.no_grad(),
-        capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways), multiple_backward=several) as run,
-    ):
+    with torch.no_grad(), capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways)) as run:
         seen = run(x)
         require_finite(plan.model, seen.logits, "the network's output")
         chosen = plan.targets.for_batch(indices, seen.logits) if chosen is None else chosen

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
-from convscope.engine.function_modes import ForceGradMode, LogitsRecorder, RowsOnly
+from convscope.engine.function_modes import ForceGradMode, LogitsRecorder
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.engine.nested import primary_tensor, replace_tensor
@@ -88,7 +88,6 @@ def capture_layers(
     *,
     detach_at_layer: bool = False,
     stop_early: Literal[False] = False,
-    multiple_backward: bool = False,
     on_output: OutputCallback | None = None,
 ) -> AbstractContextManager[Callable[[Tensor], ForwardResult]]: ...
 @overload
@@ -98,7 +97,6 @@ def capture_layers(
     *,
     detach_at_layer: bool = False,
     stop_early: bool,
-    multiple_backward: bool = False,
     on_output: OutputCallback | None = None,
 ) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]: ...
 def capture_layers(
@@ -107,7 +105,6 @@ def capture_layers(
     *,
     detach_at_layer: bool = False,
     stop_early: bool = False,
-    multiple_backward: bool = False,
     on_output: OutputCallback | None = None,
 ) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]:
     """Capture the outputs of `layers`; the block gets a function that runs a batch.
@@ -128,8 +125,6 @@ def capture_layers(
         that a following in-place activation cannot change what was captured.
     stop_early : bool
         Stop after the last of the layers. There are no logits then.
-    multiple_backward : bool
-        Whether several gradients are taken in one batched backward pass.
     on_output : callable, optional
         ``on_output(layer, maps)``, called with the maps (N, C, H, W) as soon as they exist. Later layers may change
         them in place. Nothing is copied, and `maps` in the result holds empty tensors.
@@ -146,7 +141,7 @@ def capture_layers(
         For an unknown layer; when a batch is run: for a layer that does not run or returns no tensor, and where
         gradients are impossible because tensors were created under ``torch.inference_mode``.
     """
-    return _capture(_CaptureState(model, layers, detach_at_layer, stop_early, multiple_backward, on_output))
+    return _capture(_CaptureState(model, layers, detach_at_layer, stop_early, on_output))
 
 
 def run_with_callback(
@@ -215,7 +210,6 @@ class _CaptureState:
         layers: Sequence[str],
         detach_at_layer: bool,
         stop_early: bool,
-        multiple_backward: bool,
         on_output: OutputCallback | None,
     ) -> None:
         self.model = model
@@ -223,7 +217,6 @@ class _CaptureState:
         self.detach_at_layer, self.stop_early, self.on_output = detach_at_layer, stop_early, on_output
         self.modules, self.parameters = model.modules_and_parameters()
         self.inference_weights = not model.loaded_by_convscope and any(p.is_inference() for p in self.parameters)
-        self.sparse_rows = detach_at_layer and not multiple_backward and model.layers.largest_matrix >= RowsOnly.WORTH
         self.force_grad = False
         self.outputs: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
@@ -255,8 +248,6 @@ class _CaptureState:
             stack.enter_context(torch.set_grad_enabled(self.force_grad or caller_grad))
             if self.force_grad:
                 stack.enter_context(ForceGradMode())
-            if self.sparse_rows and len(x) == 1:
-                stack.enter_context(RowsOnly())
             try:
                 output = forward_pass(self.model, x)
                 logits = extract_logits(output)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -18,45 +16,6 @@ class ForceGradMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if getattr(func, "__name__", "") == "_set_grad_enabled" else func(*args, **(kwargs or {}))
-
-
-class RowsOnly(TorchFunctionMode):
-    """While active, a single picture's gradient goes back through those rows of large matrices only that it reaches.
-
-    Where it has passed a rectifier most of it is 0, and for one picture a matrix product is as slow as its matrix is
-    read: VGG16's first one has 411 MB.
-    """
-
-    WORTH = 1 << 22  # weights; below this there is little to save
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _is_row(*args[:2]):
-            return _RowsLinear.apply(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_row(x: Tensor, weight: Tensor) -> bool:
-    single = x.requires_grad and x.numel() == x.shape[-1] and weight.numel() >= RowsOnly.WORTH
-    return single and x.device.type == "cpu" and x.dtype == torch.float32
-
-
-class _RowsLinear(torch.autograd.Function):
-    """W x + b for one row x, of which only x has a gradient: g W, summed over the rows of W where g is not 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        (weight,), (gradient,) = ctx.saved_tensors, gradients
-        flat = gradient.reshape(-1)
-        rows = flat.nonzero()[:, 0]
-        if not 0 < 4 * len(rows) <= 3 * len(flat):
-            return gradient @ weight, None, None
-        found = F.embedding_bag(rows[None], weight, per_sample_weights=flat[rows][None], mode="sum")
-        return found.reshape(*gradient.shape[:-1], -1), None, None
 
 
 class LogitsRecorder(TorchFunctionMode):

@@ -148,11 +148,6 @@ class LayerTable(Sequence[Layer]):
         """Values in the largest output, for one picture."""
         return max((row.size for row in self._rows), default=0)
 
-    @cached_property
-    def largest_matrix(self) -> int:
-        """Parameters of the largest fully connected layer."""
-        return max((row.parameters for row in self._rows if row.kind == "Linear"), default=0)
-
     def unique_spatial(self) -> list[Layer]:
         """Layers with spatial extent, without those that only pass on what an earlier one made."""
         return [row for row in self._rows if row.is_spatial and row.alias_of is None]

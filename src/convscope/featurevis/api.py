@@ -13,8 +13,6 @@ from torch import Tensor
 
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
-from convscope.engine.acceleration.replay import with_replay
-from convscope.engine.acceleration.retained import retained
 from convscope.engine.batching import (
     MEMORY,
     Progress,
@@ -23,7 +21,6 @@ from convscope.engine.batching import (
     cache_friendly_batch_size,
     gradient_bytes,
 )
-from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.frames import FrameRecorder, for_display
@@ -142,7 +139,7 @@ def patterns(
     first = initial_images(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
-    with retained(), capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
+    with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
         sees, tried = want.sees(model), size_checker(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.view_sizes(sees, model.preprocessing.image_size, sides)
@@ -154,8 +151,6 @@ def patterns(
             run = _quickened(run, blank)
         if want.to_logits and rule.residual_grad_scale != 1:
             run = with_skip_gradient(run, rule.residual_grad_scale)
-        if model.loaded_by_convscope:
-            run = with_replay(partial(_without_output, run))
         deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
         mates = any(objective.mates for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
@@ -248,12 +243,6 @@ def patterns(
         notes=tuple(remarks(want.called(model), scores, noise, done.silent, done.known)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
-
-
-def _without_output(run: Run, x: Tensor) -> LayerOutputs:
-    """What was seen, without what else the network returned: that may be anything."""
-    outputs = run(x)
-    return replace(outputs, output=None) if isinstance(outputs, ForwardResult) else outputs
 
 
 def _quickened(run: Run, blank: Tensor) -> Run:
