@@ -1,168 +1,169 @@
 "use strict";
-// The atlas: a map to be zoomed and moved, and what is known of a region of it.
+// Atlas page: a map of icons that can be zoomed and moved, and the details of the selected cell.
 (() => {
-  const [WIDTH, HEIGHT] = page.size, NEAREST = 16, STEP = 1.4;
+  const [WIDTH, HEIGHT] = page.size, MAX_SCALE = 16, ZOOM_STEP = 1.4, CLICK_TOLERANCE = 5;
   const view = document.getElementById("view"), svg = document.getElementById("atlas");
-  const places = findAll("a[data-cell]", svg);
-  let left = 0, top = 0, scale = 1, chosen = null;
+  const links = findAll("a[data-cell]", svg);
+  const zoomIn = document.getElementById("zoom-in"), zoomOut = document.getElementById("zoom-out"), zoomReset = document.getElementById("zoom-reset");
+  let left = 0, top = 0, scale = 1, selected = null;
 
-  // What is seen of the map: at 1 x all of it, in the window's own proportions.
-  function seen() {
+  // Size of the visible part in units of the map, in the proportions of the window. At scale 1 all of the map is visible.
+  function visibleSize() {
     const ratio = svg.clientHeight / svg.clientWidth || 1;
     const width = Math.max(WIDTH, HEIGHT / ratio) / scale;
     return [width, width * ratio];
   }
-  const within = (start, length, all) => (length >= all ? (all - length) / 2 : Math.max(0, Math.min(all - length, start)));
+  const clampStart = (start, length, total) => (length >= total ? (total - length) / 2 : Math.max(0, Math.min(total - length, start)));
   function draw() {
-    const [width, height] = seen();
-    left = within(left, width, WIDTH);
-    top = within(top, height, HEIGHT);
+    const [width, height] = visibleSize();
+    left = clampStart(left, width, WIDTH);
+    top = clampStart(top, height, HEIGHT);
     svg.setAttribute("viewBox", [left, top, width, height].map((v) => v.toFixed(2)).join(" "));
     document.getElementById("zoom").textContent = `${scale.toFixed(1)} ×`;
-    document.getElementById("farther").disabled = document.getElementById("whole").disabled = scale === 1;
-    document.getElementById("nearer").disabled = scale === NEAREST;
+    zoomOut.disabled = zoomReset.disabled = scale === 1;
+    zoomIn.disabled = scale === MAX_SCALE;
     view.classList.toggle("zoomed", scale > 1);
-    view.classList.toggle("named", svg.clientWidth / width >= 1);  // pixels of a unit: names are 9 units high
+    view.classList.toggle("named", svg.clientWidth / width >= 1);  // labels are 9 units high: show them from 9 pixels on
   }
-  // The point of the map under a point of the window.
-  const under = (x, y) => {
-    const box = svg.getBoundingClientRect(), [width, height] = seen();
+  const toMap = (x, y) => {
+    const box = svg.getBoundingClientRect(), [width, height] = visibleSize();
     return [left + (x - box.left) / box.width * width, top + (y - box.top) / box.height * height];
   };
-  const middle = () => [left + seen()[0] / 2, top + seen()[1] / 2];
-  // Nearer or farther, so that the point of the map stays where it is.
-  function zoom(factor, [x, y] = middle()) {
-    const next = Math.max(1, Math.min(NEAREST, scale * factor));
+  const visibleCenter = () => { const [width, height] = visibleSize(); return [left + width / 2, top + height / 2]; };
+  // Zoom about a fixed point of the map.
+  function zoom(factor, [x, y] = visibleCenter()) {
+    const next = Math.max(1, Math.min(MAX_SCALE, scale * factor));
     left = x - (x - left) * scale / next;
     top = y - (y - top) * scale / next;
     scale = next;
     draw();
   }
-  function move(right, down) {
-    left += right;
-    top += down;
+  function move(dx, dy) {
+    left += dx;
+    top += dy;
     draw();
   }
-  function whole() {
+  function reset() {
     scale = 1;
     draw();
   }
 
-  document.getElementById("nearer").addEventListener("click", () => zoom(STEP));
-  document.getElementById("farther").addEventListener("click", () => zoom(1 / STEP));
-  document.getElementById("whole").addEventListener("click", whole);
+  zoomIn.addEventListener("click", () => zoom(ZOOM_STEP));
+  zoomOut.addEventListener("click", () => zoom(1 / ZOOM_STEP));
+  zoomReset.addEventListener("click", reset);
   view.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const far = seen()[0] / 5;
-    const act = {
-      "+": () => zoom(STEP), "=": () => zoom(STEP), "-": () => zoom(1 / STEP), "0": whole,
-      ArrowLeft: () => move(-far, 0), ArrowRight: () => move(far, 0), ArrowUp: () => move(0, -far), ArrowDown: () => move(0, far),
+    const step = visibleSize()[0] / 5;
+    const action = {
+      "+": () => zoom(ZOOM_STEP), "=": () => zoom(ZOOM_STEP), "-": () => zoom(1 / ZOOM_STEP), "0": reset,
+      ArrowLeft: () => move(-step, 0), ArrowRight: () => move(step, 0), ArrowUp: () => move(0, -step), ArrowDown: () => move(0, step),
     }[event.key];
-    if (!act || (scale === 1 && event.key.startsWith("Arrow"))) return;  // the whole map moves with the page
+    if (!action || (scale === 1 && event.key.startsWith("Arrow"))) return;  // arrow keys scroll the page at scale 1
     event.preventDefault();
-    act();
+    action();
   });
   view.addEventListener("wheel", (event) => {
-    if (event.ctrlKey === false && scale === 1 && event.deltaY > 0) return;  // the page goes on
+    if (event.ctrlKey === false && scale === 1 && event.deltaY > 0) return;  // scroll the page
     event.preventDefault();
-    zoom(Math.exp(-event.deltaY * (event.deltaMode === 1 ? 0.05 : 0.002)), under(event.clientX, event.clientY));
+    zoom(Math.exp(-event.deltaY * (event.deltaMode === 1 ? 0.05 : 0.002)), toMap(event.clientX, event.clientY));
   }, { passive: false });
 
-  // One finger or the mouse moves the map, two fingers zoom it.
-  const fingers = new Map();
-  let travelled = 0;
-  const spread = () => {
-    const [a, b] = [...fingers.values()];
-    return { far: Math.hypot(a[0] - b[0], a[1] - b[1]), at: [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2] };
+  // One pointer moves the map, two zoom it.
+  const pointers = new Map();
+  let travelled = 0;  // pixels since the first pointer went down
+  const pinch = () => {
+    const [a, b] = [...pointers.values()];
+    return { distance: Math.hypot(a[0] - b[0], a[1] - b[1]), center: [(a[0] + b[0]) / 2, (a[1] + b[1]) / 2] };
   };
   svg.addEventListener("pointerdown", (event) => {
     if (event.button > 0) return;
-    if (fingers.size === 0) travelled = 0;
-    fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (pointers.size === 0) travelled = 0;
+    pointers.set(event.pointerId, [event.clientX, event.clientY]);
   });
   addEventListener("pointermove", (event) => {
-    const before = fingers.get(event.pointerId);
-    if (!before || fingers.size > 2) return;
-    const now = [event.clientX, event.clientY], unit = seen()[0] / svg.clientWidth;
-    if (fingers.size === 2) {
-      const old = spread(), point = under(...old.at);
-      fingers.set(event.pointerId, now);
-      const is = spread();
+    const last = pointers.get(event.pointerId);
+    if (!last || pointers.size > 2) return;
+    const current = [event.clientX, event.clientY], unitsPerPixel = visibleSize()[0] / svg.clientWidth;
+    if (pointers.size === 2) {
+      const start = pinch(), fixed = toMap(...start.center);
+      pointers.set(event.pointerId, current);
+      const end = pinch();
       travelled = Infinity;
-      zoom(is.far / Math.max(1, old.far), point);
-      move((old.at[0] - is.at[0]) * unit, (old.at[1] - is.at[1]) * unit);
+      zoom(end.distance / Math.max(1, start.distance), fixed);
+      move((start.center[0] - end.center[0]) * unitsPerPixel, (start.center[1] - end.center[1]) * unitsPerPixel);
     } else {
-      fingers.set(event.pointerId, now);
-      travelled += Math.hypot(now[0] - before[0], now[1] - before[1]);
-      move((before[0] - now[0]) * unit, (before[1] - now[1]) * unit);
+      pointers.set(event.pointerId, current);
+      travelled += Math.hypot(current[0] - last[0], current[1] - last[1]);
+      move((last[0] - current[0]) * unitsPerPixel, (last[1] - current[1]) * unitsPerPixel);
     }
   });
-  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, (event) => fingers.delete(event.pointerId));
+  for (const kind of ["pointerup", "pointercancel"]) addEventListener(kind, (event) => pointers.delete(event.pointerId));
   svg.addEventListener("dragstart", (event) => event.preventDefault());
-  svg.addEventListener("mousedown", (event) => event.preventDefault());  // a drag must not choose a region
+  svg.addEventListener("mousedown", (event) => event.preventDefault());  // a drag must not focus, and so select, a cell
 
-  // A region: its icon, its classes, its pictures.
-  function show(index) {
-    if (chosen === index) return;
-    chosen = index;
-    places.forEach((place, i) => place.classList.toggle("chosen", i === index));
+  // Details of a cell: icon, classes and images.
+  const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+  function showDetails(index) {
+    if (selected === index) return;
+    selected = index;
+    links.forEach((link, i) => link.classList.toggle("selected", i === index));
     const cell = page.cells[index], sheet = page.sheet;
-    const icon = make("svg", { class: "tile", viewBox: `${cell.x} ${cell.y} ${sheet.side} ${sheet.side}`, role: "img", "aria-label": "Pattern of the region" },
-      make("image", { href: sheet.src, width: sheet.width, height: sheet.height }));
-    const parts = [icon, make("p", {}, make("strong", {}, `${cell.count} ${cell.count === 1 ? "vector" : "vectors"}`), ` from ${cell.sources} ${cell.sources === 1 ? "picture" : "pictures"}; row ${cell.row + 1}, column ${cell.column + 1}`)];
-    if (cell.classes.length) parts.push(document.getElementById("words").content.cloneNode(true), make("ol", { class: "classes" }, ...cell.classes.map(said)));
-    parts.push(make("h3", {}, cell.sources > cell.pictures.length ? "Pictures with most of them" : "Pictures"), make("ul", { class: "sources" }, ...cell.pictures.map(source)));
+    const icon = createElement("svg", { class: "tile", viewBox: `${cell.x} ${cell.y} ${sheet.side} ${sheet.side}`, role: "img", "aria-label": "Pattern of the cell" },
+      createElement("image", { href: sheet.src, width: sheet.width, height: sheet.height }));
+    const parts = [icon, createElement("p", {}, createElement("strong", {}, plural(cell.count, "vector")), ` from ${plural(cell.num_images, "image")}; row ${cell.row + 1}, column ${cell.column + 1}`)];
+    if (cell.classes.length) {
+      const max = Math.max(...cell.classes.map((c) => c.effect), 1e-12);
+      const items = cell.classes.map((c) => classItem(c, Math.max(0, c.effect / max)));
+      parts.push(document.getElementById("effect-caption").content.cloneNode(true), createElement("ol", { class: "classes" }, ...items));
+    }
+    const heading = cell.num_images > cell.images.length ? "Images with the most vectors" : "Images";
+    parts.push(createElement("h3", {}, heading), createElement("ul", { class: "sources" }, ...cell.images.map(imageItem)));
     document.getElementById("cell").replaceChildren(...parts);
   }
-  function said(one) {
-    const most = Math.max(...page.cells[chosen].classes.map((c) => c.effect), 1e-12), width = 100 * Math.max(0, one.effect / most);
-    const meter = make("svg", { class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" },
-      make("rect", { class: "track", width: 100, height: 6 }), make("rect", { class: "fill", width, height: 6 }));
-    const link = make("a", {}, make("span", { class: "name" }, one.name), make("span", { class: "share" }, `${one.effect < 0 ? "−" : "+"}${short(Math.abs(one.effect))}`), meter);
-    if (one.page) link.href = one.page;
-    return make("li", {}, link);
+  function classItem({ name, effect, page: url }, fraction) {
+    const value = `${effect < 0 ? "−" : "+"}${formatNumber(Math.abs(effect))}`;
+    const link = createElement("a", {}, createElement("span", { class: "name" }, name), createElement("span", { class: "value" }, value), createMeter(fraction));
+    if (url) link.href = url;
+    return createElement("li", {}, link);
   }
-  function source(one) {
-    const much = make("span", { class: "soft" }, `${one.vectors} of them`);
-    if (!one.src) return make("li", {}, make("span", {}, one.name), " ", much);
-    const image = make("img", { src: one.src, alt: one.name, width: 96, height: 72 });
-    return make("li", {}, make("a", { href: one.page }, image, much));
+  function imageItem({ name, count, src, page: url }) {
+    const caption = createElement("span", { class: "soft" }, plural(count, "vector"));
+    if (!src) return createElement("li", {}, createElement("span", {}, name), " ", caption);
+    const image = createElement("img", { src, alt: name, width: 96, height: 72 });
+    return createElement("li", {}, createElement("a", { href: url }, image, caption));
   }
-  const centre = (place) => {
-    const cell = page.cells[place.dataset.cell];
-    return [cell.left + page.cell[0] / 2, cell.top + page.cell[1] / 2];
-  };
-  // Brings a region into view.
-  function closer(place) {
-    const [x, y] = centre(place), [width, height] = seen();
+
+  function scrollToCell(link) {
+    const cell = page.cells[link.dataset.cell], [width, height] = visibleSize();
+    const x = cell.left + page.cellSize[0] / 2, y = cell.top + page.cellSize[1] / 2;
     if (x < left || x > left + width) left = x - width / 2;
     if (y < top || y > top + height) top = y - height / 2;
     draw();
   }
-  function choose(place) {
-    show(Number(place.dataset.cell));
-    closer(place);
-    history.replaceState(null, "", place.getAttribute("href"));
+  function selectCell(link) {
+    showDetails(Number(link.dataset.cell));
+    scrollToCell(link);
+    history.replaceState(null, "", link.getAttribute("href"));
   }
-  view.addEventListener("focusin", (event) => {  // an svg with such a listener would take the focus itself
-    const place = event.target.closest("a[data-cell]");
-    if (place) choose(place);
+  view.addEventListener("focusin", (event) => {  // on the view: an svg with this listener would be focusable itself
+    const link = event.target.closest("a[data-cell]");
+    if (link) selectCell(link);
   });
   svg.addEventListener("click", (event) => {
-    const place = event.target.closest("a[data-cell]");
-    if (!place) return;
+    const link = event.target.closest("a[data-cell]");
+    if (!link) return;
     event.preventDefault();
-    if (travelled > 5) return;
-    place.focus({ preventScroll: true });
-    choose(place);
+    if (travelled > CLICK_TOLERANCE) return;
+    link.focus({ preventScroll: true });
+    selectCell(link);
   });
   new ResizeObserver(draw).observe(view);
-  const linked = places.find((place) => place.getAttribute("href") === location.hash);
+  const linked = links.find((link) => link.getAttribute("href") === location.hash);
   if (linked) {
     scale = 3;
     left = top = Infinity;
-    closer(linked);
-    show(Number(linked.dataset.cell));
+    scrollToCell(linked);
+    showDetails(Number(linked.dataset.cell));
   }
   draw();
 })();

@@ -1,27 +1,27 @@
 "use strict";
-// The concepts of a class: their heat over pictures, each on its own scale, the same for all pictures.
+// Concepts page: heatmaps of concepts over images. Each concept has one colour scale for all images.
 (() => {
-  if (!page.heats) return;
-  const look = { palette: page.palette, signed: false, opacity: 0.45, peak: 1 };
-  // All judged pictures lie below each other in a concept's map: this cuts out one.
-  const cut = (map, picture) => {
-    const height = map.height / page.pictures, count = height * map.width;
-    return { height, width: map.width, values: unpack(map).subarray(picture * count, (picture + 1) * count) };
+  if (!page.heatmaps) return;
+  const options = { colormap: page.colormap, signed: false, opacity: 0.45, max: 1 };
+  // The map of a concept contains those of all evaluated images, one below the other.
+  const mapOfImage = (map, index) => {
+    const height = map.height / page.numImages, size = height * map.width;
+    return { height, width: map.width, values: unpackMap(map).subarray(index * size, (index + 1) * size) };
   };
-  findAll("canvas[data-heat]").forEach((canvas) =>
-    paint(canvas, cut(page.heats[canvas.dataset.heat], Number(canvas.dataset.picture)), look));
-  findAll("canvas[data-current]").forEach((canvas) => {
-    const map = page.current[canvas.dataset.current], most = page.heats[canvas.dataset.current].peak;
-    paint(canvas, map, { ...look, peak: map.peak > 0 ? most / map.peak : 1 });
+  findAll("canvas[data-concept]").forEach((canvas) =>
+    paint(canvas, mapOfImage(page.heatmaps[canvas.dataset.concept], Number(canvas.dataset.image)), options));
+  findAll("canvas[data-image-concept]").forEach((canvas) => {
+    const concept = canvas.dataset.imageConcept, map = page.imageHeatmaps[concept];
+    paint(canvas, map, { ...options, max: map.peak > 0 ? page.heatmaps[concept].peak / map.peak : 1 });
   });
 
-  const choice = document.getElementById("choice").elements.concept;
-  function show() {
-    findAll("#judged canvas").forEach((canvas) => {
-      canvas.hidden = choice.value === "";
-      if (!canvas.hidden) paint(canvas, cut(page.heats[choice.value], Number(canvas.dataset.picture)), look);
+  const select = document.getElementById("concept-form").elements.concept;
+  function showConcept() {
+    findAll("#evaluated canvas").forEach((canvas) => {
+      canvas.hidden = select.value === "";
+      if (!canvas.hidden) paint(canvas, mapOfImage(page.heatmaps[select.value], Number(canvas.dataset.image)), options);
     });
   }
-  choice.addEventListener("change", show);
-  show();
+  select.addEventListener("change", showConcept);
+  showConcept();
 })();

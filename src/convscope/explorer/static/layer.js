@@ -1,92 +1,93 @@
 "use strict";
-// A layer's page: its maps in order, and who speaks at a place.
+// Layer page: the sorted grid of activation maps, and the most active units at a position.
 (() => {
   const grid = document.getElementById("grid");
   if (!grid) return;
-  const first = Number(grid.dataset.first), more = document.getElementById("more");
-  const cells = new Map(findAll("li", grid).map((li) => [Number(li.dataset.unit), li]));
-  let all = false;
+  const mapsAtFirst = Number(grid.dataset.first), showAll = document.getElementById("show-all");
+  const order = document.getElementById("order");
+  const items = new Map(findAll("li", grid).map((item) => [Number(item.dataset.unit), item]));
+  let allShown = false;
 
-  function fill(li) {
-    const svg = find("svg", li);
-    if (!svg.firstElementChild && more) svg.append(make("image", { href: more.dataset.sheet, width: more.dataset.width, height: more.dataset.height }));
-    li.hidden = false;
+  function showItem(item) {
+    const svg = find("svg", item);
+    if (!svg.firstElementChild && showAll) svg.append(createElement("image", { href: showAll.dataset.sheet, width: showAll.dataset.width, height: showAll.dataset.height }));
+    item.hidden = false;
   }
-  function sort() {
-    const by = document.getElementById("order").value;
-    const units = [...cells.keys()].sort((a, b) => a - b);
-    if (by !== "unit") units.sort((a, b) => page.table[by][b] - page.table[by][a] || a - b);
+  function sortMaps() {
+    const key = order.value;
+    const units = [...items.keys()].sort((a, b) => a - b);
+    if (key !== "unit") units.sort((a, b) => page.table[key][b] - page.table[key][a] || a - b);
     units.forEach((unit, i) => {
-      const li = cells.get(unit);
-      if (i < first || all) fill(li);
-      else li.hidden = true;
-      const told = by === "unit" ? `unit ${unit}` : `unit ${unit}: ${by} ${short(page.table[by][unit])}`;
-      find("a", li).title = told;
+      const item = items.get(unit);
+      if (i < mapsAtFirst || allShown) showItem(item);
+      else item.hidden = true;
+      find("a", item).title = key === "unit" ? `Unit ${unit}` : `Unit ${unit}: ${order.selectedOptions[0].textContent} ${formatNumber(page.table[key][unit])}`;
     });
-    grid.replaceChildren(...units.map((unit) => cells.get(unit)));
+    grid.replaceChildren(...units.map((unit) => items.get(unit)));
   }
-  document.getElementById("order").addEventListener("change", sort);
-  document.getElementById("boost").addEventListener("change", (event) => grid.classList.toggle("boost", event.target.checked));
-  if (more) more.addEventListener("click", () => { all = true; sort(); more.hidden = true; });
+  order.addEventListener("change", sortMaps);
+  document.getElementById("contrast").addEventListener("change", (event) => grid.classList.toggle("contrast", event.target.checked));
+  if (showAll) showAll.addEventListener("click", () => { allShown = true; sortMaps(); showAll.hidden = true; });
   const target = document.getElementById("target");
   if (target) target.addEventListener("change", async () => {
     try {
-      const told = await ask(`${page.api}/relevance?layer=${encodeURIComponent(page.layer)}&target=${target.value}`);
-      page.table.relevance = told.relevance;
-      document.getElementById("order").value = "relevance";
-      document.getElementById("relevant").textContent = target.selectedOptions[0].textContent;
-      sort();
-    } catch (error) { say(error.message); }
+      const { relevance } = await fetchJson(`${page.api}/relevance?layer=${encodeURIComponent(page.layer)}&target=${target.value}`);
+      page.table.relevance = relevance;
+      order.value = "relevance";
+      document.getElementById("relevance-class").textContent = target.selectedOptions[0].textContent;
+      sortMaps();
+    } catch (error) { showStatus(error.message); }
   });
 
-  // Places.
-  const place = document.getElementById("place"), there = document.getElementById("there");
+  // Positions.
+  const frame = document.getElementById("position"), list = document.getElementById("position-units");
   const [rows, columns] = page.grid;
-  let at = [Math.floor(rows / 2), Math.floor(columns / 2)], asking = null;
+  let position = [Math.floor(rows / 2), Math.floor(columns / 2)], request = null;
 
-  function mark(box, element) {
+  function outline(element, box) {
     const [top, left, bottom, right] = box.map((v) => 100 * v);
     for (const [name, value] of Object.entries({ x: left, y: top, width: right - left, height: bottom - top })) element.setAttribute(name, value);
   }
-  function field(row, column) {
+  function receptiveField(row, column) {
     if (!page.field) return null;
-    const from = [row, column].map((at, i) => page.field.origin[i] + at * page.field.stride[i]);
-    return [...from.map((v) => Math.max(0, v)), ...from.map((v, i) => Math.min(1, v + page.field.size[i]))];
+    const start = [row, column].map((index, i) => page.field.origin[i] + index * page.field.stride[i]);
+    return [...start.map((v) => Math.max(0, v)), ...start.map((v, i) => Math.min(1, v + page.field.size[i]))];
   }
-  function list(told) {
-    const unitPage = (unit) => page.unitPage.replace(/0(\.html)?$/, `${unit}$1`) + (page.live ? `?picture=${page.picture}` : "");
-    const items = told.units.map((u) => make("li", {}, make("a", { href: unitPage(u.unit) }, `unit ${u.unit}`), ` ${short(u.value)}`));
-    there.replaceChildren(
-      make("p", {}, `Place ${told.row + 1}, ${told.column + 1} of ${rows} × ${columns}. ${items.length ? "Strongest here:" : "No unit answers here."}`),
-      make("ol", {}, ...items),
-      ...(told.sees ? [] : [make("p", {}, "Each place sees the whole picture.")]));
-    const whole = told.sees || [0, 0, 1, 1];
-    mark(whole, document.getElementById("field"));
+  function showUnits({ row, column, units, receptive_field: field }) {
+    const unitPage = (unit) => page.unitPage.replace(/0(\.html)?$/, `${unit}$1`) + (page.live ? `?image=${page.image}` : "");
+    const entries = units.map((u) => createElement("li", {}, createElement("a", { href: unitPage(u.unit) }, `unit ${u.unit}`), ` ${formatNumber(u.value)}`));
+    list.replaceChildren(
+      createElement("p", {}, `Row ${row + 1} of ${rows}, column ${column + 1} of ${columns}. ${entries.length ? "Most active units:" : "No unit is active here."}`),
+      createElement("ol", {}, ...entries),
+      ...(field ? [] : [createElement("p", {}, "The receptive field is the whole image.")]));
+    outline(document.getElementById("field"), field || [0, 0, 1, 1]);
   }
-  async function visit(row, column) {
-    at = [Math.max(0, Math.min(rows - 1, row)), Math.max(0, Math.min(columns - 1, column))];
-    mark([at[0] / rows, at[1] / columns, (at[0] + 1) / rows, (at[1] + 1) / columns], document.getElementById("cell"));
+  async function selectPosition(row, column) {
+    row = Math.max(0, Math.min(rows - 1, row));
+    column = Math.max(0, Math.min(columns - 1, column));
+    position = [row, column];
+    outline(document.getElementById("cell"), [row / rows, column / columns, (row + 1) / rows, (column + 1) / columns]);
     if (!page.live) {
-      if (!page.places) { there.textContent = "Too many places to keep them all in a published page."; return; }
-      const i = at[0] * columns + at[1];
-      const units = page.places.units[i].map((unit, k) => ({ unit, value: page.places.values[i][k] })).filter((u) => u.value > 0);
-      list({ row: at[0], column: at[1], units, sees: field(...at) });
+      if (!page.positions) { list.textContent = "Published pages do not list the units of layers with more than 1,024 positions."; return; }
+      const i = row * columns + column;
+      const units = page.positions.units[i].map((unit, k) => ({ unit, value: page.positions.values[i][k] })).filter((u) => u.value > 0);
+      showUnits({ row, column, units, receptive_field: receptiveField(row, column) });
       return;
     }
-    if (asking) asking.abort();
-    asking = new AbortController();
+    if (request) request.abort();
+    request = new AbortController();
     try {
-      list(await ask(`${page.api}/place?layer=${encodeURIComponent(page.layer)}&row=${at[0]}&column=${at[1]}`, { signal: asking.signal }));
-    } catch (error) { if (error.name !== "AbortError") say(error.message); }
+      showUnits(await fetchJson(`${page.api}/position?layer=${encodeURIComponent(page.layer)}&row=${row}&column=${column}`, { signal: request.signal }));
+    } catch (error) { if (error.name !== "AbortError") showStatus(error.message); }
   }
-  place.addEventListener("click", (event) => {
-    const box = place.getBoundingClientRect();
-    visit(Math.floor((event.clientY - box.top) / box.height * rows), Math.floor((event.clientX - box.left) / box.width * columns));
+  frame.addEventListener("click", (event) => {
+    const box = frame.getBoundingClientRect();
+    selectPosition(Math.floor((event.clientY - box.top) / box.height * rows), Math.floor((event.clientX - box.left) / box.width * columns));
   });
-  place.addEventListener("keydown", (event) => {
+  frame.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Enter: [0, 0] }[event.key];
     if (!step) return;
     event.preventDefault();
-    visit(at[0] + step[0], at[1] + step[1]);
+    selectPosition(position[0] + step[0], position[1] + step[1]);
   });
 })();

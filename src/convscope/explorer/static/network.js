@@ -1,110 +1,114 @@
 "use strict";
-// The network as a whole: a bar for each layer, coloured by what is asked for.
+// Network page: the graph of layers, coloured by a measure, and the download of the table.
 (() => {
-  const graph = document.getElementById("graph"), read = document.getElementById("read"), select = document.getElementById("quantity");
-  const MEASURED = ["dead", "sparsity", "busiest tenth", "selectivity"];
-  const SAYS = {
-    field: "How many pixels of the picture one place of the layer sees (largest side).",
-    units: "How many detectors the layer has.", parameters: "How many numbers the layer has learned.",
-    dead: "The share of units that say the same everywhere on the picture.",
-    sparsity: "The share of values that are nought or less.",
-    "busiest tenth": "The share of the layer's activation that its busiest tenth of units holds.",
-    selectivity: "How much the layer's units prefer one class (0 to 1, mean over units).",
+  const svg = document.getElementById("graph"), details = document.getElementById("details"), select = document.getElementById("measure");
+  const MEASURES = ["dead", "sparsity", "top_decile_share", "selectivity"];
+  const DESCRIPTIONS = {
+    field: "Receptive field in pixels (longest side).",
+    units: "Number of units.",
+    parameters: "Number of parameters.",
+    dead: "Fraction of units that are constant on the image, or never active on the data set.",
+    sparsity: "Fraction of activations that are not positive.",
+    top_decile_share: "Fraction of the total positive activation in the most active 10 % of units.",
+    selectivity: "Mean class selectivity of the units, from 0 to 1.",
   };
-  const value = (row, name) => (MEASURED.includes(name) ? row.measured[name] : row[name]);
-  const high = Math.max(...page.layers.map((row) => row.shape[1] || 1));
-  const most = Math.max(...page.layers.map((row) => row.units));
-  const { step, pitch, top, column, lane } = page.graph;
+  const valueOf = (layer, name) => (MEASURES.includes(name) ? layer.measures[name] : layer[name]);
+  const isMissing = (value) => value === undefined || value === null;
+  const maxSide = Math.max(...page.layers.map((layer) => layer.shape[1] || 1));
+  const maxUnits = Math.max(...page.layers.map((layer) => layer.units));
+  const { column_width: columnWidth, lane_height: laneHeight, top, column, lane } = page.graph;
 
-  function shade(share) {
-    const low = [232, 238, 244], top = [16, 78, 139];
-    return `rgb(${low.map((v, i) => Math.round(v + share * (top[i] - v))).join(" ")})`;
+  function shade(fraction) {
+    const light = [232, 238, 244], dark = [16, 78, 139];
+    return `rgb(${light.map((v, i) => Math.round(v + fraction * (dark[i] - v))).join(" ")})`;
   }
 
-  // Where each bar lies: its middle, and half its width and height.
-  const bars = page.layers.map((row, i) => ({
-    x: 20 + (column[i] + 0.5) * step,
-    y: top + (lane[i] + 0.5) * pitch,
-    wide: Math.max(3, (Math.min(step, 24) - 3) * Math.log2(1 + row.units) / Math.log2(1 + most)) / 2,
-    tall: Math.max(8, (pitch - 8) * Math.log2(1 + (row.shape[1] || 1)) / Math.log2(1 + high)) / 2,
+  // Each bar: its centre and half its width and height.
+  const bars = page.layers.map((layer, i) => ({
+    x: 20 + (column[i] + 0.5) * columnWidth,
+    y: top + (lane[i] + 0.5) * laneHeight,
+    dx: Math.max(3, (Math.min(columnWidth, 24) - 3) * Math.log2(1 + layer.units) / Math.log2(1 + maxUnits)) / 2,
+    dy: Math.max(8, (laneHeight - 8) * Math.log2(1 + (layer.shape[1] || 1)) / Math.log2(1 + maxSide)) / 2,
   }));
-  for (const [from, to] of page.graph.lines) {
-    const a = bars[from], b = bars[to], end = b.x - b.wide;
-    const turn = a.y === b.y ? end : Math.max(a.x + a.wide, b.x - step + a.wide), middle = (turn + end) / 2;
-    graph.append(make("path", { d: `M${a.x + a.wide} ${a.y}H${turn}C${middle} ${a.y} ${middle} ${b.y} ${end} ${b.y}` }));
+  for (const [start, end] of page.graph.straight) {
+    const a = bars[start], b = bars[end], right = b.x - b.dx;
+    const bend = a.y === b.y ? right : Math.max(a.x + a.dx, b.x - columnWidth + a.dx), middle = (bend + right) / 2;
+    svg.append(createElement("path", { d: `M${a.x + a.dx} ${a.y}H${bend}C${middle} ${a.y} ${middle} ${b.y} ${right} ${b.y}` }));
   }
-  for (const [from, to] of page.graph.arcs) {
-    const a = bars[from], b = bars[to], high = Math.min(a.y - a.tall, b.y - b.tall) - Math.min(48, 14 + 2 * (column[to] - column[from]));
-    graph.append(make("path", { d: `M${a.x} ${a.y - a.tall}C${a.x} ${high} ${b.x} ${high} ${b.x} ${b.y - b.tall}` }));
+  for (const [start, end] of page.graph.arcs) {
+    const a = bars[start], b = bars[end], peak = Math.min(a.y - a.dy, b.y - b.dy) - Math.min(48, 14 + 2 * (column[end] - column[start]));
+    svg.append(createElement("path", { d: `M${a.x} ${a.y - a.dy}C${a.x} ${peak} ${b.x} ${peak} ${b.x} ${b.y - b.dy}` }));
   }
-  page.layers.forEach((row, i) => {
-    const { x, y, wide, tall } = bars[i];
+  page.layers.forEach((layer, i) => {
+    const { x, y, dx, dy } = bars[i];
     const link = document.createElementNS("http://www.w3.org/2000/svg", "a");
-    link.setAttribute("href", row.page);
-    link.append(make("rect", { x: x - wide, y: y - tall, width: 2 * wide, height: 2 * tall }));
+    if (layer.page) link.setAttribute("href", layer.page);
+    link.append(createElement("rect", { x: x - dx, y: y - dy, width: 2 * dx, height: 2 * dy }));
     link.dataset.layer = i;
-    graph.append(link);
+    svg.append(link);
   });
-  for (const [at, side] of page.graph.marks) {
-    graph.append(make("text", { x: 20 + at * step, y: page.graph.height - 6 }, String(side)));
+  for (const [at, side] of page.graph.labels) {
+    svg.append(createElement("text", { x: 20 + at * columnWidth, y: page.graph.height - 6 }, String(side)));
   }
 
-  const sources = page.layers.map(() => []);
-  for (const [from, to] of [...page.graph.lines, ...page.graph.arcs]) sources[to].push(from);
-  const joined = (names) => `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
-  function tell(i) {
-    const row = page.layers[i], name = select.value, v = value(row, name);
-    const shown = v === undefined || v === null ? "not measured" : MEASURED.includes(name) && name !== "selectivity" ? `${(100 * v).toFixed(0)} %` : short(v);
-    const joins = sources[i].length > 1 ? `; joins ${joined(sources[i].sort((a, b) => a - b).map((k) => page.layers[k].name))}` : "";
-    return `${row.name}: ${row.kind}, ${row.shape.join(" × ")}; ${select.selectedOptions[0].textContent} ${shown}${joins}`;
+  const inputs = page.layers.map(() => []);
+  for (const [start, end] of [...page.graph.straight, ...page.graph.arcs]) inputs[end].push(start);
+  const joinNames = (names) => `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`;
+  function describe(i) {
+    const layer = page.layers[i], name = select.value, value = valueOf(layer, name);
+    const isFraction = MEASURES.includes(name) && name !== "selectivity";
+    const text = isMissing(value) ? "not measured" : isFraction ? `${(100 * value).toFixed(0)} %` : formatNumber(value);
+    const joins = inputs[i].length > 1 ? `; joins ${joinNames(inputs[i].sort((a, b) => a - b).map((k) => page.layers[k].name))}` : "";
+    return `${layer.name}: ${layer.kind}, output ${layer.shape.join(" × ")}; ${select.selectedOptions[0].textContent}: ${text}${joins}`;
   }
-  function colourAll() {
-    const name = select.value, values = page.layers.map((row) => value(row, name));
-    const numbers = values.filter((v) => v !== undefined && v !== null);
-    const most = Math.max(...numbers, 1e-9), least = Math.min(...numbers, 0);
-    const log = ["parameters", "units"].includes(name);
-    const scaled = (v) => (log ? Math.log1p(v) / Math.log1p(most) : (v - least) / (most - least));
-    findAll("a", graph).forEach((link) => {
-      const i = Number(link.dataset.layer), v = values[i];
-      find("rect", link).setAttribute("fill", v === undefined || v === null ? "transparent" : shade(scaled(v)));
-      link.setAttribute("aria-label", tell(i));
+  function colorBars() {
+    const name = select.value, values = page.layers.map((layer) => valueOf(layer, name));
+    const measured = values.filter((value) => !isMissing(value));
+    const max = Math.max(...measured, 1e-9), min = Math.min(...measured, 0);
+    const useLog = ["parameters", "units"].includes(name);
+    const scale = (value) => (useLog ? Math.log1p(value) / Math.log1p(max) : (value - min) / (max - min));
+    findAll("a", svg).forEach((link) => {
+      const i = Number(link.dataset.layer), value = values[i];
+      find("rect", link).setAttribute("fill", isMissing(value) ? "transparent" : shade(scale(value)));
+      link.setAttribute("aria-label", describe(i));
     });
-    const span = numbers.length ? ` Lightest ${short(Math.min(...numbers))}, darkest ${short(most)}.` : " Not measured.";
-    document.getElementById("quantity-says").textContent = SAYS[name] + span;
+    const range = measured.length ? ` Lightest: ${formatNumber(Math.min(...measured))}, darkest: ${formatNumber(max)}.` : " Not measured.";
+    document.getElementById("measure-description").textContent = DESCRIPTIONS[name] + range;
   }
-  for (const kind of ["mouseover", "focusin"]) graph.addEventListener(kind, (event) => {
+  for (const kind of ["mouseover", "focusin"]) svg.addEventListener(kind, (event) => {
     const link = event.target.closest("a");
-    if (link) read.textContent = tell(Number(link.dataset.layer));
+    if (link) details.textContent = describe(Number(link.dataset.layer));
   });
 
-  async function measured() {
-    if (!page.live || !page.summaries || page.layers.every((row) => "sparsity" in row.measured)) return;
-    const told = await ask(page.summaries);
-    // What a data set told is not taken back by one picture.
-    page.layers.forEach((row) => { row.measured = { ...told.layers[row.name], ...row.measured }; });
-    for (const line of findAll("#layers tbody tr")) {
-      const own = told.layers[line.dataset.layer] || {};
-      for (const cell of findAll("[data-measure]", line)) {
-        if (cell.dataset.measure in own && !cell.textContent) cell.textContent = `${(100 * own[cell.dataset.measure]).toFixed(0)} %`;
+  async function fetchMeasures() {
+    if (!page.live || !page.summaries || page.layers.every((layer) => "sparsity" in layer.measures)) return;
+    const { layers } = await fetchJson(page.summaries);
+    // Measures of the data set take precedence over those of a single image.
+    page.layers.forEach((layer) => { layer.measures = { ...layers[layer.name], ...layer.measures }; });
+    for (const row of findAll("#layers tbody tr")) {
+      const measures = layers[row.dataset.layer] || {};
+      for (const cell of findAll("[data-measure]", row)) {
+        if (cell.dataset.measure in measures && !cell.textContent) cell.textContent = `${(100 * measures[cell.dataset.measure]).toFixed(0)} %`;
       }
     }
   }
-  select.addEventListener("change", async () => {
-    colourAll();
-    const asked = new URLSearchParams({ quantity: select.value });
-    if (page.live) history.replaceState(null, "", `?${asked}`);
+  select.addEventListener("change", () => {
+    colorBars();
+    if (page.live) history.replaceState(null, "", `?${new URLSearchParams({ measure: select.value })}`);
   });
   document.getElementById("csv").addEventListener("click", () => {
-    const cell = (text) => `"${String(text ?? "").replaceAll('"', '""')}"`;
+    const quote = (text) => `"${String(text ?? "").replaceAll('"', '""')}"`;
     const columns = ["name", "kind", "units", "field", "stride", "parameters"];
-    const rows = page.layers.map((row) => [...columns.map((c) => row[c]), ...MEASURED.map((m) => row.measured[m])].map(cell).join(","));
-    const file = new Blob([[[...columns, ...MEASURED].map(cell).join(","), ...rows].join("\n") + "\n"], { type: "text/csv" });
-    const link = make("a", { href: URL.createObjectURL(file), download: "layers.csv" });
+    const rows = page.layers.map((layer) => [...columns.map((c) => layer[c]), ...MEASURES.map((m) => layer.measures[m])]);
+    const header = [...columns.map((c) => (c === "field" ? "receptive_field" : c)), ...MEASURES];
+    const text = [header, ...rows].map((cells) => cells.map(quote).join(",")).join("\n");
+    const file = new Blob([`${text}\n`], { type: "text/csv" });
+    const link = createElement("a", { href: URL.createObjectURL(file), download: "layers.csv" });
     link.click();
     URL.revokeObjectURL(link.href);
   });
-  const asked = new URLSearchParams(location.search).get("quantity");
-  if (asked && [...select.options].some((o) => o.value === asked)) select.value = asked;
-  colourAll();
-  measured().then(colourAll).catch((error) => say(error.message));
+  const measure = new URLSearchParams(location.search).get("measure");
+  if (measure && [...select.options].some((option) => option.value === measure)) select.value = measure;
+  colorBars();
+  fetchMeasures().then(colorBars).catch((error) => showStatus(error.message));
 })();

@@ -1,18 +1,23 @@
 "use strict";
-// The story, told while one waits.
+// Story page: generates the story while the page is open.
 (() => {
-  const tell = document.getElementById("tell");
-  if (!tell) return;
+  const generate = document.getElementById("generate");
+  if (!generate) return;
   const progress = document.getElementById("progress");
   let source = null;
-  tell.addEventListener("click", () => {
-    tell.disabled = true;
+  function stop() {
+    source.close();
+    generate.disabled = false;
+    progress.hidden = true;
+  }
+  generate.addEventListener("click", () => {
+    generate.disabled = true;
     progress.hidden = false;
-    source = follow(page.events, {
+    source = followJob(page.events, {
       onProgress: showProgress,
       onDone: () => location.reload(),
-      onError: (reason) => { say(reason); tell.disabled = false; progress.hidden = true; },
+      onError: (reason) => { showStatus(reason); stop(); },
     });
   });
-  document.getElementById("cancel").addEventListener("click", () => { source.close(); tell.disabled = false; progress.hidden = true; });
+  document.getElementById("cancel").addEventListener("click", stop);
 })();

@@ -1,52 +1,50 @@
 "use strict";
-// A unit's page: its pattern drawn while one looks on, and its map on the picture.
+// Unit page: the activation map on the image, and the pattern, with previews while it is generated.
 (() => {
   if (page.map) {
     const stage = find('[data-stage="unit"]');
-    const again = () => paint(find("canvas", stage), page.map, { palette: page.palettes.viridis, signed: false, opacity: 0.72 });
-    again();
-    new ResizeObserver(again).observe(find(".frame", stage));
+    const repaint = () => paint(find("canvas", stage), page.map, { colormap: page.colormap, signed: false, opacity: 0.72 });
+    repaint();
+    new ResizeObserver(repaint).observe(find(".frame", stage));
   }
-  const form = document.getElementById("what");
+  const form = document.getElementById("pattern-form");
   if (!form) return;
   const progress = document.getElementById("progress"), box = document.getElementById("pattern");
+  const generate = document.getElementById("generate") || createElement("button", { type: "button", id: "generate" }, "Generate the pattern");
   let source = null;
 
-  const address = () => {
-    const asked = new URLSearchParams(location.search);
-    for (const [name, value] of new FormData(form)) asked.set(name, value);
-    return asked;
+  const pageQuery = () => {
+    const query = new URLSearchParams(location.search);
+    for (const [name, value] of new FormData(form)) query.set(name, value);
+    return query;
   };
   function stop(reason) {
     if (source) source.close();
     source = null;
     progress.hidden = true;
-    if (reason) {
-      say(reason);
-      box.replaceChildren(make("div", { class: "blank" }, draw));
-    }
+    showStatus(reason);
+    box.replaceChildren(createElement("div", { class: "blank" }, generate));
   }
-  const draw = document.getElementById("draw") || make("button", { type: "button", id: "draw" }, "Draw it now");
-  function begin() {
+  function start() {
     progress.hidden = false;
     document.getElementById("cancel").focus();
-    const asked = address();
-    asked.delete("picture");
-    asked.set("layer", page.layer);
-    asked.set("unit", page.unit);
-    source = follow(`${page.events}?${asked}`, {
+    const query = pageQuery();
+    query.delete("image");
+    query.set("layer", page.layer);
+    query.set("unit", page.unit);
+    source = followJob(`${page.events}?${query}`, {
       onProgress: showProgress,
       onFrame: (data) => {
         const image = find("img", box);
         if (image) image.src = data;
-        else box.replaceChildren(make("img", { src: data, alt: "The pattern so far", width: 160, height: 160 }));
+        else box.replaceChildren(createElement("img", { src: data, alt: "Preview of the pattern", width: 160, height: 160 }));
       },
-      onDone: () => location.replace(`?${address()}`),
-      onError: (reason) => stop(reason),
+      onDone: () => location.replace(`?${pageQuery()}`),
+      onError: stop,
     });
   }
-  draw.addEventListener("click", begin);
+  generate.addEventListener("click", start);
   document.getElementById("cancel").addEventListener("click", () => stop("Cancelled."));
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("change", () => { location.search = address(); });
+  form.addEventListener("change", () => { location.search = pageQuery(); });
 })();

@@ -35,8 +35,8 @@ def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -
     facts = {
         "Maximum": f"{statistics['maximum']:.4g}",
         "Mean": f"{statistics['mean']:.4g}",
-        "Active positions": f"{100 * statistics['active']:.1f} %",
-        "Images with activation": f"{100 * statistics['fires']:.1f} %",
+        "Active at": f"{100 * statistics['active']:.1f} % of positions",
+        "Active on": f"{100 * statistics['fires']:.1f} % of images",
     }
     if statistics["selectivity"] is not None:
         facts["Class selectivity"] = f"{statistics['selectivity']:.2f}"
