@@ -72,36 +72,47 @@ class LiveUrls:
         self._assets_version = assets_version
 
     def source(self, name: str) -> str:
+        """Return the name unchanged."""
         return name
 
     def page(self, *parts: str | int) -> str:
+        """Return the path of a page."""
         return "/" + "/".join(quote(str(part), safe="") for part in parts)
 
     def static(self, name: str) -> str:
+        """Return the path of an asset; its version busts the browser's cache."""
         return f"/static/{name}?v={self._assets_version}"
 
     def photo(self, image: RegisteredImage, max_size: int) -> str:
+        """Return the path of an image."""
         return self._image("photo", image=image.key, max_size=max_size)
 
     def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> str:
+        """Return the path of a layer's activation maps."""
         return self._image("feature_maps", model=network.key, image=image.key, layer=layer, v=network.version)
 
     def pattern(self, network: Network, spec: PatternSpec) -> str:
+        """Return the path of a pattern."""
         return self._image("pattern", model=network.key, **vars(spec), v=network.version)
 
     def patches(self, network: Network, layer: str, unit: int, kind: str) -> str:
+        """Return the path of a unit's examples."""
         return self._image("patches", model=network.key, layer=layer, unit=unit, kind=kind, v=network.version)
 
     def thumbnail(self, network: Network, index: int) -> str:
+        """Return the path of an image of the data set."""
         return self._image("thumbnail", index=index, v=network.version)
 
     def story_chapter(self, network: Network, index: int) -> str:
+        """Return the path of a chapter's patterns."""
         return self._image("story_chapter", model=network.key, index=index, v=network.version)
 
     def story_figure(self, network: Network) -> str:
+        """Return the path of the story's figure."""
         return self._image("story_figure", model=network.key, v=network.version)
 
     def saved_sheet(self, network: Network, result: SavedResult, sheet: str) -> str:
+        """Return the path of an image sheet."""
         return self._image(
             "saved", model=network.key, kind=result.kind, name=result.name, sheet=sheet, v=result.version
         )
@@ -162,22 +173,28 @@ class StaticUrls:
         self._is_planned, self._write, self._images = is_planned, write, images
 
     def source(self, name: str) -> str:
+        """Return the name of a bundled model, or the last part of a path."""
         return name if name.partition(":")[0] in BY_PREFIX else Path(name).name
 
     def page(self, *parts: str | int) -> str:
+        """Return the relative path of a page, or '' if the site does not have it."""
         return self._relative(page_file(*parts)) if self._is_planned(parts) else ""
 
     def static(self, name: str) -> str:
+        """Return the relative path of an asset."""
         return self._relative(f"static/{name}")
 
     def photo(self, image: RegisteredImage, max_size: int) -> str:
+        """Return the relative path of an image."""
         return self._image(f"images/{image.key}-{max_size}.webp", lambda: self._images.photo(image, max_size))
 
     def feature_maps(self, network: Network, image: RegisteredImage, layer: str) -> str:
+        """Return the relative path of a layer's activation maps."""
         file = f"m/{network.key}/feature_maps/{safe_name(layer)}-{image.key}.png"
         return self._image(file, lambda: self._images.feature_maps(network, image, layer))
 
     def pattern(self, network: Network, spec: PatternSpec) -> str:
+        """Return the relative path of a pattern."""
         name = f"{safe_name(spec.layer)}-{spec.unit}-{spec.variant}-{spec.recipe}-{spec.seed}.webp"
         return self._image(f"m/{network.key}/patterns/{name}", lambda: self._images.pattern(network, spec))
 
@@ -186,16 +203,20 @@ class StaticUrls:
         return self._relative(patches_file(network, layer, unit, kind))
 
     def thumbnail(self, network: Network, index: int) -> str:
+        """Return the relative path of an image of the data set."""
         return self._image(f"m/{network.key}/data/{index}.webp", lambda: self._images.thumbnail(index))
 
     def story_chapter(self, network: Network, index: int) -> str:
+        """Return the relative path of a chapter's patterns."""
         file = f"m/{network.key}/story-{index}.png"
         return self._image(file, lambda: self._images.story_chapter(network, index))
 
     def story_figure(self, network: Network) -> str:
+        """Return the relative path of the story's figure."""
         return self._image(f"m/{network.key}/story.png", lambda: self._images.story_figure(network))
 
     def saved_sheet(self, network: Network, result: SavedResult, sheet: str) -> str:
+        """Return the relative path of an image sheet."""
         file = f"m/{network.key}/{result.kind}/{safe_name(result.name)}-{sheet}.webp"
         return self._image(file, lambda: self._images.saved_sheet(result, sheet))
 

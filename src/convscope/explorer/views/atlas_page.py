@@ -28,7 +28,7 @@ def build(context: PageContext, network: Network, name: str) -> Page:
     arrays = concept_data.load_arrays(context.explorer, result)
     description = concept_data.describe_atlas(context.explorer, network, result, arrays)
     cells, grid = description["cells"], concept_data.icon_layout(arrays)
-    _place_cells(cells, arrays, grid)
+    _position_cells(cells, arrays, grid)
     for cell in cells:
         _add_links(urls, network, cell)
     sheet = {
@@ -41,7 +41,7 @@ def build(context: PageContext, network: Network, name: str) -> Page:
     size = [columns * CELL_WIDTH, rows * CELL_HEIGHT]
     data = context.page_data("atlas", sheet=sheet, cells=cells, size=size, cellSize=[CELL_WIDTH, CELL_HEIGHT])
     target_name = None if result.target is None else network.model.class_name(result.target)
-    own_page = urls.page(*page_parts(network, result))
+    page_url = urls.page(*page_parts(network, result))
     variables = {
         "network": network,
         **description,
@@ -52,13 +52,13 @@ def build(context: PageContext, network: Network, name: str) -> Page:
         "max_label_length": MAX_LABEL_LENGTH,
         "target_name": target_name,
         "code": snippets.atlas(urls.source(network.source), store_name(urls, network), result.layer, result.target),
-        "other_atlases": [link for link in saved_links(network, urls)["atlases"] if link["page"] != own_page],
+        "other_atlases": [link for link in saved_links(network, urls)["atlases"] if link["page"] != page_url],
     }
     suffix = "" if target_name is None else f" for {target_name}"
     return Page("atlas.html", f"Atlas of {result.layer}{suffix}, {network.model.name}", data, variables)
 
 
-def _place_cells(cells: list[dict[str, Any]], arrays: dict[str, np.ndarray], grid: dict[str, int]) -> None:
+def _position_cells(cells: list[dict[str, Any]], arrays: dict[str, np.ndarray], grid: dict[str, int]) -> None:
     """Add to each cell the position of its icon on the sheet (x, y) and in the drawing (left, top, icon_*)."""
     first_row, first_column = arrays["cells"].min(0).tolist()
     scales = MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * (arrays["counts"] / arrays["counts"].max()) ** 0.5

@@ -51,10 +51,10 @@ GLOSSARY: dict[str, str] = {
     "contribute.",
     "similar units": "Units whose maxima on the same images are correlated (Pearson's r).",
     "story": "Patterns of a sample of units of each stage of the network, from the first layer to the classes.",
-    "dominant frequency": "The spatial frequency with the most energy in a pattern, in cycles per pixel. 0.5 alternates "
-    "at every pixel; 0.05 has a period of 20 pixels.",
+    "dominant frequency": "The spatial frequency with the most energy in a pattern, in cycles per pixel. 0.5 alternates"
+    " at every pixel; 0.05 has a period of 20 pixels.",
     "orientation selectivity": "How much of a pattern's structure has a single orientation, between 0 and 1.",
     "colourfulness": "The metric of Hasler and Süsstrunk (2003): 0 is grey, 33 moderately and 82 highly colourful.",
-    "loss": "The cross-entropy of the prediction with respect to the image's label. 0 is a certain, correct prediction.",
+    "loss": "The cross-entropy of the prediction with respect to the image's label; 0 is a certain, correct prediction.",
     "store": "The results of `convscope scan`: the statistics and top patches of all units on a data set.",
 }
