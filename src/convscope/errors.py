@@ -1,27 +1,93 @@
-"""The exception for what a user can put right."""
+"""The exception for input that a user can correct, and the checks that raise it.
+
+This module imports nothing but the standard library, so that ``convscope.ConvscopeError`` is available without loading
+PyTorch.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from numbers import Integral, Real
+from types import ModuleType
 
 
 class ConvscopeError(ValueError):
-    """Input that convscope refuses. The message is one line: what was given, what was expected, what to do."""
+    """Raised for input that convscope refuses.
+
+    The message is one line: what was given, what was expected, what to do.
+    """
 
 
-def nearest(word: str, known: list[str], count: int = 4) -> str:
-    """Up to `count` known names that resemble `word`, best first, joined for an error message."""
-    import difflib
-
-    found = difflib.get_close_matches(word, known, n=count, cutoff=0.4)
-    return ", ".join(found or known[:count])
+def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
+    """Return up to `count` candidates that resemble `word`, best first, joined for an error message."""
+    matches = difflib.get_close_matches(word, candidates, n=count, cutoff=0.4)
+    return ", ".join(matches or candidates[:count])
 
 
-def require_extra(package: str, extra: str = "scan") -> Any:
-    """The package, imported. Raises ConvscopeError, naming the extra that brings it, where it is not installed."""
+def require_extra(package: str, extra: str = "scan") -> ModuleType:
+    """Import and return an optional package.
+
+    Parameters
+    ----------
+    package : str
+        Name of the module to import, such as ``"pyarrow.compute"``.
+    extra : str
+        The extra of convscope that installs it.
+
+    Raises
+    ------
+    ConvscopeError
+        If the package is not installed; the message names the extra.
+    """
     try:
         return import_module(package)
     except ImportError as error:
-        top = package.partition(".")[0]
-        raise ConvscopeError(f"{top} is not installed; pip install 'convscope[{extra}]'") from error
+        name = package.partition(".")[0]
+        raise ConvscopeError(f"{name} is not installed; pip install 'convscope[{extra}]'") from error
+
+
+def is_int(value: object) -> bool:
+    """Return whether `value` is an integer (numpy's included) and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a finite real number (numpy's included) and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_int(name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` as an int; raise ConvscopeError, naming the argument, unless it is one of at least `minimum`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+        raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {minimum} or more")
+    return int(value)
+
+
+def require_number(
+    name: str, value: object, *, minimum: float | None = None, above: float | None = None, below: float | None = None
+) -> float:
+    """Return `value` as a float; raise ConvscopeError, naming the argument, unless it is a number in the range.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for the message.
+    value : object
+        A finite real number.
+    minimum, above, below : float, optional
+        Inclusive lower bound, exclusive lower bound, exclusive upper bound.
+    """
+    bounds = [
+        f"{words} {bound:g}"
+        for words, bound in (("of at least", minimum), ("above", above), ("below", below))
+        if bound is not None
+    ]
+    number = float(value) if isinstance(value, Real) and is_number(value) else math.nan
+    too_low = (minimum is not None and number < minimum) or (above is not None and number <= above)
+    too_high = below is not None and number >= below
+    if math.isnan(number) or too_low or too_high:
+        raise ConvscopeError(f"{name} is {value!r}; expected a number {' and '.join(bounds)}".rstrip())
+    return number

@@ -641,14 +641,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("occlusion", {"fill": float("nan")}, "fill is nan; expected a number"),
     ("occlusion", {"fill": None}, "fill is None; expected a number"),
     ("occlusion", {"windows": 3}, "method 'occlusion' has no option 'windows'; its options: window, stride, fill"),
-    ("rise", {"samples": 0}, "samples is 0; expected a number of masks, at least 1"),
+    ("rise", {"samples": 0}, "samples is 0; expected a whole number, 1 or more"),
     ("rise", {"samples": 1.5}, "samples is 1.5"),
     ("rise", {"cells": 0}, "cells is 0; expected at least 1"),
     ("rise", {"cells": 25}, "cells is 25, larger than the input"),
-    ("rise", {"keep": 0}, "keep is 0; expected a probability between 0 and 1"),
-    ("rise", {"keep": 1.0}, "keep is 1.0; expected a probability"),
-    ("rise", {"tolerance": -0.1}, "tolerance is -0.1; expected 0 or more"),
-    ("rise", {"tolerance": "low"}, "tolerance is 'low'; expected 0 or more"),
+    ("rise", {"keep": 0}, "keep is 0; expected a number above 0 and below 1"),
+    ("rise", {"keep": 1.0}, "keep is 1.0; expected a number above 0 and below 1"),
+    ("rise", {"tolerance": -0.1}, "tolerance is -0.1; expected a number of at least 0"),
+    ("rise", {"tolerance": "low"}, "tolerance is 'low'; expected a number of at least 0"),
 ]
 
 

@@ -306,7 +306,7 @@ def test_a_store_at_an_address_answers_as_one_in_a_folder(shared):
         (lambda s: s.image(40), "image 40 is out of range: there are 40, 0 to 39"),
         (lambda s: s.image(-1), "image -1 is out of range"),
         (lambda s: s.unit("layer 1", 0).examples(3, "best"), "kind is 'best'; expected top, bottom, decile"),
-        (lambda s: s.unit("layer 1", 0).examples(0), "n is 0; expected a whole number from 1 up"),
+        (lambda s: s.unit("layer 1", 0).examples(0), "n is 0; expected a whole number, 1 or more"),
         (lambda s: s.units(["maximun"]), "column 'maximun' is not in units.parquet; nearest: maximum"),
         (lambda s: s.duplicates(7), "threshold is 7; expected a correlation"),
     ],

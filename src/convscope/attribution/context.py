@@ -13,7 +13,7 @@ from torch import Tensor
 from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture, resume
 from convscope.engine.acceleration.conv_fusion import Folds, find_fusions, with_fusion
-from convscope.engine.batching import CACHE_BYTES
+from convscope.engine.batching import cache_friendly_batch_size, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -21,7 +21,6 @@ from convscope.engine.model import Model
 MethodOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
 """What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
 
-MIN_BATCH = 8  # inputs at once that are worth their memory on any CPU
 LOGITS_RTOL = 1e-5  # logits, relative to the largest
 
 
@@ -57,7 +56,7 @@ class MethodContext:
         `picture` may also be (M,): which picture's targets each input is asked for.
         """
         with torch.no_grad():
-            return self._target_scores(self.run(self._pad_batch(x)), image)[: len(x)]
+            return self._target_scores(self.run(pad_to_fixed_batch(self.model, x)), image)[: len(x)]
 
     def score_fn(self, image: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
         """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
@@ -69,7 +68,7 @@ class MethodContext:
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
-                seen = run(self._pad_batch(x))
+                seen = run(pad_to_fixed_batch(self.model, x))
                 return self._target_scores(_with_probabilities(self.model, seen) if probability else seen, image)[
                     : len(x)
                 ]
@@ -82,22 +81,22 @@ class MethodContext:
 
         Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
         """
-        if self.model.fixed_batch_size is not None or self.x.device.type != "cpu":
+        if self.model.fixed_batch_size is not None:
             return self.batch_size
-        return min(self.batch_size, max(MIN_BATCH, int(2 * CACHE_BYTES // (4 * max(self.model.layers.largest, 1)))))
+        return min(self.batch_size, cache_friendly_batch_size(self.model))
 
     def _fused_run(self, image: int) -> Callable[[Tensor], ForwardResult]:
         """`run`, folded if that gives this picture's own logits again; else as it is."""
         if not self.model.loaded_by_convscope or not self._fusions:
             return self.run
-        quick, x = with_fusion(self.run, self._fusions), self._pad_batch(self.x[image : image + 1])
+        quick, x = with_fusion(self.run, self._fusions), pad_to_fixed_batch(self.model, self.x[image : image + 1])
         with torch.no_grad():
             plain, folded = self.run(x).logits, quick(x).logits
         return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else self.run
 
     @cached_property
     def _fusions(self) -> Folds:
-        return find_fusions(self.run, self._pad_batch(self.x[:1]))
+        return find_fusions(self.run, pad_to_fixed_batch(self.model, self.x[:1]))
 
     def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).
@@ -133,7 +132,7 @@ class MethodContext:
         with resume.resume_from_layer(self.model, self.layer.name, self.x[image : image + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
-                return self._target_scores(run(self._pad_batch(maps)), image)[: len(maps)]
+                return self._target_scores(run(pad_to_fixed_batch(self.model, maps)), image)[: len(maps)]
 
             yield scores
 
@@ -145,13 +144,8 @@ class MethodContext:
 
     def _target_scores(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
         if isinstance(image, Tensor):
-            return self.targets.scores(seen, self._pad_batch(image))
+            return self.targets.scores(seen, pad_to_fixed_batch(self.model, image))
         return self.targets.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
-
-    def _pad_batch(self, x: Tensor) -> Tensor:
-        """A network with a fixed batch gets it full."""
-        short = (self.model.fixed_batch_size or 0) - len(x)
-        return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
 def _with_probabilities(model: Model, seen: ForwardResult) -> ForwardResult:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from convscope.decomposition.layer_access import (
     check_image_model,
-    check_integers,
     layer_activations,
     logits_from_layer,
     resolve_class,
@@ -24,7 +23,7 @@ from convscope.decomposition.layer_access import (
 )
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
@@ -140,9 +139,17 @@ def atlas(
     check_image_model(model.preprocessing, "atlases")
     row = model.layers.last_spatial() if layer is None else spatial_layer(model, layer)
     number = None if target is None else resolve_class(model, target)
-    check_integers({"grid": grid, "places": positions_per_image, "least": min_count, "size": size, "steps": steps})
+    settings = {
+        "grid": grid,
+        "positions_per_image": positions_per_image,
+        "min_count": min_count,
+        "size": size,
+        "steps": steps,
+    }
+    for name, value in settings.items():
+        require_int(name, value)
     first = max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k
-    check_integers({"among": first})
+    require_int("top_k", first)
     lay_out = umap_reducer(seed) if reducer is None else reducer
 
     def tell(done: float, total: float, half: int) -> None:

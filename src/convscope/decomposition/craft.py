@@ -18,8 +18,6 @@ from torch import Tensor
 from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
     check_image_model,
-    check_integers,
-    eval_batch_size,
     iter_activations,
     last_nonnegative_layer,
     layer_activations,
@@ -30,11 +28,10 @@ from convscope.decomposition.layer_access import (
 from convscope.decomposition.nmf import coefficients, factorize
 from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.batching import MEMORY, Progress, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError
-from convscope.evaluation.context import pad_to_fixed_batch
+from convscope.errors import ConvscopeError, require_int
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 from convscope.results import Result
@@ -203,8 +200,9 @@ def concepts(
         spatial_layer(model, layer)
     if not 0 < crop <= 1:
         raise ConvscopeError(f"crop is {crop!r}; expected a share of the picture's sides, above 0 and up to 1")
-    check_integers({"count": count, "crops": crops, "patches": patches, "judged": n_evaluated})
-    check_integers({"masks": sobol_points}, least=2)
+    for name, value in {"count": count, "crops": crops, "patches": patches, "n_evaluated": n_evaluated}.items():
+        require_int(name, value)
+    require_int("sobol_points", sobol_points, 2)
     pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     total = 2 * len(pictures) + min(n_evaluated, len(pictures))
 
@@ -285,7 +283,7 @@ def _kept(
     values: list[float] = []
     others: Counter[int] = Counter()
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in images.batches(eval_batch_size(model, memory)):
+        for batch in images.batches(forward_batch_size(model, memory)):
             logits = run(pad_to_fixed_batch(model, batch.x)).logits
             require_finite(model, logits, "the network's output")
             for index, row in zip(batch.indices, logits.cpu(), strict=False):

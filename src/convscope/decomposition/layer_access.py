@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from convscope.attribution.context import MIN_BATCH
 from convscope.engine import capture, resume
-from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, batch_size, forward_bytes
+from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
-from convscope.evaluation.context import pad_to_fixed_batch
 from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
@@ -33,13 +30,6 @@ def resolve_class(model: Model, target: int | str) -> int:
     if model.num_outputs is None:
         raise ConvscopeError(f"class {target!r} was asked for, but this model has no classes")
     return model.class_index(target)
-
-
-def check_integers(settings: Mapping[str, Any], least: int = 1) -> None:
-    """Raise ConvscopeError for a setting that is no whole number from `least` up."""
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
 
 
 def spatial_layer(model: Model, name: str) -> Layer:
@@ -94,7 +84,7 @@ def iter_activations(
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
 
         def maps(images: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
-            for batch in images.batches(eval_batch_size(model, memory)):
+            for batch in images.batches(forward_batch_size(model, memory)):
                 found = run(pad_to_fixed_batch(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
                 require_finite(model, found, f"layer {layer!r}")
                 yield batch, found
@@ -110,20 +100,12 @@ def layer_activations(model: Model, layer: str, x: Tensor) -> Tensor:
     return maps
 
 
-def eval_batch_size(model: Model, memory: int) -> int:
-    """Pictures in a pass without gradients: on a CPU, no more than leave an activation in the cache."""
-    cached = max(MIN_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1))))
-    return batch_size(
-        model, forward_bytes(model), memory, min(MAX_BATCH, cached) if model.device.type == "cpu" else MAX_BATCH
-    )
-
-
 def logits_from_layer(
     model: Model, layer: str, x: Tensor, points: Tensor, maps: Callable[[Tensor], Tensor], memory: int = MEMORY
 ) -> Tensor:
     """The logits (M, K), on the CPU, when `maps(points)` (M, C, h, w) takes the place of what `layer` gives for the one
     picture `x` (1, C, H, W). The maps are made a part at a time, from a part of the `points` (M, ...)."""
-    size = eval_batch_size(model, memory)
+    size = forward_batch_size(model, memory)
     found = []
     with resume.resume_from_layer(model, layer, x) as run:
         for part in torch.split(points, size):

@@ -1,4 +1,8 @@
-"""How many pictures go through a network at once."""
+"""Batch sizes: how many images go through a network at once.
+
+Two limits apply: the memory for intermediate results, and, on a CPU, the cache. An activation that outgrows the cache,
+and whose memory returns to the operating system after every step, costs more than a larger batch gains.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,71 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from convscope.engine.model import Model
 
-MEMORY = 2 << 30  # bytes; what a technique may take for intermediate results unless told otherwise
-MAX_BATCH = 32  # beyond this, larger batches gain nothing on a CPU
-CACHE_BYTES = 10 << 20  # bytes; of the largest activation of a batch that is climbed on a CPU
+MEMORY = 2 << 30  # bytes for intermediate results, by default
+MAX_BATCH = 32  # on a CPU, larger batches gain nothing
+MIN_FORWARD_BATCH = 8  # inputs whose activations are worth their memory on any CPU
+CACHE_BYTES = 10 << 20  # bytes of the largest activation in a batch
 
 T = TypeVar("T")
-Progress = Callable[[float, int], None]  # called with what is done and what there is in all
+Progress = Callable[[float, int], None]  # called with the amount done and the total
 
 
-def batch_size(model: Model, bytes_each: float, memory: int, max_batch: int = MAX_BATCH) -> int:
-    """Pictures per batch so that `bytes_each` of them fit into `memory`; at least one."""
+def batch_size(model: Model, bytes_per_image: float, memory: int, max_batch: int = MAX_BATCH) -> int:
+    """Return the number of images per batch that fits into `memory` bytes; at least 1, at most `max_batch`.
+
+    A model with a fixed batch size always gets that one.
+    """
     if model.fixed_batch_size is not None:
         return model.fixed_batch_size
-    return max(1, min(max_batch, int(memory // max(bytes_each, 1))))
+    return max(1, min(max_batch, int(memory // max(bytes_per_image, 1))))
+
+
+def forward_batch_size(model: Model, memory: int) -> int:
+    """Return the batch size for passes without gradients: within `memory` bytes and, on a CPU, within the cache."""
+    return batch_size(model, forward_bytes(model), memory, cache_friendly_batch_size(model))
+
+
+def cache_friendly_batch_size(
+    model: Model, layer: str | None = None, pixels: int | None = None, *, with_gradients: bool = False
+) -> int:
+    """Return the batch size beyond which passes get slower, memory apart.
+
+    Parameters
+    ----------
+    model : Model
+    layer : str, optional
+        Where the pass ends; the logits if omitted.
+    pixels : int, optional
+        Pixels of an input image; the model's own input size if omitted.
+    with_gradients : bool
+        Whether gradients are computed as well.
+    """
+    if model.device.type != "cpu":
+        return 2 * MAX_BATCH if with_gradients else MAX_BATCH
+    layers = list(model.layers)
+    if layer is not None:
+        layers = layers[: layers.index(model.layers.find(layer)) + 1]
+    largest = 4.0 * max([1, *(row.size for row in layers)])
+    if pixels is not None:
+        largest *= pixels / math.prod(model.preprocessing.size)
+    if with_gradients:
+        return max(1, min(MAX_BATCH, int(CACHE_BYTES // largest)))
+    return max(MIN_FORWARD_BATCH, min(MAX_BATCH, int(2 * CACHE_BYTES // largest)))
+
+
+def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:
+    """Repeat the last row of `x` (N, ...) up to the model's fixed batch size, if it has one."""
+    missing = (model.fixed_batch_size or 0) - len(x)
+    return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing > 0 else x
 
 
 def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """`items` in parts of nearly equal length, none longer than `size`, so that hardly ever one is left alone."""
+    """Split `items` into parts of nearly equal length, none longer than `size`."""
     parts = -(-len(items) // size)
     bounds = [len(items) * i // parts for i in range(parts + 1)] if parts else []
     for first, last in pairwise(bounds):
@@ -33,27 +83,16 @@ def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def forward_bytes(model: Model, grad_from: str | None = None) -> float:
-    """Bytes for one picture of a pass without gradients, or with gradients behind the layer `behind` only."""
+    """Return the bytes that one image takes in a forward pass, with gradients recorded from layer `grad_from` on."""
     graph = 0 if grad_from is None else model.layers[-1].bytes - model.layers.find(grad_from).bytes
     return 16.0 * model.layers.largest + 2 * max(graph, 0)
 
 
 def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
-    """Bytes for one picture of `pixels` pixels whose gradient is taken from `layer` (None: the logits) to the input."""
-    rows = list(model.layers)
-    allocated = model.layers.find(layer).bytes if layer is not None else max((row.bytes for row in rows), default=0)
-    return 2.0 * allocated * pixels / math.prod(model.preprocessing.size)
+    """Return the bytes that one image takes when gradients go from `layer` (None: the logits) back to the input.
 
-
-def cache_friendly_batch_size(model: Model, layer: str | None, pixels: int) -> int:
-    """Pictures that are climbed at once without slowing each other down, memory apart.
-
-    On a CPU, an activation that outgrows the cache, and whose memory goes back to the system after every step, costs
-    more than a larger batch gains.
+    `pixels` is the number of pixels of the input image.
     """
-    if model.device.type != "cpu":
-        return 2 * MAX_BATCH
-    rows = list(model.layers)
-    upto = rows if layer is None else rows[: rows.index(model.layers.find(layer)) + 1]
-    widest = max((4.0 * row.size for row in upto), default=1.0) * pixels / math.prod(model.preprocessing.size)
-    return max(1, min(MAX_BATCH, int(CACHE_BYTES // widest)))
+    layers = model.layers if layer is None else [model.layers.find(layer)]
+    allocated = max((row.bytes for row in layers), default=0)
+    return 2.0 * allocated * pixels / math.prod(model.preprocessing.size)

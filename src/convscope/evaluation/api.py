@@ -10,17 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.attribution.context import LOGITS_RTOL, MIN_BATCH
+from convscope.attribution.context import LOGITS_RTOL
 from convscope.engine import capture
 from convscope.engine.acceleration.conv_fusion import find_fusions, with_fusion
-from convscope.engine.batching import CACHE_BYTES, MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.batching import (
+    MEMORY,
+    Progress,
+    batch_size,
+    forward_batch_size,
+    forward_bytes,
+    pad_to_fixed_batch,
+)
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.evaluation import baselines, inputs
 from convscope.evaluation import registry as table
-from convscope.evaluation.context import EvaluationContext, Scores, pad_to_fixed_batch
+from convscope.evaluation.context import EvaluationContext, Scores
 from convscope.evaluation.inputs import HeatmapInput
 from convscope.evaluation.result import Evaluation, warnings
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
@@ -96,8 +103,7 @@ def evaluate(
         raise ConvscopeError(f"no metrics; expected some of {', '.join(table.METRICS)}")
     chosen = table.options(names, options, {"steps": steps, "fill": fill})
     baselines.require_fill(fill)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConvscopeError(f"steps is {steps!r}; expected a whole number from 1 up")
+    require_int("steps", steps)
     made = getattr(heatmaps, "fit", None)
     if fit is not None and made is not None and fit != made:
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
@@ -110,7 +116,7 @@ def evaluate(
             inputs.check_mask_size(positions[index], where, pictures.names[index])
 
     each = forward_bytes(model) + STATES * maps.targets.num_targets * np.prod(model.preprocessing.size)
-    size = batch_size(model, forward_bytes(model), memory, _most(model))
+    size = forward_batch_size(model, memory)
     # A quicker way through the network has to be found first, which a pass or two do not pay for.
     many = any({"steps", "samples"} & own.keys() for own in chosen.values())
     found: list[dict[str, Scores]] = []
@@ -212,13 +218,6 @@ def _subject(
     )
     maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, images.names)
     return subject
-
-
-def _most(model: Model) -> int:
-    """Inputs to a pass: on a CPU, no more than leave an activation in the cache, beyond which passes get slower."""
-    if model.device.type != "cpu":
-        return MAX_BATCH
-    return max(MIN_BATCH, min(MAX_BATCH, int(2 * CACHE_BYTES // (4 * max(model.layers.largest, 1)))))
 
 
 def _agreeing(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convscope.attribution.targets import BatchTargets
-from convscope.engine.batching import balanced_chunks
+from convscope.engine.batching import balanced_chunks, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
@@ -157,12 +157,6 @@ class EvaluationContext:
             self.memo[key] = make()
         found: T = self.memo[key]
         return found
-
-
-def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:
-    """A network with a fixed batch gets it full."""
-    short = (model.fixed_batch_size or 0) - len(x)
-    return torch.cat([x, x[-1:].expand(short, *x.shape[1:])]) if short > 0 else x
 
 
 def pixel_ranks(heatmap: Tensor, draw: torch.Generator) -> Tensor:

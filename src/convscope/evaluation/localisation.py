@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.errors import ConvscopeError
+from convscope.errors import require_int
 from convscope.evaluation.context import EvaluationContext, Scores
 
 
@@ -21,8 +21,7 @@ def pointing(subject: EvaluationContext, *, tolerance: int = 0) -> Scores:
     `tolerance`: pixels by which it may miss, all around. Zhang et al., Top-down Neural Attention by Excitation
     Backprop, ECCV 2016, section 4.1 (there 15 pixels); ties as an average over all ways to break them.
     """
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int) or tolerance < 0:
-        raise ConvscopeError(f"tolerance is {tolerance!r}; expected a whole number of pixels from 0 up")
+    require_int("tolerance", tolerance, 0)
     found, chance = [], []
     for heatmap, mask in _pairs(subject):
         target = grown(mask, tolerance).flatten(1)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int, require_number
 from convscope.evaluation.context import EvaluationContext, Scores
 from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
 from convscope.evaluation.statistics import spearman
@@ -23,8 +23,7 @@ def randomisation(subject: EvaluationContext, *, stages: int = 8) -> Scores:
     maps' absolute values, for maps that only turn their sign. Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS
     2018, sections 3.1 and 4. The weights come back bit for bit: see `weights.lent`.
     """
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ConvscopeError(f"stages is {stages!r}; expected a whole number from 1 up")
+    require_int("stages", stages)
     assert subject.recompute is not None
     start = subject.maps.flatten(2)
     layers = cascade_order(subject.model)
@@ -81,8 +80,8 @@ def max_sensitivity(subject: EvaluationContext, *, samples: int = 10, radius: fl
     values, the same draws for every picture; |.| is the Euclidean norm. The targets stay what they were. Yeh et al.,
     NeurIPS 2019, definition 2.2, relative as in their experiments.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1 or not radius > 0:
-        raise ConvscopeError(f"samples {samples!r}, radius {radius!r}; expected at least 1, and a number above 0")
+    require_int("samples", samples)
+    require_number("radius", radius, above=0)
     assert subject.recompute is not None
     x, draw = subject.x, subject.generator()
     positions = tuple(range(1, x.ndim))

@@ -22,7 +22,7 @@ from convscope.engine.batching import (
     gradient_bytes,
 )
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.featurevis.frames import FrameRecorder, for_display
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import Plateau
@@ -130,12 +130,12 @@ def patterns(
     name, rule = find_recipe(recipe, start, space)
     want = parse_request(model, layer, units, name, rule)
     own_steps, own_size = rule.schedule(want.sees(model), model.preprocessing.image_size)
-    count = _whole("steps", own_steps if steps is None else steps, 0)
-    kept = _whole("frames", frames, 0)
+    count = require_int("steps", own_steps if steps is None else steps, 0)
+    kept = require_int("frames", frames, 0)
     if views is not None and rule.views == 0:
         raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
-    shown = rule.views if views is None else _whole("views", views, 1)
-    plateau = None if patience is None else Plateau(_whole("patience", patience, 1))
+    shown = rule.views if views is None else require_int("views", views, 1)
+    plateau = None if patience is None else Plateau(require_int("patience", patience, 1))
     first = initial_images(start, size, len(want.numbers), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
@@ -157,7 +157,7 @@ def patterns(
         each = passes * gradient_bytes(model, deepest, pixels)
         # What many pictures at once save while views are coarse is more than they cost when they are fine.
         coarsest = min(height * width for height, width in seen)
-        fits = batch_size(model, each, memory, max(1, cache_friendly_batch_size(model, deepest, coarsest) // passes))
+        fits = batch_size(model, each, memory, max(1, cache_friendly_batch_size(model, deepest, coarsest, with_gradients=True) // passes))
         parts = _batches(want, fits)
         together = max(objective.images for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch_size is not None and together > model.fixed_batch_size:
@@ -249,12 +249,6 @@ def _quickened(run: Run, blank: Tensor) -> Run:
     quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank, gradients=True))
     noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
     return quick if conv_fusion.outputs_match(run, quick, noise) else run
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
-    return int(value)
 
 
 def _batches(want: PatternRequest, size: int) -> list[Sequence[int]]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.images.decoding import (
     Array,
     check_pixels,
@@ -119,8 +119,7 @@ class ImageBatchLoader:
     ) -> None:
         if fit not in FITS:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
-        if max_pixels < 1:
-            raise ConvscopeError(f"max_pixels is {max_pixels}; expected a whole number from 1 up")
+        require_int("max_pixels", max_pixels)
         self.preprocessing, self.fit, self.max_pixels = preprocessing, fit, max_pixels
         self._any_channels = preprocessing.channel_order == "channels"
         channels_last = f"(H, W, {preprocessing.channels})"
@@ -157,8 +156,7 @@ class ImageBatchLoader:
         ConvscopeError
             At the end, if no image could be used.
         """
-        if size < 1:
-            raise ConvscopeError(f"the batch size is {size}; expected a whole number from 1 up")
+        require_int("size", size)
         if isinstance(self._images, Tensor) and _all_finite(self._images):
             yield from _tensor_batches(self._images, size)
             return

@@ -21,7 +21,7 @@ from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.results import local_folder, versions, write_json
 from convscope.scanning.batch_statistics import Looking, forward_with_statistics
@@ -106,14 +106,14 @@ def scan(
     if batch is not None and model.fixed_batch_size not in (None, batch):
         raise ConvscopeError(f"batch is {batch}, and {model.name} takes {model.fixed_batch_size} at a time")
     size = (
-        batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else _whole("batch", batch, 1)
+        batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else require_int("batch", batch, 1)
     )
     plan = ScanPlan(
         images=len(data),
         batch=size,
-        shard=shard_size(len(data), size, None if shard is None else _whole("shard", shard, 1)),
-        k=_whole("k", k, 1),
-        sample=_whole("sample", sample, 0),
+        shard=shard_size(len(data), size, None if shard is None else require_int("shard", shard, 1)),
+        k=require_int("k", k, 1),
+        sample=require_int("sample", sample, 0),
         fit=fit,
         max_pixels=max_pixels,
         threads=torch.get_num_threads(),
@@ -290,8 +290,3 @@ def _default_workers(images: int) -> int:
 
 FEW = 128
 
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConvscopeError(f"{name} is {value!r}; expected a whole number, {least} or more")
-    return value

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convscope.datasets.catalogue import Catalogue
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int, require_number
 from convscope.images.decode_worker import THUMBNAIL, DecodeTask, Pixels, Reply, Worker, WorkerDied, WorkerTimeout
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, one_line
@@ -62,10 +62,8 @@ class Decoder:
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise ConvscopeError(f"workers is {workers!r}; expected a number of processes, 0 for none")
-        if not timeout > 0:
-            raise ConvscopeError(f"timeout is {timeout!r}; expected seconds above 0")
+        require_int("workers", workers, 0)
+        require_number("timeout", timeout, above=0)
         self.waited = 0.0
         self._catalogue, self._count, self._timeout = catalogue, workers, timeout
         self._here, self._input = DecodeTask(catalogue, preprocessing, fit, max_pixels), _Input(preprocessing)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.errors import ConvscopeError, nearest, require_extra
+from convscope.errors import ConvscopeError, nearest, require_extra, require_int
 from convscope.images.loading import Failure
 from convscope.store import analysis, queries
 from convscope.store.examples import (
@@ -299,8 +299,8 @@ class UnitRecord(HasFigure):
         """
         if kind not in KINDS:
             raise ConvscopeError(f"kind is {kind!r}; expected {', '.join(KINDS)}")
-        if n is not None and n < 1:
-            raise ConvscopeError(f"n is {n}; expected a whole number from 1 up, or None for all")
+        if n is not None:
+            require_int("n", n)
         rows = [row for row in self._positions.to_pylist() if row["kind"] == kind][:n]
         facts = self.store.image_rows([row["image"] for row in rows], _FACTS)
         items = (_example(self.store, row, fact) for row, fact in zip(rows, facts, strict=True))

@@ -20,7 +20,7 @@ from convscope.attribution.methods import relu_rules
 from convscope.attribution.methods.cam import grad_cam
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, cache_friendly_batch_size
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int, require_number
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation, by the number of spatial axes
 
@@ -142,7 +142,7 @@ def grad_batch_size(question: MethodContext) -> int:
     if question.model.fixed_batch_size is not None:
         return question.batch_size
     return max(
-        2, min(question.batch_size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel())))
+        2, min(question.batch_size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel(), with_gradients=True)))
     )
 
 
@@ -214,20 +214,13 @@ def _baseline(question: MethodContext, baseline: Any) -> Tensor:
 
 def check_path(*, steps: int, baseline: Any) -> None:
     """Refuse options of integrated gradients that make no sense."""
-    _whole("steps", steps)
+    require_int("steps", steps)
     if isinstance(baseline, str) and baseline != "black":
         raise ConvscopeError(f"baseline is {baseline!r}; expected 'black', a number or an array (C, ...)")
 
 
 def check_noise(*, samples: int, noise: float) -> None:
     """Refuse options of noisy copies that make no sense."""
-    _whole("samples", samples)
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < float("inf"):
-        raise ConvscopeError(
-            f"noise is {noise!r}; expected a share of the picture's range of values above 0, like 0.15"
-        )
+    require_int("samples", samples)
+    require_number("noise", noise, above=0)
 
-
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConvscopeError(f"{name} is {value!r}; expected a whole number from 1 up")

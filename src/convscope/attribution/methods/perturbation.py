@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from convscope.attribution.context import MethodContext
 from convscope.engine.batching import balanced_chunks
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, is_int, is_number, require_int, require_number
 
 Scores = Callable[[Tensor], Tensor]  # of M inputs or maps: (M, T)
 
@@ -282,16 +281,16 @@ def check_occlusion(*, window: Any, stride: Any, fill: float | str, **_: Any) ->
     for name, given in (("window", window), ("stride", stride)):
         if given is not None:
             _check_sizes(name, given)
-    known = fill == "average" or _is_number(fill)
+    known = fill == "average" or is_number(fill)
     _require(known, f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
 
 
 def check_rise(*, samples: int, cells: Any, keep: float, tolerance: float, **_: Any) -> None:
     """Refuse options of RISE that make no sense, whatever the input's size."""
     _check_sizes("cells", cells)
-    _require(_is_whole(samples) and samples >= 1, f"samples is {samples!r}; expected a number of masks, at least 1")
-    _require(_is_number(keep) and 0 < keep < 1, f"keep is {keep!r}; expected a probability between 0 and 1")
-    _require(_is_number(tolerance) and tolerance >= 0, f"tolerance is {tolerance!r}; expected 0 or more")
+    require_int("samples", samples)
+    require_number("keep", keep, above=0, below=1)
+    require_number("tolerance", tolerance, minimum=0)
 
 
 def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]) -> list[int]:
@@ -299,7 +298,7 @@ def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]
     if given is None:
         return list(default)
     _check_sizes(name, given)
-    sizes = [given] * len(most) if _is_whole(given) else list(given)
+    sizes = [given] * len(most) if is_int(given) else list(given)
     if len(sizes) != len(most):
         raise ConvscopeError(f"{name} is {given!r}; expected one number, or {len(most)}: one for each axis")
     if any(size > side for size, side in zip(sizes, most, strict=True)):
@@ -309,18 +308,12 @@ def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]
 
 def _check_sizes(name: str, given: Any) -> None:
     """Whole numbers, at least 1 each. Raises ConvscopeError."""
-    sizes = [given] if _is_whole(given) else given
-    whole = isinstance(sizes, list | tuple) and len(sizes) > 0 and all(_is_whole(size) for size in sizes)
+    sizes = [given] if is_int(given) else given
+    whole = isinstance(sizes, list | tuple) and len(sizes) > 0 and all(is_int(size) for size in sizes)
     _require(whole, f"{name} is {given!r}; expected a whole number, or one for each axis")
     _require(min(sizes) >= 1, f"{name} is {given!r}; expected at least 1")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(holds: bool, message: str) -> None:
