@@ -20,7 +20,7 @@ from convscope.explorer.service.state import Explorer
 from convscope.explorer.views import snippets
 from convscope.images.colormap import lookup_table
 from convscope.plotting.figures import standard
-from tests.oracles.explorer import picture, tiny_model
+from tests.oracles.explorer import smooth_image, tiny_model
 from tests.oracles.nets import Usual, filled
 
 
@@ -31,12 +31,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def x(model):
-    return compute.preprocess(model, picture())
+    return compute.preprocess(model, smooth_image())
 
 
 def test_predictions_are_the_librarys(model, x):
     said = compute.predictions(model, x, 3)
-    known = convscope.predict(model, [picture()], top=3)
+    known = convscope.predict(model, [smooth_image()], top=3)
     assert [row["index"] for row in said] == known.indices[0].tolist()
     assert [row["probability"] for row in said] == pytest.approx(known.probabilities[0].tolist())
     assert [row["logit"] for row in said] == pytest.approx(known.logits[0][known.indices[0]].tolist())
@@ -44,7 +44,7 @@ def test_predictions_are_the_librarys(model, x):
 
 def test_heat_is_the_librarys_to_16_bits(model, x):
     found = compute.heatmap(model, x, [2, 0], layer="relu2", method="layer-cam", against=1)
-    known = convscope.heatmaps(model, [picture()], [[2, 0]], layer="relu2", method="layer-cam", against=1)
+    known = convscope.heatmaps(model, [smooth_image()], [[2, 0]], layer="relu2", method="layer-cam", against=1)
     for t, one in enumerate(found):
         values = compute.unpack_map(one["map"])
         assert np.abs(values - known.values[0, t]).max() <= np.abs(known.values[0, t]).max() / 32767
@@ -60,7 +60,7 @@ def test_notes_are_of_their_own_class():
         net[4].weight[1] = -0.5
     for names in (["cat", "tiger cat", "cat: tiger"], None):
         loaded = convscope.load(net, preprocessing={"size": 32}, classes=names)
-        found = compute.heatmap(loaded, compute.preprocess(loaded, picture()), [0, 1, 2], layer="1")
+        found = compute.heatmap(loaded, compute.preprocess(loaded, smooth_image()), [0, 1, 2], layer="1")
         said = "tiger cat" if names else "class 1"
         assert [len(one["notes"]) for one in found] == [0, 1, 0]
         assert found[1]["notes"][0].startswith(f"{said}: the map is negative everywhere")
@@ -207,7 +207,7 @@ def test_two_threads_on_twins_do_not_disturb_each_other(model, x):
 
 def test_faithfulness_is_the_librarys(model, x):
     told = compute.faithfulness(model, x, 2)
-    scores = convscope.evaluate(model, [picture()], convscope.heatmaps(model, [picture()], 2), steps=14)
+    scores = convscope.evaluate(model, [smooth_image()], convscope.heatmaps(model, [smooth_image()], 2), steps=14)
     assert {row["metric"]: row["mean"] for row in told["rows"]} == pytest.approx(
         {name: scores.mean(name) for name in ("deletion", "insertion")}, rel=1e-4
     )

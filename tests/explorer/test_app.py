@@ -22,14 +22,14 @@ from convscope.explorer.service import compute
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer, url_key
 from convscope.explorer.service.uploads import Decoder, plain_name
-from tests.oracles.explorer import CLASSES, HOSTILE, NAME, as_file, picture, tiny_model
+from tests.oracles.explorer import CLASSES, HOSTILE_FILE_NAME, HOSTILE_NAME, encode_image, smooth_image, tiny_model
 
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory):
     made = Explorer({"tiny": tiny_model()}, cache_dir=tmp_path_factory.mktemp("kept"))
-    made.images.add_sample(picture(0), "first.png", "first.png")
-    made.images.add_sample(picture(1), NAME, NAME)
+    made.images.add_sample(smooth_image(0), "first.png", "first.png")
+    made.images.add_sample(smooth_image(1), HOSTILE_FILE_NAME, HOSTILE_FILE_NAME)
     return made
 
 
@@ -56,11 +56,11 @@ def test_the_first_address_shows_a_picture_already_analysed(client, explorer):
     page = client.get("/")
     assert page.url.path == "/m/tiny/picture/first"
     told = data_of(page)
-    known = convscope.predict(explorer.first.model, [picture(0)])
+    known = convscope.predict(explorer.first.model, [smooth_image(0)])
     assert told["target"] == known.indices[0, 0]
     assert set(map(int, told["heats"])) == set(known.indices[0].tolist())
     best = known.indices[0, 0]
-    heat = convscope.heatmaps(explorer.first.model, [picture(0)], int(best)).values[0, 0]
+    heat = convscope.heatmaps(explorer.first.model, [smooth_image(0)], int(best)).values[0, 0]
     assert compute.unpack_map(told["heats"][str(best)]["map"]) == pytest.approx(
         heat, abs=float(np.abs(heat).max()) / 30000
     )
@@ -112,7 +112,7 @@ def test_what_is_not_there_is_said_to_be_missing(client, path):
 def test_hostile_names_are_text(client):
     for path in ("/m/tiny/picture/first", "/m/tiny/class/3", "/m/tiny/picture/" + explorer_key(client)):
         page = client.get(path).text
-        assert HOSTILE not in page
+        assert HOSTILE_NAME not in page
         assert "<img src=x" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in client.get("/m/tiny/class/3").text
 
@@ -124,11 +124,11 @@ def explorer_key(client) -> str:
 def test_json_says_what_the_library_says(client, explorer):
     base, model = "/api/models/tiny/pictures/first", explorer.first.model
     heat = client.get(f"{base}/heatmap?target=2&method=layer-cam&layer=relu2&against=1").json()
-    known = convscope.heatmaps(model, [picture(0)], 2, method="layer-cam", layer="relu2", against=1)
+    known = convscope.heatmaps(model, [smooth_image(0)], 2, method="layer-cam", layer="relu2", against=1)
     assert compute.unpack_map(heat["map"]) == pytest.approx(
         known.values[0, 0], abs=float(np.abs(known.values).max()) / 30000
     )
-    maps = convscope.activations(model, [picture(0)], ["relu2"])["relu2"][0]
+    maps = convscope.activations(model, [smooth_image(0)], ["relu2"])["relu2"][0]
     arrays = np.load(io.BytesIO(client.get(f"{base}/activations.npz?layer=relu2").content))
     assert arrays["activations"] == pytest.approx(maps)
     rows = client.get(f"{base}/activations.csv?layer=relu2").text.splitlines()
@@ -141,12 +141,12 @@ def test_json_says_what_the_library_says(client, explorer):
 
 def test_the_downloaded_overlay_is_the_librarys(client, explorer):
     png = client.get("/api/models/tiny/pictures/first/heatmap.png?target=1&opacity=0.4&colours=jet").content
-    known = convscope.heatmaps(explorer.first.model, [picture(0)], 1).overlay()[0]
+    known = convscope.heatmaps(explorer.first.model, [smooth_image(0)], 1).overlay()[0]
     assert np.abs(np.asarray(Image.open(io.BytesIO(png)), int) - np.asarray(known, int)).max() <= 2
 
 
 def test_the_overlay_of_a_large_picture_is_bounded(client):
-    key = client.post("/api/pictures?name=x", content=as_file(picture(2, 40, 3000))).json()["key"]
+    key = client.post("/api/pictures?name=x", content=encode_image(smooth_image(2, 40, 3000))).json()["key"]
     png = client.get(f"/api/models/tiny/pictures/{key}/heatmap.png?target=1").content
     assert Image.open(io.BytesIO(png)).size == (2048, 27)
 
@@ -201,7 +201,7 @@ def test_a_picture_that_the_browser_has_is_not_sent_again(client):
 
 def test_another_server_at_the_same_address_shows_its_own_pictures(client, explorer):
     other = Explorer({"tiny": explorer.first.model})
-    other.images.add_sample(picture(5), "first.png", "first.png")  # the same name, other pixels
+    other.images.add_sample(smooth_image(5), "first.png", "first.png")  # the same name, other pixels
     later = TestClient(create_app(other), base_url="http://localhost")
     sheet = f"/image/sheet?model=tiny&picture=first&layer=relu2&v={other.first.version}"
     for src in ("/image/photo?picture=first&longest=1024", sheet):
@@ -217,8 +217,8 @@ def test_another_server_at_the_same_address_shows_its_own_pictures(client, explo
 
 
 def test_the_same_pixels_get_the_same_address(client):
-    shown = picture(7)
-    png, bmp = (client.post(f"/api/pictures?name=x.{k}", content=as_file(shown, k)) for k in ("PNG", "BMP"))
+    shown = smooth_image(7)
+    png, bmp = (client.post(f"/api/pictures?name=x.{k}", content=encode_image(shown, k)) for k in ("PNG", "BMP"))
     assert png.json()["key"] == bmp.json()["key"]
     assert png.json() | {"key": "", "name": ""} == {"key": "", "name": "", "height": 40, "width": 60}
     page = client.get(f"/m/tiny/picture/{png.json()['key']}")
@@ -226,14 +226,14 @@ def test_the_same_pixels_get_the_same_address(client):
 
 
 def test_bad_pictures_cost_nothing_but_themselves(client, app):
-    good = as_file(picture(3), "JPEG")
-    png = as_file(picture(3))
+    good = encode_image(smooth_image(3), "JPEG")
+    png = encode_image(smooth_image(3))
     draw = np.random.default_rng(0)
     bad = [
         b"",
         b"x",
         b"\x89PNG\r\n\x1a\n",
-        as_file(picture(1, 700, 700)),
+        encode_image(smooth_image(1, 700, 700)),
         b"GIF89a" + b"\xff" * 100,
         b"%!PS-Adobe",
         b"\x93NUMPY" * 9,
@@ -273,10 +273,10 @@ def test_a_decoder_that_takes_too_long_is_killed_and_replaced():
         first = decoder._process
         decoder._seconds = 0.0
         with pytest.raises(convscope.ConvscopeError, match="longer than 0 s"):
-            decoder.decode(as_file(picture(0, 2000, 2000)))
+            decoder.decode(encode_image(smooth_image(0, 2000, 2000)))
         assert first.poll() is not None
         decoder._seconds = 20
-        assert (decoder.decode(as_file(picture(0))) == picture(0)).all()
+        assert (decoder.decode(encode_image(smooth_image(0))) == smooth_image(0)).all()
         assert decoder._process.pid != first.pid
     finally:
         decoder.close()
@@ -312,7 +312,7 @@ def test_other_sites_may_not_ask(client):
     elsewhere = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
     assert client.get("/api/models", headers=elsewhere).status_code == 403
     assert client.get("/", headers=elsewhere | {"sec-fetch-mode": "navigate"}).status_code == 200
-    foreign = client.post("/api/pictures", content=as_file(picture(0)), headers={"origin": "http://evil.example"})
+    foreign = client.post("/api/pictures", content=encode_image(smooth_image(0)), headers={"origin": "http://evil.example"})
     assert foreign.status_code == 403
 
 

@@ -12,7 +12,7 @@ import convscope
 from convscope.explorer.app import create_app
 from convscope.explorer.service import compute
 from convscope.explorer.service.state import Explorer
-from tests.oracles.explorer import picture
+from tests.oracles.explorer import smooth_image
 from tests.oracles.nets import Usual, filled
 
 HOW = {"size": 32, "mean": 0.5, "std": 0.25}
@@ -63,7 +63,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def explorer(model):
     made = Explorer({"net": model})
-    made.images.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(smooth_image(0), "first.png", "first.png")
     yield made
     made.close()
 
@@ -83,15 +83,15 @@ def test_every_page_of_the_walk_is_there(client, explorer):
 
 def test_what_the_pages_say_is_what_the_library_says(client, model):
     base = "/api/models/net/pictures/first"
-    known = convscope.predict(model, [picture(0)], top=2)
+    known = convscope.predict(model, [smooth_image(0)], top=2)
     said = client.get(f"{base}/predictions?top=2").json()["predictions"]
     assert [row["probability"] for row in said] == pytest.approx(known.probabilities[0].tolist(), rel=1e-5)
     layer = model.layers.last_spatial().name
     for method in ("grad-cam", "layer-cam"):
         heat = client.get(f"{base}/heatmap?target=1&method={method}").json()
-        values = convscope.heatmaps(model, [picture(0)], 1, method=method).values[0, 0]
+        values = convscope.heatmaps(model, [smooth_image(0)], 1, method=method).values[0, 0]
         assert compute.unpack_map(heat["map"]) == pytest.approx(values, abs=float(np.abs(values).max()) / 30000)
-    maps = convscope.activations(model, [picture(0)], [layer])[layer][0]
+    maps = convscope.activations(model, [smooth_image(0)], [layer])[layer][0]
     told = client.get(f"{base}/activations?layer={layer}").json()
     assert told["max"] == pytest.approx(maps.max((1, 2)), rel=1e-3)
 
@@ -123,7 +123,7 @@ class Single(Usual):
 
 def test_a_network_that_cannot_be_copied_says_so():
     made = Explorer({"net": convscope.load(filled(Single()), preprocessing=HOW)})
-    made.images.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(smooth_image(0), "first.png", "first.png")
     client = TestClient(create_app(made), base_url="http://localhost")
     for page in ("/m/net", "/m/net/picture/first", "/m/net/layer/relu3", "/m/net/unit/relu3/1"):
         assert client.get(page).status_code == 200

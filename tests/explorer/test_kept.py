@@ -20,7 +20,7 @@ from convscope.explorer.publish import publish
 from convscope.explorer.service import compute
 from convscope.explorer.service.concept_data import PATCH_HEIGHT
 from convscope.explorer.service.state import Explorer
-from tests.oracles.explorer import CLASSES, HOSTILE, data_folder, kept, picture, tiny_model
+from tests.oracles.explorer import CLASSES, HOSTILE_NAME, data_folder, save_concepts_and_atlas, smooth_image, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def store(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(model, store):
-    return kept(model, store)
+    return save_concepts_and_atlas(model, store)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def drawn(results):
 @pytest.fixture(scope="module")
 def client(model, store, results):
     explorer = Explorer({"tiny": model}, store=store)
-    explorer.images.add_sample(picture(0), "first.png", "first.png")
-    explorer.images.add_sample(picture(40, 50, 30), "second.png", "second.png")
+    explorer.images.add_sample(smooth_image(0), "first.png", "first.png")
+    explorer.images.add_sample(smooth_image(40, 50, 30), "second.png", "second.png")
     with TestClient(create_app(explorer), base_url="http://localhost") as opened:
         yield opened
 
@@ -61,7 +61,7 @@ def client(model, store, results):
 @pytest.fixture(scope="module")
 def site(model, store, results, tmp_path_factory):
     where = tmp_path_factory.mktemp("site")
-    Image.fromarray(picture(0)).save(where / "first.png")
+    Image.fromarray(smooth_image(0)).save(where / "first.png")
     assert publish({"tiny": model}, store, where / "site", images=[str(where / "first.png")]) == []
     return where / "site"
 
@@ -90,8 +90,8 @@ def test_concepts_as_json_are_the_librarys(client, found):
     listed = client.get("/api/models/tiny/concepts").json()["concepts"]
     assert listed == [
         {"target": 1, "name": "green", "layer": "relu3"},
-        {"target": 3, "name": HOSTILE, "layer": "relu3"},
-        {"target": 3, "name": HOSTILE, "layer": "relu2"},
+        {"target": 3, "name": HOSTILE_NAME, "layer": "relu3"},
+        {"target": 3, "name": HOSTILE_NAME, "layer": "relu2"},
     ]
     for layer in ("relu2", "relu3"):
         assert client.get(f"/api/models/tiny/concepts/3?layer={layer}").json()["layer"] == layer
@@ -113,7 +113,7 @@ def test_concepts_as_json_are_the_librarys(client, found):
 def test_heat_on_a_picture_is_the_librarys(client, found):
     told = client.get("/api/models/tiny/pictures/second/concepts/1").json()
     assert told["layer"] == "relu3"
-    known = found.heat([picture(40, 50, 30)])[0]
+    known = found.heat([smooth_image(40, 50, 30)])[0]
     for sent, values in zip(told["maps"], known, strict=True):
         assert compute.unpack_map(sent) == pytest.approx(values, abs=max(1e-5, float(values.max()) / 30000))
 
@@ -131,7 +131,7 @@ def test_the_page_of_a_class_shows_its_concepts(client, found):
         assert re.findall(rf'data-heat="{r}" data-picture="(\d+)"', text) == [str(n) for n in most]
     assert 'src="/image/photo?picture=first' in text
     other = data_of(client.get("/m/tiny/concepts/1?picture=second").text)
-    known = found.heat([picture(40, 50, 30)])[0]
+    known = found.heat([smooth_image(40, 50, 30)])[0]
     for sent, values in zip(other["current"], known, strict=True):
         assert sent["peak"] == pytest.approx(values.max(), abs=1e-5)
 
@@ -215,7 +215,7 @@ def test_the_map_has_a_region_for_each_cell(client, drawn):
     for icon, cell in zip(drawn.icons, cells, strict=True):
         tile = icons[cell["y"] : cell["y"] + sheet["side"], cell["x"] : cell["x"] + sheet["side"]]
         assert np.abs(tile.mean((0, 1)) - icon.mean((0, 1))).max() < 10
-    assert HOSTILE not in text
+    assert HOSTILE_NAME not in text
 
 
 # --- addresses ---

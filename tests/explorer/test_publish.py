@@ -26,7 +26,7 @@ from convscope.explorer.service.patterns import PatternCache, PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.urls import StaticUrls, page_file, safe_name
 from convscope.explorer.views import story_page
-from tests.oracles.explorer import CLASSES, HOSTILE, data_folder, picture, tiny_model
+from tests.oracles.explorer import CLASSES, HOSTILE_NAME, data_folder, smooth_image, tiny_model
 from tests.oracles.nets import Usual, filled
 
 LAYERS = ["relu1", "relu3"]
@@ -47,7 +47,7 @@ def store(model, tmp_path_factory):
 def site(model, store, tmp_path_factory):
     where = tmp_path_factory.mktemp("site")
     file = where / "shown.png"
-    Image.fromarray(picture(1)).save(file)
+    Image.fromarray(smooth_image(1)).save(file)
     keep = where / "kept"
     made = convscope.patterns(model, "relu3", [2], steps=2)
     buffer = io.BytesIO()
@@ -100,7 +100,7 @@ def test_nothing_published_tells_where_the_publishers_files_lie(tmp_path):
     torch.export.save(program, file)
     loaded = convscope.load(file, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
     shown = tmp_path / "shown.png"
-    Image.fromarray(picture(1)).save(shown)
+    Image.fromarray(smooth_image(1)).save(shown)
     own = convscope.scan(loaded, data_folder(tmp_path / "data"), tmp_path / "store", k=3, workers=0)
     assert publish({str(file): loaded}, own, tmp_path / "site", images=[str(shown)]) == []
     files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
@@ -143,7 +143,7 @@ def test_no_page_holds_a_script_or_style_of_its_own(site):
     for page in pages(site):
         text = page.read_text()
         assert not re.search(r"<script(?![^>]*(?:src=|application/json))|<style|\son\w+=\"|style=\"", text)
-        assert HOSTILE not in text
+        assert HOSTILE_NAME not in text
 
 
 def test_a_unit_page_tells_what_the_store_knows(site, store):
@@ -180,7 +180,7 @@ def test_published_pages_weigh_little(site):
 
 def test_the_same_store_gives_the_same_bytes(model, store, tmp_path):
     file = tmp_path / "shown.png"
-    Image.fromarray(picture(1)).save(file)
+    Image.fromarray(smooth_image(1)).save(file)
     found = []
     for run in ("a", "b"):
         publish({"tiny": model}, store, tmp_path / run, images=[str(file)])
@@ -217,7 +217,7 @@ def test_files_have_names_of_their_own():
 @pytest.fixture(scope="module")
 def client(model, store):
     explorer = Explorer({"tiny": model}, store=store)
-    explorer.images.add_sample(picture(0), "first.png", "first.png")
+    explorer.images.add_sample(smooth_image(0), "first.png", "first.png")
     with TestClient(create_app(explorer), base_url="http://localhost") as opened:
         yield opened
 

@@ -19,7 +19,7 @@ import convscope
 from convscope.cli import app
 from convscope.explorer import server
 from convscope.explorer.web import security
-from tests.oracles.explorer import picture, tiny_model
+from tests.oracles.explorer import smooth_image, tiny_model
 
 
 def served(arguments: list[str], env: dict[str, str] | None = None) -> tuple[subprocess.Popen[str], str]:
@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_named():
 
 def test_a_notebook_shows_a_frame_whose_address_answers():
     before = set(threading.enumerate())
-    shown = convscope.show(tiny_model(), picture(0), height=500)
+    shown = convscope.show(tiny_model(), smooth_image(0), height=500)
     try:
         html = shown._repr_html_()
         assert f'<iframe src="{shown.url}" width="100%" height="500"' in html

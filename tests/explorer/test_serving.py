@@ -14,7 +14,7 @@ from convscope.explorer.service import compute
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.web import requests, security
-from tests.oracles.explorer import picture, tiny_model
+from tests.oracles.explorer import smooth_image, tiny_model
 
 
 def alone(work):
@@ -26,7 +26,7 @@ def alone(work):
 @pytest.fixture
 def explorer():
     made = Explorer({"tiny": tiny_model()})
-    made.images.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(smooth_image(0), "first.png", "first.png")
     yield made
     made.close()
 

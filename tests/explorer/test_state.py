@@ -12,7 +12,7 @@ from torch import nn
 import convscope
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.state import WEIGHT_CHECK_INTERVAL, Explorer, Network
-from tests.oracles.explorer import data_folder, picture, tiny_model
+from tests.oracles.explorer import data_folder, smooth_image, tiny_model
 
 
 def negated(module):
@@ -39,12 +39,12 @@ def pointed(module):
 def test_weights_that_the_user_changes_are_seen(change):
     model = tiny_model()
     explorer = Explorer({"tiny": model})
-    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    shown, net, asker = explorer.images.add_sample(smooth_image(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     before, version = explorer.predictions(asker, net, shown), net.version
     change(model.module)
     time.sleep(WEIGHT_CHECK_INTERVAL)
     assert net.version != version
-    known = convscope.predict(model, picture(0))
+    known = convscope.predict(model, smooth_image(0))
     found = explorer.predictions(asker, net, shown)
     assert found != before
     assert [row["logit"] for row in found] == pytest.approx(known.logits[0, known.indices[0]].tolist(), rel=1e-4)
@@ -53,7 +53,7 @@ def test_weights_that_the_user_changes_are_seen(change):
 
 def test_long_work_sees_weights_that_are_trained_on():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    shown, net, asker = explorer.images.add_sample(smooth_image(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     before = explorer.layer_summaries(asker, net, shown)
     negated(net.model.module)
     time.sleep(WEIGHT_CHECK_INTERVAL)
@@ -63,7 +63,7 @@ def test_long_work_sees_weights_that_are_trained_on():
 
 def test_to_look_changes_nothing():
     explorer = Explorer({"tiny": tiny_model()})
-    shown, net, asker = explorer.images.add_sample(picture(0), "a.png", "a.png"), explorer.first, Client("a", 60)
+    shown, net, asker = explorer.images.add_sample(smooth_image(0), "a.png", "a.png"), explorer.first, Client("a", 60)
     version = net.version
     for method in ("grad-cam", "lrp-zplus", "guided-backprop", "rise"):
         explorer.heatmap(asker, net, shown, [0], method=method)

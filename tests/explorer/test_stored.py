@@ -23,7 +23,7 @@ from convscope.explorer.service.state import Explorer
 from convscope.featurevis.image_statistics import MEASURES
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.results import file_names
-from tests.oracles.explorer import data_folder, picture, tiny_model
+from tests.oracles.explorer import data_folder, smooth_image, tiny_model
 from tests.oracles.nets import Usual, filled
 
 MODEL = "tests.test_explorer_stored:small"
@@ -51,7 +51,7 @@ def store(model, told, tmp_path_factory):
     made = convscope.scan(model, data_folder(where / "data"), where / "store", layers=["relu3"], k=5, workers=0)
     names = file_names(made.layers)
     for layer, units in (("relu3", [1, 2, 4]), ("logits", [0, 3])):
-        drawn = convscope.patterns(model, layer, units, steps=3, seed=4, reference=[picture(0)])
+        drawn = convscope.patterns(model, layer, units, steps=3, seed=4, reference=[smooth_image(0)])
         drawn.save(where / "store" / "patterns" / names[layer])
     told.save(where / "store" / "story")
     return made
@@ -60,7 +60,7 @@ def store(model, told, tmp_path_factory):
 @pytest.fixture
 def explorer(model, store):
     made = Explorer({"tiny": model}, store=store)
-    made.images.add_sample(picture(0), "first.png", "first.png")
+    made.images.add_sample(smooth_image(0), "first.png", "first.png")
     yield made
     made.close()
 
@@ -73,7 +73,7 @@ def client(explorer):
 @pytest.fixture(scope="module")
 def site(model, store, tmp_path_factory):
     where = tmp_path_factory.mktemp("site")
-    Image.fromarray(picture(0)).save(where / "first.png")
+    Image.fromarray(smooth_image(0)).save(where / "first.png")
     assert publish({"tiny": model}, store, where / "site", images=[str(where / "first.png")]) == []
     return where / "site"
 
@@ -242,7 +242,7 @@ def test_a_story_that_was_told_live_is_kept_and_published(model, told, tmp_path,
         assert same(explorer.get_story(explorer.first), told)
         explorer.close()
     assert len(calls) == 1
-    Image.fromarray(picture(0)).save(tmp_path / "first.png")
+    Image.fromarray(smooth_image(0)).save(tmp_path / "first.png")
     given = {"pictures": [str(tmp_path / "first.png")], "keep": tmp_path / "kept"}
     publish({"tiny": model}, made, tmp_path / "site", **given)
     assert "was not told" not in (tmp_path / "site/m/tiny/story.html").read_text()

@@ -1,4 +1,4 @@
-"""A network, pictures and a store that are small enough to be explored in a moment."""
+"""A network, images and a store that are small enough for the explorer's tests."""
 
 from __future__ import annotations
 
@@ -11,51 +11,56 @@ from PIL import Image
 import convscope
 from tests.oracles.nets import Usual, filled
 
-HOSTILE = "<script>alert(1)</script>"
-CLASSES = ["red", "green", "blue", HOSTILE, "gray"]
-NAME = '"><img src=x onerror=alert(1)>.png'
+HOSTILE_NAME = "<script>alert(1)</script>"
+CLASSES = ["red", "green", "blue", HOSTILE_NAME, "gray"]
+HOSTILE_FILE_NAME = '"><img src=x onerror=alert(1)>.png'
 
 
 def tiny_model() -> convscope.Model:
-    """Convolutions of 8, 12 and 10 units on pictures of 32 x 32; five classes, one with a name that means harm."""
-    net = filled(Usual())
-    return convscope.load(net, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+    """Return a model of three convolutions with 8, 12 and 10 units, images of 32 x 32 pixels and five classes."""
+    return convscope.load(filled(Usual()), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
 
 
-def picture(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:
-    """A smooth coloured picture, uint8 (H, W, 3)."""
-    drawn = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return np.asarray(Image.fromarray(drawn).resize((width, height), Image.Resampling.BICUBIC))
+def smooth_image(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:
+    """Return a smooth colour image, uint8 (H, W, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def as_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+def encode_image(pixels: np.ndarray, format_name: str = "PNG") -> bytes:
+    """Return the content of an image file."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind)
+    Image.fromarray(pixels).save(buffer, format=format_name)
     return buffer.getvalue()
 
 
-def data_folder(where: Path, count: int = 12) -> Path:
-    """Pictures in folders named after two classes; one of them has a name that means harm."""
-    for number in range(count):
-        folder = where / CLASSES[number % 2]
+def data_folder(root: Path, count: int = 12) -> Path:
+    """Write images into folders named after two classes; one file has a hostile name."""
+    for index in range(count):
+        folder = root / CLASSES[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        name = NAME if number == 3 else f"{number}.png"
-        (folder / name).write_bytes(as_file(picture(number)))
-    return where
+        name = HOSTILE_FILE_NAME if index == 3 else f"{index}.png"
+        (folder / name).write_bytes(encode_image(smooth_image(index)))
+    return root
 
 
-def kept(model: convscope.Model, store: convscope.Store) -> tuple[convscope.Concepts, convscope.Atlas]:
-    """Concepts of a class and an atlas, of the store's own pictures and one more, put into the store."""
-    files = [store.image(number).name for number in range(store.num_images)]
-    settings = {"count": 3, "crop": 0.5, "masks": 8, "patches": 4, "only_predicted": False}
-    found = convscope.concepts(model, files, 1, layer="relu3", **settings)
-    store.save_result(found)
+def save_concepts_and_atlas(
+    model: convscope.Model, store: convscope.Store
+) -> tuple[convscope.Concepts, convscope.Atlas]:
+    """Save concepts of two classes and an atlas in a store.
+
+    Two images of the atlas are arrays, so that the data set of the store does not have them by name.
+    """
+    files = [store.image(index).name for index in range(store.num_images)]
+    settings = {"count": 3, "crop": 0.5, "sobol_points": 8, "patches": 4, "only_predicted": False}
+    concepts = convscope.concepts(model, files, 1, layer="relu3", **settings)
+    store.save_result(concepts)
     for layer in ("relu2", "relu3"):
         store.save_result(convscope.concepts(model, files, 3, layer=layer, **settings))
-    given = [*(np.asarray(Image.open(file).convert("RGB")) for file in files[:2]), *files[2:]]
-    drawn = convscope.atlas(
+    images = [*(np.asarray(Image.open(file).convert("RGB")) for file in files[:2]), *files[2:]]
+    atlas = convscope.atlas(
         model,
-        given,
+        images,
         layer="relu3",
         grid=3,
         positions_per_image=5,
@@ -64,5 +69,5 @@ def kept(model: convscope.Model, store: convscope.Store) -> tuple[convscope.Conc
         steps=2,
         reducer=lambda vectors: vectors[:, :2],
     )
-    store.save_result(drawn)
-    return found, drawn
+    store.save_result(atlas)
+    return concepts, atlas

@@ -9,7 +9,7 @@ from PIL import Image
 
 import convscope
 from tests.explorer.browser import browsers
-from tests.oracles.explorer import data_folder, kept, picture, tiny_model
+from tests.oracles.explorer import data_folder, save_concepts_and_atlas, smooth_image, tiny_model
 
 HERE = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def store(model, tmp_path_factory):
     where = tmp_path_factory.mktemp("store")
     layers = ["relu1", "relu3"]
     made = convscope.scan(model, data_folder(where / "data"), where / "store", layers=layers, k=10, workers=0)
-    kept(model, made)
+    save_concepts_and_atlas(model, made)
     return made
 
 
@@ -88,7 +88,7 @@ def live(model, store):
 
     explorer = Explorer({"tiny": model}, store=store)
     for number, name in enumerate(("first.png", "second.png")):
-        explorer.images.add_sample(picture(number, 240, 360), name, name)
+        explorer.images.add_sample(smooth_image(number, 240, 360), name, name)
     listening = server.bind_socket("127.0.0.1", 0)
     running = server.serve_in_thread(create_app(explorer), listening)
     yield explorer, f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -104,7 +104,7 @@ def site(model, store, tmp_path_factory):
     files = []
     for number, name in enumerate(("first.png", "second.png")):
         files.append(str(where / name))
-        Image.fromarray(picture(number, 240, 360)).save(files[-1])
+        Image.fromarray(smooth_image(number, 240, 360)).save(files[-1])
     publish({"tiny": model}, store, where / "site", images=files)
     return (where / "site").as_uri()
 

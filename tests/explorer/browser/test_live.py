@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convscope
-from tests.oracles.explorer import as_file, picture
+from tests.oracles.explorer import encode_image, smooth_image
 
 CANVAS = """(canvas) => {
   const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
@@ -39,7 +39,7 @@ def settle(tab) -> None:
 def test_something_is_seen_at_once(tab, live):
     explorer, address = live
     opened(tab, address)
-    said = convscope.predict(explorer.first.model, [picture(0, 240, 360)])
+    said = convscope.predict(explorer.first.model, [smooth_image(0, 240, 360)])
     assert tab.locator("#classes a").count() == 5
     assert tab.locator("#classes a .name").first.inner_text() == said.names[0][0]
     assert painted(tab).std((0, 1)).max() > 10
@@ -50,7 +50,7 @@ def test_something_is_seen_at_once(tab, live):
 def test_the_heatmap_on_the_page_is_the_librarys(tab, live):
     explorer, address = live
     opened(tab, f"{address}/m/tiny/picture/first/class/2?colours=viridis")
-    found = convscope.heatmaps(explorer.first.model, [picture(0, 240, 360)], 2)
+    found = convscope.heatmaps(explorer.first.model, [smooth_image(0, 240, 360)], 2)
     heat = np.maximum(found.resized()[0][0], 0)
     from convscope.images.colormap import apply_colormap
 
@@ -118,7 +118,7 @@ def test_method_layer_and_contrast_ask_the_network(tab, live):
             tab.locator(f'[name="{name}"]').select_option(value)
         settle(tab)
         tab.wait_for_function("(v) => location.search.includes(v)", arg=value)
-        found = convscope.heatmaps(explorer.first.model, [picture(0, 240, 360)], 1, **given)
+        found = convscope.heatmaps(explorer.first.model, [smooth_image(0, 240, 360)], 1, **given)
         shown = tab.locator('[data-stage="main"] .caption').inner_text()
         assert given["method"] in shown
         assert f"at {found.layer}" in shown
@@ -153,13 +153,13 @@ def test_another_class_is_found_by_name(tab, live):
 
 def test_pictures_are_chosen_dropped_and_pasted(tab, live):
     opened(tab, f"{live[1]}/m/tiny/picture/first")
-    files = [{"name": f"mine {n}.png", "mimeType": "image/png", "buffer": as_file(picture(20 + n))} for n in range(2)]
+    files = [{"name": f"mine {n}.png", "mimeType": "image/png", "buffer": encode_image(smooth_image(20 + n))} for n in range(2)]
     tab.set_input_files("#files", files)
     tab.wait_for_url(re.compile(r"/picture/x[0-9a-f]{24}$"))
     assert tab.locator("[data-picture]").count() == 2
     for event in ("drop", "paste"):
         before = tab.url
-        content = list(as_file(picture(30 + len(event))))
+        content = list(encode_image(smooth_image(30 + len(event))))
         tab.evaluate(
             """([event, content]) => {
                 const carried = new DataTransfer();
@@ -179,7 +179,7 @@ def test_pictures_are_chosen_dropped_and_pasted(tab, live):
 def test_the_channels_of_a_layer_are_sorted_and_dead_ones_marked(tab, live):
     explorer, address = live
     opened(tab, f"{address}/m/tiny/layer/relu2")
-    maps = convscope.activations(explorer.first.model, [picture(0, 240, 360)], ["relu2"])
+    maps = convscope.activations(explorer.first.model, [smooth_image(0, 240, 360)], ["relu2"])
     order = lambda: tab.eval_on_selector_all("#grid li", "(all) => all.map((li) => Number(li.dataset.unit))")  # noqa: E731
     told = maps.summary("relu2")
     assert order() == np.argsort(-told["max"][0], kind="stable").tolist()
@@ -200,7 +200,7 @@ def test_the_channels_of_a_layer_are_sorted_and_dead_ones_marked(tab, live):
 def test_a_click_on_a_place_tells_who_speaks_there(tab, live):
     explorer, address = live
     opened(tab, f"{address}/m/tiny/layer/relu2")
-    maps = convscope.activations(explorer.first.model, [picture(0, 240, 360)], ["relu2"])["relu2"][0]
+    maps = convscope.activations(explorer.first.model, [smooth_image(0, 240, 360)], ["relu2"])["relu2"][0]
     box = tab.locator("#place").bounding_box()
     tab.mouse.click(box["x"] + box["width"] * (5.5 / 16), box["y"] + box["height"] * (2.5 / 16))
     tab.wait_for_selector("#there li")
@@ -342,7 +342,7 @@ def test_a_unit_is_reached_from_the_first_page_with_the_keyboard_alone(tab, live
 
 
 def test_a_notebook_may_frame_what_show_serves(tab, model):
-    shown = convscope.show(model, picture(0, 240, 360))
+    shown = convscope.show(model, smooth_image(0, 240, 360))
 
     class Notebook(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

@@ -46,10 +46,10 @@ def test_a_published_picture_answers_clicks_from_the_disk(tab, site):
 
 
 def test_a_published_layer_knows_who_speaks_at_a_place(tab, site, model):
-    from tests.oracles.explorer import picture
+    from tests.oracles.explorer import smooth_image
 
     opened(tab, f"{site}/m/tiny/layer/relu3.html")
-    maps = convscope.activations(model, [picture(0, 240, 360)], ["relu3"])["relu3"][0]
+    maps = convscope.activations(model, [smooth_image(0, 240, 360)], ["relu3"])["relu3"][0]
     tab.locator("#place").focus()
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#there p")

@@ -55,6 +55,6 @@ GLOSSARY: dict[str, str] = {
     " at every pixel; 0.05 has a period of 20 pixels.",
     "orientation selectivity": "How much of a pattern's structure has a single orientation, between 0 and 1.",
     "colourfulness": "The metric of Hasler and Süsstrunk (2003): 0 is grey, 33 moderately and 82 highly colourful.",
-    "loss": "The cross-entropy of the prediction with respect to the image's label; 0 is a certain, correct prediction.",
+    "loss": "The cross-entropy of the prediction with respect to the label; 0 is a certain, correct prediction.",
     "store": "The results of `convscope scan`: the statistics and top patches of all units on a data set.",
 }
