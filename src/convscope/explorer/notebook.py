@@ -1,11 +1,11 @@
-"""The explorer in a cell of a notebook."""
+"""The explorer in a notebook."""
 
 from __future__ import annotations
 
 import atexit
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,21 +16,32 @@ from convscope.explorer.web import security
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
-NOTEBOOKS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+NOTEBOOK_ORIGINS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
+MIN_HEIGHT = 100  # pixels
 
 
 @dataclass(frozen=True)
 class ExplorerFrame:
-    """An explorer that runs in this process. A notebook shows it as a frame; `url` opens in any browser.
+    """An explorer that runs in this process; notebooks show it in a frame.
 
-    `close()` ends it; so does the end of the process.
+    Attributes
+    ----------
+    url : str
+        Opens the explorer in any browser on this machine.
+    height : int
+        Height of the frame in pixels.
     """
 
     url: str
     height: int
-    _server: Any
+    _server: uvicorn.Server = field(repr=False)
 
     def close(self) -> None:
+        """Stop the server. It also stops when the process ends."""
         self._server.should_exit = True
 
     def _repr_html_(self) -> str:
@@ -40,21 +51,50 @@ class ExplorerFrame:
         )
 
 
-def show(model: Model, image: Any = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
-    """Open the explorer for a model, and pictures in any form that `convscope` takes (default: the samples).
+def show(model: Model, image: object = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
+    """Open the explorer in a notebook.
 
-    The server listens on this machine only (127.0.0.1), at `port` (0: any free one). The notebook's browser has to be
-    on the same machine, or to reach that port by a tunnel. A model in hand may be trained on meanwhile: pages that are
-    opened later see its new weights; where parameters or layers are put in the place of others, show it anew. Raises
-    ConvscopeError for pictures that cannot be read.
+    The server listens on this machine only (127.0.0.1). The browser has to run on the same machine, or reach the port
+    through a tunnel.
+
+    Parameters
+    ----------
+    model : Model
+        A model that the program goes on training may be shown: pages that are opened later use its new weights. After
+        parameters or layers are replaced by others, call `show` again.
+    image : path, sequence of paths, PIL images, arrays or tensor, optional
+        Images in any form that `convscope.predict` takes; the sample photographs if omitted.
+    height : int
+        Height of the frame in pixels, at least 100.
+    port : int
+        Port of the server; 0 stands for any free one.
+
+    Returns
+    -------
+    ExplorerFrame
+        ``url`` opens the explorer in a browser; ``close()`` stops the server.
+
+    Raises
+    ------
+    ConvscopeError
+        If `model` is no Model, an image cannot be read, the port is not available, or the packages of the extra
+        ``serve`` are not installed.
+
+    Examples
+    --------
+    >>> model = convscope.load("lite0")
+    >>> frame = convscope.show(model, height=500)
+    >>> frame.url
+    'http://127.0.0.1:...'
+    >>> frame.close()
     """
     if not isinstance(model, Model):
-        raise ConvscopeError(f"show takes a model that convscope.load made; {type(model).__name__} given")
-    if height < 100:
-        raise ConvscopeError(f"height is {height}; expected pixels, 100 or more")
+        raise ConvscopeError(f"model is a {type(model).__name__}; expected a Model, as convscope.load returns")
+    if height < MIN_HEIGHT:
+        raise ConvscopeError(f"height is {height}; expected {MIN_HEIGHT} or more pixels")
     listening = server.bind_socket("127.0.0.1", port)
     try:
-        app = _app(model, image)
+        app = _build_app(model, image)
     except BaseException:
         listening.close()
         raise
@@ -63,7 +103,7 @@ def show(model: Model, image: Any = None, *, height: int = 720, port: int = 0) -
     return ExplorerFrame(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
 
 
-def _app(model: Model, image: Any) -> Any:
+def _build_app(model: Model, image: object) -> FastAPI:
     server.require_packages()
     from convscope.explorer.app import create_app
     from convscope.explorer.service.state import Explorer
@@ -72,8 +112,8 @@ def _app(model: Model, image: Any) -> Any:
     if image is None:
         explorer.add_samples()
     else:
-        given = ImageBatchLoader(image, Preprocessing())
-        for index, name in enumerate(given.names):
-            pixels: np.ndarray = given.original(index)
+        loader = ImageBatchLoader(image, Preprocessing())
+        for index, name in enumerate(loader.names):
+            pixels: np.ndarray = loader.original(index)
             explorer.images.add_sample(pixels, name.rpartition("/")[2], name)
-    return create_app(explorer, hosts=security.LOCAL_HOSTS, frame_ancestors=("'self'", *NOTEBOOKS))
+    return create_app(explorer, hosts=security.LOCAL_HOSTS, frame_ancestors=("'self'", *NOTEBOOK_ORIGINS))

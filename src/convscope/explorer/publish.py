@@ -14,13 +14,15 @@ from PIL import Image
 from convscope.engine.batching import Progress, balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.explorer.app import assets
 from convscope.explorer.service import concept_data
 from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, ExampleSheets
 from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import PatternSpec
-from convscope.explorer.service.state import Explorer, Network
+from convscope.explorer.service.state import Explorer
+from convscope.explorer.service.story_images import chapter_sheet, story_figure
+from convscope.explorer.static_files import static_files
 from convscope.explorer.urls import Parts, StaticUrls, page_file, patches_file
 from convscope.explorer.views import (
     atlas_page,
@@ -37,7 +39,6 @@ from convscope.explorer.views import (
 )
 from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.views.saved_links import page_parts
-from convscope.explorer.web.routes_images import chapter_sheet, story_figure
 from convscope.featurevis.layer_story import Story
 from convscope.images.loading import Failure
 from convscope.results import atomic_write, versions, write_json
@@ -155,7 +156,7 @@ class _SiteWriter:
         """Write all files; the manifest comes last. Returns what could not be made."""
         (self._out / "static").mkdir(parents=True, exist_ok=True)
         (self._out / "manifest.json").unlink(missing_ok=True)
-        for name, content in assets().items():
+        for name, content in static_files().items():
             self._write_file(f"static/{name}", content)
         units = [(layer, unit) for layer in self._scanned_layers() for unit in range(self._network.num_units(layer))]
         pages = list(self._planned_pages())

@@ -1,4 +1,4 @@
-"""Starts the explorer."""
+"""Build the explorer's application, and serve it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.web import security
 
 if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
     from convscope.store.store import Store
+
+SHUTDOWN_TIMEOUT = 5  # seconds that open connections get to finish
 
 
 def require_packages() -> None:
-    """Raises ConvscopeError where the packages that the explorer needs are not installed."""
+    """Raise ConvscopeError unless the packages of the extra `serve` are installed."""
     try:
-        for needed in ("uvicorn", "convscope.explorer.app"):
-            import_module(needed)
+        for module in ("uvicorn", "convscope.explorer.app"):
+            import_module(module)
     except ImportError as error:
         raise ConvscopeError(f"the explorer needs {error.name}; pip install 'convscope[serve]'") from error
 
@@ -35,8 +40,11 @@ def build_app(
     hosts: Sequence[str] = security.LOCAL_HOSTS,
     token: str | None = None,
     frame_ancestors: Sequence[str] = (),
-) -> Any:
-    """The application, with the sample photographs or the pictures given. Raises ConvscopeError."""
+) -> FastAPI:
+    """Build the application, with images from files or, by default, the sample photographs.
+
+    The other parameters are those of `Explorer` and `create_app`. Raises ConvscopeError.
+    """
     require_packages()
     from convscope.explorer.app import create_app
     from convscope.explorer.service.state import Explorer
@@ -50,7 +58,7 @@ def build_app(
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any free one. Raises ConvscopeError if it cannot be had."""
+    """Return a listening socket; port 0 stands for any free one. Raises ConvscopeError if it is not available."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -59,13 +67,13 @@ def bind_socket(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(app: Any, listening: socket.socket) -> None:
+def serve(app: FastAPI, listening: socket.socket) -> None:
     """Serve until interrupted."""
     _server(app).run(sockets=[listening])
 
 
-def serve_in_thread(app: Any, listening: socket.socket) -> Any:
-    """Serve in a thread of this process. Returns the server; its `should_exit = True` ends it."""
+def serve_in_thread(app: FastAPI, listening: socket.socket) -> uvicorn.Server:
+    """Serve in a thread, and return the server; ``server.should_exit = True`` ends it."""
     server = _server(app)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listening]}, daemon=True, name="convscope-explorer"
@@ -74,10 +82,10 @@ def serve_in_thread(app: Any, listening: socket.socket) -> Any:
     return server
 
 
-def _server(app: Any) -> Any:
+def _server(app: FastAPI) -> uvicorn.Server:
     import uvicorn
 
-    settings = uvicorn.Config(
+    config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
@@ -85,7 +93,7 @@ def _server(app: Any) -> Any:
         timeout_keep_alive=15,
         limit_concurrency=256,
         h11_max_incomplete_event_size=64 << 10,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         lifespan="on",
     )
-    return uvicorn.Server(settings)
+    return uvicorn.Server(config)

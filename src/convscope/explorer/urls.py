@@ -10,8 +10,8 @@ from typing import Protocol
 from urllib.parse import quote, urlencode
 
 from convscope.explorer.service.images import RegisteredImage
+from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import PatternSpec
-from convscope.explorer.service.state import Network
 from convscope.results import file_names
 from convscope.sources.api import BY_PREFIX
 from convscope.store.saved_results import SavedResult

@@ -1,0 +1,1 @@
+"""Computations of the explorer, independent of the web."""

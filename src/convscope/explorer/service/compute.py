@@ -1,10 +1,13 @@
-"""What the network says of a picture, as plain data: each a function of a model and its prepared input (1, C, H, W)."""
+"""Computations on one image, with plain data as results.
+
+Each function takes a model and its preprocessed input of shape (1, C, H, W).
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,32 +15,71 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.api import heatmaps
+from convscope.attribution.result import Heatmaps
 from convscope.decomposition.craft import encode
 from convscope.engine import capture
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.evaluation.api import evaluate
+from convscope.evaluation.registry import find
+from convscope.explorer.service.images import RegisteredImage, encode_image
+from convscope.explorer.service.schemas import (
+    ChannelStatistics,
+    FaithfulnessRecord,
+    HeatmapRecord,
+    LayerSummary,
+    MetricRecord,
+    PackedMap,
+    PositionRecord,
+    Prediction,
+    ReceptiveFieldGrid,
+    SheetLayout,
+    UnitValue,
+)
 from convscope.feature_maps import activations, is_constant_channel, predict
-from convscope.images.colormap import lookup_table
+from convscope.images.colormap import blend, lookup_table
+from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.plotting.figures import standard, tile
 
-MAX_TILE_SIZE = 56  # pixels of a map on a sheet, at most
+MAX_OVERLAY_SIZE = 2048  # pixels of the longer side
+MAX_TILE_SIZE = 56  # pixels of a feature map on a sheet
+EVALUATION_STEPS = 14  # of deletion and insertion
 ProgressCallback = Callable[[float, int], None]
 
 
+@dataclass(frozen=True)
+class HeatmapOptions:
+    """How a heatmap is computed: as the options of `convscope.heatmaps`."""
+
+    layer: str | None = None
+    method: str = "grad-cam"
+    against: int | None = None
+
+
+DEFAULT_OPTIONS = HeatmapOptions()
+
+
 def preprocess(model: Model, pixels: np.ndarray) -> Tensor:
-    """The whole picture as the network takes it, (1, C, H, W)."""
+    """Preprocess the whole image (H, W, 3) uint8 for a model, to (1, C, h, w)."""
     return next(iter(ImageBatchLoader(pixels, model.preprocessing).batches(1))).x
 
 
-def predictions(model: Model, x: Tensor, top: int = 5) -> list[dict[str, Any]]:
-    """The likeliest classes, best first: index, name, probability, logit."""
-    said = predict(model, x, top=top)
+# --- predictions and heatmaps ---
+
+
+def predictions(model: Model, x: Tensor, top: int = 5) -> list[Prediction]:
+    """Return the most likely classes, best first."""
+    result = predict(model, x, top=top)
     return [
-        {"index": int(k), "name": model.class_name(int(k)), "probability": float(p), "logit": float(said.logits[0, k])}
-        for k, p in zip(said.indices[0], said.probabilities[0], strict=True)
+        {
+            "index": int(k),
+            "name": model.class_name(int(k)),
+            "probability": float(p),
+            "logit": float(result.logits[0, k]),
+        }
+        for k, p in zip(result.indices[0], result.probabilities[0], strict=True)
     ]
 
 
@@ -45,194 +87,222 @@ def heatmap(
     model: Model,
     x: Tensor,
     targets: Sequence[int],
-    *,
-    layer: str | None = None,
-    method: str = "grad-cam",
-    against: int | None = None,
+    options: HeatmapOptions = DEFAULT_OPTIONS,
     report_progress: ProgressCallback | None = None,
-) -> list[dict[str, Any]]:
-    """Evidence for each target: `map` (see `packed`), the layer and why it, what is to be said in words."""
-    found = heatmaps(model, x, [list(targets)], layer=layer, method=method, against=against, progress=report_progress)
-    own = [f"image 0, {name}: the map " for name in found.names[0]]
+) -> list[HeatmapRecord]:
+    """Return a heatmap of each target, with the notes that concern it."""
+    result = _heatmaps(model, x, targets, options, report_progress)
+    prefixes = [f"image 0, {name}: the map " for name in result.names[0]]
     return [
         {
             "target": int(k),
             "name": model.class_name(int(k)),
-            "logit": float(found.logits[0, t]),
-            "layer": found.layer,
-            "why": found.layer_reason,
-            "method": method,
-            "against": against,
-            "map": pack_map(found.values[0, t]),
-            "notes": [n.removeprefix("image 0, ") for n in found.notes if n.startswith(own[t])],
+            "logit": float(result.logits[0, t]),
+            "layer": result.layer,
+            "layer_reason": result.layer_reason,
+            "method": options.method,
+            "against": options.against,
+            "map": pack_map(result.values[0, t]),
+            "notes": [n.removeprefix("image 0, ") for n in result.notes if n.startswith(prefixes[t])],
         }
-        for t, k in enumerate(found.targets[0])
+        for t, k in enumerate(result.targets[0])
     ]
-
-
-def pack_map(values: np.ndarray) -> dict[str, Any]:
-    """A map (h, w) for the page: 16-bit integers in base64, least byte first; value = integer / 32767 * peak."""
-    peak = float(np.abs(values).max(initial=0))
-    whole = np.rint(values / peak * 32767) if peak > 0 else np.zeros_like(values)
-    data = base64.b64encode(whole.astype("<i2").tobytes()).decode()
-    return {"height": values.shape[0], "width": values.shape[1], "peak": peak, "data": data}
-
-
-def unpack_map(content: dict[str, Any]) -> np.ndarray:
-    """The inverse of `packed`, to its precision."""
-    whole = np.frombuffer(base64.b64decode(content["data"]), "<i2").astype(np.float32)
-    return whole.reshape(content["height"], content["width"]) / 32767 * np.float32(content["peak"])
 
 
 def faithfulness(
     model: Model,
     x: Tensor,
     target: int,
-    *,
-    layer: str | None = None,
-    method: str = "grad-cam",
-    against: int | None = None,
+    options: HeatmapOptions = DEFAULT_OPTIONS,
     report_progress: ProgressCallback | None = None,
-) -> dict[str, Any]:
-    """Whether the map tells the truth: deletion and insertion with their curves, and what is to be said in words."""
-    found = heatmaps(model, x, [[target]], layer=layer, method=method, against=against, progress=report_progress)
-    scores = evaluate(model, x, found, steps=14, progress=report_progress)
-    rows = [{**row, "curve": [round(float(v), 4) for v in scores.curves[row["metric"]][0, 0]]} for row in scores.rows()]
-    keep = ("metric", "mean", "better", "says", "curve")
-    return {"rows": [{k: row[k] for k in keep} for row in rows], "notes": list(scores.notes)}
+) -> FaithfulnessRecord:
+    """Measure the faithfulness of a heatmap by deletion and insertion, with their curves."""
+    result = _heatmaps(model, x, [target], options, report_progress)
+    scores = evaluate(model, x, result, steps=EVALUATION_STEPS, progress=report_progress)
+    rows: list[MetricRecord] = [
+        {
+            "metric": name,
+            "mean": scores.mean(name),
+            "better": find(name).better,
+            "description": find(name).description,
+            "curve": [round(float(v), 4) for v in scores.curves[name][0, 0]],
+        }
+        for name in scores.values
+    ]
+    return {"rows": rows, "notes": list(scores.notes)}
+
+
+def _heatmaps(
+    model: Model,
+    x: Tensor,
+    targets: Sequence[int],
+    options: HeatmapOptions,
+    report_progress: ProgressCallback | None,
+) -> Heatmaps:
+    return heatmaps(
+        model,
+        x,
+        [list(targets)],
+        layer=options.layer,
+        method=options.method,
+        against=options.against,
+        progress=report_progress,
+    )
+
+
+def pack_map(values: np.ndarray) -> PackedMap:
+    """Encode a map (h, w) as 16-bit integers in base64."""
+    peak = float(np.abs(values).max(initial=0))
+    integers = np.rint(values / peak * 32767) if peak > 0 else np.zeros_like(values)
+    data = base64.b64encode(integers.astype("<i2").tobytes()).decode()
+    return {"height": values.shape[0], "width": values.shape[1], "peak": peak, "data": data}
+
+
+def unpack_map(packed: PackedMap) -> np.ndarray:
+    """Decode a map, to the precision of `pack_map`; float32 (h, w)."""
+    integers = np.frombuffer(base64.b64decode(packed["data"]), "<i2").astype(np.float32)
+    return integers.reshape(packed["height"], packed["width"]) / 32767 * np.float32(packed["peak"])
+
+
+def overlay(image: RegisteredImage, packed: PackedMap, opacity: float, colormap: str) -> bytes:
+    """Render the positive part of a heatmap over an image, as PNG of at most `MAX_OVERLAY_SIZE` pixels."""
+    pixels = np.asarray(image.resized(MAX_OVERLAY_SIZE))
+    values = Geometry.whole(pixels.shape[:2]).to_original(torch.from_numpy(unpack_map(packed))).clamp(min=0)
+    scaled = (values / values.max().clamp(min=1e-12)).numpy()
+    return encode_image(blend(pixels, scaled, opacity, colormap), "PNG")
+
+
+# --- feature maps ---
 
 
 def feature_maps(model: Model, x: Tensor, layer: str) -> np.ndarray:
-    """What one layer makes of the picture, float32 (C, H, W); (C, L, 1) of tokens, (C, 1, 1) without extent."""
+    """Return the feature maps of a layer, float32 (C, H, W); (C, L, 1) of tokens, (C, 1, 1) without spatial axes."""
     return _three_axes(activations(model, x, [layer])[layer][0], model.layers.find(layer))
 
 
-def _three_axes(values: np.ndarray, row: Layer) -> np.ndarray:
-    """One picture's output of a layer as (C, H, W), whatever axes it has."""
+def _three_axes(values: np.ndarray, layer: Layer) -> np.ndarray:
+    """Reshape one image's output of a layer to (C, H, W), whatever axes it has."""
     if values.ndim > 3:
         return values.reshape(len(values), -1, values.shape[-1])
-    if values.ndim == 2 and not row.layout.spatial_dims and row.layout.channel_dim == 2:
+    if values.ndim == 2 and not layer.layout.spatial_dims and layer.layout.channel_dim == 2:
         values = values.T  # tokens (L, C)
     return values.reshape(*values.shape, *[1] * (3 - values.ndim))
 
 
 def relevance(model: Model, x: Tensor, layer: str, target: int) -> np.ndarray:
-    """How much each channel adds to the target's logit, (C,): the sum over places of activation times gradient.
+    """Return each channel's contribution to a logit: activation times gradient, summed over positions; (C,).
 
-    At the last layers of a network that ends in an average and a matrix these add up to the logit, less its bias.
+    At the last layers of a network that ends in global average pooling and a linear layer, the contributions add up to
+    the logit minus its bias.
     """
-    with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
-        seen = run(x.to(model.device))
-        (slope,) = torch.autograd.grad(seen.logits[0, target], seen.maps[layer], allow_unused=True)
-    own = seen.maps[layer].detach()
-    if slope is None:
+    with capture.capture_layers(model, [layer], detach_at_layer=True) as forward:
+        outputs = forward(x.to(model.device))
+        (gradient,) = torch.autograd.grad(outputs.logits[0, target], outputs.maps[layer], allow_unused=True)
+    if gradient is None:
         return np.zeros(model.layers.find(layer).units, np.float32)
-    found = (own * slope).float()[0]
-    require_finite(model, found, f"layer {layer!r}")
-    summed: np.ndarray = _three_axes(found.cpu().numpy(), model.layers.find(layer)).sum((1, 2))
-    return summed
+    products = (outputs.maps[layer].detach() * gradient).float()[0]
+    require_finite(model, products, f"layer {layer!r}")
+    contributions: np.ndarray = _three_axes(products.cpu().numpy(), model.layers.find(layer)).sum((1, 2))
+    return contributions
 
 
 def concept_heatmap(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """How much of each concept of a bank (R, C) is at each place of maps (C, h, w), float32 (R, h, w)."""
-    found: np.ndarray = encode(bank, torch.from_numpy(maps)[None])[0].numpy()
-    return found
+    """Return the amount of each concept of a bank (R, C) at each position of maps (C, h, w), float32 (R, h, w)."""
+    amounts: np.ndarray = encode(bank, torch.from_numpy(maps)[None])[0].numpy()
+    return amounts
 
 
-def channel_statistics(maps: np.ndarray) -> dict[str, list[Any]]:
-    """Of each channel of maps (C, H, W): mean, max, share of places above 0, whether it says the same everywhere."""
+def channel_statistics(maps: np.ndarray) -> ChannelStatistics:
+    """Compute statistics of each channel of maps (C, H, W)."""
     flat = maps.reshape(len(maps), -1)
     dead = is_constant_channel(flat[None])[0] if flat.shape[1] > 1 else flat[:, 0] == 0
     return {
-        "mean": _rounded(flat.mean(1)),
-        "max": _rounded(flat.max(1)),
-        "active": _rounded((flat > 0).mean(1)),
+        "mean": _round(flat.mean(1)),
+        "max": _round(flat.max(1)),
+        "active": _round((flat > 0).mean(1)),
         "dead": dead.tolist(),
     }
 
 
-def layer_summary(maps: np.ndarray) -> dict[str, float]:
-    """A layer in three numbers, each a share: of dead channels, of values that are not above 0, of the busiest tenth of
-    the channels in all that is above 0."""
-    table = channel_statistics(maps)
-    weights = np.sort(maps.reshape(len(maps), -1).clip(min=0).sum(1))[::-1]
-    total = float(weights.sum())
-    tenth = float(weights[: max(1, len(weights) // 10)].sum()) / total if total > 0 else 0.0
+def layer_summary(maps: np.ndarray) -> LayerSummary:
+    """Summarize maps (C, H, W) in three fractions."""
+    statistics = channel_statistics(maps)
+    sums = np.sort(maps.reshape(len(maps), -1).clip(min=0).sum(1))[::-1]
+    total = float(sums.sum())
     return {
-        "dead": float(np.mean(table["dead"])),
-        "sparsity": float(1 - np.mean(table["active"])),
-        "busiest tenth": tenth,
+        "dead": float(np.mean(statistics["dead"])),
+        "sparsity": float(1 - np.mean(statistics["active"])),
+        "top_decile_share": float(sums[: max(1, len(sums) // 10)].sum()) / total if total > 0 else 0.0,
     }
 
 
 def layer_summaries(
     model: Model, x: Tensor, layers: Sequence[str], report_progress: ProgressCallback, batch_size: int = 24
-) -> dict[str, dict[str, float]]:
-    """`layer_summary` of many layers, from a few passes."""
-    found: dict[str, dict[str, float]] = {}
+) -> dict[str, LayerSummary]:
+    """Summarize many layers, `batch_size` of them in one forward pass."""
+    summaries: dict[str, LayerSummary] = {}
     for start in range(0, len(layers), batch_size):
-        seen = activations(model, x, layers[start : start + batch_size])
-        found |= {name: layer_summary(seen[name][0].reshape(seen[name].shape[1], -1)) for name in seen}
+        outputs = activations(model, x, layers[start : start + batch_size])
+        summaries |= {name: layer_summary(outputs[name][0].reshape(outputs[name].shape[1], -1)) for name in outputs}
         report_progress(min(start + batch_size, len(layers)), len(layers))
-    return found
+    return summaries
 
 
-def channel_sheet(maps: np.ndarray) -> tuple[Image.Image, dict[str, int]]:
-    """All channels on one sheet, row by row, in colour, each scaled for itself; and the sheet's measures in pixels."""
+def channel_sheet(maps: np.ndarray) -> tuple[Image.Image, SheetLayout]:
+    """Draw maps (C, H, W) side by side, each on a colour scale of its own; return the image and its layout."""
     height, width = maps.shape[1:]
-    shrink = max(1, -(-max(height, width) // MAX_TILE_SIZE))
-    if shrink > 1:
-        maps = _shrunk(maps, shrink)
+    factor = max(1, -(-max(height, width) // MAX_TILE_SIZE))
+    if factor > 1:
+        maps = _downsample(maps, factor)
         height, width = maps.shape[1:]
     columns = int(np.ceil(np.sqrt(len(maps) * height / width)))
-    page = tile(standard(maps)[..., None], columns)[..., 0]
-    image = Image.fromarray(page)
+    image = Image.fromarray(tile(standard(maps)[..., None], columns)[..., 0])
     image.putpalette(lookup_table("viridis").tobytes())
     columns = min(columns, len(maps))
     return image, {"columns": columns, "rows": -(-len(maps) // columns), "height": height, "width": width}
 
 
-def _shrunk(maps: np.ndarray, by: int) -> np.ndarray:
-    averaged = torch.nn.functional.avg_pool2d(torch.from_numpy(np.ascontiguousarray(maps))[None], by, ceil_mode=True)
-    return np.asarray(averaged[0])
+def _downsample(maps: np.ndarray, factor: int) -> np.ndarray:
+    batch = torch.from_numpy(np.ascontiguousarray(maps))[None]
+    return np.asarray(torch.nn.functional.avg_pool2d(batch, factor, ceil_mode=True)[0])
+
+
+# --- positions and receptive fields ---
 
 
 def units_at_position(
     model: Model, maps: np.ndarray, layer: str, row: int, column: int, top: int = 12
-) -> dict[str, Any]:
-    """Who speaks at a place of a layer: its strongest units there, and which part of the picture they see."""
-    here = maps[:, row, column]
-    best = np.argsort(-here, kind="stable")[:top]
-    units = [{"unit": int(u), "value": float(here[u])} for u in best if here[u] > 0]
+) -> PositionRecord:
+    """Return the strongest units at a position of a layer, and the position's receptive field."""
+    values = maps[:, row, column]
+    strongest = np.argsort(-values, kind="stable")[:top]
+    units: list[UnitValue] = [{"unit": int(u), "value": float(values[u])} for u in strongest if values[u] > 0]
+    box = receptive_field_box(model, layer, row, column)
+    return {"layer": layer, "row": row, "column": column, "units": units, "receptive_field": box}
+
+
+def receptive_field_grid(model: Model, layer: str) -> ReceptiveFieldGrid | None:
+    """Return the receptive fields of a layer's positions; None if they are not known."""
+    record: Layer = model.layers.find(layer)
+    if record.receptive_field is None or record.stride is None or record.origin is None:
+        return None
+    size = model.preprocessing.size
     return {
-        "layer": layer,
-        "row": row,
-        "column": column,
-        "units": units,
-        "sees": receptive_field_box(model, layer, row, column),
+        "origin": [v / side for v, side in zip(record.origin, size, strict=True)],
+        "stride": [v / side for v, side in zip(record.stride, size, strict=True)],
+        "size": [v / side for v, side in zip(record.receptive_field, size, strict=True)],
     }
 
 
-def receptive_field_grid(model: Model, layer: str) -> dict[str, list[float]] | None:
-    """Where a layer's places look, as shares of the picture, (down, across): `origin` of the first place, `stride` from
-    one to the next, `size` of what each sees. None where it is not known."""
-    where: Layer = model.layers.find(layer)
-    if where.receptive_field is None or where.stride is None or where.origin is None:
-        return None
-    sides = model.preprocessing.size
-    told = {"origin": where.origin, "stride": where.stride, "size": where.receptive_field}
-    return {name: [v / side for v, side in zip(values, sides, strict=True)] for name, values in told.items()}
-
-
 def receptive_field_box(model: Model, layer: str, row: int, column: int) -> list[float] | None:
-    """Top, left, bottom and right of what a place sees, as shares of the picture; None where it is not known."""
-    known = receptive_field_grid(model, layer)
-    if known is None:
+    """Return a position's receptive field: top, left, bottom, right as fractions of the image; None if unknown."""
+    grid = receptive_field_grid(model, layer)
+    if grid is None:
         return None
-    start = [o + i * s for o, i, s in zip(known["origin"], (row, column), known["stride"], strict=True)]
-    stop = [a + size for a, size in zip(start, known["size"], strict=True)]
+    start = [o + i * s for o, i, s in zip(grid["origin"], (row, column), grid["stride"], strict=True)]
+    stop = [a + size for a, size in zip(start, grid["size"], strict=True)]
     return [*(max(0.0, a) for a in start), *(min(1.0, b) for b in stop)]
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _round(values: np.ndarray) -> list[float]:
     return [float(f"{v:.4g}") for v in values]

@@ -1,4 +1,4 @@
-"""Patterns drawn on demand, frame by frame; they and stories are kept under names made of what went into them."""
+"""Patterns computed on request, and a folder that caches them and stories."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -15,24 +15,40 @@ from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.jobs import Job
+from convscope.explorer.service.schemas import PatternRecord
 from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.featurevis.objectives import Objective, channel, diversity
+from convscope.featurevis.result import Patterns
 from convscope.plotting.figures import coloured, tile
 from convscope.results import atomic_write
 
 VARIANTS = ("positive", "negative", "diverse")
 RECIPES = ("robust", "maco", "plain")
-NUM_DIVERSE = 4  # pictures of a diverse pattern
-PREVIEW_INTERVAL = 6  # steps between two frames
-PREVIEW_SIZE = 160  # pixels of a frame, at most
+NUM_DIVERSE = 4  # images of a diverse pattern
+PREVIEW_INTERVAL = 6  # steps between two previews
+PREVIEW_SIZE = 160  # pixels of a preview's height
 
 
 @dataclass(frozen=True)
 class PatternSpec:
-    """Which pattern: of a unit ("logits": a class), what it wants, what it does not want, or several ways to please it.
+    """What a pattern shows, and how it is computed.
 
-    Raises ConvscopeError for a look or recipe that there is not.
+    Attributes
+    ----------
+    layer, unit : str, int
+        The unit; a class for the layer "logits".
+    variant : {"positive", "negative", "diverse"}
+        Maximise the unit, minimise it, or maximise it in several images that differ.
+    recipe : {"robust", "maco", "plain"}
+        As in `convscope.patterns`.
+    seed : int
+        Random seed.
+
+    Raises
+    ------
+    ConvscopeError
+        For an unknown variant or recipe.
     """
 
     layer: str
@@ -43,118 +59,133 @@ class PatternSpec:
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
-            raise ConvscopeError(f"look is {self.variant!r}; expected {', '.join(VARIANTS)}")
+            raise ConvscopeError(f"variant is {self.variant!r}; expected {', '.join(VARIANTS)}")
         if self.recipe not in RECIPES:
             raise ConvscopeError(f"recipe is {self.recipe!r}; expected {', '.join(RECIPES)}")
 
     def objective(self, model: Model) -> Objective:
-        one = channel(self.layer, self.unit)
+        """Return the objective of the variant."""
+        objective = channel(self.layer, self.unit)
         if self.variant == "negative":
-            return -one
-        return diversity(one, self.diversity_layer(model), NUM_DIVERSE) if self.variant == "diverse" else one
+            return -objective
+        if self.variant == "diverse":
+            return diversity(objective, self.diversity_layer(model), NUM_DIVERSE)
+        return objective
 
     def diversity_layer(self, model: Model) -> str:
-        """The layer at which several pictures are kept apart: a class's last with places, else the unit's own."""
+        """Return the layer at which images are made to differ: the last spatial one for classes, else the unit's."""
         return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
 
 
-def compute_pattern(model: Model, spec: PatternSpec, references: list[np.ndarray], job: Job) -> dict[str, Any]:
-    """The pattern: `image`, a PNG; its `score`, that of noise and of the best reference; `notes` in words.
+def compute_pattern(
+    model: Model, spec: PatternSpec, references: list[np.ndarray], job: Job[PatternRecord]
+) -> PatternRecord:
+    """Compute a pattern; report progress and previews to its job.
 
-    `work` is shown a picture every few steps, and told of every one.
+    Parameters
+    ----------
+    references : list of ndarray
+        Images (H, W, 3) uint8 whose best score the pattern's score is compared with.
     """
 
-    def watch(step: int, images: np.ndarray) -> None:
+    def set_preview(step: int, images: np.ndarray) -> None:
         if step % PREVIEW_INTERVAL == 1:
-            image = Image.fromarray(side_by_side(images))
+            image = Image.fromarray(_side_by_side(images))
             image.thumbnail((PREVIEW_SIZE * image.width // image.height, PREVIEW_SIZE))
             job.set_preview(encode_image(image, quality=70))
 
-    plain = spec.variant == "positive"
-    made = patterns(
+    positive = spec.variant == "positive"
+    result = patterns(
         model,
-        spec.layer if plain else spec.objective(model),
-        [spec.unit] if plain else None,
+        spec.layer if positive else spec.objective(model),
+        [spec.unit] if positive else None,
         recipe=spec.recipe,
         seed=spec.seed,
-        callback=watch,
-        reference=(references or None) if plain else None,
+        callback=set_preview,
+        reference=(references or None) if positive else None,
         progress=job.report_progress,
     )
-    score = float(made.scores.mean())
-    best = None if made.reference_scores is None else float(made.reference_scores[0])
-    notes = list(made.notes)
-    if best is not None and best > score:
-        notes.append(
-            "a photograph excites this unit more than the pattern does: believe the photographs rather than the pattern"
-        )
-    page = side_by_side(made.images)
+    return _record(result, spec)
+
+
+def _record(result: Patterns, spec: PatternSpec) -> PatternRecord:
+    """Describe a computed pattern."""
+    score = float(result.scores.mean())
+    noise_score = None if result.noise_scores is None else float(result.noise_scores.mean())
+    reference_score = None if result.reference_scores is None else float(result.reference_scores[0])
+    notes = list(result.notes)
+    if reference_score is not None and reference_score > score:
+        notes.append("a sample image activates this unit more than the pattern does: trust the images more")
+    image = _side_by_side(result.images)
     return {
-        "image": encode_image(Image.fromarray(page), "PNG"),
-        "height": page.shape[0],
-        "width": page.shape[1],
+        "image": encode_image(Image.fromarray(image), "PNG"),
+        "height": image.shape[0],
+        "width": image.shape[1],
         "score": score,
-        "noise": None
-        if made.noise_scores is None or np.isnan(made.noise_scores).any()
-        else float(made.noise_scores.mean()),
-        "reference": best,
+        "noise_score": None if noise_score is None or np.isnan(noise_score) else noise_score,
+        "reference_score": reference_score,
         "notes": notes,
-        "steps": made.steps,
-        **asdict(spec),
+        "steps": result.steps,
+        "layer": spec.layer,
+        "unit": spec.unit,
+        "variant": spec.variant,
+        "recipe": spec.recipe,
+        "seed": spec.seed,
     }
 
 
-def side_by_side(images: np.ndarray) -> np.ndarray:
+def _side_by_side(images: np.ndarray) -> np.ndarray:
     return tile(coloured(images), len(images), margin=4, background=(128, 128, 128))
 
 
 class PatternCache:
-    """Finished patterns and stories in a folder; without one, nothing is kept here."""
+    """Finished patterns and stories in a folder. Without a folder nothing is stored."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, version: str, spec: PatternSpec) -> dict[str, Any] | None:
-        """The pattern that was kept; None if it is not there."""
+    def get(self, version: str, spec: PatternSpec) -> PatternRecord | None:
+        """Return the pattern for a version of a model; None if there is none."""
         if self._folder is None:
             return None
-        image, told = self._files(version, spec)
+        image, record = _paths(self._folder, version, spec)
         try:
-            found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
-            return {**found, "image": image.read_bytes()}
+            figures = json.loads(record.read_text(encoding="utf-8"))
+            return cast(PatternRecord, {**figures, "image": image.read_bytes()})
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise ConvscopeError(f"the kept pattern {told} cannot be read ({error}); remove it") from error
+            raise ConvscopeError(f"cannot read the cached pattern {record} ({error}); remove it") from error
 
-    def put(self, version: str, spec: PatternSpec, pattern: dict[str, Any]) -> None:
-        """Keep it. Raises ConvscopeError if the folder cannot be written."""
+    def put(self, version: str, spec: PatternSpec, pattern: PatternRecord) -> None:
+        """Store a pattern. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is None:
             return
-        image, told = self._files(version, spec)
+        image, record = _paths(self._folder, version, spec)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(image) as file:
                 file.write(pattern["image"])
-            with atomic_write(told) as file:  # last: what it tells of is there
+            with atomic_write(record) as file:  # last: whoever reads it finds the image
                 file.write(json.dumps({k: v for k, v in pattern.items() if k != "image"}).encode())
         except OSError as error:
-            raise ConvscopeError(f"cannot keep patterns in {self._folder}: {error.strerror or error}") from error
+            raise ConvscopeError(f"cannot store patterns in {self._folder}: {error.strerror or error}") from error
 
     def get_story(self, version: str, model: Model) -> Story | None:
-        """The story that was kept; None if it is not there. Raises ConvscopeError if it cannot be read."""
+        """Return the story of a version of a model; None if there is none. Raises ConvscopeError if it is damaged."""
         folder = self._folder and self._folder / f"story-{version}"
         if folder is None or not (folder / "manifest.json").exists():
             return None
         return read_story(model, lambda name: (folder / name).read_bytes())
 
     def put_story(self, version: str, story: Story) -> None:
-        """Keep it. Raises ConvscopeError if the folder cannot be written."""
+        """Store a story. Raises ConvscopeError if the folder cannot be written."""
         if self._folder is not None:
             story.save(self._folder / f"story-{version}")
 
-    def _files(self, version: str, what: PatternSpec) -> tuple[Path, Path]:
-        assert self._folder is not None
-        words = json.dumps([version, asdict(what)], sort_keys=True)
-        name = hashlib.sha256(words.encode()).hexdigest()[:32]
-        return self._folder / f"{name}.png", self._folder / f"{name}.json"
+
+def _paths(folder: Path, version: str, spec: PatternSpec) -> tuple[Path, Path]:
+    """Return the paths of a pattern's image and record; their names are a hash of what the pattern depends on."""
+    key = json.dumps([version, asdict(spec)], sort_keys=True)
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return folder / f"{name}.png", folder / f"{name}.json"

@@ -1,16 +1,17 @@
-"""What was drawn into a store beforehand: patterns (`convscope patterns -o STORE`), the story (`convscope story`)."""
+"""Patterns and stories that were computed beforehand into a store (`convscope patterns`, `convscope story`)."""
 
 from __future__ import annotations
 
 import csv
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.patterns import RECIPES, PatternSpec
+from convscope.explorer.service.schemas import PatternRecord
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.results import pattern_folders
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """The patterns of a layer: how they were made, and what is said of each, by unit. stamp: another for later ones."""
+class _LayerPatterns:
+    """The patterns of a layer: their settings, and a table row for each unit. `revision` differs for later ones."""
 
-    stamp: str
+    revision: str
     recipe: str
     seed: int
     steps: int
@@ -31,75 +32,84 @@ class _Drawn:
 
 
 class StoredPatterns:
-    """Drawings in a store; they are there from the moment on at which they are finished."""
+    """Patterns in a store. Patterns that are added while the explorer runs are found."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._layers: dict[str, _Drawn] = {}
+        self._layers: dict[str, _LayerPatterns] = {}
         self._folders = pattern_folders(store.layers)
 
     def get_spec(self, layer: str, unit: int) -> PatternSpec | None:
-        """How the unit's pattern was drawn; None if it was not."""
-        drawn = self._drawn(layer)
-        if drawn is None or unit not in drawn.rows or drawn.recipe not in RECIPES:
+        """Return how the unit's pattern was computed; None if there is none."""
+        patterns = self._layer_patterns(layer)
+        if patterns is None or unit not in patterns.rows or patterns.recipe not in RECIPES:
             return None
-        return PatternSpec(layer, unit, recipe=drawn.recipe, seed=drawn.seed)
+        return PatternSpec(layer, unit, recipe=patterns.recipe, seed=patterns.seed)
 
     def get_revision(self, spec: PatternSpec) -> str | None:
-        """Another one once the pattern is drawn anew; None if this one was not drawn."""
-        drawn = self._drawn(spec.layer)
-        return None if drawn is None or spec != self.get_spec(spec.layer, spec.unit) else drawn.stamp
+        """Return a value that changes when the pattern is computed anew; None if the store has no such pattern."""
+        patterns = self._layer_patterns(spec.layer)
+        return None if patterns is None or spec != self.get_spec(spec.layer, spec.unit) else patterns.revision
 
-    def get_pattern(self, spec: PatternSpec) -> dict[str, Any] | None:
-        """The pattern, told as `drawings.draw` tells it; None if this one was not drawn."""
-        drawn = self._drawn(spec.layer)
-        if drawn is None or spec != self.get_spec(spec.layer, spec.unit):
+    def get_pattern(self, spec: PatternSpec) -> PatternRecord | None:
+        """Return the pattern; None if the store has no such pattern."""
+        patterns = self._layer_patterns(spec.layer)
+        if patterns is None or spec != self.get_spec(spec.layer, spec.unit):
             return None
         image = self._store.unit(spec.layer, spec.unit).pattern()
         if image is None:
             return None
-        row = drawn.rows[spec.unit]
-        numbers = {name: float(row[name]) if row.get(name) else None for name in ("score", "noise", "reference")}
+        row = patterns.rows[spec.unit]
+        prefixes = (f"unit {spec.unit} ", f"class {spec.unit} ")
         return {
             "image": encode_image(image, "PNG"),
             "height": image.height,
             "width": image.width,
-            **numbers,
-            "notes": [note for note in drawn.notes if note.startswith((f"unit {spec.unit} ", f"class {spec.unit} "))],
-            "steps": drawn.steps,
+            "score": _number(row, "score"),
+            "noise_score": _number(row, "noise"),
+            "reference_score": _number(row, "reference"),
+            "notes": [note for note in patterns.notes if note.startswith(prefixes)],
+            "steps": patterns.steps,
+            "layer": spec.layer,
+            "unit": spec.unit,
+            "variant": spec.variant,
+            "recipe": spec.recipe,
+            "seed": spec.seed,
         }
 
     def get_story(self, model: Model) -> Story | None:
-        """The story, if one is there. Raises ConvscopeError if it cannot be read, or is another network's."""
-        if not self._there("story/manifest.json"):
+        """Return the story; None if there is none. Raises ConvscopeError if it is damaged or of another model."""
+        folder = self._store.folder
+        if not folder.filesystem.exists(folder.path("story/manifest.json")):
             return None
         return read_story(model, lambda name: self._read(f"story/{name}"))
 
-    def _drawn(self, layer: str) -> _Drawn | None:
+    def _layer_patterns(self, layer: str) -> _LayerPatterns | None:
         if layer not in self._folders:
             return None
         path = self._folders[layer]
-        stamp = self._store.folder.file_version(f"{path}/manifest.json")  # which is written last
+        revision = self._store.folder.file_version(f"{path}/manifest.json")  # the file that is written last
         known = self._layers.get(layer)
-        if stamp is not None and (known is None or known.stamp != stamp):
-            known = self._layers[layer] = self._told(path, stamp)
-        return None if stamp is None else known
+        if revision is not None and (known is None or known.revision != revision):
+            known = self._layers[layer] = self._load(path, revision)
+        return None if revision is None else known
 
-    def _told(self, path: str, stamp: str) -> _Drawn:
+    def _load(self, path: str, revision: str) -> _LayerPatterns:
         manifest = self._store.folder.read_json(f"{path}/manifest.json")
         table = csv.DictReader(io.StringIO(self._read(f"{path}/units.csv").decode()))
         try:
-            told = manifest["parameters"]
+            settings = manifest["parameters"]
             rows = {int(row["unit"]): row for row in table}
-            return _Drawn(stamp, told["recipe"], int(told["seed"]), int(told["steps"]), list(manifest["notes"]), rows)
+            recipe, seed, steps = settings["recipe"], int(settings["seed"]), int(settings["steps"])
+            return _LayerPatterns(revision, recipe, seed, steps, list(manifest["notes"]), rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConvscopeError(
-                f"{path} in {self._store.address} holds no patterns that can be read: {error}"
-            ) from error
-
-    def _there(self, name: str) -> bool:
-        return bool(self._store.folder.filesystem.exists(self._store.folder.path(name)))
+            raise ConvscopeError(f"{path} in {self._store.address} has no readable patterns: {error}") from error
 
     def _read(self, name: str) -> bytes:
         with self._store.folder.open(name) as file:
             return file.read()
+
+
+def _number(row: dict[str, str], column: str) -> float | None:
+    text = row.get(column)
+    return float(text) if text else None

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import unicodedata
 from contextlib import suppress
 from typing import IO, Any
 
@@ -114,13 +113,3 @@ def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     if len(content) < head["bytes"]:
         raise EOFError
     return head, content
-
-
-def plain_name(name: str, length: int = 80) -> str:
-    """A file's name as text for people: its last part, in one line, without anything that turns or hides text."""
-    last = name.replace("\\", "/").rpartition("/")[2]
-    shown = "".join(
-        c for c in last if unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp")
-    )
-    shown = " ".join(shown.split())
-    return (shown if len(shown) <= length else f"{shown[: length - 9]}…{shown[-8:]}") or "picture"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convscope.explorer.service import concept_data
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from convscope.engine.model import LOGITS
 from convscope.explorer.service.images import RegisteredImage
+from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import PatternSpec
-from convscope.explorer.service.state import Network
 from convscope.explorer.views import saved_links, store_views, unit_page
 from convscope.explorer.views.page import Page, PageContext
 

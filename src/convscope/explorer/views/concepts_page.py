@@ -6,7 +6,7 @@ from typing import Any
 
 from convscope.explorer.service import compute, concept_data
 from convscope.explorer.service.images import RegisteredImage
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext
 from convscope.explorer.views.saved_links import page_parts

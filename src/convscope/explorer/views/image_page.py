@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from convscope.attribution.registry import METHODS
 from convscope.explorer.service.images import RegisteredImage
-from convscope.explorer.service.state import SLOW_METHODS, Network, main_layers
+from convscope.explorer.service.networks import Network
+from convscope.explorer.service.state import SLOW_METHODS
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext
 from convscope.images.colormap import lookup_table
@@ -50,7 +51,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "methods": [name for name in METHODS if name not in _CONTROLS],
         "slow_methods": SLOW_METHODS,
         "colormaps": COLORMAPS,
-        "stages": main_layers(network),
+        "stages": network.main_layers,
         "samples": explorer.images.samples,
         "code": code[target],
     }

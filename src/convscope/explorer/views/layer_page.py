@@ -9,7 +9,7 @@ import numpy as np
 from convscope.engine.layer_table import Layer
 from convscope.explorer.service import compute
 from convscope.explorer.service.images import RegisteredImage
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.image_page import TOP_CLASSES
 from convscope.explorer.views.network_page import format_receptive_field
@@ -49,7 +49,8 @@ def _on_image(
     urls, explorer, client = context.urls, context.explorer, context.client
     maps = explorer.feature_maps(client, network, image, layer.name)
     _, sheet = explorer.feature_map_sheet(client, network, image, layer.name)
-    table = compute.channel_statistics(maps)
+    statistics = compute.channel_statistics(maps)
+    table: dict[str, Any] = {**statistics}
     variables: dict[str, Any] = {}
     if network.classifies():
         predictions = explorer.predictions(client, network, image)[:TOP_CLASSES]
@@ -58,7 +59,7 @@ def _on_image(
         table["relevance"] = [float(f"{value:.4g}") for value in relevance]
         target_name = network.model.class_name(target)
         variables |= {"target": target, "target_name": target_name, "predictions": predictions}
-    data = {
+    data: dict[str, Any] = {
         "table": table,
         "image": image.key,
         "api": f"/api/models/{network.key}/images/{image.key}",
@@ -68,7 +69,7 @@ def _on_image(
     }
     if not urls.live:
         data["positions"] = _strongest_units(maps)
-    order = np.argsort(-np.array(table["max"]), kind="stable")
+    order = np.argsort(-np.array(statistics["max"]), kind="stable")
     variables |= {
         "sheet_url": urls.feature_maps(network, image, layer.name),
         "sheet": sheet,
@@ -78,13 +79,13 @@ def _on_image(
                 "unit": unit,
                 "x": unit % sheet["columns"] * sheet["width"],
                 "y": unit // sheet["columns"] * sheet["height"],
-                "dead": table["dead"][unit],
+                "dead": statistics["dead"][unit],
                 "page": urls.page("m", network.key, "unit", layer.name, unit),
             }
             for unit in order.tolist()
         ],
         "maps_at_first": MAPS_AT_FIRST,
-        "num_dead": sum(table["dead"]),
+        "num_dead": sum(statistics["dead"]),
         "code": snippets.activations(urls.source(network.source), urls.source(image.source), layer.name),
         "sort_keys": [key for key in ("max", "mean", "relevance") if key in table],
     }

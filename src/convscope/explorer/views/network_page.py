@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convscope.engine.layer_table import Layer
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import layout, store_views
 from convscope.explorer.views.page import Page, PageContext

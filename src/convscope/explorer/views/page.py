@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.jobs import Client
-from convscope.explorer.service.state import Explorer, Network
+from convscope.explorer.service.networks import Network
+from convscope.explorer.service.state import Explorer
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views.glossary import GLOSSARY
 

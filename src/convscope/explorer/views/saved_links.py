@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convscope.explorer.service import concept_data
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import Parts, UrlBuilder
 from convscope.store.saved_results import SavedResult
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from convscope.engine.model import LOGITS
+from convscope.explorer.service.display_names import display_name
 from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, TILE_SIZE
 from convscope.explorer.service.images import UnknownResource
-from convscope.explorer.service.state import Network
-from convscope.explorer.service.uploads import plain_name as display_name
+from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convscope.explorer.service.state import Network, main_layers
+from convscope.explorer.service.networks import Network
 from convscope.explorer.views.network_page import format_size
 from convscope.explorer.views.page import Page, PageContext
 from convscope.featurevis.layer_story import Chapter
@@ -20,7 +20,7 @@ def build(context: PageContext, network: Network) -> Page:
     variables = {
         "network": network,
         "chapters": [_chapter(chapter, urls.story_chapter(network, i)) for i, chapter in enumerate(chapters)],
-        "stages": main_layers(network),
+        "stages": network.main_layers,
         "figure": "" if story is None else urls.story_figure(network),
     }
     data = context.page_data("story", events=f"/api/models/{network.key}/story/events")

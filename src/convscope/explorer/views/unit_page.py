@@ -7,8 +7,9 @@ from typing import Any
 from convscope.engine.model import LOGITS
 from convscope.explorer.service import compute
 from convscope.explorer.service.images import RegisteredImage
+from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
-from convscope.explorer.service.state import Network
+from convscope.explorer.service.schemas import PatternRecord
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.network_page import format_receptive_field
 from convscope.explorer.views.page import Page, PageContext
@@ -60,5 +61,5 @@ def build(
     return Page("unit.html", f"{name}, {network.model.name}", data, variables)
 
 
-def _without_image(pattern: dict[str, Any]) -> dict[str, Any]:
+def _without_image(pattern: PatternRecord) -> dict[str, Any]:
     return {name: value for name, value in pattern.items() if name != "image"}

@@ -1,0 +1,1 @@
+"""HTTP layer of the explorer: routes, security, requests in threads."""

@@ -1,4 +1,4 @@
-"""The door: refuses what may not be asked, and puts on every answer what the browser has to know."""
+"""Middleware that refuses requests from elsewhere, and adds security headers to all responses."""
 
 from __future__ import annotations
 
@@ -12,68 +12,78 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from convscope.explorer.web import security
 
+SAFE_METHODS = ("GET", "HEAD")
+
 
 class SecurityMiddleware:
-    """Around the application. hosts: the names under which it may be asked; token: what a visitor has to know."""
+    """ASGI middleware.
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, frames: Sequence[str]) -> None:
+    Parameters
+    ----------
+    app : ASGI application
+    hosts : sequence of str
+        Host names that requests may address.
+    token : str or None
+        Secret that clients have to send: as a bearer token, a cookie, or the query parameter `token`.
+    frame_ancestors : sequence of str
+        Origins of pages that may embed the application in a frame.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, frame_ancestors: Sequence[str]
+    ) -> None:
         self._app, self._hosts, self._token = app, hosts, token
-        self._headers = security.security_headers(frames)
+        self._headers = security.security_headers(frame_ancestors)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        new = security.COOKIE not in request.cookies
+        is_new_client = security.COOKIE not in request.cookies
 
-        async def finish(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in self._headers.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store" if message["status"] >= 400 else "no-cache")
-                if new:
-                    headers.append("Set-Cookie", _cookie(security.COOKIE, security.new_token()))
+                if is_new_client:
+                    headers.append("Set-Cookie", security.cookie(security.COOKIE, security.new_token()))
             await send(message)
 
-        answer = self._refused(request) or self._welcomed(request)
-        await (answer or self._app)(scope, receive, finish)
+        response = self._refusal(request) or self._token_redirect(request)
+        await (response or self._app)(scope, receive, send_with_headers)
 
-    def _refused(self, request: Request) -> Response | None:
-        """The answer to a request that may not be made; None for all others."""
+    def _refusal(self, request: Request) -> Response | None:
+        """Return the response to a request that is not allowed; None for all others."""
         headers: Mapping[str, str] = request.headers
         if not security.host_allowed(headers.get("host", ""), self._hosts):
-            return JSONResponse({"error": "this is not the name of this server"}, 421)
-        if security.is_cross_site(headers) or (request.method not in ("GET", "HEAD") and _foreign(headers)):
-            return JSONResponse({"error": "another site's page may not ask this"}, 403)
-        given = (request.query_params.get("token"), request.cookies.get(security.TOKEN), _bearer(headers))
-        if self._token is not None and not any(security.token_matches(one, self._token) for one in given):
-            words = "open the address with ?token=... that the server printed when it started"
-            return JSONResponse({"error": words}, 401, headers={"WWW-Authenticate": "Bearer"})
+            return JSONResponse({"error": "this server does not answer to this host name"}, 421)
+        is_unsafe = request.method not in SAFE_METHODS
+        if security.is_cross_site(headers) or (is_unsafe and security.is_cross_origin(headers)):
+            return JSONResponse({"error": "pages of other sites may not make this request"}, 403)
+        if self._token is not None and not self._has_token(request, self._token):
+            reason = "a token is required: open the URL with ?token=... that the server printed when it started"
+            return JSONResponse({"error": reason}, 401, headers={"WWW-Authenticate": "Bearer"})
         return None
 
-    def _welcomed(self, request: Request) -> Response | None:
-        """Who comes with the token in the address gets it as a cookie, and an address without it."""
+    def _has_token(self, request: Request, token: str) -> bool:
+        candidates = (
+            request.query_params.get("token"),
+            request.cookies.get(security.TOKEN_COOKIE),
+            security.bearer_token(request.headers),
+        )
+        return any(security.token_matches(candidate, token) for candidate in candidates)
+
+    def _token_redirect(self, request: Request) -> Response | None:
+        """Return a redirect that moves the token from the URL to a cookie; None if it is not in the URL."""
         if self._token is None or request.method != "GET" or "token" not in request.query_params:
             return None
-        rest = [(k, v) for k, v in parse_qsl(request.url.query, keep_blank_values=True) if k != "token"]
-        # One slash: two would make the rest of the path a host's name.
+        query = [(k, v) for k, v in parse_qsl(request.url.query, keep_blank_values=True) if k != "token"]
+        # One slash: after two of them, the rest of the path would be a host name.
         path = "/" + request.scope["raw_path"].decode("ascii").lstrip("/")
-        answer = RedirectResponse(path + (f"?{urlencode(rest)}" if rest else ""), 303)
-        answer.headers.append("Set-Cookie", _cookie(security.TOKEN, self._token))
-        return answer
-
-
-def _foreign(headers: Mapping[str, str]) -> bool:
-    origin = headers.get("origin")
-    return origin is not None and origin.partition("://")[2] != headers.get("host")
-
-
-def _bearer(headers: Mapping[str, str]) -> str | None:
-    kind, _, value = headers.get("authorization", "").partition(" ")
-    return value.strip() if kind.lower() == "bearer" else None
-
-
-def _cookie(name: str, value: str) -> str:
-    return f"{name}={value}; Path=/; Max-Age=2592000; HttpOnly; SameSite=Strict"
+        response = RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
+        response.headers.append("Set-Cookie", security.cookie(security.TOKEN_COOKIE, self._token))
+        return response

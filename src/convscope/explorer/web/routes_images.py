@@ -1,145 +1,168 @@
-"""Pictures by address. A browser keeps them, and asks each time whether they are still the same."""
+"""Images by URL. Browsers cache them, and revalidate by ETag."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
+from convscope.explorer.service import concept_data
 from convscope.explorer.service.images import UnknownResource, encode_image
 from convscope.explorer.service.jobs import Client
+from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import PatternSpec
-from convscope.explorer.service.state import Network
-from convscope.explorer.web.requests import RequestRunner
-from convscope.plotting.figures import pattern_grid
+from convscope.explorer.service.story_images import chapter_sheet, story_figure
+from convscope.explorer.web.parameters import Runner
+from convscope.explorer.web.responses import image_response
+from convscope.featurevis.layer_story import Story
+from convscope.store.saved_results import SavedResult
 
-FOREVER = "public, max-age=31536000, immutable"
-ASKED = "private, no-cache"  # an address does not tell which pixels a sample has, or what a store holds by now
-SIZES = (96, 160, 320, 640, 1024)
-Longest = Annotated[int, Query(ge=16, le=1024)]
+SIZES = (96, 160, 320, 640, 1024)  # pixels of the longer side
+EXAMPLE_KINDS = ("top", "bottom", "best")
 
-
-def image(content: bytes, request: Request) -> Response:
-    """A picture, or, where the browser has it already, the word that it is the same."""
-    tag = f'"{hashlib.sha256(content).hexdigest()[:24]}"'
-    headers = {"Cache-Control": ASKED, "ETag": tag}
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers=headers)
-    kind = "image/png" if content[:4] == b"\x89PNG" else "image/webp"
-    return Response(content, media_type=kind, headers=headers)
+router = APIRouter(prefix="/image", include_in_schema=False)
 
 
-def router(desk: RequestRunner) -> APIRouter:
-    """The addresses under /image/."""
-    routes = APIRouter(prefix="/image", include_in_schema=False)
-    explorer = desk.explorer
-
-    def network(model: str, v: str) -> Network:
-        net = explorer.network(model)
-        if v != net.version:
-            raise UnknownResource("this picture is of another version of the network; open the page anew")
-        return net
-
-    async def made(request: Request, make: Callable[[Client], bytes]) -> Response:
-        return image(await desk.run(request, make), request)
-
-    @routes.get("/photo")
-    async def photo(request: Request, picture: str, longest: Longest = 1024) -> Response:
-        found = explorer.images.find(picture)
-        size = min(SIZES, key=lambda known: abs(known - longest))
-
-        def make(asker: Client) -> bytes:
-            kept: bytes | None = explorer.cache.get(("photo", found.key, size))
-            if kept is None:
-                kept = encode_image(found.resized(size))
-                explorer.cache.put(("photo", found.key, size), kept)
-            return kept
-
-        return await made(request, make)
-
-    @routes.get("/sheet")
-    async def sheet(request: Request, model: str, picture: str, layer: str, v: str) -> Response:
-        net, found = network(model, v), explorer.images.find(picture)
-        net.layer(layer)
-        return await made(request, lambda asker: explorer.feature_map_sheet(asker, net, found, layer)[0])
-
-    @routes.get("/pattern")
-    async def pattern(
-        request: Request, model: str, layer: str, unit: int, look: str, recipe: str, seed: int, v: str
-    ) -> Response:
-        net, what = network(model, v), PatternSpec(layer, unit, look, recipe, seed)
-
-        def make(asker: Client) -> bytes:
-            found = explorer.get_pattern(net, what)
-            if found is None:
-                raise UnknownResource("this pattern is not drawn yet")
-            image: bytes = found["image"]
-            return image
-
-        return await made(request, make)
-
-    @routes.get("/patches")
-    async def patches(request: Request, model: str, layer: str, unit: int, kind: str, v: str) -> Response:
-        net = network(model, v)
-        net.require_unit(layer, unit)
-        if net.key not in desk.sheets or kind not in ("top", "bottom", "best"):
-            raise UnknownResource("there are no such examples here")
-        what: tuple[Any, ...] = ("patches", layer, unit, kind)
-        sheets = desk.sheets[net.key]
-        return await made(
-            request, lambda asker: explorer.cached_image(asker, net, what, lambda: sheets.sheet(layer, unit, kind))
-        )
-
-    @routes.get("/thumbnail")
-    async def thumbnail(request: Request, number: int, v: str) -> Response:
-        net = next((n for n in explorer.networks.values() if n.key in desk.sheets and n.version == v), None)
-        if net is None or net.store is None or not 0 <= number < net.store.num_images:
-            raise UnknownResource("there is no such picture here")
-        owner, sheets = net, desk.sheets[net.key]
-
-        def make(client: Client) -> bytes:
-            return explorer.cached_image(client, owner, ("thumbnail", number), lambda: sheets.thumbnail(number))
-
-        return await made(request, make)
-
-    @routes.get("/chapter")
-    async def chapter(request: Request, model: str, number: int, v: str) -> Response:
-        net = network(model, v)
-
-        def make(asker: Client) -> bytes:
-            told = explorer.get_story(net)
-            if told is None or not 0 <= number < len(told.chapters):
-                raise UnknownResource("this story is not told yet")
-            return chapter_sheet(told, number)
-
-        return await made(request, make)
-
-    @routes.get("/story")
-    async def story(request: Request, model: str, v: str) -> Response:
-        net = network(model, v)
-
-        def make(asker: Client) -> bytes:
-            told = explorer.get_story(net)
-            if told is None:
-                raise UnknownResource("this story is not told yet")
-            return explorer.cached_image(asker, net, ("story",), lambda: story_figure(told))
-
-        return await made(request, make)
-
-    return routes
+async def _versioned_network(runner: Runner, model: str, v: str) -> Network:
+    """Return the network, unless its weights have changed since the page was built."""
+    net = runner.explorer.network(model)
+    if v != net.version:
+        raise UnknownResource("this image is of another version of the network; reload the page")
+    return net
 
 
-def story_figure(told: Any) -> bytes:
-    """The whole story as one picture: patterns, and beside them what is measured."""
-    buffer = io.BytesIO()
-    told.figure().savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+VersionedNetwork = Annotated[Network, Depends(_versioned_network)]
 
 
-def chapter_sheet(told: Any, number: int) -> bytes:
-    """A chapter's patterns side by side, no margin between them."""
-    images = told.chapters[number].images
-    return encode_image(pattern_grid(images, columns=len(images), margin=0), "PNG")
+@router.get("/photo")
+async def photo(
+    request: Request, runner: Runner, image: str, max_size: Annotated[int, Query(ge=16, le=1024)] = 1024
+) -> Response:
+    """Return an image, its longer side near `max_size` pixels."""
+    registered = runner.explorer.images.find(image)
+    size = min(SIZES, key=lambda candidate: abs(candidate - max_size))
+
+    def encode(_: Client) -> bytes:
+        key = ("photo", registered.key, size)
+        return runner.explorer.cache.get_or_compute(key, lambda: encode_image(registered.resized(size)))
+
+    return image_response(await runner.run(request, encode), request)
+
+
+@router.get("/feature_maps")
+async def feature_maps(request: Request, runner: Runner, net: VersionedNetwork, image: str, layer: str) -> Response:
+    """Return the sheet of all feature maps of a layer."""
+    registered = runner.explorer.images.find(image)
+    net.layer(layer)
+    content, _ = await runner.run(
+        request, lambda client: runner.explorer.feature_map_sheet(client, net, registered, layer)
+    )
+    return image_response(content, request)
+
+
+@router.get("/pattern")
+async def pattern(
+    request: Request,
+    runner: Runner,
+    net: VersionedNetwork,
+    layer: str,
+    unit: int,
+    variant: str,
+    recipe: str,
+    seed: int,
+) -> Response:
+    """Return a pattern that has been computed."""
+    spec = PatternSpec(layer, unit, variant, recipe, seed)
+    record = await runner.run(request, lambda _: runner.explorer.get_pattern(net, spec))
+    if record is None:
+        raise UnknownResource("this pattern has not been computed yet")
+    return image_response(record["image"], request)
+
+
+@router.get("/patches")
+async def patches(
+    request: Request, runner: Runner, net: VersionedNetwork, layer: str, unit: int, kind: str
+) -> Response:
+    """Return the sheet of a unit's examples."""
+    net.require_unit(layer, unit)
+    if net.key not in runner.sheets or kind not in EXAMPLE_KINDS:
+        raise UnknownResource("there are no such examples")
+    sheets, key = runner.sheets[net.key], ("patches", layer, unit, kind)
+    content = await runner.run(
+        request,
+        lambda client: runner.explorer.cached_image(client, net, key, lambda: sheets.sheet(layer, unit, kind)),
+    )
+    return image_response(content, request)
+
+
+@router.get("/thumbnail")
+async def thumbnail(request: Request, runner: Runner, index: int, v: str) -> Response:
+    """Return an image of a data set."""
+    networks = runner.explorer.networks.values()
+    net = next((other for other in networks if other.key in runner.sheets and other.version == v), None)
+    if net is None or net.store is None or not 0 <= index < net.store.num_images:
+        raise UnknownResource("there is no such image in the data set")
+    owner, sheets = net, runner.sheets[net.key]
+    content = await runner.run(
+        request,
+        lambda client: runner.explorer.cached_image(
+            client, owner, ("thumbnail", index), lambda: sheets.thumbnail(index)
+        ),
+    )
+    return image_response(content, request)
+
+
+@router.get("/story_chapter")
+async def story_chapter(request: Request, runner: Runner, net: VersionedNetwork, index: int) -> Response:
+    """Return the patterns of one chapter of a story."""
+
+    def render(_: Client) -> bytes:
+        story = _require_story(runner.explorer.get_story(net))
+        if not 0 <= index < len(story.chapters):
+            raise UnknownResource(f"the story has {len(story.chapters)} chapters; there is no {index}")
+        return chapter_sheet(story, index)
+
+    return image_response(await runner.run(request, render), request)
+
+
+@router.get("/story_figure")
+async def whole_story(request: Request, runner: Runner, net: VersionedNetwork) -> Response:
+    """Return the figure of a story."""
+
+    def render(client: Client) -> bytes:
+        story = _require_story(runner.explorer.get_story(net))
+        return runner.explorer.cached_image(client, net, ("story_figure",), lambda: story_figure(story))
+
+    return image_response(await runner.run(request, render), request)
+
+
+@router.get("/saved")
+async def saved_sheet(
+    request: Request, runner: Runner, model: str, kind: str, name: str, sheet: str, v: str
+) -> Response:
+    """Return a sheet of images of concepts or of an atlas."""
+    net = runner.explorer.network(model)
+    if sheet not in concept_data.SHEETS.get(kind, ()):
+        raise UnknownResource("there are no such images")
+
+    def render(client: Client) -> bytes:
+        results = concept_data.saved_concepts(net) if kind == "concepts" else concept_data.saved_atlases(net)
+        result = _find_version(results, name, v)
+        arrays = concept_data.load_arrays(runner.explorer, result)
+        key = ("saved", result.version, sheet)
+        return runner.explorer.cached_image(client, net, key, lambda: concept_data.render_sheet(arrays, sheet))
+
+    return image_response(await runner.run(request, render), request)
+
+
+def _require_story(story: Story | None) -> Story:
+    if story is None:
+        raise UnknownResource("the story has not been computed yet")
+    return story
+
+
+def _find_version(results: list[SavedResult], name: str, version: str) -> SavedResult:
+    for result in results:
+        if (result.name, result.version) == (name, version):
+            return result
+    raise UnknownResource("these images are not, or no longer, in the store; reload the page")
