@@ -394,7 +394,9 @@ def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "REVIVED", 0)
     monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "WAKING", 0)
     nothing = SimpleNamespace(values=torch.zeros(3))
-    monkeypatch.setattr(sys.modules["convscope.featurevis.api"], "max_activations", lambda *_: nothing)  # nor in a photograph
+    monkeypatch.setattr(
+        sys.modules["convscope.featurevis.api"], "max_activations", lambda *_: nothing
+    )  # nor in a photograph
     robust = convscope.patterns(loaded(Shy(), 32), "relu", [1], size=32, steps=64)
     assert robust.scores[0] == 0
 

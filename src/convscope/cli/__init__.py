@@ -5,16 +5,49 @@ from __future__ import annotations
 import os
 import sys
 
-from convscope.cli import collect, concepts, draw, heat, look, serve
-from convscope.cli.options import app, log
+from convscope.cli import (
+    activations,
+    atlas,
+    compare,
+    concepts,
+    demo,
+    evaluate,
+    heatmap,
+    layers,
+    patterns,
+    predict,
+    publish,
+    scan,
+    serve,
+    story,
+)
+from convscope.cli.app import app
+from convscope.cli.output import log
 from convscope.errors import ConvscopeError
 
-__all__ = ["app", "collect", "concepts", "draw", "heat", "look", "main", "serve"]
+__all__ = [
+    "activations",
+    "app",
+    "atlas",
+    "compare",
+    "concepts",
+    "demo",
+    "evaluate",
+    "heatmap",
+    "layers",
+    "main",
+    "patterns",
+    "predict",
+    "publish",
+    "scan",
+    "serve",
+    "story",
+]
 
 
 def main() -> None:
-    """Entry point of the `convscope` command."""
-    sys.path.append(os.getcwd())  # where a user's package.module:factory lies
+    """Run the `convscope` command."""
+    sys.path.append(os.getcwd())  # where a user's package.module:factory is found
     try:
         app()
     except ConvscopeError as error:

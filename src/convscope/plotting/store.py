@@ -132,7 +132,9 @@ def _histogram(axes: Axes, counts: np.ndarray) -> None:
         return
     first, last = filled[0], filled[-1]
     axes.bar(np.arange(first, last + 1), counts[first : last + 1], width=1.0, color=PALE, edgecolor="white")
-    edges = np.arange(max(first - 1, 0), min(last, len(HISTOGRAM_EDGES) - 1) + 1)  # bin i is from HISTOGRAM_EDGES[i - 1] to HISTOGRAM_EDGES[i]
+    edges = np.arange(
+        max(first - 1, 0), min(last, len(HISTOGRAM_EDGES) - 1) + 1
+    )  # bin i is from HISTOGRAM_EDGES[i - 1] to HISTOGRAM_EDGES[i]
     marks = edges[:: max(1, -(-len(edges) // 6))]
     axes.set_xticks(marks + 0.5, [f"{HISTOGRAM_EDGES[i]:.3g}" for i in marks])
     axes.set_xlim(first - 1, last + 1)

@@ -1,0 +1,52 @@
+"""`convscope activations`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convscope.cli.app import app
+from convscope.cli.options import (
+    MAX_PIXELS,
+    AsJson,
+    Classes,
+    Device,
+    Fit,
+    Images,
+    MaxPixels,
+    ModelName,
+    Out,
+    PreprocessingJson,
+    Weights,
+)
+from convscope.cli.output import finish, progress_bar
+from convscope.cli.parsing import load_model, split_commas
+
+
+@app.command()
+def activations(
+    model: ModelName,
+    images: Images,
+    out: Out = Path("convscope-activations"),
+    layers: Annotated[str, typer.Option(help="Layers, separated by commas; all.")] = "all",
+    scaling: Annotated[str, typer.Option(help="Contrast per map: standard (as in the book) or minmax.")] = "standard",
+    fit: Fit = "squash",
+    as_json: AsJson = False,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: PreprocessingJson = None,
+    device: Device = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+) -> None:
+    """Write the feature maps of layers as image grids."""
+    import convscope
+
+    network = load_model(model, weights, classes, preprocessing, device)
+    names = None if layers == "all" else split_commas(layers)
+    with progress_bar("activations") as progress:
+        result = convscope.activations(
+            network, images, names, fit=fit, scaling=scaling, max_pixels=max_pixels, progress=progress
+        )
+    finish(result, out, as_json)

@@ -1,0 +1,44 @@
+"""`convscope demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convscope.cli.app import app
+from convscope.cli.options import MODEL_HELP, AsJson, Classes, Device, Out, PreprocessingJson, Seed, Weights
+from convscope.cli.output import log, print_manifest, progress_bar, report_failures
+from convscope.cli.parsing import load_model
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "lite0",
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Default: four sample photographs.")
+    ] = None,
+    out: Out = Path("convscope-demo"),
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: PreprocessingJson = None,
+    device: Device = None,
+) -> None:
+    """Write one page with predictions, heatmaps, activations and patterns of a network."""
+    from convscope.reports.demo import make
+    from convscope.samples import photographs
+
+    with progress_bar("load") as progress:
+        network = load_model(model, weights, classes, preprocessing, device)
+        if progress is not None:
+            progress(1, 1)
+    failures = make(network, images or photographs(), out, seed=seed, bar=progress_bar)
+    report_failures(failures)
+    if as_json:
+        print_manifest(out)
+    log(f"Done. Open {(out / 'index.html').resolve()}")
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,154 @@
+"""Parse what users type: models, units, classes, masks, options."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convscope.cli.output import log
+from convscope.errors import ConvscopeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from convscope.engine.model import Model
+    from convscope.store.store import Store
+
+
+def load_model(
+    name: str, weights: str | None, classes: Path | None, preprocessing: str | None, device: str | None
+) -> Model:
+    """Load the network that the options describe, and print its notes."""
+    import convscope
+
+    labels = None if classes is None else read_text(classes).splitlines()
+    settings = None
+    if preprocessing is not None:
+        text = preprocessing if preprocessing.lstrip().startswith("{") else read_text(Path(preprocessing))
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConvscopeError(f"--preprocessing is not JSON: {error}; expected e.g. '{{\"size\": 224}}'") from error
+    network = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, device=device)
+    for note in network.notes:
+        log(f"note: {note}")
+    return network
+
+
+def read_text(path: Path) -> str:
+    """Read a text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvscopeError(f"{path} cannot be read: {error}") from error
+
+
+def split_commas(text: str) -> list[str]:
+    """Split at commas; white space and empty parts are dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_units(text: str) -> list[int | str] | None:
+    """Parse ``all`` (None), ``0-63``, ``3,7,9`` or names."""
+    if text == "all":
+        return None
+    units: list[int | str] = []
+    for part in split_commas(text):
+        first, dash, last = part.partition("-")
+        if dash and first.isdecimal() and last.isdecimal():
+            if int(last) < int(first):
+                raise ConvscopeError(f"--units {part}: the end of the range is smaller than its start")
+            units += range(int(first), int(last) + 1)
+        else:
+            units.append(int(part) if part.isdecimal() else part)
+    return units
+
+
+def parse_classes(network: Model, names: list[str] | None, num_images: int) -> list[list[int]] | None:
+    """Return the classes' indices for each image, or None if no class is named."""
+    return [[network.class_index(name) for name in names]] * num_images if names else None
+
+
+def parse_layers(text: str) -> str | list[str]:
+    """Return one layer's name, or the list of several."""
+    names = split_commas(text)
+    return names if len(names) > 1 else text
+
+
+def parse_scales(text: str) -> list[float]:
+    """Parse magnifications separated by commas."""
+    try:
+        return [float(part) for part in split_commas(text)]
+    except ValueError as error:
+        raise ConvscopeError(f"--scale {text}: expected a number, or several separated by commas") from error
+
+
+def parse_method_options(texts: Sequence[str] | None) -> dict[str, object]:
+    """Parse NAME=VALUE; the value is JSON where possible, text otherwise."""
+    options: dict[str, object] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConvscopeError(f"--option {text}: expected NAME=VALUE")
+        try:
+            options[name.strip().replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.strip().replace("-", "_")] = value
+    return options
+
+
+def read_masks(folder: Path | None, images: Sequence[str]) -> list[npt.NDArray[np.bool_]] | None:
+    """Read the mask of each image, bool (H, W), from the file with the image's name."""
+    if folder is None:
+        return None
+    import numpy as np
+    from PIL import Image
+
+    masks = []
+    for name in images:
+        stem = Path(name).stem
+        file = next((f for f in (folder / f"{stem}.png", folder / f"{stem}_mask.png") if f.is_file()), None)
+        if file is None:
+            raise ConvscopeError(f"there is no mask for {name}: neither {stem}.png nor {stem}_mask.png in {folder}")
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                masks.append(np.asarray(image.convert("L")) > 127)
+        except OSError as error:
+            raise ConvscopeError(f"mask {file} cannot be read: {error}") from error
+    return masks
+
+
+def open_store_in(folder: Path, network: Model) -> Store | None:
+    """Open the store in an output folder, if it is one.
+
+    Raises
+    ------
+    ConvscopeError
+        If the store was made with other weights.
+    """
+    if not (folder / "plan.json").exists() and not (folder / "units.parquet").exists():
+        return None
+    import convscope
+
+    store = convscope.open_store(folder)
+    store.check_weights(network)
+    return store
+
+
+def open_store_at(address: str) -> Store:
+    """Open the store at a path or address."""
+    try:
+        from convscope.store.store import open_store
+    except ImportError as error:
+        raise ConvscopeError(f"stores need {error.name}; pip install 'convscope[scan]'") from error
+    return open_store(address)
+
+
+def default_cache_dir() -> Path:
+    """Return the user's cache folder of patterns."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "convscope" / "patterns"

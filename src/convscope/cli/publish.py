@@ -1,0 +1,54 @@
+"""`convscope publish`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convscope.cli.app import app
+from convscope.cli.options import CacheDir, Classes, Device, Out, PreprocessingJson, StartImages, Weights
+from convscope.cli.output import log, progress_bar, report_failures
+from convscope.cli.parsing import default_cache_dir, load_model, open_store_at
+
+
+@app.command()
+def publish(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store that convscope scan wrote.")],
+    out: Out = Path("convscope-site"),
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The network. Default: the one named in the store.")
+    ] = None,
+    image: StartImages = None,
+    cache_dir: CacheDir = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that cut out patches.")] = os.cpu_count() or 1,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: PreprocessingJson = None,
+    device: Device = None,
+) -> None:
+    """Write the explorer's pages as files, for any web server or none."""
+    from convscope.explorer import server
+
+    server.require_packages()
+    from convscope.explorer.publish import publish as publish_site
+
+    opened = open_store_at(store)
+    name = model or str(opened.manifest["model"]["name"])
+    network = load_model(name, weights, classes, preprocessing, device)
+    with progress_bar("pages") as progress:
+        failures = publish_site(
+            {name: network},
+            opened,
+            out,
+            images=image or (),
+            cache_dir=cache_dir or default_cache_dir(),
+            workers=workers,
+            progress=progress,
+        )
+    log(f"open {(out / 'index.html').resolve().as_uri()}")
+    report_failures(failures)
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,86 @@
+"""`convscope scan`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convscope.cli.app import app
+from convscope.cli.options import (
+    MAX_PIXELS,
+    AsJson,
+    Classes,
+    Device,
+    Fit,
+    MaxPixels,
+    ModelName,
+    Out,
+    PreprocessingJson,
+    Weights,
+)
+from convscope.cli.output import log, print_json, progress_bar
+from convscope.cli.parsing import load_model, split_commas
+
+MAX_LISTED_FAILURES = 20
+
+
+@app.command()
+def scan(
+    model: ModelName,
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="A folder, glob, list (.txt), tar files, Parquet files, torchvision:NAME:ROOT or a Hugging Face "
+            "folder; local, or any address that fsspec supports.",
+        ),
+    ],
+    out: Out = Path("convscope-store"),
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, separated by commas; all. Default: one per resolution.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Images stored per unit, for its highest and its lowest values.")] = 100,
+    sample: Annotated[int, typer.Option(min=0, help="Images for which every unit's value is stored.")] = 1000,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Images per shard.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local: start one here.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: a minute or more, pays off for 10,000 images.")
+    ] = False,
+    fit: Fit = "squash",
+    max_pixels: MaxPixels = MAX_PIXELS,
+    as_json: AsJson = False,
+    weights: Weights = None,
+    classes: Classes = None,
+    preprocessing: PreprocessingJson = None,
+    device: Device = None,
+) -> None:
+    """Record top images and statistics of every unit over a data set. If interrupted, rerun to resume."""
+    import convscope
+
+    network = load_model(model, weights, classes, preprocessing, device)
+    names = "all" if layers == "all" else None if layers is None else split_commas(layers)
+    start = time.perf_counter()
+    with progress_bar("scan") as progress:
+        store = convscope.scan(
+            network, data[0] if len(data) == 1 else data, out, names, k, sample=sample, batch=batch, shard=shard,
+            fit=fit, workers=workers, ray=ray, compiled=compiled, max_pixels=max_pixels, progress=progress,
+        )  # fmt: skip
+    num_images, num_failed = store.manifest["data"]["images"], store.manifest["failed"]
+    log(f"{num_images:,} images, {time.perf_counter() - start:.1f} s; written to {out}")
+    for note in store.manifest.get("notes", ()):
+        log(f"note: {note}")
+    for failure in store.failures(MAX_LISTED_FAILURES):
+        log(f"failed: {failure}")
+    if num_failed > MAX_LISTED_FAILURES:
+        log(f"failed: {num_failed - MAX_LISTED_FAILURES:,} more; all are listed in {out / 'images.parquet'}")
+    if as_json:
+        print_json(store.manifest)
+    if num_failed:
+        raise typer.Exit(1)
