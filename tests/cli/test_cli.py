@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from convscope.cli import app
-from convscope.cli.options import parse_units
+from convscope.cli.parsing import parse_units
 from convscope.errors import ConvscopeError
 
 
@@ -37,12 +37,12 @@ def test_layers_lists_the_whole_table(lite0):
 
 def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
     """In 40 columns the terminal may break lines; the table itself must not break or cut a cell."""
-    from convscope.cli.options import table
+    from convscope.cli.output import print_table
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     long = "blocks.4.2.depthwise_convolution_with_a_name"
-    table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
+    print_table("title", ("layer", "kind"), [(long, "BatchNormAct2d"), ("a", "b")])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert re.search(rf"{re.escape(long)} +BatchNormAct2d", plain)
 

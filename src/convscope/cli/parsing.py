@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convscope.cli.output import log
 from convscope.errors import ConvscopeError
@@ -87,9 +87,9 @@ def parse_scales(text: str) -> list[float]:
         raise ConvscopeError(f"--scale {text}: expected a number, or several separated by commas") from error
 
 
-def parse_method_options(texts: Sequence[str] | None) -> dict[str, object]:
+def parse_method_options(texts: Sequence[str] | None) -> dict[str, Any]:
     """Parse NAME=VALUE; the value is JSON where possible, text otherwise."""
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals:

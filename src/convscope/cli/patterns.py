@@ -69,8 +69,8 @@ def patterns(
     store = open_store_in(out, network)
     layer_names, unit_text = _parse_layers_and_units(network, layers, units, store)
     if unit_text is None and _has_layer_objective(recipe):
-        for flag, given in (("--negatives", negatives), ("--ray", ray is not None)):
-            if given:
+        for flag, used in (("--negatives", negatives), ("--ray", ray is not None)):
+            if used:
                 raise ConvscopeError(f"{flag} needs --units; recipe {recipe!r} would maximise the layer as a whole")
     settings = {
         "recipe": recipe, "size": size, "steps": steps, "views": views, "patience": patience, "start": start,

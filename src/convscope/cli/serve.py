@@ -39,7 +39,7 @@ def serve(
     from convscope.explorer import server
     from convscope.explorer.web import security
 
-    secret = security.new_token() if token == "auto" else token
+    secret = security.new_token() if token == "auto" else token  # noqa: S105 - not a password
     security.require_token(host, secret)
     opened = None if store is None else open_store_at(store)
     networks = {name: load_model(name, weights, classes, preprocessing, device) for name in models or ["lite0"]}

@@ -21,7 +21,9 @@ def story(
         str | None, typer.Option(help="Layers, separated by commas. Default: one per resolution.")
     ] = None,
     units: Annotated[int, typer.Option(min=2, help="Units per layer whose patterns are computed and measured.")] = 24,
-    num_shown: Annotated[int, typer.Option(min=1, help="Patterns shown per layer: the most distinct ones.")] = 6,
+    num_displayed: Annotated[
+        int, typer.Option("--num-shown", min=1, help="Patterns shown per layer: the most distinct ones.")
+    ] = 6,
     seed: Seed = 0,
     as_json: AsJson = False,
     weights: Weights = None,
@@ -39,5 +41,5 @@ def story(
     store = open_store_in(out, network)
     names = None if layers is None else split_commas(layers)
     with progress_bar("story") as progress:
-        result = convscope.story(network, names, units=units, shown=num_shown, seed=seed, progress=progress)
+        result = convscope.story(network, names, units=units, shown=num_displayed, seed=seed, progress=progress)
     finish(result, out if store is None else out / "story", as_json)
