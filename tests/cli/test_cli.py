@@ -35,7 +35,7 @@ def test_layers_lists_the_whole_table(lite0):
     assert last[3] == "1000"
 
 
-def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
+def test_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
     """In 40 columns the terminal may break lines; the table itself must not break or cut a cell."""
     from convscope.cli.output import print_table
 
@@ -47,7 +47,7 @@ def test_the_table_keeps_names_whole_on_a_narrow_terminal(monkeypatch, capsys):
     assert re.search(rf"{re.escape(long)} +BatchNormAct2d", plain)
 
 
-def test_layers_as_json_equals_the_table(lite0):
+def test_layers_json_equals_the_table(lite0):
     rows = json.loads(run("layers", "lite0", "--json").stdout)
     assert [r["name"] for r in rows] == lite0.layers.names
     stem = next(r for r in rows if r["name"] == "conv_stem")
@@ -66,23 +66,23 @@ def test_predict_prints_the_top_classes(photos):
     assert first[2:] == ["lesser panda", "387"]
 
 
-def test_predict_as_json_equals_the_call(lite0, photos):
+def test_predict_json_equals_the_python_call(lite0, photos):
     import convscope
 
-    said = json.loads(run("predict", "lite0", *photos, "--json").stdout)
+    output = json.loads(run("predict", "lite0", *photos, "--json").stdout)
     expected = convscope.predict(lite0, photos)
-    assert [p["picture"] for p in said] == list(expected.image_names)
+    assert [p["image"] for p in output] == list(expected.image_names)
     np.testing.assert_allclose(
-        [[c["probability"] for c in p["classes"]] for p in said], expected.probabilities, rtol=1e-5
+        [[c["probability"] for c in p["classes"]] for p in output], expected.probabilities, rtol=1e-5
     )
 
 
-def test_a_bad_picture_is_named_and_the_rest_is_done(photos, tmp_path):
+def test_failed_image_is_named_and_the_rest_is_done(photos, tmp_path):
     bad = tmp_path / "no picture.jpg"
     bad.write_text("text")
     result = run("heatmap", "lite0", bad, panda(photos), "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert re.search(r"failed: .*no picture\.jpg: is not a picture", result.stderr)
+    assert re.search(r"failed: .*no picture\.jpg: is not an image", result.stderr)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["parameters"]["targets"] == [[387]]
     assert manifest["failed"][0]["name"] == str(bad)
@@ -100,7 +100,7 @@ def test_heatmap_takes_several_targets_by_name_and_index(lite0, photos, tmp_path
     np.testing.assert_allclose(saved["values"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_activations_writes_a_grid_a_layer(photos, tmp_path):
+def test_activations_writes_one_grid_per_layer(photos, tmp_path):
     assert run("activations", "lite0", panda(photos), "--layers", "bn1,bn2", "-o", tmp_path).exit_code == 0
     names = {p.name for p in tmp_path.iterdir()}
     assert {"arrays.npz", "manifest.json"} < names
@@ -108,7 +108,7 @@ def test_activations_writes_a_grid_a_layer(photos, tmp_path):
     assert sum("bn2" in n for n in names) == 5, "1280 channels are five pages of 256"
 
 
-def test_patterns_writes_pictures_and_the_same_bytes_again(tmp_path):
+def test_patterns_are_reproducible(tmp_path):
     arguments = ("patterns", "lite0", "--layer", "bn1", "--units", "0-2", "--steps", "3", "--seed", "5", "-o")
     for folder in ("a", "b"):
         assert run(*arguments, tmp_path / folder).exit_code == 0
@@ -119,16 +119,10 @@ def test_patterns_writes_pictures_and_the_same_bytes_again(tmp_path):
     assert manifest["parameters"]["units"] == [0, 1, 2]
 
 
-def test_units_by_default_are_the_first_sixteen_or_all_there_are(tmp_path):
+def test_default_units_are_the_first_sixteen(tmp_path):
     for layer, count in (("blocks.1.0.bn1", 16), ("blocks.0.0.bn2", 16)):
         assert run("patterns", "lite0", "--layer", layer, "--steps", "1", "-o", tmp_path / layer).exit_code == 0
         assert np.load(tmp_path / layer / "arrays.npz")["units"].tolist() == list(range(count))
-    from convscope.cli.options import first
-
-    class Small:
-        outputs = 10
-
-    assert first(Small(), "logits") == range(10)
 
 
 def test_scaling_of_the_grids(photos, tmp_path):
@@ -144,17 +138,17 @@ def test_scaling_of_the_grids(photos, tmp_path):
     ("text", "units"),
     [("all", None), ("3", [3]), ("0-2,7", [0, 1, 2, 7]), ("African elephant, 3", ["African elephant", 3])],
 )
-def test_units_as_people_write_them(text, units):
+def test_parse_units(text, units):
     assert parse_units(text) == units
 
 
-def test_units_that_run_backwards_are_refused():
-    with pytest.raises(ConvscopeError, match="ends before it begins"):
+def test_reversed_range_of_units_is_refused():
+    with pytest.raises(ConvscopeError, match="the end of the range is smaller than its start"):
         parse_units("9-3")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("layers", "lite9"), "no model is called 'lite9'; nearest: lite"),
         (("predict", "lite0", "missing.jpg"), "missing.jpg: No such file"),
@@ -167,21 +161,21 @@ def test_units_that_run_backwards_are_refused():
         (("heatmap", "lite0", "PHOTO", "-o", "s3://bucket/maps"), "is an address"),
     ],
 )
-def test_main_says_one_line_and_ends_with_2(arguments, words, photos, tmp_path, monkeypatch, capsys):
+def test_main_prints_one_line_and_exits_with_2(arguments, message, photos, tmp_path, monkeypatch, capsys):
     from convscope.cli import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["convscope", *(panda(photos) if a == "PHOTO" else a for a in arguments)])
     with pytest.raises(SystemExit) as stopped:
         main()
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert words in said
-    assert len(said.splitlines()) == 1
+    assert message in output
+    assert len(output.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "nothing is written when nothing can be done"
 
 
-def test_a_factory_in_the_current_folder_is_found(tmp_path):
+def test_factory_in_the_current_folder(tmp_path):
     """In a process of its own, since that is where the current folder is not on the path."""
     (tmp_path / "net.py").write_text(
         "import torch\nclass Net(torch.nn.Module):\n"
@@ -193,7 +187,7 @@ def test_a_factory_in_the_current_folder_is_found(tmp_path):
     assert done.stdout.splitlines()[1].startswith("conv\tConv2d\t2 x 222 x 222")
 
 
-def test_classes_and_preprocessing_from_the_command_line(photos, tmp_path):
+def test_classes_and_preprocessing_options(photos, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"kind {i}" for i in range(1000)))
     settings = json.dumps({"size": 192, "range": 255, "mean": 127, "std": 128, "interpolation": "bicubic"})
@@ -201,11 +195,11 @@ def test_classes_and_preprocessing_from_the_command_line(photos, tmp_path):
     assert "kind 387" in result.stdout
 
 
-def test_demo_makes_a_page_that_stands_by_itself(tmp_path, monkeypatch, photos):
+def test_demo_page_is_self_contained(tmp_path, monkeypatch, photos):
     """Every picture that the page names is there, and the heat lies on the panda's head, not on the tree."""
     import functools
 
-    import convscope.demo
+    import convscope.reports.demo
 
     from convscope.featurevis.api import patterns
 
@@ -220,17 +214,17 @@ def test_demo_makes_a_page_that_stands_by_itself(tmp_path, monkeypatch, photos):
     for source in sources:
         assert Image.open(tmp_path / "demo" / source).width > 30
     assert "http" not in page, "nothing is loaded from elsewhere"
-    said = json.loads((tmp_path / "demo" / "manifest.json").read_text())["predictions"]
-    assert [p["classes"][0][0] for p in said] == ["Egyptian cat", "fiddler crab", "jacamar", "lesser panda"]
-    photo, heated = (np.asarray(Image.open(tmp_path / "demo" / f"{w}_3.jpg"), float) for w in ("photo", "heatmap"))
-    red = (heated - photo)[..., 0] - (heated - photo)[..., 2]
+    output = json.loads((tmp_path / "demo" / "manifest.json").read_text())["predictions"]
+    assert [p["classes"][0][0] for p in output] == ["Egyptian cat", "fiddler crab", "jacamar", "lesser panda"]
+    photo, overlay = (np.asarray(Image.open(tmp_path / "demo" / f"{w}_3.jpg"), float) for w in ("photo", "heatmap"))
+    red = (overlay - photo)[..., 0] - (overlay - photo)[..., 2]
     height, width = red.shape
     head = red[height // 4 : height * 3 // 4, width // 4 : width * 3 // 5]
     assert head.mean() > red.mean() + 40
     assert convscope.samples.photographs() == photos
 
 
-def test_demo_shows_stages_from_fine_to_coarse(lite0):
+def test_demo_layers_go_from_fine_to_coarse(lite0):
     from convscope.engine.layer_selection import select_by_depth
 
     sides = [row.shape[1] for row in select_by_depth(lite0, 5)]

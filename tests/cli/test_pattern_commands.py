@@ -19,7 +19,7 @@ from convscope.featurevis import resumable
 from convscope.featurevis.objectives import channel
 from tests.oracles.nets import Usual, filled
 
-MODEL = "tests.test_cli_draw:small"
+MODEL = "tests.cli.test_pattern_commands:small"
 SETTINGS = '{"size": 32}'
 
 
@@ -44,8 +44,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """What `main` says when it ends with status 2."""
     from convscope.cli import main
 
-    given = ["convscope", "patterns", MODEL, *map(str, arguments), "--preprocessing", SETTINGS]
-    monkeypatch.setattr("sys.argv", given)
+    argv = ["convscope", "patterns", MODEL, *map(str, arguments), "--preprocessing", SETTINGS]
+    monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
@@ -58,8 +58,8 @@ def direct(layer: str, units: Any, **options: Any) -> convscope.patterns.Pattern
 
 
 def pixels(file: Path) -> np.ndarray:
-    with Image.open(file) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -68,8 +68,8 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def parameters(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["parameters"]
-    return found
+    values: dict[str, Any] = json.loads((folder / "manifest.json").read_text())["parameters"]
+    return values
 
 
 def names(folder: Path) -> set[str]:
@@ -82,7 +82,7 @@ QUICK = ("--steps", "3", "--size", "24")
 # --- which layers and units ------------------------------------------------------------------------------------------
 
 
-def test_a_layer_and_a_range_of_units(tmp_path: Path) -> None:
+def test_layer_and_range_of_units(tmp_path: Path) -> None:
     result = done("--layer", "conv2", "--units", "0-2", *QUICK, "--seed", "4", "-o", tmp_path)
     assert names(tmp_path) == TABLES | {"conv2_0.png", "conv2_1.png", "conv2_2.png"}
     assert result.stderr.splitlines()[-1] == f"written to {tmp_path}"
@@ -91,8 +91,8 @@ def test_a_layer_and_a_range_of_units(tmp_path: Path) -> None:
         assert arrays(tmp_path)[name].tobytes() == array.tobytes(), name
     for u, image in zip((0, 1, 2), expected.images, strict=True):
         assert pixels(tmp_path / f"conv2_{u}.png").tobytes() == image.tobytes()
-    found = parameters(tmp_path)
-    assert {k: found[k] for k in ("layer", "units", "recipe", "steps", "size", "seed")} == {
+    values = parameters(tmp_path)
+    assert {k: values[k] for k in ("layer", "units", "recipe", "steps", "size", "seed")} == {
         "layer": "conv2", "units": [0, 1, 2], "recipe": "robust", "steps": 3, "size": [24, 24], "seed": 4,
     }  # fmt: skip
 
@@ -108,10 +108,10 @@ def test_a_layer_and_a_range_of_units(tmp_path: Path) -> None:
         (("--layer", "logits", "--units", "logits:2"), "logits", [2]),
     ],
 )
-def test_units_that_are_drawn(arguments: tuple[str, ...], layer: str, units: list[int], tmp_path: Path) -> None:
+def test_selected_units(arguments: tuple[str, ...], layer: str, units: list[int], tmp_path: Path) -> None:
     done(*arguments, "--steps", "1", "-o", tmp_path)
-    found = parameters(tmp_path)
-    assert (found["layer"], found["units"]) == (layer, units)
+    values = parameters(tmp_path)
+    assert (values["layer"], values["units"]) == (layer, units)
     assert {f"{layer}_{u}.png" for u in units} == names(tmp_path) - TABLES
 
 
@@ -124,38 +124,38 @@ def test_classes_of_the_bundled_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ((), "give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers"),
         (("--units", "0-3"), "give a --layer"),
         (("--layer", " , "), "give a --layer"),
-        (("--layer", "conv2", "--units", "logits:3"), "--units logits:3 are classes, no units of --layer conv2"),
+        (("--layer", "conv2", "--units", "logits:3"), "--units logits:3 are classes, not units of --layer conv2"),
         (("--layer", "conv9"), "layer 'conv9' is not in this model; nearest: conv"),
         (("--layer", "conv1", "--units", "8"), "unit 8 is not in layer 'conv1', which has 8 units, 0 to 7"),
         (("--units", "logits:5"), "class 5 is out of range: this model has 5 classes, 0 to 4"),
         (("--layer", "conv1", "--recipe", "dream"), "recipe 'dream' begins with a photograph"),
         (("--layer", "conv1", "--recipe", "robst"), "recipe 'robst' is not known; nearest: robust"),
-        (("--layer", "conv1", "--recipe", "dream", "--start", "x.png", "--negatives"), "--negatives goes with --units"),
+        (("--layer", "conv1", "--recipe", "dream", "--start", "x.png", "--negatives"), "--negatives needs --units"),
         (("--layer", "conv1", "--frames", "-1"), "frames is -1; expected a whole number, 0 or more"),
     ],
 )
-def test_refusals_are_one_line_and_write_nothing(
+def test_errors_are_one_line_and_write_nothing(
     arguments: tuple[str, ...],
-    words: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = refusal(monkeypatch, capsys, *arguments, "-o", tmp_path / "out")
-    assert words in said
-    assert len(said.splitlines()) == 1
+    output = refusal(monkeypatch, capsys, *arguments, "-o", tmp_path / "out")
+    assert message in output
+    assert len(output.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 # --- several layers --------------------------------------------------------------------------------------------------
 
 
-def test_several_layers_get_a_folder_each(tmp_path: Path) -> None:
+def test_several_layers_get_one_folder_each(tmp_path: Path) -> None:
     done("--layers", "conv1, conv3", "--units", "0,5", *QUICK, "-o", tmp_path)
     assert names(tmp_path) == {"conv1", "conv3"}
     for layer in ("conv1", "conv3"):
@@ -171,34 +171,34 @@ def test_all_layers_and_the_classes(tmp_path: Path) -> None:
     assert {"conv1", "conv2", "conv3"} < names(tmp_path)
 
 
-def test_resumed_layers_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
+def test_resume_skips_finished_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[str] = []
     true = resumable.patterns
-    monkeypatch.setattr(resumable, "patterns", lambda *a, **k: drawn.append(a[1]) or true(*a, **k))
+    monkeypatch.setattr(resumable, "patterns", lambda *a, **k: computed.append(a[1]) or compute(*a, **k))
     arguments = ("--layers", "conv1,conv2", "--units", "0-1", *QUICK, "-o", tmp_path)
     done(*arguments)
-    assert drawn == ["conv1", "conv2"]
+    assert computed == ["conv1", "conv2"]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     again = done(*arguments, "--resume")
     assert [line for line in again.stderr.splitlines() if not line.startswith("note")] == [
-        "conv1: done before",
-        "conv2: done before",
+        "conv1: already done, skipped",
+        "conv2: already done, skipped",
     ]
-    assert drawn == ["conv1", "conv2"]
+    assert computed == ["conv1", "conv2"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     (tmp_path / "conv2" / "manifest.json").unlink()
-    assert "conv1: done before" in done(*arguments, "--resume").stderr
-    assert drawn == ["conv1", "conv2", "conv2"]
+    assert "conv1: already done, skipped" in done(*arguments, "--resume").stderr
+    assert computed == ["conv1", "conv2", "conv2"]
     done(*arguments, "--resume", "--seed", "1")
-    assert drawn[3:] == ["conv1", "conv2"]
+    assert computed[3:] == ["conv1", "conv2"]
     done(*arguments, "--resume", "--seed", "1", "--negatives")
-    assert drawn[5:] == ["conv1", "conv2"], "what is asked for now was not there"
+    assert computed[5:] == ["conv1", "conv2"], "what is asked for now was not there"
     done(*arguments, "--resume", "--seed", "1", "--negatives")
-    assert drawn[7:] == []
+    assert computed[7:] == []
     assert not list(tmp_path.rglob(".parts"))
 
 
-def test_a_bad_layer_is_named_and_the_others_are_drawn(tmp_path: Path) -> None:
+def test_failed_layer_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     result = run("--layers", "conv1,conv9,conv3", "--units", "0-9", "--steps", "1", "-o", tmp_path)
     assert result.exit_code == 1
     failed = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
@@ -208,16 +208,14 @@ def test_a_bad_layer_is_named_and_the_others_are_drawn(tmp_path: Path) -> None:
     assert names(tmp_path) == {"conv3"}
 
 
-def test_nothing_but_bad_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = refusal(monkeypatch, capsys, "--layers", "conv8,conv9", "--json", "-o", tmp_path)
-    assert "failed: conv8: " in said
-    assert said.splitlines()[-1] == "convscope: no layer could be drawn"
+def test_all_layers_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    output = refusal(monkeypatch, capsys, "--layers", "conv8,conv9", "--json", "-o", tmp_path)
+    assert "failed: conv8: " in output
+    assert output.splitlines()[-1] == "convscope: no layer's patterns could be computed"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_for_one_layer_and_for_several(tmp_path: Path) -> None:
+def test_json_output(tmp_path: Path) -> None:
     arguments = ("--units", "0", "--steps", "1", "--size", "24", "--json", "-o")
     one = json.loads(done("--layer", "conv1", *arguments, tmp_path / "one").stdout)
     assert one["parameters"]["layer"] == "conv1"
@@ -228,7 +226,7 @@ def test_json_for_one_layer_and_for_several(tmp_path: Path) -> None:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_negatives_lie_below_their_positives(tmp_path: Path) -> None:
+def test_negatives_are_shown_below_positives(tmp_path: Path) -> None:
     """Ten units, eight in a row: the rows are positives, negatives, positives, negatives; black where there is none."""
     done("--layer", "conv3", "--units", "9,0-8", "--steps", "2", "--size", "16", "--negatives", "-o", tmp_path)
     assert {"negatives", "pairs.png"} < names(tmp_path)
@@ -241,32 +239,32 @@ def test_negatives_lie_below_their_positives(tmp_path: Path) -> None:
     for i in range(16):
         left, top = i % 8 * cell, i // 8 * 2 * cell
         for images, at in ((wanted["images"], top), (least["images"], top + cell)):
-            shown = sheet[at : at + 16, left : left + 16]
-            assert (shown == (images[i] if i < 10 else 0)).all(), (i, at)
+            displayed = sheet[at : at + 16, left : left + 16]
+            assert (displayed == (images[i] if i < 10 else 0)).all(), (i, at)
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
     expected = convscope.patterns(model, [-channel("conv3", u) for u in units], steps=2, size=16)
     assert least["images"].tobytes() == expected.images.tobytes()
     assert (wanted["images"] != least["images"]).mean() > 0.9
 
 
-def test_frames_become_a_film_that_ends_in_the_grid(tmp_path: Path) -> None:
+def test_animation_ends_with_the_grid(tmp_path: Path) -> None:
     done("--layer", "conv2", "--units", "0-2", "--steps", "8", "--size", "24", "--frames", "4", "-o", tmp_path)
     frames, grid = arrays(tmp_path)["frames"], pixels(tmp_path / "grid.png").astype(int)
     assert frames.shape == (4, 3, 24, 24, 3)
     assert frames[-1].tobytes() == arrays(tmp_path)["images"].tobytes()
-    with Image.open(tmp_path / "ascent.webp") as film:
-        assert (film.format, film.n_frames, film.info["loop"]) == ("WEBP", 4, 0)
-        shown = []
+    with Image.open(tmp_path / "ascent.webp") as animation:
+        assert (animation.format, animation.n_frames, animation.info["loop"]) == ("WEBP", 4, 0)
+        displayed = []
         for i in range(4):
-            film.seek(i)
-            shown.append(np.asarray(film.convert("RGB")).astype(int))
-    away = [float(np.abs(frame - grid).mean()) for frame in shown]
+            animation.seek(i)
+            displayed.append(np.asarray(animation.convert("RGB")).astype(int))
+    away = [float(np.abs(frame - grid).mean()) for frame in displayed]
     assert away[3] < 8  # WebP is lossy, most of all on fine colour
     assert away[0] > 2 * away[3]
     assert parameters(tmp_path)["frames"] == 4
 
 
-def test_scores_beside_noise_and_natural_pictures(photos: list[str], tmp_path: Path) -> None:
+def test_scores_relative_to_noise_and_natural_images(photos: list[str], tmp_path: Path) -> None:
     plain = ("--layer", "conv2", "--units", "1,4,11", *QUICK, "-o")
     done(*plain, tmp_path / "without")
     done(*plain, tmp_path / "with", "--reference", photos[0], "--reference", photos[1])
@@ -275,62 +273,62 @@ def test_scores_beside_noise_and_natural_pictures(photos: list[str], tmp_path: P
     rows, saved = list(csv.DictReader((tmp_path / "with" / "units.csv").open())), arrays(tmp_path / "with")
     assert list(rows[0]) == ["unit", "name", "score", "noise", "reference", "times the reference"]
     assert [(row["unit"], row["name"]) for row in rows] == [("1", "conv2 1"), ("4", "conv2 4"), ("11", "conv2 11")]
-    for column in ("score", "noise", "reference"):
+    for column, array in (("score", "scores"), ("noise", "noise_scores"), ("reference", "reference_scores")):
         written = np.array([row[column] for row in rows], np.float32)
-        assert written.tobytes() == saved["scores" if column == "score" else column].tobytes()
+        assert written.tobytes() == saved[array].tobytes()
     times = [float(row["score"]) / float(row["reference"]) for row in rows]
     assert [float(row["times the reference"]) for row in rows] == pytest.approx(times, rel=1e-6)  # float32
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
     natural = convscope.activations(model, photos[:2], ["conv2"])["conv2"][:, [1, 4, 11]].mean((2, 3)).max(0)
-    assert saved["reference"] == pytest.approx(natural, rel=1e-4, abs=1e-6)  # other kernels for other batches
+    assert saved["reference_scores"] == pytest.approx(natural, rel=1e-4, abs=1e-6)  # other kernels for other batches
 
 
 @pytest.mark.parametrize("layers", ["conv2", "conv2,conv3"])
-def test_a_reference_that_cannot_be_read_is_named(layers: str, photos: list[str], tmp_path: Path) -> None:
+def test_unreadable_reference_is_named(layers: str, photos: list[str], tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("text")
     natural = ("--reference", photos[0], "--reference", tmp_path / "text.jpg")
     result = run("--layers", layers, "--units", "0", *QUICK, *natural, "-o", tmp_path / "out")
     assert result.exit_code == 1
     failed = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == len(layers.split(","))
-    assert "text.jpg: is not a picture" in failed[0]
+    assert "text.jpg: is not an image" in failed[0]
     assert list((tmp_path / "out").rglob("manifest.json")) != []
 
 
-def test_sprites_lie_where_the_index_says(tmp_path: Path) -> None:
+def test_sprite_index(tmp_path: Path) -> None:
     done("--layer", "conv2", "--units", "11,0,3,7,5", *QUICK, "-o", tmp_path)
     index, sheet = json.loads((tmp_path / "sprites.json").read_text()), pixels(tmp_path / "sprites.png")
     assert (index["file"], index["width"], index["height"]) == ("sprites.png", 24, 24)
     assert list(index["left and top"]) == ["11", "0", "3", "7", "5"]
     for u, (left, top) in index["left and top"].items():
-        found = sheet[top : top + 24, left : left + 24]
-        assert found.tobytes() == pixels(tmp_path / f"conv2_{u}.png").tobytes()
+        actual = sheet[top : top + 24, left : left + 24]
+        assert actual.tobytes() == pixels(tmp_path / f"conv2_{u}.png").tobytes()
     assert sheet.shape == (48, 72, 3)
 
 
-def test_maco_writes_what_it_is_sure_of(tmp_path: Path) -> None:
+def test_maco_writes_its_opacity_mask(tmp_path: Path) -> None:
     done("--layer", "conv3", "--units", "0-1", "--recipe", "maco", "--steps", "4", "--size", "32", "-o", tmp_path)
     assert {"conv3_0_transparent.png", "conv3_1_transparent.png"} < names(tmp_path)
     saved = arrays(tmp_path)
     for i in (0, 1):
-        with Image.open(tmp_path / f"conv3_{i}_transparent.png") as picture:
-            assert picture.mode == "RGBA"
-            found = np.asarray(picture)
-        assert found[..., :3].tobytes() == saved["images"][i].tobytes()
-        assert found[..., 3].tobytes() == saved["alpha"][i].tobytes()
+        with Image.open(tmp_path / f"conv3_{i}_transparent.png") as image:
+            assert image.mode == "RGBA"
+            actual = np.asarray(image)
+        assert actual[..., :3].tobytes() == saved["images"][i].tobytes()
+        assert actual[..., 3].tobytes() == saved["alpha"][i].tobytes()
         # Half of the pixels, up to the median, are clear; a tenth, from the 90th percentile, is opaque.
-        assert 0.45 < (found[..., 3] == 0).mean() < 0.6
-        assert 0.08 < (found[..., 3] == 255).mean() < 0.15
+        assert 0.45 < (actual[..., 3] == 0).mean() < 0.6
+        assert 0.08 < (actual[..., 3] == 255).mean() < 0.15
 
 
-def test_a_dream_needs_no_units(photos: list[str], tmp_path: Path) -> None:
+def test_dream_needs_no_units(photos: list[str], tmp_path: Path) -> None:
     dream = ("--layer", "conv2", "--recipe", "dream", "--start", photos[0], "--steps", "2", "-o", tmp_path)
     done(*dream)
-    found = parameters(tmp_path)
-    assert (found["recipe"], found["layer"], found["units"]) == ("dream", "conv2", [0])
-    assert min(found["size"]) == 32, "the shorter side as long as the network's"
+    values = parameters(tmp_path)
+    assert (values["recipe"], values["layer"], values["units"]) == ("dream", "conv2", [0])
+    assert min(values["size"]) == 32, "the shorter side as long as the network's"
     with Image.open(photos[0]) as photo:
-        expected = np.asarray(photo.convert("RGB").resize(found["size"][::-1], Image.Resampling.BICUBIC)).astype(int)
+        expected = np.asarray(photo.convert("RGB").resize(values["size"][::-1], Image.Resampling.BICUBIC)).astype(int)
     changed = np.abs(arrays(tmp_path)["images"][0].astype(int) - expected)
     assert 0 < changed.mean() < 30, "two steps from the photograph, not from noise"
     assert len(arrays(tmp_path)["images"]) == 1

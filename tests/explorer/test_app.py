@@ -312,7 +312,9 @@ def test_other_sites_may_not_ask(client):
     elsewhere = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
     assert client.get("/api/models", headers=elsewhere).status_code == 403
     assert client.get("/", headers=elsewhere | {"sec-fetch-mode": "navigate"}).status_code == 200
-    foreign = client.post("/api/pictures", content=encode_image(smooth_image(0)), headers={"origin": "http://evil.example"})
+    foreign = client.post(
+        "/api/pictures", content=encode_image(smooth_image(0)), headers={"origin": "http://evil.example"}
+    )
     assert foreign.status_code == 403
 
 

@@ -153,7 +153,10 @@ def test_another_class_is_found_by_name(tab, live):
 
 def test_pictures_are_chosen_dropped_and_pasted(tab, live):
     opened(tab, f"{live[1]}/m/tiny/picture/first")
-    files = [{"name": f"mine {n}.png", "mimeType": "image/png", "buffer": encode_image(smooth_image(20 + n))} for n in range(2)]
+    files = [
+        {"name": f"mine {n}.png", "mimeType": "image/png", "buffer": encode_image(smooth_image(20 + n))}
+        for n in range(2)
+    ]
     tab.set_input_files("#files", files)
     tab.wait_for_url(re.compile(r"/picture/x[0-9a-f]{24}$"))
     assert tab.locator("[data-picture]").count() == 2
