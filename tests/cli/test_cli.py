@@ -200,7 +200,6 @@ def test_demo_page_is_self_contained(tmp_path, monkeypatch, photos):
     import functools
 
     import convscope.reports.demo
-
     from convscope.featurevis.api import patterns
 
     # Three steps instead of 128: the page is what is tested here.

@@ -173,7 +173,7 @@ def test_all_layers_and_the_classes(tmp_path: Path) -> None:
 
 def test_resume_skips_finished_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    true = resumable.patterns
+    compute = resumable.patterns
     monkeypatch.setattr(resumable, "patterns", lambda *a, **k: computed.append(a[1]) or compute(*a, **k))
     arguments = ("--layers", "conv1,conv2", "--units", "0-1", *QUICK, "-o", tmp_path)
     done(*arguments)
