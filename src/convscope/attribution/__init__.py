@@ -1,0 +1,1 @@
+"""Heatmaps: methods, targets and the runner that shares passes between them."""

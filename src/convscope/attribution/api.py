@@ -1,20 +1,21 @@
-"""The third technique: which places of a picture speak for a class."""
+"""Heatmaps: where in an image the evidence for a target is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.default_layer import choose_layer
+from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
 from convscope.attribution.registry import get_method, method_options
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.runner import AUGMENTATIONS, FUSIONS, BatchResult, HeatmapJob, MethodSpec
-from convscope.attribution.targets import output_target, parse_targets, segmentation_target
+from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
+from convscope.attribution.targets import ClassLabels, Targets, parse_targets
 from convscope.engine.batching import MEMORY, Progress, batch_size
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -22,18 +23,16 @@ from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 
-__all__ = ["Heatmaps", "compute_heatmaps", "heatmaps", "output_target", "resolve_method", "segmentation_target"]
-
 
 def heatmaps(
     model: Model,
-    images: Any,
-    targets: Any = None,
+    images: object,
+    targets: Targets | None = None,
     *,
     layer: str | Sequence[str] | None = None,
     method: str = "grad-cam",
     fit: str = "squash",
-    against: Any = None,
+    against: ClassLabels | None = None,
     smooth: str | None = None,
     scale: float | Sequence[float] = 1,
     fuse: str = "mean",
@@ -41,66 +40,86 @@ def heatmaps(
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Heatmaps:
-    """Evidence for each target, per place.
+    """Compute heatmaps: the evidence for each target at each position of the images.
 
-    The part of the network in front of the layer runs once, without gradients; several targets share it.
+    The part of the network before the layer runs once per image, without gradients; all targets share it.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    images
-        Pictures in any form that `convscope` takes.
-    targets
-        None (each picture's top class), a class (index or name) for all pictures, one per picture, or a list of several
-        for each picture. Or a function of the network's output (M, ...) that gives a score for each picture (M,), or a
-        list of such: see `over_region` for segmentation and `of_head` for several outputs.
-    layer
-        Where to look; several layers are fused into one map. Default, "auto": the last layer with spatial extent that
-        is not a pooling and that the classes depend on; the result's `why` explains the choice. Methods that look at
-        the input take none.
-    method
-        A key of `convscope.heatmaps.methods.METHODS`.
-    fit
-        "squash" shows the network the whole picture, "crop" its own evaluation crop.
-    against
-        A class, one per picture, or several for all: their mean logit is taken off, so that the map says why the target
-        rather than these.
-    smooth
-        "flips" averages over the picture and its mirror image, "noise" over the picture and eight noisy copies.
-    scale
-        The picture is shown this many times as large as the network's own input size; several are fused. Maps get as
-        many more places. Not for networks of fixed input size. (1, 2, 3) with fuse="product" is what `docs/methods.md`
-        recommends for "where is it?".
-    fuse
-        How maps of several layers, or scales, become one, each divided by its largest value: "mean", "max", or
-        "product", the geometric mean of what is positive.
-    seed
-        Of methods that draw at random.
-    memory
+    images : path, sequence of paths, PIL images, arrays or tensor
+        Any form that `convscope.predict` takes; N images.
+    targets : class, sequence or callable, optional
+        One class (index or name) for all images, one per image, or a list of T for each image; by default each image's
+        top class. Or a function of the network's output for M inputs that returns scores (M,), or a list of T such
+        functions; see `convscope.segmentation_target` and `convscope.output_target`.
+    layer : str or sequence of str, optional
+        A name in ``model.layers``, or several, whose maps are fused. By default ("auto") the last layer with spatial
+        extent that is not a pooling layer and that the classes depend on; the result's `layer_reason` explains the
+        choice. Methods that work at the input take no layer.
+    method : str
+        A key of `convscope.attribution.registry.METHODS`.
+    fit : {"squash", "crop"}
+        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    against : class or sequence of classes, optional
+        One class for all images, one per image, or several for all: their mean logit is subtracted from the target's,
+        so that the map shows evidence for the target rather than for these.
+    smooth : {None, "flips", "noise"}
+        Average the maps of the image and its mirror image, or of the image and 8 noisy copies.
+    scale : float or sequence of float
+        Size of the network's input as a multiple of its own size, above 0 and at most 16. The maps have as many more
+        positions; the maps of several scales are fused. Networks with a fixed input size take only 1. For localising
+        objects, (1, 2, 3) with ``fuse="product"`` works best.
+    fuse : {"mean", "max", "product"}
+        How the maps of several layers or scales are combined, each divided by its largest absolute value first.
+        "product" is the geometric mean of the positive evidence.
+    seed : int
+        Random seed for stochastic methods.
+    memory : int
         Bytes that a batch's intermediate results may take.
-    max_pixels
-        Pictures with more are refused before memory is spent on them.
-    progress
-        Called with the number of pictures done, a fraction within those that take long, and the number in all. What it
-        raises ends the work, and leaves nothing behind.
-    options
-        Of the method: its function's keyword arguments.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    progress : callable, optional
+        ``progress(done, total)``, called with the number of images done, with a fraction during long methods, and the
+        number of images. Exceptions raised here cancel cleanly.
+    **options
+        Keyword arguments of the method's function.
+
+    Returns
+    -------
+    Heatmaps
+        ``values`` (N, T, h, w) float32, signed and not normalised. Images that cannot be read are left out and listed
+        in ``failed``.
 
     Raises
     ------
     ConvscopeError
-        For an unknown method, option, layer or target, for a layer without spatial extent, for numbers that are not
-        finite, and when no picture can be used. If only some cannot, they are named in `.failed`.
+        For an unknown method, option, layer or target, for a layer without spatial extent, for values that are not
+        finite, and when no image can be read.
+
+    References
+    ----------
+    The functions in `convscope.attribution.methods` name their papers and equations.
+
+    Examples
+    --------
+    >>> import convscope, convscope.samples
+    >>> model = convscope.load("lite0")
+    >>> heatmaps = convscope.heatmaps(model, convscope.samples.photographs()[0])
+    >>> heatmaps.values.shape
+    (1, 1, 7, 7)
+    >>> heatmaps.layer
+    'bn2'
     """
-    cell = resolve_method(model, method, layer, fuse, options)
+    spec = resolve_method(model, method, layer, fuse, options)
     return compute_heatmaps(
         model,
         images,
         targets,
-        [cell],
+        [spec],
         fit=fit,
         against=against,
         smooth=smooth,
@@ -113,35 +132,61 @@ def heatmaps(
 
 
 def resolve_method(
-    model: Model, method: str, layer: str | Sequence[str] | None, fuse: str, options: Mapping[str, Any]
+    model: Model, name: str, layer: str | Sequence[str] | None, fuse: str, options: Mapping[str, object]
 ) -> MethodSpec:
-    """What is to be computed, checked; and why there. Raises ConvscopeError."""
-    at_input = get_method(method).at_input
-    settings = method_options(method, options)
+    """Validate a method, its options and layers; choose the layer if none is given.
+
+    Parameters
+    ----------
+    model : Model
+    name : str
+        Key of the method.
+    layer : str, sequence of str or None
+    fuse : str
+    options : mapping
+
+    Raises
+    ------
+    ConvscopeError
+        For anything unknown or invalid.
+    """
+    method, settings = get_method(name), method_options(name, options)
     if fuse not in FUSIONS:
-        raise ConvscopeError(f"fuse is {fuse!r}; expected {' or '.join(FUSIONS)}")
-    if at_input:
+        raise ConvscopeError(f"fuse is {fuse!r}; expected one of {', '.join(FUSIONS)}")
+    if method.at_input:
         if layer not in (None, "auto", "input"):
-            raise ConvscopeError(f"{method} looks at the input; it takes no layer, and {layer!r} was given")
-        return MethodSpec(method, (), fuse, settings, "the method works at the input")
+            raise ConvscopeError(f"{name} works at the input and takes no layer; got layer {layer!r}")
+        return MethodSpec(name, method, (), fuse, settings, "the method works at the input")
     if layer is None or layer == "auto":
-        row, why = choose_layer(model)
-        return MethodSpec(method, (row,), fuse, settings, why)
+        chosen_layer, reason = choose_layer(model)
+        return MethodSpec(name, method, (chosen_layer,), fuse, settings, reason)
     names = [layer] if isinstance(layer, str) else list(layer)
     if not names:
-        raise ConvscopeError("an empty list of layers; give at least one, or None for the automatic choice")
-    layers = tuple(dict.fromkeys(_spatial(model, name) for name in names))
-    return MethodSpec(method, layers, fuse, settings, "as requested")
+        raise ConvscopeError("layer is an empty list; give at least one layer, or None to choose automatically")
+    layers = tuple(dict.fromkeys(_find_spatial(model, name) for name in names))
+    return MethodSpec(name, method, layers, fuse, settings, "as requested")
+
+
+def _find_spatial(model: Model, name: str) -> Layer:
+    """Find a layer by name; raise ConvscopeError if it has no spatial extent."""
+    layer = model.layers.find(name)
+    if not layer.is_spatial:
+        known = [spatial.name for spatial in model.layers.unique_spatial()]
+        raise ConvscopeError(
+            f"layer {name!r} has output {' x '.join(map(str, layer.shape))} without spatial extent; the last layers "
+            f"that have some: {', '.join(known[-4:])}"
+        )
+    return layer
 
 
 def compute_heatmaps(
     model: Model,
-    images: Any,
-    targets: Any,
+    images: object,
+    targets: Targets | None,
     specs: Sequence[MethodSpec],
     *,
     fit: str = "squash",
-    against: Any = None,
+    against: ClassLabels | None = None,
     smooth: str | None = None,
     scale: float | Sequence[float] = 1,
     seed: int = 0,
@@ -149,89 +194,88 @@ def compute_heatmaps(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> list[Heatmaps]:
-    """Several methods and layers at once, sharing what passes they can; parameters as of `heatmaps`."""
+    """Compute heatmaps by several methods that share passes; the parameters are those of `heatmaps`."""
     if smooth not in AUGMENTATIONS:
-        known = ", ".join(str(key) for key in AUGMENTATIONS)
-        raise ConvscopeError(f"smooth is {smooth!r}; expected one of {known}")
+        raise ConvscopeError(f"smooth is {smooth!r}; expected one of {', '.join(map(str, AUGMENTATIONS))}")
     scales = validate_scales(model, scale)
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    asked = parse_targets(model, targets, len(pictures), against)
-    plan = HeatmapJob(model, asked, tuple(specs), smooth, seed, memory)
-    answers: list[BatchResult] = []
+    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    num_images = len(loader)
+    target_spec = parse_targets(model, targets, num_images, against)
+    job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
+    size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
+    results: list[BatchResult] = []
     geometry: list[Geometry] = []
-    done: list[int] = []
-    size = batch_size(model, plan.bytes_per_image() * max(scales) ** 2, memory)
-    for batch, inputs in iter_batches(pictures, images, scales, size):
-        before, count = len(done) + len(pictures.failed), len(batch.indices)
-        tell = partial(_tell, progress, before, count, len(pictures))
-        answers.append(run_multiscale(plan, batch, scales, inputs, tell))
+    indices: list[int] = []
+    for batch, inputs in iter_batches(loader, images, scales, size):
+        num_done = len(indices) + len(loader.failed)
+        report_progress = partial(_report_images, progress, num_done, len(batch.indices), num_images)
+        results.append(run_multiscale(job, batch, scales, inputs, report_progress))
         geometry += batch.geometry
-        done += batch.indices
-    names = tuple(pictures.names[i] for i in done)
-    classes = torch.cat([answer.targets.classes for answer in answers]).cpu()
-    logits = torch.cat([answer.logits for answer in answers])
-    results = []
-    for c, cell in enumerate(specs):
-        maps = torch.cat([answer.maps[c].values for answer in answers])
-        more = {key: torch.cat([answer.maps[c].extras[key] for answer in answers]) for key in answers[0].maps[c].extras}
-        called = asked.names(classes.numpy(), done)
-        results.append(
-            Heatmaps(
-                model,
-                values=maps.numpy(),
-                targets=classes.numpy(),
-                logits=logits.numpy(),
-                layer=cell.layer_name,
-                method=cell.method,
-                fit=fit,
-                image_names=names,
-                geometry=tuple(geometry),
-                image_source=pictures,
-                image_indices=tuple(done),
-                target_spec=asked,
-                settings={**_said(cell, smooth, scales, seed), **cell.options},
-                layer_reason=cell.layer_reason,
-                extras={key: value.numpy() for key, value in more.items()},
-                notes=(*pictures.notes, *quality_notes(maps, called, names, cell.layer_name)),
-                failed=tuple(pictures.failed),
-            )
-        )
-    return results
+        indices += batch.indices
+    return [_collect(s, job, results, scales, loader, tuple(geometry), tuple(indices)) for s in range(len(job.specs))]
 
 
-def _tell(progress: Progress | None, before: int, count: int, total: int, share: float) -> None:
+def _report_images(progress: Progress | None, done: int, count: int, total: int, fraction: float) -> None:
+    """Report that a fraction of a batch of `count` images is done, after `done` of `total` images."""
     if progress is not None:
-        progress(before + share * count, total)
+        progress(done + fraction * count, total)
 
 
-def _said(cell: MethodSpec, smooth: str | None, scales: Sequence[float], seed: int) -> dict[str, Any]:
-    fused = {"fuse": cell.fuse} if len(cell.layers) > 1 or len(scales) > 1 else {}
-    return {"smooth": smooth, "scale": list(scales), "seed": seed, **fused}
+def _collect(
+    s: int,
+    job: HeatmapJob,
+    results: Sequence[BatchResult],
+    scales: Sequence[float],
+    loader: ImageBatchLoader,
+    geometry: tuple[Geometry, ...],
+    indices: tuple[int, ...],
+) -> Heatmaps:
+    """Join the maps of the job's spec number `s` over all batches."""
+    spec = job.specs[s]
+    maps = [result.maps[s] for result in results]
+    values = torch.cat([m.values for m in maps])
+    extras = {key: torch.cat([m.extras[key] for m in maps]).numpy() for key in maps[0].extras}
+    classes = torch.cat([result.targets.classes for result in results]).cpu().numpy()
+    image_names = tuple(loader.names[i] for i in indices)
+    fused = {"fuse": spec.fuse} if len(spec.layers) > 1 or len(scales) > 1 else {}
+    return Heatmaps(
+        job.model,
+        values=values.numpy(),
+        targets=classes,
+        logits=torch.cat([result.logits for result in results]).numpy(),
+        layer=spec.layer_name,
+        method=spec.name,
+        fit=loader.fit,
+        image_names=image_names,
+        geometry=geometry,
+        image_source=loader,
+        image_indices=indices,
+        target_spec=job.targets,
+        settings={"smooth": job.smooth, "scale": list(scales), "seed": job.seed, **fused, **spec.options},
+        layer_reason=spec.layer_reason,
+        extras=extras,
+        notes=(
+            *loader.notes,
+            *quality_notes(values, job.targets.names(classes, indices), image_names, spec.layer_name),
+        ),
+        failed=tuple(loader.failed),
+    )
 
 
-def quality_notes(maps: Tensor, targets: list[list[str]], names: tuple[str, ...], position: str) -> list[str]:
-    """In words: maps that an overlay would show as nothing."""
-    here = "the picture" if position == "input" else "this layer"
+def quality_notes(
+    maps: Tensor, target_names: Sequence[Sequence[str]], image_names: Sequence[str], layer: str
+) -> list[str]:
+    """Describe maps (N, T, ...) without positive evidence, which an overlay shows as nothing."""
+    source = "the image" if layer == "input" else "this layer"
     flat = maps.flatten(2)
     low, high = flat.amin(2), flat.amax(2)
-    said = []
+    notes = []
     for n, t in ((high <= 0) | (low == high)).nonzero().tolist():
-        what = f"{names[n]}, {targets[n][t]}"
+        name = f"{image_names[n]}, {target_names[n][t]}"
         if low[n, t] == high[n, t] == 0:
-            said.append(f"{what}: the map is zero everywhere; {here} has no influence on the target")
+            notes.append(f"{name}: the map is zero everywhere; {source} has no influence on the target")
         elif low[n, t] == high[n, t]:
-            said.append(f"{what}: the map is {high[n, t]:.3g} everywhere; it points to no place")
+            notes.append(f"{name}: the map is {high[n, t]:.3g} everywhere; no position has more evidence than another")
         else:
-            said.append(f"{what}: the map is negative everywhere; {here} speaks against the target")
-    return said
-
-
-def _spatial(model: Model, name: str) -> Layer:
-    layer = model.layers.find(name)
-    if not layer.is_spatial:
-        known = [row.name for row in model.layers.unique_spatial()]
-        raise ConvscopeError(
-            f"layer {name!r} gives {' x '.join(map(str, layer.shape))} and has no spatial extent; the last that do: "
-            f"{', '.join(known[-4:])}"
-        )
-    return layer
+            notes.append(f"{name}: the map is negative everywhere; {source} is evidence against the target")
+    return notes

@@ -1,4 +1,4 @@
-"""One batch of pictures and what is asked about them: what a method may do with the network."""
+"""What a method gets: a batch of images, their targets, and ways to run the network."""
 
 from __future__ import annotations
 
@@ -18,18 +18,31 @@ from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 
-MethodOutput = Tensor | tuple[Tensor, dict[str, Tensor]]
-"""What a method returns: maps (B, T, ...), or these and what else it found, under names, (B, ...) each."""
+Extras = dict[str, Tensor]
+MethodOutput = Tensor | tuple[Tensor, Extras]
+"""What a method returns: maps (B, T, ...), alone or with further arrays (B, ...) by name."""
 
-LOGITS_RTOL = 1e-5  # logits, relative to the largest
+LOGITS_RTOL = 1e-5  # accepted difference of a fused network's logits, relative to the largest logit
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """B pictures, prepared: `x` (B, C, H, W); T targets of each; a layer, for methods that look at one.
+    """A batch of B preprocessed images with T targets each, and the network.
 
-    `run` puts inputs through the network, `size` inputs fit into memory at once, `seed` is what random draws come from
-    (the same for every picture, whatever its neighbours). `tell` is told the share, 0 to 1, of the work that is done.
+    Attributes
+    ----------
+    model : Model
+    x : Tensor of shape (B, C, H, W)
+        The network's input.
+    targets : BatchTargets
+    run : callable
+        Runs inputs (M, C, H, W) through the network.
+    batch_size : int
+        The number of inputs whose intermediate results fit into memory.
+    seed : int
+        Seed of random draws; they are the same for every image.
+    report_progress : callable
+        Takes the fraction of the work that is done, 0 to 1.
     """
 
     model: Model
@@ -39,117 +52,148 @@ class MethodContext:
     batch_size: int
     seed: int
     report_progress: Callable[[float], None]
-    layer: Layer | None = None
 
     @property
     def num_targets(self) -> int:
-        """T."""
+        """The number T of targets per image."""
         return self.targets.classes.shape[1]
 
     def generator(self) -> torch.Generator:
-        """A fresh generator on the CPU: the same draws for every picture."""
+        """Create a random generator on the CPU, seeded alike for every image."""
         return torch.Generator().manual_seed(self.seed)
 
-    def scores(self, x: Tensor, image: int | Tensor) -> Tensor:
-        """What the targets of one picture score for M inputs (M, C, H, W): (M, T), without gradients.
+    # --- without gradients -------------------------------------------------------------------------------------------
 
-        `picture` may also be (M,): which picture's targets each input is asked for.
-        """
+    def scores(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Compute the scores (M, T) of inputs `x` (M, C, H, W) for the targets of the images `rows` (M,)."""
         with torch.no_grad():
-            return self._target_scores(self.run(pad_to_fixed_batch(self.model, x)), image)[: len(x)]
+            return self.targets.scores(
+                self.run(pad_to_fixed_batch(self.model, x)), pad_to_fixed_batch(self.model, rows)
+            )[: len(x)]
 
     def score_fn(self, image: int, probability: bool = False) -> Callable[[Tensor], Tensor]:
-        """What gives the scores (M, T) of one picture's targets for many inputs (M, C, H, W), without gradients.
+        """Return a function that computes the scores of many inputs for one image's targets.
 
-        `probability`: what the network makes of the logits, behind its softmax or sigmoid, counts in their place.
+        Parameters
+        ----------
+        image : int
+            Row of the batch.
+        probability : bool
+            Compute probabilities rather than logits.
+
+        Returns
+        -------
+        callable
+            Takes inputs (M, C, H, W), returns scores (M, T); runs without gradients.
         """
-
         run = self._fused_run(image)
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
-                seen = run(pad_to_fixed_batch(self.model, x))
-                return self._target_scores(_with_probabilities(self.model, seen) if probability else seen, image)[
+                outputs = run(pad_to_fixed_batch(self.model, x))
+                return self._image_scores(self._with_probabilities(outputs) if probability else outputs, image)[
                     : len(x)
                 ]
 
         return scores
 
     @property
-    def cache_batch_size(self) -> int:
-        """Inputs to a pass without gradients: on a CPU, no more than leave an activation in the cache.
-
-        Beyond that, its memory goes back to the system after every layer, which costs more than larger passes gain.
-        """
+    def forward_batch_size(self) -> int:
+        """The number of inputs per pass without gradients that is fast and fits into memory."""
         if self.model.fixed_batch_size is not None:
             return self.batch_size
         return min(self.batch_size, cache_friendly_batch_size(self.model))
 
     def _fused_run(self, image: int) -> Callable[[Tensor], ForwardResult]:
-        """`run`, folded if that gives this picture's own logits again; else as it is."""
+        """Return `run` with fused convolutions if these reproduce the image's logits, else `run` itself."""
         if not self.model.loaded_by_convscope or not self._fusions:
             return self.run
-        quick, x = with_fusion(self.run, self._fusions), pad_to_fixed_batch(self.model, self.x[image : image + 1])
+        fused_run, x = with_fusion(self.run, self._fusions), pad_to_fixed_batch(self.model, self.x[image : image + 1])
         with torch.no_grad():
-            plain, folded = self.run(x).logits, quick(x).logits
-        return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else self.run
+            logits, fused_logits = self.run(x).logits, fused_run(x).logits
+        equal = bool((logits - fused_logits).abs().max() <= LOGITS_RTOL * logits.abs().max())
+        return fused_run if equal else self.run
 
     @cached_property
     def _fusions(self) -> Folds:
         return find_fusions(self.run, pad_to_fixed_batch(self.model, self.x[:1]))
 
-    def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The gradients at inputs `x` (M, C, H, W), and the scores: (T, M, C, H, W) float32 and (M, T).
+    # --- with gradients ----------------------------------------------------------------------------------------------
 
-        `rows` (M,) says which picture each input belongs to; None: they are the batch itself. No input's gradient
-        depends on another, so one backward pass over the sum of the scores holds each one's own.
+    def gradients(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the targets' scores at inputs.
+
+        An input's score depends on no other input, so the gradient of the scores' sum holds each input's own.
+
+        Parameters
+        ----------
+        x : Tensor of shape (M, C, H, W)
+        rows : Tensor of shape (M,), optional
+            The image of the batch that each input belongs to; if omitted, the inputs are the batch itself.
+
+        Returns
+        -------
+        gradients : Tensor of shape (T, M, C, H, W), float32
+        scores : Tensor of shape (M, T)
         """
         x, scores = self.forward(x, rows)
         return torch.stack(list(self.backward(x, scores))), scores.detach()
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A fresh leaf for inputs `x`, and the scores (M, T) that lead back to it."""
+        """Make `x` a leaf of a new graph; return it and the scores (M, T) computed from it."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return x, self.targets.scores(self.run(x.clone()), rows)  # a copy: the network may write into its input
+            return x, self.targets.scores(self.run(x.clone()), rows)  # a copy: the network may modify its input
 
     def backward(self, x: Tensor, scores: Tensor) -> Iterator[Tensor]:
-        """The gradients (M, C, H, W) float32 of each target's scores, one backward pass after another."""
+        """Yield the gradients (M, C, H, W) float32 of each target's scores, one backward pass per target."""
         for t in range(self.num_targets):
             gradient = None
             if scores.requires_grad:
-                one = torch.zeros_like(scores)
-                one[:, t] = 1
-                more = t + 1 < self.num_targets
-                (gradient,) = torch.autograd.grad(scores, x, one, retain_graph=more, allow_unused=True)
+                one_hot = torch.zeros_like(scores)
+                one_hot[:, t] = 1
+                retain_graph = t + 1 < self.num_targets
+                (gradient,) = torch.autograd.grad(scores, x, one_hot, retain_graph=retain_graph, allow_unused=True)
             yield torch.zeros_like(x, requires_grad=False).float() if gradient is None else gradient.float()
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _image_scores(self, outputs: ForwardResult, image: int) -> Tensor:
+        rows = torch.full((len(outputs.logits),), image, device=outputs.logits.device)
+        return self.targets.scores(outputs, rows)
+
+    def _with_probabilities(self, outputs: ForwardResult) -> ForwardResult:
+        """Replace the logits by probabilities."""
+        sigmoid = self.model.final_activation == "sigmoid"
+        return replace(outputs, logits=outputs.logits.sigmoid() if sigmoid else outputs.logits.softmax(1))
+
+
+@dataclass(frozen=True)
+class LayerContext(MethodContext):
+    """A `MethodContext` with the layer that a method works at.
+
+    Attributes
+    ----------
+    layer : Layer
+    """
+
+    layer: Layer
 
     @contextmanager
     def from_layer(self, image: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Only the part behind the layer: the block gets what the targets of one picture score, (M, T), for maps
-        (M, C, h, w) in the place of the layer's output."""
-        assert self.layer is not None
+        """Run only the part of the network after the layer.
+
+        The block gets a function that takes maps (M, C, h, w) in place of the layer's output for one image and returns
+        the scores (M, T) of the image's targets.
+        """
         with resume.resume_from_layer(self.model, self.layer.name, self.x[image : image + 1]) as run:
 
             def scores(maps: Tensor) -> Tensor:
-                return self._target_scores(run(pad_to_fixed_batch(self.model, maps)), image)[: len(maps)]
+                return self._image_scores(run(pad_to_fixed_batch(self.model, maps)), image)[: len(maps)]
 
             yield scores
 
     def layer_activations(self) -> Tensor:
-        """The layer's output (B, C, h, w), float32, without gradients."""
-        assert self.layer is not None
+        """Compute the layer's output (B, C, h, w), float32, without gradients."""
         with torch.no_grad(), capture.capture_layers(self.model, [self.layer.name], stop_early=True) as run:
             return run(self.x).maps[self.layer.name].float()
-
-    def _target_scores(self, seen: ForwardResult, image: int | Tensor) -> Tensor:
-        if isinstance(image, Tensor):
-            return self.targets.scores(seen, pad_to_fixed_batch(self.model, image))
-        return self.targets.scores(seen, torch.full((len(seen.logits),), image, device=seen.logits.device))
-
-
-def _with_probabilities(model: Model, seen: ForwardResult) -> ForwardResult:
-    """Probabilities in the place of logits."""
-    return replace(
-        seen, logits=seen.logits.sigmoid() if model.final_activation == "sigmoid" else seen.logits.softmax(1)
-    )

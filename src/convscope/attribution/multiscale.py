@@ -1,64 +1,79 @@
-"""Pictures shown larger than the network's own input, so that its last maps have more places."""
+"""Heatmaps of images enlarged beyond the network's input size, so that the last maps have more positions."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.runner import BatchResult, HeatmapJob, MethodMaps, fuse_maps, run_batch, tell_part
+from convscope.attribution.fusion import fuse_maps
+from convscope.attribution.runner import BatchResult, HeatmapJob, MethodMaps, ReportProgress, report_step, run_batch
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
+MAX_SCALE = 16
+
 
 def validate_scales(model: Model, scale: float | Sequence[float]) -> tuple[float, ...]:
-    """The scales as asked for, the network's own first.
+    """Return the scales in ascending order, the network's own (1) first.
 
-    Raises ConvscopeError for any that makes no sense or that the network does not take.
+    Raises
+    ------
+    ConvscopeError
+        For invalid scales, and for scales at which the network does not run.
     """
-    given = [scale] if isinstance(scale, int | float) else list(scale)
-    if not given or not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 < s <= 16 for s in given):
-        raise ConvscopeError(f"scale is {scale!r}; expected a number above 0, at most 16, or several")
-    scales = tuple(sorted({float(s) for s in given}, key=lambda s: (s != 1, s)))
+    candidates = [scale] if isinstance(scale, int | float) else list(scale)
+    if not candidates or not all(_is_scale(s) for s in candidates):
+        raise ConvscopeError(f"scale is {scale!r}; expected a number above 0 and at most {MAX_SCALE}, or several")
+    scales = tuple(sorted({float(s) for s in candidates}, key=lambda s: (s != 1, s)))
     for s in scales:
         if s != 1:
-            _require_taken(model, scale_preprocessing(model.preprocessing, s).size)
+            _require_runs(model, scale_preprocessing(model.preprocessing, s).size)
     return scales
 
 
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SCALE
+
+
 def scale_preprocessing(preprocessing: Preprocessing, scale: float) -> Preprocessing:
-    """The same preprocessing for an input `scale` times as large, which shows the same part of the picture."""
+    """Return the preprocessing for an input `scale` times as large that shows the same part of the image."""
     size = tuple(max(1, round(side * scale)) for side in preprocessing.size)
-    short = preprocessing.resize or round(max(preprocessing.size) / 0.875)
-    resize = max(*size, round(short * scale)) if len(size) == 2 else None
-    return dataclasses.replace(preprocessing, size=size, resize=resize)
+    short_side = preprocessing.resize or round(max(preprocessing.size) / 0.875)
+    resize = max(*size, round(short_side * scale)) if len(size) == 2 else None
+    return replace(preprocessing, size=size, resize=resize)
 
 
 def iter_batches(
-    pictures: ImageBatchLoader, images: Any, scales: Sequence[float], size: int
+    loader: ImageBatchLoader, images: object, scales: Sequence[float], size: int
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Every batch of `pictures`, and its inputs at each scale, read from the pictures anew: detail that the network's
-    own size would lose is there. Tensors, which are prepared already, are interpolated."""
-    others = {
-        s: ImageBatchLoader(
-            images, scale_preprocessing(pictures.preprocessing, s), fit=pictures.fit, max_pixels=pictures.max_pixels
-        ).batches(size)
-        for s in scales
-        if s != 1 and not isinstance(images, Tensor)
-    }
-    for batch in pictures.batches(size):
-        yield (
-            batch,
-            [batch.x if s == 1 else next(others[s]).x if s in others else _stretched(batch.x, s) for s in scales],
+    """Yield each batch of `size` images with its inputs at every scale.
+
+    Images are resized from the original for each scale, so that enlarged inputs show more detail. Tensors, which are
+    preprocessed already, are interpolated.
+    """
+    if isinstance(images, Tensor):
+        for batch in loader.batches(size):
+            yield batch, [batch.x if s == 1 else _interpolate(batch.x, s) for s in scales]
+        return
+    loaders = [
+        ImageBatchLoader(
+            images, scale_preprocessing(loader.preprocessing, s), fit=loader.fit, max_pixels=loader.max_pixels
         )
+        for s in scales
+        if s != 1
+    ]
+    scaled_batches = [scaled_loader.batches(size) for scaled_loader in loaders]
+    for batch in loader.batches(size):
+        scaled = [next(batches).x for batches in scaled_batches]
+        yield batch, [batch.x, *scaled] if scales[0] == 1 else scaled
 
 
 def run_multiscale(
@@ -66,45 +81,55 @@ def run_multiscale(
     batch: Batch,
     scales: Sequence[float],
     inputs: Sequence[Tensor],
-    report_progress: Callable[[float], None],
+    report_progress: ReportProgress,
 ) -> BatchResult:
-    """One batch at several scales, each cell's maps fused as its layers' are.
+    """Compute the maps of all methods for one batch at several scales, and fuse them over the scales.
 
-    Targets and logits are those of the network's own input size, whatever the scales.
+    Targets and logits are those at the network's own input size.
+
+    Parameters
+    ----------
+    job : HeatmapJob
+    batch : Batch
+    scales : sequence of float
+        As returned by `validate_scales`.
+    inputs : sequence of Tensor
+        The batch's input at each scale.
+    report_progress : callable
     """
-    own = None
+    results: list[BatchResult] = []
     if scales[0] != 1:
-        own = run_batch(dataclasses.replace(job, specs=(), smooth=None), batch.x, batch.indices, lambda share: None)
-    answers: list[BatchResult] = []
+        results.append(run_batch(replace(job, specs=(), smooth=None), batch.x, batch.indices, report_progress))
     work = [s ** len(job.model.preprocessing.size) for s in scales]
     for i, x in enumerate(inputs):
-        done, whole = sum(work[:i]) / sum(work), work[i] / sum(work)
-        first = own or (answers[0] if answers else None)
-        part = partial(tell_part, report_progress, done, whole)
-        answers.append(run_batch(job, x, batch.indices, part, None if first is None else first.targets))
-    if len(answers) == 1:
-        return answers[0] if own is None else dataclasses.replace(own, maps=answers[0].maps)
-    cells = (
-        MethodMaps(fuse_maps([answer.maps[c].values for answer in answers], cell.fuse))
-        for c, cell in enumerate(job.specs)
+        report_scale = partial(report_step, report_progress, sum(work[:i]), work[i], sum(work))
+        targets = results[0].targets if results else None
+        results.append(run_batch(job, x, batch.indices, report_scale, targets))
+    reference, scaled = results[0], results[-len(scales) :]
+    if len(scaled) == 1:
+        return replace(reference, maps=scaled[0].maps)
+    maps = tuple(
+        MethodMaps(fuse_maps([result.maps[s].values for result in scaled], spec.fuse))
+        for s, spec in enumerate(job.specs)
     )
-    return dataclasses.replace(own or answers[0], maps=tuple(cells))
+    return replace(reference, maps=maps)
 
 
-def _stretched(x: Tensor, scale: float) -> Tensor:
+def _interpolate(x: Tensor, scale: float) -> Tensor:
     sides = [max(1, round(side * scale)) for side in x.shape[2:]]
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
     return F.interpolate(x, sides, mode=mode, align_corners=False, antialias=len(sides) == 2)
 
 
-def _require_taken(model: Model, size: tuple[int, ...]) -> None:
+def _require_runs(model: Model, size: tuple[int, ...]) -> None:
+    """Raise ConvscopeError if the network does not run on inputs of this size."""
     try:
         with torch.no_grad(), capture.capture_layers(model, []) as run:
             run(torch.zeros(model.fixed_batch_size or 1, model.preprocessing.channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        own, asked = (" x ".join(map(str, sides)) for sides in (model.preprocessing.size, size))
+        own_size, scaled_size = (" x ".join(map(str, sides)) for sides in (model.preprocessing.size, size))
         reason = " ".join(str(error).split())[:200]
         raise ConvscopeError(
-            f"the network does not run on inputs of {asked} ({type(error).__name__}: {reason}); its own size is {own}: "
-            "leave scale at 1"
+            f"the network does not run on inputs of {scaled_size} ({type(error).__name__}: {reason}); its own size is "
+            f"{own_size}: leave scale at 1"
         ) from error

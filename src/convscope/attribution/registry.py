@@ -1,11 +1,10 @@
-"""The table of methods: one row each."""
+"""The table of heatmap methods."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -18,22 +17,38 @@ from convscope.errors import ConvscopeError, nearest
 
 @dataclass(frozen=True)
 class CamMethod:
-    """A pure function of a layer's output and its gradient, (N, C, ...) both, that gives (N, ...).
+    """A pure function of a layer's activation and gradient.
 
-    All of these share one forward and one backward pass. `scores` are what the gradient is taken of; None: the function
-    takes the layer's output alone, and gives the same for every target.
+    All such methods share one forward and one backward pass.
+
+    Attributes
+    ----------
+    function : callable
+        ``function(activation, gradient) -> map``, from (N, C, ...) twice to (N, ...); ``function(activation)`` if
+        `score` is None.
+    score : callable or None
+        ``score(targets, outputs) -> Tensor`` of shape (B, T): what the gradient is taken of. None for methods that
+        need no gradient and give the same map for every target.
     """
 
     function: Callable[..., Tensor]
-    scores: Callable[[BatchTargets, ForwardResult], Tensor] | None = BatchTargets.scores
+    score: Callable[[BatchTargets, ForwardResult], Tensor] | None = BatchTargets.scores
     at_input = False
 
 
 @dataclass(frozen=True)
 class ModelMethod:
-    """A function that puts its own questions to the network. `at_input`: its maps lie on the input, not on a layer.
+    """A method that runs its own forward and backward passes.
 
-    `check` takes the options and raises ConvscopeError for what makes no sense whatever the picture.
+    Attributes
+    ----------
+    function : callable
+        ``function(context, **options) -> MethodOutput``; `context` is a `MethodContext` if `at_input`, else a
+        `LayerContext`.
+    at_input : bool
+        Whether its maps lie on the input rather than on a layer.
+    check : callable or None
+        ``check(**options)`` validates the options before the network runs; raises ``ConvscopeError``.
     """
 
     function: Callable[..., MethodOutput]
@@ -75,28 +90,25 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(name: str) -> Method:
-    """The method of that name. Raises ConvscopeError, with the nearest names, when there is none."""
+    """Look up a method by name; raise ConvscopeError with the nearest names for an unknown one."""
     if name not in METHODS:
         raise ConvscopeError(f"method {name!r} is not known; nearest: {nearest(name, list(METHODS))}")
     return METHODS[name]
 
 
-def method_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a method, the given ones and the others' defaults.
-
-    Raises ConvscopeError for unknown ones, and for values that make no sense.
-    """
+def method_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Validate a method's options and add the defaults of the others; raise ConvscopeError for invalid ones."""
     method = get_method(name)
-    known = {
+    defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(method.function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     for key in options:
-        if key not in known:
-            has = f"its options: {', '.join(known)}" if known else "it has no options"
-            raise ConvscopeError(f"method {name!r} has no option {key!r}; {has}")
-    settings = {**known, **options}
+        if key not in defaults:
+            known = f"its options: {', '.join(defaults)}" if defaults else "it has no options"
+            raise ConvscopeError(f"method {name!r} has no option {key!r}; {known}")
+    settings = {**defaults, **options}
     if isinstance(method, ModelMethod) and method.check is not None:
         method.check(**settings)
     return settings

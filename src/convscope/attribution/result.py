@@ -1,4 +1,4 @@
-"""What heatmaps are, once made."""
+"""The result of `convscope.heatmaps`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,48 @@ from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.results import Result
 
+INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
+
 
 @dataclass(frozen=True, eq=False)
 class Heatmaps(Result):
-    """Evidence for N x T targets, per place.
+    """Evidence for T targets in each of N images.
 
-    `values` is float32 (N, T, h, w): raw, signed, at the layer's own resolution, or at the input's for methods that
-    look there (`layer` is then "input"). `targets` (N, T) are classes, -1 for functions; `logits` (N, T) are theirs, or
-    what the functions gave. `why` says why this layer was chosen. `more` holds what the method found besides: the
-    completeness error of integrated gradients, the standard error of RISE.
+    Attributes
+    ----------
+    model : Model
+    values : ndarray of shape (N, T, h, w), float32
+        Evidence at each position: signed, not normalised, at the layer's resolution or, for methods at the input, the
+        input's.
+    targets : ndarray of shape (N, T)
+        Class indices; -1 for functions.
+    logits : ndarray of shape (N, T)
+        The targets' logits; for functions, their values.
+    layer : str
+        Name of the layer, several joined by " + ", or "input".
+    method : str
+    fit : str
+    image_names : tuple of str
+        Paths of the N images, or "image 0", ...
+    geometry : tuple of Geometry
+        Where the network's input lies in each image.
+    image_source : ImageBatchLoader
+        All images that were given.
+    image_indices : tuple of int
+        Positions of the N images in `image_source`.
+    target_spec : TargetSpec
+        The targets as they were given.
+    settings : mapping
+        Further arguments of `convscope.heatmaps` and the method's options.
+    layer_reason : str
+        Why this layer was chosen.
+    extras : mapping of ndarray
+        Further arrays of the method, with N and T as first axes: for instance the completeness error of integrated
+        gradients, or the standard error of RISE.
+    notes : tuple of str
+        Remarks, for instance on maps without positive evidence.
+    failed : tuple of Failure
+        Images that could not be read, with the reason.
     """
 
     values: np.ndarray
@@ -46,35 +79,55 @@ class Heatmaps(Result):
 
     @property
     def names(self) -> list[list[str]]:
-        """The targets' names, as `targets`."""
+        """The targets' names, N lists of T."""
         return self.target_spec.names(self.targets, self.image_indices)
 
     def resized(self) -> list[np.ndarray]:
-        """Per picture (T, H, W), raw, in that picture's own geometry; 0 where the network did not look."""
+        """Resize the maps to the images' own sizes.
+
+        Returns
+        -------
+        list of ndarray of shape (T, H, W)
+            One per image, not normalised; 0 outside the part of the image that the network was shown.
+        """
         maps = torch.from_numpy(self.values)
-        return [where.to_original(m).numpy() for where, m in zip(self.geometry, maps, strict=True)]
+        return [geometry.to_original(m).numpy() for geometry, m in zip(self.geometry, maps, strict=True)]
 
     def overlay(self, alpha: float = 0.4, colormap: str = "jet") -> list[Image.Image]:
-        """The N x T pictures, picture by picture, under their heat: rectified, divided by its maximum, coloured.
+        """Lay the positive part of each map, divided by its maximum, over its image in colors.
 
-        `colormap` is any of matplotlib's ("viridis" and "inferno" are perceptually uniform). Where there is no positive
-        evidence at all the map is zero everywhere, and `notes` say so. Of maps on the input, single pixels would be all
-        that can be seen: they are drawn spread over a hundredth of the picture, the hottest half percent alike.
+        At the input, where single pixels would hardly be visible, maps are first smoothed by a Gaussian with a
+        standard deviation of 1 % of the longer side, and divided by their 99.5 % quantile.
+
+        Parameters
+        ----------
+        alpha : float
+            Opacity of the colors, 0 to 1.
+        colormap : str
+            Any colormap of matplotlib; "viridis" and "inferno" are perceptually uniform.
+
+        Returns
+        -------
+        list of Image
+            N x T images; the T targets of an image follow each other.
         """
         return list(self.iter_overlays(alpha, colormap))
 
     def iter_overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
-        """The pictures of `overlay` one after another, so that memory does not grow with their number."""
-        for index, where, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
-            original = self.image_source.original(index)
-            shown = where.to_original(_spread(maps) if self.layer == "input" else maps).numpy()
-            for heatmap in shown:
-                yield blend(original, _unit_range(heatmap, 0.995 if self.layer == "input" else 1), alpha, colormap)
+        """Yield the images of `overlay` one at a time, so that memory does not grow with their number."""
+        at_input = self.layer == "input"
+        for index, geometry, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
+            image = self.image_source.original(index)
+            resized = geometry.to_original(_smooth(maps) if at_input else maps).numpy()
+            for heatmap in resized:
+                yield blend(image, _scale_to_unit(heatmap, INPUT_QUANTILE if at_input else 1), alpha, colormap)
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """Return `values`, `targets`, `logits` and the extras by name, as they are saved."""
         return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.extras}
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
+        """Return the settings of the result, as they are saved in the manifest."""
         return {
             "layer": self.layer,
             "layer_reason": self.layer_reason,
@@ -87,17 +140,18 @@ class Heatmaps(Result):
         }
 
 
-def _unit_range(heatmap: np.ndarray, highest_share: float) -> np.ndarray:
+def _scale_to_unit(heatmap: np.ndarray, quantile: float) -> np.ndarray:
+    """Divide the positive part by its quantile and clip it to [0, 1]."""
     positive = np.maximum(heatmap, 0)
-    highest = positive.max() if highest_share == 1 else np.quantile(positive, highest_share)
+    highest = positive.max() if quantile == 1 else np.quantile(positive, quantile)
     return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heatmap)
 
 
-def _spread(maps: Tensor) -> Tensor:
-    """The positive part of maps (T, h, w), each value spread as a Gaussian over a hundredth of the longer side."""
+def _smooth(maps: Tensor) -> Tensor:
+    """Smooth the positive part of maps (T, h, w) by a Gaussian of 1 % of the longer side."""
     sigma = max(maps.shape[1:]) / 100
-    reach = max(1, round(3 * sigma))
-    weights = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    radius = max(1, round(3 * sigma))
+    weights = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     weights = (weights / weights.sum()).to(maps)
-    rows = F.conv2d(maps.clamp(min=0)[:, None], weights[None, None, :, None], padding=(reach, 0))
-    return F.conv2d(rows, weights[None, None, None], padding=(0, reach))[:, 0]
+    columns = F.conv2d(maps.clamp(min=0)[:, None], weights[None, None, :, None], padding=(radius, 0))
+    return F.conv2d(columns, weights[None, None, None], padding=(0, radius))[:, 0]

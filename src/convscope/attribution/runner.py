@@ -1,63 +1,81 @@
-"""From one batch of pictures to maps: which passes are needed, and what the methods make of them."""
+"""Compute the maps of several methods for one batch of images, with as few passes as possible."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import MethodContext
-from convscope.attribution.registry import CamMethod, ModelMethod, get_method
+from convscope.attribution.augmentation import AUGMENTATIONS, Undo
+from convscope.attribution.context import Extras, LayerContext, MethodContext
+from convscope.attribution.fusion import fuse_maps, mean_in_order
+from convscope.attribution.registry import CamMethod, Method, ModelMethod
 from convscope.attribution.targets import BatchTargets, TargetSpec
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
+from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 
+ReportProgress = Callable[[float], None]
+"""Takes the fraction of the work that is done, 0 to 1."""
+
+ScoreRule = Callable[[BatchTargets, ForwardResult], Tensor]
+
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One method, with its options, at one layer or at several whose maps are fused; without layers: at the input."""
+    """A method with its options, and the layers it works at.
 
-    method: str
+    Attributes
+    ----------
+    name : str
+        Key of the method in `METHODS`.
+    method : Method
+    layers : tuple of Layer
+        The maps of several layers are fused. Empty for methods that work at the input.
+    fuse : str
+        Key of `FUSIONS`.
+    options : mapping
+        Keyword arguments of the method's function.
+    layer_reason : str
+        Why these layers were chosen.
+    """
+
+    name: str
+    method: Method
     layers: tuple[Layer, ...] = ()
     fuse: str = "mean"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     layer_reason: str = ""
 
     @property
     def layer_name(self) -> str:
-        """The layers' names."""
+        """The layers' names, joined by " + "; "input" if there are none."""
         return " + ".join(layer.name for layer in self.layers) or "input"
 
 
 @dataclass(frozen=True)
-class MethodMaps:
-    """What one cell found for a batch: `values` (B, T, ...), and what else there is under its name, (B, ...) each."""
-
-    values: Tensor
-    extras: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """One batch done: the targets and their logits (B, T), and what each cell found."""
-
-    targets: BatchTargets
-    logits: Tensor
-    maps: tuple[MethodMaps, ...]
-
-
-@dataclass(frozen=True)
 class HeatmapJob:
-    """What is to be done with every batch. `smooth` is a key of `VIEWS`."""
+    """What to compute for every batch.
+
+    Attributes
+    ----------
+    model : Model
+    targets : TargetSpec
+    specs : tuple of MethodSpec
+    smooth : str or None
+        Key of `AUGMENTATIONS`.
+    seed : int
+    memory : int
+        Bytes that intermediate results may take.
+    """
 
     model: Model
     targets: TargetSpec
@@ -66,227 +84,247 @@ class HeatmapJob:
     seed: int = 0
     memory: int = 0
 
+    @cached_property
     def cam_layers(self) -> list[str]:
-        """The layers whose activations and gradients several cells may share, in the network's order."""
-        wanted = {
-            row.name for cell in self.specs if isinstance(get_method(cell.method), CamMethod) for row in cell.layers
-        }
-        return [name for name in self.model.layers.names if name in wanted]
+        """The layers whose activations and gradients CAM methods share, in the network's order."""
+        used = {layer.name for spec in self.specs if isinstance(spec.method, CamMethod) for layer in spec.layers}
+        return [name for name in self.model.layers.names if name in used]
 
+    @cached_property
+    def cam_scores(self) -> list[ScoreRule]:
+        """The scores whose gradients CAM methods share, without repetition."""
+        scores = (spec.method.score for spec in self.specs if isinstance(spec.method, CamMethod))
+        return list(dict.fromkeys(score for score in scores if score is not None))
+
+    @cached_property
     def bytes_per_image(self) -> float:
-        """Of memory, for one picture of a batch."""
-        layers = self.cam_layers()
-        asking = any(isinstance(get_method(cell.method), ModelMethod) for cell in self.specs)
-        whole = gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)) if asking else 0.0
-        return max(whole, forward_bytes(self.model, layers[0] if layers else None))
+        """The memory that intermediate results take for one image."""
+        forward = forward_bytes(self.model, self.cam_layers[0] if self.cam_layers else None)
+        if not any(isinstance(spec.method, ModelMethod) for spec in self.specs):
+            return forward
+        return max(gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)), forward)
+
+
+@dataclass(frozen=True)
+class MethodMaps:
+    """The maps of one method for a batch.
+
+    Attributes
+    ----------
+    values : Tensor of shape (B, T, ...)
+    extras : dict of Tensor
+        Further arrays (B, ...) by name.
+    """
+
+    values: Tensor
+    extras: Extras = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The results for a batch.
+
+    Attributes
+    ----------
+    targets : BatchTargets
+    logits : Tensor of shape (B, T)
+        The targets' logits.
+    maps : tuple of MethodMaps
+        One per spec of the job.
+    """
+
+    targets: BatchTargets
+    logits: Tensor
+    maps: tuple[MethodMaps, ...]
 
 
 def run_batch(
     job: HeatmapJob,
     x: Tensor,
     indices: Sequence[int],
-    report_progress: Callable[[float], None],
+    report_progress: ReportProgress,
     targets: BatchTargets | None = None,
 ) -> BatchResult:
-    """The maps of all cells for one batch (B, C, H, W) of the pictures `indices`; their targets, if not chosen yet.
+    """Compute the maps of all methods for one batch.
 
-    `tell` is told the share of the work, 0 to 1, that is done.
+    Parameters
+    ----------
+    job : HeatmapJob
+    x : Tensor of shape (B, C, H, W)
+        Preprocessed images.
+    indices : sequence of int
+        The images' positions among all images.
+    report_progress : callable
+    targets : BatchTargets, optional
+        The images' targets, if they were determined before.
+
+    Returns
+    -------
+    BatchResult
+        On the CPU.
     """
     views = AUGMENTATIONS[job.smooth](x, job.seed)
-    logits: Tensor | None = None
-    found: list[list[MethodMaps]] = []
-    for view, undo in views:
+    num_steps = len(views) * len(job.specs)
+    logits: list[Tensor] = []
+    maps_by_view: list[list[MethodMaps]] = []
+    for v, (view, undo) in enumerate(views):
         shared = _shared_pass(job, view, indices, targets)
-        targets = shared.chosen
-        logits = shared.logits if logits is None else logits
-        found.append([])
-        for cell in job.specs:
-            done = (len(found) - 1) / len(views) + len(found[-1]) / len(job.specs) / len(views)
-            part = partial(tell_part, report_progress, done, 1 / len(job.specs) / len(views))
-            maps = _run_method(job, cell, view, shared, part)
-            require_finite(job.model, maps.values, f"the evidence by {cell.method} at layer {cell.layer_name!r}")
-            grid = maps.values.shape[2:]
-            more = {key: undo(value) if value.shape[2:] == grid else value for key, value in maps.extras.items()}
-            found[-1].append(MethodMaps(undo(maps.values), more))
-    assert targets is not None
-    assert logits is not None
-    cells = (_averaged(views_of_one) for views_of_one in zip(*found, strict=True))
-    return BatchResult(targets, logits.cpu(), tuple(cells))
+        targets = shared.targets
+        logits.append(shared.logits)
+        maps_by_view.append([])
+        for s, spec in enumerate(job.specs):
+            report_part = partial(report_step, report_progress, v * len(job.specs) + s, 1, num_steps)
+            maps = _run_method(job, spec, view, shared, report_part)
+            maps_by_view[v].append(_undo_view(maps, undo))
+    averages = tuple(_average_views(maps) for maps in zip(*maps_by_view, strict=True))
+    return BatchResult(shared.targets, logits[0].cpu(), averages)
 
 
-class _Shared(NamedTuple):
-    """What is kept of one forward pass, and for each way to score it the gradients (T, B, C, ...) at every layer."""
+def _undo_view(maps: MethodMaps, undo: Undo) -> MethodMaps:
+    """Map values, and extras on the same grid, back to the original images."""
+    grid = maps.values.shape[2:]
+    extras = {key: undo(value) if value.shape[2:] == grid else value for key, value in maps.extras.items()}
+    return MethodMaps(undo(maps.values), extras)
 
-    maps: dict[str, Tensor]
-    chosen: BatchTargets
+
+def _average_views(maps: Sequence[MethodMaps]) -> MethodMaps:
+    """Average the maps of several views; move them to the CPU."""
+    extras = {key: mean_in_order([m.extras[key] for m in maps]).cpu() for key in maps[0].extras}
+    return MethodMaps(mean_in_order([m.values for m in maps]).cpu(), extras)
+
+
+def report_step(report_progress: ReportProgress, done: float, step: float, total: float, fraction: float) -> None:
+    """Report that `fraction` of a step of size `step` is done, after `done` of `total`."""
+    report_progress((done + step * fraction) / total)
+
+
+# --- the pass that CAM methods share ----------------------------------------------------------------------------------
+
+
+class _SharedPass(NamedTuple):
+    """The outcome of a forward pass and its backward passes.
+
+    `activations` are (B, C, ...) by layer. `gradients` are (T, B, C, ...) by score rule and layer.
+    """
+
+    activations: dict[str, Tensor]
+    targets: BatchTargets
     logits: Tensor
-    gradients: dict[Callable[..., Tensor], dict[str, Tensor]]
+    gradients: dict[ScoreRule, dict[str, Tensor]]
 
 
-def _shared_pass(plan: HeatmapJob, x: Tensor, indices: Sequence[int], chosen: BatchTargets | None) -> _Shared:
-    layers = plan.cam_layers()
-    ways = dict.fromkeys(
-        m.scores for c in plan.specs if isinstance(m := get_method(c.method), CamMethod) and m.scores is not None
-    )
-    with torch.no_grad(), capture.capture_layers(plan.model, layers, detach_at_layer=bool(ways)) as run:
-        seen = run(x)
-        require_finite(plan.model, seen.logits, "the network's output")
-        chosen = plan.targets.for_batch(indices, seen.logits) if chosen is None else chosen
-        gradients = {}
-        for way in ways:
+def _shared_pass(job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: BatchTargets | None) -> _SharedPass:
+    gradients = {}
+    with (
+        torch.no_grad(),
+        capture.capture_layers(job.model, job.cam_layers, detach_at_layer=bool(job.cam_scores)) as run,
+    ):
+        outputs = run(x)
+        require_finite(job.model, outputs.logits, "the network's output")
+        targets = job.targets.for_batch(indices, outputs.logits) if targets is None else targets
+        for score in job.cam_scores:
             with torch.enable_grad():
-                scores = way(chosen, seen)
-            gradients[way] = _gradients(plan, scores, {name: seen.maps[name] for name in layers})
-    maps = {name: tensor.detach().float() for name, tensor in seen.maps.items()}
-    return _Shared(maps, chosen, chosen.logits(seen), gradients)
+                scores = score(targets, outputs)
+            gradients[score] = _gradients(job, scores, outputs.maps)
+    activations = {name: activation.detach().float() for name, activation in outputs.maps.items()}
+    return _SharedPass(activations, targets, targets.logits(outputs), gradients)
 
 
-def _gradients(plan: HeatmapJob, scores: Tensor, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of T scores (B, T) at each layer, (T, B, C, ...) float32.
+def _gradients(job: HeatmapJob, scores: Tensor, activations: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the gradients (T, B, C, ...) float32 of scores (B, T) at each layer.
 
-    A picture's score depends on no other picture, so the gradient of the sum holds each picture's own. Several targets
-    go back together, as many as fit into memory.
+    An image's score depends on no other image, so the gradient of the scores' sum holds each image's own. As many
+    targets as fit into memory share a backward pass.
     """
-    if not scores.requires_grad:  # nothing leads from the layers to the scores
-        return {n: m.new_zeros((scores.shape[1], *m.shape), dtype=torch.float32) for n, m in maps.items()}
     count = scores.shape[1]
-    fits = max(1, int(plan.memory // (2 * len(scores) * plan.bytes_per_image())))
-    ends = list(maps.values())
-    found = [part for targets in balanced_chunks(range(count), fits) for part in _backward(scores, targets, ends)]
-    zeros = [m.new_zeros(1).expand(count, *m.shape) for m in ends]
-    columns = [
-        zero if parts[0] is None else torch.cat([part for part in parts if part is not None]).float()
-        for zero, parts in zip(zeros, zip(*found, strict=True), strict=True)
+    if not scores.requires_grad:  # the scores depend on none of the layers
+        return {
+            name: tensor.new_zeros((count, *tensor.shape), dtype=torch.float32) for name, tensor in activations.items()
+        }
+    max_targets = max(1, int(job.memory // (2 * len(scores) * job.bytes_per_image)))
+    layers = list(activations.values())
+    chunks = [
+        gradients
+        for targets in balanced_chunks(range(count), max_targets)
+        for gradients in _backward(scores, targets, layers)
     ]
-    return dict(zip(maps, columns, strict=True))
+    by_layer = zip(*chunks, strict=True)
+    return {
+        name: _join_targets(activation, parts, count)
+        for (name, activation), parts in zip(activations.items(), by_layer, strict=True)
+    }
 
 
-def _backward(scores: Tensor, targets: Sequence[int], ends: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
-    """The gradients (t, B, C, ...) of some of the targets at each of `ends`; None where there is none.
+def _join_targets(activation: Tensor, parts: Sequence[Tensor | None], count: int) -> Tensor:
+    """Join the gradients of all targets at a layer; zeros where the scores do not depend on it."""
+    gradients = [part for part in parts if part is not None]
+    if not gradients:
+        return activation.new_zeros(1).expand(count, *activation.shape)
+    return torch.cat(gradients).float()
 
-    The graph is kept: other targets and other ways to score go back through it too.
+
+def _backward(scores: Tensor, targets: Sequence[int], layers: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+    """Yield the gradients (t, B, C, ...) of some targets' scores at each layer; None where there is no dependence.
+
+    The graph is retained for other targets and scores.
     """
-    ones = torch.zeros(len(targets), *scores.shape, device=scores.device)
-    ones[range(len(targets)), :, list(targets)] = 1
-    go_back = partial(torch.autograd.grad, scores, ends, retain_graph=True, allow_unused=True)
+    one_hot = torch.zeros(len(targets), *scores.shape, device=scores.device)
+    one_hot[range(len(targets)), :, list(targets)] = 1
+    grad = partial(torch.autograd.grad, scores, layers, retain_graph=True, allow_unused=True)
     if len(targets) > 1:
         try:
-            yield go_back(ones, is_grads_batched=True)
+            yield grad(one_hot, is_grads_batched=True)
             return
-        except RuntimeError:  # a backward pass that looks at its own numbers takes one target at a time
+        except RuntimeError:  # some backward functions cannot be batched: one target at a time
             pass
-    for one in ones:
-        yield [None if gradient is None else gradient[None] for gradient in go_back(one)]
+    for grad_output in one_hot:
+        yield [None if gradient is None else gradient[None] for gradient in grad(grad_output)]
+
+
+# --- single methods ---------------------------------------------------------------------------------------------------
 
 
 def _run_method(
-    plan: HeatmapJob, cell: MethodSpec, x: Tensor, shared: _Shared, tell: Callable[[float], None]
+    job: HeatmapJob, spec: MethodSpec, x: Tensor, shared: _SharedPass, report_progress: ReportProgress
 ) -> MethodMaps:
-    method = get_method(cell.method)
-    if isinstance(method, CamMethod):
-        maps = [_cam_maps(method, shared, row.name, plan.targets.num_targets) for row in cell.layers]
-        tell(1)
-        return MethodMaps(fuse_maps(maps, cell.fuse))
-    larger = x[0, 0].numel() / math.prod(plan.model.preprocessing.size)
-    size = batch_size(plan.model, plan.bytes_per_image() * larger, plan.memory)
-    found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    with capture.capture_layers(plan.model, []) as run:
-        for layer in cell.layers or (None,):
-            done = len(found) / len(cell.layers or (None,))
-            part = partial(tell_part, tell, done, 1 / len(cell.layers or (None,)))
-            question = MethodContext(plan.model, x, shared.chosen, run, size, plan.seed, part, layer)
-            answer = method.function(question, **cell.options)
-            found.append(answer if isinstance(answer, tuple) else (answer, {}))
-            part(1)
-    return MethodMaps(
-        fuse_maps([values.float() for values, _ in found], cell.fuse), found[0][1] if len(found) == 1 else {}
-    )
+    if isinstance(spec.method, CamMethod):
+        maps = _run_cam(spec, spec.method, shared)
+        report_progress(1)
+    else:
+        maps = _run_model_method(job, spec, x, shared.targets, report_progress)
+    require_finite(job.model, maps.values, f"the evidence by {spec.name} at layer {spec.layer_name!r}")
+    return maps
 
 
-def _cam_maps(method: CamMethod, shared: _Shared, layer: str, count: int) -> Tensor:
-    """The maps of T targets (B, T, ...)."""
-    if method.scores is None:
-        one = method.function(shared.maps[layer])[:, None]
-        return one.expand(-1, count, *one.shape[2:])
-    gradients = shared.gradients[method.scores][layer]
-    return torch.stack([method.function(shared.maps[layer], gradient) for gradient in gradients], dim=1)
+def _run_cam(spec: MethodSpec, method: CamMethod, shared: _SharedPass) -> MethodMaps:
+    num_targets = shared.targets.classes.shape[1]
+    maps = []
+    for layer in spec.layers:
+        activation = shared.activations[layer.name]
+        if method.score is None:
+            values = method.function(activation)[:, None]
+            maps.append(values.expand(-1, num_targets, *values.shape[2:]))
+        else:
+            gradients = shared.gradients[method.score][layer.name]
+            maps.append(torch.stack([method.function(activation, gradient) for gradient in gradients], dim=1))
+    return MethodMaps(fuse_maps(maps, spec.fuse))
 
 
-def tell_part(tell: Callable[[float], None], done: float, whole: float, share: float) -> None:
-    """Tell that a share of a part of the work is done, the part being `whole` of it all, behind what was `done`."""
-    tell(done + whole * share)
-
-
-def _averaged(maps: Sequence[MethodMaps]) -> MethodMaps:
-    """The mean over views, on the CPU."""
-    more = {key: _mean([m.extras[key] for m in maps]).cpu() for key in maps[0].extras}
-    return MethodMaps(_mean([m.values for m in maps]).cpu(), more)
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other: torch's own mean rounds differently for different places in memory."""
-    return sum(tensors[1:], tensors[0]) / len(tensors)
-
-
-# --- several layers --------------------------------------------------------------------------------------------------
-
-
-def fuse_maps(maps: Sequence[Tensor], how: str) -> Tensor:
-    """Maps (B, T, ...) of several layers as one at the finest of their resolutions, each divided by its largest value
-    beforehand, so that no layer drowns the others."""
-    if len(maps) == 1:
-        return maps[0]
-    finest = max((m.shape[2:] for m in maps), key=math.prod)
-    return FUSIONS[how](torch.stack([_stretched(_unit(m), finest) for m in maps]))
-
-
-def _unit(maps: Tensor) -> Tensor:
-    largest = maps.abs().amax(tuple(range(2, maps.ndim)), keepdim=True)
-    return maps / torch.where(largest > 0, largest, 1)
-
-
-def _stretched(maps: Tensor, size: Sequence[int]) -> Tensor:
-    modes = {1: "linear", 2: "bilinear", 3: "trilinear"}
-    return F.interpolate(maps, tuple(size), mode=modes[len(size)], align_corners=False)
-
-
-def _product(maps: Tensor) -> Tensor:
-    """What all layers agree upon: the geometric mean of the positive evidence."""
-    return maps.clamp(min=0).prod(0) ** (1 / len(maps))
-
-
-FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda maps: _mean([*maps]),
-    "max": lambda maps: maps.amax(0),  # Jiang et al. 2021, section III.D, without their tanh for early layers
-    "product": _product,
-}
-
-# --- smoothing over views --------------------------------------------------------------------------------------------
-
-View = tuple[Tensor, Callable[[Tensor], Tensor]]  # an input, and what brings its maps back
-NOISES, NOISE = 8, 0.1  # copies; standard deviation as a share of the picture's own range of values
-
-
-def _as_it_is(x: Tensor, seed: int) -> list[View]:
-    return [(x, lambda maps: maps)]
-
-
-def _flips(x: Tensor, seed: int) -> list[View]:
-    """The picture and its mirror image."""
-    return [*_as_it_is(x, seed), (x.flip(-1), lambda maps: maps.flip(-1))]
-
-
-def _noise(x: Tensor, seed: int) -> list[View]:
-    """The picture and noisy copies of it: the same noise for every picture, whatever its neighbours."""
-    draw = torch.Generator().manual_seed(seed)
-    positions = tuple(range(1, x.ndim))
-    spread = NOISE * (x.amax(positions, keepdim=True) - x.amin(positions, keepdim=True))
-    copies = [x + spread * torch.randn(x.shape[1:], generator=draw).to(x) for _ in range(NOISES)]
-    return [*_as_it_is(x, seed), *((copy, lambda maps: maps) for copy in copies)]
-
-
-AUGMENTATIONS: dict[str | None, Callable[[Tensor, int], list[View]]] = {
-    None: _as_it_is,
-    "flips": _flips,
-    "noise": _noise,
-}
+def _run_model_method(
+    job: HeatmapJob, spec: MethodSpec, x: Tensor, targets: BatchTargets, report_progress: ReportProgress
+) -> MethodMaps:
+    scale = x[0, 0].numel() / math.prod(job.model.preprocessing.size)
+    size = batch_size(job.model, job.bytes_per_image * scale, job.memory)
+    layers = spec.layers or (None,)
+    values: list[Tensor] = []
+    extras: Extras = {}
+    with capture.capture_layers(job.model, []) as run:
+        for i, layer in enumerate(layers):
+            report_layer = partial(report_step, report_progress, i, 1, len(layers))
+            arguments = (job.model, x, targets, run, size, job.seed, report_layer)
+            context = MethodContext(*arguments) if layer is None else LayerContext(*arguments, layer)
+            output = spec.method.function(context, **spec.options)
+            maps, extras = output if isinstance(output, tuple) else (output, {})
+            values.append(maps.float())
+            report_layer(1)
+    return MethodMaps(fuse_maps(values, spec.fuse), extras if len(layers) == 1 else {})

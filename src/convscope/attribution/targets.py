@@ -1,13 +1,14 @@
-"""What a heatmap is asked about: classes, contrasts between them, or any function of the network's output."""
+"""Targets of heatmaps: classes, contrasts between classes, and functions of the network's output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.engine.capture import ForwardResult
@@ -16,14 +17,30 @@ from convscope.engine.nested import primary_tensor
 from convscope.errors import ConvscopeError
 
 ScoreFunction = Callable[[Any], Tensor]
+"""A function of the network's output for M inputs, of any type, that returns the scores (M,)."""
+
+ClassLabel = str | int | np.integer[Any]
+"""A class, by name or index."""
+
+ClassLabels = ClassLabel | Sequence[ClassLabel] | Sequence[Sequence[ClassLabel]] | np.ndarray | Tensor
+"""One class for all images, one per image, or several per image."""
+
+Targets = ClassLabels | ScoreFunction | Sequence[ScoreFunction]
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """T things asked about each of N pictures.
+    """T targets for each of N images.
 
-    `classes` is (N, T), or None where each picture's top class is meant; `against` (N, A) holds classes whose mean
-    logit is taken off. With `functions`, T functions of the network's output (M, ...) that give (M,), there are none.
+    Attributes
+    ----------
+    model : Model
+    classes : Tensor of shape (N, T), optional
+        Class indices; None for each image's top class.
+    against : Tensor of shape (N, A), optional
+        Classes whose mean logit is subtracted from each target's logit.
+    functions : tuple of callable
+        T functions of the network's output, instead of classes.
     """
 
     model: Model = field(repr=False)
@@ -33,197 +50,325 @@ class TargetSpec:
 
     @property
     def num_targets(self) -> int:
-        """T."""
+        """The number T of targets per image."""
         return len(self.functions) or (1 if self.classes is None else self.classes.shape[1])
 
     def for_batch(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
-        """The targets of some of the pictures, whose logits are (B, K)."""
+        """Select the targets of the images `indices`, whose logits (B, K) determine the top class."""
         rows, device = list(indices), logits.device
         if self.functions:
             return BatchTargets(torch.full((len(rows), len(self.functions)), -1, device=device), None, self.functions)
-        top = logits.argmax(1, keepdim=True) if self.classes is None else self.classes[rows].to(device)
-        return BatchTargets(top, None if self.against is None else self.against[rows].to(device))
+        classes = logits.argmax(1, keepdim=True) if self.classes is None else self.classes[rows].to(device)
+        return BatchTargets(classes, None if self.against is None else self.against[rows].to(device))
 
     def names(self, classes: np.ndarray, indices: Sequence[int]) -> list[list[str]]:
-        """What the targets (B, T) of some of the pictures are called."""
+        """Name the targets (B, T) of the images `indices`, whose classes are `classes` (B, T)."""
         if self.functions:
-            return [[_called(f) for f in self.functions]] * len(classes)
-        named = [[self.model.class_name(int(c)) for c in row] for row in classes]
+            return [[_function_name(function) for function in self.functions]] * len(classes)
+        names = [[self.model.class_name(int(c)) for c in row] for row in classes]
         if self.against is None:
-            return named
-        others = [" and ".join(self.model.class_name(int(c)) for c in row) for row in self.against[list(indices)]]
-        return [[f"{name} rather than {other}" for name in row] for row, other in zip(named, others, strict=True)]
+            return names
+        contrasts = [" and ".join(self.model.class_name(int(c)) for c in row) for row in self.against[list(indices)]]
+        return [
+            [f"{name} rather than {contrast}" for name in row] for row, contrast in zip(names, contrasts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """The targets of one batch: `classes` (B, T), -1 for functions."""
+    """The targets of a batch of B images.
+
+    Attributes
+    ----------
+    classes : Tensor of shape (B, T)
+        Class indices, -1 for functions.
+    against : Tensor of shape (B, A), optional
+        Classes whose mean logit is subtracted.
+    functions : tuple of callable
+        T functions of the network's output, instead of classes.
+    """
 
     classes: Tensor
     against: Tensor | None = None
     functions: tuple[ScoreFunction, ...] = ()
 
-    def scores(self, seen: ForwardResult, rows: Tensor | None = None) -> Tensor:
-        """What each target scores, (M, T), float32, for one pass through the network.
+    def scores(self, outputs: ForwardResult, rows: Tensor | None = None) -> Tensor:
+        """Compute each target's score for one forward pass.
 
-        `rows` (M,) says which picture of the batch each row of the pass belongs to; None: they are the batch itself.
+        Parameters
+        ----------
+        outputs : ForwardResult
+            The outputs of a pass over M inputs.
+        rows : Tensor of shape (M,), optional
+            The image of the batch that each input belongs to; if omitted, the inputs are the batch itself.
+
+        Returns
+        -------
+        Tensor of shape (M, T), float32
         """
         if self.functions:
-            return torch.stack([_checked(f, f(seen.output), len(seen.logits)) for f in self.functions], dim=1)
+            count = len(outputs.logits)
+            return torch.stack([_check_score(f, f(outputs.output), count) for f in self.functions], dim=1)
         classes = self.classes if rows is None else self.classes[rows]
-        scores = seen.logits.gather(1, classes)
+        scores = outputs.logits.gather(1, classes)
         if self.against is None:
             return scores
         against = self.against if rows is None else self.against[rows]
-        return scores - seen.logits.gather(1, against).mean(1, keepdim=True)
+        return scores - outputs.logits.gather(1, against).mean(1, keepdim=True)
 
-    def logits(self, seen: ForwardResult) -> Tensor:
-        """The targets' own logits (B, T), nothing taken off; what functions give."""
-        return BatchTargets(self.classes, None, self.functions).scores(seen).detach()
+    def logits(self, outputs: ForwardResult) -> Tensor:
+        """Return the targets' logits (B, T) without subtracting `against`; for functions, their values."""
+        return BatchTargets(self.classes, None, self.functions).scores(outputs).detach()
 
 
-def finer_cam_score(chosen: BatchTargets, seen: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
-    """What sets a class apart from the classes nearest to it: y_c - gamma / D sum_d y_d, (B, T).
+def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
+    """Contrast each target's logit with those of the most similar classes (Finer-CAM).
 
-    d runs over the D = `nearest` classes whose logits are closest to that of c. Zhang et al., Finer-CAM, CVPR 2025,
-    equations 5 to 8, with their gamma. (Their program weighs the classes by their probabilities instead, and takes the
-    gradient of these as well.)
+    ::
+
+        s_c = y_c - gamma (1 / D) sum_d y_d
+
+    ``d`` runs over the D classes whose logits are closest to ``y_c``.
+
+    Parameters
+    ----------
+    targets : BatchTargets
+        T classes for each of B images.
+    outputs : ForwardResult
+        The outputs of a pass over the B images.
+    nearest : int
+        The number D of classes to contrast with.
+    gamma : float
+        Strength of the contrast.
+
+    Returns
+    -------
+    Tensor of shape (B, T)
+
+    Raises
+    ------
+    ConvscopeError
+        For targets that are functions or contrasts, and for a network with a single class.
+
+    Notes
+    -----
+    The authors' program differs from their equations: it weights the classes by their probabilities and differentiates
+    these as well.
+
+    References
+    ----------
+    Zhang et al., Finer-CAM: Spotting the Difference Reveals Finer Details for Visual Explanation, CVPR 2025,
+    equations 5 to 8.
     """
-    if chosen.functions or chosen.against is not None:
-        raise ConvscopeError("finer-cam sets a class against those nearest to it by itself: give classes, no against=")
-    logits = seen.logits
+    if targets.functions or targets.against is not None:
+        raise ConvscopeError(
+            "finer-cam contrasts each class with the classes nearest to it: give classes as targets, and no against="
+        )
+    logits = outputs.logits
     if logits.shape[1] == 1:
-        raise ConvscopeError("finer-cam sets a class against those nearest to it, and this network has only one")
-    own = logits.gather(1, chosen.classes)
-    distance = (logits.detach()[:, None] - own.detach()[..., None]).abs()  # (B, T, K)
-    distance.scatter_(2, chosen.classes[..., None], -1)
+        raise ConvscopeError("finer-cam contrasts classes with each other, and this network has a single output")
+    target_logits = logits.gather(1, targets.classes)
+    distance = (logits.detach()[:, None] - target_logits.detach()[..., None]).abs()  # (B, T, K)
+    distance.scatter_(2, targets.classes[..., None], -1)
     others = distance.topk(min(nearest + 1, logits.shape[1]), dim=2, largest=False).indices[..., 1:]
-    return own - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
+    return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
 def segmentation_target(label: int, mask: Any) -> ScoreFunction:
-    """The target "class `target` over a region", for a network that gives maps of classes (N, K, H, W).
+    """Define the target "class `label` inside a region" for a segmentation network.
 
-    Its score is the mean logit over the places where `mask` (any size, brought to H x W) is true.
+    The score is the mean logit of the class over the positions inside the region.
+
+    Parameters
+    ----------
+    label : int
+        Index of the class among the network's K class maps.
+    mask : array_like of shape (H, W)
+        Nonzero inside the region; resized to the network's maps if it has another size.
+
+    Returns
+    -------
+    callable
+        A function of the network's output (N, K, h, w) that returns scores (N,), for `targets` of
+        `convscope.heatmaps`.
+
+    Raises
+    ------
+    ConvscopeError
+        For an empty mask. The function itself raises it for networks without class maps, and if no position of the
+        maps lies inside the region.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, convscope
+    >>> target = convscope.segmentation_target(1, np.eye(2))
+    >>> target(torch.arange(8.0).reshape(1, 2, 2, 2))
+    tensor([5.5000])
     """
     region = torch.as_tensor(np.asarray(mask), dtype=torch.float32)
     if region.ndim != 2 or not bool((region > 0).any()):
-        raise ConvscopeError(f"a mask of shape {tuple(region.shape)}; expected (H, W) with at least one place inside")
+        raise ConvscopeError(
+            f"mask has shape {tuple(region.shape)}; expected (H, W) with at least one position inside the region"
+        )
 
-    def score(output: Any) -> Tensor:
+    def score(output: object) -> Tensor:
         maps = primary_tensor(output)
         if maps is None or maps.ndim != 4:
-            raise ConvscopeError("a region was given, but the network gives no maps of classes (N, K, H, W)")
-        inside = torch.nn.functional.interpolate(region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0
+            raise ConvscopeError("segmentation_target needs a network that returns class maps (N, K, H, W)")
+        inside = F.interpolate(region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0
         if not bool(inside.any()):
-            raise ConvscopeError("at the resolution of the network's maps, nothing of the region is left")
-        return _channel(maps, label, "the network's maps")[:, inside.to(maps.device)].mean(1)
+            raise ConvscopeError(
+                "no position of the network's maps lies inside the region at their resolution of "
+                f"{' x '.join(map(str, maps.shape[2:]))}; give a larger region"
+            )
+        return _channel(maps, label, "the network's output")[:, inside.to(maps.device)].mean(1)
 
     score.__name__ = f"class {label} over a region"
     return score
 
 
-def output_target(name: Any, label: int) -> ScoreFunction:
-    """The target "class `target` of one head", for a network that gives several outputs, by name or position."""
+def output_target(name: str | int, label: int) -> ScoreFunction:
+    """Define the target "class `label` of output `name`" for a network with several outputs.
+
+    Parameters
+    ----------
+    name : str or int
+        Key, attribute or position of the output.
+    label : int
+        Index of the class among the output's K classes.
+
+    Returns
+    -------
+    callable
+        A function of the network's output that returns scores (N,), for `targets` of `convscope.heatmaps`.
+
+    Raises
+    ------
+    ConvscopeError
+        Raised by the function itself if the network has no such output or the output no such class.
+
+    Examples
+    --------
+    >>> import torch, convscope
+    >>> target = convscope.output_target("color", 2)
+    >>> target({"shape": torch.zeros(1, 2), "color": torch.tensor([[0.1, 0.2, 0.7]])})
+    tensor([0.7000])
+    """
 
     def score(output: Any) -> Tensor:
         try:
-            by_name = isinstance(name, str) and not isinstance(output, Mapping)
-            head = None if isinstance(output, Tensor) else getattr(output, name) if by_name else output[name]
+            by_attribute = isinstance(name, str) and not isinstance(output, Mapping)
+            scores = None if isinstance(output, Tensor) else getattr(output, name) if by_attribute else output[name]  # type: ignore[arg-type]
         except (KeyError, IndexError, TypeError, AttributeError):
-            head = None
-        if not isinstance(head, Tensor):
-            given = f": {', '.join(map(str, output))}" if isinstance(output, Mapping) else f" in {_kind(output)}"
-            raise ConvscopeError(f"the network gives no head {name!r}{given}")
-        return _channel(head, label, f"head {name!r}")
+            scores = None
+        if not isinstance(scores, Tensor):
+            known = f"; it has {', '.join(map(str, output))}" if isinstance(output, Mapping) else f" in {_kind(output)}"
+            raise ConvscopeError(f"the network has no output {name!r}{known}")
+        return _channel(scores, label, f"output {name!r}")
 
     score.__name__ = f"class {label} of {name}"
     return score
 
 
-def _channel(scores: Tensor, target: int, where: str) -> Tensor:
-    if scores.ndim < 2 or not 0 <= target < scores.shape[1]:
-        raise ConvscopeError(f"class {target} is out of range: {where} gave {tuple(scores.shape)}")
-    return scores[:, target]
+def _channel(scores: Tensor, label: int, source: str) -> Tensor:
+    if scores.ndim < 2 or not 0 <= label < scores.shape[1]:
+        raise ConvscopeError(f"class {label} is out of range: {source} has shape {tuple(scores.shape)}")
+    return scores[:, label]
 
 
-def parse_targets(model: Model, targets: Any, count: int, against: Any = None) -> TargetSpec:
-    """The targets as the user gives them; see `heatmaps`. Raises ConvscopeError for what cannot be meant."""
+def parse_targets(
+    model: Model, targets: Targets | None, num_images: int, against: ClassLabels | None = None
+) -> TargetSpec:
+    """Parse the arguments `targets` and `against` of `convscope.heatmaps`; raise ConvscopeError for invalid ones."""
     functions = _functions(targets)
     if functions:
         if against is not None:
-            raise ConvscopeError("against= goes with classes; a function can take another class off by itself")
+            raise ConvscopeError("against= needs classes as targets; a function can subtract another class itself")
         return TargetSpec(model, functions=functions)
-    others = None
-    if against is not None:
-        against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
-        several = isinstance(against, Sequence) and not isinstance(against, str)
-        others = parse_classes(model, [list(against)] * count if several and _flat(against, count) else against, count)
-    return TargetSpec(model, parse_classes(model, targets, count), others)
+    against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
+    if _names_several(against, num_images):
+        against = [list(against)] * num_images
+    return TargetSpec(model, parse_classes(model, targets, num_images), parse_classes(model, against, num_images))
 
 
-def _flat(against: Sequence[Any], count: int) -> bool:
-    """Whether a list names several classes for all pictures rather than one for each."""
-    return len(against) != count and all(_is_class(a) for a in against)
+def _names_several(against: object, num_images: int) -> TypeGuard[Sequence[int | str]]:
+    """Check whether a list holds several classes for all images rather than one per image."""
+    if not isinstance(against, Sequence) or isinstance(against, str):
+        return False
+    return len(against) != num_images and all(_is_class(a) for a in against)
 
 
-def parse_classes(model: Model, targets: Any, count: int) -> Tensor | None:
-    """Class indices (count, T) for `count` pictures; None where each picture's top class is meant.
+def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | None:
+    """Parse classes for each image.
 
-    Accepted: None; one class (index or name) for all; one per picture; a list of several for each picture; with a
-    single picture also a plain list of several. Raises ConvscopeError for anything else and for unknown classes.
+    Parameters
+    ----------
+    model : Model
+    targets : object
+        None, one class (index or name) for all images, one per image, or a list of several for each image; with a
+        single image also a flat list of several.
+    num_images : int
+
+    Returns
+    -------
+    Tensor of shape (num_images, T), or None
+        Class indices; None for each image's top class.
+
+    Raises
+    ------
+    ConvscopeError
+        For anything else, and for unknown classes.
     """
     if targets is None:
         return None
     if isinstance(targets, np.ndarray | Tensor):
         targets = targets.tolist()
     if _is_class(targets):
-        return torch.tensor([[model.class_index(targets)]] * count)
+        return torch.tensor([[model.class_index(targets)]] * num_images)
     if not isinstance(targets, Sequence) or not targets:
-        raise ConvscopeError(f"targets {targets!r}: expected None, a class, one class per picture, or a list of lists")
+        raise ConvscopeError(f"targets is {targets!r}; expected None, a class, one class per image, or a list of lists")
     if all(_is_class(t) for t in targets):
-        rows = [list(targets)] if count == 1 else [[t] for t in targets]
+        rows = [list(targets)] if num_images == 1 else [[t] for t in targets]
     elif all(isinstance(t, Sequence) and t and all(_is_class(c) for c in t) for t in targets):
         rows = [list(t) for t in targets]
     else:
         raise ConvscopeError(
-            f"targets {targets!r}: classes are indices or names, several per picture are lists of them"
+            f"targets is {targets!r}; expected class indices or names, or a list of them for each image"
         )
-    if len(rows) != count:
+    if len(rows) != num_images:
         raise ConvscopeError(
-            f"{len(rows)} targets for {count} pictures; give one class for all, one per picture, "
-            "or a list of several for each picture"
+            f"{len(rows)} targets for {num_images} images; give one class for all images, one per image, "
+            "or a list of several for each image"
         )
     if len({len(row) for row in rows}) > 1:
-        raise ConvscopeError("every picture needs the same number of targets")
+        raise ConvscopeError("the images have different numbers of targets; give each image equally many")
     return torch.tensor([[model.class_index(t) for t in row] for row in rows])
 
 
-def _is_class(value: Any) -> bool:
+def _is_class(value: object) -> TypeGuard[int | str]:
     return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
 
 
-def _functions(targets: Any) -> tuple[ScoreFunction, ...]:
-    many = targets if isinstance(targets, list | tuple) else [targets]
-    if not many or not any(callable(t) for t in many):
-        return ()
-    if not all(callable(t) for t in many):
-        raise ConvscopeError("targets are either all classes or all functions of the network's output")
-    return tuple(many)
+def _functions(targets: Targets | None) -> tuple[ScoreFunction, ...]:
+    candidates = targets if isinstance(targets, list | tuple) else [targets]
+    functions = tuple(t for t in candidates if callable(t))
+    if functions and len(functions) < len(candidates):
+        raise ConvscopeError("targets mixes classes and functions of the network's output; give only one kind")
+    return functions
 
 
-def _checked(function: ScoreFunction, score: Any, count: int) -> Tensor:
+def _check_score(function: ScoreFunction, score: object, count: int) -> Tensor:
     if not isinstance(score, Tensor) or score.numel() != count:
         raise ConvscopeError(
-            f"target {_called(function)!r} gave {_kind(score)} for {count} pictures; "
-            "expected a tensor with a score for each"
+            f"target {_function_name(function)!r} returned {_kind(score)} for {count} images; expected a tensor with "
+            "one score per image"
         )
     return score.reshape(count).float()
 
 
-def _kind(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _called(function: ScoreFunction) -> str:
+def _function_name(function: ScoreFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)

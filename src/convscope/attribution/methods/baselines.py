@@ -1,29 +1,45 @@
-"""Maps that know nothing of the network: what every method has to beat."""
+"""Maps that do not depend on the network: the reference that every method has to beat."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from convscope.attribution.context import MethodContext
+from convscope.attribution.context import LayerContext
 
 
-def random_map(question: MethodContext) -> Tensor:
-    """Evenly distributed noise on the layer's grid, the same for every picture."""
-    grid = _grid(question)
-    drawn = torch.rand(grid, generator=question.generator())
-    return drawn.expand(len(question.x), question.num_targets, *grid).to(question.x.device)
+def random_map(context: LayerContext) -> Tensor:
+    """Draw uniform noise on the layer's grid, the same for every image and target.
+
+    Parameters
+    ----------
+    context : LayerContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, h, w)
+        Values in [0, 1).
+    """
+    return _for_all_targets(context, torch.rand(context.layer.shape[1:], generator=context.generator()))
 
 
-def center_gaussian(question: MethodContext, *, width: float = 0.25) -> Tensor:
-    """A Gaussian in the middle of the picture, whose standard deviation is `width` of each side: photographers put
-    things there."""
-    axes = [torch.linspace(-1, 1, 2 * side + 1)[1::2] / 2 / width for side in _grid(question)]
-    squares = torch.stack([axis**2 for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
-    heatmap = torch.exp(-squares / 2)
-    return heatmap.expand(len(question.x), question.num_targets, *heatmap.shape).to(question.x.device)
+def center_gaussian(context: LayerContext, *, width: float = 0.25) -> Tensor:
+    """Place a Gaussian at the centre of the image, where photographers tend to place objects.
+
+    Parameters
+    ----------
+    context : LayerContext
+    width : float
+        Standard deviation, as a fraction of each side.
+
+    Returns
+    -------
+    Tensor of shape (B, T, h, w)
+    """
+    axes = [torch.linspace(-1, 1, 2 * side + 1)[1::2] / 2 / width for side in context.layer.shape[1:]]
+    squared_distance = torch.stack([axis**2 for axis in torch.meshgrid(*axes, indexing="ij")]).sum(0)
+    return _for_all_targets(context, torch.exp(-squared_distance / 2))
 
 
-def _grid(question: MethodContext) -> tuple[int, ...]:
-    assert question.layer is not None
-    return question.layer.shape[1:]
+def _for_all_targets(context: LayerContext, heatmap: Tensor) -> Tensor:
+    return heatmap.expand(len(context.x), context.num_targets, *heatmap.shape).to(context.x.device)

@@ -1,8 +1,9 @@
-"""Class activation maps: how activations and gradients of a layer become evidence, one pure function a method.
+"""Class activation maps: one pure function per method.
 
-`activation` A and `gradient` G = dy/dA are (N, C, ...) with one, two or three spatial axes, over which i runs; k runs
-over channels. Each function returns (N, ...), signed, without any final rectification: what speaks against the target
-stays visible as negative values.
+Each function combines the activation ``A`` of a layer with the gradient ``G = dy/dA`` of a target's score ``y``. Both
+have shape (N, C, ...) with one, two or three spatial axes; in the formulas, ``k`` runs over the C channels and ``i``
+over the Z positions. The functions return maps of shape (N, ...), signed and without the final ReLU of the papers, so
+that evidence against the target stays visible as negative values.
 """
 
 from __future__ import annotations
@@ -15,116 +16,254 @@ from convscope.errors import ConvscopeError
 
 
 def cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k w_k A_k  with  w_k the weight of channel k's average in the class score.
+    """Weight each channel by the weight of its average in the class score (CAM).
 
-    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016, equation 2. Where the score is
-    linear in the averages of the maps, its gradient is the same at all places, w_k / Z; only there it is defined.
-    Where more than one layer makes the score of the averages, w_k is the slope of what they make.
+    ::
 
-    Raises ConvscopeError where the gradient is not the same at all places.
+        L = sum_k w_k A_k,    w_k = sum_i G_ki
+
+    The weight is read off the gradient: where the score is linear in the channels' averages, the gradient is
+    ``w_k / Z`` at every position. CAM is defined for such layers only.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    Raises
+    ------
+    ConvscopeError
+        If the gradient differs between positions.
+
+    References
+    ----------
+    Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016, equation 2.
     """
-    w = _sum(gradient)
-    uneven = (gradient * gradient[0, 0].numel() - w).abs().flatten(1).amax(1)
-    if bool((uneven > 1e-3 * w.abs().flatten(1).amax(1)).any()):
+    weights = _sum(gradient)
+    deviation = (gradient * gradient[0, 0].numel() - weights).abs().flatten(1).amax(1)
+    if bool((deviation > 1e-3 * weights.abs().flatten(1).amax(1)).any()):
         raise ConvscopeError(
-            "cam is defined only where the class score is a weighted sum of the layer's averages; behind this layer "
-            "there is more than that: choose the last layer with spatial extent, or grad-cam"
+            "cam needs a layer whose channel averages determine the class score linearly; this layer's gradient "
+            "differs between positions: choose the last layer with spatial extent, or use grad-cam"
         )
-    return (w * activation).sum(1)
+    return (weights * activation).sum(1)
 
 
 def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k a_k A_k  with  a_k = 1/Z sum_i G_k,i: each channel's map, weighed by its mean gradient.
+    """Weight each channel by its mean gradient (Grad-CAM).
 
-    Selvaraju et al., Grad-CAM, ICCV 2017, equations 1 and 2.
+    ::
+
+        L = sum_k a_k A_k,    a_k = (1 / Z) sum_i G_ki
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, ICCV 2017,
+    equations 1 and 2.
     """
     return (_mean(gradient) * activation).sum(1)
 
 
 def hirescam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k G_k A_k: each place weighed by its own gradient.
+    """Weight each position by its own gradient (HiResCAM).
 
-    Draelos & Carin, Use HiResCAM instead of Grad-CAM, 2020, equation 5. For a network whose part behind the layer is
-    linear, the sum over the map is the class score without its bias.
+    ::
+
+        L = sum_k G_k A_k
+
+    If the network after the layer is linear, the map sums to the class score without its bias.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks,
+    2020, equation 5.
     """
     return (gradient * activation).sum(1)
 
 
 def grad_cam_pp(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k w_k A_k  with  w_k = sum_i a_k,i relu(G_k,i),  a_k,i = G^2 / (2 G^2 + sum_i' A_k,i' G^3).
+    """Weight each channel by a weighted sum of its positive gradients (Grad-CAM++).
 
-    Chattopadhay et al., Grad-CAM++, WACV 2018, equation 19 for a (second and third derivatives of exp(y) are powers of
-    the gradient, and exp(y) itself cancels), equation 7 for w, in which exp(y), the same for the whole map, is left
-    out. Where the denominator is 0, a is 0. G^2 is cancelled, so that small gradients are not lost to rounding.
+    ::
+
+        L = sum_k w_k A_k,    w_k = sum_i a_ki relu(G_ki),    a_ki = G_ki^2 / (2 G_ki^2 + sum_j A_kj G_ki^3)
+
+    ``G^2`` is cancelled in ``a``, so that small gradients are not lost to rounding; where the denominator is 0, ``a``
+    is 0. The factor ``exp(y)`` of the paper's weights is constant over the map and left out.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Chattopadhay et al., Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks, WACV 2018,
+    equations 7 and 19.
     """
-    below = 2 + _sum(activation) * gradient
-    alpha = torch.where(below != 0, 1 / torch.where(below != 0, below, 1), 0)
+    denominator = 2 + _sum(activation) * gradient
+    alpha = torch.where(denominator != 0, 1 / torch.where(denominator != 0, denominator, 1), 0)
     return (_sum(alpha * gradient.clamp(min=0)) * activation).sum(1)
 
 
 def xgrad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k a_k A_k  with  a_k = sum_i (A_k,i / sum_i' A_k,i') G_k,i.
+    """Weight each channel by its gradient, averaged with the activation as weights (XGrad-CAM).
 
-    Fu et al., Axiom-based Grad-CAM, BMVC 2020, equation 8: weights that keep the score (conservation) and react to what
-    is taken away (sensitivity) as well as weights of whole channels can. A channel whose sum is 0 gets the weight 0.
+    ::
+
+        L = sum_k a_k A_k,    a_k = sum_i (A_ki / sum_j A_kj) G_ki
+
+    These weights satisfy sensitivity and conservation as closely as weights of whole channels can. A channel whose
+    activation sums to 0 has weight 0.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Fu et al., Axiom-based Grad-CAM: Towards Accurate Visualization and Explanation of CNNs, BMVC 2020, equation 8.
     """
     total = _sum(activation)
-    weighed = _sum(activation * gradient)
-    return (torch.where(total != 0, weighed / torch.where(total != 0, total, 1), 0) * activation).sum(1)
+    weighted = _sum(activation * gradient)
+    return (torch.where(total != 0, weighted / torch.where(total != 0, total, 1), 0) * activation).sum(1)
 
 
 def layer_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """L = sum_k relu(G_k) A_k: each place weighed by its own gradient where that is positive.
+    """Weight each position by its own gradient where that is positive (LayerCAM).
 
-    Jiang et al., LayerCAM, IEEE TIP 2021, equations 5 and 6.
+    ::
+
+        L = sum_k relu(G_k) A_k
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Jiang et al., LayerCAM: Exploring Hierarchical Class Activation Maps for Localization, IEEE TIP 2021,
+    equations 5 and 6.
     """
     return (gradient.clamp(min=0) * activation).sum(1)
 
 
-def eigen_cam(activation: Tensor, gradient: Tensor | None = None) -> Tensor:
-    """L = A v_1, the places' coordinates along the first right singular vector of A (places x channels).
+def eigen_cam(activation: Tensor) -> Tensor:
+    """Project the activation on its first principal direction (Eigen-CAM).
 
-    Muhammad & Yeasin, Eigen-CAM, IJCNN 2020, equation 3; no centring. Looks at no gradient. With A = U S V^T,
-    A v_1 = s_1 u_1, so the smaller one of A^T A and A A^T is all that is decomposed. The sign, which a singular vector
-    leaves open, is the one that makes the map's sum positive.
+    ::
+
+        L = A v_1,    A = U S V^T  (Z x C, not centred)
+
+    The sign, which a singular vector leaves open, is chosen so that the map has a positive sum. The map depends on no
+    target.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Muhammad and Yeasin, Eigen-CAM: Class Activation Map using Principal Components, IJCNN 2020, equation 3.
     """
     return _first_component(activation)
 
 
 def eigen_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Eigen-CAM of gradient times activation: the first principal direction of what hirescam sums up.
+    """Project gradient times activation on its first principal direction (EigenGradCAM).
 
-    After Muhammad & Yeasin 2020, with class discrimination as in pytorch-grad-cam's EigenGradCAM; no centring. The sign
-    is that of the map's inner product with hirescam's, so that evidence for the target is positive.
+    ::
+
+        L = E v_1,    E = G * A = U S V^T  (Z x C, not centred)
+
+    The sign is that of the map's inner product with HiResCAM's map, so that evidence for the target is positive.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, ...)
+    gradient : Tensor of shape (N, C, ...)
+
+    Returns
+    -------
+    Tensor of shape (N, ...)
+
+    References
+    ----------
+    Muhammad and Yeasin, Eigen-CAM: Class Activation Map using Principal Components, IJCNN 2020; made
+    class-discriminative as in pytorch-grad-cam's ``EigenGradCAM``.
     """
     evidence = gradient * activation
-    first = _first_component(evidence)
-    agreement = (first * evidence.sum(1)).flatten(1).sum(1)
-    sign = torch.where(agreement < 0, -1.0, 1.0).reshape(-1, *[1] * (first.ndim - 1))
-    return sign * first
+    component = _first_component(evidence)
+    agreement = (component * evidence.sum(1)).flatten(1).sum(1)
+    sign = torch.where(agreement < 0, -1.0, 1.0).reshape(-1, *[1] * (component.ndim - 1))
+    return sign * component
 
 
 def _first_component(maps: Tensor) -> Tensor:
-    positions = maps.flatten(2).transpose(1, 2)  # (N, Z, C)
-    scale = positions.abs().amax((1, 2), keepdim=True)
-    # What is not finite stays so in `scale`, and comes back in the end; a decomposition would only crash on it.
-    positions = (positions / torch.where(scale > 0, scale, 1)).nan_to_num()
-    # Rows and columns of nought change nothing, and lay every picture's matrix out alike: the same bytes anywhere.
-    count, channels = positions.shape[1:]
-    positions = F.pad(positions, (0, -channels % 16, 0, -count % 16))
-    if count <= channels:
-        values, vectors = torch.linalg.eigh(positions @ positions.transpose(1, 2))
-        first: Tensor = vectors[..., -1:] * values[:, -1:, None].clamp(min=0).sqrt()
+    """Project maps (N, C, ...) on their first right singular vector over the positions: (N, ...)."""
+    matrix = maps.flatten(2).transpose(1, 2)  # (N, Z, C)
+    scale = matrix.abs().amax((1, 2), keepdim=True)
+    # The decomposition fails on NaN and infinity. They stay in `scale`, which multiplies the result.
+    matrix = (matrix / torch.where(scale > 0, scale, 1)).nan_to_num()
+    # Zero rows and columns change nothing and align each image's matrix in memory: the same bytes in any batch.
+    num_positions, num_channels = matrix.shape[1:]
+    matrix = F.pad(matrix, (0, -num_channels % 16, 0, -num_positions % 16))
+    # A v_1 = s_1 u_1, so the smaller of A A^T and A^T A is decomposed.
+    if num_positions <= num_channels:
+        values, vectors = torch.linalg.eigh(matrix @ matrix.transpose(1, 2))
+        component: Tensor = vectors[..., -1:] * values[:, -1:, None].clamp(min=0).sqrt()
     else:
-        first = positions @ torch.linalg.eigh(positions.transpose(1, 2) @ positions)[1][..., -1:]
-    first = first[:, :count]
-    first = first * torch.where(first.sum(1, keepdim=True) < 0, -1.0, 1.0) * scale
-    return first.reshape(len(maps), *maps.shape[2:])
+        component = matrix @ torch.linalg.eigh(matrix.transpose(1, 2) @ matrix)[1][..., -1:]
+    component = component[:, :num_positions]
+    component = component * torch.where(component.sum(1, keepdim=True) < 0, -1.0, 1.0) * scale
+    return component.reshape(len(maps), *maps.shape[2:])
 
 
 def _sum(maps: Tensor) -> Tensor:
+    """Sum maps (N, C, ...) over positions, keeping the axes."""
     return maps.sum(tuple(range(2, maps.ndim)), keepdim=True)
 
 
 def _mean(maps: Tensor) -> Tensor:
+    """Average maps (N, C, ...) over positions, keeping the axes."""
     return maps.mean(tuple(range(2, maps.ndim)), keepdim=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convscope.attribution.context import MethodContext
-from convscope.attribution.methods.gradient import LINEAR, grad_batch_size
+from convscope.attribution.methods.gradient import INTERPOLATION, grad_batch_size
 from convscope.engine.batching import balanced_chunks
 
 
@@ -124,7 +124,7 @@ class _BiasCollector(TorchFunctionMode):
         self.total = self.total + term.reshape(self.count, -1).sum(1)
         if term.ndim == 2 + len(self.size):
             evenly = _unit(term.abs()).sum(channels, keepdim=True).movedim(channels, 1)
-            mode = LINEAR[len(self.size)]
+            mode = INTERPOLATION[len(self.size)]
             self.map = self.map + F.interpolate(evenly, self.size, mode=mode, align_corners=True)[:, 0]
 
 

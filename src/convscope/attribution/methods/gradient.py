@@ -1,226 +1,376 @@
-"""Gradients at the input: which pixels the score reacts to, and how much of it they account for.
+"""Methods that differentiate a target's score with respect to the input.
 
-G = dS/dx, (C, ...) with one, two or three spatial axes, is the gradient of a target's score S at a picture x. c runs
-over channels; every map is (...), one value for each place.
+In the formulas, ``G = dS/dx`` is the gradient of a target's score ``S`` at the image ``x``, both of shape (C, ...) with
+one, two or three spatial axes, and ``c`` runs over the C channels. The methods return maps of shape (B, T, ...) for B
+images and T targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import MethodContext
+from convscope.attribution.context import Extras, LayerContext, MethodContext
 from convscope.attribution.methods import relu_rules
 from convscope.attribution.methods.cam import grad_cam
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, cache_friendly_batch_size
 from convscope.errors import ConvscopeError, require_int, require_number
 
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation, by the number of spatial axes
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of spatial axes
 
 
-def saliency(question: MethodContext) -> Tensor:
-    """M = max_c |G_c|: how strongly the score reacts to each place, whichever way. Unsigned.
+def saliency(context: MethodContext) -> Tensor:
+    """Take the gradient's largest absolute value over the channels (saliency, unsigned).
 
-    Simonyan et al., Deep Inside Convolutional Networks, ICLR workshop 2014, section 3.1.
+    ::
+
+        M = max_c |G_c|
+
+    Parameters
+    ----------
+    context : MethodContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    References
+    ----------
+    Simonyan et al., Deep Inside Convolutional Networks: Visualising Image Classification Models and Saliency Maps,
+    ICLR workshop 2014, section 3.1.
     """
-    return _strongest(_gradient(question))
+    return _max_over_channels(_input_gradient(context))
 
 
-def input_x_gradient(question: MethodContext) -> Tensor:
-    """M = sum_c x_c G_c: what the score would lose, to first order, if the place were set to 0. Signed.
+def input_x_gradient(context: MethodContext) -> Tensor:
+    """Multiply the input by the gradient and sum over the channels (input x gradient, signed).
 
-    Shrikumar et al., Not Just a Black Box, 2016; Ancona et al., ICLR 2018, table 1. The sum over channels keeps the
-    total.
+    ::
+
+        M = sum_c x_c G_c
+
+    To first order, this is what the score loses if the position is set to 0.
+
+    Parameters
+    ----------
+    context : MethodContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    References
+    ----------
+    Shrikumar et al., Not Just a Black Box: Learning Important Features Through Propagating Activation Differences,
+    2016; Ancona et al., Towards better understanding of gradient-based attribution methods for deep neural networks,
+    ICLR 2018, table 1.
     """
-    return (question.x.unsqueeze(1) * _gradient(question)).sum(2)
+    return (context.x.unsqueeze(1) * _input_gradient(context)).sum(2)
 
 
-def smooth_grad(question: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
-    """M = max_c |1/n sum_i G_c(x + e_i)|  with  e_i ~ N(0, s^2),  s = noise (max x - min x). Unsigned.
+def smooth_grad(context: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
+    """Average the gradient over noisy copies of the image (SmoothGrad, unsigned).
 
-    Smilkov et al., SmoothGrad, 2017: equation in section 3, noise level and n = 50 from section 3.2. What is averaged
-    is the signed gradient; the mean is then made a map as in `saliency`, whose maps the paper sets out to smooth.
+    ::
+
+        M = max_c |(1 / n) sum_i G_c(x + e_i)|,    e_i ~ N(0, s^2),    s = noise (max x - min x)
+
+    Signed gradients are averaged; the mean is reduced over the channels as in `saliency`.
+
+    Parameters
+    ----------
+    context : MethodContext
+    samples : int
+        The number n of noisy copies.
+    noise : float
+        Standard deviation of the noise, as a fraction of the image's range of values.
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    References
+    ----------
+    Smilkov et al., SmoothGrad: removing noise by adding noise, 2017, section 3.
     """
-    mean, _ = _moments(question, samples, noise)
-    return _strongest(mean)
+    mean, _ = _noisy_moments(context, samples, noise)
+    return _max_over_channels(mean)
 
 
-def var_grad(question: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
-    """M = sum_c Var_i G_c(x + e_i), the variance over noisy copies e_i as in `smooth_grad`. Unsigned.
+def var_grad(context: MethodContext, *, samples: int = 50, noise: float = 0.15) -> Tensor:
+    """Compute the gradient's variance over noisy copies of the image (VarGrad, unsigned).
 
+    ::
+
+        M = sum_c Var_i G_c(x + e_i)
+
+    with noise ``e_i`` as in `smooth_grad`.
+
+    Parameters
+    ----------
+    context : MethodContext
+    samples : int
+        The number of noisy copies.
+    noise : float
+        Standard deviation of the noise, as a fraction of the image's range of values.
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    References
+    ----------
     Adebayo et al., Local Explanation Methods for Deep Neural Networks Lack Sensitivity to Parameter Values, ICLR
-    workshop 2018, section 2. Variances add up over channels, and so the sum is taken.
+    workshop 2018, section 2.
     """
-    _, variance = _moments(question, samples, noise)
+    _, variance = _noisy_moments(context, samples, noise)
     return variance.sum(2)
 
 
 def integrated_gradients(
-    question: MethodContext, *, steps: int = 32, baseline: Any = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """M = sum_c (x_c - x'_c) int_0^1 G_c(x' + a (x - x')) da: the way from a baseline x' to x. Signed.
+    context: MethodContext, *, steps: int = 32, baseline: str | npt.ArrayLike = 0.0
+) -> tuple[Tensor, Extras]:
+    """Integrate the gradient along the straight path from a baseline to the image (integrated gradients, signed).
 
-    Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017, equation 1; the integral by Gauss-Legendre
-    quadrature with `steps` nodes. The sum over places and channels is S(x) - S(x') (completeness, proposition 1); by
-    how much the quadrature misses it is "completeness_error".
+    ::
 
-    `baseline` is in the network's own input space: a number or an array that broadcasts to one picture (C, ...). The
-    default 0 is the mean colour wherever the preprocessing takes the mean off. "black" is a black picture.
+        M = sum_c (x_c - x'_c) int_0^1 G_c(x' + a (x - x')) da
+
+    The integral is computed by Gauss-Legendre quadrature. The map sums to ``S(x) - S(x')`` (completeness).
+
+    Parameters
+    ----------
+    context : MethodContext
+    steps : int
+        Number of quadrature nodes.
+    baseline : float, array_like or "black"
+        The baseline x' in the network's input space: a number, or an array that broadcasts to one image (C, ...). The
+        default 0 is the mean color if the preprocessing subtracts the mean; "black" is a black image.
+
+    Returns
+    -------
+    maps : Tensor of shape (B, T, ...)
+    extras : dict
+        "completeness_error" (B, T): the map's sum minus ``S(x) - S(x')``.
+
+    References
+    ----------
+    Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017, equation 1 and proposition 1.
     """
     check_path(steps=steps, baseline=baseline)
-    x, start = question.x, _baseline(question, baseline)
+    x, start = context.x, _baseline_image(context, baseline)
     nodes, weights = np.polynomial.legendre.leggauss(steps)
 
-    def along(x: Tensor, _: Tensor) -> Iterator[Tensor]:
+    def points_on_path(x: Tensor, _: Tensor) -> Iterator[Tensor]:
         return (start + (1 + node) / 2 * (x - start) for node in nodes)
 
-    total = x.new_zeros(question.num_targets, *x.shape, dtype=torch.float32)
-    for at, first, gradients in _passes(question, steps, along):
-        share = torch.as_tensor(weights[first : first + gradients.shape[1]] / 2).to(gradients)
-        total[:, at] += torch.tensordot(share, gradients, ([0], [1]))
-    maps = ((x - start) * total).sum(2).transpose(0, 1)
+    integral = x.new_zeros(context.num_targets, *x.shape, dtype=torch.float32)
+    for images, first, gradients in _iter_gradients(context, steps, points_on_path):
+        node_weights = torch.as_tensor(weights[first : first + gradients.shape[1]] / 2).to(gradients)
+        integral[:, images] += torch.tensordot(node_weights, gradients, ([0], [1]))
+    maps = ((x - start) * integral).sum(2).transpose(0, 1)
     rows = torch.arange(len(x), device=x.device)
-    gain = question.scores(x, rows) - question.scores(start.expand_as(x), rows)
-    return maps, {"completeness_error": maps.flatten(2).sum(2) - gain}
+    difference = context.scores(x, rows) - context.scores(start.expand_as(x), rows)
+    return maps, {"completeness_error": maps.flatten(2).sum(2) - difference}
 
 
-def guided_backprop(question: MethodContext) -> Tensor:
-    """M = sum_c of the gradient under the rule  R_in = 1[out > 0] relu(R_out)  at every rectifier. Signed.
+def guided_backprop(context: MethodContext) -> Tensor:
+    """Backpropagate positive signals through active ReLUs only (guided backpropagation, signed).
 
-    Springenberg et al., Striving for Simplicity, ICLR workshop 2015, section 3.4 and figure 1. The paper shows the
-    result (C, ...) as a picture in colours; for a map the channels are summed up. See `rectifiers` for what has a rule.
+    Every ReLU passes ``R_in = 1[out > 0] relu(R_out)`` back. The paper shows the result (C, ...) as a color image; here
+    it is summed over the channels. `relu_rules` says which functions count as a ReLU.
+
+    Parameters
+    ----------
+    context : MethodContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    Raises
+    ------
+    ConvscopeError
+        If the network has no ReLU.
+
+    References
+    ----------
+    Springenberg et al., Striving for Simplicity: The All Convolutional Net, ICLR workshop 2015, section 3.4, figure 1.
     """
-    return _gradient(relu_rules.with_relu_rule(question, relu_rules.guided_backprop)).sum(2)
+    return _input_gradient(relu_rules.with_relu_rule(context, relu_rules.guided_backprop)).sum(2)
 
 
-def deconvnet(question: MethodContext) -> Tensor:
-    """M = sum_c of the gradient under the rule  R_in = relu(R_out)  at every rectifier. Signed.
+def deconvnet(context: MethodContext) -> Tensor:
+    """Backpropagate positive signals through all ReLUs (deconvolutional network, signed).
 
-    Zeiler & Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014, section 2.1: in the way back
-    signals are rectified by themselves, not by what the rectifier let through. Shown and summed up as guided_backprop.
+    Every ReLU passes ``R_in = relu(R_out)`` back, whether it was active or not. The result is summed over the channels.
+
+    Parameters
+    ----------
+    context : MethodContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    Raises
+    ------
+    ConvscopeError
+        If the network has no ReLU.
+
+    References
+    ----------
+    Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014, section 2.1.
     """
-    return _gradient(relu_rules.with_relu_rule(question, relu_rules.deconvnet)).sum(2)
+    return _input_gradient(relu_rules.with_relu_rule(context, relu_rules.deconvnet)).sum(2)
 
 
-def guided_grad_cam(question: MethodContext) -> Tensor:
-    """M = relu(Grad-CAM at the layer, upsampled) times guided backpropagation, summed over channels. Signed.
+def guided_grad_cam(context: LayerContext) -> Tensor:
+    """Multiply Grad-CAM, upsampled to the input, by guided backpropagation (Guided Grad-CAM, signed).
 
-    Selvaraju et al., Grad-CAM, ICCV 2017, section 3.3: bilinear interpolation to the size of the input, and a product
-    place by place.
+    ::
+
+        M = upsample(relu(L_grad-cam)) M_guided-backprop
+
+    Parameters
+    ----------
+    context : LayerContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+        At the input's resolution.
+
+    References
+    ----------
+    Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, ICCV 2017,
+    section 3.3.
     """
-    assert question.layer is not None
-    with capture.capture_layers(question.model, [question.layer.name], detach_at_layer=True) as run:
-        seen = run(question.x)
+    with capture.capture_layers(context.model, [context.layer.name], detach_at_layer=True) as run:
+        outputs = run(context.x)
         with torch.enable_grad():
-            scores = question.targets.scores(seen)
-        layer = seen.maps[question.layer.name]
-        maps = [grad_cam(layer.detach().float(), g) for g in question.backward(layer, scores)]
+            scores = context.targets.scores(outputs)
+        activation = outputs.maps[context.layer.name]
+        maps = [grad_cam(activation.detach().float(), g) for g in context.backward(activation, scores)]
     cam = torch.stack(maps, 1).clamp(min=0)
-    size = question.x.shape[2:]
-    cam = F.interpolate(cam, size, mode=LINEAR[len(size)], align_corners=False)
-    return cam.to(question.x.device) * guided_backprop(question)
+    size = context.x.shape[2:]
+    cam = F.interpolate(cam, size, mode=INTERPOLATION[len(size)], align_corners=False)
+    return cam.to(context.x.device) * guided_backprop(context)
 
 
-# --- passes ----------------------------------------------------------------------------------------------------------
+# --- gradients at many inputs -----------------------------------------------------------------------------------------
 
-Copies = Callable[[Tensor, Tensor], Iterator[Tensor]]
-"""From pictures (P, C, ...) and the range of values of each, (P, 1, ...): changed copies of all of them."""
+MakeCopies = Callable[[Tensor, Tensor], Iterator[Tensor]]
+"""Takes images (P, C, ...) and their ranges of values (P, 1, ...); yields modified copies (P, C, ...)."""
 
 
-def grad_batch_size(question: MethodContext) -> int:
-    """Inputs whose gradients are taken in one pass: what fits into memory, no more than is quick, a fixed batch full.
+def grad_batch_size(context: MethodContext) -> int:
+    """Return the number of inputs per backward pass that is fast and fits into memory.
 
-    But two at least: a lone input takes other kernels, whose rounding switches other rectifiers.
+    It is at least 2: a single input takes other kernels, and their rounding switches ReLUs.
     """
-    if question.model.fixed_batch_size is not None:
-        return question.batch_size
-    return max(
-        2, min(question.batch_size, max(4, cache_friendly_batch_size(question.model, None, question.x[0, 0].numel(), with_gradients=True)))
-    )
+    if context.model.fixed_batch_size is not None:
+        return context.batch_size
+    fast = cache_friendly_batch_size(context.model, None, context.x[0, 0].numel(), with_gradients=True)
+    return max(2, min(context.batch_size, max(4, fast)))
 
 
-def _gradient(question: MethodContext) -> Tensor:
-    """The gradient at the pictures themselves, (B, T, C, ...)."""
-    found = [gradients[:, 0] for _, _, gradients in _passes(question, 1, lambda x, _: iter([x]))]
-    return torch.cat(found, 1).transpose(0, 1)
+def _input_gradient(context: MethodContext) -> Tensor:
+    """Compute the gradient (B, T, C, ...) at the images themselves."""
+    chunks = [gradients[:, 0] for _, _, gradients in _iter_gradients(context, 1, lambda x, _: iter([x]))]
+    return torch.cat(chunks, 1).transpose(0, 1)
 
 
-def _moments(question: MethodContext, samples: int, noise: float) -> tuple[Tensor, Tensor]:
-    """Mean and variance (1/n) of the gradient over noisy copies, (B, T, C, ...) each.
+def _noisy_moments(context: MethodContext, samples: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Compute the gradient's mean and variance (1/n), (B, T, C, ...) each, over noisy copies.
 
-    In parts, as by Chan et al. 1979: sums of squares would cancel out.
+    Means and sums of squared deviations are updated chunk by chunk (Chan et al. 1979), which avoids cancellation.
     """
     check_noise(samples=samples, noise=noise)
 
-    def noisy(x: Tensor, spread: Tensor) -> Iterator[Tensor]:
-        draw = question.generator()
+    def noisy_copies(x: Tensor, value_range: Tensor) -> Iterator[Tensor]:
+        generator = context.generator()
         for _ in range(samples):
-            yield x + noise * spread * torch.randn(x.shape[1:], generator=draw).to(x)
+            yield x + noise * value_range * torch.randn(x.shape[1:], generator=generator).to(x)
 
-    mean = question.x.new_zeros(question.num_targets, *question.x.shape, dtype=torch.float32)
+    mean = context.x.new_zeros(context.num_targets, *context.x.shape, dtype=torch.float32)
     squares = torch.zeros_like(mean)
-    for at, before, gradients in _passes(question, samples, noisy):
+    for images, num_done, gradients in _iter_gradients(context, samples, noisy_copies):
         count = gradients.shape[1]
-        own = gradients.mean(1)
-        off = own - mean[:, at]
-        squares[:, at] += ((gradients - own.unsqueeze(1)) ** 2).sum(1) + off**2 * (before * count / (before + count))
-        mean[:, at] += off * (count / (before + count))
+        total = num_done + count
+        chunk_mean = gradients.mean(1)
+        shift = chunk_mean - mean[:, images]
+        deviations = gradients - chunk_mean.unsqueeze(1)
+        squares[:, images] += (deviations**2).sum(1) + shift**2 * (num_done * count / total)
+        mean[:, images] += shift * (count / total)
     return mean.transpose(0, 1), squares.transpose(0, 1) / samples
 
 
-def _passes(question: MethodContext, count: int, copies: Copies) -> Iterator[tuple[slice, int, Tensor]]:
-    """Gradients at `count` copies of each picture, as many at once as are quick.
+def _iter_gradients(
+    context: MethodContext, num_copies: int, make_copies: MakeCopies
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Compute gradients at modified copies of every image, in chunks of `grad_batch_size`.
 
-    Each time: which pictures, how many of their copies were done before, and the gradients (T, k, P, C, ...) at k more.
+    Yields
+    ------
+    images : slice
+        The P images that the chunk belongs to.
+    num_done : int
+        How many of their copies came before.
+    gradients : Tensor of shape (T, k, P, C, ...)
+        At the next k copies.
     """
-    x, most, done = question.x, grad_batch_size(question), 0
-    spread = x.amax(tuple(range(1, x.ndim)), keepdim=True) - x.amin(tuple(range(1, x.ndim)), keepdim=True)
-    for part in balanced_chunks(range(len(x)), most):
-        at = slice(part[0], part[-1] + 1)
-        rows = torch.arange(at.start, at.stop, device=x.device)
-        changed = copies(x[at], spread[at])
-        for these in balanced_chunks(range(count), max(1, most // len(part))):
-            inputs = torch.cat(list(islice(changed, len(these))))
-            gradients, _ = question.gradients(inputs, rows.repeat(len(these)))
-            yield at, these[0], gradients.reshape(-1, len(these), len(part), *x.shape[1:])
+    x, size, done = context.x, grad_batch_size(context), 0
+    axes = tuple(range(1, x.ndim))
+    value_range = x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)
+    for positions in balanced_chunks(range(len(x)), size):
+        images = slice(positions[0], positions[-1] + 1)
+        rows = torch.arange(images.start, images.stop, device=x.device)
+        copies = make_copies(x[images], value_range[images])
+        for chunk in balanced_chunks(range(num_copies), max(1, size // len(positions))):
+            inputs = torch.cat(list(islice(copies, len(chunk))))
+            gradients, _ = context.gradients(inputs, rows.repeat(len(chunk)))
+            yield images, chunk[0], gradients.reshape(-1, len(chunk), len(positions), *x.shape[1:])
             done += len(inputs)
-            question.report_progress(done / (count * len(x)))
+            context.report_progress(done / (num_copies * len(x)))
 
 
-def _strongest(gradient: Tensor) -> Tensor:
+def _max_over_channels(gradient: Tensor) -> Tensor:
     return gradient.abs().amax(2)
 
 
-def _baseline(question: MethodContext, baseline: Any) -> Tensor:
-    """(1, C, ...), in the network's input space."""
-    x = question.x[:1]
+def _baseline_image(context: MethodContext, baseline: str | npt.ArrayLike) -> Tensor:
+    """Expand the baseline to one image (1, C, ...) in the network's input space."""
+    x = context.x[:1]
     if isinstance(baseline, str):
-        return question.model.preprocessing.normalize(torch.zeros_like(x))
-    given = torch.as_tensor(np.asarray(baseline, np.float32)).to(x)
+        return context.model.preprocessing.normalize(torch.zeros_like(x))
+    values = torch.as_tensor(np.asarray(baseline, np.float32)).to(x)
     try:
-        return given.expand(x.shape[1:])[None]
+        return values.expand(x.shape[1:])[None]
     except RuntimeError as error:
         raise ConvscopeError(
-            f"a baseline of shape {tuple(given.shape)} does not broadcast to a picture {tuple(x.shape[1:])}"
+            f"baseline has shape {tuple(values.shape)}, which does not broadcast to an image {tuple(x.shape[1:])}"
         ) from error
 
 
-def check_path(*, steps: int, baseline: Any) -> None:
-    """Refuse options of integrated gradients that make no sense."""
+# --- validation of options --------------------------------------------------------------------------------------------
+
+
+def check_path(*, steps: int, baseline: str | npt.ArrayLike) -> None:
+    """Validate the options of `integrated_gradients`; raise ConvscopeError."""
     require_int("steps", steps)
     if isinstance(baseline, str) and baseline != "black":
         raise ConvscopeError(f"baseline is {baseline!r}; expected 'black', a number or an array (C, ...)")
 
 
 def check_noise(*, samples: int, noise: float) -> None:
-    """Refuse options of noisy copies that make no sense."""
+    """Validate the options of `smooth_grad` and `var_grad`; raise ConvscopeError."""
     require_int("samples", samples)
     require_number("noise", noise, above=0)
-

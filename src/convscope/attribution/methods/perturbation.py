@@ -1,321 +1,410 @@
-"""Methods without gradients: the network is asked again about a picture, or a layer, of which something is missing.
+"""Methods that perturb the input or a layer and observe the scores, without gradients.
 
-Each takes a `Question` about B pictures and T targets and returns maps (B, T, ...), raw and signed. What is left out of
-a picture is replaced in the network's input space, where 0 is the mean colour of what most networks were trained on.
-No perturbed input outlives its pass, and one pass serves all targets.
+Each method returns maps of shape (B, T, ...) for B images and T targets. Removed parts of an image are replaced in the
+network's input space, where 0 is the mean color of most networks' training data. Perturbed inputs exist for one pass
+only, and a pass serves all targets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.attribution.context import MethodContext
+from convscope.attribution.context import Extras, LayerContext, MethodContext
 from convscope.engine.batching import balanced_chunks
 from convscope.errors import ConvscopeError, is_int, is_number, require_int, require_number
 
-Scores = Callable[[Tensor], Tensor]  # of M inputs or maps: (M, T)
+ScoreInputs = Callable[[Tensor], Tensor]
+"""Computes the scores (M, T) of M inputs or maps."""
+
+MakeInputs = Callable[[slice], Tensor]
+"""Makes the perturbed inputs or maps with these numbers."""
+
+Sizes = int | list[int] | tuple[int, ...]
+"""One size for all axes, or one per axis."""
 
 
-def score_cam(question: MethodContext) -> Tensor:
-    """Maps weighed by what the picture scores seen through each of them: softmax_k(f(x o H_k) - f(0)), summed over k.
+def score_cam(context: LayerContext) -> Tensor:
+    """Weight each channel by the score of the image masked with the channel's map (Score-CAM).
 
-    H_k is map k, brought to the picture's size linearly and then to [0, 1] by its extremes. A map that is the same
-    everywhere has no extremes to tell apart and shows nothing: x o H_k = 0, an increase of exactly 0, which takes no
-    pass of its own. The paper's last step, a rectifier, is left to the viewer.
+    ::
 
-    Wang et al., Score-CAM, CVPR workshops 2020: channel-wise increase of confidence, algorithm 1.
+        L = sum_k w_k A_k,    w = softmax_k(S(x H_k) - S(0))
+
+    ``H_k`` is the map ``A_k``, upsampled linearly to the image and scaled to [0, 1]. A constant map cannot be scaled:
+    its mask is 0, and its increase, exactly 0, needs no pass. The paper's final ReLU is omitted.
+
+    Parameters
+    ----------
+    context : LayerContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, h, w)
+
+    References
+    ----------
+    Wang et al., Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks, CVPR workshops 2020,
+    algorithm 1.
     """
-    maps, found = question.layer_activations(), []
-    for image, own in enumerate(maps):
-        x = question.x[image]
-        if own.ndim != x.ndim:
-            raise ConvscopeError(f"score-cam cannot lay maps {tuple(own.shape)} over an input {tuple(x.shape)}")
-        flat = own.flatten(1)
-        varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
-        masks = torch.cat([torch.zeros_like(own[:1]), own[varied]])  # in front the one that shows nothing
-
-        def seen_through(part: Sequence[int], masks: Tensor = masks, x: Tensor = x) -> Tensor:
-            return x * _unit(_resized(masks[part[0] : part[-1] + 1, None], x.shape[1:])).to(x.dtype)
-
-        scores, size = question.score_fn(image), question.cache_batch_size
-        shown = _score_chunks(question, image, len(masks), seen_through, scores, size)
-        increase = shown.new_zeros(len(own), question.num_targets)
-        increase[varied] = shown[1:] - shown[:1]
-        found.append(torch.tensordot(increase.softmax(0), own, dims=([0], [0])))
-    return torch.stack(found)
+    maps = []
+    for image, activation in enumerate(context.layer_activations()):
+        x = context.x[image]
+        if activation.ndim != x.ndim:
+            raise ConvscopeError(
+                f"score-cam needs maps with the axes of the input; got maps {tuple(activation.shape)} for an input "
+                f"{tuple(x.shape)}"
+            )
+        flat = activation.flatten(1)
+        varying = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
+        masks = torch.cat([torch.zeros_like(activation[:1]), activation[varying]])  # the first one masks everything
+        scores = _score_in_chunks(context, image, len(masks), partial(_mask_image, x, masks), context.score_fn(image))
+        increase = scores.new_zeros(len(activation), context.num_targets)
+        increase[varying] = scores[1:] - scores[:1]
+        maps.append(torch.tensordot(increase.softmax(0), activation, dims=([0], [0])))
+    return torch.stack(maps)
 
 
-def ablation_cam(question: MethodContext) -> Tensor:
-    """Maps weighed by the share of the score that goes with each of them: (y - y_k) / y, channel k being 0 in y_k.
+def _mask_image(x: Tensor, masks: Tensor, numbers: slice) -> Tensor:
+    """Multiply an image (C, ...) by some of the masks (M, ...), upsampled and scaled to [0, 1]."""
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[x.ndim - 1]
+    upsampled = F.interpolate(masks[numbers, None], tuple(x.shape[1:]), mode=mode)
+    return x * _scale_to_unit(upsampled).to(x.dtype)
 
-    Only what lies behind the layer runs again. A channel that is 0 already has the weight 0 and takes no pass. Where y
-    is negative the division turns the map's sign, as the paper has it; where y is 0 it is left out.
 
-    Desai and Ramaswamy, Ablation-CAM, WACV 2020, the slope of the score; their rectifier is left to the viewer.
+def ablation_cam(context: LayerContext) -> Tensor:
+    """Weight each channel by the relative drop of the score when the channel is set to 0 (Ablation-CAM).
+
+    ::
+
+        L = sum_k w_k A_k,    w_k = (S - S_k) / S
+
+    Only the part of the network after the layer runs again. A channel that is 0 everywhere has weight 0 and needs no
+    pass. A negative score turns the map's sign, as in the paper; if the score is 0, the weights are the drops
+    themselves. The paper's final ReLU is omitted.
+
+    Parameters
+    ----------
+    context : LayerContext
+
+    Returns
+    -------
+    Tensor of shape (B, T, h, w)
+
+    References
+    ----------
+    Desai and Ramaswamy, Ablation-CAM: Visual Explanations for Deep Convolutional Network via Gradient-free
+    Localization, WACV 2020, the slope of the score.
     """
-    maps, found = question.layer_activations(), []
-    for image, own in enumerate(maps):
-        channels = len(own)
-        alive = own.flatten(1).any(1).nonzero()[:, 0]
-        off = torch.cat([alive.new_full((1,), channels), alive])  # in front one beyond the last: nothing is missing
+    maps = []
+    for image, activation in enumerate(context.layer_activations()):
+        num_channels = len(activation)
+        active = activation.flatten(1).any(1).nonzero()[:, 0]
+        removed = torch.cat([active.new_full((1,), num_channels), active])  # the first number is no channel's
+        with context.from_layer(image) as score_maps:
+            scores = _score_in_chunks(
+                context,
+                image,
+                len(removed),
+                partial(_remove_channels, activation, removed),
+                score_maps,
+                context.batch_size,
+            )
+        full_score = scores[:1]
+        weights = scores.new_zeros(num_channels, context.num_targets)
+        weights[active] = (full_score - scores[1:]) / torch.where(full_score == 0, 1, full_score)
+        maps.append(torch.tensordot(weights, activation, dims=([0], [0])))
+    return torch.stack(maps)
 
-        def ablated(part: Sequence[int], off: Tensor = off, own: Tensor = own) -> Tensor:
-            left = own.new_ones(len(part), len(own) + 1)
-            left.scatter_(1, off[part[0] : part[-1] + 1, None], 0)
-            return own * left[:, :-1].reshape(len(part), len(own), *[1] * (own.ndim - 1))
 
-        with question.from_layer(image) as scores:
-            left = _score_chunks(question, image, len(off), ablated, scores, question.batch_size)
-        whole = left[:1]
-        slope = left.new_zeros(channels, question.num_targets)
-        slope[alive] = (whole - left[1:]) / torch.where(whole == 0, 1, whole)
-        found.append(torch.tensordot(slope, own, dims=([0], [0])))
-    return torch.stack(found)
+def _remove_channels(activation: Tensor, removed: Tensor, numbers: slice) -> Tensor:
+    """Return copies of a layer's output (C, ...) with one channel each set to 0; number C removes none."""
+    channels = removed[numbers, None]
+    keep = activation.new_ones(len(channels), len(activation) + 1)
+    keep.scatter_(1, channels, 0)
+    return activation * keep[:, :-1].reshape(len(channels), len(activation), *[1] * (activation.ndim - 1))
 
 
 def occlusion(
-    question: MethodContext,
-    *,
-    window: int | Sequence[int] | None = None,
-    stride: int | Sequence[int] | None = None,
-    fill: float | str = 0.0,
+    context: MethodContext, *, window: Sizes | None = None, stride: Sizes | None = None, fill: float | str = 0.0
 ) -> Tensor:
-    """How much the score drops when a window hides a place: the mean over all windows that cover the pixel.
+    """Average the score's drop over all windows that hide a pixel (occlusion sensitivity).
 
-    `window` and `stride` are in pixels, one number or one for each axis; a seventh of the picture and half the window
-    unless given. The last window of an axis may stick out. `fill` is what it shows: a number in the network's input
-    space, or "average", the picture's own mean in each channel.
+    Parameters
+    ----------
+    context : MethodContext
+    window : int or sequence of int, optional
+        Size of the window in pixels, for all axes or one per axis; by default a seventh of the image. The last window
+        of an axis may extend beyond the image.
+    stride : int or sequence of int, optional
+        Distance between windows in pixels; by default half the window.
+    fill : float or "average"
+        What the window shows: a number in the network's input space, or each channel's mean over the image.
 
-    Zeiler and Fergus, ECCV 2014, occlusion sensitivity; the mean over windows is that of captum's Occlusion.
+    Returns
+    -------
+    Tensor of shape (B, T, ...)
+
+    References
+    ----------
+    Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014; averaged over windows as in
+    captum's ``Occlusion``.
     """
-    sides = question.x.shape[2:]
-    windows = _per_axis("window", window, [max(1, -(-side // 7)) for side in sides], sides)
-    strides = _per_axis("stride", stride, [-(-w // 2) for w in windows], sides)
+    check_occlusion(window=window, stride=stride, fill=fill)
+    sides = context.x.shape[2:]
+    windows = _per_axis("window", window, sides) or [max(1, -(-side // 7)) for side in sides]
+    strides = _per_axis("stride", stride, sides) or [-(-w // 2) for w in windows]
     for side, w, s in zip(sides, windows, strides, strict=True):
         if s > w < side:
-            raise ConvscopeError(f"stride {s} is longer than the window, {w}: no window would cover what lies between")
-    check_occlusion(window=window, stride=stride, fill=fill)
-    blank = _blank(question.x, fill)
-    covers = [_cover(*sizes).to(question.x.device) for sizes in zip(sides, windows, strides, strict=True)]
-    steps = [len(cover) for cover in covers]
-    found = []
-    for image, x in enumerate(question.x):
+            raise ConvscopeError(f"stride {s} is longer than window {w}: the pixels between windows would be left out")
+    covers = [_window_covers(*sizes).to(context.x.device) for sizes in zip(sides, windows, strides, strict=True)]
+    grid = [len(cover) for cover in covers]
+    filled = _filled_images(context.x, fill)
+    maps = []
+    for image, x in enumerate(context.x):
+        make_inputs = partial(_occlude, x, filled[image], covers)
+        scores = _score_in_chunks(context, image, 1 + math.prod(grid), make_inputs, context.score_fn(image))
+        drops = (scores[:1] - scores[1:]).T.reshape(-1, *grid).cpu().double()
+        for cover in covers:  # axis by axis; each product moves its axis to the end
+            window_weights = cover.cpu().double() / cover.cpu().sum(0)
+            drops = torch.tensordot(drops, window_weights, dims=([1], [0]))
+        maps.append(drops)
+    return torch.stack(maps).float()
 
-        def hidden(part: Sequence[int], x: Tensor = x, blank: Tensor = blank[image]) -> Tensor:
-            # The first input has nothing hidden: the others' positions are one less.
-            where = torch.unravel_index(torch.tensor(part, device=x.device).sub(1).clamp(min=0), steps)
-            mask = _outer([cover[at] for cover, at in zip(covers, where, strict=True)])
-            if part[0] == 0:
-                mask[0] = False
-            return torch.where(mask[:, None], blank, x)
 
-        scores, size = question.score_fn(image), question.cache_batch_size
-        left = _score_chunks(question, image, 1 + math.prod(steps), hidden, scores, size)
-        drops = (left[:1] - left[1:]).T.reshape(-1, *steps).cpu().double()
-        for cover in covers:  # axis by axis, each of which moves to the end
-            share = cover.cpu().double() / cover.cpu().sum(0)
-            drops = torch.tensordot(drops, share, dims=([1], [0]))
-        found.append(drops)
-    return torch.stack(found).float()
+def _occlude(x: Tensor, filled: Tensor, covers: Sequence[Tensor], numbers: slice) -> Tensor:
+    """Return copies of an image (C, ...) behind windows; number 0 hides nothing, window i has number i + 1."""
+    windows = torch.arange(numbers.start, numbers.stop, device=x.device).sub(1).clamp(min=0)
+    positions = torch.unravel_index(windows, [len(cover) for cover in covers])
+    hidden = _outer_and([cover[position] for cover, position in zip(covers, positions, strict=True)])
+    if numbers.start == 0:
+        hidden[0] = False
+    return torch.where(hidden[:, None], filled, x)
 
 
 def rise(
-    question: MethodContext,
+    context: MethodContext,
     *,
     samples: int = 4000,
-    cells: int | Sequence[int] = 7,
+    cells: Sizes = 7,
     keep: float = 0.5,
     tolerance: float = 0.05,
     probability: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean score of the picture under random masks, for each pixel weighed by how much of it they let through.
+) -> tuple[Tensor, Extras]:
+    """Average random masks, weighted by the score of the masked image (RISE).
 
-    1 / (p N) sum_i f(x o M_i) M_i: the masks are grids of `cells` that are 1 with probability p = `keep`, enlarged
-    linearly and shifted at random; f is the target's score, or, as in the paper, its `probability`. The same masks for
-    every picture. A target is done after `samples` masks, or as soon as the standard error of its map is nowhere more
-    than `tolerance` times the map's range; above 0.1 that says little, as noise alone has a range. `standard_error`
-    (B, T, ...) and `samples` (B, T) are returned beside it.
+    ::
 
-    Petsiuk, Das and Saenko, RISE, BMVC 2018, its Monte Carlo estimate; masks as in the authors' program.
+        M = 1 / (p n) sum_i S(x M_i) M_i
+
+    The masks ``M_i`` are random binary grids, upsampled linearly and shifted at random; all images share them. A target
+    is finished after `samples` masks, or earlier if its map is accurate enough.
+
+    Parameters
+    ----------
+    context : MethodContext
+    samples : int
+        The largest number of masks.
+    cells : int or sequence of int
+        Size of the grids, for all axes or one per axis.
+    keep : float
+        The probability p that a cell of a grid is 1, between 0 and 1.
+    tolerance : float
+        A target is finished when the largest standard error of its map is at most this fraction of the map's range.
+        Above 0.1 it hardly constrains the map, because noise alone has a range; 0 always takes all samples.
+    probability : bool
+        Use probabilities as scores, as the paper does, rather than logits.
+
+    Returns
+    -------
+    maps : Tensor of shape (B, T, ...)
+    extras : dict
+        "standard_error" (B, T, ...) of the maps, and "samples" (B, T), the numbers of masks.
+
+    References
+    ----------
+    Petsiuk, Das and Saenko, RISE: Randomized Input Sampling for Explanation of Black-box Models, BMVC 2018; masks as in
+    the authors' program.
     """
-    sides = question.x.shape[2:]
-    grid = _per_axis("cells", cells, [], sides)
     check_rise(samples=samples, cells=cells, keep=keep, tolerance=tolerance)
-    if probability and question.targets.functions:
+    sides = context.x.shape[2:]
+    grid = _per_axis("cells", cells, sides)
+    if probability and context.targets.functions:
         raise ConvscopeError(
-            "a function of the network's output has no probability; give classes, or probability=False"
+            "a function of the network's output has no probability; give classes as targets, or probability=False"
         )
-    found = []
-    for image, x in enumerate(question.x):
-        scores, draw = question.score_fn(image, probability), question.generator()
-        own = _RunningMean(question.num_targets, sides, keep)
-        for begun in range(0, samples, CHECKED):
-            count = min(CHECKED, samples - begun)
-            drawn, shifts = _drawn(count, grid, sides, keep, draw)
-            for part in balanced_chunks(range(count), question.cache_batch_size):
-                rows = slice(part[0], part[-1] + 1)
-                masks = _upsample_masks(drawn[rows], [shift[rows] for shift in shifts], sides)
-                own.add(scores(x * masks.to(x)[:, None]).cpu(), masks)
-                question.report_progress((image + (begun + part[-1] + 1) / samples) / len(question.x))
-            if own.settled(tolerance):
+    means = []
+    for image, x in enumerate(context.x):
+        score_inputs, generator = context.score_fn(image, probability), context.generator()
+        mean = _RunningMean(context.num_targets, sides, keep)
+        for start in range(0, samples, MASKS_PER_CHECK):
+            count = min(MASKS_PER_CHECK, samples - start)
+            grids, shifts = _random_grids(count, grid, sides, keep, generator)
+            for chunk in balanced_chunks(range(count), context.forward_batch_size):
+                rows = slice(chunk[0], chunk[-1] + 1)
+                masks = _upsample_masks(grids[rows], [shift[rows] for shift in shifts], sides)
+                mean.add(score_inputs(x * masks.to(x)[:, None]).cpu(), masks)
+                context.report_progress((image + (start + rows.stop) / samples) / len(context.x))
+            if mean.converged(tolerance):
                 break
-        question.report_progress((image + 1) / len(question.x))
-        found.append(own)
-    more = {
-        "standard_error": torch.stack([own.error() for own in found]).float(),
-        "samples": torch.stack([own.count for own in found]),
+        context.report_progress((image + 1) / len(context.x))
+        means.append(mean)
+    extras = {
+        "standard_error": torch.stack([mean.standard_error() for mean in means]).float(),
+        "samples": torch.stack([mean.count for mean in means]),
     }
-    return torch.stack([own.mean() for own in found]).float(), more
+    return torch.stack([mean.value() for mean in means]).float(), extras
 
 
-CHECKED = 100  # masks between two looks at the standard error, whatever fits into memory at once
+MASKS_PER_CHECK = 100  # masks between two checks of the standard error, whatever the batch size
 
 
 class _RunningMean:
-    """The mean of score times mask, over p, and its standard error; targets that are done take no more."""
+    """The running mean of score times mask, divided by p, and its standard error; finished targets are not updated."""
 
-    def __init__(self, targets: int, sides: Sequence[int], keep: float) -> None:
+    def __init__(self, num_targets: int, sides: Sequence[int], keep: float) -> None:
         self.keep = keep
-        self.count = torch.zeros(targets)
-        self.done = torch.zeros(targets, dtype=torch.bool)
-        self.total = torch.zeros(targets, *sides, dtype=torch.float64)
+        self.count = torch.zeros(num_targets)
+        self.finished = torch.zeros(num_targets, dtype=torch.bool)
+        self.total = torch.zeros(num_targets, *sides, dtype=torch.float64)
         self.squares = torch.zeros_like(self.total)
 
     def add(self, scores: Tensor, masks: Tensor) -> None:
-        """Scores (M, T) of as many masks (M, ...)."""
-        scores = torch.where(self.done, 0, scores)
-        self.count += torch.where(self.done, 0, len(masks))
+        """Add the scores (M, T) of as many masks (M, ...)."""
+        scores = torch.where(self.finished, 0, scores)
+        self.count += torch.where(self.finished, 0, len(masks))
         self.total += torch.tensordot(scores.T, masks, 1)
         self.squares += torch.tensordot(scores.T.square(), masks.square(), 1)
 
-    def mean(self) -> Tensor:
+    def value(self) -> Tensor:
+        """Return the mean (T, ...)."""
         return self.total / self._per_target(self.keep * self.count)
 
-    def error(self) -> Tensor:
-        """The standard error of the mean; NaN after a single mask, which tells nothing of it."""
+    def standard_error(self) -> Tensor:
+        """Return the standard error (T, ...) of the mean; NaN after a single mask."""
         count = self._per_target(self.count)
         variance = (self.squares / count - (self.total / count).square()).clamp(min=0)
         return torch.where(count > 1, (variance / (count - 1)).sqrt() / self.keep, torch.nan)
 
-    def settled(self, tolerance: float) -> bool:
-        """Whether all targets are done, now that as many masks have been added as each look takes."""
-        mean, error = self.mean().flatten(1), self.error().flatten(1)
-        self.done = error.amax(1) <= tolerance * (mean.amax(1) - mean.amin(1))
-        return bool(self.done.all())
+    def converged(self, tolerance: float) -> bool:
+        """Mark the targets that are accurate enough as finished, and return whether all are."""
+        mean, error = self.value().flatten(1), self.standard_error().flatten(1)
+        self.finished = error.amax(1) <= tolerance * (mean.amax(1) - mean.amin(1))
+        return bool(self.finished.all())
 
     def _per_target(self, values: Tensor) -> Tensor:
         return values.double().reshape(-1, *[1] * (self.total.ndim - 1))
 
 
-def _drawn(
-    count: int, grid: Sequence[int], sides: Sequence[int], keep: float, draw: torch.Generator
+def _random_grids(
+    count: int, grid: Sequence[int], sides: Sequence[int], keep: float, generator: torch.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """Grids (count, ...) of 0 and 1, and by how many pixels each is shifted, axis by axis: less than a cell."""
-    cells = (torch.rand((count, *grid), generator=draw) < keep).float()
-    return cells, [torch.randint(-(-side // n), (count,), generator=draw) for side, n in zip(sides, grid, strict=True)]
+    """Draw binary grids (count, ...), and by axis their shifts (count,) in pixels, less than one cell."""
+    grids = (torch.rand((count, *grid), generator=generator) < keep).float()
+    shifts = [torch.randint(-(-side // n), (count,), generator=generator) for side, n in zip(sides, grid, strict=True)]
+    return grids, shifts
 
 
-def _upsample_masks(cells: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
-    """Grids (M, ...) enlarged linearly by one cell more than the picture, of which `shifts` (M,) are cut off."""
-    for side, shift in zip(sides, shifts, strict=True):  # axis by axis, each of which moves to the end
-        n = cells.shape[1]
-        weights = F.interpolate(torch.eye(n)[None], (n + 1) * -(-side // n), mode="linear")[0].T
-        rows = weights[shift[:, None] + torch.arange(side)]
-        cells = torch.einsum("ma...,msa->m...s", cells, rows)
-    return cells
+def _upsample_masks(grids: Tensor, shifts: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Upsample grids (M, ...) linearly to one cell more than the image, and crop them at `shifts` (M,)."""
+    for side, shift in zip(sides, shifts, strict=True):  # axis by axis; each product moves its axis to the end
+        num_cells = grids.shape[1]
+        size = (num_cells + 1) * -(-side // num_cells)
+        weights = F.interpolate(torch.eye(num_cells)[None], size, mode="linear")[0].T
+        cropped = weights[shift[:, None] + torch.arange(side)]
+        grids = torch.einsum("ma...,msa->m...s", grids, cropped)
+    return grids
 
 
-def _score_chunks(
-    question: MethodContext, image: int, count: int, make: Callable[[Sequence[int]], Tensor], scores: Scores, size: int
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _score_in_chunks(
+    context: MethodContext,
+    image: int,
+    count: int,
+    make_inputs: MakeInputs,
+    score_inputs: ScoreInputs,
+    size: int | None = None,
 ) -> Tensor:
-    """The scores (count, T) of as many inputs, made `size` at a time; tells how far it is."""
-    found = []
-    for part in balanced_chunks(range(count), size):
-        found.append(scores(make(part)))
-        question.report_progress((image + (part[-1] + 1) / count) / len(question.x))
-    return torch.cat(found)
+    """Compute the scores (count, T) of perturbed inputs, made `size` at a time (default: `forward_batch_size`)."""
+    chunks = []
+    for chunk in balanced_chunks(range(count), size or context.forward_batch_size):
+        numbers = slice(chunk[0], chunk[-1] + 1)
+        chunks.append(score_inputs(make_inputs(numbers)))
+        context.report_progress((image + numbers.stop / count) / len(context.x))
+    return torch.cat(chunks)
 
 
-def _resized(maps: Tensor, sides: Sequence[int]) -> Tensor:
-    return F.interpolate(maps, tuple(sides), mode={1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)])
-
-
-def _unit(maps: Tensor) -> Tensor:
-    """Each map (M, 1, ...) by its extremes to [0, 1]; 0 where these are the same."""
-    positions = tuple(range(2, maps.ndim))
-    low, high = maps.amin(positions, keepdim=True), maps.amax(positions, keepdim=True)
+def _scale_to_unit(maps: Tensor) -> Tensor:
+    """Scale each map (M, 1, ...) to [0, 1]; constant maps become 0."""
+    axes = tuple(range(2, maps.ndim))
+    low, high = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), 0)
 
 
-def _cover(side: int, window: int, stride: int) -> Tensor:
-    """Which pixels of one axis each window covers, (windows, side); the last one reaches the end."""
-    begins = torch.arange(-(-(side - window) // stride) + 1)[:, None] * stride
+def _window_covers(side: int, window: int, stride: int) -> Tensor:
+    """Return which pixels of an axis each window covers, bool (windows, side); the last window reaches the end."""
+    starts = torch.arange(-(-(side - window) // stride) + 1)[:, None] * stride
     pixels = torch.arange(side)
-    return (pixels >= begins) & (pixels < begins + window)
+    return (pixels >= starts) & (pixels < starts + window)
 
 
-def _outer(rows: Sequence[Tensor]) -> Tensor:
-    """Boxes (M, ...) from their extents along each axis, (M, side)."""
-    boxes = rows[0]
-    for row in rows[1:]:
-        boxes = boxes[..., None] & row.reshape(len(row), *[1] * (boxes.ndim - 1), -1)
+def _outer_and(extents: Sequence[Tensor]) -> Tensor:
+    """Combine extents along each axis, bool (M, side), to boxes, bool (M, ...)."""
+    boxes = extents[0]
+    for extent in extents[1:]:
+        boxes = boxes[..., None] & extent.reshape(len(extent), *[1] * (boxes.ndim - 1), -1)
     return boxes
 
 
-def _blank(x: Tensor, fill: float | str) -> Tensor:
-    """What hides each picture, (B, C, 1, ...) or (B, 1, 1, ...)."""
-    positions = tuple(range(2, x.ndim))
+def _filled_images(x: Tensor, fill: float | str) -> Tensor:
+    """Return what hides each image: (B, C, 1, ...) or (B, 1, 1, ...)."""
     if fill == "average":
-        return x.mean(positions, keepdim=True)
+        return x.mean(tuple(range(2, x.ndim)), keepdim=True)
     return x.new_full((len(x), *[1] * (x.ndim - 1)), float(fill))
 
 
-def check_occlusion(*, window: Any, stride: Any, fill: float | str, **_: Any) -> None:
-    """Refuse options of occlusion that make no sense, whatever the input's size."""
-    for name, given in (("window", window), ("stride", stride)):
-        if given is not None:
-            _check_sizes(name, given)
-    known = fill == "average" or is_number(fill)
-    _require(known, f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
+# --- validation of options --------------------------------------------------------------------------------------------
 
 
-def check_rise(*, samples: int, cells: Any, keep: float, tolerance: float, **_: Any) -> None:
-    """Refuse options of RISE that make no sense, whatever the input's size."""
+def check_occlusion(*, window: object, stride: object, fill: object) -> None:
+    """Validate the options of `occlusion` as far as they do not depend on the input; raise ConvscopeError."""
+    for name, value in (("window", window), ("stride", stride)):
+        if value is not None:
+            _check_sizes(name, value)
+    if fill != "average" and not is_number(fill):
+        raise ConvscopeError(f'fill is {fill!r}; expected a number in the network\'s input space, or "average"')
+
+
+def check_rise(*, samples: object, cells: object, keep: object, tolerance: object, **_: object) -> None:
+    """Validate the options of `rise` as far as they do not depend on the input; raise ConvscopeError."""
     _check_sizes("cells", cells)
     require_int("samples", samples)
     require_number("keep", keep, above=0, below=1)
     require_number("tolerance", tolerance, minimum=0)
 
 
-def _per_axis(name: str, given: Any, default: Sequence[int], most: Sequence[int]) -> list[int]:
-    """One whole number for each axis, at least 1 and not more than `most`. Raises ConvscopeError."""
-    if given is None:
-        return list(default)
-    _check_sizes(name, given)
-    sizes = [given] * len(most) if is_int(given) else list(given)
-    if len(sizes) != len(most):
-        raise ConvscopeError(f"{name} is {given!r}; expected one number, or {len(most)}: one for each axis")
-    if any(size > side for size, side in zip(sizes, most, strict=True)):
-        raise ConvscopeError(f"{name} is {given!r}, larger than the input of {' x '.join(map(str, most))}")
+def _check_sizes(name: str, value: object) -> None:
+    sizes = value if isinstance(value, list | tuple) else [value]
+    if not sizes or not all(is_int(size) for size in sizes):
+        raise ConvscopeError(f"{name} is {value!r}; expected a whole number, or one for each axis")
+    if min(sizes) < 1:
+        raise ConvscopeError(f"{name} is {value!r}; expected at least 1")
+
+
+def _per_axis(name: str, value: Sizes | None, sides: Sequence[int]) -> list[int]:
+    """Return one size per axis, none larger than the input's `sides`; an empty list for None."""
+    if value is None:
+        return []
+    sizes = list(value) if isinstance(value, list | tuple) else [value] * len(sides)
+    if len(sizes) != len(sides):
+        raise ConvscopeError(f"{name} is {value!r}; expected one number, or {len(sides)}: one for each axis")
+    if any(size > side for size, side in zip(sizes, sides, strict=True)):
+        raise ConvscopeError(f"{name} is {value!r}, larger than the input of {' x '.join(map(str, sides))}")
     return sizes
-
-
-def _check_sizes(name: str, given: Any) -> None:
-    """Whole numbers, at least 1 each. Raises ConvscopeError."""
-    sizes = [given] if is_int(given) else given
-    whole = isinstance(sizes, list | tuple) and len(sizes) > 0 and all(is_int(size) for size in sizes)
-    _require(whole, f"{name} is {given!r}; expected a whole number, or one for each axis")
-    _require(min(sizes) >= 1, f"{name} is {given!r}; expected at least 1")
-
-
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConvscopeError(message)
