@@ -147,7 +147,7 @@ def compare(
             (maps,) = make(images, targets, [cell])
             taken = time.perf_counter() - start
         except ConvscopeError as error:
-            refused.append(Failure(f"{cell.method} at {cell.layer_name}", str(error)))
+            refused.append(Failure(f"{cell.name} at {cell.layer_name}", str(error)))
             continue
         heatmap.append(maps)
         seconds.append(taken / len(maps.image_names))
