@@ -127,9 +127,9 @@ def _require_runs(model: Model, size: tuple[int, ...]) -> None:
         with torch.no_grad(), capture.capture_layers(model, []) as run:
             run(torch.zeros(model.fixed_batch_size or 1, model.preprocessing.channels, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        own_size, scaled_size = (" x ".join(map(str, sides)) for sides in (model.preprocessing.size, size))
+        input_size, scaled_size = (" x ".join(map(str, sides)) for sides in (model.preprocessing.size, size))
         reason = " ".join(str(error).split())[:200]
         raise ConvscopeError(
             f"the network does not run on inputs of {scaled_size} ({type(error).__name__}: {reason}); its own size is "
-            f"{own_size}: leave scale at 1"
+            f"{input_size}: leave scale at 1"
         ) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,7 +175,7 @@ def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int 
     return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
-def segmentation_target(label: int, mask: Any) -> ScoreFunction:
+def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     """Define the target "class `label` inside a region" for a segmentation network.
 
     The score is the mean logit of the class over the positions inside the region.

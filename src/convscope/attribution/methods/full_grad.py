@@ -1,13 +1,14 @@
-"""Full-gradient: what the input and every bias of the network contribute to the score, by one pass each way.
+"""FullGrad: the contributions of the input and of every bias to the score, from one forward and one backward pass.
 
-A network of pieces that are linear is, at a picture x,  S(x) = dS/dx x + sum_b dS/db b  over all biases b, each counted
-at every place at which it is added (Srinivas & Fleuret, NeurIPS 2019, proposition 1). The network's own functions are
-watched while it runs, so that nothing of it is touched, and each bias is weighed as soon as its gradient passes by.
+For a piecewise linear network, the score at an image x is ``S(x) = dS/dx x + sum_b dS/db b``, where b runs over all
+biases at all positions where they are added (Srinivas and Fleuret, NeurIPS 2019, proposition 1). Biases are observed as
+PyTorch's functions are called, so that the network is not modified. Each is multiplied by its gradient as soon as the
+backward pass reaches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,149 +17,204 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from convscope.attribution.context import MethodContext
+from convscope.attribution.context import Extras, MethodContext
 from convscope.attribution.methods.gradient import INTERPOLATION, grad_batch_size
 from convscope.engine.batching import balanced_chunks
 
+Args = Sequence[Any]
+Kwargs = Mapping[str, Any]
 
-def full_grad(question: MethodContext) -> tuple[Tensor, dict[str, Tensor]]:
-    """M = psi(dS/dx x) + sum_l sum_c psi(dS/db_l b_l)_c  over the layers l with places. Unsigned.
 
-    Srinivas & Fleuret, Full-Gradient Representation for Neural Network Visualization, NeurIPS 2019, equation 9; psi
-    takes the absolute value, scales a layer's to [0, 1] for each picture and upsamples bilinearly from corner to
-    corner, as in the authors' program; channels are summed up. Their 1e-6 under the fraction is left out: it would make
-    the map depend on the scale of the score.
+def full_grad(context: MethodContext) -> tuple[Tensor, Extras]:
+    """Sum the gradient's product with the input and with every bias (FullGrad, unsigned).
 
-    Biases are those of convolutions and linear layers, whatever else is added that does not depend on the picture,
-    beta - gamma mu / sigma of batch normalisation, and what a clamp (ReLU6) gives where it is saturated. S minus
-    the sum of all of these is "completeness_error": nought but for rounding if the network has linear pieces only, and
-    of any size if it has not (SiLU, sigmoid gates, layer norm, attention).
+    ::
+
+        M = psi(dS/dx x) + sum_l sum_c psi(dS/db_l b_l)_c
+
+    ``l`` runs over the layers with spatial extent and ``c`` over channels. ``psi`` takes absolute values, scales them
+    to [0, 1] for each image and layer, and upsamples bilinearly with aligned corners. The authors' constant 1e-6 in the
+    scaling is omitted: it would make the map depend on the score's scale.
+
+    Biases are those of convolutions and linear layers, other constants that are added,
+    ``beta - gamma mu / sigma`` of batch normalisation, and the bound of a clamp (such as ReLU6) where it saturates.
+
+    Parameters
+    ----------
+    context : MethodContext
+
+    Returns
+    -------
+    maps : Tensor of shape (B, T, ...)
+    extras : dict
+        "completeness_error" (B, T): S minus the sum of all contributions. It is 0 up to rounding for piecewise linear
+        networks, and of any size for others (SiLU, sigmoid gates, layer normalisation, attention).
+
+    References
+    ----------
+    Srinivas and Fleuret, Full-Gradient Representation for Neural Network Visualization, NeurIPS 2019, equation 9.
     """
-    x = question.x
+    x = context.x
     maps, errors = [], []
-    channels = 1 if getattr(question.model.adapter, "channels_first", True) else -1
-    for part in balanced_chunks(range(len(x)), grad_batch_size(question)):
-        at = slice(part[0], part[-1] + 1)
-        heard = _BiasCollector(len(part), x.shape[2:], channels)
-        with heard:
-            leaf, scores = question.forward(x[at], torch.arange(at.start, at.stop, device=x.device))
-        found, total = [], []
-        for gradient in question.backward(leaf, scores):
-            heard.accumulate(x[at], 1, gradient)
-            found.append(heard.map)
-            total.append(heard.total)
-            heard.begin()
-        maps.append(torch.stack(found, 1))
-        errors.append(scores.detach() - torch.stack(total, 1).to(scores))
-        question.report_progress(at.stop / len(x))
+    channel_dim = 1 if getattr(context.model.adapter, "channels_first", True) else -1
+    for positions in balanced_chunks(range(len(x)), grad_batch_size(context)):
+        images = slice(positions[0], positions[-1] + 1)
+        collector = _BiasCollector(len(positions), x.shape[2:], channel_dim)
+        with collector:
+            leaf, scores = context.forward(x[images], torch.arange(images.start, images.stop, device=x.device))
+        target_maps, totals = [], []
+        for gradient in context.backward(leaf, scores):
+            collector.accumulate(x[images], 1, gradient)
+            target_maps.append(collector.map)
+            totals.append(collector.total)
+            collector.reset()
+        maps.append(torch.stack(target_maps, 1))
+        errors.append(scores.detach() - torch.stack(totals, 1).to(scores))
+        context.report_progress(images.stop / len(x))
     return torch.cat(maps), {"completeness_error": torch.cat(errors)}
 
 
 class _BiasCollector(TorchFunctionMode):
-    """Hears of every bias while a batch of `count` pictures runs, and adds up what it contributes on the way back.
+    """Observe every bias while a batch runs, and accumulate the contributions in the backward pass.
 
-    `channels` is the dimension of the channels where a function does not tell.
+    Parameters
+    ----------
+    num_images : int
+    input_size : sequence of int
+        The spatial size of the map.
+    channel_dim : int
+        The dimension of the channels where a function does not determine it.
+
+    Attributes
+    ----------
+    map : Tensor of shape (num_images, ...)
+    total : Tensor of shape (num_images,)
+        The sum of all contributions.
     """
 
-    def __init__(self, count: int, size: Sequence[int], channels: int) -> None:
+    def __init__(self, num_images: int, input_size: Sequence[int], channel_dim: int) -> None:
         super().__init__()
-        self.count, self.size, self.channels = count, tuple(size), channels
-        self.centred: tuple[Tensor, Tensor] | None = None  # what something was taken off from, and what that comes to
-        self.begin()
+        self.num_images, self.input_size, self.channel_dim = num_images, tuple(input_size), channel_dim
+        self.pending: tuple[Tensor, Tensor] | None = None  # a difference, and its bias so far
+        self.reset()
 
-    def begin(self) -> None:
-        self.map: Any = 0
-        self.total: Any = 0
+    def reset(self) -> None:
+        """Start the next target."""
+        self.map = self.total = torch.zeros(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0].strip("_")
         name = FUNCTION_ALIASES.get(name, name)
-        pair = _Pair.of(name, args, kwargs)
-        if self.centred is not None and name != "get" and _among(self.centred[0], args, kwargs):
-            goes_on = pair is not None and pair.x is self.centred[0] and not pair.begins and not pair.inverts
-            if not goes_on:
-                self.flush()
+        arithmetic = _Arithmetic.parse(name, args, kwargs)
+        if self.pending is not None and name != "get" and _is_argument(self.pending[0], args, kwargs):
+            continues = arithmetic is not None and arithmetic.x is self.pending[0]
+            if arithmetic is None or not continues or arithmetic.subtracts or arithmetic.inverts:
+                self._add_pending()
         output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-            if name in _LAYERS:
-                position, channels = _LAYERS[name]
-                bias = args[position] if len(args) > position else kwargs.get("bias")
-                self.add_bias(output, _column(bias, output.ndim, channels), channels)
-            elif name == "batch_norm":
-                self.add_bias(output, _of_batch_norm(func, args, kwargs), 1)
-            elif name in _BOUNDS:
-                self.add_bias(output, _saturated(name, output, args[1:], kwargs), self.channels)
-            elif pair is not None:
-                self.follow(pair, output)
+            self._observe(name, func, args, kwargs, arithmetic, output)
         return output
 
-    def follow(self, pair: _Pair, output: Tensor) -> None:
-        """A batch normalisation that is written out, mean off, scaled, offset on, has one bias and not two."""
-        goes_on = self.centred is not None and pair.x is self.centred[0]
-        before = self.centred[1] if self.centred is not None and goes_on else None
-        if pair.name in ("mul", "div"):
-            if before is not None:
-                self.centred = output, before * pair.other if pair.name == "mul" else before / pair.other
-        elif pair.begins:
-            self.flush()
-            self.centred = output, -pair.other
+    def _observe(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Kwargs,
+        arithmetic: _Arithmetic | None,
+        output: Tensor,
+    ) -> None:
+        """Find the bias in one call."""
+        if name in _LAYERS:
+            position, channel_dim = _LAYERS[name]
+            bias = args[position] if len(args) > position else kwargs.get("bias")
+            self.add_bias(output, _align_bias(bias, output.ndim, channel_dim), channel_dim)
+        elif name == "batch_norm":
+            self.add_bias(output, _batch_norm_bias(func, args, kwargs), 1)
+        elif name in _BOUNDS:
+            self.add_bias(output, _saturated_values(name, output, args[1:], kwargs), self.channel_dim)
+        elif arithmetic is not None:
+            self._observe_arithmetic(arithmetic, output)
+
+    def _observe_arithmetic(self, arithmetic: _Arithmetic, output: Tensor) -> None:
+        """Join the steps of a batch normalisation written as arithmetic (minus, times, plus) to a single bias."""
+        continues = self.pending is not None and arithmetic.x is self.pending[0]
+        bias = self.pending[1] if self.pending is not None and continues else None
+        constant = arithmetic.constant
+        if arithmetic.name in ("mul", "div"):
+            if bias is not None:
+                self.pending = output, bias * constant if arithmetic.name == "mul" else bias / constant
+        elif arithmetic.subtracts:
+            self._add_pending()
+            self.pending = output, -constant
         else:
-            if before is not None:
-                self.centred = None
-            self.add_bias(output, pair.other if before is None else before + pair.other, self.channels)
+            if bias is not None:
+                self.pending = None
+            self.add_bias(output, constant if bias is None else bias + constant, self.channel_dim)
 
-    def flush(self) -> None:
-        """What was taken off is a bias by itself, where nothing was put on behind it."""
-        if self.centred is not None:
-            self.add_bias(*self.centred, self.channels)
-            self.centred = None
+    def _add_pending(self) -> None:
+        """Treat a subtracted constant as a bias of its own, because no addition follows."""
+        if self.pending is not None:
+            self.add_bias(*self.pending, self.channel_dim)
+            self.pending = None
 
-    def add_bias(self, output: Tensor, bias: Tensor | None, channels: int) -> None:
+    def add_bias(self, output: Tensor, bias: Tensor | None, channel_dim: int) -> None:
+        """Accumulate the contribution of a bias, which was added to give `output`, in the backward pass."""
         if bias is not None:
-            # Belongs to this value of the tensor; what is written into it later does not see the hook.
-            output.register_hook(partial(self.accumulate, bias.detach(), channels))  # type: ignore[no-untyped-call]
+            # The hook belongs to this value of the tensor; later in-place changes do not trigger it.
+            output.register_hook(partial(self.accumulate, bias.detach(), channel_dim))  # type: ignore[no-untyped-call]
 
-    def accumulate(self, bias: Tensor, channels: int, gradient: Tensor) -> None:
-        term = gradient.float() * bias
-        self.total = self.total + term.reshape(self.count, -1).sum(1)
-        if term.ndim == 2 + len(self.size):
-            evenly = _unit(term.abs()).sum(channels, keepdim=True).movedim(channels, 1)
-            mode = INTERPOLATION[len(self.size)]
-            self.map = self.map + F.interpolate(evenly, self.size, mode=mode, align_corners=True)[:, 0]
+    def accumulate(self, bias: Tensor, channel_dim: int, gradient: Tensor) -> None:
+        """Add the contribution `gradient` times `bias` to the total and, if it has spatial extent, to the map."""
+        contribution = gradient.float() * bias
+        self.total = self.total + contribution.reshape(self.num_images, -1).sum(1)
+        if contribution.ndim == 2 + len(self.input_size):
+            scaled = _scale_to_unit(contribution.abs()).sum(channel_dim, keepdim=True).movedim(channel_dim, 1)
+            mode = INTERPOLATION[len(self.input_size)]
+            self.map = self.map + F.interpolate(scaled, self.input_size, mode=mode, align_corners=True)[:, 0]
 
 
-class _Pair(NamedTuple):
-    """A sum or product of x, which depends on the picture, and `other`, which does not."""
+class _Arithmetic(NamedTuple):
+    """A sum or product of a tensor that depends on the image and a constant.
+
+    `subtracts` marks ``x - constant``, `inverts` marks ``constant / x``.
+    """
 
     name: str
     x: Tensor
-    other: Tensor
-    begins: bool  # x - other
-    inverts: bool  # other / x
+    constant: Tensor
+    subtracts: bool
+    inverts: bool
 
     @classmethod
-    def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Pair | None:
+    def parse(cls, name: str, args: Args, kwargs: Kwargs) -> _Arithmetic | None:
+        """Interpret a function call; None if it is no sum or product with a constant."""
         if name not in ("add", "sub", "rsub", "mul", "div") or len(args) + ("other" in kwargs) != 2:
             return None
-        x, other = (*args, *(kwargs[key] for key in ("other",) if key in kwargs))
-        swapped = not (isinstance(x, Tensor) and x.requires_grad)
-        x, other = (other, x) if swapped else (x, other)
-        if not (isinstance(x, Tensor) and x.requires_grad) or (isinstance(other, Tensor) and other.requires_grad):
+        x, constant = (*args, *(kwargs[key] for key in ("other",) if key in kwargs))
+        swapped = not _depends_on_image(x)
+        x, constant = (constant, x) if swapped else (x, constant)
+        if not _depends_on_image(x) or _depends_on_image(constant):
             return None
-        other = torch.as_tensor(other, device=x.device) * (1 if swapped else kwargs.get("alpha", 1))
-        return cls(name, x, other, name == "sub" and not swapped, name == "div" and swapped)
+        constant = torch.as_tensor(constant, device=x.device) * (1 if swapped else kwargs.get("alpha", 1))
+        return cls(name, x, constant, name == "sub" and not swapped, name == "div" and swapped)
 
 
-def _among(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = [*args, *kwargs.values()]
-    return any(tensor is part for each in given for part in (each if isinstance(each, list | tuple) else [each]))
+def _depends_on_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
-def _unit(maps: Tensor) -> Tensor:
-    """Each picture's own lowest value at 0, its highest at 1."""
-    rest = tuple(range(1, maps.ndim))
-    low, high = maps.amin(rest, keepdim=True), maps.amax(rest, keepdim=True)
+def _is_argument(tensor: Tensor, args: Args, kwargs: Kwargs) -> bool:
+    """Check whether a tensor is an argument of a call, or in a list of them."""
+    values = [*args, *kwargs.values()]
+    return any(tensor is part for value in values for part in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _scale_to_unit(maps: Tensor) -> Tensor:
+    """Scale each image's values to [0, 1]; constant ones become 0."""
+    axes = tuple(range(1, maps.ndim))
+    low, high = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
@@ -167,24 +223,27 @@ _LAYERS = {
     "convolution": (2, 1),
     "linear": (2, -1),
 }
-"""Functions with a bias: which of the arguments it is, and the dimension of the output along which it lies."""
+"""Functions with a bias: its position among the arguments, and the channels' dimension in the output."""
 
-_BOUNDS: dict[str, tuple[Any, Any]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
-"""Functions that cut off, and where unless they are told."""
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
+"""Functions with bounds, and their default bounds."""
 
 FUNCTION_ALIASES = {
     **{"clip": "clamp", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"},
     **{"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "truediv": "div", "itruediv": "div"},
 }
-"""Other names of the same function, underscores taken off."""
+"""Other names of the same function, without underscores."""
 
 
-def _column(bias: Tensor | None, ndim: int, channels: int) -> Tensor | None:
-    return None if bias is None else bias.reshape(-1, *[1] * (ndim - 2)) if channels == 1 else bias
+def _align_bias(bias: Tensor | None, ndim: int, channel_dim: int) -> Tensor | None:
+    """Reshape a bias (C,) so that it broadcasts to an output of `ndim` dimensions."""
+    if bias is None or channel_dim != 1:
+        return bias
+    return bias.reshape(-1, *[1] * (ndim - 2))
 
 
-def _of_batch_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """beta - gamma mu / sigma: what the function makes of 0. None where mean and variance are the batch's own."""
+def _batch_norm_bias(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Tensor | None:
+    """Return what batch normalisation makes of 0, ``beta - gamma mu / sigma``; None if it uses batch statistics."""
     if args[5] if len(args) > 5 else kwargs.get("training", False):
         return None
     x: Tensor = args[0]
@@ -192,14 +251,14 @@ def _of_batch_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return bias
 
 
-def _saturated(name: str, output: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What is given whatever goes in: a bound, where it is reached."""
+def _saturated_values(name: str, output: Tensor, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """Return the output where it is at a bound and 0 elsewhere; None if no value is at a bound."""
     keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-    given = () if name == "relu6" else args
-    low, high = (given[i] if len(given) > i else kwargs.get(key, _BOUNDS[name][i]) for i, key in enumerate(keys))
-    reached = torch.zeros_like(output, dtype=torch.bool)
+    bounds = () if name == "relu6" else args
+    low, high = (bounds[i] if len(bounds) > i else kwargs.get(key, _BOUNDS[name][i]) for i, key in enumerate(keys))
+    saturated = torch.zeros_like(output, dtype=torch.bool)
     if low is not None:
-        reached |= output <= low
+        saturated |= output <= low
     if high is not None:
-        reached |= output >= high
-    return output.detach() * reached if bool(reached.any()) else None
+        saturated |= output >= high
+    return output.detach() * saturated if bool(saturated.any()) else None

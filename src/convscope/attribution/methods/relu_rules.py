@@ -1,8 +1,8 @@
-"""Other rules for the way back through rectifiers, without touching the network.
+"""Alternative backward rules for ReLUs, applied without modifying the network.
 
-A rectifier is what cuts off at 0: ReLU, ReLU6 and other clamps from 0 up, as modules, functions or methods, in place or
-not. Where something else lets negative values through (leaky ReLU, ELU, SiLU, GELU), neither paper has a rule, and the
-gradient passes as usual; as it does through max-pooling.
+A ReLU is any function that cuts off at 0: ReLU, ReLU6 and other clamps with minimum 0, as modules, functions or
+methods, in place or not. The papers define no rule for functions that let negative values through (leaky ReLU, ELU,
+SiLU, GELU) or for max-pooling; there the gradient is the usual one.
 """
 
 from __future__ import annotations
@@ -19,109 +19,131 @@ from convscope.attribution.context import MethodContext
 from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError
 
-Rule = Callable[[Callable[..., Tensor], Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
-"""Does what function(x, *args, **kwargs) does, and sees to the way back."""
+Args = Sequence[Any]
+Kwargs = Mapping[str, Any]
+Function = Callable[..., Tensor]
+GradientTransform = Callable[[Tensor], Tensor]
+
+ReluRule = Callable[[Function, Tensor, Args, Kwargs], Tensor]
+"""``rule(function, x, args, kwargs)`` computes ``function(x, *args, **kwargs)`` with another backward pass."""
 
 
-def guided_backprop(
-    function: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """R_in = 1[0 < x, and x < 6 where it cuts off there] relu(R_out): only what both ways agree upon."""
+def guided_backprop(function: Function, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+    """Pass back ``R_in = relu(R_out)`` where the function's own gradient is not 0."""
     output = function(x, *args, **kwargs)
-    # Belongs to this value of the tensor; what is written into it later does not see the hook.
-    output.register_hook(_positive)  # type: ignore[no-untyped-call]
+    # The hook belongs to this value of the tensor; later in-place changes do not trigger it.
+    output.register_hook(_positive_part)  # type: ignore[no-untyped-call]
     return output
 
 
-def deconvnet(function: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """R_in = relu(R_out), whatever x was."""
-    return straight_through(function, x, args, kwargs, _positive)
+def deconvnet(function: Function, x: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+    """Pass back ``R_in = relu(R_out)`` for any x."""
+    return straight_through(function, x, args, kwargs, _positive_part)
 
 
 def straight_through(
-    function: Callable[..., Tensor],
-    x: Tensor,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    change: Callable[[Tensor], Tensor],
+    function: Function, x: Tensor, args: Args, kwargs: Kwargs, transform_gradient: GradientTransform
 ) -> Tensor:
-    """function(x, ...), in place if it is so; what comes back goes to x, changed, past the function's own slope."""
-    still = x.detach().clone()
-    output = function(still, *args, **kwargs)
-    passed: Tensor = _Straight.apply(x, output, change)
-    return x.copy_(passed) if output.data_ptr() == still.data_ptr() else passed
+    """Apply a function, in place if it is; replace its gradient by a transform of the output's gradient."""
+    detached = x.detach().clone()
+    output = function(detached, *args, **kwargs)
+    result: Tensor = _StraightThrough.apply(x, output, transform_gradient)
+    return x.copy_(result) if output.data_ptr() == detached.data_ptr() else result
 
 
-def with_relu_rule(question: MethodContext, rule: Rule) -> MethodContext:
-    """The question put to the same network with another rule at its rectifiers. Refused if no rectifier runs."""
+def with_relu_rule(context: MethodContext, rule: ReluRule) -> MethodContext:
+    """Return a context whose passes apply `rule` to every ReLU; they raise ConvscopeError if there is none."""
 
     def run(x: Tensor) -> ForwardResult:
-        with _ReluRuleMode(rule) as ruled:
-            seen = question.run(x)
-        if not ruled.changed:
+        with _ReluRuleMode(rule) as mode:
+            outputs = context.run(x)
+        if not mode.num_relus:
             method = rule.__name__.replace("_", "-")
-            has = f"its activations are {', '.join(sorted(ruled.others))}" if ruled.others else "nor any activation"
+            others = ", ".join(sorted(mode.other_activations))
+            activations = f"its activations are {others}" if others else "it has no other activations either"
             raise ConvscopeError(
-                f"{method} changes what rectifiers (ReLU, ReLU6) hand back, and this network has none; {has}; "
-                "saliency and integrated-gradients take any network"
+                f"{method} changes how ReLUs pass gradients back, and this network has no ReLU or ReLU6; "
+                f"{activations}. saliency and integrated-gradients work on any network"
             )
-        return seen
+        return outputs
 
-    return replace(question, run=run)
+    return replace(context, run=run)
 
 
 class _ReluRuleMode(TorchFunctionMode):
-    """While active, rectifiers that gradients pass through follow the rule."""
+    """Apply a rule to the ReLUs that gradients pass through, and count them."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: ReluRule) -> None:
         super().__init__()
         self.rule = rule
-        self.changed = 0
-        self.others: set[str] = set()
+        self.num_relus = 0
+        self.other_activations: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "").partition(".")[0].strip("_")
         if name in OTHER_ACTIVATIONS:
-            self.others.add(name)
+            self.other_activations.add(name)
         if name not in RELU_LIKE:
             return func(*args, **kwargs)
         x, *rest = args or (kwargs.pop("input"),)
         if not (x.requires_grad and torch.is_grad_enabled() and RELU_LIKE[name](rest, kwargs)):
             return func(x, *rest, **kwargs)
-        self.changed += 1
+        self.num_relus += 1
         return self.rule(func, x, rest, kwargs)
 
 
-def _always(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+class _StraightThrough(torch.autograd.Function):
+    """Return `output`; pass the transformed gradient to x."""
+
+    @staticmethod
+    def forward(ctx: Any, _x: Tensor, output: Tensor, transform_gradient: GradientTransform) -> Tensor:
+        ctx.transform_gradient = transform_gradient
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transform_gradient(gradients[0]), None, None
+
+
+def _positive_part(gradient: Tensor) -> Tensor:
+    return gradient.clamp(min=0)
+
+
+# --- which functions are ReLUs ----------------------------------------------------------------------------------------
+
+ArgumentCheck = Callable[[Args, Kwargs], bool]
+
+
+def _always(_args: Args, _kwargs: Kwargs) -> bool:
     return True
 
 
-def _from_zero(name: str, default: float | None = None) -> Callable[[Sequence[Any], Mapping[str, Any]], bool]:
-    """Whether the lower bound, the first argument or the one called `name`, is 0."""
+def _has_minimum_zero(name: str, default: float | None = None) -> ArgumentCheck:
+    """Return a check that the lower bound, the first argument or the one called `name`, is 0."""
 
-    def check(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        low = args[0] if args else kwargs.get(name, default)
-        return low is not None and torch.as_tensor(low).numel() == 1 and float(low) == 0
+    def check(args: Args, kwargs: Kwargs) -> bool:
+        minimum = args[0] if args else kwargs.get(name, default)
+        return minimum is not None and torch.as_tensor(minimum).numel() == 1 and float(minimum) == 0
 
     return check
 
 
-def _threshold(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    at, value = (*args, *(kwargs[key] for key in ("threshold", "value") if key in kwargs))[:2]
-    return bool(at == 0 and value == 0)
+def _has_threshold_zero(args: Args, kwargs: Kwargs) -> bool:
+    threshold, value = (*args, *(kwargs[key] for key in ("threshold", "value") if key in kwargs))[:2]
+    return bool(threshold == 0 and value == 0)
 
 
-RELU_LIKE: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
+RELU_LIKE: dict[str, ArgumentCheck] = {
     "relu": _always,
     "relu6": _always,
-    "hardtanh": _from_zero("min_val", -1.0),
-    "clamp": _from_zero("min"),
-    "clip": _from_zero("min"),
-    "clamp_min": _from_zero("min"),
-    "threshold": _threshold,
+    "hardtanh": _has_minimum_zero("min_val", -1.0),
+    "clamp": _has_minimum_zero("min"),
+    "clip": _has_minimum_zero("min"),
+    "clamp_min": _has_minimum_zero("min"),
+    "threshold": _has_threshold_zero,
 }
-"""Functions that may be rectifiers, and what their arguments must be for it."""
+"""Functions that may be ReLUs, and the check of their arguments that decides."""
 
 OTHER_ACTIVATIONS = frozenset(
     {
@@ -129,21 +151,3 @@ OTHER_ACTIVATIONS = frozenset(
         *("prelu", "rrelu", "selu", "sigmoid", "silu", "softplus", "tanh"),
     }
 )
-"""Other activations."""
-
-
-def _positive(gradient: Tensor) -> Tensor:
-    return gradient.clamp(min=0)
-
-
-class _Straight(torch.autograd.Function):
-    """`output` on the way there; on the way back x gets what comes, changed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, output: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.change = change
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        return ctx.change(gradients[0]), None, None
