@@ -116,8 +116,8 @@ def test_the_manifest(result, tmp_path):
     parameters = manifest["parameters"]
     names = [f"image {n}" for n in (0, 1)]
     expected = {
-        "activations": {"layers": ["first", "act", "second", "pool"], "pictures": names, "fit": "squash"},
-        "predictions": {"top": 3, "pictures": names, "fit": "squash"},
+        "activations": {"layers": ["first", "act", "second", "pool"], "image_names": names, "fit": "squash"},
+        "predictions": {"top": 3, "image_names": names, "fit": "squash"},
         "patterns": {"layer": "first", "units": [0, 2], "seed": 5, "steps": 2, "recipe": "plain", "size": [16, 16]},
         "heatmaps": {"layer": "second", "method": "grad-cam", "targets": [[1, 2], [3, 4]], "fit": "squash"},
     }[manifest["kind"]]
@@ -290,7 +290,7 @@ def test_file_names_that_are_not_unicode(tmp_path):
     seen = convscope.predict(loaded(), os.path.join(tmp_path, name))
     seen.save(tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["parameters"]["pictures"] == [os.path.join(tmp_path, name)]
+    assert manifest["parameters"]["image_names"] == [os.path.join(tmp_path, name)]
     assert "卷" in (write_json(tmp_path / "j", {"a": "卷"}) or (tmp_path / "j").read_text())
 
 
@@ -313,7 +313,7 @@ def test_failures_are_listed(tmp_path):
         str(tmp_path / "text.png"),
         str(tmp_path / "none.png"),
     ]
-    assert "not a picture in a known format" in manifest["failed"][0]["reason"]
+    assert "not an image in a known format" in manifest["failed"][0]["reason"]
     assert "No such file" in manifest["failed"][1]["reason"]
 
 
@@ -357,9 +357,9 @@ def test_unknown_kinds_are_no_silent_nothing(tmp_path):
         pass
 
     other = Other(loaded())
-    with pytest.raises(TypeError, match="no pictures are known for Other"):
+    with pytest.raises(TypeError, match="no plotting function is known for Other"):
         other.save(tmp_path)
-    with pytest.raises(TypeError, match="no figure is known for Other"):
+    with pytest.raises(TypeError, match="no plotting function is known for Other"):
         other.figure()
 
 

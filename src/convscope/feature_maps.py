@@ -49,7 +49,7 @@ class Activations(Result):
         return self.maps
 
     def parameters(self) -> dict[str, Any]:
-        return {"layers": self.layers, "pictures": self.image_names, "fit": self.fit, "scaling": self.scaling}
+        return {"layers": self.layers, "image_names": self.image_names, "fit": self.fit, "scaling": self.scaling}
 
     def summary(self, layer: str) -> dict[str, np.ndarray]:
         """Per picture and channel, each (N, C): `mean`, `max`, `active` (share of places above 0) and `dead`.
@@ -157,7 +157,7 @@ class Predictions(Result):
         return [[self.model.class_name(int(i)) for i in row] for row in self.indices]
 
     def parameters(self) -> dict[str, Any]:
-        return {"top": self.indices.shape[1], "pictures": self.image_names, "fit": self.fit, "classes": self.names}
+        return {"top": self.indices.shape[1], "image_names": self.image_names, "fit": self.fit, "classes": self.names}
 
 
 def predict(

@@ -1,4 +1,9 @@
-"""What all results share: saving, drawing, showing. How each kind looks is registered from above, in `figures`."""
+"""What all results share: data, notes, saving to a folder, and figures.
+
+A result knows nothing of plotting. Its figure is drawn by a function that is looked up when it is needed: for a result
+of class ``UnitRecord`` that is ``draw_unit_record(result)`` in the module that `PLOTTING_MODULES` names, and for the
+image files that `Result.save` writes ``render_unit_record(result)``.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,14 @@ import json
 import os
 import platform
 import re
-import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import singledispatch
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,38 +36,82 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Shown = Image.Image | Sequence[Image.Image] | str  # a picture, the pictures of a film, a page
+RenderedFile = Image.Image | Sequence[Image.Image] | str
+"""Content of a saved file: an image (PNG), the frames of an animation (WebP), or text."""
+
+FRAME_MS = 120  # milliseconds per frame of an animation; the last frame stays eight times as long
+
+PLOTTING_MODULES: Mapping[str, str] = {
+    "Activations": "convscope.plotting.figures",
+    "Atlas": "convscope.plotting.concepts",
+    "Comparison": "convscope.plotting.figures",
+    "Concepts": "convscope.plotting.concepts",
+    "DeadUnits": "convscope.plotting.store",
+    "Duplicates": "convscope.plotting.store",
+    "Evaluation": "convscope.plotting.figures",
+    "Examples": "convscope.plotting.store",
+    "Heatmaps": "convscope.plotting.figures",
+    "ImageRecord": "convscope.plotting.store",
+    "Patterns": "convscope.plotting.figures",
+    "Predictions": "convscope.plotting.figures",
+    "Story": "convscope.plotting.story",
+    "UnitChanges": "convscope.plotting.store",
+    "UnitRecord": "convscope.plotting.store",
+}
+"""The module that draws each class of results, by the name of the class; subclasses are drawn as their base class is."""
 
 
-def _plotting_loaded() -> bool:
-    """Import the plotting functions; whether they were imported before."""
-    loaded = "convscope.plotting" in sys.modules
-    import_module("convscope.plotting")
-    return loaded
+def plotting_function(prefix: str, kind: type) -> Callable[[Any], Any]:
+    """Return the plotting function of a class of results.
+
+    Parameters
+    ----------
+    prefix : {"draw", "render"}
+        ``draw_*`` functions return a matplotlib figure, ``render_*`` functions yield file names and `RenderedFile`.
+    kind : type
+        The class, or a subclass of it.
+
+    Raises
+    ------
+    TypeError
+        If no module is known for the class or one of its bases.
+    """
+    for base in kind.__mro__:
+        if base.__name__ in PLOTTING_MODULES:
+            snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__).lower()
+            function: Callable[[Any], Any] = getattr(
+                import_module(PLOTTING_MODULES[base.__name__]), f"{prefix}_{snake_case}"
+            )
+            return function
+    raise TypeError(f"no plotting function is known for {kind.__name__}")
 
 
-@singledispatch
-def draw(result: Any) -> Figure:
-    """Draw a matplotlib figure of a result."""
-    if _plotting_loaded():
-        raise TypeError(f"no figure is known for {type(result).__name__}")
-    return draw(result)
+class HasFigure:
+    """Anything with a figure, which is also its display in Jupyter."""
 
+    def figure(self) -> Figure:
+        """Draw a matplotlib figure."""
+        figure: Figure = plotting_function("draw", type(self))(self)
+        return figure
 
-@singledispatch
-def render(result: Any) -> Iterable[tuple[str, Shown]]:
-    """What a result is saved as: file names without folder, and pictures, films or pages."""
-    if _plotting_loaded():
-        raise TypeError(f"no pictures are known for {type(result).__name__}")
-    return render(result)
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """The base of all results: frozen, with numpy arrays for data.
+class Result(HasFigure):
+    """Base class of all results: a frozen dataclass whose data are numpy arrays.
 
-    `notes` say in words what a number alone would hide (a dead unit, a map that is negative everywhere, an assumption);
-    `failed` names the pictures that could not be used, and why.
+    Attributes
+    ----------
+    model : Model
+        The model that the result is about.
+    notes : tuple of str
+        What the numbers alone do not show: dead units, maps without positive values, assumptions that were made.
+    failed : tuple of Failure
+        The images that could not be used, with the reasons.
     """
 
     model: Model = field(repr=False)
@@ -71,52 +119,58 @@ class Result:
     failed: tuple[Failure, ...] = field(default=(), kw_only=True)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All data, under the names by which it is saved."""
+        """Return all data, under the names by which they are saved."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
 
     def parameters(self) -> dict[str, Any]:
-        """All settings that made the result, JSON-able."""
-        plain = (str, int, float, bool, tuple, list, type(None))
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v for k, v in own.items() if isinstance(v, plain) and k not in ("model", "notes", "failed")}
+        """Return all settings of the call that made the result, as JSON-compatible values."""
+        json_types = (str, int, float, bool, tuple, list, type(None))
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "notes", "failed")}
+        return {name: value for name, value in values.items() if isinstance(value, json_types)}
 
     def text_files(self) -> Mapping[str, str]:
-        """Tables that are saved beside the pictures: file names, and what is in them."""
+        """Return the tables that are saved along with the images: file names and contents."""
         return {}
 
-    def figure(self) -> Figure:
-        """A matplotlib figure that shows the result."""
-        return draw(self)
-
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write PNG pictures, films (animated WebP), tables, `arrays.npz` and, last, `manifest.json` into `folder`.
+        """Save images, tables, arrays and settings into a folder.
 
-        The folder is made if need be. Each file is written under a temporary name and renamed, so a file that is there
-        is whole; a folder without a manifest was not finished. Raises ConvscopeError if the folder is an address, or
-        cannot be written.
+        Writes PNG images, animated WebP images, tables, ``arrays.npz`` and, last, ``manifest.json``. Each file is
+        written under a temporary name and renamed when complete; a folder without a manifest is incomplete.
+
+        Parameters
+        ----------
+        folder : path
+            A local folder; created if it does not exist.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder.
+
+        Raises
+        ------
+        ConvscopeError
+            If the folder is a URL or cannot be written.
         """
-        where = local_folder(folder)
+        path = local_folder(folder)
         try:
-            where.mkdir(parents=True, exist_ok=True)
-            (where / "manifest.json").unlink(missing_ok=True)  # of an earlier save: it does not speak for this one
-            files = []
-            for name, image in render(self):
-                with atomic_write(where / name) as file:
-                    _write_shown(file, image)
-                files.append(name)
-            for name, text in self.text_files().items():
-                with atomic_write(where / name) as file:
-                    file.write(text.encode(errors="backslashreplace"))
-                files.append(name)
-            with atomic_write(where / "arrays.npz") as file:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "manifest.json").unlink(missing_ok=True)  # of an earlier save, which the new files do not match
+            names = []
+            for name, content in chain(plotting_function("render", type(self))(self), self.text_files().items()):
+                with atomic_write(path / name) as file:
+                    _write_rendered(file, content)
+                names.append(name)
+            with atomic_write(path / "arrays.npz") as file:
                 write_npz(file, self.arrays())
-            write_json(where / "manifest.json", self.manifest([*files, "arrays.npz"]))
+            write_json(path / "manifest.json", self.manifest([*names, "arrays.npz"]))
         except OSError as error:
-            raise ConvscopeError(f"cannot write into {where}: {error.strerror or error}") from error
-        return where
+            raise ConvscopeError(f"cannot write into {path}: {error.strerror or error}") from error
+        return path
 
     def manifest(self, files: Iterable[str] = ()) -> dict[str, Any]:
-        """What made the result, with what, and what was saved."""
+        """Return what ``manifest.json`` holds: model, settings, notes, failures, `files` and package versions."""
         return {
             "kind": type(self).__name__.lower(),
             "model": self.model.describe(),
@@ -127,25 +181,20 @@ class Result:
             "versions": versions(),
         }
 
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure().savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
-
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder to write into. Raises ConvscopeError for an address, also where a Path made one slash of its two."""
+    """Return a folder to write into; raise ConvscopeError for a URL, also where a Path has collapsed its slashes."""
     if re.match(r"\w[\w+.-]+:/", os.fspath(folder)):
         raise ConvscopeError(
-            f"{os.fspath(folder)} is an address, and what is made is written into a folder on a disk of this machine; "
-            "give one, and copy it when it is finished: a store is read at any address"
+            f"{os.fspath(folder)} is a URL; output is written to a local folder: give one, and upload it when it is "
+            "complete (stores can be read from URLs)"
         )
     return Path(folder)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name only once it is written whole."""
+    """Open a file for writing that appears under its name only when it is complete."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -158,16 +207,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def file_names(layers: Iterable[str]) -> dict[str, str]:
-    """For each layer a name that any file system takes and that no other layer has, in whatever case."""
+    """Map layers to file names that every file system accepts and that differ by more than case."""
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for layer in layers:
         plain = name = "".join(c if c.isalnum() or c in "._-" else "-" for c in layer)[:100]
         count = 1
-        while name.casefold() in taken:
+        while name.casefold() in used:
             count += 1
             name = f"{plain}~{count}"
-        taken.add(name.casefold())
+        used.add(name.casefold())
         names[layer] = name
     return names
 
@@ -182,21 +231,19 @@ def pattern_file(layer: str, unit: int | str) -> str:
     return f"{file_names([layer])[layer]}_{unit}.png"
 
 
-FRAME = 120  # milliseconds
-
-
-def _write_shown(file: IO[bytes], image: Shown) -> None:
-    if isinstance(image, str):
-        file.write(image.encode(errors="backslashreplace"))
-    elif isinstance(image, Image.Image):
-        image.save(file, format="PNG")
+def _write_rendered(file: IO[bytes], content: RenderedFile) -> None:
+    if isinstance(content, str):
+        file.write(content.encode(errors="backslashreplace"))
+    elif isinstance(content, Image.Image):
+        content.save(file, format="PNG")
     else:
-        shown = [FRAME] * (len(image) - 1) + [8 * FRAME]  # the last one is what it is about
-        image[0].save(file, format="WEBP", save_all=True, append_images=image[1:], duration=shown, loop=0, quality=90)
+        durations = [FRAME_MS] * (len(content) - 1) + [8 * FRAME_MS]
+        first, *others = content
+        first.save(file, format="WEBP", save_all=True, append_images=others, duration=durations, loop=0, quality=90)
 
 
 def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-    """As numpy's own savez_compressed, but under any name ("file", say) and never with a pickle."""
+    """Write arrays as ``numpy.savez_compressed`` does, but under any name ("file", say) and never with a pickle."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -204,18 +251,18 @@ def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as file:
         text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
-        file.write(text.encode(errors="backslashreplace"))  # a file's name need not be Unicode
+        file.write(text.encode(errors="backslashreplace"))  # file names need not be Unicode
 
 
 def versions() -> dict[str, str]:
-    """Of what took part in a result."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """Return the versions of Python and of the packages that results depend on."""
+    numbers = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     for package in ("convscope", "torchvision", "timm", "keras"):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers

@@ -187,7 +187,7 @@ def test_pages(model):
     third = np.asarray(pages[2])[:32, :32]
     expected = lookup_table("viridis")[figures.standard(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
     np.testing.assert_array_equal(third, expected)
-    names = [name for name, _ in figures.render(wide)]
+    names = [name for name, _ in figures.render_activations(wide)]
     assert names == [f"0000_0_page{n}.png" for n in range(1, 9)]
     assert [len(figures.activation_pages(wide, "0", limit=n)) for n in (2048, 1024, 3)] == [1, 2, 683]
 
@@ -199,7 +199,7 @@ def test_what_has_no_places_has_no_grid(model, shape):
         figures.activation_pages(seen, "0")
     with pytest.raises(ConvscopeError, match="none of these layers has maps to draw"):
         seen.figure()
-    assert not list(figures.render(seen))
+    assert not list(figures.render_activations(seen))
 
 
 # --- figures: what the eye would complain about ---

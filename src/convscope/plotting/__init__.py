@@ -1,5 +1,1 @@
-"""Figures of results, one module per kind of result."""
-
-from convscope.plotting import concepts, figures, store, story
-
-__all__ = ["concepts", "figures", "store", "story"]
+"""Figures of results: ``draw_*`` functions for `Result.figure`, ``render_*`` functions for `Result.save`."""

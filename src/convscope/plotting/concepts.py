@@ -1,4 +1,4 @@
-"""How concepts and atlases look. Importing this module teaches them to draw and save themselves."""
+"""How concepts and atlases look."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from convscope.decomposition.activation_atlas import Atlas
 from convscope.decomposition.craft import Concepts
 from convscope.images.colormap import blend
 from convscope.plotting.figures import coloured, tile
-from convscope.results import draw, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +25,7 @@ CAPTION, GAP = 0.26, 4  # room under an icon, relative to its cell; pixels betwe
 SMALLEST = 0.45  # an icon's side, relative to its cell's, where it stands for few vectors
 
 
-@render.register(Concepts)
-def _(result: Concepts) -> Iterator[tuple[str, Image.Image]]:
+def render_concepts(result: Concepts) -> Iterator[tuple[str, Image.Image]]:
     """A sheet of each concept's patches, a strip of pictures under its heat, and the figure."""
     for r, patches in enumerate(result.patches):
         yield f"concept_{r}_patches.png", Image.fromarray(tile(patches, 4, margin=4, background=(255, 255, 255)))
@@ -36,8 +34,7 @@ def _(result: Concepts) -> Iterator[tuple[str, Image.Image]]:
     yield "concepts.png", _image(result.figure())
 
 
-@draw.register(Concepts)
-def _(result: Concepts) -> Figure:
+def draw_concepts(result: Concepts) -> Figure:
     """A row for each concept, up to twelve: how important it is, its patches, and the pictures that have most of it."""
     from matplotlib.figure import Figure
 
@@ -84,8 +81,7 @@ def _overlay(result: Concepts, concept: int, n: int) -> Image.Image:
 # --- atlases ---------------------------------------------------------------------------------------------------------
 
 
-@render.register(Atlas)
-def _(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
+def render_atlas(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
     """Each icon, the map of all of them, and the figure, where cells bear the names of classes."""
     for (row, column), icon in zip(result.cells, coloured(result.icons), strict=True):
         yield f"cell_{row}_{column}.png", Image.fromarray(icon)
@@ -93,8 +89,7 @@ def _(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
     yield "atlas.png", _image(result.figure())
 
 
-@draw.register(Atlas)
-def _(result: Atlas) -> Figure:
+def draw_atlas(result: Atlas) -> Figure:
     """The map; under each icon the class that the mean of its cell speaks for most."""
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How results look: grids, overlays, figures. Importing this module teaches results to draw and save themselves."""
+"""How results look: grids, overlays, figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convscope.evaluation.statistics import bootstrap
 from convscope.feature_maps import Activations, Predictions, is_constant_channel
 from convscope.featurevis.result import Patterns, sheet_columns
 from convscope.images.colormap import lookup_table
-from convscope.results import draw, file_names, pattern_file, render
+from convscope.results import file_names, pattern_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,8 +115,7 @@ def _drawable(result: Activations, layers: Iterable[str]) -> list[str]:
     return [layer for layer in layers if result[layer].ndim == 4 and result[layer][0, 0].size > 1]
 
 
-@render.register(Activations)
-def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
+def render_activations(result: Activations) -> Iterator[tuple[str, Image.Image]]:
     for layer, name in file_names(_drawable(result, result)).items():
         for n in range(len(result.image_names)):
             pages = activation_pages(result, layer, n, scaling=result.scaling)
@@ -125,13 +124,11 @@ def _(result: Activations) -> Iterator[tuple[str, Image.Image]]:
                 yield f"{n:04d}_{name}{suffix}.png", image
 
 
-@render.register(Predictions)
-def _(result: Predictions) -> Iterator[tuple[str, Image.Image]]:
+def render_predictions(result: Predictions) -> Iterator[tuple[str, Image.Image]]:
     yield from ()
 
 
-@render.register(Heatmaps)
-def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
+def render_heatmaps(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
     if result.values.ndim != 4:
         return  # heat over signals and volumes is not drawn
     names = [(n, int(t)) for n, row in enumerate(result.targets) for t in row]
@@ -139,8 +136,7 @@ def _(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
         yield f"{n:04d}_class{target}.png", picture
 
 
-@render.register(Patterns)
-def _(result: Patterns) -> Iterator[tuple[str, Image.Image | list[Image.Image]]]:
+def render_patterns(result: Patterns) -> Iterator[tuple[str, Image.Image | list[Image.Image]]]:
     shown = coloured(result.images)
     for unit, picture in zip(result.units, shown, strict=True):
         yield pattern_file(result.layer, unit), Image.fromarray(picture)
@@ -184,8 +180,7 @@ def _show(axes: Axes, image: Image.Image | np.ndarray, title: str = "") -> None:
     axes.set_axis_off()
 
 
-@draw.register(Activations)
-def _(result: Activations) -> Figure:
+def draw_activations(result: Activations) -> Figure:
     """The first picture's grids, one layer below the other, first page only; of many layers some, from all depths."""
     every = _drawable(result, result)
     if not every:
@@ -202,8 +197,7 @@ def _(result: Activations) -> Figure:
     return figure
 
 
-@draw.register(Predictions)
-def _(result: Predictions) -> Figure:
+def draw_predictions(result: Predictions) -> Figure:
     """A bar chart for each picture, up to 16."""
     count, top = min(len(result.indices), IMAGES), result.indices.shape[1]
     columns = min(2, count)
@@ -225,8 +219,7 @@ def _(result: Predictions) -> Figure:
     return figure
 
 
-@draw.register(Heatmaps)
-def _(result: Heatmaps) -> Figure:
+def draw_heatmaps(result: Heatmaps) -> Figure:
     """For each picture, up to 16: the picture, and its overlay for each target."""
     count, targets = min(len(result.targets), IMAGES), result.targets.shape[1]
     overlays = _head(result, count).overlay()
@@ -259,8 +252,7 @@ def _head(result: Heatmaps, count: int) -> Heatmaps:
     )
 
 
-@draw.register(Patterns)
-def _(result: Patterns) -> Figure:
+def draw_patterns(result: Patterns) -> Figure:
     """The patterns, up to 64, with their names and scores."""
     count = min(len(result.units), PATTERNS)
     rows = math.ceil(count / 8)
@@ -299,15 +291,13 @@ def _short(text: str, length: int = 40) -> str:
 # --- evaluations -----------------------------------------------------------------------------------------------------
 
 
-@render.register(Evaluation)
-def _(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
+def render_evaluation(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
     buffer = io.BytesIO()
-    draw(result).savefig(buffer, format="png", dpi=120)
+    result.figure().savefig(buffer, format="png", dpi=120)
     yield "evaluation.png", Image.open(buffer).convert("RGB")
 
 
-@draw.register(Evaluation)
-def _(result: Evaluation) -> Figure:
+def draw_evaluation(result: Evaluation) -> Figure:
     """A panel for each metric: its mean curve with the 95 % interval, or its values with their mean and interval."""
     columns = min(4, len(result.metrics))
     rows = math.ceil(len(result.metrics) / columns)
@@ -363,15 +353,13 @@ def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
 SHEET = 8  # pictures on a contact sheet
 
 
-@render.register(Comparison)
-def _(result: Comparison) -> Iterator[tuple[str, Image.Image]]:
+def render_comparison(result: Comparison) -> Iterator[tuple[str, Image.Image]]:
     buffer = io.BytesIO()
-    draw(result).savefig(buffer, format="png", dpi=120)
+    result.figure().savefig(buffer, format="png", dpi=120)
     yield "sheet.png", Image.open(buffer).convert("RGB")
 
 
-@draw.register(Comparison)
-def _(result: Comparison) -> Figure:
+def draw_comparison(result: Comparison) -> Figure:
     """A contact sheet: a row for each method and layer, a column for each picture (up to eight, the first target).
 
     Under each map its own figures; at the left the method with its time and its means.

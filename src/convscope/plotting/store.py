@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convscope.plotting.figures import _short, _show, _title
-from convscope.results import draw
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
@@ -91,8 +90,7 @@ def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str,
 # --- units -----------------------------------------------------------------------------------------------------------
 
 
-@draw.register(Examples)
-def _(result: Examples) -> Figure:
+def draw_examples(result: Examples) -> Figure:
     """Patches, and the pictures that they are from, up to nine a row."""
     rows = max(1, -(-len(result) // ACROSS))
     columns = min(ACROSS, max(1, len(result)))
@@ -103,8 +101,7 @@ def _(result: Examples) -> Figure:
     return figure
 
 
-@draw.register(UnitRecord)
-def _(page: UnitRecord) -> Figure:
+def draw_unit_record(page: UnitRecord) -> Figure:
     """Best and worst examples, the tenths in between, the histogram, and what else fires on the same pictures."""
     figure, bands = _figure(14, [3.4, 1.75, 1.75, 2.9])
     told = page.statistics
@@ -166,8 +163,7 @@ def _related(axes: Axes, page: UnitRecord) -> None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-@draw.register(ImageRecord)
-def _(page: ImageRecord) -> Figure:
+def draw_image_record(page: ImageRecord) -> Figure:
     """The picture, what the network says of it, and the units for which it is among the best, with what they see."""
     if page.failed is not None:
         figure, (part,) = _figure(8, [1.2])
@@ -205,8 +201,7 @@ def _(page: ImageRecord) -> Figure:
 # --- findings --------------------------------------------------------------------------------------------------------
 
 
-@draw.register(DeadUnits)
-def _(result: DeadUnits) -> Figure:
+def draw_dead_units(result: DeadUnits) -> Figure:
     """For each layer the share of its units that are dead."""
     figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.fractions))])
     ((axes,),) = _band(part, 1, 1)
@@ -221,8 +216,7 @@ def _(result: DeadUnits) -> Figure:
     return figure
 
 
-@draw.register(Duplicates)
-def _(result: Duplicates) -> Figure:
+def draw_duplicates(result: Duplicates) -> Figure:
     """The closest pairs, up to eight: the best patches of both units side by side."""
     title = f"{len(result):,} pair{'s' * (len(result) != 1)} of units with r >= {result.threshold:g}"
     if not len(result):
@@ -234,8 +228,7 @@ def _(result: Duplicates) -> Figure:
     return _pairs(title, rows, len(result))
 
 
-@draw.register(UnitChanges)
-def _(result: UnitChanges) -> Figure:
+def draw_unit_changes(result: UnitChanges) -> Figure:
     """The units that changed most, up to eight: their best patches in both scans."""
     changes = result.largest(ROWS)
     left, right = (_short(f"{s.manifest['model']['name']}, {_title(s.address)}") for s in (result.store, result.other))

@@ -1,4 +1,4 @@
-"""How a story looks: a figure, and a page with everything in it. Importing this module teaches stories to do so."""
+"""How a story looks: a figure, and a page with everything in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from PIL import Image
 from convscope.engine.model import LOGITS
 from convscope.featurevis.layer_story import Story
 from convscope.plotting.figures import coloured, pattern_grid
-from convscope.results import draw, file_names, render
+from convscope.results import file_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@render.register(Story)
-def _(result: Story) -> Iterator[tuple[str, Image.Image | str]]:
+def render_story(result: Story) -> Iterator[tuple[str, Image.Image | str]]:
     for i, chapter in enumerate(result.chapters):
         yield f"{i + 1}_{file_names([chapter.layer])[chapter.layer]}.png", pattern_grid(chapter.images)
     figure = _image(result.figure())
@@ -29,8 +28,7 @@ def _(result: Story) -> Iterator[tuple[str, Image.Image | str]]:
     yield "index.html", _page(result, figure)
 
 
-@draw.register(Story)
-def _(result: Story) -> Figure:
+def draw_story(result: Story) -> Figure:
     """A row of patterns per layer, beside it what is measured of them: the median over all, and the middle half."""
     from matplotlib.figure import Figure
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from convscope.errors import ConvscopeError
+from convscope.results import HasFigure
 from convscope.store import queries
-from convscope.store.examples import HasFigure
 
 if TYPE_CHECKING:
     import pyarrow

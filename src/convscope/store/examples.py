@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +13,9 @@ from PIL import Image, ImageDraw
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
-from convscope.results import draw, pattern_file, pattern_folders
+from convscope.results import HasFigure, pattern_file, pattern_folders
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
     from convscope.store.store import Store
 
@@ -27,19 +25,6 @@ SHOWN = 512  # the longer side of a picture with its frame, at most
 SPREAD = 288  # the longer side of a picture that is made from its thumbnail
 FRAME = (255, 214, 0)
 _GRID, _ALIKE = 12, 14.0  # cells a side, and gray levels of difference between them that compression explains
-
-
-class HasFigure:
-    """What has a figure, which is also how Jupyter shows it. How it looks is registered from above, in `show`."""
-
-    def figure(self) -> Figure:
-        """A matplotlib figure."""
-        return draw(self)
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure().savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
 
 
 def load_pattern(store: Store, layer: str, unit: int) -> Image.Image | None:

@@ -14,11 +14,11 @@ import numpy as np
 
 from convscope.errors import ConvscopeError, nearest, require_extra, require_int
 from convscope.images.loading import Failure
+from convscope.results import HasFigure
 from convscope.store import analysis, queries
 from convscope.store.examples import (
     Example,
     Examples,
-    HasFigure,
     ImageView,
     load_original,
     load_pattern,
