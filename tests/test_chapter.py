@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import convscope
-from convscope.featurevis.recipes import standardised
+from convscope.featurevis.recipes import deprocess_image
 from tests.oracles import chapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras itself
@@ -153,7 +153,7 @@ def test_patterns(layer: str, units: list[int], trunk: Any, expected: dict[Any, 
 def test_finished_picture_is_the_notebooks_deprocess(expected: dict[Any, Any]) -> None:
     """Of one and the same canvas; single precision may put a value next to a whole number on its other side."""
     for _, canvas in expected.values():
-        got = standardised(torch.tensor(canvas, dtype=torch.float32).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+        got = deprocess_image(torch.tensor(canvas, dtype=torch.float32).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
         apart = np.abs(got.astype(int) - chapter.deprocess_image(canvas))
         assert apart.max() <= 1
         assert (apart > 0).mean() < 0.001

@@ -47,7 +47,7 @@ def store(scanned: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two units a part, so that layers have several."""
-    monkeypatch.setattr(resumable, "PART", 2)
+    monkeypatch.setattr(resumable, "UNITS_PER_PART", 2)
 
 
 def draw(out: Path, *more: str, model: str = "tests.oracles.tiny:Tiny") -> Result:
@@ -60,7 +60,7 @@ def whole(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """The store with the patterns of an undisturbed run."""
     out = Path(shutil.copytree(scanned, tmp_path_factory.mktemp("whole") / "store"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable, "PART", 2)
+        patch.setattr(resumable, "UNITS_PER_PART", 2)
         assert draw(out).exit_code == 0
     return files(out)
 
@@ -151,7 +151,7 @@ KILLED = """
     torch.set_num_threads({threads})
     import tests.distributed.test_ray_patterns as here
     from convscope.featurevis import resumable as unattended
-    unattended.PART, plain, calls = 2, unattended.patterns, []
+    unattended.UNITS_PER_PART, plain, calls = 2, unattended.patterns, []
     def dying(model, layer, units, **options):
         calls.append(layer)
         if calls.count("last") == 2:

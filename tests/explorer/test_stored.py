@@ -20,7 +20,7 @@ from convscope.explorer.publish import publish
 from convscope.explorer.service.cache import estimate_bytes
 from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
-from convscope.featurevis.image_statistics import MEASURES
+from convscope.featurevis.image_statistics import IMAGE_STATISTICS
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.results import file_names
 from tests.oracles.explorer import data_folder, smooth_image, tiny_model
@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def told(model):
-    return convscope.story(model, ["relu2", "logits"], units=3, shown=2, seed=3)
+    return convscope.story(model, ["relu2", "logits"], units=3, num_shown=2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_damaged_patterns_are_named(explorer, store):
 
 def same(one: Story, other: Story) -> bool:
     pairs = zip(one.chapters, other.chapters, strict=True)
-    plain = all((a.layer, a.sees, a.names) == (b.layer, b.sees, b.names) for a, b in pairs)
+    plain = all((a.layer, a.receptive_field, a.names) == (b.layer, b.receptive_field, b.names) for a, b in pairs)
     mine, yours = one.arrays(), other.arrays()
     arrays = mine.keys() == yours.keys() and all((mine[k] == yours[k]).all() for k in mine)
     return plain and arrays and (one.seed, one.notes) == (other.seed, other.notes)
@@ -204,8 +204,8 @@ def chapters_on(text: str, told: Story) -> None:
     for chapter in told.chapters:
         for unit in chapter.units:
             assert re.search(rf"{'class' if chapter.layer == 'logits' else 'unit/' + chapter.layer}/{unit}\b", text)
-        for name in MEASURES:
-            low, middle, high = np.percentile(chapter.measures[name], (25, 50, 75))
+        for name in IMAGE_STATISTICS:
+            low, middle, high = np.percentile(chapter.statistics[name], (25, 50, 75))
             assert f"{rounded(middle)} ({rounded(low)} to {rounded(high)})" in text
 
 
@@ -221,7 +221,7 @@ def test_a_live_page_tells_the_stores_story(client, told):
 def test_a_published_site_shows_the_figure_and_the_measures(site, told):
     text = (site / "m/tiny/story.html").read_text()
     for chapter in told.chapters:
-        for name in MEASURES:
+        for name in IMAGE_STATISTICS:
             assert f"{rounded(np.median(chapter.measures[name]))} (" in text
     shown = Image.open(site / "m/tiny/story.png")
     assert min(shown.size) > 100

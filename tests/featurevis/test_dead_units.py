@@ -164,7 +164,7 @@ def begun(side: int) -> Tensor:
     wanted = request.parse_request(as_it_is(Gated(never), side), "gate", None, "robust", recipes.RECIPES["robust"])
     draws = [wanted.generators([0], 0, start) for start in range(STARTS)]
     return torch.cat(
-        [recipes.finished(parameterization.FourierImage(d, 3, (side, side), torch.device("cpu"))) for d in draws]
+        [recipes.render_uint8(parameterization.FourierImage(d, 3, (side, side), torch.device("cpu"))) for d in draws]
     )
 
 

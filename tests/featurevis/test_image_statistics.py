@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convscope.featurevis.image_statistics import (
-    MEASURES,
+    IMAGE_STATISTICS,
     colourfulness,
     dominant_frequency,
     most_distinct,
@@ -158,7 +158,7 @@ def test_measures_go_under_their_names() -> None:
         "dominant frequency": dominant_frequency,
         "orientation selectivity": orientation_selectivity,
         "colourfulness": colourfulness,
-    } == MEASURES
+    } == IMAGE_STATISTICS
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -167,7 +167,7 @@ def test_plain_pictures_give_0_without_warnings(channels: int, value: int) -> No
     plain = np.full((2, 20, 30, channels), value, np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert {name: measure(plain).tolist() for name, measure in MEASURES.items()} == {
+        assert {name: measure(plain).tolist() for name, measure in IMAGE_STATISTICS.items()} == {
             "dominant frequency": [0, 0],
             "orientation selectivity": [0, 0],
             "colourfulness": [0, 0],

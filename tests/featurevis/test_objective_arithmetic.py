@@ -66,8 +66,8 @@ def test_arithmetic(made: Objective, value: Callable[..., Any], name: str) -> No
     assert made.name == name
     read = eval(name.replace("maps 0", "a").replace("logit 1", "b").replace("tokens 2", "c"), {"a": a, "b": b, "c": c})
     assert np.abs(read - value(a, b, c)).max() < 1e-12  # float64
-    assert made.images == 1
-    assert not made.mates
+    assert made.num_images == 1
+    assert not made.paired
 
 
 def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
@@ -84,12 +84,12 @@ def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
         ):  # fmt: skip
             assert made(what).shape == (count,)
             assert close(made(what), expected)
-            assert (made.images, made.mates) == (objective.images, objective.mates)
+            assert (made.num_images, made.paired) == (objective.num_images, objective.paired)
     together = caricature("maps") - 0.5 * caricature("tokens")
-    assert together.mates
+    assert together.paired
     assert close(together(what), numbers(caricature("maps")(what)) - 0.5 * numbers(caricature("tokens")(what)))
     mixed = per_image_channels("maps", [0, 1, 2, 3]) - B
-    assert mixed.images == 4
+    assert mixed.num_images == 4
     assert close(mixed(what), numbers(per_image_channels("maps", [0, 1, 2, 3])(what)) - numbers(B(what)))
 
 
@@ -108,13 +108,13 @@ def test_joined_objectives_see_their_own_rows_only() -> None:
     together = batch_objectives(parts)
     expected, first = [], 0
     for part in parts:
-        rows = slice(first, first + part.images)
+        rows = slice(first, first + part.num_images)
         expected.append(part(ForwardResult({layer: x[rows] for layer, x in what.maps.items()}, what.logits[rows])))
-        first += part.images
-    assert first == together.images == 9
+        first += part.num_images
+    assert first == together.num_images == 9
     assert torch.equal(together(what), torch.cat(expected))
     assert together.name == ", ".join(part.name for part in parts)
-    assert set(together.watches) == {watch for part in parts for watch in part.watches}
+    assert set(together.layer_channels) == {watch for part in parts for watch in part.layer_channels}
     assert together.layers == ["tokens", "maps", "other"]
     assert batch_objectives([A]) is A
 
@@ -124,8 +124,8 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
     parts = [caricature("maps"), caricature("tokens", 2) - caricature("maps", 0), caricature("logits") * 2]
     what = seen(6)
     together = batch_objectives(parts)
-    assert together.mates
-    assert together.images == 3
+    assert together.paired
+    assert together.num_images == 3
     expected = []
     for i, part in enumerate(parts):
         expected.append(

@@ -94,9 +94,9 @@ def test_names_and_what_is_watched() -> None:
         (interpolation(channel("a", 1), channel("b", 2), "c", 3), "from a 1 to b 2", (("a", 1), ("b", 2), ("c", None))),
     ]
     for objective, name, watches in named:
-        assert (objective.name, objective.watches) == (name, watches)
-    assert [o.images for o, *_ in named] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 3, 3]
-    assert [o.mates for o, *_ in named] == [False] * 8 + [True] + [False] * 2
+        assert (objective.name, objective.layer_channels) == (name, watches)
+    assert [o.num_images for o, *_ in named] == [1, 1, 1, 2, 1, 1, 1, 1, 1, 3, 3]
+    assert [o.paired for o, *_ in named] == [False] * 8 + [True] + [False] * 2
     assert (channel("a", 1) + channel("logits", 1) - channel("b", 0) * channel("a", 2)).layers == ["a", "b"]
 
 
@@ -172,7 +172,7 @@ def test_silent_places_have_no_value_and_finite_gradients(objective: Objective) 
     maps.requires_grad_()
     values = objective(LayerOutputs({"maps": maps}))
     (gradient,) = torch.autograd.grad(values.sum(), maps)
-    assert values[1 if objective.mates else 2] == 0
+    assert values[1 if objective.paired else 2] == 0
     assert bool(values.isfinite().all())
     assert bool(gradient.isfinite().all())
     assert bool(gradient[0].any())

@@ -15,7 +15,7 @@ from convscope.featurevis.optimizer import (
     DEAD_AFTER_STEPS,
     Plateau,
     adam_step,
-    ascend,
+    gradient_ascent,
     exponential_warmup,
     from_torch_optimizer,
     rms_step,
@@ -35,27 +35,27 @@ def test_sgd_with_momentum_and_a_cosine_by_hand() -> None:
     first, peak = start(2, 1, 3, 4).numpy(), np.random.default_rng(1).normal(size=(2, 1, 3, 4))
     canvas, steps, rate, momentum = PixelImage(torch.from_numpy(first.copy()), 1), 9, 0.4, 0.9
     step = from_torch_optimizer(
-        canvas.values,
+        canvas.params,
         partial(torch.optim.SGD, lr=rate, momentum=momentum),
         partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
     )
     target = torch.from_numpy(peak)
-    history = ascend(canvas, lambda _: -(canvas.values - target).square().sum((1, 2, 3)) / 2, step, steps)
+    history = gradient_ascent(canvas, lambda _: -(canvas.params - target).square().sum((1, 2, 3)) / 2, step, steps)
     x, velocity = first.copy(), np.zeros_like(first)
     for t in range(steps):
         assert history[t].tolist() == pytest.approx((-((x - peak) ** 2).sum((1, 2, 3)) / 2).tolist(), rel=1e-12)
         velocity = momentum * velocity + (peak - x)
         x = x + rate * (1 + math.cos(math.pi * t / steps)) / 2 * velocity
-    assert np.abs(canvas.values.detach().numpy() - x).max() < 1e-12  # float64
-    assert canvas.values.grad is None
+    assert np.abs(canvas.params.detach().numpy() - x).max() < 1e-12  # float64
+    assert canvas.params.grad is None
 
 
 def test_without_a_schedule_the_rate_stays() -> None:
     canvas = PixelImage(start(1, 1, 2, 2), 1)
-    before = canvas.values.detach().clone()
-    step = from_torch_optimizer(canvas.values, partial(torch.optim.SGD, lr=0.5))
-    ascend(canvas, lambda _: 3 * canvas.values.sum((1, 2, 3)), step, 4)
-    assert (canvas.values.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
+    before = canvas.params.detach().clone()
+    step = from_torch_optimizer(canvas.params, partial(torch.optim.SGD, lr=0.5))
+    gradient_ascent(canvas, lambda _: 3 * canvas.params.sum((1, 2, 3)), step, 4)
+    assert (canvas.params.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
 
 
 def test_steps_that_grow_by_the_same_factor() -> None:
@@ -136,15 +136,15 @@ def test_a_picture_that_is_done_stays_while_its_neighbour_climbs() -> None:
     def climbed(plateau: Plateau | None) -> tuple[list[Tensor], Tensor]:
         canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
         floor = torch.tensor([1000.0, 0.0])
-        seen = [canvas.values.detach().clone()]
-        history = ascend(
+        seen = [canvas.params.detach().clone()]
+        history = gradient_ascent(
             canvas,
             # Not a straight line: an objective whose gradient every step is of its own.
-            lambda _: floor + canvas.values.square().sum((1, 2, 3)),
-            adam_step(canvas.values, 0.1, 2.0),
+            lambda _: floor + canvas.params.square().sum((1, 2, 3)),
+            adam_step(canvas.params, 0.1, 2.0),
             steps,
             plateau=plateau,
-            on_step=lambda _: seen.append(canvas.values.detach().clone()),
+            on_step=lambda _: seen.append(canvas.params.detach().clone()),
         )
         return seen, history
 
@@ -169,11 +169,11 @@ def test_what_is_done_has_the_history_that_it_has_alone() -> None:
         canvas, asked = PixelImage(start(1, 3, 4, 5).float().expand(len(floors), -1, -1, -1), 1), []
 
         def measure(i: int) -> Tensor:
-            picture = canvas.image() * 1
+            picture = canvas.images() * 1
             picture.register_hook(lambda gradient: asked.append(gradient.flatten(1).any(1)) or None)
             return torch.tensor(floors) + (1 + i % 3) * picture.mean((1, 2, 3))
 
-        return ascend(canvas, measure, rms_step(0.5), 10, plateau=Plateau(4)), asked
+        return gradient_ascent(canvas, measure, rms_step(0.5), 10, plateau=Plateau(4)), asked
 
     (alone, _), (beside, asked) = climbed([1000.0, 1000.0]), climbed([1000.0, 0.0])
     assert torch.equal(alone[:, 0], beside[:, 0])
@@ -189,16 +189,16 @@ def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> 
 
     def measure(i: int) -> Tensor:
         measured.append(i)
-        return torch.tensor([1000.0, 500.0]) + canvas.values.mean((1, 2, 3))
+        return torch.tensor([1000.0, 500.0]) + canvas.params.mean((1, 2, 3))
 
-    history = ascend(canvas, measure, rms_step(0.5), 50, plateau=Plateau(4), on_step=stepped.append)
+    history = gradient_ascent(canvas, measure, rms_step(0.5), 50, plateau=Plateau(4), on_step=stepped.append)
     assert measured == [0, 1, 2, 3, 4]
     assert stepped == [0, 1, 2, 3]
     assert history.shape == (50, 2)
     assert (history[5:] == history[4]).all()
     assert (history[1:5] > history[:4]).all()
     # The last values are those of the pictures as they lie.
-    assert torch.equal(history[-1], torch.tensor([1000.0, 500.0]) + canvas.values.detach().mean((1, 2, 3)))
+    assert torch.equal(history[-1], torch.tensor([1000.0, 500.0]) + canvas.params.detach().mean((1, 2, 3)))
 
 
 # --- silence ---------------------------------------------------------------------------------------------------------
@@ -209,19 +209,19 @@ class Silence:
 
     def __init__(self, *first: int) -> None:
         self.canvas = PixelImage(start(1, 3, 4, 5).float().expand(len(first), -1, -1, -1), 1)
-        self.first, self.seen = first, [self.canvas.values.detach().clone()]
+        self.first, self.seen = first, [self.canvas.params.detach().clone()]
 
     def climbed(self, steps: int, redirect_steps: int) -> Tensor:
         def measure(i: int) -> Tensor:
-            values = self.canvas.values.square().mean((1, 2, 3))
+            values = self.canvas.params.square().mean((1, 2, 3))
             return values - values.detach() * torch.tensor([float(i < first) for first in self.first])
 
-        step = adam_step(self.canvas.values, 0.1, 2.0)
+        step = adam_step(self.canvas.params, 0.1, 2.0)
 
         def note(_: int) -> None:
-            self.seen.append(self.canvas.values.detach().clone())
+            self.seen.append(self.canvas.params.detach().clone())
 
-        return ascend(self.canvas, measure, step, steps, redirect_steps=redirect_steps, on_step=note)
+        return gradient_ascent(self.canvas, measure, step, steps, redirect_steps=redirect_steps, on_step=note)
 
 
 NEVER = 1000
@@ -268,16 +268,16 @@ def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
         seen: list[Tensor] = []
 
         def measure(i: int) -> Tensor:
-            own = canvas.values.square().mean((1, 2, 3))
+            own = canvas.params.square().mean((1, 2, 3))
             rising = torch.tensor([1.0, 1.0 + i])
             return own - own.detach() + rising
 
         def note(_: int) -> None:
-            seen.append(canvas.values.detach().clone())
+            seen.append(canvas.params.detach().clone())
 
-        step = adam_step(canvas.values, 0.1, 2.0)
-        history = ascend(canvas, measure, step, steps, average_last=mean, plateau=plateau, on_step=note)
-        return seen, canvas.values.detach(), history
+        step = adam_step(canvas.params, 0.1, 2.0)
+        history = gradient_ascent(canvas, measure, step, steps, average_last=mean, plateau=plateau, on_step=note)
+        return seen, canvas.params.detach(), history
 
     seen, last, history = climbed(7, 3, None)
     assert torch.allclose(last, (seen[4] + seen[5] + seen[6]) / 3, atol=1e-5)
@@ -290,7 +290,7 @@ def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
     assert torch.allclose(last[0], seen[6][0], atol=1e-5)
     assert torch.allclose(last[1], (seen[4] + seen[5] + seen[6])[1] / 3, atol=1e-5)
     # One that all have ended before there were late steps is not touched.
-    seen, last, _ = climbed(40, 3, Plateau(2, share=100.0))
+    seen, last, _ = climbed(40, 3, Plateau(2, min_gain=100.0))
     assert len(seen) < 30
     assert torch.equal(last, seen[-1])
 
@@ -302,18 +302,18 @@ def test_what_is_frail_is_left_where_it_fired_most() -> None:
 
     def climbed(best: bool) -> list[Tensor]:
         canvas = PixelImage(start(2, 3, 4, 5).float(), 1)
-        seen = [canvas.values.detach().clone()]
+        seen = [canvas.params.detach().clone()]
 
         def measure(i: int) -> Tensor:
-            own = canvas.values.square().mean((1, 2, 3))
+            own = canvas.params.square().mean((1, 2, 3))
             return own - own.detach() + values[i]
 
         def note(_: int) -> None:
-            seen.append(canvas.values.detach().clone())
+            seen.append(canvas.params.detach().clone())
 
-        history = ascend(canvas, measure, adam_step(canvas.values, 0.1, 2.0), 8, keep_best=best, on_step=note)
+        history = gradient_ascent(canvas, measure, adam_step(canvas.params, 0.1, 2.0), 8, keep_best=best, on_step=note)
         assert torch.equal(history, values)
-        return [*seen, canvas.values.detach()]
+        return [*seen, canvas.params.detach()]
 
     kept, last = climbed(True), climbed(False)
     assert torch.equal(kept[-1][0], kept[3][0])

@@ -14,13 +14,13 @@ from torch import Generator, Tensor
 
 from convscope.featurevis.parameterization import (
     COLOUR_AXES,
-    NATURAL,
+    NATURAL_SPECTRUM,
     FourierImage,
     PhaseImage,
     PyramidResidualImage,
     natural_magnitude,
 )
-from convscope.featurevis.recipes import finished
+from convscope.featurevis.recipes import render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from convscope.samples import photographs
 
@@ -72,7 +72,7 @@ def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
     size: tuple[int, int], shown: tuple[int, int], channels: int
 ) -> None:
     canvas = FourierImage(generators(1, 2), channels, size, CPU, spread=0.4)
-    values = canvas.values.detach().double().numpy()
+    values = canvas.params.detach().double().numpy()
     (height, width), (rows, columns) = size, shown
     down, across = np.mgrid[:rows, :columns]
     plain = np.zeros((2, channels, rows, columns))
@@ -85,17 +85,17 @@ def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
             real, imaginary = np.moveaxis(values[:, :, r % height, c], -1, 0)
             plain += weight * ((real + 1j * imaginary)[..., None, None] * wave).real
     assert plain.std() > 0.1
-    assert apart(along_axes(canvas.image(shown).detach().numpy()), plain) < 1e-4  # float32 through a sigmoid and back
+    assert apart(along_axes(canvas.images(shown).detach().numpy()), plain) < 1e-4  # float32 through a sigmoid and back
 
 
 def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
     """Every second pixel, where no wave is shorter than four."""
     canvas = FourierImage(generators(3), 3, (16, 24), CPU, spread=0.5)
     with torch.no_grad():
-        canvas.values[:, :, 4:13] = 0
-        canvas.values[:, :, :, 6:] = 0
-    assert apart(canvas.image((8, 12)).detach(), canvas.image().detach()[:, :, ::2, ::2]) < 1e-5
-    assert torch.equal(canvas.image((16, 24)), canvas.image())
+        canvas.params[:, :, 4:13] = 0
+        canvas.params[:, :, :, 6:] = 0
+    assert apart(canvas.images((8, 12)).detach(), canvas.images().detach()[:, :, ::2, ::2]) < 1e-5
+    assert torch.equal(canvas.images((16, 24)), canvas.images())
 
 
 # --- a photograph's spectrum, and its phases -------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_natural_magnitude_by_hand(size: tuple[int, int], channels: int) -> None
     found = natural_magnitude(channels, size)
     f = frequencies(size)[:, : size[1] // 2 + 1]
     for c in range(channels):
-        amplitude, slope, mean = NATURAL[c if channels == 3 else 0]
+        amplitude, slope, mean = NATURAL_SPECTRUM[c if channels == 3 else 0]
         expected = amplitude * f**-slope
         expected[0, 0] = mean * math.sqrt(size[0] * size[1])
         assert apart(found[c], expected) < 1e-5  # powers in float32
@@ -120,7 +120,7 @@ def test_phase_canvas_by_hand(size: tuple[int, int], channels: int) -> None:
     """The picture as a plain sum of waves, each of its natural magnitude, in decorrelated colours."""
     height, width = size
     canvas = PhaseImage(generators(1, 2), channels, size, CPU)
-    phases = canvas.values.detach().double().numpy()
+    phases = canvas.params.detach().double().numpy()
     assert phases.shape == (2, channels, height, width // 2 + 1)
     assert np.abs(phases).max() <= math.pi + 1e-6  # float32
     magnitude = natural_magnitude(channels, size).double().numpy()
@@ -134,9 +134,9 @@ def test_phase_canvas_by_hand(size: tuple[int, int], channels: int) -> None:
                     angle = phases[:, :, k, j] + 2 * math.pi * (k * y / height + j * x / width)
                     plain[:, :, y, x] += twice * magnitude[:, k, j] * np.cos(angle) / math.sqrt(height * width)
     expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", colour_axes(channels), plain)))
-    assert apart(canvas.image().detach(), expected) < 1e-5  # a transform in float32
-    assert canvas.values.is_leaf
-    assert canvas.values.requires_grad
+    assert apart(canvas.images().detach(), expected) < 1e-5  # a transform in float32
+    assert canvas.params.is_leaf
+    assert canvas.params.requires_grad
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -150,8 +150,8 @@ def test_magnitudes_stay_natural_whatever_the_phases(size: tuple[int, int], chan
     pictures = []
     for change in (0.0, 1.0, 30.0):
         with torch.no_grad():
-            canvas.values += change * torch.randn(canvas.values.shape, generator=Generator().manual_seed(5))
-        pictures.append(canvas.image().detach().double().numpy())
+            canvas.params += change * torch.randn(canvas.params.shape, generator=Generator().manual_seed(5))
+        pictures.append(canvas.images().detach().double().numpy())
         magnitude = np.abs(np.fft.rfft2(along_axes(pictures[-1]), norm="ortho"))
         for found in magnitude:
             # A sigmoid in float32, undone where it is steep; colours undone, which makes an error 8 times as large.
@@ -185,7 +185,7 @@ def test_natural_is_what_the_sample_photographs_are() -> None:
         slopes.append(-slope)
         intercepts.append(intercept)
     assert len(means) == 4
-    for c, natural in enumerate(NATURAL):
+    for c, natural in enumerate(NATURAL_SPECTRUM):
         # Two decimals; how the window ends and to which ring a frequency on the edge belongs changes the second one.
         assert natural.slope == pytest.approx(np.mean([slope[c] for slope in slopes]), abs=0.012)
         # Three decimals; the same changes the amplitude at f = 1 by up to 1.5 per cent.
@@ -202,11 +202,11 @@ def test_photograph_begins_as_itself(channels: int) -> None:
     values = np.arange(256).reshape(16, 16)
     pictures = np.stack([np.roll(values, 7 * i) for i in range(2 * channels)]).reshape(2, channels, 16, 16)
     canvas = PyramidResidualImage(torch.from_numpy(pictures).float() / 255)
-    assert np.array_equal(finished(canvas), pictures)
-    assert not canvas.values.any()
-    assert canvas.values.is_leaf
+    assert np.array_equal(render_uint8(canvas), pictures)
+    assert not canvas.params.any()
+    assert canvas.params.is_leaf
     # Levels of 16, 8, 4, 2 and 1 places a side.
-    assert canvas.values.shape == (2, channels, 256 + 64 + 16 + 4 + 1)
+    assert canvas.params.shape == (2, channels, 256 + 64 + 16 + 4 + 1)
 
 
 def enlarging(places: int, pixels: int) -> np.ndarray:
@@ -234,10 +234,10 @@ def test_one_place_of_a_level_moves_only_what_it_reaches(size: tuple[int, int], 
         sides = [math.ceil(side / 2**level) for side in size]
         for row, column in ((0, 0), (sides[0] - 1, sides[1] - 1), (int(rng.integers(sides[0])), sides[1] // 2)):
             canvas = PyramidResidualImage(pictures)
-            before = canvas.image().detach()
+            before = canvas.images().detach()
             with torch.no_grad():
-                canvas.values[1, -1, begin + row * sides[1] + column] = 0.75
-            after = canvas.image().detach()
+                canvas.params[1, -1, begin + row * sides[1] + column] = 0.75
+            after = canvas.images().detach()
             laid = np.outer(enlarging(sides[0], size[0])[:, row], enlarging(sides[1], size[1])[:, column])
             moved = (after != before).numpy()
             assert not moved[0].any()
@@ -249,7 +249,7 @@ def test_one_place_of_a_level_moves_only_what_it_reaches(size: tuple[int, int], 
             expected = 1 / (1 + np.exp(-(logit(inside[1, -1]) + 0.75 * laid)))
             assert np.abs(after[1, -1].double().numpy() - expected).max() < 1e-5  # float32
         begin += sides[0] * sides[1]
-    assert canvas.values.shape[2] == begin
+    assert canvas.params.shape[2] == begin
 
 
 # --- views: colour and noise -----------------------------------------------------------------------------------------
@@ -270,7 +270,10 @@ def test_colour_and_noise_by_hand(channels: int) -> None:
     size, steps, seeds = (10, 14), 3, (4, 9)
     pictures = torch.rand((2, channels, *size), generator=Generator().manual_seed(0))
     view = random_affine(
-        AugmentationConfig((1, 1), 0, size, mirror=False, colour=0.3, noise=0.2), steps, generators(*seeds), CPU
+        AugmentationConfig((1, 1), 0, size, flip=False, colour_jitter=0.3, noise_std=0.2),
+        steps,
+        generators(*seeds),
+        CPU,
     )
     for step in range(steps):
         found = view(step, pictures)
@@ -290,7 +293,7 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
     count, size = 200, (12, 12)
     gray = torch.full((count, 3, *size), 0.75)
     seeds = generators(*range(count))
-    shown = random_affine(AugmentationConfig((1, 1), 0, size, colour=0.2), 1, seeds, CPU)(0, gray)
+    shown = random_affine(AugmentationConfig((1, 1), 0, size, colour_jitter=0.2), 1, seeds, CPU)(0, gray)
     changed = (shown[:, :, 0, 0] - 0.75).double().numpy()
     assert float((shown - shown[:, :, :1, :1]).abs().max()) < 1e-5  # flat stays flat
     # 0.25 away from the middle: contrast gives at most 0.05, brightness 0.1.
@@ -300,7 +303,9 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
     for deviation in (0.05, 0.4):
         seeds = generators(*range(count))
         noise = (
-            random_affine(AugmentationConfig((1, 1), 0, size, noise=deviation), 1, seeds, CPU)(0, gray).double().numpy()
+            random_affine(AugmentationConfig((1, 1), 0, size, noise_std=deviation), 1, seeds, CPU)(0, gray)
+            .double()
+            .numpy()
             - 0.75
         )
         n = noise.size
@@ -311,7 +316,7 @@ def test_colour_and_noise_stay_within_what_was_asked_for() -> None:
 def test_colour_and_noise_belong_to_the_picture() -> None:
     """The same bytes at any position and in any company; two pictures from one generator's seed see the same."""
     pictures = torch.rand((3, 3, 20, 30), generator=Generator().manual_seed(9))
-    looks = AugmentationConfig((0.4, 1), 10, (12, 18), colour=0.3, noise=0.1)
+    looks = AugmentationConfig((0.4, 1), 10, (12, 18), colour_jitter=0.3, noise_std=0.1)
     one, other = (random_affine(looks, 4, generators(*seeds), CPU) for seeds in ((1, 2, 3), (3, 1, 1)))
     for step in range(4):
         found = one(step, pictures)
@@ -326,9 +331,7 @@ def test_mirrored_only_where_that_is_allowed(mirror: bool) -> None:
     """Columns run from left to right in every view, however zoomed and turned; or in about half of them."""
     count, steps = 60, 4
     ramp = torch.arange(32.0).expand(count, 1, 32, 32)
-    view = random_affine(
-        AugmentationConfig((0.4, 1), 10, (16, 16), mirror=mirror), steps, generators(*range(count)), CPU
-    )
+    view = random_affine(AugmentationConfig((0.4, 1), 10, (16, 16), flip=mirror), steps, generators(*range(count)), CPU)
     flipped = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) < 0).all(1).sum()) for step in range(steps))
     rising = sum(int((view(step, ramp)[:, 0, 8, 4:12].diff(dim=1) > 0).all(1).sum()) for step in range(steps))
     assert flipped + rising == count * steps
@@ -347,7 +350,7 @@ def test_views_pass_gradients_on_to_the_canvas() -> None:
     assert identity(0, pictures) is pictures
     assert identity(7, pictures) is pictures
     changed = random_affine(
-        AugmentationConfig((1, 1), 0, (6, 9), mirror=False, colour=0.3, noise=0.2), 1, generators(4, 9), CPU
+        AugmentationConfig((1, 1), 0, (6, 9), flip=False, colour_jitter=0.3, noise_std=0.2), 1, generators(4, 9), CPU
     )
     (gradient,) = torch.autograd.grad(changed(0, pictures).sum(), pictures)
     for n, seed in enumerate((4, 9)):

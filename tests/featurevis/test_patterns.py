@@ -25,12 +25,12 @@ from convscope.featurevis.optimizer import (
     DEAD_AFTER_STEPS,
     RedirectedReLU,
     adam_step,
-    ascend,
+    gradient_ascent,
     consistency_weighted_adam,
     rms_step,
 )
 from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, PixelImage
-from convscope.featurevis.recipes import REVIVED, standardised
+from convscope.featurevis.recipes import REDIRECT_STEPS, deprocess_image
 from convscope.featurevis.transforms import AugmentationConfig, random_affine, random_roll
 from tests.oracles.nets import Twice, Usual, filled
 
@@ -107,11 +107,11 @@ def test_linear_unit_wants_its_own_weight(space: str) -> None:
 def test_the_leaf_moves_along_the_weight() -> None:
     net = filled(Linear(units=2, kernel=3))
     canvas = PixelImage(torch.rand((2, 3, 3, 3), generator=Generator().manual_seed(0)))
-    before = canvas.values.detach().clone()
-    history = ascend(canvas, lambda _: net.conv(canvas.values)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
+    before = canvas.params.detach().clone()
+    history = gradient_ascent(canvas, lambda _: net.conv(canvas.params)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
     w = net.conv.weight.detach()
     rms = w.double().pow(2).mean((1, 2, 3), keepdim=True).sqrt()
-    assert apart(canvas.values.detach() - before, 0.5 * w.double() / (rms + 1e-5)) < 1e-5  # a difference of floats
+    assert apart(canvas.params.detach() - before, 0.5 * w.double() / (rms + 1e-5)) < 1e-5  # a difference of floats
     assert apart(history[0], (w.double() * before).sum((1, 2, 3))) < TINY
 
 
@@ -132,12 +132,12 @@ def test_standardised_by_hand() -> None:
     pixels[0, :, 0, 0] = 1e4  # one spot that is clipped
     flat = np.full((1, 3, 20, 30), 17.0)
     everything = np.concatenate([pixels, flat])
-    found = standardised(torch.from_numpy(everything))
+    found = deprocess_image(torch.from_numpy(everything))
     assert found.dtype == torch.uint8
     for n, picture in enumerate(everything):
         assert np.array_equal(found[n].permute(1, 2, 0), textbook_picture(picture.transpose(1, 2, 0)).astype(np.uint8))
     assert (found[3] == 127).all()
-    single = standardised(torch.from_numpy(everything).float())
+    single = deprocess_image(torch.from_numpy(everything).float())
     assert (single.int() - found.int()).abs().max() <= 1  # float32 may fall on the other side of a whole number
 
 
@@ -391,8 +391,8 @@ def test_dead_start_is_said_by_plain_and_answered_by_robust() -> None:
 
 def test_without_redirection_the_dead_start_stays_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The positive score above is the redirection's doing."""
-    monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "REVIVED", 0)
-    monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "WAKING", 0)
+    monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "REDIRECT_STEPS", 0)
+    monkeypatch.setattr(sys.modules["convscope.featurevis.recipes"], "RETRY_STEPS", 0)
     nothing = SimpleNamespace(values=torch.zeros(3))
     monkeypatch.setattr(
         sys.modules["convscope.featurevis.api"], "max_activations", lambda *_: nothing
@@ -420,7 +420,7 @@ def test_redirection_is_each_pictures_own() -> None:
         net.conv.bias.fill_(3)
         net.conv.weight[2], net.conv.bias[2], net.gate.weight[2] = 0, -1, 0  # unit 2 never fires
     model = convscope.load(nn.Sequential(net), preprocessing={"size": 32})
-    steps = REVIVED + 16
+    steps = REDIRECT_STEPS + 16
     beside_dead = convscope.patterns(model, "0", [0, 2], size=32, steps=steps)
     beside_alive = convscope.patterns(model, "0", [0, 1], size=32, steps=steps)
     assert not beside_dead.history[:, 1].any()
@@ -554,7 +554,7 @@ def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
     """The picture as a plain sum of cosines and sines, with amplitudes 1/f, in decorrelated colours."""
     height, width = size
     canvas = FourierImage(generators(1, 2), 3, size, torch.device("cpu"), spread=0.5)
-    spectrum = canvas.values.detach().double().numpy()
+    spectrum = canvas.params.detach().double().numpy()
     spectrum = spectrum[..., 0] + 1j * spectrum[..., 1]
     down = np.fft.fftfreq(height)[:, None]
     across = np.fft.rfftfreq(width)[None]
@@ -573,9 +573,9 @@ def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
     axes = np.array(COLOUR_AXES)
     axes = axes / np.sqrt((axes**2).sum(0)).max()
     expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", axes, plain)))
-    assert apart(canvas.image().detach(), expected) < 1e-5  # a transform in float32
-    assert canvas.values.is_leaf
-    assert canvas.values.requires_grad
+    assert apart(canvas.images().detach(), expected) < 1e-5  # a transform in float32
+    assert canvas.params.is_leaf
+    assert canvas.params.requires_grad
 
 
 def test_draws_belong_to_the_picture() -> None:
@@ -588,7 +588,7 @@ def test_draws_belong_to_the_picture() -> None:
             found = one(step, pictures)
             assert torch.equal(found[[2, 0]], other(step, pictures[[2, 0, 1]])[:2])
             assert not torch.equal(one(step, pictures), one((step + 1) % 4, pictures))
-    canvases = [FourierImage(generators(*seeds), 3, (8, 8), device).values for seeds in ((1, 2, 3), (3, 1))]
+    canvases = [FourierImage(generators(*seeds), 3, (8, 8), device).params for seeds in ((1, 2, 3), (3, 1))]
     assert torch.equal(canvases[0][[2, 0]], canvases[1])
 
 
@@ -638,7 +638,7 @@ def test_several_views_are_climbed_by_their_mean() -> None:
     canvas = FourierImage(draws, 3, (56, 56), torch.device("cpu"))
     view = random_affine(AugmentationConfig((0.5, 1), 10, (32, 32)), 3, draws, torch.device("cpu"))
     with torch.no_grad():
-        shown = canvas.image((32, 32))
+        shown = canvas.images((32, 32))
         values = [net(model.preprocessing.normalize(view(k, shown)))[[0, 1], [3, 1]] for k in range(3)]
     assert apart(found.history[0], torch.stack(values).mean(0)) < 1e-5  # sums of floats in another layout
     assert found.parameters()["views"] == 3

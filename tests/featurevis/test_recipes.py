@@ -19,7 +19,7 @@ from convscope.featurevis import recipes
 from convscope.featurevis.objectives import caricature, channel
 from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, adam_step, consistency_weighted_adam
 from convscope.featurevis.parameterization import FourierImage, PhaseImage, natural_magnitude
-from convscope.featurevis.recipes import DAMPING, RECIPES, SLIGHT, finished
+from convscope.featurevis.recipes import ADAM_DAMPING, RECIPES, LIGHT_DAMPING, render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.test_parameterization import colour_axes, logit
 from tests.oracles.nets import Usual, filled
@@ -95,19 +95,19 @@ def test_robust_for_classes_by_hand() -> None:
     sides = (40, 40, 56, 56, 96)
     views = [random_affine(AugmentationConfig((0.5, 1), 10, (side, side)), 2, [own], CPU) for side in sides]
     rates = [0.2 * min(1.0, 0.03 ** (1 - i / 6)) for i in range(steps)]
-    step = adam_step(canvas.values, lambda i: rates[i], DAMPING)
+    step = adam_step(canvas.params, lambda i: rates[i], ADAM_DAMPING)
     been = []
     for i in range(steps):
-        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.image((sides[i // 2],) * 2)))
+        shown = model.preprocessing.normalize(views[i // 2](i % 2, canvas.images((sides[i // 2],) * 2)))
         value = net(shown)[0, number]
         assert found.history[i, 0] == pytest.approx(value.item(), abs=SUMS)
-        (gradient,) = torch.autograd.grad(value, canvas.values)
+        (gradient,) = torch.autograd.grad(value, canvas.params)
         with torch.no_grad():
-            step(canvas.values, gradient)
-        been.append(canvas.values.detach().clone())
-    canvas.values = (been[-1] + been[-2]) / 2
+            step(canvas.params, gradient)
+        been.append(canvas.params.detach().clone())
+    canvas.params = (been[-1] + been[-2]) / 2
     # A whole number may be rounded the other way; a rectifier at its kink too, which moves a pixel here and there more.
-    apart = np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy())
+    apart = np.abs(found.images[0].astype(int) - render_uint8(canvas)[0].permute(1, 2, 0).numpy())
     assert (apart > 1).mean() < 5e-3
     assert apart.mean() < 0.1
     assert found.images[0].std() > 5  # beside which that is nothing
@@ -156,15 +156,15 @@ def test_robust_for_units_that_see_little_by_hand() -> None:
     own = generator(seed, number)
     canvas = FourierImage([own], 3, (size, size), CPU)
     view = random_roll(steps, [own], CPU)
-    step = consistency_weighted_adam(canvas.values, 0.35, SLIGHT)
+    step = consistency_weighted_adam(canvas.params, 0.35, LIGHT_DAMPING)
     for i in range(steps):
-        shown = model.preprocessing.normalize(view(i, canvas.image()))
+        shown = model.preprocessing.normalize(view(i, canvas.images()))
         value = net.relu1(net.bn1(net.conv1(shown)))[0, number].mean()
         assert found.history[i, 0] == pytest.approx(value.item(), rel=1e-4)
-        (gradient,) = torch.autograd.grad(value, canvas.values)
+        (gradient,) = torch.autograd.grad(value, canvas.params)
         with torch.no_grad():
-            step(canvas.values, gradient)
-    apart = np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy())
+            step(canvas.params, gradient)
+    apart = np.abs(found.images[0].astype(int) - render_uint8(canvas)[0].permute(1, 2, 0).numpy())
     assert (apart > 1).mean() < 5e-3  # as above
     assert found.images[0].std() > 5
 
@@ -183,13 +183,13 @@ def test_what_begins_with_short_steps_is_not_given_up(
 ) -> None:
     """A silent picture is, after so many steps; where they grow, not before the last."""
     found: list[int] = []
-    climb = recipes.ascend
+    climb = recipes.gradient_ascent
 
     def spied(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(kwargs.get("silent", DEAD_AFTER_STEPS))
+        found.append(kwargs.get("dead_after", DEAD_AFTER_STEPS))
         return climb(*args, **kwargs)
 
-    monkeypatch.setattr(recipes, "ascend", spied)
+    monkeypatch.setattr(recipes, "gradient_ascent", spied)
     convscope.patterns(usual, layer, [0, 1], steps=40, recipe=replace(RECIPES["robust"], starts=1))
     assert found[0] == given_up
 
@@ -229,27 +229,27 @@ def test_maco_opacity_by_hand() -> None:
     own = generator(seed, number)
     canvas = PhaseImage([own], 3, (32, 32), CPU)
     views = random_affine(AugmentationConfig((0.5, 1), 10, (32, 32)), 2 * steps, [own], CPU)
-    step = adam_step(canvas.values, 0.1, DAMPING)
+    step = adam_step(canvas.params, 0.1, ADAM_DAMPING)
     asked = np.zeros((32, 32))
     for i in range(steps):
-        picture = canvas.image()
+        picture = canvas.images()
         seen = torch.cat([views(2 * i, picture), views(2 * i + 1, picture)])
         value = net(model.preprocessing.normalize(seen))[:, number].mean()
-        at_pixels, at_phases = torch.autograd.grad(value, (picture, canvas.values))
+        at_pixels, at_phases = torch.autograd.grad(value, (picture, canvas.params))
         assert found.history[i, 0] == pytest.approx(value.item(), abs=SUMS)
         asked += at_pixels[0].abs().mean(0).double().numpy()
         with torch.no_grad():
-            step(canvas.values, at_phases)
+            step(canvas.params, at_phases)
     low, high = np.quantile(asked, 0.5), np.quantile(asked, 0.9)
     expected = 255 * np.clip((asked - low) / (high - low), 0, 1)
     assert np.abs(found.alpha[0] - expected).max() <= 1.5  # rounded, and three steps of float32
     # A whole number may be rounded the other way.
-    assert np.abs(found.images[0].astype(int) - finished(canvas)[0].permute(1, 2, 0).numpy()).max() <= 1
+    assert np.abs(found.images[0].astype(int) - render_uint8(canvas)[0].permute(1, 2, 0).numpy()).max() <= 1
 
 
 def test_maco_is_opaque_where_the_unit_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a canvas that lies still, a unit of the left half has nothing to do with the right one."""
-    monkeypatch.setattr(recipes, "_views", lambda task, several=1: identity)
+    monkeypatch.setattr(recipes, "_choose_transform", lambda task, several=1: identity)
     model = loaded(filled(Window((0, 1), (0, 0.5))), 32)
     found = convscope.patterns(model, "logits", [0, 1], recipe="maco", steps=8, size=32)
     assert found.alpha is not None

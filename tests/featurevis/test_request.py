@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis.defaults import as_it_is, constant_schedule, own_size
+from convscope.featurevis.defaults import full_view, constant_schedule, model_size
 from convscope.featurevis.objectives import Objective, channel, channels, deepdream, diversity, interpolation, neuron
 from convscope.featurevis.optimizer import from_torch_optimizer
 from convscope.featurevis.parameterization import PhaseImage, PixelImage
-from convscope.featurevis.recipes import RECIPES, OptimizationTask, Recipe, RecipeOutput, finished
+from convscope.featurevis.recipes import RECIPES, OptimizationTask, Recipe, RecipeOutput, render_uint8
 from tests.featurevis.test_objectives import between_by_hand, diverse_by_hand
 from tests.featurevis.test_recipes import CPU, SUMS, loaded, outputs
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
@@ -128,13 +128,15 @@ def gray(task: OptimizationTask) -> RecipeOutput:
     """From middle gray, with momentum."""
     first = torch.full((len(task.generators), task.channels, *task.size), 127.5, device=task.device)
     canvas = PixelImage(first)
-    step = from_torch_optimizer(canvas.values, partial(torch.optim.SGD, lr=task.step_size, momentum=0.5))
-    history = task.optimize(canvas, lambda _: task.measure(task.ready(canvas.image())), step, partial(finished, canvas))
-    return RecipeOutput(finished(canvas), history)
+    step = from_torch_optimizer(canvas.params, partial(torch.optim.SGD, lr=task.step_size, momentum=0.5))
+    history = task.optimize(
+        canvas, lambda _: task.objective(task.preprocess(canvas.images())), step, partial(render_uint8, canvas)
+    )
+    return RecipeOutput(render_uint8(canvas), history)
 
 
 def test_a_recipe_of_ones_own(usual: convscope.Model) -> None:
-    own = Recipe(gray, own_size, as_it_is, constant_schedule(4, 1e5))
+    own = Recipe(gray, model_size, full_view, constant_schedule(4, 1e5))
     found = convscope.patterns(usual, "conv1", [2, 6], recipe=own, frames=2)
     assert (found.recipe, found.steps, found.step_size) == ("gray", 4, 1e5)
     assert found.images.shape == (2, 32, 32, 3)
@@ -278,7 +280,7 @@ def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame(frail: bool, expe
 
     def twice(task: OptimizationTask) -> RecipeOutput:
         draws.append(len(task.generators))
-        level = 255 if task.still or (len(draws) == 3 and not frail) else 0
+        level = 255 if task.without_transforms or (len(draws) == 3 and not frail) else 0
         pictures = torch.full((len(task.generators), 3, *task.size), level, dtype=torch.uint8)
         task.on_step(0, lambda: pictures)
         sight = torch.full((len(task.generators), *task.size), level / 255)
@@ -288,7 +290,7 @@ def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame(frail: bool, expe
     with torch.no_grad():
         net[0].weight.fill_(1)
         net[0].bias.copy_(torch.tensor([-1.0, 1.0]))
-    own = Recipe(twice, own_size, as_it_is, constant_schedule(1, 1.0), starts=2)
+    own = Recipe(twice, model_size, full_view, constant_schedule(1, 1.0), starts=2)
     found = convscope.patterns(loaded(net, 8), "1", [0, 1], recipe=own, frames=1)
     assert draws == expected
     assert found.scores.tolist() == [2, 1]
@@ -325,7 +327,7 @@ def noises_by_hand(seed: int, size: tuple[int, int]) -> np.ndarray:
         if i < 4:
             found.append((128 + 20 * torch.rand((3, *size), generator=generator)).numpy().astype(np.uint8))
         else:
-            shown: Tensor = PhaseImage([generator], 3, size, CPU).image().detach()[0]
+            shown: Tensor = PhaseImage([generator], 3, size, CPU).images().detach()[0]
             found.append(np.round(shown.numpy() * 255).astype(np.uint8))
     return np.stack(found).transpose(0, 2, 3, 1)
 
@@ -381,10 +383,10 @@ def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
     noises = torch.from_numpy(noises_by_hand(0, (32, 32))).permute(0, 3, 1, 2)
 
     def lost(task: OptimizationTask) -> RecipeOutput:
-        return RECIPES["plain"].draw(task)._replace(images=noises[2:3])
+        return RECIPES["plain"].run(task)._replace(images=noises[2:3])
 
     found = convscope.patterns(
-        usual, channel("relu2", 3), recipe=Recipe(lost, own_size, as_it_is, constant_schedule(1, 1.0))
+        usual, channel("relu2", 3), recipe=Recipe(lost, model_size, full_view, constant_schedule(1, 1.0))
     )
     assert found.noise_scores is not None
     assert found.scores[0] < found.noise_scores[0]

@@ -77,9 +77,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[float]]]:
 
     def known(self: PatternBatch, pictures: Tensor, which: Sequence[int]) -> Tensor:
         assert len(pictures) == len(which)
-        return torch.tensor([lists[self.want.numbers[self.part[i]]].pop(0) for i in which])
+        return torch.tensor([lists[self.request.units[self.part[i]]].pop(0) for i in which])
 
-    monkeypatch.setattr(PatternBatch, "known", known)
+    monkeypatch.setattr(PatternBatch, "confidence", known)
     yield lists
     assert not any(lists.values())  # each was asked for as often as was foreseen
 
@@ -140,9 +140,9 @@ def test_what_is_drawn_again_waits_for_the_last_batch_and_keeps_its_size(
 
     def spied(task: Any) -> Any:
         tasks.append((len(task.generators), task.views))
-        return BRIEF.draw(task)
+        return BRIEF.run(task)
 
-    drawn(usual, range(5), replace(BRIEF, draw=spied))
+    drawn(usual, range(5), replace(BRIEF, run=spied))
     assert tasks == [(2, 1), (3, 1), (2, 1), (3, 1)]
 
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 import convscope
 from convscope.engine import capture
 from convscope.featurevis.objectives import per_image_channels
-from convscope.featurevis.scoring import NOISES, max_activations, noises, optimize_from_crops
+from convscope.featurevis.scoring import NUM_NOISE_IMAGES, max_activations, noise_images, optimize_from_crops
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.oracles.nets import filled
@@ -62,9 +62,9 @@ def test_a_photograph_wakes_a_unit_that_fires_in_it(monkeypatch: pytest.MonkeyPa
     model = convscope.load(Bright(threshold), preprocessing={"size": 224})
     found = []
     for steps in (0, 48):
-        monkeypatch.setattr(sys.modules["convscope.featurevis.scoring"], "WAKING", steps)
+        monkeypatch.setattr(sys.modules["convscope.featurevis.scoring"], "RETRY_STEPS", steps)
         with capture.capture_layers(model, ["relu"], stop_early=True) as run:
-            piece = max_activations(run, model, "relu").piece(0, (SIDE, SIDE))
+            piece = max_activations(run, model, "relu").crop(0, (SIDE, SIDE))
             (one,) = optimize_from_crops(piece[None], lambda x: per_image_channels("relu", [0])(run(x)), model)
         assert (one.dtype, tuple(one.shape)) == (torch.uint8, (3, SIDE, SIDE))
         found.append(one)
@@ -101,7 +101,7 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
         assert found.grid == (shape if len(shape) == 2 else None)
         np.testing.assert_allclose(found.values, best, rtol=1e-5)
         for unit in range(5):
-            at = maps[int(found.photographs[unit]), unit, int(found.positions[unit])]
+            at = maps[int(found.image_indices[unit]), unit, int(found.positions[unit])]
             np.testing.assert_allclose(at, best[unit], rtol=1e-5)
 
 
@@ -109,14 +109,14 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
 def test_noise_is_half_gray_half_a_spectrum(channels: int) -> None:
     order = "RGB" if channels == 3 else "L"
     like = convscope.Preprocessing(size=24, channel_order=order, mean=(0.0,) * channels, std=(1.0,) * channels)
-    found = noises(like, (20, 28), 3)
-    assert (found.dtype, tuple(found.shape)) == (torch.uint8, (NOISES, channels, 20, 28))
-    for i in range(NOISES // 2):
-        draw = torch.rand((channels, 20, 28), generator=Generator().manual_seed(3 * NOISES + i))
+    found = noise_images(like, (20, 28), 3)
+    assert (found.dtype, tuple(found.shape)) == (torch.uint8, (NUM_NOISE_IMAGES, channels, 20, 28))
+    for i in range(NUM_NOISE_IMAGES // 2):
+        draw = torch.rand((channels, 20, 28), generator=Generator().manual_seed(3 * NUM_NOISE_IMAGES + i))
         assert torch.equal(found[i], (128 + 20 * draw).to(torch.uint8))
     # Neighbours in a photograph's spectrum are alike; in gray noise they are not.
     shown = found.double() - found.double().mean((2, 3), keepdim=True)
     alike = (shown[..., 1:] * shown[..., :-1]).mean((1, 2, 3)) / shown.square().mean((1, 2, 3))
-    assert alike[: NOISES // 2].abs().max() < 0.15  # 560 pixels at least: three deviations of 1 / sqrt(560)
-    assert alike[NOISES // 2 :].min() > 0.5
-    assert not np.array_equal(found, noises(like, (20, 28), 4))
+    assert alike[: NUM_NOISE_IMAGES // 2].abs().max() < 0.15  # 560 pixels at least: three deviations of 1 / sqrt(560)
+    assert alike[NUM_NOISE_IMAGES // 2 :].min() > 0.5
+    assert not np.array_equal(found, noise_images(like, (20, 28), 4))

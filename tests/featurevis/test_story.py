@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import convscope
 from convscope import ConvscopeError
 from convscope.cli import app
-from convscope.featurevis.image_statistics import MEASURES, most_distinct
+from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.featurevis.layer_story import Story
 from convscope.plotting.figures import tile
 from convscope.plotting.story import _broken
@@ -45,7 +45,7 @@ def model() -> convscope.Model:
 
 @pytest.fixture(scope="module")
 def told(model: convscope.Model) -> Story:
-    return convscope.story(model, LAYERS, units=UNITS, shown=SHOWN, seed=5)
+    return convscope.story(model, LAYERS, units=UNITS, num_shown=SHOWN, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,13 @@ def saved(told: Story, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_chapters_and_how_far_they_see(told: Story) -> None:
     """A kernel of 3, pooling of 2 (4 pixels), a kernel of 3 two pixels apart: 3, 4 and 8 pixels."""
-    assert [(c.layer, c.sees) for c in told.chapters] == [("conv1", (3, 3)), ("relu2", (8, 8)), ("logits", None)]
+    assert [(c.layer, c.receptive_field) for c in told.chapters] == [
+        ("conv1", (3, 3)),
+        ("relu2", (8, 8)),
+        ("logits", None),
+    ]
     assert [c.images.shape[0] for c in told.chapters] == [SHOWN] * 3
-    assert [len(c.measures["colourfulness"]) for c in told.chapters] == [UNITS] * 3
+    assert [len(c.statistics["colourfulness"]) for c in told.chapters] == [UNITS] * 3
     assert told.parameters() == {"seed": 5, "layers": LAYERS}
 
 
@@ -70,9 +74,9 @@ def test_what_is_measured_and_kept_of_a_chapter(chapter: int, told: Story, model
     layer, found = LAYERS[chapter], told.chapters[chapter]
     drawn = convscope.patterns(model, layer, PICKED[layer], seed=5)
     row = told.table()[chapter]
-    for name, measure in MEASURES.items():
+    for name, measure in IMAGE_STATISTICS.items():
         values = measure(drawn.images)
-        assert found.measures[name].tolist() == values.tolist()
+        assert found.statistics[name].tolist() == values.tolist()
         a, b, c, d = sorted(values)
         assert row[name] == pytest.approx((b + c) / 2, rel=1e-12)
         low, high = a + 0.75 * (b - a), c + 0.25 * (d - c)
@@ -86,7 +90,7 @@ def test_what_is_measured_and_kept_of_a_chapter(chapter: int, told: Story, model
 
 
 def test_default_chapters_go_from_the_first_layer_to_the_classes(model: convscope.Model) -> None:
-    told = convscope.story(model, units=2, shown=1)
+    told = convscope.story(model, units=2, num_shown=1)
     rows = [c.layer for c in told.chapters]
     assert rows[-1] == "logits"
     assert len(rows) == 7
@@ -97,21 +101,21 @@ def test_default_chapters_go_from_the_first_layer_to_the_classes(model: convscop
 
 
 def test_more_units_than_a_layer_has(model: convscope.Model) -> None:
-    told = convscope.story(model, ["conv1"], units=20, shown=10)
+    told = convscope.story(model, ["conv1"], units=20, num_shown=10)
     assert sorted(told.chapters[0].units.tolist()) == list(range(8))
 
 
 def test_the_same_seed_tells_the_same(told: Story, model: convscope.Model) -> None:
-    again = convscope.story(model, LAYERS, units=UNITS, shown=SHOWN, seed=5)
+    again = convscope.story(model, LAYERS, units=UNITS, num_shown=SHOWN, seed=5)
     assert all(again.arrays()[name].tobytes() == array.tobytes() for name, array in told.arrays().items())
-    other = convscope.story(model, ["conv1"], units=UNITS, shown=SHOWN, seed=6)
+    other = convscope.story(model, ["conv1"], units=UNITS, num_shown=SHOWN, seed=6)
     assert other.arrays()["0_colourfulness"].tolist() != told.arrays()["0_colourfulness"].tolist()
 
 
 def test_progress_goes_from_chapter_to_chapter(model: convscope.Model) -> None:
     said: list[tuple[float, int]] = []
     convscope.story(
-        model, ["conv1", "relu1"], units=2, shown=1, progress=lambda done, total: said.append((done, total))
+        model, ["conv1", "relu1"], units=2, num_shown=1, progress=lambda done, total: said.append((done, total))
     )
     done = [d for d, _ in said]
     assert done == sorted(done)
@@ -125,9 +129,9 @@ def test_progress_goes_from_chapter_to_chapter(model: convscope.Model) -> None:
     [
         (["conv1", "conv9"], {}, "layer 'conv9' is not in this model; nearest: conv"),
         ([], {}, "there are no layers to tell of"),
-        (["conv1"], {"units": 1}, "units is 1, shown is 6"),
-        (["conv1"], {"units": 4, "shown": 5}, "units is 4, shown is 5; expected at least 2, and at most as many shown"),
-        (["conv1"], {"units": 4, "shown": 0}, "units is 4, shown is 0"),
+        (["conv1"], {"units": 1}, "units is 1, num_shown is 6"),
+        (["conv1"], {"units": 4, "num_shown": 5}, "units is 4, num_shown is 5; expected units >= 2, and num_shown from 1 to units"),
+        (["conv1"], {"units": 4, "num_shown": 0}, "units is 4, num_shown is 0"),
     ],
 )
 def test_refusals(layers: list[str], options: dict[str, int], words: str, model: convscope.Model) -> None:
@@ -164,14 +168,18 @@ def test_arrays(saved: Path, told: Story) -> None:
     assert set(found) == {f"{i}_{part}" for i in range(3) for part in parts}
     assert found["1_images"].tobytes() == told.chapters[1].images.tobytes()
     assert found["2_units"].tolist() == told.chapters[2].units.tolist()
-    assert found["0_colourfulness"].tolist() == told.chapters[0].measures["colourfulness"].tolist()
+    assert found["0_colourfulness"].tolist() == told.chapters[0].statistics["colourfulness"].tolist()
 
 
 def test_table_in_csv(saved: Path, told: Story) -> None:
     rows = list(csv.DictReader((saved / "story.csv").open()))
-    assert [(row["layer"], row["sees"]) for row in rows] == [("conv1", "3 x 3"), ("relu2", "8 x 8"), ("logits", "")]
+    assert [(row["layer"], row["receptive field"]) for row in rows] == [
+        ("conv1", "3 x 3"),
+        ("relu2", "8 x 8"),
+        ("logits", ""),
+    ]
     for row, expected in zip(rows, told.table(), strict=True):
-        for name in MEASURES:
+        for name in IMAGE_STATISTICS:
             assert float(row[name]) == expected[name]
             assert row[f"{name}, quartiles"] == expected[f"{name}, quartiles"]
 
@@ -203,7 +211,9 @@ def test_page_names_every_layer_and_number(saved: Path, told: Story) -> None:
     assert listed == [*units, ", ".join(told.chapters[2].names)]
     assert "<wasp>" not in page, "names are escaped"
     numbers = re.findall(r"<li>(.*?): <b>(.*?)</b> <span class=\"soft\">\((.*?)\)</span>", page)
-    expected = [(name, f"{row[name]:.3g}", row[f"{name}, quartiles"]) for row in told.table() for name in MEASURES]
+    expected = [
+        (name, f"{row[name]:.3g}", row[f"{name}, quartiles"]) for row in told.table() for name in IMAGE_STATISTICS
+    ]
     assert numbers == expected
     for note in told.notes:
         assert note in unescape(page)
@@ -216,9 +226,11 @@ def test_figure_shows_pictures_names_and_medians(told: Story) -> None:
     for r, chapter in enumerate(told.chapters):
         row = axes[r * (SHOWN + 3) : (r + 1) * (SHOWN + 3)]
         assert np.asarray(row[0].images[0].get_array()).tobytes() == chapter.images[0].tobytes()
-        sees = "sees " + ("all" if chapter.sees is None else f"{chapter.sees[0]} x {chapter.sees[1]}")
+        sees = "sees " + (
+            "all" if chapter.receptive_field is None else f"{chapter.receptive_field[0]} x {chapter.receptive_field[1]}"
+        )
         assert row[0].get_ylabel().splitlines() == [chapter.layer, sees]
-        for panel, (name, values) in zip(row[SHOWN:], chapter.measures.items(), strict=True):
+        for panel, (name, values) in zip(row[SHOWN:], chapter.statistics.items(), strict=True):
             band, middle = panel.lines
             assert list(middle.get_xdata()) == [np.median(values)]
             assert list(band.get_xdata()) == [np.percentile(values, 25), np.percentile(values, 75)]
@@ -263,7 +275,7 @@ def test_story_on_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["parameters"] == {"seed": 7, "layers": ["conv1", "logits"]}
     model = convscope.load(MODEL, preprocessing={"size": 32})
-    expected = convscope.story(model, ["conv1", "logits"], units=3, shown=2, seed=7)
+    expected = convscope.story(model, ["conv1", "logits"], units=3, num_shown=2, seed=7)
     with np.load(tmp_path / "arrays.npz") as archive:
         assert {name: archive[name].tobytes() for name in archive} == {
             name: array.tobytes() for name, array in expected.arrays().items()

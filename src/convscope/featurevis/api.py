@@ -23,7 +23,7 @@ from convscope.engine.batching import (
 )
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_int
-from convscope.featurevis.frames import FrameRecorder, for_display
+from convscope.featurevis.frames import FrameRecorder, to_numpy_images
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.optimizer import Plateau
 from convscope.featurevis.recipes import OptimizationTask, Recipe
@@ -44,7 +44,7 @@ from convscope.featurevis.retries import (
     retry_dead_units,
     retry_low_confidence,
 )
-from convscope.featurevis.scoring import Run, max_activations, noise_baseline, reference_baseline, remarks
+from convscope.featurevis.scoring import Forward, max_activations, noise_baseline, quality_notes, reference_baseline
 from convscope.featurevis.skip_gradient import with_skip_gradient
 
 __all__ = ["Patterns", "patterns"]
@@ -129,21 +129,21 @@ def patterns(
     """
     name, rule = find_recipe(recipe, start, space)
     want = parse_request(model, layer, units, name, rule)
-    own_steps, own_size = rule.schedule(want.sees(model), model.preprocessing.image_size)
+    own_steps, own_size = rule.schedule(want.receptive_field(model), model.preprocessing.image_size)
     count = require_int("steps", own_steps if steps is None else steps, 0)
     kept = require_int("frames", frames, 0)
     if views is not None and rule.views == 0:
         raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
     shown = rule.views if views is None else require_int("views", views, 1)
     plateau = None if patience is None else Plateau(require_int("patience", patience, 1))
-    first = initial_images(start, size, len(want.numbers), model)
+    first = initial_images(start, size, len(want.units), model)
     given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
 
     with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
-        sees, tried = want.sees(model), size_checker(model, run)
+        sees, tried = want.receptive_field(model), size_checker(model, run)
         sides = canvas_size(size if given is None else given, rule, sees, model, tried)
         seen = rule.view_sizes(sees, model.preprocessing.image_size, sides)
-        if any(o.placed for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
+        if any(o.fixed_position for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
             seen = (sides,)
         largest = seen[-1]
         if model.loaded_by_convscope:
@@ -151,15 +151,20 @@ def patterns(
             run = _quickened(run, blank)
         if want.to_logits and rule.residual_grad_scale != 1:
             run = with_skip_gradient(run, rule.residual_grad_scale)
-        deepest, pixels = want.deepest(model), max(sides[0] * sides[1], largest[0] * largest[1])
-        mates = any(objective.mates for objective in want.objectives)
+        deepest, pixels = want.deepest_layer(model), max(sides[0] * sides[1], largest[0] * largest[1])
+        mates = any(objective.paired for objective in want.objectives)
         passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
         each = passes * gradient_bytes(model, deepest, pixels)
         # What many pictures at once save while views are coarse is more than they cost when they are fine.
         coarsest = min(height * width for height, width in seen)
-        fits = batch_size(model, each, memory, max(1, cache_friendly_batch_size(model, deepest, coarsest, with_gradients=True) // passes))
+        fits = batch_size(
+            model,
+            each,
+            memory,
+            max(1, cache_friendly_batch_size(model, deepest, coarsest, with_gradients=True) // passes),
+        )
         parts = _batches(want, fits)
-        together = max(objective.images for objective in want.objectives) * (2 if mates else 1)
+        together = max(objective.num_images for objective in want.objectives) * (2 if mates else 1)
         if model.fixed_batch_size is not None and together > model.fixed_batch_size:
             raise ConvscopeError(
                 f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch_size} at a time"
@@ -176,7 +181,7 @@ def patterns(
                 step: int, look: Callable[[], Tensor], album: FrameRecorder = album, before: int = position * count
             ) -> None:
                 done = before + step + 1
-                album.look(step, look)
+                album.record(step, look)
                 if callback is not None:
                     callback(done, look().permute(0, 2, 3, 1).cpu().numpy())
                 if progress is not None:
@@ -186,16 +191,16 @@ def patterns(
                 if progress is not None:
                     progress(done, count * len(parts))
 
-            rows, alone = want.images(part), measure_of(model, run, want, part)
+            rows, alone = want.image_range(part), measure_of(model, run, want, part)
             task = OptimizationTask(
-                measure=alone(range(len(part))),
+                objective=alone(range(len(part))),
                 generators=want.generators(part, seed),
                 preprocessing=model.preprocessing,
                 device=model.device,
                 size=sides,
                 steps=count,
                 step_size=own_size if step_size is None else step_size,
-                sees=sees,
+                receptive_field=sees,
                 view_sizes=seen,
                 start=None if first is None else first[rows.start : rows.stop],
                 skip_preprocessing=space == "input",
@@ -205,11 +210,11 @@ def patterns(
                 on_step=on_step,
                 subset_objective=alone if together == 1 else None,
             )
-            drawn = rule.draw(task)
+            drawn = rule.run(task)
             done = BatchResult(drawn, task.score(drawn.images).cpu(), album)
-            album.close(drawn.images)
+            album.finish(drawn.images)
             retry_dead_units(PatternBatch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
-            album.close(done.drawn.images)
+            album.finish(done.output.images)
             if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
                 all_done()
             batches.append(done)
@@ -220,11 +225,11 @@ def patterns(
             )
             retry_low_confidence(whole, done, fits)
         noise = noise_baseline(run, want, model, sides, seed, memory, space == "input")
-    scores, history, alpha = done.scores, done.drawn.history.cpu(), done.drawn.alpha
+    scores, history, alpha = done.scores, done.output.history.cpu(), done.output.alpha
     return Patterns(
         model,
-        images=for_display(done.drawn.images.cpu()),
-        units=np.array(want.numbers),
+        images=to_numpy_images(done.output.images.cpu()),
+        units=np.array(want.units),
         scores=scores.numpy(),
         history=history.numpy(),
         layer=want.layer,
@@ -238,14 +243,14 @@ def patterns(
         noise_scores=noise.numpy(),
         reference_scores=None if natural is None else natural[0].numpy(),
         alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
-        frames=np.stack(done.album.frames) if kept and count else None,
+        frames=np.stack(done.frames.frames) if kept and count else None,
         objectives=want.names,
-        notes=tuple(remarks(want.called(model), scores, noise, done.silent, done.known)),
+        notes=tuple(quality_notes(want.display_names(model), scores, noise, done.silent, done.confidence)),
         failed=() if natural is None else tuple(natural[1].failed),
     )
 
 
-def _quickened(run: Run, blank: Tensor) -> Run:
+def _quickened(run: Forward, blank: Tensor) -> Forward:
     quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank, gradients=True))
     noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
     return quick if conv_fusion.outputs_match(run, quick, noise) else run
@@ -253,5 +258,5 @@ def _quickened(run: Run, blank: Tensor) -> Run:
 
 def _batches(want: PatternRequest, size: int) -> list[Sequence[int]]:
     """Objectives in batches of about `size` pictures; those of one objective are never parted."""
-    largest = max(objective.images for objective in want.objectives)
+    largest = max(objective.num_images for objective in want.objectives)
     return list(balanced_chunks(range(len(want.objectives)), max(1, size // largest)))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 Size = tuple[int, int]  # height and width
 
 
-def sees_little(sees: int | None, full: Size) -> bool:
+def small_receptive_field(sees: int | None, full: Size) -> bool:
     """Whether a unit's receptive field is less than half of what the network is made for."""
     return sees is not None and 2 * sees < min(full)
 
@@ -25,29 +25,29 @@ def robust_size(sees: int | None, full: Size, flexible: bool) -> Size:
     return (min(side, full[0]), min(side, full[1]))
 
 
-def own_size(sees: int | None, full: Size, flexible: bool) -> Size:
+def model_size(sees: int | None, full: Size, flexible: bool) -> Size:
     """What the network is made for."""
     return full
 
 
-def as_it_is(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
+def full_view(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
     """The canvas as it is."""
     return (size,)
 
 
-def reduced_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
+def reduced_view(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
     """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
-    return (size,) if sees_little(sees, full) else _reduced(size, 9)
+    return (size,) if small_receptive_field(sees, full) else _reduced(size, 9)
 
 
-def robust_seen(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
+def progressive_views(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
     """As above, but for what sees the whole picture 5/14 of the canvas for two fifths of the steps, then 7/14 for as
     many, and 12/14 for the last fifth.
 
     What is first drawn is coarse in any case, and a view of half the side costs a quarter; what networks that are made
     for larger pictures look at is drawn last.
     """
-    return _reduced(size, 5, 5, 7, 7, 12) if sees is None else reduced_seen(sees, full, size)
+    return _reduced(size, 5, 5, 7, 7, 12) if sees is None else reduced_view(sees, full, size)
 
 
 def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
@@ -60,11 +60,11 @@ def constant_schedule(steps: int, step_size: float) -> Callable[[int | None, Siz
     return lambda sees, full: (steps, step_size)
 
 
-def even_pace(sees: int | None, full: Size) -> tuple[int, float]:
+def default_schedule(sees: int | None, full: Size) -> tuple[int, float]:
     """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
-    return (48, 0.35) if sees_little(sees, full) else (150, 0.15)
+    return (48, 0.35) if small_receptive_field(sees, full) else (150, 0.15)
 
 
-def robust_pace(sees: int | None, full: Size) -> tuple[int, float]:
+def robust_schedule(sees: int | None, full: Size) -> tuple[int, float]:
     """As above, but what sees the whole picture has steps of up to 0.2, as most of them are shorter."""
-    return (150, 0.2) if sees is None else even_pace(sees, full)
+    return (150, 0.2) if sees is None else default_schedule(sees, full)

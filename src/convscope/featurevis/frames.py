@@ -17,26 +17,26 @@ class FrameRecorder:
     count: int
     frames: list[np.ndarray] = field(default_factory=list)
 
-    def look(self, step: int, look: Callable[[], Tensor]) -> None:
+    def record(self, step: int, look: Callable[[], Tensor]) -> None:
         """Takes a frame (U, H, W, C), uint8, if one is due behind this step."""
         due = self.count * (step + 1) // self.steps - self.count * step // self.steps
         if due:
-            self.frames += [for_display(look().cpu())] * due
+            self.frames += [to_numpy_images(look().cpu())] * due
 
-    def close(self, images: Tensor) -> None:
+    def finish(self, images: Tensor) -> None:
         """The last is the finished picture, and so is what an ascent that ended early did not come to."""
         if self.steps and self.count:
             kept = self.frames[: self.count - 1]
-            self.frames = kept + [for_display(images.cpu())] * (self.count - len(kept))
+            self.frames = kept + [to_numpy_images(images.cpu())] * (self.count - len(kept))
 
-    def put(self, which: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
+    def replace_images(self, which: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
         """Rows of another ascent's frames in the place of ours."""
         for i, (frame, found) in enumerate(zip(self.frames, other.frames, strict=True)):
             self.frames[i] = frame.copy()
             self.frames[i][which] = found[rows]
 
 
-def for_display(images: Tensor) -> np.ndarray:
+def to_numpy_images(images: Tensor) -> np.ndarray:
     """(U, C, H, W) as (U, H, W, C)."""
     shown: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
     return shown

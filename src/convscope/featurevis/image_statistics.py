@@ -51,7 +51,7 @@ def colourfulness(images: Images) -> np.ndarray:
     return found
 
 
-MEASURES = {
+IMAGE_STATISTICS = {
     "dominant frequency": dominant_frequency,
     "orientation selectivity": orientation_selectivity,
     "colourfulness": colourfulness,

@@ -18,7 +18,7 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
-from convscope.featurevis.image_statistics import MEASURES, most_distinct
+from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.results import Result
 
 CHAPTERS = 6  # layers, besides the classes
@@ -29,11 +29,11 @@ class Chapter:
     """One layer: the most distinct patterns (S, H, W, C) of `units`, and the measures of all that were drawn (U,)."""
 
     layer: str
-    sees: tuple[int, int] | None
+    receptive_field: tuple[int, int] | None
     units: np.ndarray
     names: tuple[str, ...]
     images: np.ndarray
-    measures: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Story(Result):
         found: dict[str, np.ndarray] = {}
         for i, chapter in enumerate(self.chapters):
             found |= {f"{i}_images": chapter.images, f"{i}_units": chapter.units}
-            found |= {f"{i}_{name.replace(' ', '_')}": values for name, values in chapter.measures.items()}
+            found |= {f"{i}_{name.replace(' ', '_')}": values for name, values in chapter.statistics.items()}
         return found
 
     def parameters(self) -> dict[str, Any]:
@@ -57,8 +57,11 @@ class Story(Result):
         """A row per layer: how far it sees, and each measure's median and quartiles over the units drawn."""
         rows = []
         for chapter in self.chapters:
-            row: dict[str, Any] = {"layer": chapter.layer, "sees": chapter.sees and " x ".join(map(str, chapter.sees))}
-            for name, values in chapter.measures.items():
+            row: dict[str, Any] = {
+                "layer": chapter.layer,
+                "receptive field": chapter.receptive_field and " x ".join(map(str, chapter.receptive_field)),
+            }
+            for name, values in chapter.statistics.items():
                 low, middle, high = np.percentile(values, (25, 50, 75))
                 row |= {name: float(middle), f"{name}, quartiles": f"{low:.3g} to {high:.3g}"}
             rows.append(row)
@@ -78,7 +81,7 @@ def story(
     layers: Sequence[str] | None = None,
     *,
     units: int = 24,
-    shown: int = 6,
+    num_shown: int = 6,
     seed: int = 0,
     memory: int = MEMORY,
     progress: Progress | None = None,
@@ -106,8 +109,10 @@ def story(
     ConvscopeError
         For an unknown layer.
     """
-    if units < 2 or not 1 <= shown <= units:
-        raise ConvscopeError(f"units is {units}, shown is {shown}; expected at least 2, and at most as many shown")
+    if units < 2 or not 1 <= num_shown <= units:
+        raise ConvscopeError(
+            f"units is {units}, num_shown is {num_shown}; expected units >= 2, and num_shown from 1 to units"
+        )
     names = _chapters(model) if layers is None else list(layers)
     if not names:
         raise ConvscopeError("there are no layers to tell of; give some that have units")
@@ -122,8 +127,8 @@ def story(
         count = model.num_outputs if row is None else row.units
         picked = np.unique(np.linspace(0, (count or 1) - 1, min(units, count or 1)).round().astype(int))
         drawn = patterns(model, name, picked.tolist(), seed=seed, memory=memory, progress=tell)
-        kept = most_distinct(drawn.images, shown)
-        measures = {what: measure(drawn.images) for what, measure in MEASURES.items()}
+        kept = most_distinct(drawn.images, num_shown)
+        measures = {what: measure(drawn.images) for what, measure in IMAGE_STATISTICS.items()}
         called = tuple(drawn.names[k] for k in kept)
         chapters.append(Chapter(name, _sees(model, row), drawn.units[kept], called, drawn.images[kept], measures))
         notes += [f"{name}: {note}" for note in drawn.notes]
@@ -152,7 +157,7 @@ def _chapter(model: Model, layer: str, i: int, arrays: dict[str, np.ndarray]) ->
     """The inverse of `Story.arrays`."""
     row, units = None if layer == LOGITS else model.layers.find(layer), arrays[f"{i}_units"]
     names = tuple(model.class_name(int(u)) if row is None else f"{layer} {u}" for u in units)
-    measures = {name: arrays[f"{i}_{name.replace(' ', '_')}"] for name in MEASURES}
+    measures = {name: arrays[f"{i}_{name.replace(' ', '_')}"] for name in IMAGE_STATISTICS}
     return Chapter(layer, _sees(model, row), units, names, arrays[f"{i}_images"], measures)
 
 

@@ -35,23 +35,23 @@ class Objective:
     """
 
     name: str
-    watches: tuple[tuple[str, int | None], ...]
-    value: Value
-    images: int = 1
-    mates: bool = False
-    placed: bool = False
+    layer_channels: tuple[tuple[str, int | None], ...]
+    function: Value
+    num_images: int = 1
+    paired: bool = False
+    fixed_position: bool = False
 
     @property
     def layers(self) -> list[str]:
         """The layers that have to be watched, each once; the logits are always there."""
-        return list(dict.fromkeys(layer for layer, _ in self.watches if layer != LOGITS))
+        return list(dict.fromkeys(layer for layer, _ in self.layer_channels if layer != LOGITS))
 
     def __call__(self, seen: LayerOutputs) -> Tensor:
-        return self.value(seen)
+        return self.function(seen)
 
     def check(self, model: Model) -> None:
         """Raise ConvscopeError for a layer or a channel that the model does not have."""
-        for layer, channel in self.watches:
+        for layer, channel in self.layer_channels:
             count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
             if count is None:
                 raise ConvscopeError("this model has no classes")
@@ -80,26 +80,26 @@ class Objective:
 
     def __neg__(self) -> Objective:
         name = f"-{self._bracketed()}"
-        return replace(self, name=name, value=lambda seen: -self.value(seen))
+        return replace(self, name=name, function=lambda seen: -self.function(seen))
 
     def _with(self, sign: str, given: Objective | float, join: Callable[[Tensor, Tensor], Tensor]) -> Objective:
         other = given if isinstance(given, Objective) else _constant(given)
-        if 1 not in (self.images, other.images) and self.images != other.images:
+        if 1 not in (self.num_images, other.num_images) and self.num_images != other.num_images:
             raise ConvscopeError(
-                f"{self.name} is about {self.images} pictures and {other.name} about {other.images}; "
+                f"{self.name} is about {self.num_images} pictures and {other.name} about {other.num_images}; "
                 "what is joined must be about as many"
             )
-        if self.mates != other.mates and self.watches and other.watches:
+        if self.paired != other.paired and self.layer_channels and other.layer_channels:
             raise ConvscopeError(f"only one of {self.name} and {other.name} compares with a photograph")
         left = self.name if sign == "+" else self._bracketed(sums=sign == "*")
         right = other.name if sign == "+" else other._bracketed()
         return Objective(
             f"{left} {sign} {right}",
-            self.watches + other.watches,
-            lambda seen: join(self.value(seen), other.value(seen)),
-            max(self.images, other.images),
-            self.mates or other.mates,
-            self.placed or other.placed,
+            self.layer_channels + other.layer_channels,
+            lambda seen: join(self.function(seen), other.function(seen)),
+            max(self.num_images, other.num_images),
+            self.paired or other.paired,
+            self.fixed_position or other.fixed_position,
         )
 
     def _bracketed(self, sums: bool = True) -> str:
@@ -146,7 +146,7 @@ def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objectiv
         return maps[index]
 
     position = "middle" if at is None else ", ".join(map(str, at))
-    return Objective(f"{layer} {number} at {position}", ((layer, number),), value, placed=at is not None)
+    return Objective(f"{layer} {number} at {position}", ((layer, number),), value, fixed_position=at is not None)
 
 
 def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
@@ -190,7 +190,7 @@ def caricature(layer: str, power: float = 1) -> Objective:
         axes = tuple(range(1, own.ndim))
         return _aligned(own, photograph.detach(), power, axes) / own[0].numel()
 
-    return Objective(f"likeness in {layer}", ((layer, None),), value, mates=True)
+    return Objective(f"likeness in {layer}", ((layer, None),), value, paired=True)
 
 
 def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
@@ -200,7 +200,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     counts as given: a picture moves away from the others and is not held by them. (Style diversity: Olah et al.,
     Distill 2017, "Diversity".) A share of f, so that `weight` means the same for every unit.
     """
-    if count < 2 or objective.images != 1 or objective.mates:
+    if count < 2 or objective.num_images != 1 or objective.paired:
         raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
 
     def value(seen: LayerOutputs) -> Tensor:
@@ -211,12 +211,12 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
         grams = F.normalize((maps @ maps.transpose(1, 2)).flatten(1), dim=1)
         alike = grams @ grams.detach().T
         others = (alike.sum(1) - alike.diagonal()) / (len(alike) - 1)
-        own = objective.value(seen)
+        own = objective.function(seen)
         # The objective's size gives the weight its meaning; it is not itself climbed by way of the weight.
         return own - weight * own.detach().abs() * others
 
-    watches = (*objective.watches, (layer, None))
-    return Objective(f"{count} of {objective.name}", watches, value, count, placed=objective.placed)
+    watches = (*objective.layer_channels, (layer, None))
+    return Objective(f"{count} of {objective.name}", watches, value, count, fixed_position=objective.fixed_position)
 
 
 def interpolation(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
@@ -226,13 +226,13 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
     in the layer, relative to the layer's mean square. Neighbours count as given. (Aligned interpolation: Mordvintsev et
     al., Differentiable Image Parameterizations, Distill 2018.)
     """
-    if count < 2 or (first.images, last.images) != (1, 1) or first.mates or last.mates:
+    if count < 2 or (first.num_images, last.num_images) != (1, 1) or first.paired or last.paired:
         raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
 
     def value(seen: LayerOutputs) -> Tensor:
         maps = _outputs(seen, layer).flatten(1)
         t = torch.linspace(0, 1, count, device=maps.device)
-        own = (1 - t) * first.value(seen) + t * last.value(seen)
+        own = (1 - t) * first.function(seen) + t * last.function(seen)
         given = maps.detach()
         apart = torch.zeros_like(own)
         apart[1:] += (maps[1:] - given[:-1]).square().mean(1)
@@ -240,22 +240,22 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
         apart = apart / given.square().mean(1).clamp(min=1e-12)
         return own - weight * own.detach().abs() * apart
 
-    watches = (*first.watches, *last.watches, (layer, None))
-    placed = first.placed or last.placed
-    return Objective(f"from {first.name} to {last.name}", watches, value, count, placed=placed)
+    watches = (*first.layer_channels, *last.layer_channels, (layer, None))
+    placed = first.fixed_position or last.fixed_position
+    return Objective(f"from {first.name} to {last.name}", watches, value, count, fixed_position=placed)
 
 
 def batch_objectives(objectives: Sequence[Objective]) -> Objective:
     """Several objectives in one batch, each of its own pictures only: (sum of pictures,) values."""
     if len(objectives) == 1:
         return objectives[0]
-    mates = objectives[0].mates
-    rows = [objective.images * (1 + mates) for objective in objectives]
+    mates = objectives[0].paired
+    rows = [objective.num_images * (1 + mates) for objective in objectives]
 
     def value(seen: LayerOutputs) -> Tensor:
-        return torch.cat([o.value(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
+        return torch.cat([o.function(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
 
-    watches = tuple(watch for objective in objectives for watch in objective.watches)
+    watches = tuple(watch for objective in objectives for watch in objective.layer_channels)
     return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
 
 

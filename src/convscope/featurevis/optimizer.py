@@ -126,7 +126,7 @@ class Plateau:
     """When a picture is done: its best value has grown by less than `share` of itself in the last `patience` steps."""
 
     patience: int
-    share: float = 0.01
+    min_gain: float = 0.01
 
     def reached(self, history: Sequence[Tensor]) -> Tensor:
         """Which pictures (U,) are done, after the values so far."""
@@ -134,21 +134,21 @@ class Plateau:
         if len(values) <= self.patience:
             return torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         before, since = values[: -self.patience].amax(0), values[-self.patience :].amax(0)
-        return (since - before <= self.share * before.abs()) & (values[-1] != 0)
+        return (since - before <= self.min_gain * before.abs()) & (values[-1] != 0)
 
 
 # Steps at 0, from the first on, with the gradient let past rectifiers, after which a picture is given up.
 DEAD_AFTER_STEPS = 24
 
 
-def ascend(
+def gradient_ascent(
     canvas: ImageParameterization,
-    measure: Callable[[int], Tensor],
+    objective: Callable[[int], Tensor],
     step: Step,
     steps: int,
     *,
     redirect_steps: int = 0,
-    silent: int = DEAD_AFTER_STEPS,
+    dead_after: int = DEAD_AFTER_STEPS,
     plateau: Plateau | None = None,
     keep_best: bool = False,
     average_last: int = 0,
@@ -167,47 +167,47 @@ def ascend(
     all.
     """
     history: list[Tensor] = []
-    images = len(canvas.values)
-    done = torch.zeros(images, dtype=torch.bool, device=canvas.values.device)
-    top = torch.zeros(images, device=canvas.values.device)
-    highest = canvas.values.detach().clone() if keep_best else None
-    total, late = torch.zeros_like(canvas.values) if average_last else None, 0
+    images = len(canvas.params)
+    done = torch.zeros(images, dtype=torch.bool, device=canvas.params.device)
+    top = torch.zeros(images, device=canvas.params.device)
+    highest = canvas.params.detach().clone() if keep_best else None
+    total, late = torch.zeros_like(canvas.params) if average_last else None, 0
     for i in range(steps):
-        dead = torch.full((images,), i < redirect_steps, device=canvas.values.device)
+        dead = torch.full((images,), i < redirect_steps, device=canvas.params.device)
         if redirect_steps and history:
             dead |= history[-1] == 0
         dead &= ~done
         with torch.enable_grad(), RedirectedReLU(dead) if bool(dead.any()) else nullcontext():
-            values = measure(i)
+            values = objective(i)
             if not values.requires_grad:
                 raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
             # A picture that is done is asked for nothing more, and its value stays, whoever climbs on beside it.
-            (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.values)
+            (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.params)
         history.append(torch.where(done, history[-1], values.detach()) if history else values.detach())
         if highest is not None:
             higher = history[-1] > top
             top = torch.where(higher, history[-1], top)
-            highest[higher] = canvas.values.detach()[higher]
-        if redirect_steps and len(history) == silent:
+            highest[higher] = canvas.params.detach()[higher]
+        if redirect_steps and len(history) == dead_after:
             done = done | (torch.stack(history) == 0).all(0)
         if plateau is not None:
             done = done | plateau.reached(history)
         if bool(done.all()):
             break
         with torch.no_grad():
-            kept = canvas.values[done]
-            step(canvas.values, gradient)
-            canvas.values[done] = kept
+            kept = canvas.params[done]
+            step(canvas.params, gradient)
+            canvas.params[done] = kept
             if total is not None and i >= steps - average_last:
-                total, late = total.add_(canvas.values), late + 1
+                total, late = total.add_(canvas.params), late + 1
         if on_step is not None:
             on_step(i)
     if highest is not None:
         with torch.no_grad():
-            canvas.values[top > 0] = highest[top > 0]
+            canvas.params[top > 0] = highest[top > 0]
     if total is not None and late:
         with torch.no_grad():
-            canvas.values.copy_(total / late)
+            canvas.params.copy_(total / late)
     history += history[-1:] * (steps - len(history))
     return torch.stack(history) if history else torch.zeros((0, images))
 

@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 class ImageParameterization(Protocol):
     """A batch of pictures that can be climbed."""
 
-    values: Tensor
+    params: Tensor
     """The leaf that the ascent changes; its first axis counts the pictures."""
 
-    def image(self) -> Tensor:
+    def images(self) -> Tensor:
         """The pictures (U, C, H, W); in [0, 1] if they are to be preprocessed."""
 
 
@@ -25,11 +25,11 @@ class PixelImage:
     """Pixels as they are; `scale` is the value that a picture shows as 1."""
 
     def __init__(self, start: Tensor, scale: float = 255) -> None:
-        self.values = start.detach().clone(memory_format=torch.channels_last).requires_grad_()
+        self.params = start.detach().clone(memory_format=torch.channels_last).requires_grad_()
         self._scale = scale
 
-    def image(self) -> Tensor:
-        return self.values if self._scale == 1 else self.values / self._scale
+    def images(self) -> Tensor:
+        return self.params if self._scale == 1 else self.params / self._scale
 
 
 # Principal axes of ImageNet's colours, each scaled by the square root of its variance: rows red, green, blue
@@ -56,17 +56,17 @@ class FourierImage:
         height, width = size
         shape = (channels, height, width // 2 + 1, 2)
         start = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        self.values = (spread * start).to(device).requires_grad_()
+        self.params = (spread * start).to(device).requires_grad_()
         self._amplitude = ((height * width) ** 0.5 / _frequencies(size)).to(device)
         self._size = size
-        self._axes = _axes(channels).to(device)
+        self._axes = colour_axes(channels).to(device)
 
-    def image(self, size: tuple[int, int] | None = None) -> Tensor:
+    def images(self, size: tuple[int, int] | None = None) -> Tensor:
         """The pictures; of another `size`, not larger than the canvas, from those frequencies alone that it can show.
 
         What is sampled as coarsely as that would otherwise take finer structure for coarse (aliasing), and draw it.
         """
-        spectrum, amplitude = torch.view_as_complex(self.values), self._amplitude
+        spectrum, amplitude = torch.view_as_complex(self.params), self._amplitude
         if size is not None and size != self._size:
             share = math.prod(size) / math.prod(self._size)
             spectrum, amplitude = _lowest(spectrum, size), share * _lowest(amplitude, size)
@@ -93,7 +93,7 @@ class SpectrumFit(NamedTuple):
 
 # Fitted to the package's four sample photographs: the mean of their centres' spectra at 224 x 224 under a Hann window,
 # along the colour axes above, through the inverse sigmoid of values kept from 0.02 to 0.98.
-NATURAL = (SpectrumFit(0.143, 1.26, 0.62), SpectrumFit(0.137, 1.38, 0.94), SpectrumFit(0.199, 1.20, 1.08))
+NATURAL_SPECTRUM = (SpectrumFit(0.143, 1.26, 0.62), SpectrumFit(0.137, 1.38, 0.94), SpectrumFit(0.199, 1.20, 1.08))
 
 
 class PhaseImage:
@@ -112,28 +112,28 @@ class PhaseImage:
         height, width = size
         shape = (channels, height, width // 2 + 1)
         start = torch.stack([torch.rand(shape, generator=g) for g in generators])
-        self.values = (2 * math.pi * (start - 0.5)).to(device).requires_grad_()
+        self.params = (2 * math.pi * (start - 0.5)).to(device).requires_grad_()
         self._magnitude = natural_magnitude(channels, size).to(device)
         self._size = size
-        self._axes = _axes(channels).to(device)
+        self._axes = colour_axes(channels).to(device)
 
-    def image(self) -> Tensor:
-        spectrum = torch.polar(self._magnitude.expand_as(self.values), self.values)
+    def images(self) -> Tensor:
+        spectrum = torch.polar(self._magnitude.expand_as(self.params), self.params)
         plain = torch.fft.irfft2(spectrum, s=self._size, norm="ortho")
         return torch.einsum("rc,uchw->urhw", self._axes, plain).sigmoid()
 
 
 def natural_magnitude(channels: int, size: tuple[int, int]) -> Tensor:
     """`NATURAL` on the frequencies of a real transform (C, H, W // 2 + 1), orthonormal; gray is like its first axis."""
-    kinds = NATURAL if channels == 3 else NATURAL[:1] * channels
+    kinds = NATURAL_SPECTRUM if channels == 3 else NATURAL_SPECTRUM[:1] * channels
     frequencies = _frequencies(size)
     magnitude = torch.stack([kind.amplitude / frequencies**kind.slope for kind in kinds])
     magnitude[:, 0, 0] = (size[0] * size[1]) ** 0.5 * torch.tensor([kind.mean for kind in kinds])
     return magnitude
 
 
-LEVELS = 5  # of the pyramid: the coarsest has places of 16 pixels
-EDGE = 1 / 512  # half an 8-bit step: where a photograph's black and white begin, as a sigmoid reaches neither
+PYRAMID_LEVELS = 5  # of the pyramid: the coarsest has places of 16 pixels
+CLIP_MARGIN = 1 / 512  # half an 8-bit step: where a photograph's black and white begin, as a sigmoid reaches neither
 
 
 class PyramidResidualImage:
@@ -144,17 +144,17 @@ class PyramidResidualImage:
     objective does not ask for stays.
     """
 
-    def __init__(self, photographs: Tensor, levels: int = LEVELS) -> None:
+    def __init__(self, photographs: Tensor, levels: int = PYRAMID_LEVELS) -> None:
         """From photographs (U, C, H, W) in [0, 1]."""
-        self._base = photographs.clamp(EDGE, 1 - EDGE).logit()
+        self._base = photographs.clamp(CLIP_MARGIN, 1 - CLIP_MARGIN).logit()
         height, width = photographs.shape[2:]
         self._sides = [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
         count = sum(h * w for h, w in self._sides)
-        self.values = photographs.new_zeros((*photographs.shape[:2], count)).requires_grad_()
+        self.params = photographs.new_zeros((*photographs.shape[:2], count)).requires_grad_()
 
-    def image(self) -> Tensor:
+    def images(self) -> Tensor:
         laid, counts = self._base, [h * w for h, w in self._sides]
-        for part, sides in zip(torch.split(self.values, counts, dim=2), self._sides, strict=True):
+        for part, sides in zip(torch.split(self.params, counts, dim=2), self._sides, strict=True):
             level = part.reshape(*part.shape[:2], *sides)
             size = self._base.shape[2:]
             laid = laid + (level if sides == size else F.interpolate(level, size, mode="bilinear", align_corners=False))
@@ -168,7 +168,7 @@ def _frequencies(size: tuple[int, int]) -> Tensor:
     return frequency.clamp(min=1 / max(height, width))
 
 
-def _axes(channels: int) -> Tensor:
+def colour_axes(channels: int) -> Tensor:
     axes = torch.tensor(COLOUR_AXES) if channels == 3 else torch.eye(channels)
     longest: Tensor = torch.linalg.vector_norm(axes, dim=0).max()
     return axes / longest

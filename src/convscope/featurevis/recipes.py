@@ -15,16 +15,16 @@ from torch import Generator, Tensor
 
 from convscope.featurevis.defaults import (
     Size,
-    as_it_is,
     constant_schedule,
-    even_pace,
-    own_size,
+    default_schedule,
+    full_view,
+    model_size,
     plain_size,
-    reduced_seen,
-    robust_pace,
-    robust_seen,
+    progressive_views,
+    reduced_view,
+    robust_schedule,
     robust_size,
-    sees_little,
+    small_receptive_field,
 )
 from convscope.featurevis.objectives import Objective, deepdream
 from convscope.featurevis.objectives import caricature as caricature_objective
@@ -32,9 +32,9 @@ from convscope.featurevis.optimizer import (
     Plateau,
     Step,
     adam_step,
-    ascend,
     consistency_weighted_adam,
     exponential_warmup,
+    gradient_ascent,
     rms_step,
 )
 from convscope.featurevis.parameterization import (
@@ -44,7 +44,7 @@ from convscope.featurevis.parameterization import (
     PixelImage,
     PyramidResidualImage,
 )
-from convscope.featurevis.transforms import AugmentationConfig, View, identity, random_affine, random_roll
+from convscope.featurevis.transforms import AugmentationConfig, Transform, identity, random_affine, random_roll
 from convscope.images.preprocessing import Preprocessing
 
 T = TypeVar("T")
@@ -61,14 +61,14 @@ class OptimizationTask:
     `measure` is for some of the pictures only; None if they cannot be parted.
     """
 
-    measure: Callable[[Tensor], Tensor]
+    objective: Callable[[Tensor], Tensor]
     generators: list[Generator]
     preprocessing: Preprocessing
     device: torch.device
     size: Size
     steps: int
     step_size: float
-    sees: int | None
+    receptive_field: int | None
     view_sizes: tuple[Size, ...]
     start: Tensor | None
     skip_preprocessing: bool
@@ -76,7 +76,7 @@ class OptimizationTask:
     views: int
     plateau: Plateau | None
     on_step: Callable[[int, Callable[[], Tensor]], None]
-    still: bool = False
+    without_transforms: bool = False
     subset_objective: Callable[[Sequence[int]], Callable[[Tensor], Tensor]] | None = None
 
     def optimize(
@@ -89,8 +89,15 @@ class OptimizationTask:
     ) -> Tensor:
         """All the steps; `finish` makes 8-bit pictures of the canvas for whoever looks on. Returns the history."""
         tell = partial(self._tell, finish)
-        return ascend(
-            canvas, measure, step, self.steps, plateau=self.plateau, keep_best=self.still, on_step=tell, **how
+        return gradient_ascent(
+            canvas,
+            measure,
+            step,
+            self.steps,
+            plateau=self.plateau,
+            keep_best=self.without_transforms,
+            on_step=tell,
+            **how,
         )
 
     def _tell(self, finish: Callable[[], Tensor], step: int) -> None:
@@ -101,43 +108,43 @@ class OptimizationTask:
         return self.preprocessing.channels
 
     @property
-    def sees_little(self) -> bool:
+    def small_receptive_field(self) -> bool:
         """Whether a unit sees less than half of what the network is made for."""
-        return sees_little(self.sees, self.preprocessing.image_size)
+        return small_receptive_field(self.receptive_field, self.preprocessing.image_size)
 
-    def ready(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] as the network takes them; with `raw`, whatever they are, unchanged."""
         return images if self.skip_preprocessing else self.preprocessing.normalize(images)
 
     @property
-    def bounds(self) -> list[int]:
+    def stage_bounds(self) -> list[int]:
         """The step at which each size of `seen` has its turn, and the number of steps."""
         return [self.steps * k // len(self.view_sizes) for k in range(len(self.view_sizes) + 1)]
 
-    def seen_at(self, step: int) -> Size:
+    def view_size_at(self, step: int) -> Size:
         """The size in which the network is shown the canvas at this step."""
-        return self.view_sizes[bisect(self.bounds, step) - 1]
+        return self.view_sizes[bisect(self.stage_bounds, step) - 1]
 
-    def augmented_objective(self, view: View, shown: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    def augmented_objective(self, view: Transform, shown: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
         """What is climbed: at each step the mean value over views of what the canvas shows then, `views` of them."""
-        look = identity if self.still else view
+        look = identity if self.without_transforms else view
 
         def measure(step: int) -> Tensor:
             image = shown(step)
-            return self.mean(step, lambda number: self.ready(look(number, image)))
+            return self.mean_over_views(step, lambda number: self.preprocess(look(number, image)))
 
         return measure
 
-    def mean(self, step: int, shown: Callable[[int], Tensor]) -> Tensor:
+    def mean_over_views(self, step: int, shown: Callable[[int], Tensor]) -> Tensor:
         """The mean value of what is shown at a step, for each of its views, which are numbered through all steps."""
-        values = [self.measure(shown(self.views * step + k)) for k in range(self.views)]
+        values = [self.objective(shown(self.views * step + k)) for k in range(self.views)]
         return values[0] if self.views == 1 else torch.stack(values).mean(0)
 
     def score(self, finished: Tensor) -> Tensor:
         """The value of finished 8-bit pictures (U, C, H, W)."""
         images = finished.float() if self.skip_preprocessing else finished.float() / 255
         with torch.no_grad():
-            return self.measure(self.ready(interleave(images, _photographs(self)) if self.paired else images))
+            return self.objective(self.preprocess(interleave(images, _photographs(self)) if self.paired else images))
 
 
 class RecipeOutput(NamedTuple):
@@ -162,15 +169,15 @@ def plain(task: OptimizationTask) -> RecipeOutput:
     canvas = PixelImage(start.to(task.device), 1 if task.skip_preprocessing else 255)
 
     def finish() -> Tensor:
-        return standardised(canvas.values.detach())
+        return deprocess_image(canvas.params.detach())
 
     history = task.optimize(
-        canvas, lambda _: task.measure(task.ready(canvas.image())), rms_step(task.step_size), finish
+        canvas, lambda _: task.objective(task.preprocess(canvas.images())), rms_step(task.step_size), finish
     )
     return RecipeOutput(finish(), history)
 
 
-def standardised(pixels: Tensor) -> Tensor:
+def deprocess_image(pixels: Tensor) -> Tensor:
     """The textbook's way to make a picture of any numbers: mean 0.5, standard deviation 0.1, clipped; uint8."""
     mean = pixels.mean((1, 2, 3), keepdim=True)
     spread = pixels.std((1, 2, 3), keepdim=True, correction=0)
@@ -179,11 +186,11 @@ def standardised(pixels: Tensor) -> Tensor:
 
 
 # Steps during which dead units get a gradient in any case.
-REVIVED = 16
-WAKING = 48
+REDIRECT_STEPS = 16
+RETRY_STEPS = 48
 # What keeps coordinates with next to no gradient still; see `adam_step`, and for little of it `agreed_step`.
-DAMPING = 2.0
-SLIGHT = 0.1
+ADAM_DAMPING = 2.0
+LIGHT_DAMPING = 0.1
 # The share of the steps, the last ones, of which a class's picture is the mean: one in so many.
 SETTLING = 5
 
@@ -200,23 +207,23 @@ def robust(task: OptimizationTask) -> RecipeOutput:
     unit that stays silent is woken in the end, on the canvas as it lies.
     """
     canvas = FourierImage(task.generators, task.channels, task.size, task.device)
-    view = _views(task)
-    warms = task.sees is None and not task.still
-    if task.sees_little:
-        step = consistency_weighted_adam(canvas.values, task.step_size, SLIGHT)
+    view = _choose_transform(task)
+    warms = task.receptive_field is None and not task.without_transforms
+    if task.small_receptive_field:
+        step = consistency_weighted_adam(canvas.params, task.step_size, LIGHT_DAMPING)
     else:
         rate = exponential_warmup(task.steps, task.step_size) if warms else task.step_size
-        step = adam_step(canvas.values, rate, DAMPING)
+        step = adam_step(canvas.params, rate, ADAM_DAMPING)
 
     def shown(step: int) -> Tensor:
-        return canvas.image(task.seen_at(step) if warms else None)
+        return canvas.images(task.view_size_at(step) if warms else None)
 
     # Where steps grow, nothing is given up for being silent at first: those that would wake it are yet to come.
-    how = {"silent": task.steps, "average_last": task.steps // SETTLING} if warms else {}
+    how = {"dead_after": task.steps, "average_last": task.steps // SETTLING} if warms else {}
     drawn = _climbed(task, canvas, task.augmented_objective(view, shown), step, **how)
-    if not task.still:
+    if not task.without_transforms:
         _retry_silent(task, canvas, (drawn.history == 0).any(0))
-    return drawn._replace(images=finished(canvas))
+    return drawn._replace(images=render_uint8(canvas))
 
 
 def _climbed(
@@ -228,9 +235,9 @@ def _climbed(
 ) -> RecipeOutput:
     """With the gradient let past dead rectifiers at first, by damped Adam unless another step is given: what all
     recipes but the textbook's do."""
-    finish = partial(finished, canvas)
-    own = adam_step(canvas.values, task.step_size, DAMPING) if step is None else step
-    history = task.optimize(canvas, measure, own, finish, redirect_steps=REVIVED, **how)
+    finish = partial(render_uint8, canvas)
+    own = adam_step(canvas.params, task.step_size, ADAM_DAMPING) if step is None else step
+    history = task.optimize(canvas, measure, own, finish, redirect_steps=REDIRECT_STEPS, **how)
     return RecipeOutput(finish(), history)
 
 
@@ -242,16 +249,16 @@ def maco(task: OptimizationTask) -> RecipeOutput:
     moves the phases of every pixel. Fel et al., NeurIPS 2023.
     """
     canvas = PhaseImage(task.generators, task.channels, task.size, task.device)
-    view = _views(task)
+    view = _choose_transform(task)
     asked = torch.zeros((len(task.generators), *task.size), device=task.device)
 
     def note(gradient: Tensor) -> None:
         asked.add_(gradient.detach().abs().mean(1))
 
     def measure(i: int) -> Tensor:
-        image = canvas.image()
+        image = canvas.images()
         image.register_hook(note)  # type: ignore[no-untyped-call]
-        return task.mean(i, lambda number: task.ready(view(number, image)))
+        return task.mean_over_views(i, lambda number: task.preprocess(view(number, image)))
 
     return _climbed(task, canvas, measure)._replace(alpha=_opacity(asked))
 
@@ -271,8 +278,8 @@ def dream(task: OptimizationTask) -> RecipeOutput:
     seeing what a layer makes of a picture, and what it would take for a unit to fire.
     """
     canvas = PyramidResidualImage(_photographs(task))
-    view = _zoomed(task, (0.7, 1), 5)
-    return _climbed(task, canvas, task.augmented_objective(view, lambda _: canvas.image()))
+    view = _affine_transform(task, (0.7, 1), 5)
+    return _climbed(task, canvas, task.augmented_objective(view, lambda _: canvas.images()))
 
 
 def caricature(task: OptimizationTask) -> RecipeOutput:
@@ -283,11 +290,13 @@ def caricature(task: OptimizationTask) -> RecipeOutput:
     """
     photographs = _photographs(task)
     canvas = FourierImage(task.generators, task.channels, task.size, task.device)
-    view = _zoomed(task, (0.7, 1), 5)
+    view = _affine_transform(task, (0.7, 1), 5)
 
     def measure(i: int) -> Tensor:
-        image = canvas.image()
-        return task.mean(i, lambda number: task.ready(interleave(view(number, image), view(number, photographs))))
+        image = canvas.images()
+        return task.mean_over_views(
+            i, lambda number: task.preprocess(interleave(view(number, image), view(number, photographs)))
+        )
 
     return _climbed(task, canvas, measure)
 
@@ -302,8 +311,8 @@ def _photographs(task: OptimizationTask) -> Tensor:
     return (task.start / 255).to(task.device)
 
 
-def finished(canvas: ImageParameterization) -> Tensor:
-    return (canvas.image().detach() * 255).round().to(torch.uint8)
+def render_uint8(canvas: ImageParameterization) -> Tensor:
+    return (canvas.images().detach() * 255).round().to(torch.uint8)
 
 
 def _retry_silent(task: OptimizationTask, canvas: FourierImage, faltered: Tensor) -> None:
@@ -311,26 +320,26 @@ def _retry_silent(task: OptimizationTask, canvas: FourierImage, faltered: Tensor
     too frail to survive a view."""
     if not bool(faltered.any()):
         return
-    silent = (task.score(finished(canvas)) == 0) & faltered
+    silent = (task.score(render_uint8(canvas)) == 0) & faltered
     if not bool(silent.any()):
         return
-    rows, measure, few = list(range(len(silent))), task.measure, canvas
+    rows, measure, few = list(range(len(silent))), task.objective, canvas
     if task.subset_objective is not None:
         rows = avoid_batch_of_one(silent.nonzero()[:, 0].tolist(), len(silent))
         measure, few = task.subset_objective(rows), copy(canvas)
-        few.values = canvas.values.detach()[rows].requires_grad_()
-    step = adam_step(few.values, task.step_size, DAMPING)
-    only = silent[rows].view(-1, *[1] * (canvas.values.ndim - 1))
-    ascend(
+        few.params = canvas.params.detach()[rows].requires_grad_()
+    step = adam_step(few.params, task.step_size, ADAM_DAMPING)
+    only = silent[rows].view(-1, *[1] * (canvas.params.ndim - 1))
+    gradient_ascent(
         few,
-        lambda _: measure(task.ready(few.image())),
+        lambda _: measure(task.preprocess(few.images())),
         lambda values, gradient: step(values, gradient * only),
-        min(WAKING, task.steps),
-        redirect_steps=WAKING,
+        min(RETRY_STEPS, task.steps),
+        redirect_steps=RETRY_STEPS,
         keep_best=True,
     )
     if few is not canvas:
-        canvas.values.detach()[rows] = few.values.detach()
+        canvas.params.detach()[rows] = few.params.detach()
 
 
 def avoid_batch_of_one(rows: Sequence[T], of: int) -> list[T]:
@@ -339,17 +348,17 @@ def avoid_batch_of_one(rows: Sequence[T], of: int) -> list[T]:
     return list(rows) * 2 if len(rows) == 1 and of > 1 else list(rows)
 
 
-def _views(task: OptimizationTask) -> View:
-    if task.still:
+def _choose_transform(task: OptimizationTask) -> Transform:
+    if task.without_transforms:
         return identity
-    if task.sees_little:
+    if task.small_receptive_field:
         return random_roll(task.views * task.steps, task.generators, task.device)
-    return _zoomed(task, (0.5, 1), 10)
+    return _affine_transform(task, (0.5, 1), 10)
 
 
-def _zoomed(task: OptimizationTask, scale: tuple[float, float], turn: float) -> View:
+def _affine_transform(task: OptimizationTask, scale: tuple[float, float], turn: float) -> Transform:
     """Views in each of the task's sizes, for equal shares of the steps."""
-    bounds = [task.views * bound for bound in task.bounds]
+    bounds = [task.views * bound for bound in task.stage_bounds]
     parts = [
         random_affine(AugmentationConfig(scale, turn, size), last - first, task.generators, task.device)
         for size, (first, last) in zip(task.view_sizes, pairwise(bounds), strict=True)
@@ -372,8 +381,8 @@ class Recipe:
     picture to start from, or needs one, or does without.
     """
 
-    draw: Callable[[OptimizationTask], RecipeOutput]
-    size: Callable[[int | None, Size, bool], Size]
+    run: Callable[[OptimizationTask], RecipeOutput]
+    canvas_size: Callable[[int | None, Size, bool], Size]
     view_sizes: Callable[[int | None, Size, Size], tuple[Size, ...]]
     schedule: Callable[[int | None, Size], tuple[int, float]]
     objective: Callable[[str], Objective] | None = None
@@ -390,16 +399,24 @@ class Recipe:
 
 
 RECIPES = {
-    "plain": Recipe(plain, plain_size, as_it_is, constant_schedule(40, 1.0), views=0, takes_start=True),
-    "robust": Recipe(robust, robust_size, robust_seen, robust_pace, starts=8, max_restarts=2, residual_grad_scale=0.45),
-    "maco": Recipe(maco, robust_size, reduced_seen, even_pace, views=2, starts=8),
+    "plain": Recipe(plain, plain_size, full_view, constant_schedule(40, 1.0), views=0, takes_start=True),
+    "robust": Recipe(
+        robust, robust_size, progressive_views, robust_schedule, starts=8, max_restarts=2, residual_grad_scale=0.45
+    ),
+    "maco": Recipe(maco, robust_size, reduced_view, default_schedule, views=2, starts=8),
     "dream": Recipe(
-        dream, own_size, as_it_is, constant_schedule(48, 0.05), objective=deepdream, takes_start=True, needs_start=True
+        dream,
+        model_size,
+        full_view,
+        constant_schedule(48, 0.05),
+        objective=deepdream,
+        takes_start=True,
+        needs_start=True,
     ),
     "caricature": Recipe(
         caricature,
-        own_size,
-        as_it_is,
+        model_size,
+        full_view,
         constant_schedule(128, 0.1),
         objective=caricature_objective,
         takes_start=True,

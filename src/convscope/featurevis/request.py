@@ -32,7 +32,7 @@ class PatternRequest:
     """
 
     layer: str
-    numbers: tuple[int, ...]
+    units: tuple[int, ...]
     objectives: tuple[Objective, ...]
     of_units: bool
 
@@ -43,7 +43,7 @@ class PatternRequest:
     @property
     def to_logits(self) -> bool:
         """Whether the whole network has to run."""
-        return any(layer == LOGITS for objective in self.objectives for layer, _ in objective.watches)
+        return any(layer == LOGITS for objective in self.objectives for layer, _ in objective.layer_channels)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,26 +51,26 @@ class PatternRequest:
         if self.of_units:
             return ()
         return tuple(
-            o.name if o.images == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.images)
+            o.name if o.num_images == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.num_images)
         )
 
-    def called(self, model: Model) -> list[str]:
+    def display_names(self, model: Model) -> list[str]:
         """What to call each picture in a sentence."""
         if not self.of_units:
             return list(self.names)
         if self.layer != LOGITS:
-            return [f"unit {n}" for n in self.numbers]
-        return [f"class {n}" + ("" if model.classes is None else f" ({model.classes[n]})") for n in self.numbers]
+            return [f"unit {n}" for n in self.units]
+        return [f"class {n}" + ("" if model.classes is None else f" ({model.classes[n]})") for n in self.units]
 
-    def images(self, part: Sequence[int]) -> range:
+    def image_range(self, part: Sequence[int]) -> range:
         """The pictures of the objectives `part`, a range."""
-        before = sum(o.images for o in self.objectives[: part[0]])
-        return range(before, before + sum(self.objectives[i].images for i in part))
+        before = sum(o.num_images for o in self.objectives[: part[0]])
+        return range(before, before + sum(self.objectives[i].num_images for i in part))
 
-    def batch(self, part: Sequence[int]) -> Objective:
+    def batch_objective(self, part: Sequence[int]) -> Objective:
         """One objective for all of the batch's pictures."""
         if self.of_units:
-            return per_image_channels(self.layer, [self.numbers[i] for i in part])
+            return per_image_channels(self.layer, [self.units[i] for i in part])
         return batch_objectives([self.objectives[i] for i in part])
 
     def generators(self, part: Sequence[int], seed: int, start: int = 0) -> list[Generator]:
@@ -78,21 +78,21 @@ class PatternRequest:
         found = []
         for i in part:
             objective = self.objectives[i]
-            for image in range(objective.images):
+            for image in range(objective.num_images):
                 # A unit's number says which it is; of any other objective, its name does.
-                number = self.numbers[i] if self.of_units else zlib.crc32(f"{objective.name} {image}".encode())
+                number = self.units[i] if self.of_units else zlib.crc32(f"{objective.name} {image}".encode())
                 own = seed * 1_000_003 + number * 7919 + 1 + start * 2_147_483_647
                 found.append(Generator().manual_seed(own % (1 << 63)))
         return found
 
-    def deepest(self, model: Model) -> str | None:
+    def deepest_layer(self, model: Model) -> str | None:
         """The layer behind which nothing has to run, None for the logits."""
         if self.to_logits:
             return None
         rows = list(model.layers)
         return max(self.layers, key=lambda layer: rows.index(model.layers.find(layer)))
 
-    def sees(self, model: Model) -> int | None:
+    def receptive_field(self, model: Model) -> int | None:
         """Pixels that the objectives' units see at most; None where it is the whole picture."""
         fields = [model.layers.find(layer).receptive_field for layer in self.layers]
         if self.to_logits or any(field is None for field in fields):
@@ -105,7 +105,7 @@ def find_recipe(asked: str | Recipe, start: Any, space: str) -> tuple[str, Recip
     if not isinstance(asked, Recipe) and asked not in RECIPES:
         raise ConvscopeError(f"recipe {asked!r} is not known; nearest: {nearest(str(asked), list(RECIPES))}")
     rule = asked if isinstance(asked, Recipe) else RECIPES[asked]
-    name = getattr(rule.draw, "__name__", "own") if isinstance(asked, Recipe) else asked
+    name = getattr(rule.run, "__name__", "own") if isinstance(asked, Recipe) else asked
     if space not in SPACES:
         raise ConvscopeError(f"space {space!r} is not known; expected 'pixels' or 'input'")
     if space == "input" and rule is not RECIPES["plain"]:
@@ -134,29 +134,31 @@ def parse_request(
 def _objectives(model: Model, given: Sequence[Objective], name: str) -> PatternRequest:
     for objective in given:
         objective.check(model)
-        if not objective.watches:
+        if not objective.layer_channels:
             raise ConvscopeError(f"{objective.name} looks at no layer: there is nothing to climb")
-        if objective.mates != (name == "caricature"):
-            beside = "compares with a photograph" if objective.mates else "does not compare with a photograph"
+        if objective.paired != (name == "caricature"):
+            beside = "compares with a photograph" if objective.paired else "does not compare with a photograph"
             raise ConvscopeError(f"{objective.name} {beside}; recipe 'caricature', and no other, is for what does")
-    layers = dict.fromkeys(layer for objective in given for layer, _ in objective.watches)
-    numbers = range(sum(objective.images for objective in given))
+    layers = dict.fromkeys(layer for objective in given for layer, _ in objective.layer_channels)
+    numbers = range(sum(objective.num_images for objective in given))
     return PatternRequest(", ".join(layers), tuple(numbers), tuple(_found(model, o) for o in given), of_units=False)
 
 
 def _found(model: Model, objective: Objective) -> Objective:
     """The objective, sure to read its layers under the names that the tap gives them."""
-    names = {layer: layer if layer == LOGITS else model.layers.find(layer).name for layer, _ in objective.watches}
+    names = {
+        layer: layer if layer == LOGITS else model.layers.find(layer).name for layer, _ in objective.layer_channels
+    }
     if all(own == asked for asked, own in names.items()):
         return objective
-    watches = tuple((names[layer], channel) for layer, channel in objective.watches)
+    watches = tuple((names[layer], channel) for layer, channel in objective.layer_channels)
 
-    def value(seen: LayerOutputs) -> Tensor:
-        return objective.value(
-            replace(seen, maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
+    def value(seen: Any) -> Tensor:
+        return objective.function(
+            seen._replace(maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
         )
 
-    return replace(objective, watches=watches, value=value)
+    return replace(objective, layer_channels=watches, function=value)
 
 
 def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> PatternRequest:
@@ -262,8 +264,8 @@ def canvas_size(
     """Height and width of what is drawn. Raises ConvscopeError if the network does not run on it."""
     full = model.preprocessing.image_size
     if size is None:
-        wished = rule.size(sees, full, True)
-        return wished if wished == full or refuses(wished) is None else rule.size(sees, full, False)
+        wished = rule.canvas_size(sees, full, True)
+        return wished if wished == full or refuses(wished) is None else rule.canvas_size(sees, full, False)
     sides = height_width(size)
     if (error := refuses(sides)) is not None:
         reason = " ".join(str(error).split())[:200]

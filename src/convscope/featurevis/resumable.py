@@ -35,7 +35,7 @@ from convscope.featurevis.request import (
 from convscope.featurevis.result import Patterns
 from convscope.results import atomic_write, versions, write_npz
 
-PART = 32  # units that are drawn and written together
+UNITS_PER_PART = 32  # units that are drawn and written together
 
 
 def run_resumable(
@@ -61,7 +61,7 @@ def run_resumable(
     want = parse_request(model, layer, units, name, rule)
     if not want.of_units:
         raise ConvscopeError(f"recipe {name!r} draws layer {layer!r} as a whole, which has no parts; name units of it")
-    parts = list(balanced_chunks(want.numbers, PART))
+    parts = list(balanced_chunks(want.units, UNITS_PER_PART))
     work = _Work(model, layer, parts, _starts(options.get("start"), parts), options, torch.get_num_threads())
     where = _parts(folder)
     made = {"layer": layer, "model": model.describe(), "versions": versions(), "threads": work.threads}
@@ -151,10 +151,10 @@ def is_done(
         return False
     name, rule = find_recipe(options["recipe"], options.get("start"), "pixels")
     want = parse_request(model, layer, units, name, rule)
-    steps, _ = rule.schedule(want.sees(model), model.preprocessing.image_size)
+    steps, _ = rule.schedule(want.receptive_field(model), model.preprocessing.image_size)
     settings = {
         "layer": want.layer,
-        "units": list(want.numbers),
+        "units": list(want.units),
         "objectives": list(want.names),
         "recipe": name,
         "seed": options["seed"],
@@ -172,11 +172,11 @@ def is_done(
 
 def _sides(model: Model, want: PatternRequest, rule: Recipe, options: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of what `patterns` would draw."""
-    first = initial_images(options.get("start"), options["size"], len(want.numbers), model)
+    first = initial_images(options.get("start"), options["size"], len(want.units), model)
     if first is not None:
         return int(first.shape[-2]), int(first.shape[-1])
     with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
-        return canvas_size(options["size"], rule, want.sees(model), model, size_checker(model, run))
+        return canvas_size(options["size"], rule, want.receptive_field(model), model, size_checker(model, run))
 
 
 def _parts(folder: str | os.PathLike[str]) -> Path:

@@ -18,7 +18,13 @@ from convscope.featurevis.frames import FrameRecorder
 from convscope.featurevis.objectives import Objective
 from convscope.featurevis.recipes import OptimizationTask, Recipe, RecipeOutput, avoid_batch_of_one, plain
 from convscope.featurevis.request import PatternRequest
-from convscope.featurevis.scoring import MIN_CONFIDENCE, MaxActivations, Run, optimize_from_crops, shuffled_confidence
+from convscope.featurevis.scoring import (
+    MIN_CONFIDENCE,
+    Forward,
+    MaxActivations,
+    optimize_from_crops,
+    shuffled_confidence,
+)
 
 # Steps from another start, of twice the recipe's size, for a unit that was silent from the first. On the canvas as it
 # lies nearly all real units that wake do so at one of the first dozen of half the size; the last ones want to go far.
@@ -39,7 +45,7 @@ FADED = "is stuck at 0: it fired on the way, but at no finished picture, from {s
 FLEETING = "fires at this very picture, but was silent whenever it was moved or zoomed"
 
 
-def measured(model: Model, run: Run, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
+def measured(model: Model, run: Forward, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
     """What a batch is climbed by. Raises ConvscopeError if the network gives numbers that are not finite."""
 
     def measure(batch: Tensor) -> Tensor:
@@ -51,12 +57,12 @@ def measured(model: Model, run: Run, objective: Objective, what: str) -> Callabl
 
 
 def measure_of(
-    model: Model, run: Run, want: PatternRequest, part: Sequence[int]
+    model: Model, run: Forward, want: PatternRequest, part: Sequence[int]
 ) -> Callable[[Sequence[int]], Callable[[Tensor], Tensor]]:
     """What some of the batch `part` are climbed by."""
 
     def alone(which: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        return measured(model, run, want.batch([part[i] for i in which]), want.layer)
+        return measured(model, run, want.batch_objective([part[i] for i in which]), want.layer)
 
     return alone
 
@@ -70,33 +76,33 @@ class PatternBatch:
     """
 
     task: OptimizationTask
-    rule: Recipe
-    want: PatternRequest
+    recipe: Recipe
+    request: PatternRequest
     part: Sequence[int]
-    run: Run
+    forward: Forward
     model: Model
     seed: int
-    beat: Callable[[], None]
-    nature: Callable[[], MaxActivations]
+    on_step: Callable[[], None]
+    sample_activations: Callable[[], MaxActivations]
 
-    def again(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> OptimizationTask:
+    def subset_task(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> OptimizationTask:
         """The task for some of the batch's pictures alone, from other starts, one for each."""
         part = [self.part[i] for i in which]
-        alone = measure_of(self.model, self.run, self.want, part)
-        draws = [self.want.generators([i], self.seed, start) for i, start in zip(part, starts, strict=True)]
+        alone = measure_of(self.model, self.forward, self.request, part)
+        draws = [self.request.generators([i], self.seed, start) for i, start in zip(part, starts, strict=True)]
         return replace(
             self.task,
-            measure=alone(range(len(part))),
+            objective=alone(range(len(part))),
             generators=[draw for own in draws for draw in own],
             start=None if self.task.start is None else self.task.start[list(which)],
             subset_objective=alone,
             **changes,
         )
 
-    def known(self, images: Tensor, which: Sequence[int]) -> Tensor:
+    def confidence(self, images: Tensor, which: Sequence[int]) -> Tensor:
         """How well the network knows the classes of some of the pictures in these."""
         return shuffled_confidence(
-            self.model, self.run, self.task, images, [self.want.numbers[self.part[i]] for i in which]
+            self.model, self.forward, self.task, images, [self.request.units[self.part[i]] for i in which]
         )
 
 
@@ -108,20 +114,20 @@ class BatchResult:
     knows them (U,).
     """
 
-    drawn: RecipeOutput
+    output: RecipeOutput
     scores: Tensor
-    album: FrameRecorder
+    frames: FrameRecorder
     silent: dict[int, str] = field(default_factory=dict)
-    known: Tensor | None = None
+    confidence: Tensor | None = None
 
-    def put(self, which: Sequence[int], found: RecipeOutput, scores: Tensor, rows: Sequence[int]) -> None:
+    def replace_images(self, which: Sequence[int], found: RecipeOutput, scores: Tensor, rows: Sequence[int]) -> None:
         """Of other pictures these rows in the place of `which`."""
         which, rows = list(which), list(rows)
-        images, alpha = self.drawn.images.clone(), None if self.drawn.alpha is None else self.drawn.alpha.clone()
+        images, alpha = self.output.images.clone(), None if self.output.alpha is None else self.output.alpha.clone()
         images[which] = found.images[rows]
         if alpha is not None and found.alpha is not None:
             alpha[which] = found.alpha[rows]
-        self.drawn = self.drawn._replace(images=images, alpha=alpha)
+        self.output = self.output._replace(images=images, alpha=alpha)
         self.scores = self.scores.clone()
         self.scores[which] = scores[rows]
 
@@ -134,10 +140,10 @@ def retry_dead_units(batch: PatternBatch, done: BatchResult, fits: int) -> None:
     """
     if batch.task.steps == 0:
         return
-    never = (done.drawn.history == 0).all(0).cpu()
-    if batch.rule.starts == 1:
-        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF if batch.rule.draw is plain else STILL)
-    if batch.rule.starts == 1 or not batch.want.of_units or batch.want.layer == LOGITS:
+    never = (done.output.history == 0).all(0).cpu()
+    if batch.recipe.starts == 1:
+        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF if batch.recipe.run is plain else STILL)
+    if batch.recipe.starts == 1 or not batch.request.of_units or batch.request.layer == LOGITS:
         return
     fired = ~never
     small = batch.task.view_sizes[-1] if batch.task.start is None else batch.task.size
@@ -147,7 +153,7 @@ def retry_dead_units(batch: PatternBatch, done: BatchResult, fits: int) -> None:
         if woken := _woken(batch, silent, fired, size, fits):
             never[list(woken)] &= _from_start(batch, done, woken)
     said = _from_photographs(batch, done, _rows(done.scores == 0))
-    done.silent = {i: FADED.format(starts=batch.rule.starts) for i in said if fired[i] and done.scores[i] == 0}
+    done.silent = {i: FADED.format(starts=batch.recipe.starts) for i in said if fired[i] and done.scores[i] == 0}
     done.silent |= {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
 
 
@@ -157,7 +163,7 @@ def _woken(batch: PatternBatch, silent: list[int], fired: Tensor, size: tuple[in
 
     Returns the first start that wakes each that wakes. `fired` (U,) notes who has fired at any step.
     """
-    woken, tried, every = dict[int, int](), 1, batch.rule.starts
+    woken, tried, every = dict[int, int](), 1, batch.recipe.starts
     while silent and tried < every:
         # Few units are tried from several starts at once.
         more = min(max(1, fits // len(silent)), every - tried)
@@ -176,18 +182,18 @@ def _as_it_lies(
     batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> tuple[RecipeOutput, Tensor]:
     """Units, each with a start, drawn by the recipe on a canvas that is not moved; and their scores."""
-    other = batch.again(
+    other = batch.subset_task(
         [i for i, _ in pairs],
         [start for _, start in pairs],
         size=size,
         steps=min(batch.task.steps, AGAIN),
         step_size=2 * batch.task.step_size,
         views=1,
-        still=True,
+        without_transforms=True,
         plateau=None,
-        on_step=lambda *_: batch.beat(),
+        on_step=lambda *_: batch.on_step(),
     )
-    found = batch.rule.draw(other)
+    found = batch.recipe.run(other)
     return found, other.score(found.images).cpu()
 
 
@@ -204,28 +210,30 @@ def _from_start(batch: PatternBatch, done: BatchResult, woken: Mapping[int, int]
         still, scores = _as_it_lies(
             batch, avoid_batch_of_one([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size
         )
-        done.put(asleep, still, scores, range(len(asleep)))
+        done.replace_images(asleep, still, scores, range(len(asleep)))
     return (found.history[:, : len(which)] == 0).all(0).cpu()
 
 
 def _from_photographs(batch: PatternBatch, done: BatchResult, silent: Sequence[int]) -> dict[int, str]:
     """Units that no start woke, each drawn from the sample photograph that excites it most. What is to be said."""
-    starts, (height, width) = batch.rule.starts, batch.task.size
+    starts, (height, width) = batch.recipe.starts, batch.task.size
     if not silent or batch.model.preprocessing.channels != 3:
         return dict.fromkeys(silent, ASLEEP.format(starts=starts))
-    nature, numbers = batch.nature(), batch.want.numbers
+    nature, numbers = batch.sample_activations(), batch.request.units
     said = dict.fromkeys(silent, DEAD.format(starts=starts))
     if which := [i for i in silent if nature.values[numbers[batch.part[i]]] > 0]:
         both = avoid_batch_of_one(which, len(batch.part))
-        pieces = torch.stack([nature.piece(numbers[batch.part[i]], batch.task.size) for i in both])
-        alone = batch.again(both, [0] * len(both))
-        images = optimize_from_crops(pieces, alone.measure, batch.model)
+        pieces = torch.stack([nature.crop(numbers[batch.part[i]], batch.task.size) for i in both])
+        alone = batch.subset_task(both, [0] * len(both))
+        images = optimize_from_crops(pieces, alone.objective, batch.model)
         scores = alone.score(images).cpu()
         for row, i in enumerate(which):
             said[i] = FLEETING if scores[row] != 0 else LARGER.format(starts=starts, height=height, width=width)
         opaque = torch.ones((len(both), *batch.task.size), device=images.device)
         rows = [row for row in range(len(which)) if scores[row] != 0]
-        done.put([which[row] for row in rows], RecipeOutput(images, done.drawn.history, opaque), scores, rows)
+        done.replace_images(
+            [which[row] for row in rows], RecipeOutput(images, done.output.history, opaque), scores, rows
+        )
     return said
 
 
@@ -239,20 +247,20 @@ def retry_low_confidence(batch: PatternBatch, done: BatchResult, fits: int) -> N
 
     What convinces best is kept, with its own history and frames.
     """
-    if batch.rule.max_restarts == 1 or not batch.want.of_units or batch.want.layer != LOGITS:
+    if batch.recipe.max_restarts == 1 or not batch.request.of_units or batch.request.layer != LOGITS:
         return
     every = list(balanced_chunks(range(len(batch.part)), fits))
-    sure = torch.cat([batch.known(done.drawn.images[list(part)], part) for part in every])
-    for start in range(1, batch.rule.max_restarts):
+    sure = torch.cat([batch.confidence(done.output.images[list(part)], part) for part in every])
+    for start in range(1, batch.recipe.max_restarts):
         doubtful = _rows(sure < MIN_CONFIDENCE)
         for which in balanced_chunks(doubtful, fits):
             _try(batch, done, sure, which, start)
-    done.known = sure
+    done.confidence = sure
 
 
 def _try(batch: PatternBatch, done: BatchResult, sure: Tensor, which: Sequence[int], start: int) -> None:
     found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start))
-    now = batch.known(found.images, which)
+    now = batch.confidence(found.images, which)
     rows = _rows(now > sure[list(which)])
     _keep(done, which, found, scores, album, rows)
     sure[[which[row] for row in rows]] = now[rows]
@@ -262,15 +270,15 @@ def _drawn(
     batch: PatternBatch, done: BatchResult, which: Sequence[int], starts: Mapping[int, int]
 ) -> tuple[RecipeOutput, Tensor, FrameRecorder]:
     """Some of the batch's pictures, drawn by the recipe from other starts; their scores and frames."""
-    album = FrameRecorder(batch.task.steps, done.album.count)
+    album = FrameRecorder(batch.task.steps, done.frames.count)
 
     def on_step(step: int, look: Callable[[], Tensor]) -> None:
-        album.look(step, look)
-        batch.beat()
+        album.record(step, look)
+        batch.on_step()
 
-    other = batch.again(which, [starts[i] for i in which], on_step=on_step)
-    found = batch.rule.draw(other)
-    album.close(found.images)
+    other = batch.subset_task(which, [starts[i] for i in which], on_step=on_step)
+    found = batch.recipe.run(other)
+    album.finish(found.images)
     return found, other.score(found.images).cpu(), album
 
 
@@ -284,22 +292,22 @@ def _keep(
 ) -> None:
     """Of what was drawn for `which`, these rows in the place of what was there, with their history and frames."""
     better = [which[row] for row in rows]
-    done.put(better, found, scores, rows)
-    done.drawn.history[:, better] = found.history[:, rows]
-    done.album.put(better, album, rows)
+    done.replace_images(better, found, scores, rows)
+    done.output.history[:, better] = found.history[:, rows]
+    done.frames.replace_images(better, album, rows)
 
 
 def joined(batches: Sequence[BatchResult]) -> BatchResult:
     """Batches one after the other."""
-    parts = [batch.drawn for batch in batches]
+    parts = [batch.output for batch in batches]
     alphas = [part.alpha for part in parts if part.alpha is not None]
     drawn = RecipeOutput(
         torch.cat([part.images for part in parts]),
         torch.cat([part.history for part in parts], dim=1),
         torch.cat(alphas) if alphas else None,
     )
-    album = batches[0].album
-    frames = [np.concatenate(frame) for frame in zip(*(batch.album.frames for batch in batches), strict=True)]
+    album = batches[0].frames
+    frames = [np.concatenate(frame) for frame in zip(*(batch.frames.frames for batch in batches), strict=True)]
     before = accumulate([0, *(len(batch.scores) for batch in batches)])
     silent = {first + i: why for first, batch in zip(before, batches, strict=False) for i, why in batch.silent.items()}
     scores = torch.cat([batch.scores for batch in batches])

@@ -13,44 +13,44 @@ from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
 from convscope.featurevis.objectives import Objective
-from convscope.featurevis.optimizer import adam_step, ascend
+from convscope.featurevis.optimizer import adam_step, gradient_ascent
 from convscope.featurevis.parameterization import PhaseImage, PyramidResidualImage
-from convscope.featurevis.recipes import DAMPING, WAKING, OptimizationTask, finished
+from convscope.featurevis.recipes import ADAM_DAMPING, RETRY_STEPS, OptimizationTask, render_uint8
 from convscope.featurevis.request import PatternRequest
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
 
-Run = Callable[[Tensor], LayerOutputs]
-NOISES = 8
+Forward = Callable[[Tensor], LayerOutputs]
+NUM_NOISE_IMAGES = 8
 
 
-def noises(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Tensor:
+def noise_images(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Tensor:
     """Eight pictures (8, C, H, W) uint8 that show nothing: half of them the textbook's gray noise, half with the
     spectrum of a photograph and random phases."""
-    draws = [Generator().manual_seed((seed * NOISES + i) % (1 << 63)) for i in range(NOISES)]
-    half = NOISES // 2
+    draws = [Generator().manual_seed((seed * NUM_NOISE_IMAGES + i) % (1 << 63)) for i in range(NUM_NOISE_IMAGES)]
+    half = NUM_NOISE_IMAGES // 2
     gray = torch.stack([128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in draws[:half]])
-    cloudy = finished(PhaseImage(draws[half:], preprocessing.channels, size, torch.device("cpu")))
+    cloudy = render_uint8(PhaseImage(draws[half:], preprocessing.channels, size, torch.device("cpu")))
     return torch.cat([gray.to(torch.uint8), cloudy])
 
 
 def noise_baseline(
-    run: Run, wanted: PatternRequest, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
+    run: Forward, wanted: PatternRequest, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
 ) -> Tensor:
     """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
-    images, found = noises(model.preprocessing, size, seed).float(), []
+    images, found = noise_images(model.preprocessing, size, seed).float(), []
     pixels, own = size[0] * size[1], model.preprocessing.image_size
     each = forward_bytes(model) * pixels / (own[0] * own[1])
     with torch.no_grad():
-        for part in torch.split(images, batch_size(model, each, memory, NOISES)):
+        for part in torch.split(images, batch_size(model, each, memory, NUM_NOISE_IMAGES)):
             seen = run(part if raw else model.preprocessing.normalize(part / 255))
             found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
     return torch.stack(found).amax(0)
 
 
 def reference_baseline(
-    run: Run, wanted: PatternRequest, images: Any, model: Model, memory: int, raw: bool
+    run: Forward, wanted: PatternRequest, images: Any, model: Model, memory: int, raw: bool
 ) -> tuple[Tensor, ImageBatchLoader]:
     """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed.
 
@@ -66,9 +66,9 @@ def reference_baseline(
 
 
 def _best(objective: Objective, seen: LayerOutputs) -> Tensor:
-    if objective.images > 1 or objective.mates:
-        return torch.full((objective.images,), torch.nan)
-    return objective.value(seen).max()[None].cpu()
+    if objective.num_images > 1 or objective.paired:
+        return torch.full((objective.num_images,), torch.nan)
+    return objective.function(seen).max()[None].cpu()
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,27 @@ class MaxActivations:
     `shown` are the photographs (N, C, H, W) in [0, 1], `grid` the layer's height and width, None without places.
     """
 
-    shown: Tensor
+    images: Tensor
     values: Tensor
-    photographs: Tensor
+    image_indices: Tensor
     positions: Tensor
     grid: tuple[int, int] | None
 
-    def piece(self, number: int, size: tuple[int, int]) -> Tensor:
+    def crop(self, number: int, size: tuple[int, int]) -> Tensor:
         """What of a photograph (C, H, W) excites a channel most, in this size: the photograph itself without places."""
-        image, position = int(self.photographs[number]), int(self.positions[number])
-        pixels = self.shown[image : image + 1]
+        image, position = int(self.image_indices[number]), int(self.positions[number])
+        pixels = self.images[image : image + 1]
         if self.grid is not None:
             height, width = self.grid
             pixels = _cut(pixels, (position // width / height, position % width / width), size)
         return _fitted(pixels, size)[0]
 
 
-def max_activations(run: Run, model: Model, layer: str) -> MaxActivations:
+def max_activations(run: Forward, model: Model, layer: str) -> MaxActivations:
     """All channels of a layer on the sample photographs."""
-    batches = list(ImageBatchLoader(photographs(), model.preprocessing).batches(model.fixed_batch_size or NOISES))
+    batches = list(
+        ImageBatchLoader(photographs(), model.preprocessing).batches(model.fixed_batch_size or NUM_NOISE_IMAGES)
+    )
     shown = torch.cat([batch.x for batch in batches])
     with torch.no_grad():
         maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])
@@ -116,15 +118,15 @@ def max_activations(run: Run, model: Model, layer: str) -> MaxActivations:
 def optimize_from_crops(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) -> Tensor:
     """Patterns (U, C, H, W) uint8 from pieces of photographs, climbed as they lie."""
     canvas = PyramidResidualImage(pieces.to(model.device))
-    ascend(
+    gradient_ascent(
         canvas,
-        lambda _: measure(model.preprocessing.normalize(canvas.image())),
-        adam_step(canvas.values, 0.1, DAMPING),
-        WAKING,
-        redirect_steps=WAKING,
+        lambda _: measure(model.preprocessing.normalize(canvas.images())),
+        adam_step(canvas.params, 0.1, ADAM_DAMPING),
+        RETRY_STEPS,
+        redirect_steps=RETRY_STEPS,
         keep_best=True,
     )
-    return finished(canvas)
+    return render_uint8(canvas)
 
 
 def _cut(pixels: Tensor, centre: tuple[float, float], size: tuple[int, int]) -> Tensor:
@@ -144,7 +146,7 @@ MIN_CONFIDENCE = 0.7  # the probability below which a picture is doubtful
 
 
 def shuffled_confidence(
-    model: Model, run: Run, task: OptimizationTask, finished: Tensor, classes: Sequence[int]
+    model: Model, run: Forward, task: OptimizationTask, finished: Tensor, classes: Sequence[int]
 ) -> Tensor:
     """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
 
@@ -153,12 +155,13 @@ def shuffled_confidence(
     """
     pieces = finished.roll((finished.shape[2] // 2, finished.shape[3] // 2), (2, 3)).float() / 255
     with torch.no_grad():
-        logits = run(task.ready(pieces).contiguous(memory_format=torch.channels_last))[LOGITS]
+        logits = run(task.preprocess(pieces).contiguous(memory_format=torch.channels_last)).logits
+    assert logits is not None
     each = torch.tensor(classes, device=logits.device)[:, None]
     return model.probabilities(logits).gather(1, each)[:, 0].cpu()
 
 
-def remarks(
+def quality_notes(
     names: Sequence[str], scores: Tensor, noise: Tensor, silent: Mapping[int, str], known: Tensor | None
 ) -> list[str]:
     """In words: pictures, called by these names, that do not show what was looked for."""

@@ -19,7 +19,7 @@ ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 DEEPER = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
-def with_skip_gradient(run: Callable[[Tensor], R], share: float) -> Callable[[Tensor], R]:
+def with_skip_gradient(forward: Callable[[Tensor], R], scale: float) -> Callable[[Tensor], R]:
     """`run`, but of the gradient of each residual branch only `share` goes on; what is computed stays the same.
 
     Where y = x + f(x), the gradient of x is that of y, plus `share` times what comes through f. Tricks that work on
@@ -29,9 +29,9 @@ def with_skip_gradient(run: Callable[[Tensor], R], share: float) -> Callable[[Te
 
     def favoured(x: Tensor) -> R:
         if not torch.is_grad_enabled():
-            return run(x)
-        with _Weighing(x, share):
-            return run(x)
+            return forward(x)
+        with _Weighing(x, scale):
+            return forward(x)
 
     return favoured
 

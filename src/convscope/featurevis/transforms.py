@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-View = Callable[[int, Tensor], Tensor]
+Transform = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class AugmentationConfig:
     """
 
     scale: tuple[float, float]
-    turn: float
+    rotation: float
     size: tuple[int, int]
-    mirror: bool = True
-    colour: float = 0.0
-    noise: float = 0.0
+    flip: bool = True
+    colour_jitter: float = 0.0
+    noise_std: float = 0.0
 
 
-def random_affine(looks: AugmentationConfig, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+def random_affine(
+    looks: AugmentationConfig, steps: int, generators: Sequence[Generator], device: torch.device
+) -> Transform:
     """Zoomed, turned, mirrored views, drawn beforehand for all pictures and steps; a batch is resampled at once.
 
     Beyond its rim, where a turn reaches out, the canvas is mirrored. What follows each step is in `Looks`.
@@ -38,9 +40,9 @@ def random_affine(looks: AugmentationConfig, steps: int, generators: Sequence[Ge
     draws = _draws(generators, steps, 5).to(device)
     low, high = looks.scale
     scale = low + (high - low) * draws[..., 0]
-    turn = torch.deg2rad(looks.turn * (2 * draws[..., 1] - 1))
+    turn = torch.deg2rad(looks.rotation * (2 * draws[..., 1] - 1))
     across, down = ((2 * draws[..., i] - 1) * (1 - scale) for i in (2, 3))
-    mirror = torch.where((draws[..., 4] < 0.5) & looks.mirror, -1.0, 1.0)
+    mirror = torch.where((draws[..., 4] < 0.5) & looks.flip, -1.0, 1.0)
     cos, sin = scale * turn.cos(), scale * turn.sin()
 
     def view(step: int, images: Tensor) -> Tensor:
@@ -55,15 +57,15 @@ def random_affine(looks: AugmentationConfig, steps: int, generators: Sequence[Ge
             seen = change(step, seen)
         return seen
 
-    changes: list[View] = []
-    if looks.colour:
-        changes.append(_coloured(looks.colour, steps, generators, device))
-    if looks.noise:
-        changes.append(_noisy(looks.noise, looks.size, steps, generators, device))
+    changes: list[Transform] = []
+    if looks.colour_jitter:
+        changes.append(_coloured(looks.colour_jitter, steps, generators, device))
+    if looks.noise_std:
+        changes.append(_noisy(looks.noise_std, looks.size, steps, generators, device))
     return view
 
 
-def _coloured(most: float, steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+def _coloured(most: float, steps: int, generators: Sequence[Generator], device: torch.device) -> Transform:
     """Contrast about middle gray times 1 + u, brightness of each channel plus u / 2; each u from -most to most."""
     draws = most * (2 * _draws(generators, steps, 1 + CHANNELS).to(device) - 1)
 
@@ -80,7 +82,7 @@ CHANNELS = 3  # that get a brightness of their own; where there are more, every 
 
 def _noisy(
     deviation: float, size: tuple[int, int], steps: int, generators: Sequence[Generator], device: torch.device
-) -> View:
+) -> Transform:
     """Each picture's own field of noise, rolled to another place at every step."""
     fields = torch.stack([torch.randn((CHANNELS, *size), generator=g) for g in generators]).to(device)
     roll = random_roll(steps, generators, device)
@@ -92,7 +94,7 @@ def _noisy(
     return change
 
 
-def random_roll(steps: int, generators: Sequence[Generator], device: torch.device) -> View:
+def random_roll(steps: int, generators: Sequence[Generator], device: torch.device) -> Transform:
     """Views moved by whole pixels, any distance, with what leaves at one side coming back at the other.
 
     Every place of the canvas is looked at alike, none is blurred, and the finished picture tiles without seams.

@@ -34,7 +34,7 @@ def draw_story(result: Story) -> Figure:
 
     chapters = result.chapters
     most = max(len(chapter.images) for chapter in chapters)
-    names = list(chapters[0].measures)
+    names = list(chapters[0].statistics)
     widths = [1.0] * most + [1.6] * len(names)
     figure = Figure(figsize=(sum(widths) * 1.25, 1.45 * len(chapters) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(chapters), most + len(names), width_ratios=widths)
@@ -46,13 +46,13 @@ def draw_story(result: Story) -> Figure:
             axes.set_xticks([])
             axes.set_yticks([])
             if c == 0:
-                sees = "sees " + (" x ".join(map(str, chapter.sees)) if chapter.sees else "all")
+                sees = "sees " + (" x ".join(map(str, chapter.receptive_field)) if chapter.receptive_field else "all")
                 label = "\n".join([*_broken(chapter.layer), sees])
                 axes.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
         for c, name in enumerate(names):
             axes = figure.add_subplot(grid[r, most + c], sharex=shared.get(name))
             shared[name] = axes
-            low, middle, high = np.percentile(chapter.measures[name], (25, 50, 75))
+            low, middle, high = np.percentile(chapter.statistics[name], (25, 50, 75))
             axes.plot([low, high], [0, 0], color="#8aa9cc", linewidth=6, solid_capstyle="butt")
             axes.plot([middle], [0], marker="|", color="#1c2430", markersize=14, markeredgewidth=2)
             axes.set_yticks([])
@@ -78,10 +78,10 @@ def _page(result: Story, figure: Image.Image) -> str:
     chapters = [
         {
             "layer": chapter.layer,
-            "sees": row["sees"],
+            "sees": row["receptive field"],
             "picture": _url(pattern_grid(chapter.images, columns=len(chapter.images))),
             "names": ", ".join(chapter.names) if chapter.layer == LOGITS else ", ".join(map(str, chapter.units)),
-            "measured": {name: (row[name], row[f"{name}, quartiles"]) for name in chapter.measures},
+            "measured": {name: (row[name], row[f"{name}, quartiles"]) for name in chapter.statistics},
         }
         for chapter, row in zip(result.chapters, result.table(), strict=True)
     ]

@@ -79,7 +79,7 @@ def prepared(model: Any, store: str | None, where: Path) -> Any:
     for layer in (layers[-1], LOGITS):
         drawn = convscope.patterns(model, layer, [0, 1], steps=24)
         drawn.save(where / "store" / "patterns" / folders[layer])
-    convscope.story(model, [*layers, LOGITS], units=4, shown=3).save(where / "store" / "story")
+    convscope.story(model, [*layers, LOGITS], units=4, num_shown=3).save(where / "store" / "story")
     return made
 
 
