@@ -222,7 +222,7 @@ def test_a_published_site_shows_the_figure_and_the_measures(site, told):
     text = (site / "m/tiny/story.html").read_text()
     for chapter in told.chapters:
         for name in IMAGE_STATISTICS:
-            assert f"{rounded(np.median(chapter.measures[name]))} (" in text
+            assert f"{rounded(np.median(chapter.statistics[name]))} (" in text
     shown = Image.open(site / "m/tiny/story.png")
     assert min(shown.size) > 100
     sheet = np.asarray(Image.open(site / "m/tiny/story-0.png").convert("RGB"))

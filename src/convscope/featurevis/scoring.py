@@ -155,8 +155,7 @@ def shuffled_confidence(
     """
     pieces = finished.roll((finished.shape[2] // 2, finished.shape[3] // 2), (2, 3)).float() / 255
     with torch.no_grad():
-        logits = run(task.preprocess(pieces).contiguous(memory_format=torch.channels_last)).logits
-    assert logits is not None
+        logits = run(task.preprocess(pieces).contiguous(memory_format=torch.channels_last))[LOGITS]
     each = torch.tensor(classes, device=logits.device)[:, None]
     return model.probabilities(logits).gather(1, each)[:, 0].cpu()
 
