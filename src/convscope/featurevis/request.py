@@ -153,9 +153,9 @@ def _found(model: Model, objective: Objective) -> Objective:
         return objective
     watches = tuple((names[layer], channel) for layer, channel in objective.layer_channels)
 
-    def value(seen: Any) -> Tensor:
+    def value(seen: LayerOutputs) -> Tensor:
         return objective.function(
-            seen._replace(maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
+            replace(seen, maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
         )
 
     return replace(objective, layer_channels=watches, function=value)
