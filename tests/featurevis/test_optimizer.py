@@ -15,9 +15,9 @@ from convscope.featurevis.optimizer import (
     DEAD_AFTER_STEPS,
     Plateau,
     adam_step,
-    gradient_ascent,
     exponential_warmup,
     from_torch_optimizer,
+    gradient_ascent,
     rms_step,
 )
 from convscope.featurevis.parameterization import PixelImage

@@ -25,8 +25,8 @@ from convscope.featurevis.optimizer import (
     DEAD_AFTER_STEPS,
     RedirectedReLU,
     adam_step,
-    gradient_ascent,
     consistency_weighted_adam,
+    gradient_ascent,
     rms_step,
 )
 from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, PixelImage

@@ -19,7 +19,7 @@ from convscope.featurevis import recipes
 from convscope.featurevis.objectives import caricature, channel
 from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, adam_step, consistency_weighted_adam
 from convscope.featurevis.parameterization import FourierImage, PhaseImage, natural_magnitude
-from convscope.featurevis.recipes import ADAM_DAMPING, RECIPES, LIGHT_DAMPING, render_uint8
+from convscope.featurevis.recipes import ADAM_DAMPING, LIGHT_DAMPING, RECIPES, render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.test_parameterization import colour_axes, logit
 from tests.oracles.nets import Usual, filled

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis.defaults import full_view, constant_schedule, model_size
+from convscope.featurevis.defaults import constant_schedule, full_view, model_size
 from convscope.featurevis.objectives import Objective, channel, channels, deepdream, diversity, interpolation, neuron
 from convscope.featurevis.optimizer import from_torch_optimizer
 from convscope.featurevis.parameterization import PhaseImage, PixelImage
