@@ -1,4 +1,4 @@
-"""The published pages from the disk, in a real browser; and what holds for both kinds of pages."""
+"""The published site, opened from the disk, and properties of all pages, live and published."""
 
 from __future__ import annotations
 
@@ -8,62 +8,54 @@ import numpy as np
 import pytest
 
 import convscope
-from tests.explorer.browser.test_live import opened, painted
+from tests.explorer.browser.test_live import open_page, painted
+from tests.oracles.explorer import smooth_image
 
 PAGES = {
-    "picture": ("/m/tiny/picture/first", "/m/tiny/picture/first.html"),
-    "network": ("/m/tiny", "/m/tiny.html"),
-    "layer": ("/m/tiny/layer/relu3", "/m/tiny/layer/relu3.html"),
-    "unit": ("/m/tiny/unit/relu3/2", "/m/tiny/unit/relu3/2.html"),
-    "class": ("/m/tiny/class/1", "/m/tiny/class/1.html"),
-    "kept": ("/m/tiny/concepts", "/m/tiny/concepts.html"),
-    "concepts": ("/m/tiny/concepts/1", "/m/tiny/concepts/1.html"),
-    "atlas": ("/m/tiny/atlas/relu3", "/m/tiny/atlas/relu3.html"),
-    "story": ("/m/tiny/story", "/m/tiny/story.html"),
-    "example": ("/m/tiny/data/3", "/m/tiny/data/3.html"),
-    "glossary": ("/glossary", "/glossary.html"),
+    "image": "/m/tiny/image/first",
+    "network": "/m/tiny",
+    "layer": "/m/tiny/layer/relu3",
+    "unit": "/m/tiny/unit/relu3/2",
+    "class": "/m/tiny/class/1",
+    "saved_results": "/m/tiny/concepts",
+    "concepts": "/m/tiny/concepts/1",
+    "atlas": "/m/tiny/atlas/relu3",
+    "story": "/m/tiny/story",
+    "example": "/m/tiny/data/3",
+    "glossary": "/glossary",
 }
 
 
-@pytest.fixture(params=["live", "published"])
-def address_of(request, live, site):
-    """The address of a page, by its kind."""
-    base, which = (live[1], 0) if request.param == "live" else (site, 1)
-    return lambda kind: base + PAGES[kind][which]
-
-
-def test_a_published_picture_answers_clicks_from_the_disk(tab, site):
-    opened(tab, f"{site}/index.html")
+def test_a_published_image_page_responds_to_clicks(tab, site):
+    open_page(tab, f"{site}/index.html")
     before = painted(tab)
     tab.locator("#classes a").nth(1).click()
     tab.wait_for_function("() => document.querySelectorAll('#classes a')[1].getAttribute('aria-current') === 'true'")
     assert np.abs(painted(tab) - before).max() > 20
-    tab.locator('[name="beside"]').select_option(index=1)
-    tab.locator('[data-stage="beside"]').wait_for(state="visible")
-    tab.locator('[name="sign"]').select_option("signed")
-    assert tab.locator("#scale-high").inner_text() == "for"
-    assert tab.locator("#drop, #truth").count() == 0
+    tab.locator('[name="compare"]').select_option(index=1)
+    tab.locator('[data-stage="comparison"]').wait_for(state="visible")
+    tab.locator('[name="evidence"]').select_option("signed")
+    assert tab.locator("#scale-high").inner_text() == "for the class"
+    assert tab.locator("#drop, #faithfulness").count() == 0
 
 
-def test_a_published_layer_knows_who_speaks_at_a_place(tab, site, model):
-    from tests.oracles.explorer import smooth_image
-
-    opened(tab, f"{site}/m/tiny/layer/relu3.html")
-    maps = convscope.activations(model, [smooth_image(0, 240, 360)], ["relu3"])["relu3"][0]
-    tab.locator("#place").focus()
+def test_a_published_layer_page_lists_the_units_at_a_position(tab, site, tiny):
+    open_page(tab, f"{site}/m/tiny/layer/relu3.html")
+    maps = convscope.activations(tiny, [smooth_image(0, 240, 360)], ["relu3"])["relu3"][0]
+    tab.locator("#position").focus()
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("#there p")
-    best = [u for u in np.argsort(-maps[:, 8, 8], kind="stable") if maps[u, 8, 8] > 0]
-    assert tab.locator("#there li a").all_inner_texts() == [f"unit {u}" for u in best[:6]]
-    row = model.layers.find("relu3")
-    left = max(0, row.origin[1] + 8 * row.stride[1]) / 32
+    tab.wait_for_selector("#position-units p")
+    units = [u for u in np.argsort(-maps[:, 8, 8], kind="stable") if maps[u, 8, 8] > 0]
+    assert tab.locator("#position-units li a").all_inner_texts() == [f"unit {u}" for u in units[:6]]
+    layer = tiny.layers.find("relu3")
+    left = max(0, layer.origin[1] + 8 * layer.stride[1]) / 32
     assert float(tab.locator("#field").get_attribute("x")) == pytest.approx(100 * left)
-    tab.locator("#there li a").first.click()
-    tab.wait_for_url(re.compile(rf"unit/relu3/{best[0]}\.html$"))
+    tab.locator("#position-units li a").first.click()
+    tab.wait_for_url(re.compile(rf"unit/relu3/{units[0]}\.html$"))
 
 
-def test_a_walk_through_the_published_pages(tab, site):
-    opened(tab, f"{site}/index.html")
+def test_published_pages_link_from_the_network_to_units_examples_and_classes(tab, site):
+    open_page(tab, f"{site}/index.html")
     tab.locator("nav a", has_text="Layers").click()
     tab.locator("#layers a", has_text="relu3").first.click()
     tab.wait_for_url(re.compile("layer/relu3.html$"))
@@ -79,54 +71,47 @@ def test_a_walk_through_the_published_pages(tab, site):
     assert re.search(r"unit/relu3/\d+\.html$", tab.url)
 
 
-def test_nothing_is_loaded_from_elsewhere(tab, address_of):
-    asked = []
-    tab.on("request", lambda request: asked.append(request.url))
-    for kind in PAGES:
-        opened(tab, address_of(kind))
-    start = address_of("network").partition("/m/")[0]
-    assert [url for url in asked if not url.startswith((start, "data:", "blob:"))] == []
-
-
 @pytest.mark.parametrize("width", [1440, 1024, 390])
-def test_pages_fit_their_window(new_tab, address_of, width):
-    tab = new_tab(width)
-    for kind in PAGES:
-        opened(tab, address_of(kind))
+def test_pages_fit_the_window_load_nothing_from_elsewhere_and_do_not_shift(new_tab, url_of, width):
+    tab, requests = new_tab(width), []
+    tab.on("request", lambda request: requests.append(request.url))
+    for kind, path in PAGES.items():
+        open_page(tab, url_of(path))
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, kind
-        assert tab.evaluate("window.shifts") < 0.02, kind
+        assert tab.evaluate("window.layoutShift") < 0.02, kind
+    start = url_of(PAGES["network"]).partition("/m/")[0]
+    assert [url for url in requests if not url.startswith((start, "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize("width", [1024, 390])
-def test_pages_come_whole_by_a_slow_connection(new_tab, live, width):
-    """Parts of a page that come one after the other must not push those that are read already."""
+def test_pages_do_not_shift_on_a_slow_connection(new_tab, live, width):
     tab = new_tab(width)
-    slow = {"offline": False, "latency": 60, "downloadThroughput": 60_000, "uploadThroughput": 60_000}
     devtools = tab.context.new_cdp_session(tab)
     devtools.send("Network.enable")
-    devtools.send("Network.emulateNetworkConditions", slow)
-    for kind in ("picture", "unit", "class") * 2:  # styles that are kept from the first visit no longer hold paint back
-        opened(tab, live[1] + PAGES[kind][0]).wait_for_timeout(200)  # what moved is told a little later
-        assert tab.evaluate("window.shifts") < 0.02, kind
+    conditions = {"offline": False, "latency": 60, "downloadThroughput": 60_000, "uploadThroughput": 60_000}
+    devtools.send("Network.emulateNetworkConditions", conditions)
+    for kind in ("image", "unit", "class") * 2:  # on the second visit cached styles no longer delay the first paint
+        open_page(tab, live[1] + PAGES[kind]).wait_for_timeout(200)  # layout shifts are reported with a delay
+        assert tab.evaluate("window.layoutShift") < 0.02, kind
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_can_be_used_by_everybody(new_tab, address_of, axe, scheme):
-    """WCAG A and AA, as far as a program can tell."""
+def test_pages_meet_wcag_a_and_aa(new_tab, url_of, axe, scheme):
     tab = new_tab(color_scheme=scheme, bypass_csp=True)
-    found = {}
-    for kind in PAGES:
-        opened(tab, address_of(kind))
+    violations = {}
+    for kind, path in PAGES.items():
+        open_page(tab, url_of(path))
         tab.evaluate(axe)
-        told = tab.evaluate("axe.run({ preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")
-        found[kind] = [(v["id"], v["nodes"][0]["html"][:160]) for v in told["violations"]]
-    assert found == {kind: [] for kind in PAGES}
+        result = tab.evaluate("axe.run({ preload: false, runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'] })")
+        violations[kind] = [(v["id"], v["nodes"][0]["html"][:160]) for v in result["violations"]]
+    assert violations == {kind: [] for kind in PAGES}
 
 
-def test_light_and_dark_are_remembered(tab, live):
-    opened(tab, f"{live[1]}/glossary")
-    light = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_the_theme_is_remembered(tab, live):
+    background = "getComputedStyle(document.body).backgroundColor"
+    open_page(tab, f"{live[1]}/glossary")
+    light = tab.evaluate(background)
     tab.locator("#theme").click()
-    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != light
-    opened(tab, f"{live[1]}/m/tiny")
+    assert tab.evaluate(background) != light
+    open_page(tab, f"{live[1]}/m/tiny")
     assert tab.evaluate("document.documentElement.dataset.theme") == "dark"

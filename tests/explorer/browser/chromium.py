@@ -1,4 +1,4 @@
-"""Where the browser is, and how it is started."""
+"""Find Chromium, and the arguments to start it with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def chromium() -> str | None:
-    """Chromium's program, if there is one on this machine (apt-get install chromium)."""
+def find_chromium() -> str | None:
+    """Return the path of Chromium, or None if it is not installed (apt-get install chromium)."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
