@@ -75,8 +75,8 @@ def live(tiny, tiny_store):
     explorer = Explorer({"tiny": tiny}, store=tiny_store)
     for index, name in enumerate(IMAGE_NAMES):
         explorer.images.add_sample(smooth_image(index, 240, 360), name, name)
-    listening = server.bound("127.0.0.1", 0)
-    running = server.in_thread(create_app(explorer), listening)
+    listening = server.bind_socket("127.0.0.1", 0)
+    running = server.serve_in_thread(create_app(explorer), listening)
     yield explorer, f"http://127.0.0.1:{listening.getsockname()[1]}"
     running.should_exit = True
 

@@ -88,9 +88,9 @@ def serve_and_publish(
 ) -> Iterator[dict[str, Callable[[Parts], str]]]:
     """Yield functions from the parts of a page to its live and its published address."""
     app = server.build_app({name: model}, store=store)
-    listening = server.bound("127.0.0.1", 0)
+    listening = server.bind_socket("127.0.0.1", 0)
     base = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    running = server.in_thread(app, listening)
+    running = server.serve_in_thread(app, listening)
     publish({name: model}, store, folder / "site", workers=2)
     try:
         yield {
