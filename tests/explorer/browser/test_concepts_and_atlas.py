@@ -42,7 +42,9 @@ def test_the_whole_map_is_visible_at_first(atlas, arrays):
     assert top <= 0.01
     assert left + width >= CELL_WIDTH * columns - 0.01
     assert top + height >= CELL_HEIGHT * rows - 0.01
-    assert width == pytest.approx(CELL_WIDTH * columns, abs=0.01) or height == pytest.approx(CELL_HEIGHT * rows, abs=0.01)
+    assert width == pytest.approx(CELL_WIDTH * columns, abs=0.01) or height == pytest.approx(
+        CELL_HEIGHT * rows, abs=0.01
+    )
     assert atlas.locator("#zoom-out").is_disabled()
 
 

@@ -153,7 +153,10 @@ def test_a_class_is_found_by_name(tab, live):
 
 def test_images_are_chosen_dropped_and_pasted(tab, live):
     open_page(tab, f"{live[1]}/m/tiny/image/first")
-    files = [{"name": f"upload {n}.png", "mimeType": "image/png", "buffer": encode_image(smooth_image(20 + n))} for n in range(2)]
+    files = [
+        {"name": f"upload {n}.png", "mimeType": "image/png", "buffer": encode_image(smooth_image(20 + n))}
+        for n in range(2)
+    ]
     tab.set_input_files("#files", files)
     tab.wait_for_url(re.compile(r"/image/x[0-9a-f]{24}$"))
     assert tab.locator("[data-image]").count() == 2
@@ -213,7 +216,9 @@ def test_a_click_on_a_position_lists_its_most_active_units(tab, live):
     width, height = layer.receptive_field[1] / 32, layer.receptive_field[0] / 32
     assert sides == pytest.approx([100 * left, 100 * top, 100 * width, 100 * height])
     tab.keyboard.press("ArrowDown")
-    tab.wait_for_function("() => document.getElementById('position-units').textContent.startsWith('Row 4 of 16, column 6 ')")
+    tab.wait_for_function(
+        "() => document.getElementById('position-units').textContent.startsWith('Row 4 of 16, column 6 ')"
+    )
 
 
 def test_a_pattern_is_generated_with_progress(tab, live):
@@ -232,8 +237,8 @@ def test_a_pattern_is_generated_with_progress(tab, live):
 def test_a_job_waits_for_others_and_can_be_cancelled(new_tab, live):
     explorer, address = live
     unblock = threading.Event()
-    blocker = explorer.slow.ask("blocker", lambda work: unblock.wait(30) and 1, "somebody else")
-    second = explorer.slow.ask("second", lambda work: 1, "somebody else")
+    blocker = explorer.background_queue.submit("blocker", lambda job: unblock.wait(30) and 1, "other client")
+    second = explorer.background_queue.submit("second", lambda job: 1, "other client")
     tab = open_page(new_tab(), f"{address}/m/tiny/unit/relu2/9")
     try:
         tab.locator("#generate").click()
@@ -245,10 +250,10 @@ def test_a_job_waits_for_others_and_can_be_cancelled(new_tab, live):
         assert tab.locator("#progress").is_hidden()
         other_tab.goto("about:blank")  # cancels its own faithfulness job
         for _ in range(60):
-            if len(explorer.slow) == 1:
+            if len(explorer.background_queue) == 1:
                 break
             tab.wait_for_timeout(100)
-        assert len(explorer.slow) == 1
+        assert len(explorer.background_queue) == 1
     finally:
         unblock.set()
         blocker.queue.release(blocker)
@@ -270,14 +275,16 @@ def test_a_refused_job_reports_the_reason(new_tab, live):
     explorer, address = live
     tab = open_page(new_tab(allow_refused=True), f"{address}/m/tiny/unit/relu2/8")
     unblock = threading.Event()
-    blocker = explorer.slow.ask("another blocker", lambda work: unblock.wait(30) and 1, "somebody else")
+    blocker = explorer.background_queue.submit("another blocker", lambda job: unblock.wait(30) and 1, "other client")
     while not blocker.started:
         assert not blocker.future.done()
         tab.wait_for_timeout(20)
-    jobs = [explorer.slow.ask(("job", n), lambda work: 1, f"visitor {n}") for n in range(32)]
+    jobs = [explorer.background_queue.submit(("job", n), lambda job: 1, f"client {n}") for n in range(32)]
     try:
         tab.locator("#generate").click()
-        tab.wait_for_function("() => document.getElementById('status').textContent.startsWith('the queue is full: 32')")
+        tab.wait_for_function(
+            "() => document.getElementById('status').textContent.startsWith('the queue is full (32 jobs)')"
+        )
         assert tab.locator("#progress").is_hidden()
         assert tab.locator("#generate").count() == 1
     finally:

@@ -43,6 +43,7 @@
     const { x, y, dx, dy } = bars[i];
     const link = document.createElementNS("http://www.w3.org/2000/svg", "a");
     if (layer.page) link.setAttribute("href", layer.page);
+    else link.setAttribute("role", "img");  // not published
     link.append(createElement("rect", { x: x - dx, y: y - dy, width: 2 * dx, height: 2 * dy }));
     link.dataset.layer = i;
     svg.append(link);
