@@ -24,7 +24,7 @@ from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, TILE_SI
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.urls import StaticUrls, page_file, safe_name
 from convscope.explorer.views import glossary, story_page
-from convscope.featurevis.image_statistics import MEASURES
+from convscope.featurevis.image_statistics import IMAGE_STATISTICS
 from tests.explorer.conftest import write_png
 from tests.oracles.explorer import CLASSES, HOSTILE_NAME, data_folder, smooth_image
 from tests.oracles.nets import Usual, filled
@@ -178,7 +178,7 @@ def test_file_names_are_safe_and_distinct():
 
 
 def test_every_image_statistic_of_a_story_is_in_the_glossary():
-    assert MEASURES.keys() <= glossary.GLOSSARY.keys()
+    assert IMAGE_STATISTICS.keys() <= glossary.GLOSSARY.keys()
 
 
 # --- live pages with a store ---
