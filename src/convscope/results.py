@@ -58,7 +58,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "UnitChanges": "convscope.plotting.store",
     "UnitRecord": "convscope.plotting.store",
 }
-"""The module that draws each class of results, by the name of the class; subclasses are drawn as their base class is."""
+"""The module that draws each class of results; subclasses are drawn as their base class is."""
 
 
 def plotting_function(prefix: str, kind: type) -> Callable[[Any], Any]:

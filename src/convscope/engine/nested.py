@@ -1,77 +1,90 @@
-"""What layers return, however it is packed: a tensor, tuples, mappings and dataclasses of them."""
+"""Tensors in nested containers: what layers and functions of PyTorch take and return.
+
+Containers are tuples (named ones included), lists, mappings and dataclasses, and so are the outputs of Hugging Face
+models. ``torch.utils._pytree`` is not used: it is private, it knows no unregistered dataclasses, and it takes three
+times as long, which counts where every call of a function is inspected.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+PREFERRED_KEYS = ("logits", "out")  # of containers that hold several tensors
+_SCALARS = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
-def primary_tensor(output: Any) -> Tensor | None:
-    """The tensor that a layer's output stands for: itself, or the first of floats in a tuple, dict or dataclass.
+T = TypeVar("T")
 
-    In a mapping or object, `logits` and `out` come before the rest.
+
+def primary_tensor(output: object) -> Tensor | None:
+    """Return the tensor that an output stands for: itself, or the first floating-point tensor in it.
+
+    In mappings and dataclasses, `PREFERRED_KEYS` come before the other keys.
     """
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    return next((t for part in _parts(output).values() if (t := primary_tensor(part)) is not None), None)
+    parts = sorted(_parts(output).items(), key=lambda part: part[0] not in PREFERRED_KEYS)
+    return next((tensor for _, part in parts if (tensor := primary_tensor(part)) is not None), None)
 
 
-def replace_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A copy of a layer's output in which `new` stands where `old` stood."""
+def replace_tensor(output: T, old: Tensor, new: Tensor) -> T:
+    """Return a copy of `output` with `new` in place of `old`."""
     return map_tensors(output, lambda tensor: new if tensor is old else tensor)
 
 
-def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a layer's output in which every tensor is what `change` makes of it."""
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, Mapping):
-        changed = {key: map_tensors(part, change) for key, part in output.items()}
-        kind: Any = type(output)
-        return kind(**changed) if dataclasses.is_dataclass(output) else kind(changed)
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(map_tensors(part, change) for part in output))
-    if isinstance(output, tuple | list):
-        return type(output)(map_tensors(part, change) for part in output)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        fields = {key: map_tensors(part, change) for key, part in _parts(output).items()}
-        return dataclasses.replace(output, **fields)
-    return output
+def map_tensors(output: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Return a copy of `output` with `function` applied to every tensor."""
+    container: Any = output
+    if isinstance(container, Tensor):
+        changed: Any = function(container)
+        return changed  # type: ignore[no-any-return]
+    parts = {key: map_tensors(part, function) for key, part in _parts(container).items()}
+    return _rebuild(container, parts) if parts else output
 
 
-def tensor_leaves(output: Any) -> list[Tensor]:
-    """Every tensor in a layer's output."""
-    tensors: list[Tensor] = []
-
-    def found(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    map_tensors(output, found)
-    return tensors
-
-
-def iter_tensors(parts: Any) -> Iterator[Tensor]:
-    """Every tensor among what a function is given or returns: lists, tuples and dicts are looked into."""
-    if isinstance(parts, Tensor):
-        yield parts
-    elif isinstance(parts, dict):
-        yield from iter_tensors(list(parts.values()))
-    elif isinstance(parts, list | tuple):
-        for part in parts:
+def iter_tensors(value: object) -> Iterator[Tensor]:
+    """Yield every tensor in `value`, depth first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from iter_tensors(part)
+    elif type(value) not in _SCALARS:
+        for part in _parts(value).values():
             yield from iter_tensors(part)
 
 
-def _parts(output: Any) -> dict[Any, Any]:
-    if isinstance(output, Mapping):
-        parts = dict(output)
-    elif isinstance(output, tuple | list):
-        return dict(enumerate(output))
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+def iter_leaves(value: object) -> Iterator[object]:
+    """Yield everything in `value` that is no container, depth first."""
+    if isinstance(value, Mapping | tuple | list) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        for part in _parts(value).values():
+            yield from iter_leaves(part)
     else:
-        return {}
-    return dict(sorted(parts.items(), key=lambda item: item[0] not in ("logits", "out")))
+        yield value
+
+
+def _parts(container: Any) -> Mapping[Any, Any]:
+    """Return the direct parts of a container by key, field or position; none if it is no container."""
+    if isinstance(container, Mapping):
+        return container
+    if isinstance(container, tuple | list):
+        return dict(enumerate(container))
+    if dataclasses.is_dataclass(container) and not isinstance(container, type):
+        return {f.name: getattr(container, f.name) for f in dataclasses.fields(container)}
+    return {}
+
+
+def _rebuild(container: Any, parts: Mapping[Any, Any]) -> Any:
+    """Return a container of the same type with other parts."""
+    kind = type(container)
+    if isinstance(container, Mapping):
+        return kind(**parts) if dataclasses.is_dataclass(container) else kind(parts)
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return kind(*parts.values())
+    if isinstance(container, tuple | list):
+        return kind(parts.values())
+    return dataclasses.replace(container, **parts)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from convscope.engine.nested import iter_tensors
 from convscope.engine.receptive_field import UNKNOWN, Axis, Field, propagate
 
 NONE: frozenset[str] = frozenset()
@@ -44,7 +44,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [t for t in _tensors((args, *kwargs.values())) if self._depends(t)]
+        inputs = [t for t in iter_tensors((args, *kwargs.values())) if self._depends(t)]
         output = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2].rstrip("_")
         if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
@@ -55,7 +55,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for written in _written(func, args, kwargs):
             if len(inputs) > 1 or written is not inputs[0]:
                 self._invalidate_aliases(written, made_of)
-        for tensor in _tensors(output):
+        for tensor in iter_tensors(output):
             field = propagate(func, name, args, inputs, fields, tensor, self._image)
             memory = _memory(tensor)
             if memory not in known:
@@ -85,10 +85,3 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)

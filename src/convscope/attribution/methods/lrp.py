@@ -38,7 +38,7 @@ from convscope.attribution.methods.lrp_network import CONVOLUTIONS, LayerGraph, 
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import ForwardResult
-from convscope.engine.nested import tensor_leaves
+from convscope.engine.nested import iter_tensors
 from convscope.errors import ConvscopeError, require_extra
 
 MERGE_RTOL = 1e-3  # accepted change of the scores by merging batch normalisation, relative to the largest
@@ -202,7 +202,7 @@ def _backward_relevance(leaf: Tensor, outputs: ForwardResult, scores: Tensor) ->
 
     The relevance of an output is its contribution to the score: its value times the score's gradient.
     """
-    ends = [tensor for tensor in tensor_leaves(outputs.output) if tensor.requires_grad]
+    ends = [tensor for tensor in iter_tensors(outputs.output) if tensor.requires_grad]
     for t in range(scores.shape[1]):
         one_hot = torch.zeros_like(scores)
         one_hot[:, t] = 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convscope.engine.acceleration.inplace_clamp import inplace_clamp
-from convscope.engine.nested import iter_tensors, replace_tensor, tensor_leaves
+from convscope.engine.nested import iter_tensors, replace_tensor
 
 R = TypeVar("R")
 OnBatch = Callable[[Tensor], Tensor]
@@ -302,7 +302,7 @@ def outputs_match(run: Callable[[Tensor], Any], quick: Callable[[Tensor], Any], 
     """Whether both give the same but for rounding. They do not where something that is no function of torch's, an
     extension say, looks at what is handed on within a chain."""
     with torch.no_grad():
-        pairs = zip(tensor_leaves(run(x)), tensor_leaves(quick(x)), strict=True)
+        pairs = zip(iter_tensors(run(x)), iter_tensors(quick(x)), strict=True)
         return all(bool((a - b).abs().max() <= RTOL * a.abs().max()) for a, b in pairs if a.is_floating_point())
 
 

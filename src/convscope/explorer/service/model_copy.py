@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves  # noqa: PLC2701 - torch has no public name for it
 
 from convscope.engine.model import Model
+from convscope.engine.nested import iter_leaves
 from convscope.errors import ConvscopeError
 
 
@@ -41,4 +41,4 @@ def _graph_metadata(module: nn.Module) -> Iterator[object]:
         graph = vars(part).get("graph")
         if isinstance(graph, fx.Graph):
             for node in graph.nodes:
-                yield from tree_leaves(node.meta)
+                yield from iter_leaves(node.meta)
