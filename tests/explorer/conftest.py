@@ -27,13 +27,30 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tiny, tmp_path_factory):
-    """A store of two layers, with concepts and an atlas."""
+def tiny_store_and_results(tiny, tmp_path_factory):
+    """A store of two layers, and the concepts and the atlas that were saved in it."""
     folder = tmp_path_factory.mktemp("tiny_store")
     data = data_folder(folder / "data")
     store = convscope.scan(tiny, data, folder / "store", layers=["relu1", "relu3"], k=10, workers=0)
-    save_concepts_and_atlas(tiny, store)
-    return store
+    return store, *save_concepts_and_atlas(tiny, store)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_store_and_results):
+    """A store of two layers, with concepts and an atlas."""
+    return tiny_store_and_results[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_concepts(tiny_store_and_results):
+    """Concepts of class 1 at relu3, as saved in the store."""
+    return tiny_store_and_results[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_atlas(tiny_store_and_results):
+    """The atlas of relu3, as saved in the store."""
+    return tiny_store_and_results[2]
 
 
 @pytest.fixture(scope="session")

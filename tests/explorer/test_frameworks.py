@@ -1,8 +1,7 @@
-"""The explorer of networks from elsewhere: a Keras model, and a program exported by torch."""
+"""The explorer with Keras models, with programs exported by torch, and with modules that cannot be copied."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -10,16 +9,17 @@ from torch import nn
 
 import convscope
 from convscope.explorer.app import create_app
-from convscope.explorer.service import compute
 from convscope.explorer.service.state import Explorer
+from tests.explorer.helpers import assert_packed, read_events
 from tests.oracles.explorer import smooth_image
 from tests.oracles.nets import Usual, filled
 
-HOW = {"size": 32, "mean": 0.5, "std": 0.25}
+PREPROCESSING = {"size": 32, "mean": 0.5, "std": 0.25}
+IMAGE_API = "/api/models/net/images/first"
 
 
 def keras_model() -> convscope.Model:
-    """A residual sum and a fused softmax; NHWC inside."""
+    """Return a channels-last model with a residual connection and a fused softmax."""
     keras = pytest.importorskip("keras", reason="the extra keras is not installed")
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((32, 32, 3))
@@ -30,11 +30,11 @@ def keras_model() -> convscope.Model:
     x = keras.layers.Conv2D(10, 3, activation="relu", name="third")(x)
     x = keras.layers.GlobalAveragePooling2D(name="mean")(x)
     x = keras.layers.Dense(4, activation="softmax", name="classes")(x)
-    return convscope.load(keras.Model(inputs, x), preprocessing=HOW)
+    return convscope.load(keras.Model(inputs, x), preprocessing=PREPROCESSING)
 
 
 class Residual(Usual):
-    """The usual network with a sum in it."""
+    """The usual network with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,24 +48,29 @@ class Residual(Usual):
         return self.fc(self.gap(x).flatten(1))
 
 
-@pytest.fixture(scope="module", params=["keras", "free batch", "one"])
+def exported_program(file, any_batch_size: bool) -> convscope.Model:
+    """Export a network with torch, and load it."""
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch_size else None
+    example = torch.rand(2 if any_batch_size else 1, 3, 32, 32)
+    torch.export.save(torch.export.export(filled(Residual()), (example,), dynamic_shapes=shapes), file)
+    return convscope.load(file, preprocessing=PREPROCESSING)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param("keras", marks=pytest.mark.slow), "any batch size", "batch size 1"]
+)
 def model(request, tmp_path_factory):
     if request.param == "keras":
         return keras_model()
-    free = request.param == "free batch"
-    shapes = ({0: torch.export.Dim("batch")},) if free else None
-    program = torch.export.export(filled(Residual()), (torch.rand(2 if free else 1, 3, 32, 32),), dynamic_shapes=shapes)
-    file = tmp_path_factory.mktemp("program") / "net.pt2"
-    torch.export.save(program, file)
-    return convscope.load(file, preprocessing=HOW)
+    return exported_program(tmp_path_factory.mktemp("program") / "net.pt2", request.param == "any batch size")
 
 
 @pytest.fixture(scope="module")
 def explorer(model):
-    made = Explorer({"net": model})
-    made.images.add_sample(smooth_image(0), "first.png", "first.png")
-    yield made
-    made.close()
+    explorer = Explorer({"net": model})
+    explorer.images.add_sample(smooth_image(0), "first.png", "first.png")
+    yield explorer
+    explorer.close()
 
 
 @pytest.fixture(scope="module")
@@ -73,75 +78,68 @@ def client(explorer):
     return TestClient(create_app(explorer), base_url="http://localhost")
 
 
-def test_every_page_of_the_walk_is_there(client, explorer):
-    net = explorer.first
-    pages = ["/", "/m/net", "/m/net/story", "/m/net/picture/first", "/m/net/class/0", "/api/models/net"]
-    pages += [f"/m/net/layer/{row.name}" for row in net.layers] + [f"/m/net/unit/{row.name}/1" for row in net.layers]
+def test_all_pages_work(client, explorer):
+    layers = [layer.name for layer in explorer.first.layers]
+    pages = ["/", "/m/net", "/m/net/story", "/m/net/image/first", "/m/net/class/0", "/api/models/net"]
+    pages += [f"/m/net/layer/{name}" for name in layers] + [f"/m/net/unit/{name}/1" for name in layers]
     assert {page: client.get(page).status_code for page in pages} == dict.fromkeys(pages, 200)
-    assert len(net.layers) >= 5
+    assert len(layers) >= 5
 
 
-def test_what_the_pages_say_is_what_the_library_says(client, model):
-    base = "/api/models/net/pictures/first"
-    known = convscope.predict(model, [smooth_image(0)], top=2)
-    said = client.get(f"{base}/predictions?top=2").json()["predictions"]
-    assert [row["probability"] for row in said] == pytest.approx(known.probabilities[0].tolist(), rel=1e-5)
-    layer = model.layers.last_spatial().name
+def test_pages_agree_with_the_library(client, model):
+    expected = convscope.predict(model, [smooth_image(0)], top=2)
+    rows = client.get(f"{IMAGE_API}/predictions?top=2").json()["predictions"]
+    assert [row["probability"] for row in rows] == pytest.approx(expected.probabilities[0].tolist(), rel=1e-5)
     for method in ("grad-cam", "layer-cam"):
-        heat = client.get(f"{base}/heatmap?target=1&method={method}").json()
-        values = convscope.heatmaps(model, [smooth_image(0)], 1, method=method).values[0, 0]
-        assert compute.unpack_map(heat["map"]) == pytest.approx(values, abs=float(np.abs(values).max()) / 30000)
-    maps = convscope.activations(model, [smooth_image(0)], [layer])[layer][0]
-    told = client.get(f"{base}/activations?layer={layer}").json()
-    assert told["max"] == pytest.approx(maps.max((1, 2)), rel=1e-3)
-
-
-def test_work_beside_the_quick_answers_leaves_the_same_network_alone(client, explorer, model):
-    """Faithfulness, measures of all layers and patterns run on a twin: modules of its own, the same weights."""
-    base = "/api/models/net/pictures/first"
-    before = [p.requires_grad for p in model.dialect.parameters(model.module)]
-    assert [row["metric"] for row in client.get(f"{base}/faithfulness?target=1").json()["rows"]] == [
-        "deletion", "insertion",
-    ]  # fmt: skip
-    measured = client.get(f"{base}/layers").json()["layers"]
-    assert set(measured) == {row.name for row in explorer.first.layers}
+        record = client.get(f"{IMAGE_API}/heatmap?target=1&method={method}").json()
+        assert_packed(record["map"], convscope.heatmaps(model, [smooth_image(0)], 1, method=method).values[0, 0])
     layer = model.layers.last_spatial().name
-    with client.stream("GET", f"/api/models/net/pattern/events?layer={layer}&unit=2") as answer:
-        text = "".join(answer.iter_text())
-    assert "event: done" in text, text[-400:]
+    maps = convscope.activations(model, [smooth_image(0)], [layer])[layer][0]
+    record = client.get(f"{IMAGE_API}/activations?layer={layer}").json()
+    assert record["max"] == pytest.approx(maps.max((1, 2)), rel=1e-3)
+
+
+def test_background_jobs_leave_the_model_unchanged(client, explorer, model):
+    flags = [weight.requires_grad for weight in model.adapter.parameters(model.module)]
+    rows = client.get(f"{IMAGE_API}/faithfulness?target=1").json()["rows"]
+    assert [row["metric"] for row in rows] == ["deletion", "insertion"]
+    summaries = client.get(f"{IMAGE_API}/layers").json()["layers"]
+    assert set(summaries) == {layer.name for layer in explorer.first.layers}
+    layer = model.layers.last_spatial().name
+    events = read_events(client, f"/api/models/net/pattern/events?layer={layer}&unit=2")
+    assert events[-1][0] == "done", events[-1]
     assert "/image/pattern" in client.get(f"/m/net/unit/{layer}/2").text
-    assert explorer.first.spare.module is not model.module
-    assert [p.requires_grad for p in model.dialect.parameters(model.module)] == before
+    assert explorer.first.background_model.module is not model.module
+    assert [weight.requires_grad for weight in model.adapter.parameters(model.module)] == flags
 
 
-class Single(Usual):
-    """A network that will not be copied."""
+def test_edges_of_a_residual_sum_join_two_branches(client):
+    record = client.get("/api/models/net").json()
+    names = [layer["name"] for layer in record["layers"]]
+    inputs: dict[str, set[str]] = {}
+    for start, end in record["edges"]:
+        inputs.setdefault(names[end], set()).add(names[start])
+    joins = {name: sources for name, sources in inputs.items() if len(sources) > 1}
+    assert joins in ({"sum": {"first", "second"}}, {"relu3": {"bn3", "relu2"}})
+
+
+class Uncopyable(Usual):
+    """A network that cannot be copied."""
 
     def __deepcopy__(self, memo):
         raise RuntimeError("one of a kind")
 
 
-def test_a_network_that_cannot_be_copied_says_so():
-    made = Explorer({"net": convscope.load(filled(Single()), preprocessing=HOW)})
-    made.images.add_sample(smooth_image(0), "first.png", "first.png")
-    client = TestClient(create_app(made), base_url="http://localhost")
-    for page in ("/m/net", "/m/net/picture/first", "/m/net/layer/relu3", "/m/net/unit/relu3/1"):
+def test_models_that_cannot_be_copied_are_shown_without_background_jobs():
+    explorer = Explorer({"net": convscope.load(filled(Uncopyable()), preprocessing=PREPROCESSING)})
+    explorer.images.add_sample(smooth_image(0), "first.png", "first.png")
+    client = TestClient(create_app(explorer), base_url="http://localhost")
+    for page in ("/m/net", "/m/net/image/first", "/m/net/layer/relu3", "/m/net/unit/relu3/1"):
         assert client.get(page).status_code == 200
-    answer = client.get("/api/models/net/pictures/first/faithfulness?target=1")
-    assert answer.status_code == 422
-    assert "one of a kind" in answer.json()["error"]
-    with client.stream("GET", "/api/models/net/pattern/events?layer=relu3&unit=2") as stream:
-        text = "".join(stream.iter_text())
-    assert "event: failed" in text
-    assert "cannot be copied" in text
-    made.close()
-
-
-def test_the_sum_joins_two_branches(client, explorer):
-    rows, edges = (client.get("/api/models/net").json()[key] for key in ("layers", "edges"))
-    names = [row["name"] for row in rows]
-    into: dict[str, set[str]] = {}
-    for start, end in edges:
-        into.setdefault(names[end], set()).add(names[start])
-    joins = {name: sources for name, sources in into.items() if len(sources) > 1}
-    assert joins in ({"sum": {"first", "second"}}, {"relu3": {"bn3", "relu2"}})
+    response = client.get(f"{IMAGE_API}/faithfulness?target=1")
+    assert response.status_code == 422
+    assert "one of a kind" in response.json()["error"]
+    name, data = read_events(client, "/api/models/net/pattern/events?layer=relu3&unit=2")[-1]
+    assert name == "failed"
+    assert "cannot be copied" in data
+    explorer.close()
