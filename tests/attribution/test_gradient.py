@@ -1,4 +1,4 @@
-"""Heatmaps at the input, by gradients: known by hand where they can be, agreed upon by captum where not."""
+"""Gradient methods at the input, against closed forms and captum."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
+from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet18, relative_error
 from tests.oracles.nets import Frozen, Twice, Usual, changes, filled, lived_in, snapshot
 
-SIZE = 24
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
-SUMS = 1e-5  # sums over whole networks and pictures
+SUMS = 1e-5  # sums over whole networks and images
 METHODS: dict[str, dict[str, Any]] = {
     "saliency": {},
     "input-x-gradient": {},
@@ -34,53 +33,25 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded(net: nn.Module, size: Any = SIZE, **more: Any) -> convscope.Model:
-    return convscope.load(net, preprocessing={"size": size, **more})
-
-
-def inputs(count: int = 3, size: tuple[int, ...] = (3, SIZE, SIZE), seed: int = 1) -> Tensor:
-    return torch.randn((count, *size), generator=torch.Generator().manual_seed(seed))
-
-
-def apart(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest expected value."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def resnet() -> nn.Module:
-    """In double precision: rounding would switch rectifiers, and with them the gradient, on and off."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = torchvision.models.resnet18(weights=None)
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.3)
-                m.running_var.uniform_(0.5, 2)
-                m.weight.data.uniform_(0.5, 1.5)
-                m.bias.data.normal_(0, 0.3)
-    return net.eval().double()
-
-
-RESNET = (3, 48, 48)
-TARGETS = [[3, 7], [386, 7], [281, 999]]
+RESNET = (3, 32, 32)
+TARGETS = [[3, 7], [386, 999]]
 
 
 @pytest.fixture(scope="module")
-def subject() -> tuple[nn.Module, convscope.Model, Tensor]:
-    net = resnet()
-    return net, loaded(net, RESNET[1:]), inputs(3, RESNET).double()
+def resnet() -> tuple[nn.Module, convscope.Model, Tensor]:
+    """Return a network in double precision, where rounding does not switch ReLUs, with its model and inputs."""
+    net = random_resnet18().double()
+    return net, load_module(net, RESNET[1:]), random_images(2, RESNET).double()
 
 
-def by_target(ask: Callable[[list[int]], Tensor]) -> Tensor:
-    """(N, T, ...) from a function that takes one target a picture."""
-    return torch.stack([ask([row[t] for row in TARGETS]).detach() for t in range(2)], 1)
+def by_target(attribute: Callable[[list[int]], Tensor]) -> Tensor:
+    """Stack the results (N, T, ...) of a function that takes one target per image."""
+    return torch.stack([attribute([row[t] for row in TARGETS]).detach() for t in range(2)], 1)
 
 
 # --- captum ----------------------------------------------------------------------------------------------------------
 
-THEIRS: dict[
+CAPTUM: dict[
     str, tuple[Callable[[nn.Module, Tensor, list[int]], Tensor], Callable[[Tensor], Tensor], dict[str, Any]]
 ] = {
     "saliency": (lambda n, x, t: captum.attr.Saliency(n).attribute(x, t), lambda m: m.amax(2), {}),
@@ -101,57 +72,57 @@ THEIRS: dict[
 
 
 @pytest.mark.filterwarnings("ignore:Setting backward hooks", "ignore:Input Tensor")
-@pytest.mark.parametrize("method", THEIRS)
-def test_agrees_with_captum(subject: Any, method: str) -> None:
-    net, model, x = subject
-    attribute, reduced, options = THEIRS[method]
+@pytest.mark.parametrize("method", CAPTUM)
+def test_agrees_with_captum(resnet: Any, method: str) -> None:
+    net, model, x = resnet
+    attribute, reduced, options = CAPTUM[method]
     expected = reduced(by_target(lambda targets: attribute(net, x.clone(), targets)))
-    found = convscope.heatmaps(model, x, TARGETS, method=method, **options)
-    assert found.values.dtype == np.float32
-    assert found.layer == options.get("layer", "input")
-    assert apart(found.values, expected) < TINY
+    actual = convscope.heatmaps(model, x, TARGETS, method=method, **options)
+    assert actual.values.dtype == np.float32
+    assert actual.layer == options.get("layer", "input")
+    assert relative_error(actual.values, expected) < TINY
 
 
 @pytest.mark.filterwarnings("ignore:Input Tensor")
 @pytest.mark.parametrize(("method", "kind"), [("smooth-grad", "smoothgrad"), ("var-grad", "vargrad")])
 def test_agrees_with_captum_on_the_same_noise(
-    subject: Any, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    resnet: Any, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, model, x = subject
-    draw = torch.Generator().manual_seed(5)
-    noise = torch.stack([torch.randn(RESNET, generator=draw) for _ in range(6)])
+    net, model, x = resnet
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.stack([torch.randn(RESNET, generator=generator) for _ in range(4)])
     spread = x.amax((1, 2, 3)) - x.amin((1, 2, 3))
-    asked: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     def normal(_: float, deviation: Tensor) -> Tensor:
-        asked.append(tuple(deviation.shape))
-        return torch.cat([0.2 * s * noise for s in spread])  # theirs has the copies of each picture one after another
+        shapes.append(tuple(deviation.shape))
+        return torch.cat([0.2 * s * noise for s in spread])  # captum puts the copies of an image next to each other
 
     monkeypatch.setattr(torch, "normal", normal)
     tunnel = captum.attr.NoiseTunnel(captum.attr.Saliency(net))
-    theirs = by_target(
-        lambda t: tunnel.attribute(x.clone(), nt_type=kind, nt_samples=6, stdevs=0.2, target=t, abs=False)
+    reference = by_target(
+        lambda t: tunnel.attribute(x.clone(), nt_type=kind, nt_samples=4, stdevs=0.2, target=t, abs=False)
     )
     monkeypatch.undo()
-    assert asked == [(18, *RESNET)] * 2
-    expected = theirs.abs().amax(2) if kind == "smoothgrad" else theirs.sum(2)
-    found = convscope.heatmaps(model, x, TARGETS, method=method, samples=6, noise=0.2, seed=5)
-    assert apart(found.values, expected) < TINY
-    other = convscope.heatmaps(model, x, TARGETS, method=method, samples=6, noise=0.2, seed=6)
-    assert apart(other.values, expected) > 0.01
+    assert shapes == [(8, *RESNET)] * 2
+    expected = reference.abs().amax(2) if kind == "smoothgrad" else reference.sum(2)
+    actual = convscope.heatmaps(model, x, TARGETS, method=method, samples=4, noise=0.2, seed=5)
+    assert relative_error(actual.values, expected) < TINY
+    other = convscope.heatmaps(model, x, TARGETS, method=method, samples=4, noise=0.2, seed=6)
+    assert relative_error(other.values, expected) > 0.01
 
 
 def test_lite0_agrees_with_captum(lite0: convscope.Model, photos: list[str]) -> None:
-    """In single precision, with the networks' own weights."""
-    found = convscope.heatmaps(lite0, photos[:2], [[281, 3], [118, 3]], method="input-x-gradient")
+    """In single precision, with trained weights."""
+    actual = convscope.heatmaps(lite0, photos[:2], [[281, 3], [118, 3]], method="input-x-gradient")
     x = torch.cat([lite0.preprocessing.normalize(torch.from_numpy(p)) for p in prepared(photos[:2])])
     for position, targets in enumerate(([281, 118], [3, 3])):
-        theirs = captum.attr.InputXGradient(lite0.module).attribute(x.requires_grad_(), targets)
-        assert apart(found.values[:, position], theirs.detach().sum(1)) < 1e-4
+        reference = captum.attr.InputXGradient(lite0.module).attribute(x.requires_grad_(), targets)
+        assert relative_error(actual.values[:, position], reference.detach().sum(1)) < 1e-4
 
 
 def prepared(photos: list[str]) -> list[np.ndarray]:
-    """Squashed to 224 x 224 as the model does, in [0, 1]."""
+    """Squash photographs to 224 x 224 as the model does, in [0, 1]."""
     from PIL import Image
 
     opened = [Image.open(p).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for p in photos]
@@ -172,36 +143,36 @@ class Linear(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def test_a_linear_network() -> None:
+def test_maps_of_a_linear_network() -> None:
     net = filled(Linear())
-    model, x = loaded(net, (5, 4)), inputs(2, (3, 5, 4))
+    model, x = load_module(net, (5, 4)), random_images(2, (3, 5, 4))
     w = net.fc.weight.detach().reshape(1, 3, 3, 5, 4)[:, [2, 0]]
     targets = [[2, 0]] * 2
 
-    def asked(method: str, **options: Any) -> convscope.Heatmaps:
+    def attribute(method: str, **options: Any) -> convscope.Heatmaps:
         return convscope.heatmaps(model, x, targets, method=method, **options)
 
     strongest = w.abs().amax(2).expand(2, -1, -1, -1)
     product = (w * x[:, None]).sum(2)
-    assert apart(asked("saliency").values, strongest) < TINY
-    assert apart(asked("smooth-grad").values, strongest) < TINY
-    assert np.abs(asked("var-grad").values).max() < TINY
-    assert apart(asked("input-x-gradient").values, product) < TINY
+    assert relative_error(attribute("saliency").values, strongest) < TINY
+    assert relative_error(attribute("smooth-grad").values, strongest) < TINY
+    assert np.abs(attribute("var-grad").values).max() < TINY
+    assert relative_error(attribute("input-x-gradient").values, product) < TINY
     for steps in (1, 2, 9):
-        found = asked("integrated-gradients", steps=steps)
-        assert apart(found.values, product) < TINY
-        assert np.abs(found.extras["completeness_error"]).max() < SUMS
-    from_one = asked("integrated-gradients", baseline=1.0)
-    assert apart(from_one.values, (w * (x[:, None] - 1)).sum(2)) < TINY
-    full = asked("full-grad")
+        actual = attribute("integrated-gradients", steps=steps)
+        assert relative_error(actual.values, product) < TINY
+        assert np.abs(actual.extras["completeness_error"]).max() < SUMS
+    from_ones = attribute("integrated-gradients", baseline=1.0)
+    assert relative_error(from_ones.values, (w * (x[:, None] - 1)).sum(2)) < TINY
+    full = attribute("full-grad")
     term = (w * x[:, None]).abs()
     low, high = term.amin((2, 3, 4), keepdim=True), term.amax((2, 3, 4), keepdim=True)
-    assert apart(full.values, ((term - low) / (high - low)).sum(2)) < TINY
+    assert relative_error(full.values, ((term - low) / (high - low)).sum(2)) < TINY
     assert np.abs(full.extras["completeness_error"]).max() < SUMS
 
 
-def test_variance_of_a_square() -> None:
-    """S = sum a x^2 has the gradient 2 a x: over the copies x + e it varies by 4 a^2 Var e, wherever the picture is."""
+def test_moments_of_the_gradient_of_a_square() -> None:
+    """S = sum a x^2 has the gradient 2 a x: over copies x + e its variance is 4 a^2 Var e."""
 
     class Square(nn.Module):
         def __init__(self) -> None:
@@ -213,57 +184,57 @@ def test_variance_of_a_square() -> None:
             return self.out((self.a * x * x).sum((1, 2, 3))[:, None])
 
     net = Square()
-    x = inputs(2, (3, 5, 4))
-    draw = torch.Generator().manual_seed(0)
-    noise = torch.stack([torch.randn((3, 5, 4), generator=draw) for _ in range(11)]).double()
+    x = random_images(2, (3, 5, 4))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn((3, 5, 4), generator=generator) for _ in range(11)]).double()
     spread = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).double()
     a = net.a.detach().double()
-    model = loaded(net, (5, 4))
+    model = load_module(net, (5, 4))
     variance = noise.var(0, correction=0) * (0.3 * spread.view(2, 1, 1, 1)) ** 2
-    found = convscope.heatmaps(model, x, 0, method="var-grad", samples=11, noise=0.3)
-    assert apart(found.values[:, 0], (4 * a**2 * variance).sum(1)) < SUMS
+    actual = convscope.heatmaps(model, x, 0, method="var-grad", samples=11, noise=0.3)
+    assert relative_error(actual.values[:, 0], (4 * a**2 * variance).sum(1)) < SUMS
     smooth = convscope.heatmaps(model, x, 0, method="smooth-grad", samples=11, noise=0.3)
     mean = 2 * a * (x + 0.3 * spread.view(2, 1, 1, 1) * noise.mean(0))
-    assert apart(smooth.values[:, 0], mean.abs().amax(1)) < SUMS
-    # A constant on top changes neither, and costs no precision: it cancels out before anything is squared.
+    assert relative_error(smooth.values[:, 0], mean.abs().amax(1)) < SUMS
+    # A constant offset costs no precision: it cancels before anything is squared.
     assert convscope.heatmaps(model, x + 1000, 0, method="var-grad", samples=11, noise=0.3).values.min() > 0
 
 
 # --- integrated gradients --------------------------------------------------------------------------------------------
 
 
-def test_completeness() -> None:
-    net, x, targets = filled(Usual()).double(), inputs().double(), [[0, 3], [1, 2], [4, 0]]
+def test_integrated_gradients_are_complete() -> None:
+    net, x, targets = filled(Usual()).double(), random_images().double(), [[0, 3], [1, 2], [4, 0]]
     errors = []
     for steps in (4, 128):
-        found = convscope.heatmaps(loaded(net), x, targets, method="integrated-gradients", steps=steps)
+        actual = convscope.heatmaps(load_module(net), x, targets, method="integrated-gradients", steps=steps)
         with torch.no_grad():
             gain = (net(x) - net(x * 0)).gather(1, torch.tensor(targets))
-        by_hand = found.values.astype(np.float64).sum((2, 3)) - gain.numpy()
-        assert np.abs(found.extras["completeness_error"] - by_hand).max() < SUMS
+        by_hand = actual.values.astype(np.float64).sum((2, 3)) - gain.numpy()
+        assert np.abs(actual.extras["completeness_error"] - by_hand).max() < SUMS
         errors.append(np.abs(by_hand).max())
     assert errors[1] < 0.2 * errors[0]
-    assert found.arrays()["completeness_error"].shape == (3, 2)
+    assert actual.arrays()["completeness_error"].shape == (3, 2)
 
 
-def test_baselines(subject: Any) -> None:
-    _, model, x = subject
-    model = loaded(model.module, RESNET[1:], mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+def test_integrated_gradients_baselines() -> None:
+    x = random_images(1).double()
+    model = load_module(filled(Usual()).double(), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     black = -np.array([0.4, 0.5, 0.6]) / [0.2, 0.3, 0.25]
 
-    def asked(baseline: Any) -> np.ndarray:
-        return convscope.heatmaps(model, x[:1], 3, method="integrated-gradients", steps=3, baseline=baseline).values
+    def attribute(baseline: Any) -> np.ndarray:
+        return convscope.heatmaps(model, x, 3, method="integrated-gradients", steps=3, baseline=baseline).values
 
-    assert apart(asked("black"), asked(black.reshape(3, 1, 1))) < TINY
-    assert apart(asked(torch.full(RESNET, 0.5)), asked(0.5)) < TINY
-    assert apart(asked(0.5), asked(0.0)) > 0.01
+    assert relative_error(attribute("black"), attribute(black.reshape(3, 1, 1))) < TINY
+    assert relative_error(attribute(torch.full((3, SIZE, SIZE), 0.5)), attribute(0.5)) < TINY
+    assert relative_error(attribute(0.5), attribute(0.0)) > 0.01
     for bad, message in (
         ("white", "baseline is 'white'; expected 'black', a number or an array"),
-        (np.zeros(3), r"a baseline of shape \(3,\) does not broadcast to a picture \(3, 48, 48\)"),
-        (np.zeros((2, 3, 48, 48)), "does not broadcast"),
+        (np.zeros(3), r"baseline has shape \(3,\), which does not broadcast to an image \(3, 24, 24\)"),
+        (np.zeros((2, 3, 24, 24)), "does not broadcast"),
     ):
         with pytest.raises(ConvscopeError, match=message):
-            asked(bad)
+            attribute(bad)
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -274,25 +245,25 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("var-grad", {"noise": float("nan")}, "noise is nan"),
     ("integrated-gradients", {"steps": -1}, "steps is -1"),
     ("integrated-gradients", {"step": 3}, "has no option 'step'; its options: steps, baseline"),
-    ("saliency", {"layer": "conv1"}, "saliency looks at the input"),
+    ("saliency", {"layer": "conv1"}, "saliency works at the input"),
 ]
 
 
 @pytest.mark.parametrize(("method", "options", "message"), BAD)
-def test_what_is_refused(method: str, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(method: str, options: dict[str, Any], message: str) -> None:
     net, _ = lived_in(filled(Usual()))
-    model = loaded(net)
+    model = load_module(net)
     before = snapshot(net)
     with pytest.raises(ConvscopeError, match=message):
-        convscope.heatmaps(model, inputs(), method=method, **options)
+        convscope.heatmaps(model, random_images(), method=method, **options)
     assert changes(before, snapshot(net)) == []
 
 
-# --- rules for rectifiers --------------------------------------------------------------------------------------------
+# --- ReLU rules ------------------------------------------------------------------------------------------------------
 
 
-def ruled(net: Twice, x: np.ndarray, target: int, rule: str, top: float) -> np.ndarray:
-    """Two convolutions of 3 x 3, each cut off below 0 and above `top`, their mean over places, a linear layer."""
+def backprop_by_hand(net: Twice, x: np.ndarray, target: int, rule: str, top: float) -> np.ndarray:
+    """Backpropagate by hand: two 3 x 3 convolutions, each clamped to [0, top], a global average, a linear layer."""
     weights = {name: p.detach().double().numpy() for name, p in net.named_parameters()}
 
     def conv(x: np.ndarray, name: str) -> np.ndarray:
@@ -311,17 +282,17 @@ def ruled(net: Twice, x: np.ndarray, target: int, rule: str, top: float) -> np.n
                 out[:, i : i + g.shape[1], j : j + g.shape[2]] += np.einsum("khw,kc->chw", g, w[..., i, j])
         return out
 
-    def through(g: np.ndarray, z: np.ndarray) -> np.ndarray:
+    def relu_backward(g: np.ndarray, z: np.ndarray) -> np.ndarray:
         passes = (z > 0) & (z < top)
         return {"gradient": g * passes, "guided": np.maximum(g, 0) * passes, "deconvnet": np.maximum(g, 0)}[rule]
 
     first = conv(x, "conv1")
     second = conv(np.clip(first, 0, top), "conv2")
     g = np.ones_like(second) * (weights["fc.weight"][target] / second[0].size)[:, None, None]
-    return back(through(back(through(g, second), "conv2"), first), "conv1").sum(0)
+    return back(relu_backward(back(relu_backward(g, second), "conv2"), first), "conv1").sum(0)
 
 
-WAYS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+RELUS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "module": (nn.ReLU(), np.inf),
     "module in place": (nn.ReLU(inplace=True), np.inf),
     "function": (F.relu, np.inf),
@@ -329,15 +300,15 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "underscore": (F.relu_, np.inf),
     "torch": (torch.relu, np.inf),
     "method": (lambda x: x.relu(), np.inf),
-    "method in place, its value ignored": (lambda x: [x.relu_(), x][1], np.inf),
-    "keyword": (lambda x: F.relu(input=x), np.inf),
+    "in-place method, return value ignored": (lambda x: [x.relu_(), x][1], np.inf),
+    "keyword argument": (lambda x: F.relu(input=x), np.inf),
     "clamp": (lambda x: x.clamp(min=0), np.inf),
     "clamp_min": (lambda x: torch.clamp_min(x, 0), np.inf),
     "threshold": (nn.Threshold(0, 0), np.inf),
     "overload": (torch.ops.aten.relu.default, np.inf),
-    "six": (nn.ReLU6(), 6),
-    "six in place": (nn.ReLU6(inplace=True), 6),
-    "six as a function": (F.relu6, 6),
+    "relu6": (nn.ReLU6(), 6),
+    "relu6 in place": (nn.ReLU6(inplace=True), 6),
+    "relu6 as a function": (F.relu6, 6),
     "hardtanh": (nn.Hardtanh(0, 6), 6),
     "clamp twice": (lambda x: torch.clamp(x, 0.0, 6.0), 6),
     "clip by tensors": (lambda x: torch.clip(x, torch.tensor(0.0), torch.tensor(6.0)), 6),
@@ -345,25 +316,25 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 
 @pytest.mark.parametrize(("method", "rule"), [("guided-backprop", "guided"), ("deconvnet", "deconvnet")])
-@pytest.mark.parametrize("way", WAYS)
-def test_rules_by_hand(way: str, method: str, rule: str) -> None:
+@pytest.mark.parametrize("variant", RELUS)
+def test_relu_rules_by_hand(variant: str, method: str, rule: str) -> None:
     net = filled(Twice())
     with torch.no_grad():
         net.conv1.weight *= 3  # so that 6 is reached
-    rectifier, top = WAYS[way]
+    rectifier, top = RELUS[variant]
     net.relu = rectifier if isinstance(rectifier, nn.Module) else Calling(rectifier)
-    x = inputs(2, (3, 9, 8))
-    expected = np.stack([[ruled(net, p.double().numpy(), t, rule, top) for t in (0, 3)] for p in x])
-    plain = np.stack([[ruled(net, p.double().numpy(), t, "gradient", top) for t in (0, 3)] for p in x])
-    model = loaded(net, (9, 8))
+    x = random_images(2, (3, 9, 8))
+    expected = np.stack([[backprop_by_hand(net, p.double().numpy(), t, rule, top) for t in (0, 3)] for p in x])
+    plain = np.stack([[backprop_by_hand(net, p.double().numpy(), t, "gradient", top) for t in (0, 3)] for p in x])
+    model = load_module(net, (9, 8))
     before = snapshot(net)
-    found = convscope.heatmaps(model, x, [[0, 3]] * 2, method=method)
-    assert apart(found.values, expected) < SUMS
-    assert apart(plain, expected) > 0.1
+    actual = convscope.heatmaps(model, x, [[0, 3]] * 2, method=method)
+    assert relative_error(actual.values, expected) < SUMS
+    assert relative_error(plain, expected) > 0.1
     assert changes(before, snapshot(net)) == []
     unchanged = convscope.heatmaps(model, x, [[0, 3]] * 2, method="input-x-gradient")
     (gradient,) = torch.autograd.grad(net(y := x.clone().requires_grad_())[:, 0].sum(), y)
-    assert apart(unchanged.values[:, 0], (gradient * x).sum(1)) < SUMS
+    assert relative_error(unchanged.values[:, 0], (gradient * x).sum(1)) < SUMS
 
 
 class Calling(nn.Module):
@@ -375,34 +346,34 @@ class Calling(nn.Module):
         return self.function(x)
 
 
-def test_what_lets_negative_values_through_has_no_rule() -> None:
-    for activation, called in ((nn.SiLU(), "silu"), (nn.LeakyReLU(), "leaky_relu"), (nn.Hardtanh(), None)):
+def test_networks_without_relus_are_refused() -> None:
+    for activation, name in ((nn.SiLU(), "silu"), (nn.LeakyReLU(), "leaky_relu"), (nn.Hardtanh(), None)):
         net = filled(Twice())
         net.relu = activation
         for method in ("guided-backprop", "deconvnet"):
-            has = f"its activations are {called}" if called else "nor any activation"
-            with pytest.raises(ConvscopeError, match=rf"{method} changes what rectifiers .* has none; {has}"):
-                convscope.heatmaps(loaded(net), inputs(), 0, method=method)
-        with pytest.raises(ConvscopeError, match="has none"):
-            convscope.heatmaps(loaded(net), inputs(), 0, method="guided-grad-cam")
+            activations = f"its activations are {name}" if name else "it has no other activations either"
+            with pytest.raises(ConvscopeError, match=rf"{method} changes how ReLUs .* no ReLU or ReLU6; {activations}"):
+                convscope.heatmaps(load_module(net), random_images(), 0, method=method)
+        with pytest.raises(ConvscopeError, match="no ReLU or ReLU6"):
+            convscope.heatmaps(load_module(net), random_images(), 0, method="guided-grad-cam")
     mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.SiLU(), nn.Flatten(), nn.LazyLinear(2))
-    mixed(inputs())
-    assert convscope.heatmaps(loaded(filled(mixed)), inputs(), 0, method="guided-backprop").values.any()
+    mixed(random_images())
+    assert convscope.heatmaps(load_module(filled(mixed)), random_images(), 0, method="guided-backprop").values.any()
 
 
 def test_clamps_elsewhere_keep_their_gradient() -> None:
     net = nn.Sequential(Calling(lambda x: (-F.relu(x) - x.clamp(min=-1) - x.clamp(max=1)).mean((2, 3))))
-    x = inputs(2)
-    found = convscope.heatmaps(loaded(net), x, 1, method="guided-backprop").values[:, 0]
-    expected = -((x[:, 1] >= -1).float() + (x[:, 1] <= 1).float()) / SIZE**2  # the rectifier gets what is negative
-    assert apart(found, expected) < TINY
+    x = random_images(2)
+    actual = convscope.heatmaps(load_module(net), x, 1, method="guided-backprop").values[:, 0]
+    expected = -((x[:, 1] >= -1).float() + (x[:, 1] <= 1).float()) / SIZE**2  # the ReLU gets negative gradients
+    assert relative_error(actual, expected) < TINY
 
 
 # --- the full gradient -----------------------------------------------------------------------------------------------
 
 
 def authors_map(net: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """As in the authors' program (idiap/fullgrad-saliency): hooks on layers, map and sum of all terms."""
+    """Compute map and completeness error as in the authors' program (idiap/fullgrad-saliency): hooks on layers."""
     terms: list[tuple[nn.Module, Tensor]] = []
     handles = [
         m.register_forward_hook(lambda m, _, output: terms.append((m, output)) or output.clone())
@@ -437,24 +408,24 @@ def authors_map(net: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]
     return saliency.detach(), (score - total).detach()
 
 
-def test_full_gradient_is_the_authors(subject: Any) -> None:
-    """Equation 9, with the biases hidden in batch normalisation, which complete equation 2.
+def test_full_grad_agrees_with_the_authors_program(resnet: Any) -> None:
+    """Equation 9, with the implicit biases of batch normalisation, which equation 2 needs.
 
-    pytorch-grad-cam's FullGrad scales over the batch and each channel by itself, and once more at the end, and leaves
-    the linear layer out; it and this agree on no picture. What the paper's proposition 1 says decides: completeness.
+    pytorch-grad-cam's FullGrad scales over the batch and each channel separately, scales again at the end, and leaves
+    the linear layer out, so it agrees on no image. Completeness, proposition 1 of the paper, decides.
     """
-    net, model, x = subject
-    found = convscope.heatmaps(model, x, [[3, 7]] * 3, method="full-grad")
+    net, model, x = resnet
+    actual = convscope.heatmaps(model, x, [[3, 7]] * 2, method="full-grad")
     for position, target in enumerate((3, 7)):
         expected, missing = authors_map(net, x, target)
-        assert missing.abs().max() < 1e-10  # so the oracle itself is complete, in float64
-        assert apart(found.values[:, position], expected) < TINY
-    assert np.abs(found.extras["completeness_error"]).max() < SUMS
-    assert found.values.min() >= 0
+        assert missing.abs().max() < 1e-10  # the reference itself is complete, in float64
+        assert relative_error(actual.values[:, position], expected) < TINY
+    assert np.abs(actual.extras["completeness_error"]).max() < SUMS
+    assert actual.values.min() >= 0
 
 
-class Written(nn.Module):
-    """The same as a convolution with bias, batch normalisation, ReLU6 and a linear head, in plain arithmetic."""
+class WrittenOut(nn.Module):
+    """`Usual` with biases, batch normalisation and ReLU6 written as plain arithmetic."""
 
     def __init__(self, net: Usual, chained: bool) -> None:
         super().__init__()
@@ -477,116 +448,118 @@ class Written(nn.Module):
         return x.mean((2, 3)) @ n.fc.weight.t() + n.fc.bias
 
 
-def test_biases_that_are_written_out_are_the_same_biases() -> None:
+def test_biases_written_as_arithmetic_are_found() -> None:
     net = filled(Usual())
     with torch.no_grad():
         net.bn3.weight *= 4  # so that 6 is reached
-    x = inputs()
+    x = random_images()
     assert bool(
         (net.relu3(net.bn3(net.conv3(net.relu2(net.conv2(net.pool(net.relu1(net.bn1(net.conv1(x))))))))) == 6).any()
     )
-    expected = convscope.heatmaps(loaded(net), x, [[0, 4]] * 3, method="full-grad")
+    expected = convscope.heatmaps(load_module(net), x, [[0, 4]] * 3, method="full-grad")
     assert np.abs(expected.extras["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
     for chained in (True, False):
-        found = convscope.heatmaps(loaded(Written(net, chained)), x, [[0, 4]] * 3, method="full-grad")
-        assert apart(found.logits, expected.logits) < SUMS
-        assert apart(found.values, expected.values) < SUMS
-        assert np.abs(found.extras["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
+        actual = convscope.heatmaps(load_module(WrittenOut(net, chained)), x, [[0, 4]] * 3, method="full-grad")
+        assert relative_error(actual.logits, expected.logits) < SUMS
+        assert relative_error(actual.values, expected.values) < SUMS
+        assert np.abs(actual.extras["completeness_error"]).max() < SUMS * np.abs(expected.logits).max()
 
 
-SUMMED: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean off": lambda x: x - 0.3,
-    "mean off, then used twice": lambda x: (y := x - 0.3) * y.detach().sign() + y,
-    "mean off, then scaled": lambda x: (x - 0.3) * 2.5,
-    "mean off, then over": lambda x: (x - torch.tensor(0.3)) / 2.5 + 1,
-    "mean off twice": lambda x: (x - 0.3) - 0.2,
-    "taken from": lambda x: 0.7 - x,
+CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "subtract": lambda x: x - 0.3,
+    "subtract, used twice": lambda x: (y := x - 0.3) * y.detach().sign() + y,
+    "subtract, scale": lambda x: (x - 0.3) * 2.5,
+    "subtract, divide, add": lambda x: (x - torch.tensor(0.3)) / 2.5 + 1,
+    "subtract twice": lambda x: (x - 0.3) - 0.2,
+    "constant minus image": lambda x: 0.7 - x,
     "torch.rsub": lambda x: torch.rsub(x, 0.7),
     "with alpha": lambda x: torch.add(x, torch.tensor(0.7), alpha=-2),
     "in place": lambda x: (x * 1).add_(1).sub_(0.2),
-    "larger than the picture": lambda x: x.mean(1, keepdim=True) + torch.linspace(1, 2, 3).view(1, 3, 1, 1),
-    "between pictures": lambda x: x + x.flip(3) + 1,
+    "larger than the image": lambda x: x.mean(1, keepdim=True) + torch.linspace(1, 2, 3).view(1, 3, 1, 1),
+    "sum of images": lambda x: x + x.flip(3) + 1,
     "clamped": lambda x: x.clamp(-0.4, 0.6),
     "hard": lambda x: F.hardtanh(x, -0.3, 0.8),
     "transposed": lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 2, 2), torch.tensor([0.5, -1.0])),
 }
 
 
-@pytest.mark.parametrize("kind", SUMMED)
-def test_whatever_is_added_is_a_bias(kind: str) -> None:
-    net = nn.Sequential(Calling(lambda x: F.leaky_relu(SUMMED[kind](x), 0.2).flatten(1)[:, :600].cumsum(1)[:, ::100]))
-    x = inputs()
-    found = convscope.heatmaps(loaded(net), x, [[1, 5]] * 3, method="full-grad")
-    alone = convscope.heatmaps(loaded(net), x, [[1, 5]] * 3, method="input-x-gradient").values.sum((2, 3))
-    assert np.abs(alone - found.logits).max() > 0.1
-    assert np.abs(found.extras["completeness_error"]).max() < 1e-4  # sums of up to 500 values
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_added_constants_are_biases(kind: str) -> None:
+    net = nn.Sequential(
+        Calling(lambda x: F.leaky_relu(CONSTANTS[kind](x), 0.2).flatten(1)[:, :600].cumsum(1)[:, ::100])
+    )
+    x = random_images()
+    actual = convscope.heatmaps(load_module(net), x, [[1, 5]] * 3, method="full-grad")
+    single = convscope.heatmaps(load_module(net), x, [[1, 5]] * 3, method="input-x-gradient").values.sum((2, 3))
+    assert np.abs(single - actual.logits).max() > 0.1
+    assert np.abs(actual.extras["completeness_error"]).max() < 1e-4  # sums of up to 500 values
 
 
-def test_what_is_taken_off_last_is_a_bias() -> None:
+def test_final_subtraction_is_a_bias() -> None:
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3, bias=False), Calling(lambda x: x - 2))
-    net(inputs())
-    found = convscope.heatmaps(loaded(filled(net)), inputs(), 1, method="full-grad")
-    assert np.abs(found.extras["completeness_error"]).max() < SUMS
+    net(random_images())
+    actual = convscope.heatmaps(load_module(filled(net)), random_images(), 1, method="full-grad")
+    assert np.abs(actual.extras["completeness_error"]).max() < SUMS
 
 
-def test_completeness_of_the_bundled_network(lite0: convscope.Model, photos: list[str]) -> None:
-    found = convscope.heatmaps(lite0, photos, method="full-grad")
-    assert np.abs(found.extras["completeness_error"]).max() < 1e-4 * np.abs(found.logits).max()
+def test_full_grad_of_lite0_is_complete(lite0: convscope.Model, photos: list[str]) -> None:
+    actual = convscope.heatmaps(lite0, photos[:2], method="full-grad")
+    assert np.abs(actual.extras["completeness_error"]).max() < 1e-4 * np.abs(actual.logits).max()
 
 
-def test_a_network_that_bends_is_not_complete_and_says_so() -> None:
+def test_completeness_error_of_a_network_that_is_not_piecewise_linear() -> None:
     net = filled(Twice())
     net.relu = nn.SiLU()
-    found = convscope.heatmaps(loaded(net), inputs(), 1, method="full-grad")
-    assert np.abs(found.extras["completeness_error"]).min() > 1e-3
+    actual = convscope.heatmaps(load_module(net), random_images(), 1, method="full-grad")
+    assert np.abs(actual.extras["completeness_error"]).min() > 1e-3
 
 
-# --- the engine's promises -------------------------------------------------------------------------------------------
+# --- batches, side effects, shapes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_neighbours_targets_and_chunks_change_nothing(method: str) -> None:
-    model, x, targets = loaded(filled(Usual())), inputs(5), [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]]
+def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
+    model, x, targets = load_module(filled(Usual())), random_images(5), [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]]
     options = METHODS[method]
-    whole = convscope.heatmaps(model, x, targets, method=method, **options)
-    assert whole.values.shape == (5, 2, SIZE, SIZE)
-    turned = convscope.heatmaps(
+    full = convscope.heatmaps(model, x, targets, method=method, **options)
+    assert full.values.shape == (5, 2, SIZE, SIZE)
+    permuted = convscope.heatmaps(
         model, x[[4, 0, 2, 2, 1]], [targets[i] for i in (4, 0, 2, 2, 1)], method=method, **options
     )
-    assert np.array_equal(turned.values, whole.values[[4, 0, 2, 2, 1]])
+    assert np.array_equal(permuted.values, full.values[[4, 0, 2, 2, 1]])
     for position in range(2):
-        one = convscope.heatmaps(model, x, [[row[position]] for row in targets], method=method, **options)
-        assert apart(one.values[:, 0], whole.values[:, position]) < TINY
+        gradient_of_one = convscope.heatmaps(model, x, [[row[position]] for row in targets], method=method, **options)
+        assert relative_error(gradient_of_one.values[:, 0], full.values[:, position]) < TINY
     for memory in (1, 1 << 19):
         parts = convscope.heatmaps(model, x, targets, method=method, memory=memory, **options)
-        assert apart(parts.values, whole.values) < SUMS
-        for key, value in whole.extras.items():
+        assert relative_error(parts.values, full.values) < SUMS
+        for key, value in full.extras.items():
             assert np.abs(parts.extras[key] - value).max() < SUMS
     for n in range(5):
-        alone = convscope.heatmaps(model, x[n : n + 1], [targets[n]], method=method, **options)
-        assert apart(alone.values, whole.values[n : n + 1]) < SUMS
+        single = convscope.heatmaps(model, x[n : n + 1], [targets[n]], method=method, **options)
+        assert relative_error(single.values, full.values[n : n + 1]) < SUMS
 
 
-def test_in_single_precision_memory_changes_nothing_but_rounding() -> None:
-    """A lone input would take other kernels, whose rounding switches rectifiers, and gradients with them."""
-    model, x = loaded(resnet().float(), RESNET[1:]), inputs(3, RESNET)
-    whole, parts = (
+def test_memory_changes_single_precision_maps_by_rounding_only() -> None:
+    """A single input takes other kernels, whose rounding switches ReLUs and thereby changes gradients."""
+    model, x = load_module(random_resnet18().float(), RESNET[1:]), random_images(2, RESNET)
+    full, parts = (
         convscope.heatmaps(model, x, 3, method="integrated-gradients", steps=6, memory=m) for m in (1 << 30, 1)
     )
-    assert apart(parts.values, whole.values) < SUMS
+    assert relative_error(parts.values, full.values) < SUMS
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_behind(method: str) -> None:
+def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
     net, _ = lived_in(filled(Usual()))
-    model, before, options = loaded(net), snapshot(net), METHODS[method]
-    told: list[float] = []
+    model, before, options = load_module(net), snapshot(net), METHODS[method]
+    reported: list[float] = []
     convscope.heatmaps(
-        model, inputs(), [[0, 1]] * 3, method=method, progress=lambda d, n: told.append(d / n), **options
+        model, random_images(), [[0, 1]] * 3, method=method, progress=lambda d, n: reported.append(d / n), **options
     )
     assert changes(before, snapshot(net)) == []
-    assert told == sorted(told)
-    assert told[-1] == 1
+    assert reported == sorted(reported)
+    assert reported[-1] == 1
 
     class StopError(Exception):
         pass
@@ -595,16 +568,16 @@ def test_nothing_is_left_behind(method: str) -> None:
         raise StopError
 
     with pytest.raises(StopError):
-        convscope.heatmaps(model, inputs(), method=method, progress=stop, memory=1, **options)
+        convscope.heatmaps(model, random_images(), method=method, progress=stop, memory=1, **options)
     with pytest.raises(ConvscopeError):
-        convscope.heatmaps(model, inputs(), 17, method=method, **options)
+        convscope.heatmaps(model, random_images(), 17, method=method, **options)
     assert changes(before, snapshot(net)) == []
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "guided-grad-cam"])
 @pytest.mark.parametrize("size", [(40,), (6, 8, 10)])
 def test_signals_and_volumes(method: str, size: tuple[int, ...]) -> None:
-    """The same network along one, two and three axes: maps of a signal are those of a picture one pixel high."""
+    """The methods work on signals and volumes."""
     kinds = {1: (nn.Conv1d, nn.BatchNorm1d), 3: (nn.Conv3d, nn.BatchNorm3d)}[len(size)]
 
     class Net(nn.Module):
@@ -616,23 +589,23 @@ def test_signals_and_volumes(method: str, size: tuple[int, ...]) -> None:
             return self.fc(F.relu(self.bn(self.conv(x))).flatten(2).mean(2))
 
     net = filled(Net())
-    model = loaded(net, size, channels=2)
-    found = convscope.heatmaps(model, inputs(2, (2, *size)), [[0, 2]] * 2, method=method, **METHODS[method])
-    assert found.values.shape == (2, 2, *size)
-    assert found.values.any()
+    model = load_module(net, size, channels=2)
+    actual = convscope.heatmaps(model, random_images(2, (2, *size)), [[0, 2]] * 2, method=method, **METHODS[method])
+    assert actual.values.shape == (2, 2, *size)
+    assert actual.values.any()
     if method == "full-grad":
-        assert np.abs(found.extras["completeness_error"]).max() < SUMS
+        assert np.abs(actual.extras["completeness_error"]).max() < SUMS
 
 
 def test_guided_grad_cam_of_volumes_and_signals() -> None:
     for size, conv in (((40,), nn.Conv1d), ((6, 8, 10), nn.Conv3d)):
         net = filled(nn.Sequential(conv(2, 4, 3, stride=2), nn.ReLU(), conv(4, 3, 1), nn.Flatten(2)))
-        model = loaded(Meaned(net), size, channels=2)
-        found = convscope.heatmaps(model, inputs(2, (2, *size)), 0, method="guided-grad-cam", layer="net.1")
-        assert found.values.shape == (2, 1, *size)
+        model = load_module(MeanOverPositions(net), size, channels=2)
+        actual = convscope.heatmaps(model, random_images(2, (2, *size)), 0, method="guided-grad-cam", layer="net.1")
+        assert actual.values.shape == (2, 1, *size)
 
 
-class Meaned(nn.Module):
+class MeanOverPositions(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -641,32 +614,32 @@ class Meaned(nn.Module):
         return self.net(x).mean(2)
 
 
-def test_networks_that_write_into_their_input_or_stop_gradients() -> None:
-    x = inputs()
+def test_networks_that_modify_their_input_or_disable_gradients() -> None:
+    x = random_images()
     for net in (nn.Sequential(nn.ReLU(inplace=True), filled(Usual())), filled(Frozen())):
-        kept = x.clone()
-        found = convscope.heatmaps(loaded(net), x, 1, method="saliency")
-        assert found.values.any()
-        assert torch.equal(x, kept)
+        original = x.clone()
+        actual = convscope.heatmaps(load_module(net), x, 1, method="saliency")
+        assert actual.values.any()
+        assert torch.equal(x, original)
 
 
-def test_a_target_that_no_pixel_reaches_is_zero() -> None:
-    model = loaded(filled(Usual()))
+def test_target_independent_of_the_input_has_zero_maps() -> None:
+    model = load_module(filled(Usual()))
     for method in ("saliency", "integrated-gradients", "guided-backprop", "full-grad"):
-        found = convscope.heatmaps(model, inputs(), lambda output: torch.ones(len(output)), method=method)
-        assert not found.values.any()
-        assert "zero everywhere" in found.notes[0]
+        actual = convscope.heatmaps(model, random_images(), lambda output: torch.ones(len(output)), method=method)
+        assert not actual.values.any()
+        assert "zero everywhere" in actual.notes[0]
 
 
-def test_functions_and_contrasts_are_asked_about() -> None:
-    model, x = loaded(filled(Usual())), inputs()
+def test_function_and_contrast_targets() -> None:
+    model, x = load_module(filled(Usual())), random_images()
     for method in ("input-x-gradient", "integrated-gradients"):
-        one, other, against = (
+        gradient_of_one, other, against = (
             convscope.heatmaps(model, x, t, method=method, against=a) for t, a in ((1, None), (2, None), (1, 2))
         )
-        assert apart(against.values, one.values - other.values) < SUMS
+        assert relative_error(against.values, gradient_of_one.values - other.values) < SUMS
         function = convscope.heatmaps(model, x, lambda output: output[:, 1] - output[:, 2], method=method)
-        assert apart(function.values, against.values) < SUMS
+        assert relative_error(function.values, against.values) < SUMS
 
 
 # --- Keras -----------------------------------------------------------------------------------------------------------
@@ -678,7 +651,7 @@ def keras() -> Any:
 
 
 class Twin(nn.Module):
-    """What `keras_twin` computes."""
+    """The network that `keras_twin` builds in Keras."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -710,19 +683,20 @@ def keras_twin(keras: Any, twin: nn.Module) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras itself
-def test_a_keras_model_has_the_maps_of_its_twin(keras: Any) -> None:
+def test_keras_model_has_the_maps_of_its_torch_twin(keras: Any) -> None:
     twin = filled(Twin())
     with torch.no_grad():
         twin.norm.weight *= 5  # so that 6 is reached
-    x = inputs(2, (3, 12, 16))
-    ours, theirs = loaded(twin, (12, 16)), convscope.load(keras_twin(keras, twin))
+    x = random_images(2, (3, 12, 16))
+    torch_model, reference = load_module(twin, (12, 16)), convscope.load(keras_twin(keras, twin))
     for method, options in METHODS.items():
         options = {**options, "layer": "second"} if "layer" in options else options
-        expected = convscope.heatmaps(ours, x, [[0, 2]] * 2, method=method, **options)
-        found = convscope.heatmaps(theirs, x, [[0, 2]] * 2, method=method, **options)
-        if method != "guided-grad-cam":  # its layer ends behind the activation in Keras
-            assert apart(found.values, expected.values) < 1e-4, method
-        assert found.values.any()
+        expected = convscope.heatmaps(torch_model, x, [[0, 2]] * 2, method=method, **options)
+        actual = convscope.heatmaps(reference, x, [[0, 2]] * 2, method=method, **options)
+        if method != "guided-grad-cam":  # in Keras the layer includes the activation
+            assert relative_error(actual.values, expected.values) < 1e-4, method
+        assert actual.values.any()
         for key, value in expected.extras.items():
-            assert np.abs(found.extras[key] - value).max() < 1e-4, method
+            assert np.abs(actual.extras[key] - value).max() < 1e-4, method

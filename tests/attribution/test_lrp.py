@@ -1,4 +1,4 @@
-"""Relevance handed back layer by layer: by hand on small networks, as zennit's own attribution on large ones."""
+"""LRP: by hand on small networks, against zennit's own attribution on large ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from zennit.types import Linear
 
 import convscope
 from convscope import ConvscopeError
-from tests.attribution.test_gradient import SIZE, SUMS, TINY, apart, inputs, loaded, resnet
+from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet18, relative_error
+from tests.attribution.test_gradient import SUMS, TINY
 from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
 
 METHODS = ("lrp-epsilon", "lrp-gamma", "lrp-zplus")
-HALF = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # so that prepared pixels are between -2 and 2
-EPS = 0.01  # of the epsilon rule, where sums of either sign come close to 0 and rounding would be blown up
+HALF = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # preprocessed pixels are between -2 and 2
+EPS = 0.01  # large enough that denominators near 0 do not amplify rounding
 
 
-def theirs(method: str, canonizer: Any) -> Any:
+def zennit_composite(method: str, canonizer: Any) -> Any:
     if method == "lrp-epsilon":
         return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=EPS))], canonizers=[canonizer])
     if method == "lrp-gamma":
@@ -40,39 +41,39 @@ def theirs(method: str, canonizer: Any) -> Any:
     return EpsilonPlus(epsilon=EPS, canonizers=[canonizer])
 
 
-def attributed(net: nn.Module, x: Tensor, targets: list[int], composite: Any) -> Tensor:
-    """By zennit alone, (N, T, ...); the relevance begins with the target's logit."""
-    net, found = copy.deepcopy(net), []
+def zennit_relevance(net: nn.Module, x: Tensor, targets: list[int], composite: Any) -> Tensor:
+    """Compute relevance (N, T, ...) by zennit alone, starting from the target's logit."""
+    net, actual = copy.deepcopy(net), []
     with Gradient(net, composite) as attributor:
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):
-                m.eps = 0.0  # what is left of a merged one should be the identity
+                m.eps = 0.0  # a merged batch normalisation must be the identity
         for target in targets:
             _, relevance = attributor(x.clone().requires_grad_(), lambda y, t=target: y * torch.eye(y.shape[1])[[t]])
-            found.append(relevance.sum(1).detach())
-    return torch.stack(found, 1)
+            actual.append(relevance.sum(1).detach())
+    return torch.stack(actual, 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_agrees_with_zennit(method: str) -> None:
     for net, size, canonizer in (
-        (resnet(), 64, ResNetCanonizer()),
+        (random_resnet18().double(), 32, ResNetCanonizer()),
         (filled(Usual()).double(), SIZE, SequentialMergeBatchNorm()),
     ):
-        x = inputs(3, (3, size, size)).double()
-        expected = attributed(net, x, [3, 0], theirs(method, canonizer))
-        found = convscope.heatmaps(loaded(net, size, **HALF), x, [[3, 0]] * 3, method=method, epsilon=EPS)
-        assert found.values.dtype == np.float32
-        assert apart(found.values, expected) < SUMS
+        x = random_images(2, (3, size, size)).double()
+        expected = zennit_relevance(net, x, [3, 0], zennit_composite(method, canonizer))
+        actual = convscope.heatmaps(load_module(net, size, **HALF), x, [[3, 0]] * 2, method=method, epsilon=EPS)
+        assert actual.values.dtype == np.float32
+        assert relative_error(actual.values, expected) < SUMS
         error = expected.sum((2, 3)) - net(x)[:, [3, 0]].detach()
-        assert apart(found.extras["conservation_error"], error) < SUMS
+        assert relative_error(actual.extras["conservation_error"], error) < SUMS
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    """A convolution of one pixel, a rectifier, and a linear layer for all places: all sums can be written down."""
+class TwoLayers(nn.Module):
+    """A 1 x 1 convolution, an activation and a linear layer on all positions: all sums can be written down."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
@@ -90,37 +91,37 @@ def epsilon_step(x: np.ndarray, w: np.ndarray, z: np.ndarray, relevance: np.ndar
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("activation", [F.relu, F.silu, lambda x: F.relu6(x), lambda x: x.relu_()])
 def test_rules_by_hand(method: str, activation: Callable[[Tensor], Tensor]) -> None:
-    net = filled(Two(activation))
-    x = inputs(1, (3, 2, 3))
+    net = filled(TwoLayers(activation))
+    x = random_images(1, (3, 2, 3))
     w, b = net.conv.weight.detach().double().numpy()[..., 0, 0], net.conv.bias.detach().double().numpy()
     v, c = net.fc.weight.detach().double().numpy(), net.fc.bias.detach().double().numpy()
     pixels = x[0].double().numpy().reshape(3, 6)
     z = w @ pixels + b[:, None]
     a = activation(torch.from_numpy(z.copy())).numpy()
     logits = v @ a.reshape(-1) + c
-    begun = np.zeros(3)
-    begun[1] = logits[1]
-    hidden = epsilon_step(a.reshape(-1), v, logits, begun, 1e-6).reshape(4, 6)
+    start = np.zeros(3)
+    start[1] = logits[1]
+    hidden = epsilon_step(a.reshape(-1), v, logits, start, 1e-6).reshape(4, 6)
     expected = np.zeros(6)
     for i in range(6):
         p, r = pixels[:, i], hidden[:, i]
         if method == "lrp-epsilon":
             expected[i] = epsilon_step(p, w, z[:, i], r, 1e-6).sum()
-        elif method == "lrp-gamma":  # z-box: the picture's range is 0 to 1
+        elif method == "lrp-gamma":  # z-box: pixels are between 0 and 1
             parts = w * p - np.minimum(w, 0)
             expected[i] = sum((parts[k] / (parts[k].sum() + 1e-6) * r[k]).sum() for k in range(4))  # b cancels out
         else:
             parts = np.maximum(w * p, 0)
             below = parts.sum(1) + np.maximum(b, 0)
             expected[i] = sum((parts[k] / (below[k] + 1e-6) * r[k]).sum() for k in range(4))
-    found = convscope.heatmaps(loaded(net, (2, 3)), x, 1, method=method)
-    assert apart(found.values[0, 0].ravel(), expected) < 1e-4
+    actual = convscope.heatmaps(load_module(net, (2, 3)), x, 1, method=method)
+    assert relative_error(actual.values[0, 0].ravel(), expected) < 1e-4
 
 
-def test_gamma_behind_the_first_layer() -> None:
-    """R_j = sum_k a_j (w + g w+)_jk / sum_j (...) R_k, for what the rectifier lets through."""
+def test_gamma_rule_after_the_first_layer() -> None:
+    """R_j = sum_k a_j (w + g w+)_jk / sum_j (...) R_k where the ReLU is active."""
     net = filled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()))
-    x = inputs(1, (3, 1, 1))
+    x = random_images(1, (3, 1, 1))
     x = x.abs() * 0.5
     with torch.no_grad():
         z = net[0](x).double().numpy().ravel()
@@ -129,19 +130,19 @@ def test_gamma_behind_the_first_layer() -> None:
     v = net[0].weight.detach().double().numpy()[..., 0, 0]
     a, p = np.maximum(z, 0), x.double().numpy().ravel()
     for t in range(2):
-        # What is positive hands on by w + g w+, what is negative by w + g w-.
-        kept = np.maximum if out[t] > 0 else np.minimum
-        weight, bias = w[t] + 0.25 * kept(w[t], 0), b[t] + 0.25 * kept(b[t], 0)
+        # Positive outputs distribute by w + g w+, negative ones by w + g w-.
+        biased = np.maximum if out[t] > 0 else np.minimum
+        weight, bias = w[t] + 0.25 * biased(w[t], 0), b[t] + 0.25 * biased(b[t], 0)
         below = (a * weight).sum() + bias
         hidden = a * weight / below * out[t]
         parts = v * p - np.minimum(v, 0)
         expected = sum((parts[k] / parts[k].sum() * hidden[k]).sum() for k in range(4))
-        found = convscope.heatmaps(loaded(net, (1, 1)), x, t, method="lrp-gamma")
-        assert found.values.ravel() == pytest.approx(expected, rel=1e-4)
+        actual = convscope.heatmaps(load_module(net, (1, 1)), x, t, method="lrp-gamma")
+        assert actual.values.ravel() == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_biases_nothing_is_lost() -> None:
-    """All weights and pixels positive: each rule shares out all that it gets."""
+def test_relevance_is_conserved_without_biases() -> None:
+    """With positive weights and pixels, each rule distributes all relevance."""
     net = filled(Usual())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -150,25 +151,25 @@ def test_without_biases_nothing_is_lost() -> None:
                 parameter.zero_()
         for m in (net.bn1, net.bn3):
             m.running_mean.zero_()
-    model, x = loaded(net), inputs().abs() / 4
+    model, x = load_module(net), random_images().abs() / 4
     for method in METHODS:
-        found = convscope.heatmaps(model, x, [[0, 4]] * 3, method=method)
-        assert apart(found.values.sum((2, 3)), found.logits) < 1e-4
-        assert np.abs(found.extras["conservation_error"]).max() < 1e-4 * found.logits.max()
+        actual = convscope.heatmaps(model, x, [[0, 4]] * 3, method=method)
+        assert relative_error(actual.values.sum((2, 3)), actual.logits) < 1e-4
+        assert np.abs(actual.extras["conservation_error"]).max() < 1e-4 * actual.logits.max()
     with torch.no_grad():
         net.conv2.bias.fill_(3)
         net.bn1.bias.fill_(2)
-    kept = convscope.heatmaps(loaded(net), x, 0, method="lrp-zplus")
-    assert kept.extras["conservation_error"].max() < -0.1 * kept.logits.min()
-    free = convscope.heatmaps(loaded(net), x, 0, method="lrp-zplus", biases=False)
+    biased = convscope.heatmaps(load_module(net), x, 0, method="lrp-zplus")
+    assert biased.extras["conservation_error"].max() < -0.1 * biased.logits.min()
+    free = convscope.heatmaps(load_module(net), x, 0, method="lrp-zplus", biases=False)
     assert np.abs(free.extras["conservation_error"]).max() < 1e-4 * free.logits.max()
 
 
-# --- what is no layer ------------------------------------------------------------------------------------------------
+# --- functions that are no layers ------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
-    """Conv, batch normalisation, a sum around a second convolution, an average, a head; said in several ways."""
+    """A residual network whose sum and average can be written in several ways."""
 
     def __init__(self, add: Callable[[Tensor, Tensor], Tensor], average: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -181,19 +182,19 @@ class Residual(nn.Module):
         return self.fc(self.average(F.relu(self.add(self.conv2(x), x))))
 
 
-SAID: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+SUMS_AND_AVERAGES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "operators": (lambda a, b: a + b, lambda x: x.mean((2, 3))),
     "in place": (lambda a, b: a.add_(b), lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)),
-    "in place, its value ignored": (lambda a, b: [a.add_(b), a][1], lambda x: F.avg_pool2d(x, SIZE).flatten(1)),
-    "augmented": (lambda a, b: a.__iadd__(b), lambda x: nn.AdaptiveAvgPool2d(1)(x)[..., 0, 0]),
-    "minus minus": (lambda a, b: a - -b, lambda x: x.sum((2, 3)) / SIZE**2),
+    "in place, return value ignored": (lambda a, b: [a.add_(b), a][1], lambda x: F.avg_pool2d(x, SIZE).flatten(1)),
+    "augmented assignment": (lambda a, b: a.__iadd__(b), lambda x: nn.AdaptiveAvgPool2d(1)(x)[..., 0, 0]),
+    "subtraction of a negative": (lambda a, b: a - -b, lambda x: x.sum((2, 3)) / SIZE**2),
     "function": (torch.add, lambda x: torch.mean(x, dim=(2, 3))),
-    "the other way round": (lambda a, b: b + a, lambda x: x.mean(3).mean(2)),
+    "swapped": (lambda a, b: b + a, lambda x: x.mean(3).mean(2)),
 }
 
 
 def residual_by_hand(net: Residual, x: Tensor, target: int, eps: float) -> Tensor:
-    """The epsilon rule at every step, in float64, by torch's gradient of each step alone."""
+    """Apply the epsilon rule at every step, by the gradient of that step alone."""
 
     def back(step: Callable[..., Tensor], ins: list[Tensor], relevance: Tensor, eps: float) -> list[Tensor]:
         ins = [t.detach().requires_grad_() for t in ins]
@@ -201,33 +202,33 @@ def residual_by_hand(net: Residual, x: Tensor, target: int, eps: float) -> Tenso
         share = relevance / (y + eps * torch.where(y < 0, -1.0, 1.0)).detach()
         return [t.detach() * g for t, g in zip(ins, torch.autograd.grad(y, ins, share), strict=True)]
 
-    first = lambda t: net.bn1(net.conv1(t))  # noqa: E731
+    normalized_conv = lambda t: net.bn1(net.conv1(t))  # noqa: E731
     with torch.no_grad():
-        one = first(x).relu()
-        two = net.conv2(one)
-        three = (one + two).relu()
+        single_target = normalized_conv(x).relu()
+        two = net.conv2(single_target)
+        three = (single_target + two).relu()
         four = three.mean((2, 3))
         logits = net.fc(four)
     (r,) = back(net.fc, [four], logits * F.one_hot(torch.tensor(target), 4), eps)
     (r,) = back(lambda t: t.mean((2, 3)), [three], r, 1e-6)
-    straight, r = back(torch.add, [one, two], r, 1e-6)
-    (r,) = back(net.conv2, [one], r, eps)
-    (r,) = back(first, [x], r + straight, eps)
+    skip, r = back(torch.add, [single_target, two], r, 1e-6)
+    (r,) = back(net.conv2, [single_target], r, eps)
+    (r,) = back(normalized_conv, [x], r + skip, eps)
     return r.sum(1)
 
 
-@pytest.mark.parametrize("way", SAID)
-def test_sums_and_averages_however_they_are_said(way: str) -> None:
-    net = filled(Residual(*SAID[way])).double()
-    x = inputs(2).double()
-    expected = residual_by_hand(filled(Residual(*SAID["operators"])).double(), x, 2, EPS)
-    found = convscope.heatmaps(loaded(net), x, 2, method="lrp-epsilon", epsilon=EPS)
-    assert apart(found.values[:, 0], expected) < SUMS
+@pytest.mark.parametrize("variant", SUMS_AND_AVERAGES)
+def test_sums_and_averages_in_any_notation(variant: str) -> None:
+    net = filled(Residual(*SUMS_AND_AVERAGES[variant])).double()
+    x = random_images(2).double()
+    expected = residual_by_hand(filled(Residual(*SUMS_AND_AVERAGES["operators"])).double(), x, 2, EPS)
+    actual = convscope.heatmaps(load_module(net), x, 2, method="lrp-epsilon", epsilon=EPS)
+    assert relative_error(actual.values[:, 0], expected) < SUMS
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "densenet121", "regnetx_002", "resnetv2_18"])
 def test_networks_of_timm(name: str) -> None:
-    """Batch normalisation with an activation inside, in front of or behind convolutions, sums of every kind."""
+    """Batch normalisation before or after convolutions, or with an activation inside; sums of every kind."""
     torch.manual_seed(0)
     try:
         net = timm.create_model(name, num_classes=7)
@@ -239,17 +240,17 @@ def test_networks_of_timm(name: str) -> None:
             m.running_mean.normal_(0, 0.1)
             m.running_var.uniform_(0.8, 1.2)
     before = snapshot(net.eval())
-    x = inputs(2, (3, 64, 64))
-    found = convscope.heatmaps(loaded(net, 64, **HALF), x, [[0, 5]] * 2, method="lrp-zplus")
+    x = random_images(2, 32)
+    actual = convscope.heatmaps(load_module(net, 32, **HALF), x, [[0, 5]] * 2, method="lrp-zplus")
     assert changes(before, snapshot(net)) == []
-    assert np.isfinite(found.values).all()
-    assert (found.values != 0).mean() > 0.9
+    assert np.isfinite(actual.values).all()
+    assert (actual.values != 0).mean() > 0.9
     with torch.no_grad():
-        assert apart(found.logits, net(x)[:, [0, 5]]) < SUMS
+        assert relative_error(actual.logits, net(x)[:, [0, 5]]) < SUMS
 
 
-def test_batch_normalisation_is_merged_where_it_follows_at_once() -> None:
-    """zennit goes by the order in which layers were made; here that is not the order in which they run."""
+def test_batch_normalisation_is_merged_by_order_of_execution() -> None:
+    """zennit goes by the order of definition, which differs from the order of execution here."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -266,33 +267,33 @@ def test_batch_normalisation_is_merged_where_it_follows_at_once() -> None:
         def __init__(self, net: Net) -> None:
             super().__init__()
             fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
-            self.one, self.two, self.fc = fuse(net.conv1, net.bn1), fuse(net.conv2, net.bn2), net.fc
+            self.single_target, self.two, self.fc = fuse(net.conv1, net.bn1), fuse(net.conv2, net.bn2), net.fc
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.two(self.one(x).relu()).relu().mean((2, 3)))
+            return self.fc(self.two(self.single_target(x).relu()).relu().mean((2, 3)))
 
     net = filled(Net())
-    x = inputs()
+    x = random_images()
     for method in METHODS:
-        found, expected = (
-            convscope.heatmaps(loaded(n, **HALF), x, 1, method=method) for n in (net, Merged(net).eval())
+        actual, expected = (
+            convscope.heatmaps(load_module(n, **HALF), x, 1, method=method) for n in (net, Merged(net).eval())
         )
-        assert apart(found.values, expected.values) < 1e-4
+        assert relative_error(actual.values, expected.values) < 1e-4
 
 
-def test_batch_normalisation_behind_a_rectifier_in_place_is_not_merged() -> None:
-    """The rectifier hands on the very tensor that the convolution made, with other values in it."""
+def test_batch_normalisation_after_an_inplace_relu_is_not_merged() -> None:
+    """The in-place ReLU returns the convolution's tensor with other values."""
     conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     nets = [
         filled(nn.Sequential(conv, nn.ReLU(inplace), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
         for inplace in (True, False)
     ]
-    found, expected = (convscope.heatmaps(loaded(n), inputs(), 1, method="lrp-zplus") for n in nets)
-    assert apart(found.logits, expected.logits) < TINY
-    assert apart(found.values, expected.values) < SUMS
+    actual, expected = (convscope.heatmaps(load_module(n), random_images(), 1, method="lrp-zplus") for n in nets)
+    assert relative_error(actual.logits, expected.logits) < TINY
+    assert relative_error(actual.values, expected.values) < SUMS
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- unsupported networks --------------------------------------------------------------------------------------------
 
 
 class Gated(Twice):
@@ -328,69 +329,72 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Gated, "lrp has no rule for mul of what depends on the picture"),
+        (Gated, "lrp has no rule for mul of tensors that depend on the image"),
         (Normed, "lrp has no rule for group_norm"),
-        (Shared, "lrp cannot follow a layer that runs twice; Conv2d does"),
-        (Functional, "lrp finds no convolution or linear layer"),
+        (Shared, "lrp cannot handle a layer that runs twice; Conv2d does"),
+        (Functional, "lrp finds no PyTorch module that is a convolution or linear layer"),
     ],
 )
-def test_networks_that_have_no_rule(net: Any, message: str) -> None:
-    own, _ = lived_in(filled(net()))
-    model, before = loaded(own), snapshot(own)
+def test_networks_without_rules_are_refused(net: Any, message: str) -> None:
+    module, _ = lived_in(filled(net()))
+    model, before = load_module(module), snapshot(module)
     for method in METHODS:
         with pytest.raises(ConvscopeError, match=message):
-            convscope.heatmaps(model, inputs(), 0, method=method)
-    assert changes(before, snapshot(own)) == []
+            convscope.heatmaps(model, random_images(), 0, method=method)
+    assert changes(before, snapshot(module)) == []
 
 
-def test_without_zennit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_zennit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zennit.rules", None)
-    model = loaded(filled(Usual()))
+    model = load_module(filled(Usual()))
     for method in METHODS:
-        with pytest.raises(ConvscopeError, match=r"zennit, which is not installed; pip install 'convscope\[lrp\]'"):
-            convscope.heatmaps(model, inputs(), method=method)
+        with pytest.raises(ConvscopeError, match=r"zennit is not installed; pip install 'convscope\[lrp\]'"):
+            convscope.heatmaps(model, random_images(), method=method)
 
 
-def test_keras_models() -> None:
+@pytest.mark.slow
+def test_keras_models_are_refused() -> None:
     keras = importlib.import_module("keras")
     image = keras.Input((8, 8, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image))
     model = convscope.load(keras.Model(image, x))
-    with pytest.raises(ConvscopeError, match="this is a Keras model: try full-grad"):
-        convscope.heatmaps(model, inputs(1, (3, 8, 8)), 0, method="lrp-zplus")
+    with pytest.raises(ConvscopeError, match="this is a Keras model: use full-grad instead"):
+        convscope.heatmaps(model, random_images(1, (3, 8, 8)), 0, method="lrp-zplus")
 
 
-# --- the engine's promises -------------------------------------------------------------------------------------------
+# --- batches, side effects, shapes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_neighbours_targets_and_chunks_change_nothing(method: str) -> None:
-    """In double precision, because sums near 0 blow rounding up."""
-    model, x = loaded(filled(Usual()).double()), inputs(5).double()
+def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
+    """In double precision, because sums near 0 amplify rounding."""
+    model, x = load_module(filled(Usual()).double()), random_images(5).double()
     targets, options = [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]], {"epsilon": EPS}
-    whole = convscope.heatmaps(model, x, targets, method=method, **options)
-    turned = convscope.heatmaps(
+    full = convscope.heatmaps(model, x, targets, method=method, **options)
+    permuted = convscope.heatmaps(
         model, x[[4, 0, 2, 2, 1]], [targets[i] for i in (4, 0, 2, 2, 1)], method=method, **options
     )
-    assert np.array_equal(turned.values, whole.values[[4, 0, 2, 2, 1]])
+    assert np.array_equal(permuted.values, full.values[[4, 0, 2, 2, 1]])
     for position in range(2):
-        one = convscope.heatmaps(model, x, [[row[position]] for row in targets], method=method, **options)
-        assert apart(one.values[:, 0], whole.values[:, position]) < TINY
+        single_target = convscope.heatmaps(model, x, [[row[position]] for row in targets], method=method, **options)
+        assert relative_error(single_target.values[:, 0], full.values[:, position]) < TINY
     parts = convscope.heatmaps(model, x, targets, method=method, memory=1, **options)
-    assert apart(parts.values, whole.values) < SUMS
-    assert apart(parts.extras["conservation_error"], whole.extras["conservation_error"]) < SUMS
-    alone = convscope.heatmaps(model, x[1:2], [targets[1]], method=method, **options)
-    assert apart(alone.values, whole.values[1:2]) < SUMS
+    assert relative_error(parts.values, full.values) < SUMS
+    assert relative_error(parts.extras["conservation_error"], full.extras["conservation_error"]) < SUMS
+    single = convscope.heatmaps(model, x[1:2], [targets[1]], method=method, **options)
+    assert relative_error(single.values, full.values[1:2]) < SUMS
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_behind(method: str) -> None:
+def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
     net, _ = lived_in(filled(Usual()))
-    model, before = loaded(net), snapshot(net)
-    told: list[float] = []
-    convscope.heatmaps(model, inputs(), [[0, 1]] * 3, method=method, progress=lambda d, n: told.append(d / n))
+    model, before = load_module(net), snapshot(net)
+    reported: list[float] = []
+    convscope.heatmaps(
+        model, random_images(), [[0, 1]] * 3, method=method, progress=lambda d, n: reported.append(d / n)
+    )
     assert changes(before, snapshot(net)) == []
-    assert told[-1] == 1
+    assert reported[-1] == 1
 
     class StopError(Exception):
         pass
@@ -399,30 +403,30 @@ def test_nothing_is_left_behind(method: str) -> None:
         raise StopError
 
     with pytest.raises(StopError):
-        convscope.heatmaps(model, inputs(), method=method, progress=stop, memory=1)
+        convscope.heatmaps(model, random_images(), method=method, progress=stop, memory=1)
     assert changes(before, snapshot(net)) == []
     with pytest.raises(ConvscopeError, match=r"has no option 'alpha'; its options: .*epsilon"):
-        convscope.heatmaps(model, inputs(), method=method, alpha=1)
+        convscope.heatmaps(model, random_images(), method=method, alpha=1)
     assert changes(before, snapshot(net)) == []
 
 
-def test_a_model_in_hand_is_used_as_it_is() -> None:
+def test_changed_weights_of_a_module_are_used() -> None:
     net = filled(Usual())
-    model, x = loaded(net), inputs()
+    model, x = load_module(net), random_images()
     first = convscope.heatmaps(model, x, 1, method="lrp-zplus")
     with torch.no_grad():
         net.fc.weight[1] *= 2
         net.fc.bias[1] *= 2
-    assert apart(convscope.heatmaps(model, x, 1, method="lrp-zplus").values, 2 * first.values) < SUMS
+    assert relative_error(convscope.heatmaps(model, x, 1, method="lrp-zplus").values, 2 * first.values) < SUMS
 
 
 def test_contrasts_functions_and_several_outputs() -> None:
-    model, x = loaded(filled(Usual())), inputs()
-    one, other = (convscope.heatmaps(model, x, t, method="lrp-zplus").values for t in (1, 2))
+    model, x = load_module(filled(Usual())), random_images()
+    single_target, other = (convscope.heatmaps(model, x, t, method="lrp-zplus").values for t in (1, 2))
     against = convscope.heatmaps(model, x, 1, against=2, method="lrp-zplus")
-    assert apart(against.values, one - other) < SUMS
+    assert relative_error(against.values, single_target - other) < SUMS
     function = convscope.heatmaps(model, x, lambda output: output[:, 1] - output[:, 2], method="lrp-zplus")
-    assert apart(function.values, one - other) < SUMS
+    assert relative_error(function.values, single_target - other) < SUMS
     nothing = convscope.heatmaps(model, x, lambda output: torch.ones(len(output)), method="lrp-zplus")
     assert not nothing.values.any()
 
@@ -440,6 +444,8 @@ def test_signals_and_volumes() -> None:
                 return self.net(x).mean(2)
 
         for method in METHODS:
-            found = convscope.heatmaps(loaded(Net(net), size, channels=2), inputs(2, (2, *size)), 0, method=method)
-            assert found.values.shape == (2, 1, *size)
-            assert found.values.any()
+            actual = convscope.heatmaps(
+                load_module(Net(net), size, channels=2), random_images(2, (2, *size)), 0, method=method
+            )
+            assert actual.values.shape == (2, 1, *size)
+            assert actual.values.any()

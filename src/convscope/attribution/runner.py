@@ -198,7 +198,7 @@ def report_step(report_progress: ReportProgress, done: float, step: float, total
     report_progress((done + step * fraction) / total)
 
 
-# --- the pass that CAM methods share ----------------------------------------------------------------------------------
+# --- the pass that CAM methods share ---------------------------------------------------------------------------------
 
 
 class _SharedPass(NamedTuple):
@@ -281,7 +281,7 @@ def _backward(scores: Tensor, targets: Sequence[int], layers: Sequence[Tensor]) 
         yield [None if gradient is None else gradient[None] for gradient in grad(grad_output)]
 
 
-# --- single methods ---------------------------------------------------------------------------------------------------
+# --- single methods --------------------------------------------------------------------------------------------------
 
 
 def _run_method(

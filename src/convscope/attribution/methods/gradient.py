@@ -265,7 +265,7 @@ def guided_grad_cam(context: LayerContext) -> Tensor:
     return cam.to(context.x.device) * guided_backprop(context)
 
 
-# --- gradients at many inputs -----------------------------------------------------------------------------------------
+# --- gradients at many inputs ----------------------------------------------------------------------------------------
 
 MakeCopies = Callable[[Tensor, Tensor], Iterator[Tensor]]
 """Takes images (P, C, ...) and their ranges of values (P, 1, ...); yields modified copies (P, C, ...)."""
@@ -360,7 +360,7 @@ def _baseline_image(context: MethodContext, baseline: str | npt.ArrayLike) -> Te
         ) from error
 
 
-# --- validation of options --------------------------------------------------------------------------------------------
+# --- validation of options -------------------------------------------------------------------------------------------
 
 
 def check_path(*, steps: int, baseline: str | npt.ArrayLike) -> None:

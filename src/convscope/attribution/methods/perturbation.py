@@ -321,7 +321,7 @@ def _upsample_masks(grids: Tensor, shifts: Sequence[Tensor], sides: Sequence[int
     return grids
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _score_in_chunks(
@@ -370,7 +370,7 @@ def _filled_images(x: Tensor, fill: float | str) -> Tensor:
     return x.new_full((len(x), *[1] * (x.ndim - 1)), float(fill))
 
 
-# --- validation of options --------------------------------------------------------------------------------------------
+# --- validation of options -------------------------------------------------------------------------------------------
 
 
 def check_occlusion(*, window: object, stride: object, fill: object) -> None:

@@ -110,7 +110,7 @@ def _positive_part(gradient: Tensor) -> Tensor:
     return gradient.clamp(min=0)
 
 
-# --- which functions are ReLUs ----------------------------------------------------------------------------------------
+# --- which functions are ReLUs ---------------------------------------------------------------------------------------
 
 ArgumentCheck = Callable[[Args, Kwargs], bool]
 
