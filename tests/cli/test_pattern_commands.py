@@ -269,15 +269,15 @@ def test_scores_relative_to_noise_and_natural_images(photos: list[str], tmp_path
     done(*plain, tmp_path / "without")
     done(*plain, tmp_path / "with", "--reference", photos[0], "--reference", photos[1])
     header, *_ = (tmp_path / "without" / "units.csv").read_text().splitlines()
-    assert header == "unit,name,score,noise"
+    assert header == "unit,name,score,noise_score"
     rows, saved = list(csv.DictReader((tmp_path / "with" / "units.csv").open())), arrays(tmp_path / "with")
-    assert list(rows[0]) == ["unit", "name", "score", "noise", "reference", "times the reference"]
+    assert list(rows[0]) == ["unit", "name", "score", "noise_score", "reference_score", "relative_score"]
     assert [(row["unit"], row["name"]) for row in rows] == [("1", "conv2 1"), ("4", "conv2 4"), ("11", "conv2 11")]
-    for column, array in (("score", "scores"), ("noise", "noise_scores"), ("reference", "reference_scores")):
+    for column, array in (("score", "scores"), ("noise_score", "noise_scores"), ("reference_score", "reference_scores")):
         written = np.array([row[column] for row in rows], np.float32)
         assert written.tobytes() == saved[array].tobytes()
-    times = [float(row["score"]) / float(row["reference"]) for row in rows]
-    assert [float(row["times the reference"]) for row in rows] == pytest.approx(times, rel=1e-6)  # float32
+    times = [float(row["score"]) / float(row["reference_score"]) for row in rows]
+    assert [float(row["relative_score"]) for row in rows] == pytest.approx(times, rel=1e-6)  # float32
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
     natural = convscope.activations(model, photos[:2], ["conv2"])["conv2"][:, [1, 4, 11]].mean((2, 3)).max(0)
     assert saved["reference_scores"] == pytest.approx(natural, rel=1e-4, abs=1e-6)  # other kernels for other batches

@@ -62,9 +62,8 @@ def test_unit_page_shows_the_pattern_and_its_figures(client, store):
     page = client.get("/m/tiny/unit/relu3/2").text
     assert (image_on_page(client, page, "/image/pattern") == np.asarray(store.unit("relu3", 2).pattern(), int)).all()
     row = unit_row(store, "relu3", 2)
-    noise, reference = (value for name, value in row.items() if name.split("_")[0] in ("noise", "reference"))
-    assert f"Score {float(row['score']):.3g} after 3 steps; noise baseline {float(noise):.3g}" in page
-    assert f"best sample image {float(reference):.3g}." in page
+    assert f"Score {float(row['score']):.3g} after 3 steps; noise baseline {float(row['noise_score']):.3g}" in page
+    assert f"best sample image {float(row['reference_score']):.3g}." in page
     assert 'name="seed" min="0" max="9999" value="4"' in page
     assert "Generate the pattern" not in page
 

@@ -66,12 +66,12 @@ class Patterns(Result):
             "unit": self.units,
             "name": self.names,
             "score": self.scores,
-            "noise": self.noise_scores,
+            "noise_score": self.noise_scores,
         }
         if self.reference_scores is not None:
-            columns["reference"] = self.reference_scores
+            columns["reference_score"] = self.reference_scores
             with np.errstate(divide="ignore", invalid="ignore"):
-                columns["times the reference"] = self.scores / self.reference_scores
+                columns["relative_score"] = self.scores / self.reference_scores
         given = {name: column for name, column in columns.items() if column is not None}
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")

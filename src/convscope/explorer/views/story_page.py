@@ -31,7 +31,9 @@ def _chapter(chapter: Chapter, src: str) -> dict[str, Any]:
     return {
         "src": src,
         "layer": chapter.layer,
-        "receptive_field": "the whole image" if chapter.receptive_field is None else format_size(chapter.receptive_field),
+        "receptive_field": "the whole image"
+        if chapter.receptive_field is None
+        else format_size(chapter.receptive_field),
         "names": list(chapter.names),
         "units": [int(unit) for unit in chapter.units],
         "quartiles": {name: np.percentile(v, (25, 50, 75)).tolist() for name, v in chapter.statistics.items()},
