@@ -1,4 +1,4 @@
-"""What the user gave as data, as a catalogue: pictures in a fixed order, their labels, and how each is read."""
+"""Turn any kind of data set into a catalogue: images in a fixed order, their labels, and a reader."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from convscope.datasets import readers_arrow, readers_files, readers_memory
-from convscope.datasets.readers_files import DatasetIndex, ImageReader, Label
-from convscope.datasets.storage import Storage, expanded, is_glob
-from convscope.engine.model import Model
+from convscope.datasets.index import DatasetIndex, ImageReader, Label
+from convscope.datasets.storage import Storage, expand_ranges, is_glob
 from convscope.errors import ConvscopeError, require_extra
 from convscope.images.loading import one_line
 
@@ -23,21 +22,33 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ACCEPTED = (
-    "a folder, a glob, a list of addresses in a .txt file, .tar files, .parquet files, torchvision:NAME:ROOT, a folder "
-    "that Hugging Face's save_to_disk made, a list of addresses or pictures, an array (N, H, W, 3), or a data set"
+    "a folder, a glob, a .txt file of addresses, .tar files, .parquet files, torchvision:NAME:ROOT, a folder written "
+    "by Hugging Face's save_to_disk, a list of addresses or images, an array (N, H, W, 3), or a data set object"
 )
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-_CHUNK = 1 << 14  # names that are hashed at a time
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+_NAMES_PER_HASH = 1 << 14  # names that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """Pictures in a fixed order; a picture's id is its position. Made by `catalogue`; goes to worker processes.
+    """Images in a fixed order; the id of an image is its position. Picklable.
 
-    name: as the user gave it, for people. fingerprint: SHA-256 over names, sizes in bytes and labels; over the pixels
-    of what is in memory. names: pyarrow strings, a unique address of each picture. labels: int32 (N,), the index of
-    each picture's name in `label_names`, -1 where it is not known; None where no picture has one. notes: what else
-    there is to say, such as files left out.
+    Attributes
+    ----------
+    name : str
+        The data set as the user gave it, for display.
+    fingerprint : str
+        SHA-256 of names, file sizes and labels; for images in memory also of their pixels.
+    names : pyarrow.Array of str
+        A unique name for each of the N images.
+    labels : int32 array of shape (N,), or None
+        For each image an index into `label_names`, -1 if unknown; None if no image has a label.
+    label_names : tuple of str or None
+        The classes of the data set.
+    notes : tuple of str
+        Remarks for the user, such as files left out.
+    reader : ImageReader
+        Reads the images.
     """
 
     name: str
@@ -46,199 +57,234 @@ class Catalogue:
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
     notes: tuple[str, ...]
-    origin: ImageReader = field(repr=False)
+    reader: ImageReader = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> Any:
-        """A picture as it is kept: the bytes of its file, a PIL image or an array.
+    def read(self, index: int) -> object:
+        """Return an image as it is stored: the bytes of a file, a PIL image or an array.
 
-        Raises ConvscopeError, with the reason alone, if it cannot be read; whatever a data set in hand raises is one.
+        Raises ConvscopeError with the reason if it cannot be read, whatever the reader raises.
         """
         if not 0 <= index < len(self):
-            raise ConvscopeError(f"picture {index} is out of range: there are {len(self):,}, from 0 on")
+            raise ConvscopeError(f"image {index} is out of range: there are {len(self):,}, from 0 on")
         try:
-            return self.origin.read(index, self.names[index].as_py())
+            return self.reader.read(index, self.names[index].as_py())
         except ConvscopeError:
             raise
         except Exception as error:
             raise ConvscopeError(one_line(f"cannot be read ({type(error).__name__}: {error})")) from error
 
 
-def catalogue(data: Any, *, storage: Mapping[str, Any] | None = None) -> Catalogue:
-    """The pictures of a data set, in an order that does not depend on the file system; none of them is decoded.
+def build_catalogue(data: object, *, storage: Mapping[str, object] | None = None) -> Catalogue:
+    """List the images of a data set in an order that does not depend on the file system, without decoding them.
 
     Parameters
     ----------
-    data
-        A folder: its pictures at any depth, sorted by name; folders of the first level are classes. A glob. A .txt
-        file: an address a line, a tab and a label may follow. WebDataset tars, uncompressed: KEY.jpg with KEY.cls or
-        KEY.json. Parquet with a column of bytes or of struct<bytes, path>, and a column label, labels or cls. A folder
-        of Hugging Face's save_to_disk. Several tars or Parquet files by a list, a glob or a range such as
-        part-{000..003}.tar. All these are local, or addresses that fsspec knows. "torchvision:CIFAR10:ROOT", with the
-        data at ROOT. In hand: a list of addresses, PIL images and arrays, an array (N, H, W, 3), a `datasets.Dataset`,
-        or anything with a length whose items are (picture, label), as torchvision's data sets are.
-    storage
-        fsspec's options for the addresses: keys, endpoints.
+    data : str, path, sequence, array, image or data set object
+        One of these:
 
-    Raises ConvscopeError for what is not known, not there, damaged or empty, and for two pictures of one name.
+        - a folder: its images at any depth, sorted by name; its direct subfolders are the classes;
+        - a glob;
+        - a .txt file: one location per line, optionally followed by a tab and a label;
+        - WebDataset tars, uncompressed: KEY.jpg with KEY.cls or KEY.json;
+        - Parquet with a column of bytes or of struct<bytes, path>, and a column label, labels or cls;
+        - a folder of Hugging Face's `save_to_disk`;
+        - several tars or Parquet files, as a list, a glob or a range such as ``part-{000..003}.tar``;
+        - "torchvision:CIFAR10:ROOT", with the data at ROOT;
+        - a list of locations, PIL images, arrays and encoded files, or an array (N, H, W, 3);
+        - a `datasets.Dataset`, or an object with a length whose items are (image, label), as in torchvision.
+
+        A location is a local path or an fsspec URL.
+    storage : mapping, optional
+        Options for fsspec, such as keys and endpoints.
+
+    Raises
+    ------
+    ConvscopeError
+        For unknown, missing, damaged and empty data, and if two images have the same name.
     """
-    place = Storage(dict(storage or {}))
+    backend = Storage(dict(storage or {}))
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    return _finished(_called(data), _listing(data, place))
+    return _catalogue_of(_display_name(data), _index(data, backend))
 
 
-def _called(data: Any) -> str:
+def _display_name(data: object) -> str:
     if isinstance(data, str):
         return data
     if isinstance(data, list | tuple):
-        return str(data[0]) if len(data) == 1 and isinstance(data[0], str | os.PathLike) else f"{len(data):,} pictures"
-    return "pictures in hand" if isinstance(data, np.ndarray | Image.Image) else type(data).__name__
+        return str(data[0]) if len(data) == 1 and isinstance(data[0], str | os.PathLike) else f"{len(data):,} images"
+    return "images in memory" if isinstance(data, np.ndarray | Image.Image) else type(data).__name__
 
 
-def _listing(data: Any, place: Storage) -> DatasetIndex:
+def _index(data: object, storage: Storage) -> DatasetIndex:
     if isinstance(data, str):
-        return readers_memory.of_torchvision(data) if data.startswith("torchvision:") else _at(data, place)
+        is_torchvision = data.startswith("torchvision:")
+        return readers_memory.index_torchvision(data) if is_torchvision else _index_location(data, storage)
     if isinstance(data, list | tuple):
-        given = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in data]
-        every = all(isinstance(item, str) for item in given)
-        return (every and _packed(given, place)) or readers_memory.of_items(place, given)
+        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in data]
+        locations = [item for item in items if isinstance(item, str)]
+        packed = _index_packed(locations, storage) if len(locations) == len(items) else None
+        return packed or readers_memory.index_items(storage, items)
     if isinstance(data, Image.Image):
-        return readers_memory.of_items(place, [data])
+        return readers_memory.index_items(storage, [data])
     if isinstance(data, np.ndarray):
-        one = data.ndim == 2 or (data.ndim == 3 and data.shape[2] in (1, 3, 4))
-        if not one and data.ndim not in (3, 4):
-            raise ConvscopeError(
-                f"an array of shape {data.shape}; expected (N, H, W, 3), or (N, H, W) of gray pictures"
-            )
-        return readers_memory.of_items(place, data[None] if one else data)
+        is_single = data.ndim == 2 or (data.ndim == 3 and data.shape[2] in (1, 3, 4))
+        if not is_single and data.ndim not in (3, 4):
+            raise ConvscopeError(f"an array of shape {data.shape}; expected (N, H, W, 3), or (N, H, W) for gray images")
+        return readers_memory.index_items(storage, data[None] if is_single else data)
     if readers_memory.is_hugging_face(data):
-        return readers_memory.of_hugging_face(place, data)
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, Mapping):
-        return readers_memory.of_dataset(data)
-    raise ConvscopeError(f"a {type(data).__name__} is no data set that is known; expected {_ACCEPTED}")
+        return readers_memory.index_hugging_face(storage, data)
+    if isinstance(data, readers_memory.IndexableDataset) and not isinstance(data, Mapping):
+        return readers_memory.index_dataset(data)
+    raise ConvscopeError(f"a {type(data).__name__} is not a known kind of data set; expected {_ACCEPTED}")
 
 
-def _at(address: str, place: Storage) -> DatasetIndex:
-    """What lies at an address, or at the several ones that it stands for."""
-    kind = place.kind(address)
+def _index_location(location: str, storage: Storage) -> DatasetIndex:
+    """Index the data at a location, or at several ones that it expands to."""
+    kind = storage.kind(location)
     if kind == "folder":
-        folder = address if address.endswith("://") else address.rstrip("/") or "/"
-        readers_arrow.require_one_split(place, folder)
-        if place.kind(f"{folder}/state.json") == "file" and place.kind(f"{folder}/dataset_info.json") == "file":
-            return readers_arrow.of_arrow(place, folder)
-        return readers_files.of_folder(place, folder)
+        folder = location if location.endswith("://") else location.rstrip("/") or "/"
+        readers_arrow.require_one_split(storage, folder)
+        if all(storage.kind(f"{folder}/{name}") == "file" for name in ("state.json", "dataset_info.json")):
+            return readers_arrow.index_saved_dataset(storage, folder)
+        return readers_files.index_folder(storage, folder)
     if kind == "file":
-        if address.endswith(".txt"):
-            return readers_files.of_text(place, address)
-        listing = _packed([address], place)
-        if listing is None and not readers_files.is_image(address):
-            raise ConvscopeError(f"{address} is no data set that is known; expected {_ACCEPTED}")
-        return listing or readers_files.of_addresses(place, [address])
-    found = [match for part in expanded(address) for match in _matches(part, place)]
-    if not found:
-        what = "names no file" if is_glob(address) else "is not there"
-        raise ConvscopeError(f"{address} {what}; expected {_ACCEPTED}")
-    return _packed([name for name, _ in found], place) or readers_files.of_matches(place, found, address)
+        if location.endswith(".txt"):
+            return readers_files.index_text_list(storage, location)
+        index = _index_packed([location], storage)
+        if index is None and not readers_files.has_image_extension(location):
+            raise ConvscopeError(f"{location} is not a known kind of data set; expected {_ACCEPTED}")
+        return index or readers_files.index_locations(storage, [location])
+    matches = [match for part in expand_ranges(location) for match in _matches(part, storage)]
+    if not matches:
+        problem = "matches no file" if is_glob(location) else "does not exist"
+        raise ConvscopeError(f"{location} {problem}; expected {_ACCEPTED}")
+    names = [name for name, _ in matches]
+    return _index_packed(names, storage) or readers_files.index_matches(storage, matches, location)
 
 
-def _matches(pattern: str, place: Storage) -> list[tuple[str, int]]:
+def _matches(pattern: str, storage: Storage) -> list[tuple[str, int]]:
     if is_glob(pattern):
-        return sorted(place.matches(pattern), key=lambda match: match[0].split("/"))
-    if place.kind(pattern) != "file":
-        raise ConvscopeError(f"{pattern} is not there; expected {_ACCEPTED}")
-    return [(pattern, place.size(pattern))]
+        return sorted(storage.glob(pattern), key=lambda match: match[0].split("/"))
+    if storage.kind(pattern) != "file":
+        raise ConvscopeError(f"{pattern} does not exist; expected {_ACCEPTED}")
+    return [(pattern, storage.size(pattern))]
 
 
-def _packed(addresses: Sequence[str], place: Storage) -> DatasetIndex | None:
-    """The pictures in files that hold many: tars or Parquet. None if the addresses are of neither."""
-    if any(address.endswith(_PACKED) for address in addresses):
-        raise ConvscopeError(f"{addresses[0]} is compressed as a whole, so no picture can be read alone; unpack it")
-    for ending, listed in ((".tar", readers_files.of_tars), (".parquet", readers_arrow.of_parquet)):
-        if addresses and all(address.endswith(ending) for address in addresses):
-            return listed(place, addresses)
+def _index_packed(locations: Sequence[str], storage: Storage) -> DatasetIndex | None:
+    """Index tars or Parquet files; return None if the locations are neither."""
+    if any(location.endswith(_COMPRESSED) for location in locations):
+        raise ConvscopeError(f"{locations[0]} is compressed, so that single images cannot be read; unpack it first")
+    for extension, index in ((".tar", readers_files.index_tars), (".parquet", readers_arrow.index_parquet)):
+        if locations and all(location.endswith(extension) for location in locations):
+            return index(storage, locations)
     return None
 
 
-def _finished(name: str, listing: DatasetIndex) -> Catalogue:
-    """The catalogue of a listing."""
+def _catalogue_of(name: str, index: DatasetIndex) -> Catalogue:
     arrow = require_extra("pyarrow")
-    if not len(listing.names):
-        raise ConvscopeError(f"there are no pictures in {name}; expected {_ACCEPTED}")
-    names = arrow.array(listing.names, arrow.string())
+    if not len(index.names):
+        raise ConvscopeError(f"there are no images in {name}; expected {_ACCEPTED}")
+    names = arrow.array(index.names, arrow.string())
     if len(names.unique()) < len(names):
-        twice, count = Counter(listing.names).most_common(1)[0]
-        raise ConvscopeError(f"{name} names {twice} {count} times; each picture is scanned once: leave it out")
+        duplicate, count = Counter(index.names).most_common(1)[0]
+        raise ConvscopeError(f"{name} names {duplicate} {count} times; expected each image once")
     labels, label_names = None, None
-    if listing.labels is not None:
-        labels, label_names = _indexed(listing.labels, listing.label_names)
-    digest = hashlib.sha256(listing.content.encode())
-    for begin in range(0, len(listing.names), _CHUNK):
-        digest.update("\0".join([*listing.names[begin : begin + _CHUNK], ""]).encode())
-    digest.update(np.asarray(listing.sizes, "<i8").tobytes())
+    if index.labels is not None:
+        labels, label_names = _encode_labels(index.labels, index.label_names)
+    return Catalogue(
+        name, _fingerprint(index, labels, label_names), names, labels, label_names, tuple(index.notes), index.reader
+    )
+
+
+def _fingerprint(index: DatasetIndex, labels: np.ndarray | None, label_names: tuple[str, ...] | None) -> str:
+    digest = hashlib.sha256(index.fingerprint_extra.encode())
+    for start in range(0, len(index.names), _NAMES_PER_HASH):
+        digest.update("\0".join([*index.names[start : start + _NAMES_PER_HASH], ""]).encode())
+    digest.update(np.asarray(index.sizes, "<i8").tobytes())
     digest.update("\0".join(label_names or ()).encode() + (b"" if labels is None else labels.astype("<i4").tobytes()))
-    return Catalogue(name, digest.hexdigest(), names, labels, label_names, tuple(listing.notes), listing.origin)
+    return digest.hexdigest()
 
 
-def _indexed(values: Sequence[Label], names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels (N,) int32 as indices into names, -1 where unknown.
+def _encode_labels(labels: Sequence[Label], names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return labels (N,) int32 as indices into class names, -1 for unknown ones, and the names.
 
-    Without names to count, those that occur become the classes: numbers in their order, else names in theirs.
+    Without names the labels that occur become the classes, in numerical order if all are integers.
     """
     if names is not None:
-        fits = [value if isinstance(value, int) and 0 <= value < len(names) else -1 for value in values]
-        return np.array(fits, np.int32), names
-    given = {value for value in values if isinstance(value, str) or (isinstance(value, int) and value >= 0)}
-    whole = all(isinstance(value, int) for value in given)
-    order: list[Any] = sorted(given) if whole else sorted(given, key=str)
+        valid = [value if isinstance(value, int) and 0 <= value < len(names) else -1 for value in labels]
+        return np.array(valid, np.int32), names
+    values = {value for value in labels if isinstance(value, str) or (isinstance(value, int) and value >= 0)}
+    integers = [value for value in values if isinstance(value, int)]
+    order: list[int] | list[str | int] = sorted(integers) if len(integers) == len(values) else sorted(values, key=str)
     index: dict[Label, int] = {value: i for i, value in enumerate(order)}
-    return np.array([index.get(value, -1) for value in values], np.int32), tuple(map(str, order))
+    return np.array([index.get(value, -1) for value in labels], np.int32), tuple(map(str, order))
 
 
-def class_indices(catalogue: Catalogue, model: Model) -> np.ndarray | None:
-    """The network's class of each of the data set's labels, int32 (number of label names,), -1: it has none.
+def match_classes(
+    label_names: Sequence[str] | None, classes: Sequence[str] | None, num_outputs: int | None
+) -> np.ndarray | None:
+    """Match the classes of a data set to those of a network.
 
-    By the first of these that fits any label: the names of classes (case and underscores do not matter, and of several
-    synonyms the first counts); ImageNet's WordNet ids, for a network with ImageNet's classes; whole numbers, if the
-    highest is the network's last class. None if nothing fits, or if there are no labels.
+    The first of these rules that matches any class is applied to all: names, ignoring case and underscores, where the
+    first of several synonyms suffices; WordNet ids, for networks with the classes of ImageNet; integers, if the highest
+    is the network's last class.
+
+    Parameters
+    ----------
+    label_names : sequence of str or None
+        The L classes of the data set.
+    classes : sequence of str or None
+        Class names of the network.
+    num_outputs : int or None
+        Number of the network's outputs.
+
+    Returns
+    -------
+    int32 array of shape (L,), or None
+        For each class of the data set the network's class, -1 if there is none; None if nothing matches.
     """
-    names = catalogue.label_names
-    if names is None:
+    if label_names is None:
         return None
-    ways = (_by_name(names, model.classes), _by_wordnet(names, model.num_outputs), _by_number(names, model.num_outputs))
-    return next((np.array(found, np.int32) for found in ways if any(index >= 0 for index in found)), None)
+    rules = (
+        _match_names(label_names, classes),
+        _match_wordnet(label_names, num_outputs),
+        _match_integers(label_names, num_outputs),
+    )
+    return next((np.array(matches, np.int32) for matches in rules if any(index >= 0 for index in matches)), None)
 
 
-def _by_name(names: Sequence[str], classes: Sequence[str] | None) -> list[int]:
-    """By the whole name, or else by the first of several synonyms; a name that several classes bear tells nothing."""
-    whole, first = (_places(map(plain, classes or ())) for plain in (_plain, _first))
-    return [whole.get(_plain(name), first.get(_first(name), -1)) for name in names]
+def _match_names(names: Sequence[str], classes: Sequence[str] | None) -> list[int]:
+    """Match whole names, or else the first synonyms; names that several classes share match none."""
+    whole, first = (_unique_positions(map(normalize, classes or ())) for normalize in (_normalize, _first_synonym))
+    return [whole.get(_normalize(name), first.get(_first_synonym(name), -1)) for name in names]
 
 
-def _places(names: Iterable[str]) -> dict[str, int]:
-    """Where each name stands, those that stand several times left out."""
+def _unique_positions(names: Iterable[str]) -> dict[str, int]:
+    """Return the position of each name that occurs once."""
     every = list(names)
     counts = Counter(every)
     return {name: i for i, name in enumerate(every) if counts[name] == 1}
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.replace("_", " ").strip().casefold()
 
 
-def _first(name: str) -> str:
-    return _plain(name.partition(",")[0])
+def _first_synonym(name: str) -> str:
+    return _normalize(name.partition(",")[0])
 
 
-def _by_wordnet(names: Sequence[str], outputs: int | None) -> list[int]:
+def _match_wordnet(names: Sequence[str], num_outputs: int | None) -> list[int]:
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    subset = infer_imagenet_subset({"num_classes": outputs})
-    known = {} if subset is None else {wnid: i for i, wnid in enumerate(ImageNetInfo(subset).label_names())}
-    return [known.get(name, -1) for name in names]
+    subset = infer_imagenet_subset({"num_classes": num_outputs})
+    index = {} if subset is None else {wnid: i for i, wnid in enumerate(ImageNetInfo(subset).label_names())}
+    return [index.get(name, -1) for name in names]
 
 
-def _by_number(names: Sequence[str], outputs: int | None) -> list[int]:
+def _match_integers(names: Sequence[str], num_outputs: int | None) -> list[int]:
     numbers = [int(name) if name.isdecimal() else -1 for name in names]
-    return numbers if min(numbers) >= 0 and max(numbers) + 1 == outputs else []
+    return numbers if min(numbers) >= 0 and max(numbers) + 1 == num_outputs else []

@@ -1,4 +1,4 @@
-"""Pictures in columns: Parquet files, and the Arrow files in which Hugging Face keeps a data set on disk."""
+"""Index and read images in Parquet files and in the Arrow files of Hugging Face's `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -8,273 +8,292 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from convscope.datasets.readers_files import DatasetIndex, Label, as_label
+from convscope.datasets.index import DatasetIndex, Label, to_label
 from convscope.datasets.storage import Storage, with_retries
 from convscope.errors import ConvscopeError, require_extra
 
 if TYPE_CHECKING:
     import pyarrow
 
-_IMAGES = ("image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp")  # which of several binary columns
-_LABELS = ("label", "labels", "cls")
-_ROWS = 32  # of a row group that are decompressed at a time
+_IMAGE_COLUMNS = ("image", "img", "picture", "bytes", "jpg", "jpeg", "png", "webp")  # preferred among binary columns
+_LABEL_COLUMNS = ("label", "labels", "cls")
+_ROWS_PER_READ = 32  # rows of a row group that are decompressed at a time
 
 
-def image_column(schema: pyarrow.Schema, where: str) -> str:
-    """The column that holds pictures, found by its type: a struct with "bytes" among its fields, or binary.
+class ColumnNames(NamedTuple):
+    """The columns of a table that hold images and labels."""
 
-    Raises ConvscopeError if there is none, or if several are and no name tells which.
+    image: str
+    label: str | None
+
+
+def find_columns(schema: pyarrow.Schema, location: str) -> ColumnNames:
+    """Find the columns of images and labels in a schema.
+
+    Images: a struct with a field "bytes", or binary. Labels: integers or strings named label, labels or cls. Raises
+    ConvscopeError if no column holds images, or if several do and none has a known name.
     """
-    fits = [str(column.name) for column in schema if _is_struct(column.type) or _is_binary(column.type)]
-    named = [name for name in fits if name.lower() in _IMAGES]
-    best = fits if len(fits) == 1 else named[:1]
-    if not best:
-        found = ", ".join(f"{column.name} ({column.type})" for column in schema)
+    binary = [str(column.name) for column in schema if _is_image_struct(column.type) or _is_binary(column.type)]
+    known = [name for name in binary if name.lower() in _IMAGE_COLUMNS]
+    candidates = binary if len(binary) == 1 else known[:1]
+    if not candidates:
+        columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
         raise ConvscopeError(
-            f"{where} has {len(fits) or 'no'} columns of binary or struct<bytes, path>, and none is called "
-            f"{', '.join(_IMAGES)}: it has {found}"
+            f"{location} has {len(binary) or 'no'} columns of binary or struct<bytes, path>, and none is called "
+            f"{', '.join(_IMAGE_COLUMNS)}: it has {columns}"
         )
-    return best[0]
-
-
-def label_column(schema: pyarrow.Schema) -> str | None:
-    """The column of labels, whole numbers or names: label, labels or cls."""
     types = require_extra("pyarrow.types")
     tests = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)
-    fits = [column.name for column in schema if any(test(column.type) for test in tests)]
-    return next((name for name in _LABELS if name in fits), None)
+    labels = [column.name for column in schema if any(test(column.type) for test in tests)]
+    return ColumnNames(candidates[0], next((name for name in _LABEL_COLUMNS if name in labels), None))
 
 
-def class_names(schema: pyarrow.Schema, label: str) -> tuple[str, ...] | None:
-    """The names of classes that Hugging Face keeps in a schema."""
+def read_class_names(schema: pyarrow.Schema, label: str) -> tuple[str, ...] | None:
+    """Return the class names that Hugging Face stores in a schema, or None."""
     try:
-        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = told["info"]["features"][label]["names"]
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = metadata["info"]["features"][label]["names"]
     except (ValueError, KeyError, TypeError):
         return None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def byte_sizes(column: pyarrow.ChunkedArray) -> list[int]:
-    """The length of each picture of a column, 0 where there is none; their bytes are not looked at."""
+    """Return the size of each encoded image in a column, 0 for a missing one, without reading the images."""
     compute = require_extra("pyarrow.compute")
-    content = compute.struct_field(column, "bytes") if _is_struct(column.type) else column
+    content = compute.struct_field(column, "bytes") if _is_image_struct(column.type) else column
     return [int(size or 0) for size in compute.binary_length(content).to_pylist()]
 
 
-def _is_binary(kind: Any) -> bool:
+def _is_binary(kind: pyarrow.DataType) -> bool:
     types = require_extra("pyarrow.types")
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _is_struct(kind: Any) -> bool:
+def _is_image_struct(kind: pyarrow.DataType) -> bool:
     types = require_extra("pyarrow.types")
     return bool(types.is_struct(kind) and any(f.name == "bytes" and _is_binary(f.type) for f in kind))
 
 
-class _Cursor:
-    """Where the reading of a block of rows stands: rows that are asked for in ascending order are decompressed once.
+class _BlockCursor:
+    """Reads a block of rows in ascending order, so that no row is decompressed twice.
 
-    Of a block no more is in memory than a few rows. Goes to another process as a new one.
+    Holds a few rows in memory. Pickling gives a new cursor.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._forget()
+        self._reset()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Cursor, ())
+    def __reduce__(self) -> tuple[type[_BlockCursor], tuple[()]]:
+        return (_BlockCursor, ())
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._block, self._first = -1, 0
-        self._rows: Any = ()
-        self._rest: Iterator[Any] = iter(())
+        self._batch: pyarrow.RecordBatch | None = None
+        self._batches: Iterator[pyarrow.RecordBatch] = iter(())
 
-    def value(self, block: int, row: int, begin: Callable[[], Iterator[pyarrow.RecordBatch]]) -> Any:
-        """The value in a row of a block; `begin` gives the block's rows of that column from the first on."""
+    def value(self, block: int, row: int, open_block: Callable[[], Iterator[pyarrow.RecordBatch]]) -> object:
+        """Return the value in a row of a block; `open_block` reads the column of the block from its first row on."""
         with self._lock:
             try:
                 if block != self._block or row < self._first:
-                    self._forget()
-                    self._block, self._rest = block, begin()
-                while row >= self._first + len(self._rows):
-                    self._first += len(self._rows)
-                    self._rows = next(self._rest, None)
-                    if self._rows is None:
-                        raise ConvscopeError("is not there any more: the file has changed")
-                return self._rows.column(0)[row - self._first].as_py()
+                    self._reset()
+                    self._block, self._batches = block, open_block()
+                while self._batch is None or row >= self._first + len(self._batch):
+                    self._first += 0 if self._batch is None else len(self._batch)
+                    self._batch = next(self._batches, None)
+                    if self._batch is None:
+                        raise ConvscopeError("is missing: the file has changed")
+                return self._batch.column(0)[row - self._first].as_py()
             except BaseException:
-                self._forget()
+                self._reset()
                 raise
 
 
-_Rows = Callable[[Storage, str, int, str], "Iterator[pyarrow.RecordBatch]"]  # of a file, a block and a column
+# Reads a column of one block of a file: (storage, location, position of the block, column) -> batches of rows.
+_ReadBlock = Callable[[Storage, str, int, str], "Iterator[pyarrow.RecordBatch]"]
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
-    """Pictures in a column of several files, which consist of blocks of rows.
+class ColumnReader:
+    """Reads images from a column of several files, which consist of blocks of rows.
 
-    rows: gives the rows of a block, some at a time; bounds: the first picture of each block, and the number of all;
-    which: the file of each block; places: where in that file it is.
+    Attributes
+    ----------
+    read_block : callable
+        Reads the rows of a block, some at a time.
+    files : tuple of str
+        Locations of the files.
+    column : str
+        The column that holds images.
+    bounds : array of shape (B + 1,)
+        The index of the first image of each block, and the number of all images.
+    file_numbers, block_positions : array of shape (B,)
+        For each block its file, and its position there: a row group's number or an offset in bytes.
     """
 
-    rows: _Rows
+    read_block: _ReadBlock
     storage: Storage
     files: tuple[str, ...]
     column: str
     bounds: np.ndarray
-    which: np.ndarray
-    places: np.ndarray
-    held = False
-    _cursor: _Cursor = field(default_factory=_Cursor, repr=False)
+    file_numbers: np.ndarray
+    block_positions: np.ndarray
+    in_memory = False
+    _cursor: _BlockCursor = field(default_factory=_BlockCursor, repr=False)
 
-    def read(self, index: int, name: str) -> Any:
+    def read(self, index: int, name: str) -> object:  # noqa: ARG002 - part of the protocol
+        """Return the encoded image in a row."""
         block = int(np.searchsorted(self.bounds, index, side="right")) - 1
-        file, place = self.files[self.which[block]], int(self.places[block])
-        begin = partial(self.rows, self.storage, file, place, self.column)
-        value = partial(self._cursor.value, block, index - int(self.bounds[block]), begin)
-        found = value() if self.storage.local(file) is not None else with_retries(value)
-        content = found.get("bytes") if isinstance(found, dict) else found
+        file = self.files[self.file_numbers[block]]
+        open_block = partial(self.read_block, self.storage, file, int(self.block_positions[block]), self.column)
+        read = partial(self._cursor.value, block, index - int(self.bounds[block]), open_block)
+        value = read() if self.storage.local_path(file) is not None else with_retries(read)
+        content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             raise ConvscopeError("holds no bytes")
         return content
 
 
-def _parquet_rows(storage: Storage, file: str, place: int, column: str) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a row group."""
+def _read_row_group(storage: Storage, file: str, group: int, column: str) -> Iterator[pyarrow.RecordBatch]:
     parquet = require_extra("pyarrow.parquet")
-    # So it reads page by page what would else be a whole column of a row group.
-    with storage.open(file) as stream, parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as opened:
-        yield from opened.iter_batches(_ROWS, row_groups=[place], columns=[column], use_threads=False)
+    # Buffered without pre-buffering, Parquet is read page by page instead of a whole column of a row group.
+    with storage.open(file) as stream, parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table:
+        yield from table.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=[column], use_threads=False)
 
 
-def _arrow_rows(storage: Storage, file: str, place: int, column: str) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a record batch, which lies at byte `place` of a stream."""
+def _read_record_batch(storage: Storage, file: str, offset: int, column: str) -> Iterator[pyarrow.RecordBatch]:
     ipc = require_extra("pyarrow.ipc")
-    with _stream(storage, file) as stream:
+    with _open_arrow(storage, file) as stream:
         schema = ipc.read_schema(stream)
-        stream.seek(place)
+        stream.seek(offset)
         yield ipc.read_record_batch(ipc.read_message(stream), schema).select([column])
 
 
 @dataclass
-class _Found:
-    """What is known of the rows of files while they are gone through."""
+class _IndexBuilder:
+    """Collects the rows of files block by block."""
 
+    storage: Storage
+    files: Sequence[str]
+    read_block: _ReadBlock
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     bounds: list[int] = field(default_factory=lambda: [0])
-    which: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    content: list[str] = field(default_factory=list)
+    file_numbers: list[int] = field(default_factory=list)
+    block_positions: list[int] = field(default_factory=list)
+    group_sizes: list[str] = field(default_factory=list)
 
-    def block(self, file: int, place: int, rows: int) -> None:
+    def add_block(self, file_number: int, position: int, rows: int) -> None:
         self.bounds.append(self.bounds[-1] + rows)
-        self.which.append(file)
-        self.places.append(place)
+        self.file_numbers.append(file_number)
+        self.block_positions.append(position)
 
-    def listing(
-        self, rows: _Rows, storage: Storage, files: Sequence[str], schema: pyarrow.Schema, columns: _Pair
-    ) -> DatasetIndex:
-        image, label = columns
-        bounds, which, places = (np.array(values, np.int64) for values in (self.bounds, self.which, self.places))
-        listing = DatasetIndex(
-            self.names, Columns(rows, storage, tuple(files), image, bounds, which, places), self.sizes
+    def add_labels(self, column: pyarrow.ChunkedArray) -> None:
+        self.labels += map(to_label, column.to_pylist())
+
+    def build(self, schema: pyarrow.Schema, columns: ColumnNames) -> DatasetIndex:
+        bounds, file_numbers, positions = (
+            np.array(values, np.int64) for values in (self.bounds, self.file_numbers, self.block_positions)
         )
-        listing.content = " ".join(self.content)
-        if label is not None:
-            listing.labels, listing.label_names = self.labels, class_names(schema, label)
-        return listing
+        reader = ColumnReader(
+            self.read_block, self.storage, tuple(self.files), columns.image, bounds, file_numbers, positions
+        )
+        index = DatasetIndex(self.names, reader, self.sizes, fingerprint_extra=" ".join(self.group_sizes))
+        if columns.label is not None:
+            index.labels, index.label_names = self.labels, read_class_names(schema, columns.label)
+        return index
 
 
-_Pair = tuple[str, str | None]  # the columns of pictures and of labels
+def index_parquet(storage: Storage, files: Sequence[str]) -> DatasetIndex:
+    """Index the images of Parquet files, in the order of the files and rows; images are named "FILE#ROW".
 
-
-def of_parquet(storage: Storage, files: Sequence[str]) -> DatasetIndex:
-    """The pictures of Parquet files, in the order of the files and of their rows; "FILE#ROW" is a picture's name.
-
-    Only footers and labels are read: a file's number of rows and the sizes of its row groups stand for its content.
-    Raises ConvscopeError for files that are not there or damaged, and for those without pictures.
+    Only footers and labels are read: the number of rows and the sizes of the row groups stand for the content in the
+    fingerprint. Raises ConvscopeError for missing and damaged files, and for files without images.
     """
-    parquet, found = require_extra("pyarrow.parquet"), _Found()
-    first: _Pair | None = None
+    parquet, builder = require_extra("pyarrow.parquet"), _IndexBuilder(storage, files, _read_row_group)
+    first: ColumnNames | None = None
     for number, file in enumerate(files):
-        with _as_arrow(file), storage.open(file) as stream, parquet.ParquetFile(stream) as opened:
-            schema, meta = opened.schema_arrow, opened.metadata
-            columns = image_column(schema, file), label_column(schema)
+        with _arrow_errors(file), storage.open(file) as stream, parquet.ParquetFile(stream) as table:
+            schema, metadata = table.schema_arrow, table.metadata
+            columns = find_columns(schema, file)
             if columns != (first := first or columns):
-                raise ConvscopeError(f"{file} has its pictures and labels in {columns}, {files[0]} in {first}")
-            if columns[1] is not None:
-                found.labels += map(as_label, opened.read(columns=[columns[1]]).column(0).to_pylist())
-            found.names += [f"{file}#{row}" for row in range(meta.num_rows)]
-            for group in range(meta.num_row_groups):
-                found.block(number, group, meta.row_group(group).num_rows)
-                found.content.append(str(meta.row_group(group).total_byte_size))
-    return found.listing(_parquet_rows, storage, files, schema, columns)
+                raise ConvscopeError(
+                    f"{file} has images in {columns.image!r} and labels in {columns.label!r}, "
+                    f"{files[0]} in {first.image!r} and {first.label!r}; expected the same columns in all files"
+                )
+            if columns.label is not None:
+                builder.add_labels(table.read(columns=[columns.label]).column(0))
+            builder.names += [f"{file}#{row}" for row in range(metadata.num_rows)]
+            for group in range(metadata.num_row_groups):
+                builder.add_block(number, group, metadata.row_group(group).num_rows)
+                builder.group_sizes.append(str(metadata.row_group(group).total_byte_size))
+    return builder.build(schema, columns)
 
 
-def of_arrow(storage: Storage, folder: str) -> DatasetIndex:
-    """The pictures of a data set that Hugging Face's `save_to_disk` left in a folder; "FOLDER#ROW" is a picture's name.
+def index_saved_dataset(storage: Storage, folder: str) -> DatasetIndex:
+    """Index the images of a data set that Hugging Face's `save_to_disk` wrote; images are named "FOLDER#ROW".
 
-    Raises ConvscopeError for a folder of several splits, and for one that is damaged or has no pictures.
+    Raises ConvscopeError for damaged data sets and for those without images.
     """
-    ipc, found = require_extra("pyarrow.ipc"), _Found()
+    ipc = require_extra("pyarrow.ipc")
     try:
         with storage.open(f"{folder}/state.json") as stream:
             files = [f"{folder}/{file['filename']}" for file in json.loads(stream.read())["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConvscopeError(f"{folder}/state.json does not tell the files of the data set: {error}") from error
+        raise ConvscopeError(f"{folder}/state.json does not list the files of the data set: {error}") from error
+    builder = _IndexBuilder(storage, files, _read_record_batch)
     for number, file in enumerate(files):
-        with _as_arrow(file), _stream(storage, file) as stream:
+        with _arrow_errors(file), _open_arrow(storage, file) as stream:
             schema = ipc.read_schema(stream)
-            columns = image_column(schema, file), label_column(schema)
-            while (batch := _next(stream, schema)) is not None:
-                place, rows = batch
-                found.block(number, place, len(rows))
-                found.sizes += byte_sizes(rows.column(columns[0]))
-                if columns[1] is not None:
-                    found.labels += map(as_label, rows.column(columns[1]).to_pylist())
-    found.names = [f"{folder}#{row}" for row in range(found.bounds[-1])]
-    return found.listing(_arrow_rows, storage, files, schema, columns)
+            columns = find_columns(schema, file)
+            for offset, batch in _record_batches(stream, schema):
+                builder.add_block(number, offset, len(batch))
+                builder.sizes += byte_sizes(batch.column(columns.image))
+                if columns.label is not None:
+                    builder.add_labels(batch.column(columns.label))
+    builder.names = [f"{folder}#{row}" for row in range(builder.bounds[-1])]
+    return builder.build(schema, columns)
 
 
 def require_one_split(storage: Storage, folder: str) -> None:
-    """Raises ConvscopeError, which names them, for a folder of several of Hugging Face's splits."""
+    """Raise ConvscopeError if a folder holds several splits of a Hugging Face data set."""
     if storage.kind(f"{folder}/dataset_dict.json") == "file":
         with storage.open(f"{folder}/dataset_dict.json") as stream:
             splits = json.loads(stream.read()).get("splits", [])
         raise ConvscopeError(f"{folder} holds the splits {', '.join(splits)}; give one of them: {folder}/{splits[0]}")
 
 
-def _next(stream: Any, schema: pyarrow.Schema) -> tuple[int, pyarrow.RecordBatch] | None:
-    """The next record batch of a stream, and where it begins; None at the end."""
+def _record_batches(stream: pyarrow.NativeFile, schema: pyarrow.Schema) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+    """Yield the remaining record batches of a stream, each with its offset in bytes."""
     ipc = require_extra("pyarrow.ipc")
-    place = stream.tell()
-    try:
-        message = ipc.read_message(stream)
-    except EOFError:
-        return None
-    return place, ipc.read_record_batch(message, schema)
+    while True:
+        offset = stream.tell()
+        try:
+            message = ipc.read_message(stream)
+        except EOFError:
+            return
+        yield offset, ipc.read_record_batch(message, schema)
 
 
-def _stream(storage: Storage, address: str) -> Any:
-    """An Arrow file; one on disk is mapped into memory, so that only what is used of it is read."""
+def _open_arrow(storage: Storage, location: str) -> pyarrow.NativeFile:
+    """Open an Arrow file; a local one is memory-mapped, so that only the used parts are read."""
     arrow = require_extra("pyarrow")
-    path = storage.local(address)
-    return arrow.memory_map(path) if path is not None else arrow.PythonFile(storage.open(address), "r")
+    path = storage.local_path(location)
+    return arrow.memory_map(path) if path is not None else arrow.PythonFile(storage.open(location), "r")
 
 
 @contextmanager
-def _as_arrow(address: str) -> Iterator[None]:
-    """What Arrow raises, in words."""
+def _arrow_errors(location: str) -> Iterator[None]:
+    """Convert errors of Arrow to ConvscopeError."""
     arrow = require_extra("pyarrow")
     try:
         yield
     except (arrow.ArrowException, OSError) as error:
-        raise ConvscopeError(f"{address} cannot be read, it may be damaged: {error}") from error
+        raise ConvscopeError(f"{location} cannot be read, it may be damaged: {error}") from error

@@ -1,9 +1,8 @@
-"""Pictures in files and in tars: listed without decoding any, read one by one."""
+"""Index and read images in single files and in WebDataset tars."""
 
 from __future__ import annotations
 
 import json
-import operator
 import os
 import re
 import sys
@@ -11,144 +10,112 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
+from convscope.datasets.index import DatasetIndex, Label, labels_or_none, parse_label, to_label
 from convscope.datasets.storage import Storage
 from convscope.errors import ConvscopeError
 from convscope.images.loading import one_line
 
-Label = str | int | None  # a name, a number (below 0: unknown), or nothing known
-
-_IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
-_MOST_TEXT = 1 << 20  # bytes of a label in a tar
-
-
-class ImageReader(Protocol):
-    """Reads a picture, by its position and its name: bytes of a file, an image or an array. Picklable.
-
-    held: the pictures lie in memory, and are handed to worker processes one by one rather than all to each.
-    """
-
-    held: bool
-
-    def read(self, index: int, name: str) -> Any: ...
-
-
-@dataclass
-class DatasetIndex:
-    """Pictures found: a unique name of each, its size in bytes where that says anything, a label, and their origin.
-
-    label_names: the classes that labels count, where that is known; otherwise the labels that occur are the classes.
-    content: whatever else tells this data set from another.
-    """
-
-    names: Sequence[str]
-    origin: ImageReader
-    sizes: Sequence[int] | np.ndarray = ()
-    labels: Sequence[Label] | None = None
-    label_names: tuple[str, ...] | None = None
-    content: str = ""
-    notes: list[str] = field(default_factory=list)
+_IMAGE_EXTENSION = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
+_MAX_LABEL_BYTES = 1 << 20  # of a label file in a tar
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files that each hold one picture and are named by their address."""
+class FileReader:
+    """Reads files that each hold one image and whose names are their locations."""
 
     storage: Storage
-    held = False
+    in_memory = False
 
-    def read(self, index: int, name: str) -> Any:
+    def read(self, index: int, name: str) -> bytes:  # noqa: ARG002 - part of the protocol
+        """Return the content of a file."""
         return self.storage.read(name)
 
 
-def is_image(name: str) -> bool:
-    """Whether a file looks like a picture, by its extension."""
-    return bool(_IMAGE.fullmatch(os.path.splitext(name)[1]))
+def has_image_extension(name: str) -> bool:
+    """Whether a file name has the extension of an image."""
+    return bool(_IMAGE_EXTENSION.fullmatch(os.path.splitext(name)[1]))
 
 
-def of_folder(storage: Storage, folder: str) -> DatasetIndex:
-    """The pictures in a folder, at any depth, sorted by name; folders of the first level are the classes.
+def index_folder(storage: Storage, folder: str) -> DatasetIndex:
+    """Index the images in a folder at any depth, sorted by name; its direct subfolders are the classes.
 
-    A picture that lies in none of them has no label; where all do, there are no labels.
+    Images outside the subfolders have no label.
     """
     root = folder if folder.endswith("/") else folder + "/"
-    rows, left_out = _images(storage.walk(folder))
-    if not rows:
-        found = Counter(name.rpartition(".")[2].lower() for name in left_out)
-        kind = next((kind for kind in ("tar", "parquet") if found[kind]), None)
-        advice = f"; it holds {kind} files: give {root}*.{kind}" if kind else ""
-        raise ConvscopeError(f"there are no pictures in {folder}{advice}")
-    labels: list[Label] = [name.partition("/")[0] if "/" in name else None for name, _ in rows]
-    listing = DatasetIndex([root + name for name, _ in rows], Files(storage), [size for _, size in rows])
-    listing.labels = labels if any(label is not None for label in labels) else None
-    listing.notes += _left_out(left_out, folder)
-    return listing
+    files, left_out = _select_images(storage.walk(folder))
+    if not files:
+        extensions = Counter(name.rpartition(".")[2].lower() for name in left_out)
+        packed = next((kind for kind in ("tar", "parquet") if extensions[kind]), None)
+        advice = f"; it holds {packed} files: give {root}*.{packed}" if packed else ""
+        raise ConvscopeError(f"there are no images in {folder}{advice}")
+    return DatasetIndex(
+        [root + name for name, _ in files],
+        FileReader(storage),
+        [size for _, size in files],
+        labels=labels_or_none([name.partition("/")[0] if "/" in name else None for name, _ in files]),
+        notes=_note_left_out(left_out, folder),
+    )
 
 
-def of_matches(storage: Storage, found: Iterable[tuple[str, int]], pattern: str) -> DatasetIndex:
-    """The pictures among the files that a glob names, sorted by name."""
-    rows, left_out = _images(found)
-    if not rows:
-        raise ConvscopeError(f"no picture, tar or Parquet file is named by {pattern}")
-    listing = DatasetIndex([name for name, _ in rows], Files(storage), [size for _, size in rows])
-    listing.notes += _left_out(left_out, pattern)
-    return listing
+def index_matches(storage: Storage, matches: Iterable[tuple[str, int]], pattern: str) -> DatasetIndex:
+    """Index the images among the files that match a glob, sorted by name."""
+    files, left_out = _select_images(matches)
+    if not files:
+        raise ConvscopeError(f"no image, tar or Parquet file matches {pattern}")
+    sizes = [size for _, size in files]
+    notes = _note_left_out(left_out, pattern)
+    return DatasetIndex([name for name, _ in files], FileReader(storage), sizes, notes=notes)
 
 
-def of_addresses(storage: Storage, addresses: Sequence[str]) -> DatasetIndex:
-    """One picture at each address, in their order; one that is not there fails when it is read."""
-    return DatasetIndex(addresses, Files(storage), [storage.size(address) for address in addresses])
+def index_locations(storage: Storage, locations: Sequence[str]) -> DatasetIndex:
+    """Index one image per location, in the given order; a missing file fails when it is read."""
+    return DatasetIndex(locations, FileReader(storage), [storage.size(location) for location in locations])
 
 
-def of_text(storage: Storage, address: str) -> DatasetIndex:
-    """The pictures that a text file lists: an address a line, a tab and a label may follow.
+def index_text_list(storage: Storage, location: str) -> DatasetIndex:
+    """Index the images that a text file lists: one location per line, optionally followed by a tab and a label.
 
-    Relative addresses count from the list's own folder. Raises ConvscopeError for lists that are not there, or no text.
+    Relative paths start from the folder of the list. Raises ConvscopeError if the file is missing or not UTF-8 text.
     """
     try:
-        with storage.open(address) as file:
+        with storage.open(location) as file:
             lines = file.read().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ConvscopeError(f"{address} is no text in UTF-8: {error}") from error
-    folder = address.rpartition("/")[0]
-    places: list[str] = []
+        raise ConvscopeError(f"{location} is not UTF-8 text: {error}") from error
+    folder = location.rpartition("/")[0]
+    locations: list[str] = []
     labels: list[Label] = []
     for line in filter(str.strip, lines):
-        place, _, label = line.partition("\t")
-        places.append(_beside(folder, place.strip()))
-        labels.append(plain_label(sys.intern(label.partition("\t")[0])))
-    listing = of_addresses(storage, places)
-    listing.labels = labels if any(label is not None for label in labels) else None
-    return listing
+        entry, _, rest = line.partition("\t")
+        locations.append(_resolve(folder, entry.strip()))
+        labels.append(parse_label(sys.intern(rest.partition("\t")[0])))
+    index = index_locations(storage, locations)
+    index.labels = labels_or_none(labels)
+    return index
 
 
-def _beside(folder: str, address: str) -> str:
-    return address if "://" in address or os.path.isabs(address) or not folder else f"{folder}/{address}"
+def _resolve(folder: str, location: str) -> str:
+    return location if "://" in location or os.path.isabs(location) or not folder else f"{folder}/{location}"
 
 
-def plain_label(text: str) -> Label:
-    """A label as it is written: a whole number, a name, or nothing."""
-    text = text.strip()
-    return int(text) if text.removeprefix("-").isdecimal() else text or None
-
-
-def _images(found: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:
-    """Those files that look like pictures, sorted part by part of their names, and the names of the others."""
-    rows, others = [], []
-    for name, size in found:
-        if is_image(name) and _is_text(name):
-            rows.append((name, size))
+def _select_images(files: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Split files into images, sorted by the parts of their paths, and the names of all others."""
+    images, others = [], []
+    for name, size in files:
+        if has_image_extension(name) and _is_valid_unicode(name):
+            images.append((name, size))
         else:
             others.append(name)
-    return sorted(rows, key=lambda row: row[0].split("/")), others
+    return sorted(images, key=lambda file: file[0].split("/")), others
 
 
-def _is_text(name: str) -> bool:
-    """Whether a name can be kept: Linux lets any bytes name a file."""
+def _is_valid_unicode(name: str) -> bool:
+    """Whether a name can be stored as text; on Linux a file name may be any bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -156,103 +123,102 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _left_out(names: Sequence[str], where: str) -> list[str]:
-    """A note on files that are no pictures by their names, if there are any."""
-    few = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
-    return [one_line(f"{where}: left out as no pictures by their names: {len(names):,} ({few})")] if names else []
+def _note_left_out(names: Sequence[str], location: str) -> list[str]:
+    if not names:
+        return []
+    examples = ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+    return [one_line(f"{location}: {len(names):,} files left out, not images by their names ({examples})")]
 
 
 @dataclass(frozen=True, eq=False)
-class Tars:
-    """Members of tars that are not compressed, each read by its offset: `which` tar, `starts` and `sizes` in bytes."""
+class TarReader:
+    """Reads members of uncompressed tars by their offsets.
+
+    Attributes
+    ----------
+    tars : tuple of str
+        Locations of the tars.
+    tar_numbers, offsets, sizes : array of shape (N,)
+        For each image its tar, and the offset and size of its content in bytes.
+    """
 
     storage: Storage
     tars: tuple[str, ...]
-    which: np.ndarray
-    starts: np.ndarray
+    tar_numbers: np.ndarray
+    offsets: np.ndarray
     sizes: np.ndarray
-    held = False
+    in_memory = False
 
-    def read(self, index: int, name: str) -> Any:
-        tar = self.tars[self.which[index]]
-        return self.storage.read(tar, int(self.starts[index]), int(self.sizes[index]))
+    def read(self, index: int, name: str) -> bytes:  # noqa: ARG002 - part of the protocol
+        """Return the content of a member."""
+        tar = self.tars[self.tar_numbers[index]]
+        return self.storage.read(tar, int(self.offsets[index]), int(self.sizes[index]))
 
 
-def of_tars(storage: Storage, tars: Sequence[str]) -> DatasetIndex:
-    """The pictures of WebDataset tars, in the order of the tars and of their members.
+def index_tars(storage: Storage, tars: Sequence[str]) -> DatasetIndex:
+    """Index the images of WebDataset tars, in the order of the tars and their members.
 
-    A member KEY.jpg (.png, .webp, ...) is a picture; KEY ends at the first dot of its file name. Its label is the
-    content of KEY.cls, a number or a name, or what KEY.json calls "label". Raises ConvscopeError for tars that are
-    compressed, damaged or not there.
+    A member KEY.jpg (.png, .webp, ...) is an image; KEY ends at the first dot of the file name. Its label is the
+    content of KEY.cls, a number or a name, or the value of "label" in KEY.json. Raises ConvscopeError for tars that are
+    compressed, damaged or missing.
     """
     names: list[str] = []
     labels: list[Label] = []
-    places: list[tuple[int, int, int]] = []
+    extents: list[tuple[int, int, int]] = []
     left_out: list[str] = []
     for number, tar in enumerate(tars):
         keys: list[str] = []
-        known: dict[str, Label] = {}
+        label_by_key: dict[str, Label] = {}
         for member, file in _members(storage, tar):
             folder, _, last = member.name.rpartition("/")
             stem, _, extension = last.partition(".")
             key, extension = f"{folder}/{stem}", extension.lower()
-            if "." not in extension and is_image(last) and _is_text(member.name):
+            if "." not in extension and has_image_extension(last) and _is_valid_unicode(member.name):
                 names.append(f"{tar}!{member.name}")
                 keys.append(key)
-                places.append((number, member.offset_data, member.size))
-            elif extension in ("cls", "json"):
-                label = _label_in(file.read(min(member.size, _MOST_TEXT)), extension)
-                known[key] = label if extension == "cls" or key not in known else known[key]
+                extents.append((number, member.offset_data, member.size))
+            elif extension == "cls":
+                label_by_key[key] = parse_label(_read_text(file, member))
+            elif extension == "json":
+                label_by_key.setdefault(key, _json_label(_read_text(file, member)))
             elif stem:  # not hidden
                 left_out.append(member.name)
-        labels += [known.get(key) for key in keys]
-    which, starts, sizes = np.array(places, np.int64).reshape(-1, 3).T
-    listing = DatasetIndex(
-        names, Tars(storage, tuple(tars), which.astype(np.int32), starts.copy(), sizes.copy()), sizes
-    )
-    listing.labels = labels if any(label is not None for label in labels) else None
-    listing.notes += _left_out(left_out, tars[0] if len(tars) == 1 else f"{len(tars)} tars")
-    return listing
+        labels += [label_by_key.get(key) for key in keys]
+    numbers, offsets, sizes = np.array(extents, np.int64).reshape(-1, 3).T
+    reader = TarReader(storage, tuple(tars), numbers.astype(np.int32), offsets.copy(), sizes.copy())
+    notes = _note_left_out(left_out, tars[0] if len(tars) == 1 else f"{len(tars)} tars")
+    return DatasetIndex(names, reader, sizes, labels=labels_or_none(labels), notes=notes)
 
 
-def _members(storage: Storage, address: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """The files in a tar, each with the tar opened where its content begins."""
-    with _as_tar(address), storage.open(address) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+def _members(storage: Storage, location: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """Yield the regular files of a tar, each with the tar opened at the beginning of its content."""
+    with _tar_errors(location), storage.open(location) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             if member.isreg():
                 file.seek(member.offset_data)
                 yield member, file
-            tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
+            tar.members.clear()  # type: ignore[attr-defined] # otherwise it keeps them all in memory
 
 
 @contextmanager
-def _as_tar(address: str) -> Iterator[None]:
-    """What tarfile raises, in words."""
+def _tar_errors(location: str) -> Iterator[None]:
+    """Convert errors of tarfile to ConvscopeError."""
     try:
         yield
     except (tarfile.TarError, OSError) as error:
-        expected = "expected a whole tar without compression, from which pictures can be read by their offset"
-        raise ConvscopeError(f"{address} cannot be read as a tar ({error}); {expected}") from error
+        raise ConvscopeError(
+            f"{location} cannot be read as a tar ({error}); expected a complete tar without compression"
+        ) from error
 
 
-def _label_in(content: bytes, extension: str) -> Label:
-    """The label in a .cls or a .json of a tar; None where there is none."""
-    text = content.decode("utf-8", errors="replace")
-    if extension == "cls":
-        return plain_label(text)
+def _read_text(file: IO[bytes], member: tarfile.TarInfo) -> str:
+    return file.read(min(member.size, _MAX_LABEL_BYTES)).decode("utf-8", errors="replace")
+
+
+def _json_label(text: str) -> Label:
+    """Return the value of "label" in a JSON object; None for anything else, since the file may serve other purposes."""
     try:
-        told = json.loads(text)
+        metadata = json.loads(text)
     except ValueError:
-        return None  # other people's notes need not be ours
-    label = told.get("label") if isinstance(told, dict) else None
-    return as_label(label)
-
-
-def as_label(value: Any) -> Label:
-    """A label from whatever a data set hands out: a name, anything that is a whole number, else None."""
-    if isinstance(value, str):
-        return plain_label(value)
-    try:
-        return operator.index(value)
-    except TypeError:
         return None
+    return to_label(metadata.get("label")) if isinstance(metadata, dict) else None

@@ -1,4 +1,4 @@
-"""Pictures in hand: lists, arrays, data sets of torchvision's kind and of Hugging Face's."""
+"""Index and read images in memory, and data set objects of torchvision's and Hugging Face's kinds."""
 
 from __future__ import annotations
 
@@ -7,57 +7,76 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from convscope.datasets.readers_arrow import byte_sizes, class_names, image_column, label_column
-from convscope.datasets.readers_files import DatasetIndex, Label, as_label, of_addresses
+from convscope.datasets.index import DatasetIndex, Label, labels_or_none, to_label
+from convscope.datasets.readers_arrow import byte_sizes, find_columns, read_class_names
+from convscope.datasets.readers_files import index_locations
 from convscope.datasets.storage import Storage
 from convscope.errors import ConvscopeError, nearest
 
-_UNSAFE = ("LSUN", "LSUNClass")  # unpickle a file that lies beside the data
-_KINDS = "a (picture, label) pair or a picture, which is a PIL image, an array or the bytes of a file"
+if TYPE_CHECKING:
+    import datasets
+
+_UNSAFE = ("LSUN", "LSUNClass")  # these unpickle a file that lies next to the data
+_ITEM_KINDS = "an (image, label) pair or an image, which is a PIL image, an array or the bytes of a file"
+
+InMemoryImage = str | bytes | Image.Image | np.ndarray  # a string is a location
+
+
+@runtime_checkable
+class IndexableDataset(Protocol):
+    """A data set with a length and items, such as those of torchvision."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> object: ...
 
 
 @dataclass(frozen=True, eq=False)
 class InMemoryReader:
-    """Pictures in memory; of a path only the file is not."""
+    """Reads images that are in memory; strings among them are locations of files."""
 
     storage: Storage
-    items: Sequence[Any] | np.ndarray
-    held = True
+    items: Sequence[InMemoryImage] | np.ndarray
+    in_memory = True
 
-    def read(self, index: int, name: str) -> Any:
+    def read(self, index: int, name: str) -> object:  # noqa: ARG002 - part of the protocol
+        """Return the image, or the content of the file, with this index."""
         item = self.items[index]
         return self.storage.read(item) if isinstance(item, str) else item
 
 
-def of_items(storage: Storage, given: Sequence[Any] | np.ndarray) -> DatasetIndex:
-    """Addresses, images and arrays in hand, in their order. Raises ConvscopeError for anything else among them."""
-    items = given if isinstance(given, np.ndarray) else [_item(i, item) for i, item in enumerate(given)]
-    if isinstance(items, list) and all(isinstance(item, str) for item in items):
-        return of_addresses(storage, items)
+def index_items(storage: Storage, images: Sequence[object] | np.ndarray) -> DatasetIndex:
+    """Index locations, PIL images, arrays and encoded files in their order; raise ConvscopeError for anything else."""
+    items = images if isinstance(images, np.ndarray) else [_check_item(i, item) for i, item in enumerate(images)]
+    locations = [item for item in items if isinstance(item, str)]
+    if len(locations) == len(items):
+        return index_locations(storage, locations)
     digest = hashlib.sha256()
     for item in items:
-        digest.update(_content(item))
+        digest.update(_fingerprint(item))
     names = [item if isinstance(item, str) else f"image {i}" for i, item in enumerate(items)]
-    return DatasetIndex(names, InMemoryReader(storage, items), content=digest.hexdigest())
+    return DatasetIndex(names, InMemoryReader(storage, items), fingerprint_extra=digest.hexdigest())
 
 
-def _item(number: int, item: Any) -> Any:
-    if isinstance(item, str | os.PathLike):
-        return os.fspath(item)
+def _check_item(number: int, item: object) -> InMemoryImage:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, os.PathLike):
+        return str(os.fspath(item))
     if not isinstance(item, bytes | Image.Image | np.ndarray):
         kind = type(item).__name__
         raise ConvscopeError(f"item {number} is a {kind}; expected addresses, PIL images, arrays or bytes of files")
     return item
 
 
-def _content(item: Any) -> bytes:
-    """What tells a picture in hand from another; of an opened file that is its name, for it need not be decoded yet."""
+def _fingerprint(item: InMemoryImage) -> bytes:
+    """Return bytes that identify an image; for an opened file its name, because it need not be decoded yet."""
     if isinstance(item, ImageFile.ImageFile):
         return f"{item.mode} {item.size} {item.filename!r}".encode()
     if isinstance(item, Image.Image):
@@ -68,92 +87,94 @@ def _content(item: Any) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class Indexed:
-    """A data set that gives its pictures one by one."""
+class ItemReader:
+    """Reads the images of an indexable data set."""
 
-    dataset: Any
-    held = False
+    dataset: IndexableDataset
+    in_memory = False
 
-    def read(self, index: int, name: str) -> Any:
+    def read(self, index: int, name: str) -> object:  # noqa: ARG002 - part of the protocol
+        """Return the image of an item."""
         return _image_of(self.dataset[index])
 
 
-def of_dataset(dataset: Any) -> DatasetIndex:
-    """A data set with `__len__` and `__getitem__`, as torchvision's are.
+def index_dataset(dataset: IndexableDataset) -> DatasetIndex:
+    """Index a data set with `__len__` and `__getitem__`, such as those of torchvision.
 
-    Its labels are what it keeps as `targets` or `labels`; where it keeps none, it is gone through once to ask for them.
-    Raises ConvscopeError if its first item holds no picture.
+    Labels are taken from its attribute `targets` or `labels`; without these every item is read once for its label.
+    Raises ConvscopeError if the first item holds no image.
     """
-    count = len(dataset)
+    kind, count = type(dataset).__name__, len(dataset)
     if not count:
-        raise ConvscopeError(f"{type(dataset).__name__} is empty; expected pictures")
+        raise ConvscopeError(f"{kind} is empty; expected images")
     first = dataset[0]
     image = _image_of(first)
     if not isinstance(image, Image.Image | np.ndarray | bytes):
-        advice = "; leave its transform out: convscope prepares pictures itself" if isinstance(image, Tensor) else ""
-        raise ConvscopeError(f"{type(dataset).__name__} gives {_told(first)}; expected {_KINDS}{advice}")
-    paired = isinstance(first, tuple | list) and len(first) > 1
-    listing = DatasetIndex([f"image {i}" for i in range(count)], Indexed(dataset))
-    listing.content = hashlib.sha256(_content(image)).hexdigest()
-    kept = _kept_labels(dataset) if paired else None
-    if kept is None and paired:
-        kept = list(_asked(dataset))
-        listing.notes.append(f"{type(dataset).__name__} keeps no list of its labels: they were asked of every picture")
-    if kept is not None and any(label is not None for label in kept):
-        listing.labels, listing.label_names = kept, _kept_names(dataset, kept)
-    return listing
+        advice = "; leave its transform out, because convscope preprocesses images" if isinstance(image, Tensor) else ""
+        raise ConvscopeError(f"{kind} gives {_describe(first)}; expected {_ITEM_KINDS}{advice}")
+    index = DatasetIndex([f"image {i}" for i in range(count)], ItemReader(dataset))
+    index.fingerprint_extra = hashlib.sha256(_fingerprint(image)).hexdigest()
+    if isinstance(first, tuple | list) and len(first) > 1:
+        labels = _stored_labels(dataset)
+        if labels is None:
+            labels = list(_item_labels(dataset))
+            index.notes.append(f"{kind} stores no list of labels: every item was read once for its label")
+        index.labels = labels_or_none(labels)
+        index.label_names = _class_names(dataset, labels) if index.labels is not None else None
+    return index
 
 
-def _told(item: Any) -> str:
-    kinds = [type(part).__name__ for part in item] if isinstance(item, tuple | list) else [type(item).__name__]
-    return f"({', '.join(kinds)})" if len(kinds) > 1 else "".join(kinds)
+def _describe(item: object) -> str:
+    if isinstance(item, tuple | list) and len(item) > 1:
+        return f"({', '.join(type(part).__name__ for part in item)})"
+    return type(item[0] if isinstance(item, tuple | list) and item else item).__name__
 
 
-def _image_of(item: Any) -> Any:
+def _image_of(item: object) -> object:
     return item[0] if isinstance(item, tuple | list) and item else item
 
 
-def _asked(dataset: Any) -> Iterator[Label]:
-    """The label of every item; a picture that cannot be read has none."""
+def _item_labels(dataset: IndexableDataset) -> Iterator[Label]:
+    """Yield the label of every item; an item that cannot be read has none."""
     for index in range(len(dataset)):
         try:
             item = dataset[index]
-        except Exception:  # whatever ails it is said when it is its turn to be shown
+        except Exception:  # noqa: BLE001 - user code; the error is reported when the image is scanned
             yield None
             continue
-        yield as_label(item[1]) if isinstance(item, tuple | list) and len(item) > 1 else None
+        yield to_label(item[1]) if isinstance(item, tuple | list) and len(item) > 1 else None
 
 
-def _kept_labels(dataset: Any) -> list[Label] | None:
-    """The labels that a data set keeps beside its pictures, seen through `torch.utils.data.Subset`."""
-    inner, chosen = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
-    if inner is not None and chosen is not None:
-        whole = _kept_labels(inner)
-        return None if whole is None else [whole[i] for i in chosen]
-    if getattr(dataset, "target_transform", None) is not None:
+def _stored_labels(dataset: object) -> list[Label] | None:
+    """Return the labels that a data set stores as a list, also through `torch.utils.data.Subset`."""
+    parent, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
+    if parent is not None and indices is not None:
+        labels = _stored_labels(parent)
+        return None if labels is None else [labels[i] for i in indices]
+    if getattr(dataset, "target_transform", None) is not None or not isinstance(dataset, IndexableDataset):
         return None
-    for word in ("targets", "labels", "_labels"):
-        values = getattr(dataset, word, None)
+    for attribute in ("targets", "labels", "_labels"):
+        values = getattr(dataset, attribute, None)
         if isinstance(values, Tensor | np.ndarray) and values.ndim == 1 and len(values) == len(dataset):
-            return [as_label(value) for value in values.tolist()]
+            return [to_label(value) for value in values.tolist()]
         if isinstance(values, list | tuple) and len(values) == len(dataset):
-            return [as_label(value) for value in values]
+            return [to_label(value) for value in values]
     return None
 
 
-def _kept_names(dataset: Any, labels: Sequence[Label]) -> tuple[str, ...] | None:
-    """The names of the classes that labels count, if the data set keeps them and every label has one."""
+def _class_names(dataset: object, labels: Sequence[Label]) -> tuple[str, ...] | None:
+    """Return the class names that a data set stores, if every label is an index into them."""
     names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "dataset", None), "classes", None)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None
-    fits = all(label is None or (isinstance(label, int) and label < len(names)) for label in labels)
-    return tuple(names) if fits else None
+    valid = all(label is None or (isinstance(label, int) and label < len(names)) for label in labels)
+    return tuple(names) if valid else None
 
 
-def of_torchvision(address: str) -> DatasetIndex:
-    """The data set that "torchvision:NAME:ROOT" names, of torchvision's class of that name; nothing is downloaded.
+def index_torchvision(address: str) -> DatasetIndex:
+    """Index the torchvision data set that "torchvision:NAME:ROOT" names, without downloading anything.
 
-    Raises ConvscopeError for names that are not known or not safe to open, and for data that are not there.
+    Raises ConvscopeError for unknown and unsafe names, and for missing data.
     """
     from torchvision import datasets
 
@@ -161,27 +182,30 @@ def of_torchvision(address: str) -> DatasetIndex:
     known = [word for word in datasets.__all__ if "root" in inspect.signature(getattr(datasets, word)).parameters]
     known = [word for word in known if word not in _UNSAFE]
     if name not in known or not root:
-        near = nearest(name, known)
-        raise ConvscopeError(f"{address!r}: expected torchvision:NAME:ROOT, with a NAME such as {near}, and a folder")
+        similar = nearest(name, known)
+        raise ConvscopeError(
+            f"{address!r}: expected torchvision:NAME:ROOT, with a NAME such as {similar}, and a folder"
+        )
     kind = getattr(datasets, name)
-    never = {"download": False} if "download" in inspect.signature(kind).parameters else {}
+    options = {"download": False} if "download" in inspect.signature(kind).parameters else {}
     try:
-        dataset = kind(root, **never)
-    except Exception as error:  # each of them complains in its own way
+        dataset = kind(root, **options)
+    except Exception as error:  # each class raises errors of its own
         raise ConvscopeError(f"{address!r} cannot be opened ({type(error).__name__}: {error})") from error
-    return of_dataset(dataset)
+    return index_dataset(dataset)
 
 
 @dataclass(frozen=True, eq=False)
-class HuggingFace:
-    """A data set of Hugging Face's in hand, reduced to its column of pictures, which are not decoded."""
+class HuggingFaceReader:
+    """Reads encoded images from the image column of a Hugging Face data set."""
 
     storage: Storage
-    dataset: Any
+    dataset: datasets.Dataset
     column: str
-    held = False
+    in_memory = False
 
-    def read(self, index: int, name: str) -> Any:
+    def read(self, index: int, name: str) -> object:  # noqa: ARG002 - part of the protocol
+        """Return the image in a row: its bytes, those of the file that it names, or the value itself."""
         value = self.dataset[index][self.column]
         if not isinstance(value, dict):
             return value
@@ -190,13 +214,13 @@ class HuggingFace:
         return self.storage.read(value["path"]) if value.get("bytes") is None else value["bytes"]
 
 
-def is_hugging_face(data: Any) -> bool:
-    """Whether it is an object of the `datasets` package, which is not imported to find out."""
+def is_hugging_face(data: object) -> TypeGuard[datasets.Dataset]:
+    """Whether an object is a data set of the `datasets` package, without importing the package."""
     return type(data).__module__ in ("datasets.arrow_dataset", "datasets.dataset_dict", "datasets.iterable_dataset")
 
 
-def of_hugging_face(storage: Storage, dataset: Any) -> DatasetIndex:
-    """A `datasets.Dataset` in hand. Raises ConvscopeError for several splits, streams, and columns without pictures."""
+def index_hugging_face(storage: Storage, dataset: datasets.Dataset) -> DatasetIndex:
+    """Index a `datasets.Dataset`; raise ConvscopeError for split dictionaries, streams and data without images."""
     import datasets
 
     if isinstance(dataset, datasets.DatasetDict):
@@ -206,13 +230,18 @@ def of_hugging_face(storage: Storage, dataset: Any) -> DatasetIndex:
     if not isinstance(dataset, datasets.Dataset):
         raise ConvscopeError(f"a {type(dataset).__name__} has no fixed order and length; expected a datasets.Dataset")
     schema = dataset.features.arrow_schema
-    column, label = image_column(schema, "the data set"), label_column(schema)
-    plain = dataset.with_format(None)
-    images = plain.select_columns([column])
-    if isinstance(dataset.features[column], datasets.Image):
-        images = images.cast_column(column, datasets.Image(decode=False))
-    listing = DatasetIndex([f"image {i}" for i in range(len(dataset))], HuggingFace(storage, images, column))
-    listing.sizes = [size for table in images.with_format("arrow").iter(1000) for size in byte_sizes(table.column(0))]
-    if label is not None:
-        listing.labels, listing.label_names = [as_label(v) for v in plain[label]], class_names(schema, label)
-    return listing
+    columns = find_columns(schema, "the data set")
+    raw = dataset.with_format(None)
+    images = raw.select_columns([columns.image])
+    if isinstance(dataset.features[columns.image], datasets.Image):
+        images = images.cast_column(columns.image, datasets.Image(decode=False))
+    tables = images.with_format("arrow").iter(1000)
+    index = DatasetIndex(
+        [f"image {i}" for i in range(len(dataset))],
+        HuggingFaceReader(storage, images, columns.image),
+        sizes=[size for table in tables for size in byte_sizes(table.column(0))],
+    )
+    if columns.label is not None:
+        index.labels = [to_label(value) for value in raw[columns.label]]
+        index.label_names = read_class_names(schema, columns.label)
+    return index

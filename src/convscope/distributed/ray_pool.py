@@ -1,131 +1,169 @@
-"""Work on a Ray cluster: independent tasks, done by actors that keep what they need, whatever dies on the way."""
+"""Run independent tasks on a Ray cluster, with actors that keep their state, whatever dies on the way."""
 
 from __future__ import annotations
 
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from convscope.errors import ConvscopeError, require_extra
 
-Do = Callable[[int], Any]
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+T = TypeVar("T")
+
+POLL_INTERVAL = 5.0  # seconds after which the size of the cluster is checked again
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
-class _Worker:
-    """Lives on the cluster. `pickled` is a function that gives what does the tasks; `paths` where this process's
-    modules are found, the network's own among them, which count where they exist."""
+class _Worker(Generic[T]):
+    """An actor on the cluster.
+
+    Parameters
+    ----------
+    pickled : bytes
+        A function that returns the function that does tasks.
+    paths : sequence of str
+        Folders of modules in the calling process; those that exist on the actor's node are searched as well.
+    """
 
     def __init__(self, pickled: bytes, paths: Sequence[str]) -> None:
         from ray import cloudpickle
 
         sys.path += [path for path in paths if path not in sys.path]
-        make: Callable[[], Do] = cloudpickle.loads(pickled)
-        self._do = make()
+        make_task: Callable[[], Callable[[int], T]] = cloudpickle.loads(pickled)
+        self._run = make_task()
 
-    def do(self, task: int) -> Any:
-        return self._do(task)
+    def run(self, task: int) -> T:
+        return self._run(task)
 
 
 def map_unordered(
-    make: Callable[[], Do],
+    make_task: Callable[[], Callable[[int], T]],
     tasks: Sequence[int],
     *,
     address: str,
     cpus: int = 1,
     gpus: int = 0,
     workers: int | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """What `make()(task)` gives for each of the tasks, as they are done, each once.
+) -> Iterator[tuple[int, T]]:
+    """Yield each task with ``make_task()(task)``, in the order in which tasks finish.
 
-    address: of a running cluster; "local" starts one on this machine, and ends it; where this process is connected
-    already, that cluster is used. Each actor takes `cpus` and `gpus`; there are as many as the cluster has room for,
-    also when it grows meanwhile, or `workers`, which an autoscaling cluster grows to.
+    Ray restarts an actor that dies, and its task is done again. When no tasks are left to start, idle actors repeat
+    those that others still work on, and the first result counts, so that a lost node delays nothing. A task must
+    therefore always give the same result.
 
-    An actor that dies is started again by Ray, and what it was at is done again. Where there are no tasks left, idle
-    actors repeat those that others are still at, and the first to end counts: a task must always give the same. So a
-    node that is lost holds nothing up. Raises ConvscopeError if the cluster cannot be reached, if none of its nodes has
-    `cpus` processors, or if a task raises.
+    Parameters
+    ----------
+    make_task : callable
+        Called once in each actor; returns the function that does tasks.
+    tasks : sequence of int
+    address : str
+        Address of a running cluster, or "local" to start one on this machine and stop it at the end. If this process is
+        connected to a cluster already, that one is used.
+    cpus, gpus : int
+        What each actor occupies.
+    workers : int, optional
+        Number of actors, to which an autoscaling cluster grows; by default as many as the cluster has room for, also
+        when it grows meanwhile.
+
+    Raises
+    ------
+    ConvscopeError
+        If the cluster cannot be reached, if none of its nodes has `cpus` processors, or if a task raises.
     """
-    ray = require_extra("ray", "ray")
-    with connected(address):
+    with connected(address) as ray:
         if workers is None:
-            _require_position(ray.nodes(), cpus)
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
-        shared = ray.put(ray.cloudpickle.dumps(make))
-        todo, left = deque(tasks), set(tasks)
-        actors: list[Any] = []
-        running: dict[Any, tuple[int, Any]] = {}
-
-        def hand_out() -> None:
-            busy = [actor for _, actor in running.values()]
-            for actor in [one for one in actors if left and one not in busy]:
-                task = todo.popleft() if todo else _least_tried(left, running)
-                running[actor.do.remote(task)] = task, actor
-
-        while left:
-            room = _room(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}) if workers is None else workers
-            while len(actors) < min(room, len(tasks)):
-                actors.append(remote.remote(shared, sys.path))
-            hand_out()
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_AGAIN)
-            for reference in ready:
-                task, _ = running.pop(reference)
-                if task in left:
-                    found = _got(ray, reference)
-                    left.remove(task)
-                    hand_out()  # the actor need not wait for what is made of this here
-                    yield task, found
+            _require_large_enough_node(ray.nodes(), cpus)
+        actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
+        pickled = ray.put(ray.cloudpickle.dumps(make_task))
+        scheduler: _Scheduler[T] = _Scheduler(ray, tasks)
+        while scheduler.unfinished:
+            capacity = _capacity(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}) if workers is None else workers
+            while len(scheduler.actors) < min(capacity, len(tasks)):
+                scheduler.actors.append(actor_class.remote(pickled, sys.path))
+            scheduler.start_tasks()
+            yield from scheduler.collect(POLL_INTERVAL)
 
 
-LOOK_AGAIN = 5.0  # seconds after which it is seen whether the cluster has grown
+class _Scheduler(Generic[T]):
+    """Assigns tasks to idle actors and collects the first result of each task."""
+
+    def __init__(self, ray: ModuleType, tasks: Sequence[int]) -> None:
+        self.actors: list[ActorHandle] = []
+        self.unfinished = set(tasks)
+        self._ray, self._queue = ray, deque(tasks)
+        self._running: dict[ObjectRef, tuple[int, ActorHandle]] = {}
+
+    def start_tasks(self) -> None:
+        """Give every idle actor a task; repeat unfinished ones when none are left to start."""
+        busy = [actor for _, actor in self._running.values()]
+        for actor in [actor for actor in self.actors if self.unfinished and actor not in busy]:
+            task = self._queue.popleft() if self._queue else self._least_running()
+            self._running[actor.run.remote(task)] = task, actor
+
+    def collect(self, timeout: float) -> Iterator[tuple[int, T]]:
+        """Wait for a result and yield it, with its task, if it is the task's first one."""
+        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout)
+        for reference in ready:
+            task, _ = self._running.pop(reference)
+            if task in self.unfinished:
+                result = self._get(reference)
+                self.unfinished.remove(task)
+                self.start_tasks()  # the actor need not wait until the caller has used the result
+                yield task, result
+
+    def _get(self, reference: ObjectRef) -> T:
+        exceptions = self._ray.exceptions
+        try:
+            result: T = self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            raise ConvscopeError(f"a worker failed: {getattr(error, 'cause', None) or cause}") from error
+        except exceptions.RayError as error:
+            raise ConvscopeError(f"the cluster failed: {str(error).splitlines()[0]}; rerun to resume") from error
+        return result
+
+    def _least_running(self) -> int:
+        """Return the first of the unfinished tasks that the fewest actors work on."""
+        running = [task for task, _ in self._running.values()]
+        return min(self.unfinished, key=lambda task: (running.count(task), task))
 
 
-def _room(there: Mapping[str, float], each: Mapping[str, int]) -> int:
-    """How many actors a cluster has room for, by what is there and what each takes; one at least."""
-    return max(1, min(int(there.get(kind, 0) // count) for kind, count in each.items() if count))
+def _capacity(resources: Mapping[str, float], required: Mapping[str, int]) -> int:
+    """Return how many actors a cluster has room for; at least one."""
+    return max(1, min(int(resources.get(kind, 0) // count) for kind, count in required.items() if count))
 
 
-def _require_position(nodes: Sequence[Mapping[str, Any]], cpus: int) -> None:
-    """Raises ConvscopeError where actors would wait for ever. A cluster without any processor may yet get some."""
-    most = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
-    if 0 < most < cpus:
+def _require_large_enough_node(nodes: Collection[Mapping[str, object]], cpus: int) -> None:
+    """Raise ConvscopeError if no node can hold an actor. A cluster without any processor may get some later."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    max_cpus = max((each.get("CPU", 0) for each in resources if isinstance(each, Mapping)), default=0)
+    if 0 < max_cpus < cpus:
         raise ConvscopeError(
-            f"a worker takes {cpus} processors, one for each thread that this process computes with, and the nodes of "
-            f"the cluster have {most:g} at most; set OMP_NUM_THREADS to so many or fewer"
+            f"a worker takes {cpus} processors, one for each thread that this process computes with, and no node of "
+            f"the cluster has more than {max_cpus:g}; set OMP_NUM_THREADS to that number or fewer"
         )
 
 
-def _least_tried(left: set[int], running: dict[Any, tuple[int, Any]]) -> int:
-    """Of the tasks that are not done, the one that the fewest are at; of these the first."""
-    tries = [task for task, _ in running.values()]
-    return min(left, key=lambda task: (tries.count(task), task))
-
-
-def _got(ray: Any, reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        raise ConvscopeError(f"a worker failed: {getattr(error, 'cause', None) or cause}") from error
-    except ray.exceptions.RayError as error:
-        raise ConvscopeError(f"the cluster failed: {str(error).splitlines()[0]}; the same call goes on") from error
-
-
 @contextmanager
-def connected(address: str) -> Iterator[None]:
-    """Connected to the cluster for as long as the block lasts; a connection that was there before is left as it is.
+def connected(address: str) -> Iterator[ModuleType]:
+    """Connect to a cluster inside the block and provide the `ray` module; an existing connection is used and kept.
 
     Raises ConvscopeError if the cluster cannot be reached.
     """
-    ray = require_extra("ray", "ray")
+    ray: ModuleType = require_extra("ray", "ray")
     if ray.is_initialized():
-        yield
+        yield ray
         return
     try:
-        _require_answer(address)
+        _require_listener(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConvscopeError(
@@ -133,16 +171,13 @@ def connected(address: str) -> Iterator[None]:
             "expected the address of a running one, auto, or local"
         ) from error
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
-    """Raises OSError if nobody listens at an address with a port: Ray itself would go on asking for minutes."""
+def _require_listener(address: str) -> None:
+    """Raise OSError if nothing listens at an address with a port; Ray itself would retry for minutes."""
     host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
-
-
-PATIENCE = 10.0  # seconds
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from convscope.explorer.service.state import Explorer
-from convscope.explorer.service.uploads import Decoder
+from convscope.explorer.service.uploads import UploadDecoder
 from convscope.explorer.static_files import static_files
 from convscope.explorer.urls import LiveUrls
 from convscope.explorer.web import (
@@ -31,7 +31,7 @@ from convscope.explorer.web.requests import RequestRunner
 def create_app(
     explorer: Explorer,
     *,
-    decoder: Decoder | None = None,
+    decoder: UploadDecoder | None = None,
     hosts: Sequence[str] = security.LOCAL_HOSTS,
     token: str | None = None,
     frame_ancestors: Sequence[str] = (),
@@ -43,7 +43,7 @@ def create_app(
     ----------
     explorer : Explorer
         Closed when the application ends.
-    decoder : Decoder, optional
+    decoder : UploadDecoder, optional
         Decodes uploads; closed when the application ends.
     hosts : sequence of str
         Host names that requests may address; "*" for any.
@@ -54,7 +54,7 @@ def create_app(
     timeout : float
         Seconds that a request may take.
     """
-    decoder = decoder or Decoder()
+    decoder = decoder or UploadDecoder()
     app = FastAPI(
         title="convscope explorer",
         openapi_url="/api/openapi.json",
@@ -82,9 +82,9 @@ def create_app(
 
 
 @asynccontextmanager
-async def _lifespan(explorer: Explorer, decoder: Decoder) -> AsyncIterator[None]:
+async def _lifespan(explorer: Explorer, decoder: UploadDecoder) -> AsyncIterator[None]:
     """Start the decoder's process in the background; end it and all jobs on shutdown."""
-    starting = threading.Thread(target=decoder.warm, name="convscope-decoder")
+    starting = threading.Thread(target=decoder.warm_up, name="convscope-decoder")
     starting.start()
     yield
     explorer.close()

@@ -1,0 +1,1 @@
+"""Scans of data sets: one pass through a network, merged into a store."""

@@ -1,4 +1,4 @@
-"""A pass over a data set, from the plan to the store; killed, it goes on where it was."""
+"""Scan a data set: parse the request, plan the run, scan the missing shards and merge them into a store."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from convscope.datasets.catalogue import Catalogue, catalogue, class_indices
+from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
 from convscope.distributed.ray_pool import map_unordered
-from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, forward_bytes
+from convscope.engine.batching import batch_size as fitting_batch_size
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.results import local_folder, versions, write_json
-from convscope.scanning.batch_statistics import Looking, forward_with_statistics
-from convscope.scanning.decoding import Decoder
-from convscope.scanning.merge import Merge
-from convscope.scanning.plan import IDENTITY, ScanPlan, identity, require_same, shard_size
-from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, file_name, scan_shard, write
+from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics
+from convscope.scanning.decoding import PrefetchingDecoder
+from convscope.scanning.merge import ShardMerger
+from convscope.scanning.plan import (
+    IDENTITY_KEYS,
+    ScanPlan,
+    choose_shard_size,
+    require_same_scan,
+    scan_identity,
+)
+from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, scan_shard, shard_file_name, write_shard
 from convscope.store.store import Store, open_store
+
+MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than decoding
 
 
 def scan(
     model: Model,
-    dataset: Any,
+    dataset: object,
     out: str | os.PathLike[str],
     layers: str | Sequence[str] | None = None,
     k: int = 100,
@@ -46,202 +53,325 @@ def scan(
     workers: int | None = None,
     ray: str | None = None,
     compiled: bool = False,
-    storage: Mapping[str, Any] | None = None,
+    storage: Mapping[str, object] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Store:
-    """Show a data set to a network once, and keep of every unit what excites it most and least, and its statistics.
+    """Run a data set through a network once, and store the top and bottom images and statistics of every unit.
 
-    A run that was killed goes on where it was when it is called again in the same way; one that is done is only opened.
+    If a scan is interrupted, the same call resumes it at the first missing shard; if it is finished, the same call
+    opens the store. The content of the store does not depend on the number of workers, nor on interruptions.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    dataset
-        A folder, a glob, a text list, WebDataset tars, Parquet with pictures, a data set of torchvision or Hugging
-        Face, or pictures in any form that `convscope` takes. Local, or any address that fsspec knows.
-    out
-        The folder of the store, on a disk of this machine; finished, it can be copied to any address and read there.
-    layers
-        Names; "all" for every layer that makes something of its own. None: the last one at each resolution. The logits
-        are always looked at.
-    k
-        So many pictures are kept for each unit at either end.
-    sample
-        On so many pictures, chosen by a hash, every unit's highest value is kept: for deciles, similarity and
+    dataset : str, path, sequence, array or data set object
+        A folder, a glob, a .txt list, WebDataset tars, Parquet files with images, a data set of torchvision or Hugging
+        Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec knows.
+    out : path
+        The folder of the store, on a local disk. A finished store can be copied to any address and read there.
+    layers : str or sequence of str, optional
+        Names of layers, or "all" for every distinct layer. By default the last layer at each resolution. The logits are
+        always scanned.
+    k : int
+        Number of top and bottom images of each unit.
+    sample : int
+        Number of images, chosen by a hash, on which every unit's maximum is stored. It serves deciles, similarity and
         co-activation.
-    batch, shard
-        Pictures that go through the network together, and that are written together. They decide what is computed with
-        what, and so the last bits.
-    fit
-        "squash" shows the network the whole picture, "crop" its own evaluation crop.
-    workers
-        Processes that decode ahead of the network; 0: none. With `ray`, actors; None: as many as there is room for.
-        They have no influence on the store.
-    ray
-        The address of a Ray cluster that does the work, or "local" to start one. This process writes the store.
-    compiled
-        Compile the network first, which takes a minute or more; on a CPU it is then 1.1 to 1.6 times as fast.
-    storage
+    batch, shard : int, optional
+        Number of images that go through the network together, and that are written together. Results for other values
+        are equal to rounding.
+    fit : {"squash", "crop"}
+        Show the network the whole image, or its own evaluation crop.
+    workers : int, optional
+        Number of processes that decode ahead of the network; 0 for none. With `ray`, the number of actors; by default
+        as many as the cluster has room for.
+    ray : str, optional
+        Address of a Ray cluster that scans the shards, or "local" to start one. This process writes the store.
+    compiled : bool
+        Compile the network first. This takes a minute or more, and speeds up a CPU by a factor of 1.1 to 1.6.
+    storage : mapping, optional
         Options for fsspec where the data are.
-    max_pixels
-        Pictures with more are refused before memory is spent on them.
-    memory
-        Bytes that a batch's intermediate results may take.
-    progress
-        Called after every batch with the number of pictures done and the number in all.
+    max_pixels : int
+        Larger images are refused before memory is spent on them.
+    memory : int
+        Bytes that the intermediate results of a batch may take.
+    progress : callable, optional
+        Called after every batch with the number of images done and the number of all.
+
+    Returns
+    -------
+    Store
+        Units, images and statistics of the scan.
 
     Raises
     ------
     ConvscopeError
-        For unknown layers and data, when no picture can be used, when the store is another run's, and says what
-        differs, or is being written by another process.
+        For unknown layers and data, if no image can be used, if the store belongs to another scan (the message lists
+        the differences), or if another process is writing it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> store = convscope.scan(model, convscope.samples.photographs(), folder.name, "blocks.0", k=2)
+    >>> store.layers
+    ['blocks.0', 'logits']
+    >>> len(store.unit("blocks.0", 3).examples())
+    2
+    >>> folder.cleanup()
     """
     store = local_folder(out)
-    data = catalogue(dataset, storage=storage)
-    names = _layers(model, layers)
-    units = {name: _units(model, name) for name in names}
-    if batch is not None and model.fixed_batch_size not in (None, batch):
-        raise ConvscopeError(f"batch is {batch}, and {model.name} takes {model.fixed_batch_size} at a time")
-    size = (
-        batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2) if batch is None else require_int("batch", batch, 1)
-    )
-    plan = ScanPlan(
-        images=len(data),
-        batch=size,
-        shard=shard_size(len(data), size, None if shard is None else require_int("shard", shard, 1)),
+    catalogue = build_catalogue(dataset, storage=storage)
+    names = _select_layers(model, layers)
+    plan = _make_plan(
+        model,
+        len(catalogue),
+        batch_size=None if batch is None else require_int("batch", batch, 1),
+        shard_size=None if shard is None else require_int("shard", shard, 1),
+        memory=memory,
         k=require_int("k", k, 1),
-        sample=require_int("sample", sample, 0),
+        sample_size=require_int("sample", sample, 0),
         fit=fit,
         max_pixels=max_pixels,
-        threads=torch.get_num_threads(),
         compiled=compiled,
     )
-    told = {"name": data.name, "images": len(data), "fingerprint": data.fingerprint}
-    own = identity(plan, model.describe(), told, names, versions())
-    subject = ScanTargets(units, data.labels, class_indices(data, model))
+    data = {"name": catalogue.name, "images": len(catalogue), "fingerprint": catalogue.fingerprint}
+    identity = scan_identity(plan, model.describe(), data, names, versions())
+    label_classes = match_classes(catalogue.label_names, model.classes, model.num_outputs)
+    targets = ScanTargets({name: _num_units(model, name) for name in names}, catalogue.labels, label_classes)
+    job = _ScanJob(model, plan, targets, catalogue)
     with _locked(store):
-        if (store / "manifest.json").exists():
-            require_same(_kept(store / "manifest.json"), own, str(store))
-            _remove_temporary(store)
-            return open_store(store)
-        if (store / "plan.json").exists():
-            require_same(_kept(store / "plan.json"), own, str(store))
-        else:
-            write_json(store / "plan.json", own)
-        work = _ScanJob(model, plan, subject, data)
-        still_there = partial(catalogue, dataset, storage=storage)
-        with closing(_found(work, missing_shards(store, plan), workers, ray)) as found:
-            for step in found:
-                if isinstance(step, int):
-                    if progress is not None:
-                        progress(step, plan.images)
-                    continue
-                if step.ends_in_failures and still_there().fingerprint != data.fingerprint:
-                    raise ConvscopeError(f"{data.name} is not what it was when the scan began; the same call goes on")
-                write(store, step)
-        failed = _require_some(store, plan, data)
-        manifest = {"kind": "scan", **own, "classes": model.classes, "labels": data.label_names, "failed": failed}
-        manifest["notes"] = list(data.notes)
-        Merge(model, plan, subject, data, store).write(manifest)
+        if not _is_finished(store, identity):
+            _scan_missing(job, store, workers, ray, partial(build_catalogue, dataset, storage=storage), progress)
+            _merge(job, store, identity)
         _remove_temporary(store)
     return open_store(store)
 
 
-def _remove_temporary(store: Path) -> None:
-    """Remove what only an unfinished store needs, and files that a killed run had not yet given their names."""
-    shutil.rmtree(store / "shards", ignore_errors=True)
-    (store / "plan.json").unlink(missing_ok=True)
-    for begun in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
-        begun.unlink()
+# --- the request -----------------------------------------------------------------------------------------------------
+
+
+def _select_layers(model: Model, layers: str | Sequence[str] | None) -> list[str]:
+    """Return distinct names of layers, followed by the logits if the network has any."""
+    if layers is None:
+        selected = [layer for layer in last_per_resolution(model) if len(layer.shape) != 2]
+    elif layers == "all":
+        selected = [layer for layer in model.layers.unique_spatial() if len(layer.shape) != 2]
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+        selected = [model.layers.find(name) for name in names if name != LOGITS]
+    not_images = [layer.name for layer in selected if len(layer.shape) not in (1, 3)]
+    if model.preprocessing.axes != 2 or not_images:
+        raise ConvscopeError(
+            f"{', '.join(not_images) or model.name} does not work on images; only these can be scanned"
+        )
+    return [*dict.fromkeys(layer.name for layer in selected), *[LOGITS] * bool(model.num_outputs)]
+
+
+def _num_units(model: Model, name: str) -> int:
+    return int(model.num_outputs or 0) if name == LOGITS else model.layers.find(name).units
+
+
+def _make_plan(
+    model: Model,
+    num_images: int,
+    *,
+    batch_size: int | None,
+    shard_size: int | None,
+    memory: int,
+    k: int,
+    sample_size: int,
+    fit: str,
+    max_pixels: int,
+    compiled: bool,
+) -> ScanPlan:
+    if batch_size is None:
+        batch_size = fitting_batch_size(model, forward_bytes(model), memory, MAX_BATCH // 2)
+    elif model.fixed_batch_size not in (None, batch_size):
+        raise ConvscopeError(f"batch is {batch_size}; {model.name} takes batches of {model.fixed_batch_size} only")
+    return ScanPlan(
+        num_images=num_images,
+        batch_size=batch_size,
+        shard_size=choose_shard_size(num_images, batch_size, shard_size),
+        k=k,
+        sample_size=sample_size,
+        fit=fit,
+        max_pixels=max_pixels,
+        num_threads=torch.get_num_threads(),
+        compiled=compiled,
+    )
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _ScanJob:
-    """What is to be done to whichever shards are missing, here or elsewhere."""
+    """What is done to each shard, in this process or in another one."""
 
     model: Model
     plan: ScanPlan
-    subject: ScanTargets
-    data: Catalogue
+    targets: ScanTargets
+    catalogue: Catalogue
 
-    def here(self, shards: Sequence[int], workers: int) -> Iterator[int | ShardResult]:
-        """The shards, in their order; before each the number of pictures done after every batch."""
-        batches = chain.from_iterable(self.plan.batches(shard) for shard in shards)
-        with self.decoder(workers) as decoder, self.looking() as look:
-            decoded = decoder.batches(batches, self.plan.batch)
+    def scan_shards(self, shards: Sequence[int], num_workers: int) -> Iterator[int | ShardResult]:
+        """Scan shards in order; yield the number of images after each batch, and each shard's result."""
+        with self.decoder(num_workers) as decoder, self.forward() as forward:
+            batches = decoder.batches(self.plan.batches(shards), self.plan.batch_size)
             for shard in shards:
-                yield from scan_shard(self.model, self.plan, shard, self.subject, look, decoded)
+                yield from scan_shard(self.model, self.plan, shard, self.targets, forward, batches)
 
-    def elsewhere(self) -> Callable[[int], ShardResult]:
-        """What an actor of a cluster does with a shard. It lives as long as the actor."""
-        torch.set_num_threads(self.plan.threads)
-        stack = ExitStack()
-        decoder, look = stack.enter_context(self.decoder(1)), stack.enter_context(self.looking())
-
-        def do(shard: int, _alive: ExitStack = stack) -> ShardResult:
-            batches = decoder.batches(self.plan.batches(shard), self.plan.batch)
-            steps = list(scan_shard(self.model, self.plan, shard, self.subject, look, batches))
-            assert isinstance(steps[-1], ShardResult)
-            return steps[-1]
-
-        return do
-
-    def decoder(self, workers: int) -> Decoder:
-        plan = self.plan
-        preprocessing = self.model.preprocessing
-        return Decoder(self.data, preprocessing, fit=plan.fit, max_pixels=plan.max_pixels, workers=workers)
-
-    def looking(self) -> AbstractContextManager[Looking]:
-        return forward_with_statistics(
-            self.model, list(self.subject.layers), self.plan.batch, compiled=self.plan.compiled
+    def decoder(self, num_workers: int) -> PrefetchingDecoder:
+        return PrefetchingDecoder(
+            self.catalogue,
+            self.model.preprocessing,
+            fit=self.plan.fit,
+            max_pixels=self.plan.max_pixels,
+            workers=num_workers,
         )
 
+    def forward(self) -> AbstractContextManager[StatisticsForward]:
+        layers = list(self.targets.num_units)
+        return forward_with_statistics(self.model, layers, self.plan.batch_size, compiled=self.plan.compiled)
 
-def _found(
-    work: _ScanJob, shards: Sequence[int], workers: int | None, ray: str | None
+
+class _RemoteScanner:
+    """Scans shards in an actor of a cluster; its decoder and its hooks live as long as the actor."""
+
+    def __init__(self, job: _ScanJob) -> None:
+        torch.set_num_threads(job.plan.num_threads)
+        self._job, self._stack = job, ExitStack()
+        self._decoder = self._stack.enter_context(job.decoder(num_workers=1))
+        self._forward = self._stack.enter_context(job.forward())
+
+    def __call__(self, shard: int) -> ShardResult:
+        job = self._job
+        batches = self._decoder.batches(job.plan.batches([shard]), job.plan.batch_size)
+        *_, result = scan_shard(job.model, job.plan, shard, job.targets, self._forward, batches)
+        if not isinstance(result, ShardResult):
+            raise TypeError(f"shard {shard} ended without a result")
+        return result
+
+
+def _scan_missing(
+    job: _ScanJob,
+    store: Path,
+    workers: int | None,
+    ray: str | None,
+    reload_catalogue: Callable[[], Catalogue],
+    progress: Progress | None,
+) -> None:
+    """Scan the shards that the store does not have yet, and write each as it is done."""
+    plan, catalogue = job.plan, job.catalogue
+    with closing(_results(job, missing_shards(store, plan), workers, ray)) as results:
+        for step in results:
+            if isinstance(step, int):
+                if progress is not None:
+                    progress(step, plan.num_images)
+                continue
+            if step.ends_in_failures and reload_catalogue().fingerprint != catalogue.fingerprint:
+                raise ConvscopeError(f"{catalogue.name} has changed since the scan began; rerun to resume")
+            write_shard(store, step)
+
+
+def _results(
+    job: _ScanJob, shards: Sequence[int], workers: int | None, ray: str | None
 ) -> Generator[int | ShardResult, None, None]:
-    """The shards as they are done, and between them the number of pictures done in all."""
-    plan = work.plan
-    done = plan.images - sum(len(plan.within(shard)) for shard in shards)
+    """Yield results of shards as they are done, and between them the number of images done in all."""
+    plan = job.plan
+    done = plan.num_images - sum(len(plan.shard_images(shard)) for shard in shards)
     if not shards:
         return
     if ray is None:
-        count = _default_workers(plan.images) if workers is None else workers
-        for step in work.here(shards, count):
+        num_workers = _default_workers(plan.num_images) if workers is None else workers
+        for step in job.scan_shards(shards, num_workers):
             done += step if isinstance(step, int) else 0
             yield done if isinstance(step, int) else step
         return
-    gpus = int(work.model.device.type == "cuda")
-    elsewhere = map_unordered(
-        work.elsewhere, shards, address=ray, cpus=plan.threads, gpus=gpus, workers=workers or None
-    )
-    for shard, found in elsewhere:
-        yield found
-        done += len(plan.within(shard))
+    gpus = int(job.model.device.type == "cuda")
+    make_task = partial(_RemoteScanner, job)
+    for shard, result in map_unordered(
+        make_task, shards, address=ray, cpus=plan.num_threads, gpus=gpus, workers=workers or None
+    ):
+        yield result
+        done += len(plan.shard_images(shard))
         yield done
 
 
+def _default_workers(num_images: int) -> int:
+    return max(0, (os.cpu_count() or 1) - 1) if num_images > MIN_IMAGES_FOR_WORKERS else 0
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
 def missing_shards(store: Path, plan: ScanPlan) -> list[int]:
-    return [shard for shard in range(plan.shards) if not (store / "shards" / file_name(shard)).exists()]
+    """Return the shards whose files are not in the store."""
+    return [shard for shard in range(plan.num_shards) if not (store / "shards" / shard_file_name(shard)).exists()]
 
 
-def _require_some(store: Path, plan: ScanPlan, data: Catalogue) -> int:
-    """How many pictures failed. Raises ConvscopeError if all did."""
+def _is_finished(store: Path, identity: Mapping[str, object]) -> bool:
+    """Whether the store is finished; otherwise begin it. Raises ConvscopeError if it belongs to another scan."""
+    for name in ("manifest.json", "plan.json"):
+        if (store / name).exists():
+            require_same_scan(_read_identity(store / name), identity, str(store))
+            return name == "manifest.json"
+    write_json(store / "plan.json", identity)
+    return False
+
+
+def _read_identity(file: Path) -> dict[str, object]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvscopeError(f"{file} is damaged: {error}; give another folder, or remove this one") from error
+    return {key: content.get(key) for key in IDENTITY_KEYS}
+
+
+def _merge(job: _ScanJob, store: Path, identity: Mapping[str, object]) -> None:
+    """Merge the shards into the tables of the store and write its manifest."""
+    catalogue = job.catalogue
+    manifest = {
+        "kind": "scan",
+        **identity,
+        "classes": job.model.classes,
+        "labels": catalogue.label_names,
+        "failed": _count_failures(job, store),
+        "notes": list(catalogue.notes),
+    }
+    ShardMerger(job.model, job.plan, job.targets, catalogue, store).write(manifest)
+
+
+def _count_failures(job: _ScanJob, store: Path) -> int:
+    """Count the images that failed. Raises ConvscopeError if all did."""
     reasons: dict[int, str] = {}
-    for shard in range(plan.shards):
-        reasons |= ShardFile(store, shard).images()[1]
-    if len(reasons) == plan.images:
-        few = "; ".join(str(Failure(data.names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
-        raise ConvscopeError(f"none of the {plan.images:,} pictures of {data.name} can be used: {few}")
+    for shard in range(job.plan.num_shards):
+        reasons |= ShardFile(store, shard).failures()
+    if len(reasons) == job.plan.num_images:
+        names = job.catalogue.names
+        examples = "; ".join(str(Failure(names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
+        raise ConvscopeError(
+            f"none of the {job.plan.num_images:,} images of {job.catalogue.name} can be used: {examples}"
+        )
     return len(reasons)
+
+
+def _remove_temporary(store: Path) -> None:
+    """Remove what only an unfinished store needs, and temporary files of interrupted runs."""
+    shutil.rmtree(store / "shards", ignore_errors=True)
+    (store / "plan.json").unlink(missing_ok=True)
+    for temporary in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
+        temporary.unlink()
 
 
 @contextmanager
 def _locked(store: Path) -> Iterator[None]:
-    """Nobody else writes into the store; what the disk refuses is said in words, and can be gone on from."""
+    """Lock the store's folder, and convert errors of the disk to ConvscopeError."""
     lock = FileLock(store / ".lock", blocking=False)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -250,43 +380,4 @@ def _locked(store: Path) -> Iterator[None]:
     except Timeout as error:
         raise ConvscopeError(f"{store} is being written by another process; wait, or give another folder") from error
     except OSError as error:
-        raise ConvscopeError(
-            f"cannot write into {store}: {error.strerror or error}; the same call goes on from what is done"
-        ) from error
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """The identity in a plan or a manifest."""
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvscopeError(f"{file} is damaged: {error}; give another folder, or remove this one") from error
-    return {key: told.get(key) for key in IDENTITY}
-
-
-def _layers(model: Model, layers: str | Sequence[str] | None) -> list[str]:
-    """Names of layers, without those named twice; behind them the logits, if the network has any."""
-    if layers is None:
-        rows = [row for row in last_per_resolution(model) if len(row.shape) != 2]
-    elif layers == "all":
-        rows = [row for row in model.layers.unique_spatial() if len(row.shape) != 2]
-    else:
-        given = [layers] if isinstance(layers, str) else list(layers)
-        rows = [model.layers.find(name) for name in given if name != LOGITS]
-    signals = [row.name for row in rows if len(row.shape) not in (1, 3)]
-    if model.preprocessing.axes != 2 or signals:
-        raise ConvscopeError(f"a data set is scanned with networks on pictures, and {signals or model.name} is none")
-    return [*dict.fromkeys(row.name for row in rows), *[LOGITS] * bool(model.num_outputs)]
-
-
-def _units(model: Model, name: str) -> int:
-    return int(model.num_outputs or 0) if name == LOGITS else model.layers.find(name).units
-
-
-def _default_workers(images: int) -> int:
-    """One process for each core but one; none where starting them takes longer than the work."""
-    return max(0, (os.cpu_count() or 1) - 1) if images > FEW else 0
-
-
-FEW = 128
-
+        raise ConvscopeError(f"cannot write into {store}: {error.strerror or error}; rerun to resume") from error

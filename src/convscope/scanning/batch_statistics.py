@@ -1,4 +1,4 @@
-"""A network with an eye on its layers: what each makes of a batch is read off as it is made, and never kept."""
+"""Reduce activations to statistics during the forward pass, so that no feature map is stored."""
 
 from __future__ import annotations
 
@@ -9,107 +9,127 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction  # noqa: PLC2701 - torch has no public way to leave function modes
 
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.scanning.statistics import BatchReduction, fused, reduced
+from convscope.scanning.statistics import BatchReduction, reduce_maps, reduce_maps_compilable
 
 
 class BatchStatistics(NamedTuple):
-    """What one batch gave: of every layer, "logits" among them if they were asked for, and the logits (N, K)."""
+    """Reductions of one batch.
+
+    Attributes
+    ----------
+    layers : dict
+        Reductions of each layer; also of "logits", if requested.
+    logits : float32 tensor of shape (N, K)
+    """
 
     layers: dict[str, BatchReduction]
     logits: Tensor
 
+    def finite_rows(self) -> Tensor:
+        """Return which images (N,), bool, have finite values in every layer and in the logits."""
+        finite = self.logits.isfinite().all(1)
+        for reduction in self.layers.values():
+            finite = finite & reduction.shifted_sum.isfinite().all(1)
+        return finite.cpu()
 
-Looking = Callable[[Tensor, Mapping[str, Tensor]], BatchStatistics]
+
+StatisticsForward = Callable[[Tensor, Mapping[str, Tensor]], BatchStatistics]
 
 
 @contextmanager
 def forward_with_statistics(
-    model: Model, layers: Sequence[str], batch: int, *, compiled: bool = False
-) -> Iterator[Looking]:
-    """The block gets a function of a batch (B, C, H, W) and, for each layer, of the values (U,) that are the highest of
-    interest among the lowest (see `reduced`).
+    model: Model, layers: Sequence[str], batch_size: int, *, compiled: bool = False
+) -> Iterator[StatisticsForward]:
+    """Provide a forward pass that returns statistics of layers instead of their maps.
 
-    All batches have the same size. A model that `load` made is folded first: convolutions and what follows them run as
-    one. compiled: the whole pass, reading off included, becomes one program with the weights baked in; that takes about
-    a minute on two cores, and nothing is left out. Raises ConvscopeError where it cannot be done.
+    The block gets ``forward(x, thresholds)``: x is a batch (B, C, H, W), and thresholds (U,) of each layer are as of
+    `reduce_maps`. All batches have the same size. The convolutions of a model that `load` made are fused first.
+
+    Parameters
+    ----------
+    model : Model
+    layers : sequence of str
+        Names of layers, "logits" among them if it is to be reduced as well.
+    batch_size : int
+        Images per batch.
+    compiled : bool
+        Compile the whole pass, reductions included, with the weights as constants. This takes about a minute, and
+        minima are never skipped. Raises ConvscopeError if it fails.
     """
-    eye = _Reducer(compiled)
+    reducer = _Reducer(compiled)
     height, width = model.preprocessing.image_size
-    blank = torch.zeros((batch, model.preprocessing.channels, height, width), device=model.device)
-    blank = blank.contiguous(memory_format=torch.channels_last)
+    example = torch.zeros((batch_size, model.preprocessing.channels, height, width), device=model.device)
+    example = example.contiguous(memory_format=torch.channels_last)
     with (
         torch.no_grad(),
-        capture.capture_layers(model, [name for name in layers if name != LOGITS], on_output=eye) as run,
+        capture.capture_layers(model, [name for name in layers if name != LOGITS], on_output=reducer) as run,
     ):
         if model.loaded_by_convscope and not compiled:
-            run = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank))
+            run = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, example))
 
-        def looked(x: Tensor) -> BatchStatistics:
-            eye.found.clear()
+        def forward(x: Tensor) -> BatchStatistics:
+            reducer.reductions.clear()
             logits = run(x).logits
             if LOGITS in layers:
-                eye(LOGITS, logits)
-            return BatchStatistics(dict(eye.found), logits)
+                reducer(LOGITS, logits)
+            return BatchStatistics(dict(reducer.reductions), logits)
 
-        program = _program(looked, blank) if compiled else looked
+        program = _compile(forward, example) if compiled else forward
 
-        def once(x: Tensor, below: Mapping[str, Tensor]) -> BatchStatistics:
-            eye.below = below
+        def forward_with_thresholds(x: Tensor, thresholds: Mapping[str, Tensor]) -> BatchStatistics:
+            reducer.thresholds = thresholds
             return program(x)
 
-        yield once
+        yield forward_with_thresholds
 
 
 @dataclass
 class _Reducer:
-    """Reads maps off as they are made; `compiled` in the way that a compiler makes the best of."""
+    """Reduces each layer's maps as they are computed."""
 
     compiled: bool
-    below: Mapping[str, Tensor] = field(default_factory=dict)
-    found: dict[str, BatchReduction] = field(default_factory=dict)
+    thresholds: Mapping[str, Tensor] = field(default_factory=dict)
+    reductions: dict[str, BatchReduction] = field(default_factory=dict)
 
     def __call__(self, name: str, maps: Tensor) -> None:
-        self.found[name] = fused(maps) if self.compiled else reduced(maps, self.below.get(name))
+        if self.compiled:
+            self.reductions[name] = reduce_maps_compilable(maps)
+            return
+        maps = maps.detach()  # the one use of the maps that a function mode sees
+        with DisableTorchFunction():  # a mode that fuses the network's convolutions has no business here
+            self.reductions[name] = reduce_maps(maps, self.thresholds.get(name))
 
 
-def _program(looked: Callable[[Tensor], BatchStatistics], blank: Tensor) -> Callable[[Tensor], BatchStatistics]:
-    """All that is computed for a batch, traced through the network's own code and the eye, and compiled."""
+def _compile(forward: Callable[[Tensor], BatchStatistics], example: Tensor) -> Callable[[Tensor], BatchStatistics]:
+    """Trace all computations for a batch, reductions included, and compile them."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     names: list[str] = []
 
-    def flat(x: Tensor) -> list[Tensor | None]:
-        found = looked(x)
-        names[:] = found.layers
-        return [found.logits, *(part for one in found.layers.values() for part in one)]
+    def flat_forward(x: Tensor) -> list[Tensor | None]:
+        statistics = forward(x)
+        names[:] = statistics.layers
+        return [statistics.logits, *(part for reduction in statistics.layers.values() for part in reduction)]
 
     try:
-        program = torch.compile(make_fx(flat)(blank), options={"freezing": True})
-        program(blank)
-    except Exception as error:  # the network's own code, a compiler that is missing: anything can come
+        program = torch.compile(make_fx(flat_forward)(example), options={"freezing": True})
+        program(example)
+    except Exception as error:  # from the network's own code, or from a missing compiler
         raise ConvscopeError(
             f"the network cannot be compiled here ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "scan without compiling"
         ) from error
     width = len(BatchReduction._fields)
 
-    def once(x: Tensor) -> BatchStatistics:
+    def compiled_forward(x: Tensor) -> BatchStatistics:
         logits, *parts = program(x)
-        return BatchStatistics(
-            {name: BatchReduction(*parts[i * width : (i + 1) * width]) for i, name in enumerate(names)}, logits
-        )
+        reductions = {name: BatchReduction(*parts[i * width : (i + 1) * width]) for i, name in enumerate(names)}
+        return BatchStatistics(reductions, logits)
 
-    return once
-
-
-def finite(looked: BatchStatistics) -> Tensor:
-    """Which pictures (N,) kept every layer, and the logits, within finite numbers."""
-    fine = looked.logits.isfinite().all(1)
-    for found in looked.layers.values():
-        fine = fine & found.total.isfinite().all(1)
-    return fine.cpu()
+    return compiled_forward

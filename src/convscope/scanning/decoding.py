@@ -1,4 +1,4 @@
-"""Pictures decoded ahead of the network, by other processes, in the order that was asked for."""
+"""Decode images in worker processes ahead of the network, in a given order."""
 
 from __future__ import annotations
 
@@ -18,21 +18,39 @@ from torch import Tensor
 
 from convscope.datasets.catalogue import Catalogue
 from convscope.errors import ConvscopeError, require_int, require_number
-from convscope.images.decode_worker import THUMBNAIL, DecodeTask, Pixels, Reply, Worker, WorkerDied, WorkerTimeout
+from convscope.images.decode_worker import (
+    THUMBNAIL_SIDE,
+    DecodeWorker,
+    NetworkInputTask,
+    Pixels,
+    Reply,
+    WorkerDied,
+    WorkerTimeout,
+)
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, one_line
 from convscope.images.preprocessing import Preprocessing
 
-ENDED = "its decoding ended the worker process"
+WORKER_DIED = "its decoding ended the worker process"
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """A batch of pictures ready for the network.
+class DecodedBatch:
+    """A batch of images ready for the network.
 
-    indices: the pictures' ids. x: (B, C, H, W) float32, normalised, channels_last; B is the full size of a batch, rows
-    of failed pictures and those beyond the last index are zeros. failed: picture id to reason. geometry: of each index,
-    None where it failed. thumbnails: uint8 (len(indices), 96, 96, 3), white where it failed.
+    Attributes
+    ----------
+    indices : tuple of int
+        Ids of the images.
+    x : float32 tensor of shape (B, C, H, W)
+        Normalised, channels last. B is the full batch size; rows of failed images and rows beyond the last image are
+        zero.
+    failed : dict
+        The reason for each image that failed.
+    geometry : tuple
+        The geometry of each image, None where it failed.
+    thumbnails : uint8 array of shape (len(indices), 96, 96, 3)
+        White where an image failed.
     """
 
     indices: tuple[int, ...]
@@ -42,14 +60,31 @@ class Decoded:
     thumbnails: np.ndarray
 
 
-class Decoder:
-    """Decodes pictures of a catalogue, in processes of its own if there are `workers`, ahead of whoever consumes them.
+class PrefetchingDecoder:
+    """Decodes images of a catalogue, with worker processes ahead of the consumer.
 
-    catalogue: the pictures. preprocessing, fit, max_pixels: as of `convscope.images.Pictures`, whose input this gives
-    bit for bit. workers: processes; 0 decodes in this one, when asked. timeout: seconds that a picture may take in a
-    process. A picture that fails, ends its process or hangs costs itself only. A context manager: on leaving it, all
-    processes are ended. waited: seconds that the consumer has waited for pictures so far.
-    Raises ConvscopeError for options that make no sense, and for a data set in hand that cannot leave this process.
+    The network's input is that of `ImageBatchLoader`, bit for bit. An image that fails, ends its process or hangs costs
+    itself only. As a context manager it ends all processes on exit.
+
+    Parameters
+    ----------
+    catalogue : Catalogue
+    preprocessing, fit, max_pixels
+        As of `ImageBatchLoader`.
+    workers : int
+        Number of processes; 0 decodes in this process, when a batch is requested.
+    timeout : float
+        Seconds that an image may take in a worker.
+
+    Attributes
+    ----------
+    wait_time : float
+        Seconds that the consumer has waited for images so far.
+
+    Raises
+    ------
+    ConvscopeError
+        For invalid options, and for a data set that cannot be pickled for the workers.
     """
 
     def __init__(
@@ -64,21 +99,21 @@ class Decoder:
     ) -> None:
         require_int("workers", workers, 0)
         require_number("timeout", timeout, above=0)
-        self.waited = 0.0
-        self._catalogue, self._count, self._timeout = catalogue, workers, timeout
-        self._here, self._input = DecodeTask(catalogue, preprocessing, fit, max_pixels), _Input(preprocessing)
+        self.wait_time = 0.0
+        self.workers: list[DecodeWorker] = []
+        self._catalogue, self._num_workers, self._timeout = catalogue, workers, timeout
+        self._task = NetworkInputTask(catalogue.read, preprocessing, fit, max_pixels)
+        self._writer = _InputWriter(preprocessing)
         self._lock, self._closed = threading.Lock(), False
-        self._workers: list[Worker] = []
-        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()  # None: one that has yet to be started
+        self._idle: queue.SimpleQueue[DecodeWorker | None] = queue.SimpleQueue()  # None: a worker to be started
         for _ in range(workers):
             self._idle.put(None)
         if workers:
-            held = catalogue.origin.held
-            there = DecodeTask(None, preprocessing, fit, max_pixels) if held else self._here
-            self._pickled = _pickled(there)
+            content_only = NetworkInputTask(None, preprocessing, fit, max_pixels)
+            self._pickled_task = _pickle(content_only if catalogue.reader.in_memory else self._task)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="convscope-decoder")
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> PrefetchingDecoder:
         return self
 
     def __exit__(
@@ -87,122 +122,134 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """Ends all processes; what is still being decoded is lost."""
+        """End all processes; images that are being decoded are lost."""
         with self._lock:
             self._closed = True
-            workers, self._workers = self._workers, []
+            workers, self.workers = self.workers, []
         for worker in workers:
-            worker.end()
-        if self._count:
+            worker.kill()
+        if self._num_workers:
             self._threads.shutdown(cancel_futures=True)
 
-    def batches(self, plan: Iterable[Sequence[int]], size: int) -> Iterator[Decoded]:
-        """The pictures of each part of the plan, in its order; x has `size` rows.
+    def batches(self, plan: Iterable[Sequence[int]], size: int) -> Iterator[DecodedBatch]:
+        """Yield one batch for each sequence of image ids in `plan`, in order; `x` has `size` rows.
 
-        No more than 2 + workers batches are decoded ahead. Raises ConvscopeError for a part of more than `size`
-        pictures, and if processes cannot be started.
+        At most 2 + workers batches are decoded ahead. Raises ConvscopeError for more than `size` ids at a time, and if
+        processes cannot be started.
         """
-        ahead = 2 + self._count if self._count else 1
+        max_pending = 2 + self._num_workers if self._num_workers else 1
         parts, pending = iter(plan), deque[tuple[tuple[int, ...], list[Future[list[Reply]]]]]()
         try:
             while True:
-                while len(pending) < ahead and (part := next(parts, None)) is not None:
-                    ids = self._checked(part, size)
-                    pending.append((ids, self._asked(ids)))
+                while len(pending) < max_pending and (part := next(parts, None)) is not None:
+                    ids = self._check_ids(part, size)
+                    pending.append((ids, self._submit(ids)))
                 if not pending:
                     return
-                ids, asked = pending.popleft()
-                began = time.perf_counter()
-                replies = [reply for future in asked for reply in future.result()]
-                if not self._count:
-                    replies = [self._here.decode(index) for index in ids]
-                self.waited += time.perf_counter() - began
-                yield self._collated(ids, replies, size)
+                ids, futures = pending.popleft()
+                start = time.perf_counter()
+                if self._num_workers:
+                    replies = [reply for future in futures for reply in future.result()]
+                else:
+                    replies = [self._task.decode(index) for index in ids]
+                self.wait_time += time.perf_counter() - start
+                yield self._collate(ids, replies, size)
         finally:
-            for _, asked in pending:
-                for future in asked:
+            for _, futures in pending:
+                for future in futures:
                     future.cancel()
 
-    def _checked(self, part: Sequence[int], size: int) -> tuple[int, ...]:
+    def _check_ids(self, part: Sequence[int], size: int) -> tuple[int, ...]:
         ids = tuple(map(int, part))
         if self._closed:
             raise ConvscopeError("this decoder is closed; make a new one")
         if len(ids) > size:
-            raise ConvscopeError(f"{len(ids)} pictures are planned for a batch of {size}; expected no more than {size}")
+            raise ConvscopeError(f"{len(ids)} images are planned for a batch of {size}; expected no more than {size}")
         return ids
 
-    def _asked(self, ids: tuple[int, ...]) -> list[Future[list[Reply]]]:
-        """The pictures of a batch, shared out to the processes; nothing without any."""
-        if not self._count:
+    def _submit(self, ids: tuple[int, ...]) -> list[Future[list[Reply]]]:
+        """Divide the images of a batch among the workers."""
+        if not self._num_workers:
             return []
-        share = -(-len(ids) // self._count) or 1
-        return [self._threads.submit(self._shown, ids[i : i + share]) for i in range(0, len(ids), share)]
+        count = -(-len(ids) // self._num_workers) or 1
+        return [self._threads.submit(self._decode, ids[i : i + count]) for i in range(0, len(ids), count)]
 
-    def _shown(self, ids: Sequence[int]) -> list[Reply]:
-        """A reply for each picture, from any process. Runs in a thread of ours, one for each process.
+    def _decode(self, ids: Sequence[int]) -> list[Reply]:
+        """Decode images in any worker and return their replies; runs in a thread of the pool.
 
-        Where a process ends, the picture that it was at is tried once more, alone in a new one: it may not be to blame.
+        If a worker dies, the image that it was at is tried once more, alone in a new worker: another image may be to
+        blame.
         """
         replies: list[Reply] = []
         alone = False
         while len(replies) < len(ids):
-            rest = ids[len(replies) :]
+            remaining = ids[len(replies) :]
             worker = self._idle.get()
             try:
-                worker = worker or self._started()
-                for reply in self._replies(worker, rest[:1] if alone else rest):
+                worker = worker or self._start_worker()
+                for reply in self._replies(worker, remaining[:1] if alone else remaining):
                     replies.append(reply)
                     alone = False
             except WorkerTimeout:
                 replies.append(f"took longer than {self._timeout:g} s")
-                self._without(worker)
+                self._discard(worker)
                 worker = None
             except WorkerDied:
                 if alone:
-                    replies.append(ENDED)
+                    replies.append(WORKER_DIED)
                 alone = not alone
-                self._without(worker)
+                self._discard(worker)
                 worker = None
             finally:
-                self._idle.put(worker)  # or a thread would wait for it for ever
+                self._idle.put(worker)  # otherwise a thread would wait for it for ever
         return replies
 
-    def _replies(self, worker: Worker, ids: Sequence[int]) -> Iterator[Reply]:
-        if not self._catalogue.origin.held:
-            yield from worker.show([(index, None) for index in ids], self._timeout)
+    def _replies(self, worker: DecodeWorker, ids: Sequence[int]) -> Iterator[Reply]:
+        if not self._catalogue.reader.in_memory:
+            yield from worker.decode([(index, None) for index in ids], self._timeout)
             return
-        for index in ids:  # one at a time: a process that hangs takes in no more than its pipe holds
+        for index in ids:  # one at a time, so that no more than one image waits in the pipe
             try:
                 item = self._catalogue.read(index)
             except ConvscopeError as error:
                 yield one_line(str(error))
                 continue
-            # Only bytes have yet to be decoded; and an image would lose a part of its tags on the way.
-            yield from (
-                worker.show([(index, item)], self._timeout) if isinstance(item, bytes) else [self._here.decode(index)]
-            )
+            if isinstance(item, bytes):
+                yield from worker.decode([(index, item)], self._timeout)
+            else:  # decoded already; pickling a PIL image would lose a part of its tags
+                yield self._task.decode(index)
 
-    def _started(self) -> Worker:
+    def _start_worker(self) -> DecodeWorker:
         with self._lock:
             if self._closed:
                 raise ConvscopeError("this decoder is closed")
-            worker = Worker(self._pickled)
-            self._workers.append(worker)
-        worker.ready()
+            worker = DecodeWorker(self._pickled_task)
+            self.workers.append(worker)
+        try:
+            worker.wait_until_ready()
+        except (WorkerDied, WorkerTimeout) as error:
+            raise ConvscopeError(
+                "a worker process that decodes images cannot be started; workers=0 decodes in this process"
+            ) from error
+        except ConvscopeError as error:
+            raise ConvscopeError(
+                f"the data set cannot be sent to worker processes ({error}); define it in a module that can be "
+                "imported, or use workers=0"
+            ) from error
         return worker
 
-    def _without(self, worker: Worker | None) -> None:
-        """Ends a process; the next who needs one starts a new one."""
+    def _discard(self, worker: DecodeWorker | None) -> None:
+        """End a worker; a new one is started when it is needed."""
         if worker is not None:
             with self._lock:
-                if worker in self._workers:
-                    self._workers.remove(worker)
-            worker.end()
+                if worker in self.workers:
+                    self.workers.remove(worker)
+            worker.kill()
 
-    def _collated(self, ids: tuple[int, ...], replies: Sequence[Reply], size: int) -> Decoded:
-        x = torch.empty(size, *self._input.shape, dtype=torch.float32, memory_format=torch.channels_last)
+    def _collate(self, ids: tuple[int, ...], replies: Sequence[Reply], size: int) -> DecodedBatch:
+        x = torch.empty(size, *self._writer.shape, dtype=torch.float32, memory_format=torch.channels_last)
         x[len(ids) :].zero_()
-        thumbnails = np.full((len(ids), THUMBNAIL, THUMBNAIL, 3), 255, np.uint8)
+        thumbnails = np.full((len(ids), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), 255, np.uint8)
         geometry: list[Geometry | None] = [None] * len(ids)
         failed: dict[int, str] = {}
         for row, reply in enumerate(replies):
@@ -210,16 +257,18 @@ class Decoder:
                 failed[ids[row]] = reply
                 x[row].zero_()
             else:
-                pixels, geometry[row], thumbnails[row] = reply
-                self._input.write(pixels, x[row])
-        return Decoded(ids, x, failed, tuple(geometry), thumbnails)
+                geometry[row] = reply.geometry
+                if reply.thumbnail is not None:
+                    thumbnails[row] = reply.thumbnail
+                self._writer.write(reply.pixels, x[row])
+        return DecodedBatch(ids, x, failed, tuple(geometry), thumbnails)
 
 
-class _Input:
-    """Pixels as network input: `unit_pixels` and `Preprocessing.normalize` bit for bit, in place.
+class _InputWriter:
+    """Writes pixels as network input in place: `unit_pixels` and `Preprocessing.normalize`, bit for bit.
 
-    Mean and standard deviation are laid out like a picture, pixel by pixel: with the channels innermost, spreading them
-    over the places is what takes most of the time otherwise.
+    Mean and standard deviation are laid out like an image: with the channels innermost, broadcasting them over the
+    pixels would take most of the time.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -233,7 +282,7 @@ class _Input:
         )
 
     def write(self, pixels: Pixels, x: Tensor) -> None:
-        """One picture p (H, W, C), uint8 or floats in about [0, 1], into x (C, H, W).
+        """Write one image p (H, W, C), uint8 or floats in about [0, 1], into x (C, H, W).
 
         With p in [0, 1], x = (p (high - low) + low - mean) / std.
         """
@@ -244,11 +293,11 @@ class _Input:
         unit.mul_(high - low).add_(low).sub_(self._mean).div_(self._std)
 
 
-def _pickled(preparation: DecodeTask) -> bytes:
+def _pickle(task: NetworkInputTask) -> bytes:
     try:
-        return pickle.dumps(preparation, pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # pickle raises almost anything
+        return pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # pickle raises errors of many kinds
         raise ConvscopeError(
-            f"the data set cannot be handed to processes that decode ({type(error).__name__}: {error}); workers=0 "
-            "decodes in this one"
+            f"the data set cannot be sent to worker processes ({type(error).__name__}: {error}); workers=0 decodes in "
+            "this process"
         ) from error

@@ -1,110 +1,142 @@
-"""What a pass over a data set consists of, settled before it begins: shards, batches, a sample; and whose run it is."""
+"""Plan a scan: divide the images into shards and batches, draw the sample, and identify the run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from convscope.errors import ConvscopeError
+from convscope.store.io import THUMBNAILS_PER_SHEET
 from convscope.store.schema import FORMAT
-
-SPRITE = 64  # pictures whose thumbnails share a file: shards begin and end with one
 
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """`pictures` in all, cut into shards of `shard` pictures (the last may be shorter), these into batches of `batch`.
+    """How the images of a scan are divided.
 
-    `k` places are kept at either end, `sample` pictures serve for what needs every value. The plan alone decides what
-    is computed together: workers, faults and the order of events have no influence on a single bit.
+    The plan alone decides which images are computed together: workers, failures and the order of events have no
+    influence on a single bit.
+
+    Attributes
+    ----------
+    num_images : int
+    batch_size : int
+        Images that go through the network together.
+    shard_size : int
+        Images that are written together; the last shard may be shorter.
+    k : int
+        Number of top and bottom images of each unit.
+    sample_size : int
+        Images on which every unit's maximum is stored.
+    fit, max_pixels
+        As of `ImageBatchLoader`.
+    num_threads : int
+        Threads that the network computes with.
+    compiled : bool
+        Whether the network is compiled.
     """
 
-    images: int
-    batch: int
-    shard: int
+    num_images: int
+    batch_size: int
+    shard_size: int
     k: int
-    sample: int
+    sample_size: int
     fit: str
     max_pixels: int
-    threads: int
+    num_threads: int
     compiled: bool
 
     @property
-    def shards(self) -> int:
-        return -(-self.images // self.shard)
+    def num_shards(self) -> int:
+        """The number of shards."""
+        return -(-self.num_images // self.shard_size)
 
-    def within(self, shard: int) -> range:
-        """The pictures of a shard."""
-        return range(shard * self.shard, min((shard + 1) * self.shard, self.images))
+    def shard_images(self, shard: int) -> range:
+        """Return the images of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
-    def batches(self, shard: int) -> Iterator[range]:
-        """The pictures of each batch of a shard."""
-        ids = self.within(shard)
-        for begin in range(ids.start, ids.stop, self.batch):
-            yield range(begin, min(begin + self.batch, ids.stop))
+    def batches(self, shards: Sequence[int]) -> Iterator[range]:
+        """Yield the images of each batch of some shards."""
+        for shard in shards:
+            images = self.shard_images(shard)
+            for start in range(images.start, images.stop, self.batch_size):
+                yield range(start, min(start + self.batch_size, images.stop))
 
-    def sampled(self) -> np.ndarray:
-        """The ids (R,) int64, ascending, of the pictures in the sample: those with the lowest hashes."""
-        hashes = splitmix64(np.arange(self.images, dtype=np.uint64))
-        count = min(self.sample, self.images)
+    def sample_images(self) -> np.ndarray:
+        """Return the ids (R,) int64, ascending, of the images in the sample: those with the lowest hashes."""
+        hashes = splitmix64(np.arange(self.num_images, dtype=np.uint64))
+        count = min(self.sample_size, self.num_images)
         return np.sort(np.argsort(hashes, kind="stable")[:count]).astype(np.int64)
 
 
 def splitmix64(numbers: np.ndarray) -> np.ndarray:
-    """Whole numbers to well-spread 64-bit hashes: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Hash integers to 64 bits with the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-SMALLEST, LARGEST, AIM = 256, 4096, 64
+MIN_SHARD_SIZE, MAX_SHARD_SIZE, DEFAULT_NUM_SHARDS = 256, 4096, 64
 
 
-def shard_size(images: int, batch: int, asked: int | None) -> int:
-    """Pictures per shard: whole sprites and whole batches; unless asked otherwise about a 64th of all, 256 to 4096."""
-    step = int(np.lcm(SPRITE, batch))
-    wanted = min(LARGEST, max(SMALLEST, images // AIM)) if asked is None else asked
-    return max(1, -(-wanted // step)) * step
+def choose_shard_size(num_images: int, batch_size: int, requested: int | None) -> int:
+    """Return the shard size: whole thumbnail sheets and whole batches, rounded up.
+
+    Unless requested otherwise it is about a 64th of all images, between 256 and 4096.
+    """
+    step = int(np.lcm(THUMBNAILS_PER_SHEET, batch_size))
+    if requested is None:
+        requested = min(MAX_SHARD_SIZE, max(MIN_SHARD_SIZE, num_images // DEFAULT_NUM_SHARDS))
+    return max(1, -(-requested // step)) * step
 
 
-IDENTITY = ("format", "model", "data", "watched", "plan", "versions")
+IDENTITY_KEYS = ("format", "model", "data", "scanned_layers", "plan", "versions")
 
 
-def identity(
-    plan: ScanPlan, model: Mapping[str, Any], data: Mapping[str, Any], layers: list[str], versions: Any
-) -> Any:
-    """What two runs must have in common to share a store, by the names in `IDENTITY`; JSON-able."""
-    told = dict(zip(IDENTITY, (FORMAT, model, data, layers, asdict(plan), versions), strict=True))
-    return json.loads(json.dumps(told, default=str))
+def scan_identity(
+    plan: ScanPlan,
+    model: Mapping[str, object],
+    data: Mapping[str, object],
+    layers: Sequence[str],
+    versions: Mapping[str, str],
+) -> dict[str, object]:
+    """Return what two runs must have in common to share a store, under `IDENTITY_KEYS`, as JSON values."""
+    values = (FORMAT, model, data, layers, asdict(plan), versions)
+    identity: dict[str, object] = json.loads(json.dumps(dict(zip(IDENTITY_KEYS, values, strict=True)), default=str))
+    return identity
 
 
-def require_same(found: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
-    """Raises ConvscopeError that says what differs, if a store belongs to another run."""
-    there, here = _flat(found), _flat(own)
-    lines = [
-        f"{key}: there {_short(there.get(key))}, here {_short(here.get(key))}"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-    if lines:
+def require_same_scan(existing: Mapping[str, object], requested: Mapping[str, object], location: str) -> None:
+    """Raise ConvscopeError, listing the differences, if a store belongs to another scan or an older format."""
+    if existing.get("format") != requested["format"]:
         raise ConvscopeError(
-            f"{where} belongs to another scan ({'; '.join(lines[:6])}{'; ...' * (len(lines) > 6)}); "
+            f"{location} has store format {existing.get('format')!r}, expected {requested['format']}; "
+            "rerun the scan with a new folder"
+        )
+    theirs, ours = _flatten(existing), _flatten(requested)
+    differences = [
+        f"{key}: {_short(theirs.get(key))} in the store, {_short(ours.get(key))} requested"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    if differences:
+        raise ConvscopeError(
+            f"{location} belongs to another scan ({'; '.join(differences[:6])}{'; ...' * (len(differences) > 6)}); "
             "give another folder, or the same settings"
         )
 
 
-def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in told.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

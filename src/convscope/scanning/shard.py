@@ -1,16 +1,16 @@
-"""One shard of a pass: its pictures through the network, and the file in which what was found waits to be merged."""
+"""Scan one shard, and write and read the file in which its results wait to be merged."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,57 +21,92 @@ from torch import Tensor
 
 from convscope.engine.model import LOGITS, Model
 from convscope.results import atomic_write
-from convscope.scanning.batch_statistics import Looking, finite
-from convscope.scanning.decoding import Decoded
-from convscope.scanning.plan import SPRITE, ScanPlan
+from convscope.scanning.batch_statistics import BatchStatistics, StatisticsForward
+from convscope.scanning.decoding import DecodedBatch
+from convscope.scanning.plan import ScanPlan
 from convscope.scanning.statistics import OnlineStatistics, UnitStatistics
+from convscope.store.io import SHEET_COLUMNS, THUMBNAILS_PER_SHEET
 
-TOP = 5  # classes that are kept for each picture
-OUT_OF_RANGE = "drives the network out of the range of finite numbers"
+NUM_PREDICTIONS = 5  # classes that are stored for each image
+NOT_FINITE = "drives the network out of the range of finite numbers"
 
 
 @dataclass(frozen=True)
 class ScanTargets:
-    """What is scanned, beside the network: layers with their number of units, and the labels of pictures.
+    """Layers to scan and classes of the images.
 
-    labels: of the data set's own classes (N,), -1 where there is none, or None; targets: the network's class of each
-    of the data set's, -1 where there is none.
+    Attributes
+    ----------
+    num_units : dict
+        The number of units of each layer.
+    labels : int array of shape (N,), or None
+        The class of each image in the data set, -1 if unknown.
+    label_classes : int array, or None
+        For each class of the data set the network's class, -1 if there is none.
     """
 
-    layers: Mapping[str, int]
+    num_units: Mapping[str, int]
     labels: np.ndarray | None
-    targets: np.ndarray | None
+    label_classes: np.ndarray | None
+
+    def image_labels(self, images: Sequence[int]) -> np.ndarray:
+        """Return the labels (n,) int64 of images, -1 if unknown."""
+        if self.labels is None:
+            return np.full(len(images), -1)
+        return self.labels[list(images)].astype(np.int64)
+
+    def image_classes(self, images: Sequence[int]) -> list[int]:
+        """Return the network's class of each image, -1 if unknown."""
+        if self.label_classes is None:
+            return [-1] * len(images)
+        return [int(self.label_classes[label]) if label >= 0 else -1 for label in self.image_labels(images)]
 
 
 @dataclass
-class ImageRows:
-    """What is known of the pictures of a shard, row by row."""
+class ShardImages:
+    """Collects size, box, predictions and loss of the images of a shard."""
 
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[tuple[int, ...]] = field(default_factory=list)
     boxes: list[tuple[float, ...]] = field(default_factory=list)
     classes: list[np.ndarray] = field(default_factory=list)
     probabilities: list[np.ndarray] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
+    thumbnails: list[np.ndarray] = field(default_factory=list)
 
     def add(
-        self, decoded: Decoded, rows: Mapping[int, int], logits: Tensor, sigmoid: bool, targets: Sequence[int]
+        self, batch: DecodedBatch, usable_rows: Sequence[int], logits: Tensor, sigmoid: bool, targets: Sequence[int]
     ) -> None:
-        """Rows of a batch; `rows` say where in the `logits` a picture is, `targets` the class of each, -1: none."""
-        shares = logits.sigmoid() if sigmoid else logits.softmax(1)
-        best = shares.topk(min(TOP, shares.shape[1]), dim=1)
-        losses = -torch.log_softmax(logits, 1)
-        for image, position, target in zip(decoded.indices, decoded.geometry, targets, strict=True):
-            row = rows.get(image)
-            self.sizes.append((0, 0) if position is None else (position.image_size[0], position.image_size[1]))
-            self.boxes.append((0.0,) * 4 if position is None else position.box)
-            width = best.indices.shape[1]
-            self.classes.append(np.full(width, -1) if row is None else best.indices[row].cpu().numpy())
-            self.probabilities.append(np.zeros(width) if row is None else best.values[row].cpu().numpy())
-            known = row is not None and target >= 0 and not sigmoid
-            self.losses.append(float(losses[row, target]) if known else float("nan"))
+        """Add the images of a batch.
 
-    def tensors(self) -> dict[str, Tensor]:
+        Parameters
+        ----------
+        batch : DecodedBatch
+            Of n images.
+        usable_rows : sequence of int
+            Rows of the images that did not fail.
+        logits : tensor of shape (B, K)
+        sigmoid : bool
+            Whether probabilities are sigmoids of the logits; there is no loss then.
+        targets : sequence of int
+            The network's class of each of the n images, -1 if unknown.
+        """
+        probabilities = logits.sigmoid() if sigmoid else logits.softmax(1)
+        top = probabilities.topk(min(NUM_PREDICTIONS, probabilities.shape[1]), dim=1)
+        losses = -torch.log_softmax(logits, 1)
+        width = top.indices.shape[1]
+        usable = set(usable_rows)
+        for row, (geometry, target) in enumerate(zip(batch.geometry, targets, strict=True)):
+            self.sizes.append((0, 0) if geometry is None else geometry.image_size)
+            self.boxes.append((0.0,) * 4 if geometry is None else geometry.box)
+            self.classes.append(top.indices[row].cpu().numpy() if row in usable else np.full(width, -1))
+            self.probabilities.append(top.values[row].cpu().numpy() if row in usable else np.zeros(width))
+            has_loss = row in usable and target >= 0 and not sigmoid
+            self.losses.append(float(losses[row, target]) if has_loss else math.nan)
+        self.thumbnails.append(batch.thumbnails)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the columns as tensors, by name."""
         return {
             "sizes": torch.tensor(self.sizes, dtype=torch.int32),
             "boxes": torch.tensor(self.boxes, dtype=torch.float32),
@@ -83,129 +118,142 @@ class ImageRows:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A shard, done: its file's content, and its sprites by name. `ends_in_failures`: of its last batch nothing could
-    be read, as when the data are gone."""
+    """The results of a shard.
+
+    Attributes
+    ----------
+    shard : int
+    content : bytes
+        The content of its file.
+    thumbnail_sheets : dict
+        The content of its thumbnail sheets, by file name.
+    ends_in_failures : bool
+        Whether no image of its last batch could be read, as when the data are gone.
+    """
 
     shard: int
     content: bytes
-    sprites: Mapping[str, bytes]
+    thumbnail_sheets: Mapping[str, bytes]
     ends_in_failures: bool
 
 
 def scan_shard(
-    model: Model, plan: ScanPlan, shard: int, subject: ScanTargets, look: Looking, batches: Iterator[Decoded]
+    model: Model,
+    plan: ScanPlan,
+    shard: int,
+    targets: ScanTargets,
+    forward: StatisticsForward,
+    batches: Iterator[DecodedBatch],
 ) -> Iterator[int | ShardResult]:
-    """One shard. Yields the number of pictures after each batch and, at last, what was found.
+    """Scan one shard: yield the number of images after each batch, and finally the result.
 
-    Takes from `batches` just those of this shard.
+    Takes only the batches of this shard from `batches`.
     """
-    ids = plan.within(shard)
-    sample = torch.from_numpy(plan.sampled())
-    sample = sample[(sample >= ids.start) & (sample < ids.stop)]
-    k = min(plan.k, len(ids))
-    streams = {name: OnlineStatistics(units, k, sample, model.device) for name, units in subject.layers.items()}
-    pages, tiles = ImageRows(), []
-    for decoded in islice(batches, len(list(plan.batches(shard)))):
-        below = {name: stream.below for name, stream in streams.items()}
-        looked = look(decoded.x, below)
-        fine = finite(looked)
-        pages.failed |= decoded.failed
-        good = [i for i, image in enumerate(decoded.indices) if image not in decoded.failed]
-        pages.failed |= {decoded.indices[i]: OUT_OF_RANGE for i in good if not fine[i]}
-        rows = torch.tensor([i for i in good if fine[i]], dtype=torch.long)
-        images = torch.tensor(decoded.indices)[rows]
-        labels = torch.full((len(rows),), -1) if subject.labels is None else _at(subject.labels, images)
-        for name, stream in streams.items():
-            found = looked.layers[name]
-            positions = 1 if name == LOGITS else _positions(model, name)
-            stream.add(found.select(rows.to(found.highest.device)), images, positions, labels)
-        pages.add(
-            decoded,
-            {decoded.indices[i]: i for i in rows.tolist()},
-            looked.logits,
-            model.final_activation == "sigmoid" or looked.logits.shape[1] == 1,
-            _targets(subject, decoded.indices),
-        )
-        tiles.append(decoded.thumbnails)
-        yield len(decoded.indices)
-    tensors = {f"pictures/{name}": tensor for name, tensor in pages.tensors().items()}
-    for number, stream in enumerate(streams.values()):
-        tensors |= {f"layers/{number}/{key}": tensor for key, tensor in stream.finish().arrays().items()}
-    said = {"failed": json.dumps({str(picture): reason for picture, reason in sorted(pages.failed.items())})}
-    yield ShardResult(shard, save(tensors, said), _sprites(ids.start, np.concatenate(tiles)), not good)
+    images = plan.shard_images(shard)
+    sample = torch.from_numpy(plan.sample_images())
+    sample = sample[(sample >= images.start) & (sample < images.stop)]
+    k = min(plan.k, len(images))
+    statistics = {name: OnlineStatistics(units, k, sample, model.device) for name, units in targets.num_units.items()}
+    num_positions = {name: _num_positions(model, name) for name in statistics}
+    columns, readable_rows = ShardImages(), list[int]()
+    for batch in islice(batches, len(list(plan.batches([shard])))):
+        reductions = forward(batch.x, {name: layer.thresholds for name, layer in statistics.items()})
+        readable_rows, usable_rows = _usable_rows(batch, reductions, columns.failed)
+        rows = torch.tensor(usable_rows, dtype=torch.long)
+        ids = torch.tensor(batch.indices)[rows]
+        labels = torch.from_numpy(targets.image_labels(ids.tolist()))
+        for name, layer in statistics.items():
+            reduction = reductions.layers[name]
+            layer.add(reduction.select(rows.to(reduction.maxima.device)), ids, num_positions[name], labels)
+        sigmoid = model.final_activation == "sigmoid" or reductions.logits.shape[1] == 1
+        columns.add(batch, usable_rows, reductions.logits, sigmoid, targets.image_classes(batch.indices))
+        yield len(batch.indices)
+    tensors = {f"images/{name}": tensor for name, tensor in columns.to_tensors().items()}
+    for number, layer in enumerate(statistics.values()):
+        tensors |= {f"layers/{number}/{key}": tensor for key, tensor in layer.finish().to_tensors().items()}
+    metadata = {"failed": json.dumps({str(image): reason for image, reason in sorted(columns.failed.items())})}
+    sheets = _thumbnail_sheets(images.start, np.concatenate(columns.thumbnails))
+    yield ShardResult(shard, save(tensors, metadata), sheets, ends_in_failures=not readable_rows)
 
 
-def _positions(model: Model, name: str) -> int:
-    row = model.layers.find(name)
-    return int(np.prod(row.shape[1:])) if row.is_spatial else 1
+def _num_positions(model: Model, name: str) -> int:
+    if name == LOGITS:
+        return 1
+    layer = model.layers.find(name)
+    return math.prod(layer.shape[1:]) if layer.is_spatial else 1
 
 
-def _at(labels: np.ndarray, images: Tensor) -> Tensor:
-    return torch.from_numpy(labels[images.numpy()].astype(np.int64))
+def _usable_rows(
+    batch: DecodedBatch, reductions: BatchStatistics, failed: dict[int, str]
+) -> tuple[list[int], list[int]]:
+    """Return the rows of images that could be read, and of these the finite ones; note the reasons of all others."""
+    finite = reductions.finite_rows().tolist()
+    readable = [row for row, image in enumerate(batch.indices) if image not in batch.failed]
+    failed |= batch.failed
+    failed |= {batch.indices[row]: NOT_FINITE for row in readable if not finite[row]}
+    return readable, [row for row in readable if finite[row]]
 
 
-def _targets(subject: ScanTargets, images: Sequence[int]) -> list[int]:
-    if subject.labels is None or subject.targets is None:
-        return [-1] * len(images)
-    labels = subject.labels[list(images)]
-    return [int(subject.targets[label]) if label >= 0 else -1 for label in labels]
-
-
-def _sprites(first: int, tiles: np.ndarray) -> dict[str, bytes]:
-    """Thumbnails (n, side, side, 3) as WebP pictures of 8 x 8 tiles, white where there is none."""
-    found = {}
-    side = tiles.shape[1]
-    for begin in range(0, len(tiles), SPRITE):
-        part = tiles[begin : begin + SPRITE]
-        sheet = np.full((SPRITE, side, side, 3), 255, np.uint8)
-        sheet[: len(part)] = part
-        across = round(SPRITE**0.5)
-        laid = sheet.reshape(across, across, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(across * side, -1, 3)
+def _thumbnail_sheets(first: int, thumbnails: np.ndarray) -> dict[str, bytes]:
+    """Encode thumbnails (n, side, side, 3) as WebP sheets of 8 x 8, white where there is none."""
+    sheets = {}
+    side = thumbnails.shape[1]
+    for start in range(0, len(thumbnails), THUMBNAILS_PER_SHEET):
+        part = thumbnails[start : start + THUMBNAILS_PER_SHEET]
+        tiles = np.full((THUMBNAILS_PER_SHEET, side, side, 3), 255, np.uint8)
+        tiles[: len(part)] = part
+        grid = tiles.reshape(SHEET_COLUMNS, SHEET_COLUMNS, side, side, 3).transpose(0, 2, 1, 3, 4)
         buffer = io.BytesIO()
-        Image.fromarray(laid).save(buffer, format="WEBP", quality=80, method=2)
-        found[f"{(first + begin) // SPRITE:05d}.webp"] = buffer.getvalue()
-    return found
+        Image.fromarray(grid.reshape(SHEET_COLUMNS * side, -1, 3)).save(buffer, format="WEBP", quality=80, method=2)
+        sheets[f"{(first + start) // THUMBNAILS_PER_SHEET:05d}.webp"] = buffer.getvalue()
+    return sheets
 
 
-def file_name(shard: int) -> str:
+def shard_file_name(shard: int) -> str:
+    """Return the name of a shard's file."""
     return f"{shard:05d}.safetensors"
 
 
-def write(store: Path, found: ShardResult) -> None:
-    """Thumbnails first, then the shard's file, flushed to the disk before it takes its name: if it is there, all is."""
+def write_shard(store: Path, result: ShardResult) -> None:
+    """Write thumbnails and then the shard's file, flushed before it takes its name: if it exists, the shard is done."""
     for folder in ("thumbnails", "shards"):
         (store / folder).mkdir(parents=True, exist_ok=True)
-    for name, content in found.sprites.items():
+    for name, content in result.thumbnail_sheets.items():
         with atomic_write(store / "thumbnails" / name) as file:
             file.write(content)
-    with atomic_write(store / "shards" / file_name(found.shard)) as file:
-        file.write(found.content)
+    with atomic_write(store / "shards" / shard_file_name(result.shard)) as file:
+        file.write(result.content)
         file.flush()
         os.fsync(file.fileno())
 
 
 class ShardFile:
-    """A shard's file, read as far as it is asked."""
+    """The file of a shard, of which only the requested parts are read."""
 
     def __init__(self, store: Path, shard: int) -> None:
-        self.path = store / "shards" / file_name(shard)
+        self.path = store / "shards" / shard_file_name(shard)
 
-    def summary(self, layer: int) -> UnitStatistics:
-        """Of the layer with this number."""
-        prefix = f"layers/{layer}/"
-        return UnitStatistics.of({name.removeprefix(prefix): tensor for name, tensor in self._read(prefix).items()})
+    def layer_statistics(self, number: int) -> UnitStatistics:
+        """Read the statistics of a layer, given by its number."""
+        return UnitStatistics.from_tensors(self._read(f"layers/{number}/"))
 
-    def images(self) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-        """Columns of its pictures, and the reasons of those that failed."""
-        found = {name.removeprefix("pictures/"): tensor.numpy() for name, tensor in self._read("pictures/").items()}
+    def image_columns(self) -> dict[str, np.ndarray]:
+        """Read the columns of the images, by name."""
+        return {name: tensor.numpy() for name, tensor in self._read("images/").items()}
+
+    def failures(self) -> dict[int, str]:
+        """Read the reason for each image that failed."""
         with safe_open(self.path, framework="pt") as file:
-            said: Any = json.loads(file.metadata()["failed"])
-        return found, {int(image): reason for image, reason in said.items()}
+            reasons = json.loads(file.metadata()["failed"])
+        return {int(image): str(reason) for image, reason in reasons.items()}
 
     def sha256(self) -> str:
+        """Return the digest of the file."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
+        """Read the tensors with a prefix, which is removed from their names."""
         with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a dictionary
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

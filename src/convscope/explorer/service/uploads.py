@@ -1,115 +1,92 @@
-"""Pictures from strangers, decoded in a process that can be killed."""
+"""Decode uploaded images in a worker process with limits on bytes, pixels, memory and time."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import pickle
 import threading
 from contextlib import suppress
-from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from convscope.errors import ConvscopeError
+from convscope.images.decode_worker import DecodeWorker, FullSizeTask, WorkerDied, WorkerTimeout
 
-MOST_BYTES = 20_000_000
-MOST_PIXELS = 25_000_000
-SECONDS = 20.0
-STARTING = 120.0  # seconds
+MAX_BYTES = 20_000_000
+MAX_PIXELS = 25_000_000
+TIMEOUT = 20.0  # seconds
+START_TIMEOUT = 120.0  # seconds
+MEMORY_LIMIT = 2 << 30  # bytes that decoding one image may take
 
 
-class Decoder:
-    """Turns a file's bytes into pixels, uint8 (H, W, 3), one at a time, in a process of its own.
+class UploadDecoder:
+    """Decodes one encoded image at a time to uint8 pixels (H, W, 3).
 
-    A picture that takes longer than `seconds`, or more memory than there is for it, costs that process and nothing
-    else: the next picture gets a new one. A process takes seconds to start; `warm` has one ready beforehand.
+    An image that exceeds the time or memory limit costs its worker process only; the next image gets a new one. A
+    process takes seconds to start; `warm_up` starts one in advance.
+
+    Parameters
+    ----------
+    max_bytes, max_pixels : int
+        Limits on the encoded and on the decoded image.
+    timeout : float
+        Seconds that decoding may take.
     """
 
-    def __init__(
-        self, *, most_bytes: int = MOST_BYTES, most_pixels: int = MOST_PIXELS, seconds: float = SECONDS
-    ) -> None:
-        self.most_bytes, self._pixels, self._seconds = most_bytes, most_pixels, seconds
+    def __init__(self, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS, timeout: float = TIMEOUT) -> None:
+        self.max_bytes, self.timeout = max_bytes, timeout
+        self.worker: DecodeWorker | None = None
+        self._task = pickle.dumps(FullSizeTask(max_pixels))
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def warm(self) -> None:
-        with self._lock, suppress(ConvscopeError):  # what hinders it, the first picture tells
-            self._started()
+    def warm_up(self) -> None:
+        """Start a worker; a failure is left for the first image to report."""
+        with self._lock, suppress(ConvscopeError):
+            self._ready_worker()
 
-    def decode(self, content: bytes) -> np.ndarray:
-        """The picture's pixels. Raises ConvscopeError if it is none, or too large, or takes too long."""
-        if len(content) > self.most_bytes:
-            raise ConvscopeError(f"{len(content):,} bytes; pictures of up to {self.most_bytes:,} are taken")
+    def decode(self, content: bytes) -> npt.NDArray[np.uint8]:
+        """Decode the content of an image file.
+
+        Raises ConvscopeError if it is empty, too large or not an image, or if decoding fails or takes too long.
+        """
+        if len(content) > self.max_bytes:
+            raise ConvscopeError(f"{len(content):,} bytes; images of up to {self.max_bytes:,} bytes are accepted")
         if not content:
             raise ConvscopeError("is empty (0 bytes)")
         with self._lock:
-            process = self._started()
-            told, pixels = self._exchange(
-                process, {"bytes": len(content), "pixels": self._pixels}, content, self._seconds
-            )
-        if "error" in told:
-            raise ConvscopeError(str(told["error"]))
-        return np.frombuffer(pixels, np.uint8).reshape(told["shape"])
+            worker = self._ready_worker()
+            try:
+                (reply,) = worker.decode([(0, content)], self.timeout)
+            except (WorkerDied, WorkerTimeout) as error:
+                self._stop()
+                raise _failure(error, self.timeout) from error
+        if isinstance(reply, str):
+            raise ConvscopeError(reply)
+        return reply.pixels.astype(np.uint8, copy=False)
 
     def close(self) -> None:
+        """End the worker process."""
         with self._lock:
             self._stop()
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+    def _ready_worker(self) -> DecodeWorker:
+        if self.worker is None or not self.worker.is_alive:
             self._stop()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "convscope.explorer.service.unpacking"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-            self._exchange(self._process, {"bytes": 0}, b"", STARTING)
-        return self._process
-
-    def _exchange(
-        self, process: subprocess.Popen[bytes], head: dict[str, Any], content: bytes, seconds: float
-    ) -> tuple[dict[str, Any], bytes]:
-        """Send one message, take the answer. A process that does not answer in time is ended."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = threading.Timer(seconds, process.kill)
-        late.start()
-        try:
-            send(process.stdin, head, content)
-            return receive(process.stdout)
-        except (OSError, EOFError) as error:
-            slow = not late.is_alive()
-            self._stop()
-            reason = f"it took longer than {seconds:g} s" if slow else "it ended the process that tried"
-            raise ConvscopeError(f"the picture could not be decoded: {reason}") from error
-        finally:
-            late.cancel()
+            self.worker = DecodeWorker(self._task, memory_limit=MEMORY_LIMIT, quiet=True)
+            try:
+                self.worker.wait_until_ready(START_TIMEOUT)
+            except (WorkerDied, WorkerTimeout) as error:
+                self._stop()
+                raise _failure(error, START_TIMEOUT) from error
+        return self.worker
 
     def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
+        if self.worker is not None:
+            self.worker.kill()
+        self.worker = None
 
 
-def send(stream: IO[bytes], head: dict[str, Any], content: bytes = b"") -> None:
-    """One message: a line of JSON, which tells how many bytes follow it."""
-    stream.write(json.dumps({**head, "bytes": len(content)}).encode() + b"\n")
-    stream.write(content)
-    stream.flush()
-
-
-def receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """The next message. Raises EOFError where the stream ends."""
-    line = stream.readline()
-    if not line:
-        raise EOFError
-    head: dict[str, Any] = json.loads(line)
-    content = stream.read(head["bytes"])
-    if len(content) < head["bytes"]:
-        raise EOFError
-    return head, content
+def _failure(error: WorkerDied | WorkerTimeout, timeout: float) -> ConvscopeError:
+    slow = isinstance(error, WorkerTimeout)
+    reason = f"it took longer than {timeout:g} s" if slow else "its decoder process ended"
+    return ConvscopeError(f"the image could not be decoded: {reason}")

@@ -18,7 +18,7 @@ from convscope.explorer.service.images import RegisteredImage, UnknownResource
 from convscope.explorer.service.jobs import Client, QueueFull
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import Explorer
-from convscope.explorer.service.uploads import Decoder
+from convscope.explorer.service.uploads import UploadDecoder
 from convscope.explorer.urls import LiveUrls
 from convscope.explorer.views.page import PageContext
 from convscope.explorer.web import security
@@ -37,14 +37,14 @@ class RequestRunner:
     Parameters
     ----------
     explorer : Explorer
-    decoder : Decoder
+    decoder : UploadDecoder
         Decodes uploads.
     urls : LiveUrls
     timeout : float
         Seconds that a request may take.
     """
 
-    def __init__(self, explorer: Explorer, decoder: Decoder, urls: LiveUrls, timeout: float) -> None:
+    def __init__(self, explorer: Explorer, decoder: UploadDecoder, urls: LiveUrls, timeout: float) -> None:
         self.explorer, self.decoder, self.urls, self.timeout = explorer, decoder, urls, timeout
         self.sheets = {net.key: ExampleSheets(net.store) for net in explorer.networks.values() if net.store is not None}
         self._threads = anyio.CapacityLimiter(NUM_THREADS)
@@ -96,7 +96,7 @@ class RequestRunner:
         return self.explorer.images.add(pixels, display_name(name))
 
     async def _body(self, request: Request) -> bytes:
-        max_bytes, parts, size = self.decoder.most_bytes, [], 0
+        max_bytes, parts, size = self.decoder.max_bytes, [], 0
         async for part in request.stream():
             size += len(part)
             if size > max_bytes:
