@@ -23,14 +23,14 @@ from timing import THREADS, Timed, interleaved
 from torch import Tensor
 
 import convscope
-from convscope.datasets.catalogue import catalogue
+from convscope.datasets.catalogue import build_catalogue
 from convscope.engine import capture
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.samples import photographs
-from convscope.scanning.batch_statistics import Looking, forward_with_statistics
-from convscope.scanning.decoding import Decoder
+from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics
+from convscope.scanning.decoding import PrefetchingDecoder
 from convscope.scanning.plan import ScanPlan
 from convscope.scanning.shard import ScanTargets, scan_shard
 
@@ -82,38 +82,38 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
     """In turn: the network alone, a shard from decoded pictures to the content of its file, and the same compiled."""
     count = BATCH * BATCHES
     plan = ScanPlan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
-    with Decoder(catalogue(photographed(count)), model.preprocessing) as decoder:
-        decoded = list(decoder.batches(plan.batches(0), BATCH))
+    with PrefetchingDecoder(build_catalogue(photographed(count)), model.preprocessing) as decoder:
+        decoded = list(decoder.batches(plan.batches([0]), BATCH))
     units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.num_outputs or 0)}
-    subject = ScanTargets(units, None, None)
+    targets = ScanTargets(units, None, None)
 
     def bare() -> None:
         with torch.inference_mode():
             for part in decoded:
                 model.module(part.x)
 
-    def shard(look: Looking) -> None:
-        deque(scan_shard(model, plan, 0, subject, look, iter(decoded)), maxlen=0)
+    def shard(forward: StatisticsForward) -> None:
+        deque(scan_shard(model, plan, 0, targets, forward, iter(decoded)), maxlen=0)
 
     with ExitStack() as stack:
-        looks = {
+        passes = {
             name: stack.enter_context(forward_with_statistics(model, list(units), BATCH, compiled=compiled))
             for name, compiled in (("convscope", False), ("convscope, compiled", True))
         }
-        contenders: dict[str, Callable[[], None]] = {name: partial(shard, look) for name, look in looks.items()}
+        contenders: dict[str, Callable[[], None]] = {name: partial(shard, forward) for name, forward in passes.items()}
         raw = interleaved({"bare forward": bare, **contenders}, "bare forward", rounds)
-        apart = {name: _apart(model, layers, decoded[0].x, look) for name, look in looks.items()}
+        errors = {name: _max_error(model, layers, decoded[0].x, forward) for name, forward in passes.items()}
     times = {name: Timed(t.seconds / count, t.ratio) for name, t in raw.items()}
-    return Pass(what, len(units), sum(units.values()), times, apart)
+    return Pass(what, len(units), sum(units.values()), times, errors)
 
 
-def _apart(model: Model, layers: list[str], x: Tensor, look: Looking) -> float:
+def _max_error(model: Model, layers: list[str], x: Tensor, forward: StatisticsForward) -> float:
     """How far the highest values are from those of the network's own maps, relative to each layer's largest."""
     with torch.no_grad(), capture.capture_layers(model, layers) as run:
         maps = run(x).maps
-    found = look(x, {}).layers
+    reductions = forward(x, {}).layers
     errors = [
-        (found[name].highest - maps[name].flatten(2).amax(2)).abs().max() / maps[name].abs().max() for name in maps
+        (reductions[name].maxima - maps[name].flatten(2).amax(2)).abs().max() / maps[name].abs().max() for name in maps
     ]
     return float(max(errors))
 
@@ -121,18 +121,18 @@ def _apart(model: Model, layers: list[str], x: Tensor, look: Looking) -> float:
 def decoding(count: int = 32) -> dict[tuple[int, int], float]:
     """Milliseconds of one core for a JPEG of a size, from its bytes to the network's input and the thumbnail."""
     model = convscope.load("lite0")
-    picture = Image.open(photographs()[0]).convert("RGB")
-    found = {}
+    image = Image.open(photographs()[0]).convert("RGB")
+    milliseconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in ((256, 256), (640, 480), (1600, 1200)):
             files = [Path(folder) / f"{size[0]}-{number}.jpg" for number in range(count)]
             for file in files:
-                picture.resize(size, Image.Resampling.LANCZOS).save(file, quality=90)
-            with Decoder(catalogue(files), model.preprocessing) as decoder:
-                begin = time.process_time()
+                image.resize(size, Image.Resampling.LANCZOS).save(file, quality=90)
+            with PrefetchingDecoder(build_catalogue(files), model.preprocessing) as decoder:
+                start = time.process_time()
                 deque(decoder.batches([range(count)], count), maxlen=0)
-                found[size] = 1000 * (time.process_time() - begin) / count
-    return found
+                milliseconds[size] = 1000 * (time.process_time() - start) / count
+    return milliseconds
 
 
 SMALL = """

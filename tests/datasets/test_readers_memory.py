@@ -1,4 +1,4 @@
-"""Data in hand, at remote addresses, what is refused, and which class of the network a label means."""
+"""Data in memory and at remote locations, errors, and the match of labels to the classes of a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -20,14 +19,14 @@ from torch.utils.data import Subset
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from convscope.datasets import storage
-from convscope.datasets.catalogue import catalogue, class_indices
-from convscope.datasets.storage import expanded
+from convscope.datasets.catalogue import build_catalogue, match_classes
+from convscope.datasets.storage import expand_ranges
 from convscope.errors import ConvscopeError
-from tests.datasets.test_catalogue import named, picture, pixels, png, put, rows, tar, truth
+from tests.datasets.test_catalogue import expected_pixels, label_names, png, random_image, read_pixels, rows, tar, write
 
 
 class Pairs:
-    """The least that a data set needs: a length and items."""
+    """A data set with the least that it needs: a length and items."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -41,89 +40,100 @@ class Pairs:
         return self.items[index]
 
 
-# In hand --------------------------------------------------------------------------------------------------------------
+# In memory --------------------------------------------------------------------------------------------------------------
 
 
-def test_arrays_images_bytes_and_paths_in_hand(tmp_path: Path) -> None:
-    path = put(tmp_path / "a.png", png(0))
-    found = catalogue([path, Image.fromarray(picture(1)), picture(2), png(3)])
-    assert found.names.to_pylist() == [str(path), "image 1", "image 2", "image 3"]
-    assert pixels(found) == truth(0, 1, 2, 3)
-    many = catalogue(np.stack([picture(i) for i in range(4)]))
-    assert pixels(many) == truth(0, 1, 2, 3)
-    assert many.origin.held
-    assert len(catalogue(picture(0))) == len(catalogue(Image.fromarray(picture(0)))) == len(catalogue(path)) == 1
-    assert len(catalogue(np.zeros((5, 6, 7), np.uint8))) == 5
+def test_arrays_images_bytes_and_paths(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", png(0))
+    catalogue = build_catalogue([path, Image.fromarray(random_image(1)), random_image(2), png(3)])
+    assert catalogue.names.to_pylist() == [str(path), "image 1", "image 2", "image 3"]
+    assert read_pixels(catalogue) == expected_pixels(0, 1, 2, 3)
+    stack = build_catalogue(np.stack([random_image(i) for i in range(4)]))
+    assert read_pixels(stack) == expected_pixels(0, 1, 2, 3)
+    assert stack.reader.in_memory
+    assert (
+        len(build_catalogue(random_image(0)))
+        == len(build_catalogue(Image.fromarray(random_image(0))))
+        == len(build_catalogue(path))
+        == 1
+    )
+    assert len(build_catalogue(np.zeros((5, 6, 7), np.uint8))) == 5
 
 
-def test_the_fingerprint_tells_data_apart_and_only_data(tmp_path: Path) -> None:
-    array = np.stack([picture(i) for i in range(2)])
+def test_the_fingerprint_depends_on_the_data_alone(tmp_path: Path) -> None:
+    array = np.stack([random_image(i) for i in range(2)])
     other = array.copy()
     other[1, 0, 0, 0] ^= 1
-    assert catalogue(array).fingerprint == catalogue(array.copy()).fingerprint != catalogue(other).fingerprint
-    put(tmp_path / "x" / "a.png", png(0))
-    put(tmp_path / "x" / "b.png", png(1))
-    prints = [catalogue(tmp_path / "x").fingerprint]
-    put(tmp_path / "x" / "notes.txt", b"what else lies there does not matter")
-    assert catalogue(tmp_path / "x").fingerprint == prints[0]
-    put(tmp_path / "x" / "b.png", png(1) + b"0")
-    prints.append(catalogue(tmp_path / "x").fingerprint)
+    assert (
+        build_catalogue(array).fingerprint
+        == build_catalogue(array.copy()).fingerprint
+        != build_catalogue(other).fingerprint
+    )
+    write(tmp_path / "x" / "a.png", png(0))
+    write(tmp_path / "x" / "b.png", png(1))
+    fingerprints = [build_catalogue(tmp_path / "x").fingerprint]
+    write(tmp_path / "x" / "notes.txt", b"other files do not matter")
+    assert build_catalogue(tmp_path / "x").fingerprint == fingerprints[0]
+    write(tmp_path / "x" / "b.png", png(1) + b"0")
+    fingerprints.append(build_catalogue(tmp_path / "x").fingerprint)
     (tmp_path / "x" / "b.png").rename(tmp_path / "x" / "c.png")
-    prints.append(catalogue(tmp_path / "x").fingerprint)
+    fingerprints.append(build_catalogue(tmp_path / "x").fingerprint)
     listed = [f"x/a.png\t{label}\nx/c.png\tb\n" for label in ("a", "b")]
-    prints += [catalogue(put(tmp_path / "list.txt", text.encode())).fingerprint for text in listed]
-    assert len(set(prints)) == len(prints)
+    fingerprints += [build_catalogue(write(tmp_path / "list.txt", text.encode())).fingerprint for text in listed]
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_data_sets_like_torchvisions(tmp_path: Path) -> None:
+def test_torchvision_style_data_sets(tmp_path: Path) -> None:
     for number, name in enumerate(["b/1.png", "a/2.png", "a/3.png"]):
-        put(tmp_path / name, png(number))
-    theirs = ImageFolder(tmp_path)
-    found = catalogue(theirs)
-    assert pixels(found) == truth(1, 2, 0)
-    assert named(found) == ["a", "a", "b"]
-    part = catalogue(Subset(theirs, [2, 0]))
-    assert pixels(part) == truth(0, 1)
-    assert named(part) == ["b", "a"]
-    turned = catalogue(ImageFolder(tmp_path, target_transform=lambda label: 7 - label))
-    assert named(turned) == ["7", "7", "6"]
+        write(tmp_path / name, png(number))
+    reference = ImageFolder(tmp_path)
+    catalogue = build_catalogue(reference)
+    assert read_pixels(catalogue) == expected_pixels(1, 2, 0)
+    assert label_names(catalogue) == ["a", "a", "b"]
+    subset = build_catalogue(Subset(reference, [2, 0]))
+    assert read_pixels(subset) == expected_pixels(0, 1)
+    assert label_names(subset) == ["b", "a"]
+    transformed = build_catalogue(ImageFolder(tmp_path, target_transform=lambda label: 7 - label))
+    assert label_names(transformed) == ["7", "7", "6"]
 
 
-def test_a_data_set_that_keeps_no_labels_is_asked_for_them() -> None:
-    found = catalogue(Pairs((picture(0), "b"), (picture(1), np.int64(3)), OSError("broken\ndisk"), (picture(3), None)))
-    assert named(found) == ["b", "3", None, None]
-    assert "asked of every picture" in found.notes[0]
+def test_labels_are_read_from_items_if_they_are_not_stored() -> None:
+    catalogue = build_catalogue(
+        Pairs((random_image(0), "b"), (random_image(1), np.int64(3)), OSError("broken\ndisk"), (random_image(3), None))
+    )
+    assert label_names(catalogue) == ["b", "3", None, None]
+    assert "every item was read once for its label" in catalogue.notes[0]
     with pytest.raises(ConvscopeError, match=r"cannot be read \(OSError: broken\\ndisk\)"):
-        found.read(2)
-    assert catalogue(Pairs(picture(0), picture(1))).labels is None
-    assert catalogue(Pairs((picture(0), torch.zeros(3)))).labels is None
+        catalogue.read(2)
+    assert build_catalogue(Pairs(random_image(0), random_image(1))).labels is None
+    assert build_catalogue(Pairs((random_image(0), torch.zeros(3)))).labels is None
 
 
-def test_tensors_are_not_pictures() -> None:
+def test_tensors_are_refused() -> None:
     with pytest.raises(ConvscopeError, match=r"gives \(Tensor, int\); .*leave its transform out"):
-        catalogue(Pairs((torch.zeros(3, 4, 4), 1)))
+        build_catalogue(Pairs((torch.zeros(3, 4, 4), 1)))
 
 
-def test_torchvisions_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / CIFAR10.base_folder
     names = [f"class {i}" for i in range(10)]
     values = np.arange(6 * 3072, dtype=np.int64).reshape(6, 3072).astype(np.uint8)
-    put(folder / "data_batch_1", pickle.dumps({"data": values, "labels": [3, 1, 4, 1, 5, 9]}))
-    put(folder / "batches.meta", pickle.dumps({"label_names": names}))
+    write(folder / "data_batch_1", pickle.dumps({"data": values, "labels": [3, 1, 4, 1, 5, 9]}))
+    write(folder / "batches.meta", pickle.dumps({"label_names": names}))
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
-    found = catalogue(f"torchvision:CIFAR10:{tmp_path}")
-    assert pixels(found) == [v.reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for v in values]
-    assert named(found) == [names[i] for i in (3, 1, 4, 1, 5, 9)]
-    for address, words in (
+    catalogue = build_catalogue(f"torchvision:CIFAR10:{tmp_path}")
+    assert read_pixels(catalogue) == [v.reshape(3, 32, 32).transpose(1, 2, 0).tobytes() for v in values]
+    assert label_names(catalogue) == [names[i] for i in (3, 1, 4, 1, 5, 9)]
+    for address, message in (
         (f"torchvision:MNIST:{tmp_path}", "cannot be opened"),
         ("torchvision:CIFAR11:x", "CIFAR10"),
         ("torchvision:CIFAR10", "a folder"),
-        (f"torchvision:LSUN:{tmp_path}", "expected torchvision"),  # unpickles what lies beside the data
+        (f"torchvision:LSUN:{tmp_path}", "expected torchvision"),  # would unpickle a file next to the data
     ):
-        with pytest.raises(ConvscopeError, match=words):
-            catalogue(address)
+        with pytest.raises(ConvscopeError, match=message):
+            build_catalogue(address)
 
 
 # Remote ---------------------------------------------------------------------------------------------------------------
@@ -136,176 +146,174 @@ def memory() -> Iterator[Any]:
     system.rm("/", recursive=True)
 
 
-def test_every_kind_at_a_remote_address(memory: Any, tmp_path: Path) -> None:
+def test_every_kind_of_data_at_a_remote_location(memory: Any, tmp_path: Path) -> None:
     table, packed = tmp_path / "x.parquet", tar(tmp_path / "x.tar", {"a.cls": b"5", "a.png": png(0), "b.png": png(1)})
     pq.write_table(pa.table(rows("struct", 40)), table, row_group_size=16)
     files = {f"/set/{name}": png(i) for i, name in enumerate(["b/2.png", "a/1.png", "a/.x.png"])}
     files |= {"/x.tar": packed.read_bytes(), "/x.parquet": table.read_bytes(), "/set/notes.txt": b"a/1.png\tx\n"}
     memory.pipe(files)
 
-    found = catalogue("memory://set")
-    assert found.names.to_pylist() == ["memory://set/a/1.png", "memory://set/b/2.png"]
-    assert pixels(found) == truth(1, 0)
-    assert named(found) == ["a", "b"]
-    assert pixels(catalogue("memory://set/*/*.png")) == truth(1, 0)
-    assert pixels(catalogue("memory://set/notes.txt")) == truth(1)
-    assert pixels(catalogue("memory://x.tar")) == truth(0, 1)
-    assert named(catalogue("memory://x.tar")) == ["5", None]
-    assert pixels(catalogue("memory://x.parquet")) == truth(*range(40))
-    assert catalogue("memory://x.parquet").labels.tolist() == list(range(40))  # type: ignore[union-attr]
+    catalogue = build_catalogue("memory://set")
+    assert catalogue.names.to_pylist() == ["memory://set/a/1.png", "memory://set/b/2.png"]
+    assert read_pixels(catalogue) == expected_pixels(1, 0)
+    assert label_names(catalogue) == ["a", "b"]
+    assert read_pixels(build_catalogue("memory://set/*/*.png")) == expected_pixels(1, 0)
+    assert read_pixels(build_catalogue("memory://set/notes.txt")) == expected_pixels(1)
+    assert read_pixels(build_catalogue("memory://x.tar")) == expected_pixels(0, 1)
+    assert label_names(build_catalogue("memory://x.tar")) == ["5", None]
+    assert read_pixels(build_catalogue("memory://x.parquet")) == expected_pixels(*range(40))
+    assert build_catalogue("memory://x.parquet").labels.tolist() == list(range(40))  # type: ignore[union-attr]
     for missing in ("memory://gone", "memory://gone/*.png", "memory://p-{0..1}.tar"):
-        with pytest.raises(ConvscopeError, match=r"is not there|names no file"):
-            catalogue(missing)
+        with pytest.raises(ConvscopeError, match=r"does not exist|matches no file"):
+            build_catalogue(missing)
 
 
-def test_hugging_face_at_a_remote_address(memory: Any, tmp_path: Path) -> None:
+def test_a_hugging_face_data_set_at_a_remote_location(memory: Any, tmp_path: Path) -> None:
     import datasets
 
     content = {"image": [{"bytes": png(i), "path": None} for i in range(5)]}
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "set", num_shards=2)
     memory.put(str(tmp_path / "set"), "/hf", recursive=True)
-    assert pixels(catalogue("memory://hf")) == truth(*range(5))
+    assert read_pixels(build_catalogue("memory://hf")) == expected_pixels(*range(5))
 
 
-def test_file_addresses_are_local(tmp_path: Path) -> None:
-    put(tmp_path / "a" / "x.png", png(0))
-    put(tmp_path / "b" / "y.png", png(1))
-    found = catalogue(f"file://{tmp_path}")
-    assert found.names.to_pylist() == [f"file://{tmp_path}/a/x.png", f"file://{tmp_path}/b/y.png"]
-    assert pixels(found) == truth(0, 1)
+def test_file_urls_are_local(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "x.png", png(0))
+    write(tmp_path / "b" / "y.png", png(1))
+    catalogue = build_catalogue(f"file://{tmp_path}")
+    assert catalogue.names.to_pylist() == [f"file://{tmp_path}/a/x.png", f"file://{tmp_path}/b/y.png"]
+    assert read_pixels(catalogue) == expected_pixels(0, 1)
 
 
-def test_passing_failures_are_retried_and_others_are_not(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_errors_are_retried_and_permanent_ones_are_not(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe({"/set/a.png": png(0)})
-    found = catalogue("memory://set")
-    waits: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    catalogue = build_catalogue("memory://set")
+    pauses: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
     failures = [OSError("reset"), TimeoutError("slow"), RuntimeError("502")]
-    real = type(memory).cat_file
+    cat_file = type(memory).cat_file
 
-    def shaky(self: Any, *args: Any, **keywords: Any) -> bytes:
+    def flaky(self: Any, *args: Any, **keywords: Any) -> bytes:
         if failures:
             raise failures.pop()
-        return bytes(real(self, *args, **keywords))
+        return bytes(cat_file(self, *args, **keywords))
 
-    monkeypatch.setattr(type(memory), "cat_file", shaky)
-    assert pixels(found) == truth(0)
-    assert waits == pytest.approx([0.1, 0.4, 1.6])
+    monkeypatch.setattr(type(memory), "cat_file", flaky)
+    assert read_pixels(catalogue) == expected_pixels(0)
+    assert pauses == pytest.approx([0.1, 0.4, 1.6])
     failures += [OSError("reset")] * 4
     with pytest.raises(ConvscopeError, match=r"cannot be read \(OSError: reset\)"):
-        found.read(0)
-    waits.clear()
+        catalogue.read(0)
+    pauses.clear()
     failures += [FileNotFoundError("gone")]
     with pytest.raises(ConvscopeError, match="gone"):
-        found.read(0)
-    assert waits == []
+        catalogue.read(0)
+    assert pauses == []
 
 
-def test_storage_options_reach_the_address_and_stay_secret(tmp_path: Path) -> None:
-    put(tmp_path / "a.png", png(0))
-    found = catalogue("dir://", storage={"path": str(tmp_path), "target_protocol": "file"})
-    assert pixels(found) == truth(0)
-    assert str(tmp_path) not in repr(found)
-    assert pixels(pickle.loads(pickle.dumps(found))) == truth(0)
+def test_storage_options_are_passed_on_and_stay_secret(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png(0))
+    catalogue = build_catalogue("dir://", storage={"path": str(tmp_path), "target_protocol": "file"})
+    assert read_pixels(catalogue) == expected_pixels(0)
+    assert str(tmp_path) not in repr(catalogue)
+    assert read_pixels(pickle.loads(pickle.dumps(catalogue))) == expected_pixels(0)
 
 
-# Refused --------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
-        ("nowhere", "nowhere is not there; expected a folder"),
-        ("nowhere/*.png", "names no file"),
+        ("nowhere", "nowhere does not exist; expected a folder"),
+        ("nowhere/*.png", "matches no file"),
         ("p-{3..1}.tar", "ends before it begins"),
         ("nosuch://x/y", "nosuch://x/y cannot be opened"),
-        ("zip://*.png::x.zip", "unpack it"),
-        ([], "there are no pictures"),
+        ("zip://*.png::x.zip", "unpack the archive"),
+        ([], "there are no images"),
         ([1], "item 0 is a int"),
         (np.zeros((2, 2, 2, 2, 2), np.uint8), "shape"),
-        (np.zeros((0, 4, 4, 3), np.uint8), "there are no pictures"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "there are no images"),
         (Pairs(), "Pairs is empty"),
-        (Pairs("what"), "gives str"),
-        (3.5, "a float is no data set"),
-        ({"a": 1}, "a dict is no data set"),
+        (Pairs("text"), "gives str"),
+        (3.5, "a float is not a known kind of data set"),
+        ({"a": 1}, "a dict is not a known kind of data set"),
         (["x.png", "x.png"], "x.png 2 times"),
     ],
 )
-def test_what_is_not_known_is_refused_in_words(data: Any, words: str) -> None:
-    with pytest.raises(ConvscopeError, match=words.replace("*", r"\*")):
-        catalogue(data)
+def test_unknown_data_are_refused(data: Any, message: str) -> None:
+    with pytest.raises(ConvscopeError, match=message.replace("*", r"\*")):
+        build_catalogue(data)
 
 
-def test_folders_without_pictures_and_files_of_other_kinds(tmp_path: Path) -> None:
-    put(tmp_path / "a" / "notes.md", b"x")
-    with pytest.raises(ConvscopeError, match="there are no pictures in"):
-        catalogue(tmp_path / "a")
-    with pytest.raises(ConvscopeError, match=r"notes\.md is no data set"):
-        catalogue(tmp_path / "a" / "notes.md")
-    put(tmp_path / "b" / "x-0.parquet", b"x")
+def test_folders_without_images_and_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "notes.md", b"x")
+    with pytest.raises(ConvscopeError, match="there are no images in"):
+        build_catalogue(tmp_path / "a")
+    with pytest.raises(ConvscopeError, match=r"notes\.md is not a known kind of data set"):
+        build_catalogue(tmp_path / "a" / "notes.md")
+    write(tmp_path / "b" / "x-0.parquet", b"x")
     with pytest.raises(ConvscopeError, match=r"it holds parquet files: give .*b/\*\.parquet"):
-        catalogue(tmp_path / "b")
+        build_catalogue(tmp_path / "b")
 
 
-def test_a_name_that_is_no_text_is_left_out_and_told(tmp_path: Path) -> None:
-    put(tmp_path / "a.png", png(0))
+def test_a_file_name_that_is_not_unicode_is_left_out_and_noted(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png(0))
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(png(1))
-    found = catalogue(tmp_path)
-    assert pixels(found) == truth(0)
-    assert r"1 (\udcff.png)" in found.notes[0]
+    catalogue = build_catalogue(tmp_path)
+    assert read_pixels(catalogue) == expected_pixels(0)
+    assert r"1 files left out, not images by their names (\udcff.png)" in catalogue.notes[0]
 
 
-def test_files_that_are_no_pictures_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path / "a.png", png(0))
-    found = catalogue([tmp_path / "a.png", tmp_path])
-    monkeypatch.setattr(storage, "LARGEST", len(png(0)) - 1)
-    with pytest.raises(ConvscopeError, match="no picture is that large"):
-        found.read(0)
+def test_files_that_are_too_large_fail_when_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.png", png(0))
+    catalogue = build_catalogue([tmp_path / "a.png", tmp_path])
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", len(png(0)) - 1)
+    with pytest.raises(ConvscopeError, match="this one is larger"):
+        catalogue.read(0)
     with pytest.raises(ConvscopeError, match="is a directory"):
-        found.read(1)
+        catalogue.read(1)
     with pytest.raises(ConvscopeError, match="out of range"):
-        found.read(2)
+        catalogue.read(2)
 
 
-def test_brace_ranges() -> None:
-    assert expanded("a{08..10}b{0..1}") == ["a08b0", "a08b1", "a09b0", "a09b1", "a10b0", "a10b1"]
-    assert expanded("plain{x}") == ["plain{x}"]
+def test_brace_ranges_are_expanded() -> None:
+    assert expand_ranges("a{08..10}b{0..1}") == ["a08b0", "a08b1", "a09b0", "a09b1", "a10b0", "a10b1"]
+    assert expand_ranges("plain{x}") == ["plain{x}"]
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
 
-def means(names: list[str], classes: list[str] | None, outputs: int) -> list[int] | None:
-    data = SimpleNamespace(label_names=tuple(names))
-    found = class_indices(data, SimpleNamespace(classes=classes, outputs=outputs))  # type: ignore[arg-type]
-    assert found is None or found.dtype == np.int32
-    return None if found is None else found.tolist()
+def match(names: list[str], classes: list[str] | None, num_outputs: int) -> list[int] | None:
+    indices = match_classes(names, classes, num_outputs)
+    assert indices is None or indices.dtype == np.int32
+    return None if indices is None else indices.tolist()
 
 
-def test_classes_by_name() -> None:
+def test_classes_match_by_name() -> None:
     classes = ["tench", "red panda", "crane", "Crane"]
-    assert means(["Red_Panda", "toad", "tench"], classes, 4) == [1, -1, 0]
-    assert means(["tench, Tinca tinca", "lesser panda"], classes, 4) == [0, -1]
-    assert means(["crane"], classes, 4) is None  # which of the two?
-    assert means(["a"], classes, 4) is means(["a"], None, 4) is None
+    assert match(["Red_Panda", "toad", "tench"], classes, 4) == [1, -1, 0]
+    assert match(["tench, Tinca tinca", "lesser panda"], classes, 4) == [0, -1]
+    assert match(["crane"], classes, 4) is None  # ambiguous
+    assert match(["a"], classes, 4) is match(["a"], None, 4) is None
 
 
-def test_classes_by_wordnet_id(lite0: Any) -> None:
-    data = SimpleNamespace(label_names=("n02509815", "n01440764", "n99999999"))
-    found = class_indices(data, lite0)  # type: ignore[arg-type]
-    assert found is not None
-    assert found.tolist() == [lite0.class_index("lesser panda"), lite0.class_index("tench"), -1] == [387, 0, -1]
-    assert means(["n01440764"], None, 10) is None
+def test_classes_match_by_wordnet_id(lite0: Any) -> None:
+    indices = match_classes(["n02509815", "n01440764", "n99999999"], lite0.classes, lite0.num_outputs)
+    assert indices is not None
+    assert indices.tolist() == [lite0.class_index("lesser panda"), lite0.class_index("tench"), -1] == [387, 0, -1]
+    assert match(["n01440764"], None, 10) is None
 
 
-def test_classes_by_number() -> None:
-    assert means(["0", "1", "2"], ["a", "b", "c"], 3) == [0, 1, 2]
-    assert means(["0", "2"], ["a", "b", "c"], 3) == [0, 2]  # the last one is there: they count the same classes
-    assert means(["0", "1"], ["a", "b", "c"], 3) is None
-    assert means(["0", "3"], ["a", "b", "c"], 3) is None
-    assert means(["0", "x"], ["a", "b"], 2) is None
+def test_classes_match_by_number() -> None:
+    assert match(["0", "1", "2"], ["a", "b", "c"], 3) == [0, 1, 2]
+    assert match(["0", "2"], ["a", "b", "c"], 3) == [0, 2]  # the last class occurs, so the numbering is the same
+    assert match(["0", "1"], ["a", "b", "c"], 3) is None
+    assert match(["0", "3"], ["a", "b", "c"], 3) is None
+    assert match(["0", "x"], ["a", "b"], 2) is None
 
 
-def test_no_labels_no_classes() -> None:
-    assert class_indices(SimpleNamespace(label_names=None), SimpleNamespace()) is None  # type: ignore[arg-type]
+def test_data_without_labels_match_no_classes() -> None:
+    assert match_classes(None, ["a"], 1) is None

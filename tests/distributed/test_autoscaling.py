@@ -20,7 +20,7 @@ import torch
 
 import convscope
 from convscope.distributed import ray_pool
-from tests.oracles.tiny import LAYERS, SETTINGS, files, tiny, write_pictures
+from tests.oracles.tiny import LAYERS, SETTINGS, read_files, tiny, write_images
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 ray = pytest.importorskip("ray", reason="the extra convscope[ray] is not installed")
@@ -98,7 +98,7 @@ def waiting() -> Callable[[int], str]:
 def test_nodes_are_added_while_a_scan_runs_and_are_used(growing: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    write_pictures(data)
+    write_images(data)
     nodes: list[int] = []
 
     def look(done: float, total: int) -> None:

@@ -21,7 +21,7 @@ import convscope
 from convscope.cli import app
 from convscope.distributed import ray_pool
 from convscope.featurevis import resumable
-from tests.oracles.tiny import LAYERS, SETTINGS, Tiny, files, tiny, write_pictures
+from tests.oracles.tiny import LAYERS, SETTINGS, Tiny, read_files, tiny, write_images
 
 UNITS = {"first": 4, "last": 6, "logits": 3}
 HOW: dict[str, Any] = {"recipe": "plain", "size": 24, "steps": 3, "seed": 2}
@@ -34,7 +34,7 @@ TESTS = str(Path(__file__).parents[2])
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without patterns."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("scanned") / "store"
-    write_pictures(data)
+    write_images(data)
     convscope.scan(tiny(), data, out, LAYERS, **SETTINGS)
     return out
 

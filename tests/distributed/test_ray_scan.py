@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 import convscope  # noqa: E402
 from convscope import ConvscopeError  # noqa: E402
 from convscope.distributed.ray_pool import map_unordered  # noqa: E402
-from tests.oracles.tiny import LAYERS, SETTINGS, files, tiny, write_pictures  # noqa: E402
+from tests.oracles.tiny import LAYERS, SETTINGS, read_files, tiny, write_images  # noqa: E402
 
 TESTS = str(Path(__file__).parents[2])
 
@@ -135,7 +135,7 @@ def test_an_address_where_nobody_answers_is_refused() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_pictures(folder)
+    write_images(folder)
     return folder
 
 

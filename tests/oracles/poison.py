@@ -1,4 +1,4 @@
-"""Data sets that do to the process which reads them what real ones do: die, hang, print. Importable by any process."""
+"""Data sets and tasks that harm their process as real ones do: crash, hang, print, allocate. Importable by workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from convscope.images.decode_worker import DecodedImage, Reply
 
-def picture(number: int, shape: tuple[int, int] = (12, 16)) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (*shape, 3), np.uint8)
+
+def random_image(seed: int, shape: tuple[int, int] = (12, 16)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
 @dataclass
 class Poison:
-    """`count` pictures; what happens at some of them is in `acts`; every reading leaves a file in `traces`."""
+    """A data set of `count` images; `acts` says what happens at some; each read leaves a file in the folder `traces`."""
 
     count: int
     acts: dict[int, str]
@@ -31,20 +33,28 @@ class Poison:
         if self.traces is not None:
             (self.traces / str(index)).touch()
         act = self.acts.get(index)
-        if act == "exit":
-            os._exit(0)
         if act == "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
         if act == "hang":
             time.sleep(600)
         if act == "raise":
             raise RuntimeError("no\nluck")
-        if act == "nothing":
+        if act == "return None":
             return None
-        if act == "once" and self.traces is not None and not (self.traces / "died").exists():
-            (self.traces / "died").touch()
-            os._exit(1)
+        if act == "exit once" and self.traces is not None and not (self.traces / "exited").exists():
+            (self.traces / "exited").touch()
+            os._exit(0)
         if act == "print":
             print("between replies", flush=True)  # noqa: T201
             os.write(1, b"and below Python")
-        return picture(index)
+        return random_image(index)
+
+
+class Allocate:
+    """A decode task that allocates as many MiB as the index says."""
+
+    def decode(self, index: int, content: bytes | None = None) -> Reply:
+        try:
+            return DecodedImage(np.ones((index << 10, 1 << 10, 1), np.uint8)[:1])
+        except MemoryError:
+            return "takes too much memory"

@@ -1,4 +1,4 @@
-"""A small network, a small data set with two bad pictures, and what scans of these share in tests."""
+"""A small network, a small data set with two damaged images, and what scans of these share in tests."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import nn
 import convscope
 
 LAYERS = ["first", "last"]
+NUM_IMAGES = 150
 
 
 class Tiny(nn.Module):
-    """Two layers that go negative, a rectifier in place behind each, three classes."""
+    """Two layers with negative values, an in-place ReLU after each, and three classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,20 +37,21 @@ def tiny() -> convscope.Model:
     )
 
 
-def write_pictures(folder: Path) -> None:
-    """150 pictures in three folders; two cannot be read."""
-    random = np.random.default_rng(0)
-    for i in range(150):
-        where = folder / ("apple", "bread", "quince")[i % 3]
-        where.mkdir(exist_ok=True)
-        small = random.integers(0, 256, (4 + i % 3, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((40, 30)).save(where / f"{i:03d}.png")
-    (folder / "apple" / "060.png").write_bytes(b"no picture")
+def write_images(folder: Path) -> None:
+    """Write 150 images in three folders; two cannot be read."""
+    generator = np.random.default_rng(0)
+    for i in range(NUM_IMAGES):
+        subfolder = folder / ("apple", "bread", "quince")[i % 3]
+        subfolder.mkdir(exist_ok=True)
+        small = generator.integers(0, 256, (4 + i % 3, 5, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((40, 30)).save(subfolder / f"{i:03d}.png")
+    (folder / "apple" / "060.png").write_bytes(b"not an image")
     (folder / "bread" / "100.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 
 
 SETTINGS: dict[str, Any] = {"k": 7, "sample": 20, "batch": 8, "shard": 64, "workers": 0}
 
 
-def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read all files in a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
