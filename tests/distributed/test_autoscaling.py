@@ -114,5 +114,5 @@ def test_nodes_are_added_while_a_scan_runs_and_are_used(growing: str, tmp_path: 
         torch.set_num_threads(before)
     assert len(nodes) == 3  # shards
     assert nodes[0] >= 2, "the head alone has no processor"
-    assert files(tmp_path / "grown") == files(tmp_path / "alone")
+    assert read_files(tmp_path / "grown") == read_files(tmp_path / "alone")
     assert len({node for _, node in ray_pool.map_unordered(waiting, range(60), address=growing, workers=2)}) == 2

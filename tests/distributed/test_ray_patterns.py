@@ -62,7 +62,7 @@ def whole(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resumable, "UNITS_PER_PART", 2)
         assert draw(out).exit_code == 0
-    return files(out)
+    return read_files(out)
 
 
 def test_unit_pages_show_what_patterns_draws(scanned: Path, store: Path) -> None:
@@ -82,7 +82,7 @@ def test_unit_pages_show_what_patterns_draws(scanned: Path, store: Path) -> None
                 shown = opened.unit(layer, unit).pattern()
                 assert shown is not None
                 assert np.asarray(shown).tobytes() == picture.tobytes(), (layer, unit)
-    before, after = files(scanned), files(store)
+    before, after = read_files(scanned), read_files(store)
     assert {name: after[name] for name in before} == before
 
 
@@ -90,7 +90,7 @@ def test_in_a_store_as_alone(whole: dict[str, bytes], tmp_path: Path) -> None:
     for layer in UNITS:
         given = ["--layers", layer, "--units", "all", "-o", str(tmp_path / layer), *TOLD, *PREPARED]
         assert CliRunner().invoke(app, ["patterns", "tests.oracles.tiny:Tiny", *given]).exit_code == 0
-        alone = files(tmp_path / layer)
+        alone = read_files(tmp_path / layer)
         assert len(alone) == UNITS[layer] + 6  # grid, sprites, their two tables, arrays, the manifest
         assert {name: whole[f"patterns/{layer}/{name}"] for name in alone} == alone
 
@@ -98,7 +98,7 @@ def test_in_a_store_as_alone(whole: dict[str, bytes], tmp_path: Path) -> None:
 def test_patterns_of_a_store_at_an_address_are_shown(store: Path) -> None:
     assert draw(store).exit_code == 0
     memory = fsspec.filesystem("memory")
-    for name, content in files(store).items():
+    for name, content in read_files(store).items():
         memory.pipe_file(f"/drawn/store/{name}", content)
     here, there = (convscope.open_store(where).unit("last", 3).pattern() for where in (store, "memory://drawn/store"))
     assert here is not None
@@ -129,11 +129,11 @@ def other() -> torch.nn.Module:
 
 
 def test_a_store_of_other_weights_is_refused(scanned: Path) -> None:
-    before = files(scanned)
+    before = read_files(scanned)
     result = draw(scanned, model="test_scan_patterns:other")
     assert result.exit_code != 0
     assert "with other weights than this model" in f"{result.output}{result.exception}"
-    assert files(scanned) == before
+    assert read_files(scanned) == before
 
 
 def test_a_store_that_is_not_finished_is_refused(store: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     monkeypatch.setattr(resumable, "patterns", noted)
     assert draw(store).exit_code == 0
     assert drawn == [("last", [2, 3]), ("last", [4, 5]), ("logits", [0]), ("logits", [1, 2])]
-    assert files(store) == whole
+    assert read_files(store) == whole
 
 
 # --- on Ray ----------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_ray_draws_the_same_bytes(
     result = draw(store, "--ray", "local", model=model)
     assert result.exit_code == 0, result.output
     assert flag.exists() == (model == "tests.oracles.tiny:Tiny")
-    found = files(store)
+    found = read_files(store)
     if model == "tests.distributed.test_ray_patterns:Deadly":  # another name in the manifests
         found, whole = ({k: v for k, v in one.items() if "manifest" not in k} for one in (found, whole))
     assert found == whole

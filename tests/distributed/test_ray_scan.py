@@ -144,7 +144,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     """The store of an undisturbed run in this process, on one thread as the actors have."""
     out = tmp_path_factory.mktemp("single") / "store"
     alone(lambda: convscope.scan(tiny(), data, out, LAYERS, **SETTINGS))
-    return files(out)
+    return read_files(out)
 
 
 def alone(work: Callable[[], Any]) -> Any:
@@ -173,7 +173,7 @@ def test_a_scan_on_a_cluster_that_loses_a_worker_and_a_node_is_the_same_to_the_b
 
     ray_settings = {**SETTINGS, "workers": None}
     alone(lambda: convscope.scan(tiny(), data, tmp_path / "s", LAYERS, **ray_settings, ray="auto", progress=disturb))
-    assert files(tmp_path / "s") == single
+    assert read_files(tmp_path / "s") == single
     assert seen[-1] == 150
 
 
@@ -196,7 +196,7 @@ def test_a_killed_driver_goes_on_where_it_was(data: Path, single: dict[str, byte
     kept = sorted(p.name for p in (tmp_path / "s" / "shards").glob("*.safetensors"))
     assert len(kept) == 1
     alone(lambda: convscope.scan(tiny(), data, tmp_path / "s", LAYERS, **SETTINGS))
-    assert files(tmp_path / "s") == single
+    assert read_files(tmp_path / "s") == single
 
 
 def test_speed_up_is_nearly_linear_where_work_takes_no_processor() -> None:

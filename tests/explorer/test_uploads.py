@@ -14,13 +14,13 @@ import convscope
 from convscope.explorer.app import create_app
 from convscope.explorer.service.display_names import display_name
 from convscope.explorer.service.state import Explorer
-from convscope.explorer.service.uploads import Decoder
+from convscope.explorer.service.uploads import UploadDecoder
 from tests.oracles.explorer import encode_image, smooth_image
 
 
 @pytest.fixture(scope="module")
 def client(tiny):
-    decoder = Decoder(most_bytes=300_000, most_pixels=400_000, seconds=20)
+    decoder = UploadDecoder(max_bytes=300_000, max_pixels=400_000, timeout=20)
     with TestClient(create_app(Explorer({"tiny": tiny}), decoder=decoder), base_url="http://localhost") as client:
         yield client
 
@@ -82,33 +82,49 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(client):
     assert "400,000,000 pixels" in response.json()["error"]
 
 
-def test_decoder_that_takes_too_long_is_replaced():
-    decoder = Decoder(seconds=20)
+@pytest.mark.slow
+def test_worker_that_takes_too_long_is_killed_and_replaced():
+    decoder = UploadDecoder(timeout=20)
     try:
-        decoder.warm()
-        first = decoder._process
-        decoder._seconds = 0.0
+        decoder.warm_up()
+        first = decoder.worker
+        decoder.timeout = 0.0
         with pytest.raises(convscope.ConvscopeError, match="longer than 0 s"):
             decoder.decode(encode_image(smooth_image(0, 2000, 2000)))
-        assert first.poll() is not None
-        decoder._seconds = 20
+        assert not first.is_alive
+        decoder.timeout = 20
         assert (decoder.decode(encode_image(smooth_image(0))) == smooth_image(0)).all()
-        assert decoder._process.pid != first.pid
+        second = decoder.worker
+        assert second.pid != first.pid
+        with pytest.raises(convscope.ConvscopeError, match="known format"):
+            decoder.decode(b"not an image")
+        assert decoder.worker is second
     finally:
         decoder.close()
-    assert decoder._process is None
+    assert decoder.worker is None
+    assert not second.is_alive
 
 
+def test_empty_and_large_uploads_are_refused_without_a_worker():
+    decoder = UploadDecoder(max_bytes=10)
+    with pytest.raises(convscope.ConvscopeError, match="is empty"):
+        decoder.decode(b"")
+    with pytest.raises(convscope.ConvscopeError, match="11 bytes; images of up to 10 bytes"):
+        decoder.decode(b"0" * 11)
+    assert decoder.worker is None
+
+
+@pytest.mark.slow
 def test_application_starts_and_ends_its_decoder(tiny):
-    decoder = Decoder()
+    decoder = UploadDecoder()
     with TestClient(create_app(Explorer({"tiny": tiny}), decoder=decoder), base_url="http://localhost"):
         for _ in range(200):
-            if decoder._process is not None:
+            if decoder.worker is not None:
                 break
             time.sleep(0.05)
-        assert decoder._process is not None
-        assert decoder._process.poll() is None
-    assert decoder._process is None
+        assert decoder.worker is not None
+        assert decoder.worker.is_alive
+    assert decoder.worker is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def random_image(seed: int, shape: tuple[int, int] = (12, 16)) -> np.ndarray:
 
 @dataclass
 class Poison:
-    """A data set of `count` images; `acts` says what happens at some; each read leaves a file in the folder `traces`."""
+    """A data set of `count` images; `acts` says what happens at some; every read leaves a file in `traces`."""
 
     count: int
     acts: dict[int, str]

@@ -389,7 +389,7 @@ def test_a_remote_store_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-REMOTE_FOLDER = r"is an address"
+REMOTE_FOLDER = r"is a URL; .* local folder"
 
 
 # The plan -------------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ class _PatternJob:
         log(f"minima: {negatives}; maxima and minima: {folder / 'pairs.png'}")
 
 
-def _ray_connection(ray: str | None) -> AbstractContextManager[None]:
+def _ray_connection(ray: str | None) -> AbstractContextManager[object]:
     """Connect once for all layers: starting a cluster takes seconds."""
     if ray is None:
         return nullcontext()
