@@ -82,6 +82,7 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
 
     Examples
     --------
+    >>> import convscope
     >>> model = convscope.load("lite0")
     >>> frame = convscope.show(model, height=500)
     >>> frame.url
