@@ -533,7 +533,7 @@ def test_memory_limits_the_batch_size(method: str) -> None:
             x,
             method,
             0,
-            memory=IMAGES_IN_MEMORY * model.layers[-1].bytes,
+            memory=IMAGES_IN_MEMORY * model.layers[-1].allocated_bytes,
             **{**METHODS[method], **layer_option, **options},
         )
         assert max(net.between.batches) == 3
@@ -610,7 +610,7 @@ def test_exception_in_progress_cancels_cleanly(method: str, after: int) -> None:
 def test_progress_increases_to_1(method: str) -> None:
     reported: list[float] = []
     model, x = load_module(filled(Usual())), random_images(2)
-    memory = IMAGES_IN_MEMORY * model.layers[-1].bytes
+    memory = IMAGES_IN_MEMORY * model.layers[-1].allocated_bytes
 
     def progress(done: float, count: int) -> None:
         reported.append(done / count)

@@ -330,7 +330,7 @@ def test_a_global_gate_keeps_the_local_field(style):
     assert rows["b"].receptive_field == (5, 5)
     assert rows["b"].origin == (-2, -2)
     assert not rows["a"].has_global_context
-    assert "5 + whole" in str(rows)
+    assert "5 + global" in str(rows)
 
 
 def channel_norm(x: Tensor) -> Tensor:
@@ -431,13 +431,13 @@ def test_a_picture_stays_a_picture_behind_something_unknown():
     rows = table(positive(Run(UNKNOWN["roll"], a=conv())))
     assert rows["a"].is_spatial
     assert (rows["a"].receptive_field, rows["a"].stride, rows["a"].origin) == (None, None, None)
-    assert "whole picture" in str(rows)
+    assert "whole image" in str(rows)
 
 
 def test_classes_see_the_whole_picture(lite0):
-    assert lite0.layers["classifier"].sees_all
+    assert lite0.layers["classifier"].has_global_context
     assert lite0.layers["classifier"].receptive_field is None
-    assert lite0.layers["global_pool.pool"].sees_all
+    assert lite0.layers["global_pool.pool"].has_global_context
 
 
 # --- names, order, kinds ---
@@ -574,8 +574,8 @@ def test_vgg16(vgg16):
     assert vgg16["features.30"].receptive_field == (212, 212)
     assert vgg16["features.29"].stride == (16, 16)
     assert vgg16.last_spatial().name == "features.29"
-    assert vgg16["features.30"].pooled
-    assert not vgg16["features.29"].pooled
+    assert vgg16["features.30"].is_pooling
+    assert not vgg16["features.29"].is_pooling
     assert vgg16["features.0"].parameters == 64 * 27 + 64
     assert vgg16["features"].parameters == 14_714_688
     assert vgg16["classifier"].parameters + vgg16["features"].parameters == 138_357_544
@@ -695,11 +695,11 @@ def test_bytes_are_what_the_tensors_take():
     rows = table(module)
     place = math.prod(SIZE) * 4
     pooled = 8 * 12 * 10
-    assert [row.bytes for row in rows[:4]] == [8 * place, 8 * place, 8 * place, 16 * place]
-    assert rows["4"].bytes - rows["3"].bytes in (pooled * 4, pooled * 12)  # with or without the indices, int64
-    assert rows["5"].bytes == rows["4"].bytes  # a view
+    assert [row.allocated_bytes for row in rows[:4]] == [8 * place, 8 * place, 8 * place, 16 * place]
+    assert rows["4"].allocated_bytes - rows["3"].allocated_bytes in (pooled * 4, pooled * 12)  # with or without the indices, int64
+    assert rows["5"].allocated_bytes == rows["4"].allocated_bytes  # a view
     large = table(torchvision.models.resnet18(), (64, 64), 3)
-    taken = [row.bytes for row in large]
+    taken = [row.allocated_bytes for row in large]
     assert taken == sorted(taken)
     leaves = [row for row in large if not any(other.startswith(row.name + ".") for other in large.names)]
     made = sum(4 * math.prod(row.shape) for row in leaves if row.kind != "ReLU")  # they work in place

@@ -1,0 +1,1 @@
+"""The engine: models, their layer tables, and passes through a network with hooks."""

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Adapters: what differs between the frameworks that networks come from.
+
+Everything else in convscope works on modules and on tensors with the channels first. The adapter of Keras models is
+with their loader, in `convscope.sources`.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +13,39 @@ from torch import Tensor, nn
 
 
 class FrameworkAdapter(Protocol):
-    """What differs between frameworks; everything else in convscope speaks of modules and NCHW tensors."""
+    """Access to a network of one framework.
+
+    Attributes
+    ----------
+    name : str
+        Name of the framework: "torch" or "keras".
+    """
 
     name: str
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Every layer that can be watched, under the name that its own framework gives it."""
+        """Return every layer, under the name that its framework gives it."""
 
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
-        """All parameters, those of nested layers included."""
+        """Return all parameters, those of nested layers included."""
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
-        """The network's output, in inference mode, for an NCHW batch."""
+        """Return the network's output for a batch with the channels first, in inference mode."""
 
 
 class TorchAdapter:
-    """A plain `torch.nn.Module`."""
+    """Adapter of a plain `torch.nn.Module`."""
 
     name = "torch"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Return every submodule by its qualified name."""
         return {name: layer for name, layer in module.named_modules() if name}
 
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """Return the module's parameters."""
         return module.parameters()
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
+        """Call the module."""
         return module(x)

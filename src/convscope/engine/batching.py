@@ -60,7 +60,7 @@ def cache_friendly_batch_size(
     layers = list(model.layers)
     if layer is not None:
         layers = layers[: layers.index(model.layers.find(layer)) + 1]
-    largest = 4.0 * max([1, *(row.size for row in layers)])
+    largest = 4.0 * max([1, *(entry.size for entry in layers)])
     if pixels is not None:
         largest *= pixels / math.prod(model.preprocessing.size)
     if with_gradients:
@@ -84,7 +84,7 @@ def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def forward_bytes(model: Model, grad_from: str | None = None) -> float:
     """Return the bytes that one image takes in a forward pass, with gradients recorded from layer `grad_from` on."""
-    graph = 0 if grad_from is None else model.layers[-1].bytes - model.layers.find(grad_from).bytes
+    graph = 0 if grad_from is None else model.layers[-1].allocated_bytes - model.layers.find(grad_from).allocated_bytes
     return 16.0 * model.layers.largest + 2 * max(graph, 0)
 
 
@@ -94,5 +94,5 @@ def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:
     `pixels` is the number of pixels of the input image.
     """
     layers = model.layers if layer is None else [model.layers.find(layer)]
-    allocated = max((row.bytes for row in layers), default=0)
+    allocated = max((entry.allocated_bytes for entry in layers), default=0)
     return 2.0 * allocated * pixels / math.prod(model.preprocessing.size)

@@ -1,4 +1,7 @@
-"""TODO."""
+"""The table of a network's layers: names, shapes, receptive fields, and how outputs are laid out.
+
+`probe` fills the table by one traced forward pass; `Model.layers` is where users find it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import overload
 
 import torch
@@ -13,14 +17,24 @@ from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
 
+HEADINGS = ("layer", "kind", "output", "units", "receptive field", "stride", "parameters", "alias of")
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Which dimension of a layer's own output is what, the batch being dimension 0.
+    """Meaning of the dimensions of a layer's own output; dimension 0 is the batch.
 
-    channels: the dimension of the channels. places: the dimensions of the spatial axes, none where there is no extent;
-    or the one along which all places of a `grid` follow each other, row by row, behind so many positions that belong to
-    no place (`before`: class tokens, registers).
+    Attributes
+    ----------
+    channel_dim : int
+        Dimension of the channels.
+    spatial_dims : tuple of int
+        Dimensions of the spatial axes; empty where there are none. With a `grid`, the one dimension along which all
+        positions follow each other, row by row.
+    grid : tuple of int
+        Height and width of token sequences; empty for other outputs.
+    prefix_tokens : int
+        Tokens in front of the grid: class tokens and registers.
     """
 
     channel_dim: int
@@ -29,9 +43,10 @@ class Layout:
     prefix_tokens: int = 0
 
     def to_nchw(self, output: Tensor) -> Tensor:
-        """The layer's own output with the channels first, (N, C, H, W) for pictures; tokens laid on their grid.
+        """Return a layer's own output with the channels first, (N, C, H, W) for images; tokens on their grid.
 
-        As it is where there is no spatial extent. Raises ConvscopeError for other tokens than the grid's.
+        Outputs without spatial axes are returned unchanged. Raises ConvscopeError if the number of tokens is not the
+        grid's.
         """
         if not self.spatial_dims:
             return output
@@ -40,38 +55,61 @@ class Layout:
         (dim,), count = self.spatial_dims, math.prod(self.grid)
         if output.shape[dim] != self.prefix_tokens + count:
             raise ConvscopeError(
-                f"{output.shape[dim]} tokens where a picture of the network's own size gives {self.prefix_tokens + count}: "
-                "it is not known how they lie"
+                f"a layer returned {output.shape[dim]} tokens; expected {self.prefix_tokens + count}, the number for an"
+                " image of the network's own size: the grid of other numbers is unknown"
             )
         positions = output.narrow(dim, self.prefix_tokens, count).movedim(self.channel_dim, 1)
         return positions.view(*positions.shape[:2], *self.grid)
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
-        """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
+        """Invert `to_nchw`; prefix tokens are taken from `output`, the layer's own."""
         if not self.spatial_dims:
             return tensor
         if not self.grid:
             return tensor.movedim(1, self.channel_dim)
         (dim,) = self.spatial_dims
         positions = tensor.flatten(2).movedim(1, self.channel_dim)
-        return (
-            torch.cat([output.narrow(dim, 0, self.prefix_tokens), positions], dim) if self.prefix_tokens else positions
-        )
+        if not self.prefix_tokens:
+            return positions
+        return torch.cat([output.narrow(dim, 0, self.prefix_tokens), positions], dim)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the layer table: one call of one layer.
+    """One call of one layer: a row of the layer table.
 
-    `shape` is the output's without the batch, channels first: where there is spatial extent (C, H, W), for signals
-    (C, L) and for volumes (C, D, H, W); (C,) or (L, C) where there is none. `receptive_field` and `stride` are (height,
-    width) in pixels of the input, `origin` is the pixel (row, column) at which the receptive field of place (0, 0)
-    begins; one number or three for signals and volumes; None where they are not known. `sees_all` says that a path
-    through a global average (squeeze-and-excitation, group norm, attention) lets the whole picture in. `same_as` names
-    the earlier layer whose output is passed on unchanged. `bytes` is what has been allocated for one picture by the
-    time this layer is done, `pooled` tells that a pooling made the output, `has_space` that it has spatial axes with
-    more than one place. `layout` tells how the layer's own output lies. `inputs` names the layers that the output was
-    made of, the nearest ones; none where that is the network's input alone.
+    Attributes
+    ----------
+    name : str
+        The layer's name in its framework; ``relu#2`` for the second call of a layer that runs several times.
+    kind : str
+        Name of the layer's class.
+    shape : tuple of int
+        Shape of the output without the batch, channels first: (C, H, W) for images, (C, L) for signals, (C, D, H, W)
+        for volumes; (C,) or (L, C) without spatial axes.
+    receptive_field : tuple of int or None
+        Height and width, in pixels of the input; one number for signals, three for volumes; None if unknown.
+    stride : tuple of float or None
+        Pixels of the input between neighbouring positions, per axis.
+    origin : tuple of float or None
+        Pixel (row, column) at which the receptive field of position (0, 0) begins.
+    has_global_context : bool
+        Whether a path through a global operation (squeeze-and-excitation, group norm, attention) lets the whole image
+        in.
+    parameters : int
+        Number of parameters.
+    alias_of : str or None
+        The earlier layer whose output this layer passes on unchanged.
+    allocated_bytes : int
+        Memory that the forward pass has allocated for one image by the time the layer finishes.
+    is_pooling : bool
+        Whether a pooling made the output.
+    is_spatial : bool
+        Whether the output has spatial axes with more than one position.
+    layout : Layout
+        Meaning of the dimensions of the layer's own output.
+    inputs : tuple of str
+        The nearest layers that the output was computed from; empty if that is the network's input alone.
     """
 
     name: str
@@ -83,7 +121,7 @@ class Layer:
     has_global_context: bool
     parameters: int
     alias_of: str | None
-    bytes: int
+    allocated_bytes: int
     is_pooling: bool
     is_spatial: bool
     layout: Layout
@@ -96,27 +134,36 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Values in the output, for one picture."""
+        """Number of values in the output for one image."""
         return math.prod(self.shape)
 
+    def bounded_receptive_field(self, image_size: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the receptive field, or None if it covers an image of `image_size` (H, W) or is unknown."""
+        field = self.receptive_field
+        return None if field is None or min(field) >= min(image_size) else field
+
     def to_nchw(self, output: Tensor) -> Tensor:
-        """The layer's own output, channels first; see `Layout.to_nchw`."""
+        """Return the layer's own output with the channels first; see `Layout.to_nchw`."""
         return self.layout.to_nchw(output)
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
-        """The inverse of `to_nchw`; what belongs to no place is taken from `output`, the layer's own."""
+        """Invert `to_nchw`; prefix tokens are taken from `output`, the layer's own."""
         return self.layout.from_nchw(tensor, output)
 
 
 class LayerTable(Sequence[Layer]):
-    """The layers in the order in which they finish. Index it by position or by name."""
+    """The layers of a network in the order in which they finish.
 
-    def __init__(self, rows: Iterable[Layer]) -> None:
-        self._rows = tuple(rows)
-        self._by_name = {row.name: row for row in self._rows}
+    Index it by position or by name; ``print(model.layers)`` shows it as a table.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._layers = tuple(layers)
+        self._by_name = {layer.name: layer for layer in self._layers}
 
     @property
     def names(self) -> list[str]:
+        """The layers' names."""
         return list(self._by_name)
 
     @overload
@@ -125,103 +172,111 @@ class LayerTable(Sequence[Layer]):
     def __getitem__(self, key: slice) -> LayerTable: ...
     def __getitem__(self, key: int | str | slice) -> Layer | LayerTable:
         if isinstance(key, slice):
-            return LayerTable(self._rows[key])
-        return self.find(key) if isinstance(key, str) else self._rows[key]
+            return LayerTable(self._layers[key])
+        return self.find(key) if isinstance(key, str) else self._layers[key]
 
     def find(self, name: str) -> Layer:
-        """The layer called `name`; a nested layer's own name will do where only one has it.
+        """Return the layer called `name`.
 
-        Raises ConvscopeError, with the nearest names, when there is none.
+        The last part of a nested layer's name is enough if no other layer has it. Raises ConvscopeError, with the
+        nearest names, if there is no such layer.
         """
         name = name.removesuffix("#1")
         if name in self._by_name:
             return self._by_name[name]
-        inner = [row for row in self._rows if row.name.rpartition("/")[2] == name]
-        if len(inner) == 1:
-            return inner[0]
-        if inner:
-            raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(row.name for row in inner)}")
+        nested = [layer for layer in self._layers if layer.name.rpartition("/")[2] == name]
+        if len(nested) == 1:
+            return nested[0]
+        if nested:
+            raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(layer.name for layer in nested)}")
         raise ConvscopeError(f"layer {name!r} is not in this model; nearest: {nearest(name, self.names)}")
 
     @cached_property
     def largest(self) -> int:
-        """Values in the largest output, for one picture."""
-        return max((row.size for row in self._rows), default=0)
+        """Number of values in the largest output for one image."""
+        return max((layer.size for layer in self._layers), default=0)
 
     def unique_spatial(self) -> list[Layer]:
-        """Layers with spatial extent, without those that only pass on what an earlier one made."""
-        return [row for row in self._rows if row.is_spatial and row.alias_of is None]
+        """Return the layers with spatial extent, without aliases of earlier layers."""
+        return [layer for layer in self._layers if layer.is_spatial and layer.alias_of is None]
 
     def edges(self, among: Iterable[str] | None = None) -> list[tuple[str, str]]:
-        """How data flows: pairs of a layer and one that was made of its output, in the order in which layers finish.
+        """Return the data flow: pairs of a layer and a later one computed from it, in the order of the table.
 
-        among: the layers to join; what others made of their outputs in between is passed over. None: all but those
-        that only pass on what an earlier one made. Where a branch goes around layers, its edge does too.
+        Parameters
+        ----------
+        among : iterable of str, optional
+            The layers to connect; paths through other layers are contracted. All layers except aliases if omitted.
+            A branch that bypasses layers gives an edge that bypasses them too.
         """
-        shown = {row.name for row in self._rows if row.alias_of is None} if among is None else set(among)
-        position = {row.name: i for i, row in enumerate(self._rows)}
-        reach: dict[str, frozenset[str]] = {}  # of each layer: the shown ones that what is made of it goes back to
-        found = []
-        for row in self._rows:
-            before = frozenset[str]().union(*(reach.get(name, ()) for name in row.inputs))
-            reach[row.name] = frozenset({row.name}) if row.name in shown else before
-            if row.name in shown:
-                found += [(name, row.name) for name in sorted(before, key=position.__getitem__)]
-        return found
+        nodes = set(among) if among is not None else {e.name for e in self._layers if e.alias_of is None}
+        position = {layer.name: i for i, layer in enumerate(self._layers)}
+        sources: dict[str, frozenset[str]] = {}  # for each layer the nodes that its output goes back to
+        edges = []
+        for layer in self._layers:
+            before = frozenset[str]().union(*(sources.get(name, ()) for name in layer.inputs))
+            if layer.name in nodes:
+                edges += [(name, layer.name) for name in sorted(before, key=position.__getitem__)]
+                sources[layer.name] = frozenset({layer.name})
+            else:
+                sources[layer.name] = before
+        return edges
 
     def last_spatial(self) -> Layer:
-        """The last layer with spatial extent that is not a pooling: where Grad-CAM looks if nothing else is said.
+        """Return the last layer with spatial extent that is not a pooling, where Grad-CAM is computed by default.
 
-        Where several layers end in this very output (a block and its last activation), the outermost one is named.
+        Where several layers end in the same output (a block and its last activation), that is the outermost one.
         """
-        for row in reversed(self._rows):
-            if row.is_spatial and not row.is_pooling:
-                return row
-        raise ConvscopeError("no layer of this model has spatial extent: there is nothing to lay over a picture")
+        for layer in reversed(self._layers):
+            if layer.is_spatial and not layer.is_pooling:
+                return layer
+        raise ConvscopeError("no layer of this model has spatial extent, so there are no maps to show over an image")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._layers)
 
     def __iter__(self) -> Iterator[Layer]:
-        return iter(self._rows)
+        return iter(self._layers)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._by_name if isinstance(key, str) else key in self._rows
+        return key in self._by_name if isinstance(key, str) else key in self._layers
 
     def format_rows(self) -> list[tuple[str, ...]]:
-        """The table as text, one tuple a row, under `HEADINGS`."""
-        return [_format_row(row) for row in self._rows]
+        """Return the table as text, one tuple per layer, under `HEADINGS`."""
+        return [_format_row(layer) for layer in self._layers]
 
     def __str__(self) -> str:
         lines = [HEADINGS, *self.format_rows()]
-        width = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
         return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         def line(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         return "<table>" + line(HEADINGS, "th") + "".join(line(row, "td") for row in self.format_rows()) + "</table>"
 
 
-HEADINGS = ("layer", "kind", "output", "units", "sees (pixels)", "stride", "parameters", "same as")
+def format_receptive_field(size: Sequence[int] | None, times: str = " x ") -> str:
+    """Format a receptive field, "67 x 67 pixels" or "the whole image" (None), with the sign `times` between sides."""
+    return "the whole image" if size is None else f"{times.join(map(str, size))} pixels"
 
 
-def _format_row(row: Layer) -> tuple[str, ...]:
-    def joined(values: tuple[float, ...] | None) -> str:
-        if values is None:
-            return "whole picture" if row.has_global_context else "?"
-        return " x ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
+def _format_row(layer: Layer) -> tuple[str, ...]:
+    if layer.receptive_field is not None:
+        field = _format_sides(layer.receptive_field) + (" + global" if layer.has_global_context else "")
+    else:
+        field = "whole image" if layer.has_global_context else "?"
+    stride = "-" if layer.stride is None else _format_sides(layer.stride)
+    shape = " x ".join(map(str, layer.shape))
+    parameters = f"{layer.parameters:,}"
+    return (layer.name, layer.kind, shape, str(layer.units), field, stride, parameters, layer.alias_of or "")
 
-    sees = joined(row.receptive_field)
-    if row.has_global_context and row.receptive_field is not None:
-        sees += " + whole"
-    stride = joined(row.stride) if row.stride is not None else "-"
-    shape = " x ".join(map(str, row.shape))
-    return (row.name, row.kind, shape, str(row.units), sees, stride, f"{row.parameters:,}", row.alias_of or "")
+
+def _format_sides(sides: Sequence[float]) -> str:
+    """Format sides, as one number where they are equal."""
+    return " x ".join(f"{side:g}" for side in (sides[:1] if len(set(sides)) == 1 else sides))

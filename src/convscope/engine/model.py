@@ -1,11 +1,11 @@
-"""A network with all that is needed to look into it: preprocessing, class names and the table of its layers."""
+"""The model: a network together with its preprocessing, class names and layer table."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,20 +13,53 @@ from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.layer_table import LayerTable
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError, is_int, nearest
 from convscope.images.preprocessing import Preprocessing
 
-LOGITS = "logits"  # the name under which the classes themselves can be asked for, beside the layers
+LOGITS = "logits"  # the name that stands for the classes wherever a layer is expected
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network ready to be looked into; made by `convscope.load`.
+    """A network with everything that is needed to look into it, as `convscope.load` returns it.
 
-    `module` is the network itself, `head` the activation that ends it ("softmax", "log_softmax", "sigmoid" or None):
-    logits are what went into it. `notes` say what had to be assumed. `fixed_batch` is the only batch size that an
-    exported network takes, if there is one. `owned` says that `load` made the module and nobody else changes it,
-    `classes_last` that it ends in maps of classes (N, H, W, K).
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The network itself.
+    name : str
+        Where it came from, such as "lite0" or "torchvision:vgg16".
+    preprocessing : Preprocessing
+        How images become inputs of the network.
+    classes : tuple of str or None
+        Class names, where they are known.
+    layers : LayerTable
+        The layers in the order in which they finish; prints as a table.
+    adapter : FrameworkAdapter
+        Access to the network in its own framework.
+    final_activation : {"softmax", "log_softmax", "sigmoid"} or None
+        The activation that ends the network; logits are its input.
+    notes : tuple of str
+        Assumptions that had to be made.
+    fixed_batch_size : int or None
+        The only batch size that an exported network takes.
+    num_outputs : int or None
+        Number of outputs per image.
+    loaded_by_convscope : bool
+        Whether `load` made the module, so that nobody else changes it.
+    channels_last_output : bool
+        Whether the network returns class maps (N, H, W, K).
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> model
+    <convscope model lite0: ... layers, 1000 classes, ...>
+    >>> model.class_index("African elephant")
+    386
+    >>> model.layers["blocks.4.1"].shape
+    (112, 14, 14)
     """
 
     module: nn.Module
@@ -43,44 +76,54 @@ class Model:
     channels_last_output: bool = False
 
     def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-        """All layers by name, and all parameters. Those of a model in hand are looked up anew: it may have changed."""
-        return self._parts if self.loaded_by_convscope else self._look_up()
+        """Return all layers by name, and all parameters.
+
+        Those of a user's own module are looked up on every call, since it may have changed.
+        """
+        return self._cached_parts if self.loaded_by_convscope else self._look_up_parts()
 
     @cached_property
-    def _parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-        return self._look_up()
+    def _cached_parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+        return self._look_up_parts()
 
-    def _look_up(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
+    def _look_up_parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         return self.adapter.modules(self.module), list(self.adapter.parameters(self.module))
 
     @property
     def device(self) -> torch.device:
+        """Device of the parameters; the CPU if there are none."""
         return next((p.device for p in self.adapter.parameters(self.module)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' floating type: what the network wants its input in."""
+        """Floating-point type of the parameters, and of the inputs that the network takes."""
         floats = (p.dtype for p in self.adapter.parameters(self.module) if p.is_floating_point())
         return next(floats, torch.float32)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of the classes (N, K): each by itself where the network ends in a sigmoid or has one output, else shares."""
+        """Turn logits (N, K) into probabilities (N, K).
+
+        The sigmoid if the network ends in one or has a single output, the softmax otherwise.
+        """
         return logits.sigmoid() if self.final_activation == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or "class 7" where no names are known."""
+        """Return the name of a class, or "class 7" where names are unknown."""
         return self.classes[index] if self.classes is not None else f"class {index}"
 
     def class_index(self, target: int | str) -> int:
-        """The index of a class given by index or by name (case and underscores do not matter).
+        """Return the index of a class given by index or by name; case and underscores do not matter.
 
-        Raises ConvscopeError for an index out of range and for a name that is unknown or borne by several classes.
+        Raises
+        ------
+        ConvscopeError
+            For an index out of range, and for a name that is unknown or shared by several classes.
         """
         if isinstance(target, str):
             return self._index_of_name(target)
-        if isinstance(target, bool) or not isinstance(target, Integral):
+        if not is_int(target):
             raise ConvscopeError(f"class {target!r} is neither an index nor a name")
-        count = self.num_outputs if self.num_outputs is not None else (len(self.classes) if self.classes else None)
+        count = self.num_outputs if self.num_outputs is not None else len(self.classes or ()) or None
         if count is not None and not 0 <= target < count:
             raise ConvscopeError(f"class {target} is out of range: this model has {count} classes, 0 to {count - 1}")
         return int(target)
@@ -90,32 +133,32 @@ class Model:
             return self.class_index(int(name))
         if self.classes is None:
             raise ConvscopeError(f"class {name!r} given by name, but this model has no class names; give the index")
-
-        def plain(text: str) -> str:
-            return text.replace("_", " ").strip().casefold()
-
-        found = [i for i, known in enumerate(self.classes) if plain(known) == plain(name)]
-        if not found and name.strip().isdecimal():
+        matches = [i for i, known in enumerate(self.classes) if _normalize(known) == _normalize(name)]
+        if not matches and name.strip().isdecimal():
             return self.class_index(int(name))
-        if not found:
-            raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, list(self.classes))}")
-        if len(found) > 1:
-            raise ConvscopeError(f"class {name!r} is the name of several classes: {found}; give the index")
-        return found[0]
+        if not matches:
+            raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, self.classes)}")
+        if len(matches) > 1:
+            raise ConvscopeError(f"class {name!r} is the name of several classes: {matches}; give the index")
+        return matches[0]
 
     def weights_hash(self) -> str:
-        """SHA-256 over all parameters and buffers, names included: tells two sets of weights apart."""
+        """Return the SHA-256 of all parameters and buffers with their names, which identifies the weights."""
         digest = hashlib.sha256()
-        tensors = self.module.state_dict() if self.adapter.name == "torch" else _named(self.adapter, self.module)
-        for name, tensor in tensors.items():
+        for name, tensor in self._named_tensors().items():
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         return digest.hexdigest()
 
+    def _named_tensors(self) -> Mapping[str, object]:
+        if self.adapter.name == "torch":
+            return self.module.state_dict()
+        return {str(i): p for i, p in enumerate(self.adapter.parameters(self.module))}
+
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of the model."""
+        """Return what a manifest says about the model: name, hash of the weights, preprocessing, notes."""
         return {
             "name": self.name,
             "weights_sha256": self.weights_hash(),
@@ -128,5 +171,5 @@ class Model:
         return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
 
 
-def _named(dialect: FrameworkAdapter, module: nn.Module) -> dict[str, Tensor]:
-    return {str(i): p for i, p in enumerate(dialect.parameters(module))}
+def _normalize(class_name: str) -> str:
+    return class_name.replace("_", " ").strip().casefold()

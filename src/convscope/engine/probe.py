@@ -1,11 +1,14 @@
-"""One traced forward pass: which layers run in which order, what they give, and how far each of them sees."""
+"""Probe a network with one traced forward pass, to fill its layer table.
+
+The pass tells which layers run and in which order, the shape and layout of their outputs, their receptive fields, how
+data flows between them, and which activation ends the network.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,12 +20,23 @@ from convscope.engine.receptive_field import Axes, Axis, Field
 from convscope.engine.tracing import Trace
 from convscope.errors import ConvscopeError
 
+FINAL_ACTIVATIONS = ("softmax", "log_softmax", "sigmoid")
+
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The layer table, the number of outputs, the activation that ends the network.
+    """What one forward pass tells about a network.
 
-    `classes_last`: the network ends in maps of classes (N, H, W, K).
+    Attributes
+    ----------
+    layers : LayerTable
+        The layers, in the order in which they finish.
+    num_outputs : int or None
+        Number of outputs per image; None if the network returns no tensor.
+    final_activation : str or None
+        One of `FINAL_ACTIVATIONS` if it ends the network.
+    channels_last_output : bool
+        Whether the network returns class maps (N, H, W, K).
     """
 
     layers: LayerTable
@@ -31,100 +45,110 @@ class ProbeResult:
     channels_last_output: bool
 
 
-def probe(module: nn.Module, dialect: FrameworkAdapter, x: Tensor) -> ProbeResult:
-    """Run `x`, (1, C, H, W) or a signal or volume, once, without gradients; note every layer's output as it is done."""
-    calls: dict[str, int] = {}
-    rows: list[Layer] = []
-    made: dict[tuple[int, int], str] = {}
-    keep: list[Tensor] = []  # alive, so that identities stay unique
+def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> ProbeResult:
+    """Run `x` once without gradients and describe every layer.
 
+    Parameters
+    ----------
+    module : torch.nn.Module
+    adapter : FrameworkAdapter
+    x : Tensor
+        One image (1, C, H, W), signal (1, C, L) or volume (1, C, D, H, W).
+
+    Raises
+    ------
+    ConvscopeError
+        If the output has no scores per image, as that of a detector.
+    """
     with Trace(x) as trace:
-
-        def note(name: str, layer: nn.Module, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            tensor = primary_tensor(output)
-            if tensor is None or tensor.ndim < 2:
-                return
-            keep.append(tensor)
-            own = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            version = 0 if tensor.is_inference() else tensor._version
-            first = made.setdefault((id(tensor), version), own)
-            same_as = None if first == own else first
-            field = trace.field(tensor)
-            rows.append(_row(own, layer, tensor, field, same_as, trace.bytes, dialect, x.ndim))
-            if same_as is None:
-                trace.mark(tensor, own)
-
-        output = run_with_callback(module, dialect, x, note)
+        recorder = _LayerRecorder(trace, adapter, x.ndim)
+        output = run_with_callback(module, adapter, x, recorder.record)
         final = primary_tensor(output)
         _require_scores(output, final)
+        layers = LayerTable(recorder.layers)
         if final is None:
-            return ProbeResult(LayerTable(rows), None, None, False)
+            return ProbeResult(layers, None, None, channels_last_output=False)
         field = trace.field(final)
-        layout, _ = _laid(final, field, x.ndim)
-    head = field.op.strip("_")
-    last = bool(layout.spatial_dims) and layout.channel_dim != 1
+        layout, _ = _find_layout(final, field, x.ndim)
+    activation = field.op.strip("_")
+    channels_last = bool(layout.spatial_dims) and layout.channel_dim != 1
     return ProbeResult(
-        LayerTable(rows),
-        final.shape[-1 if last else 1] if final.ndim > 1 else 1,
-        head if head in ("softmax", "log_softmax", "sigmoid") else None,
-        last,
+        layers,
+        final.shape[-1 if channels_last else 1] if final.ndim > 1 else 1,
+        activation if activation in FINAL_ACTIVATIONS else None,
+        channels_last,
     )
 
 
-def _require_scores(output: Any, final: Tensor | None) -> None:
-    """Refuse what does not say one thing of the one picture."""
-    boxes = isinstance(output, list) and any(isinstance(part, Mapping) for part in output)
-    if boxes or (final is not None and final.ndim > 0 and final.shape[0] != 1):
-        raise ConvscopeError(
-            "the network does not give each picture its scores; is it a detector? Then load its backbone: "
-            "load(detector.backbone)"
+class _LayerRecorder:
+    """Describes layers as they finish."""
+
+    def __init__(self, trace: Trace, adapter: FrameworkAdapter, input_ndim: int) -> None:
+        self.trace, self.adapter, self.input_ndim = trace, adapter, input_ndim
+        self.layers: list[Layer] = []
+        self._calls: dict[str, int] = {}
+        self._makers: dict[tuple[int, int], str] = {}  # the first layer that returned a tensor, in its present version
+        self._tensors: list[Tensor] = []  # referenced, so that identities are not reused
+
+    def record(self, name: str, module: nn.Module, output: object) -> None:
+        """Add a layer that has just returned `output`."""
+        call = self._calls[name] = self._calls.get(name, 0) + 1
+        tensor = primary_tensor(output)
+        if tensor is None or tensor.ndim < 2:
+            return
+        self._tensors.append(tensor)
+        name = name if call == 1 else f"{name}#{call}"
+        # Writing in place changes the version, which inference tensors do not have.
+        version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - has no public name
+        maker = self._makers.setdefault((id(tensor), version), name)
+        self.layers.append(self._describe(name, module, tensor, None if maker == name else maker))
+        if maker == name:
+            self.trace.mark(tensor, name)
+
+    def _describe(self, name: str, module: nn.Module, tensor: Tensor, alias_of: str | None) -> Layer:
+        field = self.trace.field(tensor)
+        layout, axes = _find_layout(tensor, field, self.input_ndim)
+        shape = tuple(layout.to_nchw(tensor).shape[1:])
+        is_known = len(axes) > 0 and all(axis.is_bounded for axis in axes)
+        return Layer(
+            name=name,
+            kind=type(module).__name__,
+            shape=shape,
+            receptive_field=tuple(_num_pixels(axis) for axis in axes) if is_known else None,
+            stride=tuple(axis.jump for axis in axes) if is_known else None,
+            origin=tuple(axis.low for axis in axes) if is_known else None,
+            has_global_context=field.is_global or not is_known,
+            parameters=sum(p.numel() for p in self.adapter.parameters(module)),
+            alias_of=alias_of,
+            allocated_bytes=self.trace.allocated_bytes,
+            is_pooling="pool" in field.op or field.op == "mean",
+            is_spatial=len(axes) > 0 and math.prod(shape[1:]) > 1,
+            layout=layout,
+            inputs=(alias_of,) if alias_of else tuple(sorted(field.ancestors)),
         )
 
 
-def _row(
-    name: str,
-    layer: nn.Module,
-    tensor: Tensor,
-    field: Field,
-    same_as: str | None,
-    bytes_: int,
-    dialect: FrameworkAdapter,
-    image: int,
-) -> Layer:
-    layout, axes = _laid(tensor, field, image)
-    shape = tuple(layout.to_nchw(tensor).shape[1:])
-    known = len(axes) > 0 and all(math.isfinite(a.high - a.low) for a in axes)
-    return Layer(
-        name=name,
-        kind=type(layer).__name__,
-        shape=shape,
-        receptive_field=tuple(_size(a) for a in axes) if known else None,
-        stride=tuple(a.jump for a in axes) if known else None,
-        origin=tuple(a.low for a in axes) if known else None,
-        has_global_context=field.is_global or not known,
-        parameters=sum(p.numel() for p in dialect.parameters(layer)),
-        alias_of=same_as,
-        bytes=bytes_,
-        is_pooling="pool" in field.op or field.op == "mean",
-        is_spatial=len(axes) > 0 and math.prod(shape[1:]) > 1,
-        layout=layout,
-        inputs=(same_as,) if same_as else tuple(sorted(field.ancestors)),
-    )
+def _require_scores(output: object, final: Tensor | None) -> None:
+    """Refuse outputs that are not one set of scores per image."""
+    is_boxes = isinstance(output, list) and any(isinstance(part, Mapping) for part in output)
+    if is_boxes or (final is not None and final.ndim > 0 and final.shape[0] != 1):
+        raise ConvscopeError(
+            "the network returns no scores per image; if it is a detector, load its backbone: load(detector.backbone)"
+        )
 
 
-def _laid(tensor: Tensor, field: Field, image: int) -> tuple[Layout, Axes]:
-    """How an output lies, and its spatial axes, none where there is no extent; the input has `picture` dimensions."""
-    plain, tokens = field.plain(tensor), field.tokens(tensor)
-    dims = [] if plain is None or tensor.ndim != image else [a.dim for a in plain]
-    if plain is not None and dims == list(range(2, image)):
-        return Layout(1, tuple(dims)), plain
-    if plain is not None and dims == list(range(1, image - 1)):
-        return Layout(image - 1, tuple(dims)), plain
-    if tokens is not None and tensor.ndim == 3 < image and tokens[0].dim == 1:
-        return Layout(2, (1,), tuple(a.length for a in tokens), tokens[0].before), tokens
-    return Layout(2 if tensor.ndim == 3 < image else 1), ()
+def _find_layout(tensor: Tensor, field: Field, input_ndim: int) -> tuple[Layout, Axes]:
+    """Return the layout of a layer's output, and its spatial axes, if it has any."""
+    unmerged, tokens = field.unmerged_axes(tensor), field.token_axes(tensor)
+    dims = [] if unmerged is None or tensor.ndim != input_ndim else [axis.dim for axis in unmerged]
+    if unmerged is not None and dims == list(range(2, input_ndim)):
+        return Layout(1, tuple(dims)), unmerged
+    if unmerged is not None and dims == list(range(1, input_ndim - 1)):
+        return Layout(input_ndim - 1, tuple(dims)), unmerged
+    if tokens is not None and tensor.ndim == 3 < input_ndim and tokens[0].dim == 1:
+        return Layout(2, (1,), tuple(axis.length for axis in tokens), tokens[0].prefix), tokens
+    return Layout(2 if tensor.ndim == 3 < input_ndim else 1), ()
 
 
-def _size(axis: Axis) -> int:
+def _num_pixels(axis: Axis) -> int:
     return math.floor(axis.high - axis.low + 1e-6) + 1

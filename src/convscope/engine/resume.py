@@ -1,4 +1,9 @@
-"""TODO."""
+"""Restart a forward pass from a layer: run what comes after it many times, and what comes before it once.
+
+The first pass caches what every call before the layer returned. Later passes run the network's own code with patched
+``forward`` methods: calls that were finished before the layer return their cached outputs, the layer itself returns the
+given maps, and all others run.
+"""
 
 from __future__ import annotations
 
@@ -15,126 +20,156 @@ from convscope.engine.model import Model
 from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
+_Call = tuple[str, int]  # a module's name, and the number of the call
+
 
 @contextmanager
 def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[[Tensor], ForwardResult]]:
-    """Restart from a layer: run one prepared picture `x` (1, C, H, W) once, and only what lies behind `layer` again.
+    """Run one preprocessed image once; the block gets a function that resumes from a layer. Gradients are off.
 
-    The block gets a function that takes M maps (M, C, h, w) in the place of the layer's output and returns what the
-    network makes of each: `maps` holds the layer's own output for `x` under its name, `logits` are (M, K). Layers that
-    were done before this one return what they returned for `x`, M times; gradients are off.
+    Parameters
+    ----------
+    model : Model
+    layer : str
+        A name in ``model.layers``.
+    x : Tensor
+        (1, C, H, W).
+
+    Yields
+    ------
+    callable
+        Takes M maps (M, C, h, w) in place of the layer's output. In the `ForwardResult` that it returns, `maps` holds
+        the layer's own output for `x` (1, C, h, w), and `logits` are those of the maps (M, K).
+
+    Raises
+    ------
+    ConvscopeError
+        For an unknown layer, and for one that does not run or returns no tensor.
     """
-    row = model.layers.find(layer)
+    entry = model.layers.find(layer)
     modules, parameters = model.modules_and_parameters()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(frozen_eval_mode((model.module, *modules.values()), parameters))
-        record = _PrefixCache(row, {id(module): name for name, module in modules.items()})
+        cache = _PrefixCache(entry, {id(module): name for name, module in modules.items()})
         with ExitStack() as hooks:
             for module in modules.values():
-                hooks.callback(module.register_forward_pre_hook(record.start).remove)
-                hooks.enter_context(forward_hook(module, record.done))
+                hooks.callback(module.register_forward_pre_hook(cache.on_start).remove)
+                hooks.enter_context(forward_hook(module, cache.on_finish))
             forward_pass(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
-        replay = _PrefixReplay(record)
+        original = cache.layer_maps()
+        replay = _PrefixReplay(cache)
         for name, module in modules.items():
-            stack.enter_context(_patched_forward(module, replay.forward(name, module.forward)))
+            stack.enter_context(_patched_forward(module, replay.patch(name, module.forward)))
 
         def run(maps: Tensor) -> ForwardResult:
             replay.begin(maps)
             try:
-                output = forward_pass(model, replay.many(x))
+                output = forward_pass(model, replay.repeat(x))
             except RuntimeError as error:
-                if replay.copies or "single memory location" not in str(error):
+                if replay.copy_memory or "single memory location" not in str(error):
                     raise
-                replay.copies = True  # the network writes into what a layer returned
+                replay.copy_memory = True  # the network writes into a layer's output
                 return run(maps)
-            return ForwardResult({row.name: record.own[:1]}, extract_logits(output), output)
+            return ForwardResult({entry.name: original[:1]}, extract_logits(output), output)
 
         yield run
 
 
 class _PrefixCache:
-    """What the layers that are done before one call of `row` return: in the end, the outermost of them only."""
+    """What the calls that finish before one call of a layer return: in the end, the outermost of them only."""
 
-    def __init__(self, row: Layer, names: Mapping[int, str]) -> None:
-        self.row, self.names = row, names
-        self.calls: dict[str, int] = {}
-        self.inside: list[list[tuple[tuple[str, int], Any]]] = [[]]  # of every layer that runs: what is done inside it
-        self.kept: dict[tuple[str, int], Any] = {}
-        self.key: tuple[str, int] | None = None
+    def __init__(self, layer: Layer, names: Mapping[int, str]) -> None:
+        self.layer = layer
+        self.outputs: dict[_Call, Any] = {}
+        self.layer_call: _Call | None = None
+        self._names = names  # of modules, by identity
+        self._num_calls: dict[str, int] = {}
+        self._frames: list[list[tuple[_Call, Any]]] = [[]]  # for each running module: the calls finished inside it
 
-    def start(self, *_: Any) -> None:
-        if self.key is None:
-            self.inside.append([])
+    def on_start(self, *_: object) -> None:
+        """Open a frame: forward pre-hook of every module."""
+        if self.layer_call is None:
+            self._frames.append([])
 
-    def done(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self.key is not None:
+    def on_finish(self, module: nn.Module, _: object, output: Any) -> None:
+        """Record a call in its parent's frame: forward hook of every module."""
+        if self.layer_call is not None:
             return
-        self.inside.pop()
-        name = self.names[id(module)]
-        call = self.calls[name] = self.calls.get(name, 0) + 1
-        # A copy, because what follows may write into it.
-        self.inside[-1].append(((name, call), map_tensors(output, Tensor.clone)))
-        if self.row.name == (name if call == 1 else f"{name}#{call}"):
-            self.key = name, call
-            self.kept = dict(entry for frame in self.inside for entry in frame)
+        self._frames.pop()
+        name = self._names[id(module)]
+        number = self._num_calls[name] = self._num_calls.get(name, 0) + 1
+        # A copy, because the network may write into the output.
+        self._frames[-1].append(((name, number), map_tensors(output, Tensor.clone)))
+        if self.layer.name == (name if number == 1 else f"{name}#{number}"):
+            self.layer_call = name, number
+            self.outputs = dict(call for frame in self._frames for call in frame)
 
-    @property
-    def own(self) -> Tensor:
-        """The layer's own output, NCHW."""
-        tensor = None if self.key is None else primary_tensor(self.kept[self.key])
+    def layer_maps(self) -> Tensor:
+        """Return the layer's own output, channels first."""
+        tensor = None if self.layer_call is None else primary_tensor(self.outputs[self.layer_call])
         if tensor is None:
-            raise ConvscopeError(f"layer {self.row.name!r} did not run for this input, or gave no tensor")
-        return self.row.to_nchw(tensor)
+            raise ConvscopeError(f"layer {self.layer.name!r} did not run for this input, or returned no tensor")
+        return self.layer.to_nchw(tensor)
 
 
 class _PrefixReplay:
-    """Layers that were done return what they returned, the layer itself returns the maps, all others run."""
+    """Patches ``forward`` methods so that cached calls return their outputs and the layer returns the maps."""
 
-    def __init__(self, record: _PrefixCache) -> None:
-        self.record = record
-        self.copies = False
+    def __init__(self, cache: _PrefixCache) -> None:
+        self.cache = cache
+        self.copy_memory = False
+        self._maps = torch.empty(0)
+        self._num_calls: dict[str, int] = {}
 
     def begin(self, maps: Tensor) -> None:
-        self.maps = maps
-        self.calls: dict[str, int] = {}
+        """Start a pass in which the layer returns `maps` (M, C, h, w)."""
+        self._maps = maps
+        self._num_calls = {}
 
-    def forward(self, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            call = self.calls[name] = self.calls.get(name, 0) + 1
-            key = name, call
-            if key not in self.record.kept:
-                return own(*args, **kwargs)
-            many = map_tensors(self.record.kept[key], self.many)
-            if key != self.record.key:
-                return many
-            old = primary_tensor(many)
-            assert old is not None
-            # A copy, because what follows may write into it.
-            return replace_tensor(many, old, self.record.row.from_nchw(self.maps, old).to(old.dtype, copy=True))
+    def patch(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the replacement of a module's ``forward``."""
 
-        return instead
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            number = self._num_calls[name] = self._num_calls.get(name, 0) + 1
+            call = name, number
+            if call not in self.cache.outputs:
+                return original(*args, **kwargs)
+            repeated = map_tensors(self.cache.outputs[call], self.repeat)
+            return repeated if call != self.cache.layer_call else self._replace_maps(repeated)
 
-    def many(self, tensor: Tensor) -> Tensor:
-        """One picture's tensor, for all of them. Several share its memory, where torch refuses to write, unless it must
-        be written into."""
-        several = tensor.ndim > 0 and len(tensor) == 1 < len(self.maps)
-        if several:
-            tensor = tensor.expand(len(self.maps), *tensor.shape[1:])
-        return tensor if several and not self.copies else tensor.clone()
+        return forward
+
+    def _replace_maps(self, output: Any) -> Any:
+        tensor = primary_tensor(output)
+        if tensor is None:
+            return output
+        # A copy, because the network may write into it.
+        maps = self.cache.layer.from_nchw(self._maps, tensor).to(tensor.dtype, copy=True)
+        return replace_tensor(output, tensor, maps)
+
+    def repeat(self, tensor: Tensor) -> Tensor:
+        """Repeat one image's tensor for all M maps.
+
+        The copies share memory, which PyTorch refuses to write into, unless `copy_memory` is set.
+        """
+        is_single = tensor.ndim > 0 and len(tensor) == 1 < len(self._maps)
+        if is_single:
+            tensor = tensor.expand(len(self._maps), *tensor.shape[1:])
+        return tensor if is_single and not self.copy_memory else tensor.clone()
 
 
 @contextmanager
 def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Put `forward` in the place of a layer's own; what the user may have put there comes back."""
+    """Replace a module's ``forward`` for the duration of the block, whatever it was."""
     missing = object()
-    before = vars(module).get("forward", missing)
+    original = vars(module).get("forward", missing)
     vars(module)["forward"] = forward
     try:
         yield
     finally:
-        if before is missing:
+        if original is missing:
             del vars(module)["forward"]
         else:
-            vars(module)["forward"] = before
+            vars(module)["forward"] = original

@@ -1,87 +1,110 @@
-"""One forward pass, traced: what each tensor sees of the input, and which layers' outputs it is made of."""
+"""Trace a forward pass: the receptive field of every tensor, and the layers whose outputs it was computed from."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - documented, but has no public name
 
 from convscope.engine.nested import iter_tensors
-from convscope.engine.receptive_field import UNKNOWN, Axis, Field, propagate
+from convscope.engine.receptive_field import UNKNOWN, Axis, Field
+from convscope.engine.receptive_field_rules import operation_name, propagate
 
-NONE: frozenset[str] = frozenset()
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+_NO_ANCESTORS: frozenset[str] = frozenset()
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows fields through all operations on tensors that depend on the input."""
+    """Follow receptive fields through all operations on tensors that depend on the input.
+
+    Parameters
+    ----------
+    x : Tensor
+        The network's input: (N, C, H, W), or a batch of signals or volumes.
+
+    Attributes
+    ----------
+    allocated_bytes : int
+        Bytes of memory that operations have allocated so far for tensors that depend on the input.
+    """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # The tensors are kept, so that the identities and addresses under which they are known stay their own.
+        self.allocated_bytes = 0
+        # Tensors are referenced, so that their identities and addresses are not reused.
         self._fields: dict[int, tuple[Tensor, Field]] = {}
-        # Memory into which parts of the input went, piece by piece, and the marks of these.
-        self._written: dict[int, frozenset[str]] = {}
-        self.bytes = 0
-        self._image = x.ndim  # dimensions of a tensor that has the input's axes for itself
-        self._put(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), is_global=False))
+        # Ancestors of memory into which tensors that depend on the input were written.
+        self._ancestors_of_memory: dict[int, frozenset[str]] = {}
+        self._input_ndim = x.ndim
+        self._set_field(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), is_global=False))
 
     def field(self, tensor: Tensor) -> Field:
+        """Return the receptive field of a tensor."""
         if id(tensor) in self._fields:
             return self._fields[id(tensor)][1]
-        return dataclasses.replace(UNKNOWN, ancestors=self._written.get(_memory(tensor), NONE))
+        return replace(UNKNOWN, ancestors=self._ancestors_of_memory.get(_address(tensor), _NO_ANCESTORS))
 
     def mark(self, tensor: Tensor, name: str) -> None:
-        """From now on, what is made of the tensor is made of `name`, whatever that is made of."""
-        self._put(tensor, dataclasses.replace(self.field(tensor), ancestors=frozenset({name})))
+        """Make `name` the only ancestor of the tensor, and so of what is computed from it."""
+        self._set_field(tensor, replace(self.field(tensor), ancestors=frozenset({name})))
 
-    def _put(self, tensor: Tensor, field: Field) -> None:
+    def _set_field(self, tensor: Tensor, field: Field) -> None:
         self._fields[id(tensor)] = (tensor, field)
 
-    def _depends(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._fields or _memory(tensor) in self._written
+    def _depends_on_input(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._fields or _address(tensor) in self._ancestors_of_memory
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
-        inputs = [t for t in iter_tensors((args, *kwargs.values())) if self._depends(t)]
+        inputs = [t for t in iter_tensors((args, *kwargs.values())) if self._depends_on_input(t)]
         output = func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2].rstrip("_")
+        name = operation_name(func)
         if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
             return output
         fields = [self.field(t) for t in inputs]
-        made_of = NONE.union(*(f.ancestors for f in fields))
-        known = {_memory(t): f.op for t, f in zip(inputs, fields, strict=True)}
-        for written in _written(func, args, kwargs):
-            if len(inputs) > 1 or written is not inputs[0]:
-                self._invalidate_aliases(written, made_of)
+        ancestors = _NO_ANCESTORS.union(*(f.ancestors for f in fields))
+        op_of_memory = {_address(t): f.op for t, f in zip(inputs, fields, strict=True)}
+        for mutated in _mutated_arguments(func, args, kwargs):
+            if len(inputs) > 1 or mutated is not inputs[0]:
+                self._invalidate_aliases(mutated, ancestors)
         for tensor in iter_tensors(output):
-            field = propagate(func, name, args, inputs, fields, tensor, self._image)
-            memory = _memory(tensor)
-            if memory not in known:
-                self.bytes += tensor.numel() * tensor.element_size()
-            # Other shapes and types of the same values are still made by what made the values.
-            view = memory in known and not func._schema.is_mutable and tensor.numel() == inputs[0].numel()
-            op = known[memory] if view else fields[0].op if name == "_to_copy" else name
-            self._put(tensor, dataclasses.replace(field, op=op, ancestors=made_of))
+            field = propagate(func, args, inputs, fields, tensor, self._input_ndim)
+            address = _address(tensor)
+            if address not in op_of_memory:
+                self.allocated_bytes += tensor.numel() * tensor.element_size()
+            # Views and casts of the same values count as made by the operation that made the values.
+            is_view = (
+                address in op_of_memory
+                and not func._schema.is_mutable  # noqa: SLF001 - schemas have no public name
+                and tensor.numel() == inputs[0].numel()
+            )
+            op = op_of_memory[address] if is_view else fields[0].op if name == "_to_copy" else name
+            self._set_field(tensor, replace(field, op=op, ancestors=ancestors))
         return output
 
-    def _invalidate_aliases(self, written: Tensor, made_of: frozenset[str]) -> None:
-        """`written` takes in something else: what other tensors in the same memory see is not known any more."""
-        memory = _memory(written)
-        self._written[memory] = self._written.get(memory, NONE) | made_of
+    def _invalidate_aliases(self, mutated: Tensor, ancestors: frozenset[str]) -> None:
+        """Mark the fields of other tensors in the same memory as unknown, once another tensor was written into it."""
+        address = _address(mutated)
+        self._ancestors_of_memory[address] = self._ancestors_of_memory.get(address, _NO_ANCESTORS) | ancestors
         for tensor, field in list(self._fields.values()):
-            if tensor is not written and _memory(tensor) == memory:
-                self._put(tensor, dataclasses.replace(UNKNOWN, ancestors=field.ancestors | made_of))
+            if tensor is not mutated and _address(tensor) == address:
+                self._set_field(tensor, replace(UNKNOWN, ancestors=field.ancestors | ancestors))
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The arguments that an operation works on in place."""
-    given = {**kwargs, **dict(zip((a.name for a in func._schema.arguments), args, strict=False))}
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [given[name] for name in written if isinstance(given.get(name), Tensor)]
+def _mutated_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operation works on in place."""
+    arguments = func._schema.arguments  # noqa: SLF001 - schemas have no public name
+    values = {**kwargs, **dict(zip((a.name for a in arguments), args, strict=False))}
+    names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [values[name] for name in names if isinstance(values.get(name), Tensor)]
 
 
-def _memory(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
