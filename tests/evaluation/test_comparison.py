@@ -77,7 +77,7 @@ def test_what_the_network_does_not_allow_is_named_and_the_rest_is_done(usual: co
     found = convscope.compare(usual, inputs(), 1, methods=["cam", "grad-cam"], layers=["relu2"], metrics=["sparseness"])
     assert [heat.method for heat in found.heatmaps] == ["grad-cam"]
     assert found.failed[0].name == "cam at relu2"
-    assert "weighted sum of the layer's averages" in found.failed[0].reason
+    assert "determine the class score linearly" in found.failed[0].reason
     with pytest.raises(ConvscopeError, match="cam at relu2"):
         convscope.compare(usual, inputs(), 1, methods=["cam"], layers=["relu2"])
 
@@ -86,7 +86,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"methods": ["grad-cm"]}, "method 'grad-cm' is not known; nearest: grad-cam"),
     ({"methods": []}, "no methods"),
     ({"layers": ["conv9"]}, "layer 'conv9' is not in this model"),
-    ({"layers": ["fc"]}, "no spatial extent"),
+    ({"layers": ["fc"]}, "without spatial extent"),
     ({"metrics": ["deletions"]}, "metric 'deletions' is not known; nearest: deletion"),
     ({"metrics": ["pointing"]}, "mask"),
     ({"smooth": "often"}, "smooth is 'often'"),
@@ -167,7 +167,7 @@ def test_compare_command_names_what_cannot_be_done(photos: list[str], tmp_path: 
     done = run("compare", "lite0", photos[0], "--methods", "cam,random", "--layers", "blocks.5", "--metrics",
                "sparseness", "-o", tmp_path, "--json")  # fmt: skip
     assert done.exit_code == 1
-    assert "failed: cam at blocks.5: cam is defined only where" in done.stderr
+    assert "failed: cam at blocks.5: cam needs a layer" in done.stderr
     assert [cell["method"] for cell in json.loads(done.stdout)["parameters"]["cells"]] == ["random"]
 
 
@@ -187,7 +187,7 @@ def test_evaluate_command(lite0: convscope.Model, photos: list[str], tmp_path: P
     heat = convscope.heatmaps(lite0, photos[:2], layer="blocks.5", method="layer-cam")
     expected = convscope.evaluate(lite0, photos[:2], heat, ["deletion", "energy"], steps=5, masks=inside)
     assert [row["mean"] for row in table(done.stdout)] == [f"{expected.mean(m):.3f}" for m in ("deletion", "energy")]
-    assert "layer blocks.5: as asked for" in done.stderr
+    assert "layer blocks.5: as requested" in done.stderr
     (masks / f"{Path(photos[0]).stem}_mask.png").unlink()
     refused = run("evaluate", "lite0", *photos[:2], "--metrics", "energy", "--masks", masks)
     assert refused.exit_code != 0

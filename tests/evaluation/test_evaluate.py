@@ -10,7 +10,7 @@ from torch import Tensor
 import convscope
 from convscope import ConvscopeError
 from convscope.evaluation import baselines
-from convscope.evaluation.context import pixel_ranks
+from convscope.evaluation.context import rank_pixels
 from convscope.evaluation.registry import METRICS
 from tests.oracles.judged import (
     SIDE,
@@ -98,9 +98,9 @@ def test_a_coarse_map_is_laid_over_the_input_between_its_centres():
 
 def test_ranks():
     heat = torch.tensor([[[[3.0, 1.0], [2.0, 5.0]]]])
-    assert pixel_ranks(heat, torch.Generator()).tolist() == [[[[1, 3], [2, 0]]]]
+    assert rank_pixels(heat, torch.Generator()).tolist() == [[[[1, 3], [2, 0]]]]
     even = torch.zeros(2, 1, 9, 11)
-    one, two = (pixel_ranks(even, torch.Generator().manual_seed(seed)) for seed in (0, 0))
+    one, two = (rank_pixels(even, torch.Generator().manual_seed(seed)) for seed in (0, 0))
     assert torch.equal(one, two)
     assert torch.equal(one[0], one[1]), "the same order for every picture"
     assert one[0].flatten().sort().values.tolist() == list(range(99))
@@ -110,7 +110,7 @@ def test_ranks():
 def test_equal_heat_does_not_favour_the_top_of_the_picture():
     heat = torch.zeros(1, 1, 40, 40)
     heat[..., 10, 10] = 1
-    ranks = pixel_ranks(heat, torch.Generator().manual_seed(0))[0, 0]
+    ranks = rank_pixels(heat, torch.Generator().manual_seed(0))[0, 0]
     assert ranks[10, 10] == 0
     assert abs(float(ranks[:20].float().mean()) - 800) < 40
 
@@ -238,14 +238,14 @@ def test_a_class_against_another_is_scored_as_the_difference():
 def test_fills():
     x = pictures(3, 20, channels=3, seed=5) * 2 + 1
     draw = torch.Generator().manual_seed(0)
-    assert baselines.filled(x, "zero", draw).abs().max() == 0
-    np.testing.assert_allclose(baselines.filled(x, "mean", draw)[1, 2], float(x[1, 2].mean()), rtol=1e-5)
-    noise = baselines.filled(x, "noise", draw)
+    assert baselines.apply_fill(x, "zero", draw).abs().max() == 0
+    np.testing.assert_allclose(baselines.apply_fill(x, "mean", draw)[1, 2], float(x[1, 2].mean()), rtol=1e-5)
+    noise = baselines.apply_fill(x, "noise", draw)
     unit = (noise - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True, correction=0)
     np.testing.assert_allclose(unit[0], unit[2], atol=1e-4, err_msg="the same draws for every picture")
-    blur = baselines.filled(x, "blur", draw)
+    blur = baselines.apply_fill(x, "blur", draw)
     np.testing.assert_allclose(blur[0], blurred(x[0].numpy()), atol=1e-5)
     flat = torch.full((1, 3, 20, 20), 0.7)
-    np.testing.assert_allclose(baselines.filled(flat, "blur", draw), flat, rtol=1e-5)
+    np.testing.assert_allclose(baselines.apply_fill(flat, "blur", draw), flat, rtol=1e-5)
     for name in baselines.FILLS:
-        assert baselines.filled(x, name, draw).is_contiguous(memory_format=torch.channels_last)
+        assert baselines.apply_fill(x, name, draw).is_contiguous(memory_format=torch.channels_last)

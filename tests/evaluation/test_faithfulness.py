@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import convscope
-from convscope.evaluation.faithfulness import subsets
-from convscope.evaluation.localisation import grown
-from convscope.evaluation.statistics import pearson, ranks, spearman
+from convscope.evaluation.faithfulness import random_subsets
+from convscope.evaluation.localisation import dilate
+from convscope.evaluation.statistics import pearson, average_ranks, spearman
 from tests.oracles.judged import SIDE, Weighted, gray, pictures, probability, random_maps, summing, usual
 
 SHARED = Path(__file__).parents[3] / "shared" / "evalset"
@@ -44,7 +44,7 @@ def test_single_pixels_by_plain_loops():
     model = gray(Weighted(weights))
     x, heat = pictures(2), random_maps(2, SIDE, SIDE)
     more = {"cells": 100, "subset": 0.25, "samples": 12, "seed": 3}
-    chosen = subsets(torch.Size([SIDE, SIDE]), 12, 100, 0.25, torch.Generator().manual_seed(3)).numpy()
+    chosen = random_subsets(torch.Size([SIDE, SIDE]), 12, 100, 0.25, torch.Generator().manual_seed(3)).numpy()
     for n in range(2):
         sums = np.array([heat[n][s].sum(dtype=np.float64) for s in chosen])
         drops = np.array([(weights[0] * x[n, 0]).double().numpy()[s].sum() for s in chosen])
@@ -66,7 +66,7 @@ def test_the_baseline_takes_the_subsets_place():
 @pytest.mark.parametrize(("size", "cells"), [((12, 12), 4), ((13, 9), 4), ((10, 10), 50), ((7,), 3), ((4, 6, 5), 2)])
 def test_subsets_hold_exactly_as_many_cells(size, cells):
     share = 0.3
-    chosen = subsets(torch.Size(size), 40, cells, share, torch.Generator().manual_seed(0))
+    chosen = random_subsets(torch.Size(size), 40, cells, share, torch.Generator().manual_seed(0))
     assert chosen.shape == (40, *size)
     corners = [np.unique([i * min(cells, side) // side for i in range(side)], return_index=True)[1] for side in size]
     picked = chosen.numpy()[np.ix_(range(40), *corners)]
@@ -87,7 +87,7 @@ def test_correlations():
         return [float(np.mean([i for i, other in enumerate(ordered) if other == v])) for v in values.tolist()]
 
     for n in (0, 1, 3):
-        assert ranks(a)[n].tolist() == ranked(a[n])
+        assert average_ranks(a)[n].tolist() == ranked(a[n])
         assert float(pearson(a, b)[n]) == pytest.approx(np.corrcoef(a[n], b[n])[0, 1], abs=1e-6)
         assert float(spearman(a, b)[n]) == pytest.approx(np.corrcoef(ranked(a[n]), ranked(b[n]))[0, 1], abs=1e-6)
     assert float(pearson(a, b)[2]) == float(spearman(a, b)[2]) == 0
@@ -179,7 +179,7 @@ def test_several_hottest_pixels_count_in_proportion():
 def test_the_mask_grows_by_a_disc(radius):
     masks = torch.rand((2, 23, 17), generator=torch.Generator().manual_seed(0)) > 0.98
     places = np.argwhere(np.ones((23, 17), bool))
-    for mask, found in zip(masks.numpy(), grown(masks, radius).numpy(), strict=True):
+    for mask, found in zip(masks.numpy(), dilate(masks, radius).numpy(), strict=True):
         nearest = ((places[:, None] - np.argwhere(mask)[None]) ** 2).sum(2).min(1)
         np.testing.assert_array_equal(found.ravel(), nearest <= radius**2)
 

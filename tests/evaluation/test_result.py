@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.evaluation.registry import METRICS
-from convscope.evaluation.result import warnings
+from convscope.evaluation.result import suspicion_notes
 from convscope.evaluation.statistics import bootstrap
 from tests.oracles.judged import (
     pictures,
@@ -71,7 +71,7 @@ def test_the_result(tmp_path):
     assert json.loads((where / "manifest.json").read_text())["kind"] == "evaluation"
     with pytest.raises(ConvscopeError, match="nearest: deletion"):
         found["deltion"]
-    with pytest.raises(ConvscopeError, match="was not asked for"):
+    with pytest.raises(ConvscopeError, match="was not evaluated"):
         found["road"]
 
 
@@ -95,14 +95,14 @@ def test_the_figure_holds_a_panel_for_each_metric():
 
 def test_in_words():
     bad = {"deletion": np.full((2, 1), 0.6), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.9)}
-    said = warnings(bad, {})
+    said = suspicion_notes(bad, {})
     assert any("insertion is not above deletion" in note for note in said)
     assert any(note.startswith("randomisation 0.90: the map hardly changes") for note in said)
     good = {"deletion": np.full((2, 1), 0.1), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.1)}
-    assert warnings(good, {}) == []
+    assert suspicion_notes(good, {}) == []
     pointing = {"pointing": np.full((2, 1), 0.3)}
-    assert warnings(pointing, {"pointing": np.full((2, 1), 0.2)}) == []
-    assert warnings(pointing, {"pointing": np.full((2, 1), 0.4)})[0].startswith("pointing 0.30: the hottest pixel")
+    assert suspicion_notes(pointing, {"pointing": np.full((2, 1), 0.2)}) == []
+    assert suspicion_notes(pointing, {"pointing": np.full((2, 1), 0.4)})[0].startswith("pointing 0.30: the maximum")
 
 
 def test_pictures_that_cannot_be_used_are_named(tmp_path, photos):
@@ -152,9 +152,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"metrics": "deltion"}, "metric 'deltion' is not known; nearest: deletion"),
     ({"metrics": []}, "no metrics"),
     ({"metrics": ("deletion", "pointing")}, "pointing needs masks="),
-    ({"metrics": "randomisation"}, "randomisation makes the maps again"),
-    ({"metrics": "random-logit"}, "random-logit makes the maps again"),
-    ({"metrics": "max-sensitivity"}, "max-sensitivity makes the maps again"),
+    ({"metrics": "randomisation"}, "randomisation computes the maps again"),
+    ({"metrics": "random-logit"}, "random-logit computes the maps again"),
+    ({"metrics": "max-sensitivity"}, "max-sensitivity computes the maps again"),
     ({"fill": "blurr"}, "fill 'blurr' is not known; nearest: blur"),
     ({"steps": 0}, "steps is 0"),
     ({"steps": 2.5}, "steps is 2.5"),
@@ -165,17 +165,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"heatmaps": "photo.jpg"}, "expected numbers"),
     ({"targets": 9}, "class 9 is out of range"),
     ({"fit": "stretch"}, "fit is 'stretch'"),
-    ({"metrics": "iou", "masks": np.ones((1, 24, 24), bool)}, "1 masks for 2 pictures"),
+    ({"metrics": "iou", "masks": np.ones((1, 24, 24), bool)}, "1 masks for 2 images"),
     ({"metrics": "iou", "masks": np.zeros((2, 24, 24), bool)}, "mask 0 is empty"),
     (
         {"metrics": "iou", "masks": np.ones((2, 20, 24), bool)},
-        "the mask of image 0 has 20 x 24 pixels, the picture 24 x 24",
+        "the mask of image 0 has 20 x 24 pixels, the image 24 x 24",
     ),
     ({"metrics": "iou", "masks": np.linspace(0, 1, 2 * 576).reshape(2, 24, 24)}, "more than two values"),
     ({"metrics": "iou", "masks": np.ones((2, 3, 24, 24), bool)}, "mask 0 has shape"),
-    ({"metrics": "iou", "masks": "masks.npy"}, "str for 2 pictures"),
+    ({"metrics": "iou", "masks": "masks.npy"}, "str for 2 images"),
     ({"metrics": "pointing", "masks": np.ones((2, 24, 24)), "tolerance": -1}, "tolerance is -1"),
-    ({"metrics": "mu-fidelity", "subset": 1.5}, "a share between 0 and 1"),
+    ({"metrics": "mu-fidelity", "subset": 1.5}, "a fraction between 0 and 1"),
 ]
 
 
@@ -212,9 +212,9 @@ def test_nothing_runs_before_a_refusal():
 def test_heatmaps_of_other_pictures_are_refused(photos):
     model = usual()
     heat = convscope.heatmaps(model, X, 1)
-    with pytest.raises(ConvscopeError, match="heatmaps of 2 pictures, and 3 pictures given"):
+    with pytest.raises(ConvscopeError, match="heatmaps of 2 images, but 3 images given"):
         convscope.evaluate(model, pictures(3, 24, channels=3), heat)
-    with pytest.raises(ConvscopeError, match="image 1: the model does not say of it what it said when the heatmaps"):
+    with pytest.raises(ConvscopeError, match="image 1: the network's output differs from the one stored"):
         convscope.evaluate(model, torch.stack([X[0], 3 * X[1] + 1]), heat)
     with pytest.raises(ConvscopeError, match="targets= goes with maps given as an array"):
         convscope.evaluate(model, X, heat, targets=2)
@@ -250,7 +250,7 @@ def test_a_network_with_a_fixed_batch(monkeypatch):
             return super().forward(x)
 
     strict: nn.Module = filled(Strict())
-    fixed = dataclasses.replace(model, module=strict, fixed_batch=4)
+    fixed = dataclasses.replace(model, module=strict, fixed_batch_size=4)
     x, heat = pictures(6, 24, channels=3), random_maps(6, 6, 6)
     names = ["deletion", "insertion", "road", "average-gain", "mu-fidelity"]
     found, expected = (convscope.evaluate(m, x, heat, names, targets=2, steps=4, samples=7) for m in (fixed, model))

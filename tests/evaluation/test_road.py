@@ -35,7 +35,7 @@ def test_imputation_solves_the_dense_system(size, share):
 
 
 def test_imputation_of_one_large_hole(monkeypatch):
-    monkeypatch.setattr("convscope.evaluation.imputation.STEPS", 15)  # however large the hole
+    monkeypatch.setattr("convscope.evaluation.imputation.MAX_STEPS", 15)  # however large the hole
     x = pictures(1, 40, channels=3)
     known = torch.ones(1, 40, 40, dtype=torch.bool)
     known[:, 3:, :37] = False
@@ -51,7 +51,7 @@ def test_imputation_continues_a_slope():
 
 
 def test_imputation_of_a_large_picture_is_settled(monkeypatch):
-    monkeypatch.setattr("convscope.evaluation.imputation.STEPS", 15)
+    monkeypatch.setattr("convscope.evaluation.imputation.MAX_STEPS", 15)
     x = pictures(1, 224, channels=1)
     known = torch.zeros(1, 224, 224, dtype=torch.bool)
     known[0, 0] = True
@@ -79,7 +79,7 @@ def test_road_is_that_of_plain_loops():
                     picture = np.tile(picture.mean((1, 2), keepdims=True), (1, 16, 16))
                 expected.append(probability(model, target, picture.astype(np.float32)))
             np.testing.assert_allclose(found.curves[name][n, 0], expected, atol=2e-4)
-    gap = curves.area(torch.from_numpy(found.curves["road-least"] - found.curves["road-most"]))
+    gap = curves.area_under_curve(torch.from_numpy(found.curves["road-least"] - found.curves["road-most"]))
     np.testing.assert_allclose(found["road"], gap, atol=1e-6)
 
 

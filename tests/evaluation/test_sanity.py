@@ -18,7 +18,7 @@ from convscope.attribution.context import MethodContext
 from convscope.attribution.registry import ModelMethod
 from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
 from convscope.evaluation.registry import METRICS
-from convscope.evaluation.sanity import _groups, _other
+from convscope.evaluation.sanity import _layer_groups, _derived_generator
 from convscope.evaluation.statistics import spearman
 from tests.oracles.judged import pictures, usual
 from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
@@ -72,7 +72,7 @@ def test_each_stage_is_the_map_of_a_network_with_those_weights_redrawn():
     model, x = usual(), pictures(2, 24, channels=3)
     heat = convscope.heatmaps(model, x, 1, layer="conv2", method="hirescam")
     found = convscope.evaluate(model, x, heat, "randomisation", stages=3, seed=7)
-    draw = _other(torch.Generator().manual_seed(7))
+    draw = _derived_generator(torch.Generator().manual_seed(7))
     copy = usual()
     order = ["fc", "bn3", "conv3", "conv2", "bn1", "conv1"]
     assert [name for name, _ in cascade_order(copy)] == order
@@ -103,7 +103,7 @@ def test_weights_drawn_from_the_same_seed_are_drawn_anew():
 
 @pytest.mark.parametrize(("count", "stages"), [(1, 8), (2, 8), (6, 1), (6, 3), (9, 9), (50, 8)])
 def test_stages_hold_every_layer_once(count, stages):
-    groups = _groups(count, stages)
+    groups = _layer_groups(count, stages)
     assert [i for group in groups for i in group] == list(range(count))
     assert len(groups) == min(count, stages)
     assert stages == 1 or len(groups[0]) == 1
@@ -283,7 +283,7 @@ def test_weights_that_become_infinite_are_said_and_put_back(monkeypatch):
     x = pictures(2, 24, channels=3)
     heat = convscope.heatmaps(model, x, 1)
     before = snapshot(net)
-    monkeypatch.setattr("convscope.evaluation.sanity.redrawn", lambda values, draw: values * float("inf"))
+    monkeypatch.setattr("convscope.evaluation.sanity.randomize", lambda values, draw: values * float("inf"))
     with pytest.raises(ConvscopeError, match="not finite"):
         convscope.evaluate(model, x, heat, "randomisation")
     assert changes(before, snapshot(net)) == []
@@ -372,7 +372,7 @@ def test_a_network_that_load_made_is_judged_quicker_and_alike(lite0, photos):
     before = snapshot(lite0.module)
     heat = convscope.heatmaps(lite0, given)
     names = ["deletion", "randomisation", "insertion", "average-drop", "random-logit"]
-    in_hand = dataclasses.replace(lite0, owned=False)
+    in_hand = dataclasses.replace(lite0, loaded_by_convscope=False)
     quick, plain = (
         convscope.evaluate(m, given, dataclasses.replace(heat, model=m), names, steps=4, stages=3)
         for m in (lite0, in_hand)

@@ -1,0 +1,1 @@
+"""Metrics of heatmaps, and the comparison of methods."""

@@ -1,16 +1,17 @@
-"""Does a heatmap tell the truth? Its maps are put to the test: on the network, on what is known of the picture."""
+"""`evaluate`: measure how faithful heatmaps are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from convscope.attribution.context import LOGITS_RTOL
+from convscope.attribution.targets import Targets
 from convscope.engine import capture
 from convscope.engine.acceleration.conv_fusion import find_fusions, with_fusion
 from convscope.engine.batching import (
@@ -25,26 +26,26 @@ from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int
-from convscope.evaluation import baselines, inputs
-from convscope.evaluation import registry as table
+from convscope.evaluation.baselines import check_fill
 from convscope.evaluation.context import EvaluationContext, Scores
-from convscope.evaluation.inputs import HeatmapInput
-from convscope.evaluation.result import Evaluation, warnings
+from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_heatmaps, parse_masks
+from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, resolve_options
+from convscope.evaluation.result import Evaluation, suspicion_notes
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 
-STATES = 64  # bytes for each pixel of each map: its heat, its rank, and what it takes to find them
+BYTES_PER_PIXEL = 64  # of each map: its values, ranks, and the temporaries of ranking
 
-__all__ = ["Evaluation", "evaluate"]
+Run = Callable[[Tensor], ForwardResult]
 
 
 def evaluate(
     model: Model,
-    images: Any,
-    heatmaps: Any,
+    images: object,
+    heatmaps: object,
     metrics: str | Sequence[str] = ("deletion", "insertion"),
     *,
-    targets: Any = None,
-    masks: Any = None,
+    targets: Targets | None = None,
+    masks: object = None,
     fill: str = "blur",
     steps: int = 28,
     seed: int = 0,
@@ -52,190 +53,239 @@ def evaluate(
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Evaluation:
-    """Figures that say how far heatmaps are to be trusted.
+    """Measure how faithful heatmaps are.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    images
-        The very pictures that the heatmaps are of, in any form that `convscope` takes.
-    heatmaps
-        What `convscope.heatmaps` gave for them; or anybody's maps, an array (N, h, w) or (N, T, h, w) of any
-        resolution, laid over the network's input, higher is more evidence.
-    metrics
-        Keys of `convscope.evaluation.metrics.METRICS`, one or several.
-    targets
-        What maps given as an array are evidence for; as in `heatmaps`.
-    masks
-        Where the targets are, for `pointing`, `energy` and `iou`: for each picture, in its own size, (H, W) or
-        (T, H, W), bool; as a list or an array (N, H, W) or (N, T, H, W).
-    fill
-        What takes the place of pixels that are taken away: "blur", "mean", "zero" or "noise"; see `evaluation.fills`.
-    steps
-        Of curves: each takes away, or shows, an equal part of the pixels.
-    seed
-        Of everything that is drawn at random; the draws are the same for every picture.
-    fit
-        For maps given as an array: "squash" (the default) or "crop", as in `heatmaps`.
-    memory
-        Bytes that a batch's intermediate results may take.
-    max_pixels
-        Pictures with more are refused before memory is spent on them.
-    progress
-        Called with the number of pictures done, a fraction within those that take long, and the number in all. What it
-        raises ends the work, and leaves nothing behind.
-    options
-        Of the metrics: their functions' keyword arguments; one that several metrics have goes to all of them.
+    images : path, sequence of paths, PIL images, arrays or tensor
+        The N images of the heatmaps, in any form that `convscope.heatmaps` takes.
+    heatmaps : Heatmaps or array
+        Result of `convscope.heatmaps` for these images; or maps of any origin, (N, h, w) or (N, T, h, w) at any
+        resolution over the network's input, higher values for more evidence.
+    metrics : str or sequence of str
+        Keys of ``convscope.evaluation.registry.METRICS``.
+    targets : optional
+        What maps given as an array explain; as in `convscope.heatmaps`.
+    masks : array or list, optional
+        Where the targets are, for "pointing", "energy" and "iou": per image (H, W) or (T, H, W) bool at the image's own
+        size; a list or an array (N, H, W) or (N, T, H, W).
+    fill : {"blur", "mean", "zero", "noise"}
+        Replacement of removed pixels.
+    steps : int
+        Steps of curves: each removes or inserts an equal part of the pixels.
+    seed : int
+        Seed of all random numbers, which are the same for every image.
+    fit : {"squash", "crop"}, optional
+        For maps given as an array: how they lie over the image, as in `convscope.heatmaps`.
+    memory : int
+        Bytes for the intermediate results of a batch.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    progress : callable, optional
+        Called with the number of images done, fractions included, and the number of images. Exceptions raised here
+        cancel cleanly.
+    **options
+        Keyword arguments of the metrics' functions; one that several metrics have is passed to all of them.
+
+    Returns
+    -------
+    Evaluation
+        ``evaluation["deletion"]`` is float32 (N, T).
 
     Raises
     ------
     ConvscopeError
-        Before any work is done: for an unknown metric, option or fill, for maps that are not of these pictures, for
-        masks that are missing where a metric needs them and for maps given as an array where a metric has to make them
-        again. Later for pictures none of which can be used, and for numbers that are not finite. Pictures that cannot
-        be used are named in `.failed`.
+        Before any work is done: for an unknown metric, option or fill, for heatmaps of other images, for missing masks,
+        and for arrays where a metric must compute maps again. Later: if no image can be used, or if numbers are not
+        finite. Images that cannot be used are named in ``.failed``.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> image = convscope.samples.photographs()[3]
+    >>> heatmaps = convscope.heatmaps(model, image)
+    >>> evaluation = convscope.evaluate(model, image, heatmaps, steps=7)
+    >>> evaluation["deletion"].shape
+    (1, 1)
+    >>> evaluation.mean("insertion") > evaluation.mean("deletion")
+    True
     """
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     if not names:
-        raise ConvscopeError(f"no metrics; expected some of {', '.join(table.METRICS)}")
-    chosen = table.options(names, options, {"steps": steps, "fill": fill})
-    baselines.require_fill(fill)
+        raise ConvscopeError(f"no metrics; expected some of {', '.join(METRICS)}")
+    metric_options = resolve_options(names, options, {"steps": steps, "fill": fill})
+    check_fill(fill)
     require_int("steps", steps)
-    made = getattr(heatmaps, "fit", None)
-    if fit is not None and made is not None and fit != made:
-        raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were made with fit={made!r}; leave it out")
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=made or fit or "squash", max_pixels=max_pixels)
-    maps = inputs.parse(model, pictures, heatmaps, targets)
-    positions = None if masks is None else inputs.take_masks(masks, len(pictures), maps.targets.num_targets)
-    _require_needs(names, maps, positions)
-    if positions is not None and maps.result is not None:
-        for index, where in zip(maps.result.image_indices, maps.result.geometry, strict=True):
-            inputs.check_mask_size(positions[index], where, pictures.names[index])
-
-    each = forward_bytes(model) + STATES * maps.targets.num_targets * np.prod(model.preprocessing.size)
-    size = forward_batch_size(model, memory)
-    # A quicker way through the network has to be found first, which a pass or two do not pay for.
-    many = any({"steps", "samples"} & own.keys() for own in chosen.values())
-    found: list[dict[str, Scores]] = []
-    classes: list[Tensor] = []
-    done: list[int] = []
-    with torch.no_grad(), capture.capture_layers(model, []) as run:
-        quick = run
-        for batch in pictures.batches(batch_size(model, each, memory)):
-            before = len(done) + len(pictures.failed)
-            subject = _subject(model, batch, maps, positions, pictures, run, size, seed, memory)
-            if model.loaded_by_convscope and many:
-                quick = quick if done else with_fusion(run, find_fusions(run, pad_to_fixed_batch(model, subject.x[:1])))
-                subject = replace(subject, run=_agreeing(quick, subject))
-            classes.append(subject.chosen.classes.cpu())
-            found.append({})
-            for number, name in enumerate(names):
-
-                def tell(share: float, before: int = before, number: int = number, count: int = len(batch.x)) -> None:
-                    if progress is not None:
-                        progress(before + count * (number + share) / len(names), len(pictures))
-
-                found[-1][name] = table.find(name).function(replace(subject, tell=tell), **chosen[name])
-                tell(1)
-            done += batch.indices
-    values = {name: _joined([part[name].values for part in found]) for name in names}
-    curves = {
-        curve: _joined([part[name].curves[curve] for part in found])
-        for name in names
-        for curve in found[0][name].curves
-    }
-    chance = {
-        name: _joined([part[name].chance_level for part in found])
-        for name in names
-        if found[0][name].chance_level is not None
-    }
-    asked = torch.cat(classes).numpy()
-    return Evaluation(
-        model,
-        values=values,
-        curves=curves,
-        chance_level=chance,
-        targets=asked,
-        names=maps.targets.names(asked, done),
-        method=maps.method,
-        layer=maps.layer,
-        fit=pictures.fit,
-        image_names=tuple(pictures.names[i] for i in done),
-        settings={"seed": seed, "options": chosen},
-        notes=(*pictures.notes, *_scored(maps), *warnings(values, chance)),
-        failed=tuple(pictures.failed),
-    )
+    heatmap_fit = getattr(heatmaps, "fit", None)
+    if fit is not None and heatmap_fit is not None and fit != heatmap_fit:
+        raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were computed with fit={heatmap_fit!r}; leave it out")
+    loader = ImageBatchLoader(images, model.preprocessing, fit=heatmap_fit or fit or "squash", max_pixels=max_pixels)
+    maps = parse_heatmaps(model, loader, heatmaps, targets)
+    mask_list = None if masks is None else parse_masks(masks, len(loader), maps.targets.num_targets)
+    _check_requirements(names, maps, mask_list)
+    if mask_list is not None and maps.result is not None:
+        for index, geometry in zip(maps.result.image_indices, maps.result.geometry, strict=True):
+            check_mask_size(mask_list[index], geometry, loader.names[index])
+    job = _EvaluationJob(model, loader, maps, mask_list, metric_options, seed, memory, progress)
+    return job.collect(job.run())
 
 
-def _require_needs(names: Sequence[str], maps: HeatmapInput, masks: Sequence[Tensor] | None) -> None:
-    """Refuse metrics that cannot be had of what was given. Raises ConvscopeError."""
+@dataclass(frozen=True)
+class _BatchScores:
+    """Scores of one batch by metric, the targets' classes (B, T), and the images' indices."""
+
+    scores: dict[str, Scores]
+    classes: Tensor
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _EvaluationJob:
+    """A checked request."""
+
+    model: Model
+    loader: ImageBatchLoader
+    maps: HeatmapInput
+    masks: list[Tensor] | None
+    options: dict[str, MetricOptions]
+    seed: int
+    memory: int
+    progress: Progress | None
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> list[_BatchScores]:
+        """Compute all metrics, batch by batch."""
+        model = self.model
+        bytes_per_image = forward_bytes(model) + BYTES_PER_PIXEL * self.maps.targets.num_targets * float(
+            np.prod(model.preprocessing.size)
+        )
+        # Finding a faster pass costs a pass or two, which pays off for metrics with many passes.
+        many_passes = any({"steps", "samples"} & options.keys() for options in self.options.values())
+        batches: list[_BatchScores] = []
+        with torch.no_grad(), capture.capture_layers(model, []) as run:
+            fast_run: Run | None = None
+            for batch in self.loader.batches(batch_size(model, bytes_per_image, self.memory)):
+                context = self._make_context(batch, run)
+                if model.loaded_by_convscope and many_passes:
+                    fast_run = fast_run or with_fusion(run, find_fusions(run, pad_to_fixed_batch(model, context.x[:1])))
+                    context = replace(context, run=_verified_run(fast_run, context))
+                first = sum(len(b.indices) for b in batches) + len(self.loader.failed)
+                scores = self._score_batch(context, first)
+                batches.append(_BatchScores(scores, context.batch_targets.classes.cpu(), batch.indices))
+        return batches
+
+    def collect(self, batches: Sequence[_BatchScores]) -> Evaluation:
+        """Concatenate the batches' scores."""
+        names = list(self.options)
+        first = batches[0].scores
+        values = {name: _concatenate([batch.scores[name].values for batch in batches]) for name in names}
+        curves = {
+            curve: _concatenate([batch.scores[name].curves[curve] for batch in batches])
+            for name in names
+            for curve in first[name].curves
+        }
+        chance_level = {
+            name: _concatenate([batch.scores[name].chance_level for batch in batches])
+            for name in names
+            if first[name].chance_level is not None
+        }
+        classes = torch.cat([batch.classes for batch in batches]).numpy()
+        indices = [index for batch in batches for index in batch.indices]
+        notes = (*self.loader.notes, *_probability_notes(self.maps), *suspicion_notes(values, chance_level))
+        return Evaluation(
+            self.model,
+            values=values,
+            curves=curves,
+            chance_level=chance_level,
+            targets=classes,
+            names=self.maps.targets.names(classes, indices),
+            method=self.maps.method,
+            layer=self.maps.layer,
+            fit=self.loader.fit,
+            image_names=tuple(self.loader.names[i] for i in indices),
+            settings={"seed": self.seed, "options": self.options},
+            notes=notes,
+            failed=tuple(self.loader.failed),
+        )
+
+    def _score_batch(self, context: EvaluationContext, num_done: int) -> dict[str, Scores]:
+        """Compute every metric of one batch and report progress."""
+        scores = {}
+        for number, (name, options) in enumerate(self.options.items()):
+
+            def report(fraction: float, number: int = number) -> None:
+                if self.progress is not None:
+                    done = num_done + len(context.x) * (number + fraction) / len(self.options)
+                    self.progress(done, len(self.loader))
+
+            scores[name] = get_metric(name).function(replace(context, report_progress=report), **options)
+            report(1)
+        return scores
+
+    def _make_context(self, batch: Batch, run: Run) -> EvaluationContext:
+        """Run the unmodified images and check that the maps and masks are theirs."""
+        model, maps = self.model, self.maps
+        x = batch.x.to(model.device)
+        outputs = run(pad_to_fixed_batch(model, x))
+        require_finite(model, outputs.logits, "the network's output")
+        for index, geometry in zip(batch.indices, batch.geometry, strict=True):
+            if index not in maps.row_of_image:
+                name = self.loader.names[index]
+                raise ConvscopeError(f"{name} has no heatmap; it could not be used when the heatmaps were computed")
+            if self.masks is not None:
+                check_mask_size(self.masks[index], geometry, self.loader.names[index])
+        logits = outputs.logits[: len(x)]
+        context = EvaluationContext(
+            model=model,
+            x=x,
+            attribution_maps=maps.values[[maps.row_of_image[i] for i in batch.indices]].to(x.device),
+            batch_targets=maps.batch_targets(batch.indices, logits),
+            outputs=outputs,
+            run=run,
+            batch_size=forward_batch_size(model, self.memory),
+            seed=self.seed,
+            geometry=batch.geometry,
+            masks=[] if self.masks is None else [self.masks[i] for i in batch.indices],
+            recompute=maps.recompute_function(model, batch.indices, self.memory),
+        )
+        maps.check_same_logits(batch.indices, logits, context.logits, self.loader.names)
+        return context
+
+
+def _check_requirements(names: Sequence[str], maps: HeatmapInput, masks: Sequence[Tensor] | None) -> None:
+    """Refuse metrics whose requirements are not met."""
     for name in names:
-        needs = table.find(name).needs
+        needs = get_metric(name).needs
         if "masks" in needs and masks is None:
-            raise ConvscopeError(f"{name} needs masks=: for each picture where its target is, (H, W) bool")
+            raise ConvscopeError(f"{name} needs masks=: for each image where its target is, (H, W) bool")
         if "heatmaps" in needs and maps.result is None:
             raise ConvscopeError(
-                f"{name} makes the maps again; it needs what convscope.heatmaps gave, and an array was given"
+                f"{name} computes the maps again; it needs the result of convscope.heatmaps, not an array"
             )
         if "classes" in needs and maps.targets.functions:
-            raise ConvscopeError(f"{name} needs classes as targets; functions of the output were given")
+            raise ConvscopeError(f"{name} needs classes as targets, not functions of the output")
 
 
-def _subject(
-    model: Model,
-    batch: Batch,
-    maps: HeatmapInput,
-    positions: Sequence[Tensor] | None,
-    images: ImageBatchLoader,
-    run: Callable[[Tensor], ForwardResult],
-    size: int,
-    seed: int,
-    memory: int,
-) -> EvaluationContext:
-    x = batch.x.to(model.device)
-    seen = run(pad_to_fixed_batch(model, x))
-    require_finite(model, seen.logits, "the network's output")
-    for index, where in zip(batch.indices, batch.geometry, strict=True):
-        if index not in maps.row:
-            raise ConvscopeError(f"{images.names[index]} has no heatmap; when these were made it could not be used")
-        if positions is not None:
-            inputs.check_mask_size(positions[index], where, images.names[index])
-    subject = EvaluationContext(
-        model=model,
-        x=x,
-        maps=maps.values[[maps.row[i] for i in batch.indices]].to(x.device),
-        chosen=maps.chosen(batch.indices, seen.logits[: len(x)]),
-        seen=seen,
-        run=run,
-        size=size,
-        seed=seed,
-        geometry=batch.geometry,
-        masks=[] if positions is None else [positions[i] for i in batch.indices],
-        recompute=maps.again(model, batch.indices, memory),
-    )
-    maps.require_same(batch.indices, seen.logits[: len(x)], subject.logits, images.names)
-    return subject
+def _verified_run(fast_run: Run, context: EvaluationContext) -> Run:
+    """Return the faster pass if its logits agree with the plain ones on these images; else the plain pass."""
+    plain = context.outputs.logits
+    fast = fast_run(pad_to_fixed_batch(context.model, context.x)).logits
+    return fast_run if bool((plain - fast).abs().max() <= LOGITS_RTOL * plain.abs().max()) else context.run
 
 
-def _agreeing(
-    quick: Callable[[Tensor], ForwardResult], subject: EvaluationContext
-) -> Callable[[Tensor], ForwardResult]:
-    """The quicker way through the network, if it says the same of these pictures; else the way that there is."""
-    plain, folded = subject.seen.logits, quick(pad_to_fixed_batch(subject.model, subject.x)).logits
-    return quick if bool((plain - folded).abs().max() <= LOGITS_RTOL * plain.abs().max()) else subject.run
-
-
-def _scored(maps: HeatmapInput) -> list[str]:
-    """In words: what stands in for a probability where there is none."""
+def _probability_notes(maps: HeatmapInput) -> list[str]:
+    """Explain what replaces the probability for targets that have none."""
     if maps.targets.functions:
-        return ["targets are functions, which have no probability: what they give is used as it is"]
+        return ["targets are functions, which have no probability: their values are used"]
     if maps.targets.against is not None:
-        return ["of a class against others, the probability is the sigmoid of the difference of their logits"]
+        return ["the probability of a class against others is the sigmoid of the difference of their logits"]
     return []
 
 
-def _joined(parts: Sequence[Tensor | None]) -> np.ndarray:
+def _concatenate(parts: Sequence[Tensor | None]) -> npt.NDArray[np.float32]:
     return torch.cat([part for part in parts if part is not None]).float().cpu().numpy()

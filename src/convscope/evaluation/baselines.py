@@ -1,4 +1,4 @@
-"""What takes the place of pixels that are taken away: one function and one row in the table each."""
+"""Replacements of removed pixels: one function and one row in the table each."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
 
-BLUR = 1 / 20  # the blur's standard deviation as a share of the input's longest side: 11 pixels of 224
+BLUR_FRACTION = 1 / 20  # standard deviation of the blur relative to the input's longest side: 11 pixels of 224
 
 
-def blur(x: Tensor, draw: torch.Generator) -> Tensor:
-    """The picture under a Gaussian of a twentieth of its longest side, cut off at three deviations; border repeated.
+def blur(x: Tensor, _: torch.Generator) -> Tensor:
+    """Blur with a Gaussian of 1/20 of the longest side, truncated at three deviations; the border is repeated.
 
-    RISE uses a kernel of 11 pixels, which leaves large things recognisable.
+    RISE uses a kernel of 11 pixels, which leaves large objects recognisable. Separable and for any number of axes, so
+    that signals and volumes are blurred too.
     """
-    sigma = BLUR * max(x.shape[2:])
-    reach = max(1, math.ceil(3 * sigma))
-    positions = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    sigma = BLUR_FRACTION * max(x.shape[2:])
+    radius = max(1, math.ceil(3 * sigma))
+    positions = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     weights = torch.exp(-0.5 * (positions / sigma) ** 2)
     weights /= weights.sum()
     for dim in range(2, x.ndim):
-        rows = x.movedim(dim, -1)
-        flat = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (reach, reach), mode="replicate")
-        x = F.conv1d(flat, weights[None, None]).reshape(rows.shape).movedim(-1, dim)
+        lines = x.movedim(dim, -1)
+        flat = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (radius, radius), mode="replicate")
+        x = F.conv1d(flat, weights[None, None]).reshape(lines.shape).movedim(-1, dim)
     return x
 
 
-def mean(x: Tensor, draw: torch.Generator) -> Tensor:
-    """The picture's own mean colour."""
+def mean(x: Tensor, _: torch.Generator) -> Tensor:
+    """Return each image's mean colour."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True).expand_as(x)
 
 
-def zero(x: Tensor, draw: torch.Generator) -> Tensor:
-    """0 in the network's input: the preprocessing's mean colour, or black where it has none."""
+def zero(x: Tensor, _: torch.Generator) -> Tensor:
+    """Return 0 in network input: the preprocessing's mean colour, or black if it has none."""
     return torch.zeros_like(x)
 
 
-def noise(x: Tensor, draw: torch.Generator) -> Tensor:
-    """Normal noise of the picture's own mean and deviation in each channel; the same draws for every picture."""
-    positions = tuple(range(2, x.ndim))
-    drawn = torch.randn(x.shape[1:], generator=draw).to(x)
-    return x.mean(positions, keepdim=True) + x.std(positions, keepdim=True, correction=0) * drawn
+def noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal noise with each channel's mean and deviation; the same draws for every image."""
+    dims = tuple(range(2, x.ndim))
+    normal = torch.randn(x.shape[1:], generator=generator).to(x)
+    return x.mean(dims, keepdim=True) + x.std(dims, keepdim=True, correction=0) * normal
 
 
 FILLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -56,16 +57,13 @@ FILLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 
 
-def require_fill(name: str) -> None:
-    """Raises ConvscopeError, with the nearest names, for an unknown fill."""
+def check_fill(name: str) -> None:
+    """Refuse an unknown fill."""
     if name not in FILLS:
         raise ConvscopeError(f"fill {name!r} is not known; nearest: {nearest(str(name), list(FILLS))}")
 
 
-def filled(x: Tensor, fill: str, draw: torch.Generator) -> Tensor:
-    """What takes the place of pixels of `x` (B, C, H, W), laid out as `x` is."""
-    return FILLS[fill](x, draw).contiguous(memory_format=_layout(x))
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+def apply_fill(x: Tensor, fill: str, generator: torch.Generator) -> Tensor:
+    """Return the replacement of removed pixels of `x` (B, C, H, W), in its memory format."""
+    memory_format = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    return FILLS[fill](x, generator).contiguous(memory_format=memory_format)

@@ -1,4 +1,4 @@
-"""Which method, at which layer? Methods side by side on your network and pictures, with their proof and their price."""
+"""`compare`: heatmap methods and layers side by side, with faithfulness and time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from convscope.attribution.api import compute_heatmaps, resolve_method
-from convscope.attribution.registry import get_method as find_method
+from convscope.attribution.registry import get_method
 from convscope.attribution.result import Heatmaps
+from convscope.attribution.runner import MethodSpec
+from convscope.attribution.targets import ClassLabels, Targets
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.evaluation.api import evaluate
-from convscope.evaluation.registry import find as find_metric
+from convscope.evaluation.registry import get_metric
 from convscope.evaluation.result import Evaluation
 from convscope.feature_maps import predict
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
@@ -31,45 +33,56 @@ METHODS = ("grad-cam", "grad-cam++", "hirescam", "layer-cam", "eigen-cam", "cent
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Result):
-    """Cells, one method at one layer each: `heatmaps` and `evaluations` of each, and `seconds` (cells,) a picture.
+    """Heatmaps of several methods and layers, each evaluated.
 
-    A cell that the network does not allow is missing here, and named in `failed` with the reason.
+    A combination of method and layer that the network does not support is left out and named in `failed`.
+
+    Attributes
+    ----------
+    heatmaps : tuple of Heatmaps
+        One per combination.
+    evaluations : tuple of Evaluation
+        One per combination.
+    seconds : ndarray
+        (combinations,): seconds per image.
     """
 
     heatmaps: tuple[Heatmaps, ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
-    seconds: np.ndarray
+    seconds: npt.NDArray[np.float64]
     fit: str
 
     @property
     def metrics(self) -> list[str]:
+        """Names of the metrics."""
         return self.evaluations[0].metrics
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a cell: method, layer, milliseconds a picture, and of each metric mean and 95 % interval."""
-        found = []
-        for heatmap, scores, seconds in zip(self.heatmaps, self.evaluations, self.seconds, strict=True):
-            row: dict[str, Any] = {"method": heatmap.method, "layer": heatmap.layer, "ms": 1000 * float(seconds)}
+        """Return one row per combination: method, layer, milliseconds per image, mean and 95 % interval per metric."""
+        rows = []
+        for heatmaps, evaluation, seconds in zip(self.heatmaps, self.evaluations, self.seconds, strict=True):
+            row: dict[str, Any] = {"method": heatmaps.method, "layer": heatmaps.layer, "ms": 1000 * float(seconds)}
             for metric in self.metrics:
-                low, high = scores.interval(metric)
-                row |= {metric: scores.mean(metric), f"{metric}_low": low, f"{metric}_high": high}
-            found.append(row)
-        return found
+                low, high = evaluation.interval(metric)
+                row |= {metric: evaluation.mean(metric), f"{metric}_low": low, f"{metric}_high": high}
+            rows.append(row)
+        return rows
 
     def best(self, metric: str) -> dict[str, Any]:
-        """The row that does best by a metric."""
-        sign = 1 if find_metric(metric).better == "higher" else -1
+        """Return the row with the best mean of a metric."""
+        sign = 1 if get_metric(metric).better == "higher" else -1
         return max(self.rows(), key=lambda row: sign * row[metric])
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The seconds, and under "method/layer/..." what each cell found."""
-        arrays = {"seconds": self.seconds}
-        for heatmap, scores in zip(self.heatmaps, self.evaluations, strict=True):
-            for part in (heatmap.arrays(), scores.arrays()):
-                arrays |= {f"{heatmap.method}/{heatmap.layer}/{name}": array for name, array in part.items()}
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the seconds, and the arrays of each combination under "method/layer/..."."""
+        arrays: dict[str, npt.NDArray[Any]] = {"seconds": self.seconds}
+        for heatmaps, evaluation in zip(self.heatmaps, self.evaluations, strict=True):
+            for part in (heatmaps.arrays(), evaluation.arrays()):
+                arrays |= {f"{heatmaps.method}/{heatmaps.layer}/{name}": array for name, array in part.items()}
         return arrays
 
-    def texts(self) -> dict[str, str]:
+    def text_files(self) -> dict[str, str]:
+        """Return ``table.csv`` and ``table.json``."""
         rows = self.rows()
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
@@ -78,26 +91,33 @@ class Comparison(Result):
         return {"table.csv": table.getvalue(), "table.json": json.dumps(rows, indent=1) + "\n"}
 
     def parameters(self) -> dict[str, Any]:
-        cells = [
-            {"method": heatmap.method, "layer": heatmap.layer, "why": heatmap.layer_reason} for heatmap in self.heatmaps
-        ]
+        """Return the settings, as JSON values."""
         first = self.heatmaps[0]
-        shown = {"pictures": first.image_names, "targets": first.targets.tolist(), "classes": first.names}
-        settings = {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)}
-        return {"cells": cells, "metrics": self.metrics, "fit": self.fit, **shown, "settings": settings}
+        return {
+            "combinations": [
+                {"method": maps.method, "layer": maps.layer, "layer_reason": maps.layer_reason}
+                for maps in self.heatmaps
+            ],
+            "metrics": self.metrics,
+            "fit": self.fit,
+            "image_names": first.image_names,
+            "targets": first.targets.tolist(),
+            "classes": first.names,
+            "settings": {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)},
+        }
 
 
 def compare(
     model: Model,
-    images: Any,
-    targets: Any = None,
+    images: object,
+    targets: Targets | None = None,
     *,
     methods: Sequence[str] = METHODS,
     layers: Sequence[str] | None = None,
     metrics: Sequence[str] = ("deletion", "insertion"),
-    masks: Any = None,
+    masks: object = None,
     fit: str = "squash",
-    against: Any = None,
+    against: ClassLabels | None = None,
     smooth: str | None = None,
     scale: float | Sequence[float] = 1,
     fuse: str = "mean",
@@ -106,69 +126,97 @@ def compare(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Every method at every layer, on the same pictures: maps, faithfulness, time.
+    """Compare heatmap methods and layers on the same images: maps, faithfulness, time.
 
-    Each cell is made by itself, so that its time is its own; methods that look at the input are made once. Parameters
-    as of `heatmaps` and `evaluate`; `methods` and `layers` are names, no layers: the automatic choice. "random" and
-    "centred" know nothing of the network: what a method does not beat them by is not evidence.
+    Each combination is computed separately, so that its time can be measured; methods at the input run once.
 
-    Raises ConvscopeError for anything unknown, before work starts, and when no cell is possible.
+    Parameters
+    ----------
+    model : Model
+        From `convscope.load`.
+    images, targets, fit, against, smooth, scale, fuse, seed, memory, max_pixels
+        As in `convscope.heatmaps`.
+    methods : sequence of str
+        Names of methods. "random" and "centred" do not depend on the network: a method must beat them.
+    layers : sequence of str, optional
+        Names of layers; chosen automatically if omitted.
+    metrics, masks
+        As in `convscope.evaluate`.
+    progress : callable, optional
+        Called with the number of combinations done and their total.
+
+    Returns
+    -------
+    Comparison
+        One row per combination of method and layer.
+
+    Raises
+    ------
+    ConvscopeError
+        For unknown methods, layers or metrics, before any work is done; later if no combination is possible.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> image = convscope.samples.photographs()[3]
+    >>> comparison = convscope.compare(model, image, methods=["grad-cam", "random"], metrics=["deletion"])
+    >>> comparison.best("deletion")["method"]
+    'grad-cam'
     """
-    cells = []
-    for method in methods:
-        at_input = find_method(method).at_input
-        for layer in [None] if at_input or not layers else layers:
-            cells.append(resolve_method(model, method, layer, fuse, {}))
-    if not cells:
-        raise ConvscopeError("there are no methods to compare")
+    combinations = _combinations(model, methods, layers, fuse)
     for metric in metrics:
-        find_metric(metric)
-    predict(model, images, 1, fit=fit, memory=memory, max_pixels=max_pixels)  # what a first pass costs is nobody's time
-    make = partial(
-        compute_heatmaps,
-        model,
-        fit=fit,
-        against=against,
-        smooth=smooth,
-        scale=scale,
-        seed=seed,
-        memory=memory,
-        max_pixels=max_pixels,
-    )
-    heatmap: list[Heatmaps] = []
-    scores: list[Evaluation] = []
+        get_metric(metric)
+    predict(model, images, 1, fit=fit, memory=memory, max_pixels=max_pixels)  # warm-up, so that it is not timed
+    results: list[Heatmaps] = []
+    evaluations: list[Evaluation] = []
     seconds: list[float] = []
-    refused: list[Failure] = []
-    for done, cell in enumerate(cells):
+    failures: list[Failure] = []
+    for number, spec in enumerate(combinations):
         if progress is not None:
-            progress(done, len(cells))
+            progress(number, len(combinations))
         try:
             start = time.perf_counter()
-            (maps,) = make(images, targets, [cell])
-            taken = time.perf_counter() - start
+            (maps,) = compute_heatmaps(
+                model, images, targets, [spec], fit=fit, against=against, smooth=smooth, scale=scale, seed=seed,
+                memory=memory, max_pixels=max_pixels,
+            )  # fmt: skip
+            duration = time.perf_counter() - start
         except ConvscopeError as error:
-            refused.append(Failure(f"{cell.name} at {cell.layer_name}", str(error)))
+            failures.append(Failure(f"{spec.name} at {spec.layer_name}", str(error)))
             continue
-        heatmap.append(maps)
-        seconds.append(taken / len(maps.image_names))
-        scores.append(
+        results.append(maps)
+        seconds.append(duration / len(maps.image_names))
+        evaluations.append(
             evaluate(model, images, maps, metrics, masks=masks, seed=seed, memory=memory, max_pixels=max_pixels)
         )
     if progress is not None:
-        progress(len(cells), len(cells))
-    if not heatmap:
-        raise ConvscopeError("; ".join(map(str, refused)))
-    said = [
+        progress(len(combinations), len(combinations))
+    if not results:
+        raise ConvscopeError("; ".join(map(str, failures)))
+    notes = [
         f"{maps.method} at {maps.layer}: {note}"
-        for maps, own in zip(heatmap, scores, strict=True)
-        for note in own.notes
+        for maps, evaluation in zip(results, evaluations, strict=True)
+        for note in evaluation.notes
     ]
     return Comparison(
         model,
-        heatmaps=tuple(heatmap),
-        evaluations=tuple(scores),
+        heatmaps=tuple(results),
+        evaluations=tuple(evaluations),
         seconds=np.array(seconds),
         fit=fit,
-        notes=tuple(dict.fromkeys((*heatmap[0].notes, *said))),
-        failed=(*refused, *heatmap[0].failed),
+        notes=tuple(dict.fromkeys((*results[0].notes, *notes))),
+        failed=(*failures, *results[0].failed),
     )
+
+
+def _combinations(model: Model, methods: Sequence[str], layers: Sequence[str] | None, fuse: str) -> list[MethodSpec]:
+    """Return every method at every layer; methods at the input once."""
+    combinations = []
+    for method in methods:
+        at_input = get_method(method).at_input
+        for layer in [None] if at_input or not layers else layers:
+            combinations.append(resolve_method(model, method, layer, fuse, {}))
+    if not combinations:
+        raise ConvscopeError("there are no methods to compare")
+    return combinations

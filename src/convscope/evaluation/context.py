@@ -1,11 +1,11 @@
-"""One batch of pictures, their maps, and the network: all that a metric works with."""
+"""What a metric works with: one batch of images, their maps, and the network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,160 +15,209 @@ from convscope.engine.batching import balanced_chunks, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.evaluation.baselines import filled
+from convscope.evaluation.baselines import apply_fill
 from convscope.images.geometry import Geometry
 
 T = TypeVar("T")
 
 
 class Scores(NamedTuple):
-    """What a metric found for a batch: `values` (B, T); curves (B, T, steps + 1) under names; what chance gives."""
+    """What a metric returns for a batch.
+
+    Attributes
+    ----------
+    values : Tensor
+        (B, T).
+    curves : mapping of str to Tensor
+        (B, T, steps + 1) by name.
+    chance_level : Tensor or None
+        (B, T): the expected value of a random map, where it is known.
+    """
 
     values: Tensor
     curves: Mapping[str, Tensor] = MappingProxyType({})
     chance_level: Tensor | None = None
 
 
+class Recompute(Protocol):
+    """Compute maps again by the method that made them."""
+
+    def __call__(self, x: Tensor, image_rows: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Return maps (M, T, h, w) of inputs (M, C, H, W) that belong to rows (M,) of the batch."""
+
+
 @dataclass(frozen=True, eq=False)
 class EvaluationContext:
-    """B pictures, prepared: `x` (B, C, H, W), channels last; T maps of each, (B, T, h, w), as they were made.
+    """A batch of B images with T maps each, and cached quantities that several metrics share.
 
-    `run` puts inputs through the network, `size` of them at once. `seed` is what random draws come from: the same for
-    every picture, whatever its neighbours. `seen` is what the network makes of the pictures as they are.
-    `masks` are (T, H, W) bool for each picture, `again` makes the maps anew by the same method: of inputs (M, C, H, W),
-    for pictures `rows` (M,) of the batch and, where they are not the maps' own, classes (M, T). `tell` is told the
-    share of the work, 0 to 1, that is done.
+    Attributes
+    ----------
+    x : Tensor
+        (B, C, H, W), network input, channels_last.
+    attribution_maps : Tensor
+        (B, T, h, w), as they were computed.
+    batch_targets : BatchTargets
+        What the maps explain.
+    outputs : ForwardResult
+        The network's output for the unmodified images.
+    run : callable
+        Runs a batch of inputs through the network.
+    batch_size : int
+        Inputs per call of `run`.
+    seed : int
+        Source of random numbers: the same for every image, whatever else is in the batch.
+    geometry : sequence of Geometry
+        Where each input lies in its image.
+    masks : sequence of Tensor
+        (T, H, W) bool per image: where the targets are.
+    recompute : callable or None
+        Computes maps again by the same method.
+    report_progress : callable
+        Called with the fraction of the work that is done, 0 to 1.
     """
 
     model: Model
     x: Tensor
-    maps: Tensor
-    chosen: BatchTargets
-    seen: ForwardResult
+    attribution_maps: Tensor
+    batch_targets: BatchTargets
+    outputs: ForwardResult
     run: Callable[[Tensor], ForwardResult]
-    size: int
+    batch_size: int
     seed: int
     geometry: Sequence[Geometry]
     masks: Sequence[Tensor] = ()
-    recompute: Callable[..., Tensor] | None = None
-    tell: Callable[[float], None] = lambda share: None
-    memo: dict[Any, Any] = field(default_factory=dict)
+    recompute: Recompute | None = None
+    report_progress: Callable[[float], None] = lambda _: None
+    cache: dict[Hashable, object] = field(default_factory=dict)
 
     @property
-    def count(self) -> int:
+    def num_targets(self) -> int:
         """T."""
-        return self.maps.shape[1]
+        return self.attribution_maps.shape[1]
 
     @property
-    def heatmap(self) -> Tensor:
-        """The maps at the input's resolution (B, T, H, W), linear between the places' centres, float32."""
-        return self.cached("heat", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.maps))
+    def heatmaps(self) -> Tensor:
+        """The maps at the input's resolution, (B, T, H, W) float32, interpolated linearly."""
+        return self.cached("heatmaps", lambda: Geometry.whole(self.x.shape[2:]).to_original(self.attribution_maps))
 
     @property
-    def order(self) -> Tensor:
-        """Each pixel's rank, (B, T, H, W) int32: 0 for the hottest.
+    def pixel_ranks(self) -> Tensor:
+        """Each pixel's rank, (B, T, H, W) int32: 0 for the most relevant.
 
-        Pixels of equal heat are ranked in an order drawn from the seed, the same for every picture: in reading order, a
-        map that is 0 over much of the picture would be judged by what is at its top.
+        Ties are broken at random from the seed, in the same order for every image: in reading order, a map with large
+        areas of 0 would be scored by the content at its top.
         """
-        return self.cached("order", lambda: pixel_ranks(self.heatmap, self.generator()))
+        return self.cached("pixel_ranks", lambda: rank_pixels(self.heatmaps, self.generator()))
 
     @property
-    def rows(self) -> Tensor:
-        """0 to B - 1."""
+    def image_rows(self) -> Tensor:
+        """The numbers 0 to B - 1."""
         return torch.arange(len(self.x), device=self.x.device)
 
     @property
     def probabilities(self) -> Tensor:
-        """Of the pictures as they are, (B, T)."""
-        return self._judged(self.seen, self.rows, self.probability)
+        """The targets' probabilities for the unmodified images, (B, T)."""
+        return self._unpadded(self.outputs, self.image_rows, self.target_probabilities)
 
     @property
     def target_scores(self) -> Tensor:
-        """What the targets score for the pictures as they are, (B, T); see `raw`."""
-        return self._judged(self.seen, self.rows, self.raw)
+        """The targets' scores for the unmodified images, (B, T); see `raw_scores`."""
+        return self._unpadded(self.outputs, self.image_rows, self.raw_scores)
 
     @property
     def logits(self) -> Tensor:
-        """What the targets score for the pictures as they are, (B, T), nothing taken off."""
-        return replace(self, chosen=replace(self.chosen, against=None)).target_scores
+        """The targets' scores for the unmodified images without contrast classes, (B, T)."""
+        return replace(self, batch_targets=replace(self.batch_targets, against=None)).target_scores
 
     @property
-    def sigmoid(self) -> bool:
-        """Whether each class has a probability of its own."""
-        return self.model.final_activation == "sigmoid" or self.seen.logits.shape[1] == 1
+    def independent_classes(self) -> bool:
+        """Whether each class has an independent probability (sigmoid)."""
+        return self.model.final_activation == "sigmoid" or self.outputs.logits.shape[1] == 1
 
     def generator(self) -> torch.Generator:
-        """A fresh generator on the CPU: the same draws for every picture."""
+        """Return a new generator on the CPU with the context's seed."""
         return torch.Generator().manual_seed(self.seed)
 
-    def raw(self, seen: ForwardResult, rows: Tensor) -> Tensor:
-        """What the targets score, (M, T): logits, differences of logits, or what functions give."""
-        return self.chosen.scores(seen, rows)
+    def raw_scores(self, outputs: ForwardResult, image_rows: Tensor) -> Tensor:
+        """Return the targets' scores (M, T): logits, differences of logits, or values of functions."""
+        return self.batch_targets.scores(outputs, image_rows)
 
-    def probability(self, seen: ForwardResult, rows: Tensor) -> Tensor:
-        """The targets' probabilities (M, T): softmax; sigmoid where each class has one of its own.
+    def target_probabilities(self, outputs: ForwardResult, image_rows: Tensor) -> Tensor:
+        """Return the targets' probabilities (M, T): softmax, or sigmoid for independent classes.
 
-        Of a class against others: the sigmoid of the difference, the share of the class if there were none but these.
-        A function has no probability: it is what it gives.
+        For a class against others: the sigmoid of the difference of logits, i.e. the probability among these classes
+        alone. A function has no probability; its value is used.
         """
-        if self.chosen.functions:
-            return self.raw(seen, rows)
-        if self.chosen.against is not None:
-            return self.raw(seen, rows).sigmoid()
-        shares = seen.logits.sigmoid() if self.sigmoid else seen.logits.softmax(1)
-        return shares.gather(1, self.chosen.classes[rows])
+        if self.batch_targets.functions:
+            return self.raw_scores(outputs, image_rows)
+        if self.batch_targets.against is not None:
+            return self.raw_scores(outputs, image_rows).sigmoid()
+        probabilities = outputs.logits.sigmoid() if self.independent_classes else outputs.logits.softmax(1)
+        return probabilities.gather(1, self.batch_targets.classes[image_rows])
 
-    def scores(
+    def score_inputs(
         self,
-        rows: Tensor,
-        inputs: Callable[[Tensor], Tensor],
-        of: Callable[[ForwardResult, Tensor], Tensor] | None = None,
+        image_rows: Tensor,
+        make_inputs: Callable[[Tensor], Tensor],
+        score: Callable[[ForwardResult, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """What the targets score for M inputs, (M, T), without gradients.
+        """Score M modified inputs, without gradients.
 
-        `inputs(part)` makes those with the numbers `part`, a piece of 0 to M - 1; `rows` (M,) says which picture each
-        belongs to; `of` is `probability`, if nothing else is said, or `raw`.
+        Parameters
+        ----------
+        image_rows : Tensor
+            (M,): the image that each input belongs to.
+        make_inputs : callable
+            Returns the inputs whose numbers, a part of 0 to M - 1, it is given.
+        score : callable, optional
+            `target_probabilities` (default) or `raw_scores`.
+
+        Returns
+        -------
+        Tensor
+            (M, T).
         """
-        found = [torch.empty(0, self.count, device=rows.device)]
-        for part in balanced_chunks(range(len(rows)), self.size):
-            numbers = torch.arange(part[0], part[-1] + 1, device=rows.device)
-            seen = self.run(pad_to_fixed_batch(self.model, inputs(numbers)))
-            require_finite(self.model, seen.logits, "the network's output for a changed picture")
-            found.append(self._judged(seen, rows[numbers], of or self.probability))
-            self.tell((part[-1] + 1) / len(rows))
-        return torch.cat(found)
+        scores = [torch.empty(0, self.num_targets, device=image_rows.device)]
+        for part in balanced_chunks(range(len(image_rows)), self.batch_size):
+            numbers = torch.arange(part[0], part[-1] + 1, device=image_rows.device)
+            outputs = self.run(pad_to_fixed_batch(self.model, make_inputs(numbers)))
+            require_finite(self.model, outputs.logits, "the network's output for a modified image")
+            scores.append(self._unpadded(outputs, image_rows[numbers], score or self.target_probabilities))
+            self.report_progress((part[-1] + 1) / len(image_rows))
+        return torch.cat(scores)
 
-    def _judged(self, seen: ForwardResult, rows: Tensor, of: Callable[[ForwardResult, Tensor], Tensor]) -> Tensor:
-        """Scores of the pass's first rows, which belong to the pictures `rows`; the rest has filled it up."""
-        return of(seen, torch.cat([rows, rows[-1:].expand(len(seen.logits) - len(rows))]))[: len(rows)]
+    def _unpadded(
+        self, outputs: ForwardResult, image_rows: Tensor, score: Callable[[ForwardResult, Tensor], Tensor]
+    ) -> Tensor:
+        """Score a pass that may have been padded to a fixed batch size, and drop the padding."""
+        padding = image_rows[-1:].expand(len(outputs.logits) - len(image_rows))
+        return score(outputs, torch.cat([image_rows, padding]))[: len(image_rows)]
 
-    def with_progress(self, done: float, whole: float) -> EvaluationContext:
-        """The same, whose share of the work begins at `done` and is `whole` in all."""
-        return replace(self, tell=lambda share: self.tell(done + whole * share))
+    def with_progress(self, start: float, fraction: float) -> EvaluationContext:
+        """Return a context whose progress runs from `start` to `start + fraction` of this one's."""
+        return replace(self, report_progress=lambda done: self.report_progress(start + fraction * done))
 
     def baseline(self, fill: str) -> Tensor:
-        """What takes the place of pixels that are taken away, as `x`."""
-        return self.cached(("baseline", fill), lambda: filled(self.x, fill, self.generator()))
+        """Return the replacement of removed pixels, with the shape of `x`."""
+        return self.cached(("baseline", fill), lambda: apply_fill(self.x, fill, self.generator()))
 
-    def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives: made once, for all metrics that share it."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        found: T = self.memo[key]
-        return found
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the cached value of `make`, shared by all metrics."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return cast(T, self.cache[key])
 
 
-def pixel_ranks(heatmap: Tensor, draw: torch.Generator) -> Tensor:
-    """Each pixel's rank in its map (B, T, ...), int32: 0 for the hottest; equal ones in an order drawn at random."""
-    flat = heatmap.flatten(2)
+def rank_pixels(heatmaps: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each pixel's rank in its map (B, T, ...), int32: 0 for the most relevant; ties in random order."""
+    flat = heatmaps.flatten(2)
     count = flat.shape[2]
-    shuffled = torch.randperm(count, generator=draw).to(heatmap.device)
+    shuffled = torch.randperm(count, generator=generator).to(heatmaps.device)
     positions = shuffled[flat[..., shuffled].argsort(dim=2, descending=True, stable=True)]
-    ranks = torch.arange(count, dtype=torch.int32, device=heatmap.device).expand_as(positions)
-    return torch.empty_like(ranks).scatter_(2, positions, ranks).view(heatmap.shape)
+    ranks = torch.arange(count, dtype=torch.int32, device=heatmaps.device).expand_as(positions)
+    return torch.empty_like(ranks).scatter_(2, positions, ranks).view(heatmaps.shape)
 
 
-def composite(keep: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`first` where `keep` (M, H, W) is true and `second` elsewhere; (M, C, H, W) each, channels last."""
-    return torch.where(keep[..., None], first.movedim(1, -1), second.movedim(1, -1)).movedim(-1, 1)
+def composite(mask: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
+    """Return `foreground` where `mask` (M, H, W) is true and `background` elsewhere; (M, C, H, W), channels_last."""
+    return torch.where(mask[..., None], foreground.movedim(1, -1), background.movedim(1, -1)).movedim(-1, 1)

@@ -1,6 +1,6 @@
-"""Whether a map finds what is known to be there: maps and masks in the pictures' own geometry.
+"""Metrics of localisation: maps against masks, in the images' own geometry.
 
-Pictures differ in size, so they are taken one after another; nothing here asks the network.
+Images differ in size, so they are processed one at a time; the network is not run.
 """
 
 from __future__ import annotations
@@ -15,58 +15,63 @@ from convscope.errors import require_int
 from convscope.evaluation.context import EvaluationContext, Scores
 
 
-def pointing(subject: EvaluationContext, *, tolerance: int = 0) -> Scores:
-    """Whether the hottest pixel lies on the target: 1 or 0; of several hottest ones, the share that does.
+def pointing(context: EvaluationContext, *, tolerance: int = 0) -> Scores:
+    """Return whether the maximum lies on the target, 1 or 0 (pointing game); for ties, the fraction that does.
 
-    `tolerance`: pixels by which it may miss, all around. Zhang et al., Top-down Neural Attention by Excitation
-    Backprop, ECCV 2016, section 4.1 (there 15 pixels); ties as an average over all ways to break them.
+    `tolerance`: pixels by which it may miss.
+
+    References
+    ----------
+    Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016, section 4.1 (there 15 pixels).
     """
     require_int("tolerance", tolerance, 0)
-    found, chance = [], []
-    for heatmap, mask in _pairs(subject):
-        target = grown(mask, tolerance).flatten(1)
+    values, chance = [], []
+    for heatmap, mask in _maps_and_masks(context):
+        target = dilate(mask, tolerance).flatten(1)
         flat = heatmap.flatten(1)
-        found.append(_share(target, flat == flat.amax(1, keepdim=True)))
+        values.append(_fraction_on_target(target, flat == flat.amax(1, keepdim=True)))
         chance.append(target.double().mean(1))
-    return _scores(found, chance)
+    return _scores(values, chance)
 
 
-def energy(subject: EvaluationContext) -> Scores:
-    """The share of the positive heat that lies on the target, 0 to 1; 0 if there is none.
+def energy(context: EvaluationContext) -> Scores:
+    """Compute the fraction of the positive relevance that lies on the target, 0 to 1; 0 if there is none.
 
+    References
+    ----------
     Wang et al., Score-CAM, CVPR workshops 2020, section 4.3.
     """
-    found, chance = [], []
-    for heatmap, mask in _pairs(subject):
+    values, chance = [], []
+    for heatmap, mask in _maps_and_masks(context):
         target, positive = mask.flatten(1), heatmap.flatten(1).clamp(min=0).double()
         whole = positive.sum(1)
-        found.append(torch.where(whole > 0, (positive * target).sum(1) / whole.clamp(min=1e-300), 0.0))
+        values.append(torch.where(whole > 0, (positive * target).sum(1) / whole.clamp(min=1e-300), 0.0))
         chance.append(target.double().mean(1))
-    return _scores(found, chance)
+    return _scores(values, chance)
 
 
-def iou(subject: EvaluationContext) -> Scores:
-    """Intersection over union of the target with the map's hottest pixels, as many as the target has, 0 to 1.
+def iou(context: EvaluationContext) -> Scores:
+    """Compute the IoU of the target and as many of the map's most relevant pixels, 0 to 1.
 
-    Neither a threshold nor the map's scale plays a part. Pixels of equal heat at the limit count in proportion.
+    Independent of thresholds and of the map's scale. Tied pixels at the limit count in proportion.
     """
-    found, chance = [], []
-    for heatmap, mask in _pairs(subject):
+    values, chance = [], []
+    for heatmap, mask in _maps_and_masks(context):
         target, flat = mask.flatten(1), heatmap.flatten(1)
         size = target.sum(1)
-        coldest = flat.shape[1] + 1 - size  # the k-th hottest, counted from below
-        limits = [h.kthvalue(int(k)).values for h, k in zip(flat, coldest, strict=True)]
+        rank_from_below = flat.shape[1] + 1 - size  # of the size-th largest value
+        limits = [h.kthvalue(int(k)).values for h, k in zip(flat, rank_from_below, strict=True)]
         limit = torch.stack(limits)[:, None]
         above = flat > limit
-        both = (target & above).sum(1) + (size - above.sum(1)) * _share(target, flat == limit)
-        found.append(both / (2 * size - both))
+        both = (target & above).sum(1) + (size - above.sum(1)) * _fraction_on_target(target, flat == limit)
+        values.append(both / (2 * size - both))
         expected = size.double().square() / flat.shape[1]
         chance.append(expected / (2 * size - expected))
-    return _scores(found, chance)
+    return _scores(values, chance)
 
 
-def grown(mask: Tensor, radius: int) -> Tensor:
-    """Masks (T, H, W) and all pixels within `radius` of them: dilated by a disc."""
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """Dilate masks (T, H, W) by a disc of `radius` pixels."""
     height = mask.shape[1]
     out = mask.clone()
     for down in range(-min(radius, height - 1), min(radius, height - 1) + 1):
@@ -77,17 +82,17 @@ def grown(mask: Tensor, radius: int) -> Tensor:
     return out
 
 
-def _pairs(subject: EvaluationContext) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each picture its maps (T, H, W), in its own geometry, and as many masks."""
-    for maps, mask, where in zip(subject.maps, subject.masks, subject.geometry, strict=True):
-        heatmap = where.to_original(maps)
+def _maps_and_masks(context: EvaluationContext) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over images: maps (T, H, W) at the image's size, and as many masks."""
+    for maps, mask, geometry in zip(context.attribution_maps, context.masks, context.geometry, strict=True):
+        heatmap = geometry.to_original(maps)
         yield heatmap, mask.to(heatmap.device).expand_as(heatmap)
 
 
-def _share(target: Tensor, positions: Tensor) -> Tensor:
-    """The share of `places` that lies on the target; (T, P) bool each give (T,)."""
+def _fraction_on_target(target: Tensor, positions: Tensor) -> Tensor:
+    """Return the fraction of `positions` on the target; (T, P) bool each to (T,)."""
     return (target & positions).sum(1).double() / positions.sum(1)
 
 
-def _scores(found: list[Tensor], chance: list[Tensor]) -> Scores:
-    return Scores(torch.stack(found).float(), chance_level=torch.stack(chance).float())
+def _scores(values: list[Tensor], chance: list[Tensor]) -> Scores:
+    return Scores(torch.stack(values).float(), chance_level=torch.stack(chance).float())

@@ -1,4 +1,4 @@
-"""Other weights for a while: drawn anew, and the network's own put back as they were."""
+"""Randomise weights temporarily and restore them bit for bit."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from convscope.engine.model import Model
 
-Put = Callable[[nn.Parameter, Tensor], None]
+SetParameter = Callable[[nn.Parameter, Tensor], None]
 
 
 @contextmanager
-def temporary_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[Put]:
-    """The block gets a function that puts other values in a parameter's place; behind it all are as they were.
+def temporary_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[SetParameter]:
+    """Yield a function that replaces the values of parameters inside the block; restore them on exit.
 
-    The values' memory changes hands, and nothing is written into the network's own: the parameters are the very same
-    objects, with the same storage, layout and version counter, and a view of a weight that somebody holds does not see
-    the other values. Weights made under `inference_mode`, which have no version counter, are written and copied back.
+    `parameter.data` is swapped, so the original memory is never written: afterwards the parameters have the same
+    storage, memory format and version counter, and views of a weight do not see the temporary values. Weights created
+    under `inference_mode`, which have no version counter, are overwritten and copied back.
     """
-    own = [(p, p.clone() if p.is_inference() else p.data) for p in parameters]
+    original = [(p, p.clone() if p.is_inference() else p.data) for p in parameters]
     try:
-        yield _put
+        yield _set_parameter
     finally:
-        for p, values in own:
-            _put(p, values)
+        for p, values in original:
+            _set_parameter(p, values)
 
 
-def _put(p: nn.Parameter, values: Tensor) -> None:
+def _set_parameter(p: nn.Parameter, values: Tensor) -> None:
     if p.is_inference():
         with torch.inference_mode():
             p.copy_(values)
@@ -37,35 +37,35 @@ def _put(p: nn.Parameter, values: Tensor) -> None:
         p.data = values
 
 
-def randomize(values: Tensor, draw: torch.Generator) -> Tensor:
-    """As many values that know nothing of these.
+def randomize(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random values of the same shape.
 
-    Kernels and matrices: normal, of mean 0 and the same root mean square, so that what passes keeps its scale. Vectors
-    (biases, scales of normalisations, statistics) are shuffled: what must be positive stays so.
+    Kernels and matrices: normal with mean 0 and the same root mean square, so that activations keep their scale.
+    Vectors (biases, scales of normalisation layers, statistics) are shuffled, so that positive values stay positive.
     """
     if not values.is_floating_point():
         return values
     if values.ndim < 2:
-        return values[torch.randperm(len(values), generator=draw).to(values.device)] if values.ndim else values
-    spread = values.float().square().mean().sqrt()
-    drawn = torch.randn(values.shape, generator=draw).to(values.device) * spread
-    return torch.empty_like(values).copy_(drawn)  # laid out as they were
+        return values[torch.randperm(len(values), generator=generator).to(values.device)] if values.ndim else values
+    rms = values.float().square().mean().sqrt()
+    normal = torch.randn(values.shape, generator=generator).to(values.device) * rms
+    return torch.empty_like(values).copy_(normal)  # same memory format
 
 
 def cascade_order(model: Model) -> list[tuple[str, list[nn.Parameter]]]:
-    """The layers with parameters of their own, the last to run first, and these; none twice.
+    """Return layers and their parameters, the last layer to run first; each parameter appears once.
 
-    A parameter belongs to the innermost layer that has it, which is done before those around it. What no layer has that
-    ran comes last.
+    A parameter belongs to the innermost layer that has it, which finishes before its parents. Parameters of layers that
+    did not run come last.
     """
     modules, parameters = model.modules_and_parameters()
-    left = {id(p): p for p in parameters}
-    found: list[tuple[str, list[nn.Parameter]]] = []
-    for row in model.layers:
-        module = modules.get(row.name) or modules.get(row.name.partition("#")[0])
-        of = [] if module is None else list(model.adapter.parameters(module))
-        own = [p for p in of if left.pop(id(p), None) is not None]
-        if own:
-            found.append((row.name, own))
-    rest = [("the rest", list(left.values()))] if left else []
-    return [*reversed(found), *rest]
+    remaining = {id(p): p for p in parameters}
+    layers: list[tuple[str, list[nn.Parameter]]] = []
+    for layer in model.layers:
+        module = modules.get(layer.name) or modules.get(layer.name.partition("#")[0])
+        candidates = [] if module is None else list(model.adapter.parameters(module))
+        new = [p for p in candidates if remaining.pop(id(p), None) is not None]
+        if new:
+            layers.append((layer.name, new))
+    rest = [("the rest", list(remaining.values()))] if remaining else []
+    return [*reversed(layers), *rest]

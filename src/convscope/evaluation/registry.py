@@ -1,24 +1,37 @@
-"""The table of metrics: one row each."""
+"""The table of metrics: one row per metric."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from convscope.errors import ConvscopeError, nearest
 from convscope.evaluation import curves, faithfulness, localisation, sanity
 from convscope.evaluation.context import Scores
 
+MetricOptions: TypeAlias = dict[str, Any]  # keyword arguments of a metric's function
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A function of a `Subject`, and how to read what it gives.
+    """A metric and how to read its values.
 
-    better: "lower" or "higher". says: what the figure is, in a line. limit: a mean on the wrong side of it is worth the
-    words in `warning`; where the metric knows what chance gives, that is the limit. needs: "masks", "heatmaps" (made by
-    convscope, so that they can be made again) or "classes" (as targets). axis: what a curve is drawn over.
+    Attributes
+    ----------
+    function : callable
+        ``function(context, **options) -> Scores``.
+    better : {"lower", "higher"}
+        Which direction is better.
+    description : str
+        One line.
+    limit : float or None
+        A mean on the wrong side of it causes `warning`; the chance level takes its place where it is known.
+    needs : tuple of str
+        "masks", "heatmaps" (computed by convscope, so that they can be computed again) or "classes" (as targets).
+    curve_axis : str
+        Label of the horizontal axis of curves.
     """
 
     function: Callable[..., Scores]
@@ -27,10 +40,10 @@ class Metric:
     limit: float | None = None
     warning: str = ""
     needs: tuple[str, ...] = ()
-    axis: str = "share of pixels taken away"
+    curve_axis: str = "fraction of pixels removed"
 
-    def warns(self, mean: float, chance: float | None = None) -> bool:
-        """Whether a mean is on the wrong side of the limit."""
+    def is_suspect(self, mean: float, chance: float | None = None) -> bool:
+        """Return whether a mean is on the wrong side of the limit."""
         limit = self.limit if chance is None else chance
         if limit is None:
             return False
@@ -41,136 +54,141 @@ METRICS: dict[str, Metric] = {
     "deletion": Metric(
         curves.deletion,
         "lower",
-        "area under the target's probability while the hottest pixels are taken away first",
+        "area under the target's probability while the most relevant pixels are removed first",
     ),
     "insertion": Metric(
         curves.insertion,
         "higher",
-        "area under the target's probability while the hottest pixels are shown first",
-        axis="share of pixels shown",
+        "area under the target's probability while the most relevant pixels are inserted first",
+        curve_axis="fraction of pixels inserted",
     ),
     "road": Metric(
         curves.road,
         "higher",
-        "probability left without the coldest pixels, less that left without the hottest, over all steps",
+        "probability without the least relevant pixels minus probability without the most relevant, over all steps",
         0.0,
-        "without the pixels that the map marks the target keeps as much as without the others",
+        "removing the relevant pixels costs the target no more than removing the others",
     ),
     "average-drop": Metric(
         faithfulness.average_drop,
         "lower",
-        "share of its probability that the target loses where the map dims the picture",
+        "relative loss of the target's probability on the image multiplied by the map",
         needs=("classes",),
     ),
     "average-gain": Metric(
         faithfulness.average_gain,
         "higher",
-        "share of what its probability lacks that the target gains where the map dims the picture",
+        "gain of the target's probability on the image multiplied by the map, relative to 1 - probability",
         needs=("classes",),
     ),
     "average-increase": Metric(
         faithfulness.average_increase,
         "higher",
-        "share of targets that are more probable where the map dims the picture",
+        "fraction of targets that are more probable on the image multiplied by the map",
         needs=("classes",),
     ),
     "mu-fidelity": Metric(
         faithfulness.mu_fidelity,
         "higher",
-        "correlation of the heat in a random subset with the score that goes with it",
+        "correlation of the relevance of random subsets with the drop of the score without them",
         0.0,
-        "taking away what the map marks costs the target no more than taking away anything else",
+        "removing relevant subsets costs the target no more than removing others",
     ),
     "infidelity": Metric(
         faithfulness.infidelity,
         "lower",
-        "mean squared error of the heat in a random subset as a forecast of the score that goes with it",
+        "mean squared error of the relevance of random subsets as a prediction of the drop of the score",
     ),
     "max-sensitivity": Metric(
         sanity.max_sensitivity,
         "lower",
-        "largest relative change of the map under noise too weak to be seen",
+        "largest relative change of the map under imperceptible noise",
         1.0,
-        "noise that nobody sees changes the map by as much as there is of it",
+        "imperceptible noise changes the map by as much as its own norm",
         needs=("heatmaps",),
     ),
     "sparseness": Metric(
         faithfulness.sparseness,
         "higher",
-        "Gini index of the map: 0 is even, 1 a single pixel; says how concise it is, not whether it is true",
+        "Gini index of the map: 0 is even, 1 a single pixel; measures how concise it is, not whether it is right",
     ),
     "complexity": Metric(
         faithfulness.complexity,
         "lower",
-        "entropy of the map in nats; says how concise it is, not whether it is true",
+        "entropy of the map in nats; measures how concise it is, not whether it is right",
     ),
     "pointing": Metric(
         localisation.pointing,
         "higher",
-        "share of maps whose hottest pixel lies on the target",
-        warning="the hottest pixel finds the target no more often than chance would",
+        "fraction of maps whose maximum lies on the target",
+        warning="the maximum lies on the target no more often than by chance",
         needs=("masks",),
     ),
     "energy": Metric(
         localisation.energy,
         "higher",
-        "share of the positive heat that lies on the target",
-        warning="there is no more heat on the target than on as large a part of anything else",
+        "fraction of the positive relevance that lies on the target",
+        warning="there is no more relevance on the target than on an equally large random region",
         needs=("masks",),
     ),
     "iou": Metric(
         localisation.iou,
         "higher",
-        "intersection over union of the target with as many of the hottest pixels",
-        warning="the hottest pixels meet the target no more than pixels at random would",
+        "intersection over union of the target with as many of the most relevant pixels",
+        warning="the most relevant pixels overlap the target no more than random pixels",
         needs=("masks",),
     ),
     "randomisation": Metric(
         sanity.randomisation,
         "lower",
-        "rank correlation of the map with the one of the same network without its learned weights",
+        "rank correlation of the map with that of the same network with random weights",
         0.5,
-        "the map hardly changes when the weights are drawn anew: it shows edges of the picture, not evidence",
+        "the map hardly changes when the weights are randomised: it shows edges of the image, not evidence",
         needs=("heatmaps",),
-        axis="stages of redrawing, from the top layer to all",
+        curve_axis="stages of randomisation, from the top layer to all",
     ),
     "random-logit": Metric(
         sanity.random_logit,
         "lower",
-        "rank correlation of the map with the one for another class",
+        "rank correlation of the map with that of another class",
         0.9,
-        "the map is nearly the same for another class: it shows what is there, not what speaks for the class",
+        "the map is nearly the same for another class: it shows what is in the image, not evidence for the class",
         needs=("heatmaps", "classes"),
     ),
 }
 
 
-def find(name: str) -> Metric:
-    """The metric of that name. Raises ConvscopeError, with the nearest names, when there is none."""
+def get_metric(name: str) -> Metric:
+    """Return the metric of this name."""
     if name not in METRICS:
         raise ConvscopeError(f"metric {name!r} is not known; nearest: {nearest(str(name), list(METRICS))}")
     return METRICS[name]
 
 
-def options(names: Iterable[str], given: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each metric all its options: the given and shared ones that it has, and the others' defaults.
+def resolve_options(
+    names: Iterable[str], options: Mapping[str, object], shared: Mapping[str, object]
+) -> dict[str, MetricOptions]:
+    """Return all options of each metric: values of `options` and `shared` where it has them, else its defaults.
 
-    Raises ConvscopeError for a given one that none of the metrics has.
+    Raises
+    ------
+    ConvscopeError
+        For an option that none of the metrics has.
     """
     known = {
         name: {
             key: parameter.default
-            for key, parameter in inspect.signature(find(name).function).parameters.items()
+            for key, parameter in inspect.signature(get_metric(name).function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
         for name in names
     }
-    every = {key: None for own in known.values() for key in own if key not in shared}
-    for key in given:
-        if key not in every:
-            has = f"their options: {', '.join(every)}" if every else "they have no options of their own"
+    available = {key: None for defaults in known.values() for key in defaults if key not in shared}
+    for key in options:
+        if key not in available:
+            has = f"their options: {', '.join(available)}" if available else "they have no options"
             raise ConvscopeError(f"option {key!r} is known to none of {', '.join(known)}; {has}")
     return {
-        name: {key: given.get(key, shared.get(key, default)) for key, default in own.items()}
-        for name, own in known.items()
+        name: {key: options.get(key, shared.get(key, default)) for key, default in defaults.items()}
+        for name, defaults in known.items()
     }

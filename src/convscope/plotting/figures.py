@@ -16,7 +16,7 @@ from PIL import Image
 from convscope.attribution.result import Heatmaps
 from convscope.errors import ConvscopeError
 from convscope.evaluation.comparison import Comparison
-from convscope.evaluation.registry import find
+from convscope.evaluation.registry import get_metric
 from convscope.evaluation.result import Evaluation
 from convscope.evaluation.statistics import bootstrap
 from convscope.feature_maps import Activations, Predictions, is_constant_channel
@@ -310,7 +310,7 @@ def draw_evaluation(result: Evaluation) -> Figure:
         else:
             _draw_values(axes, result, metric)
         low, high = result.interval(metric)
-        title = f"{metric}, {find(metric).better} is better\n{result.mean(metric):.3g}, {low:.3g} to {high:.3g}"
+        title = f"{metric}, {get_metric(metric).better} is better\n{result.mean(metric):.3g}, {low:.3g} to {high:.3g}"
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -329,7 +329,7 @@ def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], metric: str) -> None
         position = np.linspace(0, 1, curve.shape[-1])
         (line,) = axes.plot(position, means.mean(0), label=name)
         axes.fill_between(position, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-    axes.set_xlabel(find(metric).axis, fontsize=8)
+    axes.set_xlabel(get_metric(metric).curve_axis, fontsize=8)
     axes.set_xlim(0, 1)
     if len(curves) > 1:
         axes.legend(fontsize=7, frameon=False)

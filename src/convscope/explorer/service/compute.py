@@ -22,7 +22,7 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.evaluation.api import evaluate
-from convscope.evaluation.registry import find
+from convscope.evaluation.registry import get_metric
 from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.schemas import (
     ChannelStatistics,
@@ -123,8 +123,8 @@ def faithfulness(
         {
             "metric": name,
             "mean": scores.mean(name),
-            "better": find(name).better,
-            "description": find(name).description,
+            "better": get_metric(name).better,
+            "description": get_metric(name).description,
             "curve": [round(float(v), 4) for v in scores.curves[name][0, 0]],
         }
         for name in scores.values
