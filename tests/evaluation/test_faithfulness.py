@@ -14,7 +14,7 @@ from PIL import Image
 import convscope
 from convscope.evaluation.faithfulness import random_subsets
 from convscope.evaluation.localisation import dilate
-from convscope.evaluation.statistics import pearson, average_ranks, spearman
+from convscope.evaluation.statistics import average_ranks, pearson, spearman
 from tests.oracles.judged import SIDE, Weighted, gray, pictures, probability, random_maps, summing, usual
 
 SHARED = Path(__file__).parents[3] / "shared" / "evalset"

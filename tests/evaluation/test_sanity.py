@@ -18,7 +18,7 @@ from convscope.attribution.context import MethodContext
 from convscope.attribution.registry import ModelMethod
 from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
 from convscope.evaluation.registry import METRICS
-from convscope.evaluation.sanity import _layer_groups, _derived_generator
+from convscope.evaluation.sanity import _derived_generator, _layer_groups
 from convscope.evaluation.statistics import spearman
 from tests.oracles.judged import pictures, usual
 from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
