@@ -53,7 +53,7 @@ def test_an_explainer_that_ignores_the_network_fails():
     np.testing.assert_array_equal(found["randomisation"], 1)
     np.testing.assert_array_equal(found.curves["randomisation-absolute"], 1)
     np.testing.assert_array_equal(found["random-logit"], 1)
-    assert any("shows edges of the picture, not evidence" in note for note in found.notes)
+    assert any("shows edges of the image, not evidence" in note for note in found.notes)
     assert any("nearly the same for another class" in note for note in found.notes)
 
 
