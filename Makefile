@@ -30,6 +30,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/numpydoc lint $$(git ls-files "src/convscope/*.py")
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py

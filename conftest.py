@@ -1,4 +1,4 @@
-"""Doctests of the package run in an empty folder, on one seed."""
+"""Doctests run in an empty folder; tests with a cluster, a browser or Keras are marked as slow."""
 
 from __future__ import annotations
 
@@ -14,3 +14,20 @@ def _doctest_folder(request: pytest.FixtureRequest) -> None:
         folder = request.getfixturevalue("tmp_path")
         assert isinstance(folder, Path)
         request.getfixturevalue("monkeypatch").chdir(folder)
+
+
+SLOW = (
+    "tests/distributed",
+    "tests/explorer/browser",
+    "tests/scanning/test_decoding.py",
+    "tests/sources/test_keras.py",
+    "tests/test_chapter.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out."""
+    for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        if path.startswith(SLOW) or isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)

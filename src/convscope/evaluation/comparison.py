@@ -134,7 +134,7 @@ def compare(
     ----------
     model : Model
         From `convscope.load`.
-    images, targets, fit, against, smooth, scale, fuse, seed, memory, max_pixels
+    images, targets
         As in `convscope.heatmaps`.
     methods : sequence of str
         Names of methods. "random" and "centred" do not depend on the network: a method must beat them.
@@ -142,6 +142,8 @@ def compare(
         Names of layers; chosen automatically if omitted.
     metrics, masks
         As in `convscope.evaluate`.
+    fit, against, smooth, scale, fuse, seed, memory, max_pixels
+        As in `convscope.heatmaps`.
     progress : callable, optional
         Called with the number of combinations done and their total.
 

@@ -19,7 +19,7 @@ _TORCHVISION_ATTRIBUTES = ("crop_size", "resize_size", "mean", "std", "interpola
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing:  # numpydoc ignore=PR02
     """How an image becomes network input.
 
     Parameters
