@@ -1,8 +1,15 @@
-"""While a pass runs, single calls of torch's functions are seen, or answered otherwise; the network is not touched."""
+"""Function modes: intercept the torch functions that a network calls, without touching the network.
+
+`FunctionMode` is the base class of every function mode in the package. `canonical_name` gives the different spellings
+of a function (``torch.add``, ``Tensor.add_``, ``Tensor.__iadd__``) one name.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -10,44 +17,113 @@ from torch.overrides import TorchFunctionMode
 from convscope.engine.nested import primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
+Function = Callable[..., Any]
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
+T = TypeVar("T")
 
-class ForceGradMode(TorchFunctionMode):
-    """While active, what the network itself says about gradients (`no_grad`, `enable_grad`) is passed over."""
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        **{"iadd": "add", "radd": "add", "isub": "sub", "subtract": "sub"},
+        **{"imul": "mul", "rmul": "mul", "multiply": "mul"},
+        **{"truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div"},
+        **{"clip": "clamp"},
+    }
+)
+"""Names of the same function, without underscores, and its canonical name."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if getattr(func, "__name__", "") == "_set_grad_enabled" else func(*args, **(kwargs or {}))
+
+@lru_cache(maxsize=1024)
+def canonical_name(function: Function) -> str:
+    """Return a torch function's name without underscores and overload; aliases are resolved.
+
+    ``torch.add``, ``Tensor.add_`` and ``Tensor.__iadd__`` are all called "add".
+    """
+    name = _base_name(function).strip("_")
+    return ALIASES.get(name, name)
 
 
-class LogitsRecorder(TorchFunctionMode):
-    """Remembers what went into each softmax or sigmoid, so that the last one can be taken off again.
+def is_inplace(function: Function) -> bool:
+    """Check whether a torch function writes into its first argument: ``Tensor.relu_``, ``Tensor.__iadd__``."""
+    name = _base_name(function)
+    if name.startswith("__"):
+        return name.startswith("__i") and canonical_name(function) in ("add", "sub", "mul", "div")
+    return name.endswith("_")
 
-    Works for a module, a function and an activation fused into a Keras layer alike, and touches none of them.
+
+def _base_name(function: Function) -> str:
+    """Return a function's own name without overload; an empty one if it has none."""
+    return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+class FunctionMode(TorchFunctionMode):
+    """Base class: intercept calls of torch functions inside the block.
+
+    Subclasses override `intercept`. It makes the call itself, or returns something else in its place.
+
+    Attributes
+    ----------
+    names : frozenset of str or None
+        Canonical names of the functions to intercept; None intercepts all.
     """
 
-    HEADS = frozenset({"softmax", "log_softmax", "sigmoid"})
-    CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as"})
+    names: frozenset[str] | None = None
+
+    def __torch_function__(self, func: Function, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        name = canonical_name(func)
+        if self.names is not None and name not in self.names:
+            return func(*args, **(kwargs or {}))
+        return self.intercept(func, name, args, kwargs or {})
+
+    def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
+        """Return the result of ``function(*args, **kwargs)``, or a replacement for it.
+
+        `name` is the function's canonical name. No mode of this class is active inside.
+        """
+        raise NotImplementedError
+
+
+class ForceGradMode(FunctionMode):
+    """Ignore the network's own changes of the gradient mode (``no_grad``, ``enable_grad``)."""
+
+    names = frozenset({"set_grad_enabled"})
+
+    def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> None:
+        """Skip the call."""
+
+
+class LogitsRecorder(FunctionMode):
+    """Record the inputs of every softmax and sigmoid, so that a final one can be undone.
+
+    Works for modules, functions and activations fused into a Keras layer.
+    """
+
+    ACTIVATIONS: ClassVar = frozenset({"softmax", "log_softmax", "sigmoid"})
+    CASTS: ClassVar = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as"})
+    names = ACTIVATIONS | CASTS
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[Tensor, Tensor]] = []
+        self.records: list[tuple[Tensor, Tensor]] = []  # an activation's output and its input
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "").partition(".")[0]
-        if name.removesuffix("_") not in self.HEADS:
-            output = func(*args, **(kwargs or {}))
-            if name in self.CASTS:  # the same values, rounded
-                self.made += [(output, went_in) for made, went_in in self.made if made is args[0]]
+    def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
+        """Call the function; record its output with the activation's input."""
+        if name in self.CASTS:
+            output = function(*args, **kwargs)
+            if isinstance(output, Tensor):
+                self.records += [(output, logits) for activated, logits in self.records if activated is args[0]]
             return output
-        went_in = args[0] if args else kwargs["input"]
-        went_in = went_in.clone() if name.endswith("_") else went_in
-        output = func(*args, **(kwargs or {}))
-        self.made.append((output, went_in))
+        logits = args[0] if args else kwargs["input"]
+        logits = logits.clone() if is_inplace(function) else logits
+        output = function(*args, **kwargs)
+        self.records.append((output, logits))
         return output
 
-    def pre_activation(self, output: Any) -> Any:
+    def pre_activation(self, output: T) -> T:
+        """Replace the activated tensor in a network's output by the activation's input."""
         last = primary_tensor(output)
-        for made, went_in in reversed(self.made):
-            # The very values, whatever shape they were given since.
-            if last is not None and made.data_ptr() == last.data_ptr() and made.numel() == last.numel():
-                return replace_tensor(output, last, went_in.reshape(last.shape))
+        for activated, logits in reversed(self.records):
+            # The same values, even if they were reshaped since.
+            if last is not None and activated.data_ptr() == last.data_ptr() and activated.numel() == last.numel():
+                return replace_tensor(output, last, logits.reshape(last.shape))
         raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")

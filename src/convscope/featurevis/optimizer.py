@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from convscope.engine.acceleration.inplace_clamp import inplace_clamp
+from convscope.engine.function_modes import FunctionMode, is_inplace
 from convscope.errors import ConvscopeError
 from convscope.featurevis.parameterization import ImageParameterization
 
@@ -253,36 +253,37 @@ def _any(gradient: Tensor, images: int) -> Tensor:
     return live.view(images, -1).any(1)
 
 
-class RedirectedReLU(TorchFunctionMode):
-    """While active, rectifiers (ReLU, ReLU6; modules, functions, Keras activations) have redirected gradients.
+class RedirectedReLU(FunctionMode):
+    """Redirect the gradients of ReLUs (ReLU, ReLU6; modules, functions, Keras activations) for some images.
 
-    `pictures` is a mask over the batch: the others keep their usual gradients, whoever is beside them.
+    `images` is a mask over the batch; the gradients of the other images do not change.
     """
+
+    names = frozenset({"relu", "relu6", "hardtanh", "inplace_clamp"})
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.images = images
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").partition(".")[0]
-        top = _top(name, args, kwargs)
-        x = None if top is None else args[0] if args else kwargs["input"]
-        if x is None or x.ndim == 0 or len(x) % len(self.images):
-            return func(*args, **kwargs)
-        inplace = func is inplace_clamp or name.endswith("_") or bool(kwargs.get("inplace"))
+    def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a ReLU with the redirected gradient."""
+        top = _upper_bound(name, args, kwargs)
+        x = args[0] if args else kwargs["input"]
+        if top is None or x.ndim == 0 or len(x) % len(self.images):
+            return function(*args, **kwargs)
+        inplace = function is inplace_clamp or is_inplace(function) or bool(kwargs.get("inplace"))
         return _RedirectedClamp.apply(x, top, inplace, self.images)
 
 
-def _top(name: str, args: Any, kwargs: Any) -> float | None:
-    """Where a rectifier ends; None if the function is none."""
-    if name in ("relu", "relu_"):
+def _upper_bound(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
+    """Return the upper bound of a ReLU; None if the lower bound is not 0."""
+    if name == "relu":
         return float("inf")
-    if name in ("relu6", "relu6_"):
+    if name == "relu6":
         return 6.0
     if name == "inplace_clamp":
         return float(args[2]) if args[1] == 0 else None
-    if name in ("hardtanh", "hardtanh_"):
+    if name == "hardtanh":
         low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)
         high = kwargs.get("max_val", args[2] if len(args) > 2 else 1.0)
         return float(high) if low == 0 else None

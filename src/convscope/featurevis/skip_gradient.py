@@ -1,65 +1,83 @@
-"""Skip connections: of a gradient, more goes along them than through the branches that they pass by."""
+"""Skip gradient method: scale the gradient of residual branches relative to that of skip connections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.autograd.graph import Node
 
+from convscope.engine.function_modes import FunctionMode
 from convscope.engine.nested import iter_tensors
 
 R = TypeVar("R")
 
-ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-DEEPER = (F.conv1d, F.conv2d, F.conv3d, F.linear)
-
 
 def with_skip_gradient(forward: Callable[[Tensor], R], scale: float) -> Callable[[Tensor], R]:
-    """`run`, but of the gradient of each residual branch only `share` goes on; what is computed stays the same.
+    """Return `forward` with the gradient of every residual branch multiplied by `scale`; outputs do not change.
 
-    Where y = x + f(x), the gradient of x is that of y, plus `share` times what comes through f. Tricks that work on
-    single branches of this one network then count less beside what all layers agree on, and other networks recognise
-    the picture more often. Wu et al., "Skip Connections Matter", ICLR 2020 (skip gradient method).
+    Where ``y = x + f(x)``, the gradient of x is that of y plus `scale` times the part that comes through f. Features of
+    single branches then count less than those that all layers share, and other networks recognise the image more often.
+
+    References
+    ----------
+    Wu et al., Skip Connections Matter: On the Transferability of Adversarial Examples, ICLR 2020.
     """
 
-    def favoured(x: Tensor) -> R:
+    def scaled_forward(x: Tensor) -> R:
         if not torch.is_grad_enabled():
             return forward(x)
-        with _Weighing(x, scale):
+        with _SkipGradientMode(x, scale):
             return forward(x)
 
-    return favoured
+    return scaled_forward
 
 
-class _Weighing(TorchFunctionMode):
-    """Finds sums of two tensors that both depend on `x`; that with more layers on its way is the branch."""
+class _SkipGradientMode(FunctionMode):
+    """Find sums of two tensors that depend on `x`; the one with more layers on the longest path from `x` is the branch."""
 
-    def __init__(self, x: Tensor, share: float) -> None:
+    LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+    names = LAYERS | {"add"}
+
+    def __init__(self, x: Tensor, scale: float) -> None:
         super().__init__()
-        self.share = share
-        self.layers = WeakTensorKeyDictionary({x: 0})  # on the longest way from x to each tensor
+        self.scale = scale
+        self.depths: dict[Node, int] = {} if x.grad_fn is None else {x.grad_fn: 0}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ADDITIONS:
-            self._weigh(list(iter_tensors((args, kwargs))))
-        output = func(*args, **kwargs)
-        if not isinstance(output, Tensor | tuple | list):  # sizes and the like, which are asked for often
-            return output
-        before = [self.layers[t] for t in iter_tensors((args, kwargs)) if t in self.layers]
-        if before:
-            for tensor in iter_tensors(output):
-                self.layers[tensor] = max(before) + (func in DEEPER)
+    def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Scale the branch of a sum; count a layer."""
+        tensors = list(iter_tensors((args, kwargs)))
+        if name == "add":
+            self._scale_branch(tensors)
+            return function(*args, **kwargs)
+        depth = max(map(self._depth, tensors), default=0)
+        output: Tensor = function(*args, **kwargs)
+        if output.grad_fn is not None:
+            self.depths[output.grad_fn] = depth + 1
         return output
 
-    def _weigh(self, terms: list[Tensor]) -> None:
-        if len(terms) != 2 or not all(t in self.layers and t.requires_grad for t in terms):
+    def _scale_branch(self, terms: list[Tensor]) -> None:
+        if len(terms) != 2 or not all(term.requires_grad for term in terms):
             return
-        skip, branch = sorted(terms, key=lambda t: self.layers[t])
-        if skip.shape == branch.shape and self.layers[skip] < self.layers[branch]:
-            branch.register_hook(lambda gradient: self.share * gradient)  # type: ignore[no-untyped-call]
+        skip, branch = sorted(terms, key=self._depth)
+        if skip.shape == branch.shape and self._depth(skip) < self._depth(branch):
+            scale = self.scale  # a hook that refers to the mode would keep the graph alive
+            branch.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
+
+    def _depth(self, tensor: Tensor) -> int:
+        """Count the layers on the longest path from the input to a tensor."""
+        if tensor.grad_fn is None:
+            return 0
+        pending = [tensor.grad_fn]
+        while pending:
+            node = pending[-1]
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            if node in self.depths:
+                pending.pop()
+            elif unknown := [parent for parent in parents if parent not in self.depths]:
+                pending += unknown
+            else:
+                self.depths[node] = max((self.depths[parent] for parent in parents), default=0)
+        return self.depths[tensor.grad_fn]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from convscope.attribution.context import Extras, MethodContext
 from convscope.attribution.methods.gradient import INTERPOLATION, grad_batch_size
 from convscope.engine.batching import balanced_chunks
+from convscope.engine.function_modes import FunctionMode
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
@@ -74,7 +74,7 @@ def full_grad(context: MethodContext) -> tuple[Tensor, Extras]:
     return torch.cat(maps), {"completeness_error": torch.cat(errors)}
 
 
-class _BiasCollector(TorchFunctionMode):
+class _BiasCollector(FunctionMode):
     """Observe every bias while a batch runs, and accumulate the contributions in the backward pass.
 
     Parameters
@@ -102,18 +102,16 @@ class _BiasCollector(TorchFunctionMode):
         """Start the next target."""
         self.map = self.total = torch.zeros(())
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").partition(".")[0].strip("_")
-        name = FUNCTION_ALIASES.get(name, name)
+    def intercept(self, function: Callable[..., Any], name: str, args: Args, kwargs: Kwargs) -> Any:
+        """Call the function; find the bias in it."""
         arithmetic = _Arithmetic.parse(name, args, kwargs)
         if self.pending is not None and name != "get" and _is_argument(self.pending[0], args, kwargs):
             continues = arithmetic is not None and arithmetic.x is self.pending[0]
             if arithmetic is None or not continues or arithmetic.subtracts or arithmetic.inverts:
                 self._add_pending()
-        output = func(*args, **kwargs)
+        output = function(*args, **kwargs)
         if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-            self._observe(name, func, args, kwargs, arithmetic, output)
+            self._observe(name, function, args, kwargs, arithmetic, output)
         return output
 
     def _observe(
@@ -227,13 +225,6 @@ _LAYERS = {
 
 _BOUNDS: dict[str, tuple[float | None, float | None]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
 """Functions with bounds, and their default bounds."""
-
-FUNCTION_ALIASES = {
-    **{"clip": "clamp", "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"},
-    **{"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "truediv": "div", "itruediv": "div"},
-}
-"""Other names of the same function, without underscores."""
-
 
 def _align_bias(bias: Tensor | None, ndim: int, channel_dim: int) -> Tensor | None:
     """Reshape a bias (C,) so that it broadcasts to an output of `ndim` dimensions."""

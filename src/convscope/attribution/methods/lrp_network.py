@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from convscope.attribution.methods.full_grad import FUNCTION_ALIASES
 from convscope.attribution.methods.relu_rules import OTHER_ACTIVATIONS, RELU_LIKE, straight_through
+from convscope.engine.function_modes import FunctionMode, is_inplace
 from convscope.errors import ConvscopeError
 
 EPSILON = 1e-6  # stabilises the denominators of sums and averages
@@ -102,7 +101,7 @@ def _merge_batch_norm(layer: Any, norm: Any) -> None:
     norm.running_mean, norm.running_var = torch.zeros_like(scale), torch.ones_like(scale)
 
 
-class LrpMode(TorchFunctionMode):
+class LrpMode(FunctionMode):
     """Propagate relevance through functions that are no layers, while active.
 
     Sums, averages and products with numbers distribute it to their terms by the epsilon rule; terms that do not depend
@@ -114,24 +113,21 @@ class LrpMode(TorchFunctionMode):
         For functions that LRP has no rule for.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        full_name = getattr(func, "__name__", "").partition(".")[0]
-        name = FUNCTION_ALIASES.get(full_name.strip("_"), full_name.strip("_"))
+    def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call the function with the backward pass of its rule."""
         tensors = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
         if not tensors or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return function(*args, **kwargs)
         if name in _REFUSED or (name in _PRODUCTS and len(tensors) > 1):
             raise ConvscopeError(
                 f"lrp has no rule for {name} of tensors that depend on the image (normalisation by the image's own "
                 "statistics, squeeze-and-excitation, attention); use full-grad or integrated-gradients instead"
             )
         if name in _UNCHANGED:
-            return straight_through(func, args[0], args[1:], kwargs, _unchanged)
+            return straight_through(function, args[0], args[1:], kwargs, _unchanged)
         if name in _LINEAR or (name in ("add", "sub") and len(tensors) > 1):
-            inplace = full_name.startswith("__i") or (full_name.endswith("_") and full_name[0] != "_")
-            return _apply_epsilon_rule(func, args, kwargs, inplace)
-        return func(*args, **kwargs)
+            return _apply_epsilon_rule(function, args, kwargs, is_inplace(function))
+        return function(*args, **kwargs)
 
 
 def _apply_epsilon_rule(func: Callable[..., Tensor], args: Sequence[Any], kwargs: Any, inplace: bool) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from convscope.attribution.context import MethodContext
 from convscope.engine.capture import ForwardResult
+from convscope.engine.function_modes import FunctionMode
 from convscope.errors import ConvscopeError
 
 Args = Sequence[Any]
@@ -70,7 +70,7 @@ def with_relu_rule(context: MethodContext, rule: ReluRule) -> MethodContext:
     return replace(context, run=run)
 
 
-class _ReluRuleMode(TorchFunctionMode):
+class _ReluRuleMode(FunctionMode):
     """Apply a rule to the ReLUs that gradients pass through, and count them."""
 
     def __init__(self, rule: ReluRule) -> None:
@@ -79,18 +79,18 @@ class _ReluRuleMode(TorchFunctionMode):
         self.num_relus = 0
         self.other_activations: set[str] = set()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "").partition(".")[0].strip("_")
+    def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
+        """Apply the rule to a ReLU; record other activations."""
         if name in OTHER_ACTIVATIONS:
             self.other_activations.add(name)
         if name not in RELU_LIKE:
-            return func(*args, **kwargs)
-        x, *rest = args or (kwargs.pop("input"),)
+            return function(*args, **kwargs)
+        x, *rest = args or (kwargs["input"],)
+        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
         if not (x.requires_grad and torch.is_grad_enabled() and RELU_LIKE[name](rest, kwargs)):
-            return func(x, *rest, **kwargs)
+            return function(x, *rest, **kwargs)
         self.num_relus += 1
-        return self.rule(func, x, rest, kwargs)
+        return self.rule(function, x, rest, kwargs)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -139,7 +139,6 @@ RELU_LIKE: dict[str, ArgumentCheck] = {
     "relu6": _always,
     "hardtanh": _has_minimum_zero("min_val", -1.0),
     "clamp": _has_minimum_zero("min"),
-    "clip": _has_minimum_zero("min"),
     "clamp_min": _has_minimum_zero("min"),
     "threshold": _has_threshold_zero,
 }
