@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import convscope
 from convscope import ConvscopeError
 from convscope.cli import app
-from tests.attribution.test_heatmaps import inputs, loaded
+from tests.attribution.helpers import load_module, random_images
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 NAMES = ["hen", "red fox", "lesser panda", "espresso", "crane"]
@@ -23,11 +23,11 @@ NAMES = ["hen", "red fox", "lesser panda", "espresso", "crane"]
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    return loaded(filled(Usual()), classes=NAMES)
+    return load_module(filled(Usual()), classes=NAMES)
 
 
 def test_cells_are_what_their_own_calls_give(usual: convscope.Model) -> None:
-    x, targets = inputs(), [[0, 3]] * 3
+    x, targets = random_images(), [[0, 3]] * 3
     found = convscope.compare(
         usual,
         x,
@@ -66,7 +66,7 @@ def test_cells_are_what_their_own_calls_give(usual: convscope.Model) -> None:
 
 
 def test_best_looks_the_way_that_is_better(usual: convscope.Model) -> None:
-    found = convscope.compare(usual, inputs(), 1, methods=["grad-cam", "random", "centred"], layers=["conv3"])
+    found = convscope.compare(usual, random_images(), 1, methods=["grad-cam", "random", "centred"], layers=["conv3"])
     rows = found.rows()
     assert found.best("deletion") == min(rows, key=lambda row: row["deletion"])
     assert found.best("insertion") == max(rows, key=lambda row: row["insertion"])
@@ -74,12 +74,14 @@ def test_best_looks_the_way_that_is_better(usual: convscope.Model) -> None:
 
 def test_what_the_network_does_not_allow_is_named_and_the_rest_is_done(usual: convscope.Model) -> None:
     """`cam` is undefined where more than an average and a matrix follow."""
-    found = convscope.compare(usual, inputs(), 1, methods=["cam", "grad-cam"], layers=["relu2"], metrics=["sparseness"])
+    found = convscope.compare(
+        usual, random_images(), 1, methods=["cam", "grad-cam"], layers=["relu2"], metrics=["sparseness"]
+    )
     assert [heat.method for heat in found.heatmaps] == ["grad-cam"]
     assert found.failed[0].name == "cam at relu2"
     assert "determine the class score linearly" in found.failed[0].reason
     with pytest.raises(ConvscopeError, match="cam at relu2"):
-        convscope.compare(usual, inputs(), 1, methods=["cam"], layers=["relu2"])
+        convscope.compare(usual, random_images(), 1, methods=["cam"], layers=["relu2"])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -98,14 +100,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_refusals(usual: convscope.Model, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConvscopeError, match=message):
-        convscope.compare(usual, inputs(), **arguments)
+        convscope.compare(usual, random_images(), **arguments)
 
 
 def test_nothing_is_left_behind() -> None:
     net, hooks = lived_in(filled(Usual()))
-    model = loaded(net)
+    model = load_module(net)
     before = snapshot(net)
-    convscope.compare(model, inputs(), 1, methods=["grad-cam", "saliency"], metrics=["deletion"])
+    convscope.compare(model, random_images(), 1, methods=["grad-cam", "saliency"], metrics=["deletion"])
     assert changes(before, snapshot(net)) == []
 
     def stop(done: float, total: int) -> None:
@@ -113,7 +115,7 @@ def test_nothing_is_left_behind() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convscope.compare(model, inputs(), 1, methods=["grad-cam", "saliency"], progress=stop)
+        convscope.compare(model, random_images(), 1, methods=["grad-cam", "saliency"], progress=stop)
     assert changes(before, snapshot(net)) == []
     assert hooks
 
