@@ -58,9 +58,9 @@ def test_real_networks_are_laid_out_without_collisions(name, num_lanes, num_arcs
 def test_size_labels_mark_changes_and_do_not_overlap():
     assert size_labels([0, 1, 2, 2, 3, 4, 5], [8, 8, 8, 4, 4, 2, 1], 2) == [(0, 8), (3, 4), (5, 1)]
     graph = graph_layout([224] * 3 + [112, 56, 28], [(i, i + 1) for i in range(5)])
-    distances = [b[0] - a[0] for a, b in itertools.pairwise(graph["labels"])]
-    assert min(distances) * graph["column_width"] >= 30
+    distances = [b[0] - a[0] for a, b in itertools.pairwise(graph.labels)]
+    assert min(distances) * graph.column_width >= 30
 
 
 def test_a_network_without_spatial_layers_has_an_empty_graph():
-    assert graph_layout([], [])["num_lanes"] == 0
+    assert graph_layout([], []).num_lanes == 0

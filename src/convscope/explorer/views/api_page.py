@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 
 
-def build(context: PageContext, schema: dict[str, Any]) -> Page:
+def build(context: PageContext, schema: Values) -> Page:
     """Build the page from the application's OpenAPI schema."""
-    variables = {"network": context.explorer.first, "schema": schema}
-    return Page("api.html", "API", context.page_data("api"), variables)
+    return Page("api.html", "API", context.explorer.first, context.page_data("api"), {"schema": schema})

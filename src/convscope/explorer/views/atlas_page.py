@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from convscope.explorer.service import concept_data
 from convscope.explorer.service.networks import Network
+from convscope.explorer.service.schemas import JsonObject
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_links import page_parts, saved_links
 from convscope.explorer.views.saved_results_page import store_name
 
@@ -42,8 +41,7 @@ def build(context: PageContext, network: Network, name: str) -> Page:
     data = context.page_data("atlas", sheet=sheet, cells=cells, size=size, cellSize=[CELL_WIDTH, CELL_HEIGHT])
     target_name = None if result.target is None else network.model.class_name(result.target)
     page_url = urls.page(*page_parts(network, result))
-    variables = {
-        "network": network,
+    variables: Values = {
         **description,
         "sheet": sheet,
         "size": size,
@@ -52,13 +50,13 @@ def build(context: PageContext, network: Network, name: str) -> Page:
         "max_label_length": MAX_LABEL_LENGTH,
         "target_name": target_name,
         "code": snippets.atlas(urls.source(network.source), store_name(urls, network), result.layer, result.target),
-        "other_atlases": [link for link in saved_links(network, urls)["atlases"] if link["page"] != page_url],
+        "other_atlases": [link for link in saved_links(network, urls).atlases if link.page != page_url],
     }
     suffix = "" if target_name is None else f" for {target_name}"
-    return Page("atlas.html", f"Atlas of {result.layer}{suffix}, {network.model.name}", data, variables)
+    return Page("atlas.html", f"Atlas of {result.layer}{suffix}, {network.model.name}", network, data, variables)
 
 
-def _position_cells(cells: list[dict[str, Any]], arrays: dict[str, np.ndarray], grid: dict[str, int]) -> None:
+def _position_cells(cells: list[JsonObject], arrays: dict[str, np.ndarray], grid: dict[str, int]) -> None:
     """Add to each cell the position of its icon on the sheet (x, y) and in the drawing (left, top, icon_*)."""
     first_row, first_column = arrays["cells"].min(0).tolist()
     scales = MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * (arrays["counts"] / arrays["counts"].max()) ** 0.5
@@ -77,7 +75,7 @@ def _position_cells(cells: list[dict[str, Any]], arrays: dict[str, np.ndarray], 
         }
 
 
-def _add_links(urls: UrlBuilder, network: Network, cell: dict[str, Any]) -> None:
+def _add_links(urls: UrlBuilder, network: Network, cell: JsonObject) -> None:
     for row in cell["classes"]:
         row["page"] = urls.page("m", network.key, "class", row["index"])
     for image in cell["images"]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from convscope.explorer.service import compute, concept_data
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.views import snippets
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_links import page_parts
 from convscope.explorer.views.saved_results_page import computing_code, store_name
 from convscope.images.colormap import lookup_table
@@ -23,10 +21,10 @@ def build(
     Raises UnknownResource for a layer at which the class has no concepts.
     """
     data = context.page_data("concepts")
-    variables: dict[str, Any] = {
-        "network": network,
+    class_name = network.model.class_name(target)
+    variables: Values = {
         "target": target,
-        "target_name": network.model.class_name(target),
+        "target_name": class_name,
         "concepts": None,
         **computing_code(context.urls, network, target),
     }
@@ -36,13 +34,11 @@ def build(
         variables["layers"] = [(r.layer, context.urls.page(*page_parts(network, r))) for r in results]
         _add_concepts(context, network, result, data, variables)
         _add_image(context, network, result, image or context.default_image(network), data, variables)
-    title = f"Concepts of {variables['target_name']}, {network.model.name}"
-    return Page("concepts.html", title, data, variables)
+    title = f"Concepts of {class_name}, {network.model.name}"
+    return Page("concepts.html", title, network, data, variables)
 
 
-def _add_concepts(
-    context: PageContext, network: Network, result: SavedResult, data: dict[str, Any], variables: dict[str, Any]
-) -> None:
+def _add_concepts(context: PageContext, network: Network, result: SavedResult, data: Values, variables: Values) -> None:
     urls = context.urls
     arrays = concept_data.load_arrays(context.explorer, result)
     description = concept_data.describe_concepts(network, result, arrays)
@@ -81,8 +77,8 @@ def _add_image(
     network: Network,
     result: SavedResult,
     image: RegisteredImage | None,
-    data: dict[str, Any],
-    variables: dict[str, Any],
+    data: Values,
+    variables: Values,
 ) -> None:
     variables |= {"image": image, "samples": context.explorer.images.samples}
     if image is not None:

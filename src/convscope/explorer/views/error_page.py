@@ -8,5 +8,4 @@ from convscope.explorer.views.page import Page, PageContext
 def build(context: PageContext, status: int, reason: str) -> Page:
     """Build the page for an HTTP status and the reason in words."""
     title = "Not found" if status == 404 else "Error"
-    variables = {"network": context.explorer.first, "reason": reason}
-    return Page("error.html", title, context.page_data("error"), variables)
+    return Page("error.html", title, context.explorer.first, context.page_data("error"), {"reason": reason})

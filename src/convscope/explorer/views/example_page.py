@@ -11,4 +11,4 @@ def build(context: PageContext, network: Network, index: int) -> Page:
     """Build the page of an image of the data set. Raises UnknownResource if the store has none with this index."""
     example = store_views.dataset_image(network, context.urls, index)
     data = context.page_data("example")
-    return Page("example.html", f"{example['name']}, image {index}", data, {"network": network, **example})
+    return Page("example.html", f"{example.name}, image {index}", network, data, {"example": example})

@@ -7,4 +7,4 @@ from convscope.explorer.views.page import Page, PageContext
 
 def build(context: PageContext) -> Page:
     """Build the glossary page."""
-    return Page("glossary.html", "Glossary", context.page_data("glossary"), {"network": context.explorer.first})
+    return Page("glossary.html", "Glossary", context.explorer.first, context.page_data("glossary"), {})

@@ -40,7 +40,6 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         classPages={k: urls.page("m", network.key, "class", k) for k in heatmaps},
     )
     variables = {
-        "network": network,
         "image": image,
         "photo": urls.photo(image, 1024),
         "predictions": predictions,
@@ -55,4 +54,4 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "samples": explorer.images.samples,
         "code": code[target],
     }
-    return Page("image.html", f"{image.name}, {network.model.name}", data, variables)
+    return Page("image.html", f"{image.name}, {network.model.name}", network, data, variables)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from convscope.engine.layer_table import Layer
@@ -13,7 +11,7 @@ from convscope.explorer.service.networks import Network
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.image_page import TOP_CLASSES
 from convscope.explorer.views.network_page import format_receptive_field
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 
 MAPS_AT_FIRST = 256  # activation maps that a page shows before "Show all"
 MAX_PUBLISHED_POSITIONS = 1024
@@ -26,8 +24,7 @@ def build(
     """Build the layer page; relevance is for `target`, by default the top class."""
     image = image or context.default_image(network)
     data = context.page_data("layer", layer=layer.name, units=layer.units)
-    variables: dict[str, Any] = {
-        "network": network,
+    variables: Values = {
         "layer": layer,
         "image": image,
         "neighbours": _neighbours(network, layer),
@@ -39,19 +36,19 @@ def build(
         image_data, image_variables = _on_image(context, network, layer, image, target)
         data |= image_data
         variables |= image_variables
-    return Page("layer.html", f"{layer.name}, {network.model.name}", data, variables)
+    return Page("layer.html", f"{layer.name}, {network.model.name}", network, data, variables)
 
 
 def _on_image(
     context: PageContext, network: Network, layer: Layer, image: RegisteredImage, target: int | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Values, Values]:
     """Return the page's data and variables that depend on the image."""
     urls, explorer, client = context.urls, context.explorer, context.client
     maps = explorer.feature_maps(client, network, image, layer.name)
     _, sheet = explorer.feature_map_sheet(client, network, image, layer.name)
     statistics = compute.channel_statistics(maps)
-    table: dict[str, Any] = {**statistics}
-    variables: dict[str, Any] = {}
+    table: Values = {**statistics}
+    variables: Values = {}
     if network.classifies():
         predictions = explorer.predictions(client, network, image)[:TOP_CLASSES]
         target = predictions[0]["index"] if target is None else target
@@ -59,7 +56,7 @@ def _on_image(
         table["relevance"] = [float(f"{value:.4g}") for value in relevance]
         target_name = network.model.class_name(target)
         variables |= {"target": target, "target_name": target_name, "predictions": predictions}
-    data: dict[str, Any] = {
+    data: Values = {
         "table": table,
         "image": image.key,
         "api": f"/api/models/{network.key}/images/{image.key}",
@@ -102,7 +99,7 @@ def _neighbours(network: Network, layer: Layer) -> dict[str, str | None]:
     return {"previous": names[i - 1] if i else None, "next": names[i + 1] if i + 1 < len(names) else None}
 
 
-def _strongest_units(maps: np.ndarray) -> dict[str, Any] | None:
+def _strongest_units(maps: np.ndarray) -> dict[str, list[list[float]]] | None:
     """Return the strongest units at each position, row by row, for pages that cannot ask a server.
 
     Returns None for maps with more than `MAX_PUBLISHED_POSITIONS` positions.

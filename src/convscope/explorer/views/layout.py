@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 Edge = tuple[int, int]
 
@@ -77,23 +76,42 @@ def size_labels(column: Sequence[int], sides: Sequence[int], min_distance: int) 
     return labels
 
 
-def graph_layout(sides: Sequence[int], edges: Sequence[Edge]) -> dict[str, Any]:
-    """Lay out layers whose maps have the given sides; all lengths are in pixels.
+@dataclass(frozen=True)
+class GraphLayout(NodePositions):
+    """Layout of the graph of a network; all lengths are in pixels.
 
-    Returns the fields of `NodePositions`, ``labels`` (see `size_labels`), ``column_width``, ``lane_height``, ``top``
-    (room for arcs), ``width`` and ``height``.
+    Attributes
+    ----------
+    labels : list of tuple
+        See `size_labels`.
+    column_width, lane_height : int
+    top : int
+        Room for arcs above the first lane.
+    width, height : int
+        Size of the drawing.
     """
+
+    labels: list[tuple[int, int]]
+    column_width: int
+    lane_height: int
+    top: int
+    width: int
+    height: int
+
+
+def graph_layout(sides: Sequence[int], edges: Sequence[Edge]) -> GraphLayout:
+    """Lay out layers whose maps have the given sides."""
     positions = assign_positions(len(sides), edges)
     num_columns = 1 + max(positions.column, default=0)
     column_width = max(15, min(40, MAX_WIDTH // num_columns))
     lane_height = max(42, 150 // max(1, positions.num_lanes))
     top = 44 if positions.arcs else 8
-    return {
-        **asdict(positions),
-        "labels": size_labels(positions.column, sides, -(-MIN_LABEL_DISTANCE // column_width)),
-        "column_width": column_width,
-        "lane_height": lane_height,
-        "top": top,
-        "width": num_columns * column_width + 40,
-        "height": top + positions.num_lanes * lane_height + 24,
-    }
+    return GraphLayout(
+        **vars(positions),
+        labels=size_labels(positions.column, sides, -(-MIN_LABEL_DISTANCE // column_width)),
+        column_width=column_width,
+        lane_height=lane_height,
+        top=top,
+        width=num_columns * column_width + 40,
+        height=top + positions.num_lanes * lane_height + 24,
+    )

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from convscope.engine.layer_table import Layer
 from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import layout, store_views
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer in the table and the graph; `stride` and `field` are in pixels, `measures` by name."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    units: int
+    receptive_field: str
+    stride: float | None
+    field: float | None
+    parameters: int
+    page: str
+    measures: dict[str, float]
 
 
 def build(context: PageContext, network: Network) -> Page:
@@ -22,9 +38,9 @@ def build(context: PageContext, network: Network) -> Page:
     rows = [_layer_row(context.urls, network, layer, measures.get(layer.name, {})) for layer in network.layers]
     graph = layout.graph_layout([(layer.shape[1:] or (1,))[0] for layer in network.layers], network.edges)
     summaries = f"/api/models/{network.key}/images/{image.key}/layers" if image else None
-    data = context.page_data("network", summaries=summaries, layers=rows, graph=graph)
-    variables = {"network": network, "layers": rows, "image": image, "graph": graph}
-    return Page("network.html", f"Layers of {network.model.name}", data, variables)
+    data = context.page_data("network", summaries=summaries, layers=[asdict(row) for row in rows], graph=asdict(graph))
+    variables: Values = {"layers": rows, "image": image, "graph": graph}
+    return Page("network.html", f"Layers of {network.model.name}", network, data, variables)
 
 
 def format_receptive_field(network: Network, layer: Layer) -> str:
@@ -40,17 +56,17 @@ def format_size(size: tuple[int, ...]) -> str:
     return " × ".join(map(str, size)) + " pixels"
 
 
-def _layer_row(urls: UrlBuilder, network: Network, layer: Layer, measures: dict[str, float]) -> dict[str, Any]:
+def _layer_row(urls: UrlBuilder, network: Network, layer: Layer, measures: dict[str, float]) -> LayerRow:
     field = None if layer.receptive_field is None else max(layer.receptive_field)
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "shape": list(layer.shape),
-        "units": layer.units,
-        "receptive_field": format_receptive_field(network, layer),
-        "stride": None if layer.stride is None else max(layer.stride),
-        "field": None if field is None else min(field, max(network.model.preprocessing.size)),
-        "parameters": layer.parameters,
-        "page": urls.page("m", network.key, "layer", layer.name),
-        "measures": measures,
-    }
+    return LayerRow(
+        name=layer.name,
+        kind=layer.kind,
+        shape=layer.shape,
+        units=layer.units,
+        receptive_field=format_receptive_field(network, layer),
+        stride=None if layer.stride is None else max(layer.stride),
+        field=None if field is None else min(field, max(network.model.preprocessing.size)),
+        parameters=layer.parameters,
+        page=urls.page("m", network.key, "layer", layer.name),
+        measures=measures,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -14,6 +13,9 @@ from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views.glossary import GLOSSARY
+
+Values = dict[str, object]
+"""Values by name: variables of a template, or data of a script."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,19 @@ class Page:
         A file of ``explorer/templates``.
     title : str
         The title of the browser's tab.
+    network : Network
+        The network that the page is about.
     data : dict
         What the page's scripts read, serialisable as JSON. ``kind`` names the kind of page.
     variables : dict
-        Variables of the template. ``network`` is required.
+        Variables of the template.
     """
 
     template: str
     title: str
-    data: dict[str, Any]
-    variables: dict[str, Any]
+    network: Network
+    data: Values
+    variables: Values
 
 
 @dataclass(frozen=True)
@@ -60,24 +65,24 @@ class PageContext:
         samples = self.explorer.images.samples
         return samples[0] if samples and network.takes_images else None
 
-    def page_data(self, kind: str, **values: Any) -> dict[str, Any]:
+    def page_data(self, kind: str, **values: object) -> Values:
         """Return the data that every page's scripts need, and `values`."""
         return {"kind": kind, "live": self.urls.live, **values}
 
 
 def render(page: Page, context: PageContext) -> str:
     """Render a page as HTML."""
-    network: Network = page.variables["network"]
     networks = list(context.explorer.networks.values())
     html: str = _ENVIRONMENT.get_template(page.template).render(
         **page.variables,
         title=page.title,
+        network=page.network,
         data=page.data,
         urls=context.urls,
         glossary=GLOSSARY,
         networks=networks,
         name_counts=Counter(other.model.name for other in networks),
-        store=network.store,
+        store=page.network.store,
     )
     return html
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from convscope.explorer.service import concept_data
 from convscope.explorer.service.networks import Network
@@ -21,20 +21,34 @@ def page_parts(network: Network, result: SavedResult) -> Parts:
     return ("m", network.key, "concepts", result.target, *(() if is_first else (result.layer,)))
 
 
-def saved_links(network: Network, urls: UrlBuilder, target: int | None = None) -> dict[str, list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class SavedLink:
+    """A link to the page of a saved result; `class_name` is None for atlases of all classes."""
+
+    class_name: str | None
+    layer: str
+    page: str
+
+
+@dataclass(frozen=True)
+class SavedLinks:
+    """Links to concepts and atlases."""
+
+    concepts: list[SavedLink]
+    atlases: list[SavedLink]
+
+
+def saved_links(network: Network, urls: UrlBuilder, target: int | None = None) -> SavedLinks:
     """Return links to all concepts and atlases, or to those of a class and the atlases of all classes."""
     atlases = [
         result for result in concept_data.saved_atlases(network) if target is None or result.target in (None, target)
     ]
-    return {
-        "concepts": [_link(network, urls, result) for result in concept_data.saved_concepts(network, target)],
-        "atlases": [_link(network, urls, result) for result in atlases],
-    }
+    return SavedLinks(
+        concepts=[_link(network, urls, result) for result in concept_data.saved_concepts(network, target)],
+        atlases=[_link(network, urls, result) for result in atlases],
+    )
 
 
-def _link(network: Network, urls: UrlBuilder, result: SavedResult) -> dict[str, Any]:
-    return {
-        "class_name": None if result.target is None else network.model.class_name(result.target),
-        "layer": result.layer,
-        "page": urls.page(*page_parts(network, result)),
-    }
+def _link(network: Network, urls: UrlBuilder, result: SavedResult) -> SavedLink:
+    class_name = None if result.target is None else network.model.class_name(result.target)
+    return SavedLink(class_name, result.layer, urls.page(*page_parts(network, result)))

@@ -5,19 +5,15 @@ from __future__ import annotations
 from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import snippets
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_links import saved_links
 
 
 def build(context: PageContext, network: Network) -> Page:
     """Build the list of concepts and atlases, with the code that computes more."""
-    variables = {
-        "network": network,
-        "saved": saved_links(network, context.urls),
-        **computing_code(context.urls, network),
-    }
+    variables: Values = {"saved": saved_links(network, context.urls), **computing_code(context.urls, network)}
     title = f"Concepts and atlases of {network.model.name}"
-    return Page("saved_results.html", title, context.page_data("saved_results"), variables)
+    return Page("saved_results.html", title, network, context.page_data("saved_results"), variables)
 
 
 def computing_code(urls: UrlBuilder, network: Network, target: int | None = None) -> dict[str, snippets.Snippet | None]:

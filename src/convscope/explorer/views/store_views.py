@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,100 @@ NUM_SIMILAR = 8
 NUM_CHARACTERISTIC = 12
 
 
-def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class ExampleTile:
+    """An example on the sheet of its unit, `x` pixels from the left."""
+
+    value: float
+    name: str
+    x: int
+    page: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Occupied bins: heights relative to the highest, and the values at both ends."""
+
+    bars: list[float]
+    low: str
+    high: str
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """The mean activation of a unit for a class; `bar` is relative to the highest mean."""
+
+    name: str
+    mean: float
+    bar: float
+    page: str
+
+
+@dataclass(frozen=True)
+class UnitLink:
+    """A unit, its page and what relates it to the page with the link: a correlation, a ratio or a rank."""
+
+    layer: str
+    unit: int
+    value: float
+    page: str
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """A unit's activations over the data set, and the sheet with its examples."""
+
+    num_images: int
+    dead: bool
+    examples: list[ExampleTile]
+    src: str | None
+    sheet_size: tuple[int, int]
+    tile_size: int
+    histogram: Histogram
+    facts: dict[str, str]
+    classes: list[ClassRow]
+    similar_units: list[UnitLink]
+
+
+@dataclass(frozen=True)
+class UnitPatch:
+    """A unit and the sheet whose first tile is its top patch."""
+
+    unit: int
+    dead: bool
+    page: str
+    src: str
+    sheet_size: tuple[int, int]
+    tile_size: int
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """A predicted class and its page."""
+
+    name: str
+    probability: float
+    page: str
+
+
+@dataclass(frozen=True)
+class DatasetImage:
+    """An image of the data set; `failure` is the reason why the scan skipped it."""
+
+    index: int
+    name: str
+    src: str
+    height: int
+    width: int
+    label: str | None
+    loss: float | None
+    failure: str | None
+    can_analyse: bool
+    predictions: list[PredictionRow]
+    unit_ranks: list[UnitLink]
+
+
+def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -> UnitStatistics | None:
     """Describe a unit's activations over the data set; None if the store does not have the layer."""
     store = network.store
     if store is None or layer not in store.layers:
@@ -29,7 +122,6 @@ def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -
     record = store.unit(layer, unit)
     statistics, examples = record.statistics, record.examples(EXAMPLES_PER_UNIT)
     is_dead = statistics["dead"] and layer != LOGITS  # a class is not dead because its logit is never positive
-    bars, low, high = _histogram(statistics["histogram"])
     class_means = record.classes(NUM_CLASSES)
     highest = max((row.mean for row in class_means), default=0.0)
     facts = {
@@ -40,40 +132,38 @@ def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -
     }
     if statistics["selectivity"] is not None:
         facts["Class selectivity"] = f"{statistics['selectivity']:.2f}"
-    return {
-        "num_images": f"{store.num_images:,}",
-        "dead": is_dead,
-        "examples": [
-            {
-                "value": example.value,
-                "name": display_name(example.name),
-                "x": i * TILE_SIZE,
-                "page": urls.page("m", network.key, "data", example.image),
-            }
+    similar = record.similar(NUM_SIMILAR) if urls.live else record.coactive(NUM_SIMILAR)
+    return UnitStatistics(
+        num_images=store.num_images,
+        dead=is_dead,
+        examples=[
+            ExampleTile(
+                value=example.value,
+                name=display_name(example.name),
+                x=i * TILE_SIZE,
+                page=urls.page("m", network.key, "data", example.image),
+            )
             for i, example in enumerate(examples)
         ],
-        "src": urls.patches(network, layer, unit, "top") if len(examples) else None,
-        "sheet_size": (TILE_SIZE * max(1, len(examples)), 2 * TILE_SIZE),
-        "tile_size": TILE_SIZE,
-        "histogram": {"bars": bars, "low": low, "high": high},
-        "facts": facts,
-        "classes": [
-            {
-                "name": row.name,
-                "mean": row.mean,
-                "bar": max(0.0, row.mean / highest) if highest > 0 else 0.0,
-                "page": _class_url(network, urls, row.name),
-            }
+        src=urls.patches(network, layer, unit, "top") if len(examples) else None,
+        sheet_size=(TILE_SIZE * max(1, len(examples)), 2 * TILE_SIZE),
+        tile_size=TILE_SIZE,
+        histogram=_histogram(statistics["histogram"]),
+        facts=facts,
+        classes=[
+            ClassRow(
+                name=row.name,
+                mean=row.mean,
+                bar=max(0.0, row.mean / highest) if highest > 0 else 0.0,
+                page=_class_url(network, urls, row.name),
+            )
             for row in class_means
         ],
-        "similar_units": [
-            {"layer": other.layer, "unit": other.unit, "r": other.r, "page": unit_url(network, urls, *other[:2])}
-            for other in (record.similar(NUM_SIMILAR) if urls.live else record.coactive(NUM_SIMILAR))
-        ],
-    }
+        similar_units=[_unit_link(network, urls, other.layer, other.unit, other.r) for other in similar],
+    )
 
 
-def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[dict[str, Any]]:
+def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPatch]:
     """Return the most selective units of a layer, each with the location of its best patch on a sheet."""
     store = network.store
     if store is None or layer not in store.layers:
@@ -84,14 +174,14 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[dict[st
     # A published page takes the best patch from the sheet of the unit's own page.
     kind, columns, rows = ("best", 1, 1) if urls.live else ("top", EXAMPLES_PER_UNIT, 2)
     return [
-        {
-            "unit": int(unit),
-            "dead": bool(dead),
-            "page": urls.page("m", network.key, "unit", layer, int(unit)),
-            "src": urls.patches(network, layer, int(unit), kind),
-            "sheet_size": (TILE_SIZE * columns, TILE_SIZE * rows),
-            "tile_size": TILE_SIZE,
-        }
+        UnitPatch(
+            unit=int(unit),
+            dead=bool(dead),
+            page=urls.page("m", network.key, "unit", layer, int(unit)),
+            src=urls.patches(network, layer, int(unit), kind),
+            sheet_size=(TILE_SIZE * columns, TILE_SIZE * rows),
+            tile_size=TILE_SIZE,
+        )
         for unit, dead in table[["unit", "dead"]].head(UNITS_ON_LAYER_PAGE).itertuples(index=False)
     ]
 
@@ -110,7 +200,7 @@ def layer_measures(network: Network) -> dict[str, dict[str, float]]:
     return measures
 
 
-def characteristic_units(network: Network, urls: UrlBuilder, index: int) -> list[dict[str, Any]]:
+def characteristic_units(network: Network, urls: UrlBuilder, index: int) -> list[UnitLink]:
     """Return the units whose preferred class this is, by the ratio of their mean on its images to their mean on all."""
     store, name = network.store, network.model.class_name(index)
     if store is None or not store.labels or name not in store.labels:
@@ -121,50 +211,38 @@ def characteristic_units(network: Network, urls: UrlBuilder, index: int) -> list
         if row["layer"] != LOGITS and row["classes"] and row["classes"][0] == label and row["mean"] > 0:
             units.append((row["class_means"][0] / row["mean"], row["layer"], row["unit"]))
     units.sort(key=lambda unit: (-unit[0], *unit[1:]))
-    return [
-        {"ratio": ratio, "layer": layer, "unit": unit, "page": unit_url(network, urls, layer, unit)}
-        for ratio, layer, unit in units[:NUM_CHARACTERISTIC]
-    ]
+    return [_unit_link(network, urls, layer, unit, ratio) for ratio, layer, unit in units[:NUM_CHARACTERISTIC]]
 
 
-def dataset_image(network: Network, urls: UrlBuilder, index: int) -> dict[str, Any]:
+def dataset_image(network: Network, urls: UrlBuilder, index: int) -> DatasetImage:
     """Describe an image of the data set. Raises UnknownResource if the store has no image with this index."""
     store = network.store
     if store is None or not 0 <= index < store.num_images:
         raise UnknownResource(f"the store has no image {index}")
     record = store.image(index)
     ranks = record.units(10) if urls.live else []  # searches all units: too slow for every published page
-    return {
-        "index": index,
-        "name": display_name(record.name),
-        "src": urls.thumbnail(network, index),
-        "height": record.facts["height"] or TILE_SIZE,
-        "width": record.facts["width"] or TILE_SIZE,
-        "label": record.label,
-        "loss": record.loss,
-        "failure": record.failed,
-        "can_analyse": record.failed is None and network.takes_images,
-        "predictions": [
-            {"name": row.name, "probability": row.probability, "page": urls.page("m", network.key, "class", row.target)}
+    return DatasetImage(
+        index=index,
+        name=display_name(record.name),
+        src=urls.thumbnail(network, index),
+        height=record.facts["height"] or TILE_SIZE,
+        width=record.facts["width"] or TILE_SIZE,
+        label=record.label,
+        loss=record.loss,
+        failure=record.failed,
+        can_analyse=record.failed is None and network.takes_images,
+        predictions=[
+            PredictionRow(row.name, row.probability, urls.page("m", network.key, "class", row.target))
             for row in record.predictions
         ],
-        "unit_ranks": [
-            {
-                "layer": row.layer,
-                "unit": row.unit,
-                "rank": row.rank,
-                "page": unit_url(network, urls, row.layer, row.unit),
-            }
-            for row in ranks
-        ],
-    }
+        unit_ranks=[_unit_link(network, urls, row.layer, row.unit, row.rank + 1) for row in ranks],
+    )
 
 
-def unit_url(network: Network, urls: UrlBuilder, layer: str, unit: int) -> str:
-    """Return the address of a unit's page; units of "logits" are classes."""
-    if layer == LOGITS:
-        return urls.page("m", network.key, "class", unit)
-    return urls.page("m", network.key, "unit", layer, unit)
+def _unit_link(network: Network, urls: UrlBuilder, layer: str, unit: int, value: float) -> UnitLink:
+    """Link to a unit; units of "logits" are classes."""
+    parts = ("class", unit) if layer == LOGITS else ("unit", layer, unit)
+    return UnitLink(layer, unit, value, urls.page("m", network.key, *parts))
 
 
 def _class_url(network: Network, urls: UrlBuilder, name: str) -> str:
@@ -173,16 +251,16 @@ def _class_url(network: Network, urls: UrlBuilder, name: str) -> str:
     return "" if index is None else urls.page("m", network.key, "class", index)
 
 
-def _histogram(counts: Sequence[int]) -> tuple[list[float], str, str]:
+def _histogram(counts: Sequence[int]) -> Histogram:
     """Return the heights of the occupied bins relative to the highest, and the values at their ends."""
     heights = np.asarray(counts, np.float64)
     occupied = np.flatnonzero(heights)
     if not len(occupied):
-        return [0.0], "", ""
+        return Histogram([0.0], "", "")
     first, last = int(occupied[0]), int(occupied[-1])
     ends = [-np.inf, *map(float, HISTOGRAM_EDGES), np.inf]
     bars = (heights[first : last + 1] / heights.max()).round(3).tolist()
-    return bars, _format_end(ends[first]), _format_end(ends[last + 1])
+    return Histogram(bars, _format_end(ends[first]), _format_end(ends[last + 1]))
 
 
 def _format_end(value: float) -> str:

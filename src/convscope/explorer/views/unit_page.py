@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from convscope.engine.model import LOGITS
 from convscope.explorer.service import compute
 from convscope.explorer.service.images import RegisteredImage
@@ -12,7 +10,7 @@ from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
 from convscope.explorer.service.schemas import PatternRecord
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.network_page import format_receptive_field
-from convscope.explorer.views.page import Page, PageContext
+from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.images.colormap import lookup_table
 
 
@@ -33,8 +31,7 @@ def build(
         colormap=lookup_table("viridis")[::8].tolist(),
     )
     is_spatial = hidden_layer is None or hidden_layer.is_spatial
-    variables: dict[str, Any] = {
-        "network": network,
+    variables: Values = {
         "layer": layer,
         "unit": unit,
         "num_units": network.num_units(layer),
@@ -58,8 +55,8 @@ def build(
             **{name: table[name][0] for name in ("max", "mean", "dead")},
         }
     name = f"unit {unit} of {layer}" if class_name is None else f"class {class_name}"
-    return Page("unit.html", f"{name}, {network.model.name}", data, variables)
+    return Page("unit.html", f"{name}, {network.model.name}", network, data, variables)
 
 
-def _without_image(pattern: PatternRecord) -> dict[str, Any]:
+def _without_image(pattern: PatternRecord) -> Values:
     return {name: value for name, value in pattern.items() if name != "image"}
