@@ -24,7 +24,7 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError, results
-from convscope.plotting import figures
+from convscope.plotting.activations import activation_pages
 from convscope.results import atomic_write, file_names, write_json
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
@@ -95,7 +95,7 @@ def test_pictures_hold_what_they_say(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"first_{unit}.png")), image)
     maps = made("activations", model)
     maps.save(tmp_path)
-    grid = figures.activation_pages(maps, "second", 1)[0]
+    grid = activation_pages(maps, "second", 1)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "0001_second.png")), np.asarray(grid))
 
 
@@ -259,7 +259,7 @@ def test_odd_layer_names_are_saved_apart(tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"0000_a-b.png", "0000_a-b~2.png", "arrays.npz", "manifest.json"}
     sizes = [Image.open(tmp_path / name).size for name in ("0000_a-b.png", "0000_a-b~2.png")]
-    expected = [figures.activation_pages(seen, layer)[0].size for layer in ("a/b", "a-b")]
+    expected = [activation_pages(seen, layer)[0].size for layer in ("a/b", "a-b")]
     assert sizes == expected
     assert sizes[0] != sizes[1]
     with np.load(tmp_path / "arrays.npz") as arrays:

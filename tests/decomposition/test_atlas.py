@@ -343,9 +343,9 @@ def test_what_is_saved(found: Atlas, tmp_path: Path) -> None:
 
 
 def test_fuller_cells_have_larger_icons(found: Atlas) -> None:
-    from convscope.plotting.concepts import _map
+    from convscope.plotting.atlas import atlas_map
 
-    pixels = np.asarray(_map(found))
+    pixels = np.asarray(atlas_map(found))
     height, width = pixels.shape[0] / found.grid, pixels.shape[1] / found.grid
     covered = [
         int(

@@ -12,7 +12,7 @@ from convscope.explorer.service import compute
 from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.jobs import ClientDisconnected
 from convscope.images.colormap import lookup_table
-from convscope.plotting.figures import standard
+from convscope.plotting.activations import standardize
 from tests.oracles.explorer import smooth_image
 
 
@@ -115,7 +115,7 @@ def test_sheet_shows_each_map_in_its_tile(tiny, x):
         top = unit // layout["columns"] * layout["height"]
         left = unit % layout["columns"] * layout["width"]
         tile = pixels[top : top + layout["height"], left : left + layout["width"]]
-        assert (tile == lookup_table("viridis")[standard(maps)[unit]]).all()
+        assert (tile == lookup_table("viridis")[standardize(maps)[unit]]).all()
 
 
 def test_large_maps_are_averaged_on_sheets():
@@ -123,7 +123,7 @@ def test_large_maps_are_averaged_on_sheets():
     image, layout = compute.channel_sheet(maps)
     assert (layout["height"], layout["width"]) == (40, 20)
     averaged = maps.reshape(4, 40, 3, 20, 3).mean((2, 4))
-    assert (np.asarray(image)[:40, :20] == standard(averaged)[0]).all()
+    assert (np.asarray(image)[:40, :20] == standardize(averaged)[0]).all()
 
 
 def test_strongest_units_at_a_position_by_brute_force(tiny, x):

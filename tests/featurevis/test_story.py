@@ -21,8 +21,8 @@ from convscope import ConvscopeError
 from convscope.cli import app
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.featurevis.layer_story import Story
-from convscope.plotting.figures import tile
-from convscope.plotting.story import _broken
+from convscope.plotting.grids import tile
+from convscope.plotting.story import wrap_layer_name
 from tests.oracles.nets import Usual, filled
 
 LAYERS = ["conv1", "relu2", "logits"]
@@ -205,7 +205,7 @@ def test_page_stands_by_itself(saved: Path, told: Story) -> None:
 def test_page_names_every_layer_and_number(saved: Path, told: Story) -> None:
     page = (saved / "index.html").read_text()
     assert re.findall(r"<h2>\d\. <code>(.*?)</code>", page) == LAYERS
-    assert re.findall(r"Each unit sees (.*?)\.</p>", page) == ["3 x 3 pixels", "8 x 8 pixels", "the whole picture"]
+    assert re.findall(r"Receptive field: (.*?)\.</p>", page) == ["3 x 3 pixels", "8 x 8 pixels", "the whole image"]
     listed = [unescape(text) for text in re.findall(r"(?:Units|Classes): (.*?)</p>", page)]
     units = [", ".join(map(str, chapter.units)) for chapter in told.chapters[:2]]
     assert listed == [*units, ", ".join(told.chapters[2].names)]
@@ -226,10 +226,8 @@ def test_figure_shows_pictures_names_and_medians(told: Story) -> None:
     for r, chapter in enumerate(told.chapters):
         row = axes[r * (SHOWN + 3) : (r + 1) * (SHOWN + 3)]
         assert np.asarray(row[0].images[0].get_array()).tobytes() == chapter.images[0].tobytes()
-        sees = "sees " + (
-            "all" if chapter.receptive_field is None else f"{chapter.receptive_field[0]} x {chapter.receptive_field[1]}"
-        )
-        assert row[0].get_ylabel().splitlines() == [chapter.layer, sees]
+        size = "whole image" if chapter.receptive_field is None else " x ".join(map(str, chapter.receptive_field))
+        assert row[0].get_ylabel().splitlines() == [chapter.layer, "receptive field", size]
         for panel, (name, values) in zip(row[SHOWN:], chapter.statistics.items(), strict=True):
             band, middle = panel.lines
             assert list(middle.get_xdata()) == [np.median(values)]
@@ -263,7 +261,7 @@ def test_nothing_in_the_figure_is_cut_off_or_overlaps(told: Story) -> None:
     ],
 )
 def test_long_names_are_parted_at_dots(layer: str, lines: list[str]) -> None:
-    assert _broken(layer) == lines
+    assert wrap_layer_name(layer) == lines
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

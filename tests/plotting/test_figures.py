@@ -20,7 +20,9 @@ from convscope import ConvscopeError
 from convscope.feature_maps import Activations, Predictions
 from convscope.featurevis.result import Patterns
 from convscope.images.colormap import lookup_table
-from convscope.plotting import figures
+from convscope.plotting import activations as activation_figures
+from convscope.plotting.grids import pattern_grid, tile
+from convscope.plotting.panels import shorten
 
 RNG = np.random.default_rng(0)
 
@@ -47,27 +49,27 @@ MAPS = {
 def test_standard_is_the_notebooks_scaling(name):
     maps = MAPS[name]
     expected = np.stack([notebook(channel) for channel in maps])
-    np.testing.assert_array_equal(figures.standard(maps), expected)
-    apart = figures.standard(maps.astype(np.float32)).astype(int) - expected
+    np.testing.assert_array_equal(activation_figures.standardize(maps), expected)
+    apart = activation_figures.standardize(maps.astype(np.float32)).astype(int) - expected
     assert np.abs(apart).max() <= 1
 
 
 def test_standard_of_a_constant_map_is_its_middle():
     with np.errstate(all="raise"):
-        np.testing.assert_array_equal(figures.standard(np.full((2, 3, 3), 7.0)), np.full((2, 3, 3), 128))
+        np.testing.assert_array_equal(activation_figures.standardize(np.full((2, 3, 3), 7.0)), np.full((2, 3, 3), 128))
 
 
 def test_minmax():
     maps = np.array([[[0.0, 1.0], [2.0, 4.0]], [[-3.0, -3.0], [-3.0, -1.0]], [[5.0, 5.0], [5.0, 5.0]]])
     with np.errstate(all="raise"):
-        found = figures.minmax(maps)
+        found = activation_figures.min_max(maps)
     assert found.dtype == np.uint8
     assert found.tolist() == [[[0, 64], [128, 255]], [[0, 0], [0, 255]], [[0, 0], [0, 0]]]
 
 
 def test_tiles_by_hand():
     cells = np.arange(1, 6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
-    page = figures.tile(cells, 2, margin=1, background=(9, 9, 9))
+    page = tile(cells, 2, margin=1, background=(9, 9, 9))
     expected = [
         [1, 1, 1, 9, 2, 2, 2],
         [1, 1, 1, 9, 2, 2, 2],
@@ -79,25 +81,25 @@ def test_tiles_by_hand():
         [5, 5, 5, 9, 9, 9, 9],
     ]
     assert page[..., 0].tolist() == expected
-    assert figures.tile(cells, 8).shape == (2, 15, 3)  # no more columns than cells
-    assert figures.tile(cells[:1], 8, margin=5).shape == (2, 3, 3)  # no margin at the rim
+    assert tile(cells, 8).shape == (2, 15, 3)  # no more columns than cells
+    assert tile(cells[:1], 8, margin=5).shape == (2, 3, 3)  # no margin at the rim
 
 
 def test_the_pattern_grid_has_the_notebooks_size():
     """Results image of the notebook: 8 * size + 7 * margin with size 150 and margin 5."""
     images = RNG.integers(0, 256, (64, 150, 150, 3), dtype=np.uint8)
-    grid = np.asarray(figures.pattern_grid(images))
+    grid = np.asarray(pattern_grid(images))
     assert grid.shape == (1235, 1235, 3)
     for i, j in ((0, 0), (3, 5), (7, 7)):
         top, left = i * 155, j * 155
         np.testing.assert_array_equal(grid[top : top + 150, left : left + 150], images[8 * i + j])
     assert not grid[150:155].any()
     assert not grid[:, 305:310].any()
-    gray = np.asarray(figures.pattern_grid(images[:3, ..., :1]))
+    gray = np.asarray(pattern_grid(images[:3, ..., :1]))
     assert gray.shape == (150, 460, 3)
     np.testing.assert_array_equal(gray[:, :150], images[0, ..., :1].repeat(3, 2))
     five = np.concatenate([images[:2], images[2:4, ..., :2]], axis=-1)
-    np.testing.assert_array_equal(np.asarray(figures.pattern_grid(five))[:, :150], images[0])
+    np.testing.assert_array_equal(np.asarray(pattern_grid(five))[:, :150], images[0])
 
 
 # --- activation grids ---
@@ -133,27 +135,27 @@ def activations(model: convscope.Model, **maps: np.ndarray) -> Activations:
 
 def test_the_activation_grid_shows_each_map_in_its_colours():
     maps = RNG.normal(size=(20, 32, 32))
-    grid = np.asarray(figures.activation_grid(maps, np.zeros(20, bool)))
+    grid = np.asarray(activation_figures.activation_grid(maps, np.zeros(20, bool)))
     assert grid.shape == (2 * 32 + 1, 16 * 33 - 1, 3)  # sixteen a row, as in the notebook
     for i in (0, 7, 19):
         top, left = i // 16 * 33, i % 16 * 33
         expected = lookup_table("viridis")[notebook(maps[i])]
         np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], expected)
     other = np.asarray(
-        figures.activation_grid(maps, np.zeros(20, bool), columns=5, scaling="minmax", colormap="inferno")
+        activation_figures.activation_grid(maps, np.zeros(20, bool), columns=5, scaling="minmax", colormap="inferno")
     )
-    np.testing.assert_array_equal(other[:32, 33:65], lookup_table("inferno")[figures.minmax(maps)[1]])
+    np.testing.assert_array_equal(other[:32, 33:65], lookup_table("inferno")[activation_figures.min_max(maps)[1]])
     with pytest.raises(ConvscopeError, match="scaling 'max' is not known; expected standard or minmax"):
-        figures.activation_grid(maps, np.zeros(20, bool), scaling="max")
+        activation_figures.activation_grid(maps, np.zeros(20, bool), scaling="max")
     with pytest.raises(ConvscopeError, match="nearest: viridis"):
-        figures.activation_grid(maps, np.zeros(20, bool), colormap="viridi")
+        activation_figures.activation_grid(maps, np.zeros(20, bool), colormap="viridi")
 
 
 def test_small_maps_are_enlarged_by_whole_pixels():
     maps = RNG.normal(size=(2, 7, 7))
-    grid = np.asarray(figures.activation_grid(maps, np.zeros(2, bool)))
+    grid = np.asarray(activation_figures.activation_grid(maps, np.zeros(2, bool)))
     assert grid.shape == (28, 28 * 2 + 1, 3)
-    expected = lookup_table("viridis")[figures.standard(maps[:1])[0]].repeat(4, 0).repeat(4, 1)
+    expected = lookup_table("viridis")[activation_figures.standardize(maps[:1])[0]].repeat(4, 0).repeat(4, 1)
     np.testing.assert_array_equal(grid[:28, :28], expected)
 
 
@@ -165,41 +167,41 @@ def test_dead_channels_are_drawn_as_dead():
     net = convscope.load(nn.Sequential(nn.Conv2d(3, 3, 3)), preprocessing={"size": 18})
     seen = activations(net, **{"0": maps})
     assert seen.summary("0")["dead"].tolist() == [[False, True, True]]
-    grid = np.asarray(figures.activation_pages(seen, "0")[0])
+    grid = np.asarray(activation_figures.activation_pages(seen, "0")[0])
     alive, noisy, zero = (grid[:, 33 * i : 33 * i + 32] for i in range(3))
     np.testing.assert_array_equal(noisy, zero)
     used = {tuple(colour) for colour in zero.reshape(-1, 3).tolist()}
-    assert used == {figures.DEAD, (150, 150, 150)}  # gray, with a cross
+    assert used == {activation_figures.DEAD_COLOR, (150, 150, 150)}  # gray, with a cross
     assert (zero[0, 0] == 150).all()
     assert (zero[0, -1] == 150).all()
     assert (zero[0, 16] == 90).all()
     for colormap in ("viridis", "jet", "inferno"):
-        assert not {figures.DEAD, (150, 150, 150)} & {tuple(colour) for colour in lookup_table(colormap).tolist()}
+        assert not {activation_figures.DEAD_COLOR, (150, 150, 150)} & {tuple(colour) for colour in lookup_table(colormap).tolist()}
     assert len(np.unique(alive.reshape(-1, 3), axis=0)) > 50
 
 
 def test_pages(model):
     wide = activations(model, **{"0": RNG.normal(size=(1, 2048, 2, 2))})
-    pages = figures.activation_pages(wide, "0")
+    pages = activation_figures.activation_pages(wide, "0")
     assert len(pages) == 8
     assert len({page.size for page in pages}) == 1
     assert pages[0].size == (16 * 33 - 1, 16 * 33 - 1)
     third = np.asarray(pages[2])[:32, :32]
-    expected = lookup_table("viridis")[figures.standard(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
+    expected = lookup_table("viridis")[activation_figures.standardize(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
     np.testing.assert_array_equal(third, expected)
-    names = [name for name, _ in figures.render_activations(wide)]
+    names = [name for name, _ in activation_figures.render_activations(wide)]
     assert names == [f"0000_0_page{n}.png" for n in range(1, 9)]
-    assert [len(figures.activation_pages(wide, "0", limit=n)) for n in (2048, 1024, 3)] == [1, 2, 683]
+    assert [len(activation_figures.activation_pages(wide, "0", limit=n)) for n in (2048, 1024, 3)] == [1, 2, 683]
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 5, 7), (2, 4, 1, 1)])
 def test_what_has_no_places_has_no_grid(model, shape):
     seen = activations(model, **{"0": RNG.normal(size=shape)})
     with pytest.raises(ConvscopeError, match="no maps to draw"):
-        figures.activation_pages(seen, "0")
+        activation_figures.activation_pages(seen, "0")
     with pytest.raises(ConvscopeError, match="none of these layers has maps to draw"):
         seen.figure()
-    assert not list(figures.render_activations(seen))
+    assert not list(activation_figures.render_activations(seen))
 
 
 # --- figures: what the eye would complain about ---
@@ -363,7 +365,7 @@ def test_heatmap_figure(mixed):
     assert titles(figure)[1].startswith(f"West Highland white\nterrier\nlogit {mixed.logits[0, 0]:.2f}")
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     for n in range(4):
-        np.testing.assert_array_equal(shown[4 * n], mixed.source.original(n))
+        np.testing.assert_array_equal(shown[4 * n], mixed.image_source.original(n))
         for t in range(3):
             np.testing.assert_array_equal(shown[4 * n + 1 + t], np.asarray(mixed.overlay()[3 * n + t]))
 
@@ -386,8 +388,8 @@ def test_a_figure_of_very_many_pictures_shows_the_first(model):
     heat = convscope.heatmaps(model, pictures, layer="0")
     figure = heat.figure()
     assert len(titles(figure)) == 32
-    assert figure.get_suptitle() == "16 of 20 pictures"
-    assert predictions(model, 20).figure().get_suptitle() == "16 of 20 pictures"
+    assert figure.get_suptitle() == "16 of 20 images"
+    assert predictions(model, 20).figure().get_suptitle() == "16 of 20 images"
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     np.testing.assert_array_equal(shown[30], pictures[15])
     np.testing.assert_array_equal(shown[31], np.asarray(heat.overlay()[15]))
@@ -404,5 +406,5 @@ def test_a_figure_of_very_many_pictures_shows_the_first(model):
     ],
 )
 def test_long_names_lose_their_middle(text: str, length: int, expected: Any):
-    assert figures._short(text, length) == expected
+    assert shorten(text, length) == expected
     assert len(expected) <= length

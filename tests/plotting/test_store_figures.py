@@ -90,7 +90,7 @@ def test_a_unit_shows_its_best_its_worst_and_what_lies_between(store):
     shown = pictures(figure)
     top, bottom, tenths = (page.examples(n, kind) for n, kind in ((9, "top"), (9, "bottom"), (10, "decile")))
     assert len(shown) == 2 * len(top) + len(bottom) + len(tenths) == 25
-    assert all(close(image, colours[e.picture]) for image, e in zip(shown, top, strict=False))
+    assert all(close(image, colours[e.image]) for image, e in zip(shown, top, strict=False))
     assert {f"{e.value:.3g}" for e in top} <= set(words)
     sources = {e.source for e in top}
     assert ("highest, some from thumbnails" in words) == (sources == {"original", "thumbnail"})
@@ -124,8 +124,8 @@ def test_examples_in_rows_of_nine(store):
 
 def test_a_picture_shows_what_the_network_says_and_which_units_it_excites(store):
     opened, colours = store
-    picture = opened.unit("layer 0", 20).examples()[0].picture
-    page = opened.picture(picture)
+    picture = opened.unit("layer 0", 20).examples()[0].image
+    page = opened.image(picture)
     figure = page.figure()
     words = legible(figure)
     best = page.units(8)
@@ -137,7 +137,7 @@ def test_a_picture_shows_what_the_network_says_and_which_units_it_excites(store)
 
 
 def test_a_failed_picture_says_why(store):
-    assert "could not be used: is damaged" in legible(store[0].picture(4).figure())
+    assert "could not be used: is damaged" in legible(store[0].image(4).figure())
 
 
 def test_dead_units_by_layer(store):
@@ -153,7 +153,7 @@ def test_duplicates_side_by_side(store):
     assert any("unit 20 | unit 50\nr 1.000" in text for text in words)
     shown = pictures(figure)
     assert len(shown) == 10
-    pictures_of = [e.picture for e in store[0].unit("layer 0", 20).examples(5)]
+    pictures_of = [e.image for e in store[0].unit("layer 0", 20).examples(5)]
     for image, picture in zip(shown, 2 * pictures_of, strict=True):
         assert close(image, store[1][picture], 40)  # at a tile's rim, WebP mixes in its neighbour's colour
     many = store[0].duplicates(0.3)
@@ -171,7 +171,7 @@ def test_what_changed_most_on_both_sides(store, tmp_path):
     def later(values):
         values[1][2] = values[1][2].max() - values[1][2]
 
-    told = {"units": (70, 5), "failed": [4], "names": [opened.picture(i).name for i in range(40)]}
+    told = {"units": (70, 5), "failed": [4], "names": [opened.image(i).name for i in range(40)]}
     for name, change in (("first", None), ("second", later)):
         stores.small(tmp_path / name, change=change, **told)
         stores.thumbnails(tmp_path / name, np.full((40, 96, 96, 3), 120, np.uint8))

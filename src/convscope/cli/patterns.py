@@ -173,7 +173,7 @@ class _PatternJob:
         """Save the patterns of the negated units in a subfolder, and both in one image."""
         import convscope
         from convscope.featurevis.objectives import channel
-        from convscope.plotting.figures import paired
+        from convscope.plotting.patterns import paired_pattern_grid
         from convscope.results import atomic_write
 
         with progress_bar("negatives") as progress:
@@ -182,7 +182,7 @@ class _PatternJob:
         minima = replace(minima, units=result.units)  # files are named after the units
         negatives = minima.save(folder / "negatives")
         with atomic_write(folder / "pairs.png") as file:
-            paired(result, minima).save(file, format="PNG")
+            paired_pattern_grid(result, minima).save(file, format="PNG")
         log(f"minima: {negatives}; maxima and minima: {folder / 'pairs.png'}")
 
 

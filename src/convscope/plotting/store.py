@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convscope.plotting.figures import _short, _show, _title
+from convscope.plotting.panels import image_title, shorten, show_image
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
@@ -56,8 +56,8 @@ def _patches(examples: Sequence[Example], panels: Sequence[Axes], wholes: Sequen
     for example, patch, whole in zip(examples, panels, wholes, strict=False):
         seen = example.view()  # once for both, and one at a time: originals are large
         sources.add(seen.source)
-        _show(patch, seen.crop(example.box), f"{example.value:.3g}")
-        _show(whole, seen.framed(example.box))
+        show_image(patch, seen.crop(example.box), f"{example.value:.3g}")
+        show_image(whole, seen.framed(example.box))
     for axes in (*panels[len(examples) :], *wholes[len(examples) :]):
         axes.set_axis_off()
     return ", from thumbnails" * (sources == {"thumbnail"}) + ", some from thumbnails" * (len(sources) > 1)
@@ -65,7 +65,7 @@ def _patches(examples: Sequence[Example], panels: Sequence[Axes], wholes: Sequen
 
 def _framed(panels: Sequence[Axes], examples: Sequence[Example], titles: Iterable[str]) -> None:
     for axes, example, title in zip(panels, examples, titles, strict=False):
-        _show(axes, example.framed(), title)
+        show_image(axes, example.framed(), title)
     for axes in panels[len(examples) :]:
         axes.set_axis_off()
 
@@ -97,7 +97,7 @@ def draw_examples(result: Examples) -> Figure:
     figure, bands = _figure(max(4.0, 1.5 * columns), [3.1] * rows)
     for row, part in enumerate(bands):
         source = _patches(result[row * ACROSS : (row + 1) * ACROSS], *_band(part, 2, columns))
-        _titled(part, f"{_short(result.layer)}, unit {result.unit}: {result.kind}{source}" if row == 0 else "")
+        _titled(part, f"{shorten(result.layer)}, unit {result.unit}: {result.kind}{source}" if row == 0 else "")
     return figure
 
 
@@ -108,8 +108,8 @@ def draw_unit_record(page: UnitRecord) -> Figure:
     top, bottom, tenths = (page.examples(n, kind) for n, kind in ((ACROSS, "top"), (ACROSS, "bottom"), (10, "decile")))
     state = "; dead" if told["dead"] else ""
     facts = f"fires on {told['fires']:.1%} of pictures, active at {told['active']:.1%} of places{state}"
-    name = "" if page.name == f"unit {page.unit}" else f" ({_short(page.name)})"
-    figure.suptitle(f"{_short(page.layer, 60)}, unit {page.unit}{name}: {facts}", x=0.01, ha="left", fontsize=12)
+    name = "" if page.name == f"unit {page.unit}" else f" ({shorten(page.name)})"
+    figure.suptitle(f"{shorten(page.layer, 60)}, unit {page.unit}{name}: {facts}", x=0.01, ha="left", fontsize=12)
     _titled(bands[0], "highest" + _patches(top, *_band(bands[0], 2, ACROSS)))
     _framed(_band(bands[1], 1, ACROSS, "lowest")[0], bottom, (f"{e.value:.3g}" for e in bottom))
     titles = (f"{i * 10}-{i * 10 + 10} %\n{e.value:.3g}" for i, e in enumerate(tenths))
@@ -147,7 +147,7 @@ def _classes(axes: Axes, page: UnitRecord) -> None:
         return
     selectivity = page.statistics["selectivity"]
     how = "" if selectivity is None else f", selectivity {selectivity:.2f}"
-    names = [_short(c.name, 24) for c in classes]
+    names = [shorten(c.name, 24) for c in classes]
     _bars(axes, names, [c.mean for c in classes], f"mean by class{how}")
 
 
@@ -156,7 +156,7 @@ def _related(axes: Axes, page: UnitRecord) -> None:
     if not similar:
         _nothing(axes, "constant on the sample:\nnothing fires with it")
         return
-    names = [f"{_short(one.layer, 24)}, {one.unit}" for one in similar]
+    names = [f"{shorten(one.layer, 24)}, {one.unit}" for one in similar]
     _bars(axes, names, [one.r for one in similar], "fires on the same pictures (r)", "{:.2f}")
 
 
@@ -167,19 +167,19 @@ def draw_image_record(page: ImageRecord) -> Figure:
     """The picture, what the network says of it, and the units for which it is among the best, with what they see."""
     if page.failed is not None:
         figure, (part,) = _figure(8, [1.2])
-        ((axes,),) = _band(part, 1, 1, f"picture {page.id}: {_short(page.name, 70)}")
+        ((axes,),) = _band(part, 1, 1, f"picture {page.id}: {shorten(page.name, 70)}")
         _nothing(axes, "\n".join(textwrap.wrap(f"could not be used: {page.failed}", 80)))
         return figure
     standings = page.units(LIST)
     figure, bands = _figure(12, [3.4, 2.2])
-    label = "" if page.label is None else f", labelled {_short(page.label, 30)}"
+    label = "" if page.label is None else f", labelled {shorten(page.label, 30)}"
     loss = "" if page.loss is None else f", loss {page.loss:.2f}"
     ((left, right),) = _band(
-        bands[0], 1, 2, f"picture {page.id}: {_short(page.name, 60)}{label}{loss}", width_ratios=[1, 1.2]
+        bands[0], 1, 2, f"picture {page.id}: {shorten(page.name, 60)}{label}{loss}", width_ratios=[1, 1.2]
     )
     seen = page.view()
-    _show(left, seen.image, "" if seen.source == "original" else "from its thumbnail")
-    names = ["\n".join(textwrap.wrap(_short(p.name, 40), 22)) for p in page.predictions]
+    show_image(left, seen.image, "" if seen.source == "original" else "from its thumbnail")
+    names = ["\n".join(textwrap.wrap(shorten(p.name, 40), 22)) for p in page.predictions]
     _bars(right, names, [p.probability for p in page.predictions], "the network's classes", "{:.1%}")
     panels = _band(bands[1], 1, LIST, "among the best of these units; in the frame: where")[0]
     if not standings:
@@ -187,8 +187,8 @@ def draw_image_record(page: ImageRecord) -> Figure:
             axes.set_axis_off()
         panels[LIST // 2].text(0, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
     for axes, standing in zip(panels, standings, strict=False):
-        where = "\n".join(textwrap.wrap(_short(standing.layer, 36), 18))
-        _show(
+        where = "\n".join(textwrap.wrap(shorten(standing.layer, 36), 18))
+        show_image(
             axes,
             seen.framed(standing.box),
             f"{where}\nunit {standing.unit}, no. {standing.rank + 1}\n{standing.value:.3g}",
@@ -205,7 +205,7 @@ def draw_dead_units(result: DeadUnits) -> Figure:
     """For each layer the share of its units that are dead."""
     figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.fractions))])
     ((axes,),) = _band(part, 1, 1)
-    names = [_short(layer, 44) for layer in result.fractions]
+    names = [shorten(layer, 44) for layer in result.fractions]
     _bars(
         axes,
         names,
@@ -231,7 +231,9 @@ def draw_duplicates(result: Duplicates) -> Figure:
 def draw_unit_changes(result: UnitChanges) -> Figure:
     """The units that changed most, up to eight: their best patches in both scans."""
     changes = result.largest(ROWS)
-    left, right = (_short(f"{s.manifest['model']['name']}, {_title(s.address)}") for s in (result.store, result.other))
+    left, right = (
+        shorten(f"{s.manifest['model']['name']}, {image_title(s.address)}") for s in (result.store, result.other)
+    )
     title = f"units that changed most; left: {left}; right: {right}"
     if not changes:
         figure, (part,) = _figure(8, [1.0])
@@ -253,12 +255,12 @@ def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[Store, int]]]],
     panels = _band(part, len(rows), 2 * each + 1, f"{title}{shown}", width_ratios=[1] * each + [1.6] + [1] * each)
     for axes, (layer, words, pair) in zip(panels, rows, strict=True):
         units = " | ".join(dict.fromkeys(f"unit {unit}" for _, unit in pair))
-        name = "\n".join(textwrap.wrap(_short(layer, 44), 22))
+        name = "\n".join(textwrap.wrap(shorten(layer, 44), 22))
         _nothing(axes[each], f"{name}\n{units}\n{words}")
         for positions, (store, unit) in zip((axes[:each], axes[each + 1 :]), pair, strict=True):
             examples = store.unit(layer, unit).examples(each)
             for position in positions[len(examples) :]:
                 position.set_axis_off()
             for position, example in zip(positions, examples, strict=False):
-                _show(position, example.patch(), f"{example.value:.3g}")
+                show_image(position, example.patch(), f"{example.value:.3g}")
     return figure

@@ -21,7 +21,8 @@ from convscope.featurevis.api import patterns
 from convscope.featurevis.result import Patterns
 from convscope.images.colormap import lookup_table
 from convscope.images.loading import Failure
-from convscope.plotting.figures import activation_pages, pattern_grid
+from convscope.plotting.activations import activation_pages
+from convscope.plotting.grids import pattern_grid
 from convscope.results import atomic_write, file_names, versions, write_json
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]

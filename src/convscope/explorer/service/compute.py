@@ -41,7 +41,8 @@ from convscope.feature_maps import activations, is_constant_channel, predict
 from convscope.images.colormap import blend, lookup_table
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
-from convscope.plotting.figures import standard, tile
+from convscope.plotting.activations import standardize
+from convscope.plotting.grids import tile
 
 MAX_OVERLAY_SIZE = 2048  # pixels of the longer side
 MAX_TILE_SIZE = 56  # pixels of a feature map on a sheet
@@ -256,7 +257,7 @@ def channel_sheet(maps: np.ndarray) -> tuple[Image.Image, SheetLayout]:
         maps = _downsample(maps, factor)
         height, width = maps.shape[1:]
     columns = int(np.ceil(np.sqrt(len(maps) * height / width)))
-    image = Image.fromarray(tile(standard(maps)[..., None], columns)[..., 0])
+    image = Image.fromarray(tile(standardize(maps)[..., None], columns)[..., 0])
     image.putpalette(lookup_table("viridis").tobytes())
     columns = min(columns, len(maps))
     return image, {"columns": columns, "rows": -(-len(maps) // columns), "height": height, "width": width}

@@ -16,7 +16,7 @@ from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.schemas import JsonObject, PackedMap
 from convscope.explorer.service.state import Explorer
-from convscope.plotting.figures import coloured, tile
+from convscope.plotting.grids import tile, to_rgb
 from convscope.store.saved_results import SavedResult, ids_by_name
 
 PATCH_HEIGHT = 96  # pixels of a patch on its sheet
@@ -218,7 +218,7 @@ def render_sheet(arrays: Arrays, kind: str) -> bytes:
         return encode_image(Image.fromarray(tile(np.stack(tiles), columns)), quality=80)
     if kind == "icons":
         layout = icon_layout(arrays)
-        tiles = _resize_all(coloured(arrays["icons"]), layout["side"], layout["side"])
+        tiles = _resize_all(to_rgb(arrays["icons"]), layout["side"], layout["side"])
         return encode_image(Image.fromarray(tile(np.stack(tiles), layout["columns"])), quality=85)
     sheet = Image.new("RGB", thumbnail_sheet_size(arrays), "gray")
     for thumbnail, position in zip(arrays["thumbnails"], thumbnail_tiles(arrays), strict=True):

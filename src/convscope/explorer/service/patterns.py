@@ -20,7 +20,7 @@ from convscope.featurevis.api import patterns
 from convscope.featurevis.layer_story import Story, read_story
 from convscope.featurevis.objectives import Objective, channel, diversity
 from convscope.featurevis.result import Patterns
-from convscope.plotting.figures import coloured, tile
+from convscope.plotting.grids import tile, to_rgb
 from convscope.results import atomic_write
 
 VARIANTS = ("positive", "negative", "diverse")
@@ -135,7 +135,7 @@ def _record(result: Patterns, spec: PatternSpec) -> PatternRecord:
 
 
 def _side_by_side(images: np.ndarray) -> np.ndarray:
-    return tile(coloured(images), len(images), margin=4, background=(128, 128, 128))
+    return tile(to_rgb(images), len(images), margin=4, background=(128, 128, 128))
 
 
 class PatternCache:

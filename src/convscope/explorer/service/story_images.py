@@ -6,7 +6,7 @@ import io
 
 from convscope.explorer.service.images import encode_image
 from convscope.featurevis.layer_story import Story
-from convscope.plotting.figures import pattern_grid
+from convscope.plotting.grids import pattern_grid
 
 
 def story_figure(story: Story) -> bytes:

@@ -1,0 +1,61 @@
+"""Figures and images of activation atlases."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from convscope.decomposition.activation_atlas import Atlas
+from convscope.plotting.grids import to_rgb
+from convscope.plotting.panels import to_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CAPTION_HEIGHT = 0.26  # space below an icon, relative to the width of its cell
+ICON_MARGIN = 4  # pixels between icons
+MIN_ICON_SCALE = 0.45  # side of the icon of a cell with few vectors, relative to its cell
+
+
+def render_atlas(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
+    """Yield each icon, the map of all icons, and the figure."""
+    for (row, column), icon in zip(result.cells, to_rgb(result.icons), strict=True):
+        yield f"cell_{row}_{column}.png", Image.fromarray(icon)
+    yield "map.png", atlas_map(result)
+    yield "atlas.png", to_image(draw_atlas(result))
+
+
+def draw_atlas(result: Atlas) -> Figure:
+    """Draw the map; below each icon is the class with the highest mean attribution in its cell."""
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.95 * result.grid)
+    figure = Figure(figsize=(side, side * (1 + CAPTION_HEIGHT) + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(atlas_map(result), extent=(0, result.grid, result.grid * (1 + CAPTION_HEIGHT), 0))
+    axes.set_axis_off()
+    if result.classes.shape[1]:
+        for (row, column), names in zip(result.cells, result.names, strict=True):
+            caption = "\n".join(textwrap.wrap(names[0], 16)[:2])
+            y = (row + 1) * (1 + CAPTION_HEIGHT) - CAPTION_HEIGHT
+            axes.text(column + 0.5, y, caption, fontsize=5.5, ha="center", va="top")
+    target = "" if result.target is None else f" with evidence for {result.model.class_name(result.target)}"
+    axes.set_title(f"{len(result.positions)} activations of {result.layer}{target}", fontsize=10)
+    return figure
+
+
+def atlas_map(result: Atlas) -> Image.Image:
+    """Draw all icons on white at the positions of their cells; an icon's area grows with the number of vectors."""
+    width = result.icons.shape[1]
+    height = round(width * (1 + CAPTION_HEIGHT))
+    image = Image.new("RGB", (result.grid * width, result.grid * height), "white")
+    scales = MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * np.sqrt(result.counts / result.counts.max())
+    for (row, column), icon, scale in zip(result.cells, to_rgb(result.icons), scales, strict=True):
+        side = max(1, round(float(scale) * (width - ICON_MARGIN)))
+        corner = (int(column) * width + (width - side) // 2, int(row) * height + width - ICON_MARGIN - side)
+        image.paste(Image.fromarray(icon).resize((side, side), Image.Resampling.LANCZOS), corner)
+    return image

@@ -1,0 +1,75 @@
+"""Figures of evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from convscope.evaluation.registry import get_metric
+from convscope.evaluation.result import Evaluation
+from convscope.evaluation.statistics import bootstrap
+from convscope.plotting.panels import create_panels, flatten, hide, shorten, to_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def render_evaluation(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the figure."""
+    yield "evaluation.png", to_image(draw_evaluation(result))
+
+
+def draw_evaluation(result: Evaluation) -> Figure:
+    """Draw a panel per metric: its mean curve or its values, with the mean and the 95 % interval."""
+    columns = min(4, len(result.metrics))
+    rows = math.ceil(len(result.metrics) / columns)
+    figure, grid = create_panels(rows, columns, 3.2 * columns, 2.8 * rows)
+    panels = flatten(grid)
+    for axes, metric in zip(panels, result.metrics, strict=False):
+        curves = {name: c for name, c in result.curves.items() if name == metric or name.startswith(f"{metric}-")}
+        if curves:
+            _draw_curves(axes, curves, metric)
+        else:
+            _draw_values(axes, result, metric)
+        low, high = result.interval(metric)
+        title = f"{metric}, {get_metric(metric).better} is better\n{result.mean(metric):.3g}, {low:.3g} to {high:.3g}"
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    hide(panels[len(result.metrics) :])
+    count = len(result.targets)
+    images = f"{count} image{'s' * (count != 1)}"
+    figure.suptitle(f"{result.method} at {shorten(result.layer)}, {images}: mean, 95 % interval", fontsize=10)
+    return figure
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], metric: str) -> None:
+    """Draw the mean over images of each curve (N, T, points) with its 95 % interval."""
+    for name, curve in curves.items():
+        image_means = curve.mean(1, dtype=np.float64)
+        low, high = bootstrap(image_means)
+        x = np.linspace(0, 1, curve.shape[-1])
+        (line,) = axes.plot(x, image_means.mean(0), label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+    axes.set_xlabel(get_metric(metric).curve_axis, fontsize=8)
+    axes.set_xlim(0, 1)
+    if len(curves) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
+    """Draw all values as dots in the order of the images, the mean as a line and its interval as a band."""
+    values = result[metric]
+    axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
+    axes.axhline(result.mean(metric))
+    axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
+    if metric in result.chance_level:
+        axes.axhline(float(result.chance_level[metric].mean()), color="gray", linestyle=":", label="chance")
+        axes.legend(fontsize=7, frameon=False)
+    axes.set_xlabel("image", fontsize=8)
+    axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))
