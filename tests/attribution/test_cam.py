@@ -34,10 +34,10 @@ def apply_method(name: str, activation: Tensor | np.ndarray, gradient: Tensor | 
 class Averaged(nn.Module):
     """Convolution, optional ReLU, global average, linear head; for signals, images and volumes."""
 
-    def __init__(self, dims: int = 2, rectified: bool = False, channels: int = 6, classes: int = 4) -> None:
+    def __init__(self, dims: int = 2, with_relu: bool = False, channels: int = 6, classes: int = 4) -> None:
         super().__init__()
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, channels, 3)
-        self.act = nn.ReLU(inplace=True) if rectified else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if with_relu else nn.Identity()
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ class Averaged(nn.Module):
 class Flat(nn.Module):
     """Convolution, optional ReLU, linear layer on all positions: the gradient differs between positions."""
 
-    def __init__(self, rectified: bool = False, size: int = 6) -> None:
+    def __init__(self, with_relu: bool = False, size: int = 6) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3)
-        self.act = nn.ReLU() if rectified else nn.Identity()
+        self.act = nn.ReLU() if with_relu else nn.Identity()
         self.fc = nn.Linear(3 * (size - 2) ** 2, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ def test_small_gradients_are_not_lost_to_rounding() -> None:
     assert relative_error(small.double() * 1e25, (weights * activation).sum(1)) < TINY
 
 
-@pytest.mark.parametrize("rectified", [False, True])
-def test_grad_cam_pp_equals_third_order_autograd(rectified: bool) -> None:
+@pytest.mark.parametrize("with_relu", [False, True])
+def test_grad_cam_pp_equals_third_order_autograd(with_relu: bool) -> None:
     """Grad-CAM++ without its closed form: Y = exp(y), differentiated three times by autograd at every position.
 
     The closed form holds where y is locally linear in the maps, as here.
     """
-    net = filled(Flat(rectified))
+    net = filled(Flat(with_relu))
     x = torch.randn((2, 3, 6, 6), generator=torch.Generator().manual_seed(1))
     actual = convscope.heatmaps(load_module(net, (6, 6)), x, [[0, 3]] * 2, layer="conv", method="grad-cam++")
     net = net.double()
@@ -201,10 +201,10 @@ def test_cam_raises_where_it_is_not_defined() -> None:
     for layer in ("conv3", "relu2", "conv1"):
         with pytest.raises(ConvscopeError, match="cam needs a layer whose channel averages determine the class score"):
             convscope.heatmaps(small_model, x, method="cam", layer=layer)
-    rectified = load_module(filled(Averaged(rectified=True)), 24)
+    relu_model = load_module(filled(Averaged(with_relu=True)), 24)
     with pytest.raises(ConvscopeError, match="choose the last layer with spatial extent, or use grad-cam"):
-        convscope.heatmaps(rectified, x, method="cam", layer="conv")
-    assert np.isfinite(convscope.heatmaps(rectified, x, method="cam", layer="act").values).all()
+        convscope.heatmaps(relu_model, x, method="cam", layer="conv")
+    assert np.isfinite(convscope.heatmaps(relu_model, x, method="cam", layer="act").values).all()
 
 
 def test_cam_checks_each_image_separately() -> None:

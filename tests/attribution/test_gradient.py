@@ -321,8 +321,8 @@ def test_relu_rules_by_hand(variant: str, method: str, rule: str) -> None:
     net = filled(Twice())
     with torch.no_grad():
         net.conv1.weight *= 3  # so that 6 is reached
-    rectifier, top = RELUS[variant]
-    net.relu = rectifier if isinstance(rectifier, nn.Module) else Calling(rectifier)
+    activation, top = RELUS[variant]
+    net.relu = activation if isinstance(activation, nn.Module) else Calling(activation)
     x = random_images(2, (3, 9, 8))
     expected = np.stack([[backprop_by_hand(net, p.double().numpy(), t, rule, top) for t in (0, 3)] for p in x])
     plain = np.stack([[backprop_by_hand(net, p.double().numpy(), t, "gradient", top) for t in (0, 3)] for p in x])
@@ -448,7 +448,7 @@ class WrittenOut(nn.Module):
         return x.mean((2, 3)) @ n.fc.weight.t() + n.fc.bias
 
 
-def test_biases_written_as_arithmetic_are_found() -> None:
+def test_biases_written_as_arithmetic_are_collected() -> None:
     net = filled(Usual())
     with torch.no_grad():
         net.bn3.weight *= 4  # so that 6 is reached

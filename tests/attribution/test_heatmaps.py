@@ -35,10 +35,10 @@ def convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
 class Pooled(nn.Module):
     """Convolution, optional ReLU, global average, linear head: every gradient has a closed form."""
 
-    def __init__(self, rectified: bool, channels: int = 6, classes: int = 4) -> None:
+    def __init__(self, with_relu: bool, channels: int = 6, classes: int = 4) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, channels, 3)
-        self.relu = nn.ReLU(inplace=True) if rectified else nn.Identity()
+        self.relu = nn.ReLU(inplace=True) if with_relu else nn.Identity()
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def test_grad_cam_of_one_convolution() -> None:
 
 def test_grad_cam_before_a_global_average_is_cam() -> None:
     """Grad-CAM is then CAM / (H W) (Selvaraju et al. 2017, section 3.1; Zhou et al. 2016)."""
-    net = filled(Pooled(rectified=False))
+    net = filled(Pooled(with_relu=False))
     x, w = random_images(), weights_of(net)
     maps = convolve(x.numpy(), w["conv.weight"], w["conv.bias"])
     cam = np.einsum("tk,nkhw->nthw", w["fc.weight"], maps)
@@ -87,7 +87,7 @@ def test_grad_cam_before_a_global_average_is_cam() -> None:
 
 def test_grad_cam_before_a_relu() -> None:
     """a_k = w_k / (H W) times the fraction of positions at which map k is positive."""
-    net = filled(Pooled(rectified=True))
+    net = filled(Pooled(with_relu=True))
     x, w = random_images(), weights_of(net)
     maps = convolve(x.numpy(), w["conv.weight"], w["conv.bias"])
     active = (maps > 0).mean((2, 3))
@@ -327,7 +327,7 @@ def test_invalid_layers_and_methods(small_model: convscope.Model) -> None:
 
 def negative() -> convscope.Model:
     """Every position is evidence against class 0 and for class 1."""
-    net = filled(Pooled(rectified=True, channels=2, classes=2))
+    net = filled(Pooled(with_relu=True, channels=2, classes=2))
     with torch.no_grad():
         net.conv.weight.abs_()
         net.conv.bias.fill_(0.1)
@@ -494,8 +494,8 @@ def test_overlay_by_hand(small_model: convscope.Model, alpha: float, colormap: s
     for n, image in enumerate(images):
         for t in range(2):
             heatmap = np.maximum(actual.resized()[n][t], 0)
-            colours = colormaps[colormap](np.rint(heatmap / (heatmap.max() or 1) * 255).astype(int))[..., :3] * 255
-            expected = (1 - alpha) * image + alpha * colours
+            colors = colormaps[colormap](np.rint(heatmap / (heatmap.max() or 1) * 255).astype(int))[..., :3] * 255
+            expected = (1 - alpha) * image + alpha * colors
             # matplotlib truncates its colors to 8 bits, and the sum is rounded to 8 bits.
             assert np.abs(np.asarray(overlays[2 * n + t]) - expected).max() <= alpha + 0.5 + 1e-3
 

@@ -30,12 +30,12 @@ def small_model() -> convscope.Model:
 
 @pytest.fixture(scope="module")
 def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder, actual = tmp_path_factory.mktemp("pictures"), []
+    folder, paths = tmp_path_factory.mktemp("images"), []
     for n, (height, width) in enumerate(((96, 96), (50, 120))):
         pixels = np.random.default_rng(n).integers(0, 256, (height // 2, width // 2, 3), np.uint8)
         Image.fromarray(pixels).resize((width, height)).save(folder / f"{n}.png")
-        actual.append(str(folder / f"{n}.png"))
-    return actual
+        paths.append(str(folder / f"{n}.png"))
+    return paths
 
 
 # --- scales ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_centred_baseline_is_a_gaussian(small_model: convscope.Model) -> None:
 
 def test_overlays_of_maps_at_the_input_are_smoothed() -> None:
     """A single pixel would hardly be visible."""
-    net = filled(Pooled(rectified=True))
+    net = filled(Pooled(with_relu=True))
     actual = convscope.heatmaps(load_module(net, 64), random_images(1, 64), 1, method="saliency")
     actual.values[:] = 0
     actual.values[0, 0, 20, 30] = 1

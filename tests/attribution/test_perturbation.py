@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.context import MethodContext
-from convscope.attribution.methods import perturbation
+from convscope.attribution.methods import perturbation, rise
 from convscope.attribution.targets import BatchTargets
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import LayerTable
@@ -391,7 +391,7 @@ def test_rise_of_a_linear_network(sides: tuple[int, ...]) -> None:
     terms = ",".join(a + x for a, x in zip(*letters, strict=True))
     mask_term = np.einsum(f"{letters[1]},{terms}->{letters[0]}", v, *overlap)
     expected = b + keep * v.sum() + (1 - keep) * mask_term
-    actual, extras = perturbation.rise(
+    actual, extras = rise.rise(
         make_context(net, x, [1], size=500), samples=20000, cells=cells, keep=keep, tolerance=0.0
     )
     error = extras["standard_error"][0, 0].numpy()
@@ -408,7 +408,7 @@ def test_standard_error_is_the_spread_of_repeated_runs() -> None:
     for seed in range(60):
         context = make_context(net, x, [1], size=200)
         context = type(context)(**{**vars(context), "seed": seed})
-        actual, extras = perturbation.rise(context, samples=200, cells=3, tolerance=0.0)
+        actual, extras = rise.rise(context, samples=200, cells=3, tolerance=0.0)
         runs.append(actual[0, 0].double())
         errors.append(extras["standard_error"][0, 0].double())
     spread = torch.stack(runs).std(0)
@@ -576,7 +576,7 @@ def test_contrast_is_the_difference_of_scores(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_model_and_input_are_unchanged(method: str) -> None:
     net = filled(Usual())
-    _kept = lived_in(net)
+    _hooks = lived_in(net)
     model, x = load_module(net), random_images(2)
     explicit, before = x.clone(), snapshot(net)
     compute(model, x, method, **METHODS[method])

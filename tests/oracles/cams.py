@@ -1,6 +1,6 @@
-"""Class activation maps as their papers write them: one picture, one channel and one place at a time, float64.
+"""Reference class activation maps: the papers' formulas, one image, channel and position at a time, in float64.
 
-Each takes activation and gradient of one picture, (C, ...) both, and gives a map (...).
+Each function takes the activation and gradient (C, ...) of one image and returns a map (...).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def _weighted_sum(weights: list[float], activation: Maps) -> Maps:
 
 
 def cam(activation: Maps, gradient: Maps) -> Maps:
-    """Zhou 2016, equation 2: the weight of a channel's average is Z times its gradient, wherever that is read off."""
+    """Zhou 2016, equation 2: the weight of a channel's average is Z times its gradient at any position."""
     first = (0,) * (gradient.ndim - 1)
     size = prod(gradient.shape[1:])
     return _weighted_sum([float(gradient[(k, *first)]) * size for k in range(len(gradient))], activation)
 
 
 def grad_cam(activation: Maps, gradient: Maps) -> Maps:
-    """Selvaraju 2017, equations 1 and 2, without the rectification."""
+    """Selvaraju 2017, equations 1 and 2, without the final ReLU."""
     weights = []
     for k in range(len(gradient)):
         weights.append(sum(float(gradient[(k, *i)]) for i in _positions(gradient)) / prod(gradient.shape[1:]))
@@ -86,14 +86,14 @@ def layer_cam(activation: Maps, gradient: Maps) -> Maps:
 
 
 def eigen_cam(activation: Maps, gradient: Maps) -> Maps:
-    """Muhammad 2020, equation 3: the places' coordinates along the first right singular vector."""
+    """Muhammad 2020, equation 3: the positions' coordinates along the first right singular vector."""
     matrix = np.array([[activation[(k, *i)] for k in range(len(activation))] for i in _positions(activation)])
     first = matrix @ np.linalg.svd(matrix, full_matrices=True)[2][0]
     return (first if first.sum() >= 0 else -first).reshape(activation.shape[1:])
 
 
 def eigen_grad_cam(activation: Maps, gradient: Maps) -> Maps:
-    """The same of gradient times activation, on the side of hirescam."""
+    """Eigen-CAM of gradient times activation, with the sign of HiResCAM."""
     first = eigen_cam(gradient * activation, gradient)
     return first if (first * hirescam(activation, gradient)).sum() >= 0 else -first
 

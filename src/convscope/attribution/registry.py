@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from convscope.attribution.context import MethodOutput
-from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation
+from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation, rise
 from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError, nearest
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
     "occlusion": ModelMethod(perturbation.occlusion, check=perturbation.check_occlusion),
-    "rise": ModelMethod(perturbation.rise, check=perturbation.check_rise),
+    "rise": ModelMethod(rise.rise, check=rise.check_rise),
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }

@@ -24,7 +24,7 @@ def random_map(context: LayerContext) -> Tensor:
 
 
 def center_gaussian(context: LayerContext, *, width: float = 0.25) -> Tensor:
-    """Place a Gaussian at the centre of the image, where photographers tend to place objects.
+    """Return a Gaussian at the centre of the image, where photographs tend to show their subject.
 
     Parameters
     ----------

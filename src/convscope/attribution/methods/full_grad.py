@@ -226,6 +226,7 @@ _LAYERS = {
 _BOUNDS: dict[str, tuple[float | None, float | None]] = {"relu6": (0, 6), "hardtanh": (-1, 1), "clamp": (None, None)}
 """Functions with bounds, and their default bounds."""
 
+
 def _align_bias(bias: Tensor | None, ndim: int, channel_dim: int) -> Tensor | None:
     """Reshape a bias (C,) so that it broadcasts to an output of `ndim` dimensions."""
     if bias is None or channel_dim != 1:
