@@ -1,21 +1,27 @@
-"""A microscope for convnets: see what a PyTorch or Keras network has learned.
+"""A microscope for vision networks: see what a PyTorch or Keras network has learned.
 
-import convscope
+Every public name is imported from its module on first use, so that ``import convscope`` is fast.
 
-model = convscope.load("lite0")
-convscope.predict(model, "photo.jpg")
-convscope.activations(model, "photo.jpg")
-convscope.patterns(model, "logits", ["African elephant"])
-heatmaps = convscope.heatmaps(model, "photo.jpg")
-convscope.evaluate(model, "photo.jpg", heatmaps)
+Examples
+--------
+>>> import convscope
+>>> model = convscope.load("lite0")
+>>> photo = convscope.samples.photographs()[0]
+>>> convscope.predict(model, photo, top=1).names
+[['...']]
+>>> convscope.activations(model, photo, "blocks.0")["blocks.0"].shape
+(1, 16, 112, 112)
+>>> convscope.heatmaps(model, photo).values.shape
+(1, 1, 7, 7)
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from convscope import objectives, samples
     from convscope.attribution.api import heatmaps
     from convscope.attribution.result import Heatmaps
     from convscope.attribution.targets import output_target, segmentation_target
@@ -28,7 +34,6 @@ if TYPE_CHECKING:
     from convscope.evaluation.result import Evaluation
     from convscope.explorer.notebook import show
     from convscope.feature_maps import Activations, Predictions, activations, predict
-    from convscope.featurevis import objectives
     from convscope.featurevis.api import patterns
     from convscope.featurevis.layer_story import Story, story
     from convscope.featurevis.result import Patterns
@@ -38,38 +43,6 @@ if TYPE_CHECKING:
     from convscope.store.store import Store, open_store
 
 __version__ = "0.1.0"
-
-_MODULES = {
-    "Activations": "convscope.feature_maps",
-    "Atlas": "convscope.decomposition.activation_atlas",
-    "Comparison": "convscope.evaluation.comparison",
-    "Concepts": "convscope.decomposition.craft",
-    "ConvscopeError": "convscope.errors",
-    "Evaluation": "convscope.evaluation.result",
-    "Heatmaps": "convscope.attribution.result",
-    "Model": "convscope.engine.model",
-    "Patterns": "convscope.featurevis.result",
-    "Predictions": "convscope.feature_maps",
-    "Preprocessing": "convscope.images.preprocessing",
-    "Store": "convscope.store.store",
-    "Story": "convscope.featurevis.layer_story",
-    "activations": "convscope.feature_maps",
-    "atlas": "convscope.decomposition.activation_atlas",
-    "compare": "convscope.evaluation.comparison",
-    "concepts": "convscope.decomposition.craft",
-    "evaluate": "convscope.evaluation.api",
-    "heatmaps": "convscope.attribution.api",
-    "load": "convscope.sources.api",
-    "objectives": "convscope.featurevis",
-    "open_store": "convscope.store.store",
-    "output_target": "convscope.attribution.targets",
-    "patterns": "convscope.featurevis.api",
-    "predict": "convscope.feature_maps",
-    "scan": "convscope.scanning.api",
-    "segmentation_target": "convscope.attribution.targets",
-    "show": "convscope.explorer.notebook",
-    "story": "convscope.featurevis.layer_story",
-}
 
 __all__ = [
     "Activations",
@@ -97,20 +70,52 @@ __all__ = [
     "output_target",
     "patterns",
     "predict",
+    "samples",
     "scan",
     "segmentation_target",
     "show",
     "story",
 ]
 
+_TARGETS = {
+    "Activations": "convscope.feature_maps:Activations",
+    "Atlas": "convscope.decomposition.activation_atlas:Atlas",
+    "Comparison": "convscope.evaluation.comparison:Comparison",
+    "Concepts": "convscope.decomposition.craft:Concepts",
+    "ConvscopeError": "convscope.errors:ConvscopeError",
+    "Evaluation": "convscope.evaluation.result:Evaluation",
+    "Heatmaps": "convscope.attribution.result:Heatmaps",
+    "Model": "convscope.engine.model:Model",
+    "Patterns": "convscope.featurevis.result:Patterns",
+    "Predictions": "convscope.feature_maps:Predictions",
+    "Preprocessing": "convscope.images.preprocessing:Preprocessing",
+    "Store": "convscope.store.store:Store",
+    "Story": "convscope.featurevis.layer_story:Story",
+    "activations": "convscope.feature_maps:activations",
+    "atlas": "convscope.decomposition.activation_atlas:atlas",
+    "compare": "convscope.evaluation.comparison:compare",
+    "concepts": "convscope.decomposition.craft:concepts",
+    "evaluate": "convscope.evaluation.api:evaluate",
+    "heatmaps": "convscope.attribution.api:heatmaps",
+    "load": "convscope.sources.api:load",
+    "objectives": "convscope.objectives",
+    "open_store": "convscope.store.store:open_store",
+    "output_target": "convscope.attribution.targets:output_target",
+    "patterns": "convscope.featurevis.api:patterns",
+    "predict": "convscope.feature_maps:predict",
+    "samples": "convscope.samples",
+    "scan": "convscope.scanning.api:scan",
+    "segmentation_target": "convscope.attribution.targets:segmentation_target",
+    "show": "convscope.explorer.notebook:show",
+    "story": "convscope.featurevis.layer_story:story",
+}
+"""What each public name stands for: a module, or an attribute of one."""
+
 
 def __getattr__(name: str) -> object:
-    """Import a public name's module on first access, so that `import convscope` stays fast."""
-    if name not in _MODULES:
+    if name not in _TARGETS:
         raise AttributeError(f"module 'convscope' has no attribute {name!r}")
-    if name == "objectives":
-        return import_module("convscope.featurevis.objectives")
-    value = getattr(import_module(_MODULES[name]), name)
+    value: object = resolve_name(_TARGETS[name])
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The first technique: what each layer makes of a picture; and what the whole network says of it."""
+"""Feature maps and predictions: what the layers of a network, and the whole network, compute for images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,23 @@ from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.results import Result
 
+SCALINGS = ("standard", "minmax")
+
 
 @dataclass(frozen=True, eq=False)
 class Activations(Result):
-    """Feature maps: `activations["block1_conv1"]` is float32 (N, C, H, W), raw.
+    """Feature maps of N images: ``activations["block1_conv1"]`` is float32 (N, C, H, W), not normalised.
 
-    `scaling` is how grids are drawn: "standard", as the chapter does, or "minmax".
+    Attributes
+    ----------
+    maps : dict of str to ndarray
+        The output of each layer, channels first.
+    image_names : tuple of str
+        Names of the images, in the order of the first axis.
+    fit : {"squash", "crop"}
+        How images were brought to the network's size.
+    scaling : {"standard", "minmax"}
+        How maps are drawn: see `activations`.
     """
 
     maps: dict[str, np.ndarray]
@@ -32,6 +43,7 @@ class Activations(Result):
 
     @property
     def layers(self) -> list[str]:
+        """The layers' names."""
         return list(self.maps)
 
     def __getitem__(self, layer: str) -> np.ndarray:
@@ -46,15 +58,20 @@ class Activations(Result):
         return len(self.maps)
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """Return the maps by layer."""
         return self.maps
 
     def parameters(self) -> dict[str, Any]:
+        """Return layers, image names, `fit` and `scaling`."""
         return {"layers": self.layers, "image_names": self.image_names, "fit": self.fit, "scaling": self.scaling}
 
     def summary(self, layer: str) -> dict[str, np.ndarray]:
-        """Per picture and channel, each (N, C): `mean`, `max`, `active` (share of places above 0) and `dead`.
+        """Summarize a layer's maps per image and channel.
 
-        A channel is dead on a picture if it says the same everywhere.
+        Returns
+        -------
+        dict of str to ndarray
+            Each (N, C): "mean", "max", "active" (fraction of positions above 0) and "dead" (constant on this image).
         """
         maps = self[layer].reshape(*self[layer].shape[:2], -1)
         return {
@@ -66,18 +83,15 @@ class Activations(Result):
 
 
 def is_constant_channel(maps: np.ndarray) -> np.ndarray:
-    """Which channels of maps (N, C, ...) say the same everywhere; bool (N, C).
-
-    Rounding alone makes no pattern: what counts must rise above the precision of the values.
-    """
+    """Return which channels of maps (N, C, ...) are constant up to rounding: bool (N, C)."""
     flat = maps.reshape(*maps.shape[:2], -1)
-    quiet: np.ndarray = flat.max(2) - flat.min(2) <= 1e-6 * np.abs(flat).max(2)
-    return quiet
+    constant: np.ndarray = flat.max(2) - flat.min(2) <= 1e-6 * np.abs(flat).max(2)
+    return constant
 
 
 def activations(
     model: Model,
-    images: Any,
+    images: object,
     layers: str | Sequence[str] | None = None,
     *,
     fit: str = "squash",
@@ -86,64 +100,93 @@ def activations(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Activations:
-    """The outputs of layers for pictures, all from one forward pass that stops behind the last of them.
+    """Compute the outputs of layers for images, in one forward pass that stops after the last of the layers.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    images
-        Pictures in any form that `convscope` takes.
-    layers
-        A layer's name, several, or None for every layer with spatial extent that makes something of its own.
-    fit
-        "squash" shows the network the whole picture, "crop" its own evaluation crop.
-    scaling
-        How grids are drawn, each map for itself: "standard" (standardised, times 64, plus 128, clipped) or "minmax".
-    memory
+    images : path, sequence of paths, PIL images, arrays or tensor
+        One image or N. Arrays are (H, W, 3) or (N, H, W, 3), uint8 or float in [0, 1]; a tensor (N, 3, H, W) is already
+        preprocessed.
+    layers : str or sequence of str, optional
+        Names in ``model.layers``. Every layer with spatial extent if omitted, without aliases of earlier layers.
+    fit : {"squash", "crop"}
+        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    scaling : {"standard", "minmax"}
+        How each map is scaled when it is drawn: standardised, times 64, plus 128 and clipped to 0..255, or from its
+        minimum to its maximum. The values themselves are never scaled.
+    memory : int
         Bytes that a batch's intermediate results may take; the results themselves are not counted.
-    max_pixels
-        Pictures with more are refused before memory is spent on them.
-    progress
-        Called after every batch with the number of pictures done and the number in all.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    progress : callable, optional
+        ``progress(done, total)``, called after every batch with numbers of images. Exceptions raised here cancel
+        cleanly.
+
+    Returns
+    -------
+    Activations
+        A mapping of layers to float32 arrays (N, C, H, W). Images that cannot be read are left out and listed in
+        ``failed``.
 
     Raises
     ------
     ConvscopeError
-        For an unknown layer, and when no picture can be used. If only some cannot, they are named in `.failed`.
+        For an unknown layer, for values that are not finite, and when no image can be read.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> activations = convscope.activations(model, convscope.samples.photographs(), ["blocks.0", "blocks.4"])
+    >>> activations["blocks.0"].shape
+    (4, 16, 112, 112)
+    >>> activations.summary("blocks.4")["active"].shape
+    (4, 112)
     """
-    if scaling not in ("standard", "minmax"):
-        raise ConvscopeError(f"scaling {scaling!r} is not known; expected standard or minmax")
+    if scaling not in SCALINGS:
+        raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
     if isinstance(layers, str):
         layers = [layers]
-    names = [row.name for row in model.layers.unique_spatial()] if layers is None else list(layers)
-    rows = [model.layers.find(name) for name in names]
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    found: dict[str, list[np.ndarray]] = {row.name: [] for row in rows}
-    done: list[int] = []
-    with torch.no_grad(), capture.capture_layers(model, list(found), stop_early=True) as run:
-        for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
-            seen = run(batch.x)
-            for name, maps in seen.maps.items():
+    names = [layer.name for layer in model.layers.unique_spatial()] if layers is None else list(layers)
+    outputs: dict[str, list[np.ndarray]] = {model.layers.find(name).name: [] for name in names}
+    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    indices: list[int] = []
+    with torch.no_grad(), capture.capture_layers(model, list(outputs), stop_early=True) as run:
+        for batch_indices, x in _batches(model, loader, memory, progress):
+            for name, maps in run(x).maps.items():
                 require_finite(model, maps, f"layer {name!r}")
-                found[name].append(maps.float().contiguous().cpu().numpy())
-            done += batch.indices
-            if progress is not None:
-                progress(len(done) + len(pictures.failed), len(pictures))
+                outputs[name].append(maps.float().contiguous().cpu().numpy())
+            indices += batch_indices
     return Activations(
         model,
-        maps={name: np.concatenate(parts) for name, parts in found.items()},
-        image_names=tuple(pictures.names[i] for i in done),
+        maps={name: np.concatenate(parts) for name, parts in outputs.items()},
+        image_names=tuple(loader.names[i] for i in indices),
         fit=fit,
         scaling=scaling,
-        notes=tuple(pictures.notes),
-        failed=tuple(pictures.failed),
+        notes=tuple(loader.notes),
+        failed=tuple(loader.failed),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions(Result):
-    """What the network says: `indices` and `probabilities` (N, top), best first; `logits` (N, K)."""
+    """The top classes of N images.
+
+    Attributes
+    ----------
+    indices : ndarray
+        (N, top) class indices, best first.
+    probabilities : ndarray
+        (N, top) float32 in [0, 1].
+    logits : ndarray
+        (N, K) float32: the scores of all K classes before any softmax or sigmoid.
+    image_names : tuple of str
+        Names of the images, in the order of the first axis.
+    fit : {"squash", "crop"}
+        How images were brought to the network's size.
+    """
 
     indices: np.ndarray
     probabilities: np.ndarray
@@ -153,16 +196,17 @@ class Predictions(Result):
 
     @property
     def names(self) -> list[list[str]]:
-        """The classes' names, as `indices`."""
+        """The names of the classes, in the order of `indices`."""
         return [[self.model.class_name(int(i)) for i in row] for row in self.indices]
 
     def parameters(self) -> dict[str, Any]:
+        """Return the number of classes, image names, `fit` and the classes' names."""
         return {"top": self.indices.shape[1], "image_names": self.image_names, "fit": self.fit, "classes": self.names}
 
 
 def predict(
     model: Model,
-    images: Any,
+    images: object,
     top: int = 5,
     *,
     fit: str = "squash",
@@ -170,33 +214,80 @@ def predict(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Predictions:
-    """The `top` classes of each picture. Probabilities are the softmax of the logits.
+    """Compute the top classes of images, and all logits.
 
-    For a network that ends in a sigmoid or has a single output, they are the sigmoid of each logit by itself.
+    Probabilities are the softmax of the logits; for a network that ends in a sigmoid or has a single output, the
+    sigmoid of each logit.
 
-    Raises ConvscopeError when no picture can be used; if only some cannot, they are named in `.failed`.
+    Parameters
+    ----------
+    model : Model
+        From `convscope.load`.
+    images : path, sequence of paths, PIL images, arrays or tensor
+        One image or N, in any form that `activations` takes.
+    top : int
+        Number of classes per image; all K if that is less.
+    fit : {"squash", "crop"}
+        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    memory : int
+        Bytes that a batch's intermediate results may take.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    progress : callable, optional
+        ``progress(done, total)``, called after every batch with numbers of images. Exceptions raised here cancel
+        cleanly.
+
+    Returns
+    -------
+    Predictions
+        ``indices`` and ``probabilities`` (N, top), ``logits`` (N, K). Images that cannot be read are left out and
+        listed in ``failed``.
+
+    Raises
+    ------
+    ConvscopeError
+        For logits that are not finite, and when no image can be read.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> predictions = convscope.predict(model, convscope.samples.photographs(), top=3)
+    >>> predictions.probabilities.shape
+    (4, 3)
+    >>> predictions.names[0][0]
+    'Egyptian cat'
     """
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    logits: list[torch.Tensor] = []
-    done: list[int] = []
+    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    parts: list[torch.Tensor] = []
+    indices: list[int] = []
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
-            seen = run(batch.x)
-            require_finite(model, seen.logits, "the network's output")
-            logits.append(seen.logits.cpu())
-            done += batch.indices
-            if progress is not None:
-                progress(len(done) + len(pictures.failed), len(pictures))
-    scores = torch.cat(logits)
-    shares = model.probabilities(scores)
-    best = shares.topk(min(top, scores.shape[1]), dim=1)
+        for batch_indices, x in _batches(model, loader, memory, progress):
+            logits = run(x).logits
+            require_finite(model, logits, "the network's output")
+            parts.append(logits.cpu())
+            indices += batch_indices
+    logits = torch.cat(parts)
+    best = model.probabilities(logits).topk(min(top, logits.shape[1]), dim=1)
     return Predictions(
         model,
         indices=best.indices.numpy(),
         probabilities=best.values.numpy(),
-        logits=scores.numpy(),
-        image_names=tuple(pictures.names[i] for i in done),
+        logits=logits.numpy(),
+        image_names=tuple(loader.names[i] for i in indices),
         fit=fit,
-        notes=tuple(pictures.notes),
-        failed=tuple(pictures.failed),
+        notes=tuple(loader.notes),
+        failed=tuple(loader.failed),
     )
+
+
+def _batches(
+    model: Model, loader: ImageBatchLoader, memory: int, progress: Progress | None
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield batches with the indices of their images; report progress after each."""
+    done = 0
+    for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):
+        yield list(batch.indices), batch.x
+        done += len(batch.indices)
+        if progress is not None:
+            progress(done + len(loader.failed), len(loader))

@@ -1,4 +1,4 @@
-"""The sample photographs that come with the package (CC0; `LICENSES.md` says whose)."""
+"""Sample photographs (CC0, sources in ``LICENSES.md``)."""
 
 from __future__ import annotations
 
@@ -6,5 +6,12 @@ from importlib.resources import files
 
 
 def photographs() -> list[str]:
-    """Their paths."""
+    """Return the paths of the sample photographs.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> len(convscope.samples.photographs())
+    4
+    """
     return sorted(str(path) for path in files(__name__).iterdir() if path.name.endswith((".jpg", ".png")))

@@ -1,0 +1,28 @@
+"""Objectives for `convscope.patterns`: what the activation that is maximised is made of.
+
+Objectives can be added, subtracted and scaled: ``channel("blocks.5.2", 7) - channel("blocks.5.2", 9)``.
+"""
+
+from convscope.featurevis.objectives import (
+    Objective,
+    caricature,
+    channel,
+    channels,
+    deepdream,
+    direction,
+    diversity,
+    interpolation,
+    neuron,
+)
+
+__all__ = [
+    "Objective",
+    "caricature",
+    "channel",
+    "channels",
+    "deepdream",
+    "direction",
+    "diversity",
+    "interpolation",
+    "neuron",
+]
