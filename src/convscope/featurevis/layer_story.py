@@ -168,7 +168,5 @@ def _chapters(model: Model) -> list[str]:
 
 def _sees(model: Model, row: Layer | None) -> tuple[int, int] | None:
     """The receptive field; None where it is the whole picture."""
-    field = None if row is None else row.receptive_field
-    if field is None or min(field) >= min(model.preprocessing.size):
-        return None
-    return field[0], field[1]
+    field = None if row is None else row.bounded_receptive_field(model.preprocessing.size)
+    return None if field is None else (field[0], field[1])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from convscope.engine.layer_table import format_receptive_field
 from convscope.engine.model import LOGITS
 from convscope.featurevis.layer_story import Chapter, Story
 from convscope.plotting.grids import pattern_grid, to_rgb
@@ -64,7 +65,7 @@ def draw_story(result: Story) -> Figure:
 
 def _row_label(chapter: Chapter) -> str:
     """Name a layer and its receptive field."""
-    size = " x ".join(map(str, chapter.receptive_field)) if chapter.receptive_field else "whole image"
+    size = format_receptive_field(chapter.receptive_field)
     return "\n".join([*wrap_layer_name(chapter.layer), "receptive field", size])
 
 
@@ -92,7 +93,7 @@ def _page(result: Story, figure: Image.Image) -> str:
     chapters = [
         {
             "layer": chapter.layer,
-            "receptive_field": row["receptive field"],
+            "receptive_field": format_receptive_field(chapter.receptive_field),
             "image": _data_url(pattern_grid(chapter.images, columns=len(chapter.images))),
             "names": ", ".join(chapter.names) if chapter.layer == LOGITS else ", ".join(map(str, chapter.units)),
             "statistics": {name: (row[name], row[f"{name}, quartiles"]) for name in chapter.statistics},

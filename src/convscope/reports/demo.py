@@ -13,7 +13,7 @@ from PIL import Image
 from convscope.attribution.api import heatmaps
 from convscope.engine.batching import Progress
 from convscope.engine.layer_selection import select_by_depth
-from convscope.engine.layer_table import Layer
+from convscope.engine.layer_table import Layer, format_receptive_field
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.feature_maps import activations, is_constant_channel, predict
@@ -153,10 +153,7 @@ def _page(
 
 
 def _sees(model: Model, row: Layer) -> str:
-    if row.receptive_field is None or min(row.receptive_field) >= min(model.preprocessing.size):
-        return "the whole picture"
-    height, width = row.receptive_field
-    return f"{height} x {width} pixels"
+    return format_receptive_field(row.bounded_receptive_field(model.preprocessing.size))
 
 
 def _fitted(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.image_page import TOP_CLASSES
-from convscope.explorer.views.network_page import format_receptive_field
+from convscope.explorer.views.network_page import receptive_field_text
 from convscope.explorer.views.page import Page, PageContext, Values
 
 MAPS_AT_FIRST = 256  # activation maps that a page shows before "Show all"
@@ -28,7 +28,7 @@ def build(
         "layer": layer,
         "image": image,
         "neighbours": _neighbours(network, layer),
-        "receptive_field": format_receptive_field(network, layer),
+        "receptive_field": receptive_field_text(network, layer),
         "unit_patches": store_views.unit_patches(network, context.urls, layer.name),
         "num_dead": 0,
     }

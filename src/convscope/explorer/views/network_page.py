@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from convscope.engine.layer_table import Layer
+from convscope.engine.layer_table import Layer, format_receptive_field
 from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views import layout, store_views
@@ -43,17 +43,9 @@ def build(context: PageContext, network: Network) -> Page:
     return Page("network.html", f"Layers of {network.model.name}", network, data, variables)
 
 
-def format_receptive_field(network: Network, layer: Layer) -> str:
+def receptive_field_text(network: Network, layer: Layer) -> str:
     """Format a layer's receptive field: its size in pixels, or 'the whole image'."""
-    size = layer.receptive_field
-    if size is None or min(size) >= min(network.model.preprocessing.size):
-        return "the whole image"
-    return format_size(size)
-
-
-def format_size(size: tuple[int, ...]) -> str:
-    """Format a size in pixels."""
-    return " × ".join(map(str, size)) + " pixels"
+    return format_receptive_field(layer.bounded_receptive_field(network.model.preprocessing.size), " × ")
 
 
 def _layer_row(urls: UrlBuilder, network: Network, layer: Layer, measures: dict[str, float]) -> LayerRow:
@@ -63,7 +55,7 @@ def _layer_row(urls: UrlBuilder, network: Network, layer: Layer, measures: dict[
         kind=layer.kind,
         shape=layer.shape,
         units=layer.units,
-        receptive_field=format_receptive_field(network, layer),
+        receptive_field=receptive_field_text(network, layer),
         stride=None if layer.stride is None else max(layer.stride),
         field=None if field is None else min(field, max(network.model.preprocessing.size)),
         parameters=layer.parameters,

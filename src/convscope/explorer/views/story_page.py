@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convscope.engine.layer_table import format_receptive_field
 from convscope.explorer.service.networks import Network
-from convscope.explorer.views.network_page import format_size
 from convscope.explorer.views.page import Page, PageContext
 from convscope.featurevis.layer_story import Chapter
 
@@ -45,7 +45,7 @@ def _chapter(chapter: Chapter, src: str) -> ChapterView:
     return ChapterView(
         src=src,
         layer=chapter.layer,
-        receptive_field="the whole image" if chapter.receptive_field is None else format_size(chapter.receptive_field),
+        receptive_field=format_receptive_field(chapter.receptive_field, " × "),
         names=chapter.names,
         units=[int(unit) for unit in chapter.units],
         quartiles={name: np.percentile(v, (25, 50, 75)).tolist() for name, v in chapter.statistics.items()},

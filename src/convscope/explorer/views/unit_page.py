@@ -9,7 +9,7 @@ from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
 from convscope.explorer.service.schemas import PatternRecord
 from convscope.explorer.views import snippets, store_views
-from convscope.explorer.views.network_page import format_receptive_field
+from convscope.explorer.views.network_page import receptive_field_text
 from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.images.colormap import lookup_table
 
@@ -36,7 +36,7 @@ def build(
         "unit": unit,
         "num_units": network.num_units(layer),
         "class_name": class_name,
-        "receptive_field": hidden_layer and format_receptive_field(network, hidden_layer),
+        "receptive_field": hidden_layer and receptive_field_text(network, hidden_layer),
         "spec": spec,
         "variants": [variant for variant in VARIANTS if variant != "diverse" or is_spatial],
         "recipes": RECIPES,
