@@ -23,7 +23,8 @@ from trunk import trunk
 import convscope
 from convscope.featurevis.recipes import RECIPES
 
-ONCE = replace(RECIPES["robust"], starts=1, tries=1)
+DEAD = " looks dead: no activation on the sample images"
+ONCE = replace(RECIPES["robust"], starts=1, max_restarts=1)
 FIRST, SECOND = (48, 8), (96, 16)  # pixels and steps
 DEEP = 96  # pixels of VGG16's blocks 4 and 5 in full: on 224 a unit that is dead takes six times as long
 # The layers that are done, for a run that is cut short; gone when the table is made of them.
@@ -86,7 +87,7 @@ def _layer(what: str, model: convscope.Model, layer: str, size: int | None) -> S
     dead: set[int] = set()
     for side in dict.fromkeys((size, None)):
         found = convscope.patterns(model, layer, waiting, size=side)
-        said = {note.split(" is stuck at 0: dead")[0] for note in found.notes if " is stuck at 0: dead" in note}
+        said = {note.split(DEAD)[0] for note in found.notes if DEAD in note}
         silent = _silent(found)
         dead |= {u for u in silent if f"unit {u}" in said}
         waiting = [u for u in silent if u not in dead]

@@ -195,7 +195,7 @@ def test_a_filter_that_gets_stuck_at_0_is_said_to_be() -> None:
     np.testing.assert_array_equal(got.history, np.zeros((10, 1)))
     assert got.scores[0] == 0
     assert len(got.notes) == 1
-    assert "unit 11 is stuck at 0" in got.notes[0]
+    assert "unit 11 looks dead" in got.notes[0]
     assert "recipe='robust'" in got.notes[0]
 
 

@@ -299,8 +299,8 @@ def test_sprite_index(tmp_path: Path) -> None:
     done("--layer", "conv2", "--units", "11,0,3,7,5", *QUICK, "-o", tmp_path)
     index, sheet = json.loads((tmp_path / "sprites.json").read_text()), pixels(tmp_path / "sprites.png")
     assert (index["file"], index["width"], index["height"]) == ("sprites.png", 24, 24)
-    assert list(index["left and top"]) == ["11", "0", "3", "7", "5"]
-    for u, (left, top) in index["left and top"].items():
+    assert list(index["left_top"]) == ["11", "0", "3", "7", "5"]
+    for u, (left, top) in index["left_top"].items():
         actual = sheet[top : top + 24, left : left + 24]
         assert actual.tobytes() == pixels(tmp_path / f"conv2_{u}.png").tobytes()
     assert sheet.shape == (48, 72, 3)

@@ -37,7 +37,7 @@ def make_network():
 
 @pytest.fixture(scope="module")
 def story(tiny):
-    return convscope.story(tiny, ["relu2", "logits"], units=3, num_shown=2, seed=3)
+    return convscope.story(tiny, ["relu2", "logits"], units=3, num_displayed=2, seed=3)
 
 
 @pytest.fixture

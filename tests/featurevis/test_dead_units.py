@@ -73,7 +73,7 @@ def test_what_no_start_wakes_is_cut_from_the_photograph_that_excites_it_most() -
     np.testing.assert_allclose(found.scores[0], float(warm(square[None] / 255).mean()), rtol=1e-5)
     assert found.scores[0] > 0
     assert not found.history.any()
-    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
+    assert found.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
 
 
 @pytest.mark.parametrize(
@@ -82,23 +82,22 @@ def test_what_no_start_wakes_is_cut_from_the_photograph_that_excites_it_most() -
         (
             never,
             {},
-            f"dead: it fired on none of the sample photographs, nor from {STARTS} starts with the gradient",
+            f"unit 0 looks dead: no activation on the sample images or from {STARTS} starts. It has no pattern.",
         ),
         (
             high,
             {},
-            "it fires on a sample photograph, but at no piece of 32 x 32 pixels that was cut out of it, nor from "
-            f"{STARTS} starts with the gradient let past its rectifier; a larger size= may help",
+            f"unit 0 is active on a sample image, but not on its crop of 32 x 32 pixels or from {STARTS} starts. "
+            "It has no pattern; a larger size= may help.",
         ),
-        (never, {"channels": 1}, f"it stayed silent from {STARTS} starts with the gradient let past its rectifier"),
+        (never, {"channels": 1}, f"unit 0 looks dead: no activation from {STARTS} starts. It has no pattern."),
     ],
 )
 def test_what_stays_silent_is_told_why(fires: Any, more: dict[str, Any], why: str) -> None:
     """A unit is dead only if it fired nowhere, and photographs are spoken of only where they were looked at."""
     found = convscope.patterns(as_it_is(Gated(fires), 96, **more), "gate", size=32, steps=4)
     assert found.scores.tolist() == [0]
-    assert len(found.notes) == 1
-    assert found.notes[0].startswith(f"unit 0 is stuck at 0: {why}")
+    assert found.notes == (why,)
 
 
 def test_what_fires_on_the_way_only_is_told_so() -> None:
@@ -108,7 +107,7 @@ def test_what_fires_on_the_way_only_is_told_so() -> None:
     assert found.scores.tolist() == [0]
     assert (found.history > 0).all()
     assert found.notes == (
-        f"unit 0 is stuck at 0: it fired on the way, but at no finished picture, from {STARTS} starts",
+        f"unit 0 was active during optimisation, but not on a finished image, from {STARTS} starts. It has no pattern.",
     )
 
 
@@ -119,10 +118,10 @@ def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> Non
 
     found = convscope.patterns(as_it_is(Gated(three), 96), "gate", size=32, steps=4, memory=memory)
     assert (found.scores > 0).tolist() == [True, False, True]
-    assert [note.split(":")[0] for note in found.notes] == [
-        "unit 0 ends with a score of 1, no more than on noise (1)",
-        "unit 1 is stuck at 0",
-        "unit 2 fires at this very picture, but was silent whenever it was moved or zoomed",
+    assert [note.split(".")[0] for note in found.notes] == [
+        "unit 0 has a score of 1, not above the noise baseline (1)",
+        f"unit 1 looks dead: no activation on the sample images or from {STARTS} starts",
+        "unit 2 is active on this image, but not on any shifted or scaled view of it",
     ]
 
 
@@ -134,7 +133,7 @@ def test_a_silent_unit_without_places_is_told_of_too() -> None:
         net[3].weight[0], net[3].bias[0] = 0, -1
     found = convscope.patterns(loaded(net, 32), "4", [0], size=32, steps=2)
     assert found.scores.tolist() == [0]
-    assert found.notes[0].startswith("unit 0 is stuck at 0: dead: it fired on none of the sample photographs")
+    assert found.notes[0].startswith("unit 0 looks dead: no activation on the sample images")
 
 
 @pytest.mark.parametrize("memory", [1, 1 << 30])
@@ -196,13 +195,12 @@ def test_a_unit_that_wakes_from_one_start_only() -> None:
     found = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2)
     assert np.array_equal(found.images[0], pictures[5].permute(1, 2, 0).numpy())
     np.testing.assert_allclose(found.scores[0], width, rtol=1e-4)
-    assert found.notes == ("unit 0 fires at this very picture, but was silent whenever it was moved or zoomed",)
+    assert found.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
     both = convscope.patterns(as_it_is(Gated(beside), 32), "gate", size=32, steps=2)
     assert np.array_equal(both.images[0], found.images[0])
     before = replace(recipes.RECIPES["robust"], starts=5)
     dead = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2, recipe=before)
-    why = "dead: it fired on none of the sample photographs, nor from 5 starts"
-    assert dead.notes[0].startswith(f"unit 0 is stuck at 0: {why}")
+    assert dead.notes == ("unit 0 looks dead: no activation on the sample images or from 5 starts. It has no pattern.",)
 
 
 def test_what_fires_on_a_small_canvas_only_is_looked_for_on_the_whole_from_every_start() -> None:
@@ -230,7 +228,7 @@ def test_photographs_are_shown_as_many_at_a_time_as_the_network_takes() -> None:
     several = convscope.patterns(as_it_is(Gated(warm), 96), "gate", size=32, steps=2)
     single = convscope.patterns(replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), "gate", size=32, steps=2)
     assert np.array_equal(single.images, several.images)
-    with pytest.raises(ConvscopeError, match=r"4 pictures have to be shown together, and .* takes 1 at a time"):
+    with pytest.raises(ConvscopeError, match=r"4 images have to go through the network together, and .* takes 1 at a time"):
         convscope.patterns(
             replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), diversity(channel("gate", 0), "gate", 4), steps=2
         )
@@ -257,9 +255,9 @@ def test_the_textbook_recipe_alone_is_told_of_the_rectifier() -> None:
     model = as_it_is(Gated(never), 32)
     photograph = np.full((32, 32, 3), 100, np.uint8)
     for recipe, why in (
-        ("plain", "its rectifier is off everywhere"),
-        ("dream", "it stayed silent though the gradient"),
+        ("plain", "its ReLU is off everywhere and has no gradient"),
+        ("dream", "no activation, although the gradient of its ReLU was redirected"),
     ):
         start = {"start": photograph} if recipe == "dream" else {"size": 32}
         (note,) = convscope.patterns(model, "gate", [0], recipe=recipe, steps=2, **start).notes
-        assert note.startswith(f"unit 0 is stuck at 0: {why}")
+        assert note.startswith(f"unit 0 looks dead: {why}")

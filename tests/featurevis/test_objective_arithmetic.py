@@ -13,9 +13,9 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult, LayerOutputs
+from convscope.featurevis.objective import batch_objectives, per_image_channels
 from convscope.featurevis.objectives import (
     Objective,
-    batch_objectives,
     caricature,
     channel,
     channels,
@@ -24,7 +24,6 @@ from convscope.featurevis.objectives import (
     diversity,
     interpolation,
     neuron,
-    per_image_channels,
 )
 from tests.featurevis.test_objectives import close, numbers, seen
 from tests.featurevis.test_recipes import loaded
@@ -200,5 +199,5 @@ def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
 
 
 def test_pictures_cannot_differ_where_there_are_no_places() -> None:
-    with pytest.raises(ConvscopeError, match="layer 'logits' has no places, and so no texture"):
+    with pytest.raises(ConvscopeError, match="layer 'logits' has no positions, and so no texture"):
         convscope.patterns(loaded(filled(Usual()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1)

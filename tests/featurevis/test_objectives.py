@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult, LayerOutputs
+from convscope.featurevis.objective import per_image_channels
 from convscope.featurevis.objectives import (
     Objective,
     caricature,
@@ -22,7 +23,6 @@ from convscope.featurevis.objectives import (
     diversity,
     interpolation,
     neuron,
-    per_image_channels,
 )
 
 TINY = 1e-5  # values of size 1 in float32, which rounds at 6e-8; sums of up to 60 products, then a root and a quotient
@@ -127,7 +127,7 @@ def test_neuron_in_tokens_and_logits() -> None:
 def test_neuron_out_of_the_map_is_refused(layer: str, at: tuple[int, ...], sides: str) -> None:
     with pytest.raises(ConvscopeError) as raised:
         neuron(layer, 2, at)(seen())
-    assert str(raised.value) == f"place {at} is not in layer {layer!r}, whose maps are {sides} here"
+    assert str(raised.value) == f"position {at} is not in layer {layer!r}, whose maps are {sides} here"
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
@@ -180,7 +180,7 @@ def test_silent_places_have_no_value_and_finite_gradients(objective: Objective) 
 
 @pytest.mark.parametrize("vector", [[], [0.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0]])
 def test_direction_without_a_direction_is_refused(vector: list[float]) -> None:
-    with pytest.raises(ConvscopeError, match="finite numbers that are not all 0"):
+    with pytest.raises(ConvscopeError, match="has to be finite, and not all zero"):
         direction("maps", vector)
     assert direction("maps", [0.0, 1e-30]).name == "direction in maps"  # small is a direction
 

@@ -40,7 +40,9 @@ def test_sgd_with_momentum_and_a_cosine_by_hand() -> None:
         partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
     )
     target = torch.from_numpy(peak)
-    history = gradient_ascent(canvas, lambda _: -(canvas.params - target).square().sum((1, 2, 3)) / 2, step, steps)
+    history = gradient_ascent(
+        canvas.params, lambda _: -(canvas.params - target).square().sum((1, 2, 3)) / 2, step, steps
+    )
     x, velocity = first.copy(), np.zeros_like(first)
     for t in range(steps):
         assert history[t].tolist() == pytest.approx((-((x - peak) ** 2).sum((1, 2, 3)) / 2).tolist(), rel=1e-12)
@@ -54,7 +56,7 @@ def test_without_a_schedule_the_rate_stays() -> None:
     canvas = PixelImage(start(1, 1, 2, 2), 1)
     before = canvas.params.detach().clone()
     step = from_torch_optimizer(canvas.params, partial(torch.optim.SGD, lr=0.5))
-    gradient_ascent(canvas, lambda _: 3 * canvas.params.sum((1, 2, 3)), step, 4)
+    gradient_ascent(canvas.params, lambda _: 3 * canvas.params.sum((1, 2, 3)), step, 4)
     assert (canvas.params.detach() - before).flatten().tolist() == pytest.approx([4 * 0.5 * 3] * 4, rel=1e-12)
 
 
@@ -76,7 +78,7 @@ def test_steps_that_grow_by_the_same_factor() -> None:
 
 
 def test_lbfgs_is_refused() -> None:
-    with pytest.raises(ConvscopeError, match="LBFGS searches along lines across all pictures at once"):
+    with pytest.raises(ConvscopeError, match="LBFGS searches along lines across all images at once"):
         from_torch_optimizer(start(1, 1, 2, 2).requires_grad_(), torch.optim.LBFGS)
 
 
@@ -138,7 +140,7 @@ def test_a_picture_that_is_done_stays_while_its_neighbour_climbs() -> None:
         floor = torch.tensor([1000.0, 0.0])
         seen = [canvas.params.detach().clone()]
         history = gradient_ascent(
-            canvas,
+            canvas.params,
             # Not a straight line: an objective whose gradient every step is of its own.
             lambda _: floor + canvas.params.square().sum((1, 2, 3)),
             adam_step(canvas.params, 0.1, 2.0),
@@ -173,7 +175,7 @@ def test_what_is_done_has_the_history_that_it_has_alone() -> None:
             picture.register_hook(lambda gradient: asked.append(gradient.flatten(1).any(1)) or None)
             return torch.tensor(floors) + (1 + i % 3) * picture.mean((1, 2, 3))
 
-        return gradient_ascent(canvas, measure, rms_step(0.5), 10, plateau=Plateau(4)), asked
+        return gradient_ascent(canvas.params, measure, rms_step(0.5), 10, plateau=Plateau(4)), asked
 
     (alone, _), (beside, asked) = climbed([1000.0, 1000.0]), climbed([1000.0, 0.0])
     assert torch.equal(alone[:, 0], beside[:, 0])
@@ -191,7 +193,7 @@ def test_when_all_are_done_the_climb_ends_and_the_history_keeps_its_length() -> 
         measured.append(i)
         return torch.tensor([1000.0, 500.0]) + canvas.params.mean((1, 2, 3))
 
-    history = gradient_ascent(canvas, measure, rms_step(0.5), 50, plateau=Plateau(4), on_step=stepped.append)
+    history = gradient_ascent(canvas.params, measure, rms_step(0.5), 50, plateau=Plateau(4), on_step=stepped.append)
     assert measured == [0, 1, 2, 3, 4]
     assert stepped == [0, 1, 2, 3]
     assert history.shape == (50, 2)
@@ -221,7 +223,7 @@ class Silence:
         def note(_: int) -> None:
             self.seen.append(self.canvas.params.detach().clone())
 
-        return gradient_ascent(self.canvas, measure, step, steps, redirect_steps=redirect_steps, on_step=note)
+        return gradient_ascent(self.canvas.params, measure, step, steps, redirect_steps=redirect_steps, on_step=note)
 
 
 NEVER = 1000
@@ -276,7 +278,7 @@ def test_pictures_end_as_the_mean_of_what_they_were_last() -> None:
             seen.append(canvas.params.detach().clone())
 
         step = adam_step(canvas.params, 0.1, 2.0)
-        history = gradient_ascent(canvas, measure, step, steps, average_last=mean, plateau=plateau, on_step=note)
+        history = gradient_ascent(canvas.params, measure, step, steps, average_last=mean, plateau=plateau, on_step=note)
         return seen, canvas.params.detach(), history
 
     seen, last, history = climbed(7, 3, None)
@@ -311,7 +313,9 @@ def test_what_is_frail_is_left_where_it_fired_most() -> None:
         def note(_: int) -> None:
             seen.append(canvas.params.detach().clone())
 
-        history = gradient_ascent(canvas, measure, adam_step(canvas.params, 0.1, 2.0), 8, keep_best=best, on_step=note)
+        history = gradient_ascent(
+            canvas.params, measure, adam_step(canvas.params, 0.1, 2.0), 8, keep_best=best, on_step=note
+        )
         assert torch.equal(history, values)
         return [*seen, canvas.params.detach()]
 

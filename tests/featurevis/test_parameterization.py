@@ -20,7 +20,7 @@ from convscope.featurevis.parameterization import (
     PyramidResidualImage,
     natural_magnitude,
 )
-from convscope.featurevis.recipes import render_uint8
+from convscope.featurevis.task import render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from convscope.samples import photographs
 
@@ -71,7 +71,7 @@ def frequencies(size: tuple[int, int]) -> np.ndarray:
 def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
     size: tuple[int, int], shown: tuple[int, int], channels: int
 ) -> None:
-    canvas = FourierImage(generators(1, 2), channels, size, CPU, spread=0.4)
+    canvas = FourierImage(generators(1, 2), channels, size, CPU, std=0.4)
     values = canvas.params.detach().double().numpy()
     (height, width), (rows, columns) = size, shown
     down, across = np.mgrid[:rows, :columns]
@@ -90,7 +90,7 @@ def test_a_coarse_picture_is_the_sum_of_the_waves_that_it_can_show(
 
 def test_a_canvas_without_fine_structure_is_coarsely_itself() -> None:
     """Every second pixel, where no wave is shorter than four."""
-    canvas = FourierImage(generators(3), 3, (16, 24), CPU, spread=0.5)
+    canvas = FourierImage(generators(3), 3, (16, 24), CPU, std=0.5)
     with torch.no_grad():
         canvas.params[:, :, 4:13] = 0
         canvas.params[:, :, :, 6:] = 0

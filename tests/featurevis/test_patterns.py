@@ -20,10 +20,9 @@ from convscope.engine.acceleration.inplace_clamp import inplace_clamp as keeping
 from convscope.engine.batching import gradient_bytes
 from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.featurevis.defaults import plain_size, robust_size
-from convscope.featurevis.objectives import per_image_channels
+from convscope.featurevis.objective import per_image_channels
 from convscope.featurevis.optimizer import (
     DEAD_AFTER_STEPS,
-    RedirectedReLU,
     adam_step,
     consistency_weighted_adam,
     gradient_ascent,
@@ -31,6 +30,7 @@ from convscope.featurevis.optimizer import (
 )
 from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, PixelImage
 from convscope.featurevis.recipes import REDIRECT_STEPS, deprocess_image
+from convscope.featurevis.redirected_relu import RedirectedReLU
 from convscope.featurevis.transforms import AugmentationConfig, random_affine, random_roll
 from tests.oracles.nets import Twice, Usual, filled
 
@@ -108,7 +108,7 @@ def test_the_leaf_moves_along_the_weight() -> None:
     net = filled(Linear(units=2, kernel=3))
     canvas = PixelImage(torch.rand((2, 3, 3, 3), generator=Generator().manual_seed(0)))
     before = canvas.params.detach().clone()
-    history = gradient_ascent(canvas, lambda _: net.conv(canvas.params)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
+    history = gradient_ascent(canvas.params, lambda _: net.conv(canvas.params)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
     w = net.conv.weight.detach()
     rms = w.double().pow(2).mean((1, 2, 3), keepdim=True).sqrt()
     assert apart(canvas.params.detach() - before, 0.5 * w.double() / (rms + 1e-5)) < 1e-5  # a difference of floats
@@ -369,8 +369,7 @@ def test_dead_start_is_said_by_plain_and_answered_by_robust() -> None:
     assert not plain.history[:, 1:].any()
     assert plain.scores[1] == plain.scores[2] == 0
     assert plain.notes == tuple(
-        f"unit {u} is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the "
-        "gradient past it"
+        f"unit {u} looks dead: its ReLU is off everywhere and has no gradient. recipe='robust' redirects the gradient."
         for u in (1, 2)
     )
     robust = convscope.patterns(model, "relu", size=32, steps=64)
@@ -378,14 +377,13 @@ def test_dead_start_is_said_by_plain_and_answered_by_robust() -> None:
     assert robust.scores[0] > 0
     assert robust.scores[1] > 0
     assert robust.notes == (
-        "unit 2 is stuck at 0: dead: it fired on none of the sample photographs, nor from 8 starts with the gradient "
-        "let past its rectifier",
+        "unit 2 looks dead: no activation on the sample images or from 8 starts. It has no pattern.",
     )
     assert robust.scores[2] == 0
     # In front of the rectifier the dead unit's value is its bias, whatever it is shown.
     before = convscope.patterns(model, "conv2", [2], size=32, steps=2)
     assert before.notes == (
-        "unit 2 ends with a score of -1, no more than on noise (-1): this is not what it looks for",
+        "unit 2 has a score of -1, not above the noise baseline (-1). The pattern does not show what it responds to.",
     )
 
 
@@ -440,7 +438,7 @@ def test_network_without_gradients_is_said() -> None:
 
     model = loaded(filled(Steps()))
     for recipe in ("plain", "robust"):
-        with pytest.raises(ConvscopeError, match="hands no gradient back to the picture"):
+        with pytest.raises(ConvscopeError, match="returns no gradient to the image"):
             convscope.patterns(model, "conv", [0], recipe=recipe, size=24, steps=1)
 
 
@@ -553,7 +551,7 @@ def test_scores_are_of_the_finished_picture(layer: str, recipe: str) -> None:
 def test_fourier_canvas_by_hand(size: tuple[int, int]) -> None:
     """The picture as a plain sum of cosines and sines, with amplitudes 1/f, in decorrelated colours."""
     height, width = size
-    canvas = FourierImage(generators(1, 2), 3, size, torch.device("cpu"), spread=0.5)
+    canvas = FourierImage(generators(1, 2), 3, size, torch.device("cpu"), std=0.5)
     spectrum = canvas.params.detach().double().numpy()
     spectrum = spectrum[..., 0] + 1j * spectrum[..., 1]
     down = np.fft.fftfreq(height)[:, None]
@@ -738,18 +736,18 @@ def test_units_taken(usual: convscope.Model, layer: str, units: Any, expected: l
         ("relu22", {}, "layer 'relu22' is not in this model; nearest: relu2"),
         ("relu2", {"recipe": "robustt"}, "recipe 'robustt' is not known; nearest: robust"),
         ("relu2", {"space": "output"}, "space 'output' is not known"),
-        ("relu2", {"start": np.zeros((9, 9, 3))}, "start= is of no use to recipe 'robust'"),
-        ("relu2", {"space": "input"}, "space='input' is for recipe='plain'; 'robust' draws"),
-        ("relu2", {"recipe": "dream"}, "recipe 'dream' begins with a photograph; give one as start="),
-        ("relu2", {"recipe": "plain", "views": 2}, "views= is of no use to recipe 'plain'"),
+        ("relu2", {"start": np.zeros((9, 9, 3))}, "recipe 'robust' takes no start image; leave out start="),
+        ("relu2", {"space": "input"}, "space='input' is for recipe='plain'; the images of 'robust' need"),
+        ("relu2", {"recipe": "dream"}, "recipe 'dream' needs a photograph; give one as start="),
+        ("relu2", {"recipe": "plain", "views": 2}, "recipe 'plain' uses no random views; leave out views="),
         ("relu2", {"views": 0}, "views is 0; expected a whole number, 1 or more"),
         ("relu2", {"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
         ("relu2", {"size": 0}, "size is 0 x 0"),
-        ("relu2", {"size": (1, 1)}, r"does not run on pictures of 1 x 1 \(RuntimeError: .*\); its own size is 24 x 24"),
+        ("relu2", {"size": (1, 1)}, r"does not run on images of 1 x 1 \(RuntimeError: .*\); its own size is 24 x 24"),
         ("relu2", {"recipe": "plain", "start": np.zeros((9, 9))}, r"start has shape \(9, 9\); expected \(H, W, 3\)"),
         ("relu2", {"recipe": "plain", "start": np.zeros((5, 9, 9, 3))}, r"start has shape \(5, 9, 9, 3\)"),
         ("relu2", {"recipe": "plain", "start": torch.zeros(1, 9, 9, 3)}, r"or a tensor \(12, 3, H, W\)"),
-        ("relu2", {"recipe": "plain", "start": np.full((9, 9, 3), np.nan)}, "start holds NaN"),
+        ("relu2", {"recipe": "plain", "start": np.full((9, 9, 3), np.nan)}, "start contains NaN"),
     ],
 )
 def test_refused(usual: convscope.Model, layer: str, options: dict[str, Any], message: str | None) -> None:
@@ -803,7 +801,7 @@ def test_a_unit_that_no_view_wakes_is_woken_as_the_canvas_lies() -> None:
     both = convscope.patterns(model, "relu", [0, 1], size=32, steps=48)
     assert both.scores[0] > 0
     assert not both.history[:, 0].any()
-    assert "was silent whenever it was moved" in both.notes[0]
+    assert "not on any shifted or scaled view" in both.notes[0]
     beside_itself = convscope.patterns(model, "relu", [1, 1], size=32, steps=48)
     np.testing.assert_array_equal(both.images[1], beside_itself.images[0])
 

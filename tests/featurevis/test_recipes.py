@@ -15,11 +15,12 @@ from torch import Generator, Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis import recipes
+from convscope.featurevis import recipes, task
 from convscope.featurevis.objectives import caricature, channel
 from convscope.featurevis.optimizer import DEAD_AFTER_STEPS, adam_step, consistency_weighted_adam
 from convscope.featurevis.parameterization import FourierImage, PhaseImage, natural_magnitude
-from convscope.featurevis.recipes import ADAM_DAMPING, LIGHT_DAMPING, RECIPES, render_uint8
+from convscope.featurevis.recipes import ADAM_DAMPING, LIGHT_DAMPING, RECIPES
+from convscope.featurevis.task import render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.test_parameterization import colour_axes, logit
 from tests.oracles.nets import Usual, filled
@@ -183,13 +184,13 @@ def test_what_begins_with_short_steps_is_not_given_up(
 ) -> None:
     """A silent picture is, after so many steps; where they grow, not before the last."""
     found: list[int] = []
-    climb = recipes.gradient_ascent
+    climb = task.gradient_ascent
 
     def spied(*args: Any, **kwargs: Any) -> Tensor:
         found.append(kwargs.get("dead_after", DEAD_AFTER_STEPS))
         return climb(*args, **kwargs)
 
-    monkeypatch.setattr(recipes, "gradient_ascent", spied)
+    monkeypatch.setattr(task, "gradient_ascent", spied)
     convscope.patterns(usual, layer, [0, 1], steps=40, recipe=replace(RECIPES["robust"], starts=1))
     assert found[0] == given_up
 
@@ -294,7 +295,7 @@ def test_dream_of_a_layer_is_its_mean_square(usual: convscope.Model, photograph:
     before, after = np.square(outputs(usual, "relu2", shown)).mean((1, 2, 3))
     assert found.scores[0] == pytest.approx(after, rel=SUMS)
     assert after > 1.2 * before
-    with pytest.raises(ConvscopeError, match="'logits' alone says nothing of what to draw"):
+    with pytest.raises(ConvscopeError, match="recipe 'dream' needs units= for 'logits'"):
         convscope.patterns(usual, "logits", recipe="dream", start=photograph)
 
 
@@ -324,8 +325,8 @@ def test_caricature_grows_like_its_photograph(usual: convscope.Model, photograph
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        ("relu2", {}, "recipe 'caricature' begins with a photograph; give one as start="),
-        ("relu2", {"units": [0], "start": True}, "a caricature is of all that a layer sees; it takes no units"),
+        ("relu2", {}, "recipe 'caricature' needs a photograph; give one as start="),
+        ("relu2", {"units": [0], "start": True}, "recipe 'caricature' is for a layer as a whole; leave out units="),
         (channel("relu2", 0), {"start": True}, "relu2 0 does not compare with a photograph"),
         (caricature("relu2"), {"recipe": "robust"}, "likeness in relu2 compares with a photograph"),
         (channel("relu2", 0), {"units": [0], "recipe": "robust"}, "units= goes with a layer's name"),

@@ -15,11 +15,12 @@ from torch import Generator, Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis.defaults import constant_schedule, full_view, model_size
+from convscope.featurevis.defaults import constant_schedule, full_view, native_size
 from convscope.featurevis.objectives import Objective, channel, channels, deepdream, diversity, interpolation, neuron
 from convscope.featurevis.optimizer import from_torch_optimizer
 from convscope.featurevis.parameterization import PhaseImage, PixelImage
-from convscope.featurevis.recipes import RECIPES, OptimizationTask, Recipe, RecipeOutput, render_uint8
+from convscope.featurevis.recipes import RECIPES, Recipe
+from convscope.featurevis.task import OptimizationTask, RecipeOutput, render_uint8
 from tests.featurevis.test_objectives import between_by_hand, diverse_by_hand
 from tests.featurevis.test_recipes import CPU, SUMS, loaded, outputs
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
@@ -136,7 +137,7 @@ def gray(task: OptimizationTask) -> RecipeOutput:
 
 
 def test_a_recipe_of_ones_own(usual: convscope.Model) -> None:
-    own = Recipe(gray, model_size, full_view, constant_schedule(4, 1e5))
+    own = Recipe(gray, native_size, full_view, constant_schedule(4, 1e5))
     found = convscope.patterns(usual, "conv1", [2, 6], recipe=own, frames=2)
     assert (found.recipe, found.steps, found.step_size) == ("gray", 4, 1e5)
     assert found.images.shape == (2, 32, 32, 3)
@@ -151,7 +152,7 @@ def test_a_recipe_of_ones_own(usual: convscope.Model) -> None:
         assert float((moved - 127.5).abs().max()) > 10
         # Rounded to whole numbers; the gradient is one of float32.
         assert np.abs(found.images[i] - moved.permute(1, 2, 0).numpy()).max() < 0.51
-    with pytest.raises(ConvscopeError, match="start= is of no use to recipe 'gray'"):
+    with pytest.raises(ConvscopeError, match="recipe 'gray' takes no start image"):
         convscope.patterns(usual, "conv1", [2], recipe=own, start=np.zeros((32, 32, 3)))
 
 
@@ -290,7 +291,7 @@ def test_a_unit_drawn_again_has_its_own_opacity_and_last_frame(frail: bool, expe
     with torch.no_grad():
         net[0].weight.fill_(1)
         net[0].bias.copy_(torch.tensor([-1.0, 1.0]))
-    own = Recipe(twice, model_size, full_view, constant_schedule(1, 1.0), starts=2)
+    own = Recipe(twice, native_size, full_view, constant_schedule(1, 1.0), starts=2)
     found = convscope.patterns(loaded(net, 8), "1", [0, 1], recipe=own, frames=1)
     assert draws == expected
     assert found.scores.tolist() == [2, 1]
@@ -386,12 +387,12 @@ def test_a_score_no_better_than_noise_is_said(usual: convscope.Model) -> None:
         return RECIPES["plain"].run(task)._replace(images=noises[2:3])
 
     found = convscope.patterns(
-        usual, channel("relu2", 3), recipe=Recipe(lost, model_size, full_view, constant_schedule(1, 1.0))
+        usual, channel("relu2", 3), recipe=Recipe(lost, native_size, full_view, constant_schedule(1, 1.0))
     )
     assert found.noise_scores is not None
     assert found.scores[0] < found.noise_scores[0]
     assert len(found.notes) == 1
-    assert found.notes[0].startswith(f"relu2 3 ends with a score of {found.scores[0]:.3g}, no more than on noise")
+    assert found.notes[0].startswith(f"relu2 3 has a score of {found.scores[0]:.3g}, not above the noise baseline")
 
 
 def test_noise_and_nature_are_fed_as_the_picture_is(usual: convscope.Model, photographs: np.ndarray) -> None:

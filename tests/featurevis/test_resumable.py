@@ -329,7 +329,7 @@ def test_a_start_of_another_shape_is_another_start(tmp_path: Path) -> None:
         ("wider", None, {}, "layer 'wider' is not in this model; nearest: wide"),
         ("wide", [], {}, "no units were given"),
         ("wide", None, {"recipe": "robuste"}, "recipe 'robuste' is not known; nearest: robust"),
-        ("wide", None, {"size": 2}, "the network does not run on pictures of 2 x 2"),
+        ("wide", None, {"size": 2}, "the network does not run on images of 2 x 2"),
         ("wide", None, {"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
     ],
 )
@@ -344,7 +344,7 @@ def test_nothing_is_written_when_refused(
 
 def test_a_layer_as_a_whole_has_no_parts(tmp_path: Path) -> None:
     start = np.full((16, 16, 3), 100, np.uint8)
-    with pytest.raises(ConvscopeError, match="recipe 'dream' draws layer 'wide' as a whole, which has no parts"):
+    with pytest.raises(ConvscopeError, match="recipe 'dream' is for layer 'wide' as a whole, which has no parts"):
         run_resumable(loaded(), "wide", None, tmp_path / "out", recipe="dream", start=start)
 
 

@@ -63,8 +63,8 @@ def test_what_the_network_knows_in_pieces_by_hand(monkeypatch: pytest.MonkeyPatc
     sure = exchanged[range(4), range(4)] / exchanged.sum(1)
     assert sure.max() < MIN_CONFIDENCE  # a quarter that is bright where it was drawn is dark across
     assert found.notes == tuple(
-        f"class {u} is given a probability of {p:.2f} when the picture's quadrants are exchanged: it may convince no "
-        "other network, nor you"
+        f"class {u} has a probability of {p:.2f} after the quadrants of the image are shuffled. "
+        "The pattern may transfer poorly to other models."
         for u, p in enumerate(sure)
     )
     assert not np.array_equal(found.images, once.images)
@@ -77,7 +77,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[float]]]:
 
     def known(self: PatternBatch, pictures: Tensor, which: Sequence[int]) -> Tensor:
         assert len(pictures) == len(which)
-        return torch.tensor([lists[self.request.units[self.part[i]]].pop(0) for i in which])
+        return torch.tensor([lists[self.request.units[self.indices[i]]].pop(0) for i in which])
 
     monkeypatch.setattr(PatternBatch, "confidence", known)
     yield lists
@@ -108,9 +108,9 @@ def test_what_convinces_best_is_kept(usual: convscope.Model, told: dict[int, lis
         assert np.array_equal(found.frames[-1, unit], found.images[unit])
         np.testing.assert_allclose(found.history[:, unit], expected.history[:, 0], rtol=0.02)
         np.testing.assert_allclose(found.scores[unit], expected.scores[0], rtol=0.02)
-    assert [note.split(" when")[0] for note in found.notes] == [
-        "class 1 (one) is given a probability of 0.50",
-        "class 3 (three) is given a probability of 0.40",
+    assert [note.split(" after")[0] for note in found.notes] == [
+        "class 1 (one) has a probability of 0.50",
+        "class 3 (three) has a probability of 0.40",
     ]
 
 
@@ -135,7 +135,7 @@ def test_what_is_drawn_again_waits_for_the_last_batch_and_keeps_its_size(
     usual: convscope.Model, told: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told.update({u: [0.1, 0.9] for u in range(5)})
-    monkeypatch.setattr(sys.modules["convscope.featurevis.api"], "batch_size", lambda *_: 4)
+    monkeypatch.setattr(sys.modules["convscope.featurevis.plan"], "batch_size", lambda *_: 4)
     tasks = []
 
     def spied(task: Any) -> Any:
@@ -173,7 +173,7 @@ def test_a_network_that_ends_in_a_sigmoid_is_judged_by_it() -> None:
     pieces = np.roll(found.images, (16, 16), (1, 2))
     said = 1 / (1 + np.exp(-convscope.predict(model, pieces).logits))
     doubted = [u for u in range(4) if said[u, u] < MIN_CONFIDENCE and found.scores[u] > found.noise_scores[u]]
-    assert [note.split(" when")[0] for note in found.notes if "quadrants" in note] == [
-        f"class {u} is given a probability of {said[u, u]:.2f}" for u in doubted
+    assert [note.split(" after")[0] for note in found.notes if "quadrants" in note] == [
+        f"class {u} has a probability of {said[u, u]:.2f}" for u in doubted
     ]
     assert doubted or not found.notes

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 import convscope
 from convscope.engine import capture
-from convscope.featurevis.objectives import per_image_channels
+from convscope.featurevis.objective import per_image_channels
 from convscope.featurevis.scoring import NUM_NOISE_IMAGES, max_activations, noise_images, optimize_from_crops
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs

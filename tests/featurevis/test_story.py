@@ -45,7 +45,7 @@ def model() -> convscope.Model:
 
 @pytest.fixture(scope="module")
 def told(model: convscope.Model) -> Story:
-    return convscope.story(model, LAYERS, units=UNITS, num_shown=SHOWN, seed=5)
+    return convscope.story(model, LAYERS, units=UNITS, num_displayed=SHOWN, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_what_is_measured_and_kept_of_a_chapter(chapter: int, told: Story, model
 
 
 def test_default_chapters_go_from_the_first_layer_to_the_classes(model: convscope.Model) -> None:
-    told = convscope.story(model, units=2, num_shown=1)
+    told = convscope.story(model, units=2, num_displayed=1)
     rows = [c.layer for c in told.chapters]
     assert rows[-1] == "logits"
     assert len(rows) == 7
@@ -101,21 +101,21 @@ def test_default_chapters_go_from_the_first_layer_to_the_classes(model: convscop
 
 
 def test_more_units_than_a_layer_has(model: convscope.Model) -> None:
-    told = convscope.story(model, ["conv1"], units=20, num_shown=10)
+    told = convscope.story(model, ["conv1"], units=20, num_displayed=10)
     assert sorted(told.chapters[0].units.tolist()) == list(range(8))
 
 
 def test_the_same_seed_tells_the_same(told: Story, model: convscope.Model) -> None:
-    again = convscope.story(model, LAYERS, units=UNITS, num_shown=SHOWN, seed=5)
+    again = convscope.story(model, LAYERS, units=UNITS, num_displayed=SHOWN, seed=5)
     assert all(again.arrays()[name].tobytes() == array.tobytes() for name, array in told.arrays().items())
-    other = convscope.story(model, ["conv1"], units=UNITS, num_shown=SHOWN, seed=6)
+    other = convscope.story(model, ["conv1"], units=UNITS, num_displayed=SHOWN, seed=6)
     assert other.arrays()["0_colourfulness"].tolist() != told.arrays()["0_colourfulness"].tolist()
 
 
 def test_progress_goes_from_chapter_to_chapter(model: convscope.Model) -> None:
     said: list[tuple[float, int]] = []
     convscope.story(
-        model, ["conv1", "relu1"], units=2, num_shown=1, progress=lambda done, total: said.append((done, total))
+        model, ["conv1", "relu1"], units=2, num_displayed=1, progress=lambda done, total: said.append((done, total))
     )
     done = [d for d, _ in said]
     assert done == sorted(done)
@@ -128,10 +128,14 @@ def test_progress_goes_from_chapter_to_chapter(model: convscope.Model) -> None:
     ("layers", "options", "words"),
     [
         (["conv1", "conv9"], {}, "layer 'conv9' is not in this model; nearest: conv"),
-        ([], {}, "there are no layers to tell of"),
-        (["conv1"], {"units": 1}, "units is 1, num_shown is 6"),
-        (["conv1"], {"units": 4, "num_shown": 5}, "units is 4, num_shown is 5; expected units >= 2, and num_shown from 1 to units"),
-        (["conv1"], {"units": 4, "num_shown": 0}, "units is 4, num_shown is 0"),
+        ([], {}, "layers is empty"),
+        (["conv1"], {"units": 1}, "units is 1, num_displayed is 6"),
+        (
+            ["conv1"],
+            {"units": 4, "num_displayed": 5},
+            "units is 4, num_displayed is 5; expected 2 or more units, and 1 to 4 displayed",
+        ),
+        (["conv1"], {"units": 4, "num_displayed": 0}, "units is 4, num_displayed is 0"),
     ],
 )
 def test_refusals(layers: list[str], options: dict[str, int], words: str, model: convscope.Model) -> None:
@@ -268,12 +272,12 @@ def test_long_names_are_parted_at_dots(layer: str, lines: list[str]) -> None:
 
 
 def test_story_on_the_command_line(tmp_path: Path) -> None:
-    arguments = ["story", MODEL, "--layers", "conv1, logits", "--units", "3", "--shown", "2", "--seed", "7"]
+    arguments = ["story", MODEL, "--layers", "conv1, logits", "--units", "3", "--num-shown", "2", "--seed", "7"]
     done = CliRunner().invoke(app, [*arguments, "--preprocessing", '{"size": 32}', "--json", "-o", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["parameters"] == {"seed": 7, "layers": ["conv1", "logits"]}
     model = convscope.load(MODEL, preprocessing={"size": 32})
-    expected = convscope.story(model, ["conv1", "logits"], units=3, num_shown=2, seed=7)
+    expected = convscope.story(model, ["conv1", "logits"], units=3, num_displayed=2, seed=7)
     with np.load(tmp_path / "arrays.npz") as archive:
         assert {name: archive[name].tobytes() for name in archive} == {
             name: array.tobytes() for name, array in expected.arrays().items()

@@ -41,5 +41,5 @@ def story(
     store = open_store_in(out, network)
     names = None if layers is None else split_commas(layers)
     with progress_bar("story") as progress:
-        result = convscope.story(network, names, units=units, num_shown=num_displayed, seed=seed, progress=progress)
+        result = convscope.story(network, names, units=units, num_displayed=num_displayed, seed=seed, progress=progress)
     finish(result, out if store is None else out / "story", as_json)

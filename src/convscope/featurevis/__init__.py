@@ -1,0 +1,1 @@
+"""Feature visualisation: objectives, image parameterizations, transforms, update rules, and recipes made of them."""

@@ -1,262 +1,319 @@
-"""The second technique: the picture that a unit wants to see."""
+"""Feature visualisation: images that maximise units, by gradient ascent on the image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.engine import capture
-from convscope.engine.acceleration import conv_fusion
-from convscope.engine.batching import (
-    MEMORY,
-    Progress,
-    balanced_chunks,
-    batch_size,
-    cache_friendly_batch_size,
-    gradient_bytes,
-)
+from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.capture import capture_layers
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError, require_int
-from convscope.featurevis.frames import FrameRecorder, to_numpy_images
-from convscope.featurevis.objectives import Objective
-from convscope.featurevis.optimizer import Plateau
-from convscope.featurevis.recipes import OptimizationTask, Recipe
+from convscope.featurevis.batch import BatchResult, PatternBatch, concatenate_results, subset_objective
+from convscope.featurevis.frames import FrameRecorder, channels_last
+from convscope.featurevis.objective import Objective
+from convscope.featurevis.plan import PatternPlan, PatternSettings, make_plan, parse_settings
+from convscope.featurevis.recipes import Recipe
 from convscope.featurevis.request import (
     PatternRequest,
-    canvas_size,
+    StartImage,
+    Units,
     find_recipe,
     initial_images,
     parse_request,
-    size_checker,
 )
 from convscope.featurevis.result import Patterns
-from convscope.featurevis.retries import (
-    BatchResult,
-    PatternBatch,
-    joined,
-    measure_of,
-    retry_dead_units,
-    retry_low_confidence,
+from convscope.featurevis.retries import retry_dead_units, retry_low_confidence
+from convscope.featurevis.scoring import (
+    MaxActivations,
+    max_activations,
+    noise_baseline,
+    quality_notes,
+    reference_baseline,
 )
-from convscope.featurevis.scoring import Forward, max_activations, noise_baseline, quality_notes, reference_baseline
-from convscope.featurevis.skip_gradient import with_skip_gradient
+from convscope.featurevis.task import OptimizationTask
+from convscope.images.loading import Failure
 
 __all__ = ["Patterns", "patterns"]
 
-Watch = Callable[[int, np.ndarray], None]
+Callback = Callable[[int, np.ndarray], None]
 
 
 def patterns(
     model: Model,
     layer: str | Objective | Sequence[Objective],
-    units: int | str | Iterable[int | str] | None = None,
+    units: Units | None = None,
     *,
     recipe: str | Recipe = "robust",
     size: int | tuple[int, int] | None = None,
     steps: int | None = None,
     seed: int = 0,
-    start: Any = None,
+    start: StartImage | None = None,
     space: str = "pixels",
     step_size: float | None = None,
     views: int | None = None,
     patience: int | None = None,
-    reference: Any = None,
+    reference: object = None,
     frames: int = 0,
-    callback: Watch | None = None,
+    callback: Callback | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Patterns:
-    """Draw, for each unit, the picture that it responds to most, by gradient ascent on the picture.
+    """Optimise an image for each unit, so that it maximises the unit's mean activation.
 
-    The network is cut off behind the layer. All units are drawn in batches, each from random numbers of its own.
+    The network runs up to the layer only. Units are optimised in batches, each with random numbers of its own: the same
+    seed gives the same image, whatever the other units of a call are.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    layer
-        A layer's name, or "logits" for the classes themselves. Or what is to be climbed: an objective of
-        `convscope.patterns.objective`, or several.
-    units
-        Channels of the layer; for "logits" class indices or names. None: all of them, or, with recipes that begin with
-        a photograph, the layer as a whole.
-    recipe
-        "robust": Fourier canvas and random views; classes that the network does not know when the picture's quadrants
-        are exchanged are drawn again. "plain": the textbook's 40 normalised steps on pixels. "maco": phases
-        of a natural spectrum. "dream": a photograph, changed. "caricature": a photograph, redrawn. Or a `Recipe`.
-    size
-        Height and width of the picture, or one number for both. Default: three receptive fields, from 64 pixels to
-        the network's own size (robust, maco); 150 (plain); that of the photograph, its shorter side brought to the
-        network's own (dream, caricature).
-    steps, step_size
-        Number and length of the steps. Default: the recipe's.
-    seed
-        The same seed gives the same pictures, whatever other units are drawn beside them.
-    start
-        The picture to start from: a file, a PIL image, or numbers on the scale 0..255, (H, W, C) for all or
-        (U, H, W, C), or a tensor (U, C, H, W). For "plain", and needed by "dream" and "caricature".
-    space
-        For "plain": "pixels" puts the picture through the preprocessing, "input" feeds it to the network as it is.
-    views
-        How many random views the network is shown at each step; their mean is climbed. Default: the recipe's; "plain"
-        has none.
-    patience
-        A picture is done when its best value has grown by less than one per cent in so many steps. None: never before
-        the last step.
-    reference
-        Natural pictures, in any form that `convscope` takes: their best score is put beside the pattern's.
-    frames
-        So many pictures on the way are kept, evenly spaced, the last one included.
-    watch
-        Called after every step with the number of steps done in all and the pictures (U', H, W, C), uint8, that are
-        drawn just then. What it, or `progress`, raises ends the work, and leaves nothing behind.
-    memory
-        Bytes that a batch's intermediate results may take.
-    progress
-        Called after every step with the number of steps done and the number in all.
+    layer : str, Objective or sequence of Objective
+        A name in ``model.layers``, ``"logits"`` for the classes, or objectives of `convscope.objectives`.
+    units : int, str or iterable of these, optional
+        Channels of the layer; class indices or names for ``"logits"``. By default all of them; for the recipes "dream"
+        and "caricature" the layer as a whole.
+    recipe : {"robust", "plain", "maco", "dream", "caricature"} or Recipe
+        The method:
+
+        - "robust": a Fourier image under random transforms. Classes that the network does not recognise after the
+          quadrants of the image are shuffled are optimised again.
+        - "plain": the textbook's 40 normalised gradient steps on pixels.
+        - "maco": the phases of a natural spectrum, with opacity.
+        - "dream": the photograph `start`, changed.
+        - "caricature": an image with the exaggerated activations of the photograph `start`.
+    size : int or (int, int), optional
+        Height and width in pixels. By default three receptive fields, from 64 pixels to the model's size ("robust",
+        "maco"), 150 ("plain"), or the size of `start`, scaled so that its shorter side is that of the model ("dream",
+        "caricature").
+    steps : int, optional
+        Number of steps, 0 or more. By default the recipe's: 150 or 48 ("robust", "maco"), 40 ("plain"), 48 ("dream"),
+        128 ("caricature").
+    seed : int
+        Seed of the random numbers.
+    start : path, PIL image, array or tensor, optional
+        The initial image, for "plain", "dream" and "caricature". Arrays are on the scale 0..255, (H, W, C) for all
+        units or (U, H, W, C); tensors (U, C, H, W).
+    space : {"pixels", "input"}
+        For "plain": whether the image is preprocessed, or is the network's input as it is.
+    step_size : float, optional
+        Length of a step. By default the recipe's.
+    views : int, optional
+        Number of random views per step, 1 or more, over which the objective is averaged. By default the recipe's.
+    patience : int, optional
+        Stop optimising an image when its best value has grown by less than 1 % in so many steps. By default all steps
+        are run.
+    reference : path, sequence of paths, PIL images, arrays or tensor, optional
+        Natural images, in any form that `convscope.predict` takes, for ``reference_scores``.
+    frames : int
+        Number of intermediate images to record, evenly spaced, the last one included.
+    callback : callable, optional
+        ``callback(step, images)``, called after each step with the number of steps so far and the images of the current
+        batch, uint8 (U', H, W, C). An exception raised here, or in `progress`, cancels the call.
+    memory : int
+        Bytes for the intermediate results of a batch.
+    progress : callable, optional
+        ``progress(done, total)`` in steps.
+
+    Returns
+    -------
+    Patterns
+        ``images`` uint8 (U, H, W, C), ``units`` (U,), ``scores`` (U,), ``history`` (steps, U), ``notes``.
 
     Raises
     ------
     ConvscopeError
-        For an unknown layer, unit, recipe or space, for a size that the network does not take, and for numbers that are
-        not finite.
+        For an unknown layer, unit, recipe or space, for a size that the network does not run on, and for values that
+        are not finite.
+
+    References
+    ----------
+    Olah, Mordvintsev and Schubert, Feature visualization, Distill 2017. F. Chollet, Deep Learning with Python, notebook
+    5.4 ("plain"). Fel et al., NeurIPS 2023 ("maco"). See `convscope.featurevis.recipes`.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> patterns = convscope.patterns(model, "logits", ["lesser panda"], size=64, steps=4)
+    >>> patterns.images.shape, patterns.names
+    ((1, 64, 64, 3), ['lesser panda, red panda, panda, bear cat, cat bear, Ailurus fulgens'])
     """
-    name, rule = find_recipe(recipe, start, space)
-    want = parse_request(model, layer, units, name, rule)
-    own_steps, own_size = rule.schedule(want.receptive_field(model), model.preprocessing.image_size)
-    count = require_int("steps", own_steps if steps is None else steps, 0)
-    kept = require_int("frames", frames, 0)
-    if views is not None and rule.views == 0:
-        raise ConvscopeError(f"views= is of no use to recipe {name!r}, which shows the canvas as it lies")
-    shown = rule.views if views is None else require_int("views", views, 1)
-    plateau = None if patience is None else Plateau(require_int("patience", patience, 1))
-    first = initial_images(start, size, len(want.units), model)
-    given = None if first is None else (int(first.shape[-2]), int(first.shape[-1]))
-
-    with capture.capture_layers(model, want.layers, stop_early=not want.to_logits) as run:
-        sees, tried = want.receptive_field(model), size_checker(model, run)
-        sides = canvas_size(size if given is None else given, rule, sees, model, tried)
-        seen = rule.view_sizes(sees, model.preprocessing.image_size, sides)
-        if any(o.fixed_position for o in want.objectives) or any(tried(s) is not None for s in {*seen} - {sides}):
-            seen = (sides,)
-        largest = seen[-1]
-        if model.loaded_by_convscope:
-            blank = torch.zeros((model.fixed_batch_size or 1, model.preprocessing.channels, *largest))
-            run = _quickened(run, blank)
-        if want.to_logits and rule.residual_grad_scale != 1:
-            run = with_skip_gradient(run, rule.residual_grad_scale)
-        deepest, pixels = want.deepest_layer(model), max(sides[0] * sides[1], largest[0] * largest[1])
-        mates = any(objective.paired for objective in want.objectives)
-        passes = (2 if mates else 1) * max(1, shown)  # of the network at each step
-        each = passes * gradient_bytes(model, deepest, pixels)
-        # What many pictures at once save while views are coarse is more than they cost when they are fine.
-        coarsest = min(height * width for height, width in seen)
-        fits = batch_size(
-            model,
-            each,
-            memory,
-            max(1, cache_friendly_batch_size(model, deepest, coarsest, with_gradients=True) // passes),
-        )
-        parts = _batches(want, fits)
-        together = max(objective.num_images for objective in want.objectives) * (2 if mates else 1)
-        if model.fixed_batch_size is not None and together > model.fixed_batch_size:
-            raise ConvscopeError(
-                f"{together} pictures have to be shown together, and {model.name} takes {model.fixed_batch_size} at a time"
-            )
-        nature = cache(partial(max_activations, run, model, want.layer))
-        natural = (
-            None if reference is None else reference_baseline(run, want, reference, model, memory, space == "input")
-        )
-        batches: list[BatchResult] = []
-        for position, part in enumerate(parts):
-            album = FrameRecorder(count, kept)
-
-            def on_step(
-                step: int, look: Callable[[], Tensor], album: FrameRecorder = album, before: int = position * count
-            ) -> None:
-                done = before + step + 1
-                album.record(step, look)
-                if callback is not None:
-                    callback(done, look().permute(0, 2, 3, 1).cpu().numpy())
-                if progress is not None:
-                    progress(done, count * len(parts))
-
-            def all_done(done: int = (position + 1) * count) -> None:
-                if progress is not None:
-                    progress(done, count * len(parts))
-
-            rows, alone = want.image_range(part), measure_of(model, run, want, part)
-            task = OptimizationTask(
-                objective=alone(range(len(part))),
-                generators=want.generators(part, seed),
-                preprocessing=model.preprocessing,
-                device=model.device,
-                size=sides,
-                steps=count,
-                step_size=own_size if step_size is None else step_size,
-                receptive_field=sees,
-                view_sizes=seen,
-                start=None if first is None else first[rows.start : rows.stop],
-                skip_preprocessing=space == "input",
-                paired=mates,
-                views=shown,
-                plateau=plateau,
-                on_step=on_step,
-                subset_objective=alone if together == 1 else None,
-            )
-            drawn = rule.run(task)
-            done = BatchResult(drawn, task.score(drawn.images).cpu(), album)
-            album.finish(drawn.images)
-            retry_dead_units(PatternBatch(task, rule, want, part, run, model, seed, all_done, nature), done, fits)
-            album.finish(done.output.images)
-            if plateau is not None or (count and not bool(drawn.history.any())):  # it may have ended early
-                all_done()
-            batches.append(done)
-        done = joined(batches)
-        if count >= own_steps:  # fewer were asked for to see something soon
-            whole = PatternBatch(
-                replace(task, start=first), rule, want, range(len(want.objectives)), run, model, seed, all_done, nature
-            )
-            retry_low_confidence(whole, done, fits)
-        noise = noise_baseline(run, want, model, sides, seed, memory, space == "input")
-    scores, history, alpha = done.scores, done.output.history.cpu(), done.output.alpha
-    return Patterns(
+    recipe_name, recipe = find_recipe(recipe, start is not None, space)
+    request = parse_request(model, layer, units, recipe_name, recipe)
+    settings = parse_settings(
+        request,
         model,
-        images=to_numpy_images(done.output.images.cpu()),
-        units=np.array(want.units),
-        scores=scores.numpy(),
-        history=history.numpy(),
-        layer=want.layer,
-        recipe=name,
-        seed=seed,
-        steps=count,
-        step_size=task.step_size,
-        space=space,
-        views=shown,
+        recipe_name,
+        recipe,
+        steps=steps,
+        step_size=step_size,
+        views=views,
+        frames=frames,
         patience=patience,
-        noise_scores=noise.numpy(),
-        reference_scores=None if natural is None else natural[0].numpy(),
-        alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
-        frames=np.stack(done.frames.frames) if kept and count else None,
-        objectives=want.names,
-        notes=tuple(quality_notes(want.display_names(model), scores, noise, done.silent, done.confidence)),
-        failed=() if natural is None else tuple(natural[1].failed),
+        space=space,
+        seed=seed,
+        memory=memory,
+    )
+    start_images = initial_images(start, size, len(request.units), model)
+    with capture_layers(model, request.layers, stop_early=not request.needs_logits) as forward:
+        plan = make_plan(forward, model, request, settings, start_images, size)
+        job = _Job(model, request, settings, plan, start_images, callback, progress)
+        reference_scores: Tensor | None = None
+        failed: tuple[Failure, ...] = ()
+        if reference is not None:
+            reference_scores, failed = reference_baseline(
+                plan.forward, request, reference, model, memory, settings.skip_preprocessing
+            )
+        result = _run_batches(job)
+        noise_scores = noise_baseline(
+            plan.forward, request, model, plan.size, seed, memory, settings.skip_preprocessing
+        )
+    return _collect(job, result, noise_scores, reference_scores, failed)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `patterns`."""
+
+    model: Model
+    request: PatternRequest
+    settings: PatternSettings
+    plan: PatternPlan
+    start_images: Tensor | None
+    callback: Callback | None
+    progress: Progress | None
+
+    def report_progress(self, done: int) -> None:
+        """Report the number of steps of all batches so far."""
+        if self.progress is not None:
+            self.progress(done, self.settings.steps * len(self.plan.batches))
+
+
+class _StepReporter:
+    """Record frames and report the steps of one batch."""
+
+    def __init__(self, job: _Job, position: int) -> None:
+        self._job = job
+        self._steps_before = position * job.settings.steps
+        self.frames = FrameRecorder(job.settings.steps, job.settings.frames)
+
+    def on_step(self, step: int, render: Callable[[], Tensor]) -> None:
+        """Report a step; ``render()`` returns the images."""
+        done = self._steps_before + step + 1
+        self.frames.record(step, render)
+        if self._job.callback is not None:
+            self._job.callback(done, channels_last(render()))
+        self._job.report_progress(done)
+
+    def batch_done(self) -> None:
+        """Report all steps of the batch."""
+        self._job.report_progress(self._steps_before + self._job.settings.steps)
+
+
+def _run_batches(job: _Job) -> BatchResult:
+    """Optimise all batches, with retries."""
+    plan, request, settings = job.plan, job.request, job.settings
+    sample_activations = cache(partial(max_activations, plan.forward, job.model, request.layer))
+    results = []
+    for position in range(len(plan.batches)):
+        batch, result = _run_batch(job, position, sample_activations)
+        results.append(result)
+    result = concatenate_results(results)
+    if settings.steps >= settings.default_steps:  # fewer steps are for a quick preview
+        whole = replace(batch, task=replace(batch.task, start=job.start_images), indices=range(len(request.objectives)))
+        retry_low_confidence(whole, result, plan.max_batch)
+    return result
+
+
+def _run_batch(
+    job: _Job, position: int, sample_activations: Callable[[], MaxActivations]
+) -> tuple[PatternBatch, BatchResult]:
+    """Optimise one batch, and its dead units again."""
+    model, request, settings, plan = job.model, job.request, job.settings, job.plan
+    reporter = _StepReporter(job, position)
+    task = _make_task(job, plan.batches[position], reporter)
+    output = settings.recipe.run(task)
+    result = BatchResult(output, task.score(output.images).cpu(), reporter.frames)
+    result.frames.finish(output.images)
+    batch = PatternBatch(
+        task,
+        settings.recipe,
+        request,
+        plan.batches[position],
+        plan.forward,
+        model,
+        settings.seed,
+        reporter.batch_done,
+        sample_activations,
+    )
+    retry_dead_units(batch, result, plan.max_batch)
+    result.frames.finish(result.output.images)
+    ended_early = settings.patience is not None or not bool(output.history.any())
+    if settings.steps and ended_early:
+        reporter.batch_done()
+    return batch, result
+
+
+def _make_task(job: _Job, indices: Sequence[int], reporter: _StepReporter) -> OptimizationTask:
+    model, request, settings, plan = job.model, job.request, job.settings, job.plan
+    images = request.image_range(indices)
+    subset = subset_objective(model, plan.forward, request, indices)
+    splittable = not request.paired and all(objective.num_images == 1 for objective in request.objectives)
+    return OptimizationTask(
+        objective=subset(range(len(indices))),
+        generators=request.generators(indices, settings.seed),
+        preprocessing=model.preprocessing,
+        device=model.device,
+        size=plan.size,
+        steps=settings.steps,
+        step_size=settings.step_size,
+        receptive_field=plan.receptive_field,
+        view_sizes=plan.view_sizes,
+        start=None if job.start_images is None else job.start_images[images.start : images.stop],
+        skip_preprocessing=settings.skip_preprocessing,
+        paired=request.paired,
+        views=settings.views,
+        plateau=settings.plateau,
+        on_step=reporter.on_step,
+        subset_objective=subset if splittable else None,
     )
 
 
-def _quickened(run: Forward, blank: Tensor) -> Forward:
-    quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, blank, gradients=True))
-    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
-    return quick if conv_fusion.outputs_match(run, quick, noise) else run
-
-
-def _batches(want: PatternRequest, size: int) -> list[Sequence[int]]:
-    """Objectives in batches of about `size` pictures; those of one objective are never parted."""
-    largest = max(objective.num_images for objective in want.objectives)
-    return list(balanced_chunks(range(len(want.objectives)), max(1, size // largest)))
+def _collect(
+    job: _Job,
+    result: BatchResult,
+    noise_scores: Tensor,
+    reference_scores: Tensor | None,
+    failed: tuple[Failure, ...],
+) -> Patterns:
+    request, settings, alpha = job.request, job.settings, result.output.alpha
+    notes = quality_notes(
+        request.display_names(job.model), result.scores, noise_scores, result.unit_notes, result.confidence
+    )
+    return Patterns(
+        job.model,
+        images=channels_last(result.output.images),
+        units=np.array(request.units),
+        scores=result.scores.numpy(),
+        history=result.output.history.cpu().numpy(),
+        layer=request.layer,
+        recipe=settings.recipe_name,
+        seed=settings.seed,
+        steps=settings.steps,
+        step_size=settings.step_size,
+        space=settings.space,
+        views=settings.views,
+        patience=settings.patience,
+        noise_scores=noise_scores.numpy(),
+        reference_scores=None if reference_scores is None else reference_scores.numpy(),
+        alpha=None if alpha is None else (alpha * 255).round().to(torch.uint8).cpu().numpy(),
+        frames=np.stack(result.frames.frames) if settings.frames and settings.steps else None,
+        objectives=request.names,
+        notes=tuple(notes),
+        failed=failed,
+    )

@@ -1,70 +1,88 @@
-"""What a recipe takes where the user says nothing: canvas, views and steps, for what a unit sees."""
+"""Default canvas sizes, view sizes and schedules of recipes, from a unit's receptive field.
+
+A receptive field is given in pixels; None stands for the whole image. The model's size is the height and width of the
+images that it is made for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Size = tuple[int, int]  # height and width
+CanvasSize = Callable[[int | None, Size, bool], Size]  # receptive field, model's size, whether it takes others
+ViewSizes = Callable[[int | None, Size, Size], tuple[Size, ...]]  # receptive field, model's size, canvas size
+Schedule = Callable[[int | None, Size], tuple[int, float]]  # receptive field, model's size -> steps, step size
+
+PLAIN_SIDE = 150  # pixels, as in the notebook
+MIN_ROBUST_SIDE = 64
+MIN_VIEW_SIDE = 32
 
 
-def small_receptive_field(sees: int | None, full: Size) -> bool:
-    """Whether a unit's receptive field is less than half of what the network is made for."""
-    return sees is not None and 2 * sees < min(full)
+def small_receptive_field(receptive_field: int | None, model_size: Size) -> bool:
+    """Return whether the receptive field is smaller than half of the model's size."""
+    return receptive_field is not None and 2 * receptive_field < min(model_size)
 
 
-def plain_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """The textbook's 150 pixels, or the network's own size where it takes no other."""
-    return (150, 150) if flexible else full
+def plain_size(_: int | None, model_size: Size, flexible: bool) -> Size:
+    """Return the notebook's 150 x 150 pixels, or the model's size if it takes no other."""
+    return (PLAIN_SIDE, PLAIN_SIDE) if flexible else model_size
 
 
-def robust_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """Three receptive fields, at least 64 pixels, at most the network's own size."""
-    if sees is None or not flexible:
-        return full
-    side = -(-max(64, 3 * sees) // 8) * 8
-    return (min(side, full[0]), min(side, full[1]))
+def robust_size(receptive_field: int | None, model_size: Size, flexible: bool) -> Size:
+    """Return three receptive fields, a multiple of 8 from 64 pixels to the model's size."""
+    if receptive_field is None or not flexible:
+        return model_size
+    side = -(-max(MIN_ROBUST_SIDE, 3 * receptive_field) // 8) * 8
+    return (min(side, model_size[0]), min(side, model_size[1]))
 
 
-def model_size(sees: int | None, full: Size, flexible: bool) -> Size:
-    """What the network is made for."""
-    return full
+def native_size(_: int | None, model_size: Size, __: bool) -> Size:
+    """Return the model's size."""
+    return model_size
 
 
-def full_view(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """The canvas as it is."""
-    return (size,)
+def full_view(_: int | None, __: Size, canvas_size: Size) -> tuple[Size, ...]:
+    """Return the size of the canvas."""
+    return (canvas_size,)
 
 
-def reduced_view(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """9/14 of the canvas (144 for 224) for units that see much: finer structure convinces no other network."""
-    return (size,) if small_receptive_field(sees, full) else _reduced(size, 9)
+def reduced_view(receptive_field: int | None, model_size: Size, canvas_size: Size) -> tuple[Size, ...]:
+    """Return 9/14 of the canvas (144 for 224), unless the receptive field is small.
 
-
-def progressive_views(sees: int | None, full: Size, size: Size) -> tuple[Size, ...]:
-    """As above, but for what sees the whole picture 5/14 of the canvas for two fifths of the steps, then 7/14 for as
-    many, and 12/14 for the last fifth.
-
-    What is first drawn is coarse in any case, and a view of half the side costs a quarter; what networks that are made
-    for larger pictures look at is drawn last.
+    Finer structure transfers poorly to other models.
     """
-    return _reduced(size, 5, 5, 7, 7, 12) if sees is None else reduced_view(sees, full, size)
+    return (canvas_size,) if small_receptive_field(receptive_field, model_size) else _fractions(canvas_size, 9)
 
 
-def _reduced(size: Size, *parts: int) -> tuple[Size, ...]:
+def progressive_views(receptive_field: int | None, model_size: Size, canvas_size: Size) -> tuple[Size, ...]:
+    """Return growing view sizes for units that depend on the whole image, and `reduced_view` for all others.
+
+    5/14 of the canvas for two fifths of the steps, 7/14 for two fifths, 12/14 for the last fifth. The first steps are
+    coarse in any case, and a view of half the side costs a quarter.
+    """
+    if receptive_field is not None:
+        return reduced_view(receptive_field, model_size, canvas_size)
+    return _fractions(canvas_size, 5, 5, 7, 7, 12)
+
+
+def _fractions(size: Size, *fourteenths: int) -> tuple[Size, ...]:
     height, width = size
-    return tuple((min(height, max(32, height * n // 14)), min(width, max(32, width * n // 14))) for n in parts)
+    return tuple(
+        (min(height, max(MIN_VIEW_SIDE, height * n // 14)), min(width, max(MIN_VIEW_SIDE, width * n // 14)))
+        for n in fourteenths
+    )
 
 
-def constant_schedule(steps: int, step_size: float) -> Callable[[int | None, Size], tuple[int, float]]:
-    """The same number and size of steps whatever a unit sees."""
-    return lambda sees, full: (steps, step_size)
+def constant_schedule(steps: int, step_size: float) -> Schedule:
+    """Return a schedule that does not depend on the receptive field."""
+    return lambda _, __: (steps, step_size)
 
 
-def default_schedule(sees: int | None, full: Size) -> tuple[int, float]:
-    """48 steps of 0.35 for units that see little: all views of theirs look alike, and they are sooner done."""
-    return (48, 0.35) if small_receptive_field(sees, full) else (150, 0.15)
+def default_schedule(receptive_field: int | None, model_size: Size) -> tuple[int, float]:
+    """Return 48 steps of 0.35 for a small receptive field, whose views are all similar; else 150 of 0.15."""
+    return (48, 0.35) if small_receptive_field(receptive_field, model_size) else (150, 0.15)
 
 
-def robust_schedule(sees: int | None, full: Size) -> tuple[int, float]:
-    """As above, but what sees the whole picture has steps of up to 0.2, as most of them are shorter."""
-    return (150, 0.2) if sees is None else default_schedule(sees, full)
+def robust_schedule(receptive_field: int | None, model_size: Size) -> tuple[int, float]:
+    """Return `default_schedule`, with a step size of 0.2 for the whole image, whose schedule has a warm-up."""
+    return (150, 0.2) if receptive_field is None else default_schedule(receptive_field, model_size)

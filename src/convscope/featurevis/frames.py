@@ -1,4 +1,4 @@
-"""Pictures on the way: frames of an ascent."""
+"""Frames: intermediate images of an optimisation."""
 
 from __future__ import annotations
 
@@ -11,32 +11,39 @@ from torch import Tensor
 
 @dataclass
 class FrameRecorder:
-    """Keeps `count` pictures of an ascent of `steps` steps, evenly spaced, the last one included."""
+    """Record `count` evenly spaced images of an optimisation of `steps` steps, the last one included.
+
+    Attributes
+    ----------
+    steps, count : int
+    frames : list of ndarray
+        uint8 (U, H, W, C).
+    """
 
     steps: int
     count: int
     frames: list[np.ndarray] = field(default_factory=list)
 
-    def record(self, step: int, look: Callable[[], Tensor]) -> None:
-        """Takes a frame (U, H, W, C), uint8, if one is due behind this step."""
+    def record(self, step: int, render: Callable[[], Tensor]) -> None:
+        """Record a frame of the images (U, C, H, W) uint8 that `render` returns, if one is due after this step."""
         due = self.count * (step + 1) // self.steps - self.count * step // self.steps
         if due:
-            self.frames += [to_numpy_images(look().cpu())] * due
+            self.frames += [channels_last(render())] * due
 
     def finish(self, images: Tensor) -> None:
-        """The last is the finished picture, and so is what an ascent that ended early did not come to."""
+        """Use the finished images (U, C, H, W) for the last frame, and for all frames after an early end."""
         if self.steps and self.count:
-            kept = self.frames[: self.count - 1]
-            self.frames = kept + [to_numpy_images(images.cpu())] * (self.count - len(kept))
+            recorded = self.frames[: self.count - 1]
+            self.frames = recorded + [channels_last(images)] * (self.count - len(recorded))
 
-    def replace_images(self, which: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
-        """Rows of another ascent's frames in the place of ours."""
-        for i, (frame, found) in enumerate(zip(self.frames, other.frames, strict=True)):
+    def replace_images(self, indices: Sequence[int], other: FrameRecorder, rows: Sequence[int]) -> None:
+        """Replace the images at `indices` by the `rows` of another recorder."""
+        for i, (frame, replacement) in enumerate(zip(self.frames, other.frames, strict=True)):
             self.frames[i] = frame.copy()
-            self.frames[i][which] = found[rows]
+            self.frames[i][indices] = replacement[rows]
 
 
-def to_numpy_images(images: Tensor) -> np.ndarray:
-    """(U, C, H, W) as (U, H, W, C)."""
-    shown: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return shown
+def channels_last(images: Tensor) -> np.ndarray:
+    """Return images (U, C, H, W) as an array (U, H, W, C)."""
+    array: np.ndarray = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    return array

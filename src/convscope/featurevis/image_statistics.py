@@ -1,4 +1,4 @@
-"""What can be measured about a picture: how coarse, how oriented, how colourful."""
+"""Statistics of images: spatial frequency, orientation, colourfulness; and a choice of dissimilar images."""
 
 from __future__ import annotations
 
@@ -6,49 +6,58 @@ import numpy as np
 
 Images = np.ndarray  # uint8 (N, H, W, C)
 
+NUM_OCTAVES, NUM_ORIENTATIONS = 4, 6  # bins of the power spectrum in `most_distinct`
+
 
 def dominant_frequency(images: Images) -> np.ndarray:
-    """The spatial frequency with most power (N,), in cycles per pixel: 0.5 is a change from each pixel to the next.
+    """Return the spatial frequency with the most power (N,), in cycles per pixel; at most 0.5 along an axis.
 
-    Power of the brightness, its mean taken off, under a Hann window, is summed over rings one cycle over the picture
-    wide; the ring with the largest sum says it. 0 for a picture of one brightness.
+    The power of the luminance, minus its mean and under a Hann window, is summed over rings of the width of one cycle
+    per image. 0 for an image of constant luminance.
     """
-    power, frequency = _spectrum(images)
+    power, frequency = _power_spectrum(images)
     rings = np.rint(frequency * min(images.shape[1:3])).astype(int)
-    sums = np.stack([np.bincount(rings.ravel(), weights=p.ravel()) for p in power])
-    sums[:, 0] = 0
-    found: np.ndarray = sums.argmax(1) / min(images.shape[1:3])
-    return found
+    ring_power = np.stack([np.bincount(rings.ravel(), weights=p.ravel()) for p in power])
+    ring_power[:, 0] = 0
+    dominant: np.ndarray = ring_power.argmax(1) / min(images.shape[1:3])
+    return dominant
 
 
 def orientation_selectivity(images: Images) -> np.ndarray:
-    """How much the picture's structure runs in one direction (N,): 1 for a grating, 0 for what has none.
+    """Return how far the structure of an image has a single orientation (N,): 1 for a grating, 0 for none.
 
-    |sum P exp(2 i angle)| / sum P over the power spectrum P, which is 1 minus the circular variance that is measured of
-    cells in the visual cortex (Ringach, Shapley and Hawken, J. Neurosci. 2002). 0 for a picture of one brightness.
+    |sum of P exp(2 i angle)| / sum of P over the power spectrum P: 1 minus the circular variance. 0 for an image of
+    constant luminance.
+
+    References
+    ----------
+    Ringach, Shapley and Hawken, Orientation selectivity in macaque V1, J. Neurosci. 2002.
     """
-    power, _ = _spectrum(images)
-    down, across = _axes(images)
-    turns = np.exp(2j * np.arctan2(down, across))
+    power, _ = _power_spectrum(images)
+    vertical, horizontal = _frequency_axes(images)
+    phasors = np.exp(2j * np.arctan2(vertical, horizontal))
     total = power.sum((1, 2))
-    found: np.ndarray = np.abs((power * turns).sum((1, 2))) / np.where(total > 0, total, 1)
-    return found
+    selectivity: np.ndarray = np.abs((power * phasors).sum((1, 2))) / np.where(total > 0, total, 1)
+    return selectivity
 
 
 def colourfulness(images: Images) -> np.ndarray:
-    """Hasler and Süsstrunk's measure (N,): 0 is gray, 33 moderately, 82 highly colourful (Measuring colourfulness in
-    natural images, 2003, M3).
+    """Return the colourfulness (N,): 0 is gray, 33 moderately, 82 highly colourful.
 
-    sqrt(var rg + var yb) + 0.3 sqrt(mean rg ^ 2 + mean yb ^ 2), rg = R - G, yb = (R + G) / 2 - B, of values 0..255. 0
-    for pictures without three channels.
+    sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2), with rg = R - G and yb = (R + G) / 2 - B of values 0..255.
+    0 for images without three channels.
+
+    References
+    ----------
+    Hasler and Süsstrunk, Measuring colourfulness in natural images, 2003, M3.
     """
     if images.shape[3] != 3:
         return np.zeros(len(images))
     red, green, blue = np.moveaxis(images.astype(np.float64), 3, 0)
     opponents = np.stack([red - green, (red + green) / 2 - blue])
-    spread = np.sqrt(opponents.var((2, 3)).sum(0))
-    found: np.ndarray = spread + 0.3 * np.sqrt((opponents.mean((2, 3)) ** 2).sum(0))
-    return found
+    std = np.sqrt(opponents.var((2, 3)).sum(0))
+    result: np.ndarray = std + 0.3 * np.sqrt((opponents.mean((2, 3)) ** 2).sum(0))
+    return result
 
 
 IMAGE_STATISTICS = {
@@ -59,50 +68,54 @@ IMAGE_STATISTICS = {
 
 
 def most_distinct(images: Images, count: int) -> list[int]:
-    """`count` of the pictures, each as unlike those before it as can be; begins with the one farthest from the mean.
+    """Return the indices of `count` dissimilar images by greedy farthest-point selection.
 
-    Unlike are pictures whose mean colour, contrast of each channel, and brightness spectrum in 4 octaves by 6
-    directions differ: greedy farthest-point choice, each number over its deviation among the pictures.
+    The first is the image farthest from the mean. Features are the mean colour, the contrast of each channel, and the
+    luminance spectrum in 4 octaves and 6 orientations, each divided by its standard deviation over the images.
     """
-    traits = _traits(images)
-    spread = traits.std(0)
-    traits = (traits - traits.mean(0)) / np.where(spread > 1e-9, spread, 1)
-    chosen = [int(np.square(traits).sum(1).argmax())]
-    apart = np.square(traits - traits[chosen[0]]).sum(1)
+    features = _features(images)
+    std = features.std(0)
+    features = (features - features.mean(0)) / np.where(std > 1e-9, std, 1)
+    chosen = [int(np.square(features).sum(1).argmax())]
+    distances = np.square(features - features[chosen[0]]).sum(1)
     while len(chosen) < min(count, len(images)):
-        apart[chosen] = -1
-        chosen.append(int(apart.argmax()))
-        apart = np.minimum(apart, np.square(traits - traits[chosen[-1]]).sum(1))
+        distances[chosen] = -1
+        chosen.append(int(distances.argmax()))
+        distances = np.minimum(distances, np.square(features - features[chosen[-1]]).sum(1))
     return chosen
 
 
-def _traits(images: Images) -> np.ndarray:
+def _features(images: Images) -> np.ndarray:
     pixels = images.astype(np.float64) / 255
-    power, frequency = _spectrum(images)
-    down, across = _axes(images)
-    octave = np.clip(np.floor(np.log2(np.maximum(frequency, 1e-9) / 0.5) + 4), 0, 3).astype(int)
-    way = np.floor((np.arctan2(down, across) % np.pi) / np.pi * 6).astype(int) % 6
-    cells = (octave * 6 + way).ravel()
+    power, frequency = _power_spectrum(images)
+    vertical, horizontal = _frequency_axes(images)
+    octave = np.floor(np.log2(np.maximum(frequency, 1e-9) / 0.5) + NUM_OCTAVES)
+    octave = np.clip(octave, 0, NUM_OCTAVES - 1).astype(int)
+    angle = np.arctan2(vertical, horizontal) % np.pi
+    orientation = np.floor(angle / np.pi * NUM_ORIENTATIONS).astype(int) % NUM_ORIENTATIONS
+    bins = (octave * NUM_ORIENTATIONS + orientation).ravel()
     total = np.maximum(power.sum((1, 2)), 1e-12)
-    shares = np.stack(
-        [np.bincount(cells, weights=p.ravel(), minlength=24) / t for p, t in zip(power, total, strict=True)]
+    num_bins = NUM_OCTAVES * NUM_ORIENTATIONS
+    fractions = np.stack(
+        [np.bincount(bins, weights=p.ravel(), minlength=num_bins) / t for p, t in zip(power, total, strict=True)]
     )
-    return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2)), np.sqrt(shares)], axis=1)
+    return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2)), np.sqrt(fractions)], axis=1)
 
 
-def _spectrum(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Power of the brightness (N, H, W), and each coefficient's frequency (H, W) in cycles per pixel."""
+def _power_spectrum(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Return the power of the luminance (N, H, W), and the frequencies (H, W) in cycles per pixel."""
     weights = np.array([0.299, 0.587, 0.114]) if images.shape[3] == 3 else np.full(images.shape[3], 1 / images.shape[3])
-    brightness = images.astype(np.float64) @ weights / 255
-    height, width = brightness.shape[1:]
+    luminance = images.astype(np.float64) @ weights / 255
+    height, width = luminance.shape[1:]
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
-    mean = (brightness * window).sum((1, 2), keepdims=True) / window.sum()
-    # Rounding makes a spectrum even of a picture of one brightness.
-    plain = np.ptp(brightness, axis=(1, 2), keepdims=True) < 1e-9
-    power = np.abs(np.fft.fft2(np.where(plain, 0, (brightness - mean) * window))) ** 2
-    return power, np.hypot(*_axes(images))
+    mean = (luminance * window).sum((1, 2), keepdims=True) / window.sum()
+    # Rounding errors of a constant image would have a spectrum of their own.
+    constant = np.ptp(luminance, axis=(1, 2), keepdims=True) < 1e-9
+    power = np.abs(np.fft.fft2(np.where(constant, 0, (luminance - mean) * window))) ** 2
+    return power, np.hypot(*_frequency_axes(images))
 
 
-def _axes(images: Images) -> tuple[np.ndarray, np.ndarray]:
+def _frequency_axes(images: Images) -> tuple[np.ndarray, np.ndarray]:
     height, width = images.shape[1:3]
-    return np.broadcast_arrays(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])  # type: ignore[return-value]
+    vertical, horizontal = np.broadcast_arrays(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    return vertical, horizontal

@@ -1,4 +1,4 @@
-"""The story of a network: what its layers look for, from the first to the last, seen and measured."""
+"""The story of a network: patterns and image statistics of its layers, from the first to the last."""
 
 from __future__ import annotations
 
@@ -21,12 +21,27 @@ from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.results import Result
 
-CHAPTERS = 6  # layers, besides the classes
+MAX_LAYERS = 6  # by default, besides the classes
 
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """One layer: the most distinct patterns (S, H, W, C) of `units`, and the measures of all that were drawn (U,)."""
+    """One layer of a story.
+
+    Attributes
+    ----------
+    layer : str
+    receptive_field : (int, int) or None
+        Height and width in pixels; None for the whole image.
+    units : ndarray
+        (S,): the units with the most distinct patterns.
+    names : tuple of str
+        Their names.
+    images : ndarray
+        Their patterns, uint8 (S, H, W, C).
+    statistics : dict of str to ndarray
+        Statistics of the patterns of all U units, (U,) each; see `convscope.featurevis.image_statistics`.
+    """
 
     layer: str
     receptive_field: tuple[int, int] | None
@@ -38,36 +53,44 @@ class Chapter:
 
 @dataclass(frozen=True, eq=False)
 class Story(Result):
-    """Chapters from the first layer to the classes; `.table()` has the measures' medians, layer by layer."""
+    """Patterns and statistics of layers, from the first to the classes.
+
+    Attributes
+    ----------
+    chapters : tuple of Chapter
+        One per layer.
+    seed : int
+    """
 
     chapters: tuple[Chapter, ...]
     seed: int
 
     def arrays(self) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
+        """Return the patterns, units and statistics of each chapter, numbered from 0."""
+        arrays: dict[str, np.ndarray] = {}
         for i, chapter in enumerate(self.chapters):
-            found |= {f"{i}_images": chapter.images, f"{i}_units": chapter.units}
-            found |= {f"{i}_{name.replace(' ', '_')}": values for name, values in chapter.statistics.items()}
-        return found
+            arrays |= {f"{i}_images": chapter.images, f"{i}_units": chapter.units}
+            arrays |= {_array_name(i, name): values for name, values in chapter.statistics.items()}
+        return arrays
 
     def parameters(self) -> dict[str, Any]:
-        return {"seed": self.seed, "layers": [c.layer for c in self.chapters]}
+        """Return the settings for the manifest."""
+        return {"seed": self.seed, "layers": [chapter.layer for chapter in self.chapters]}
 
-    def table(self) -> list[dict[str, Any]]:
-        """A row per layer: how far it sees, and each measure's median and quartiles over the units drawn."""
+    def table(self) -> list[dict[str, str | float | None]]:
+        """Return a row per layer: its receptive field, and median and quartiles of each statistic over the units."""
         rows = []
         for chapter in self.chapters:
-            row: dict[str, Any] = {
-                "layer": chapter.layer,
-                "receptive field": chapter.receptive_field and " x ".join(map(str, chapter.receptive_field)),
-            }
+            field = chapter.receptive_field and " x ".join(map(str, chapter.receptive_field))
+            row: dict[str, str | float | None] = {"layer": chapter.layer, "receptive field": field}
             for name, values in chapter.statistics.items():
-                low, middle, high = np.percentile(values, (25, 50, 75))
-                row |= {name: float(middle), f"{name}, quartiles": f"{low:.3g} to {high:.3g}"}
+                low, median, high = np.percentile(values, (25, 50, 75))
+                row |= {name: float(median), f"{name}, quartiles": f"{low:.3g} to {high:.3g}"}
             rows.append(row)
         return rows
 
     def text_files(self) -> dict[str, str]:
+        """Return `table` as ``story.csv``."""
         rows = self.table()
         out = io.StringIO()
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
@@ -81,92 +104,117 @@ def story(
     layers: Sequence[str] | None = None,
     *,
     units: int = 24,
-    num_shown: int = 6,
+    num_displayed: int = 6,
     seed: int = 0,
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Story:
-    """Draw units of layers from the first to the last, measure all of them, and keep the most distinct.
+    """Optimise patterns of units in layers of increasing depth, and compute statistics of the images.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    layers
-        Names, in the order in which they are told. None: one for each resolution of the network, at most six, and
-        the classes.
-    units
-        How many units of each layer are drawn, evenly spread over its channels.
-    shown
-        How many of them, the most distinct, are kept as pictures.
-    seed, memory
-        As of `patterns`.
-    progress
-        Called with the number of chapters done, a fraction within one, and the number in all.
+    layers : sequence of str, optional
+        Names, in the order of the chapters. By default one layer for each resolution, at most six, and the classes.
+    units : int
+        Number of units per layer, 2 or more, evenly spaced over its channels.
+    num_displayed : int
+        Number of units per layer whose patterns are kept: the most distinct ones.
+    seed : int
+        Seed of the random numbers.
+    memory : int
+        Bytes for the intermediate results of a batch.
+    progress : callable, optional
+        ``progress(done, total)`` in layers, with fractions.
+
+    Returns
+    -------
+    Story
+        ``chapters``, one per layer; ``table()``.
 
     Raises
     ------
     ConvscopeError
-        For an unknown layer.
+        For an unknown layer, and for numbers out of range.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> story = convscope.story(model, ["conv_stem"], units=2, num_displayed=1)
+    >>> story.chapters[0].receptive_field, story.chapters[0].images.shape
+    ((3, 3), (1, 64, 64, 3))
     """
-    if units < 2 or not 1 <= num_shown <= units:
+    if units < 2 or not 1 <= num_displayed <= units:
         raise ConvscopeError(
-            f"units is {units}, num_shown is {num_shown}; expected units >= 2, and num_shown from 1 to units"
+            f"units is {units}, num_displayed is {num_displayed}; expected 2 or more units, and 1 to {units} displayed"
         )
-    names = _chapters(model) if layers is None else list(layers)
+    names = _default_layers(model) if layers is None else list(layers)
     if not names:
-        raise ConvscopeError("there are no layers to tell of; give some that have units")
+        raise ConvscopeError("layers is empty; give the names of layers that have units")
     rows = [None if name == LOGITS else model.layers.find(name) for name in names]
     chapters, notes = [], []
-    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+    for i, (name, layer) in enumerate(zip(names, rows, strict=True)):
 
-        def tell(done: float, total: int, i: int = i) -> None:
+        def report(done: float, total: int, i: int = i) -> None:
             if progress is not None:
                 progress(i + done / total, len(names))
 
-        count = model.num_outputs if row is None else row.units
-        picked = np.unique(np.linspace(0, (count or 1) - 1, min(units, count or 1)).round().astype(int))
-        drawn = patterns(model, name, picked.tolist(), seed=seed, memory=memory, progress=tell)
-        kept = most_distinct(drawn.images, num_shown)
-        measures = {what: measure(drawn.images) for what, measure in IMAGE_STATISTICS.items()}
-        called = tuple(drawn.names[k] for k in kept)
-        chapters.append(Chapter(name, _sees(model, row), drawn.units[kept], called, drawn.images[kept], measures))
-        notes += [f"{name}: {note}" for note in drawn.notes]
+        count = (model.num_outputs if layer is None else layer.units) or 1
+        selected = np.unique(np.linspace(0, count - 1, min(units, count)).round().astype(int))
+        result = patterns(model, name, selected.tolist(), seed=seed, memory=memory, progress=report)
+        distinct = most_distinct(result.images, num_displayed)
+        chapters.append(
+            Chapter(
+                layer=name,
+                receptive_field=_receptive_field(model, layer),
+                units=result.units[distinct],
+                names=tuple(result.names[k] for k in distinct),
+                images=result.images[distinct],
+                statistics={key: statistic(result.images) for key, statistic in IMAGE_STATISTICS.items()},
+            )
+        )
+        notes += [f"{name}: {note}" for note in result.notes]
     return Story(model, tuple(chapters), seed, notes=tuple(notes))
 
 
 def read_story(model: Model, read: Callable[[str], bytes]) -> Story:
-    """A story that was saved; `read` gives the content of a file of its folder.
+    """Return a saved story; ``read(name)`` returns the content of a file in its folder.
 
-    Raises ConvscopeError if it cannot be read, or tells of another network.
+    Raises ConvscopeError if the story cannot be read, or belongs to a model with other weights.
     """
     try:
         manifest = json.loads(read("manifest.json"))
-        made, told = manifest["model"], manifest["parameters"]
+        saved_model, parameters = manifest["model"], manifest["parameters"]
         with np.load(io.BytesIO(read("arrays.npz")), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        if made["weights_sha256"] != model.weights_hash():
-            raise ConvscopeError(f"the story that is kept is of {made['name']} with other weights than {model.name}")
-        chapters = tuple(_chapter(model, layer, i, arrays) for i, layer in enumerate(told["layers"]))
-        return Story(model, chapters, told["seed"], notes=tuple(manifest["notes"]))
+        if saved_model["weights_sha256"] != model.weights_hash():
+            raise ConvscopeError(f"the saved story is of {saved_model['name']} with other weights than {model.name}")
+        chapters = tuple(_read_chapter(model, layer, i, arrays) for i, layer in enumerate(parameters["layers"]))
+        return Story(model, chapters, parameters["seed"], notes=tuple(manifest["notes"]))
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ConvscopeError(f"the story that is kept cannot be read ({error}); tell it anew") from error
+        raise ConvscopeError(f"the saved story cannot be read ({error}); generate it again") from error
 
 
-def _chapter(model: Model, layer: str, i: int, arrays: dict[str, np.ndarray]) -> Chapter:
-    """The inverse of `Story.arrays`."""
-    row, units = None if layer == LOGITS else model.layers.find(layer), arrays[f"{i}_units"]
-    names = tuple(model.class_name(int(u)) if row is None else f"{layer} {u}" for u in units)
-    measures = {name: arrays[f"{i}_{name.replace(' ', '_')}"] for name in IMAGE_STATISTICS}
-    return Chapter(layer, _sees(model, row), units, names, arrays[f"{i}_images"], measures)
+def _read_chapter(model: Model, name: str, i: int, arrays: dict[str, np.ndarray]) -> Chapter:
+    """Return chapter i from `Story.arrays`."""
+    layer, units = None if name == LOGITS else model.layers.find(name), arrays[f"{i}_units"]
+    names = tuple(model.class_name(int(unit)) if layer is None else f"{name} {unit}" for unit in units)
+    statistics = {key: arrays[_array_name(i, key)] for key in IMAGE_STATISTICS}
+    return Chapter(name, _receptive_field(model, layer), units, names, arrays[f"{i}_images"], statistics)
 
 
-def _chapters(model: Model) -> list[str]:
-    rows = [row.name for row in select_by_depth(model, CHAPTERS, min_count=4)]
-    return [*rows, LOGITS] if model.num_outputs else rows
+def _array_name(chapter: int, statistic: str) -> str:
+    return f"{chapter}_{statistic.replace(' ', '_')}"
 
 
-def _sees(model: Model, row: Layer | None) -> tuple[int, int] | None:
-    """The receptive field; None where it is the whole picture."""
-    field = None if row is None else row.bounded_receptive_field(model.preprocessing.size)
+def _default_layers(model: Model) -> list[str]:
+    names = [layer.name for layer in select_by_depth(model, MAX_LAYERS, min_count=4)]
+    return [*names, LOGITS] if model.num_outputs else names
+
+
+def _receptive_field(model: Model, layer: Layer | None) -> tuple[int, int] | None:
+    """Return the receptive field; None if it covers the whole image."""
+    field = None if layer is None else layer.bounded_receptive_field(model.preprocessing.size)
     return None if field is None else (field[0], field[1])

@@ -1,293 +1,399 @@
-"""What an ascent climbs: one value per picture, never a sum that couples pictures.
+"""Objectives of feature visualisation: scalar functions of layer outputs that gradient ascent maximises.
 
-Objectives are added, subtracted, multiplied, and named after what they are made of:
+An objective returns one value per image. Images of a batch do not interact, except where an objective compares several
+images on purpose (`diversity`, `interpolation`). Objectives support ``+``, ``-`` and ``*`` with each other and with
+numbers:
 
-    unit("blocks.5.2", 7) - unit("blocks.5.2", 9)       what excites one unit and leaves the other cold
-    -unit("logits", 386)                                what speaks most against a class
-    0.5 * neuron("blocks.3", 4) + whole("blocks.5")
+>>> from convscope import objectives
+>>> (objectives.channel("blocks.5.2", 7) - 0.5 * objectives.channel("blocks.5.2", 9)).name
+'blocks.5.2 7 - 0.5 * blocks.5.2 9'
+
+In the formulas of this module, x is the output of a layer for one image: x_c(p) is the activation of channel c at
+position p, and n the number of values in x. Tokens (N, L, C) are read as channels at L positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.engine.capture import ForwardResult, LayerOutputs
-from convscope.engine.model import LOGITS, Model
+from convscope.engine.capture import LayerOutputs
+from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
+from convscope.featurevis.objective import Objective, channels_first, position_mean
 
-Value = Callable[[LayerOutputs], Tensor]  # of P pictures: (P,)
+__all__ = [
+    "Objective",
+    "caricature",
+    "channel",
+    "channels",
+    "deepdream",
+    "direction",
+    "diversity",
+    "interpolation",
+    "neuron",
+]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A value per picture, with a name.
+def channel(layer: str, unit: int) -> Objective:
+    """Return the mean activation of a channel: mean over p of x_c(p).
 
-    `watches` are the layers that `value` looks at and the largest channel of each, None where it looks at all alike.
-    `pictures` are drawn together, where they are about each other: 1 unless several are compared. `mates` is whether
-    each picture comes with the photograph that it began as behind it: `value` then gets twice the rows that it returns.
-    `placed`: `value` looks at a place of the picture as large as it is drawn, which views of another size do not have.
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``.
+    unit : int
+        The channel c; for ``"logits"`` the class, whose logit is the value.
+
+    Returns
+    -------
+    Objective
+
+    References
+    ----------
+    Erhan et al., Visualizing higher-layer features of a deep network, 2009.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> patterns = convscope.patterns(model, convscope.objectives.channel("conv_stem", 4), steps=2)
+    >>> patterns.names
+    ['conv_stem 4']
+    """
+    name = f"logit {unit}" if layer == LOGITS else f"{layer} {unit}"
+    return Objective(name, ((layer, unit),), lambda outputs: position_mean(channels_first(outputs, layer)[:, unit]))
+
+
+def channels(layer: str, units: Sequence[int]) -> Objective:
+    """Return the sum of the mean activations of several channels: sum over c of mean over p of x_c(p).
+
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``.
+    units : sequence of int
+        The channels; at least one. A channel that occurs twice counts twice.
+
+    Returns
+    -------
+    Objective
+
+    Raises
+    ------
+    ConvscopeError
+        If `units` is empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from convscope import objectives
+    >>> from convscope.engine.capture import LayerOutputs
+    >>> objectives.channels("fc", [0, 1])(LayerOutputs({"fc": torch.tensor([[3.0, 4.0]])}))
+    tensor([7.])
+    """
+    indices = list(units)
+    if not indices:
+        raise ConvscopeError("units is empty; give at least one channel")
+    name = f"{layer} {'+'.join(map(str, indices))}"
+    layer_channels = tuple((layer, unit) for unit in indices)
+    return Objective(name, layer_channels, lambda x: position_mean(channels_first(x, layer)[:, indices].sum(1)))
+
+
+def neuron(layer: str, unit: int, position: Sequence[int] | None = None) -> Objective:
+    """Return the activation of a channel at one position: x_c(p).
+
+    The default is the middle of the map, drawn here for a map of 5 x 5 positions. An even side 2 m has its middle at
+    index m::
+
+        . . . . .
+        . . . . .
+        . . # . .
+        . . . . .
+        . . . . .
+
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``, which has no positions.
+    unit : int
+        The channel c.
+    position : sequence of int, optional
+        Row and column in the layer's map, for tokens the token's index.
+
+    Returns
+    -------
+    Objective
+        Evaluating it raises ConvscopeError if the map has no such position.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from convscope import objectives
+    >>> from convscope.engine.capture import LayerOutputs
+    >>> objectives.neuron("conv", 1, (0, 1))(LayerOutputs({"conv": torch.arange(8.0).view(1, 2, 2, 2)}))
+    tensor([5.])
     """
 
-    name: str
-    layer_channels: tuple[tuple[str, int | None], ...]
-    function: Value
-    num_images: int = 1
-    paired: bool = False
-    fixed_position: bool = False
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers that have to be watched, each once; the logits are always there."""
-        return list(dict.fromkeys(layer for layer, _ in self.layer_channels if layer != LOGITS))
-
-    def __call__(self, seen: LayerOutputs) -> Tensor:
-        return self.function(seen)
-
-    def check(self, model: Model) -> None:
-        """Raise ConvscopeError for a layer or a channel that the model does not have."""
-        for layer, channel in self.layer_channels:
-            count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
-            if count is None:
-                raise ConvscopeError("this model has no classes")
-            if channel is not None and not 0 <= channel < count:
-                raise ConvscopeError(
-                    f"{self.name}: unit {channel} is not in layer {layer!r}, which has {count} units, 0 to {count - 1}"
-                )
-
-    def __add__(self, other: Objective | float) -> Objective:
-        return self._with("+", other, lambda a, b: a + b)
-
-    def __sub__(self, other: Objective | float) -> Objective:
-        return self._with("-", other, lambda a, b: a - b)
-
-    def __mul__(self, other: Objective | float) -> Objective:
-        return self._with("*", other, lambda a, b: a * b)
-
-    def __radd__(self, other: float) -> Objective:
-        return _constant(other) + self
-
-    def __rsub__(self, other: float) -> Objective:
-        return _constant(other) - self
-
-    def __rmul__(self, other: float) -> Objective:
-        return _constant(other) * self
-
-    def __neg__(self) -> Objective:
-        name = f"-{self._bracketed()}"
-        return replace(self, name=name, function=lambda seen: -self.function(seen))
-
-    def _with(self, sign: str, given: Objective | float, join: Callable[[Tensor, Tensor], Tensor]) -> Objective:
-        other = given if isinstance(given, Objective) else _constant(given)
-        if 1 not in (self.num_images, other.num_images) and self.num_images != other.num_images:
-            raise ConvscopeError(
-                f"{self.name} is about {self.num_images} pictures and {other.name} about {other.num_images}; "
-                "what is joined must be about as many"
-            )
-        if self.paired != other.paired and self.layer_channels and other.layer_channels:
-            raise ConvscopeError(f"only one of {self.name} and {other.name} compares with a photograph")
-        left = self.name if sign == "+" else self._bracketed(sums=sign == "*")
-        right = other.name if sign == "+" else other._bracketed()
-        return Objective(
-            f"{left} {sign} {right}",
-            self.layer_channels + other.layer_channels,
-            lambda seen: join(self.function(seen), other.function(seen)),
-            max(self.num_images, other.num_images),
-            self.paired or other.paired,
-            self.fixed_position or other.fixed_position,
-        )
-
-    def _bracketed(self, sums: bool = True) -> str:
-        return f"({self.name})" if sums and (" + " in self.name or " - " in self.name) else self.name
-
-
-def channel(layer: str, number: int) -> Objective:
-    """The mean of a channel over all places; for "logits" the logit of a class."""
-    name = f"logit {number}" if layer == LOGITS else f"{layer} {number}"
-    return Objective(name, ((layer, number),), lambda seen: _means(_outputs(seen, layer)[:, number]))
-
-
-def channels(layer: str, numbers: Sequence[int]) -> Objective:
-    """The sum of several channels' means: what excites all of them at once."""
-    rows = list(numbers)
-    if not rows:
-        raise ConvscopeError("an objective for no units at all; give at least one")
-    name = f"{layer} {'+'.join(map(str, rows))}"
-    watches = tuple((layer, number) for number in rows)
-    return Objective(name, watches, lambda seen: _means(_outputs(seen, layer)[:, rows].sum(1)))
-
-
-def per_image_channels(layer: str, numbers: Sequence[int]) -> Objective:
-    """For picture i the mean of channel `numbers[i]`: many units at once, with nothing between them."""
-    name = f"{layer} {', '.join(map(str, numbers))}"
-
-    def value(seen: LayerOutputs) -> Tensor:
-        outputs = _outputs(seen, layer)
-        return _means(outputs[torch.arange(len(numbers), device=outputs.device), list(numbers)])
-
-    return Objective(name, tuple((layer, number) for number in numbers), value, len(numbers))
-
-
-def neuron(layer: str, number: int, at: Sequence[int] | None = None) -> Objective:
-    """A channel at one place; by default the middle one, as (row, column) the picture's own."""
-
-    def value(seen: LayerOutputs) -> Tensor:
-        maps = _outputs(seen, layer)[:, number]
-        where = [side // 2 for side in maps.shape[1:]] if at is None else list(at)
-        if len(where) != maps.ndim - 1 or not all(0 <= i < n for i, n in zip(where, maps.shape[1:], strict=True)):
+    def value(outputs: LayerOutputs) -> Tensor:
+        maps = channels_first(outputs, layer)[:, unit]
+        index = [side // 2 for side in maps.shape[1:]] if position is None else list(position)
+        if len(index) != maps.ndim - 1 or not all(0 <= i < n for i, n in zip(index, maps.shape[1:], strict=True)):
             sides = " x ".join(map(str, maps.shape[1:]))
-            raise ConvscopeError(f"place {tuple(where)} is not in layer {layer!r}, whose maps are {sides} here")
-        index: tuple[slice | int, ...] = (slice(None), *where)
-        return maps[index]
+            raise ConvscopeError(f"position {tuple(index)} is not in layer {layer!r}, whose maps are {sides} here")
+        key: tuple[slice | int, ...] = (slice(None), *index)
+        return maps[key]
 
-    position = "middle" if at is None else ", ".join(map(str, at))
-    return Objective(f"{layer} {number} at {position}", ((layer, number),), value, fixed_position=at is not None)
+    where = "middle" if position is None else ", ".join(map(str, position))
+    return Objective(f"{layer} {unit} at {where}", ((layer, unit),), value, fixed_position=position is not None)
 
 
 def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
-    """v . x, times max(0.1, cos(v, x)) to a power: a direction in the space of a layer's channels, mean over places.
+    """Return the alignment with a direction v in channel space: mean over p of v . x(p) * max(0.1, cos(v, x(p)))^power.
 
-    With power 0 the picture may grow along other directions as well; a higher power keeps it to this one. (The dot
-    product times the cosine is what the Activation Atlas draws: Carter et al., Distill 2019.)
+    With ``power=0`` the activation may also grow in other directions; a higher power penalises that.
+
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``.
+    vector : sequence of float, array or tensor
+        The direction v (C,), one finite number per channel, not all zero.
+    power : float
+        Exponent of the cosine, 0 or more.
+
+    Returns
+    -------
+    Objective
+
+    Raises
+    ------
+    ConvscopeError
+        If `vector` is empty, zero or not finite.
+
+    References
+    ----------
+    Carter et al., Activation Atlas, Distill 2019 (``power=1``).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from convscope import objectives
+    >>> from convscope.engine.capture import LayerOutputs
+    >>> outputs = LayerOutputs({"fc": torch.tensor([[3.0, 4.0]])})
+    >>> objectives.direction("fc", [1.0, 0.0])(outputs)
+    tensor([3.])
+    >>> objectives.direction("fc", [1.0, 0.0], power=1)(outputs)  # 3 * 3 / 5
+    tensor([1.8000])
     """
-    along = torch.as_tensor(vector).detach().float().flatten().cpu()
-    if len(along) == 0 or not bool(along.isfinite().all()) or not bool(along.any()):
-        raise ConvscopeError("a direction needs a vector of finite numbers that are not all 0")
+    weights = torch.as_tensor(vector).detach().float().flatten().cpu()
+    if len(weights) == 0 or not bool(weights.isfinite().all()) or not bool(weights.any()):
+        raise ConvscopeError("the vector of a direction has to be finite, and not all zero")
 
-    def value(seen: LayerOutputs) -> Tensor:
-        outputs = _outputs(seen, layer)
-        if outputs.shape[1] != len(along):
-            raise ConvscopeError(f"the direction has {len(along)} numbers, layer {layer!r} {outputs.shape[1]} channels")
-        return _means(_aligned(outputs, along.to(outputs.device).view(1, -1, *[1] * (outputs.ndim - 2)), power, (1,)))
+    def value(outputs: LayerOutputs) -> Tensor:
+        x = channels_first(outputs, layer)
+        if x.shape[1] != len(weights):
+            raise ConvscopeError(f"the direction has {len(weights)} numbers, layer {layer!r} {x.shape[1]} channels")
+        return position_mean(_alignment(x, weights.to(x.device).view(1, -1, *[1] * (x.ndim - 2)), power, (1,)))
 
-    return Objective(f"direction in {layer}", ((layer, len(along) - 1),), value)
+    return Objective(f"direction in {layer}", ((layer, len(weights) - 1),), value)
 
 
 def deepdream(layer: str) -> Objective:
-    """The mean square of everything that a layer gives: more of whatever it sees already (DeepDream).
+    """Return the mean square of all activations of a layer: sum of x^2 / n.
 
-    Mordvintsev, Olah and Tyka, Inceptionism, 2015.
+    Its gradient amplifies whatever the layer already detects in the image.
+
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``.
+
+    Returns
+    -------
+    Objective
+
+    References
+    ----------
+    Mordvintsev, Olah and Tyka, Inceptionism: Going deeper into neural networks, 2015.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from convscope import objectives
+    >>> from convscope.engine.capture import LayerOutputs
+    >>> objectives.deepdream("fc")(LayerOutputs({"fc": torch.tensor([[3.0, 4.0]])}))
+    tensor([12.5000])
     """
-    watches = ((layer, None),)
-    return Objective(f"all of {layer}", watches, lambda seen: _outputs(seen, layer).square().flatten(1).mean(1))
+
+    def value(outputs: LayerOutputs) -> Tensor:
+        return channels_first(outputs, layer).square().flatten(1).mean(1)
+
+    return Objective(f"all of {layer}", ((layer, None),), value)
 
 
 def caricature(layer: str, power: float = 1) -> Objective:
-    """x . p, times max(0.1, cos(x, p)) to a power: the picture's layer x along that of its photograph, p.
+    """Return the similarity of a layer's output x to that of a photograph, y: x . y / n * max(0.1, cos(x, y))^power.
 
-    Whatever the layer sees in the photograph is exaggerated, at the place where it sees it (caricatures: Olah,
-    "Feature Visualization", Distill 2017; lucid's notebook of activation caricatures). Both are shown in the same view.
+    Maximising it exaggerates what the layer detects in the photograph, at the position where it is detected. The image
+    and the photograph pass through the same random transforms.
+
+    Parameters
+    ----------
+    layer : str
+        A name in ``model.layers``, or ``"logits"``.
+    power : float
+        Exponent of the cosine, 0 or more.
+
+    Returns
+    -------
+    Objective
+        For ``recipe="caricature"``; the photograph is the recipe's `start`.
+
+    References
+    ----------
+    Olah, Mordvintsev and Schubert, Feature visualization, Distill 2017; lucid's notebook "Activation caricatures".
+
+    Examples
+    --------
+    >>> import torch
+    >>> from convscope import objectives
+    >>> from convscope.engine.capture import LayerOutputs
+    >>> outputs = LayerOutputs({"fc": torch.tensor([[3.0, 4.0], [1.0, 0.0]])})  # an image, then its photograph
+    >>> objectives.caricature("fc")(outputs)  # 3 / 2 * 3 / 5
+    tensor([0.9000])
     """
 
-    def value(seen: LayerOutputs) -> Tensor:
-        outputs = _outputs(seen, layer)
-        own, photograph = outputs[::2], outputs[1::2]
-        axes = tuple(range(1, own.ndim))
-        return _aligned(own, photograph.detach(), power, axes) / own[0].numel()
+    def value(outputs: LayerOutputs) -> Tensor:
+        x = channels_first(outputs, layer)
+        images, photographs = x[::2], x[1::2]
+        axes = tuple(range(1, images.ndim))
+        return _alignment(images, photographs.detach(), power, axes) / images[0].numel()
 
     return Objective(f"likeness in {layer}", ((layer, None),), value, paired=True)
 
 
 def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
-    """`count` pictures for one objective, each the less worth the more its texture in `layer` is like the others'.
+    """Return an objective for `count` images with different textures: f - weight * |f| * s for each of them.
 
-    (1 - weight * c) f, with c the mean cosine of the picture's Gram matrix of channels with the other pictures', which
-    counts as given: a picture moves away from the others and is not held by them. (Style diversity: Olah et al.,
-    Distill 2017, "Diversity".) A share of f, so that `weight` means the same for every unit.
+    f is the value of `objective`; s is the mean cosine similarity of the image's Gram matrix of channels in `layer` to
+    those of the other images. |f| and the other images are constants in the gradient.
+
+    Parameters
+    ----------
+    objective : Objective
+        About one image.
+    layer : str
+        A layer with positions, in which textures are compared.
+    count : int
+        Number of images, 2 or more. They are optimised in one batch.
+    weight : float
+        Weight of the penalty relative to the value, the same for every unit.
+
+    Returns
+    -------
+    Objective
+
+    Raises
+    ------
+    ConvscopeError
+        If `count` is below 2, or `objective` is not about one image.
+
+    References
+    ----------
+    Olah, Mordvintsev and Schubert, Feature visualization, Distill 2017, "Diversity".
+
+    Examples
+    --------
+    >>> from convscope import objectives
+    >>> objectives.diversity(objectives.channel("blocks.4.2", 7), "blocks.2.2", 3).name
+    '3 of blocks.4.2 7'
     """
     if count < 2 or objective.num_images != 1 or objective.paired:
-        raise ConvscopeError("diversity is among two pictures or more, each for an objective about one picture")
+        raise ConvscopeError("diversity takes two images or more, and an objective about one image")
 
-    def value(seen: LayerOutputs) -> Tensor:
-        outputs = _outputs(seen, layer)
-        if outputs.ndim < 3:
-            raise ConvscopeError(f"layer {layer!r} has no places, and so no texture in which pictures could differ")
-        maps = outputs.flatten(2)
+    def value(outputs: LayerOutputs) -> Tensor:
+        x = channels_first(outputs, layer)
+        if x.ndim < 3:
+            raise ConvscopeError(f"layer {layer!r} has no positions, and so no texture in which images could differ")
+        maps = x.flatten(2)
         grams = F.normalize((maps @ maps.transpose(1, 2)).flatten(1), dim=1)
-        alike = grams @ grams.detach().T
-        others = (alike.sum(1) - alike.diagonal()) / (len(alike) - 1)
-        own = objective.function(seen)
-        # The objective's size gives the weight its meaning; it is not itself climbed by way of the weight.
-        return own - weight * own.detach().abs() * others
+        similarity = grams @ grams.detach().T
+        others = (similarity.sum(1) - similarity.diagonal()) / (len(similarity) - 1)
+        values = objective.function(outputs)
+        return values - weight * values.detach().abs() * others
 
-    watches = (*objective.layer_channels, (layer, None))
-    return Objective(f"{count} of {objective.name}", watches, value, count, fixed_position=objective.fixed_position)
+    name, fixed_position = f"{count} of {objective.name}", objective.fixed_position
+    layer_channels = (*objective.layer_channels, (layer, None))
+    return Objective(name, layer_channels, value, count, fixed_position=fixed_position)
 
 
 def interpolation(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
-    """A row of `count` pictures from one objective to another, neighbours alike in `layer`.
+    """Return an objective for a series of `count` images from one objective to another: v - weight * |v| * d.
 
-    Picture i has (1 - t) a + t b, t = i / (count - 1), less `weight` times its mean squared distance to its neighbours
-    in the layer, relative to the layer's mean square. Neighbours count as given. (Aligned interpolation: Mordvintsev et
-    al., Differentiable Image Parameterizations, Distill 2018.)
+    For image i, v = (1 - t) a + t b with t = i / (count - 1), where a and b are the values of `first` and `last`. d is
+    the sum of the mean squared distances to its neighbours in `layer`, relative to the layer's mean square. It aligns
+    neighbours. |v|, the neighbours and the mean square are constants in the gradient.
+
+    Parameters
+    ----------
+    first, last : Objective
+        Each about one image.
+    layer : str
+        A name in ``model.layers``, in which neighbours are compared.
+    count : int
+        Number of images, 2 or more. They are optimised in one batch.
+    weight : float
+        Weight of the penalty relative to the value.
+
+    Returns
+    -------
+    Objective
+
+    Raises
+    ------
+    ConvscopeError
+        If `count` is below 2, or one of the objectives is not about one image.
+
+    References
+    ----------
+    Mordvintsev et al., Differentiable image parameterizations, Distill 2018, "Aligned interpolation".
+
+    Examples
+    --------
+    >>> from convscope import objectives
+    >>> first, last = objectives.channel("blocks.4.2", 7), objectives.channel("blocks.4.2", 9)
+    >>> objectives.interpolation(first, last, "blocks.3.2", 4).name
+    'from blocks.4.2 7 to blocks.4.2 9'
     """
     if count < 2 or (first.num_images, last.num_images) != (1, 1) or first.paired or last.paired:
-        raise ConvscopeError("an interpolation is a row of two pictures or more, between objectives about one picture")
+        raise ConvscopeError("an interpolation takes two images or more, and objectives about one image")
 
-    def value(seen: LayerOutputs) -> Tensor:
-        maps = _outputs(seen, layer).flatten(1)
+    def value(outputs: LayerOutputs) -> Tensor:
+        maps = channels_first(outputs, layer).flatten(1)
         t = torch.linspace(0, 1, count, device=maps.device)
-        own = (1 - t) * first.function(seen) + t * last.function(seen)
-        given = maps.detach()
-        apart = torch.zeros_like(own)
-        apart[1:] += (maps[1:] - given[:-1]).square().mean(1)
-        apart[:-1] += (maps[:-1] - given[1:]).square().mean(1)
-        apart = apart / given.square().mean(1).clamp(min=1e-12)
-        return own - weight * own.detach().abs() * apart
+        values = (1 - t) * first.function(outputs) + t * last.function(outputs)
+        constant = maps.detach()
+        distances = torch.zeros_like(values)
+        distances[1:] += (maps[1:] - constant[:-1]).square().mean(1)
+        distances[:-1] += (maps[:-1] - constant[1:]).square().mean(1)
+        distances = distances / constant.square().mean(1).clamp(min=1e-12)
+        return values - weight * values.detach().abs() * distances
 
-    watches = (*first.layer_channels, *last.layer_channels, (layer, None))
-    placed = first.fixed_position or last.fixed_position
-    return Objective(f"from {first.name} to {last.name}", watches, value, count, fixed_position=placed)
-
-
-def batch_objectives(objectives: Sequence[Objective]) -> Objective:
-    """Several objectives in one batch, each of its own pictures only: (sum of pictures,) values."""
-    if len(objectives) == 1:
-        return objectives[0]
-    mates = objectives[0].paired
-    rows = [objective.num_images * (1 + mates) for objective in objectives]
-
-    def value(seen: LayerOutputs) -> Tensor:
-        return torch.cat([o.function(part) for o, part in zip(objectives, _parts(seen, rows), strict=True)])
-
-    watches = tuple(watch for objective in objectives for watch in objective.layer_channels)
-    return Objective(", ".join(o.name for o in objectives), watches, value, sum(rows) // (1 + mates), mates)
+    name, fixed = f"from {first.name} to {last.name}", first.fixed_position or last.fixed_position
+    layer_channels = (*first.layer_channels, *last.layer_channels, (layer, None))
+    return Objective(name, layer_channels, value, count, fixed_position=fixed)
 
 
-def _parts(seen: LayerOutputs, rows: list[int]) -> Sequence[LayerOutputs]:
-    """What was seen, cut into the rows of each objective."""
-    maps = {layer: torch.split(tensor, rows) for layer, tensor in seen.maps.items()}
-    parts = [{layer: tensors[i] for layer, tensors in maps.items()} for i in range(len(rows))]
-    if not isinstance(seen, ForwardResult):
-        return [LayerOutputs(part) for part in parts]
-    return [ForwardResult(*part) for part in zip(parts, torch.split(seen.logits, rows), strict=True)]
-
-
-def _constant(number: float) -> Objective:
-    # The same for however many pictures: there are more rows than values where photographs are beside them.
-    return Objective(f"{number:g}", (), lambda _: torch.tensor(float(number)))
-
-
-def _outputs(seen: LayerOutputs, layer: str) -> Tensor:
-    """What a layer gave, channels first, in float32."""
-    outputs = seen[layer].float()
-    return outputs.transpose(1, 2) if outputs.ndim == 3 else outputs  # tokens: (N, L, C)
-
-
-def _means(picked: Tensor) -> Tensor:
-    return picked.flatten(1).mean(1) if picked.ndim > 1 else picked
-
-
-def _aligned(x: Tensor, v: Tensor, power: float, axes: tuple[int, ...]) -> Tensor:
-    """x . v max(0.1, cos(x, v))^power along `axes`; a layer that gives nothing has no direction."""
+def _alignment(x: Tensor, v: Tensor, power: float, axes: tuple[int, ...]) -> Tensor:
+    """Return x . v max(0.1, cos(x, v))^power along `axes`."""
     dot = (x * v).sum(axes)
     if power == 0:
         return dot
-    # A root has no gradient at 0: where a rectifier is off in all channels, NaN would come of it.
-    lengths = x.square().sum(axes).clamp(min=1e-24).sqrt() * v.square().sum(axes).clamp(min=1e-24).sqrt()
-    return dot * (dot / lengths).clamp(min=0.1) ** power
+    # The square root has no gradient at 0: the clamp avoids NaN where x is 0.
+    norms = x.square().sum(axes).clamp(min=1e-24).sqrt() * v.square().sum(axes).clamp(min=1e-24).sqrt()
+    return dot * (dot / norms).clamp(min=0.1) ** power

@@ -1,4 +1,8 @@
-"""Climbing: gradient ascent on canvases, every picture for itself."""
+"""Gradient ascent on a batch of images: update rules, a stopping criterion, and the loop.
+
+Nothing here knows how the parameters become images or what the objective is. No update rule couples the images of a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -6,115 +10,158 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, repeat
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from convscope.engine.acceleration.inplace_clamp import inplace_clamp
-from convscope.engine.function_modes import FunctionMode, is_inplace
 from convscope.errors import ConvscopeError
-from convscope.featurevis.parameterization import ImageParameterization
+from convscope.featurevis.redirected_relu import RedirectedReLU
 
-Step = Callable[[Tensor, Tensor], None]
+Step = Callable[[Tensor, Tensor], None]  # parameters, gradient: changes the parameters in place
 
 
 def rms_step(size: float) -> Step:
-    """x += size * g / (rms(g) + 1e-5), the root mean square taken over each picture (Chollet, notebook 5.4)."""
+    """Return the update x += size * g / (rms(g) + 1e-5), with the root mean square over each image.
 
-    def step(values: Tensor, gradient: Tensor) -> None:
+    References
+    ----------
+    F. Chollet, Deep Learning with Python, notebook 5.4.
+    """
+
+    def step(params: Tensor, gradient: Tensor) -> None:
         rms = gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt()
-        values.add_(gradient.div_(rms.add_(1e-5)), alpha=size)
+        params.add_(gradient.div_(rms.add_(1e-5)), alpha=size)
 
     return step
+
+
+WARMUP_START = 0.03  # length of the first step, relative to that of the last
+WARMUP_FRACTION = 0.6  # fraction of the steps after which the full length is reached
 
 
 def exponential_warmup(steps: int, size: float) -> Callable[[int], float]:
-    """Lengths of steps: from 3 % of `size`, each longer than the last by the same factor, to `size` after 60 % of them.
+    """Return a learning rate for each step that grows exponentially to `size`.
 
-    On a gray picture the gradient is mostly that of the one view from which it was taken, and what a first long step
-    draws by chance, an eye say, the ascent then makes the most of. Short steps go where many views agree.
+    On a gray image the gradient mostly reflects the one random crop from which it was taken. A long first step would
+    fix its accidental details; short steps follow what many crops agree on.
     """
-    return lambda i: size * 0.03 ** max(0.0, 1 - i / (0.6 * steps))
+    return lambda i: size * WARMUP_START ** max(0.0, 1 - i / (WARMUP_FRACTION * steps))
 
 
-BETAS = 0.9, 0.999  # of Adam's two means: how much each keeps of what it was
+BETAS = 0.9, 0.999  # decay rates of Adam's averages of the gradient and of its square
 
 
-def adam_step(values: Tensor, rate: float | Callable[[int], float], damping: float) -> Step:
-    """Adam (Kingma and Ba 2015) on the gradient divided by each picture's RMS, `damping` added to the denominator.
+def adam_step(params: Tensor, rate: float | Callable[[int], float], damping: float) -> Step:
+    """Return Adam on the gradient divided by its root mean square over each image, with a large epsilon.
 
-    `rate` is the length of all steps, or gives that of step 0, 1, 2 and so on.
+    Adam takes steps of equal length along all coordinates, also those with almost no gradient; on a spectrum this
+    produces islands of noise. Relative to a gradient of RMS 1, `damping` suppresses them.
 
-    Adam by itself steps as far along a coordinate with next to no gradient as along all others; on a spectrum that
-    grows islands of noise where many such coordinates meet. Beside a gradient of RMS 1, the damping keeps them still.
-    Elementwise within a picture, so pictures do not influence each other.
+    Parameters
+    ----------
+    params : Tensor
+        The parameters to optimise (U, ...).
+    rate : float or callable
+        Learning rate, or the learning rate of step 0, 1, 2, ...
+    damping : float
+        Adam's epsilon, which is added to the denominator.
+
+    References
+    ----------
+    Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015.
     """
-    lengths = map(rate, count()) if callable(rate) else repeat(rate)
-    # In one go through memory where torch can; there each picture by itself, as where it lies must decide nothing.
-    fused = values.device.type in ("cpu", "cuda")
-    images = list(values.detach()) if fused else [values.detach()]
-    optimiser = torch.optim.Adam(images, betas=BETAS, eps=damping, maximize=True, fused=fused)
+    rates = map(rate, count()) if callable(rate) else repeat(rate)
+    # The fused kernel rounds by a value's offset in memory: one tensor per image makes the result independent of it.
+    fused = params.device.type in ("cpu", "cuda")
+    tensors = list(params.detach()) if fused else [params.detach()]
+    adam = torch.optim.Adam(tensors, betas=BETAS, eps=damping, maximize=True, fused=fused)
 
     def step(_: Tensor, gradient: Tensor) -> None:
-        laid_out = torch.empty_like(values).copy_(_of_unit_rms(gradient))  # like the values: not all of torch looks
-        for image, own in zip(images, laid_out if fused else [laid_out], strict=True):
-            image.grad = own
-        optimiser.param_groups[0]["lr"] = next(lengths)
-        optimiser.step()
-        optimiser.zero_grad()
+        # The gradient needs the memory layout of the parameters: fused kernels do not check it.
+        normalized = torch.empty_like(params).copy_(_unit_rms(gradient))
+        for tensor, tensor_gradient in zip(tensors, normalized if fused else [normalized], strict=True):
+            tensor.grad = tensor_gradient
+        adam.param_groups[0]["lr"] = next(rates)
+        adam.step()
+        adam.zero_grad()
 
     return step
 
 
-def consistency_weighted_adam(values: Tensor, rate: float, damping: float) -> Step:
-    """Adam as above, each coordinate's step times |m| / sqrt(v), which is 1 where gradients agree from step to step.
+def consistency_weighted_adam(params: Tensor, rate: float, damping: float) -> Step:
+    """Return Adam as in `adam_step`, with each coordinate's step weighted by |m| / sqrt(v).
 
-    m and v are Adam's means of the gradient and of its square. Much damping keeps noise still, but with it whatever has
-    small gradients, such as a grating of two or three pixels on a spectrum of amplitude 1/f. Noise is told by its
-    gradients, which differ from view to view; with little damping, fine structure whose gradients agree is drawn.
+    m and v are Adam's averages of the gradient and of its square; the weight is 1 where gradients agree from step to
+    step and small where they are noise. `damping` can then be small, which preserves fine structure with small but
+    consistent gradients.
+
+    Parameters
+    ----------
+    params : Tensor
+        The parameters to optimise (U, ...).
+    rate : float
+        Learning rate.
+    damping : float
+        Adam's epsilon.
     """
-    (first, second), steps = BETAS, count(1)
-    mean, square = torch.zeros_like(values), torch.zeros_like(values)
+    (beta1, beta2), steps = BETAS, count(1)
+    mean, square = torch.zeros_like(params), torch.zeros_like(params)
 
-    def step(values: Tensor, gradient: Tensor) -> None:
-        gradient, t = _of_unit_rms(gradient), next(steps)
-        mean.lerp_(gradient, 1 - first)
-        square.lerp_(gradient.square(), 1 - second)
-        m, root = mean / (1 - first**t), (square / (1 - second**t)).sqrt()
-        agreement = (m.abs() / root.clamp(min=1e-12)).clamp(max=1)
-        values.add_(m / (root + damping) * agreement, alpha=rate)
+    def step(params: Tensor, gradient: Tensor) -> None:
+        gradient, t = _unit_rms(gradient), next(steps)
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        m, root = mean / (1 - beta1**t), (square / (1 - beta2**t)).sqrt()
+        consistency = (m.abs() / root.clamp(min=1e-12)).clamp(max=1)
+        params.add_(m / (root + damping) * consistency, alpha=rate)
 
     return step
 
 
-def _of_unit_rms(gradient: Tensor) -> Tensor:
-    """Divided by its root mean square over each picture."""
+def _unit_rms(gradient: Tensor) -> Tensor:
     return gradient / gradient.pow(2).mean(tuple(range(1, gradient.ndim)), keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def from_torch_optimizer(
-    values: Tensor,
-    make: Callable[[list[Tensor]], torch.optim.Optimizer],
-    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+    params: Tensor,
+    make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
 ) -> Step:
-    """Any optimiser of torch.optim, uphill, with a schedule for its rate if one is given.
+    """Return the ascent step of any elementwise optimizer of ``torch.optim``, optionally with a scheduler.
 
-        optimised(canvas.values, partial(torch.optim.SGD, lr=0.5, momentum=0.9),
-                  partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps))
+    Parameters
+    ----------
+    params : Tensor
+        The parameters to optimise (U, ...).
+    make_optimizer : callable
+        Takes the list of tensors to optimise.
+    make_scheduler : callable, optional
+        Takes the optimizer; the scheduler advances after every step.
 
-    One that works elementwise leaves pictures independent of each other; one that looks at all coordinates together
-    (LBFGS) does not, and is refused as it wants to measure by itself.
+    Raises
+    ------
+    ConvscopeError
+        For LBFGS, whose line search couples the images of a batch.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> params = torch.zeros(1, 3, requires_grad=True)
+    >>> step = from_torch_optimizer(params, partial(torch.optim.SGD, lr=0.5))
+    >>> with torch.no_grad():
+    ...     step(params, torch.ones(1, 3))
+    >>> params.detach()
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
-    optimiser = make([values])
-    if isinstance(optimiser, torch.optim.LBFGS):
-        raise ConvscopeError("LBFGS searches along lines across all pictures at once; take one that steps elementwise")
-    scheduler = None if schedule is None else schedule(optimiser)
+    optimizer = make_optimizer([params])
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConvscopeError("LBFGS searches along lines across all images at once; use an elementwise optimizer")
+    scheduler = None if make_scheduler is None else make_scheduler(optimizer)
 
-    def step(values: Tensor, gradient: Tensor) -> None:
-        values.grad = -gradient
-        optimiser.step()
-        values.grad = None
+    def step(params: Tensor, gradient: Tensor) -> None:
+        params.grad = -gradient
+        optimizer.step()
+        params.grad = None
         if scheduler is not None:
             scheduler.step()
 
@@ -123,26 +170,33 @@ def from_torch_optimizer(
 
 @dataclass(frozen=True)
 class Plateau:
-    """When a picture is done: its best value has grown by less than `share` of itself in the last `patience` steps."""
+    """A stopping criterion: the best value of the last `patience` steps is hardly above the best value before.
+
+    Attributes
+    ----------
+    patience : int
+        Number of steps.
+    min_gain : float
+        Smallest relative gain of an image that is not finished.
+    """
 
     patience: int
     min_gain: float = 0.01
 
     def reached(self, history: Sequence[Tensor]) -> Tensor:
-        """Which pictures (U,) are done, after the values so far."""
+        """Return which images (U,) are finished, from their values (U,) so far; one whose value is 0 never is."""
         values = torch.stack(list(history))
         if len(values) <= self.patience:
             return torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
-        before, since = values[: -self.patience].amax(0), values[-self.patience :].amax(0)
-        return (since - before <= self.min_gain * before.abs()) & (values[-1] != 0)
+        before, recent = values[: -self.patience].amax(0), values[-self.patience :].amax(0)
+        return (recent - before <= self.min_gain * before.abs()) & (values[-1] != 0)
 
 
-# Steps at 0, from the first on, with the gradient let past rectifiers, after which a picture is given up.
 DEAD_AFTER_STEPS = 24
 
 
 def gradient_ascent(
-    canvas: ImageParameterization,
+    params: Tensor,
     objective: Callable[[int], Tensor],
     step: Step,
     steps: int,
@@ -154,137 +208,122 @@ def gradient_ascent(
     average_last: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Climb `steps` times; returns the values (steps, U) that `measure(step)` had before each step.
+    """Maximise an objective by gradient ascent, independently for each image of a batch.
 
-    revive: for so many steps, and longer while a picture's value is exactly 0, its gradient gets past rectifiers that
-    let nothing through: a unit that is off everywhere has no gradient to start with. A picture whose value was exactly
-    0 at each of the first `silent` steps in spite of that is done, and so is one that has reached the plateau: it stays
-    as it is, whatever its neighbours do. When all are done the climb ends, and the last values stand for the rest of
-    the history. best: a picture that had a value above 0 is left as it was where it had the highest: the next step may
-    have put to sleep what is frail. mean: a picture ends as the mean, in the canvas's coordinates, of what it was after
-    each of so many steps, the last ones: what single views have drawn averages out. on_step is called behind every
-    step; what it raises ends the climb. Raises ConvscopeError if the network hands no gradients back to the pictures at
-    all.
+    Finished images keep their parameters and their last value, whatever the rest of the batch does. The loop ends when
+    all images are finished.
+
+    Parameters
+    ----------
+    params : Tensor
+        Leaf tensor (U, ...) that requires gradients; changed in place.
+    objective : callable
+        ``objective(i) -> (U,)``, the values before step i, differentiable in `params`.
+    step : callable
+        The update rule.
+    steps : int
+        Number of steps.
+    redirect_steps : int
+        Redirect the gradients of ReLUs during so many steps, and afterwards while an image's value is exactly 0. A unit
+        that is off everywhere has no gradient otherwise.
+    dead_after : int
+        With `redirect_steps`, an image whose value is 0 at each of so many first steps is finished.
+    plateau : Plateau, optional
+        When an image is finished.
+    keep_best : bool
+        Return to the parameters with the highest value, for each image that had a value above 0.
+    average_last : int
+        Replace the parameters by their average after each of so many last steps.
+    on_step : callable, optional
+        ``on_step(i)``, called after step i. Exceptions raised here end the loop.
+
+    Returns
+    -------
+    Tensor
+        Values (steps, U) before each step; after an early end the last ones are repeated.
+
+    Raises
+    ------
+    ConvscopeError
+        If the objective does not depend on `params`.
     """
     history: list[Tensor] = []
-    images = len(canvas.params)
-    done = torch.zeros(images, dtype=torch.bool, device=canvas.params.device)
-    top = torch.zeros(images, device=canvas.params.device)
-    highest = canvas.params.detach().clone() if keep_best else None
-    total, late = torch.zeros_like(canvas.params) if average_last else None, 0
+    finished = torch.zeros(len(params), dtype=torch.bool, device=params.device)
+    best = _BestParams(params) if keep_best else None
+    average = _RunningAverage(params) if average_last else None
     for i in range(steps):
-        dead = torch.full((images,), i < redirect_steps, device=canvas.params.device)
+        dead = finished.new_full(finished.shape, i < redirect_steps)
         if redirect_steps and history:
             dead |= history[-1] == 0
-        dead &= ~done
-        with torch.enable_grad(), RedirectedReLU(dead) if bool(dead.any()) else nullcontext():
-            values = objective(i)
-            if not values.requires_grad:
-                raise ConvscopeError("the network hands no gradient back to the picture: there is nothing to climb")
-            # A picture that is done is asked for nothing more, and its value stays, whoever climbs on beside it.
-            (gradient,) = torch.autograd.grad(torch.where(done, 0, values).sum(), canvas.params)
-        history.append(torch.where(done, history[-1], values.detach()) if history else values.detach())
-        if highest is not None:
-            higher = history[-1] > top
-            top = torch.where(higher, history[-1], top)
-            highest[higher] = canvas.params.detach()[higher]
+        dead &= ~finished
+        values, gradient = _values_and_gradient(params, objective, i, finished, dead)
+        history.append(torch.where(finished, history[-1], values) if history else values)
+        if best is not None:
+            best.update(history[-1])
         if redirect_steps and len(history) == dead_after:
-            done = done | (torch.stack(history) == 0).all(0)
+            finished = finished | (torch.stack(history) == 0).all(0)
         if plateau is not None:
-            done = done | plateau.reached(history)
-        if bool(done.all()):
+            finished = finished | plateau.reached(history)
+        if bool(finished.all()):
             break
         with torch.no_grad():
-            kept = canvas.params[done]
-            step(canvas.params, gradient)
-            canvas.params[done] = kept
-            if total is not None and i >= steps - average_last:
-                total, late = total.add_(canvas.params), late + 1
+            unchanged = params[finished]
+            step(params, gradient)
+            params[finished] = unchanged
+        if average is not None and i >= steps - average_last:
+            average.update()
         if on_step is not None:
             on_step(i)
-    if highest is not None:
-        with torch.no_grad():
-            canvas.params[top > 0] = highest[top > 0]
-    if total is not None and late:
-        with torch.no_grad():
-            canvas.params.copy_(total / late)
+    for tracker in (best, average):
+        if tracker is not None:
+            tracker.restore()
     history += history[-1:] * (steps - len(history))
-    return torch.stack(history) if history else torch.zeros((0, images))
+    return torch.stack(history) if history else torch.zeros((0, len(params)))
 
 
-class _RedirectedClamp(torch.autograd.Function):
-    """max(0, min(x, top)), whose gradient is the usual one wherever a picture has any.
-
-    Where one of the `pictures` (a mask) would get no gradient at all, what would bring the rectifier back into its
-    range is let through (the idea of lucid's redirected ReLU, decided for each picture by itself).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, top: float, inplace: bool, images: Tensor) -> Tensor:
-        output = x.clamp_(0, top) if inplace else x.clamp(0, top)
-        if inplace:
-            ctx.mark_dirty(x)
-        # What is off or at the top can be told from either, but the input is gone if the output took its place.
-        ctx.save_for_backward(output if inplace else x, images)
-        ctx.top = top
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        (x, images), (gradient,) = ctx.saved_tensors, gradients
-        usual: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.top)
-        blocked = images & ~_live(usual, len(images))
-        if bool(blocked.any()):  # what lives beside them is not looked at
-            rows = blocked.repeat_interleave(len(x) // len(images)).nonzero()[:, 0]
-            x, gradient = x[rows], gradient[rows]
-            usual[rows] = torch.where(((x <= 0) & (gradient > 0)) | ((x >= ctx.top) & (gradient < 0)), gradient, 0)
-        return usual, None, None, None
+def _values_and_gradient(
+    params: Tensor, objective: Callable[[int], Tensor], i: int, finished: Tensor, dead: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the values (U,) at step i and their gradient, which is 0 for finished images."""
+    with torch.enable_grad(), RedirectedReLU(dead) if bool(dead.any()) else nullcontext():
+        values = objective(i)
+        if not values.requires_grad:
+            raise ConvscopeError("the network returns no gradient to the image: gradient ascent is not possible")
+        (gradient,) = torch.autograd.grad(torch.where(finished, 0, values).sum(), params)
+    return values.detach(), gradient
 
 
-def _live(gradient: Tensor, images: int) -> Tensor:
-    """Of which pictures any part is not 0, as a mask. Mostly one row of places tells; only if not, all are asked."""
-    some = gradient[:, :, gradient.shape[2] // 2] if gradient.ndim == 4 else gradient
-    live = _any(some, images)
-    return live if some is gradient or bool(live.all()) else _any(gradient, images)
+class _BestParams:
+    """The parameters of each image at its highest value above 0."""
+
+    def __init__(self, params: Tensor) -> None:
+        self._params = params
+        self._best = params.detach().clone()
+        self._values = torch.zeros(len(params), device=params.device)
+
+    def update(self, values: Tensor) -> None:
+        higher = values > self._values
+        self._values = torch.where(higher, values, self._values)
+        self._best[higher] = self._params.detach()[higher]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            positive = self._values > 0
+            self._params[positive] = self._best[positive]
 
 
-def _any(gradient: Tensor, images: int) -> Tensor:
-    live: Tensor = gradient != 0 if gradient.ndim == 1 else gradient.any(tuple(range(1, gradient.ndim)))
-    return live.view(images, -1).any(1)
+class _RunningAverage:
+    """The average of the parameters over updates."""
 
+    def __init__(self, params: Tensor) -> None:
+        self._params, self._total, self._count = params, torch.zeros_like(params), 0
 
-class RedirectedReLU(FunctionMode):
-    """Redirect the gradients of ReLUs (ReLU, ReLU6; modules, functions, Keras activations) for some images.
+    def update(self) -> None:
+        with torch.no_grad():
+            self._total.add_(self._params)
+        self._count += 1
 
-    `images` is a mask over the batch; the gradients of the other images do not change.
-    """
-
-    names = frozenset({"relu", "relu6", "hardtanh", "inplace_clamp"})
-
-    def __init__(self, images: Tensor) -> None:
-        super().__init__()
-        self.images = images
-
-    def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a ReLU with the redirected gradient."""
-        top = _upper_bound(name, args, kwargs)
-        x = args[0] if args else kwargs["input"]
-        if top is None or x.ndim == 0 or len(x) % len(self.images):
-            return function(*args, **kwargs)
-        inplace = function is inplace_clamp or is_inplace(function) or bool(kwargs.get("inplace"))
-        return _RedirectedClamp.apply(x, top, inplace, self.images)
-
-
-def _upper_bound(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
-    """Return the upper bound of a ReLU; None if the lower bound is not 0."""
-    if name == "relu":
-        return float("inf")
-    if name == "relu6":
-        return 6.0
-    if name == "inplace_clamp":
-        return float(args[2]) if args[1] == 0 else None
-    if name == "hardtanh":
-        low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)
-        high = kwargs.get("max_val", args[2] if len(args) > 2 else 1.0)
-        return float(high) if low == 0 else None
-    return None
+    def restore(self) -> None:
+        if self._count:
+            with torch.no_grad():
+                self._params.copy_(self._total / self._count)

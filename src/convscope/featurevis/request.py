@@ -1,4 +1,4 @@
-"""What is to be drawn, checked before anything runs: for which objectives, from which numbers, how large."""
+"""Check what the user asks for before the network runs: recipe, objectives, initial images and sizes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,43 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Generator, Tensor
 
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError, nearest
-from convscope.featurevis.objectives import Objective, batch_objectives, channel, per_image_channels
+from convscope.errors import ConvscopeError, is_int, nearest
+from convscope.featurevis.defaults import Size
+from convscope.featurevis.objective import Forward, Objective, batch_objectives, per_image_channels
+from convscope.featurevis.objectives import channel
 from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.images.loading import ImageBatchLoader
 
 SPACES = ("pixels", "input")
 
+StartImage = str | os.PathLike[str] | Image.Image | ArrayLike | Tensor
+Units = int | str | Iterable[int | str]
+SizeCheck = Callable[[Size], Exception | None]  # what the network raises for images of a size, if anything
+
 
 @dataclass(frozen=True)
 class PatternRequest:
-    """What is to be climbed: units of one layer, or objectives of any kind, each with the pictures drawn for it.
+    """The objectives to maximise, and the images that belong to them.
 
-    `numbers` are the units, or count the pictures of objectives; `objectives` are the same as objects, one for each
-    unit. A batch is a range of `objectives`.
+    Attributes
+    ----------
+    layer : str
+        The layer's name; of objectives, the names of all their layers.
+    units : tuple of int
+        One number per image: the unit, or for objectives a running number.
+    objectives : tuple of Objective
+        One per unit, or the user's own. A batch is a range of their indices.
+    of_units : bool
+        Whether the objectives are units of one layer.
     """
 
     layer: str
@@ -38,239 +52,254 @@ class PatternRequest:
 
     @property
     def layers(self) -> list[str]:
+        """Names of the layers to capture, without ``"logits"``."""
         return list(dict.fromkeys(layer for objective in self.objectives for layer in objective.layers))
 
     @property
-    def to_logits(self) -> bool:
+    def needs_logits(self) -> bool:
         """Whether the whole network has to run."""
         return any(layer == LOGITS for objective in self.objectives for layer, _ in objective.layer_channels)
 
     @property
+    def paired(self) -> bool:
+        """Whether images are compared with photographs."""
+        return any(objective.paired for objective in self.objectives)
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Of the pictures, where they are not simply units'."""
+        """Names of the images of objectives; empty for units."""
         if self.of_units:
             return ()
         return tuple(
-            o.name if o.num_images == 1 else f"{o.name} ({i + 1})" for o in self.objectives for i in range(o.num_images)
+            objective.name if objective.num_images == 1 else f"{objective.name} ({i + 1})"
+            for objective in self.objectives
+            for i in range(objective.num_images)
         )
 
     def display_names(self, model: Model) -> list[str]:
-        """What to call each picture in a sentence."""
+        """Return a name for each image, for use in messages."""
         if not self.of_units:
             return list(self.names)
         if self.layer != LOGITS:
-            return [f"unit {n}" for n in self.units]
-        return [f"class {n}" + ("" if model.classes is None else f" ({model.classes[n]})") for n in self.units]
+            return [f"unit {unit}" for unit in self.units]
+        return [f"class {c}" + ("" if model.classes is None else f" ({model.classes[c]})") for c in self.units]
 
-    def image_range(self, part: Sequence[int]) -> range:
-        """The pictures of the objectives `part`, a range."""
-        before = sum(o.num_images for o in self.objectives[: part[0]])
-        return range(before, before + sum(self.objectives[i].num_images for i in part))
+    def image_range(self, indices: Sequence[int]) -> range:
+        """Return the range of the images of a range of objectives."""
+        first = sum(objective.num_images for objective in self.objectives[: indices[0]])
+        return range(first, first + sum(self.objectives[i].num_images for i in indices))
 
-    def batch_objective(self, part: Sequence[int]) -> Objective:
-        """One objective for all of the batch's pictures."""
+    def batch_objective(self, indices: Sequence[int]) -> Objective:
+        """Return one objective for all images of these objectives."""
         if self.of_units:
-            return per_image_channels(self.layer, [self.units[i] for i in part])
-        return batch_objectives([self.objectives[i] for i in part])
+            return per_image_channels(self.layer, [self.units[i] for i in indices])
+        return batch_objectives([self.objectives[i] for i in indices])
 
-    def generators(self, part: Sequence[int], seed: int, start: int = 0) -> list[Generator]:
-        """Each picture's own random numbers, far apart for neighbours, the same whatever is drawn beside it."""
-        found = []
-        for i in part:
+    def generators(self, indices: Sequence[int], seed: int, start: int = 0) -> list[Generator]:
+        """Return a random generator for each image of these objectives, independent of the rest of the batch.
+
+        `start` counts the initial images that are tried for the same unit.
+        """
+        generators = []
+        for i in indices:
             objective = self.objectives[i]
             for image in range(objective.num_images):
-                # A unit's number says which it is; of any other objective, its name does.
                 number = self.units[i] if self.of_units else zlib.crc32(f"{objective.name} {image}".encode())
-                own = seed * 1_000_003 + number * 7919 + 1 + start * 2_147_483_647
-                found.append(Generator().manual_seed(own % (1 << 63)))
-        return found
+                image_seed = seed * 1_000_003 + number * 7919 + 1 + start * 2_147_483_647
+                generators.append(Generator().manual_seed(image_seed % (1 << 63)))
+        return generators
 
     def deepest_layer(self, model: Model) -> str | None:
-        """The layer behind which nothing has to run, None for the logits."""
-        if self.to_logits:
+        """Return the last layer that has to run, None for the logits."""
+        if self.needs_logits:
             return None
-        rows = list(model.layers)
-        return max(self.layers, key=lambda layer: rows.index(model.layers.find(layer)))
+        order = list(model.layers)
+        return max(self.layers, key=lambda layer: order.index(model.layers.find(layer)))
 
     def receptive_field(self, model: Model) -> int | None:
-        """Pixels that the objectives' units see at most; None where it is the whole picture."""
+        """Return the side of the largest receptive field in pixels; None for the whole image."""
         fields = [model.layers.find(layer).receptive_field for layer in self.layers]
-        if self.to_logits or any(field is None for field in fields):
-            return None
-        return max(max(field) for field in fields if field is not None)
+        sides = [max(field) for field in fields if field is not None]
+        return None if self.needs_logits or len(sides) < len(fields) else max(sides)
 
 
-def find_recipe(asked: str | Recipe, start: Any, space: str) -> tuple[str, Recipe]:
-    """A recipe's name and row. Raises ConvscopeError, also for what the recipe cannot do anything with."""
-    if not isinstance(asked, Recipe) and asked not in RECIPES:
-        raise ConvscopeError(f"recipe {asked!r} is not known; nearest: {nearest(str(asked), list(RECIPES))}")
-    rule = asked if isinstance(asked, Recipe) else RECIPES[asked]
-    name = getattr(rule.run, "__name__", "own") if isinstance(asked, Recipe) else asked
+def find_recipe(recipe: str | Recipe, has_start: bool, space: str) -> tuple[str, Recipe]:
+    """Return a recipe's name and the recipe; raise ConvscopeError if it does not go with `start` or `space`."""
+    if not isinstance(recipe, Recipe) and recipe not in RECIPES:
+        raise ConvscopeError(f"recipe {recipe!r} is not known; nearest: {nearest(str(recipe), list(RECIPES))}")
+    row = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
+    name = getattr(row.run, "__name__", "custom") if isinstance(recipe, Recipe) else recipe
     if space not in SPACES:
         raise ConvscopeError(f"space {space!r} is not known; expected 'pixels' or 'input'")
-    if space == "input" and rule is not RECIPES["plain"]:
-        raise ConvscopeError(f"space='input' is for recipe='plain'; {name!r} draws pictures that are to be prepared")
-    if start is not None and not rule.takes_start:
-        raise ConvscopeError(f"start= is of no use to recipe {name!r}, which draws on a canvas of its own")
-    if start is None and rule.needs_start:
-        raise ConvscopeError(f"recipe {name!r} begins with a photograph; give one as start=")
-    return name, rule
+    if space == "input" and row is not RECIPES["plain"]:
+        raise ConvscopeError(f"space='input' is for recipe='plain'; the images of {name!r} need preprocessing")
+    if has_start and not row.takes_start:
+        raise ConvscopeError(f"recipe {name!r} takes no start image; leave out start=")
+    if not has_start and row.needs_start:
+        raise ConvscopeError(f"recipe {name!r} needs a photograph; give one as start=")
+    return name, row
 
 
 def parse_request(
-    model: Model, layer: str | Objective | Sequence[Objective], units: Any, name: str, rule: Recipe
+    model: Model, layer: str | Objective | Sequence[Objective], units: Units | None, name: str, recipe: Recipe
 ) -> PatternRequest:
-    """What the user asks for, checked. Raises ConvscopeError."""
+    """Return the checked request for units of a layer or for objectives; raise ConvscopeError."""
     if isinstance(layer, str):
-        return _units(model, layer, units, name, rule)
+        return _parse_units(model, layer, units, name, recipe)
     if units is not None:
-        raise ConvscopeError("units= goes with a layer's name; an objective knows its own")
-    given = [layer] if isinstance(layer, Objective) else list(layer)
-    if not given or not all(isinstance(o, Objective) for o in given):
+        raise ConvscopeError("units= goes with a layer's name; an objective names its own units")
+    objectives = [layer] if isinstance(layer, Objective) else list(layer)
+    if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
         raise ConvscopeError("expected a layer's name, an objective, or a list of objectives")
-    return _objectives(model, given, name)
+    return _parse_objectives(model, objectives, name)
 
 
-def _objectives(model: Model, given: Sequence[Objective], name: str) -> PatternRequest:
-    for objective in given:
+def _parse_objectives(model: Model, objectives: Sequence[Objective], recipe_name: str) -> PatternRequest:
+    for objective in objectives:
         objective.check(model)
         if not objective.layer_channels:
-            raise ConvscopeError(f"{objective.name} looks at no layer: there is nothing to climb")
-        if objective.paired != (name == "caricature"):
-            beside = "compares with a photograph" if objective.paired else "does not compare with a photograph"
-            raise ConvscopeError(f"{objective.name} {beside}; recipe 'caricature', and no other, is for what does")
-    layers = dict.fromkeys(layer for objective in given for layer, _ in objective.layer_channels)
-    numbers = range(sum(objective.num_images for objective in given))
-    return PatternRequest(", ".join(layers), tuple(numbers), tuple(_found(model, o) for o in given), of_units=False)
+            raise ConvscopeError(f"{objective.name} depends on no layer: it cannot be maximised")
+        if objective.paired and recipe_name != "caricature":
+            raise ConvscopeError(f"{objective.name} compares with a photograph; use recipe='caricature'")
+        if not objective.paired and recipe_name == "caricature":
+            raise ConvscopeError(f"{objective.name} does not compare with a photograph; use another recipe")
+    layers = dict.fromkeys(layer for objective in objectives for layer, _ in objective.layer_channels)
+    numbers = range(sum(objective.num_images for objective in objectives))
+    resolved = tuple(_resolve_layer_names(model, objective) for objective in objectives)
+    return PatternRequest(", ".join(layers), tuple(numbers), resolved, of_units=False)
 
 
-def _found(model: Model, objective: Objective) -> Objective:
-    """The objective, sure to read its layers under the names that the tap gives them."""
+def _resolve_layer_names(model: Model, objective: Objective) -> Objective:
+    """Return the objective with layers under their full names, by which forward passes return them."""
     names = {
         layer: layer if layer == LOGITS else model.layers.find(layer).name for layer, _ in objective.layer_channels
     }
-    if all(own == asked for asked, own in names.items()):
+    if all(name == full_name for name, full_name in names.items()):
         return objective
-    watches = tuple((names[layer], channel) for layer, channel in objective.layer_channels)
 
-    def value(seen: LayerOutputs) -> Tensor:
-        return objective.function(
-            replace(seen, maps={asked: seen.maps[own] for asked, own in names.items() if own in seen.maps})
-        )
+    def value(outputs: LayerOutputs) -> Tensor:
+        maps = {name: outputs.maps[full_name] for name, full_name in names.items() if full_name in outputs.maps}
+        return objective.function(replace(outputs, maps=maps))
 
-    return replace(objective, layer_channels=watches, function=value)
+    layer_channels = tuple((names[layer], unit) for layer, unit in objective.layer_channels)
+    return replace(objective, layer_channels=layer_channels, function=value)
 
 
-def _units(model: Model, layer: str, units: Any, name: str, rule: Recipe) -> PatternRequest:
+def _parse_units(model: Model, layer: str, units: Units | None, recipe_name: str, recipe: Recipe) -> PatternRequest:
     layer = layer if layer == LOGITS else model.layers.find(layer).name
-    if units is None and rule.objective is not None:
+    if units is None and recipe.objective is not None:
         if layer == LOGITS:
-            raise ConvscopeError(
-                f"recipe {name!r} takes a layer, or units; 'logits' alone says nothing of what to draw"
-            )
-        return _objectives(model, [rule.objective(layer)], name)
-    if name == "caricature":
-        raise ConvscopeError("a caricature is of all that a layer sees; it takes no units")
-    numbers = tuple(_numbers(model, layer, units))
+            raise ConvscopeError(f"recipe {recipe_name!r} needs units= for 'logits': the classes to optimise for")
+        return _parse_objectives(model, [recipe.objective(layer)], recipe_name)
+    if recipe_name == "caricature":
+        raise ConvscopeError("recipe 'caricature' is for a layer as a whole; leave out units=")
+    numbers = tuple(_unit_indices(model, layer, units))
     return PatternRequest(layer, numbers, tuple(channel(layer, number) for number in numbers), of_units=True)
 
 
-def _numbers(model: Model, layer: str, units: int | str | Iterable[int | str] | None) -> list[int]:
+def _unit_indices(model: Model, layer: str, units: Units | None) -> list[int]:
     count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
     if count is None:
         raise ConvscopeError("this model has no classes")
     if units is None:
         return list(range(count))
-    asked: Sequence[Any] = [units] if isinstance(units, int | str | np.integer) else list(units)
-    if not asked:
-        raise ConvscopeError("no units were given; None means all of them")
+    requested = [units] if isinstance(units, str) or not isinstance(units, Iterable) else list(units)
+    if not requested:
+        raise ConvscopeError("no units were given; None stands for all of them")
     if layer == LOGITS:
-        return [model.class_index(u) for u in asked]
-    for u in asked:
-        if isinstance(u, bool) or not isinstance(u, int | np.integer) or not 0 <= u < count:
-            raise ConvscopeError(f"unit {u!r} is not in layer {layer!r}, which has {count} units, 0 to {count - 1}")
-    return [int(u) for u in asked]
+        return [model.class_index(unit) for unit in requested]
+    for unit in requested:
+        if isinstance(unit, str) or not is_int(unit) or not 0 <= unit < count:
+            raise ConvscopeError(f"unit {unit!r} is not in layer {layer!r}, which has {count} units, 0 to {count - 1}")
+    return [int(unit) for unit in requested]
 
 
-def initial_images(start: Any, size: int | tuple[int, int] | None, count: int, model: Model) -> Tensor | None:
-    """Pictures to start from (U, C, H, W) on the scale 0..255, or none.
+def initial_images(start: StartImage | None, size: int | Size | None, count: int, model: Model) -> Tensor | None:
+    """Return the initial images (count, C, H, W), 0..255, if there is a `start`; raise ConvscopeError.
 
-    Arrays and tensors are used as they are. A file, or a PIL image, is brought to `size`, or until its shorter side is
-    as long as that of the network's input. Raises ConvscopeError.
+    Arrays and tensors are used as they are. A file or PIL image is resized to `size`, or so that its shorter side is
+    that of the model's size.
     """
     if start is None:
         return None
     if isinstance(start, str | os.PathLike | Image.Image):
-        return _opened(start, size, model).expand(count, -1, -1, -1)
+        return _read_photograph(start, size, model).expand(count, -1, -1, -1)
     if size is not None:
-        raise ConvscopeError("size= and start= were both given; an array to start from has its own size")
+        raise ConvscopeError("size= and start= were both given; a start array has its own size, leave out size=")
     channels = model.preprocessing.channels
-    given = start.detach().clone() if isinstance(start, Tensor) else torch.from_numpy(np.array(start, dtype=np.float32))
-    if given.ndim == 3:
-        given = given[None]
-    if given.ndim == 4 and not isinstance(start, Tensor):
-        given = given.permute(0, 3, 1, 2)
-    if given.ndim != 4 or given.shape[1] != channels or given.shape[0] not in (1, count):
+    if isinstance(start, Tensor):
+        images = start.detach().clone()
+    else:
+        images = torch.from_numpy(np.array(start, dtype=np.float32))
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim == 4 and not isinstance(start, Tensor):
+        images = images.permute(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] not in (1, count):
         raise ConvscopeError(
             f"start has shape {tuple(np.shape(start))}; expected (H, W, {channels}), ({count}, H, W, {channels}), "
             f"or a tensor ({count}, {channels}, H, W)"
         )
-    if not bool(given.isfinite().all()):
-        raise ConvscopeError("start holds NaN or infinity")
-    return given.float().expand(count, -1, -1, -1)
+    if not bool(images.isfinite().all()):
+        raise ConvscopeError("start contains NaN or infinity")
+    return images.float().expand(count, -1, -1, -1)
 
 
-def _opened(start: Any, size: int | tuple[int, int] | None, model: Model) -> Tensor:
-    full = model.preprocessing.image_size
-    like = model.preprocessing
-    blank = {"range": (0.0, 255.0), "mean": (0.0,) * like.channels, "std": (1.0,) * like.channels, "resize": None}
-    order = "RGB" if like.channel_order == "BGR" else like.channel_order
-    as_it_is = replace(like, **blank, channel_order=order)  # type: ignore[arg-type]
+def _read_photograph(start: str | os.PathLike[str] | Image.Image, size: int | Size | None, model: Model) -> Tensor:
+    """Return a photograph (1, C, H, W), 0..255, resized to `size`."""
+    preprocessing = model.preprocessing
+    unscaled = replace(
+        preprocessing,
+        range=(0.0, 255.0),
+        mean=(0.0,) * preprocessing.channels,
+        std=(1.0,) * preprocessing.channels,
+        resize=None,
+        channel_order="RGB" if preprocessing.channel_order == "BGR" else preprocessing.channel_order,
+    )
     if size is None:
-        height, width = next(ImageBatchLoader(start, as_it_is).batches(1)).geometry[0].image_size
-        share = min(full) / min(height, width)
-        size = max(1, round(height * share)), max(1, round(width * share))
-    return next(ImageBatchLoader(start, replace(as_it_is, size=height_width(size))).batches(1)).x
+        height, width = next(ImageBatchLoader(start, unscaled).batches(1)).geometry[0].image_size
+        scale = min(preprocessing.image_size) / min(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+    return next(ImageBatchLoader(start, replace(unscaled, size=height_width(size))).batches(1)).x
 
 
-def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width. Raises ConvscopeError."""
+def height_width(size: int | Size) -> Size:
+    """Return height and width from one number or two; raise ConvscopeError."""
     sides = (size, size) if isinstance(size, int | np.integer) else tuple(int(side) for side in size)
     if len(sides) != 2 or min(sides) < 1:
         raise ConvscopeError(f"size is {' x '.join(map(str, sides))}; expected pixels, one number or height and width")
     return sides
 
 
-Refuses = Callable[[tuple[int, int]], Exception | None]
+def size_checker(model: Model, forward: Forward) -> SizeCheck:
+    """Return a function that runs the network on a black image of a size and returns the exception, if any."""
 
-
-def size_checker(model: Model, run: Callable[[Tensor], Any]) -> Refuses:
-    """What the network, up to the layers, raises on pictures of a size; None if it takes them: found by trying."""
-
-    def tried(size: tuple[int, int]) -> Exception | None:
+    def check(size: Size) -> Exception | None:
         try:
             with torch.no_grad():
-                run(torch.zeros((1, model.preprocessing.channels, *size)))
+                forward(torch.zeros((1, model.preprocessing.channels, *size)))
         except (RuntimeError, ValueError, AssertionError) as error:
             return error
         return None
 
-    return tried
+    return check
 
 
 def canvas_size(
-    size: int | tuple[int, int] | None, rule: Recipe, sees: int | None, model: Model, refuses: Refuses
-) -> tuple[int, int]:
-    """Height and width of what is drawn. Raises ConvscopeError if the network does not run on it."""
-    full = model.preprocessing.image_size
+    size: int | Size | None, recipe: Recipe, receptive_field: int | None, model: Model, check: SizeCheck
+) -> Size:
+    """Return height and width of the images; raise ConvscopeError if the network does not run on the user's `size`."""
+    model_size = model.preprocessing.image_size
     if size is None:
-        wished = rule.canvas_size(sees, full, True)
-        return wished if wished == full or refuses(wished) is None else rule.canvas_size(sees, full, False)
+        default = recipe.canvas_size(receptive_field, model_size, True)
+        if default == model_size or check(default) is None:
+            return default
+        return recipe.canvas_size(receptive_field, model_size, False)
     sides = height_width(size)
-    if (error := refuses(sides)) is not None:
+    if (error := check(sides)) is not None:
         reason = " ".join(str(error).split())[:200]
         raise ConvscopeError(
-            f"the network does not run on pictures of {sides[0]} x {sides[1]} ({type(error).__name__}: {reason}); "
-            f"its own size is {full[0]} x {full[1]}"
+            f"the network does not run on images of {sides[0]} x {sides[1]} ({type(error).__name__}: {reason}); "
+            f"its own size is {model_size[0]} x {model_size[1]}"
         ) from error
     return sides

@@ -1,4 +1,4 @@
-"""What `patterns` returns."""
+"""The result of `convscope.patterns`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,45 @@ from convscope.results import Result
 
 
 def sheet_columns(count: int) -> int:
-    """Of a sprite sheet that is about square."""
+    """Return the number of columns of an approximately square sprite sheet."""
     return math.ceil(math.sqrt(count))
 
 
 @dataclass(frozen=True, eq=False)
 class Patterns(Result):
-    """Finished pictures for U units, or U pictures for objectives.
+    """Patterns of U units, or U images for objectives.
 
-    `images` is uint8 (U, H, W, C); `units` (U,), for objectives the pictures' numbers; `scores` (U,): the unit's mean
-    activation (for "logits" the logit), or the objective's value, on the finished 8-bit picture, without any
-    augmentation; `history` (steps, U): what was climbed, before each step. `noise` (U,): the best score among eight
-    pictures of noise, NaN where the objective compares pictures; `reference` (U,): the best among the natural pictures
-    that were given, if any. `alpha` (U, H, W), uint8, is how opaque a pixel is, if the recipe tells; `frames`
-    (F, U, H, W, C), uint8, are pictures on the way, if asked for.
+    Attributes
+    ----------
+    images : ndarray
+        uint8 (U, H, W, C).
+    units : ndarray
+        (U,): channels or classes; for objectives a running number.
+    scores : ndarray
+        (U,): the unit's mean activation on the finished 8-bit image, for ``"logits"`` its logit, for objectives their
+        value; without any transform.
+    history : ndarray
+        (steps, U): the value before each step, under transforms.
+    layer, recipe, seed, steps, step_size, space, views, patience
+        The settings.
+    noise_scores : ndarray or None
+        (U,): the highest score on eight noise images; NaN where an objective compares images.
+    reference_scores : ndarray or None
+        (U,): the highest score on the reference images, if there are any.
+    alpha : ndarray or None
+        uint8 (U, H, W): opacity of each pixel, for recipes that compute it.
+    frames : ndarray or None
+        uint8 (F, U, H, W, C): intermediate images, if requested.
+    objectives : tuple of str
+        Names of the objectives; empty for units.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> patterns = convscope.patterns(model, "conv_stem", [0, 3], steps=2, size=32)
+    >>> patterns.images.shape, patterns.scores.shape, patterns.history.shape
+    ((2, 32, 32, 3), (2,), (2, 2))
     """
 
     images: np.ndarray
@@ -49,40 +75,47 @@ class Patterns(Result):
     alpha: np.ndarray | None = None
     frames: np.ndarray | None = None
     objectives: tuple[str, ...] = ()
-    """The names of what was climbed, where that were not simply the units of a layer."""
 
     @property
     def names(self) -> list[str]:
-        """What each picture shows: a class's name, the layer and the unit's number, or the objective's name."""
+        """The name of each image: a class, a layer and its unit, or an objective."""
         if self.objectives:
             return list(self.objectives)
         if self.layer == LOGITS:
-            return [self.model.class_name(int(u)) for u in self.units]
-        return [f"{self.layer} {u}" for u in self.units]
+            return [self.model.class_name(int(unit)) for unit in self.units]
+        return [f"{self.layer} {unit}" for unit in self.units]
 
     def text_files(self) -> dict[str, str]:
-        """`units.csv`: scores beside noise and natural pictures; `sprites.json`: where each is on the sheet."""
-        columns: dict[str, Any] = {
-            "unit": self.units,
-            "name": self.names,
-            "score": self.scores,
-            "noise_score": self.noise_scores,
-        }
+        """Return ``units.csv`` (scores and baselines) and ``sprites.json`` (positions in the sprite sheet)."""
+        return {"units.csv": self._score_table(), "sprites.json": json.dumps(self._sprite_sheet(), indent=1) + "\n"}
+
+    def _score_table(self) -> str:
+        columns: dict[str, Iterable[object]] = {"unit": self.units, "name": self.names, "score": self.scores}
+        if self.noise_scores is not None:
+            columns["noise_score"] = self.noise_scores
         if self.reference_scores is not None:
             columns["reference_score"] = self.reference_scores
             with np.errstate(divide="ignore", invalid="ignore"):
                 columns["relative_score"] = self.scores / self.reference_scores
-        given = {name: column for name, column in columns.items() if column is not None}
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(given)
-        writer.writerows(zip(*given.values(), strict=True))
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        return table.getvalue()
+
+    def _sprite_sheet(self) -> dict[str, object]:
         height, width = self.images.shape[1:3]
-        across = sheet_columns(len(self.images))
-        cells = {str(unit): [i % across * width, i // across * height] for i, unit in enumerate(self.units.tolist())}
-        sheet = {"file": "sprites.png", "width": width, "height": height, "left and top": cells}
-        return {"units.csv": table.getvalue(), "sprites.json": json.dumps(sheet, indent=1) + "\n"}
+        columns = sheet_columns(len(self.images))
+        offsets = {
+            str(unit): [i % columns * width, i // columns * height] for i, unit in enumerate(self.units.tolist())
+        }
+        return {"file": "sprites.png", "width": width, "height": height, "left_top": offsets}
 
     def parameters(self) -> dict[str, Any]:
-        own = {"size": list(self.images.shape[1:3]), "units": self.units.tolist()}
-        return {**super().parameters(), **own, "frames": 0 if self.frames is None else len(self.frames)}
+        """Return the settings for the manifest."""
+        return {
+            **super().parameters(),
+            "size": list(self.images.shape[1:3]),
+            "units": self.units.tolist(),
+            "frames": 0 if self.frames is None else len(self.frames),
+        }

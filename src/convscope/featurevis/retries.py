@@ -1,314 +1,196 @@
-"""Pictures drawn again: of units that stay silent, and of classes that the network itself does not know in pieces."""
+"""Retries: units that are never active, and classes whose pattern depends on its global layout alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convscope.engine.batching import balanced_chunks
-from convscope.engine.model import LOGITS, Model
-from convscope.engine.validation import require_finite
+from convscope.engine.model import LOGITS
+from convscope.featurevis.batch import BatchResult, PatternBatch
+from convscope.featurevis.defaults import Size
 from convscope.featurevis.frames import FrameRecorder
-from convscope.featurevis.objectives import Objective
-from convscope.featurevis.recipes import OptimizationTask, Recipe, RecipeOutput, avoid_batch_of_one, plain
-from convscope.featurevis.request import PatternRequest
-from convscope.featurevis.scoring import (
-    MIN_CONFIDENCE,
-    Forward,
-    MaxActivations,
-    optimize_from_crops,
-    shuffled_confidence,
+from convscope.featurevis.recipes import plain
+from convscope.featurevis.scoring import MIN_CONFIDENCE, optimize_from_crops
+from convscope.featurevis.task import RecipeOutput, avoid_batch_of_one
+
+# Without transforms, nearly all units that become active do so within a dozen steps of half of this size.
+PROBE_STEPS = 16
+PROBE_STEP_SCALE = 2.0
+
+MSG_NO_GRADIENT = "looks dead: its ReLU is off everywhere and has no gradient. recipe='robust' redirects the gradient."
+MSG_REDIRECTED = "looks dead: no activation, although the gradient of its ReLU was redirected. It has no pattern."
+MSG_ALL_STARTS = "looks dead: no activation from {starts} starts. It has no pattern."
+MSG_DEAD = "looks dead: no activation on the sample images or from {starts} starts. It has no pattern."
+MSG_LARGER = (
+    "is active on a sample image, but not on its crop of {height} x {width} pixels or from {starts} starts. "
+    "It has no pattern; a larger size= may help."
 )
-
-# Steps from another start, of twice the recipe's size, for a unit that was silent from the first. On the canvas as it
-# lies nearly all real units that wake do so at one of the first dozen of half the size; the last ones want to go far.
-AGAIN = 16
-
-OFF = "is stuck at 0: its rectifier is off everywhere and gives no gradient; recipe='robust' lets the gradient past it"
-STILL = "is stuck at 0: it stayed silent though the gradient was let past its rectifier"
-ASLEEP = "is stuck at 0: it stayed silent from {starts} starts with the gradient let past its rectifier"
-DEAD = (
-    "is stuck at 0: dead: it fired on none of the sample photographs, nor from {starts} starts with the gradient let "
-    "past its rectifier"
-)
-LARGER = (
-    "is stuck at 0: it fires on a sample photograph, but at no piece of {height} x {width} pixels that was cut out of "
-    "it, nor from {starts} starts with the gradient let past its rectifier; a larger size= may help"
-)
-FADED = "is stuck at 0: it fired on the way, but at no finished picture, from {starts} starts"
-FLEETING = "fires at this very picture, but was silent whenever it was moved or zoomed"
+MSG_LOST = "was active during optimisation, but not on a finished image, from {starts} starts. It has no pattern."
+MSG_FRAGILE = "is active on this image, but not on any shifted or scaled view of it."
 
 
-def measured(model: Model, run: Forward, objective: Objective, what: str) -> Callable[[Tensor], Tensor]:
-    """What a batch is climbed by. Raises ConvscopeError if the network gives numbers that are not finite."""
+def retry_dead_units(batch: PatternBatch, result: BatchResult, max_batch: int) -> None:
+    """Optimise units with a score of 0 from other initial images, and finally from crops of sample photographs.
 
-    def measure(batch: Tensor) -> Tensor:
-        values = objective(run(batch.contiguous(memory_format=torch.channels_last)))
-        require_finite(model, values, f"what layer {what!r} gives")
-        return values
-
-    return measure
-
-
-def measure_of(
-    model: Model, run: Forward, want: PatternRequest, part: Sequence[int]
-) -> Callable[[Sequence[int]], Callable[[Tensor], Tensor]]:
-    """What some of the batch `part` are climbed by."""
-
-    def alone(which: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        return measured(model, run, want.batch_objective([part[i] for i in which]), want.layer)
-
-    return alone
-
-
-@dataclass(frozen=True)
-class PatternBatch:
-    """What is drawn together: `part` of all that is wanted.
-
-    `beat` is called at every step of what is drawn again. `nature` tells what the layer's units make of the sample
-    photographs.
-    """
-
-    task: OptimizationTask
-    recipe: Recipe
-    request: PatternRequest
-    part: Sequence[int]
-    forward: Forward
-    model: Model
-    seed: int
-    on_step: Callable[[], None]
-    sample_activations: Callable[[], MaxActivations]
-
-    def subset_task(self, which: Sequence[int], starts: Sequence[int], **changes: Any) -> OptimizationTask:
-        """The task for some of the batch's pictures alone, from other starts, one for each."""
-        part = [self.part[i] for i in which]
-        alone = measure_of(self.model, self.forward, self.request, part)
-        draws = [self.request.generators([i], self.seed, start) for i, start in zip(part, starts, strict=True)]
-        return replace(
-            self.task,
-            objective=alone(range(len(part))),
-            generators=[draw for own in draws for draw in own],
-            start=None if self.task.start is None else self.task.start[list(which)],
-            subset_objective=alone,
-            **changes,
-        )
-
-    def confidence(self, images: Tensor, which: Sequence[int]) -> Tensor:
-        """How well the network knows the classes of some of the pictures in these."""
-        return shuffled_confidence(
-            self.model, self.forward, self.task, images, [self.request.units[self.part[i]] for i in which]
-        )
-
-
-@dataclass
-class BatchResult:
-    """A batch's pictures, their scores (U,), and frames.
-
-    For units that were silent at every step also what is to be said of them, by row; for classes how well the network
-    knows them (U,).
-    """
-
-    output: RecipeOutput
-    scores: Tensor
-    frames: FrameRecorder
-    silent: dict[int, str] = field(default_factory=dict)
-    confidence: Tensor | None = None
-
-    def replace_images(self, which: Sequence[int], found: RecipeOutput, scores: Tensor, rows: Sequence[int]) -> None:
-        """Of other pictures these rows in the place of `which`."""
-        which, rows = list(which), list(rows)
-        images, alpha = self.output.images.clone(), None if self.output.alpha is None else self.output.alpha.clone()
-        images[which] = found.images[rows]
-        if alpha is not None and found.alpha is not None:
-            alpha[which] = found.alpha[rows]
-        self.output = self.output._replace(images=images, alpha=alpha)
-        self.scores = self.scores.clone()
-        self.scores[which] = scores[rows]
-
-
-def retry_dead_units(batch: PatternBatch, done: BatchResult, fits: int) -> None:
-    """Units that end at 0, drawn again from other starts and, if none wakes them, from photographs.
-
-    Of units that stay at 0, and of those that fire only at the last, `done` tells why. `fits` is how many pictures of
-    several starts are climbed at once.
+    Parameters
+    ----------
+    batch : PatternBatch
+    result : BatchResult
+        Changed in place. ``result.unit_notes`` gets a note for each unit that stays inactive or is active only without
+        transforms.
+    max_batch : int
+        Largest number of images in a batch.
     """
     if batch.task.steps == 0:
         return
-    never = (done.output.history == 0).all(0).cpu()
+    inactive = (result.output.history == 0).all(0).cpu()
     if batch.recipe.starts == 1:
-        done.silent = dict.fromkeys(_rows(never & (done.scores == 0)), OFF if batch.recipe.run is plain else STILL)
+        note = MSG_NO_GRADIENT if batch.recipe.run is plain else MSG_REDIRECTED
+        result.unit_notes = dict.fromkeys(_true_rows(inactive & (result.scores == 0)), note)
     if batch.recipe.starts == 1 or not batch.request.of_units or batch.request.layer == LOGITS:
         return
-    fired = ~never
-    small = batch.task.view_sizes[-1] if batch.task.start is None else batch.task.size
-    for size in dict.fromkeys((small, batch.task.size)):
-        # The size in which the network is shown views is cheaper. What fires there, or in views, is worth the whole.
-        silent = [i for i in _rows(done.scores == 0) if size == small or fired[i]]
-        if woken := _woken(batch, silent, fired, size, fits):
-            never[list(woken)] &= _from_start(batch, done, woken)
-    said = _from_photographs(batch, done, _rows(done.scores == 0))
-    done.silent = {i: FADED.format(starts=batch.recipe.starts) for i in said if fired[i] and done.scores[i] == 0}
-    done.silent |= {i: said.get(i, FLEETING) for i in _rows(never) if done.scores[i] != 0 or not fired[i]}
+    active = ~inactive
+    view_size = batch.task.view_sizes[-1] if batch.task.start is None else batch.task.size
+    # The size of the views is cheaper. Only units that are active there, or in views, are tried at the full size.
+    for size in dict.fromkeys((view_size, batch.task.size)):
+        rows = [row for row in _true_rows(result.scores == 0) if size == view_size or active[row]]
+        if live_starts := _find_live_starts(batch, rows, active, size, max_batch):
+            inactive[list(live_starts)] &= _run_from_starts(batch, result, live_starts)
+    notes = _run_from_crops(batch, result, _true_rows(result.scores == 0))
+    lost = MSG_LOST.format(starts=batch.recipe.starts)
+    result.unit_notes = {row: lost for row in notes if active[row] and result.scores[row] == 0}
+    result.unit_notes |= {
+        row: notes.get(row, MSG_FRAGILE) for row in _true_rows(inactive) if result.scores[row] != 0 or not active[row]
+    }
 
 
-def _woken(batch: PatternBatch, silent: list[int], fired: Tensor, size: tuple[int, int], fits: int) -> dict[int, int]:
-    """Silent units from other starts, on a canvas of this size that is climbed as it lies: moved views would keep
-    asleep what is frail.
+def _find_live_starts(
+    batch: PatternBatch, rows: list[int], active: Tensor, size: Size, max_batch: int
+) -> dict[int, int]:
+    """Return, for each unit that becomes active, the first start from which it does; without transforms, at `size`.
 
-    Returns the first start that wakes each that wakes. `fired` (U,) notes who has fired at any step.
+    `active` (U,) is updated in place with the units that were active at any step.
     """
-    woken, tried, every = dict[int, int](), 1, batch.recipe.starts
-    while silent and tried < every:
-        # Few units are tried from several starts at once.
-        more = min(max(1, fits // len(silent)), every - tried)
-        for pairs in balanced_chunks([(i, start) for i in silent for start in range(tried, tried + more)], fits):
-            found, scores = _as_it_lies(batch, avoid_batch_of_one(pairs, fits), size)
-            for row, (i, start) in enumerate(pairs):
-                fired[i] |= bool(found.history[:, row].any())
-                if scores[row] != 0:
-                    woken.setdefault(i, start)
-        silent = [i for i in silent if i not in woken]
-        tried += more
-    return woken
+    live_starts: dict[int, int] = {}
+    tried, starts = 1, batch.recipe.starts
+    while rows and tried < starts:
+        # The fewer units are left, the more starts are tried in one batch.
+        count = min(max(1, max_batch // len(rows)), starts - tried)
+        pairs = [(row, start) for row in rows for start in range(tried, tried + count)]
+        for chunk in balanced_chunks(pairs, max_batch):
+            output, scores = _without_transforms(batch, avoid_batch_of_one(chunk, max_batch), size)
+            for i, (row, start) in enumerate(chunk):
+                active[row] |= bool(output.history[:, i].any())
+                if scores[i] != 0:
+                    live_starts.setdefault(row, start)
+        rows = [row for row in rows if row not in live_starts]
+        tried += count
+    return live_starts
 
 
-def _as_it_lies(
-    batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: tuple[int, int]
+def _without_transforms(
+    batch: PatternBatch, pairs: Sequence[tuple[int, int]], size: Size
 ) -> tuple[RecipeOutput, Tensor]:
-    """Units, each with a start, drawn by the recipe on a canvas that is not moved; and their scores."""
-    other = batch.subset_task(
-        [i for i, _ in pairs],
-        [start for _, start in pairs],
+    """Run the recipe without transforms for units, each with a start; return the output and the scores."""
+    task = replace(
+        batch.subset_task([row for row, _ in pairs], [start for _, start in pairs]),
         size=size,
-        steps=min(batch.task.steps, AGAIN),
-        step_size=2 * batch.task.step_size,
+        steps=min(batch.task.steps, PROBE_STEPS),
+        step_size=PROBE_STEP_SCALE * batch.task.step_size,
         views=1,
         without_transforms=True,
         plateau=None,
         on_step=lambda *_: batch.on_step(),
     )
-    found = batch.recipe.run(other)
-    return found, other.score(found.images).cpu()
+    output = batch.recipe.run(task)
+    return output, task.score(output.images).cpu()
 
 
-def _from_start(batch: PatternBatch, done: BatchResult, woken: Mapping[int, int]) -> Tensor:
-    """Units that woke from other starts, drawn from there: by the recipe, and those that this puts to sleep as the
-    canvas lies.
+def _run_from_starts(batch: PatternBatch, result: BatchResult, live_starts: Mapping[int, int]) -> Tensor:
+    """Run the recipe from starts from which units are active; without transforms where these make a unit inactive.
 
-    Returns which of them never fired while they were moved.
+    Returns
+    -------
+    Tensor
+        Bool: which of the units are inactive under transforms.
     """
-    which = list(woken)
-    found, scores, album = _drawn(batch, done, avoid_batch_of_one(which, len(batch.part)), woken)
-    _keep(done, which, found, scores, album, _rows(scores[: len(which)] != 0))
-    if asleep := [i for i in which if done.scores[i] == 0]:
-        still, scores = _as_it_lies(
-            batch, avoid_batch_of_one([(i, woken[i]) for i in asleep], len(batch.part)), batch.task.size
-        )
-        done.replace_images(asleep, still, scores, range(len(asleep)))
-    return (found.history[:, : len(which)] == 0).all(0).cpu()
+    rows = list(live_starts)
+    output, scores, frames = _run_recipe(batch, result, avoid_batch_of_one(rows, len(batch.indices)), live_starts)
+    better = _true_rows(scores[: len(rows)] != 0)
+    result.replace_run([rows[i] for i in better], output, scores, frames, better)
+    if remaining := [row for row in rows if result.scores[row] == 0]:
+        pairs = [(row, live_starts[row]) for row in remaining]
+        still, scores = _without_transforms(batch, avoid_batch_of_one(pairs, len(batch.indices)), batch.task.size)
+        result.replace_images(remaining, still, scores, range(len(remaining)))
+    return (output.history[:, : len(rows)] == 0).all(0).cpu()
 
 
-def _from_photographs(batch: PatternBatch, done: BatchResult, silent: Sequence[int]) -> dict[int, str]:
-    """Units that no start woke, each drawn from the sample photograph that excites it most. What is to be said."""
+def _run_from_crops(batch: PatternBatch, result: BatchResult, rows: Sequence[int]) -> dict[int, str]:
+    """Optimise units from the crop of a sample photograph that activates them most; return a note for each."""
     starts, (height, width) = batch.recipe.starts, batch.task.size
-    if not silent or batch.model.preprocessing.channels != 3:
-        return dict.fromkeys(silent, ASLEEP.format(starts=starts))
-    nature, numbers = batch.sample_activations(), batch.request.units
-    said = dict.fromkeys(silent, DEAD.format(starts=starts))
-    if which := [i for i in silent if nature.values[numbers[batch.part[i]]] > 0]:
-        both = avoid_batch_of_one(which, len(batch.part))
-        pieces = torch.stack([nature.crop(numbers[batch.part[i]], batch.task.size) for i in both])
-        alone = batch.subset_task(both, [0] * len(both))
-        images = optimize_from_crops(pieces, alone.objective, batch.model)
-        scores = alone.score(images).cpu()
-        for row, i in enumerate(which):
-            said[i] = FLEETING if scores[row] != 0 else LARGER.format(starts=starts, height=height, width=width)
-        opaque = torch.ones((len(both), *batch.task.size), device=images.device)
-        rows = [row for row in range(len(which)) if scores[row] != 0]
-        done.replace_images(
-            [which[row] for row in rows], RecipeOutput(images, done.output.history, opaque), scores, rows
-        )
-    return said
+    if not rows or batch.model.preprocessing.channels != 3:
+        return dict.fromkeys(rows, MSG_ALL_STARTS.format(starts=starts))
+    samples, units = batch.sample_activations(), batch.request.units
+    notes = dict.fromkeys(rows, MSG_DEAD.format(starts=starts))
+    active = [row for row in rows if samples.values[units[batch.indices[row]]] > 0]
+    if not active:
+        return notes
+    padded = avoid_batch_of_one(active, len(batch.indices))
+    crops = torch.stack([samples.crop(units[batch.indices[row]], batch.task.size) for row in padded])
+    task = batch.subset_task(padded, [0] * len(padded))
+    images = optimize_from_crops(crops, task.objective, batch.model)
+    scores = task.score(images).cpu()
+    for i, row in enumerate(active):
+        larger = MSG_LARGER.format(starts=starts, height=height, width=width)
+        notes[row] = MSG_FRAGILE if scores[i] != 0 else larger
+    opaque = torch.ones((len(padded), *batch.task.size), device=images.device)
+    better = [i for i in range(len(active)) if scores[i] != 0]
+    output = RecipeOutput(images, result.output.history, opaque)
+    result.replace_images([active[i] for i in better], output, scores, better)
+    return notes
 
 
-def _rows(which: Tensor) -> list[int]:
-    rows: list[int] = which.nonzero()[:, 0].tolist()
+def _true_rows(mask: Tensor) -> list[int]:
+    rows: list[int] = mask.nonzero()[:, 0].tolist()
     return rows
 
 
-def retry_low_confidence(batch: PatternBatch, done: BatchResult, fits: int) -> None:
-    """Classes that the network does not know in pieces, drawn again from other starts, `fits` at once.
+def retry_low_confidence(batch: PatternBatch, result: BatchResult, max_batch: int) -> None:
+    """Optimise classes with a low shuffled confidence from other initial images; keep the run with the highest.
 
-    What convinces best is kept, with its own history and frames.
+    `result` is changed in place, and gets the confidence of all images. Batches have up to `max_batch` images.
     """
     if batch.recipe.max_restarts == 1 or not batch.request.of_units or batch.request.layer != LOGITS:
         return
-    every = list(balanced_chunks(range(len(batch.part)), fits))
-    sure = torch.cat([batch.confidence(done.output.images[list(part)], part) for part in every])
+    chunks = balanced_chunks(range(len(batch.indices)), max_batch)
+    confidence = torch.cat([batch.confidence(result.output.images[list(rows)], rows) for rows in chunks])
     for start in range(1, batch.recipe.max_restarts):
-        doubtful = _rows(sure < MIN_CONFIDENCE)
-        for which in balanced_chunks(doubtful, fits):
-            _try(batch, done, sure, which, start)
-    done.confidence = sure
+        doubtful = _true_rows(confidence < MIN_CONFIDENCE)
+        for rows in balanced_chunks(doubtful, max_batch):
+            output, scores, frames = _run_recipe(batch, result, rows, dict.fromkeys(rows, start))
+            retried = batch.confidence(output.images, rows)
+            better = _true_rows(retried > confidence[list(rows)])
+            improved = [rows[i] for i in better]
+            result.replace_run(improved, output, scores, frames, better)
+            confidence[improved] = retried[better]
+    result.confidence = confidence
 
 
-def _try(batch: PatternBatch, done: BatchResult, sure: Tensor, which: Sequence[int], start: int) -> None:
-    found, scores, album = _drawn(batch, done, which, dict.fromkeys(which, start))
-    now = batch.confidence(found.images, which)
-    rows = _rows(now > sure[list(which)])
-    _keep(done, which, found, scores, album, rows)
-    sure[[which[row] for row in rows]] = now[rows]
-
-
-def _drawn(
-    batch: PatternBatch, done: BatchResult, which: Sequence[int], starts: Mapping[int, int]
+def _run_recipe(
+    batch: PatternBatch, result: BatchResult, rows: Sequence[int], starts: Mapping[int, int]
 ) -> tuple[RecipeOutput, Tensor, FrameRecorder]:
-    """Some of the batch's pictures, drawn by the recipe from other starts; their scores and frames."""
-    album = FrameRecorder(batch.task.steps, done.frames.count)
+    """Run the recipe for some images of the batch from other starts; return the output, scores and frames."""
+    frames = FrameRecorder(batch.task.steps, result.frames.count)
 
-    def on_step(step: int, look: Callable[[], Tensor]) -> None:
-        album.record(step, look)
+    def on_step(step: int, render: Callable[[], Tensor]) -> None:
+        frames.record(step, render)
         batch.on_step()
 
-    other = batch.subset_task(which, [starts[i] for i in which], on_step=on_step)
-    found = batch.recipe.run(other)
-    album.finish(found.images)
-    return found, other.score(found.images).cpu(), album
-
-
-def _keep(
-    done: BatchResult,
-    which: Sequence[int],
-    found: RecipeOutput,
-    scores: Tensor,
-    album: FrameRecorder,
-    rows: Sequence[int],
-) -> None:
-    """Of what was drawn for `which`, these rows in the place of what was there, with their history and frames."""
-    better = [which[row] for row in rows]
-    done.replace_images(better, found, scores, rows)
-    done.output.history[:, better] = found.history[:, rows]
-    done.frames.replace_images(better, album, rows)
-
-
-def joined(batches: Sequence[BatchResult]) -> BatchResult:
-    """Batches one after the other."""
-    parts = [batch.output for batch in batches]
-    alphas = [part.alpha for part in parts if part.alpha is not None]
-    drawn = RecipeOutput(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.history for part in parts], dim=1),
-        torch.cat(alphas) if alphas else None,
-    )
-    album = batches[0].frames
-    frames = [np.concatenate(frame) for frame in zip(*(batch.frames.frames for batch in batches), strict=True)]
-    before = accumulate([0, *(len(batch.scores) for batch in batches)])
-    silent = {first + i: why for first, batch in zip(before, batches, strict=False) for i, why in batch.silent.items()}
-    scores = torch.cat([batch.scores for batch in batches])
-    return BatchResult(drawn, scores, FrameRecorder(album.steps, album.count, frames), silent)
+    task = replace(batch.subset_task(rows, [starts[row] for row in rows]), on_step=on_step)
+    output = batch.recipe.run(task)
+    frames.finish(output.images)
+    return output, task.score(output.images).cpu(), frames

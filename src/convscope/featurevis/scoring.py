@@ -1,127 +1,143 @@
-"""What a pattern is worth: beside noise, beside natural pictures, and where a unit does not fire at all."""
+"""Baselines for the scores of patterns, crops of photographs for dead units, and notes on poor results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
-from convscope.featurevis.objectives import Objective
+from convscope.featurevis.defaults import Size
+from convscope.featurevis.objective import Forward, Objective, channels_first
 from convscope.featurevis.optimizer import adam_step, gradient_ascent
 from convscope.featurevis.parameterization import PhaseImage, PyramidResidualImage
-from convscope.featurevis.recipes import ADAM_DAMPING, RETRY_STEPS, OptimizationTask, render_uint8
+from convscope.featurevis.recipes import ADAM_DAMPING, RETRY_STEPS
 from convscope.featurevis.request import PatternRequest
-from convscope.images.loading import ImageBatchLoader
+from convscope.featurevis.task import BatchObjective, OptimizationTask, render_uint8
+from convscope.images.loading import Failure, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
 
-Forward = Callable[[Tensor], LayerOutputs]
 NUM_NOISE_IMAGES = 8
+CROP_STEP_SIZE = 0.1
+MIN_CONFIDENCE = 0.7  # a class is optimised again below this probability
 
 
-def noise_images(preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> Tensor:
-    """Eight pictures (8, C, H, W) uint8 that show nothing: half of them the textbook's gray noise, half with the
-    spectrum of a photograph and random phases."""
-    draws = [Generator().manual_seed((seed * NUM_NOISE_IMAGES + i) % (1 << 63)) for i in range(NUM_NOISE_IMAGES)]
+def noise_images(preprocessing: Preprocessing, size: Size, seed: int) -> Tensor:
+    """Return eight noise images (8, C, H, W) uint8: four of uniform noise, four with a natural spectrum."""
+    seeds = [(seed * NUM_NOISE_IMAGES + i) % (1 << 63) for i in range(NUM_NOISE_IMAGES)]
+    generators = [Generator().manual_seed(image_seed) for image_seed in seeds]
     half = NUM_NOISE_IMAGES // 2
-    gray = torch.stack([128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in draws[:half]])
-    cloudy = render_uint8(PhaseImage(draws[half:], preprocessing.channels, size, torch.device("cpu")))
-    return torch.cat([gray.to(torch.uint8), cloudy])
+    uniform = [128 + 20 * torch.rand((preprocessing.channels, *size), generator=g) for g in generators[:half]]
+    natural = PhaseImage(generators[half:], preprocessing.channels, size, torch.device("cpu"))
+    return torch.cat([torch.stack(uniform).to(torch.uint8), render_uint8(natural)])
 
 
 def noise_baseline(
-    run: Forward, wanted: PatternRequest, model: Model, size: tuple[int, int], seed: int, memory: int, raw: bool
+    forward: Forward,
+    request: PatternRequest,
+    model: Model,
+    size: Size,
+    seed: int,
+    memory: int,
+    skip_preprocessing: bool,
 ) -> Tensor:
-    """Each picture's objective on noise, the best of eight; NaN where it compares pictures. `raw`: unprepared."""
-    images, found = noise_images(model.preprocessing, size, seed).float(), []
-    pixels, own = size[0] * size[1], model.preprocessing.image_size
-    each = forward_bytes(model) * pixels / (own[0] * own[1])
+    """Return the highest value of each image's objective on noise (U,), NaN where it compares images."""
+    images, maxima = noise_images(model.preprocessing, size, seed).float(), []
+    height, width = model.preprocessing.image_size
+    image_bytes = forward_bytes(model) * (size[0] * size[1]) / (height * width)
     with torch.no_grad():
-        for part in torch.split(images, batch_size(model, each, memory, NUM_NOISE_IMAGES)):
-            seen = run(part if raw else model.preprocessing.normalize(part / 255))
-            found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
-    return torch.stack(found).amax(0)
+        for part in torch.split(images, batch_size(model, image_bytes, memory, NUM_NOISE_IMAGES)):
+            outputs = forward(part if skip_preprocessing else model.preprocessing.normalize(part / 255))
+            maxima.append(_maxima(request, outputs))
+    return torch.stack(maxima).amax(0)
 
 
 def reference_baseline(
-    run: Forward, wanted: PatternRequest, images: Any, model: Model, memory: int, raw: bool
-) -> tuple[Tensor, ImageBatchLoader]:
-    """Each picture's objective on the natural pictures, the best of them; and these, some of which may have failed.
-
-    `raw`: unprepared.
-    """
-    pictures = ImageBatchLoader(images, model.preprocessing)
-    found = []
+    forward: Forward, request: PatternRequest, images: object, model: Model, memory: int, skip_preprocessing: bool
+) -> tuple[Tensor, tuple[Failure, ...]]:
+    """Return the highest value of each image's objective on the user's images (U,), and the images that failed."""
+    loader = ImageBatchLoader(images, model.preprocessing)
+    maxima = []
     with torch.no_grad():
-        for batch in pictures.batches(batch_size(model, forward_bytes(model), memory)):
-            seen = run(model.preprocessing.denormalize(batch.x) * 255 if raw else batch.x)
-            found.append(torch.cat([_best(objective, seen) for objective in wanted.objectives]))
-    return torch.stack(found).amax(0), pictures
+        for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):
+            x = model.preprocessing.denormalize(batch.x) * 255 if skip_preprocessing else batch.x
+            maxima.append(_maxima(request, forward(x)))
+    return torch.stack(maxima).amax(0), tuple(loader.failed)
 
 
-def _best(objective: Objective, seen: LayerOutputs) -> Tensor:
+def _maxima(request: PatternRequest, outputs: LayerOutputs) -> Tensor:
+    return torch.cat([_maximum(objective, outputs) for objective in request.objectives])
+
+
+def _maximum(objective: Objective, outputs: LayerOutputs) -> Tensor:
     if objective.num_images > 1 or objective.paired:
         return torch.full((objective.num_images,), torch.nan)
-    return objective.function(seen).max()[None].cpu()
+    return objective(outputs).max()[None].cpu()
 
 
 @dataclass(frozen=True)
 class MaxActivations:
-    """How much each channel of a layer fires at most in the sample photographs (units,), in which of them, and where.
+    """The strongest activation of each channel of a layer on the sample photographs.
 
-    `shown` are the photographs (N, C, H, W) in [0, 1], `grid` the layer's height and width, None without places.
+    Attributes
+    ----------
+    images : Tensor
+        The photographs (N, C, H, W) in [0, 1].
+    values, image_indices, positions : Tensor
+        (units,): the activation, its photograph, and its position in the flattened map.
+    grid : (int, int) or None
+        Height and width of the layer's map, None for layers without rows and columns.
     """
 
     images: Tensor
     values: Tensor
     image_indices: Tensor
     positions: Tensor
-    grid: tuple[int, int] | None
+    grid: Size | None
 
-    def crop(self, number: int, size: tuple[int, int]) -> Tensor:
-        """What of a photograph (C, H, W) excites a channel most, in this size: the photograph itself without places."""
-        image, position = int(self.image_indices[number]), int(self.positions[number])
+    def crop(self, unit: int, size: Size) -> Tensor:
+        """Return the crop (C, H, W) around a unit's strongest activation; the whole image, resized, without a grid."""
+        image, position = int(self.image_indices[unit]), int(self.positions[unit])
         pixels = self.images[image : image + 1]
         if self.grid is not None:
             height, width = self.grid
-            pixels = _cut(pixels, (position // width / height, position % width / width), size)
-        return _fitted(pixels, size)[0]
+            pixels = _crop_around(pixels, (position // width / height, position % width / width), size)
+        if tuple(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+        return pixels[0]
 
 
-def max_activations(run: Forward, model: Model, layer: str) -> MaxActivations:
-    """All channels of a layer on the sample photographs."""
-    batches = list(
-        ImageBatchLoader(photographs(), model.preprocessing).batches(model.fixed_batch_size or NUM_NOISE_IMAGES)
-    )
-    shown = torch.cat([batch.x for batch in batches])
+def max_activations(forward: Forward, model: Model, layer: str) -> MaxActivations:
+    """Run the sample photographs and return the strongest activation of each channel of a layer."""
+    loader = ImageBatchLoader(photographs(), model.preprocessing)
+    batches = [batch.x for batch in loader.batches(model.fixed_batch_size or NUM_NOISE_IMAGES)]
     with torch.no_grad():
-        maps = torch.cat([run(batch.x).maps[layer].float() for batch in batches])
-    maps = (maps.transpose(1, 2) if maps.ndim == 3 else maps).flatten(2) if maps.ndim > 2 else maps[:, :, None]
-    values, positions = maps.max(2)
-    most, which = values.max(0)
+        maps = torch.cat([channels_first(forward(batch), layer) for batch in batches])
+    values, positions = maps.reshape(*maps.shape[:2], -1).max(2)
+    largest, image_indices = values.max(0)
     shape = model.layers.find(layer).shape[1:]
     return MaxActivations(
-        model.preprocessing.denormalize(shown).clamp(0, 1),
-        most.cpu(),
-        which.cpu(),
-        positions.gather(0, which[None])[0].cpu(),
+        model.preprocessing.denormalize(torch.cat(batches)).clamp(0, 1),
+        largest.cpu(),
+        image_indices.cpu(),
+        positions.gather(0, image_indices[None])[0].cpu(),
         (shape[0], shape[1]) if len(shape) == 2 else None,
     )
 
 
-def optimize_from_crops(pieces: Tensor, measure: Callable[[Tensor], Tensor], model: Model) -> Tensor:
-    """Patterns (U, C, H, W) uint8 from pieces of photographs, climbed as they lie."""
-    canvas = PyramidResidualImage(pieces.to(model.device))
+def optimize_from_crops(crops: Tensor, objective: BatchObjective, model: Model) -> Tensor:
+    """Return patterns (U, C, H, W) uint8 that start from crops (U, C, H, W) in [0, 1], without transforms."""
+    canvas = PyramidResidualImage(crops.to(model.device))
     gradient_ascent(
-        canvas,
-        lambda _: measure(model.preprocessing.normalize(canvas.images())),
-        adam_step(canvas.params, 0.1, ADAM_DAMPING),
+        canvas.params,
+        lambda _: objective(model.preprocessing.normalize(canvas.images())),
+        adam_step(canvas.params, CROP_STEP_SIZE, ADAM_DAMPING),
         RETRY_STEPS,
         redirect_steps=RETRY_STEPS,
         keep_best=True,
@@ -129,54 +145,63 @@ def optimize_from_crops(pieces: Tensor, measure: Callable[[Tensor], Tensor], mod
     return render_uint8(canvas)
 
 
-def _cut(pixels: Tensor, centre: tuple[float, float], size: tuple[int, int]) -> Tensor:
-    for axis, (share, side) in enumerate(zip(centre, size, strict=True)):
+def _crop_around(pixels: Tensor, centre: tuple[float, float], size: Size) -> Tensor:
+    """Crop images (N, C, H, W) to at most `size` around a centre in [0, 1], inside the image."""
+    for axis, (fraction, side) in enumerate(zip(centre, size, strict=True)):
         length = pixels.shape[2 + axis]
-        begin = min(max(round(share * length - side / 2), 0), max(length - side, 0))
+        begin = min(max(round(fraction * length - side / 2), 0), max(length - side, 0))
         pixels = pixels.narrow(2 + axis, begin, min(side, length))
     return pixels
 
 
-def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    same = tuple(pixels.shape[2:]) == size
-    return pixels if same else torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
-
-
-MIN_CONFIDENCE = 0.7  # the probability below which a picture is doubtful
-
-
 def shuffled_confidence(
-    model: Model, run: Forward, task: OptimizationTask, finished: Tensor, classes: Sequence[int]
+    model: Model, forward: Forward, task: OptimizationTask, images: Tensor, classes: Sequence[int]
 ) -> Tensor:
-    """The probability (U,) that the network gives each picture's class when it sees the picture in pieces.
+    """Return the probability (U,) of each image's class after diagonal quadrants are exchanged.
 
-    The quadrants are exchanged across the centre: all that was drawn is there, nothing is where it was. What the
-    network knows only whole, other networks hardly ever know at all.
+    Local evidence for the class survives this. Images that depend on their global layout alone transfer poorly to other
+    models.
     """
-    pieces = finished.roll((finished.shape[2] // 2, finished.shape[3] // 2), (2, 3)).float() / 255
+    shuffled = images.roll((images.shape[2] // 2, images.shape[3] // 2), (2, 3)).float() / 255
     with torch.no_grad():
-        logits = run(task.preprocess(pieces).contiguous(memory_format=torch.channels_last))[LOGITS]
-    each = torch.tensor(classes, device=logits.device)[:, None]
-    return model.probabilities(logits).gather(1, each)[:, 0].cpu()
+        logits = forward(task.preprocess(shuffled).contiguous(memory_format=torch.channels_last))[LOGITS]
+    indices = torch.tensor(classes, device=logits.device)[:, None]
+    return model.probabilities(logits).gather(1, indices)[:, 0].cpu()
 
 
 def quality_notes(
-    names: Sequence[str], scores: Tensor, noise: Tensor, silent: Mapping[int, str], known: Tensor | None
+    names: Sequence[str],
+    scores: Tensor,
+    noise_scores: Tensor,
+    unit_notes: Mapping[int, str],
+    confidence: Tensor | None,
 ) -> list[str]:
-    """In words: pictures, called by these names, that do not show what was looked for."""
-    said = []
+    """Return one line for each image that does not show what it was optimised for.
+
+    Parameters
+    ----------
+    names : sequence of str
+        One per image.
+    scores, noise_scores : Tensor
+        (U,): the image's score and that on noise.
+    unit_notes : mapping of int to str
+        What `retry_dead_units` says of an image, by index.
+    confidence : Tensor, optional
+        (U,): `shuffled_confidence`.
+    """
+    notes = []
     for i, name in enumerate(names):
-        score, nothing = float(scores[i]), float(noise[i])
-        if i in silent:
-            said.append(f"{name} {silent[i]}")
-        elif score <= nothing:
-            said.append(
-                f"{name} ends with a score of {score:.3g}, no more than on noise ({nothing:.3g}): this is not what it "
-                "looks for"
+        score, noise_score = float(scores[i]), float(noise_scores[i])
+        if i in unit_notes:
+            notes.append(f"{name} {unit_notes[i]}")
+        elif score <= noise_score:
+            notes.append(
+                f"{name} has a score of {score:.3g}, not above the noise baseline ({noise_score:.3g}). "
+                "The pattern does not show what it responds to."
             )
-        elif known is not None and float(known[i]) < MIN_CONFIDENCE:
-            said.append(
-                f"{name} is given a probability of {float(known[i]):.2f} when the picture's quadrants are exchanged: "
-                "it may convince no other network, nor you"
+        elif confidence is not None and float(confidence[i]) < MIN_CONFIDENCE:
+            notes.append(
+                f"{name} has a probability of {float(confidence[i]):.2f} after the quadrants of the image are "
+                "shuffled. The pattern may transfer poorly to other models."
             )
-    return said
+    return notes

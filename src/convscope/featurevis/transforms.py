@@ -1,4 +1,7 @@
-"""Augmentation: what the network sees of a canvas at each step. Each picture's draws are its own."""
+"""Random transforms of the images before each forward pass, with independent random numbers for each image.
+
+All random numbers are drawn in advance, so that an image's transforms do not depend on the rest of the batch.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Transform = Callable[[int, Tensor], Tensor]
+Transform = Callable[[int, Tensor], Tensor]  # number of the transform, images (U, C, H, W) -> images
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """The range from which zoomed views are drawn.
+    """The ranges of random affine transforms.
 
-    scale: share of the canvas that a view covers, smallest and largest. turn: degrees to either side. size: height
-    and width in which the network sees the views. A view lies anywhere that its scale leaves free; with `mirror` half
-    are mirrored. colour: by how much the contrast and, of each channel, the brightness is changed at most, as a share
-    of the full range. noise: standard deviation of what is added to every pixel.
+    Attributes
+    ----------
+    scale : (float, float)
+        Smallest and largest fraction of the canvas's side that a crop covers. The crop lies anywhere in the canvas.
+    rotation : float
+        Largest angle in degrees, in either direction.
+    size : (int, int)
+        Height and width of the output.
+    flip : bool
+        Whether to mirror half of the crops.
+    colour_jitter : float
+        Largest relative change of contrast; brightness changes by up to half of it, for each channel.
+    noise_std : float
+        Standard deviation of Gaussian noise that is added to each pixel.
     """
 
     scale: tuple[float, float]
@@ -31,92 +44,92 @@ class AugmentationConfig:
 
 
 def random_affine(
-    looks: AugmentationConfig, steps: int, generators: Sequence[Generator], device: torch.device
+    config: AugmentationConfig, count: int, generators: Sequence[Generator], device: torch.device
 ) -> Transform:
-    """Zoomed, turned, mirrored views, drawn beforehand for all pictures and steps; a batch is resampled at once.
+    """Return `count` random crops with rotation and flip per image, followed by colour jitter and noise.
 
-    Beyond its rim, where a turn reaches out, the canvas is mirrored. What follows each step is in `Looks`.
+    A batch is resampled in one call. The canvas is extended by reflection.
     """
-    draws = _draws(generators, steps, 5).to(device)
-    low, high = looks.scale
+    draws = _uniform(generators, count, 5).to(device)
+    low, high = config.scale
     scale = low + (high - low) * draws[..., 0]
-    turn = torch.deg2rad(looks.rotation * (2 * draws[..., 1] - 1))
-    across, down = ((2 * draws[..., i] - 1) * (1 - scale) for i in (2, 3))
-    mirror = torch.where((draws[..., 4] < 0.5) & looks.flip, -1.0, 1.0)
-    cos, sin = scale * turn.cos(), scale * turn.sin()
+    angle = torch.deg2rad(config.rotation * (2 * draws[..., 1] - 1))
+    shift_x, shift_y = ((2 * draws[..., i] - 1) * (1 - scale) for i in (2, 3))
+    flip = torch.where((draws[..., 4] < 0.5) & config.flip, -1.0, 1.0)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    filters: list[Transform] = []
+    if config.colour_jitter:
+        filters.append(_random_colour(config.colour_jitter, count, generators, device))
+    if config.noise_std:
+        filters.append(_random_noise(config.noise_std, config.size, count, generators, device))
 
-    def view(step: int, images: Tensor) -> Tensor:
-        # Grid coordinates run from -1 to 1 along both sides; a turn is one only in units of pixels.
+    def transform(number: int, images: Tensor) -> Tensor:
+        # Grid coordinates run from -1 to 1 along both axes: a rotation has to account for the aspect ratio.
         ratio = images.shape[-2] / images.shape[-1]
-        above = (cos[step] * mirror[step], -sin[step] * ratio, across[step])
-        below = (sin[step] * mirror[step] / ratio, cos[step], down[step])
-        theta = torch.stack((*above, *below), dim=-1).view(-1, 2, 3)
-        grid = F.affine_grid(theta, [len(images), 1, *looks.size], align_corners=False)
-        seen = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-        for change in changes:
-            seen = change(step, seen)
-        return seen
+        x_row = (cos[number] * flip[number], -sin[number] * ratio, shift_x[number])
+        y_row = (sin[number] * flip[number] / ratio, cos[number], shift_y[number])
+        theta = torch.stack((*x_row, *y_row), dim=-1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(images), 1, *config.size], align_corners=False)
+        crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        for apply_filter in filters:
+            crops = apply_filter(number, crops)
+        return crops
 
-    changes: list[Transform] = []
-    if looks.colour_jitter:
-        changes.append(_coloured(looks.colour_jitter, steps, generators, device))
-    if looks.noise_std:
-        changes.append(_noisy(looks.noise_std, looks.size, steps, generators, device))
-    return view
+    return transform
 
 
-def _coloured(most: float, steps: int, generators: Sequence[Generator], device: torch.device) -> Transform:
-    """Contrast about middle gray times 1 + u, brightness of each channel plus u / 2; each u from -most to most."""
-    draws = most * (2 * _draws(generators, steps, 1 + CHANNELS).to(device) - 1)
-
-    def change(step: int, images: Tensor) -> Tensor:
-        u = draws[step, :, :, None, None]
-        channels = u[:, 1 + torch.arange(images.shape[1], device=device) % CHANNELS]
-        return (images - 0.5) * (1 + u[:, :1]) + 0.5 + channels / 2
-
-    return change
+JITTER_CHANNELS = 3  # with random numbers of their own; channel c uses those of channel c % 3
 
 
-CHANNELS = 3  # that get a brightness of their own; where there are more, every third shares it
+def _random_colour(maximum: float, count: int, generators: Sequence[Generator], device: torch.device) -> Transform:
+    """Multiply the contrast by 1 + u and add u / 2 to each channel, u uniform in [-maximum, maximum]."""
+    draws = maximum * (2 * _uniform(generators, count, 1 + JITTER_CHANNELS).to(device) - 1)
+
+    def transform(number: int, images: Tensor) -> Tensor:
+        u = draws[number, :, :, None, None]
+        brightness = u[:, 1 + torch.arange(images.shape[1], device=device) % JITTER_CHANNELS]
+        return (images - 0.5) * (1 + u[:, :1]) + 0.5 + brightness / 2
+
+    return transform
 
 
-def _noisy(
-    deviation: float, size: tuple[int, int], steps: int, generators: Sequence[Generator], device: torch.device
+def _random_noise(
+    std: float, size: tuple[int, int], count: int, generators: Sequence[Generator], device: torch.device
 ) -> Transform:
-    """Each picture's own field of noise, rolled to another place at every step."""
-    fields = torch.stack([torch.randn((CHANNELS, *size), generator=g) for g in generators]).to(device)
-    roll = random_roll(steps, generators, device)
+    """Add a noise field of the image's own, rolled to a different position each time."""
+    fields = torch.stack([torch.randn((JITTER_CHANNELS, *size), generator=g) for g in generators]).to(device)
+    roll = random_roll(count, generators, device)
 
-    def change(step: int, images: Tensor) -> Tensor:
-        channels = torch.arange(images.shape[1], device=device) % CHANNELS
-        return images + deviation * roll(step, fields)[:, channels]
+    def transform(number: int, images: Tensor) -> Tensor:
+        channels = torch.arange(images.shape[1], device=device) % JITTER_CHANNELS
+        return images + std * roll(number, fields)[:, channels]
 
-    return change
+    return transform
 
 
-def random_roll(steps: int, generators: Sequence[Generator], device: torch.device) -> Transform:
-    """Views moved by whole pixels, any distance, with what leaves at one side coming back at the other.
+def random_roll(count: int, generators: Sequence[Generator], device: torch.device) -> Transform:
+    """Return `count` random circular shifts by whole pixels per image.
 
-    Every place of the canvas is looked at alike, none is blurred, and the finished picture tiles without seams.
+    Every position of the canvas is treated alike, nothing is blurred, and the image tiles without seams.
     """
-    draws = _draws(generators, steps, 2).to(device)
+    draws = _uniform(generators, count, 2).to(device)
 
-    def view(step: int, images: Tensor) -> Tensor:
-        count, _, height, width = images.shape
-        down, across = ((draws[step, :, i] * side).long()[:, None] for i, side in enumerate((height, width)))
+    def transform(number: int, images: Tensor) -> Tensor:
+        batch, _, height, width = images.shape
+        down, right = ((draws[number, :, i] * side).long()[:, None] for i, side in enumerate((height, width)))
         rows = (torch.arange(height, device=images.device) + down) % height
-        columns = (torch.arange(width, device=images.device) + across) % width
-        which = torch.arange(count, device=images.device)[:, None, None]
-        return images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        columns = (torch.arange(width, device=images.device) + right) % width
+        index = torch.arange(batch, device=images.device)[:, None, None]
+        return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
-    return view
+    return transform
 
 
 def identity(_: int, images: Tensor) -> Tensor:
-    """The canvas as it is."""
+    """Return the images unchanged."""
     return images
 
 
-def _draws(generators: Sequence[Generator], steps: int, count: int) -> Tensor:
-    """Uniform numbers (steps, pictures, count), each picture's from its own generator."""
-    return torch.stack([torch.rand((steps, count), generator=g) for g in generators], dim=1)
+def _uniform(generators: Sequence[Generator], count: int, numbers: int) -> Tensor:
+    """Draw uniform numbers (count, images, numbers), those of each image from its own generator."""
+    return torch.stack([torch.rand((count, numbers), generator=g) for g in generators], dim=1)

@@ -78,7 +78,7 @@ def prepare_store(model: convscope.Model, address: str | None, folder: Path) -> 
     for layer in (layers[-1], LOGITS):
         patterns = convscope.patterns(model, layer, [0, 1], steps=24)
         patterns.save(folder / "store" / "patterns" / folder_names[layer])
-    convscope.story(model, [*layers, LOGITS], units=4, num_shown=3).save(folder / "store" / "story")
+    convscope.story(model, [*layers, LOGITS], units=4, num_displayed=3).save(folder / "store" / "story")
     return store
 
 

@@ -241,7 +241,7 @@ class Explorer:
         def compute_once(job: Job[Story]) -> Story:
             result = self.get_story(net)
             if result is None:
-                result = story(net.background_model, units=12, num_shown=6, progress=job.report_progress)
+                result = story(net.background_model, units=12, num_displayed=6, progress=job.report_progress)
                 self.pattern_cache.put_story(net.version, result)
             return result
 
