@@ -133,7 +133,7 @@ def test_classes_of_the_bundled_network(tmp_path: Path) -> None:
         (("--layer", "conv9"), "layer 'conv9' is not in this model; nearest: conv"),
         (("--layer", "conv1", "--units", "8"), "unit 8 is not in layer 'conv1', which has 8 units, 0 to 7"),
         (("--units", "logits:5"), "class 5 is out of range: this model has 5 classes, 0 to 4"),
-        (("--layer", "conv1", "--recipe", "dream"), "recipe 'dream' begins with a photograph"),
+        (("--layer", "conv1", "--recipe", "dream"), "recipe 'dream' needs a photograph"),
         (("--layer", "conv1", "--recipe", "robst"), "recipe 'robst' is not known; nearest: robust"),
         (("--layer", "conv1", "--recipe", "dream", "--start", "x.png", "--negatives"), "--negatives needs --units"),
         (("--layer", "conv1", "--frames", "-1"), "frames is -1; expected a whole number, 0 or more"),

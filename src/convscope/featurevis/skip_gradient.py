@@ -36,7 +36,7 @@ def with_skip_gradient(forward: Callable[[Tensor], R], scale: float) -> Callable
 
 
 class _SkipGradientMode(FunctionMode):
-    """Find sums of two tensors that depend on `x`; the one with more layers on the longest path from `x` is the branch."""
+    """Scale the branch of each sum of two tensors: the one with more layers on its longest path from `x`."""
 
     LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
     names = LAYERS | {"add"}
