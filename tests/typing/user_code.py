@@ -1,0 +1,69 @@
+"""Code as a user writes it, with the types that a type checker must see; it is checked, not run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import assert_type
+
+import numpy as np
+import numpy.typing as npt
+
+import convscope
+
+
+def look(images: list[str]) -> None:
+    model = convscope.load("lite0")
+    assert_type(model, convscope.Model)
+    assert_type(model.layers.names, list[str])
+    assert_type(model.layers[0].shape, tuple[int, ...])
+    assert_type(model.classes, tuple[str, ...] | None)
+    assert_type(model.preprocessing, convscope.Preprocessing)
+
+    predictions = convscope.predict(model, images, top=3)
+    assert_type(predictions, convscope.Predictions)
+    assert_type(predictions.names, list[list[str]])
+
+    activations = convscope.activations(model, images, ["blocks.0"])
+    assert_type(activations, convscope.Activations)
+    assert_type(activations["blocks.0"], np.ndarray)
+    assert_type(activations.save("folder"), Path)
+
+    assert_type(convscope.show(model), "convscope.explorer.notebook.ExplorerFrame")
+
+
+def explain(model: convscope.Model, images: list[str]) -> None:
+    heatmaps = convscope.heatmaps(model, images, ["tabby", "Persian cat"], method="grad-cam")
+    assert_type(heatmaps, convscope.Heatmaps)
+    assert_type(heatmaps.values, np.ndarray)
+    scores = convscope.evaluate(model, images, heatmaps)
+    assert_type(scores, convscope.Evaluation)
+    assert_type(scores["deletion"], npt.NDArray[np.float32])
+    assert_type(convscope.compare(model, images), convscope.Comparison)
+    region = convscope.segmentation_target(3, np.ones((4, 4), bool))
+    assert_type(convscope.heatmaps(model, images, [region]).targets, np.ndarray)
+    assert_type(convscope.heatmaps(model, images, [convscope.output_target("out", 3)]).logits, np.ndarray)
+
+
+def visualize(model: convscope.Model) -> None:
+    objective = convscope.objectives.channel("blocks.4", 7) - 0.5 * convscope.objectives.neuron("blocks.3", 4)
+    assert_type(objective, convscope.objectives.Objective)
+    patterns = convscope.patterns(model, objective, steps=8)
+    assert_type(patterns, convscope.Patterns)
+    assert_type(patterns.images, np.ndarray)
+    assert_type(convscope.story(model), convscope.Story)
+
+
+def collect(model: convscope.Model, images: list[str]) -> None:
+    store = convscope.scan(model, images, "store")
+    assert_type(store, convscope.Store)
+    assert_type(convscope.open_store("store"), convscope.Store)
+    assert_type(convscope.concepts(model, images, "tabby"), convscope.Concepts)
+    assert_type(convscope.atlas(model, images), convscope.Atlas)
+    assert_type(convscope.samples.photographs(), list[str])
+
+
+def refuse() -> None:
+    try:
+        convscope.load("no such model")
+    except convscope.ConvscopeError as error:
+        assert_type(error, convscope.ConvscopeError)
