@@ -12,7 +12,9 @@ from convscope.plotting.panels import image_title, shorten, show_image
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
-from convscope.store.store import ImageRecord, Store, UnitRecord
+from convscope.store.image_record import ImageRecord
+from convscope.store.tables import StoreTables
+from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,7 +249,7 @@ def draw_unit_changes(result: UnitChanges) -> Figure:
     return _pairs(title, rows, int((~np.isnan(result.r) | result.constant_in_one).sum()))
 
 
-def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[Store, int]]]], count: int) -> Figure:
+def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[StoreTables, int]]]], count: int) -> Figure:
     """Two units a row, five patches of each, the words between them."""
     each = 5
     shown = f"; {len(rows)} of {count:,} shown" if len(rows) < count else ""
@@ -258,7 +260,7 @@ def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[Store, int]]]],
         name = "\n".join(textwrap.wrap(shorten(layer, 44), 22))
         _nothing(axes[each], f"{name}\n{units}\n{words}")
         for positions, (store, unit) in zip((axes[:each], axes[each + 1 :]), pair, strict=True):
-            examples = store.unit(layer, unit).examples(each)
+            examples = UnitRecord(store, layer, unit).examples(each)
             for position in positions[len(examples) :]:
                 position.set_axis_off()
             for position, example in zip(positions, examples, strict=False):

@@ -1,21 +1,20 @@
-"""What a store shows as a whole: units that are dead, that double each other, that changed between two scans."""
+"""Find dead and duplicate units in a store, and compare the units of two scans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
 from convscope.errors import ConvscopeError
 from convscope.results import HasFigure
 from convscope.store import queries
+from convscope.store.tables import StoreTables
 
 if TYPE_CHECKING:
     import pyarrow
-
-    from convscope.store.store import Store
 
 
 class Pair(NamedTuple):
@@ -28,9 +27,16 @@ class Pair(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A unit in two scans. r: Pearson's, of its maxima on the sample in both, NaN where it is constant in either.
+    """A unit in two scans.
 
-    shared: the share of pictures that are among its best in both, NaN where it has none.
+    Attributes
+    ----------
+    layer, unit : str, int
+        The unit.
+    r : float
+        Pearson's r of its maxima on the sample in both scans; NaN if they are constant in either.
+    overlap : float
+        Fraction of its top images that both scans share; NaN if it has none.
     """
 
     layer: str
@@ -41,9 +47,14 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DeadUnits(HasFigure):
-    """Units that are never above 0, or constant. table: layer, unit, maximum, minimum, a row each.
+    """Units that are never positive, or constant.
 
-    shares: for each layer the share of its units that are dead.
+    Attributes
+    ----------
+    table : pyarrow.Table
+        One row per dead unit: layer, unit, maximum, minimum.
+    fractions : dict of str to float
+        For each layer the fraction of its units that are dead.
     """
 
     table: pyarrow.Table = field(repr=False)
@@ -53,19 +64,27 @@ class DeadUnits(HasFigure):
         return len(self.table)
 
 
-def find_dead_units(store: Store) -> DeadUnits:
+def find_dead_units(store: StoreTables) -> DeadUnits:
+    """Find units that are never positive on any image, or constant."""
     table = store.units(["layer", "unit", "maximum", "minimum", "dead"])
-    found = table.filter(table["dead"]).drop_columns(["dead"])
-    counts = {row["values"]: row["counts"] for row in found["layer"].value_counts().to_pylist()}
-    shares = {layer: counts.get(layer, 0) / count for layer, count in store.unit_counts.items()}
-    return DeadUnits(found, shares)
+    dead = table.filter(table["dead"]).drop_columns(["dead"])
+    counts = {row["values"]: row["counts"] for row in dead["layer"].value_counts().to_pylist()}
+    return DeadUnits(dead, {layer: counts.get(layer, 0) / count for layer, count in store.unit_counts.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Duplicates(HasFigure, Sequence[Pair]):
-    """Pairs of units with r >= threshold, highest r first, ties in the order of layers and units."""
+    """Pairs of units with r >= threshold: highest r first, ties in the order of layers and units.
 
-    store: Store = field(repr=False)
+    Attributes
+    ----------
+    store : StoreTables
+        The store.
+    threshold : float
+        The lowest Pearson's r of a pair.
+    """
+
+    store: StoreTables = field(repr=False)
     threshold: float
     _layers: np.ndarray = field(repr=False)
     _first: np.ndarray = field(repr=False)
@@ -87,34 +106,43 @@ class Duplicates(HasFigure, Sequence[Pair]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """For each layer the number of its units that have a double."""
+        """For each layer the number of its units that have a duplicate."""
         return {
             layer: len(np.union1d(self._first[self._layers == i], self._second[self._layers == i]))
             for i, layer in enumerate(self.store.layers)
         }
 
 
-def find_duplicates(store: Store, threshold: float) -> Duplicates:
+def find_duplicates(store: StoreTables, threshold: float) -> Duplicates:
+    """Find pairs of units of a layer with Pearson's r >= threshold on the sample."""
     if not -1 <= threshold <= 1:
-        raise ConvscopeError(f"threshold is {threshold!r}; expected a correlation, such as 0.99")
-    found: list[tuple[Any, ...]] = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0, np.float32))]
+        raise ConvscopeError(f"threshold is {threshold!r}; expected a correlation in [-1, 1], such as 0.99")
+    no_pairs = (np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0, np.float32))
+    blocks: list[tuple[np.ndarray, ...]] = [no_pairs]
     for i, layer in enumerate(store.layers):
         for first, second, r in queries.correlated_pairs(store.samples(layer), threshold):
-            found.append((np.full(len(r), i), first, second, r))
-    layers, first, second, r = (np.concatenate(column) for column in zip(*found, strict=True))
+            blocks.append((np.full(len(r), i), first, second, r))
+    layers, first, second, r = (np.concatenate(column) for column in zip(*blocks, strict=True))
     order = np.argsort(-r, kind="stable")
     return Duplicates(store, threshold, layers[order], first[order], second[order], r[order])
 
 
 @dataclass(frozen=True, eq=False)
 class UnitChanges(HasFigure, Sequence[Change]):
-    """What became of every unit between two scans of the same layers and pictures, in the order of the units table.
+    """Every unit in two scans of the same layers and images, in the order of the units table.
 
-    r, shared: (all units,) as in `Change`. one_constant: whether a unit is constant on the sample in just one of them.
+    Attributes
+    ----------
+    store, other : StoreTables
+        The two stores.
+    r, overlap : ndarray
+        (num_units,) float32, as in `Change`.
+    constant_in_one : ndarray
+        (num_units,) bool: whether the unit is constant on the sample in exactly one of the scans.
     """
 
-    store: Store = field(repr=False)
-    other: Store = field(repr=False)
+    store: StoreTables = field(repr=False)
+    other: StoreTables = field(repr=False)
     r: np.ndarray = field(repr=False)
     overlap: np.ndarray = field(repr=False)
     constant_in_one: np.ndarray = field(repr=False)
@@ -133,44 +161,45 @@ class UnitChanges(HasFigure, Sequence[Change]):
         return Change(layer, unit, float(self.r[index]), float(self.overlap[index]))
 
     def largest(self, n: int = 10) -> list[Change]:
-        """The units that changed most: lowest r first, then fewest shared pictures, then in order.
+        """List the units that changed most: lowest r first, then lowest overlap, then in order.
 
-        A unit that is constant in one of the two counts as r = 0; one that is constant in both did not change.
+        A unit that is constant in one of the scans counts as r = 0; one that is constant in both is left out.
         """
         key = np.where(self.constant_in_one, 0, self.r)
         order = np.lexsort((np.nan_to_num(self.overlap, nan=1.0), key))  # NaN sorts last
         return [self[int(i)] for i in order[~np.isnan(key[order])][:n]]
 
 
-def compare_units(store: Store, other: Store) -> UnitChanges:
-    _require_comparable(store, other)
-    r, shared, one = [], [], []
+def compare_units(store: StoreTables, other: StoreTables) -> UnitChanges:
+    """Compare every unit in two scans. Raises ConvscopeError if data, layers or samples differ."""
+    _check_comparable(store, other)
+    r, overlap, constant_in_one = [], [], []
     for layer in store.layers:
         a, b = store.samples(layer), other.samples(layer)
         r.append(queries.pearson_rowwise(a, b))
-        one.append(queries.is_not_constant(a) != queries.is_not_constant(b))
+        constant_in_one.append(queries.is_not_constant(a) != queries.is_not_constant(b))
         count = store.unit_counts[layer]
         for start in range(0, count, queries.BLOCK_SIZE):
             stop = min(start + queries.BLOCK_SIZE, count)
-            ours, theirs = (one_store.top_images(layer, start, stop) for one_store in (store, other))
-            k = min(ours.shape[1], theirs.shape[1])
-            shared.append(queries.overlap(ours[:, :k], theirs[:, :k]))
-    return UnitChanges(store, other, *(np.concatenate(parts) for parts in (r, shared, one)))
+            top_a, top_b = store.top_images(layer, start, stop), other.top_images(layer, start, stop)
+            k = min(top_a.shape[1], top_b.shape[1])
+            overlap.append(queries.overlap(top_a[:, :k], top_b[:, :k]))
+    return UnitChanges(store, other, np.concatenate(r), np.concatenate(overlap), np.concatenate(constant_in_one))
 
 
-def _require_comparable(store: Store, other: Store) -> None:
-    differ = []
-    ours, theirs = (one.manifest["data"] for one in (store, other))
-    if ours["fingerprint"] != theirs["fingerprint"]:
-        differ.append(f"the data ({ours['name']}, {ours['images']} images; {theirs['name']}, {theirs['images']})")
+def _check_comparable(store: StoreTables, other: StoreTables) -> None:
+    differences = []
+    a, b = store.manifest["data"], other.manifest["data"]
+    if a["fingerprint"] != b["fingerprint"]:
+        differences.append(f"the data ({a['name']}, {a['images']} images; {b['name']}, {b['images']})")
     if store.unit_counts != other.unit_counts or store.layers != other.layers:
-        names = {*store.unit_counts.items()} ^ {*other.unit_counts.items()}
-        told = ", ".join(sorted({name for name, _ in names})[:4]) or "their order"
-        differ.append(f"the layers ({told})")
+        differing = {*store.unit_counts.items()} ^ {*other.unit_counts.items()}
+        names = ", ".join(sorted({name for name, _ in differing})[:4]) or "their order"
+        differences.append(f"the layers ({names})")
     if not np.array_equal(store.sample_images, other.sample_images):
-        differ.append(f"the sample ({len(store.sample_images)} and {len(other.sample_images)} images)")
-    if differ:
+        differences.append(f"the sample ({len(store.sample_images)} and {len(other.sample_images)} images)")
+    if differences:
         raise ConvscopeError(
-            f"{store.address} and {other.address} cannot be compared: they differ in {'; '.join(differ)}; "
-            "scan the same pictures and layers with the same sample"
+            f"{store.address} and {other.address} cannot be compared: they differ in {'; '.join(differences)}; "
+            "scan the same images and layers with the same sample"
         )

@@ -1,12 +1,27 @@
-"""What a store tells of units and pictures, as small tuples."""
+"""Small records that the store returns about units and images."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+SIDES = ("top", "left", "bottom", "right")
+Box = tuple[float, float, float, float]  # top, left, bottom, right
+
 
 class ClassMean(NamedTuple):
-    """A unit's mean activation, over places, on the pictures of one of the data set's classes; how many these are."""
+    """A unit's mean activation on the images of one class of the data set.
+
+    Attributes
+    ----------
+    name : str
+        The class's name.
+    label : int
+        The class's index in the data set.
+    mean : float
+        Mean over all positions of all images of the class.
+    images : int
+        Number of images of the class.
+    """
 
     name: str
     label: int
@@ -15,7 +30,7 @@ class ClassMean(NamedTuple):
 
 
 class UnitCorrelation(NamedTuple):
-    """Another unit, and Pearson's r of the two units' maxima on the sample."""
+    """A unit, and Pearson's r of its maxima on the sample with those of another unit."""
 
     layer: str
     unit: int
@@ -23,7 +38,7 @@ class UnitCorrelation(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """One of the network's classes for a picture, with its probability."""
+    """One of the network's classes for an image, with its probability."""
 
     name: str
     target: int
@@ -31,9 +46,18 @@ class Prediction(NamedTuple):
 
 
 class UnitRank(NamedTuple):
-    """A unit among whose best pictures one stands: its rank there (0 is the best), the unit's value, what it sees.
+    """The rank of an image among a unit's top examples.
 
-    box: top, left, bottom, right, in pixels of the network's input.
+    Attributes
+    ----------
+    layer, unit : str, int
+        The unit.
+    rank : int
+        0 for the image with the unit's highest activation.
+    value : float
+        The unit's maximum on the image.
+    box : tuple of int
+        Top, left, bottom and right edge of the patch, in pixels of the network's input.
     """
 
     layer: str

@@ -1,4 +1,7 @@
-"""Merged arrays become the store: Parquet tables sorted for reading one unit, and arrays beside them."""
+"""Write a store: Parquet tables sorted for reading one unit at a time, and arrays.
+
+The columns are described in docs/store.md.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,49 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convscope.errors import ConvscopeError, require_extra
+from convscope.errors import ConvscopeError
 from convscope.store import queries
-from convscope.store.io import Folder
+from convscope.store.io import Folder, Json
+from convscope.store.parquet import (
+    BOX_COLUMNS,
+    STATISTICS,
+    Columns,
+    images_schema,
+    make_table,
+    parquet_writer,
+    shards_schema,
+    topk_schema,
+    units_schema,
+    write_table,
+)
+from convscope.store.records import SIDES
 
 if TYPE_CHECKING:
-    import pyarrow
+    pass
 
-UNITS_PER_ROW_GROUP, IMAGES_PER_ROW_GROUP = (
-    64,
-    4096,
-)  # units in a row group of units.parquet and topk.parquet; pictures in one of pictures.parquet
-IN_MEMORY = 64 << 20  # bytes of an array that waits; beyond them it does so on the disk
-MAX_LISTED = 10  # classes and coactive units that are kept of a unit
-_FEW = ["layer", "unit", "kind", "rank", "row", "column", "top", "left", "bottom", "right", "dead"]  # values repeat
+FORMAT = 2  # of the store: raised by one with every change of its files, columns or keys
 
-FORMAT = 2  # of the store: raised by one with every change of its columns or keys
+UNITS_PER_ROW_GROUP = 64  # of units.parquet and topk.parquet
+MAX_BUFFER_BYTES = 64 << 20  # of an array that is being collected; beyond, it is buffered on disk
+MAX_LISTED = 10  # classes and coactive units that are stored for each unit
 
 
 @dataclass(frozen=True, eq=False)
 class RankedExamples:
-    """The best places, or the worst, of a layer's units, in their order; `pictures` is -1 in an empty slot.
+    """The highest (or lowest) k maxima of each unit of a layer, in order of rank.
 
-    values (U, k) float32, pictures (U, k) int64, positions (U, k) int32: row * W + column.
+    Attributes
+    ----------
+    values : ndarray
+        (U, k) float32 maxima.
+    images : ndarray
+        (U, k) int64 image ids; -1 in an empty slot.
+    positions : ndarray
+        (U, k) int32 positions on the map: row * W + column.
     """
 
     values: np.ndarray
@@ -43,13 +62,34 @@ class RankedExamples:
 
 @dataclass(frozen=True, eq=False)
 class LayerSummary:
-    """All that a scan found out about a layer of U units on N pictures.
+    """The results of a scan for a layer of U units.
 
-    shape: of its output, channels first, without the batch: (U, H, W), or without places. receptive_field, stride,
-    origin, sees_all: as in the layer table. mean, variance, maximum, minimum, active (share of places above 0), fires
-    (share of pictures with a maximum above 0): (U,). histogram: of the pictures' maxima, (U, HISTOGRAM_BINS). sample: maxima on
-    the R pictures of the sample (U, R), NaN where a picture failed; sample_positions: where they are. class_means:
-    (U, K), NaN for a class without pictures; None without labels.
+    Attributes
+    ----------
+    name, kind : str
+        As in the layer table.
+    shape : tuple of int
+        (U, H, W), or (U,) without positions.
+    receptive_field, stride, origin : tuple of float or None
+        As in the layer table.
+    has_global_context : bool
+        As in the layer table.
+    mean, variance, maximum, minimum : ndarray
+        (U,) over all positions of all images.
+    active : ndarray
+        (U,) fraction of positions with a positive activation.
+    fires : ndarray
+        (U,) fraction of images with a positive maximum.
+    histogram : ndarray
+        (U, HISTOGRAM_BINS) of the images' maxima.
+    top, bottom : RankedExamples
+        The images with the highest and the lowest activations.
+    sample : ndarray
+        (U, R) float32 maxima on the R images of the sample; NaN where an image failed.
+    sample_positions : ndarray
+        (U, R) int32 positions of these maxima.
+    class_means : ndarray or None
+        (U, K); NaN for a class without images. None without labels.
     """
 
     name: str
@@ -72,15 +112,39 @@ class LayerSummary:
     sample_positions: np.ndarray
     class_means: np.ndarray | None = None
 
+    def describe(self) -> Json:
+        """Return the layer's entry in the manifest."""
+        geometry = {name: getattr(self, name) for name in ("receptive_field", "stride", "origin")}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "units": len(self.mean),
+            "shape": list(self.shape),
+            **{name: None if value is None else list(value) for name, value in geometry.items()},
+            "has_global_context": self.has_global_context,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class ImageRows:
-    """Pictures one after the other, n of them.
+    """The results of a scan for n consecutive images. Values of a failed image are ignored.
 
-    names: addresses. labels (n,): -1 where unknown; None without labels. failed: the reason, or None, of each. sizes
-    (n, 2): height and width of the original. boxes (n, 4): top, left, bottom, right of the network's input in original
-    pixels. classes (n, c): the likeliest, with their probabilities (n, c). losses (n,): NaN where unknown; None without
-    labels. What is said of the size, box, classes and loss of a failed picture is not looked at.
+    Attributes
+    ----------
+    names : sequence of str
+        Addresses.
+    labels : ndarray or None
+        (n,); -1 where unknown. None without labels.
+    failed : sequence of str or None
+        Why an image could not be used; None if it was.
+    sizes : ndarray
+        (n, 2) height and width of the original.
+    boxes : ndarray
+        (n, 4) top, left, bottom and right edge of the network's input, in pixels of the original.
+    classes, probabilities : ndarray
+        (n, c) the most likely classes.
+    losses : ndarray or None
+        (n,) cross-entropy; NaN where unknown. None without labels.
     """
 
     names: Sequence[str]
@@ -101,237 +165,183 @@ def write_store(
     sample_images: np.ndarray,
     class_counts: np.ndarray | None,
     input_size: tuple[int, int],
-    shards: Iterable[Mapping[str, Any]],
-    manifest: Mapping[str, Any],
-    storage: Mapping[str, Any] | None = None,
+    shards: Iterable[Mapping[str, object]],
+    manifest: Json,
+    storage: Mapping[str, object] | None = None,
 ) -> None:
-    """Write the tables and arrays of a store, one layer and one part of the pictures in memory at a time.
+    """Write the tables and arrays of a store, one layer and one part of the images in memory at a time.
 
-    folder: a folder or an fsspec address; it is made if need be. layers: in the order that the store is to have.
-    pictures: in the order of their ids. sample_pictures: ids (R,). class_counts: usable pictures of each class (K,);
-    None without labels. input_size: (H, W) of the network's input. shards: mappings with shard, first, last (picture)
-    and sha256. manifest: as docs/store.md describes it, where `layers` and `input_size` are added here. storage:
-    fsspec's options for the address.
-    The same input gives the same bytes. Each file takes its name once it is whole, the manifest last. Raises
-    ConvscopeError if the folder cannot be written, or for other pictures than the manifest tells of.
+    The same input gives the same bytes. Each file appears under its name once it is complete, the manifest last.
+
+    Parameters
+    ----------
+    folder : str or path
+        A folder or an fsspec address; created if necessary.
+    layers : iterable of LayerSummary
+        In the order of the store.
+    images : iterable of ImageRows
+        In the order of ids.
+    sample_images : ndarray
+        (R,) ids of the sample.
+    class_counts : ndarray or None
+        (K,) number of usable images of each class. None without labels.
+    input_size : tuple of int
+        (H, W) of the network's input.
+    shards : iterable of mapping
+        Rows of shards.parquet: shard, first, last (image), sha256.
+    manifest : dict
+        As in docs/store.md; `layers` and `input_size` are added here.
+    storage : mapping, optional
+        fsspec's options for the address.
+
+    Raises
+    ------
+    ConvscopeError
+        If the folder cannot be written, or if the manifest names another number of images.
     """
-    where = Folder(folder, storage)
-    where.remove("manifest.json")  # of an earlier store: it does not speak for this one
-    told = _write_layers(where, layers, sample_images, class_counts, input_size)
-    count = _write_table(where, "images.parquet", _images_schema(), map(_images_columns, images), IMAGES_PER_ROW_GROUP)
+    store = Folder(folder, storage)
+    store.remove("manifest.json")  # of an earlier store: from now on its files are incomplete
+    layer_entries = _write_layers(store, layers, sample_images, class_counts, input_size)
+    count = write_table(store, "images.parquet", images_schema(), map(_image_columns, images))
     if count != manifest["data"]["images"]:
         raise ConvscopeError(f"{count} images were given; expected {manifest['data']['images']} as in the manifest")
     rows = list(shards)
-    columns = {name: [row[name] for row in rows] for name in _shards_schema().names}
-    _write_table(where, "shards.parquet", _shards_schema(), [columns] if rows else [], IMAGES_PER_ROW_GROUP)
-    where.write_array("sample_images.npy", np.asarray(sample_images, np.int64))
+    shard_columns = {name: [row[name] for row in rows] for name in shards_schema().names}
+    write_table(store, "shards.parquet", shards_schema(), [shard_columns] if rows else [])
+    store.write_array("sample_images.npy", np.asarray(sample_images, np.int64))
     if class_counts is not None:
-        where.write_array("class_counts.npy", np.asarray(class_counts, np.int64))
-    where.write_json("manifest.json", {**manifest, "layers": told, "input_size": list(input_size)})
+        store.write_array("class_counts.npy", np.asarray(class_counts, np.int64))
+    store.write_json("manifest.json", {**manifest, "layers": layer_entries, "input_size": list(input_size)})
 
 
-# --- units and their places ------------------------------------------------------------------------------------------
+# --- units and their examples ----------------------------------------------------------------------------------------
 
 
 def _write_layers(
-    where: Folder,
+    store: Folder,
     layers: Iterable[LayerSummary],
     sample_images: np.ndarray,
     class_counts: np.ndarray | None,
-    size: tuple[int, int],
-) -> list[dict[str, Any]]:
-    """units.parquet, topk.parquet, sample.npy and class_means.npy, all in one go; what the manifest says of layers."""
-    told = []
+    input_size: tuple[int, int],
+) -> list[Json]:
+    """Write units.parquet, topk.parquet, sample.npy and class_means.npy in one pass; return the manifest's layers."""
+    entries = []
     with ExitStack() as stack:
-        units, topk = (stack.enter_context(where.atomic_write(name)) for name in ("units.parquet", "topk.parquet"))
-        unit_rows = stack.enter_context(_writer(units, _units_schema()))
-        topk_rows = stack.enter_context(_writer(topk, _topk_schema()))
-        # Rows of arrays wait, since how many there are is said ahead of them.
-        sample, means = (stack.enter_context(SpooledTemporaryFile(IN_MEMORY)) for _ in range(2))
+        units_file, topk_file = (
+            stack.enter_context(store.atomic_write(name)) for name in ("units.parquet", "topk.parquet")
+        )
+        units_writer = stack.enter_context(parquet_writer(units_file, units_schema()))
+        topk_writer = stack.enter_context(parquet_writer(topk_file, topk_schema()))
+        # The header of a .npy file holds the number of rows, which is known only at the end.
+        sample, means = (stack.enter_context(SpooledTemporaryFile(MAX_BUFFER_BYTES)) for _ in range(2))
         for layer in layers:
-            told.append(_told(layer))
-            unit_table = _table(_units_columns(layer), _units_schema())
-            middles = queries.decile_medians(layer.sample)
-            for start in range(0, len(unit_table), UNITS_PER_ROW_GROUP):
-                unit_rows.write_table(unit_table.slice(start, UNITS_PER_ROW_GROUP))
-                columns = _topk_columns(layer, slice(start, start + UNITS_PER_ROW_GROUP), middles, sample_images, size)
-                table = _table(columns, _topk_schema())
-                if len(table):
-                    topk_rows.write_table(table, row_group_size=len(table))
+            entries.append(layer.describe())
+            units = make_table(_unit_columns(layer), units_schema())
+            deciles = _decile_examples(layer, sample_images)
+            for start in range(0, len(units), UNITS_PER_ROW_GROUP):
+                stop = start + UNITS_PER_ROW_GROUP
+                units_writer.write_table(units.slice(start, UNITS_PER_ROW_GROUP))
+                examples = make_table(_topk_columns(layer, slice(start, stop), deciles, input_size), topk_schema())
+                if len(examples):
+                    topk_writer.write_table(examples, row_group_size=len(examples))
             sample.write(np.ascontiguousarray(layer.sample, "<f4").tobytes())
             if layer.class_means is not None:
                 means.write(np.ascontiguousarray(layer.class_means, "<f4").tobytes())
-        count = sum(layer["units"] for layer in told)
-        where.write_rows("sample.npy", sample, (count, len(sample_images)))
+        count = sum(entry["units"] for entry in entries)
+        store.write_rows("sample.npy", sample, (count, len(sample_images)))
         if class_counts is not None:
-            where.write_rows("class_means.npy", means, (count, len(class_counts)))
-    return told
+            store.write_rows("class_means.npy", means, (count, len(class_counts)))
+    return entries
 
 
-def _told(layer: LayerSummary) -> dict[str, Any]:
-    head = {"name": layer.name, "kind": layer.kind, "units": len(layer.mean), "shape": list(layer.shape)}
-    geometry = {name: getattr(layer, name) for name in ("receptive_field", "stride", "origin")}
-    lists = {name: None if value is None else list(value) for name, value in geometry.items()}
-    return {**head, **lists, "has_global_context": layer.has_global_context}
-
-
-def _units_columns(layer: LayerSummary) -> dict[str, Any]:
+def _unit_columns(layer: LayerSummary) -> Columns:
+    """Compute the columns of units.parquet for a layer."""
     count = len(layer.mean)
-    constant = layer.maximum == layer.minimum
     coactive, coactivation = queries.coactive(layer.sample, MAX_LISTED)
-    means, classes = layer.class_means, None
-    if means is not None:
-        classes = [queries.top_classes(row, MAX_LISTED) for row in means]
     return {
         "layer": [layer.name] * count,
         "unit": np.arange(count),
-        **{name: getattr(layer, name) + 0.0 for name in ("mean", "variance", "maximum", "minimum", "active", "fires")},
-        "dead": ~(layer.maximum > 0) | constant,
+        **{name: getattr(layer, name) + 0.0 for name in STATISTICS},
+        "dead": ~(layer.maximum > 0) | (layer.maximum == layer.minimum),
         "histogram": list(layer.histogram),
         "deciles": list(queries.deciles(layer.sample)),
-        "selectivity": [None] * count if means is None else [queries.selectivity(row) for row in means],
-        "classes": [None] * count if classes is None else classes,
-        "class_means": [None] * count
-        if means is None or classes is None
-        else [row[best] for row, best in zip(means, classes, strict=True)],
+        **_class_columns(layer),
         "coactive": coactive,
         "coactivation": coactivation,
     }
 
 
-def _topk_columns(
-    layer: LayerSummary, units: slice, middles: np.ndarray, sample_images: np.ndarray, size: tuple[int, int]
-) -> dict[str, Any]:
-    """The rows of some units, sorted by unit, kind (alphabetically) and rank; empty slots left out."""
-    places = middles[units]
-    decile = RankedExamples(
-        np.take_along_axis(layer.sample[units], places, 1),
-        np.asarray(sample_images)[places],
-        np.take_along_axis(layer.sample_positions[units], places, 1),
-    )
-    worst, best = (
-        RankedExamples(b.values[units], b.images[units], b.positions[units]) for b in (layer.bottom, layer.top)
-    )
-    lists = {"bottom": worst, "decile": decile, "top": best}
-    values, images, positions = (
-        np.concatenate([getattr(part, name) for part in lists.values()], 1)
-        for name in ("values", "images", "positions")
-    )
-    there = images >= 0
-    lengths = [part.values.shape[1] for part in lists.values()]
-    rank = np.concatenate([np.arange(length) for length in lengths])
-    kind = np.repeat(list(lists), lengths)
-    width = layer.shape[2] if len(layer.shape) == 3 else 1
-    row, column = positions[there] // width, positions[there] % width
-    known = (None, None, None) if layer.has_global_context else (layer.receptive_field, layer.stride, layer.origin)
-    boxes = queries.patch_boxes(row, column, *known, size)
-    unit = np.arange(units.start, units.start + len(places))
+def _class_columns(layer: LayerSummary) -> Columns:
+    means = layer.class_means
+    if means is None:
+        return {name: [None] * len(layer.mean) for name in ("selectivity", "classes", "class_means")}
+    classes = [queries.top_classes(row, MAX_LISTED) for row in means]
     return {
-        "layer": [layer.name] * len(row),
-        "unit": np.broadcast_to(unit[:, None], there.shape)[there],
-        "kind": np.broadcast_to(kind, there.shape)[there].tolist(),
-        "rank": np.broadcast_to(rank, there.shape)[there],
-        "value": values[there] + np.float32(0),  # -0 becomes 0
-        "image": images[there],
-        "row": row,
-        "column": column,
-        **{side: boxes[:, i] for i, side in enumerate(("top", "left", "bottom", "right"))},
+        "selectivity": [queries.selectivity(row) for row in means],
+        "classes": classes,
+        "class_means": [row[best] for row, best in zip(means, classes, strict=True)],
     }
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+def _decile_examples(layer: LayerSummary, sample_images: np.ndarray) -> RankedExamples:
+    """Return for each unit the median example of each tenth of the sample."""
+    columns = queries.decile_medians(layer.sample)
+    return RankedExamples(
+        np.take_along_axis(layer.sample, columns, 1),
+        np.asarray(sample_images)[columns],
+        np.take_along_axis(layer.sample_positions, columns, 1),
+    )
 
 
-def _images_columns(rows: ImageRows) -> dict[str, Any]:
-    """Everything but the ids, which follow each other."""
-    bad = np.array([reason is not None for reason in rows.failed], bool)
-    count = len(bad)
+def _topk_columns(layer: LayerSummary, units: slice, deciles: RankedExamples, input_size: tuple[int, int]) -> Columns:
+    """Compute the columns of topk.parquet for some units: sorted by unit, kind and rank, without empty slots."""
+    examples = {"bottom": layer.bottom, "decile": deciles, "top": layer.top}  # kinds in alphabetical order
+    values, images, positions = (
+        np.concatenate([getattr(part, name)[units] for part in examples.values()], 1)
+        for name in ("values", "images", "positions")
+    )
+    filled = images >= 0
+    lengths = [part.values.shape[1] for part in examples.values()]
+    unit = np.arange(units.start, units.start + len(values))[:, None]
+    rank = np.concatenate([np.arange(length) for length in lengths])
+    width = layer.shape[2] if len(layer.shape) == 3 else 1
+    row, column = np.divmod(positions[filled], width)
+    geometry = (None, None, None) if layer.has_global_context else (layer.receptive_field, layer.stride, layer.origin)
+    boxes = queries.patch_boxes(row, column, *geometry, input_size)
+    return {
+        "layer": [layer.name] * len(row),
+        "unit": np.broadcast_to(unit, filled.shape)[filled],
+        "kind": np.broadcast_to(np.repeat(list(examples), lengths), filled.shape)[filled].tolist(),
+        "rank": np.broadcast_to(rank, filled.shape)[filled],
+        "value": values[filled] + np.float32(0),  # -0 becomes 0
+        "image": images[filled],
+        "row": row,
+        "column": column,
+        **{side: boxes[:, i] for i, side in enumerate(SIDES)},
+    }
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _image_columns(rows: ImageRows) -> Columns:
+    """Compute the columns of images.parquet but for the ids, which are consecutive."""
+    failed = np.array([reason is not None for reason in rows.failed], bool)
+    count = len(failed)
     labels = np.full(count, -1) if rows.labels is None else rows.labels
     losses = np.full(count, np.nan) if rows.losses is None else rows.losses
-
-    def masked(values: np.ndarray, missing: np.ndarray) -> np.ma.MaskedArray[Any, Any]:
-        return np.ma.masked_array(values, missing)
-
-    def lists(values: np.ndarray) -> list[np.ndarray | None]:
-        return [None if failed else row for failed, row in zip(bad, values, strict=True)]
-
+    masked = np.ma.masked_array
     return {
         "name": rows.names,
         "label": masked(labels, labels < 0),
         "failed": rows.failed,
-        **{side: masked(rows.sizes[:, i], bad) for i, side in enumerate(("height", "width"))},
-        **{f"box_{side}": masked(rows.boxes[:, i], bad) for i, side in enumerate(("top", "left", "bottom", "right"))},
-        "classes": lists(rows.classes),
-        "probabilities": lists(rows.probabilities),
-        "loss": masked(losses, bad | np.isnan(losses)),
+        **{side: masked(rows.sizes[:, i], failed) for i, side in enumerate(("height", "width"))},
+        **{side: masked(rows.boxes[:, i], failed) for i, side in enumerate(BOX_COLUMNS)},
+        "classes": _lists_or_none(rows.classes, failed),
+        "probabilities": _lists_or_none(rows.probabilities, failed),
+        "loss": masked(losses, failed | np.isnan(losses)),
     }
 
 
-# --- Parquet ---------------------------------------------------------------------------------------------------------
-
-
-def _fields(**types: str) -> pyarrow.Schema:
-    """A schema from names and types; "list T" is a list of T."""
-    arrow = require_extra("pyarrow")
-
-    def typed(name: str) -> pyarrow.DataType:
-        kind = arrow.type_for_alias(name.removeprefix("list "))
-        return arrow.list_(kind) if name.startswith("list ") else kind
-
-    return arrow.schema([(name, typed(kind)) for name, kind in types.items()])
-
-
-def _units_schema() -> pyarrow.Schema:
-    numbers = dict.fromkeys(("mean", "variance", "maximum", "minimum", "active", "fires"), "double")
-    head = {"layer": "string", "unit": "int32", **numbers, "dead": "bool", "histogram": "list int64"}
-    tail = {"deciles": "list float", "selectivity": "float", "classes": "list int32", "class_means": "list float"}
-    return _fields(**head, **tail, coactive="list int32", coactivation="list float")
-
-
-def _topk_schema() -> pyarrow.Schema:
-    position = dict.fromkeys(("row", "column", "top", "left", "bottom", "right"), "int32")
-    head = {"layer": "string", "unit": "int32", "kind": "string", "rank": "int32", "value": "float", "image": "int64"}
-    return _fields(**head, **position)
-
-
-def _images_schema() -> pyarrow.Schema:
-    box = dict.fromkeys(("box_top", "box_left", "box_bottom", "box_right"), "float")
-    head = {"image": "int64", "name": "string", "label": "int32", "failed": "string", "height": "int32"}
-    return _fields(**head, width="int32", **box, classes="list int32", probabilities="list float", loss="float")
-
-
-def _shards_schema() -> pyarrow.Schema:
-    return _fields(shard="int64", first="int64", last="int64", sha256="string")
-
-
-def _writer(file: IO[bytes], schema: pyarrow.Schema) -> Any:
-    """A writer whose bytes depend on the rows and the version of pyarrow alone."""
-    few = [name for name in schema.names if name in _FEW]
-    parquet = require_extra("pyarrow.parquet")
-    return parquet.ParquetWriter(file, schema, compression="zstd", write_statistics=True, use_dictionary=few)
-
-
-def _table(columns: Mapping[str, Any], schema: pyarrow.Schema) -> pyarrow.Table:
-    arrow = require_extra("pyarrow")
-    return arrow.table([arrow.array(columns[field.name], field.type) for field in schema], schema=schema)
-
-
-def _write_table(
-    where: Folder, name: str, schema: pyarrow.Schema, parts: Iterable[Mapping[str, Any]], size: int
-) -> int:
-    """Write rows in groups of `size`, however they are parted; a column `picture` counts them. Gives their number."""
-    arrow = require_extra("pyarrow")
-    with where.atomic_write(name) as file, _writer(file, schema) as writer:
-        waiting, count = schema.empty_table(), 0
-        for part in parts:
-            rows = len(part[schema.names[-1]])
-            numbered = {"image": np.arange(count, count + rows), **part}
-            waiting = arrow.concat_tables([waiting, _table(numbered, schema)])
-            count += rows
-            whole = len(waiting) // size * size
-            if whole:
-                writer.write_table(waiting.slice(0, whole).combine_chunks(), row_group_size=size)
-                waiting = waiting.slice(whole)
-        if len(waiting):
-            writer.write_table(waiting.combine_chunks(), row_group_size=size)
-    return count
+def _lists_or_none(values: np.ndarray, failed: np.ndarray) -> list[np.ndarray | None]:
+    return [None if missing else row for missing, row in zip(failed, values, strict=True)]

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from convscope.explorer.service.cache import Cache
 from convscope.explorer.service.images import encode_image
-from convscope.store.examples import ImageView
+from convscope.store.views import ImageView
 from convscope.store.store import Store
 
 TILE_SIZE = 96  # pixels

@@ -80,7 +80,7 @@ class StoredPatterns:
     def get_story(self, model: Model) -> Story | None:
         """Return the story; None if there is none. Raises ConvscopeError if it is damaged or of another model."""
         folder = self._store.folder
-        if not folder.filesystem.exists(folder.path("story/manifest.json")):
+        if not folder.exists("story/manifest.json"):
             return None
         return read_story(model, lambda name: self._read(f"story/{name}"))
 
