@@ -19,7 +19,7 @@ from convscope import Atlas, ConvscopeError
 from convscope.cli import app
 from convscope.decomposition.activation_atlas import NUM_CLASSES
 from convscope.images.loading import ImageBatchLoader
-from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, loaded, pictures, tiled
+from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 QUICK: dict[str, Any] = {"size": SIZE, "steps": 4}
@@ -32,7 +32,7 @@ def first_two(vectors: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model() -> convscope.Model:
-    return loaded()
+    return load_model()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def effects_recounted(model: convscope.Model, shown: np.ndarray, found: Atlas) -
 
 def test_classes_are_those_whose_logits_fall(model: convscope.Model) -> None:
     """The logits are means over 32 x 32 places: without one of them they fall by w . v / 1024."""
-    tiles = pictures(8)
+    tiles = random_images(8)
     result = convscope.atlas(
         model, tiles, layer="relu", grid=3, positions_per_image=9, min_count=2, reducer=first_two, **QUICK
     )
@@ -158,7 +158,7 @@ def test_effects_behind_further_layers() -> None:
 
 def test_a_class_keeps_what_speaks_for_it(model: convscope.Model) -> None:
     """Of colours with weights (3, 2, 1) for warm and (-1, 0, 2.5) for cold, red and green are warm and blue is cold."""
-    tiles = pictures(8)
+    tiles = random_images(8)
     asked: dict[str, Any] = {
         "layer": "relu",
         "grid": 2,
@@ -186,7 +186,7 @@ def test_a_class_keeps_what_speaks_for_it(model: convscope.Model) -> None:
 
 
 def test_icons_show_the_colour_of_their_cells(model: convscope.Model) -> None:
-    tiles = [tiled([[name] * 4] * 4) for name in ("red", "green", "blue") for _ in range(3)]
+    tiles = [tile_image([[name] * 4] * 4) for name in ("red", "green", "blue") for _ in range(3)]
 
     def apart(rows: np.ndarray) -> np.ndarray:
         return rows[:, :3] @ np.array([[0.0, 0], [1, 0], [0, 1]])
@@ -258,7 +258,7 @@ def test_nothing_is_left_behind(fails: bool, shown: np.ndarray) -> None:
 
 
 def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path: Path) -> None:
-    Image.fromarray(pictures(1)[0]).save(tmp_path / "0.png")
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "0.png")
     files = [str(tmp_path / "none.png"), str(tmp_path / "0.png")]
     result = convscope.atlas(model, files, grid=1, min_count=1, reducer=first_two, **QUICK)
     assert result.image_names == (files[1],)
@@ -308,7 +308,7 @@ def test_places_where_nothing_is_said_have_no_cell(model: convscope.Model) -> No
 
 def test_a_class_that_nothing_speaks_for(model: convscope.Model) -> None:
     with pytest.raises(ConvscopeError, match="no vector speaks for 'cold'"):
-        convscope.atlas(model, tiled([["red"] * 4] * 4), layer="relu", target="cold", reducer=first_two, **QUICK)
+        convscope.atlas(model, tile_image([["red"] * 4] * 4), layer="relu", target="cold", reducer=first_two, **QUICK)
 
 
 def test_without_umap_the_extra_is_named(
@@ -368,7 +368,7 @@ def test_umap_keeps_apart_what_is_apart(model: convscope.Model, tmp_path: Path) 
     pytest.importorskip("umap")
     draw = np.random.default_rng(0)
     tiles = [
-        np.clip(tiled([[name] * 4] * 4) * 0.7 + draw.integers(0, 60, (64, 64, 3)), 0, 255).astype(np.uint8)
+        np.clip(tile_image([[name] * 4] * 4) * 0.7 + draw.integers(0, 60, (64, 64, 3)), 0, 255).astype(np.uint8)
         for name in ("red", "blue")
         for _ in range(8)
     ]

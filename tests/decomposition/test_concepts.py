@@ -18,7 +18,17 @@ import convscope
 from convscope import Concepts, ConvscopeError
 from convscope.cli import app
 from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
-from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, Colours, colours, loaded, pictures, tiled
+from tests.oracles.colours import (
+    MODEL,
+    SETTINGS,
+    SIZE,
+    WEIGHTS,
+    ColourNet,
+    load_model,
+    make_network,
+    random_images,
+    tile_image,
+)
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
 
 COUNT = 3
@@ -27,12 +37,12 @@ ASKED: dict[str, Any] = {"count": COUNT, "crop": 1 / 4, "crops": 64, "sobol_poin
 
 @pytest.fixture(scope="module")
 def model() -> convscope.Model:
-    return loaded()
+    return load_model()
 
 
 @pytest.fixture(scope="module")
 def found(model: convscope.Model) -> Concepts:
-    return convscope.concepts(model, pictures(6), "warm", **ASKED)
+    return convscope.concepts(model, random_images(6), "warm", **ASKED)
 
 
 # --- planted colours -------------------------------------------------------------------------------------------------
@@ -60,13 +70,13 @@ def test_importance_and_effects_have_closed_forms(found: Concepts, model: convsc
     assert found.indices == pytest.approx(given**2 / (given**2).sum(1, keepdims=True), abs=0.02)
     assert found.importance == pytest.approx(found.indices.mean(0), rel=1e-12)
     assert found.importance.tolist() == sorted(found.importance, reverse=True)
-    logits = convscope.predict(model, pictures(6)).logits[:, 0]
+    logits = convscope.predict(model, random_images(6)).logits[:, 0]
     assert found.logits == pytest.approx(logits, rel=1e-5)
     assert found.reconstructed_logits == pytest.approx(logits, rel=1e-3)
 
 
 def test_what_speaks_against_a_class_has_a_negative_effect(model: convscope.Model) -> None:
-    against = convscope.concepts(model, pictures(6), "cold", only_predicted=False, **ASKED)
+    against = convscope.concepts(model, random_images(6), "cold", only_predicted=False, **ASKED)
     effects = dict(zip(against.bank.argmax(1).tolist(), against.ablation_effects, strict=True))
     assert effects[0] < -0.1  # red
     assert effects[2] > 0.1  # blue
@@ -74,7 +84,7 @@ def test_what_speaks_against_a_class_has_a_negative_effect(model: convscope.Mode
 
 
 def test_heat_lies_on_the_colour(found: Concepts) -> None:
-    picture = tiled([["red", "black"], ["green", "blue"]])
+    picture = tile_image([["red", "black"], ["green", "blue"]])
     heat = found.heatmap(picture)
     assert heat.shape == (1, COUNT, SIZE, SIZE)
     assert heat.dtype == np.float32
@@ -106,7 +116,7 @@ def test_heat_is_non_negative_least_squares_at_each_place() -> None:
 
 def test_crops_are_pooled_activations_of_what_is_cut_out(found: Concepts, model: convscope.Model) -> None:
     """Some crops, cut here once more and looked at one by one: their mean activations, taken apart."""
-    shown = pictures(6)
+    shown = random_images(6)
     for m in range(0, len(found.crops), 37):
         n, top, left, bottom, right = found.crops[m]
         mean = convscope.activations(model, shown[n][top:bottom, left:right], "relu")["relu"][0].mean((1, 2))
@@ -118,8 +128,8 @@ def test_crops_are_pooled_activations_of_what_is_cut_out(found: Concepts, model:
 
 
 def test_pictures_of_other_classes_are_kept_out(model: convscope.Model) -> None:
-    cold = tiled([["blue"] * 4] * 4)
-    mixed = [cold, *pictures(3), cold]
+    cold = tile_image([["blue"] * 4] * 4)
+    mixed = [cold, *random_images(3), cold]
     result = convscope.concepts(model, mixed, "warm", **ASKED)
     assert result.image_names == ("image 1", "image 2", "image 3")
     assert any("2 of 5 pictures are not counted to 'warm' but to cold (2): kept out" in note for note in result.notes)
@@ -133,7 +143,7 @@ def test_pictures_of_other_classes_are_kept_out(model: convscope.Model) -> None:
 
 def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path: Path) -> None:
     files = []
-    for i, picture in enumerate(pictures(2)):
+    for i, picture in enumerate(random_images(2)):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
         files.append(str(tmp_path / f"{i}.png"))
     result = convscope.concepts(model, [files[0], str(tmp_path / "none.png"), files[1]], "warm", **ASKED)
@@ -178,7 +188,7 @@ def test_a_network_without_rectifiers_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     model = convscope.load(filled(net), preprocessing={"size": SIZE})
     with pytest.raises(ConvscopeError, match="no layer of this network is rectified"):
-        convscope.concepts(model, pictures(2), 0, only_predicted=False)
+        convscope.concepts(model, random_images(2), 0, only_predicted=False)
 
 
 def test_networks_on_other_things_than_pictures_are_refused() -> None:
@@ -193,9 +203,9 @@ def test_networks_on_other_things_than_pictures_are_refused() -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(model: convscope.Model, found: Concepts) -> None:
-    again = convscope.concepts(model, pictures(6), "warm", **ASKED)
+    again = convscope.concepts(model, random_images(6), "warm", **ASKED)
     assert {k: v.tobytes() for k, v in again.arrays().items()} == {k: v.tobytes() for k, v in found.arrays().items()}
-    other = convscope.concepts(model, pictures(6), "warm", **ASKED, seed=1)
+    other = convscope.concepts(model, random_images(6), "warm", **ASKED, seed=1)
     assert (other.indices != found.indices).any()
     assert other.bank == pytest.approx(found.bank, abs=1e-6)  # the whole grid is cut: nothing is drawn there
 
@@ -316,7 +326,7 @@ def test_the_figure_tells_of_each_concept(found: Concepts) -> None:
 
 def test_the_command(found: Concepts, tmp_path: Path) -> None:
     files = []
-    for i, picture in enumerate(pictures(6)):
+    for i, picture in enumerate(random_images(6)):
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
         files.append(str(tmp_path / f"{i}.png"))
     (tmp_path / "classes.txt").write_text("warm\ncold\n")
@@ -332,10 +342,10 @@ def test_the_command(found: Concepts, tmp_path: Path) -> None:
 
 def test_a_users_network_is_used_as_it_is() -> None:
     """Weights that change later are seen, also by `heat`."""
-    net = colours()
-    result = convscope.concepts(loaded(net), pictures(3), "warm", **ASKED)
-    before = result.heatmap(pictures(1))
-    assert isinstance(net, Colours)
+    net = make_network()
+    result = convscope.concepts(load_model(net), random_images(3), "warm", **ASKED)
+    before = result.heatmap(random_images(1))
+    assert isinstance(net, ColourNet)
     with torch.no_grad():
         net.mix.weight *= 2
-    assert result.heatmap(pictures(1)) == pytest.approx(2 * before, abs=1e-4)
+    assert result.heatmap(random_images(1)) == pytest.approx(2 * before, abs=1e-4)

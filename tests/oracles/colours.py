@@ -1,4 +1,4 @@
-"""A network whose units are colours and whose classes are sums of them, and pictures made of coloured tiles."""
+"""A network whose units are colours and whose classes are sums of them, and images of coloured tiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 import convscope
 
 SIZE = 32  # of the network's input
-TILE = 16  # of the pictures, which are 4 x 4 tiles
+TILE = 16  # of the images, which are 4 x 4 tiles
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
-WEIGHTS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [-1.0, 0.0, 2.5, 0.5]])  # of warm and cold, by colour
+WEIGHTS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [-1.0, 0.0, 2.5, 0.5]])  # of the classes warm and cold, by colour
 
 
-class Colours(nn.Module):
-    """relu(1 x 1 convolution): red, green, blue, and a unit that is never on; their means; two classes."""
+class ColourNet(nn.Module):
+    """relu(1 x 1 convolution) with the units red, green, blue and one that is always 0; their means; two classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,26 +33,27 @@ class Colours(nn.Module):
         return self.fc(self.shrink(self.relu(self.mix(x))).mean((2, 3)))
 
 
-def colours() -> nn.Module:
-    """What MODEL names."""
-    return Colours().eval()
+def make_network() -> nn.Module:
+    """Make the network that `MODEL` names."""
+    return ColourNet().eval()
 
 
-MODEL = "tests.oracles.colours:colours"
+MODEL = "tests.oracles.colours:make_network"
 SETTINGS = '{"size": 32, "interpolation": "nearest"}'
 
 
-def loaded(net: nn.Module | None = None) -> convscope.Model:
+def load_model(net: nn.Module | None = None) -> convscope.Model:
+    """Load the network, or another one with the same input and classes."""
     preprocessing = {"size": SIZE, "interpolation": "nearest"}
-    return convscope.load(net or colours(), preprocessing=preprocessing, classes=["warm", "cold"])
+    return convscope.load(net or make_network(), preprocessing=preprocessing, classes=["warm", "cold"])
 
 
-def tiled(names: list[list[str]]) -> np.ndarray:
-    """A picture of coloured tiles, uint8 (H, W, 3)."""
+def tile_image(names: list[list[str]]) -> np.ndarray:
+    """Make an image of coloured tiles, uint8 (H, W, 3)."""
     return np.array([[COLOURS[name] for name in row] for row in names], np.uint8).repeat(TILE, 0).repeat(TILE, 1)
 
 
-def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Pictures of 4 x 4 tiles of random colours, blue the rarest, so that all of them are warm."""
-    draw = np.random.default_rng(seed)
-    return [tiled(draw.choice(list(COLOURS), (4, 4), p=[0.3, 0.3, 0.15, 0.25]).tolist()) for _ in range(count)]
+def random_images(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Make images of 4 x 4 tiles of random colours. Blue is the rarest, so that all images are warm."""
+    rng = np.random.default_rng(seed)
+    return [tile_image(rng.choice(list(COLOURS), (4, 4), p=[0.3, 0.3, 0.15, 0.25]).tolist()) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Small synthetic stores for tests, written as a scan writes them. No tests in here."""
+"""Synthetic stores for tests, written as a scan writes them."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from convscope.store.schema import FORMAT, ImageRows, LayerSummary, RankedExampl
 SIZE = (64, 80)  # of the network's input
 
 
-def draw(units: int, pictures: int, seed: int = 0, places: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Values with many ties, as after a ReLU: maxima (U, N) float32 in eighths, and their positions."""
+def random_maxima(units: int, images: int, seed: int = 0, side: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Draw maxima (U, N) float32, multiples of 1/8 with many ties as after a ReLU, and their positions on the map."""
     rng = np.random.default_rng(seed)
-    values = np.maximum(rng.integers(-12, 40, (units, pictures)), 0).astype(np.float32) / 8
-    return values, rng.integers(0, places * places, (units, pictures)).astype(np.int32)
+    values = np.maximum(rng.integers(-12, 40, (units, images)), 0).astype(np.float32) / 8
+    return values, rng.integers(0, side * side, (units, images)).astype(np.int32)
 
 
-def ranked(values: np.ndarray, positions: np.ndarray, k: int, lowest: bool = False) -> RankedExamples:
-    """The best k of maxima (U, N), ties by picture; NaN is a failed picture."""
+def rank_examples(values: np.ndarray, positions: np.ndarray, k: int, lowest: bool = False) -> RankedExamples:
+    """Rank the highest k of maxima (U, N), ties by image; NaN is a failed image."""
     key = np.where(np.isnan(values), np.inf, values if lowest else -values)
     order = np.argsort(key, axis=1, kind="stable")[:, :k]
-    found = np.take_along_axis(values, order, 1)
-    empty = np.isnan(found)
+    top = np.take_along_axis(values, order, 1)
+    empty = np.isnan(top)
     short = ((0, 0), (0, k - order.shape[1]))
     return RankedExamples(
-        np.pad(np.where(empty, 0, found), short).astype(np.float32),
+        np.pad(np.where(empty, 0, top), short).astype(np.float32),
         np.pad(np.where(empty, -1, order), short, constant_values=-1),
         np.pad(np.take_along_axis(positions, order, 1), short),
     )
 
 
-def summary(
+def layer_summary(
     name: str,
     values: np.ndarray,
     positions: np.ndarray,
-    sample_pictures: np.ndarray,
+    sample_images: np.ndarray,
     *,
     k: int = 5,
     labels: np.ndarray | None = None,
     classes: int = 0,
     **geometry: Any,
 ) -> LayerSummary:
-    """A layer whose maximum on each picture is `values` (U, N), NaN where it failed; its mean over places is half."""
-    seen = values[:, ~np.isnan(values).all(0)].astype(np.float64)
-    place = np.searchsorted(HISTOGRAM_EDGES, seen)
-    histogram = np.stack([np.bincount(row, minlength=len(HISTOGRAM_EDGES) + 1) for row in place])
+    """Summarise a layer with maxima `values` (U, N), NaN where an image failed; the mean over positions is half."""
+    valid = values[:, ~np.isnan(values).all(0)].astype(np.float64)
+    bins = np.searchsorted(HISTOGRAM_EDGES, valid)
+    histogram = np.stack([np.bincount(row, minlength=len(HISTOGRAM_EDGES) + 1) for row in bins])
     means = None
     if labels is not None:
         means = np.full((len(values), classes), np.nan, np.float32)
         for c in np.unique(labels[labels >= 0]):
             means[:, c] = np.nanmean(values[:, labels == c], 1) / 2
-    known = {
+    defaults = {
         "kind": "Conv2d",
         "shape": (len(values), 6, 6),
         "receptive_field": (15.0, 15.0),
@@ -69,23 +69,23 @@ def summary(
     }
     return LayerSummary(
         name=name,
-        mean=seen.mean(1) / 2,
-        variance=seen.var(1),
-        maximum=seen.max(1),
-        minimum=seen.min(1),
-        active=(seen > 0).mean(1) / 2,
-        fires=(seen > 0).mean(1),
+        mean=valid.mean(1) / 2,
+        variance=valid.var(1),
+        maximum=valid.max(1),
+        minimum=valid.min(1),
+        active=(valid > 0).mean(1) / 2,
+        fires=(valid > 0).mean(1),
         histogram=histogram,
-        top=ranked(values, positions, k),
-        bottom=ranked(values, positions, k, lowest=True),
-        sample=values[:, sample_pictures],
-        sample_positions=positions[:, sample_pictures],
+        top=rank_examples(values, positions, k),
+        bottom=rank_examples(values, positions, k, lowest=True),
+        sample=values[:, sample_images],
+        sample_positions=positions[:, sample_images],
         class_means=means,
-        **{**known, **geometry},
+        **{**defaults, **geometry},
     )
 
 
-def picture_rows(
+def image_rows(
     count: int,
     *,
     failed: Sequence[int] = (),
@@ -95,10 +95,10 @@ def picture_rows(
     sizes: np.ndarray | None = None,
     seed: int = 0,
 ) -> ImageRows:
-    """Rows of pictures, 100 x 120 pixels each unless told, all of it seen by the network."""
+    """Make rows of images, 100 x 120 pixels by default, with the network's input covering the whole image."""
     rng = np.random.default_rng(seed)
     sizes = np.tile([[100, 120]], (count, 1)) if sizes is None else sizes
-    shares = -np.sort(-rng.dirichlet(np.ones(classes), count), 1)[:, :5]
+    probabilities = -np.sort(-rng.dirichlet(np.ones(classes), count), 1)[:, :5]
     return ImageRows(
         names=[f"folder/{i:05d}.png" for i in range(count)] if names is None else list(names),
         labels=labels,
@@ -106,18 +106,18 @@ def picture_rows(
         sizes=sizes,
         boxes=np.concatenate([np.zeros((count, 2)), sizes], 1).astype(np.float32),
         classes=np.argsort(rng.random((count, classes)), 1)[:, :5],
-        probabilities=shares,
-        losses=None if labels is None else np.where(labels < 0, np.nan, -np.log(shares[:, 0])),
+        probabilities=probabilities,
+        losses=None if labels is None else np.where(labels < 0, np.nan, -np.log(probabilities[:, 0])),
     )
 
 
-def manifest(pictures: int, *, classes: int = 7, labels: int | None = None, failed: int = 0) -> dict[str, Any]:
-    """What a scan says of itself, as far as a store looks at it."""
+def scan_manifest(images: int, *, classes: int = 7, labels: int | None = None, failed: int = 0) -> dict[str, Any]:
+    """Make the entries of a scan's manifest that a store reads."""
     return {
         "kind": "scan",
         "format": FORMAT,
         "model": {"name": "tiny", "weights_sha256": "0" * 64},
-        "data": {"name": "folder", "images": pictures, "fingerprint": "f" * 64},
+        "data": {"name": "folder", "images": images, "fingerprint": "f" * 64},
         "plan": {"k": 5},
         "classes": [f"class {c}" for c in range(classes)],
         "labels": None if labels is None else [f"label {c}" for c in range(labels)],
@@ -126,24 +126,24 @@ def manifest(pictures: int, *, classes: int = 7, labels: int | None = None, fail
     }
 
 
-def thumbnails(folder: Any, tiles: np.ndarray) -> None:
-    """Sprites from tiles (N, 96, 96, 3)."""
-    where = Folder(folder)
+def write_thumbnails(folder: Any, tiles: np.ndarray) -> None:
+    """Write sheets of thumbnails (N, 96, 96, 3)."""
+    store = Folder(folder)
     for first in range(0, len(tiles), 64):
-        page = np.full((64, 96, 96, 3), 255, np.uint8)
-        page[: len(tiles[first : first + 64])] = tiles[first : first + 64]
-        page = page.reshape(8, 8, 96, 96, 3).transpose(0, 2, 1, 3, 4).reshape(768, 768, 3)
+        sheet = np.full((64, 96, 96, 3), 255, np.uint8)
+        sheet[: len(tiles[first : first + 64])] = tiles[first : first + 64]
+        sheet = sheet.reshape(8, 8, 96, 96, 3).transpose(0, 2, 1, 3, 4).reshape(768, 768, 3)
         buffer = io.BytesIO()
-        Image.fromarray(page).save(buffer, format="WEBP", quality=80, method=2)
-        with where.atomic_write(f"thumbnails/{first // 64:05d}.webp") as file:
+        Image.fromarray(sheet).save(buffer, format="WEBP", quality=80, method=2)
+        with store.atomic_write(f"thumbnails/{first // 64:05d}.webp") as file:
             file.write(buffer.getvalue())
 
 
-def small(
+def write_small_store(
     folder: Any,
     *,
     units: Sequence[int] = (70, 5),
-    pictures: int = 40,
+    images: int = 40,
     k: int = 5,
     failed: Sequence[int] = (),
     classes: int | None = None,
@@ -151,69 +151,69 @@ def small(
     change: Callable[[list[np.ndarray]], None] | None = None,
     parts: Sequence[int] | None = None,
     layer: str = "layer",
-    **told: Any,
+    **row_settings: Any,
 ) -> list[np.ndarray]:
-    """A store of a few layers, "layer 0" and so on; gives their maxima (U, N), which `change` may alter."""
-    drawn = [draw(count, pictures, seed + i) for i, count in enumerate(units)]
+    """Write a store with layers "layer 0", "layer 1", ... and return their maxima (U, N), which `change` may alter."""
+    maxima = [random_maxima(count, images, seed + i) for i, count in enumerate(units)]
     if change is not None:
-        change([values for values, _ in drawn])
-    for values, _ in drawn:
+        change([values for values, _ in maxima])
+    for values, _ in maxima:
         values[:, list(failed)] = np.nan
-    labels = None if classes is None else np.arange(pictures, dtype=np.int32) % (classes + 1) - 1
-    sample = np.arange(0, pictures, 2)
-    usable = None if labels is None else np.where(np.isin(np.arange(pictures), list(failed)), -1, labels)
+    labels = None if classes is None else np.arange(images, dtype=np.int32) % (classes + 1) - 1
+    sample = np.arange(0, images, 2)
+    usable = None if labels is None else np.where(np.isin(np.arange(images), list(failed)), -1, labels)
     counts = None if usable is None else np.bincount(usable[usable >= 0], minlength=classes or 0)
     layers = (
-        summary(f"{layer} {i}", values, positions, sample, k=k, labels=usable, classes=classes or 0)
-        for i, (values, positions) in enumerate(drawn)
+        layer_summary(f"{layer} {i}", values, positions, sample, k=k, labels=usable, classes=classes or 0)
+        for i, (values, positions) in enumerate(maxima)
     )
-    rows = picture_rows(pictures, failed=failed, labels=labels, **told)
+    rows = image_rows(images, failed=failed, labels=labels, **row_settings)
     write_store(
         folder,
         layers,
-        split(rows, parts or [pictures]),
+        split_rows(rows, parts or [images]),
         sample_images=sample,
         class_counts=counts,
         input_size=SIZE,
-        shards=[{"shard": 0, "first": 0, "last": pictures - 1, "sha256": "a" * 64}],
-        manifest=manifest(pictures, labels=classes, failed=len(failed)),
+        shards=[{"shard": 0, "first": 0, "last": images - 1, "sha256": "a" * 64}],
+        manifest=scan_manifest(images, labels=classes, failed=len(failed)),
     )
-    return [values for values, _ in drawn]
+    return [values for values, _ in maxima]
 
 
-def large(folder: Any, units: int, pictures: int, k: int, sample: int = 100) -> None:
-    """A store of one layer with places drawn at random, made without ever holding a value for every picture."""
+def write_large_store(folder: Any, units: int, images: int, k: int, sample: int = 100) -> None:
+    """Write a store of one layer with random examples, without a value for every image in memory."""
     rng = np.random.default_rng(0)
-    sample_pictures = np.sort(rng.choice(pictures, sample, replace=False))
+    sample_images = np.sort(rng.choice(images, sample, replace=False))
     maxima = rng.random((units, sample), np.float32)
-    places = rng.integers(0, 36, (units, k)).astype(np.int32)
-    ranks = np.arange(k) * (pictures // k)  # a step of this size and an offset: no picture comes twice
-    drawn = (rng.integers(0, pictures, (units, 1)) + ranks) % pictures
-    best = RankedExamples(-np.sort(-rng.random((units, k), np.float32), 1), drawn, places)
-    small_one = summary("layer 0", maxima, np.zeros(maxima.shape, np.int32), np.arange(sample))
+    positions = rng.integers(0, 36, (units, k)).astype(np.int32)
+    ranks = np.arange(k) * (images // k)  # a step of this size and an offset: no image twice
+    top_images = (rng.integers(0, images, (units, 1)) + ranks) % images
+    best = RankedExamples(-np.sort(-rng.random((units, k), np.float32), 1), top_images, positions)
+    template = layer_summary("layer 0", maxima, np.zeros(maxima.shape, np.int32), np.arange(sample))
     write_store(
         folder,
-        [dataclasses.replace(small_one, top=best, bottom=best)],
-        split(picture_rows(pictures), [pictures]),
-        sample_images=sample_pictures,
+        [dataclasses.replace(template, top=best, bottom=best)],
+        split_rows(image_rows(images), [images]),
+        sample_images=sample_images,
         class_counts=None,
         input_size=SIZE,
         shards=[],
-        manifest=manifest(pictures),
+        manifest=scan_manifest(images),
     )
 
 
-def split(rows: ImageRows, lengths: Sequence[int]) -> list[ImageRows]:
-    """The same rows in parts of these lengths."""
-    found, start = [], 0
+def split_rows(rows: ImageRows, lengths: Sequence[int]) -> list[ImageRows]:
+    """Split rows into parts of these lengths."""
+    parts, start = [], 0
     for length in lengths:
         part = slice(start, start + length)
-        cut = {name: None if value is None else value[part] for name, value in vars(rows).items()}
-        found.append(ImageRows(**cut))
+        columns = {name: None if value is None else value[part] for name, value in vars(rows).items()}
+        parts.append(ImageRows(**columns))
         start += length
-    return found
+    return parts
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All files under a folder, by name, with their content."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read all files below a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -67,8 +67,8 @@ def store(tmp_path_factory):
         values[0][3] = 0
         values[0][50] = values[0][20]
 
-    stores.small(folder / "store", classes=6, failed=[4], names=names, change=change)
-    stores.thumbnails(folder / "store", np.broadcast_to(colours[:, None, None], (40, 96, 96, 3)))
+    stores.write_small_store(folder / "store", classes=6, failed=[4], names=names, change=change)
+    stores.write_thumbnails(folder / "store", np.broadcast_to(colours[:, None, None], (40, 96, 96, 3)))
     opened = convscope.open_store(folder / "store")
     opened.manifest["labels"][:] = [f"a class with a name that is far too long, number {i}" for i in range(6)]
     opened.classes[:] = [f"another class, whose name is long as well, number {i}" for i in range(7)]
@@ -106,8 +106,8 @@ def test_a_dead_unit_says_so(store):
 
 
 def test_a_unit_without_labels_says_so(tmp_path):
-    stores.small(tmp_path, pictures=6)
-    stores.thumbnails(tmp_path, np.full((6, 96, 96, 3), 200, np.uint8))
+    stores.write_small_store(tmp_path, images=6)
+    stores.write_thumbnails(tmp_path, np.full((6, 96, 96, 3), 200, np.uint8))
     words = legible(convscope.open_store(tmp_path).unit("layer 1", 2).figure())
     assert "the pictures have no labels" in words
     assert "highest, from thumbnails" in words
@@ -161,7 +161,7 @@ def test_duplicates_side_by_side(store):
 
 
 def test_no_duplicates_are_said_to_be_none(tmp_path):
-    stores.small(tmp_path, units=(4,))
+    stores.write_small_store(tmp_path, units=(4,))
     assert legible(convscope.open_store(tmp_path).duplicates(1.0).figure()) == ["0 pairs of units with r >= 1"]
 
 
@@ -173,8 +173,8 @@ def test_what_changed_most_on_both_sides(store, tmp_path):
 
     told = {"units": (70, 5), "failed": [4], "names": [opened.image(i).name for i in range(40)]}
     for name, change in (("first", None), ("second", later)):
-        stores.small(tmp_path / name, change=change, **told)
-        stores.thumbnails(tmp_path / name, np.full((40, 96, 96, 3), 120, np.uint8))
+        stores.write_small_store(tmp_path / name, change=change, **told)
+        stores.write_thumbnails(tmp_path / name, np.full((40, 96, 96, 3), 120, np.uint8))
     first, second = (convscope.open_store(tmp_path / name) for name in ("first", "second"))
     figure = first.compare(second).figure()
     words = legible(figure)
@@ -184,8 +184,8 @@ def test_what_changed_most_on_both_sides(store, tmp_path):
 
 
 def test_long_names_of_layers_stay_in_their_place(tmp_path):
-    stores.small(tmp_path, units=(9,), pictures=12, layer=LONG)
-    stores.thumbnails(tmp_path, np.full((12, 96, 96, 3), 60, np.uint8))
+    stores.write_small_store(tmp_path, units=(9,), images=12, layer=LONG)
+    stores.write_thumbnails(tmp_path, np.full((12, 96, 96, 3), 60, np.uint8))
     store = convscope.open_store(tmp_path)
     for shown in (store.unit(f"{LONG} 0", 1), store.image(3), store.dead(), store.duplicates(0.1)):
         assert legible(shown.figure())  # which fails on words that overlap or leave the page

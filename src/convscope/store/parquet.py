@@ -90,7 +90,7 @@ def write_table(store: Folder, name: str, schema: pyarrow.Schema, parts: Iterabl
     arrow = require_extra("pyarrow")
     size = IMAGES_PER_ROW_GROUP
     with store.atomic_write(name) as file, parquet_writer(file, schema) as writer:
-        buffer, count = schema.emptymake_table(), 0
+        buffer, count = schema.empty_table(), 0
         for part in parts:
             rows = len(part[schema.names[-1]])
             numbered = {"image": np.arange(count, count + rows), **part}

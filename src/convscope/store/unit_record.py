@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_int
 from convscope.results import HasFigure, pattern_file, pattern_folders
 from convscope.store import queries
 from convscope.store.examples import Example, Examples
@@ -73,8 +73,8 @@ class UnitRecord(HasFigure):
         """
         if kind not in EXAMPLE_KINDS:
             raise ConvscopeError(f"kind is {kind!r}; expected {', '.join(EXAMPLE_KINDS)}")
-        if n is not None and n < 1:
-            raise ConvscopeError(f"n is {n}; expected an integer of at least 1, or None for all")
+        if n is not None:
+            require_int("n", n)
         rows = [row for row in self._example_rows if row["kind"] == kind][:n]
         image_rows = self.store.view_rows([row["image"] for row in rows])
         pairs = zip(rows, image_rows, strict=True)
