@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 
 from convscope.explorer.service.cache import Cache
 from convscope.explorer.service.images import encode_image
-from convscope.store.views import ImageView
 from convscope.store.store import Store
+from convscope.store.views import ImageView
 
 TILE_SIZE = 96  # pixels
 EXAMPLES_PER_UNIT = 9
