@@ -1,4 +1,4 @@
-"""`convscope patterns` into a store, and on Ray: the pictures that unit pages show, whatever is killed on the way."""
+"""`convscope patterns` into a store, in this process and on Ray: the same bytes, whatever is killed on the way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from convscope.distributed import ray_pool
 from convscope.featurevis import resumable
 from tests.oracles.tiny import LAYERS, SETTINGS, Tiny, read_files, tiny, write_images
 
-UNITS = {"first": 4, "last": 6, "logits": 3}
-HOW: dict[str, Any] = {"recipe": "plain", "size": 24, "steps": 3, "seed": 2}
-TOLD = ["--recipe", "plain", "--size", "24", "--steps", "3", "--seed", "2"]
-PREPARED = ["--preprocessing", '{"size": 24, "mean": 0.5, "std": 0.25}']
-TESTS = str(Path(__file__).parents[2])
+NUM_UNITS = {"first": 4, "last": 6, "logits": 3}
+KEYWORDS: dict[str, Any] = {"recipe": "plain", "size": 24, "steps": 3, "seed": 2}
+OPTIONS = [
+    *("--recipe", "plain", "--size", "24", "--steps", "3", "--seed", "2"),
+    *("--preprocessing", '{"size": 24, "mean": 0.5, "std": 0.25}'),
+]
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -44,84 +47,85 @@ def store(scanned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scanned, tmp_path / "store"))
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _small_parts() -> Iterator[None]:
     """Two units a part, so that layers have several."""
-    monkeypatch.setattr(resumable, "UNITS_PER_PART", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resumable, "UNITS_PER_PART", 2)
+        yield
 
 
-def draw(out: Path, *more: str, model: str = "tests.oracles.tiny:Tiny") -> Result:
-    given = ["patterns", model, "--layers", "all", "--units", "all", "-o", str(out), "--resume", *TOLD, *PREPARED]
-    return CliRunner().invoke(app, [*given, *more])
+def run_patterns(out: Path, *arguments: str, model: str = "tests.oracles.tiny:Tiny") -> Result:
+    command = ["patterns", model, "--layers", "all", "--units", "all", "-o", str(out), "--resume", *OPTIONS]
+    return CliRunner().invoke(app, [*command, *arguments])
 
 
 @pytest.fixture(scope="module")
-def whole(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def with_patterns(scanned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store with the patterns of an undisturbed run."""
-    out = Path(shutil.copytree(scanned, tmp_path_factory.mktemp("whole") / "store"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable, "UNITS_PER_PART", 2)
-        assert draw(out).exit_code == 0
-    return read_files(out)
-
-
-def test_unit_pages_show_what_patterns_draws(scanned: Path, store: Path) -> None:
-    """All layers are those of the store; what was scanned stays as it was."""
-    assert convscope.open_store(store).unit("last", 0).pattern() is None
-    result = draw(store)
+    out = Path(shutil.copytree(scanned, tmp_path_factory.mktemp("with_patterns") / "store"))
+    result = run_patterns(out)
     assert result.exit_code == 0, result.output
-    opened = convscope.open_store(store)
-    assert sorted(p.name for p in (store / "patterns").iterdir()) == sorted(UNITS)
-    for layer, count in UNITS.items():
-        for begin in range(0, count, 2):
-            part = range(begin, min(begin + 2, count))
-            if layer == "logits":
-                part = [range(1), range(1, 3)][begin // 2]  # as three units are cut
-            expected = convscope.patterns(tiny(), layer, part, **HOW).images
-            for unit, picture in zip(part, expected, strict=True):
-                shown = opened.unit(layer, unit).pattern()
-                assert shown is not None
-                assert np.asarray(shown).tobytes() == picture.tobytes(), (layer, unit)
-    before, after = read_files(scanned), read_files(store)
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(with_patterns: Path) -> dict[str, bytes]:
+    return read_files(with_patterns)
+
+
+def test_unit_pages_have_the_patterns_of_the_python_call(scanned: Path, with_patterns: Path) -> None:
+    """All layers are those of the store; the files of the scan stay as they were."""
+    assert convscope.open_store(scanned).unit("last", 0).pattern() is None
+    store = convscope.open_store(with_patterns)
+    assert sorted(p.name for p in (with_patterns / "patterns").iterdir()) == sorted(NUM_UNITS)
+    for layer, count in NUM_UNITS.items():
+        parts = [range(1), range(1, 3)] if layer == "logits" else [range(i, i + 2) for i in range(0, count, 2)]
+        for part in parts:
+            expected = convscope.patterns(tiny(), layer, part, **KEYWORDS).images
+            for unit, image in zip(part, expected, strict=True):
+                pattern = store.unit(layer, unit).pattern()
+                assert pattern is not None
+                assert np.asarray(pattern).tobytes() == image.tobytes(), (layer, unit)
+    before, after = read_files(scanned), read_files(with_patterns)
     assert {name: after[name] for name in before} == before
 
 
-def test_in_a_store_as_alone(whole: dict[str, bytes], tmp_path: Path) -> None:
-    for layer in UNITS:
-        given = ["--layers", layer, "--units", "all", "-o", str(tmp_path / layer), *TOLD, *PREPARED]
-        assert CliRunner().invoke(app, ["patterns", "tests.oracles.tiny:Tiny", *given]).exit_code == 0
-        alone = read_files(tmp_path / layer)
-        assert len(alone) == UNITS[layer] + 6  # grid, sprites, their two tables, arrays, the manifest
-        assert {name: whole[f"patterns/{layer}/{name}"] for name in alone} == alone
+def test_patterns_in_a_store_are_saved_like_those_in_a_folder(reference: dict[str, bytes], tmp_path: Path) -> None:
+    for layer in NUM_UNITS:
+        arguments = ["--layers", layer, "--units", "all", "-o", str(tmp_path / layer), *OPTIONS]
+        assert CliRunner().invoke(app, ["patterns", "tests.oracles.tiny:Tiny", *arguments]).exit_code == 0
+        files = read_files(tmp_path / layer)
+        assert len(files) == NUM_UNITS[layer] + 6  # grid, sheets, their two tables, arrays, the manifest
+        assert {name: reference[f"patterns/{layer}/{name}"] for name in files} == files
 
 
-def test_patterns_of_a_store_at_an_address_are_shown(store: Path) -> None:
-    assert draw(store).exit_code == 0
+def test_patterns_of_a_remote_store_can_be_read(with_patterns: Path, reference: dict[str, bytes]) -> None:
     memory = fsspec.filesystem("memory")
-    for name, content in read_files(store).items():
-        memory.pipe_file(f"/drawn/store/{name}", content)
-    here, there = (convscope.open_store(where).unit("last", 3).pattern() for where in (store, "memory://drawn/store"))
-    assert here is not None
-    assert there is not None
-    assert here.tobytes() == there.tobytes()
+    for name, content in reference.items():
+        memory.pipe_file(f"/with_patterns/store/{name}", content)
+    locations = (with_patterns, "memory://with_patterns/store")
+    local, remote = (convscope.open_store(location).unit("last", 3).pattern() for location in locations)
+    assert local is not None
+    assert remote is not None
+    assert local.tobytes() == remote.tobytes()
 
 
-def test_what_is_done_is_not_drawn_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert draw(store).exit_code == 0
-    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+def test_finished_patterns_are_not_computed_again(with_patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in with_patterns.rglob("*")}
 
-    def never(*given: Any, **options: Any) -> Any:
-        raise AssertionError("nothing was to be drawn")
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("no pattern was to be computed")
 
-    monkeypatch.setattr(resumable, "patterns", never)
-    again = draw(store)
-    assert again.exit_code == 0, again.output
-    assert [f"{layer}: done before" in again.output for layer in UNITS] == [True] * 3
-    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+    monkeypatch.setattr(resumable, "patterns", fail)
+    result = run_patterns(with_patterns)
+    assert result.exit_code == 0, result.output
+    assert all(f"{layer}: already done" in result.output for layer in NUM_UNITS), result.output
+    assert {path: path.stat().st_mtime_ns for path in with_patterns.rglob("*")} == before
 
 
-def other() -> torch.nn.Module:
-    """The same network, a little further trained."""
+def other_weights() -> torch.nn.Module:
+    """Make the same network, trained a little further."""
     network = Tiny()
     with torch.no_grad():
         network.fc.bias += 1e-3
@@ -130,7 +134,7 @@ def other() -> torch.nn.Module:
 
 def test_a_store_of_other_weights_is_refused(scanned: Path) -> None:
     before = read_files(scanned)
-    result = draw(scanned, model="test_scan_patterns:other")
+    result = run_patterns(scanned, model="tests.distributed.test_ray_patterns:other_weights")
     assert result.exit_code != 0
     assert "with other weights than this model" in f"{result.output}{result.exception}"
     assert read_files(scanned) == before
@@ -138,63 +142,64 @@ def test_a_store_of_other_weights_is_refused(scanned: Path) -> None:
 
 def test_a_store_that_is_not_finished_is_refused(store: Path) -> None:
     (store / "manifest.json").unlink()
-    result = draw(store)
+    result = run_patterns(store)
     assert result.exit_code != 0
     assert "no finished scan" in f"{result.output}{result.exception}"
     assert not (store / "patterns").exists()
 
 
-KILLED = """
+SCRIPT = """
     import os, signal, sys
-    sys.path.insert(0, {tests!r})
+    sys.path.insert(0, {root!r})
+    from pathlib import Path
     import torch
     torch.set_num_threads({threads})
-    import tests.distributed.test_ray_patterns as here
-    from convscope.featurevis import resumable as unattended
-    unattended.UNITS_PER_PART, plain, calls = 2, unattended.patterns, []
-    def dying(model, layer, units, **options):
-        calls.append(layer)
-        if calls.count("last") == 2:
+    from convscope.featurevis import resumable
+    from tests.distributed.test_ray_patterns import run_patterns
+    resumable.UNITS_PER_PART, patterns, layers = 2, resumable.patterns, []
+    def patterns_or_die(model, layer, units, **options):
+        layers.append(layer)
+        if layers.count("last") == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return plain(model, layer, units, **options)
-    unattended.patterns = dying
-    from pathlib import Path
-    here.draw(Path({out!r}))
+        return patterns(model, layer, units, **options)
+    resumable.patterns = patterns_or_die
+    run_patterns(Path({out!r}))
 """
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
-    store: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_ends_in_the_same_bytes(
+    store: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 over the second of the second layer's three parts."""
-    script = textwrap.dedent(KILLED.format(tests=TESTS, threads=torch.get_num_threads(), out=str(store)))
-    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    """It is killed during the second of the second layer's three parts."""
+    script = textwrap.dedent(SCRIPT.format(root=ROOT, threads=torch.get_num_threads(), out=str(store)))
+    process = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
     assert (store / "patterns" / "first" / "manifest.json").exists()
     assert len(list((store / "patterns" / "last" / ".parts").iterdir())) == 1
     assert convscope.open_store(store).unit("last", 0).pattern() is None
-    drawn: list[tuple[str, list[int]]] = []
-    plain = resumable.patterns
+    calls: list[tuple[str, list[int]]] = []
+    patterns = resumable.patterns
 
-    def noted(model: Any, layer: str, units: Any, **options: Any) -> Any:
-        drawn.append((layer, list(units)))
-        return plain(model, layer, units, **options)
+    def record_call(model: Any, layer: str, units: Any, **options: Any) -> Any:
+        calls.append((layer, list(units)))
+        return patterns(model, layer, units, **options)
 
-    monkeypatch.setattr(resumable, "patterns", noted)
-    assert draw(store).exit_code == 0
-    assert drawn == [("last", [2, 3]), ("last", [4, 5]), ("logits", [0]), ("logits", [1, 2])]
-    assert read_files(store) == whole
-
-
-# --- on Ray ----------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(resumable, "patterns", record_call)
+    assert run_patterns(store).exit_code == 0
+    assert calls == [("last", [2, 3]), ("last", [4, 5]), ("logits", [0]), ("logits", [1, 2])]
+    assert read_files(store) == reference
 
 
-class Deadly(Tiny):
-    """Kills the process that it runs in, once, if that is not the one that made it and a file lies where it looks."""
+# On Ray ---------------------------------------------------------------------------------------------------------------
+
+
+class KillsItsActor(Tiny):
+    """Kills the process that it runs in, once, if that is not the one that made it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.owner, self.flag = os.getpid(), os.environ.get("DEADLY", "")
+        self.owner, self.flag = os.getpid(), os.environ.get("CONVSCOPE_TEST_KILL", "")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if os.getpid() != self.owner and Path(self.flag).exists():
@@ -204,43 +209,43 @@ class Deadly(Tiny):
 
 
 def test_actors_have_as_many_threads_as_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The last bits depend on it, and a part of another number is none of these."""
-    asked: list[tuple[int, int]] = []
+    """The last bits depend on the number, so that parts of another number are not reused."""
+    threads: list[tuple[int, int]] = []
 
-    def here(make: Any, tasks: Any, *, address: str, cpus: int, gpus: int) -> Any:
+    def map_in_this_process(make_task: Any, tasks: Any, *, address: str, cpus: int, gpus: int) -> Any:
         before = torch.get_num_threads()
         torch.set_num_threads(before + 3)
-        do = make()
-        asked.append((cpus, torch.get_num_threads()))
+        run = make_task()
+        threads.append((cpus, torch.get_num_threads()))
         torch.set_num_threads(before)
-        return [(task, do(task)) for task in tasks]
+        return [(task, run(task)) for task in tasks]
 
-    monkeypatch.setattr(ray_pool, "map_unordered", here)
+    monkeypatch.setattr(ray_pool, "map_unordered", map_in_this_process)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            resumable.run_resumable(tiny(), "first", [0], tmp_path, ray="local", resume=True, **HOW)
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            resumable.run_resumable(tiny(), "first", [0], tmp_path, ray="local", resume=True, **KEYWORDS)
     finally:
         torch.set_num_threads(before)
-    assert asked == [(1, 1), (2, 2)], "the third finds the first one's"
+    assert threads == [(1, 1), (2, 2)], "the third call reuses the part of the first"
 
 
-@pytest.mark.parametrize("model", ["tests.oracles.tiny:Tiny", "tests.distributed.test_ray_patterns:Deadly"])
-def test_ray_draws_the_same_bytes(
-    model: str, store: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_local_cluster_that_loses_a_worker_gives_the_same_bytes(
+    store: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a worker is killed in the middle: it is started again."""
-    pytest.importorskip("ray", reason="the extra convscope[ray] is not installed")
+    ray = pytest.importorskip("ray", reason="the extra convscope[ray] is not installed")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_niceness", "0")
     flag = tmp_path / "flag"
     flag.touch()
-    monkeypatch.setenv("DEADLY", str(flag))
-    result = draw(store, "--ray", "local", model=model)
+    monkeypatch.setenv("CONVSCOPE_TEST_KILL", str(flag))
+    name = "tests.distributed.test_ray_patterns:KillsItsActor"
+    result = run_patterns(store, "--ray", "local", model=name)
     assert result.exit_code == 0, result.output
-    assert flag.exists() == (model == "tests.oracles.tiny:Tiny")
-    found = read_files(store)
-    if model == "tests.distributed.test_ray_patterns:Deadly":  # another name in the manifests
-        found, whole = ({k: v for k, v in one.items() if "manifest" not in k} for one in (found, whole))
-    assert found == whole
+    assert not flag.exists()
+    assert not ray.is_initialized()
+    files = read_files(store)
+    as_tiny = {path: content.replace(name.encode(), b"tests.oracles.tiny:Tiny") for path, content in files.items()}
+    assert as_tiny == reference

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster of several nodes, whatever is killed on the way: all results, each once, always the same."""
+"""Tasks on a Ray cluster of several nodes: all results, each once, always the same, whatever is killed on the way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 ray = pytest.importorskip("ray", reason="the extra convscope[ray] is not installed")
@@ -21,115 +22,146 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 import convscope  # noqa: E402
 from convscope import ConvscopeError  # noqa: E402
+from convscope.distributed import ray_pool  # noqa: E402
 from convscope.distributed.ray_pool import map_unordered  # noqa: E402
-from tests.oracles.tiny import LAYERS, SETTINGS, read_files, tiny, write_images  # noqa: E402
+from tests.oracles.tiny import LAYERS, NUM_IMAGES, SETTINGS, read_files, tiny, write_images  # noqa: E402
 
-TESTS = str(Path(__file__).parents[2])
+pytestmark = pytest.mark.slow
+ROOT = str(Path(__file__).parents[2])
+CONNECTED = "the address is not used, because this process is connected"
+
+Result = tuple[int, int]  # a task and the process that did it
 
 
-def nodes(count: int) -> tuple[Cluster, list[Any]]:
-    """A head without processors of its own, and so many nodes with one each."""
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    """A head without processors of its own and two nodes with one each, to which this process is connected."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    added = [cluster.add_node(num_cpus=1) for _ in range(count)]
+    cluster.workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    return cluster, added
-
-
-@pytest.fixture
-def two() -> Iterator[Cluster]:
-    cluster, added = nodes(2)
-    cluster.added = added
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
-def sleeping(seconds: float) -> Callable[[], Callable[[int], Any]]:
-    """Simulated work: what takes time and no processor."""
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """The cluster with at least two nodes, also if an earlier test has removed one."""
+    while len(shared_cluster.workers) < 2:
+        shared_cluster.workers.append(shared_cluster.add_node(num_cpus=1))
+    return shared_cluster
 
-    def make() -> Callable[[int], Any]:
-        def do(task: int) -> tuple[int, int]:
+
+def sleeping(seconds: float) -> Callable[[], Callable[[int], Result]]:
+    """Simulate work that takes time and no processor."""
+
+    def make() -> Callable[[int], Result]:
+        def run(task: int) -> Result:
             time.sleep(seconds)
             return task, os.getpid()
 
-        return do
+        return run
 
     return make
 
 
-def test_every_task_is_done_once_by_all_nodes(two: Cluster) -> None:
-    found = dict(map_unordered(sleeping(0.2), range(12), address="unused"))
-    assert sorted(found) == list(range(12))
-    assert [found[task][0] for task in range(12)] == list(range(12))
-    assert len({pid for _, pid in found.values()}) == 2
+def meeting(folder: Path, processes: int, first: int = 0) -> Callable[[], Callable[[int], Result]]:
+    """Make tasks, from the number `first` on, that wait until this many processes have begun one."""
+
+    def make() -> Callable[[int], Result]:
+        def run(task: int) -> Result:
+            (folder / str(os.getpid())).touch()
+            deadline = time.monotonic() + 100
+            while task >= first and len(os.listdir(folder)) < processes and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return task, os.getpid()
+
+        return run
+
+    return make
 
 
-def test_a_killed_worker_is_replaced(two: Cluster) -> None:
-    found, killed = {}, False
-    # Long enough for a new process to start, on a machine that is busy with other tests, while one worker is left.
-    for task, result in map_unordered(sleeping(1.5), range(10), address="unused"):
-        assert task not in found
-        found[task] = result
-        if not killed:
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_task_is_done_once_and_all_nodes_are_used(cluster: Cluster, tmp_path: Path) -> None:
+    results = list(map_unordered(meeting(tmp_path, 2), range(8), address=CONNECTED))
+    assert sorted(task for task, _ in results) == list(range(8))
+    assert all(task == result[0] for task, result in results)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_worker_is_replaced(cluster: Cluster, tmp_path: Path) -> None:
+    results: list[tuple[int, Result]] = []
+    for task, result in map_unordered(meeting(tmp_path, 3, first=2), range(8), address=CONNECTED):
+        if not results:
             os.kill(result[1], signal.SIGKILL)
-            killed = True
-    assert sorted(found) == list(range(10))
-    assert len({pid for _, pid in found.values()}) >= 3
+        results.append((task, result))
+    assert sorted(task for task, _ in results) == list(range(8))
+    assert len(list(tmp_path.iterdir())) >= 3
 
 
-def test_a_lost_node_holds_nothing_up(two: Cluster) -> None:
-    found, lost = {}, False
-    for task, result in map_unordered(sleeping(0.5), range(8), address="unused"):
-        found[task] = result
-        if not lost:
-            two.remove_node(two.added[-1], allow_graceful=False)
-            lost = True
-    assert sorted(found) == list(range(8))
+def test_a_lost_node_delays_nothing(cluster: Cluster) -> None:
+    tasks: list[int] = []
+    for task, _ in map_unordered(sleeping(0.3), range(8), address=CONNECTED):
+        if not tasks:
+            cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+        tasks.append(task)
+    assert sorted(tasks) == list(range(8))
 
 
-def test_actors_do_not_wait_for_what_is_made_of_a_result(two: Cluster) -> None:
-    """Whoever asks takes as long over a result as a task takes, and the next one is done meanwhile."""
+def test_a_node_that_joins_is_used(shared_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_pool, "POLL_INTERVAL", 0.2)
+    processes = len(shared_cluster.workers) + 1
+    tasks: list[int] = []
+    for task, _ in map_unordered(meeting(tmp_path, processes, first=1), range(10), address=CONNECTED):
+        if not tasks:
+            shared_cluster.workers.append(shared_cluster.add_node(num_cpus=1))
+        tasks.append(task)
+    assert sorted(tasks) == list(range(10))
+    assert len(list(tmp_path.iterdir())) == processes
+
+
+def test_actors_do_not_wait_until_a_result_is_used(cluster: Cluster) -> None:
+    """The caller takes as long over a result as a task takes, and meanwhile the next task is done."""
     times: list[float] = []
-    for _ in map_unordered(sleeping(0.4), range(12), address="unused", workers=1):
-        time.sleep(0.4)
+    for _ in map_unordered(sleeping(0.3), range(9), address=CONNECTED, workers=1):
+        time.sleep(0.3)
         times.append(time.monotonic())
-    assert float(np.median(np.diff(times))) < 0.7, "not 0.8, one after the other"
+    assert float(np.median(np.diff(times))) < 0.5, "0.6 would be one after the other"
 
 
-def test_a_node_that_joins_is_used(two: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convscope.distributed import ray_pool
+def test_two_nodes_are_nearly_twice_as_fast_as_one_where_work_takes_no_processor(cluster: Cluster) -> None:
+    intervals = {}
+    for workers in (1, 2):
+        times, pids = [], set()
+        for _, (_, pid) in map_unordered(sleeping(0.15), range(24), address=CONNECTED, workers=workers):
+            pids.add(pid)
+            if len(pids) == workers:  # all actors have started
+                times.append(time.monotonic())
+        intervals[workers] = np.diff(times).mean()
+    assert intervals[2] < 0.7 * intervals[1]
 
-    monkeypatch.setattr(ray_pool, "LOOK_AGAIN", 0.2)
-    pids, joined = set(), False
-    for _, (_, pid) in map_unordered(sleeping(0.5), range(40), address="unused"):
-        pids.add(pid)
-        if not joined:
-            two.add_node(num_cpus=1)
-            joined = True
-    assert len(pids) == 3
 
-
-def test_what_a_task_raises_is_said(two: Cluster) -> None:
+def test_errors_of_tasks_are_reported(cluster: Cluster) -> None:
     def make() -> Callable[[int], Any]:
-        def do(task: int) -> int:
-            raise ConvscopeError(f"task {task} has no sense")
+        def run(task: int) -> int:
+            raise ConvscopeError(f"task {task} is impossible")
 
-        return do
+        return run
 
-    with pytest.raises(ConvscopeError, match=r"a worker failed: task \d has no sense"):
-        list(map_unordered(make, range(2), address="unused"))
+    with pytest.raises(ConvscopeError, match=r"a worker failed: task \d is impossible"):
+        list(map_unordered(make, range(2), address=CONNECTED))
 
 
-def test_actors_that_no_node_has_room_for_are_refused(two: Cluster) -> None:
+def test_actors_for_which_no_node_is_large_enough_are_refused(cluster: Cluster) -> None:
     """They would wait for ever."""
-    with pytest.raises(ConvscopeError, match=r"a worker takes 2 processors, .* have 1 at most; set OMP_NUM_THREADS"):
-        list(map_unordered(sleeping(0), range(2), address="unused", cpus=2))
+    with pytest.raises(ConvscopeError, match=r"a worker takes 2 processors, .* more than 1; set OMP_NUM_THREADS"):
+        list(map_unordered(sleeping(0), range(2), address=CONNECTED, cpus=2))
 
 
-def test_an_address_where_nobody_answers_is_refused() -> None:
-    with pytest.raises(ConvscopeError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        list(map_unordered(sleeping(0), range(2), address="127.0.0.1:1"))
+# Scans ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -139,78 +171,55 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The store of an undisturbed run in this process, on one thread as the actors have."""
-    out = tmp_path_factory.mktemp("single") / "store"
-    alone(lambda: convscope.scan(tiny(), data, out, LAYERS, **SETTINGS))
-    return read_files(out)
-
-
-def alone(work: Callable[[], Any]) -> Any:
-    import torch
-
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread, as actors on nodes of one processor do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        return work()
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_a_scan_on_a_cluster_that_loses_a_worker_and_a_node_is_the_same_to_the_byte(
-    two: Cluster,
-    data: Path,
-    single: dict[str, bytes],
-    tmp_path: Path,
+@pytest.fixture
+def reference(data: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The store of an undisturbed scan in this process."""
+    convscope.scan(tiny(), data, tmp_path / "reference", LAYERS, **SETTINGS)
+    return read_files(tmp_path / "reference")
+
+
+def test_a_scan_whose_driver_is_killed_can_be_resumed(
+    cluster: Cluster, data: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
-    seen: list[float] = []
-
-    def disturb(done: float, total: int) -> None:
-        seen.append(done)
-        if len(seen) == 1:
-            two.remove_node(two.added[-1], allow_graceful=False)
-
-    ray_settings = {**SETTINGS, "workers": None}
-    alone(lambda: convscope.scan(tiny(), data, tmp_path / "s", LAYERS, **ray_settings, ray="auto", progress=disturb))
-    assert read_files(tmp_path / "s") == single
-    assert seen[-1] == 150
-
-
-def test_a_killed_driver_goes_on_where_it_was(data: Path, single: dict[str, bytes], tmp_path: Path) -> None:
     script = f"""
         import os, signal, sys
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-        sys.path.insert(0, {TESTS!r})
+        sys.path.insert(0, {ROOT!r})
         import torch
         torch.set_num_threads(1)
         import convscope
         from tests.oracles.tiny import LAYERS, SETTINGS, tiny
         def progress(done, total):
             os.kill(os.getpid(), signal.SIGKILL)
-        settings = {{**SETTINGS, "workers": None, "ray": "local", "progress": progress}}
-        convscope.scan(tiny(), {str(data)!r}, {str(tmp_path / "s")!r}, LAYERS, **settings)
+        settings = {{**SETTINGS, "workers": 1, "ray": {cluster.address!r}, "progress": progress}}
+        convscope.scan(tiny(), {str(data)!r}, {str(tmp_path / "store")!r}, LAYERS, **settings)
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
-    kept = sorted(p.name for p in (tmp_path / "s" / "shards").glob("*.safetensors"))
-    assert len(kept) == 1
-    alone(lambda: convscope.scan(tiny(), data, tmp_path / "s", LAYERS, **SETTINGS))
-    assert read_files(tmp_path / "s") == single
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert len(list((tmp_path / "store" / "shards").glob("*.safetensors"))) == 1
+    convscope.scan(tiny(), data, tmp_path / "store", LAYERS, **SETTINGS)
+    assert read_files(tmp_path / "store") == reference
 
 
-def test_speed_up_is_nearly_linear_where_work_takes_no_processor() -> None:
-    """Not a benchmark: four nodes must not take as long as one. Figures are in the documentation."""
-    took = {}
-    for count in (1, 4):
-        cluster, _ = nodes(count)
-        ray.init(address=cluster.address, log_to_driver=False)
-        try:
-            begins: list[float] = []
-            for _ in map_unordered(sleeping(0.3), range(28), address="unused"):
-                begins.append(time.monotonic())
-            took[count] = np.diff(begins)[8:].mean()  # between two results, once all actors are up
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-    assert took[4] < 0.5 * took[1]
+def test_a_scan_that_loses_a_node_is_the_same_to_the_byte(
+    cluster: Cluster, data: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    steps: list[float] = []
+
+    def lose_node(done: float, total: int) -> None:
+        if not steps:
+            cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+        steps.append(done)
+
+    settings = {**SETTINGS, "workers": None, "ray": "auto", "progress": lose_node}
+    convscope.scan(tiny(), data, tmp_path / "store", LAYERS, **settings)
+    assert read_files(tmp_path / "store") == reference
+    assert steps[-1] == NUM_IMAGES
