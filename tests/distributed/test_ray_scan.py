@@ -35,7 +35,7 @@ Result = tuple[int, int]  # a task and the process that did it
 
 @pytest.fixture(scope="module")
 def shared_cluster() -> Iterator[Cluster]:
-    """A head without processors of its own and two nodes with one each, to which this process is connected."""
+    """A head without processors and two nodes with one each, to which this process is connected."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
@@ -86,38 +86,31 @@ def meeting(folder: Path, processes: int, first: int = 0) -> Callable[[], Callab
 
 
 def test_every_task_is_done_once_and_all_nodes_are_used(cluster: Cluster, tmp_path: Path) -> None:
-    results = list(map_unordered(meeting(tmp_path, 2), range(8), address=CONNECTED))
+    results = list(map_unordered(meeting(tmp_path, len(cluster.workers)), range(8), address=CONNECTED))
     assert sorted(task for task, _ in results) == list(range(8))
     assert all(task == result[0] for task, result in results)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == len(cluster.workers)
 
 
 def test_a_killed_worker_is_replaced(cluster: Cluster, tmp_path: Path) -> None:
     results: list[tuple[int, Result]] = []
-    for task, result in map_unordered(meeting(tmp_path, 3, first=2), range(8), address=CONNECTED):
+    for task, result in map_unordered(
+        meeting(tmp_path, len(cluster.workers) + 1, first=2), range(8), address=CONNECTED
+    ):
         if not results:
             os.kill(result[1], signal.SIGKILL)
         results.append((task, result))
     assert sorted(task for task, _ in results) == list(range(8))
-    assert len(list(tmp_path.iterdir())) >= 3
+    assert len(list(tmp_path.iterdir())) > len(cluster.workers)
 
 
-def test_a_lost_node_delays_nothing(cluster: Cluster) -> None:
-    tasks: list[int] = []
-    for task, _ in map_unordered(sleeping(0.3), range(8), address=CONNECTED):
-        if not tasks:
-            cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
-        tasks.append(task)
-    assert sorted(tasks) == list(range(8))
-
-
-def test_a_node_that_joins_is_used(shared_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_joins_is_used(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool, "POLL_INTERVAL", 0.2)
-    processes = len(shared_cluster.workers) + 1
+    processes = len(cluster.workers) + 1
     tasks: list[int] = []
     for task, _ in map_unordered(meeting(tmp_path, processes, first=1), range(10), address=CONNECTED):
         if not tasks:
-            shared_cluster.workers.append(shared_cluster.add_node(num_cpus=1))
+            cluster.workers.append(cluster.add_node(num_cpus=1))
         tasks.append(task)
     assert sorted(tasks) == list(range(10))
     assert len(list(tmp_path.iterdir())) == processes
@@ -223,3 +216,13 @@ def test_a_scan_that_loses_a_node_is_the_same_to_the_byte(
     convscope.scan(tiny(), data, tmp_path / "store", LAYERS, **settings)
     assert read_files(tmp_path / "store") == reference
     assert steps[-1] == NUM_IMAGES
+
+
+# Last, because Ray takes a while to notice a lost node.
+def test_a_lost_node_delays_nothing(cluster: Cluster) -> None:
+    tasks: list[int] = []
+    for task, _ in map_unordered(sleeping(0.3), range(8), address=CONNECTED):
+        if not tasks:
+            cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+        tasks.append(task)
+    assert sorted(tasks) == list(range(8))

@@ -337,19 +337,7 @@ class OnlineStatistics:
         return torch.where(last == EMPTY_KEY, torch.inf, -values_from_keys(last))
 
     def add(self, reduction: BatchReduction, images: Tensor, num_positions: int, labels: Tensor) -> None:
-        """Add the reductions of n images.
-
-        Parameters
-        ----------
-        reduction : BatchReduction
-            Of the n images.
-        images : int64 tensor of shape (n,)
-            Their ids.
-        num_positions : int
-            Positions of each map.
-        labels : int64 tensor of shape (n,)
-            -1 for an unknown one.
-        """
+        """Add the reductions of images with these ids and labels (n,), -1 if unknown, and this many positions a map."""
         statistics, count = self.statistics, len(images)
         if count == 0:
             return
