@@ -1,10 +1,9 @@
-"""Speed-up over the nodes of a Ray cluster, with simulated work: tasks that take time, and no processor.
+"""Speed-up over the nodes of a Ray cluster, with simulated work: tasks that take time but no CPU.
 
 python benchmarks/cluster.py [--nodes 1 2 4] [--seconds 0.5] [--each 40]
 
-Every node is a process group of its own on this machine (ray.cluster_utils.Cluster) with room for one actor. The clock
-runs from when all actors have given a result to when there are no tasks left to hand out: neither their start nor
-what is left over at the end is counted.
+Every node is a process group on this machine (ray.cluster_utils.Cluster) with room for one actor. The time is measured
+from when all actors have returned a result to when no tasks are left: neither the start nor the tail is included.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from convscope.distributed.ray_pool import map_unordered
 
 
 def sleeping(seconds: float) -> Callable[[], Callable[[int], int]]:
-    """Tasks that take so long and give the number of the process."""
+    """Return tasks that sleep and return the number of the process."""
 
     def make() -> Callable[[int], int]:
         def do(task: int) -> int:
@@ -37,7 +36,7 @@ def sleeping(seconds: float) -> Callable[[], Callable[[int], int]]:
 
 
 def steady(nodes: int, tasks: int, seconds: float) -> float:
-    """Results per second of so many nodes."""
+    """Return the results per second of so many nodes."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(nodes):
         cluster.add_node(num_cpus=1)

@@ -1,4 +1,4 @@
-"""Where is it? Every method on composites with exact masks, judged by the set's own program, and its faithfulness."""
+"""Localisation: every method on composites with exact masks, scored by the data set's program, and its faithfulness."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SET = Path(__file__).parents[2] / "shared" / "evalset"
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: what it is called, and the arguments of `convscope.heatmaps`."""
+    """A row of the table: its name, and arguments of `convscope.heatmaps`."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def _methods(*names: str, **more: Any) -> list[Setting]:
-    said = ", ".join(f"{key} {value}" for key, value in more.items())
-    return [Setting(f"{name}, {said}" if said else name, {"method": name, **more}) for name in names]
+def _methods(*names: str, **arguments: Any) -> list[Setting]:
+    options = ", ".join(f"{key} {value}" for key, value in arguments.items())
+    return [Setting(f"{name}, {options}" if options else name, {"method": name, **arguments}) for name in names]
 
 
 SETTINGS = [
@@ -36,9 +36,9 @@ SETTINGS = [
     *_methods("grad-cam", "grad-cam++", "xgrad-cam", "layer-cam", "eigen-cam", "eigen-grad-cam", "finer-cam"),
     *_methods("grad-cam", "hirescam", "layer-cam", layer="blocks.4"),
     Setting("layer-cam, bn2 x blocks.4", {"method": "layer-cam", "layer": ["blocks.4", "bn2"], "fuse": "product"}),
-    Setting("grad-cam, mirrored too", {"smooth": "flips"}),
-    Setting("grad-cam, twice as large", {"scale": 2}),
-    Setting("grad-cam, 1 x 2 x 3 times as large", {"scale": (1, 2, 3), "fuse": "product"}),
+    Setting("grad-cam, mirrored", {"smooth": "flips"}),
+    Setting("grad-cam, scale 2", {"scale": 2}),
+    Setting("grad-cam, scale 1 x 2 x 3", {"scale": (1, 2, 3), "fuse": "product"}),
     *_methods("saliency", "smooth-grad", "input-x-gradient", "integrated-gradients", "guided-backprop", "full-grad"),
     *_methods("guided-grad-cam", "lrp-epsilon", "lrp-zplus", "ablation-cam", "score-cam", "occlusion"),
     Setting("rise, 1000 masks", {"method": "rise", "samples": 1000}),
@@ -47,7 +47,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: the figures of the set's own program, deletion and insertion, seconds a picture."""
+    """One setting: scores of the data set's program, deletion and insertion, seconds per image."""
 
     name: str
     single: dict[str, float]
@@ -57,48 +57,48 @@ class Row:
     seconds: float
 
 
-def judge(model: convscope.Model, entries: list[dict[str, Any]], setting: Setting) -> Row:
-    """Make all maps of one setting and have them judged."""
+def evaluate_setting(model: convscope.Model, entries: list[dict[str, Any]], setting: Setting) -> Row:
+    """Compute all maps of one setting and score them."""
     paths = [str(SET / entry["file"]) for entry in entries]
-    # Two targets for every picture; where there is one object, the same twice.
+    # Two targets per image; the same one twice for images with one object.
     targets = [
         [o["class_index"] for o in entry["objects"]] if entry["kind"] == "double" else [entry["class_index"]] * 2
         for entry in entries
     ]
     start = time.perf_counter()
-    heat = convscope.heatmaps(model, paths, targets, **setting.arguments)
+    heatmaps = convscope.heatmaps(model, paths, targets, **setting.arguments)
     seconds = (time.perf_counter() - start) / len(paths)
-    faith = convscope.evaluate(model, paths, heat)
+    evaluation = convscope.evaluate(model, paths, heatmaps)
     with tempfile.TemporaryDirectory() as folder:
-        for entry, maps in zip(entries, heat.resized(), strict=True):
+        for entry, maps in zip(entries, heatmaps.resized(), strict=True):
             if entry["kind"] == "double":
-                for key, one in zip("ab", maps, strict=True):
-                    np.save(f"{folder}/{entry['id']}_{key}.npy", one)
+                for key, values in zip("ab", maps, strict=True):
+                    np.save(f"{folder}/{entry['id']}_{key}.npy", values)
             else:
                 np.save(f"{folder}/{entry['id']}.npy", maps[0])
         command = [sys.executable, str(SET / "score.py"), folder, "--set", str(SET), "--no-ci"]
-        judged = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        scores = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return Row(
         setting.name,
-        judged["single"],
-        judged["double"],
-        faith.mean("deletion"),
-        faith.mean("insertion"),
+        scores["single"],
+        scores["double"],
+        evaluation.mean("deletion"),
+        evaluation.mean("insertion"),
         seconds,
     )
 
 
 def run() -> list[Row]:
-    """All settings on Lite0; nothing where the set is not at hand."""
+    """Run all settings on Lite0; nothing if the data set is not available."""
     if not SET.is_dir():
         return []
     entries = json.loads((SET / "index.json").read_text(encoding="utf-8"))["images"]
     model = convscope.load("lite0")
-    return [judge(model, entries, setting) for setting in SETTINGS]
+    return [evaluate_setting(model, entries, setting) for setting in SETTINGS]
 
 
 def table(rows: list[Row]) -> list[str]:
-    """As Markdown."""
+    """Format the rows as Markdown."""
     lines = [
         "| method | pointing | with 15 px | energy | IoU | share own | deletion | insertion | ms |",
         "| --- |" + " ---: |" * 8,

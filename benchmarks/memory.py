@@ -1,4 +1,4 @@
-"""Peak memory with few and with many pictures or units, each in a process of its own."""
+"""Peak memory for few and many images or units, each in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ units, budget = int(sys.argv[1]), int(sys.argv[2]) << 20
 convscope.patterns(model, "features.11", range(units), recipe="plain", steps=1, memory=budget)
 print(before, status("VmHWM"))
 """
-# Steps enough for each size of the recipe's views.
+# Enough steps for each size of the recipe's views.
 CLASSES = """
 import convscope, sys
 model = convscope.load("lite0")
@@ -30,7 +30,7 @@ before = status("VmRSS")
 convscope.patterns(model, "logits", range(int(sys.argv[1])), steps=10, memory=int(sys.argv[2]) << 20)
 print(before, status("VmHWM"))
 """
-# getrusage will not do: its maximum is inherited from the process that started this one.
+# The maximum of getrusage is inherited from the parent process.
 STATUS = """
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -40,9 +40,9 @@ def status(name):
 
 @dataclass(frozen=True)
 class Peak:
-    """In MiB: the budget, what the process held with torch and the weights in it, and the most it ever held."""
+    """In MiB: the budget, the memory before the call (torch and weights), and the peak."""
 
-    what: str
+    name: str
     count: int
     budget: int
     before: float
@@ -55,10 +55,10 @@ def run() -> list[Peak]:
     cases += [
         ("patterns, `robust`, classes of Lite0", CLASSES, n, budget) for n, budget in ((2, 512), (64, 512), (64, 2048))
     ]
-    return [Peak(what, n, budget, *_measured(script, n, budget)) for what, script, n, budget in cases]
+    return [Peak(name, n, budget, *_measure(script, n, budget)) for name, script, n, budget in cases]
 
 
-def _measured(script: str, count: int, budget: int) -> tuple[float, float]:
+def _measure(script: str, count: int, budget: int) -> tuple[float, float]:
     command = [sys.executable, "-c", STATUS + script, str(count), str(budget)]
     before, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(before), float(peak)

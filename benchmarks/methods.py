@@ -1,4 +1,4 @@
-"""All other methods: convscope beside pytorch-grad-cam, captum, torchcam and a bare forward pass."""
+"""All other methods: convscope, pytorch-grad-cam, captum, torchcam and a bare forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytorch_grad_cam as pgc
 import torch
 import torchcam.methods as tc
 from captum.attr import Occlusion
-from heatmaps import NETWORKS, as_users_have_it, photographs
+from grad_cam import NETWORKS, as_users_have_it, photographs
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timing import Timed, interleaved
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ FAMILY = {
     "eigen-grad-cam": (pgc.EigenGradCAM, None),
     "finer-cam": (pgc.FinerCAM, None),
 }
-ASKED = 281  # a class; with random weights one is as good as another
+TARGET = 281  # an arbitrary class
 
 
 @dataclass(frozen=True)
 class Family:
-    """One network: for each method convscope's time beside the bare forward pass, and the peers' beside convscope's."""
+    """One network: each method's time relative to the bare forward pass, and the peers' relative to convscope's."""
 
     network: str
     bare: Timed
@@ -45,7 +45,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Targets:
-    """One picture of one network: seconds for one target, and how many times as long twenty take."""
+    """One image: seconds for one target, and the ratio for twenty targets."""
 
     network: str
     one: float
@@ -53,22 +53,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Heavy:
-    """One method on one picture: all contenders' times, ratios to convscope, how many evaluations it takes."""
+class ManyPasses:
+    """One method on one image: all times, and the correlation of the maps with convscope's."""
 
     method: str
-    what: str
+    work: str
     times: dict[str, Timed]
-    apart: dict[str, float]
+    correlations: dict[str, float]
 
 
 def family(name: str, batch: int, rounds: int) -> Family:
-    """All methods of the CAM family at the last layer with places, on one batch."""
+    """Time all methods of the CAM family at the last spatial layer, on one batch."""
     source = NETWORKS[name]
     model = convscope.load(source, weights="default" if source == "lite0" else "random")
     layer = model.layers.last_spatial().name
     x = photographs(model, batch)
-    cells = [resolve_method(model, method, layer, "mean", {}) for method in FAMILY]
+    specs = [resolve_method(model, method, layer, "mean", {}) for method in FAMILY]
 
     def bare() -> Tensor:
         with torch.no_grad():
@@ -76,45 +76,46 @@ def family(name: str, batch: int, rounds: int) -> Family:
 
     contenders: dict[str, Callable[[], object]] = {"bare": bare}
     for method in FAMILY:
-        contenders[method] = lambda method=method: convscope.heatmaps(model, x, ASKED, layer=layer, method=method)
-    contenders["together"] = lambda: compute_heatmaps(model, x, ASKED, cells)
+        contenders[method] = lambda method=method: convscope.heatmaps(model, x, TARGET, layer=layer, method=method)
+    contenders["together"] = lambda: compute_heatmaps(model, x, TARGET, specs)
     times = interleaved(contenders, "bare", rounds)
     peers = {}
     for method, (theirs, others) in FAMILY.items():
-        rivals: dict[str, Callable[[], object]] = {"convscope": contenders[method]}
-        rivals["pytorch-grad-cam"] = _pgc(theirs, as_users_have_it(model.module), layer, x)
+        contenders_of_method: dict[str, Callable[[], object]] = {"convscope": contenders[method]}
+        contenders_of_method["pytorch-grad-cam"] = _pgc(theirs, as_users_have_it(model.module), layer, x)
         if others is not None:
-            rivals["torchcam"] = _torchcam(others, as_users_have_it(model.module), layer, x)
+            contenders_of_method["torchcam"] = _torchcam(others, as_users_have_it(model.module), layer, x)
         peers[method] = {
-            who: timed.ratio for who, timed in interleaved(rivals, "convscope", max(3, rounds // 3)).items()
+            peer: timed.ratio
+            for peer, timed in interleaved(contenders_of_method, "convscope", max(3, rounds // 3)).items()
         }
     ours = {method: times[method] for method in FAMILY}
     return Family(f"{name}, {batch} (`{layer}`)", times["bare"], ours, times["together"], peers)
 
 
 def targets(name: str, rounds: int) -> Targets:
-    """Twenty targets of one picture beside one."""
+    """Time twenty targets of one image against one."""
     source = NETWORKS[name]
     model = convscope.load(source, weights="default" if source == "lite0" else "random")
     x = photographs(model, 1)
     twenty = [list(range(0, 1000, 50))]
     contenders: dict[str, Callable[[], object]] = {
-        "one": lambda: convscope.heatmaps(model, x, ASKED),
+        "one": lambda: convscope.heatmaps(model, x, TARGET),
         "twenty": lambda: convscope.heatmaps(model, x, twenty),
     }
     times = interleaved(contenders, "one", rounds)
     return Targets(name, times["one"].seconds, times["twenty"].ratio)
 
 
-def heavy(rounds: int) -> list[Heavy]:
-    """What takes many evaluations, or gradients at every layer; one photograph, Lite0."""
+def many_passes(rounds: int) -> list[ManyPasses]:
+    """Time methods with many forward passes, or gradients at every layer; one photograph, Lite0."""
     model = convscope.load("lite0")
     x = photographs(model, 1)
-    layer = "blocks.6"  # 320 channels: as many evaluations for the methods that ask about each
+    layer = "blocks.6"  # 320 channels: as many evaluations for methods that perturb each
     plain = as_users_have_it(model.module)
 
     def ours(method: str, layer: str | None = None, **options: object) -> Callable[[], np.ndarray]:
-        return lambda: convscope.heatmaps(model, x, ASKED, layer=layer, method=method, **options).values[0, 0]
+        return lambda: convscope.heatmaps(model, x, TARGET, layer=layer, method=method, **options).values[0, 0]
 
     def theirs(kind: type, layer: str = layer) -> Callable[[], np.ndarray]:
         return _pgc(kind, copy.deepcopy(plain), layer, x)
@@ -124,23 +125,23 @@ def heavy(rounds: int) -> list[Heavy]:
 
     def by_captum() -> np.ndarray:
         with torch.no_grad():
-            found = occluded.attribute(
-                x, target=ASKED, sliding_window_shapes=window, strides=stride, perturbations_per_eval=16
+            attributions = occluded.attribute(
+                x, target=TARGET, sliding_window_shapes=window, strides=stride, perturbations_per_eval=16
             )
-        return np.asarray(found[0, 0])
+        return np.asarray(attributions[0, 0])
 
     rise = {"samples": 320, "tolerance": 0.0, "probability": True}
-    # Of Lite0 pytorch-grad-cam sees no bias at all: it knows torch's own batch normalisation only.
+    # pytorch-grad-cam finds no biases in Lite0: it only supports torch's own batch normalisation.
     deep = convscope.load("torchvision:resnet50", weights="random")
     full = {
-        "convscope": lambda: convscope.heatmaps(deep, x, ASKED, method="full-grad").values[0, 0],
+        "convscope": lambda: convscope.heatmaps(deep, x, TARGET, method="full-grad").values[0, 0],
         "pytorch-grad-cam": _pgc(pgc.FullGrad, as_users_have_it(deep.module), "layer4", x),
     }
     cases = [
         ("full-grad", "ResNet-50, one backward pass", full),
         (
             "eigen-cam",
-            "56 x 56 places, 24 channels (`blocks.1`)",
+            "56 x 56 positions, 24 channels (`blocks.1`)",
             {"convscope": ours("eigen-cam", "blocks.1"), "pytorch-grad-cam": theirs(pgc.EigenCAM, "blocks.1")},
         ),
         (
@@ -168,19 +169,21 @@ def heavy(rounds: int) -> list[Heavy]:
             {"convscope": ours("rise", **rise), "the authors' loop": lambda: _rise(plain, x, 320)},
         ),
     ]
-    found = []
-    for method, what, contenders in cases:
+    rows = []
+    for method, work, contenders in cases:
         times = interleaved(contenders, "convscope", rounds)
-        own = contenders["convscope"]()
-        apart = {who: _correlation(own, np.asarray(run())) for who, run in contenders.items() if who != "convscope"}
-        found.append(Heavy(method, what, times, apart))
-    return found
+        our_map = contenders["convscope"]()
+        correlations = {
+            peer: _correlation(our_map, np.asarray(run())) for peer, run in contenders.items() if peer != "convscope"
+        }
+        rows.append(ManyPasses(method, work, times, correlations))
+    return rows
 
 
 def _pgc(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[[], np.ndarray]:
     cam = kind(module, [module.get_submodule(layer)])
     inputs = x.contiguous(memory_format=torch.contiguous_format)
-    return lambda: cam(input_tensor=inputs, targets=[ClassifierOutputTarget(ASKED)] * len(x))[0]
+    return lambda: cam(input_tensor=inputs, targets=[ClassifierOutputTarget(TARGET)] * len(x))[0]
 
 
 def _torchcam(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[[], np.ndarray]:
@@ -190,42 +193,42 @@ def _torchcam(kind: type, module: nn.Module, layer: str, x: Tensor) -> Callable[
     def run() -> np.ndarray:
         if kind is tc.ScoreCAM:
             with torch.no_grad():
-                return cam(ASKED, module(inputs))[0][0].numpy()
-        return cam(ASKED, module(inputs))[0][0].detach().numpy()
+                return cam(TARGET, module(inputs))[0][0].numpy()
+        return cam(TARGET, module(inputs))[0][0].detach().numpy()
 
     return run
 
 
 def _rise(module: nn.Module, x: Tensor, samples: int, cells: int = 7, batch: int = 100) -> np.ndarray:
-    """As the authors' program does it: all masks made beforehand, then batches of `batch`; probabilities."""
-    draw = np.random.default_rng(0)
+    """Run RISE as in the authors' code: all masks first, then batches of `batch`; probabilities."""
+    generator = np.random.default_rng(0)
     side = x.shape[2]
     cell = -(-side // cells)
     masks = torch.empty(samples, 1, side, side)
     for i in range(samples):
-        grid = torch.from_numpy((draw.random((cells, cells)) < 0.5).astype(np.float32))[None, None]
+        grid = torch.from_numpy((generator.random((cells, cells)) < 0.5).astype(np.float32))[None, None]
         large = nn.functional.interpolate(grid, ((cells + 1) * cell,) * 2, mode="bilinear")[0]
-        top, left = draw.integers(0, cell, 2)
+        top, left = generator.integers(0, cell, 2)
         masks[i] = large[:, top : top + side, left : left + side]
     inputs = x.contiguous(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        shares = torch.cat([module(inputs * part).softmax(1)[:, ASKED] for part in masks.split(batch)])
-    return np.asarray((shares[:, None, None] * masks[:, 0]).mean(0) / 0.5)
+        probabilities = torch.cat([module(inputs * part).softmax(1)[:, TARGET] for part in masks.split(batch)])
+    return np.asarray((probabilities[:, None, None] * masks[:, 0]).mean(0) / 0.5)
 
 
-def _correlation(own: np.ndarray, other: np.ndarray) -> float:
-    """Of two maps, the smaller brought to the other's size: whether they are the same picture."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(m, np.float32))[None, None] for m in (own, other)]
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of two maps, after resizing the smaller one."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(m, np.float32))[None, None] for m in (first, second)]
     size = max((t.shape[2:] for t in tensors), key=lambda s: s[0])
     flat = [nn.functional.interpolate(t, size, mode="bilinear").flatten().clamp(min=0) for t in tensors]
     return float(torch.corrcoef(torch.stack(flat))[0, 1])
 
 
-def run(rounds: int) -> tuple[list[Family], list[Targets], list[Heavy]]:
-    """All three tables."""
+def run(rounds: int) -> tuple[list[Family], list[Targets], list[ManyPasses]]:
+    """Run all three tables."""
     torch.manual_seed(0)
     return (
         [family(name, 8, rounds) for name in ("ResNet-50", "Lite0")],
         [targets(name, rounds) for name in NETWORKS],
-        heavy(max(3, rounds // 3)),
+        many_passes(max(3, rounds // 3)),
     )

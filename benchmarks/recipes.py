@@ -1,4 +1,4 @@
-"""Draws docs/recipes.jpg: the same eight units by every recipe."""
+"""Write docs/recipes.jpg: the same eight units by every recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import convscope
 from convscope.featurevis.objectives import caricature
 from convscope.samples import photographs
 
-# Edges, textures, parts, and things: layer and channel of Lite0, or class.
+# Edges, textures, parts and objects: layer and channel of Lite0, or class.
 UNITS = (
     ("bn1", 3),
     ("blocks.1.1.bn1", 16),
@@ -27,36 +27,36 @@ TILE, GAP, HEAD, SIDE = 160, 6, 40, 92
 LARGE, SMALL = (ImageFont.load_default(size) for size in (16, 12))
 
 
-def picture(model: convscope.Model, recipe: str, layer: str, number: int) -> Image.Image:
-    """One unit; by a caricature, which knows no units, its layer."""
-    begin = {"start": photographs()[0]} if recipe in ("dream", "caricature") else {}
+def pattern(model: convscope.Model, recipe: str, layer: str, number: int) -> Image.Image:
+    """Compute one unit's pattern; a caricature is of the whole layer."""
+    start_options = {"start": photographs()[0]} if recipe in ("dream", "caricature") else {}
     if recipe == "caricature":
-        made = convscope.patterns(model, caricature(layer), recipe=recipe, **begin)
+        patterns = convscope.patterns(model, caricature(layer), recipe=recipe, **start_options)
     else:
-        made = convscope.patterns(model, layer, [number], recipe=recipe, **begin)
-    return Image.fromarray(made.images[0])
+        patterns = convscope.patterns(model, layer, [number], recipe=recipe, **start_options)
+    return Image.fromarray(patterns.images[0])
 
 
 def sheet(model: convscope.Model) -> Image.Image:
-    """Recipes from top to bottom, units from left to right; small canvases are repeated, none is stretched."""
+    """Arrange recipes from top to bottom and units from left to right."""
     width, height = SIDE + len(UNITS) * (TILE + GAP), HEAD + len(RECIPES) * (TILE + GAP)
     out = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(out)
     for column, (layer, number) in enumerate(UNITS):
         left = SIDE + column * (TILE + GAP)
-        named = model.class_name(number) if layer == "logits" else f"channel {number}"
+        name = model.class_name(number) if layer == "logits" else f"channel {number}"
         pen.text((left, 4), layer, "black", LARGE)
-        pen.text((left, 22), named, "black", SMALL)
+        pen.text((left, 22), name, "black", SMALL)
     for row, recipe in enumerate(RECIPES):
         top = HEAD + row * (TILE + GAP)
         pen.text((4, top + TILE / 2 - 8), recipe, "black", LARGE)
         for column, (layer, number) in enumerate(UNITS):
-            out.paste(_tile(picture(model, recipe, layer, number)), (SIDE + column * (TILE + GAP), top))
+            out.paste(_tile(pattern(model, recipe, layer, number)), (SIDE + column * (TILE + GAP), top))
     return out
 
 
 def _tile(image: Image.Image) -> Image.Image:
-    """Of one size: what is larger is brought to it, what is smaller is shown in its middle."""
+    """Return a tile of fixed size: larger images are resized, smaller ones centred."""
     if min(image.size) > TILE:
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)

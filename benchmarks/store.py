@@ -1,6 +1,6 @@
-"""What questions to a large store cost: time, and bytes read from its files. Values in it are drawn at random.
+"""Time and bytes read for queries on a large store with random values.
 
-python benchmarks/store.py FOLDER [--units 10000] [--pictures 1000000]
+python benchmarks/store.py FOLDER [--units 10000] [--images 1000000]
 """
 
 from __future__ import annotations
@@ -18,94 +18,94 @@ import convscope
 from convscope.scanning.statistics import HISTOGRAM_BINS
 from convscope.store.schema import FORMAT, ImageRows, LayerSummary, RankedExamples, write_store
 
-LAYERS, PART = 10, 1 << 16  # layers; pictures that are made at once
+LAYERS, PART = 10, 1 << 16  # layers; images written at once
 K, SAMPLE, CLASSES = 100, 1000, 1000
 
 
-def layer(number: int, units: int, pictures: int, draw: np.random.Generator) -> LayerSummary:
-    """A layer of 14 x 14 places. No picture comes twice among the best of a unit."""
-    sample = draw.random((units, SAMPLE), np.float32)
-    step = pictures // K  # one picture from each stretch of this length
-    which = (np.arange(K) * step + draw.integers(0, step, (units, K)))[:, draw.permutation(K)]
-    places = draw.integers(0, 196, (units, K)).astype(np.int32)
-    values = -np.sort(-draw.random((units, K), np.float32), 1)
+def layer(number: int, units: int, images: int, generator: np.random.Generator) -> LayerSummary:
+    """Return a layer of 14 x 14 positions. No image occurs twice among the top images of a unit."""
+    sample = generator.random((units, SAMPLE), np.float32)
+    step = images // K  # one image from each interval of this length
+    which = (np.arange(K) * step + generator.integers(0, step, (units, K)))[:, generator.permutation(K)]
+    positions = generator.integers(0, 196, (units, K)).astype(np.int32)
+    values = -np.sort(-generator.random((units, K), np.float32), 1)
     one = np.ones(units)
     return LayerSummary(
         name=f"layer {number}", kind="Conv2d", shape=(units, 14, 14), receptive_field=(64.0, 64.0),
-        stride=(16.0, 16.0), origin=(0.0, 0.0), has_global_context=False, mean=one, variance=one, maximum=one, minimum=-one,
-        active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), pictures // HISTOGRAM_BINS), top=RankedExamples(values, which, places),
-        bottom=RankedExamples(-values, (which + 1) % pictures, places), sample=sample,
-        sample_positions=np.zeros(sample.shape, np.int32), class_means=draw.random((units, CLASSES), np.float32),
+        stride=(16.0, 16.0), origin=(0.0, 0.0), has_global_context=False, mean=one, variance=one, maximum=one,
+        minimum=-one, active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), images // HISTOGRAM_BINS),
+        top=RankedExamples(values, which, positions), bottom=RankedExamples(-values, (which + 1) % images, positions), sample=sample,
+        sample_positions=np.zeros(sample.shape, np.int32), class_means=generator.random((units, CLASSES), np.float32),
     )  # fmt: skip
 
 
-def rows(pictures: int, draw: np.random.Generator) -> Iterator[ImageRows]:
-    for begin in range(0, pictures, PART):
-        ids = np.arange(begin, min(begin + PART, pictures))
+def rows(images: int, generator: np.random.Generator) -> Iterator[ImageRows]:
+    for start in range(0, images, PART):
+        ids = np.arange(start, min(start + PART, images))
         yield ImageRows(
             names=[f"photographs/{i % CLASSES:04d}/{i:08d}.jpg" for i in ids], labels=ids % CLASSES,
-            failed=[None] * len(ids), sizes=draw.integers(200, 800, (len(ids), 2)),
-            boxes=np.tile([0.0, 0, 500, 500], (len(ids), 1)), classes=draw.integers(0, CLASSES, (len(ids), 5)),
-            probabilities=draw.random((len(ids), 5)), losses=draw.random(len(ids)),
+            failed=[None] * len(ids), sizes=generator.integers(200, 800, (len(ids), 2)),
+            boxes=np.tile([0.0, 0, 500, 500], (len(ids), 1)), classes=generator.integers(0, CLASSES, (len(ids), 5)),
+            probabilities=generator.random((len(ids), 5)), losses=generator.random(len(ids)),
         )  # fmt: skip
 
 
-def write(folder: Path, units: int, pictures: int) -> None:
-    draw = np.random.default_rng(0)
+def write(folder: Path, units: int, images: int) -> None:
+    generator = np.random.default_rng(0)
     names = [f"class {i}" for i in range(CLASSES)]
     write_store(
         folder,
-        (layer(i, units // LAYERS, pictures, draw) for i in range(LAYERS)),
-        rows(pictures, draw),
-        sample_images=np.sort(draw.choice(pictures, SAMPLE, replace=False)),
-        class_counts=np.full(CLASSES, pictures // CLASSES),
+        (layer(i, units // LAYERS, images, generator) for i in range(LAYERS)),
+        rows(images, generator),
+        sample_images=np.sort(generator.choice(images, SAMPLE, replace=False)),
+        class_counts=np.full(CLASSES, images // CLASSES),
         input_size=(224, 224),
         shards=[],
         manifest={
             "kind": "scan", "format": FORMAT, "model": {"name": "none", "weights_sha256": "", "preprocessing": None},
-            "data": {"name": "none", "images": pictures, "fingerprint": ""}, "plan": {"k": K}, "classes": names,
+            "data": {"name": "none", "images": images, "fingerprint": ""}, "plan": {"k": K}, "classes": names,
             "labels": names, "failed": 0, "versions": {},
         },
     )  # fmt: skip
 
 
 def read() -> int:
-    """Bytes that this process has read so far, files in memory included."""
+    """Return the bytes that this process has read so far, memory-mapped files included."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def asked(words: str, question: Callable[[], Any]) -> None:
-    begin, worked, before = time.perf_counter(), time.process_time(), read()
-    question()
-    took = 1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - worked)
-    sys.stdout.write(f"| {words} | {took[0]:.0f} | {took[1]:.0f} | {(read() - before) / 1e6:.2f} |\n")
+def measure(name: str, query: Callable[[], Any]) -> None:
+    start, worked, before = time.perf_counter(), time.process_time(), read()
+    query()
+    took = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - worked)
+    sys.stdout.write(f"| {name} | {took[0]:.0f} | {took[1]:.0f} | {(read() - before) / 1e6:.2f} |\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--units", type=int, default=10_000)
-    parser.add_argument("--pictures", type=int, default=1_000_000)
-    given = parser.parse_args()
-    if not (given.folder / "manifest.json").exists():
-        write(given.folder, given.units, given.pictures)
-    sizes = {file.name: file.stat().st_size / 1e6 for file in given.folder.iterdir()}
+    parser.add_argument("--images", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    if not (arguments.folder / "manifest.json").exists():
+        write(arguments.folder, arguments.units, arguments.images)
+    sizes = {file.name: file.stat().st_size / 1e6 for file in arguments.folder.iterdir()}
     sys.stdout.write("; ".join(f"{name} {size:.1f} MB" for name, size in sorted(sizes.items())))
-    before = convscope.open_store(given.folder).unit("layer 0", 3)  # what is imported at the first question
+    before = convscope.open_store(arguments.folder).unit("layer 0", 3)  # imports happen on the first query
     before.similar()
     before.examples()
-    sys.stdout.write("\n| asked | ms | of a processor | MB read |\n| --- | --- | --- | --- |\n")
-    store = convscope.open_store(given.folder)
-    asked("`open_store`", lambda: convscope.open_store(given.folder))
-    middle = given.units // LAYERS // 2
+    sys.stdout.write("\n| query | ms | CPU ms | MB read |\n| --- | --- | --- | --- |\n")
+    store = convscope.open_store(arguments.folder)
+    measure("`open_store`", lambda: convscope.open_store(arguments.folder))
+    middle = arguments.units // LAYERS // 2
     for which, unit in (("first", store.unit("layer 4", middle)), ("another", store.unit("layer 7", middle // 4))):
-        asked(f"{which} unit: its statistics", lambda: unit.statistics)  # noqa: B023
-        asked(f"{which} unit: nine examples", lambda: unit.examples(9))  # noqa: B023
-        asked(f"{which} unit: its classes", unit.classes)
-        asked(f"{which} unit: similar ones, of all layers", unit.similar)
-    picture = store.image(given.pictures // 3)
-    asked("a picture's predictions", lambda: picture.predictions)
-    asked("a picture's units: all of topk.parquet, in parts", picture.units)
+        measure(f"{which} unit: its statistics", lambda: unit.statistics)  # noqa: B023
+        measure(f"{which} unit: nine examples", lambda: unit.examples(9))  # noqa: B023
+        measure(f"{which} unit: its classes", unit.classes)
+        measure(f"{which} unit: similar ones, of all layers", unit.similar)
+    image = store.image(arguments.images // 3)
+    measure("an image's predictions", lambda: image.predictions)
+    measure("an image's units: all of topk.parquet, in parts", image.units)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fair timing: contenders take turns in one process, and what counts is their ratio within a round."""
+"""Interleaved timing: contenders take turns in one process; ratios are taken within a round."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of a contender, and its median ratio to the reference of the same round."""
+    """Median seconds of a contender, and its median ratio to the reference within a round."""
 
     seconds: float
     ratio: float
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], reference: str, rounds: int) -> dict[str, Timed]:
-    """Time all contenders in turn, `rounds` times, after one round that warms up.
+    """Time all contenders in turn, `rounds` times, after a warm-up round.
 
-    The machine's speed drifts; a ratio between neighbours of one round does not see it.
+    Ratios within a round are not affected by drifts of the machine's speed.
     """
     timers = {
         name: Timer("run()", globals={"run": run}, num_threads=THREADS, label=name) for name, run in contenders.items()
@@ -30,13 +30,13 @@ def interleaved(contenders: dict[str, Callable[[], object]], reference: str, rou
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, timer in timers.items():
-            taken = timer.timeit(1).median
+            duration = timer.timeit(1).median
             if turn:
-                seconds[name].append(taken)
+                seconds[name].append(duration)
     return {
         name: Timed(
-            statistics.median(own),
-            statistics.median(a / b for a, b in zip(own, seconds[reference], strict=True)),
+            statistics.median(durations),
+            statistics.median(a / b for a, b in zip(durations, seconds[reference], strict=True)),
         )
-        for name, own in seconds.items()
+        for name, durations in seconds.items()
     }

@@ -1,4 +1,4 @@
-"""Deletion and average drop: convscope beside Quantus, torchcam and as many bare forward passes."""
+"""Deletion and average drop: convscope, Quantus, torchcam and as many bare forward passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import quantus
 import torch
-from heatmaps import as_users_have_it, photographs
+from grad_cam import as_users_have_it, photographs
 from timing import Timed, interleaved
 from torchcam.methods import LayerCAM
 from torchcam.metrics import ClassificationMetric
@@ -20,25 +20,27 @@ BATCH, PIXELS = 8, 224 * 224
 
 
 @dataclass(frozen=True)
-class Truth:
-    """One comparison: what, how many evaluations a picture, all times; how far the figures are apart."""
+class Comparison:
+    """One comparison: all times, and the difference of the values."""
 
-    what: str
+    metric: str
     times: dict[str, Timed]
-    apart: float | None
+    difference: float | None
 
 
-def deletion(steps: int, rounds: int) -> Truth:
-    """The same states for both, but for one pixel: the hottest are set to 0, an equal part at each step.
+def deletion(steps: int, rounds: int) -> Comparison:
+    """Set the most relevant pixels to 0, an equal part per step; both programs evaluate the same images.
 
-    Quantus counts every channel of a pixel by itself, and takes none but whole divisors of the pixels.
+    Quantus counts every channel of a pixel separately, and accepts only divisors of the number of pixels.
     """
     model = convscope.load("lite0")
     x = photographs(model, BATCH)
-    heat = convscope.heatmaps(model, x)
-    targets = heat.targets[:, 0].tolist()
-    # Different values everywhere: how ties are broken is each program's own.
-    maps = np.stack(heat.resized()) + 1e-6 * np.random.default_rng(0).random((BATCH, 1, 224, 224)).astype(np.float32)
+    heatmaps = convscope.heatmaps(model, x)
+    targets = heatmaps.targets[:, 0].tolist()
+    # Distinct values everywhere, since the programs break ties differently.
+    maps = np.stack(heatmaps.resized()) + 1e-6 * np.random.default_rng(0).random((BATCH, 1, 224, 224)).astype(
+        np.float32
+    )
     peer = quantus.PixelFlipping(
         features_in_step=3 * PIXELS // steps,
         perturb_baseline=0.0,
@@ -50,15 +52,15 @@ def deletion(steps: int, rounds: int) -> Truth:
     net, inputs = as_users_have_it(model.module), x.contiguous().numpy()
 
     def ours() -> np.ndarray:
-        found = convscope.evaluate(model, x, maps, "deletion", targets=targets, steps=steps, fill="zero")
-        return found.curves["deletion"][:, 0]
+        evaluation = convscope.evaluate(model, x, maps, "deletion", targets=targets, steps=steps, fill="zero")
+        return evaluation.curves["deletion"][:, 0]
 
     def theirs() -> np.ndarray:
         attributions = maps.repeat(3, axis=1)
-        found = peer(
+        values = peer(
             model=net, x_batch=inputs, y_batch=np.array(targets), a_batch=attributions, softmax=True, device="cpu"
         )
-        return np.asarray(found)
+        return np.asarray(values)
 
     def bare() -> None:
         with torch.no_grad():
@@ -67,12 +69,12 @@ def deletion(steps: int, rounds: int) -> Truth:
 
     contenders: dict[str, Callable[[], object]] = {"convscope": ours, "Quantus": theirs, "bare forward passes": bare}
     times = interleaved(contenders, "convscope", rounds)
-    own, other = ours(), theirs()
-    return Truth(f"deletion, {steps} steps", times, float(np.abs(own[:, 1:] - other).max()))
+    our_curve, their_curve = ours(), theirs()
+    return Comparison(f"deletion, {steps} steps", times, float(np.abs(our_curve[:, 1:] - their_curve).max()))
 
 
-def average_drop(rounds: int) -> Truth:
-    """With the maps each program makes by LayerCAM; torchcam judges them one picture after the other."""
+def average_drop(rounds: int) -> Comparison:
+    """Compute LayerCAM maps and their average drop; torchcam processes one image at a time."""
     model = convscope.load("lite0")
     x = photographs(model, BATCH)
     net = as_users_have_it(model.module)
@@ -80,8 +82,8 @@ def average_drop(rounds: int) -> Truth:
     inputs = x.contiguous()
 
     def ours() -> float:
-        heat = convscope.heatmaps(model, x, method="layer-cam")
-        return convscope.evaluate(model, x, heat, ["average-drop", "average-increase"]).mean("average-drop")
+        heatmaps = convscope.heatmaps(model, x, method="layer-cam")
+        return convscope.evaluate(model, x, heatmaps, ["average-drop", "average-increase"]).mean("average-drop")
 
     def theirs() -> float:
         metric = ClassificationMetric(cam, logits_fn=lambda logits: logits.softmax(1))
@@ -89,10 +91,10 @@ def average_drop(rounds: int) -> Truth:
         return metric.summary()["avg_drop"]
 
     times = interleaved({"convscope": ours, "torchcam": theirs}, "convscope", rounds)
-    return Truth("maps, average drop and increase", times, abs(ours() - theirs()))
+    return Comparison("maps, average drop and increase", times, abs(ours() - theirs()))
 
 
-def run(rounds: int) -> list[Truth]:
-    """On Lite0, eight photographs."""
+def run(rounds: int) -> list[Comparison]:
+    """Run on Lite0 and eight photographs."""
     warnings.filterwarnings("ignore", module="quantus")
     return [deletion(84, rounds), average_drop(rounds)]

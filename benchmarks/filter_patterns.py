@@ -1,4 +1,4 @@
-"""Filter patterns: convscope beside the same loop in plain torch, and beside lucent."""
+"""Filter patterns: convscope, the same loop in plain torch, and lucent."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from lucent.optvis import param, render
 from timing import Timed, interleaved
 from torch import Tensor, nn
-from trunk import BLOCK3_CONV1, trunk
+from vgg16_trunk import BLOCK3_CONV1, trunk
 
 import convscope
 
 LAYER, UNITS, SIZE = "features.11", 64, 150  # VGG16's block3_conv1 with its ReLU
-STEPS = 10  # of each contender in a round: enough that one more pass for the score hardly counts
-LUCENT_STEPS, TEXTBOOK_STEPS = 512, 40  # what a finished picture takes by each one's default
+STEPS = 10  # per contender and round: enough to make the pass for the score negligible
+LUCENT_STEPS, TEXTBOOK_STEPS = 512, 40  # steps of a finished image by default
 
 
 @dataclass(frozen=True)
-class Patterns:
-    """Times per step and filter, the difference of the losses, and the machine's limit."""
+class FilterTimes:
+    """Times per step and filter, the difference of the losses, and the machine's peak rate."""
 
     times: dict[str, Timed]
-    apart: float
+    difference: float
     flops: float
     peak: float
 
 
 def textbook(network: nn.Module, unit: int, start: Tensor, steps: int) -> list[float]:
-    """The notebook's loop, in plain torch: one filter at a time, the network cut off behind the layer."""
+    """Run the notebook's loop in plain torch: one filter at a time, the network cut off after the layer."""
     x, losses = start.clone(), []
     for _ in range(steps):
         x.requires_grad_()
@@ -42,11 +42,11 @@ def textbook(network: nn.Module, unit: int, start: Tensor, steps: int) -> list[f
     return losses
 
 
-def run(rounds: int) -> Patterns:
-    """Time the plain recipe for 64 filters; the peers, slower, for a few filters of the same layer."""
+def run(rounds: int) -> FilterTimes:
+    """Time the plain recipe for 64 filters; the slower peers for a few filters of the same layer."""
     settings = {"size": SIZE, "range": 255, "mean": (103.939, 116.779, 123.68), "std": 1.0, "channel_order": "BGR"}
     model = convscope.load("torchvision:vgg16", weights="random", preprocessing=settings)
-    # Frozen, cut off and channels last: the textbook's loop at its best.
+    # Frozen, cut off and channels_last: the fastest version of the notebook's loop.
     cut = nn.Sequential(*list(model.module.features)[:12]).requires_grad_(False)
     start = 128 + 20 * np.random.default_rng(0).random((SIZE, SIZE, 3), np.float32)
     first = torch.from_numpy(start).permute(2, 0, 1)[None]
@@ -67,53 +67,55 @@ def run(rounds: int) -> Patterns:
         "convscope": ours,
         "lucent": lucent,
     }
-    shares = {"plain torch": few, "convscope": UNITS, "lucent": 1}
+    counts = {"plain torch": few, "convscope": UNITS, "lucent": 1}
     raw = interleaved(contenders, "plain torch", rounds)
-    each = {name: t.seconds / shares[name] / STEPS for name, t in raw.items()}
-    ratios = {name: t.ratio * few / shares[name] for name, t in raw.items()}
+    each = {name: t.seconds / counts[name] / STEPS for name, t in raw.items()}
+    ratios = {name: t.ratio * few / counts[name] for name, t in raw.items()}
     times = {name: Timed(each[name], ratios[name]) for name in raw}
-    own = ours().history[:, :few]  # type: ignore[attr-defined]
+    our_history = ours().history[:, :few]  # type: ignore[attr-defined]
     theirs = np.array([textbook(cut, unit, pixel, STEPS) for unit in range(few)]).T
-    apart = np.abs(own - theirs).max() / np.abs(theirs).max()
-    return Patterns(times, float(apart), _flops(cut, first), _peak())
+    difference = np.abs(our_history - theirs).max() / np.abs(theirs).max()
+    return FilterTimes(times, float(difference), _flops(cut, first), _peak())
 
 
 @dataclass(frozen=True)
-class Sooner:
-    """Of the plain recipe's 64 pictures after 40 steps, how many the default recipe equals or beats within a share of
-    the time: by the score of the finished 8-bit picture, and by what plain had climbed to before it was finished."""
+class EqualScores:
+    """How many of the plain recipe's 64 scores the default recipe reaches within a fraction of the time.
+
+    `finished` compares finished 8-bit images; `unrounded` compares with plain's score before rounding.
+    """
 
     seconds: float
-    share: float
+    fraction: float
     steps: int
     finished: int
-    climbed: int
+    unrounded: int
 
 
-def sooner() -> Sooner:
-    """The 64 first filters of the trunk's `block3_conv1`, each recipe as it is; the default cut off at a quarter."""
+def equal_scores() -> EqualScores:
+    """Compare the recipes on 64 filters of `block3_conv1`; the default is stopped at a quarter of the time."""
     model = trunk()
     convscope.patterns(model, BLOCK3_CONV1, range(2), steps=1)
     plain, seconds = _timed(lambda: convscope.patterns(model, BLOCK3_CONV1, range(UNITS), recipe="plain"))
-    whole, taken = _timed(lambda: convscope.patterns(model, BLOCK3_CONV1, range(UNITS)))
-    steps = min(whole.steps, int(whole.steps * seconds / 4 / taken))
-    ours, taken = _timed(lambda: convscope.patterns(model, BLOCK3_CONV1, range(UNITS), steps=steps))
-    return Sooner(
+    full, full_seconds = _timed(lambda: convscope.patterns(model, BLOCK3_CONV1, range(UNITS)))
+    steps = min(full.steps, int(full.steps * seconds / 4 / full_seconds))
+    ours, our_seconds = _timed(lambda: convscope.patterns(model, BLOCK3_CONV1, range(UNITS), steps=steps))
+    return EqualScores(
         seconds,
-        taken / seconds,
+        our_seconds / seconds,
         steps,
         int((ours.scores >= plain.scores).sum()),
         int((ours.scores >= plain.history[-1]).sum()),
     )
 
 
-def _timed(draw: Callable[[], convscope.Patterns]) -> tuple[convscope.Patterns, float]:
-    begin = time.perf_counter()
-    return draw(), time.perf_counter() - begin
+def _timed(compute: Callable[[], convscope.Patterns]) -> tuple[convscope.Patterns, float]:
+    start = time.perf_counter()
+    return compute(), time.perf_counter() - start
 
 
 def _flops(network: nn.Module, x: Tensor) -> float:
-    """Of one step for one filter: forward, and backward to the input, which costs the same."""
+    """Return the FLOPs of one step for one filter: forward, and backward to the input, which costs the same."""
     total = 0.0
     for layer in network:
         y = layer(x)
@@ -124,7 +126,7 @@ def _flops(network: nn.Module, x: Tensor) -> float:
 
 
 def _peak() -> float:
-    """The machine's matrix-multiply rate, FLOP/s, by measurement."""
+    """Measure the machine's rate of matrix multiplication, FLOP/s."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    taken = interleaved({"matmul": lambda: a @ b}, "matmul", 20)["matmul"].seconds
-    return 2 * 2048**3 / taken
+    seconds = interleaved({"matmul": lambda: a @ b}, "matmul", 20)["matmul"].seconds
+    return 2 * 2048**3 / seconds

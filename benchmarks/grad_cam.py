@@ -1,4 +1,4 @@
-"""Grad-CAM: convscope beside pytorch-grad-cam, captum, torchcam and a bare forward pass."""
+"""Grad-CAM: convscope, pytorch-grad-cam, captum, torchcam and a bare forward pass."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ NETWORKS = {"ResNet-50": "torchvision:resnet50", "VGG16": "torchvision:vgg16", "
 
 @dataclass(frozen=True)
 class Row:
-    """One network at one batch size: times, and how far each peer's map is from convscope's (largest difference)."""
+    """One network at one batch size: times, and the largest difference of each peer's map from convscope's."""
 
     network: str
     batch: int
     layer: str
     times: dict[str, Timed]
-    apart: dict[str, float]
+    differences: dict[str, float]
 
 
 def compare(name: str, source: str, batch: int, rounds: int) -> Row:
-    """Time everybody on the same weights and the same input, channels last for all, and compare the maps."""
+    """Time all contenders on the same weights and input, channels_last, and compare the maps."""
     model = convscope.load(source, weights="default" if source == "lite0" else "random")
     layer = model.layers.last_spatial().name
-    # In-place activations behind the layer break the peers' hooks; they get a copy without.
+    # In-place activations after the layer break the peers' hooks; they get a copy without.
     plain = copy.deepcopy(model.module)
     for module in plain.modules():
         if hasattr(module, "inplace"):
@@ -46,17 +46,17 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
     for parameter in plain.parameters():
         parameter.requires_grad_(True)  # as users have it
     as_users_have_it = copy.deepcopy(plain).to(memory_format=torch.contiguous_format)
-    hand = convscope.load(as_users_have_it, preprocessing=model.preprocessing)
+    instance = convscope.load(as_users_have_it, preprocessing=model.preprocessing)
     x = photographs(model, batch)
-    asked = _telling(model, x)
-    # Each peer has a network of its own, so that nobody's hooks fire in another's time.
+    target = _class_with_evidence(model, x)
+    # Each peer has its plain_copy network, so that its hooks do not slow the others down.
     first, second, third = (copy.deepcopy(plain) for _ in range(3))
     captum = LayerGradCam(first, first.get_submodule(layer))
     gradcam = GradCAM(second, [second.get_submodule(layer)])
     torchcam = TorchCam(third, third.get_submodule(layer))
 
     def by_torchcam() -> Tensor:
-        return torchcam(asked, third(x))[0]
+        return torchcam(target, third(x))[0]
 
     def bare() -> Tensor:
         with torch.no_grad():
@@ -64,66 +64,68 @@ def compare(name: str, source: str, batch: int, rounds: int) -> Row:
 
     contenders: dict[str, Callable[[], object]] = {
         "bare forward": bare,
-        "convscope": lambda: convscope.heatmaps(model, x, asked).values,
-        "convscope, model in hand": lambda: convscope.heatmaps(hand, x, asked, layer=layer).values,
-        "captum": lambda: captum.attribute(x, target=asked),
+        "convscope": lambda: convscope.heatmaps(model, x, target).values,
+        "convscope, module instance": lambda: convscope.heatmaps(instance, x, target, layer=layer).values,
+        "captum": lambda: captum.attribute(x, target=target),
         "torchcam": by_torchcam,
-        "pytorch-grad-cam": lambda: gradcam(input_tensor=x, targets=[ClassifierOutputTarget(asked)] * batch),
+        "pytorch-grad-cam": lambda: gradcam(input_tensor=x, targets=[ClassifierOutputTarget(target)] * batch),
     }
     times = interleaved(contenders, "bare forward", rounds)
-    own = convscope.heatmaps(model, x, asked).values[:, 0]
-    apart = {
-        "convscope, model in hand": _apart(own, convscope.heatmaps(hand, x, asked, layer=layer).values[:, 0]),
-        "captum": _apart(own, captum.attribute(x, target=asked)[:, 0].detach().numpy()),
-        "torchcam": _apart(_scaled(own), by_torchcam().detach().numpy().reshape(own.shape)),
-        "pytorch-grad-cam": _apart(
-            _scaled(np.stack([cv2.resize(m, (224, 224)) for m in _scaled(own)])),
-            gradcam(input_tensor=x, targets=[ClassifierOutputTarget(asked)] * batch),
+    ours = convscope.heatmaps(model, x, target).values[:, 0]
+    differences = {
+        "convscope, module instance": _max_difference(
+            ours, convscope.heatmaps(instance, x, target, layer=layer).values[:, 0]
+        ),
+        "captum": _max_difference(ours, captum.attribute(x, target=target)[:, 0].detach().numpy()),
+        "torchcam": _max_difference(_scaled(ours), by_torchcam().detach().numpy().reshape(ours.shape)),
+        "pytorch-grad-cam": _max_difference(
+            _scaled(np.stack([cv2.resize(m, (224, 224)) for m in _scaled(ours)])),
+            gradcam(input_tensor=x, targets=[ClassifierOutputTarget(target)] * batch),
         ),
     }
     torchcam.remove_hooks()
     gradcam.activations_and_grads.release()
-    return Row(name, batch, layer, times, apart)
+    return Row(name, batch, layer, times, differences)
 
 
 def as_users_have_it(module: nn.Module) -> nn.Module:
-    """A copy, contiguous, with gradients, and without the in-place activations that the peers' hooks cannot bear."""
-    own = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
-    for part in own.modules():
+    """Return a contiguous copy with gradients and without in-place activations, which break the peers' hooks."""
+    plain_copy = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    for part in plain_copy.modules():
         if hasattr(part, "inplace"):
             part.inplace = False
-    return own.requires_grad_(True)
+    return plain_copy.requires_grad_(True)
 
 
 def photographs(model: convscope.Model, batch: int) -> Tensor:
-    """The sample photographs as the network takes them, as many as asked for."""
+    """Return `batch` sample photographs as network input."""
     folder = Path(convscope.__file__).parent / "samples"
     paths = sorted(str(p) for p in folder.iterdir() if p.suffix in (".jpg", ".png"))
-    pictures = ImageBatchLoader(paths, model.preprocessing)
-    four = next(pictures.batches(4)).x
+    loader = ImageBatchLoader(paths, model.preprocessing)
+    four = next(loader.batches(4)).x
     return four.repeat(-(-batch // 4), 1, 1, 1)[:batch].contiguous(memory_format=torch.channels_last)
 
 
-def _telling(model: convscope.Model, x: Tensor) -> int:
-    """A class with positive evidence in every picture: with random weights not every one has it."""
+def _class_with_evidence(model: convscope.Model, x: Tensor) -> int:
+    """Return a class with positive evidence in every image: with random weights not every class has it."""
     classes = list(range(0, 1000, 50))
     maps = convscope.heatmaps(model, x, [classes] * len(x)).values
     return classes[int(maps.max((2, 3)).min(0).argmax())]
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference, relative to the largest value."""
+def _max_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest difference relative to the largest value."""
     return float(np.abs(one - other).max() / np.abs(one).max())
 
 
 def _scaled(maps: np.ndarray) -> np.ndarray:
-    """Rectified and brought to 0..1, map by map, as pytorch-grad-cam and torchcam return them."""
+    """Rectify and scale each map to 0..1, as pytorch-grad-cam and torchcam return them."""
     positive = np.maximum(maps, 0)
     low = positive.min((1, 2), keepdims=True)
     return (positive - low) / (positive.max((1, 2), keepdims=True) - low + 1e-7)
 
 
 def run(rounds: int) -> list[Row]:
-    """All networks at batch 8 and batch 1."""
+    """Run all networks at batch 8 and batch 1."""
     torch.manual_seed(0)
     return [compare(name, source, batch, rounds) for name, source in NETWORKS.items() for batch in (8, 1)]

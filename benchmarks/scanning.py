@@ -1,4 +1,4 @@
-"""A pass over a data set beside a bare forward pass, decoding apart, and its memory with more and more pictures."""
+"""A scan relative to a bare forward pass, the cost of decoding, and memory for growing data sets."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ COUNTS = (1_000, 10_000, 100_000)
 
 @dataclass(frozen=True)
 class Pass:
-    """Times per picture of a bare forward pass and of the same pictures scanned; `units` of so many `layers`."""
+    """Times per image of a bare forward pass and of a scan."""
 
     network: str
     layers: int
     units: int
     times: dict[str, Timed]
-    apart: dict[str, float]
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory of all processes together, in MiB, and the store's own size on the disk."""
+    """Peak memory of all processes together, in MiB, and the size of the store."""
 
-    pictures: int
+    images: int
     megabytes: float
     store: float
     seconds: float
 
 
-def photographed(count: int) -> list[Image.Image]:
-    """Crops of the sample photographs."""
+def photograph_crops(count: int) -> list[Image.Image]:
+    """Return crops of the sample photographs."""
     opened = [Image.open(path).convert("RGB") for path in photographs()]
-    draw = random.Random(0)
-    return [cut(opened[i % len(opened)], draw) for i in range(count)]
+    generator = random.Random(0)
+    return [cut(opened[i % len(opened)], generator) for i in range(count)]
 
 
 def passes(rounds: int) -> list[Pass]:
@@ -78,11 +78,11 @@ def passes(rounds: int) -> list[Pass]:
     ]
 
 
-def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
-    """In turn: the network alone, a shard from decoded pictures to the content of its file, and the same compiled."""
+def _pass(network: str, model: Model, layers: list[str], rounds: int) -> Pass:
+    """Time the network alone, a shard from decoded images to the content of its file, and the same compiled."""
     count = BATCH * BATCHES
     plan = ScanPlan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
-    with PrefetchingDecoder(build_catalogue(photographed(count)), model.preprocessing) as decoder:
+    with PrefetchingDecoder(build_catalogue(photograph_crops(count)), model.preprocessing) as decoder:
         decoded = list(decoder.batches(plan.batches([0]), BATCH))
     units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.num_outputs or 0)}
     targets = ScanTargets(units, None, None)
@@ -104,11 +104,11 @@ def _pass(what: str, model: Model, layers: list[str], rounds: int) -> Pass:
         raw = interleaved({"bare forward": bare, **contenders}, "bare forward", rounds)
         errors = {name: _max_error(model, layers, decoded[0].x, forward) for name, forward in passes.items()}
     times = {name: Timed(t.seconds / count, t.ratio) for name, t in raw.items()}
-    return Pass(what, len(units), sum(units.values()), times, errors)
+    return Pass(network, len(units), sum(units.values()), times, errors)
 
 
 def _max_error(model: Model, layers: list[str], x: Tensor, forward: StatisticsForward) -> float:
-    """How far the highest values are from those of the network's own maps, relative to each layer's largest."""
+    """Return the largest error of the maxima, relative to each layer's largest value."""
     with torch.no_grad(), capture.capture_layers(model, layers) as run:
         maps = run(x).maps
     reductions = forward(x, {}).layers
@@ -119,7 +119,7 @@ def _max_error(model: Model, layers: list[str], x: Tensor, forward: StatisticsFo
 
 
 def decoding(count: int = 32) -> dict[tuple[int, int], float]:
-    """Milliseconds of one core for a JPEG of a size, from its bytes to the network's input and the thumbnail."""
+    """Measure milliseconds of one core per JPEG, from its bytes to the network's input and the thumbnail."""
     model = convscope.load("lite0")
     image = Image.open(photographs()[0]).convert("RGB")
     milliseconds = {}
@@ -147,28 +147,28 @@ if __name__ == "__main__":
 
 
 def peaks() -> Iterator[Peak]:
-    """One process for each number of pictures, with a small network on crops of 64 x 64 in tar files."""
+    """Run one process per number of images, with a small network on crops of 64 x 64 in tar files."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "small.py"
         script.write_text(SMALL)
         for count in COUNTS:
             data, store = Path(folder) / f"{count}.tar", Path(folder) / f"{count}"
-            _packed(data, count)
-            begin = time.perf_counter()
-            megabytes = _watched([sys.executable, str(script), str(data), str(store)])
-            seconds = time.perf_counter() - begin
+            _write_tar(data, count)
+            start = time.perf_counter()
+            megabytes = _peak_memory([sys.executable, str(script), str(data), str(store)])
+            seconds = time.perf_counter() - start
             size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
             yield Peak(count, megabytes, size / 2**20, seconds)
             data.unlink()
 
 
-def _packed(file: Path, count: int) -> None:
-    """Different small crops, as JPEG."""
-    sources = [image.resize((128, 128)) for image in photographed(64)]
-    draw = random.Random(1)
+def _write_tar(file: Path, count: int) -> None:
+    """Write small, distinct crops as JPEG."""
+    sources = [image.resize((128, 128)) for image in photograph_crops(64)]
+    generator = random.Random(1)
     with tarfile.open(file, "w") as tar:
         for number in range(count):
-            left, top = draw.randint(0, 64), draw.randint(0, 64)
+            left, top = generator.randint(0, 64), generator.randint(0, 64)
             buffer = io.BytesIO()
             sources[number % len(sources)].crop((left, top, left + 64, top + 64)).save(buffer, "JPEG")
             entry = tarfile.TarInfo(f"{number:06d}.jpg")
@@ -177,31 +177,31 @@ def _packed(file: Path, count: int) -> None:
             tar.addfile(entry, buffer)
 
 
-def _watched(command: list[str]) -> float:
-    """The most memory, in MiB, that a process and its children held at a time, shared pages counted once."""
-    most = 0.0
+def _peak_memory(command: list[str]) -> float:
+    """Return the peak memory of a process and its children in MiB, shared pages counted once."""
+    peak = 0.0
     with subprocess.Popen(command, start_new_session=True) as process:
         while process.poll() is None:
-            most = max(most, sum(_held(status.parent) for status in _of_session(process.pid)))
+            peak = max(peak, sum(_memory(status.parent) for status in _session_processes(process.pid)))
             time.sleep(0.2)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return most
+    return peak
 
 
-def _of_session(session: int) -> Iterator[Path]:
+def _session_processes(session: int) -> Iterator[Path]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if int(fields[3]) == session:
             yield stat
 
 
-def _held(process: Path) -> float:
+def _memory(process: Path) -> float:
     try:
         lines = (process / "smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
