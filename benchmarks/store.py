@@ -34,7 +34,8 @@ def layer(number: int, units: int, images: int, generator: np.random.Generator) 
         name=f"layer {number}", kind="Conv2d", shape=(units, 14, 14), receptive_field=(64.0, 64.0),
         stride=(16.0, 16.0), origin=(0.0, 0.0), has_global_context=False, mean=one, variance=one, maximum=one,
         minimum=-one, active=one, fires=one, histogram=np.full((units, HISTOGRAM_BINS), images // HISTOGRAM_BINS),
-        top=RankedExamples(values, which, positions), bottom=RankedExamples(-values, (which + 1) % images, positions), sample=sample,
+        top=RankedExamples(values, which, positions),
+        bottom=RankedExamples(-values, (which + 1) % images, positions), sample=sample,
         sample_positions=np.zeros(sample.shape, np.int32), class_means=generator.random((units, CLASSES), np.float32),
     )  # fmt: skip
 
