@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ class Activations(Result):
         """Return the maps by layer."""
         return self.maps
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return layers, image names, `fit` and `scaling`."""
         return {"layers": self.layers, "image_names": self.image_names, "fit": self.fit, "scaling": self.scaling}
 
@@ -199,7 +198,7 @@ class Predictions(Result):
         """The names of the classes, in the order of `indices`."""
         return [[self.model.class_name(int(i)) for i in row] for row in self.indices]
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return the number of classes, image names, `fit` and the classes' names."""
         return {"top": self.indices.shape[1], "image_names": self.image_names, "fit": self.fit, "classes": self.names}
 

@@ -61,25 +61,24 @@ PLOTTING_MODULES: Mapping[str, str] = {
 """The module that draws each class of results; subclasses are drawn as their base class is."""
 
 
-def plotting_function(prefix: str, kind: type) -> Callable[[Any], Any]:
-    """Return the plotting function of a class of results.
+def draw(result: object) -> Figure:
+    """Draw the figure of a result with the ``draw_*`` function of its class."""
+    figure: Figure = _plotting_function("draw", type(result))(result)
+    return figure
 
-    Parameters
-    ----------
-    prefix : {"draw", "render"}
-        ``draw_*`` functions return a matplotlib figure, ``render_*`` functions yield file names and `RenderedFile`.
-    kind : type
-        The class, or a subclass of it.
 
-    Raises
-    ------
-    TypeError
-        If no module is known for the class or one of its bases.
-    """
+def render(result: object) -> Iterable[tuple[str, RenderedFile]]:
+    """Yield names and contents of the files that show a result, from the ``render_*`` function of its class."""
+    files: Iterable[tuple[str, RenderedFile]] = _plotting_function("render", type(result))(result)
+    return files
+
+
+def _plotting_function(prefix: str, kind: type) -> Callable[..., Any]:
+    """Return the plotting function of a class of results; raise TypeError if there is none for it or a base class."""
     for base in kind.__mro__:
         if base.__name__ in PLOTTING_MODULES:
             snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__).lower()
-            function: Callable[[Any], Any] = getattr(
+            function: Callable[..., Any] = getattr(
                 import_module(PLOTTING_MODULES[base.__name__]), f"{prefix}_{snake_case}"
             )
             return function
@@ -91,8 +90,7 @@ class HasFigure:
 
     def figure(self) -> Figure:
         """Draw a matplotlib figure."""
-        figure: Figure = plotting_function("draw", type(self))(self)
-        return figure
+        return draw(self)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -122,7 +120,7 @@ class Result(HasFigure):
         """Return all data, under the names by which they are saved."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return all settings of the call that made the result, as JSON-compatible values."""
         json_types = (str, int, float, bool, tuple, list, type(None))
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "notes", "failed")}
@@ -158,7 +156,7 @@ class Result(HasFigure):
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").unlink(missing_ok=True)  # of an earlier save, which the new files do not match
             names = []
-            for name, content in chain(plotting_function("render", type(self))(self), self.text_files().items()):
+            for name, content in chain(render(self), self.text_files().items()):
                 with atomic_write(path / name) as file:
                     _write_rendered(file, content)
                 names.append(name)
@@ -169,7 +167,7 @@ class Result(HasFigure):
             raise ConvscopeError(f"cannot write into {path}: {error.strerror or error}") from error
         return path
 
-    def manifest(self, files: Iterable[str] = ()) -> dict[str, Any]:
+    def manifest(self, files: Iterable[str] = ()) -> dict[str, object]:
         """Return what ``manifest.json`` holds: model, settings, notes, failures, `files` and package versions."""
         return {
             "kind": type(self).__name__.lower(),
@@ -250,7 +248,7 @@ def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
                 write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file atomically."""
     with atomic_write(path) as file:
         text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"

@@ -7,7 +7,7 @@ with their loader, in `convscope.sources`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class FrameworkAdapter(Protocol):
     def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """Return all parameters, those of nested layers included."""
 
-    def run(self, module: nn.Module, x: Tensor) -> Any:
+    def run(self, module: nn.Module, x: Tensor) -> object:
         """Return the network's output for a batch with the channels first, in inference mode."""
 
 
@@ -46,6 +46,6 @@ class TorchAdapter:
         """Return the module's parameters."""
         return module.parameters()
 
-    def run(self, module: nn.Module, x: Tensor) -> Any:
+    def run(self, module: nn.Module, x: Tensor) -> object:
         """Call the module."""
         return module(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class ForwardResult(LayerOutputs):
     """
 
     logits: Tensor
-    output: Any = None
+    output: object = None
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.logits if layer == LOGITS else self.maps[layer]
@@ -145,8 +145,8 @@ def capture_layers(
 
 
 def run_with_callback(
-    module: nn.Module, adapter: FrameworkAdapter, x: Tensor, callback: Callable[[str, nn.Module, Any], None]
-) -> Any:
+    module: nn.Module, adapter: FrameworkAdapter, x: Tensor, callback: Callable[[str, nn.Module, object], None]
+) -> object:
     """Run `x` without gradients; call ``callback(name, layer, output)`` whenever a layer finishes."""
     with ExitStack() as stack:
         modules = adapter.modules(module)
@@ -154,7 +154,7 @@ def run_with_callback(
         stack.enter_context(torch.no_grad())
         for name, layer in modules.items():
 
-            def hook(layer: nn.Module, _: Any, output: Any, name: str = name) -> None:
+            def hook(layer: nn.Module, _: object, output: object, name: str = name) -> None:
                 callback(name, layer, output)
 
             stack.enter_context(forward_hook(layer, hook))
@@ -162,7 +162,7 @@ def run_with_callback(
 
 
 @contextmanager
-def forward_hook(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def forward_hook(layer: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
     """Register a forward hook for the duration of the block."""
     handle = layer.register_forward_hook(hook)
     try:
@@ -171,7 +171,7 @@ def forward_hook(layer: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def forward_pass(model: Model, x: Tensor) -> Any:
+def forward_pass(model: Model, x: Tensor) -> object:
     """Run the network and return its own output, before a final softmax or sigmoid.
 
     Class maps (N, H, W, K) are returned as (N, K, H, W).
@@ -187,7 +187,7 @@ def forward_pass(model: Model, x: Tensor) -> Any:
     return output
 
 
-def extract_logits(output: Any) -> Tensor:
+def extract_logits(output: object) -> Tensor:
     """Return the logits (N, K) float32 in a network's output; class maps (N, K, H, W) are averaged over positions."""
     tensor = primary_tensor(output)
     if tensor is None:
@@ -258,17 +258,17 @@ class _CaptureState:
             raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
         return ForwardResult(self.outputs, logits, output)
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(self, name: str) -> Callable[[nn.Module, object, object], object]:
         """Return the forward hook of the module called `name`."""
 
-        def count_and_record(_: nn.Module, __: Any, output: Any) -> Any:
+        def count_and_record(_: nn.Module, __: object, output: object) -> object:
             call = self.calls[name] = self.calls.get(name, 0) + 1
             layer = self.layers.get(name if call == 1 else f"{name}#{call}")
             return None if layer is None else self._record(layer, output)
 
         return count_and_record
 
-    def _record(self, layer: Layer, output: Any) -> Any:
+    def _record(self, layer: Layer, output: object) -> object:
         """Record a layer's output; return its replacement, or None to leave it as it is."""
         original = primary_tensor(output)
         if original is None:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +156,7 @@ class Model:
             return self.module.state_dict()
         return {str(i): p for i, p in enumerate(self.adapter.parameters(self.module))}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return what a manifest says about the model: name, hash of the weights, preprocessing, notes."""
         return {
             "name": self.name,

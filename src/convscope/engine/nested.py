@@ -67,7 +67,7 @@ def iter_leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _parts(container: Any) -> Mapping[Any, Any]:
+def _parts(container: object) -> Mapping[Any, object]:
     """Return the direct parts of a container by key, field or position; none if it is no container."""
     if isinstance(container, Mapping):
         return container
@@ -78,7 +78,7 @@ def _parts(container: Any) -> Mapping[Any, Any]:
     return {}
 
 
-def _rebuild(container: Any, parts: Mapping[Any, Any]) -> Any:
+def _rebuild(container: Any, parts: Mapping[Any, object]) -> Any:
     """Return a container of the same type with other parts."""
     kind = type(container)
     if isinstance(container, Mapping):

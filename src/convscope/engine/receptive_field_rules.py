@@ -29,6 +29,8 @@ from convscope.engine.receptive_field import (
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+Arguments = Sequence[Any]  # of an operation: tensors, numbers, lists of numbers, None
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -36,10 +38,10 @@ class Operation:
 
     x: Tensor
     axes: Axes
-    args: Sequence[Any]
+    args: Arguments
     output: Tensor
 
-    def argument(self, position: int, default: Any = None) -> Any:
+    def argument(self, position: int, default: object = None) -> Any:
         """Return a positional argument, or `default` where it is missing."""
         return self.args[position] if len(self.args) > position else default
 
@@ -57,7 +59,7 @@ Rule = Callable[[Operation], Field]
 
 
 def propagate(
-    func: OpOverload, args: Sequence[Any], inputs: Sequence[Tensor], fields: Sequence[Field], output: Tensor, ndim: int
+    func: OpOverload, args: Arguments, inputs: Sequence[Tensor], fields: Sequence[Field], output: Tensor, ndim: int
 ) -> Field:
     """Return the receptive field of one output of an operation.
 
@@ -86,13 +88,15 @@ def propagate(
         return replace(followed, is_global=followed.is_global or is_global)
     if name not in KEEPS_POSITIONS and torch.Tag.pointwise not in func.tags:
         return _global(field.axes, x, output)
-    kept = [f.unmerged_axes(t) or f.axes for t, f in zip(inputs, fields, strict=True) if _keeps(t, f.axes, output)]
+    aligned = [
+        f.unmerged_axes(t) or f.axes for t, f in zip(inputs, fields, strict=True) if _keeps_positions(t, f.axes, output)
+    ]
     # Where something local joins in, what may come from anywhere is a path parallel to it.
-    local = [axes for axes in kept if axes is not None and all(a.is_bounded for a in axes)]
-    axes = union(local or [axes for axes in kept if axes is not None])
+    local = [axes for axes in aligned if axes is not None and all(a.is_bounded for a in axes)]
+    axes = union(local or [axes for axes in aligned if axes is not None])
     if axes is None:
         return _global(field.axes, x, output)
-    is_global = any(f.is_global for f in fields) or len(kept) < len(fields)
+    is_global = any(f.is_global for f in fields) or len(aligned) < len(fields)
     return Field(axes, is_global or _mixes_positions(name, args, axes, output))
 
 
@@ -102,12 +106,12 @@ def operation_name(func: OpOverload) -> str:
     return qualified_name.partition("::")[2].partition(".")[0].rstrip("_")
 
 
-def _keeps(x: Tensor, axes: Axes | None, output: Tensor) -> bool:
+def _keeps_positions(x: Tensor, axes: Axes | None, output: Tensor) -> bool:
     """Whether the output's positions are the input's, one for one."""
     return axes is not None and x.ndim == output.ndim and all(x.shape[a.dim] == output.shape[a.dim] for a in axes)
 
 
-def _append_tokens(args: Sequence[Any], inputs: Sequence[Tensor], fields: Sequence[Field]) -> Field | None:
+def _append_tokens(args: Arguments, inputs: Sequence[Tensor], fields: Sequence[Field]) -> Field | None:
     """Return the field of tokens appended to others that belong to no position; None for other concatenations.
 
     Tokens in front, such as the class token, depend on no pixel.
@@ -130,7 +134,7 @@ def _global(axes: Axes | None, x: Tensor, output: Tensor) -> Field:
     return Field(unbounded_axes(output, [a.dim for a in axes]), is_global=True)
 
 
-def _mixes_positions(name: str, args: Sequence[Any], axes: Axes, output: Tensor) -> bool:
+def _mixes_positions(name: str, args: Arguments, axes: Axes, output: Tensor) -> bool:
     """Whether a normalisation or softmax runs along a spatial axis."""
     dims = {a.dim for a in axes}
     if name in BATCH_NORMS:
@@ -140,7 +144,7 @@ def _mixes_positions(name: str, args: Sequence[Any], axes: Axes, output: Tensor)
     return name == "native_group_norm" or (name in ALONG_ONE_DIM and args[1] % output.ndim in dims)
 
 
-def _per_axis(value: Any, i: int) -> Any:
+def _per_axis(value: float | Sequence[float], i: int) -> float:
     """Return entry i of an argument that is one number or a list of one or more."""
     return value if isinstance(value, int | float) else value[i] if len(value) > 1 else value[0]
 
@@ -189,7 +193,7 @@ def _reduction(op: Operation, dims_at: int = 1) -> Field:
     return _reduce(op, op.argument(dims_at))
 
 
-def _reduce(op: Operation, dim: Any) -> Field:
+def _reduce(op: Operation, dim: int | Sequence[int] | Tensor | None) -> Field:
     ndim = op.x.ndim
     if isinstance(dim, Tensor):
         return UNKNOWN
@@ -207,7 +211,7 @@ def _unbind(op: Operation) -> Field:
 
 def _attention(op: Operation) -> Field:
     """Handle attention: each query's position depends on everything that the keys depend on."""
-    return Field(op.axes, is_global=True) if _keeps(op.x, op.axes, op.output) else UNKNOWN
+    return Field(op.axes, is_global=True) if _keeps_positions(op.x, op.axes, op.output) else UNKNOWN
 
 
 def _matrix_product(op: Operation) -> Field:
@@ -227,16 +231,16 @@ def _transpose(op: Operation) -> Field:
 
 
 def _expand(op: Operation) -> Field:
-    return op.unchanged if _keeps(op.x, op.axes, op.output) else UNKNOWN
+    return op.unchanged if _keeps_positions(op.x, op.axes, op.output) else UNKNOWN
 
 
 def _view(op: Operation) -> Field:
     """Handle reshapes, which keep the order of the values."""
-    axes = tuple(placed for axis in op.axes if (placed := _place(op, axis)) is not None)
+    axes = tuple(moved for axis in op.axes if (moved := _locate_axis(op, axis)) is not None)
     return Field(axes, is_global=False) if len(axes) == len(op.axes) else UNKNOWN
 
 
-def _place(op: Operation, axis: Axis) -> Axis | None:
+def _locate_axis(op: Operation, axis: Axis) -> Axis | None:
     """Return where an axis lies after a reshape: its index changes every `step` values, before and after."""
     sizes = list(op.output.shape)
     units = [math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))]  # values per position of each dimension
@@ -304,7 +308,7 @@ def _resize_cubic(op: Operation) -> Field:
     return _resize(op, 2, op.args[3:], align_corners=bool(op.args[2]))
 
 
-def _resize(op: Operation, support: int, scales: Sequence[Any], align_corners: bool = False) -> Field:
+def _resize(op: Operation, support: int, scales: Arguments, align_corners: bool = False) -> Field:
     """Handle resampling: each position reads the nearest position (support 0) or `support` positions on either side."""
 
     def change(axis: Axis) -> Axis:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +81,18 @@ class _PrefixCache:
 
     def __init__(self, layer: Layer, names: Mapping[int, str]) -> None:
         self.layer = layer
-        self.outputs: dict[_Call, Any] = {}
+        self.outputs: dict[_Call, object] = {}
         self.layer_call: _Call | None = None
         self._names = names  # of modules, by identity
         self._num_calls: dict[str, int] = {}
-        self._frames: list[list[tuple[_Call, Any]]] = [[]]  # for each running module: the calls finished inside it
+        self._frames: list[list[tuple[_Call, object]]] = [[]]  # for each running module: the calls finished inside it
 
     def on_start(self, *_: object) -> None:
         """Open a frame: forward pre-hook of every module."""
         if self.layer_call is None:
             self._frames.append([])
 
-    def on_finish(self, module: nn.Module, _: object, output: Any) -> None:
+    def on_finish(self, module: nn.Module, _: object, output: object) -> None:
         """Record a call in its parent's frame: forward hook of every module."""
         if self.layer_call is not None:
             return
@@ -128,10 +127,10 @@ class _PrefixReplay:
         self._maps = maps
         self._num_calls = {}
 
-    def patch(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def patch(self, name: str, original: Callable[..., object]) -> Callable[..., object]:
         """Return the replacement of a module's ``forward``."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             number = self._num_calls[name] = self._num_calls.get(name, 0) + 1
             call = name, number
             if call not in self.cache.outputs:
@@ -141,7 +140,7 @@ class _PrefixReplay:
 
         return forward
 
-    def _replace_maps(self, output: Any) -> Any:
+    def _replace_maps(self, output: object) -> object:
         tensor = primary_tensor(output)
         if tensor is None:
             return output
@@ -161,7 +160,7 @@ class _PrefixReplay:
 
 
 @contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _patched_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Replace a module's ``forward`` for the duration of the block, whatever it was."""
     missing = object()
     original = vars(module).get("forward", missing)

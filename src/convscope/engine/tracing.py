@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - documented, but has no public name
@@ -60,8 +60,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return id(tensor) in self._fields or _address(tensor) in self._ancestors_of_memory
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         inputs = [t for t in iter_tensors((args, *kwargs.values())) if self._depends_on_input(t)]
         output = func(*args, **kwargs)
@@ -98,12 +98,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._set_field(tensor, replace(UNKNOWN, ancestors=field.ancestors | ancestors))
 
 
-def _mutated_arguments(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _mutated_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """Return the arguments that an operation works on in place."""
     arguments = func._schema.arguments  # noqa: SLF001 - schemas have no public name
     values = {**kwargs, **dict(zip((a.name for a in arguments), args, strict=False))}
     names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [values[name] for name in names if isinstance(values.get(name), Tensor)]
+    return [value for name in names if isinstance(value := values.get(name), Tensor)]
 
 
 def _address(tensor: Tensor) -> int:
