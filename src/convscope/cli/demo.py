@@ -28,14 +28,14 @@ def demo(
     device: Device = None,
 ) -> None:
     """Write one page with predictions, heatmaps, activations and patterns of a network."""
-    from convscope.reports.demo import make
+    from convscope.reports.demo import write_demo
     from convscope.samples import photographs
 
     with progress_bar("load") as progress:
         network = load_model(model, weights, classes, preprocessing, device)
         if progress is not None:
             progress(1, 1)
-    failures = make(network, images or photographs(), out, seed=seed, bar=progress_bar)
+    failures = write_demo(network, images or photographs(), out, seed=seed, progress_bar=progress_bar)
     report_failures(failures)
     if as_json:
         print_manifest(out)

@@ -1,33 +1,44 @@
-"""How a store's pages look. Importing this module teaches units, pictures and findings to draw themselves."""
+"""Figures of a store's units, images and analyses."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convscope.plotting.panels import image_title, shorten, show_image
+from convscope.plotting.panels import BLUE, LIGHT_BLUE, hide, image_title, shorten, show_image
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
 from convscope.store.image_record import ImageRecord
-from convscope.store.tables import StoreTables
+from convscope.store.records import Prediction
 from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-BLUE, PALE, RED = "#3b6ea5", "#8aa9cc", "#b3503f"
-ACROSS = 9  # examples side by side
-ROWS = 8  # pairs of duplicates, or changed units, in one figure
-LIST = 8  # similar units, classes, units of a picture
+EXAMPLES_PER_ROW = 9
+EXAMPLES_PER_PAIR = 5  # of each of two units that are compared
+MAX_PAIRS = 8  # in one figure
+MAX_LIST = 8  # similar units, classes, or units of an image
 
 
-def _figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
-    """A figure of bands, one below the other, outside pyplot, so that nothing global keeps it alive."""
+@dataclass(frozen=True)
+class _UnitPair:
+    """Two units of the same layer, of one store or of two, and the text between their examples."""
+
+    layer: str
+    description: str
+    left: UnitRecord
+    right: UnitRecord
+
+
+def _create_bands(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
+    """Create a figure of horizontal bands; sizes are in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -35,55 +46,69 @@ def _figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFig
     return figure, list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
-def _band(part: SubFigure, rows: int, columns: int, title: str = "", **ratios: Any) -> list[list[Axes]]:
-    """Panels of a band, under a title at its left."""
-    _titled(part, title)
-    panels: list[list[Axes]] = part.subplots(rows, columns, squeeze=False, gridspec_kw=ratios).tolist()
+def _add_panels(
+    band: SubFigure, rows: int, columns: int, title: str = "", width_ratios: Sequence[float] | None = None
+) -> list[list[Axes]]:
+    """Add a grid of panels to a band."""
+    _set_title(band, title)
+    panels: list[list[Axes]] = band.subplots(rows, columns, squeeze=False, width_ratios=width_ratios).tolist()
     return panels
 
 
-def _titled(part: SubFigure, title: str) -> None:
+def _set_title(band: SubFigure, title: str) -> None:
     if title:
-        part.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        band.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
-def _nothing(axes: Axes, words: str = "") -> None:
+def _write(axes: Axes, text: str) -> None:
+    """Fill a panel with gray text."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=9, color="gray")
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color="gray")
 
 
-def _patches(examples: Sequence[Example], panels: Sequence[Axes], wholes: Sequence[Axes]) -> str:
-    """Each example's patch, its value above, and below it the whole picture. Gives a remark on where they are from."""
+def _draw_text_figure(width: float, height: float, text: str, title: str = "") -> Figure:
+    """Draw a figure that consists of text only."""
+    figure, (band,) = _create_bands(width, [height])
+    _write(_add_panels(band, 1, 1, title)[0][0], text)
+    return figure
+
+
+def _draw_examples(examples: Sequence[Example], patch_panels: list[Axes], image_panels: list[Axes]) -> str:
+    """Draw the patch of each example under its value, and below it the whole image; return a note on their source."""
     sources = set()
-    for example, patch, whole in zip(examples, panels, wholes, strict=False):
-        seen = example.view()  # once for both, and one at a time: originals are large
-        sources.add(seen.source)
-        show_image(patch, seen.crop(example.box), f"{example.value:.3g}")
-        show_image(whole, seen.framed(example.box))
-    for axes in (*panels[len(examples) :], *wholes[len(examples) :]):
-        axes.set_axis_off()
-    return ", from thumbnails" * (sources == {"thumbnail"}) + ", some from thumbnails" * (len(sources) > 1)
+    for example, patch_axes, image_axes in zip(examples, patch_panels, image_panels, strict=False):
+        view = example.view()  # loads the original, which may be large: once per example, and not all at a time
+        sources.add(view.source)
+        show_image(patch_axes, view.crop(example.box), f"{example.value:.3g}")
+        show_image(image_axes, view.framed(example.box))
+    hide(patch_panels[len(examples) :])
+    hide(image_panels[len(examples) :])
+    if sources == {"thumbnail"}:
+        return ", from thumbnails"
+    return ", some from thumbnails" if len(sources) > 1 else ""
 
 
-def _framed(panels: Sequence[Axes], examples: Sequence[Example], titles: Iterable[str]) -> None:
+def _draw_framed(panels: list[Axes], examples: Sequence[Example], titles: Iterable[str]) -> None:
+    """Draw the whole image of each example with a frame around its patch."""
     for axes, example, title in zip(panels, examples, titles, strict=False):
         show_image(axes, example.framed(), title)
-    for axes in panels[len(examples) :]:
-        axes.set_axis_off()
+    hide(panels[len(examples) :])
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, written: str = "{:.3g}") -> None:
-    """Bars with their names at the left and their values at their ends, the first one on top."""
-    position = np.arange(len(names))
-    axes.barh(position, values, color=BLUE, height=0.7)
-    axes.set_yticks(position, names, fontsize=8)
+def _draw_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], title: str, value_format: str = ".3g"
+) -> None:
+    """Draw horizontal bars, the first on top, with names at the left and values at the ends."""
+    heights = np.arange(len(names))
+    axes.barh(heights, values, color=BLUE, height=0.7)
+    axes.set_yticks(heights, names, fontsize=8)
     axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
     low, high = min([0.0, *values]), max([0.0, *values])
-    room = (high - low) or 1.0
-    axes.set_xlim(low - (0.22 * room if low < 0 else 0), high + 0.22 * room)
+    margin = 0.22 * ((high - low) or 1.0)  # room for the values
+    axes.set_xlim(low - (margin if low < 0 else 0), high + margin)
     for y, value in enumerate(values):
-        side = "left" if value >= 0 else "right"
-        axes.text(value, y, f" {written.format(value)} ", va="center", ha=side, fontsize=8)
+        alignment = "left" if value >= 0 else "right"
+        axes.text(value, y, f" {value:{value_format}} ", va="center", ha=alignment, fontsize=8)
     axes.set_xticks([])
     axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -93,176 +118,183 @@ def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str,
 
 
 def draw_examples(result: Examples) -> Figure:
-    """Patches, and the pictures that they are from, up to nine a row."""
-    rows = max(1, -(-len(result) // ACROSS))
-    columns = min(ACROSS, max(1, len(result)))
-    figure, bands = _figure(max(4.0, 1.5 * columns), [3.1] * rows)
-    for row, part in enumerate(bands):
-        source = _patches(result[row * ACROSS : (row + 1) * ACROSS], *_band(part, 2, columns))
-        _titled(part, f"{shorten(result.layer)}, unit {result.unit}: {result.kind}{source}" if row == 0 else "")
+    """Draw the patches and the images that they were cut from, nine per row."""
+    rows = max(1, -(-len(result) // EXAMPLES_PER_ROW))
+    columns = min(EXAMPLES_PER_ROW, max(1, len(result)))
+    figure, bands = _create_bands(max(4.0, 1.5 * columns), [3.1] * rows)
+    for row, band in enumerate(bands):
+        examples = result[row * EXAMPLES_PER_ROW : (row + 1) * EXAMPLES_PER_ROW]
+        source = _draw_examples(examples, *_add_panels(band, 2, columns))
+        if row == 0:
+            _set_title(band, f"{shorten(result.layer)}, unit {result.unit}: {result.kind}{source}")
     return figure
 
 
-def draw_unit_record(page: UnitRecord) -> Figure:
-    """Best and worst examples, the tenths in between, the histogram, and what else fires on the same pictures."""
-    figure, bands = _figure(14, [3.4, 1.75, 1.75, 2.9])
-    told = page.statistics
-    top, bottom, tenths = (page.examples(n, kind) for n, kind in ((ACROSS, "top"), (ACROSS, "bottom"), (10, "decile")))
-    state = "; dead" if told["dead"] else ""
-    facts = f"fires on {told['fires']:.1%} of pictures, active at {told['active']:.1%} of places{state}"
-    name = "" if page.name == f"unit {page.unit}" else f" ({shorten(page.name)})"
-    figure.suptitle(f"{shorten(page.layer, 60)}, unit {page.unit}{name}: {facts}", x=0.01, ha="left", fontsize=12)
-    _titled(bands[0], "highest" + _patches(top, *_band(bands[0], 2, ACROSS)))
-    _framed(_band(bands[1], 1, ACROSS, "lowest")[0], bottom, (f"{e.value:.3g}" for e in bottom))
-    titles = (f"{i * 10}-{i * 10 + 10} %\n{e.value:.3g}" for i, e in enumerate(tenths))
-    _framed(_band(bands[2], 1, 10, "the middle of each tenth of a sample, from low to high")[0], tenths, titles)
-    left, middle, right = _band(bands[3], 1, 3, width_ratios=[1.1, 1, 1])[0]
-    _histogram(left, np.array(told["histogram"]))
-    _classes(middle, page)
-    _related(right, page)
+def draw_unit_record(unit: UnitRecord) -> Figure:
+    """Draw a unit's examples (highest, lowest, deciles), histogram, class means and most similar units."""
+    figure, bands = _create_bands(14, [3.4, 1.75, 1.75, 2.9])
+    figure.suptitle(_unit_title(unit), x=0.01, ha="left", fontsize=12)
+    top, bottom = unit.examples(EXAMPLES_PER_ROW, "top"), unit.examples(EXAMPLES_PER_ROW, "bottom")
+    deciles = unit.examples(10, "decile")
+    source = _draw_examples(top, *_add_panels(bands[0], 2, EXAMPLES_PER_ROW))
+    _set_title(bands[0], f"highest activations{source}")
+    (panels,) = _add_panels(bands[1], 1, EXAMPLES_PER_ROW, "lowest activations")
+    _draw_framed(panels, bottom, (f"{example.value:.3g}" for example in bottom))
+    (panels,) = _add_panels(bands[2], 1, 10, "median of each tenth of the sample, from lowest to highest")
+    titles = (f"{i * 10}-{i * 10 + 10} %\n{example.value:.3g}" for i, example in enumerate(deciles))
+    _draw_framed(panels, deciles, titles)
+    ((left, middle, right),) = _add_panels(bands[3], 1, 3, width_ratios=[1.1, 1, 1])
+    _draw_histogram(left, np.array(unit.statistics["histogram"]))
+    _draw_classes(middle, unit)
+    _draw_similar_units(right, unit)
     return figure
 
 
-def _histogram(axes: Axes, counts: np.ndarray) -> None:
-    """Pictures by their maximum; bins are wider the farther they are from 0, so they are drawn side by side."""
-    (filled,) = np.nonzero(counts)
-    if not len(filled):
-        _nothing(axes, "no picture was seen")
+def _unit_title(unit: UnitRecord) -> str:
+    statistics = unit.statistics
+    name = "" if unit.name == f"unit {unit.unit}" else f" ({shorten(unit.name)})"
+    active = f"active on {statistics['fires']:.1%} of images, at {statistics['active']:.1%} of positions"
+    dead = "; dead" if statistics["dead"] else ""
+    return f"{shorten(unit.layer, 60)}, unit {unit.unit}{name}: {active}{dead}"
+
+
+def _draw_histogram(axes: Axes, counts: np.ndarray) -> None:
+    """Draw the number of images per bin of a unit's maximum.
+
+    Bins are wider the farther they are from 0; their bars have one width. Bin i is from edge i - 1 to edge i of
+    `HISTOGRAM_EDGES`.
+    """
+    (used,) = np.nonzero(counts)
+    if not len(used):
+        _write(axes, "no images")
         return
-    first, last = filled[0], filled[-1]
-    axes.bar(np.arange(first, last + 1), counts[first : last + 1], width=1.0, color=PALE, edgecolor="white")
-    edges = np.arange(
-        max(first - 1, 0), min(last, len(HISTOGRAM_EDGES) - 1) + 1
-    )  # bin i is from HISTOGRAM_EDGES[i - 1] to HISTOGRAM_EDGES[i]
-    marks = edges[:: max(1, -(-len(edges) // 6))]
-    axes.set_xticks(marks + 0.5, [f"{HISTOGRAM_EDGES[i]:.3g}" for i in marks])
+    first, last = used[0], used[-1]
+    axes.bar(np.arange(first, last + 1), counts[first : last + 1], width=1.0, color=LIGHT_BLUE, edgecolor="white")
+    edges = np.arange(max(first - 1, 0), min(last, len(HISTOGRAM_EDGES) - 1) + 1)
+    ticks = edges[:: max(1, -(-len(edges) // 6))]
+    axes.set_xticks(ticks + 0.5, [f"{HISTOGRAM_EDGES[i]:.3g}" for i in ticks])
     axes.set_xlim(first - 1, last + 1)
     axes.tick_params(labelsize=8)
-    axes.set_title("pictures by the unit's maximum", fontsize=9, loc="left")
+    axes.set_title("images by maximum activation", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _classes(axes: Axes, page: UnitRecord) -> None:
-    classes = page.classes(LIST)
+def _draw_classes(axes: Axes, unit: UnitRecord) -> None:
+    """Draw the classes with the highest mean activations."""
+    classes = unit.classes(MAX_LIST)
     if not classes:
-        _nothing(axes, "the pictures have no labels")
+        _write(axes, "the images have no labels")
         return
-    selectivity = page.statistics["selectivity"]
-    how = "" if selectivity is None else f", selectivity {selectivity:.2f}"
+    selectivity = unit.statistics["selectivity"]
+    suffix = "" if selectivity is None else f", selectivity {selectivity:.2f}"
     names = [shorten(c.name, 24) for c in classes]
-    _bars(axes, names, [c.mean for c in classes], f"mean by class{how}")
+    _draw_bars(axes, names, [c.mean for c in classes], f"mean activation by class{suffix}")
 
 
-def _related(axes: Axes, page: UnitRecord) -> None:
-    similar = page.similar(LIST)
+def _draw_similar_units(axes: Axes, unit: UnitRecord) -> None:
+    """Draw the units with the highest correlations."""
+    similar = unit.similar(MAX_LIST)
     if not similar:
-        _nothing(axes, "constant on the sample:\nnothing fires with it")
+        _write(axes, "constant on the sample:\nno correlations")
         return
-    names = [f"{shorten(one.layer, 24)}, {one.unit}" for one in similar]
-    _bars(axes, names, [one.r for one in similar], "fires on the same pictures (r)", "{:.2f}")
+    names = [f"{shorten(other.layer, 24)}, {other.unit}" for other in similar]
+    _draw_bars(axes, names, [other.r for other in similar], "units active on the same images (r)", ".2f")
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def draw_image_record(page: ImageRecord) -> Figure:
-    """The picture, what the network says of it, and the units for which it is among the best, with what they see."""
-    if page.failed is not None:
-        figure, (part,) = _figure(8, [1.2])
-        ((axes,),) = _band(part, 1, 1, f"picture {page.id}: {shorten(page.name, 70)}")
-        _nothing(axes, "\n".join(textwrap.wrap(f"could not be used: {page.failed}", 80)))
-        return figure
-    standings = page.units(LIST)
-    figure, bands = _figure(12, [3.4, 2.2])
-    label = "" if page.label is None else f", labelled {shorten(page.label, 30)}"
-    loss = "" if page.loss is None else f", loss {page.loss:.2f}"
-    ((left, right),) = _band(
-        bands[0], 1, 2, f"picture {page.id}: {shorten(page.name, 60)}{label}{loss}", width_ratios=[1, 1.2]
-    )
-    seen = page.view()
-    show_image(left, seen.image, "" if seen.source == "original" else "from its thumbnail")
-    names = ["\n".join(textwrap.wrap(shorten(p.name, 40), 22)) for p in page.predictions]
-    _bars(right, names, [p.probability for p in page.predictions], "the network's classes", "{:.1%}")
-    panels = _band(bands[1], 1, LIST, "among the best of these units; in the frame: where")[0]
-    if not standings:
-        for axes in panels:
-            axes.set_axis_off()
-        panels[LIST // 2].text(0, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
-    for axes, standing in zip(panels, standings, strict=False):
-        where = "\n".join(textwrap.wrap(shorten(standing.layer, 36), 18))
-        show_image(
-            axes,
-            seen.framed(standing.box),
-            f"{where}\nunit {standing.unit}, no. {standing.rank + 1}\n{standing.value:.3g}",
-        )
-    for axes in panels[len(standings) :]:
-        axes.set_axis_off()
+def draw_image_record(image: ImageRecord) -> Figure:
+    """Draw an image, its predictions, and the units with this image among their top examples."""
+    if image.failed is not None:
+        reason = "\n".join(textwrap.wrap(f"could not be used: {image.failed}", 80))
+        return _draw_text_figure(8, 1.2, reason, f"image {image.id}: {shorten(image.name, 70)}")
+    figure, bands = _create_bands(12, [3.4, 2.2])
+    label = "" if image.label is None else f", label {shorten(image.label, 30)}"
+    loss = "" if image.loss is None else f", loss {image.loss:.2f}"
+    title = f"image {image.id}: {shorten(image.name, 60)}{label}{loss}"
+    ((left, right),) = _add_panels(bands[0], 1, 2, title, width_ratios=[1, 1.2])
+    view = image.view()
+    show_image(left, view.image, "" if view.source == "original" else "from its thumbnail")
+    _draw_predictions(right, image.predictions)
+    title = "units with this image among their top examples; the frame is the receptive field"
+    (panels,) = _add_panels(bands[1], 1, MAX_LIST, title)
+    ranks = image.units(MAX_LIST)
+    hide(panels[len(ranks) :])
+    if not ranks:
+        panels[MAX_LIST // 2].text(0, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
+    for axes, rank in zip(panels, ranks, strict=False):
+        layer = "\n".join(textwrap.wrap(shorten(rank.layer, 36), 18))
+        title = f"{layer}\nunit {rank.unit}, rank {rank.rank + 1}\n{rank.value:.3g}"
+        show_image(axes, view.framed(rank.box), title)
     return figure
 
 
-# --- findings --------------------------------------------------------------------------------------------------------
+def _draw_predictions(axes: Axes, predictions: Sequence[Prediction]) -> None:
+    names = ["\n".join(textwrap.wrap(shorten(p.name, 40), 22)) for p in predictions]
+    _draw_bars(axes, names, [p.probability for p in predictions], "predictions", ".1%")
+
+
+# --- analyses --------------------------------------------------------------------------------------------------------
 
 
 def draw_dead_units(result: DeadUnits) -> Figure:
-    """For each layer the share of its units that are dead."""
-    figure, (part,) = _figure(8, [0.9 + 0.28 * max(3, len(result.fractions))])
-    ((axes,),) = _band(part, 1, 1)
+    """Draw the fraction of dead units of each layer."""
+    figure, (band,) = _create_bands(8, [0.9 + 0.28 * max(3, len(result.fractions))])
+    ((axes,),) = _add_panels(band, 1, 1)
     names = [shorten(layer, 44) for layer in result.fractions]
-    _bars(
-        axes,
-        names,
-        list(result.fractions.values()),
-        f"dead: {len(result):,} unit{'s' * (len(result) != 1)}; share of each layer",
-        "{:.1%}",
-    )
+    title = f"{len(result):,} dead unit{'s' * (len(result) != 1)}; fraction of each layer"
+    _draw_bars(axes, names, list(result.fractions.values()), title, ".1%")
     return figure
 
 
 def draw_duplicates(result: Duplicates) -> Figure:
-    """The closest pairs, up to eight: the best patches of both units side by side."""
+    """Draw the top patches of the most similar pairs of units, at most eight pairs."""
     title = f"{len(result):,} pair{'s' * (len(result) != 1)} of units with r >= {result.threshold:g}"
     if not len(result):
-        figure, (part,) = _figure(8, [1.0])
-        _nothing(_band(part, 1, 1)[0][0], title)
-        return figure
-    pairs = result[:ROWS]
-    rows = [(p.layer, f"r {p.r:.3f}", [(result.store, p.first), (result.store, p.second)]) for p in pairs]
-    return _pairs(title, rows, len(result))
+        return _draw_text_figure(8, 1.0, title)
+    store = result.store
+    pairs = [
+        _UnitPair(p.layer, f"r {p.r:.3f}", UnitRecord(store, p.layer, p.first), UnitRecord(store, p.layer, p.second))
+        for p in result[:MAX_PAIRS]
+    ]
+    return _draw_pairs(title, pairs, len(result))
 
 
 def draw_unit_changes(result: UnitChanges) -> Figure:
-    """The units that changed most, up to eight: their best patches in both scans."""
-    changes = result.largest(ROWS)
-    left, right = (
-        shorten(f"{s.manifest['model']['name']}, {image_title(s.address)}") for s in (result.store, result.other)
-    )
-    title = f"units that changed most; left: {left}; right: {right}"
+    """Draw the top patches, in both scans, of the units that changed most, at most eight."""
+    changes = result.largest(MAX_PAIRS)
     if not changes:
-        figure, (part,) = _figure(8, [1.0])
-        _nothing(_band(part, 1, 1)[0][0], "no unit varies on the sample")
-        return figure
-    rows = []
-    for c in changes:
-        shared = "no best pictures" if np.isnan(c.overlap) else f"{c.overlap:.0%} of the best shared"
-        r = "constant in one" if np.isnan(c.r) else f"r {c.r:.3f}"
-        rows.append((c.layer, f"{r}\n{shared}", [(result.store, c.unit), (result.other, c.unit)]))
-    return _pairs(title, rows, int((~np.isnan(result.r) | result.constant_in_one).sum()))
+        return _draw_text_figure(8, 1.0, "no unit varies on the sample")
+    stores = (result.store, result.other)
+    left, right = (shorten(f"{s.manifest['model']['name']}, {image_title(s.address)}") for s in stores)
+    pairs = []
+    for change in changes:
+        overlap = "no top examples" if np.isnan(change.overlap) else f"{change.overlap:.0%} of top images shared"
+        r = "constant in one" if np.isnan(change.r) else f"r {change.r:.3f}"
+        units = (UnitRecord(store, change.layer, change.unit) for store in stores)
+        pairs.append(_UnitPair(change.layer, f"{r}\n{overlap}", *units))
+    count = int((~np.isnan(result.r) | result.constant_in_one).sum())
+    return _draw_pairs(f"units that changed most; left: {left}; right: {right}", pairs, count)
 
 
-def _pairs(title: str, rows: Sequence[tuple[str, str, list[tuple[StoreTables, int]]]], count: int) -> Figure:
-    """Two units a row, five patches of each, the words between them."""
-    each = 5
-    shown = f"; {len(rows)} of {count:,} shown" if len(rows) < count else ""
-    figure, (part,) = _figure(14, [0.5 + 1.45 * len(rows)])
-    panels = _band(part, len(rows), 2 * each + 1, f"{title}{shown}", width_ratios=[1] * each + [1.6] + [1] * each)
-    for axes, (layer, words, pair) in zip(panels, rows, strict=True):
-        units = " | ".join(dict.fromkeys(f"unit {unit}" for _, unit in pair))
-        name = "\n".join(textwrap.wrap(shorten(layer, 44), 22))
-        _nothing(axes[each], f"{name}\n{units}\n{words}")
-        for positions, (store, unit) in zip((axes[:each], axes[each + 1 :]), pair, strict=True):
-            examples = UnitRecord(store, layer, unit).examples(each)
-            for position in positions[len(examples) :]:
-                position.set_axis_off()
-            for position, example in zip(positions, examples, strict=False):
-                show_image(position, example.patch(), f"{example.value:.3g}")
+def _draw_pairs(title: str, pairs: Sequence[_UnitPair], count: int) -> Figure:
+    """Draw a row per pair, `count` in total: five patches of each unit, with the description between them."""
+    limit = f"; {len(pairs)} of {count:,} shown" if len(pairs) < count else ""
+    figure, (band,) = _create_bands(14, [0.5 + 1.45 * len(pairs)])
+    n = EXAMPLES_PER_PAIR
+    panels = _add_panels(band, len(pairs), 2 * n + 1, f"{title}{limit}", [1] * n + [1.6] + [1] * n)
+    for row, pair in zip(panels, pairs, strict=True):
+        units = " | ".join(dict.fromkeys(f"unit {record.unit}" for record in (pair.left, pair.right)))
+        layer = "\n".join(textwrap.wrap(shorten(pair.layer, 44), 22))
+        _write(row[n], f"{layer}\n{units}\n{pair.description}")
+        _draw_patches(row[:n], pair.left)
+        _draw_patches(row[n + 1 :], pair.right)
     return figure
+
+
+def _draw_patches(panels: list[Axes], unit: UnitRecord) -> None:
+    examples = unit.examples(len(panels))
+    for axes, example in zip(panels, examples, strict=False):
+        show_image(axes, example.patch(), f"{example.value:.3g}")
+    hide(panels[len(examples) :])

@@ -1,0 +1,1 @@
+"""Reports: HTML pages that combine several kinds of results."""
