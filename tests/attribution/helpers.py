@@ -9,6 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 import convscope
 from convscope.attribution.api import compute_heatmaps, resolve_method
@@ -43,11 +44,11 @@ def relative_error(actual: Any, expected: Any) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def random_resnet18() -> nn.Module:
-    """Return a ResNet-18 with random weights and batch statistics."""
+def random_resnet(blocks: int = 2) -> nn.Module:
+    """Return a ResNet with random weights and batch statistics; two blocks per stage make a ResNet-18."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = torchvision.models.resnet18(weights=None)
+        net = torchvision.models.ResNet(BasicBlock, [blocks] * 4)
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(0, 0.3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet18, relative_error
+from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet, relative_error
 from tests.oracles.nets import Frozen, Twice, Usual, changes, filled, lived_in, snapshot
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
@@ -40,7 +40,7 @@ TARGETS = [[3, 7], [386, 999]]
 @pytest.fixture(scope="module")
 def resnet() -> tuple[nn.Module, convscope.Model, Tensor]:
     """Return a network in double precision, where rounding does not switch ReLUs, with its model and inputs."""
-    net = random_resnet18().double()
+    net = random_resnet(blocks=1).double()
     return net, load_module(net, RESNET[1:]), random_images(2, RESNET).double()
 
 
@@ -535,14 +535,14 @@ def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
         assert relative_error(parts.values, full.values) < SUMS
         for key, value in full.extras.items():
             assert np.abs(parts.extras[key] - value).max() < SUMS
-    for n in range(5):
+    for n in (0, 3):
         single = convscope.heatmaps(model, x[n : n + 1], [targets[n]], method=method, **options)
         assert relative_error(single.values, full.values[n : n + 1]) < SUMS
 
 
 def test_memory_changes_single_precision_maps_by_rounding_only() -> None:
     """A single input takes other kernels, whose rounding switches ReLUs and thereby changes gradients."""
-    model, x = load_module(random_resnet18().float(), RESNET[1:]), random_images(2, RESNET)
+    model, x = load_module(random_resnet(blocks=1).float(), RESNET[1:]), random_images(2, RESNET)
     full, parts = (
         convscope.heatmaps(model, x, 3, method="integrated-gradients", steps=6, memory=m) for m in (1 << 30, 1)
     )

@@ -14,7 +14,7 @@ from convscope import ConvscopeError
 from convscope.attribution.methods.cam import grad_cam
 from convscope.attribution.targets import parse_classes
 from convscope.images.colormap import apply_colormap, blend, lookup_table
-from tests.attribution.helpers import SIZE, load_module, preprocess, random_images, random_resnet18, relative_error
+from tests.attribution.helpers import SIZE, load_module, preprocess, random_images, random_resnet, relative_error
 from tests.oracles.nets import Aside, Usual, filled
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
@@ -120,7 +120,7 @@ def test_grad_cam_in_plain_loops() -> None:
 @pytest.fixture(scope="module")
 def cases(lite0: convscope.Model, photos: list[str]) -> dict[str, tuple[convscope.Model, Tensor]]:
     """Return networks and the photographs preprocessed for them."""
-    resnet = load_module(random_resnet18(), 96, mean=(0.5,) * 3, std=(0.25,) * 3)
+    resnet = load_module(random_resnet(), 96, mean=(0.5,) * 3, std=(0.25,) * 3)
     return {
         "lite0": (lite0, preprocess(lite0, photos)),
         "resnet18": (resnet, preprocess(resnet, photos)),

@@ -18,7 +18,7 @@ import convscope
 from convscope.attribution.methods.cam import eigen_cam
 from convscope.attribution.targets import segmentation_target
 from convscope.engine import capture
-from tests.attribution.helpers import load_module, preprocess, random_resnet18, relative_error
+from tests.attribution.helpers import load_module, preprocess, random_resnet, relative_error
 
 # The last layer, after a ReLU and before a global average; and layers with values of both signs.
 CASES = [("lite0", "bn2"), ("lite0", "blocks.1"), ("resnet18", "layer3.1.conv2")]
@@ -31,7 +31,7 @@ Case = tuple[convscope.Model, Tensor]
 @pytest.fixture(scope="module")
 def cases(lite0: convscope.Model, photos: list[str]) -> dict[str, Case]:
     """Return networks and two photographs preprocessed for them."""
-    resnet = load_module(random_resnet18(), 96, mean=(0.5,) * 3, std=(0.25,) * 3)
+    resnet = load_module(random_resnet(), 96, mean=(0.5,) * 3, std=(0.25,) * 3)
     return {
         "lite0": (lite0, preprocess(lite0, photos[:2], 112)),
         "lite0 at full size": (lite0, preprocess(lite0, photos[:2])),

@@ -272,11 +272,18 @@ def test_score_cam_of_constant_maps_only() -> None:
 
 # --- occlusion -------------------------------------------------------------------------------------------------------
 
-WINDOWS: list[tuple[Any, Any]] = [(5, 3), (4, 4), (24, 1), ((3, 7), (2, 5)), (1, 1), ((24, 6), (24, 6)), (7, 6)]
+WINDOWS: list[tuple[Any, Any, float]] = [
+    (5, 3, 0.4),
+    (4, 4, 0.0),
+    (24, 1, 0.4),
+    ((3, 7), (2, 5), 0.0),
+    (1, 1, 0.0),
+    ((24, 6), (24, 6), 0.4),
+    (7, 6, 0.0),
+]
 
 
-@pytest.mark.parametrize(("window", "stride"), WINDOWS)
-@pytest.mark.parametrize("fill", [0.0, 0.4])
+@pytest.mark.parametrize(("window", "stride", "fill"), WINDOWS)
 def test_occlusion_agrees_with_captum(window: Any, stride: Any, fill: float) -> None:
     """Including windows that extend beyond the image and windows as large as the image."""
     from captum.attr import Occlusion
