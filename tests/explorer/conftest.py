@@ -79,5 +79,6 @@ def tiny_site(tiny, tiny_store, tiny_cache, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny_site")
     images = [write_png(folder, index) for index in (0, 1)]
-    assert publish({"tiny": tiny}, tiny_store, folder / "site", images=images, cache_dir=tiny_cache) == []
+    settings = {"images": images, "cache_dir": tiny_cache, "workers": 0}
+    assert publish({"tiny": tiny}, tiny_store, folder / "site", **settings) == []
     return folder / "site"

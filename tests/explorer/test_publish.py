@@ -76,7 +76,8 @@ def test_published_files_do_not_disclose_the_publishers_folders(tmp_path):
     torch.export.save(program, model_file)
     model = convscope.load(model_file, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
     store = convscope.scan(model, data_folder(tmp_path / "data"), tmp_path / "store", k=3, workers=0)
-    assert publish({str(model_file): model}, store, tmp_path / "site", images=[write_png(tmp_path, 0)]) == []
+    images = [write_png(tmp_path, 0)]
+    assert publish({str(model_file): model}, store, tmp_path / "site", images=images, workers=0) == []
     files = [path for path in (tmp_path / "site").rglob("*") if path.is_file()]
     assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
     page = (tmp_path / "site/m/net.pt2/image/first.html").read_text()
@@ -99,7 +100,8 @@ def test_pages_and_images_that_fail_are_reported_and_the_rest_is_published(tiny,
     for sprite in (tmp_path / "store/thumbnails").iterdir():
         sprite.write_bytes(b"RIFF")
     damaged = convscope.open_store(str(tmp_path / "store"))
-    failures = {failure.name: failure.reason for failure in publish({"tiny": tiny}, damaged, tmp_path / "site")}
+    reported = publish({"tiny": tiny}, damaged, tmp_path / "site", workers=0)
+    failures = {failure.name: failure.reason for failure in reported}
     assert failures.pop("m/tiny/story.html") == "the story is damaged"
     assert {"m/tiny/data/3.webp", "relu3 2"} <= failures.keys()
     assert all("cannot be read" in reason for reason in failures.values())
@@ -149,9 +151,9 @@ def test_published_unit_pages_are_small(tiny_site):
         assert page.stat().st_size + sum(file.stat().st_size for file in files) < 300_000
 
 
-def test_publishing_the_same_store_gives_the_same_bytes(tiny, tiny_store, tiny_cache, tiny_site, tmp_path):
+def test_publishing_again_with_a_worker_process_gives_the_same_bytes(tiny, tiny_store, tiny_cache, tiny_site, tmp_path):
     images = [write_png(tmp_path, index) for index in (0, 1)]
-    publish({"tiny": tiny}, tiny_store, tmp_path / "site", images=images, cache_dir=tiny_cache)
+    publish({"tiny": tiny}, tiny_store, tmp_path / "site", images=images, cache_dir=tiny_cache, workers=1)
     assert file_hashes(tmp_path / "site") == file_hashes(tiny_site)
 
 

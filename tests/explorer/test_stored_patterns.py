@@ -104,7 +104,7 @@ def test_patterns_that_are_computed_anew_replace_the_old_ones(tiny, store, tmp_p
 @pytest.mark.slow
 def test_published_pages_show_the_patterns_of_the_store(tiny, store, tmp_path):
     site = tmp_path / "site"
-    assert publish({"tiny": tiny}, store, site, images=[write_png(tmp_path, 0)]) == []
+    assert publish({"tiny": tiny}, store, site, images=[write_png(tmp_path, 0)], workers=0) == []
     for page, layer, unit in (("unit/relu3/4", "relu3", 4), ("class/3", "logits", 3)):
         path = site / f"m/tiny/{page}.html"
         src = re.search(r'<img src="([^"]*patterns/[^"]*)"', path.read_text())[1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def publish(
     cache_dir : Path, optional
         Folder with generated patterns; those in it are shown.
     workers : int
-        Number of processes that render examples.
+        Number of processes that render examples; 0 renders them in this process.
     progress : callable, optional
         ``progress(done, total)``.
 
@@ -107,7 +108,7 @@ class _SiteImages:
 
     def __init__(self, explorer: Explorer, store: Store, client: Client) -> None:
         self._explorer, self._client = explorer, client
-        self._sheets = ExampleSheets(store)
+        self.example_sheets = ExampleSheets(store)
 
     def photo(self, image: RegisteredImage, max_size: int) -> bytes:
         return encode_image(image.resized(max_size))
@@ -122,7 +123,7 @@ class _SiteImages:
         return encode_image(Image.open(io.BytesIO(pattern["image"])), quality=88)
 
     def thumbnail(self, index: int) -> bytes:
-        return self._sheets.thumbnail(index, MAX_THUMBNAIL)
+        return self.example_sheets.thumbnail(index, MAX_THUMBNAIL)
 
     def story_chapter(self, network: Network, index: int) -> bytes:
         return chapter_sheet(self._story(network), index)
@@ -168,13 +169,14 @@ class _SiteWriter:
             if progress is not None:
                 progress(done, total)
 
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            tasks = [(self._submit_sheets(pool, chunk), len(chunk)) for chunk in balanced_chunks(units, UNITS_PER_TASK)]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn) if workers else nullcontext() as pool:
+            tasks = [(self._sheet_task(pool, chunk), len(chunk)) for chunk in balanced_chunks(units, UNITS_PER_TASK)]
             for parts, build in pages:
                 self._write_page(parts, build)
                 advance(1)
-            for future, count in tasks:
-                self._failures += future.result()
+            for task, count in tasks:
+                self._failures += task()
                 advance(count)
         self._write_manifest()
         return self._failures
@@ -244,11 +246,16 @@ class _SiteWriter:
             return parts[5] in self._predicted_classes(self._explorer.images.find(str(parts[3])))
         return True
 
-    def _submit_sheets(self, pool: ProcessPoolExecutor, units: Sequence[tuple[str, int]]) -> Future[list[Failure]]:
+    def _sheet_task(
+        self, pool: ProcessPoolExecutor | None, units: Sequence[tuple[str, int]]
+    ) -> Callable[[], list[Failure]]:
+        """Return a function that waits for the sheets of some units, or writes them if there is no pool."""
         files = [
             (layer, unit, str(self._out / patches_file(self._network, layer, unit, "top"))) for layer, unit in units
         ]
-        return pool.submit(_render_example_sheets, self._store.address, files)
+        if pool is None:
+            return partial(_write_sheets, self._images.example_sheets, files)
+        return pool.submit(_write_sheets_in_worker, self._store.address, files).result
 
     def _write_page(self, parts: Parts, build: BuildPage) -> None:
         urls = StaticUrls(parts, self._is_planned, self._write_image, self._images)
@@ -295,14 +302,18 @@ def _class_page(context: PageContext, network: Network, index: int) -> Page:
 _worker_sheets: dict[str, ExampleSheets] = {}  # in a worker process: by the store's address
 
 
-def _render_example_sheets(address: str, units: Sequence[tuple[str, int, str]]) -> list[Failure]:
-    """Render the examples of units (layer, unit, file) in a worker process."""
+def _write_sheets_in_worker(address: str, files: Sequence[tuple[str, int, str]]) -> list[Failure]:
     if address not in _worker_sheets:
         _worker_sheets[address] = ExampleSheets(open_store(address))
+    return _write_sheets(_worker_sheets[address], files)
+
+
+def _write_sheets(sheets: ExampleSheets, files: Sequence[tuple[str, int, str]]) -> list[Failure]:
+    """Write the example sheets of units (layer, unit, file)."""
     failures = []
-    for layer, unit, file in units:
+    for layer, unit, file in files:
         try:
-            _write(Path(file), _worker_sheets[address].sheet(layer, unit))
+            _write(Path(file), sheets.sheet(layer, unit))
         except ConvscopeError as error:
             failures.append(Failure(f"{layer} {unit}", str(error)))
     return failures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import re
 import threading
@@ -14,17 +15,20 @@ import convscope
 from convscope.images.colormap import apply_colormap
 from tests.oracles.explorer import encode_image, smooth_image
 
-CANVAS = """(canvas) => {
+READ_PIXELS = """(canvas) => {
   const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
   copy.drawImage(canvas, 0, 0);
-  return [canvas.width, canvas.height, Array.from(copy.getImageData(0, 0, canvas.width, canvas.height).data)];
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
+  const text = Array.from({ length: canvas.height }, (_, row) =>
+    String.fromCharCode(...data.subarray(4 * row * canvas.width, 4 * (row + 1) * canvas.width))).join("");
+  return [canvas.width, canvas.height, btoa(text)];
 }"""
 
 
 def painted(tab, stage: str = "main") -> np.ndarray:
     """Return the colours of a heatmap, (H, W, 3)."""
-    width, height, values = tab.eval_on_selector(f'[data-stage="{stage}"] canvas', CANVAS)
-    return np.array(values, np.uint8).reshape(height, width, 4)[..., :3].astype(int)
+    width, height, data = tab.eval_on_selector(f'[data-stage="{stage}"] canvas', READ_PIXELS)
+    return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)[..., :3].astype(int)
 
 
 def open_page(tab, address: str):
