@@ -1,4 +1,4 @@
-"""Methods side by side: every cell is what its own call gives, what cannot be done is named, tables hold the same."""
+"""Comparisons: each combination equals a separate call, failures are listed, tables equal the result."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NAMES = ["hen", "red fox", "lesser panda", "espresso", "crane"]
 
 
 @pytest.fixture(scope="module")
-def usual() -> convscope.Model:
+def model() -> convscope.Model:
     return load_module(filled(Usual()), classes=NAMES)
 
 
-def test_cells_are_what_their_own_calls_give(usual: convscope.Model) -> None:
+def test_each_combination_equals_separate_calls(model: convscope.Model) -> None:
     x, targets = random_images(), [[0, 3]] * 3
-    found = convscope.compare(
-        usual,
+    comparison = convscope.compare(
+        model,
         x,
         targets,
         methods=["layer-cam", "saliency", "random"],
@@ -38,17 +38,19 @@ def test_cells_are_what_their_own_calls_give(usual: convscope.Model) -> None:
         against=[1],
         smooth="flips",
     )
-    cells = [
+    combinations = [
         ("layer-cam", "relu2"),
         ("layer-cam", "conv3"),
         ("saliency", "input"),
         ("random", "relu2"),
         ("random", "conv3"),
     ]
-    assert [(heat.method, heat.layer) for heat in found.heatmaps] == cells
-    for row, heat, scores, (method, layer) in zip(found.rows(), found.heatmaps, found.evaluations, cells, strict=True):
-        own = convscope.heatmaps(
-            usual,
+    assert [(heatmap.method, heatmap.layer) for heatmap in comparison.heatmaps] == combinations
+    for row, heatmap, scores, (method, layer) in zip(
+        comparison.rows(), comparison.heatmaps, comparison.evaluations, combinations, strict=True
+    ):
+        expected = convscope.heatmaps(
+            model,
             x,
             targets,
             layer=None if layer == "input" else layer,
@@ -56,35 +58,37 @@ def test_cells_are_what_their_own_calls_give(usual: convscope.Model) -> None:
             against=[1],
             smooth="flips",
         )
-        assert np.array_equal(heat.values, own.values)
-        judged = convscope.evaluate(usual, x, own, ["deletion", "sparseness"])
-        assert np.array_equal(scores["deletion"], judged["deletion"])
+        assert np.array_equal(heatmap.values, expected.values)
+        expected_evaluation = convscope.evaluate(model, x, expected, ["deletion", "sparseness"])
+        assert np.array_equal(scores["deletion"], expected_evaluation["deletion"])
         assert (row["method"], row["layer"]) == (method, layer)
-        assert row["sparseness"] == judged.mean("sparseness")
-        assert (row["deletion_low"], row["deletion_high"]) == judged.interval("deletion")
+        assert row["sparseness"] == expected_evaluation.mean("sparseness")
+        assert (row["deletion_low"], row["deletion_high"]) == expected_evaluation.interval("deletion")
         assert row["ms"] > 0
 
 
-def test_best_looks_the_way_that_is_better(usual: convscope.Model) -> None:
-    found = convscope.compare(usual, random_images(), 1, methods=["grad-cam", "random", "centred"], layers=["conv3"])
-    rows = found.rows()
-    assert found.best("deletion") == min(rows, key=lambda row: row["deletion"])
-    assert found.best("insertion") == max(rows, key=lambda row: row["insertion"])
-
-
-def test_what_the_network_does_not_allow_is_named_and_the_rest_is_done(usual: convscope.Model) -> None:
-    """`cam` is undefined where more than an average and a matrix follow."""
-    found = convscope.compare(
-        usual, random_images(), 1, methods=["cam", "grad-cam"], layers=["relu2"], metrics=["sparseness"]
+def test_best_respects_the_direction_of_the_metric(model: convscope.Model) -> None:
+    comparison = convscope.compare(
+        model, random_images(), 1, methods=["grad-cam", "random", "centred"], layers=["conv3"]
     )
-    assert [heat.method for heat in found.heatmaps] == ["grad-cam"]
-    assert found.failed[0].name == "cam at relu2"
-    assert "determine the class score linearly" in found.failed[0].reason
+    rows = comparison.rows()
+    assert comparison.best("deletion") == min(rows, key=lambda row: row["deletion"])
+    assert comparison.best("insertion") == max(rows, key=lambda row: row["insertion"])
+
+
+def test_unsupported_combinations_are_listed_as_failed(model: convscope.Model) -> None:
+    """`cam` is undefined unless only average pooling and a linear layer follow the layer."""
+    comparison = convscope.compare(
+        model, random_images(), 1, methods=["cam", "grad-cam"], layers=["relu2"], metrics=["sparseness"]
+    )
+    assert [heatmap.method for heatmap in comparison.heatmaps] == ["grad-cam"]
+    assert comparison.failed[0].name == "cam at relu2"
+    assert "determine the class score linearly" in comparison.failed[0].reason
     with pytest.raises(ConvscopeError, match="cam at relu2"):
-        convscope.compare(usual, random_images(), 1, methods=["cam"], layers=["relu2"])
+        convscope.compare(model, random_images(), 1, methods=["cam"], layers=["relu2"])
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+INVALID_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"methods": ["grad-cm"]}, "method 'grad-cm' is not known; nearest: grad-cam"),
     ({"methods": []}, "no methods"),
     ({"layers": ["conv9"]}, "layer 'conv9' is not in this model"),
@@ -97,13 +101,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED)
-def test_refusals(usual: convscope.Model, arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), INVALID_ARGUMENTS)
+def test_invalid_arguments_raise(model: convscope.Model, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConvscopeError, match=message):
-        convscope.compare(usual, random_images(), **arguments)
+        convscope.compare(model, random_images(), **arguments)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_model_is_unchanged() -> None:
     net, hooks = lived_in(filled(Usual()))
     model = load_module(net)
     before = snapshot(net)
@@ -120,24 +124,24 @@ def test_nothing_is_left_behind() -> None:
     assert hooks
 
 
-def test_saved_tables_hold_what_the_result_holds(usual: convscope.Model, tmp_path: Path) -> None:
+def test_saved_tables_equal_the_result(model: convscope.Model, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(2)]
-    found = convscope.compare(usual, pictures, methods=["grad-cam", "random"])
-    found.save(tmp_path)
+    images = [rng.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(2)]
+    comparison = convscope.compare(model, images, methods=["grad-cam", "random"])
+    comparison.save(tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert rows == found.rows()
+    assert rows == comparison.rows()
     with open(tmp_path / "table.csv", newline="") as file:
         assert [float(row["deletion"]) for row in csv.DictReader(file)] == [row["deletion"] for row in rows]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert sorted(manifest["files"]) == ["arrays.npz", "sheet.png", "table.csv", "table.json"]
     with np.load(tmp_path / "arrays.npz") as arrays:
-        assert np.array_equal(arrays[f"grad-cam/{found.heatmaps[0].layer}/values"], found.heatmaps[0].values)
+        assert np.array_equal(arrays[f"grad-cam/{comparison.heatmaps[0].layer}/values"], comparison.heatmaps[0].values)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.std() > 20
 
 
-# --- on the command line ---------------------------------------------------------------------------------------------
+# --- on the command line ---
 
 
 def run(*arguments: str | Path) -> Result:
@@ -161,42 +165,44 @@ def test_compare_command(lite0: convscope.Model, photos: list[str], tmp_path: Pa
         ("random", "blocks.5"),
     ]
     assert [row["deletion"] for row in table(done.stdout)] == [f"{row['deletion']:.3f}" for row in rows]
-    own = convscope.evaluate(lite0, photos[:2], convscope.heatmaps(lite0, photos[:2]), "deletion")
-    assert abs(rows[0]["deletion"] - own.mean("deletion")) < 1e-6
+    expected = convscope.evaluate(lite0, photos[:2], convscope.heatmaps(lite0, photos[:2]), "deletion")
+    assert abs(rows[0]["deletion"] - expected.mean("deletion")) < 1e-6
 
 
-def test_compare_command_names_what_cannot_be_done(photos: list[str], tmp_path: Path) -> None:
+def test_compare_command_reports_unsupported_methods(photos: list[str], tmp_path: Path) -> None:
     done = run("compare", "lite0", photos[0], "--methods", "cam,random", "--layers", "blocks.5", "--metrics",
                "sparseness", "-o", tmp_path, "--json")  # fmt: skip
     assert done.exit_code == 1
     assert "failed: cam at blocks.5: cam needs a layer" in done.stderr
-    assert [cell["method"] for cell in json.loads(done.stdout)["parameters"]["cells"]] == ["random"]
+    assert [combination["method"] for combination in json.loads(done.stdout)["parameters"]["combinations"]] == [
+        "random"
+    ]
 
 
 def test_evaluate_command(lite0: convscope.Model, photos: list[str], tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
-    inside = []
+    expected_masks = []
     for photo in photos[:2]:
         size = Image.open(photo).size
         mask = np.zeros(size[::-1], bool)
         mask[: size[1] // 2] = True
-        inside.append(mask)
+        expected_masks.append(mask)
         Image.fromarray(mask).save(masks / f"{Path(photo).stem}_mask.png")
     done = run("evaluate", "lite0", *photos[:2], "--metrics", "deletion,energy", "--masks", masks, "--steps", "5",
                "--layer", "blocks.5", "--method", "layer-cam", "-o", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
-    heat = convscope.heatmaps(lite0, photos[:2], layer="blocks.5", method="layer-cam")
-    expected = convscope.evaluate(lite0, photos[:2], heat, ["deletion", "energy"], steps=5, masks=inside)
+    heatmap = convscope.heatmaps(lite0, photos[:2], layer="blocks.5", method="layer-cam")
+    expected = convscope.evaluate(lite0, photos[:2], heatmap, ["deletion", "energy"], steps=5, masks=expected_masks)
     assert [row["mean"] for row in table(done.stdout)] == [f"{expected.mean(m):.3f}" for m in ("deletion", "energy")]
     assert "layer blocks.5: as requested" in done.stderr
     (masks / f"{Path(photos[0]).stem}_mask.png").unlink()
-    refused = run("evaluate", "lite0", *photos[:2], "--metrics", "energy", "--masks", masks)
-    assert refused.exit_code != 0
-    assert "there is no mask for" in str(refused.exception)
+    failed = run("evaluate", "lite0", *photos[:2], "--metrics", "energy", "--masks", masks)
+    assert failed.exit_code != 0
+    assert "there is no mask for" in str(failed.exception)
 
 
-def test_heatmap_command_takes_all_settings(lite0: convscope.Model, photos: list[str], tmp_path: Path) -> None:
+def test_heatmap_command_accepts_all_settings(lite0: convscope.Model, photos: list[str], tmp_path: Path) -> None:
     done = run("heatmap", "lite0", photos[0], "--target", "387", "--against", "277", "--layer", "bn2,blocks.5",
                "--fuse", "product", "--scale", "1,2", "--smooth", "flips", "-o", tmp_path)  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -222,7 +228,7 @@ def test_heatmap_command_takes_all_settings(lite0: convscope.Model, photos: list
         (["--method", "gradcam"], "method 'gradcam' is not known; nearest: grad-cam"),
     ],
 )
-def test_bad_settings_are_refused(photos: list[str], arguments: list[str], message: str) -> None:
+def test_invalid_settings_raise(photos: list[str], arguments: list[str], message: str) -> None:
     done = run("heatmap", "lite0", photos[0], *arguments)
     assert done.exit_code != 0
     assert message in str(done.exception)

@@ -1,4 +1,4 @@
-"""What an evaluation says, saves, draws and refuses; that nothing is left behind."""
+"""Results of evaluations: values, notes, files, figures, invalid arguments; the model is unchanged."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from convscope import ConvscopeError
 from convscope.evaluation.registry import METRICS
 from convscope.evaluation.result import suspicion_notes
 from convscope.evaluation.statistics import bootstrap
-from tests.oracles.judged import (
-    pictures,
-    random_maps,
-    usual,
-)
 from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.synthetic_models import (
+    random_images,
+    random_maps,
+    small_model,
+)
 
-CHEAP = ("deletion", "insertion")
+FAST_METRICS = ("deletion", "insertion")
 
 
 def test_bootstrap():
@@ -36,68 +36,74 @@ def test_bootstrap():
     assert curve_low.tolist() == pytest.approx([low, 0], abs=1e-12)
 
 
-def test_the_result(tmp_path):
+def test_result(tmp_path):
     model = convscope.load(filled(Usual()), preprocessing={"size": 24}, classes=["a", "b", "c", "d", "e"])
-    x = pictures(3, 24, channels=3)
-    heat = convscope.heatmaps(model, x, [["a", "b"]] * 3, layer="conv3", method="layer-cam")
-    found = convscope.evaluate(model, x, heat, ["deletion", "sparseness"], steps=4, seed=5)
-    assert isinstance(found, convscope.Evaluation)
-    assert found.metrics == ["deletion", "sparseness"]
-    assert found["deletion"].shape == (3, 2)
-    assert found["deletion"].dtype == np.float32
-    assert found.curves["deletion"].shape == (3, 2, 5)
-    assert (found.method, found.layer, found.image_names) == ("layer-cam", "conv3", ("image 0", "image 1", "image 2"))
-    assert found.targets.tolist() == [[0, 1]] * 3
-    assert found.names == [["a", "b"]] * 3
-    assert found.mean("deletion") == pytest.approx(found["deletion"].mean())
-    low, high = found.interval("deletion")
-    assert low <= found.mean("deletion") <= high
-    assert (low, high) == bootstrap(found["deletion"].mean(1, dtype=np.float64)), "a picture's targets hang together"
-    rows = found.rows()
+    x = random_images(3, 24, channels=3)
+    heatmap = convscope.heatmaps(model, x, [["a", "b"]] * 3, layer="conv3", method="layer-cam")
+    evaluation = convscope.evaluate(model, x, heatmap, ["deletion", "sparseness"], steps=4, seed=5)
+    assert isinstance(evaluation, convscope.Evaluation)
+    assert evaluation.metrics == ["deletion", "sparseness"]
+    assert evaluation["deletion"].shape == (3, 2)
+    assert evaluation["deletion"].dtype == np.float32
+    assert evaluation.curves["deletion"].shape == (3, 2, 5)
+    assert (evaluation.method, evaluation.layer, evaluation.image_names) == (
+        "layer-cam",
+        "conv3",
+        ("image 0", "image 1", "image 2"),
+    )
+    assert evaluation.targets.tolist() == [[0, 1]] * 3
+    assert evaluation.names == [["a", "b"]] * 3
+    assert evaluation.mean("deletion") == pytest.approx(evaluation["deletion"].mean())
+    low, high = evaluation.interval("deletion")
+    assert low <= evaluation.mean("deletion") <= high
+    assert (low, high) == bootstrap(evaluation["deletion"].mean(1, dtype=np.float64)), (
+        "the targets of an image are not independent"
+    )
+    rows = evaluation.rows()
     assert [row["metric"] for row in rows] == ["deletion", "sparseness"]
     assert [row["better"] for row in rows] == ["lower", "higher"]
-    lines = str(found).splitlines()
+    lines = str(evaluation).splitlines()
     assert lines[0].split()[:2] == ["metric", "mean"]
-    assert lines[1].startswith(f"deletion    {found.mean('deletion'):.3f}")
-    said = json.loads(json.dumps(found.parameters()))
-    assert said["metrics"] == ["deletion", "sparseness"]
-    assert said["options"] == {"deletion": {"steps": 4, "fill": "blur"}, "sparseness": {}}
-    assert (said["seed"], said["method"], said["classes"]) == (5, "layer-cam", [["a", "b"]] * 3)
-    where = found.save(tmp_path)
-    assert {p.name for p in where.iterdir()} == {"evaluation.png", "arrays.npz", "manifest.json"}
-    with np.load(where / "arrays.npz") as arrays:
+    assert lines[1].startswith(f"deletion    {evaluation.mean('deletion'):.3f}")
+    parameters = json.loads(json.dumps(evaluation.parameters()))
+    assert parameters["metrics"] == ["deletion", "sparseness"]
+    assert parameters["options"] == {"deletion": {"steps": 4, "fill": "blur"}, "sparseness": {}}
+    assert (parameters["seed"], parameters["method"], parameters["classes"]) == (5, "layer-cam", [["a", "b"]] * 3)
+    folder = evaluation.save(tmp_path)
+    assert {p.name for p in folder.iterdir()} == {"evaluation.png", "arrays.npz", "manifest.json"}
+    with np.load(folder / "arrays.npz") as arrays:
         assert set(arrays.files) == {"deletion", "sparseness", "deletion_curve", "targets"}
-        np.testing.assert_array_equal(arrays["deletion_curve"], found.curves["deletion"])
-    assert json.loads((where / "manifest.json").read_text())["kind"] == "evaluation"
+        np.testing.assert_array_equal(arrays["deletion_curve"], evaluation.curves["deletion"])
+    assert json.loads((folder / "manifest.json").read_text())["kind"] == "evaluation"
     with pytest.raises(ConvscopeError, match="nearest: deletion"):
-        found["deltion"]
+        evaluation["deltion"]
     with pytest.raises(ConvscopeError, match="was not evaluated"):
-        found["road"]
+        evaluation["road"]
 
 
-def test_the_figure_holds_a_panel_for_each_metric():
-    model = usual()
-    x = pictures(3, 24, channels=3)
+def test_figure_has_a_panel_per_metric():
+    model = small_model()
+    x = random_images(3, 24, channels=3)
     masks = np.zeros((3, 24, 24), bool)
     masks[:, 4:9] = True
-    heat = convscope.heatmaps(model, x, 1)
-    found = convscope.evaluate(model, x, heat, list(METRICS), masks=masks, steps=3, samples=3)
-    figure = found.figure()
-    drawn = [axes for axes in figure.axes if axes.axison]
-    assert [axes.get_title().partition(",")[0] for axes in drawn] == list(METRICS)
-    curve = drawn[0].lines[0].get_ydata()
-    np.testing.assert_allclose(curve, found.curves["deletion"][:, 0].mean(0), rtol=1e-6)
+    heatmap = convscope.heatmaps(model, x, 1)
+    evaluation = convscope.evaluate(model, x, heatmap, list(METRICS), masks=masks, steps=3, samples=3)
+    figure = evaluation.figure()
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title().partition(",")[0] for axes in panels] == list(METRICS)
+    curve = panels[0].lines[0].get_ydata()
+    np.testing.assert_allclose(curve, evaluation.curves["deletion"][:, 0].mean(0), rtol=1e-6)
     figure.draw_without_rendering()
-    boxes = [axes.get_tightbbox() for axes in drawn]
+    boxes = [axes.get_tightbbox() for axes in panels]
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
-    assert not any(a.overlaps(b) for a, b in pairs), "no label on another"
+    assert not any(a.overlaps(b) for a, b in pairs), "labels do not overlap"
 
 
-def test_in_words():
+def test_suspicion_notes():
     bad = {"deletion": np.full((2, 1), 0.6), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.9)}
-    said = suspicion_notes(bad, {})
-    assert any("insertion is not above deletion" in note for note in said)
-    assert any(note.startswith("randomisation 0.90: the map hardly changes") for note in said)
+    notes = suspicion_notes(bad, {})
+    assert any("insertion is not above deletion" in note for note in notes)
+    assert any(note.startswith("randomisation 0.90: the map hardly changes") for note in notes)
     good = {"deletion": np.full((2, 1), 0.1), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.1)}
     assert suspicion_notes(good, {}) == []
     pointing = {"pointing": np.full((2, 1), 0.3)}
@@ -105,50 +111,56 @@ def test_in_words():
     assert suspicion_notes(pointing, {"pointing": np.full((2, 1), 0.4)})[0].startswith("pointing 0.30: the maximum")
 
 
-def test_pictures_that_cannot_be_used_are_named(tmp_path, photos):
+def test_unreadable_images_are_listed_as_failed(tmp_path, photos):
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"not a picture")
-    model = usual()
-    given = [photos[0], str(bad), photos[1]]
-    heat = convscope.heatmaps(model, given, 1)
-    for maps in (heat, np.concatenate([heat.values[:1], heat.values[:1] * 0, heat.values[1:]])):
-        targets = None if maps is heat else 1
-        found = convscope.evaluate(model, given, maps, "deletion", targets=targets, steps=3)
-        assert found.image_names == (photos[0], photos[1])
-        assert [failure.name for failure in found.failed] == [str(bad)]
-        good = convscope.evaluate(model, [photos[0], photos[1]], heat.values, "deletion", targets=1, steps=3)
-        np.testing.assert_allclose(found["deletion"], good["deletion"], rtol=1e-5)
+    bad.write_bytes(b"not an image")
+    model = small_model()
+    paths = [photos[0], str(bad), photos[1]]
+    heatmap = convscope.heatmaps(model, paths, 1)
+    for maps in (heatmap, np.concatenate([heatmap.values[:1], heatmap.values[:1] * 0, heatmap.values[1:]])):
+        targets = None if maps is heatmap else 1
+        evaluation = convscope.evaluate(model, paths, maps, "deletion", targets=targets, steps=3)
+        assert evaluation.image_names == (photos[0], photos[1])
+        assert [failure.name for failure in evaluation.failed] == [str(bad)]
+        good = convscope.evaluate(model, [photos[0], photos[1]], heatmap.values, "deletion", targets=1, steps=3)
+        np.testing.assert_allclose(evaluation["deletion"], good["deletion"], rtol=1e-5)
 
 
-def test_the_crop_is_that_of_the_heatmaps(photos):
-    model = usual()
-    heat = convscope.heatmaps(model, photos[:2], 1, fit="crop")
-    one = convscope.evaluate(model, photos[:2], heat, "deletion", steps=3)
-    other = convscope.evaluate(model, photos[:2], heat.values, "deletion", targets=1, fit="crop", steps=3)
-    squashed = convscope.evaluate(model, photos[:2], heat.values, "deletion", targets=1, steps=3)
-    np.testing.assert_array_equal(one["deletion"], other["deletion"])
-    assert np.abs(one["deletion"] / squashed["deletion"] - 1).max() > 1e-3
-    assert (one.fit, squashed.fit) == ("crop", "squash")
+def test_fit_of_the_heatmaps_is_used(photos):
+    model = small_model()
+    heatmap = convscope.heatmaps(model, photos[:2], 1, fit="crop")
+    from_heatmaps = convscope.evaluate(model, photos[:2], heatmap, "deletion", steps=3)
+    from_array = convscope.evaluate(model, photos[:2], heatmap.values, "deletion", targets=1, fit="crop", steps=3)
+    squashed = convscope.evaluate(model, photos[:2], heatmap.values, "deletion", targets=1, steps=3)
+    np.testing.assert_array_equal(from_heatmaps["deletion"], from_array["deletion"])
+    assert np.abs(from_heatmaps["deletion"] / squashed["deletion"] - 1).max() > 1e-3
+    assert (from_heatmaps.fit, squashed.fit) == ("crop", "squash")
 
 
 def test_progress():
-    model = usual()
-    told: list[tuple[float, int]] = []
-    x, heat = pictures(5, 24, channels=3), random_maps(5, 6, 6)
+    model = small_model()
+    calls: list[tuple[float, int]] = []
+    x, heatmap = random_images(5, 24, channels=3), random_maps(5, 6, 6)
     convscope.evaluate(
-        model, x, heat, ["deletion", "road"], targets=1, steps=20, progress=lambda done, of: told.append((done, of))
+        model,
+        x,
+        heatmap,
+        ["deletion", "road"],
+        targets=1,
+        steps=20,
+        progress=lambda done, total: calls.append((done, total)),
     )
-    done = [share for share, _ in told]
-    assert {count for _, count in told} == {5}
+    done = [progress for progress, _ in calls]
+    assert {count for _, count in calls} == {5}
     assert done == sorted(done)
     assert done[-1] == 5
-    assert len({share for share in done if 0 < share < 5}) > 2
+    assert len({progress for progress in done if 0 < progress < 5}) > 2
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- invalid arguments ---
 
-X, HEAT = pictures(2, 24, channels=3), random_maps(2, 6, 6)
-REFUSED: list[tuple[dict[str, Any], str]] = [
+X, HEATMAPS = random_images(2, 24, channels=3), random_maps(2, 6, 6)
+INVALID_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"metrics": "deltion"}, "metric 'deltion' is not known; nearest: deletion"),
     ({"metrics": []}, "no metrics"),
     ({"metrics": ("deletion", "pointing")}, "pointing needs masks="),
@@ -159,7 +171,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps is 0"),
     ({"steps": 2.5}, "steps is 2.5"),
     ({"tolerance": 3}, "option 'tolerance' is known to none of deletion, insertion"),
-    ({"heatmaps": HEAT[:1]}, r"heatmaps of shape \(1, 6, 6\); expected Heatmaps, or an array \(2, h, w\)"),
+    ({"heatmaps": HEATMAPS[:1]}, r"heatmaps of shape \(1, 6, 6\); expected Heatmaps, or an array \(2, h, w\)"),
     ({"heatmaps": random_maps(2, 3, 6, 6)}, r"or \(2, 1, h, w\)"),
     ({"heatmaps": np.full((2, 6, 6), np.nan)}, "NaN or infinity"),
     ({"heatmaps": "photo.jpg"}, "expected numbers"),
@@ -179,69 +191,71 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
-def test_refusals(given, message):
-    arguments = {"heatmaps": HEAT, "targets": 1, "metrics": CHEAP, **given}
-    with pytest.raises(ConvscopeError, match=message) as caught:
-        convscope.evaluate(usual(), X, **arguments)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("options", "message"), INVALID_ARGUMENTS, ids=[message[:40] for _, message in INVALID_ARGUMENTS]
+)
+def test_invalid_arguments_raise(options, message):
+    arguments = {"heatmaps": HEATMAPS, "targets": 1, "metrics": FAST_METRICS, **options}
+    with pytest.raises(ConvscopeError, match=message) as error:
+        convscope.evaluate(small_model(), X, **arguments)
+    assert "\n" not in str(error.value)
 
 
-def test_nothing_runs_before_a_refusal():
-    ran: list[int] = []
+def test_arguments_are_checked_before_the_model_runs():
+    batch_sizes: list[int] = []
 
-    class Counting(Usual):
+    class Counter(Usual):
         def forward(self, x: Tensor) -> Tensor:
-            ran.append(len(x))
+            batch_sizes.append(len(x))
             return super().forward(x)
 
-    model = convscope.load(filled(Counting()), preprocessing={"size": 24})
-    heat = convscope.heatmaps(model, X, 1)
+    model = convscope.load(filled(Counter()), preprocessing={"size": 24})
+    heatmap = convscope.heatmaps(model, X, 1)
     small = np.ones((2, 9, 9), bool)
-    ran.clear()
-    for given in (
+    batch_sizes.clear()
+    for options in (
         {"metrics": "energy"},
         {"metrics": "sparsenes"},
         {"metrics": "iou", "masks": small},
     ):
         with pytest.raises(ConvscopeError):
-            convscope.evaluate(model, X, heat, **given)
-    assert ran == []
+            convscope.evaluate(model, X, heatmap, **options)
+    assert batch_sizes == []
 
 
-def test_heatmaps_of_other_pictures_are_refused(photos):
-    model = usual()
-    heat = convscope.heatmaps(model, X, 1)
+def test_heatmaps_of_other_images_raise(photos):
+    model = small_model()
+    heatmap = convscope.heatmaps(model, X, 1)
     with pytest.raises(ConvscopeError, match="heatmaps of 2 images, but 3 images given"):
-        convscope.evaluate(model, pictures(3, 24, channels=3), heat)
+        convscope.evaluate(model, random_images(3, 24, channels=3), heatmap)
     with pytest.raises(ConvscopeError, match="image 1: the network's output differs from the one stored"):
-        convscope.evaluate(model, torch.stack([X[0], 3 * X[1] + 1]), heat)
-    with pytest.raises(ConvscopeError, match="targets= goes with maps given as an array"):
-        convscope.evaluate(model, X, heat, targets=2)
+        convscope.evaluate(model, torch.stack([X[0], 3 * X[1] + 1]), heatmap)
+    with pytest.raises(ConvscopeError, match="targets= is for maps given as an array"):
+        convscope.evaluate(model, X, heatmap, targets=2)
     with pytest.raises(ConvscopeError, match="leave it out"):
-        convscope.evaluate(model, X, heat, fit="crop")
+        convscope.evaluate(model, X, heatmap, fit="crop")
     with pytest.raises(ConvscopeError, match="expected the same ones"):
         convscope.evaluate(model, photos[1:3], convscope.heatmaps(model, photos[:2], 1))
 
 
-def test_nothing_is_left_behind():
+def test_model_is_unchanged():
     net, handles = lived_in(filled(Usual()))
     model = convscope.load(net, preprocessing={"size": 24})
     before = snapshot(net)
-    convscope.evaluate(model, X, HEAT, ["deletion", "road", "mu-fidelity", "average-drop"], targets=1, steps=3)
+    convscope.evaluate(model, X, HEATMAPS, ["deletion", "road", "mu-fidelity", "average-drop"], targets=1, steps=3)
     assert changes(before, snapshot(net)) == []
 
-    def stop(done: float, of: int) -> None:
+    def stop(done: float, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convscope.evaluate(model, X, HEAT, targets=1, steps=3, progress=stop)
+        convscope.evaluate(model, X, HEATMAPS, targets=1, steps=3, progress=stop)
     assert changes(before, snapshot(net)) == []
     assert handles
 
 
-def test_a_network_with_a_fixed_batch(monkeypatch):
-    model = usual()
+def test_fixed_batch_size(monkeypatch):
+    model = small_model()
     import dataclasses
 
     class Strict(Usual):
@@ -251,11 +265,13 @@ def test_a_network_with_a_fixed_batch(monkeypatch):
 
     strict: nn.Module = filled(Strict())
     fixed = dataclasses.replace(model, module=strict, fixed_batch_size=4)
-    x, heat = pictures(6, 24, channels=3), random_maps(6, 6, 6)
+    x, heatmap = random_images(6, 24, channels=3), random_maps(6, 6, 6)
     names = ["deletion", "insertion", "road", "average-gain", "mu-fidelity"]
-    found, expected = (convscope.evaluate(m, x, heat, names, targets=2, steps=4, samples=7) for m in (fixed, model))
+    evaluation, expected = (
+        convscope.evaluate(m, x, heatmap, names, targets=2, steps=4, samples=7) for m in (fixed, model)
+    )
     for name in names:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(evaluation[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_signals_and_volumes():
@@ -274,10 +290,10 @@ def test_signals_and_volumes():
         model = convscope.load(filled(Net()), preprocessing={"size": size, "channels": 2, "channel_order": "channels"})
         x = torch.randn(2, 2, *size)
         names = ["deletion", "insertion", "average-drop", "mu-fidelity", "sparseness"]
-        found = convscope.evaluate(model, x, random_maps(2, *size), names, targets=1, steps=4)
+        evaluation = convscope.evaluate(model, x, random_maps(2, *size), names, targets=1, steps=4)
         with torch.no_grad():
             expected = model.module(x).softmax(1)[:, 1]
-        np.testing.assert_allclose(found.curves["deletion"][:, 0, 0], expected, atol=1e-6)
-        np.testing.assert_allclose(found.curves["insertion"][:, 0, -1], expected, atol=1e-6)
+        np.testing.assert_allclose(evaluation.curves["deletion"][:, 0, 0], expected, atol=1e-6)
+        np.testing.assert_allclose(evaluation.curves["insertion"][:, 0, -1], expected, atol=1e-6)
         with pytest.raises(ConvscopeError, match="road imputes pixels"):
             convscope.evaluate(model, x, random_maps(2, *size), "road", targets=1)

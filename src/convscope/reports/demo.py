@@ -193,8 +193,8 @@ class _Demo:
         for layer in layers:
             file = f"activations_{names[layer.name]}.png"
             self._write_png(file, activation_pages(maps, layer.name, limit=MAX_CHANNELS)[0])
-            inactive = int(is_constant_channel(maps[layer.name]).sum())
-            remarks = f"{inactive} of {layer.units} channels are constant on this image"
+            constant = int(is_constant_channel(maps[layer.name]).sum())
+            remarks = f"Constant channels: {constant} of {layer.units}"
             grids.append(GridCard(layer.name, file, self._receptive_field(layer), layer.units, remarks))
         return grids
 
