@@ -144,7 +144,7 @@ def test_a_store_that_is_not_finished_is_refused(store: Path) -> None:
     (store / "manifest.json").unlink()
     result = run_patterns(store)
     assert result.exit_code != 0
-    assert "no finished scan" in f"{result.output}{result.exception}"
+    assert "the scan is not finished" in f"{result.output}{result.exception}"
     assert not (store / "patterns").exists()
 
 
