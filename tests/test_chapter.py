@@ -41,23 +41,23 @@ def trunk() -> Any:
 
 
 @pytest.fixture(scope="module")
-def in_keras(classifier: Any) -> convscope.Model:
+def keras_model(classifier: Any) -> convscope.Model:
     return convscope.load(classifier, preprocessing=VGG)
 
 
 @pytest.fixture(scope="module")
-def in_torch() -> convscope.Model:
+def torch_model() -> convscope.Model:
     return convscope.load(chapter.torch_classifier(CLASSES), preprocessing=VGG)
 
 
 @pytest.fixture(scope="module")
-def pair(photos: list[str]) -> list[str]:
+def two_photos(photos: list[str]) -> list[str]:
     return [photos[0], photos[3]]
 
 
 @pytest.fixture(scope="module")
-def prepared(pair: list[str]) -> np.ndarray:
-    return np.concatenate([chapter.preprocess(chapter.load_picture(path, 224)) for path in pair])
+def preprocessed(two_photos: list[str]) -> np.ndarray:
+    return np.concatenate([chapter.preprocess(chapter.load_image(path, 224)) for path in two_photos])
 
 
 def gray_noise(size: int) -> np.ndarray:
@@ -87,19 +87,19 @@ def test_the_whole_trunk_is_compared(trunk: Any) -> None:
     assert list(RELU.values()) == [str(i) for i in (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29)]
 
 
-def test_activations(classifier: Any, in_keras: convscope.Model, pair: list[str], prepared: np.ndarray) -> None:
-    got = convscope.activations(in_keras, pair, LAYERS)
+def test_activations(classifier: Any, keras_model: convscope.Model, two_photos: list[str], preprocessed: np.ndarray) -> None:
+    got = convscope.activations(keras_model, two_photos, LAYERS)
     assert got.layers == LAYERS
-    for name, expected in zip(LAYERS, chapter.activations(classifier, prepared, LAYERS), strict=True):
+    for name, expected in zip(LAYERS, chapter.activations(classifier, preprocessed, LAYERS), strict=True):
         assert error(got[name], expected.transpose(0, 3, 1, 2)) < 1e-4
 
 
 def test_torchvisions_trunk_gives_the_same_activations(
-    classifier: Any, in_torch: convscope.Model, pair: list[str], prepared: np.ndarray
+    classifier: Any, torch_model: convscope.Model, two_photos: list[str], preprocessed: np.ndarray
 ) -> None:
     layers = [name for name in LAYERS if name in RELU]
-    got = convscope.activations(in_torch, pair, [f"trunk.{RELU[name]}" for name in layers])
-    for name, expected in zip(layers, chapter.activations(classifier, prepared, layers), strict=True):
+    got = convscope.activations(torch_model, two_photos, [f"trunk.{RELU[name]}" for name in layers])
+    for name, expected in zip(layers, chapter.activations(classifier, preprocessed, layers), strict=True):
         assert error(got[f"trunk.{RELU[name]}"], expected.transpose(0, 3, 1, 2)) < 1e-4
 
 
@@ -167,11 +167,11 @@ def test_score_is_the_units_answer_to_the_finished_picture(trunk: Any) -> None:
     assert got.scores[0] == pytest.approx(maps[..., 5].mean(), rel=1e-4)
 
 
-def test_torchvisions_trunk_draws_the_same_patterns(in_torch: convscope.Model, expected: dict[Any, Any]) -> None:
+def test_torchvisions_trunk_draws_the_same_patterns(torch_model: convscope.Model, expected: dict[Any, Any]) -> None:
     layer, units = DEEPER
     start = torch.tensor(gray_noise(150)).permute(0, 3, 1, 2)
     got = convscope.patterns(
-        in_torch, f"trunk.{RELU[layer]}", units[:2], recipe="plain", start=start, space="input", steps=40
+        torch_model, f"trunk.{RELU[layer]}", units[:2], recipe="plain", start=start, space="input", steps=40
     )
     for i, unit in enumerate(units[:2]):
         assert got.history[-1, i] == pytest.approx(expected[layer, unit][0][-1], rel=0.01)
@@ -214,49 +214,49 @@ def test_robust_answers_the_filter_that_gets_stuck_at_0() -> None:
 TARGETS = [[0, 3], [6, 3]]
 
 
-def test_the_layer_is_14_x_14_x_512(classifier: Any, in_keras: convscope.Model, prepared: np.ndarray) -> None:
-    assert chapter.activations(classifier, prepared[:1], ["block5_conv3"])[0].shape == (1, 14, 14, 512)
-    assert in_keras.layers["block5_conv3"].shape == (512, 14, 14)
-    assert in_keras.layers.last_spatial().name == "block5_conv3"
+def test_the_layer_is_14_x_14_x_512(classifier: Any, keras_model: convscope.Model, preprocessed: np.ndarray) -> None:
+    assert chapter.activations(classifier, preprocessed[:1], ["block5_conv3"])[0].shape == (1, 14, 14, 512)
+    assert keras_model.layers["block5_conv3"].shape == (512, 14, 14)
+    assert keras_model.layers.last_spatial().name == "block5_conv3"
 
 
 @pytest.mark.parametrize("framework", ["keras", "torch"])
 def test_grad_cam(
-    framework: str, classifier: Any, pair: list[str], prepared: np.ndarray, request: pytest.FixtureRequest
+    framework: str, classifier: Any, two_photos: list[str], preprocessed: np.ndarray, request: pytest.FixtureRequest
 ) -> None:
-    model = request.getfixturevalue(f"in_{framework}")
+    model = request.getfixturevalue(f"{framework}_model")
     layer = "block5_conv3" if framework == "keras" else f"trunk.{RELU['block5_conv3']}"
-    got = convscope.heatmaps(model, pair, TARGETS, layer=layer)
+    got = convscope.heatmaps(model, two_photos, TARGETS, layer=layer)
     assert got.values.shape == (2, 2, 14, 14)
     np.testing.assert_allclose(
-        got.logits, np.take_along_axis(classifier.predict(prepared, verbose=0), np.array(TARGETS), 1), rtol=1e-4
+        got.logits, np.take_along_axis(classifier.predict(preprocessed, verbose=0), np.array(TARGETS), 1), rtol=1e-4
     )
     for n, row in enumerate(TARGETS):
         for t, target in enumerate(row):
-            maps, pooled = chapter.grad_cam(classifier, prepared[n : n + 1], "block5_conv3", target)
+            maps, pooled = chapter.grad_cam(classifier, preprocessed[n : n + 1], "block5_conv3", target)
             # convscope keeps the signed sum over the channels; the notebook's is their mean, rectified, of maximum 1.
             assert error(got.values[n, t], (maps * pooled).sum(-1)) < 1e-4
             shown = np.maximum(got.values[n, t], 0)
             assert error(shown / shown.max(), chapter.heatmap(maps, pooled)) < 1e-4
 
 
-def test_grad_cam_of_a_linear_head_is_known_beforehand(in_keras: convscope.Model, pair: list[str]) -> None:
+def test_grad_cam_of_a_linear_head_is_known_beforehand(keras_model: convscope.Model, two_photos: list[str]) -> None:
     """Behind the layer are a maximum pooling and a linear head on means: each place's gradient is countable.
 
     7 x 7 maxima each pass 1/49 of the head's weight to one place of 14 x 14: the pooled gradient is weight / 196.
     """
-    got = convscope.heatmaps(in_keras, pair, 3, layer="block5_conv3").values[:, 0]
-    maps = convscope.activations(in_keras, pair, "block5_conv3")["block5_conv3"]
+    got = convscope.heatmaps(keras_model, two_photos, 3, layer="block5_conv3").values[:, 0]
+    maps = convscope.activations(keras_model, two_photos, "block5_conv3")["block5_conv3"]
     weights = chapter.head(CLASSES)[0][:, 3]
     assert error(got, np.einsum("nkij,k->nij", maps, weights) / 196) < 1e-4
 
 
-def test_overlay_is_the_chapters(in_keras: convscope.Model, pair: list[str]) -> None:
+def test_overlay_is_the_chapters(keras_model: convscope.Model, two_photos: list[str]) -> None:
     """Jet at 0.4 over the whole picture, at its own size; where there is no evidence, jet's dark blue."""
     from PIL import Image
 
-    got = convscope.heatmaps(in_keras, pair, 3, layer="block5_conv3")
-    for path, heat, shown in zip(pair, got.resized(), got.overlay(), strict=True):
+    got = convscope.heatmaps(keras_model, two_photos, 3, layer="block5_conv3")
+    for path, heat, shown in zip(two_photos, got.resized(), got.overlay(), strict=True):
         with Image.open(path) as opened:
             picture = np.asarray(opened.convert("RGB")).astype(float)
         assert heat.shape == (1, *picture.shape[:2])

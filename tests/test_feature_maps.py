@@ -13,23 +13,23 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
-from tests.oracles.nets import Digits, Usual, filled
+from tests.oracles.nets import DigitNet, SmallConvNet, randomized
 
 RNG = np.random.default_rng(0)
 
 
-def loaded(net: nn.Module, **given: Any) -> convscope.Model:
+def load_model(net: nn.Module, **given: Any) -> convscope.Model:
     return convscope.load(net, preprocessing={"size": 24}, **given)
 
 
-def apart(found: Any, expected: Any) -> float:
+def relative_error(found: Any, expected: Any) -> float:
     """The largest difference, relative to the largest expected value."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def hooked(net: nn.Module, layers: list[str], x: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def outputs_by_hooks(net: nn.Module, layers: list[str], x: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What layers give, by plain forward hooks that copy at once, and what the network gives."""
     found: dict[str, np.ndarray] = {}
 
@@ -44,7 +44,7 @@ def hooked(net: nn.Module, layers: list[str], x: Tensor) -> tuple[dict[str, np.n
     return found, output.numpy()
 
 
-def prepared(model: convscope.Model, photos: list[str]) -> Tensor:
+def preprocessed(model: convscope.Model, photos: list[str]) -> Tensor:
     """The photographs as the network takes them, squashed."""
     height, width = model.preprocessing.size
     opened = [Image.open(p).convert("RGB").resize((width, height), Image.Resampling.BICUBIC) for p in photos]
@@ -54,7 +54,7 @@ def prepared(model: convscope.Model, photos: list[str]) -> Tensor:
 
 def test_equal_what_plain_hooks_see(lite0: convscope.Model, photos: list[str]) -> None:
     layers = ["conv_stem", "blocks.0.0.bn1", "blocks.3.1.conv_dw", "blocks.5", "bn2", "classifier"]
-    expected, _ = hooked(lite0.module, layers, prepared(lite0, photos))
+    expected, _ = outputs_by_hooks(lite0.module, layers, preprocessed(lite0, photos))
     found = convscope.activations(lite0, photos, layers)
     assert found.layers == layers
     assert found.image_names == tuple(photos)
@@ -65,26 +65,26 @@ def test_equal_what_plain_hooks_see(lite0: convscope.Model, photos: list[str]) -
 
 
 def test_predictions_are_the_networks_own(lite0: convscope.Model, photos: list[str]) -> None:
-    _, expected = hooked(lite0.module, [], prepared(lite0, photos))
+    _, expected = outputs_by_hooks(lite0.module, [], preprocessed(lite0, photos))
     found = convscope.predict(lite0, photos, top=7)
     assert np.array_equal(found.logits, expected)
     shares = np.exp(expected.astype(np.float64))
     shares /= shares.sum(1, keepdims=True)
     order = np.argsort(-expected, axis=1)[:, :7]
     assert np.array_equal(found.indices, order)
-    assert apart(found.probabilities, np.take_along_axis(shares, order, 1)) < 1e-5  # float32's exp and sum of 1000
+    assert relative_error(found.probabilities, np.take_along_axis(shares, order, 1)) < 1e-5  # float32's exp and sum of 1000
     assert [names[0] for names in found.names] == ["Egyptian cat", "fiddler crab", "jacamar", "lesser panda"]
 
 
 def test_more_classes_asked_for_than_there_are() -> None:
-    found = convscope.predict(loaded(filled(Usual(classes=3)), classes=["a", "b", "c"]), np.zeros((9, 9, 3), np.uint8))
+    found = convscope.predict(load_model(randomized(SmallConvNet(classes=3)), classes=["a", "b", "c"]), np.zeros((9, 9, 3), np.uint8))
     assert found.indices.shape == (1, 3)
     assert sorted(found.names[0]) == ["a", "b", "c"]
     assert found.probabilities.sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_without_names_all_layers_that_make_something_of_their_own() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     pictures = RNG.integers(0, 256, (2, 30, 20, 3), np.uint8)
     squashed = [np.asarray(Image.fromarray(p).resize((24, 24), Image.Resampling.BILINEAR)) for p in pictures]
     x = torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2) / 255
@@ -93,7 +93,7 @@ def test_without_names_all_layers_that_make_something_of_their_own() -> None:
     every = ["conv1", "bn1", "relu1", "pool", "conv2", "relu2", "conv3", "bn3", "relu3"]
     assert list(found) == found.layers == every
     assert len(found) == 9
-    expected, _ = hooked(filled(Usual(inplace=False)), every, x)
+    expected, _ = outputs_by_hooks(randomized(SmallConvNet(inplace=False)), every, x)
     for name in every:
         assert np.array_equal(found[name], expected[name]), name
         if name.startswith("relu"):
@@ -101,7 +101,7 @@ def test_without_names_all_layers_that_make_something_of_their_own() -> None:
 
 
 def test_names_may_be_given_in_any_way() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     picture = RNG.integers(0, 256, (24, 24, 3), np.uint8)
     one = convscope.activations(model, picture, "conv2")
     assert one.layers == ["conv2"]
@@ -115,7 +115,7 @@ def test_names_may_be_given_in_any_way() -> None:
 
 
 def test_summary_by_hand() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     with torch.no_grad():
         model.module.conv2.weight[3] = 0
         model.module.conv2.bias[3] = -1  # never above nought
@@ -140,7 +140,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_bad_pictures_are_named_and_the_others_done(tmp_path: Any) -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     good = RNG.integers(0, 256, (2, 24, 24, 3), np.uint8)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     mixed = [good[0], str(tmp_path / "torn.png"), good[1], str(tmp_path / "none.png")]
@@ -156,7 +156,7 @@ def test_bad_pictures_are_named_and_the_others_done(tmp_path: Any) -> None:
 # --- batches are independent -----------------------------------------------------------------------------------------
 
 
-def everything(model: convscope.Model, pictures: Any, **more: Any) -> dict[str, np.ndarray]:
+def all_outputs(model: convscope.Model, pictures: Any, **more: Any) -> dict[str, np.ndarray]:
     maps = convscope.activations(model, pictures, ["conv_stem", "blocks.4.1", "bn2"], **more).maps
     return {**maps, "logits": convscope.predict(model, pictures, **more).logits}
 
@@ -164,31 +164,31 @@ def everything(model: convscope.Model, pictures: Any, **more: Any) -> dict[str, 
 def test_neighbours_change_nothing(lite0: convscope.Model, photos: list[str]) -> None:
     """Same batch size: the same bits in any order and company. Other sizes: equal to rounding."""
     cat, crab, bird, panda = photos
-    four = everything(lite0, [cat, crab, bird, panda])
-    turned = everything(lite0, [panda, cat, cat, bird])
-    two = everything(lite0, [bird, cat])
-    alone = everything(lite0, cat)
+    four = all_outputs(lite0, [cat, crab, bird, panda])
+    turned = all_outputs(lite0, [panda, cat, cat, bird])
+    two = all_outputs(lite0, [bird, cat])
+    alone = all_outputs(lite0, cat)
     for name in four:
         assert np.array_equal(four[name][0], turned[name][1]), name
         assert np.array_equal(turned[name][1], turned[name][2]), name
         assert np.array_equal(four[name][[3, 2]], turned[name][[0, 3]]), name
-        assert apart(two[name], four[name][[2, 0]]) < 1e-5  # the engine's promise for other batch sizes
-        assert apart(alone[name], four[name][:1]) < 1e-5
+        assert relative_error(two[name], four[name][[2, 0]]) < 1e-5  # the engine's promise for other batch sizes
+        assert relative_error(alone[name], four[name][:1]) < 1e-5
 
 
 def test_chunks_change_nothing_but_rounding(lite0: convscope.Model, photos: list[str]) -> None:
     held: list[int] = []
     handle = lite0.module.conv_stem.register_forward_pre_hook(lambda _, args: held.append(len(args[0])))
-    whole = everything(lite0, photos)
-    parts = everything(lite0, photos, memory=int(2 * forward_bytes(lite0)))
+    whole = all_outputs(lite0, photos)
+    parts = all_outputs(lite0, photos, memory=int(2 * forward_bytes(lite0)))
     handle.remove()
     assert held == [4, 4, 2, 2, 2, 2]
     for name in whole:
-        assert apart(parts[name], whole[name]) < 1e-5  # the engine's promise for other batch sizes
+        assert relative_error(parts[name], whole[name]) < 1e-5  # the engine's promise for other batch sizes
 
 
 def test_progress_is_told_in_pictures() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     pictures = [*RNG.integers(0, 256, (4, 24, 24, 3), np.uint8), "missing.png"]
     for call in (convscope.activations, convscope.predict, convscope.heatmaps):
         told: list[tuple[int, int]] = []
@@ -197,7 +197,7 @@ def test_progress_is_told_in_pictures() -> None:
 
 
 def test_budget() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     widest = 4 * 8 * 24 * 24  # bytes of conv1's output
     assert forward_bytes(model) == 4 * widest
     assert batch_size(model, 100, 1000) == 10
@@ -239,8 +239,8 @@ TECHNIQUES = {
 @pytest.mark.parametrize("place", ["conv2.weight", "bn3.weight", "bn3.running_mean"])
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_weights_that_are_not_finite_are_named(technique: str, place: str, value: float) -> None:
-    net = filled(Usual())
-    model = loaded(net)
+    net = randomized(SmallConvNet())
+    model = load_model(net)
     with torch.no_grad():
         net.state_dict()[place].view(-1)[5] = value
     # ReLU6 makes a finite number of infinity: let what comes out of it be infinite all the same.
@@ -250,8 +250,8 @@ def test_weights_that_are_not_finite_are_named(technique: str, place: str, value
 
 
 def test_sound_layers_in_front_of_bad_weights_can_be_seen() -> None:
-    net = filled(Usual())
-    model = loaded(net)
+    net = randomized(SmallConvNet())
+    model = load_model(net)
     picture = np.full((24, 24, 3), 200, np.uint8)
     expected = convscope.activations(model, picture, "relu2")["relu2"]
     with torch.no_grad():
@@ -264,8 +264,8 @@ def test_sound_layers_in_front_of_bad_weights_can_be_seen() -> None:
 
 
 def test_picture_that_drives_the_network_out_of_range_is_said() -> None:
-    net = filled(Usual())
-    model = loaded(net)
+    net = randomized(SmallConvNet())
+    model = load_model(net)
     with torch.no_grad():
         net.conv1.weight.fill_(2)
     x = torch.zeros(2, 3, 24, 24)
@@ -277,9 +277,9 @@ def test_picture_that_drives_the_network_out_of_range_is_said() -> None:
 
 def test_one_channel_pictures(photos: list[str]) -> None:
     """A gray network is shown the luma of a photograph."""
-    model = convscope.load(filled(Digits()))
+    model = convscope.load(randomized(DigitNet()))
     gray = np.asarray(Image.open(photos[0]).convert("RGB").convert("L").resize((28, 28), Image.Resampling.BILINEAR))
     x = torch.from_numpy(gray.astype(np.float32))[None, None] / 255
-    expected, output = hooked(model.module, ["conv2"], x)
+    expected, output = outputs_by_hooks(model.module, ["conv2"], x)
     assert np.array_equal(convscope.activations(model, photos[0], "conv2")["conv2"], expected["conv2"])
     assert np.array_equal(convscope.predict(model, photos[0]).logits, output)

@@ -37,11 +37,11 @@ def network(names: tuple[str, str] = ("first", "second")) -> nn.Module:
     return nn.Sequential(OrderedDict(**layers, flat=nn.Flatten(), fc=nn.Linear(6 * 10 * 10, 7))).eval()
 
 
-def loaded(module: nn.Module | None = None, **options: Any) -> convscope.Model:
+def load_model(module: nn.Module | None = None, **options: Any) -> convscope.Model:
     return convscope.load(module or network(), preprocessing={"size": 24}, **options)
 
 
-def made(kind: str, model: convscope.Model) -> Any:
+def make_result(kind: str, model: convscope.Model) -> Any:
     """A small result of each kind."""
     if kind == "activations":
         return convscope.activations(model, PHOTOS)
@@ -54,10 +54,10 @@ def made(kind: str, model: convscope.Model) -> Any:
 
 @pytest.fixture(scope="module", params=KINDS)
 def result(request) -> Any:
-    return made(request.param, loaded())
+    return make_result(request.param, load_model())
 
 
-PICTURES = {
+SAVED_FILES = {
     "Activations": {f"000{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
     "Predictions": set(),
     "Patterns": {"first_0.png", "first_2.png", "grid.png", "sprites.png", "units.csv", "sprites.json"},
@@ -68,7 +68,7 @@ PICTURES = {
 def test_what_is_saved(result, tmp_path):
     where = result.save(tmp_path / "deep" / "folder")
     assert where == tmp_path / "deep" / "folder"
-    pictures = PICTURES[type(result).__name__]
+    pictures = SAVED_FILES[type(result).__name__]
     assert {p.name for p in where.iterdir()} == pictures | {"arrays.npz", "manifest.json"}
     for name in (name for name in pictures if name.endswith(".png")):
         with Image.open(where / name) as picture:
@@ -84,16 +84,16 @@ def test_what_is_saved(result, tmp_path):
 
 
 def test_pictures_hold_what_they_say(tmp_path):
-    model = loaded()
-    heat = made("heatmaps", model)
+    model = load_model()
+    heat = make_result("heatmaps", model)
     heat.save(tmp_path)
     for name, overlay in zip(["0000_class1", "0000_class2", "0001_class3", "0001_class4"], heat.overlay(), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), np.asarray(overlay))
-    drawn = made("patterns", model)
+    drawn = make_result("patterns", model)
     drawn.save(tmp_path)
     for unit, image in zip((0, 2), drawn.images, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"first_{unit}.png")), image)
-    maps = made("activations", model)
+    maps = make_result("activations", model)
     maps.save(tmp_path)
     grid = activation_pages(maps, "second", 1)[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "0001_second.png")), np.asarray(grid))
@@ -126,22 +126,22 @@ def test_the_manifest(result, tmp_path):
 
 def test_the_hash_tells_weights_apart():
     module = network()
-    first = loaded(module).weights_hash()
-    assert first == loaded(network()).weights_hash()
+    first = load_model(module).weights_hash()
+    assert first == load_model(network()).weights_hash()
     digest = hashlib.sha256()  # as documented: names, types and shapes, then the numbers
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     assert first == digest.hexdigest()
     with torch.no_grad():
         module.fc.bias[3] += 1e-6
-    second = loaded(module).weights_hash()
+    second = load_model(module).weights_hash()
     assert second != first
-    assert loaded(module.half()).weights_hash() not in (first, second)
-    assert loaded(network(("first", "third"))).weights_hash() != first  # the same numbers under another name
+    assert load_model(module.half()).weights_hash() not in (first, second)
+    assert load_model(network(("first", "third"))).weights_hash() != first  # the same numbers under another name
     norm = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).eval()
-    before = loaded(norm).weights_hash()
+    before = load_model(norm).weights_hash()
     norm[1].running_mean[0] = 1
-    assert loaded(norm).weights_hash() != before
+    assert load_model(norm).weights_hash() != before
 
 
 class Stopped(BaseException):
@@ -151,7 +151,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("where", ["first picture", "second picture", "arrays", "manifest"])
 @pytest.mark.parametrize("error", [Stopped, RuntimeError])
 def test_a_crash_leaves_no_manifest_and_no_halves(tmp_path, monkeypatch, where, error):
-    result = made("heatmaps", loaded())
+    result = make_result("heatmaps", load_model())
     result.save(tmp_path)  # an earlier save does not make an interrupted one look finished
     real = Image.Image.save
     count = iter(range(100))
@@ -190,7 +190,7 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", noted)
-    made("patterns", loaded()).save(tmp_path)
+    make_result("patterns", load_model()).save(tmp_path)
     assert order == [
         "first_0.png",
         "first_2.png",
@@ -204,8 +204,8 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
 
 
 def test_saving_twice(tmp_path):
-    model = loaded()
-    one, other = made("patterns", model), convscope.patterns(model, "first", [1], recipe="plain", size=16, steps=1)
+    model = load_model()
+    one, other = make_result("patterns", model), convscope.patterns(model, "first", [1], recipe="plain", size=16, steps=1)
     one.save(tmp_path)
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     one.save(tmp_path)
@@ -217,7 +217,7 @@ def test_saving_twice(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    result = made("predictions", loaded())
+    result = make_result("predictions", load_model())
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConvscopeError, match=r"cannot write into .*file: File exists"):
         result.save(tmp_path / "file")
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConvscopeError, match="Permission denied"):
-        made("predictions", loaded()).save(tmp_path)
+        make_result("predictions", load_model()).save(tmp_path)
     tmp_path.chmod(0o700)
 
 
@@ -253,7 +253,7 @@ def test_layers_never_share_a_file():
 
 
 def test_odd_layer_names_are_saved_apart(tmp_path):
-    model = loaded(nn.Sequential(OrderedDict([("a/b", nn.Conv2d(3, 2, 3)), ("a-b", nn.Conv2d(2, 3, 3))])))
+    model = load_model(nn.Sequential(OrderedDict([("a/b", nn.Conv2d(3, 2, 3)), ("a-b", nn.Conv2d(2, 3, 3))])))
     seen = convscope.activations(model, PHOTOS[0])
     seen.save(tmp_path)
     names = {p.name for p in tmp_path.iterdir()}
@@ -269,13 +269,13 @@ def test_odd_layer_names_are_saved_apart(tmp_path):
 
 @pytest.mark.parametrize("name", ["file", "allow_pickle", "args", "arr_0"])
 def test_layers_may_be_called_as_arguments_are(tmp_path, name):
-    seen = convscope.activations(loaded(network((name, "second"))), PHOTOS[0], [name])
+    seen = convscope.activations(load_model(network((name, "second"))), PHOTOS[0], [name])
     seen.save(tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "arrays.npz")[name], seen[name])
 
 
 def test_arrays_that_would_need_a_pickle_are_not_saved(tmp_path):
-    broken = dataclasses.replace(made("predictions", loaded()), indices=np.array([object()]))
+    broken = dataclasses.replace(make_result("predictions", load_model()), indices=np.array([object()]))
     with pytest.raises(ValueError, match="Object arrays cannot be saved"):
         broken.save(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
@@ -287,7 +287,7 @@ def test_file_names_that_are_not_unicode(tmp_path):
         Image.fromarray(PHOTOS[0]).save(os.path.join(tmp_path, name))
     except OSError:
         pytest.skip("this file system takes Unicode only")
-    seen = convscope.predict(loaded(), os.path.join(tmp_path, name))
+    seen = convscope.predict(load_model(), os.path.join(tmp_path, name))
     seen.save(tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["parameters"]["image_names"] == [os.path.join(tmp_path, name)]
@@ -295,7 +295,7 @@ def test_file_names_that_are_not_unicode(tmp_path):
 
 
 def test_layers_without_space_are_saved_as_numbers_only(tmp_path):
-    seen = convscope.activations(loaded(), PHOTOS, ["pool", "fc"])
+    seen = convscope.activations(load_model(), PHOTOS, ["pool", "fc"])
     seen.save(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"0000_pool.png", "0001_pool.png", "arrays.npz", "manifest.json"}
     assert np.load(tmp_path / "arrays.npz")["fc"].shape == (2, 7)
@@ -306,7 +306,7 @@ def test_layers_without_space_are_saved_as_numbers_only(tmp_path):
 
 def test_failures_are_listed(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    seen = convscope.predict(loaded(), [PHOTOS[0], str(tmp_path / "text.png"), str(tmp_path / "none.png"), PHOTOS[1]])
+    seen = convscope.predict(load_model(), [PHOTOS[0], str(tmp_path / "text.png"), str(tmp_path / "none.png"), PHOTOS[1]])
     assert seen.image_names == ("image 0", "image 3")
     manifest = json.loads((seen.save(tmp_path / "out") / "manifest.json").read_text())
     assert [failure["name"] for failure in manifest["failed"]] == [
@@ -356,7 +356,7 @@ def test_unknown_kinds_are_no_silent_nothing(tmp_path):
     class Other(results.Result):
         pass
 
-    other = Other(loaded())
+    other = Other(load_model())
     with pytest.raises(TypeError, match="no plotting function is known for Other"):
         other.save(tmp_path)
     with pytest.raises(TypeError, match="no plotting function is known for Other"):
@@ -374,7 +374,7 @@ def test_replacing_is_all_or_nothing(tmp_path):
 
 
 def test_the_archive_is_an_ordinary_npz(tmp_path):
-    made("activations", loaded()).save(tmp_path)
+    make_result("activations", load_model()).save(tmp_path)
     with zipfile.ZipFile(tmp_path / "arrays.npz") as archive:
         assert archive.testzip() is None
         assert archive.namelist() == ["first.npy", "act.npy", "second.npy", "pool.npy"]

@@ -13,7 +13,7 @@ from convscope.attribution.methods.cam import cam, eigen_cam, eigen_grad_cam, gr
 from convscope.attribution.registry import METHODS, CamMethod
 from tests.attribution.helpers import load_module, relative_error
 from tests.oracles.cams import FORMULAS
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 EXACT = 1e-12  # float64
@@ -126,7 +126,7 @@ def test_grad_cam_pp_equals_third_order_autograd(with_relu: bool) -> None:
 
     The closed form holds where y is locally linear in the maps, as here.
     """
-    net = filled(Flat(with_relu))
+    net = randomized(Flat(with_relu))
     x = torch.randn((2, 3, 6, 6), generator=torch.Generator().manual_seed(1))
     actual = convscope.heatmaps(load_module(net, (6, 6)), x, [[0, 3]] * 2, layer="conv", method="grad-cam++")
     net = net.double()
@@ -157,7 +157,7 @@ def test_grad_cam_pp_equals_third_order_autograd(with_relu: bool) -> None:
 @pytest.mark.parametrize("dims", SIZES)
 def test_before_a_global_average_weights_are_those_of_the_head(dims: int) -> None:
     """CAM is weights times maps; Grad-CAM and HiResCAM are CAM divided by the number of positions."""
-    net = filled(Averaged(dims))
+    net = randomized(Averaged(dims))
     x, model = random_signals(dims), load_module(net, SIZES[dims], channels=3)
     maps, weight = layer_maps(net, x), net.fc.weight.detach().double().numpy()
     expected = np.einsum("tk,nk...->nt...", weight, maps)
@@ -180,7 +180,7 @@ def test_before_a_global_average_weights_are_those_of_the_head(dims: int) -> Non
 
 def test_hirescam_sums_to_the_score() -> None:
     """If the rest of the network is linear, the map sums to the logit without the bias."""
-    net = filled(Flat())
+    net = randomized(Flat())
     x = torch.randn((3, 3, 6, 6), generator=torch.Generator().manual_seed(1))
     model = load_module(net, (6, 6))
     actual = convscope.heatmaps(model, x, [[0, 1, 2, 3]] * 3, layer="conv", method="hirescam")
@@ -195,13 +195,13 @@ def test_hirescam_sums_to_the_score() -> None:
 
 
 def test_cam_raises_where_it_is_not_defined() -> None:
-    small_model = load_module(filled(Usual()), 24)
+    small_model = load_module(randomized(SmallConvNet()), 24)
     x = torch.randn((2, 3, 24, 24), generator=torch.Generator().manual_seed(1))
     assert convscope.heatmaps(small_model, x, method="cam").layer == "relu3"
     for layer in ("conv3", "relu2", "conv1"):
         with pytest.raises(ConvscopeError, match="cam needs a layer whose channel averages determine the class score"):
             convscope.heatmaps(small_model, x, method="cam", layer=layer)
-    relu_model = load_module(filled(Averaged(with_relu=True)), 24)
+    relu_model = load_module(randomized(Averaged(with_relu=True)), 24)
     with pytest.raises(ConvscopeError, match="choose the last layer with spatial extent, or use grad-cam"):
         convscope.heatmaps(relu_model, x, method="cam", layer="conv")
     assert np.isfinite(convscope.heatmaps(relu_model, x, method="cam", layer="act").values).all()

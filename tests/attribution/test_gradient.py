@@ -16,7 +16,15 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError
 from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet, relative_error
-from tests.oracles.nets import Frozen, Twice, Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import (
+    FrozenStemNet,
+    SharedReluNet,
+    SmallConvNet,
+    diff_snapshots,
+    in_training,
+    randomized,
+    snapshot,
+)
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 SUMS = 1e-5  # sums over whole networks and images
@@ -144,7 +152,7 @@ class Linear(nn.Module):
 
 
 def test_maps_of_a_linear_network() -> None:
-    net = filled(Linear())
+    net = randomized(Linear())
     model, x = load_module(net, (5, 4)), random_images(2, (3, 5, 4))
     w = net.fc.weight.detach().reshape(1, 3, 3, 5, 4)[:, [2, 0]]
     targets = [[2, 0]] * 2
@@ -204,7 +212,7 @@ def test_moments_of_the_gradient_of_a_square() -> None:
 
 
 def test_integrated_gradients_are_complete() -> None:
-    net, x, targets = filled(Usual()).double(), random_images().double(), [[0, 3], [1, 2], [4, 0]]
+    net, x, targets = randomized(SmallConvNet()).double(), random_images().double(), [[0, 3], [1, 2], [4, 0]]
     errors = []
     for steps in (4, 128):
         actual = convscope.heatmaps(load_module(net), x, targets, method="integrated-gradients", steps=steps)
@@ -219,7 +227,7 @@ def test_integrated_gradients_are_complete() -> None:
 
 def test_integrated_gradients_baselines() -> None:
     x = random_images(1).double()
-    model = load_module(filled(Usual()).double(), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    model = load_module(randomized(SmallConvNet()).double(), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     black = -np.array([0.4, 0.5, 0.6]) / [0.2, 0.3, 0.25]
 
     def attribute(baseline: Any) -> np.ndarray:
@@ -251,18 +259,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("method", "options", "message"), BAD)
 def test_invalid_options_are_refused(method: str, options: dict[str, Any], message: str) -> None:
-    net, _ = lived_in(filled(Usual()))
+    net, _ = in_training(randomized(SmallConvNet()))
     model = load_module(net)
     before = snapshot(net)
     with pytest.raises(ConvscopeError, match=message):
         convscope.heatmaps(model, random_images(), method=method, **options)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 # --- ReLU rules ------------------------------------------------------------------------------------------------------
 
 
-def backprop_by_hand(net: Twice, x: np.ndarray, target: int, rule: str, top: float) -> np.ndarray:
+def backprop_by_hand(net: SharedReluNet, x: np.ndarray, target: int, rule: str, top: float) -> np.ndarray:
     """Backpropagate by hand: two 3 x 3 convolutions, each clamped to [0, top], a global average, a linear layer."""
     weights = {name: p.detach().double().numpy() for name, p in net.named_parameters()}
 
@@ -318,7 +326,7 @@ RELUS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 @pytest.mark.parametrize(("method", "rule"), [("guided-backprop", "guided"), ("deconvnet", "deconvnet")])
 @pytest.mark.parametrize("variant", RELUS)
 def test_relu_rules_by_hand(variant: str, method: str, rule: str) -> None:
-    net = filled(Twice())
+    net = randomized(SharedReluNet())
     with torch.no_grad():
         net.conv1.weight *= 3  # so that 6 is reached
     activation, top = RELUS[variant]
@@ -331,7 +339,7 @@ def test_relu_rules_by_hand(variant: str, method: str, rule: str) -> None:
     actual = convscope.heatmaps(model, x, [[0, 3]] * 2, method=method)
     assert relative_error(actual.values, expected) < SUMS
     assert relative_error(plain, expected) > 0.1
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     unchanged = convscope.heatmaps(model, x, [[0, 3]] * 2, method="input-x-gradient")
     (gradient,) = torch.autograd.grad(net(y := x.clone().requires_grad_())[:, 0].sum(), y)
     assert relative_error(unchanged.values[:, 0], (gradient * x).sum(1)) < SUMS
@@ -348,7 +356,7 @@ class Calling(nn.Module):
 
 def test_networks_without_relus_are_refused() -> None:
     for activation, name in ((nn.SiLU(), "silu"), (nn.LeakyReLU(), "leaky_relu"), (nn.Hardtanh(), None)):
-        net = filled(Twice())
+        net = randomized(SharedReluNet())
         net.relu = activation
         for method in ("guided-backprop", "deconvnet"):
             activations = f"its activations are {name}" if name else "it has no other activations either"
@@ -358,7 +366,7 @@ def test_networks_without_relus_are_refused() -> None:
             convscope.heatmaps(load_module(net), random_images(), 0, method="guided-grad-cam")
     mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.SiLU(), nn.Flatten(), nn.LazyLinear(2))
     mixed(random_images())
-    assert convscope.heatmaps(load_module(filled(mixed)), random_images(), 0, method="guided-backprop").values.any()
+    assert convscope.heatmaps(load_module(randomized(mixed)), random_images(), 0, method="guided-backprop").values.any()
 
 
 def test_clamps_elsewhere_keep_their_gradient() -> None:
@@ -425,9 +433,9 @@ def test_full_grad_agrees_with_the_authors_program(resnet: Any) -> None:
 
 
 class WrittenOut(nn.Module):
-    """`Usual` with biases, batch normalisation and ReLU6 written as plain arithmetic."""
+    """`SmallConvNet` with biases, batch normalisation and ReLU6 written as plain arithmetic."""
 
-    def __init__(self, net: Usual, chained: bool) -> None:
+    def __init__(self, net: SmallConvNet, chained: bool) -> None:
         super().__init__()
         self.net, self.chained = net, chained
 
@@ -449,7 +457,7 @@ class WrittenOut(nn.Module):
 
 
 def test_biases_written_as_arithmetic_are_collected() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     with torch.no_grad():
         net.bn3.weight *= 4  # so that 6 is reached
     x = random_images()
@@ -498,7 +506,7 @@ def test_added_constants_are_biases(kind: str) -> None:
 def test_final_subtraction_is_a_bias() -> None:
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3, bias=False), Calling(lambda x: x - 2))
     net(random_images())
-    actual = convscope.heatmaps(load_module(filled(net)), random_images(), 1, method="full-grad")
+    actual = convscope.heatmaps(load_module(randomized(net)), random_images(), 1, method="full-grad")
     assert np.abs(actual.extras["completeness_error"]).max() < SUMS
 
 
@@ -508,7 +516,7 @@ def test_full_grad_of_lite0_is_complete(lite0: convscope.Model, photos: list[str
 
 
 def test_completeness_error_of_a_network_that_is_not_piecewise_linear() -> None:
-    net = filled(Twice())
+    net = randomized(SharedReluNet())
     net.relu = nn.SiLU()
     actual = convscope.heatmaps(load_module(net), random_images(), 1, method="full-grad")
     assert np.abs(actual.extras["completeness_error"]).min() > 1e-3
@@ -519,7 +527,7 @@ def test_completeness_error_of_a_network_that_is_not_piecewise_linear() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
-    model, x, targets = load_module(filled(Usual())), random_images(5), [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]]
+    model, x, targets = load_module(randomized(SmallConvNet())), random_images(5), [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]]
     options = METHODS[method]
     full = convscope.heatmaps(model, x, targets, method=method, **options)
     assert full.values.shape == (5, 2, SIZE, SIZE)
@@ -551,13 +559,13 @@ def test_memory_changes_single_precision_maps_by_rounding_only() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
-    net, _ = lived_in(filled(Usual()))
+    net, _ = in_training(randomized(SmallConvNet()))
     model, before, options = load_module(net), snapshot(net), METHODS[method]
     reported: list[float] = []
     convscope.heatmaps(
         model, random_images(), [[0, 1]] * 3, method=method, progress=lambda d, n: reported.append(d / n), **options
     )
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert reported == sorted(reported)
     assert reported[-1] == 1
 
@@ -571,7 +579,7 @@ def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
         convscope.heatmaps(model, random_images(), method=method, progress=stop, memory=1, **options)
     with pytest.raises(ConvscopeError):
         convscope.heatmaps(model, random_images(), 17, method=method, **options)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "guided-grad-cam"])
@@ -588,7 +596,7 @@ def test_signals_and_volumes(method: str, size: tuple[int, ...]) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(F.relu(self.bn(self.conv(x))).flatten(2).mean(2))
 
-    net = filled(Net())
+    net = randomized(Net())
     model = load_module(net, size, channels=2)
     actual = convscope.heatmaps(model, random_images(2, (2, *size)), [[0, 2]] * 2, method=method, **METHODS[method])
     assert actual.values.shape == (2, 2, *size)
@@ -599,7 +607,7 @@ def test_signals_and_volumes(method: str, size: tuple[int, ...]) -> None:
 
 def test_guided_grad_cam_of_volumes_and_signals() -> None:
     for size, conv in (((40,), nn.Conv1d), ((6, 8, 10), nn.Conv3d)):
-        net = filled(nn.Sequential(conv(2, 4, 3, stride=2), nn.ReLU(), conv(4, 3, 1), nn.Flatten(2)))
+        net = randomized(nn.Sequential(conv(2, 4, 3, stride=2), nn.ReLU(), conv(4, 3, 1), nn.Flatten(2)))
         model = load_module(MeanOverPositions(net), size, channels=2)
         actual = convscope.heatmaps(model, random_images(2, (2, *size)), 0, method="guided-grad-cam", layer="net.1")
         assert actual.values.shape == (2, 1, *size)
@@ -616,7 +624,7 @@ class MeanOverPositions(nn.Module):
 
 def test_networks_that_modify_their_input_or_disable_gradients() -> None:
     x = random_images()
-    for net in (nn.Sequential(nn.ReLU(inplace=True), filled(Usual())), filled(Frozen())):
+    for net in (nn.Sequential(nn.ReLU(inplace=True), randomized(SmallConvNet())), randomized(FrozenStemNet())):
         original = x.clone()
         actual = convscope.heatmaps(load_module(net), x, 1, method="saliency")
         assert actual.values.any()
@@ -624,7 +632,7 @@ def test_networks_that_modify_their_input_or_disable_gradients() -> None:
 
 
 def test_target_independent_of_the_input_has_zero_maps() -> None:
-    model = load_module(filled(Usual()))
+    model = load_module(randomized(SmallConvNet()))
     for method in ("saliency", "integrated-gradients", "guided-backprop", "full-grad"):
         actual = convscope.heatmaps(model, random_images(), lambda output: torch.ones(len(output)), method=method)
         assert not actual.values.any()
@@ -632,7 +640,7 @@ def test_target_independent_of_the_input_has_zero_maps() -> None:
 
 
 def test_function_and_contrast_targets() -> None:
-    model, x = load_module(filled(Usual())), random_images()
+    model, x = load_module(randomized(SmallConvNet())), random_images()
     for method in ("input-x-gradient", "integrated-gradients"):
         gradient_of_one, other, against = (
             convscope.heatmaps(model, x, t, method=method, against=a) for t, a in ((1, None), (2, None), (1, 2))
@@ -686,7 +694,7 @@ def keras_twin(keras: Any, twin: nn.Module) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in Keras itself
 def test_keras_model_has_the_maps_of_its_torch_twin(keras: Any) -> None:
-    twin = filled(Twin())
+    twin = randomized(Twin())
     with torch.no_grad():
         twin.norm.weight *= 5  # so that 6 is reached
     x = random_images(2, (3, 12, 16))

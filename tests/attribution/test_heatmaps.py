@@ -15,7 +15,7 @@ from convscope.attribution.methods.cam import grad_cam
 from convscope.attribution.targets import parse_classes
 from convscope.images.colormap import apply_colormap, blend, lookup_table
 from tests.attribution.helpers import SIZE, load_module, preprocess, random_images, random_resnet, relative_error
-from tests.oracles.nets import Aside, Usual, filled
+from tests.oracles.nets import SmallConvNet, UnusedBranchNet, randomized
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 
@@ -63,7 +63,7 @@ def test_grad_cam_of_one_convolution() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).mean((2, 3))
 
-    net = filled(SingleConv())
+    net = randomized(SingleConv())
     x = random_images()
     w = weights_of(net)
     maps = convolve(x.numpy(), w["conv.weight"], w["conv.bias"])
@@ -76,7 +76,7 @@ def test_grad_cam_of_one_convolution() -> None:
 
 def test_grad_cam_before_a_global_average_is_cam() -> None:
     """Grad-CAM is then CAM / (H W) (Selvaraju et al. 2017, section 3.1; Zhou et al. 2016)."""
-    net = filled(Pooled(with_relu=False))
+    net = randomized(Pooled(with_relu=False))
     x, w = random_images(), weights_of(net)
     maps = convolve(x.numpy(), w["conv.weight"], w["conv.bias"])
     cam = np.einsum("tk,nkhw->nthw", w["fc.weight"], maps)
@@ -87,7 +87,7 @@ def test_grad_cam_before_a_global_average_is_cam() -> None:
 
 def test_grad_cam_before_a_relu() -> None:
     """a_k = w_k / (H W) times the fraction of positions at which map k is positive."""
-    net = filled(Pooled(with_relu=True))
+    net = randomized(Pooled(with_relu=True))
     x, w = random_images(), weights_of(net)
     maps = convolve(x.numpy(), w["conv.weight"], w["conv.bias"])
     active = (maps > 0).mean((2, 3))
@@ -173,7 +173,7 @@ def test_several_targets_equal_separate_calls(cases: Any) -> None:
 
 
 def test_all_targets_share_one_forward_pass() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = load_module(net)
     runs: list[int] = []
     net.register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
@@ -182,7 +182,7 @@ def test_all_targets_share_one_forward_pass() -> None:
 
 
 def test_memory_changes_maps_by_rounding_only() -> None:
-    model = load_module(filled(Usual()))
+    model = load_module(randomized(SmallConvNet()))
     full = convscope.heatmaps(model, random_images(5), [[1, 0]] * 5, layer="conv1")
     parts = convscope.heatmaps(model, random_images(5), [[1, 0]] * 5, layer="conv1", memory=1)
     assert relative_error(parts.values, full.values) < 1e-5  # rounding differs between batch sizes
@@ -196,7 +196,7 @@ NAMES = ["lesser panda", "Crane", "crane", "African_elephant", "sea lion"]
 
 @pytest.fixture(scope="module")
 def small_model() -> convscope.Model:
-    return load_module(filled(Usual()), classes=NAMES)
+    return load_module(randomized(SmallConvNet()), classes=NAMES)
 
 
 ACCEPTED: list[tuple[Any, int, list[list[int]]]] = [
@@ -284,7 +284,7 @@ def test_ambiguous_imagenet_name(lite0: convscope.Model) -> None:
 
 def test_class_name_needs_class_names() -> None:
     with pytest.raises(ConvscopeError, match="this model has no class names; give the index"):
-        convscope.heatmaps(load_module(filled(Usual())), random_images(1), "sea lion")
+        convscope.heatmaps(load_module(randomized(SmallConvNet())), random_images(1), "sea lion")
 
 
 def test_targets_stay_with_their_images_when_one_is_unreadable(small_model: convscope.Model) -> None:
@@ -327,7 +327,7 @@ def test_invalid_layers_and_methods(small_model: convscope.Model) -> None:
 
 def negative() -> convscope.Model:
     """Every position is evidence against class 0 and for class 1."""
-    net = filled(Pooled(with_relu=True, channels=2, classes=2))
+    net = randomized(Pooled(with_relu=True, channels=2, classes=2))
     with torch.no_grad():
         net.conv.weight.abs_()
         net.conv.bias.fill_(0.1)
@@ -353,7 +353,7 @@ def test_negative_map_is_noted_and_not_changed() -> None:
 @pytest.mark.filterwarnings("error")  # for instance 0 / 0
 def test_zero_map_is_noted_and_stays_zero() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 40, 3), np.uint8)
-    model = load_module(filled(Aside()), classes=["a", "b", "c", "d"])
+    model = load_module(randomized(UnusedBranchNet()), classes=["a", "b", "c", "d"])
     for layer in ("aside", "drowned"):
         actual = convscope.heatmaps(model, image, "c", layer=layer)
         assert not actual.values.any()
@@ -375,7 +375,7 @@ def test_infinite_gradient_raises() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(self.conv(x)).sqrt().mean((2, 3))
 
-    model = load_module(filled(Root()))
+    model = load_module(randomized(Root()))
     with pytest.raises(
         ConvscopeError, match="the evidence by grad-cam at layer 'relu' is not finite although the weights are"
     ):
@@ -517,7 +517,7 @@ def test_colors_do_not_overflow() -> None:
 
 
 def test_overlay_of_preprocessed_tensors_shows_their_images() -> None:
-    model = load_module(filled(Usual()), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = load_module(randomized(SmallConvNet()), mean=(0.5,) * 3, std=(0.25,) * 3)
     image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     x = model.preprocessing.normalize(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
     by_tensor, by_array = (convscope.heatmaps(model, images, 1) for images in (x, image))

@@ -25,7 +25,7 @@ import convscope
 from convscope import ConvscopeError
 from tests.attribution.helpers import SIZE, load_module, random_images, random_resnet, relative_error
 from tests.attribution.test_gradient import SUMS, TINY
-from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SharedReluNet, SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 METHODS = ("lrp-epsilon", "lrp-gamma", "lrp-zplus")
 HALF = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # preprocessed pixels are between -2 and 2
@@ -58,7 +58,7 @@ def zennit_relevance(net: nn.Module, x: Tensor, targets: list[int], composite: A
 def test_agrees_with_zennit(method: str) -> None:
     for net, size, canonizer in (
         (random_resnet(blocks=1).double(), 32, ResNetCanonizer()),
-        (filled(Usual()).double(), SIZE, SequentialMergeBatchNorm()),
+        (randomized(SmallConvNet()).double(), SIZE, SequentialMergeBatchNorm()),
     ):
         x = random_images(2, (3, size, size)).double()
         expected = zennit_relevance(net, x, [3, 0], zennit_composite(method, canonizer))
@@ -91,7 +91,7 @@ def epsilon_step(x: np.ndarray, w: np.ndarray, z: np.ndarray, relevance: np.ndar
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("activation", [F.relu, F.silu, lambda x: F.relu6(x), lambda x: x.relu_()])
 def test_rules_by_hand(method: str, activation: Callable[[Tensor], Tensor]) -> None:
-    net = filled(TwoLayers(activation))
+    net = randomized(TwoLayers(activation))
     x = random_images(1, (3, 2, 3))
     w, b = net.conv.weight.detach().double().numpy()[..., 0, 0], net.conv.bias.detach().double().numpy()
     v, c = net.fc.weight.detach().double().numpy(), net.fc.bias.detach().double().numpy()
@@ -120,7 +120,7 @@ def test_rules_by_hand(method: str, activation: Callable[[Tensor], Tensor]) -> N
 
 def test_gamma_rule_after_the_first_layer() -> None:
     """R_j = sum_k a_j (w + g w+)_jk / sum_j (...) R_k where the ReLU is active."""
-    net = filled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()))
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()))
     x = random_images(1, (3, 1, 1))
     x = x.abs() * 0.5
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_gamma_rule_after_the_first_layer() -> None:
 
 def test_relevance_is_conserved_without_biases() -> None:
     """With positive weights and pixels, each rule distributes all relevance."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.abs_()
@@ -219,9 +219,9 @@ def residual_by_hand(net: Residual, x: Tensor, target: int, eps: float) -> Tenso
 
 @pytest.mark.parametrize("variant", SUMS_AND_AVERAGES)
 def test_sums_and_averages_in_any_notation(variant: str) -> None:
-    net = filled(Residual(*SUMS_AND_AVERAGES[variant])).double()
+    net = randomized(Residual(*SUMS_AND_AVERAGES[variant])).double()
     x = random_images(2).double()
-    expected = residual_by_hand(filled(Residual(*SUMS_AND_AVERAGES["operators"])).double(), x, 2, EPS)
+    expected = residual_by_hand(randomized(Residual(*SUMS_AND_AVERAGES["operators"])).double(), x, 2, EPS)
     actual = convscope.heatmaps(load_module(net), x, 2, method="lrp-epsilon", epsilon=EPS)
     assert relative_error(actual.values[:, 0], expected) < SUMS
 
@@ -251,7 +251,7 @@ def test_networks_of_timm(name: str) -> None:
     before = snapshot(net.eval())
     x = random_images(2, 32)
     actual = convscope.heatmaps(load_module(net, 32, **HALF), x, [[0, 5]] * 2, method="lrp-zplus")
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert np.isfinite(actual.values).all()
     assert (actual.values != 0).mean() > 0.9
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_batch_normalisation_is_merged_by_order_of_execution() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.two(self.single_target(x).relu()).relu().mean((2, 3)))
 
-    net = filled(Net())
+    net = randomized(Net())
     x = random_images()
     for method in METHODS:
         actual, expected = (
@@ -294,7 +294,7 @@ def test_batch_normalisation_after_an_inplace_relu_is_not_merged() -> None:
     """The in-place ReLU returns the convolution's tensor with other values."""
     conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     nets = [
-        filled(nn.Sequential(conv, nn.ReLU(inplace), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+        randomized(nn.Sequential(conv, nn.ReLU(inplace), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
         for inplace in (True, False)
     ]
     actual, expected = (convscope.heatmaps(load_module(n), random_images(), 1, method="lrp-zplus") for n in nets)
@@ -305,13 +305,13 @@ def test_batch_normalisation_after_an_inplace_relu_is_not_merged() -> None:
 # --- unsupported networks --------------------------------------------------------------------------------------------
 
 
-class Gated(Twice):
+class Gated(SharedReluNet):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         return self.fc(self.conv2(x * x.mean((2, 3), keepdim=True).sigmoid()).mean((2, 3)))
 
 
-class Normed(Twice):
+class Normed(SharedReluNet):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.conv2(F.group_norm(self.conv1(x), 2)).mean((2, 3)))
 
@@ -345,17 +345,17 @@ class Functional(nn.Module):
     ],
 )
 def test_networks_without_rules_are_refused(net: Any, message: str) -> None:
-    module, _ = lived_in(filled(net()))
+    module, _ = in_training(randomized(net()))
     model, before = load_module(module), snapshot(module)
     for method in METHODS:
         with pytest.raises(ConvscopeError, match=message):
             convscope.heatmaps(model, random_images(), 0, method=method)
-    assert changes(before, snapshot(module)) == []
+    assert diff_snapshots(before, snapshot(module)) == []
 
 
 def test_missing_zennit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zennit.rules", None)
-    model = load_module(filled(Usual()))
+    model = load_module(randomized(SmallConvNet()))
     for method in METHODS:
         with pytest.raises(ConvscopeError, match=r"zennit is not installed; pip install 'convscope\[lrp\]'"):
             convscope.heatmaps(model, random_images(), method=method)
@@ -377,7 +377,7 @@ def test_keras_models_are_refused() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
     """In double precision, because sums near 0 amplify rounding."""
-    model, x = load_module(filled(Usual()).double()), random_images(5).double()
+    model, x = load_module(randomized(SmallConvNet()).double()), random_images(5).double()
     targets, options = [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]], {"epsilon": EPS}
     full = convscope.heatmaps(model, x, targets, method=method, **options)
     permuted = convscope.heatmaps(
@@ -396,13 +396,13 @@ def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
-    net, _ = lived_in(filled(Usual()))
+    net, _ = in_training(randomized(SmallConvNet()))
     model, before = load_module(net), snapshot(net)
     reported: list[float] = []
     convscope.heatmaps(
         model, random_images(), [[0, 1]] * 3, method=method, progress=lambda d, n: reported.append(d / n)
     )
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert reported[-1] == 1
 
     class StopError(Exception):
@@ -413,14 +413,14 @@ def test_model_is_unchanged_after_success_and_errors(method: str) -> None:
 
     with pytest.raises(StopError):
         convscope.heatmaps(model, random_images(), method=method, progress=stop, memory=1)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     with pytest.raises(ConvscopeError, match=r"has no option 'alpha'; its options: .*epsilon"):
         convscope.heatmaps(model, random_images(), method=method, alpha=1)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_changed_weights_of_a_module_are_used() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model, x = load_module(net), random_images()
     first = convscope.heatmaps(model, x, 1, method="lrp-zplus")
     with torch.no_grad():
@@ -430,7 +430,7 @@ def test_changed_weights_of_a_module_are_used() -> None:
 
 
 def test_contrasts_functions_and_several_outputs() -> None:
-    model, x = load_module(filled(Usual())), random_images()
+    model, x = load_module(randomized(SmallConvNet())), random_images()
     single_target, other = (convscope.heatmaps(model, x, t, method="lrp-zplus").values for t in (1, 2))
     against = convscope.heatmaps(model, x, 1, against=2, method="lrp-zplus")
     assert relative_error(against.values, single_target - other) < SUMS
@@ -442,7 +442,7 @@ def test_contrasts_functions_and_several_outputs() -> None:
 
 def test_signals_and_volumes() -> None:
     for size, conv, norm in (((40,), nn.Conv1d, nn.BatchNorm1d), ((6, 8, 10), nn.Conv3d, nn.BatchNorm3d)):
-        net = filled(nn.Sequential(conv(2, 4, 3), norm(4), nn.ReLU(), conv(4, 3, 1), nn.Flatten(2)))
+        net = randomized(nn.Sequential(conv(2, 4, 3), norm(4), nn.ReLU(), conv(4, 3, 1), nn.Flatten(2)))
 
         class Net(nn.Module):
             def __init__(self, net: nn.Module) -> None:

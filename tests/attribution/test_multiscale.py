@@ -20,12 +20,12 @@ from convscope.attribution.multiscale import scale_preprocessing
 from convscope.images.preprocessing import Preprocessing
 from tests.attribution.helpers import SIZE, load_module, random_images, relative_error
 from tests.attribution.test_heatmaps import TINY, Pooled
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 
 @pytest.fixture(scope="module")
 def small_model() -> convscope.Model:
-    return load_module(filled(Usual()))
+    return load_module(randomized(SmallConvNet()))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def load_enlarged(net: nn.Module, scale: float) -> convscope.Model:
 @pytest.mark.parametrize("fit", ["squash", "crop"])
 def test_scale_equals_loading_the_network_for_larger_inputs(image_paths: list[str], scale: float, fit: str) -> None:
     """Inputs are resized from the original images, not from the network's own input."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     actual = convscope.heatmaps(load_module(net, resize=28), image_paths, 2, scale=scale, fit=fit)
     expected = convscope.heatmaps(load_enlarged(net, scale), image_paths, 2, fit=fit)
     assert np.array_equal(actual.values, expected.values)
@@ -195,7 +195,7 @@ def test_centred_baseline_is_a_gaussian(small_model: convscope.Model) -> None:
 
 def test_overlays_of_maps_at_the_input_are_smoothed() -> None:
     """A single pixel would hardly be visible."""
-    net = filled(Pooled(with_relu=True))
+    net = randomized(Pooled(with_relu=True))
     actual = convscope.heatmaps(load_module(net, 64), random_images(1, 64), 1, method="saliency")
     actual.values[:] = 0
     actual.values[0, 0, 20, 30] = 1
@@ -225,7 +225,7 @@ def test_overlays_of_maps_at_the_input_are_smoothed() -> None:
     ],
 )
 def test_invalid_options_are_refused_before_the_network_runs(method: str, options: dict[str, Any]) -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model, runs = load_module(net), []
     net.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(ConvscopeError, match=f"{next(iter(options))} is "):

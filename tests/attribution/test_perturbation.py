@@ -23,7 +23,7 @@ from convscope.engine.layer_table import LayerTable
 from convscope.engine.model import Model
 from convscope.images.loading import ImageBatchLoader
 from tests.attribution.helpers import SIZE, load_module, random_images, relative_error
-from tests.oracles.nets import Spied, Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, SpiedNet, diff_snapshots, in_training, randomized, snapshot
 
 TINY = 1e-5  # float32 sums of a few hundred products; drops are small compared with scores
 
@@ -82,7 +82,7 @@ def test_ablation_cam_of_a_linear_head() -> None:
 
     In double precision: the score of class 2, a denominator, is a thousandth of its terms.
     """
-    net = filled(Pooled()).double()
+    net = randomized(Pooled()).double()
     x = random_images().double()
     with torch.no_grad():
         maps = net.conv(x)
@@ -117,7 +117,7 @@ def ablation_cam_by_loops(net: nn.Module, layer: nn.Module, x: Tensor, target: i
 
 @pytest.mark.parametrize("layer", ["conv1", "relu1", "bn3", "relu3"])
 def test_ablation_cam_in_plain_loops(layer: str) -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     x = random_images()
     actual = compute(load_module(net), x, "ablation-cam", [[2, 4]] * 3, layer=layer)
     for position, target in enumerate((2, 4)):
@@ -135,7 +135,7 @@ def test_ablation_cam_agrees_with_pytorch_grad_cam() -> None:
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    net = filled(Usual(inplace=False))
+    net = randomized(SmallConvNet(inplace=False))
     x = random_images()
     reference_net = copy.deepcopy(net)
     with AblationCAM(reference_net, [reference_net.relu3], batch_size=4) as cam:
@@ -150,7 +150,7 @@ def test_ablation_cam_agrees_with_captum() -> None:
     """captum's feature ablation, with one feature per channel, is the drop, y times the slope, at every position."""
     from captum.attr import LayerFeatureAblation
 
-    net = filled(Usual(inplace=False))
+    net = randomized(SmallConvNet(inplace=False))
     x = random_images()
     features = torch.arange(12).reshape(1, 12, 1, 1).expand(1, 12, 12, 12)
     drops = LayerFeatureAblation(net, net.conv2).attribute(x, target=2, layer_mask=features)[:, :, 0, 0].double()
@@ -162,7 +162,7 @@ def test_ablation_cam_agrees_with_captum() -> None:
 
 
 def test_ablation_cam_skips_inactive_channels() -> None:
-    net = filled(Spied())
+    net = randomized(SpiedNet())
     with torch.no_grad():
         net.conv1.weight[1:3] = 0
         net.conv1.bias[1:3] = 0
@@ -178,7 +178,7 @@ def test_ablation_cam_skips_inactive_channels() -> None:
 
 def test_ablation_cam_of_a_zero_score() -> None:
     """The weights are the drops themselves."""
-    net = filled(Pooled())
+    net = randomized(Pooled())
     with torch.no_grad():
         net.fc.weight[0] = 0
         net.fc.bias[0] = 0
@@ -208,7 +208,7 @@ def score_cam_by_loops(net: nn.Module, maps: Tensor, x: Tensor, target: int) -> 
 
 @pytest.mark.parametrize("layer", ["conv1", "relu1", "conv2", "relu3"])
 def test_score_cam_in_plain_loops(layer: str) -> None:
-    net = filled(Usual(inplace=False))
+    net = randomized(SmallConvNet(inplace=False))
     x = random_images()
     captured: list[Tensor] = []
     handle = net.get_submodule(layer).register_forward_hook(lambda _, __, out: captured.append(out.clone()))
@@ -229,7 +229,7 @@ def test_score_cam_agrees_with_pytorch_grad_cam_and_torchcam() -> None:
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    net = filled(Usual(inplace=False))
+    net = randomized(SmallConvNet(inplace=False))
     x = random_images()
     actual = compute(load_module(net), x, "score-cam", 3, layer="relu1")[:, 0]
     scaled = scale_cam_image(np.maximum(actual, 0))
@@ -250,7 +250,7 @@ def test_score_cam_agrees_with_pytorch_grad_cam_and_torchcam() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.7])
 def test_score_cam_skips_constant_maps(value: float) -> None:
     """Their increase is exactly 0, which still takes part in the softmax."""
-    net = filled(Spied())
+    net = randomized(SpiedNet())
     with torch.no_grad():
         net.conv1.weight[1:3] = 0
         net.conv1.bias[1:3] = value
@@ -263,7 +263,7 @@ def test_score_cam_skips_constant_maps(value: float) -> None:
 
 
 def test_score_cam_of_constant_maps_only() -> None:
-    net = filled(Pooled())
+    net = randomized(Pooled())
     with torch.no_grad():
         net.conv.weight.zero_()
     actual = compute(load_module(net), random_images(2), "score-cam", 0, layer="conv")
@@ -288,7 +288,7 @@ def test_occlusion_agrees_with_captum(window: Any, stride: Any, fill: float) -> 
     """Including windows that extend beyond the image and windows as large as the image."""
     from captum.attr import Occlusion
 
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     x = random_images(2)
     actual = compute(load_module(net), x, "occlusion", [[0, 3]] * 2, window=window, stride=stride, fill=fill)
     windows = (window,) * 2 if isinstance(window, int) else window
@@ -319,7 +319,7 @@ def test_occlusion_of_lite0_agrees_with_captum(lite0: Model, photos: list[str]) 
 @pytest.mark.parametrize("sides", [(12,), (9, 11), (5, 6, 4)])
 def test_occlusion_of_a_linear_network(sides: tuple[int, ...]) -> None:
     """A window of one pixel changes the score by w (x - fill), for signals, images and volumes."""
-    net = filled(Linear(2, *sides))
+    net = randomized(Linear(2, *sides))
     x = torch.randn((2, 2, *sides), generator=torch.Generator().manual_seed(3))
     context = make_context(net, x, [1, 2])
     actual = perturbation.occlusion(context, window=1, stride=1, fill=0.25)
@@ -360,7 +360,7 @@ def make_context(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, s
 
 
 def test_occlusion_defaults_depend_on_the_image_size() -> None:
-    model, x = load_module(filled(Usual())), random_images(1)
+    model, x = load_module(randomized(SmallConvNet())), random_images(1)
     explicit = compute(model, x, "occlusion", window=4, stride=2, fill=0.0)
     assert np.array_equal(compute(model, x, "occlusion"), explicit)  # a seventh of 24, and half of it
 
@@ -389,7 +389,7 @@ def test_rise_of_a_linear_network(sides: tuple[int, ...]) -> None:
 
     The overlap of two pixels on two axes is the product of those on each, as shifts are drawn independently.
     """
-    net, keep, cells = filled(Linear(2, *sides)), 0.3, 3
+    net, keep, cells = randomized(Linear(2, *sides)), 0.3, 3
     x = torch.randn((1, 2, *sides), generator=torch.Generator().manual_seed(3))
     v = (input_weights(net, 1, x[0]) * x[0].double().numpy()).sum(0)
     b = float(net.fc.bias[1].detach())
@@ -409,7 +409,7 @@ def test_rise_of_a_linear_network(sides: tuple[int, ...]) -> None:
 
 
 def test_standard_error_is_the_spread_of_repeated_runs() -> None:
-    net = filled(Linear(2, 8, 6))
+    net = randomized(Linear(2, 8, 6))
     x = torch.randn((1, 2, 8, 6), generator=torch.Generator().manual_seed(3))
     runs, errors = [], []
     for seed in range(60):
@@ -426,7 +426,7 @@ def test_standard_error_is_the_spread_of_repeated_runs() -> None:
 
 def test_rise_in_plain_loops() -> None:
     """Draw the masks from the generator, upsample and shift them one by one, as the authors do."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     x = random_images(2)
     actual = compute(load_module(net), x, "rise", [[0, 2]] * 2, samples=150, cells=5, keep=0.4, tolerance=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -445,7 +445,7 @@ def test_rise_in_plain_loops() -> None:
 
 
 def test_rise_of_probabilities() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model, x = load_module(net), random_images(1)
     options = {"samples": 50, "cells": 4, "tolerance": 0.0}
     actual = compute(model, x, "rise", [[0, 1, 2, 3, 4]], probability=True, **options)
@@ -466,7 +466,7 @@ def test_rise_of_probabilities() -> None:
 
 
 def test_rise_stops_at_the_tolerance() -> None:
-    model, x = load_module(filled(Usual())), random_images(2)
+    model, x = load_module(randomized(SmallConvNet())), random_images(2)
 
     def rise_with(tolerance: float, targets: Any = ((0, 1, 2),) * 2, samples: int = 2000) -> convscope.Heatmaps:
         return convscope.heatmaps(
@@ -492,7 +492,7 @@ def test_rise_stops_at_the_tolerance() -> None:
 
 
 def test_rise_with_one_mask_has_no_standard_error() -> None:
-    actual = convscope.heatmaps(load_module(filled(Usual())), random_images(1), 0, method="rise", samples=1, cells=3)
+    actual = convscope.heatmaps(load_module(randomized(SmallConvNet())), random_images(1), 0, method="rise", samples=1, cells=3)
     assert np.isfinite(actual.values).all()
     assert np.isnan(actual.extras["standard_error"]).all()
 
@@ -502,7 +502,7 @@ def test_rise_with_one_mask_has_no_standard_error() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_batch_or_targets(method: str) -> None:
-    model, x = load_module(filled(Usual())), random_images()
+    model, x = load_module(randomized(SmallConvNet())), random_images()
     options = METHODS[method]
     three = compute(model, x, method, [[1, 4]] * 3, **options)
     repeated = compute(model, x, method, [[1, 4]] * 3, **options)
@@ -521,7 +521,7 @@ def test_maps_do_not_depend_on_batch_or_targets(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_changes_maps_by_rounding_only(method: str) -> None:
-    model, x = load_module(filled(Usual())), random_images(2)
+    model, x = load_module(randomized(SmallConvNet())), random_images(2)
     options = METHODS[method]
     assert relative_error(compute(model, x, method, memory=1, **options), compute(model, x, method, **options)) < 5e-5
 
@@ -529,7 +529,7 @@ def test_memory_changes_maps_by_rounding_only(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_limits_the_batch_size(method: str) -> None:
     """Batches are as large as memory allows; more masks or windows make more batches, not larger ones."""
-    net = filled(Spied())
+    net = randomized(SpiedNet())
     model, x = load_module(net), random_images(2)
     extras = {"rise": {"samples": 400}, "occlusion": {"stride": 1}}.get(method, {})
     layer_option = {"layer": "conv1"} if method in AT_LAYER else {}
@@ -548,7 +548,7 @@ def test_memory_limits_the_batch_size(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_pass_serves_all_targets(method: str) -> None:
-    net = filled(Spied())
+    net = randomized(SpiedNet())
     model, x = load_module(net), random_images(1)
     options = {**METHODS[method], **({"layer": "conv1"} if method in AT_LAYER else {})}
     counts = []
@@ -562,7 +562,7 @@ def test_one_pass_serves_all_targets(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_seed_changes_only_stochastic_methods(method: str) -> None:
-    model, x = load_module(filled(Usual())), random_images(1)
+    model, x = load_module(randomized(SmallConvNet())), random_images(1)
     one, other = (compute(model, x, method, seed=seed, **METHODS[method]) for seed in (0, 1))
     assert np.array_equal(one, other) == (method != "rise")
 
@@ -570,7 +570,7 @@ def test_seed_changes_only_stochastic_methods(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_contrast_is_the_difference_of_scores(method: str) -> None:
     """Occlusion and RISE are linear in the score; the other methods are applied to the difference itself."""
-    model, x = load_module(filled(Usual())), random_images(2)
+    model, x = load_module(randomized(SmallConvNet())), random_images(2)
     options = METHODS[method]
     actual = compute(model, x, method, 1, against=3, **options)[:, 0]
     function = compute(model, x, method, lambda out: out[:, 1] - out[:, 3], **options)[:, 0]
@@ -582,12 +582,12 @@ def test_contrast_is_the_difference_of_scores(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_model_and_input_are_unchanged(method: str) -> None:
-    net = filled(Usual())
-    _hooks = lived_in(net)
+    net = randomized(SmallConvNet())
+    _hooks = in_training(net)
     model, x = load_module(net), random_images(2)
     explicit, before = x.clone(), snapshot(net)
     compute(model, x, method, **METHODS[method])
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert torch.equal(x, explicit)
 
 
@@ -597,7 +597,7 @@ def test_exception_in_progress_cancels_cleanly(method: str, after: int) -> None:
     class Cancelled(Exception):
         pass
 
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model, x = load_module(net), random_images(2)
     before = snapshot(net)
     reported: list[float] = []
@@ -610,13 +610,13 @@ def test_exception_in_progress_cancels_cleanly(method: str, after: int) -> None:
     with pytest.raises(Cancelled):
         compute(model, x, method, progress=progress, memory=1, **METHODS[method])
     assert len(reported) == after
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_progress_increases_to_1(method: str) -> None:
     reported: list[float] = []
-    model, x = load_module(filled(Usual())), random_images(2)
+    model, x = load_module(randomized(SmallConvNet())), random_images(2)
     memory = IMAGES_IN_MEMORY * model.layers[-1].allocated_bytes
 
     def progress(done: float, count: int) -> None:
@@ -657,7 +657,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("method", "options", "message"), REFUSED)
 def test_invalid_options_are_refused(method: str, options: dict[str, Any], message: str) -> None:
-    net = filled(Spied())
+    net = randomized(SpiedNet())
     model = load_module(net)
     net.before.batches.clear()
     with pytest.raises(ConvscopeError, match=message) as caught:
@@ -671,7 +671,7 @@ def test_invalid_options_are_refused(method: str, options: dict[str, Any], messa
 def test_probability_of_a_function_is_refused() -> None:
     function: Callable[[Tensor], Tensor] = lambda out: out[:, 0]  # noqa: E731
     with pytest.raises(ConvscopeError, match="a function of the network's output has no probability"):
-        compute(load_module(filled(Usual())), random_images(1), "rise", function, probability=True)
+        compute(load_module(randomized(SmallConvNet())), random_images(1), "rise", function, probability=True)
 
 
 @pytest.mark.parametrize("method", ["score-cam", "ablation-cam"])

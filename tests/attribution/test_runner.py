@@ -22,7 +22,7 @@ from tests.attribution.helpers import (
     random_images,
     relative_error,
 )
-from tests.oracles.nets import Aside, Usual, filled
+from tests.oracles.nets import SmallConvNet, UnusedBranchNet, randomized
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 BATCHES = 1e-5  # rounding differs between batch sizes
@@ -30,7 +30,7 @@ CAMS = [name for name in METHODS if isinstance(METHODS[name], CamMethod)]
 ANYWHERE = [name for name in CAMS if name != "cam"]
 
 
-class Counted(Usual):
+class Counted(SmallConvNet):
     """Count forward passes, and backward passes through the last convolution."""
 
     def __init__(self) -> None:
@@ -61,14 +61,14 @@ class Counted(Usual):
 @pytest.fixture
 def counted() -> tuple[Model, Counted]:
     net = Counted()
-    model = load_module(filled(net))
+    model = load_module(randomized(net))
     net.forwards.clear()
     return model, net
 
 
 @pytest.fixture(scope="module")
 def small_model() -> Model:
-    return load_module(filled(Usual()))
+    return load_module(randomized(SmallConvNet()))
 
 
 # --- no wasted work --------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_unbatchable_backward_processes_targets_one_by_one() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(BranchingRelu.apply(self.conv(x)).mean((2, 3)))
 
-    model = load_module(filled(Net()))
+    model = load_module(randomized(Net()))
     together = heatmap_values(model, random_images(), [[0, 1, 4]] * 3, layer="conv")
     single = np.concatenate([heatmap_values(model, random_images(), t, layer="conv") for t in (0, 1, 4)], axis=1)
     assert np.array_equal(together, single)
@@ -213,7 +213,7 @@ def test_single_layer_is_not_scaled(small_model: Model) -> None:
 
 
 def test_fusion_with_a_layer_without_influence() -> None:
-    model = load_module(filled(Aside()))
+    model = load_module(randomized(UnusedBranchNet()))
     used = heatmap_values(model, random_images(), [[0, 1]] * 3, layer="used")
     actual = heatmap_values(model, random_images(), [[0, 1]] * 3, layer=["aside", "used"])
     assert relative_error(actual, used / np.abs(used).max((2, 3), keepdims=True) / 2) < TINY
@@ -224,7 +224,7 @@ def test_fusion_with_a_layer_without_influence() -> None:
 
 def test_flips_by_hand() -> None:
     """The mirror image's target is the class of the image, whatever the mirror image's top class is."""
-    net = filled(nn.Sequential(nn.Conv2d(3, 4, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5)))
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5)))
     model, x = load_module(net), random_images(6)
     actual = convscope.heatmaps(model, x, smooth="flips", layer="0")
     assert actual.settings["smooth"] == "flips"
@@ -237,7 +237,7 @@ def test_flips_by_hand() -> None:
 
 
 def test_flips_change_nothing_for_a_mirror_symmetric_network() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     with torch.no_grad():
         for conv in (net.conv1, net.conv2, net.conv3):
             conv.weight.add_(conv.weight.flip(-1).clone())

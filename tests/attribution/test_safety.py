@@ -14,7 +14,7 @@ import convscope
 from convscope import ConvscopeError, Model
 from convscope.attribution.registry import METHODS, CamMethod, ModelMethod
 from tests.attribution.helpers import SIZE, heatmap_values, heatmaps_by_specs, load_module, random_images
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 # torch warns the owner of a backward hook on the layer where gradients start.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 def model_in_training() -> tuple[Model, dict[str, Any]]:
     """Return a model around a network in training, and a snapshot of the network."""
-    net, _ = lived_in(filled(Usual()))
+    net, _ = in_training(randomized(SmallConvNet()))
     model = load_module(net)
     return model, snapshot(net)
 
@@ -63,7 +63,7 @@ def raise_on_call(count: int, error: BaseException) -> Callable[..., None]:
 def test_model_is_unchanged(call: str) -> None:
     model, before = model_in_training()
     CALLS[call](model)
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
@@ -72,7 +72,7 @@ def test_exception_in_progress_leaves_the_model_unchanged(call: str, count: int,
     model, before = model_in_training()
     with pytest.raises(type(error)):
         CALLS[call](model, progress=raise_on_call(count, error))
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt()], ids=repr)
@@ -83,7 +83,7 @@ def test_exception_in_the_forward_pass_leaves_the_model_unchanged(call: str, cou
     before = snapshot(model.module)
     with pytest.raises(type(error)):
         CALLS[call](model)
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt()], ids=repr)
@@ -98,15 +98,15 @@ def test_exception_in_the_backward_pass_leaves_the_model_unchanged(targets: Any,
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
             raise error
 
-    class Net(Usual):
+    class Net(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             return RaiseInBackward.apply(super().forward(x))
 
-    net, _ = lived_in(filled(Net()))
+    net, _ = in_training(randomized(Net()))
     model, before = load_module(net), snapshot(net)
     with pytest.raises(type(error)):
         heatmap_values(model, random_images(), targets)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 # --- refused before any pass -----------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_invalid_arguments_are_refused_before_any_pass(
     with pytest.raises(ConvscopeError, match=message):
         convscope.heatmaps(model, random_images(), **kwargs)
     handle.remove()
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 # --- constant and non-finite maps ------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_non_finite_maps_raise(method: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(self.conv(x)).sqrt().mean((2, 3))
 
-    model = load_module(filled(Root()))
+    model = load_module(randomized(Root()))
     if method == "eigen-cam":
         assert np.isfinite(heatmap_values(model, random_images(), method=method, layer="relu")).all()
         return

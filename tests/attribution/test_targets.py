@@ -22,7 +22,7 @@ from convscope.attribution.targets import (
 )
 from convscope.engine.capture import ForwardResult
 from tests.attribution.helpers import load_module, random_images, relative_error
-from tests.oracles.nets import PACKINGS, Packed, Usual, changes, filled, snapshot
+from tests.oracles.nets import PACKINGS, PackedNet, SmallConvNet, diff_snapshots, randomized, snapshot
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 NAMES = ["lesser panda", "Crane", "crane", "African_elephant", "sea lion"]
@@ -33,7 +33,7 @@ METHODS_ALL = [*LINEAR, *NOT_LINEAR, "eigen-cam", "eigen-grad-cam", "finer-cam"]
 
 @pytest.fixture(scope="module")
 def small_model() -> convscope.Model:
-    return load_module(filled(Usual()), classes=NAMES)
+    return load_module(randomized(SmallConvNet()), classes=NAMES)
 
 
 def small_maps(model: convscope.Model, targets: Any, method: str = "grad-cam", **kwargs: Any) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_invalid_targets_are_refused_before_any_pass(
 
 def test_finer_cam_subtracts_the_three_nearest_classes() -> None:
     """Zhang et al. 2025, equations 5 to 8: Grad-CAM of the mean of y_c - 0.6 y_d over the three nearest classes."""
-    model = load_module(filled(Usual(classes=9)))
+    model = load_module(randomized(SmallConvNet(classes=9)))
     plain = convscope.heatmaps(model, random_images(), [list(range(9))] * 3)
     for targets in ([[0, 5]] * 3, [[1, 2], [3, 3], [8, 0]]):
         actual = convscope.heatmaps(model, random_images(), targets, method="finer-cam")
@@ -170,11 +170,11 @@ def test_finer_cam_subtracts_the_three_nearest_classes() -> None:
 
 
 def test_finer_cam_with_few_classes() -> None:
-    two = load_module(filled(Usual(classes=2)))
+    two = load_module(randomized(SmallConvNet(classes=2)))
     plain = small_maps(two, [[0, 1]] * 3)
     assert relative_error(small_maps(two, 0, "finer-cam")[:, 0], plain[:, 0] - 0.6 * plain[:, 1]) < 1e-5
     with pytest.raises(ConvscopeError, match="this network has a single output"):
-        small_maps(load_module(filled(Usual(classes=1))), 0, "finer-cam")
+        small_maps(load_module(randomized(SmallConvNet(classes=1))), 0, "finer-cam")
 
 
 def test_finer_cam_with_equal_scores() -> None:
@@ -192,7 +192,7 @@ def test_finer_cam_refuses_contrasts_and_functions(small_model: convscope.Model)
     for targets, against in ((0, 1), (lambda output: output[:, 0], None)):
         with pytest.raises(ConvscopeError, match="give classes as targets, and no against="):
             small_maps(small_model, targets, "finer-cam", against=against)
-    assert changes(before, snapshot(small_model.module)) == []
+    assert diff_snapshots(before, snapshot(small_model.module)) == []
 
 
 # --- functions of the output -----------------------------------------------------------------------------------------
@@ -244,13 +244,13 @@ INVALID_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize("name", INVALID_FUNCTIONS)
 def test_invalid_function_is_refused_at_the_first_batch(name: str) -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model, before = load_module(net), snapshot(net)
     function, message = INVALID_FUNCTIONS[name]
     with pytest.raises(ConvscopeError, match=message) as caught:
         convscope.heatmaps(model, random_images(), function, memory=1 << 30)
     assert "\n" not in str(caught.value)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_constant_function_is_noted(small_model: convscope.Model) -> None:
@@ -264,7 +264,7 @@ def test_constant_function_is_noted(small_model: convscope.Model) -> None:
 
 def test_regression_with_one_output() -> None:
     """A single output is the top class; a network that returns (N,) is accepted too."""
-    net = filled(Usual(classes=1))
+    net = randomized(SmallConvNet(classes=1))
     actual = convscope.heatmaps(load_module(net), random_images())
     assert actual.targets.tolist() == [[0]] * 3
     assert actual.names == [["class 0"]] * 3
@@ -273,11 +273,11 @@ def test_regression_with_one_output() -> None:
     by_function = convscope.heatmaps(load_module(net), random_images(), lambda output: output)
     assert relative_error(actual.values, by_function.values) < TINY
 
-    class Scalar(Usual):
+    class Scalar(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, 0]
 
-    bare = filled(Scalar(classes=1))
+    bare = randomized(Scalar(classes=1))
     assert relative_error(convscope.heatmaps(load_module(bare), random_images(), 0).values, actual.values) < TINY
 
 
@@ -299,7 +299,7 @@ class Segmenting(nn.Module):
 @pytest.mark.parametrize("scale", [1, 2, 5])
 def test_segmentation_target_by_hand(scale: int) -> None:
     """The score is the mean over the region R: its gradient is w_k / |R| inside and 0 outside."""
-    net = filled(Segmenting())
+    net = randomized(Segmenting())
     inside = np.zeros((12, 12), bool)
     inside[2:5, 3:10] = True
     region = segmentation_target(2, np.kron(inside, np.ones((scale, scale))))  # at any resolution
@@ -322,7 +322,7 @@ def test_invalid_regions() -> None:
     for mask in (np.zeros((4, 4)), np.ones(4), np.ones((2, 3, 4))):
         with pytest.raises(ConvscopeError, match=r"expected \(H, W\) with at least one position inside"):
             segmentation_target(0, mask)
-    model = load_module(filled(Segmenting()))
+    model = load_module(randomized(Segmenting()))
     for target in (5, -1):
         with pytest.raises(
             ConvscopeError, match=rf"class {target} is out of range: the network's output has shape \(3, 5,"
@@ -336,7 +336,7 @@ def test_invalid_regions() -> None:
         convscope.heatmaps(model, random_images(), segmentation_target(0, single_pixel), layer="conv")
 
 
-class TwoOutputs(Usual):
+class TwoOutputs(SmallConvNet):
     """A network with two outputs."""
 
     def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
@@ -356,7 +356,7 @@ def test_output_target_by_hand(kind: str) -> None:
         (lambda a, b: {"kind": a, "depth": b}) if kind == "dict" else lambda a, b: (a, b)
     )
     keys = ("kind", "depth") if kind == "dict" else (0, 1)
-    net = filled(TwoOutputs(pack))
+    net = randomized(TwoOutputs(pack))
     model = load_module(net)
     targets = [output_target(keys[0], 4), output_target(keys[1], 1)]
     actual = convscope.heatmaps(model, random_images(), targets, layer="relu3")
@@ -375,7 +375,7 @@ def test_output_target_by_hand(kind: str) -> None:
 
 @pytest.mark.parametrize("packing", ["dict", "ordered", "namedtuple", "dataclass", "tuple"])
 def test_output_target_of_every_output_type(packing: str) -> None:
-    model = load_module(filled(Packed(*PACKINGS[packing])))
+    model = load_module(randomized(PackedNet(*PACKINGS[packing])))
     with torch.no_grad():
         output = model.module(random_images())
     key: Any = 0 if packing == "tuple" else "logits"

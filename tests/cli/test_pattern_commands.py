@@ -17,7 +17,7 @@ import convscope
 from convscope.cli import app
 from convscope.featurevis import resumable
 from convscope.featurevis.objectives import channel
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 MODEL = "tests.cli.test_pattern_commands:small"
 SETTINGS = '{"size": 32}'
@@ -25,7 +25,7 @@ SETTINGS = '{"size": 32}'
 
 def small() -> torch.nn.Module:
     """What MODEL names: conv1 (8 units), conv2 (12), conv3 (10) and five classes."""
-    return filled(Usual())
+    return randomized(SmallConvNet())
 
 
 def run(*arguments: str | Path, model: str = MODEL) -> Result:

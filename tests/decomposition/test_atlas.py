@@ -20,7 +20,7 @@ from convscope.cli import app
 from convscope.decomposition.activation_atlas import NUM_CLASSES
 from convscope.images.loading import ImageBatchLoader
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 QUICK: dict[str, Any] = {"size": SIZE, "steps": 4}
 
@@ -37,7 +37,7 @@ def model() -> convscope.Model:
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    return convscope.load(filled(Usual()), preprocessing={"size": SIZE})
+    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": SIZE})
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_classes_are_those_whose_logits_fall(model: convscope.Model) -> None:
 
 def test_effects_behind_further_layers() -> None:
     """Where more than a mean lies behind the layer, against hooks on the whole network."""
-    model = convscope.load(filled(Usual(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"})
+    model = convscope.load(randomized(SmallConvNet(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"})
     tiles = np.random.default_rng(5).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
     result = convscope.atlas(
         model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK
@@ -233,7 +233,7 @@ def test_the_same_seed_gives_the_same_bytes(usual: convscope.Model, shown: np.nd
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(fails: bool, shown: np.ndarray) -> None:
-    net, hooks = lived_in(filled(Usual()))
+    net, hooks = in_training(randomized(SmallConvNet()))
     model = convscope.load(net, preprocessing={"size": SIZE})
     before, calls = snapshot(net), []
 
@@ -253,7 +253,7 @@ def test_nothing_is_left_behind(fails: bool, shown: np.ndarray) -> None:
         done = [d for d, _ in calls]
         assert done == sorted(done)
         assert calls[-1] == (2, 2)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert hooks
 
 

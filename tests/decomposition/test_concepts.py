@@ -29,7 +29,7 @@ from tests.oracles.colours import (
     random_images,
     tile_image,
 )
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 COUNT = 3
 ASKED: dict[str, Any] = {"count": COUNT, "crop": 1 / 4, "crops": 64, "sobol_points": 512, "patches": 6}
@@ -99,7 +99,7 @@ def test_heat_lies_on_the_colour(found: Concepts) -> None:
 
 
 def test_heat_is_non_negative_least_squares_at_each_place() -> None:
-    net = convscope.load(filled(Usual()), preprocessing={"size": SIZE})
+    net = convscope.load(randomized(SmallConvNet()), preprocessing={"size": SIZE})
     shown = np.random.default_rng(3).integers(0, 256, (4, 48, 40, 3), np.uint8)
     result = convscope.concepts(net, shown, 0, layer="relu2", count=4, crop=0.5, only_predicted=False, n_evaluated=2)
     maps = convscope.activations(net, shown[:2], "relu2")["relu2"]
@@ -154,7 +154,7 @@ def test_a_picture_that_cannot_be_read_is_named(model: convscope.Model, tmp_path
 
 
 def test_the_default_layer_is_the_last_rectified_one() -> None:
-    net = convscope.load(filled(Usual()), preprocessing={"size": SIZE})
+    net = convscope.load(randomized(SmallConvNet()), preprocessing={"size": SIZE})
     shown = np.random.default_rng(1).integers(0, 256, (3, 40, 40, 3), np.uint8)
     result = convscope.concepts(net, shown, 1, count=2, only_predicted=False)
     assert result.layer == "relu3"
@@ -178,7 +178,7 @@ def test_the_default_layer_is_the_last_rectified_one() -> None:
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
-    net = convscope.load(filled(Usual()), preprocessing={"size": SIZE})
+    net = convscope.load(randomized(SmallConvNet()), preprocessing={"size": SIZE})
     shown = np.random.default_rng(1).integers(0, 256, (2, 40, 40, 3), np.uint8)
     with pytest.raises(ConvscopeError, match=message):
         convscope.concepts(net, shown, **{"target": 0, "only_predicted": False, **settings})
@@ -186,7 +186,7 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
 
 def test_a_network_without_rectifiers_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    model = convscope.load(filled(net), preprocessing={"size": SIZE})
+    model = convscope.load(randomized(net), preprocessing={"size": SIZE})
     with pytest.raises(ConvscopeError, match="no layer of this network is rectified"):
         convscope.concepts(model, random_images(2), 0, only_predicted=False)
 
@@ -194,7 +194,7 @@ def test_a_network_without_rectifiers_is_refused() -> None:
 def test_networks_on_other_things_than_pictures_are_refused() -> None:
     net = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     special = {"size": SIZE, "mean": [0.0] * 5, "std": [1.0] * 5, "channel_order": "channels"}
-    model = convscope.load(filled(net), preprocessing=special)
+    model = convscope.load(randomized(net), preprocessing=special)
     with pytest.raises(ConvscopeError, match="made of ordinary pictures"):
         convscope.concepts(model, torch.zeros(2, 5, SIZE, SIZE), 0)
 
@@ -211,7 +211,7 @@ def test_the_same_seed_gives_the_same_bytes(model: convscope.Model, found: Conce
 
 
 def test_the_size_of_batches_does_not_matter() -> None:
-    net = convscope.load(filled(Usual()), preprocessing={"size": SIZE})
+    net = convscope.load(randomized(SmallConvNet()), preprocessing={"size": SIZE})
     shown = np.random.default_rng(1).integers(0, 256, (3, 40, 40, 3), np.uint8)
     asked: dict[str, Any] = {"layer": "relu2", "count": 3, "only_predicted": False}
     plenty, little = convscope.concepts(net, shown, 0, **asked), convscope.concepts(net, shown, 0, **asked, memory=1)
@@ -224,7 +224,7 @@ def test_the_size_of_batches_does_not_matter() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(fails: bool) -> None:
-    net, hooks = lived_in(filled(Usual()))
+    net, hooks = in_training(randomized(SmallConvNet()))
     model = convscope.load(net, preprocessing={"size": SIZE})
     before, calls = snapshot(net), []
     shown = np.random.default_rng(1).integers(0, 256, (3, 40, 40, 3), np.uint8)
@@ -245,7 +245,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
         done = [d for d, _ in calls]
         assert done == sorted(done)
         assert calls[-1] == (9, 9)  # three pictures looked at, cut up and judged
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert hooks
 
 

@@ -18,18 +18,18 @@ from convscope.engine import capture
 from convscope.engine.adapters import TorchAdapter
 from tests.oracles.nets import (
     PACKINGS,
-    Aside,
-    Digits,
-    Frozen,
-    Headed,
-    Packed,
-    Softmaxed,
-    Spied,
-    Twice,
-    Usual,
-    changes,
-    filled,
-    lived_in,
+    DigitNet,
+    FrozenStemNet,
+    HeadedNet,
+    PackedNet,
+    SharedReluNet,
+    SmallConvNet,
+    SoftmaxNet,
+    SpiedNet,
+    UnusedBranchNet,
+    diff_snapshots,
+    in_training,
+    randomized,
     snapshot,
 )
 
@@ -39,7 +39,7 @@ SIZE = 24
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
-def loaded(net: nn.Module, size: int = SIZE, **given: Any) -> Model:
+def load_model(net: nn.Module, size: int = SIZE, **given: Any) -> Model:
     return convscope.load(net, preprocessing={"size": size, "channels": given.pop("channels", 3)}, **given)
 
 
@@ -48,7 +48,7 @@ def inputs(count: int = 3, channels: int = 3, size: int = SIZE, seed: int = 1) -
     return x.contiguous(memory_format=torch.channels_last)  # as convscope itself lays pictures out
 
 
-def apart(found: Any, expected: Any) -> float:
+def relative_error(found: Any, expected: Any) -> float:
     """The largest difference, relative to the largest expected value."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
@@ -69,11 +69,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "robust classes": lambda m, **more: convscope.patterns(m, "logits", [0], steps=2, **more),
 }
 STATES: dict[str, Callable[[], nn.Module]] = {
-    "float32": lambda: filled(Usual()),
-    "channels last": lambda: filled(Usual()).to(memory_format=torch.channels_last),
-    "float64": lambda: filled(Usual()).double(),
-    "bfloat16": lambda: filled(Usual()).bfloat16(),
-    "with a softmax": lambda: filled(Softmaxed()),
+    "float32": lambda: randomized(SmallConvNet()),
+    "channels last": lambda: randomized(SmallConvNet()).to(memory_format=torch.channels_last),
+    "float64": lambda: randomized(SmallConvNet()).double(),
+    "bfloat16": lambda: randomized(SmallConvNet()).bfloat16(),
+    "with a softmax": lambda: randomized(SoftmaxNet()),
 }
 
 
@@ -84,23 +84,23 @@ def raising(error: BaseException) -> Callable[..., None]:
     return hook
 
 
-def in_use(net: nn.Module) -> tuple[Model, dict[str, Any]]:
+def model_in_training(net: nn.Module) -> tuple[Model, dict[str, Any]]:
     """A model around a network that is in training, and what the network was before anything touched it."""
-    net, _ = lived_in(net)
+    net, _ = in_training(net)
     before = snapshot(net)
-    model = loaded(net)
-    assert changes(before, snapshot(net)) == [], "loading"
+    model = load_model(net)
+    assert diff_snapshots(before, snapshot(net)) == [], "loading"
     return model, before
 
 
 def test_snapshot_sees_every_kind_of_change() -> None:
     """The record itself must be able to fail."""
 
-    def write(net: Usual) -> None:
+    def write(net: SmallConvNet) -> None:
         with torch.no_grad():
             net.fc.bias.add_(0)
 
-    kinds: dict[str, Callable[[Usual], Any]] = {
+    kinds: dict[str, Callable[[SmallConvNet], Any]] = {
         "bn1 training": lambda net: net.bn1.eval(),
         "conv2 hooks": lambda net: net.conv2.register_forward_hook(lambda *_: None),
         "fc.weight is": lambda net: net.fc.weight.requires_grad_(not net.fc.weight.requires_grad),
@@ -114,45 +114,45 @@ def test_snapshot_sees_every_kind_of_change() -> None:
         "random": lambda _: torch.rand(1),
     }
     for entry, change in kinds.items():
-        net, _ = lived_in(filled(Usual()))
+        net, _ = in_training(randomized(SmallConvNet()))
         before = snapshot(net)
         change(net)
-        assert entry in changes(before, snapshot(net)), entry
-    net = filled(Usual())
+        assert entry in diff_snapshots(before, snapshot(net)), entry
+    net = randomized(SmallConvNet())
     before = snapshot(net)
     with torch.no_grad():
-        assert changes(before, snapshot(net)) == ["gradient modes"]
+        assert diff_snapshots(before, snapshot(net)) == ["gradient modes"]
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("call", CALLS)
 def test_success_leaves_nothing(call: str, state: str) -> None:
-    model, before = in_use(STATES[state]())
+    model, before = model_in_training(STATES[state]())
     CALLS[call](model)
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("crash"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("place", ["conv1", "conv3"])
 @pytest.mark.parametrize("call", CALLS)
 def test_crash_in_the_network_leaves_nothing(call: str, place: str, error: BaseException) -> None:
-    model, _ = in_use(filled(Usual()))
+    model, _ = model_in_training(randomized(SmallConvNet()))
     getattr(model.module, place).register_forward_pre_hook(raising(error))
     before = snapshot(model.module)
     with pytest.raises((type(error), ConvscopeError)) as caught:
         CALLS[call](model)
     # Patterns try the size that they were given, and say what came of it.
     assert caught.value is error or (caught.value.__cause__ is error and "crash" in str(caught.value))
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("call", CALLS)
 def test_crash_in_the_progress_callback_leaves_nothing(call: str, error: BaseException) -> None:
-    model, before = in_use(filled(Usual()))
+    model, before = model_in_training(randomized(SmallConvNet()))
     with pytest.raises(type(error)):
         CALLS[call](model, progress=raising(error))
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 @pytest.mark.parametrize(
@@ -176,18 +176,18 @@ def test_crash_in_the_progress_callback_leaves_nothing(call: str, error: BaseExc
     ],
 )
 def test_mistake_leaves_nothing(mistake: Callable[[Model], Any]) -> None:
-    model, before = in_use(filled(Usual()))
+    model, before = model_in_training(randomized(SmallConvNet()))
     with pytest.raises(ConvscopeError):
         mistake(model)
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 def test_bad_picture_among_good_ones_leaves_nothing() -> None:
-    model, before = in_use(filled(Usual()))
+    model, before = model_in_training(randomized(SmallConvNet()))
     pictures = [np.zeros((30, 20, 3), np.uint8), "missing.png", np.full((9, 9, 3), 7.0)]
     for call in (convscope.activations, convscope.predict, convscope.heatmaps):
         assert [f.name for f in call(model, pictures).failed] == ["missing.png", "image 2"]
-    assert changes(before, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
 
 
 def test_training_goes_on_as_if_nothing_had_been() -> None:
@@ -201,10 +201,10 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
                 if p.grad is not None:
                     p.sub_(p.grad, alpha=0.1)
 
-    nets = [lived_in(filled(Usual(inplace=False)))[0] for _ in range(2)]
+    nets = [in_training(randomized(SmallConvNet(inplace=False)))[0] for _ in range(2)]
     for net in nets:
         step(net)
-    model = loaded(nets[0])
+    model = load_model(nets[0])
     for call in CALLS.values():
         call(model)
     for net in nets:
@@ -215,9 +215,9 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
 
 
 def test_weights_changed_later_are_seen() -> None:
-    net = filled(Usual())
-    model = loaded(net)
-    net.load_state_dict(filled(Usual(), seed=5).state_dict())
+    net = randomized(SmallConvNet())
+    model = load_model(net)
+    net.load_state_dict(randomized(SmallConvNet(), seed=5).state_dict())
     with torch.no_grad():
         expected = net(inputs())
     # The same kernels on the same numbers.
@@ -227,13 +227,13 @@ def test_weights_changed_later_are_seen() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("call", CALLS)
 def test_callers_gradient_mode_changes_no_number(call: str, mode: Callable[[], Any]) -> None:
-    model, before = in_use(filled(Usual()))
+    model, before = model_in_training(randomized(SmallConvNet()))
     expected = CALLS[call](model)
     with mode():
         inside = snapshot(model.module)
         found = CALLS[call](model)
-        assert changes(inside, snapshot(model.module)) == []
-    assert changes(before, snapshot(model.module)) == []
+        assert diff_snapshots(inside, snapshot(model.module)) == []
+    assert diff_snapshots(before, snapshot(model.module)) == []
     for name, values in expected.arrays().items():
         assert np.array_equal(found.arrays()[name], values), name
 
@@ -242,8 +242,8 @@ def test_callers_gradient_mode_changes_no_number(call: str, mode: Callable[[], A
 
 
 def test_gradients_exist_behind_the_layer_only() -> None:
-    net = filled(Spied())
-    model = loaded(net)
+    net = randomized(SpiedNet())
+    model = load_model(net)
     spies = (net.before, net.between, net.after)
 
     def modes(call: Callable[[], Any]) -> list[set[bool]]:
@@ -267,8 +267,8 @@ def test_gradients_exist_behind_the_layer_only() -> None:
 
 @pytest.mark.parametrize("recipe", ["plain", "robust"])
 def test_patterns_stop_behind_the_layer(recipe: str) -> None:
-    net = filled(Spied())
-    model = loaded(net)
+    net = randomized(SpiedNet())
+    model = load_model(net)
     net.between.error = RuntimeError("never reached")
     convscope.patterns(model, "conv1", [0], recipe=recipe, steps=2)
     with pytest.raises(RuntimeError, match="never reached"):
@@ -276,15 +276,15 @@ def test_patterns_stop_behind_the_layer(recipe: str) -> None:
 
 
 def test_stop_gets_past_a_network_that_catches_exceptions() -> None:
-    class Careful(Spied):
+    class Careful(SpiedNet):
         def forward(self, x: Tensor) -> Tensor:
             try:
                 return super().forward(x)
             except Exception:
                 return self.conv2(self.conv1(x)).mean((2, 3))
 
-    net = filled(Careful())
-    model = loaded(net)
+    net = randomized(Careful())
+    model = load_model(net)
     net.between.error = RuntimeError("caught by the network")
     ran: list[int] = []
     net.conv2.register_forward_hook(lambda *_: ran.append(1))
@@ -293,8 +293,8 @@ def test_stop_gets_past_a_network_that_catches_exceptions() -> None:
 
 
 def test_activations_stop_behind_the_last_layer() -> None:
-    net = filled(Spied())
-    model = loaded(net)
+    net = randomized(SpiedNet())
+    model = load_model(net)
     net.after.error = RuntimeError("never reached")
     convscope.activations(model, inputs(), ["conv2", "conv1"])
     with pytest.raises(RuntimeError, match="never reached"):
@@ -303,8 +303,8 @@ def test_activations_stop_behind_the_last_layer() -> None:
 
 def test_no_parameter_is_in_the_graph() -> None:
     """Whatever a gradient leads back to is the layer's leaf, never a weight."""
-    net = lived_in(filled(Usual()))[0]
-    model = loaded(net)
+    net = in_training(randomized(SmallConvNet()))[0]
+    model = load_model(net)
     with capture.capture_layers(model, ["conv2"], detach_at_layer=True) as run:
         seen = run(inputs())
         leaves, todo = [], [seen.logits.grad_fn]
@@ -320,8 +320,8 @@ def test_no_parameter_is_in_the_graph() -> None:
 
 @pytest.mark.parametrize("technique", ["activations", "predict", "heatmaps"])
 def test_memory_bounds_the_pictures_held_at_once(technique: str) -> None:
-    net = filled(Spied())
-    model = loaded(net)
+    net = randomized(SpiedNet())
+    model = load_model(net)
     x = inputs(7)
     held: list[int] = []
     net.before.register_forward_pre_hook(lambda _, args: held.append(len(args[0])))
@@ -339,12 +339,12 @@ def test_memory_bounds_the_pictures_held_at_once(technique: str) -> None:
         assert held == batches
         for name, values in expected.arrays().items():
             # Other kernels may be chosen for other batch sizes: equal to rounding.
-            assert apart(chunked.arrays()[name], values) < 1e-5 if values.any() else not chunked.arrays()[name].any()
+            assert relative_error(chunked.arrays()[name], values) < 1e-5 if values.any() else not chunked.arrays()[name].any()
 
 
 def test_memory_bounds_the_patterns_drawn_at_once() -> None:
-    net = filled(Spied())
-    model = loaded(net)
+    net = randomized(SpiedNet())
+    model = load_model(net)
     held: list[int] = []
     net.before.register_forward_pre_hook(lambda _, args: held.append(len(args[0])))
     sizes = {}
@@ -359,7 +359,7 @@ def test_memory_bounds_the_patterns_drawn_at_once() -> None:
 # --- what hooks get wrong --------------------------------------------------------------------------------------------
 
 
-def forward_hooked(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Any]:
+def output_and_logits_by_hook(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Any]:
     """What a layer gives, copied at once, and what the network gives: by a hook of the test's own."""
     kept: list[Tensor] = []
     handle = net.get_submodule(layer).register_forward_hook(lambda _, __, output: kept.append(output.clone()))
@@ -372,9 +372,9 @@ def forward_hooked(net: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Any]:
 def test_inplace_rectifier_does_not_change_what_was_seen() -> None:
     """The convolution's own output, negative values and all, and the same heat as without `inplace`."""
     x = inputs()
-    inplace, plain = (loaded(filled(Usual(inplace=flag))) for flag in (True, False))
+    inplace, plain = (load_model(randomized(SmallConvNet(inplace=flag))) for flag in (True, False))
     for layer in ("conv2", "bn3", "bn1"):
-        expected, _ = forward_hooked(plain.module, layer, x)
+        expected, _ = output_and_logits_by_hook(plain.module, layer, x)
         assert expected.min() < 0
         for model in (inplace, plain):
             for layers in ([layer], ["conv1", layer, "relu3"]):
@@ -386,9 +386,9 @@ def test_inplace_rectifier_does_not_change_what_was_seen() -> None:
 
 def test_gradient_is_that_of_the_whole_network() -> None:
     """Begun at the layer, gradients are the ones that autograd finds when it runs through everything."""
-    net = filled(Usual(inplace=False))
+    net = randomized(SmallConvNet(inplace=False))
     x = inputs()
-    model = loaded(net)
+    model = load_model(net)
     for layer in ("conv1", "relu2", "bn3", "pool"):
         kept: list[Tensor] = []
         handle = net.get_submodule(layer).register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
@@ -398,14 +398,14 @@ def test_gradient_is_that_of_the_whole_network() -> None:
         with capture.capture_layers(model, [layer], detach_at_layer=True) as run:
             seen = run(x)
             (found,) = torch.autograd.grad(seen.logits[:, 1].sum(), seen.maps[layer])
-        assert apart(seen.logits.detach(), logits.detach()) < 1e-6  # one rounding of float32 or the other
-        assert apart(found, expected) < 1e-6
+        assert relative_error(seen.logits.detach(), logits.detach()) < 1e-6  # one rounding of float32 or the other
+        assert relative_error(found, expected) < 1e-6
 
 
 def test_two_leaves_in_one_pass() -> None:
     """The first layer is the leaf; the second depends on it, and both have their gradients."""
-    net = filled(Usual())
-    model, x = loaded(net), inputs()
+    net = randomized(SmallConvNet())
+    model, x = load_model(net), inputs()
     with capture.capture_layers(model, ["bn3", "conv2"], detach_at_layer=True) as run:
         seen = run(x)
         both = torch.autograd.grad(seen.logits[:, 0].sum(), [seen.maps["conv2"], seen.maps["bn3"]])
@@ -419,22 +419,22 @@ def test_two_leaves_in_one_pass() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_module_used_twice_is_addressed_by_call(inplace: bool) -> None:
-    net = filled(Twice(inplace))
-    model, x = loaded(net), inputs()
+    net = randomized(SharedReluNet(inplace))
+    model, x = load_model(net), inputs()
     first = net.conv1(x).relu().detach()
     second = net.conv2(first).relu().detach()
     assert model.layers.names == ["conv1", "relu", "conv2", "relu#2", "fc"]
     found = convscope.activations(model, x, ["relu#2", "relu#1"])
     assert found.layers == ["relu#2", "relu"]
-    assert apart(found["relu"], first) < 1e-6  # rounding: other kernels for other memory layouts
-    assert apart(found["relu#1"], first) < 1e-6
-    assert apart(found["relu#2"], second) < 1e-6
+    assert relative_error(found["relu"], first) < 1e-6  # rounding: other kernels for other memory layouts
+    assert relative_error(found["relu#1"], first) < 1e-6
+    assert relative_error(found["relu#2"], second) < 1e-6
     by_hand = ((net.fc.weight[3] / second[0, 0].numel())[:, None, None] * second).sum(1)
-    assert apart(convscope.heatmaps(model, x, 3, layer="relu#2").values[:, 0], by_hand.detach()) < 1e-6
+    assert relative_error(convscope.heatmaps(model, x, 3, layer="relu#2").values[:, 0], by_hand.detach()) < 1e-6
     leaf = first.requires_grad_()
     (gradient,) = torch.autograd.grad(net.fc(net.conv2(leaf).relu().mean((2, 3)))[:, 3].sum(), leaf)
     by_hand = (gradient.mean((2, 3), keepdim=True) * first).sum(1).detach()
-    assert apart(convscope.heatmaps(model, x, 3, layer="relu#1").values[:, 0], by_hand) < 1e-5  # two kernels deep
+    assert relative_error(convscope.heatmaps(model, x, 3, layer="relu#1").values[:, 0], by_hand) < 1e-5  # two kernels deep
     drawn = [convscope.patterns(model, name, [2], steps=3, size=24) for name in ("relu", "relu#1", "relu#2")]
     assert [p.layer for p in drawn] == ["relu", "relu", "relu#2"]
     assert np.array_equal(drawn[0].images, drawn[1].images)
@@ -446,7 +446,7 @@ def test_module_used_twice_is_addressed_by_call(inplace: bool) -> None:
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_outputs(packing: str) -> None:
     """Tuples, dictionaries, dataclasses: at an inner layer and at the end, the numbers of the bare tensor."""
-    plain, packed = (loaded(filled(Packed(*PACKINGS[name]))) for name in ("tensor", packing))
+    plain, packed = (load_model(randomized(PackedNet(*PACKINGS[name]))) for name in ("tensor", packing))
     x = inputs()
     assert packed.layers["inner"].alias_of == "inner.conv"
     for layer in ("inner", "inner.conv"):
@@ -462,7 +462,7 @@ def test_packed_outputs(packing: str) -> None:
 
 
 def test_output_without_a_tensor_of_floats_is_refused() -> None:
-    model = loaded(filled(Packed(*PACKINGS["tensor"])))
+    model = load_model(randomized(PackedNet(*PACKINGS["tensor"])))
     model.module.inner.pack = lambda t: ("words", t.long())
     model.module.unpack = lambda o: o[1].float()
     with pytest.raises(ConvscopeError, match="layer 'inner' returned no tensor"):
@@ -470,8 +470,8 @@ def test_output_without_a_tensor_of_floats_is_refused() -> None:
 
 
 def test_layer_that_does_not_run_is_said() -> None:
-    net = filled(Twice())
-    model = loaded(net)
+    net = randomized(SharedReluNet())
+    model = load_model(net)
     net.forward = lambda x: net.fc(net.relu(net.conv2(net.conv1(x))).mean((2, 3)))
     with pytest.raises(ConvscopeError, match="layer 'relu#2' did not run for this input"):
         convscope.activations(model, inputs(), "relu#2")
@@ -480,7 +480,7 @@ def test_layer_that_does_not_run_is_said() -> None:
 @pytest.mark.parametrize("layer", ["front.0", "front.1", "front.2", "behind"])
 def test_network_that_turns_gradients_off_itself(layer: str) -> None:
     """A frozen front part: gradients are had behind any layer, and back to the picture, all the same."""
-    frozen, free = (loaded(filled(Frozen(without))) for without in (torch.no_grad, None))
+    frozen, free = (load_model(randomized(FrozenStemNet(without))) for without in (torch.no_grad, None))
     before = snapshot(frozen.module)
     x = inputs()
     heat = [convscope.heatmaps(m, x, [[4, 2]] * 3, layer=layer).values for m in (frozen, free)]
@@ -490,12 +490,12 @@ def test_network_that_turns_gradients_off_itself(layer: str) -> None:
         drawn = [convscope.patterns(m, layer, [0, 1], recipe=recipe, size=24, steps=3) for m in (frozen, free)]
         assert np.array_equal(drawn[0].images, drawn[1].images)
         assert np.array_equal(drawn[0].history, drawn[1].history)
-    assert changes(before, snapshot(frozen.module)) == []
+    assert diff_snapshots(before, snapshot(frozen.module)) == []
 
 
 def test_network_in_inference_mode_says_why_there_are_no_gradients() -> None:
-    model = loaded(filled(Frozen(torch.inference_mode)))
-    free = loaded(filled(Frozen(None)))
+    model = load_model(randomized(FrozenStemNet(torch.inference_mode)))
+    free = load_model(randomized(FrozenStemNet(None)))
     x = inputs()
     for layer in ("front.0", "behind"):
         assert np.array_equal(*[convscope.activations(m, x, layer)[layer] for m in (model, free)])
@@ -510,10 +510,10 @@ def test_network_in_inference_mode_says_why_there_are_no_gradients() -> None:
 def test_weights_made_in_inference_mode() -> None:
     """Good for activations; where gradients would have to go through them, words. They stay as they are."""
     with torch.inference_mode():
-        net = filled(Usual())
+        net = randomized(SmallConvNet())
         for p in net.parameters():
             p.requires_grad_()
-    model, same = loaded(net), loaded(filled(Usual()))
+    model, same = load_model(net), load_model(randomized(SmallConvNet()))
     assert all(p.requires_grad and p.is_inference() for p in net.parameters())
     x = inputs()
     assert np.array_equal(*[convscope.activations(m, x, "conv2")["conv2"] for m in (model, same)])
@@ -526,7 +526,7 @@ def test_weights_made_in_inference_mode() -> None:
 
 def test_layer_that_leads_nowhere() -> None:
     """Beside the path, or on it and multiplied by nought: zero heat, and words for it."""
-    model = loaded(filled(Aside()), classes=["a", "b", "c", "d"])
+    model = load_model(randomized(UnusedBranchNet()), classes=["a", "b", "c", "d"])
     for layer in ("aside", "drowned"):
         found = convscope.heatmaps(model, inputs(2), [["a", "d"]] * 2, layer=layer)
         assert found.values.shape == (2, 2, SIZE - 2, SIZE - 2)
@@ -538,10 +538,10 @@ def test_layer_that_leads_nowhere() -> None:
 
 def test_loose_tensor_that_wants_gradients_gets_none() -> None:
     """A weight that the user keeps outside the network's parameters."""
-    net = filled(Aside())
+    net = randomized(UnusedBranchNet())
     loose = torch.ones(1, requires_grad=True)
     net.register_forward_hook(lambda _, __, output: output * loose)
-    model = loaded(net)
+    model = load_model(net)
     assert not convscope.heatmaps(model, inputs(), 0, layer="aside").values.any()
     assert convscope.heatmaps(model, inputs(), 0, layer="used").values.any()
     assert convscope.predict(model, inputs()).logits.any()
@@ -565,8 +565,8 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("head", HEADS)
 def test_logits_are_what_went_into_the_head(head: str) -> None:
-    net = filled(Headed(HEADS[head]))
-    model, x = loaded(net), inputs()
+    net = randomized(HeadedNet(HEADS[head]))
+    model, x = load_model(net), inputs()
     with torch.no_grad():
         expected = net.body(x)
         own = net(x)
@@ -576,8 +576,8 @@ def test_logits_are_what_went_into_the_head(head: str) -> None:
     assert model.final_activation == head.partition(" ")[0].removesuffix(",")
     assert np.array_equal(found.logits, expected.numpy())  # the same kernels
     in_order = probabilities.gather(1, torch.from_numpy(found.indices))
-    assert apart(found.probabilities, in_order) < 1e-6  # exp(log_softmax) rounds once more
-    bare = loaded(net.body)
+    assert relative_error(found.probabilities, in_order) < 1e-6  # exp(log_softmax) rounds once more
+    bare = load_model(net.body)
     heat = convscope.heatmaps(model, x, [[1, 3]] * 3, layer="body.conv3")
     assert np.array_equal(heat.values, convscope.heatmaps(bare, x, [[1, 3]] * 3, layer="conv3").values)
     assert np.array_equal(heat.logits, expected[:, [1, 3]].numpy())
@@ -595,13 +595,13 @@ def test_one_output(ends: bool, shape: str) -> None:
         t = t.sigmoid() if ends else t
         return t.squeeze(1) if shape == "(N,)" else t
 
-    net = filled(Headed(head, classes=1))
-    model, x = loaded(net), inputs()
+    net = randomized(HeadedNet(head, classes=1))
+    model, x = load_model(net), inputs()
     with torch.no_grad():
         expected = net.body(x)
     found = convscope.predict(model, x)
     assert np.array_equal(found.logits, expected.numpy())
-    assert apart(found.probabilities, expected.sigmoid()) < 1e-6  # sigmoid of a contiguous copy
+    assert relative_error(found.probabilities, expected.sigmoid()) < 1e-6  # sigmoid of a contiguous copy
     assert model.num_outputs == 1
     heat = convscope.heatmaps(model, x, 0)
     assert np.array_equal(heat.logits, expected.numpy())
@@ -617,15 +617,15 @@ def test_softmax_inside_is_not_taken_for_the_head() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.fc = Usual(classes=5), nn.Linear(5, 5)
+            self.body, self.fc = SmallConvNet(classes=5), nn.Linear(5, 5)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.body(x).softmax(1)).softmax(1)
 
-    net = filled(Gated())
+    net = randomized(Gated())
     with torch.no_grad():
         expected = net.fc(net.body(inputs()).softmax(1))
-    assert np.array_equal(convscope.predict(loaded(net), inputs()).logits, expected.numpy())
+    assert np.array_equal(convscope.predict(load_model(net), inputs()).logits, expected.numpy())
 
 
 # --- wrappers, precision, unusual pictures ---------------------------------------------------------------------------
@@ -633,31 +633,31 @@ def test_softmax_inside_is_not_taken_for_the_head() -> None:
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
 def test_wrapped_network_is_looked_through(wrap: Callable[[nn.Module], Any]) -> None:
-    net, _ = lived_in(filled(Usual()))
+    net, _ = in_training(randomized(SmallConvNet()))
     wrapped = wrap(net)
     before = snapshot(net)
-    model, bare = loaded(wrapped), loaded(net)
+    model, bare = load_model(wrapped), load_model(net)
     assert model.layers.names == bare.layers.names
     x = inputs()
     for call in CALLS.values():
         found, expected = call(model).arrays(), call(bare).arrays()
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert np.array_equal(convscope.activations(model, x)["conv2"], convscope.activations(bare, x)["conv2"])
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 11), (torch.bfloat16, 8)])
 def test_half_precision(dtype: torch.dtype, bits: int) -> None:
     """Six layers each round to `bits` bits, and so do gradients: a few units of the last place, not more."""
-    half, full = filled(Usual()).to(dtype), filled(Usual()).to(dtype).float()  # the same, already rounded weights
-    model, exact = loaded(half), loaded(full)
+    half, full = randomized(SmallConvNet()).to(dtype), randomized(SmallConvNet()).to(dtype).float()  # the same, already rounded weights
+    model, exact = load_model(half), load_model(full)
     x = inputs()
     tolerance = 8 * 2.0**-bits
-    assert apart(convscope.predict(model, x).logits, convscope.predict(exact, x).logits) < tolerance
+    assert relative_error(convscope.predict(model, x).logits, convscope.predict(exact, x).logits) < tolerance
     for layer in ("conv1", "relu3"):
         found = convscope.activations(model, x, layer)[layer]
         assert found.dtype == np.float32
-        assert apart(found, convscope.activations(exact, x, layer)[layer]) < tolerance
+        assert relative_error(found, convscope.activations(exact, x, layer)[layer]) < tolerance
     # A ReLU6 that switches by rounding takes its whole gradient with it: compare the map as a whole.
     found, expected = (convscope.heatmaps(m, x, 1, layer="conv2").values.ravel() for m in (model, exact))
     assert np.isfinite(found).all()
@@ -674,7 +674,7 @@ def test_half_precision(dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("recipe", ["plain", "robust"])
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "logits"])
 def test_network_for_one_size_and_one_channel(layer: str, recipe: str) -> None:
-    model = convscope.load(filled(Digits()))
+    model = convscope.load(randomized(DigitNet()))
     assert model.preprocessing.size == (28, 28)
     found = convscope.patterns(model, layer, [0, 3, 5], recipe=recipe, steps=48)
     assert found.images.shape[-1] == 1
@@ -691,21 +691,21 @@ def test_network_for_one_size_and_one_channel(layer: str, recipe: str) -> None:
             "logits": lambda: net(x),
         }[layer]()
     by_hand = outputs[[0, 1, 2], [0, 3, 5]].numpy()
-    assert apart(found.scores, by_hand) < 1e-5  # rounding, other memory layout
+    assert relative_error(found.scores, by_hand) < 1e-5  # rounding, other memory layout
     gray = np.random.default_rng(0).random((28, 28), dtype=np.float32)
     assert convscope.heatmaps(model, gray, 3).values.shape == (1, 1, 10, 10)
     assert convscope.activations(model, gray)["conv1"].shape == (1, 6, 24, 24)
 
 
 def test_five_channels() -> None:
-    net = filled(Usual(channels=5))
-    model = loaded(net, channels=5)
+    net = randomized(SmallConvNet(channels=5))
+    model = load_model(net, channels=5)
     picture = np.random.default_rng(0).random((40, 30, 5), dtype=np.float32)
     heat = convscope.heatmaps(model, picture, 2)
     assert heat.resized()[0].shape == (1, 40, 30)
     assert heat.overlay()[0].size == (30, 40)
     x = inputs(2, channels=5)
-    expected, _ = forward_hooked(net, "conv2", x)
+    expected, _ = output_and_logits_by_hook(net, "conv2", x)
     assert np.array_equal(convscope.activations(model, x, "conv2")["conv2"], expected.numpy())
     for recipe in ("plain", "robust"):
         drawn = convscope.patterns(model, "conv1", [1, 2], recipe=recipe, steps=12, size=24)
@@ -714,7 +714,7 @@ def test_five_channels() -> None:
 
 
 def test_settled_restores_what_it_changed_and_no_more() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     net.bn1.train()
     net.fc.bias.requires_grad_(False)
 
@@ -731,7 +731,7 @@ def test_settled_restores_what_it_changed_and_no_more() -> None:
 
 
 def test_observer_is_told_of_every_call_in_order() -> None:
-    net = filled(Twice())
+    net = randomized(SharedReluNet())
     x = inputs(1)
     told: list[tuple[str, float]] = []
     capture.run_with_callback(net, TorchAdapter(), x, lambda name, _, output: told.append((name, float(output.sum()))))

@@ -19,7 +19,7 @@ from convscope.attribution import context
 from convscope.engine import capture
 from convscope.engine.acceleration import conv_fusion
 from convscope.engine.model import Model
-from tests.oracles.nets import Usual, changes, filled, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, randomized, snapshot
 
 TINY = 1e-5
 
@@ -45,7 +45,7 @@ def steps(folds: conv_fusion.Folds) -> list[str]:
 
 
 def named(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: filled(getattr(torchvision.models, name)(weights=None, **options))
+    return lambda: randomized(getattr(torchvision.models, name)(weights=None, **options))
 
 
 BOTH, NORMALISED, ACTIVE = "normalisation activation", "normalisation", "activation"
@@ -83,7 +83,7 @@ def test_lite0(lite0: Model) -> None:
 
 
 def test_other_sizes_than_the_one_that_was_watched() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     with torch.no_grad():
         folds = conv_fusion.find_fusions(net, inputs(1, 3, 24, 24))
         other = inputs(2, 3, 31, 18)
@@ -108,7 +108,7 @@ class Layers(nn.Module):
 
 def varied(net: nn.Module) -> nn.Module:
     """With statistics for normalisations of any number of axes."""
-    filled(net)
+    randomized(net)
     draw = torch.Generator().manual_seed(5)
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
@@ -315,7 +315,7 @@ def test_gradients_through_rectifiers(name: str, expected: dict[str, int]) -> No
 )
 def test_a_rectifier_into_whose_output_is_written(behind: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Its gradient cannot be told from what came out any more: left to torch, which keeps what went in."""
-    convolution = filled(nn.Conv2d(3, 3, 1)).requires_grad_(False)
+    convolution = randomized(nn.Conv2d(3, 3, 1)).requires_grad_(False)
     convolution.weight.mul_(4)
 
     def net(x: Tensor) -> Tensor:
@@ -411,15 +411,15 @@ def test_nothing_is_kept_during_a_pass_but_what_is_still_asked_for() -> None:
 
 
 def test_nothing_of_the_network_changes() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     before = snapshot(net)
     both(net, inputs(2, 3, 24, 24))
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     net.conv1.register_forward_hook(crash)
     before = snapshot(net)
     with pytest.raises(ZeroDivisionError):
         conv_fusion.find_fusions(net, inputs(1, 3, 24, 24))
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def crash(*_: Any) -> None:
@@ -484,7 +484,7 @@ def test_numbers_that_do_not_agree_are_not_used(
 
 def test_a_network_in_hand_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = counted(monkeypatch)
-    model = convscope.load(filled(Usual()), preprocessing={"size": 24})
+    model = convscope.load(randomized(SmallConvNet()), preprocessing={"size": 24})
     convscope.heatmaps(model, inputs(1, 3, 24, 24), 0, method="occlusion")
     assert batches == []
     assert not model.loaded_by_convscope

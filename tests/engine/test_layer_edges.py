@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import convscope
-from tests.oracles.nets import Twice, filled
+from tests.oracles.nets import SharedReluNet, randomized
 
 
 def conv(before: int = 4, behind: int = 4) -> nn.Conv2d:
@@ -47,7 +47,7 @@ class Branches(Net):
         return self.d(torch.cat([self.b(x), self.c(x)], 1)).mean((2, 3))
 
 
-class Written(Branches):
+class WritesInPlace(Branches):
     """The same through memory that is filled piece by piece."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Block(Net):
 
 
 def edges(net: nn.Module, among: list[str] | None = None) -> set[tuple[str, str]]:
-    loaded = convscope.load(filled(net), preprocessing={"size": 12, "mean": 0.5, "std": 0.5})
+    loaded = convscope.load(randomized(net), preprocessing={"size": 12, "mean": 0.5, "std": 0.5})
     return set(loaded.layers.edges(among))
 
 
@@ -88,7 +88,7 @@ def edges(net: nn.Module, among: list[str] | None = None) -> set[tuple[str, str]
     [
         (Chain(), {"ab", "bc", "cd"}),
         (Branches(), {"ab", "ac", "bd", "cd"}),
-        (Written(), {"ab", "ac", "bd", "cd"}),
+        (WritesInPlace(), {"ab", "ac", "bd", "cd"}),
         (Gated(), {"ab", "ac", "bd", "cd"}),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_residual_sum_is_joined_by_what_goes_around():
 def test_a_module_that_runs_twice_is_two_layers():
     known = {("conv1", "relu"), ("relu", "conv2"), ("conv2", "relu#2"), ("relu#2", "fc")}
     for inplace in (False, True):
-        assert edges(Twice(inplace)) == known
+        assert edges(SharedReluNet(inplace)) == known
 
 
 def test_a_block_joins_what_it_sums():

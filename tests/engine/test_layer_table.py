@@ -81,10 +81,10 @@ def check(
     layers = table(positive(module), size, channels)
     rows = [row for row in layers if row.is_spatial and row.receptive_field is not None]
     laid = {row.name: row.to_nchw for row in rows}
-    found = receptive.seen(module, list(laid), size, channels, way, laid)
+    found = receptive.receptive_fields(module, list(laid), size, channels, way, laid)
     compared = 0
     for row in rows:
-        seen = receptive.places(found[row.name])
+        seen = receptive.any_channel(found[row.name])
         compared += compare(row, seen, slack=slack, cropped=cropped)
     assert compared or slack
     return layers
@@ -138,11 +138,11 @@ def test_chains_see_what_brute_force_finds(layers):
     except RuntimeError:
         return  # nothing is left of the picture
     rows = table(module)
-    found = receptive.seen(module, rows.names, SIZE)
+    found = receptive.receptive_fields(module, rows.names, SIZE)
     assert [row.name for row in rows] == [str(i) for i in range(len(layers))]
     for row in rows:
         if row.is_spatial:
-            compare(row, receptive.places(found[row.name]))
+            compare(row, receptive.any_channel(found[row.name]))
 
 
 def test_a_chain_by_hand():
@@ -324,7 +324,7 @@ class Squeeze(nn.Module):
 def test_a_global_gate_keeps_the_local_field(style):
     module = positive(Squeeze(style))
     rows = table(module)
-    found = receptive.places(receptive.seen(module, ["b"], SIZE)["b"])
+    found = receptive.any_channel(receptive.receptive_fields(module, ["b"], SIZE)["b"])
     assert found.all()  # through the gate each place sees everything
     assert rows["b"].has_global_context
     assert rows["b"].receptive_field == (5, 5)
@@ -355,7 +355,7 @@ def test_norms(name):
     norm, whole = NORMS[name]
     module = positive(nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 3, padding=1), norm=norm)))
     row = table(module)["norm"]
-    found = receptive.places(receptive.seen(module, ["norm"], SIZE)["norm"])
+    found = receptive.any_channel(receptive.receptive_fields(module, ["norm"], SIZE)["norm"])
     assert row.has_global_context == whole
     assert row.receptive_field == (3, 3)
     if whole:
@@ -364,23 +364,23 @@ def test_norms(name):
         assert compare(row, found) > 0
 
 
-def shifted(net: Run, x: Tensor) -> Tensor:
+def roll_channels(net: Run, x: Tensor) -> Tensor:
     return net.a(torch.cat([x[..., :1], x[..., :-1]], 3))
 
 
-def written(net: Run, x: Tensor) -> Tensor:
+def write_in_place(net: Run, x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[..., 5:] = x[..., :-5]
     return net.a(y + x)
 
 
-def smeared(net: Run, x: Tensor) -> Tensor:
+def smear(net: Run, x: Tensor) -> Tensor:
     y = x.clone()
     y[..., 5:] += x[..., :-5]
     return net.a(y)
 
 
-def sampled(net: Run, x: Tensor) -> Tensor:
+def grid_sample(net: Run, x: Tensor) -> Tensor:
     grid = F.affine_grid(
         torch.tensor([[[0, 1.0, 0], [1, 0, 0]]], dtype=x.dtype).expand(len(x), 2, 3), list(x.shape), False
     )
@@ -401,11 +401,11 @@ UNKNOWN: dict[str, Callable[[Run, Tensor], Tensor]] = {
     "cumsum": lambda net, x: net.a(x.cumsum(2)),
     "index": lambda net, x: net.a(x[:, :, torch.arange(H - 1, -1, -1)]),
     "index_select": lambda net, x: net.a(x.index_select(3, torch.arange(W - 1, -1, -1))),
-    "shifted": shifted,
-    "written into zeros": written,
-    "written into itself": smeared,
+    "shifted": roll_channels,
+    "written into zeros": write_in_place,
+    "written into itself": smear,
     "circular": lambda net, x: net.a(F.pad(x, (3, 3, 3, 3), mode="circular")),
-    "grid_sample": sampled,
+    "grid_sample": grid_sample,
     "fft": lambda net, x: net.a(torch.fft.ifft2(torch.fft.fft2(x)).real),
     "mixed along the rows": lambda net, x: net.a(x @ torch.ones(W, W, dtype=x.dtype)),
     "mixed along the columns": lambda net, x: net.a(torch.ones(H, H, dtype=x.dtype) @ x),
@@ -422,7 +422,7 @@ def test_what_is_not_known_counts_as_whole(name):
     row = table(module)["end"]
     assert row.has_global_context
     if name != "weights of its own":
-        found = receptive.places(receptive.seen(module, ["end"], SIZE)["end"])
+        found = receptive.any_channel(receptive.receptive_fields(module, ["end"], SIZE)["end"])
         rows, columns = np.nonzero(found.any((1, 3))), np.nonzero(found.any((0, 2)))
         assert max(np.ptp(rows, 0).max(), np.ptp(columns, 0).max()) > 1  # farther than the convolution alone
 
@@ -443,7 +443,7 @@ def test_classes_see_the_whole_picture(lite0):
 # --- names, order, kinds ---
 
 
-class Twice(nn.Module):
+class SharedRelu(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 2, 3)
@@ -457,7 +457,7 @@ class Twice(nn.Module):
 
 
 def test_calls_are_rows_in_the_order_of_finishing():
-    rows = check(Twice())
+    rows = check(SharedRelu())
     assert rows.names == ["conv", "relu", "again", "relu#2", "again#2", "relu#3"]
     assert [row.receptive_field[0] for row in rows] == [3, 3, 5, 5, 7, 7]
     assert rows["relu#1"] is rows["relu"]

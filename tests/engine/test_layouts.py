@@ -26,7 +26,7 @@ from tests.oracles import receptive
 SWIN = {"depths": (2, 2), "embed_dim": 16, "num_heads": (2, 2), "num_classes": 7}
 
 
-class Vit(torchvision.models.VisionTransformer):
+class RectangularVit(torchvision.models.VisionTransformer):
     """torchvision's own takes squares only; its forward pass does not mind."""
 
     def __init__(self, height: int, width: int, patch: int) -> None:
@@ -45,38 +45,38 @@ def swin(version: int) -> nn.Module:
     return blocks.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=7, **kinds)
 
 
-def tiny(name: str, *size: int) -> nn.Module:
+def tiny_model(name: str, *size: int) -> nn.Module:
     return timm.create_model(name, img_size=size, depth=2, embed_dim=24, num_heads=2, num_classes=7)
 
 
 # How to make it, its input, its patches, how many tokens come before them, and the last layer of all with places.
 TOKENS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int, int, str]] = {
-    "class token": (lambda: tiny("vit_tiny_patch16_224", 64, 48), (64, 48), 16, 1, "norm"),
-    "registers": (lambda: tiny("vit_small_patch14_reg4_dinov2", 28, 56), (28, 56), 14, 5, "norm"),
-    "distilled": (lambda: tiny("deit_tiny_distilled_patch16_224", 32, 48), (32, 48), 16, 2, "norm"),
-    "averaged": (lambda: tiny("vit_relpos_small_patch16_224", 48, 32), (48, 32), 16, 0, "norm"),
-    "registers, averaged": (lambda: tiny("vit_medium_patch16_reg4_gap_256", 48, 32), (48, 32), 16, 4, "norm"),
-    "rotated": (lambda: tiny("eva02_tiny_patch14_224", 42, 28), (42, 28), 14, 1, "norm"),
-    "a single row": (lambda: tiny("vit_tiny_patch16_224", 16, 64), (16, 64), 16, 1, "norm"),
-    "torchvision": (lambda: Vit(32, 24, 8), (32, 24), 8, 1, "encoder"),
+    "class token": (lambda: tiny_model("vit_tiny_patch16_224", 64, 48), (64, 48), 16, 1, "norm"),
+    "registers": (lambda: tiny_model("vit_small_patch14_reg4_dinov2", 28, 56), (28, 56), 14, 5, "norm"),
+    "distilled": (lambda: tiny_model("deit_tiny_distilled_patch16_224", 32, 48), (32, 48), 16, 2, "norm"),
+    "averaged": (lambda: tiny_model("vit_relpos_small_patch16_224", 48, 32), (48, 32), 16, 0, "norm"),
+    "registers, averaged": (lambda: tiny_model("vit_medium_patch16_reg4_gap_256", 48, 32), (48, 32), 16, 4, "norm"),
+    "rotated": (lambda: tiny_model("eva02_tiny_patch14_224", 42, 28), (42, 28), 14, 1, "norm"),
+    "a single row": (lambda: tiny_model("vit_tiny_patch16_224", 16, 64), (16, 64), 16, 1, "norm"),
+    "torchvision": (lambda: RectangularVit(32, 24, 8), (32, 24), 8, 1, "encoder"),
 }
 
 
-def loaded(net: nn.Module, size: tuple[int, ...], channels: int = 3) -> Model:
+def load_model(net: nn.Module, size: tuple[int, ...], channels: int = 3) -> Model:
     torch.manual_seed(0)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
     return convscope.load(net.eval(), preprocessing={"size": size, "channels": channels})
 
 
-def drawn(size: tuple[int, ...], count: int = 2, channels: int = 3, seed: int = 0) -> Tensor:
+def random_batch(size: tuple[int, ...], count: int = 2, channels: int = 3, seed: int = 0) -> Tensor:
     return torch.randn((count, channels, *size), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_each_token_lies_where_its_patch_is(name: str) -> None:
     build, size, patch, before, _ = TOKENS[name]
-    model = loaded(build(), size)
+    model = load_model(build(), size)
     high, wide = size[0] // patch, size[1] // patch
     # The last layer in front of the first attention: up to there each token knows its own patch alone.
     rows = [row for row in model.layers if row.layout.grid]
@@ -86,7 +86,7 @@ def test_each_token_lies_where_its_patch_is(name: str) -> None:
     assert (row.shape, row.units, row.is_spatial) == ((row.shape[0], high, wide), row.shape[0], True)
     assert row.receptive_field == row.stride == (patch, patch)
     assert row.origin == (0, 0)
-    x = drawn(size, 1)
+    x = random_batch(size, 1)
     with torch.no_grad(), capture.capture_layers(model, [row.name]) as run:
         plain = run(x).maps[row.name]
         assert plain.shape == (1, row.shape[0], high, wide)
@@ -101,7 +101,7 @@ def test_each_token_lies_where_its_patch_is(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_every_layer_behind_has_places_and_sees_all(name: str) -> None:
     build, size, patch, before, last = TOKENS[name]
-    model = loaded(build(), size)
+    model = load_model(build(), size)
     grid = size[0] // patch, size[1] // patch
     rows = model.layers
     assert rows.last_spatial().name == last
@@ -118,10 +118,10 @@ def test_every_layer_behind_has_places_and_sees_all(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_activations_are_the_tokens_on_their_grid(name: str) -> None:
     build, size, patch, before, last = TOKENS[name]
-    model = loaded(build(), size)
+    model = load_model(build(), size)
     layer = "blocks.1" if last == "norm" else "encoder.layers.encoder_layer_1"
     own: list[Tensor] = []
-    x = drawn(size)
+    x = random_batch(size)
     handle = dict(model.module.named_modules())[layer].register_forward_hook(lambda _, __, output: own.append(output))
     with torch.no_grad():
         model.module(x)
@@ -144,9 +144,9 @@ def test_activations_are_the_tokens_on_their_grid(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 def test_gradients_at_tokens_are_those_by_hand(name: str) -> None:
     build, size, _, before, last = TOKENS[name]
-    model = loaded(build().double(), size)
+    model = load_model(build().double(), size)
     layer = "blocks.0" if last == "norm" else "encoder.layers.encoder_layer_0"
-    x = drawn(size).double()
+    x = random_batch(size).double()
     kept: list[Tensor] = []
 
     def keep(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ def test_gradients_at_tokens_are_those_by_hand(name: str) -> None:
 def test_gradients_reach_an_earlier_layer_through_the_class_token_too() -> None:
     """Between two watched layers all tokens go on with their gradients, those without a place as well."""
     build, size, *_ = TOKENS["class token"]
-    model = loaded(build(), size)
-    x = drawn(size)
+    model = load_model(build(), size)
+    x = random_batch(size)
 
     def gradient(layers: list[str]) -> Tensor:
         with capture.capture_layers(model, layers, detach_at_layer=True) as run:
@@ -211,7 +211,7 @@ SWINS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
 @pytest.mark.parametrize("name", SWINS)
 def test_swin(name: str) -> None:
     build, block, norm, last = SWINS[name]
-    model = loaded(build(), (32, 48))
+    model = load_model(build(), (32, 48))
     rows = model.layers
     assert (rows[block].shape, rows[block].layout) == ((16, 8, 12), Layout(3, (1, 2)))
     assert (rows[block].stride, rows[block].has_global_context) == ((4, 4), True)
@@ -220,7 +220,7 @@ def test_swin(name: str) -> None:
     windows = [row for row in rows if ".attn." in row.name]
     assert not any(row.is_spatial for row in windows)
     assert len(windows) > 0 or name.startswith("torchvision")
-    x = drawn((32, 48))
+    x = random_batch((32, 48))
     maps = convscope.activations(model, x, norm)[norm]
     (pooled,) = [row.name for row in rows if row.name in ("flatten", "head.global_pool")]
     np.testing.assert_allclose(convscope.activations(model, x, pooled)[pooled], maps.mean((2, 3)), rtol=1e-3, atol=1e-5)
@@ -232,8 +232,8 @@ def test_a_window_sees_itself() -> None:
     net = positive(timm.create_model("swin_tiny_patch4_window7_224", img_size=size, window_size=2, **SWIN))
     row = convscope.load(net, preprocessing={"size": size}).layers["layers.0.blocks.0"]
     assert row.receptive_field == (12, 12)  # 2 x 2 patches of 4 x 4 pixels, wherever in the window a place is
-    found = receptive.seen(net, [row.name], size, 3, "bump", {row.name: row.to_nchw})[row.name]
-    assert compare(row, receptive.places(found), slack=4) == 0  # a window is 8 pixels, and lies to either side
+    found = receptive.receptive_fields(net, [row.name], size, 3, "bump", {row.name: row.to_nchw})[row.name]
+    assert compare(row, receptive.any_channel(found), slack=4) == 0  # a window is 8 pixels, and lies to either side
 
 
 def test_plain_convnets_have_no_tokens() -> None:
@@ -248,7 +248,7 @@ def test_plain_convnets_have_no_tokens() -> None:
             gate = self.gate(self.squeezed(x.mean((2, 3))[:, None])).sigmoid()  # ECA: (N, 1, C)
             return self.fc(self.flat(x * gate[:, 0, :, None, None]).mean(2))
 
-    rows = loaded(Net(), (12, 10)).layers
+    rows = load_model(Net(), (12, 10)).layers
     assert [row.name for row in rows if row.is_spatial] == ["conv"]
     assert rows.last_spatial().name == "conv"
 
@@ -358,7 +358,7 @@ class Volumes(nn.Module):
 
 
 def test_the_table_of_a_network_on_signals() -> None:
-    rows = loaded(Signals(), (32,), 2).layers
+    rows = load_model(Signals(), (32,), 2).layers
     assert [(row.name, row.shape, row.units, row.is_spatial) for row in rows] == [
         ("conv1", (4, 16), 4, True),
         ("conv2", (6, 16), 6, True),
@@ -369,13 +369,13 @@ def test_the_table_of_a_network_on_signals() -> None:
     assert rows["conv2"].receptive_field == (5 + 2 * 2,)
     assert rows.last_spatial().name == "conv2"
     assert "4 x 16" in str(rows)
-    lines = str(loaded(Volumes(), (5, 8, 6), 1).layers).splitlines()
+    lines = str(load_model(Volumes(), (5, 8, 6), 1).layers).splitlines()
     assert " ".join(lines[2].split()) == "conv2 Conv3d 6 x 5 x 4 x 3 6 5 1 x 2 x 2 654"
 
 
 def test_activations_of_signals_by_hand() -> None:
-    model = loaded(Signals(), (32,), 2)
-    x = drawn((32,), 3, 2)
+    model = load_model(Signals(), (32,), 2)
+    x = random_batch((32,), 3, 2)
     seen = convscope.activations(model, x)
     assert seen.layers == ["conv1", "conv2"]
     assert seen["conv1"].shape == (3, 4, 16)
@@ -390,8 +390,8 @@ def test_activations_of_signals_by_hand() -> None:
 
 
 def test_one_signal_is_a_batch_and_batches_keep_their_values() -> None:
-    model = loaded(Signals(), (32,), 2)
-    x = drawn((32,), 5, 2)
+    model = load_model(Signals(), (32,), 2)
+    x = random_batch((32,), 5, 2)
     logits = convscope.predict(model, x).logits
     np.testing.assert_allclose(convscope.predict(model, x[3]).logits, logits[3:4], rtol=1e-4, atol=1e-6)
     spoilt = x.clone()
@@ -410,9 +410,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_in_signals_and_volumes(name: str) -> None:
     build, size, channels = NETS[name]
-    model = loaded(build(), size, channels)
+    model = load_model(build(), size, channels)
     with capture.capture_layers(model, ["conv2"], detach_at_layer=True) as run:
-        seen = run(drawn(size, 2, channels))
+        seen = run(random_batch(size, 2, channels))
         (found,) = torch.autograd.grad(seen.logits[:, 1].sum(), seen.maps["conv2"])
     places = found[0, 0].numel()
     expected = (model.module.fc.weight[1] / places).view(1, -1, *[1] * len(size)).expand_as(found)
@@ -422,8 +422,8 @@ def test_gradients_in_signals_and_volumes(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_what_cannot_be_drawn_is_saved_all_the_same(name: str, tmp_path: Path) -> None:
     build, size, channels = NETS[name]
-    model = loaded(build(), size, channels)
-    x = drawn(size, 2, channels)
+    model = load_model(build(), size, channels)
+    x = random_batch(size, 2, channels)
     seen = convscope.activations(model, x)
     seen.save(tmp_path / "seen")
     assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["arrays.npz", "manifest.json"]
@@ -442,7 +442,7 @@ def test_other_networks_on_volumes_are_loaded_from_a_factory(monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     model = convscope.load("of_volumes:make", preprocessing={"size": (5, 8, 6), "channels": 1})
     assert model.layers["conv2"].shape == (6, 5, 4, 3)
-    assert convscope.predict(model, drawn((5, 8, 6), 1, 1)).logits.shape == (1, 3)
+    assert convscope.predict(model, random_batch((5, 8, 6), 1, 1)).logits.shape == (1, 3)
 
 
 def test_sizes_of_one_and_of_three_numbers() -> None:
@@ -453,7 +453,7 @@ def test_sizes_of_one_and_of_three_numbers() -> None:
     assert Preprocessing.of({"size": [16, 32, 32]}).channels == 1
     assert Preprocessing.of({"size": (8, 9, 10), "channels": 3}).channel_order == "channels"
     assert Preprocessing.of({"size": 1000}).size == Preprocessing(size=1000).size == (1000, 1000)
-    x = drawn((7,), 2, 2)
+    x = random_batch((7,), 2, 2)
     expected = (x - torch.tensor([1.0, 2.0])[:, None]) / 4
     assert torch.allclose(signal.normalize(x), expected)
     assert torch.allclose(signal.denormalize(signal.normalize(x)), x, atol=1e-6)
@@ -487,6 +487,6 @@ def test_signals_come_as_tensors_only() -> None:
 
 @pytest.mark.parametrize(("size", "mode"), [((13,), "linear"), ((5, 9, 7), "trilinear")])
 def test_maps_go_back_over_signals_and_volumes(size: tuple[int, ...], mode: str) -> None:
-    maps = drawn(tuple(max(2, side // 3) for side in size), 2, 3)
+    maps = random_batch(tuple(max(2, side // 3) for side in size), 2, 3)
     found = Geometry.whole(size).to_original(maps)
     torch.testing.assert_close(found, F.interpolate(maps, size, mode=mode), rtol=1e-5, atol=1e-6)

@@ -18,27 +18,38 @@ from convscope import ConvscopeError
 from convscope.engine import capture, resume
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
-from tests.oracles.nets import PACKINGS, Frozen, Packed, Spied, Twice, Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import (
+    PACKINGS,
+    FrozenStemNet,
+    PackedNet,
+    SharedReluNet,
+    SmallConvNet,
+    SpiedNet,
+    diff_snapshots,
+    in_training,
+    randomized,
+    snapshot,
+)
 
 SIZE = 32
 TINY = 1e-5  # the same network at another batch size: other kernels
 
 
-def loaded(net: nn.Module, size: int = SIZE) -> Model:
+def load_model(net: nn.Module, size: int = SIZE) -> Model:
     return convscope.load(net, preprocessing={"size": size})
 
 
-def picture(size: int = SIZE, seed: int = 1) -> Tensor:
+def random_image(size: int = SIZE, seed: int = 1) -> Tensor:
     return torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(seed))
 
 
-def apart(found: Any, expected: Any) -> float:
+def relative_error(found: Any, expected: Any) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def recorded(model: Model, layer: str, x: Tensor) -> Tensor:
+def captured(model: Model, layer: str, x: Tensor) -> Tensor:
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
         return run(x).maps[model.layers.find(layer).name]
 
@@ -50,7 +61,7 @@ def logits(model: Model, x: Tensor) -> Tensor:
     return found
 
 
-def replaced(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def logits_with_changed_layer(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """The logits when a hook puts something else in the place of one call's output: the whole network runs."""
     row = model.layers.find(layer)
     name, _, call = row.name.partition("#")
@@ -71,7 +82,7 @@ def replaced(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Ten
     return found
 
 
-def without(channel: int) -> Callable[[Tensor], Tensor]:
+def zero_channel(channel: int) -> Callable[[Tensor], Tensor]:
     def change(maps: Tensor) -> Tensor:
         maps[:, channel] = 0
         return maps
@@ -79,7 +90,7 @@ def without(channel: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def turned(maps: Tensor) -> Tensor:
+def rotate(maps: Tensor) -> Tensor:
     """The channels in reverse order."""
     return maps.flip(1)
 
@@ -118,7 +129,7 @@ def big(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return filled(getattr(torchvision.models, name)(weights=None, **options))
+            return randomized(getattr(torchvision.models, name)(weights=None, **options))
 
     return make
 
@@ -136,16 +147,16 @@ def vit() -> nn.Module:
 def lite() -> nn.Module:
     import timm
 
-    return filled(timm.create_model("tf_efficientnet_lite0", num_classes=11))
+    return randomized(timm.create_model("tf_efficientnet_lite0", num_classes=11))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "usual": (lambda: filled(Usual()), ["conv1", "bn1", "relu1", "pool", "conv2", "relu3"]),
-    "twice": (lambda: filled(Twice()), ["conv1", "relu", "conv2", "relu#2"]),
-    "twice, in place": (lambda: filled(Twice(inplace=True)), ["conv1", "relu", "conv2", "relu#2"]),
-    "frozen": (lambda: filled(Frozen()), ["front.0", "front.1", "front", "behind"]),
-    "residual, in place": (lambda: filled(Residual()), ["stem", "first.0", "first.1", "first", "second"]),
-    "input, in place": (lambda: filled(Scaling()), ["conv"]),
+    "usual": (lambda: randomized(SmallConvNet()), ["conv1", "bn1", "relu1", "pool", "conv2", "relu3"]),
+    "twice": (lambda: randomized(SharedReluNet()), ["conv1", "relu", "conv2", "relu#2"]),
+    "twice, in place": (lambda: randomized(SharedReluNet(inplace=True)), ["conv1", "relu", "conv2", "relu#2"]),
+    "frozen": (lambda: randomized(FrozenStemNet()), ["front.0", "front.1", "front", "behind"]),
+    "residual, in place": (lambda: randomized(Residual()), ["stem", "first.0", "first.1", "first", "second"]),
+    "input, in place": (lambda: randomized(Scaling()), ["conv"]),
     "resnet18": (big("resnet18"), ["conv1", "maxpool", "layer1.0.conv2", "layer2.0.downsample.0", "layer3", "layer4"]),
     "resnet18, relu of a block": (big("resnet18"), ["layer2.0.relu", "layer2.0.relu#2"]),
     "mobilenet_v2": (big("mobilenet_v2"), ["features.0", "features.4.conv.1.0", "features.18"]),
@@ -154,7 +165,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "lite0": (lite, ["conv_stem", "blocks.2.1.conv_dw", "blocks.4", "bn2"]),
     "vit": (vit, ["blocks.0", "blocks.1.mlp.fc1", "blocks.2.norm1"]),
     **{
-        f"packed, {name}": (lambda packing=packing: filled(Packed(*packing)), ["inner.conv", "inner", "relu"])
+        f"packed, {name}": (lambda packing=packing: randomized(PackedNet(*packing)), ["inner.conv", "inner", "relu"])
         for name, packing in PACKINGS.items()
     },
 }
@@ -167,7 +178,7 @@ def models() -> Callable[[str], Model]:
 
     def get(name: str) -> Model:
         if name not in made:
-            made[name] = loaded(NETS[name][0]())
+            made[name] = load_model(NETS[name][0]())
         return made[name]
 
     return get
@@ -176,47 +187,47 @@ def models() -> Callable[[str], Model]:
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_replay_is_the_whole_network(models: Callable[[str], Model], name: str, layer: str) -> None:
     """The layer's own maps give the picture's logits, changed ones what a hook in a whole run gives; one or many."""
-    model, x = models(name), picture()
+    model, x = models(name), random_image()
     before = x.clone()
-    maps = recorded(model, layer, x.clone())
-    variants = [without(0), without(maps.shape[1] - 1), turned]
+    maps = captured(model, layer, x.clone())
+    variants = [zero_channel(0), zero_channel(maps.shape[1] - 1), rotate]
     changed = torch.cat([change(maps.clone()) for change in variants])
     given = changed.clone()
-    expected = torch.cat([replaced(model, layer, x.clone(), change) for change in variants])
+    expected = torch.cat([logits_with_changed_layer(model, layer, x.clone(), change) for change in variants])
     whole = logits(model, x.clone())
     with resume.resume_from_layer(model, layer, x) as run:
         for _ in range(2):  # nothing that a pass does is seen by the next
             again = run(maps)
-            assert apart(again.logits, whole) < TINY
+            assert relative_error(again.logits, whole) < TINY
             assert torch.equal(again.maps[model.layers.find(layer).name], maps)
             many = run(changed).logits
             assert many is not None
-            assert apart(many, expected) < TINY
+            assert relative_error(many, expected) < TINY
             for m in range(3):
                 one = run(changed[m : m + 1]).logits
                 assert one is not None
-                assert apart(one, expected[m : m + 1]) < TINY
+                assert relative_error(one, expected[m : m + 1]) < TINY
     assert torch.equal(changed, given)
     assert torch.equal(x, before)
-    assert apart(expected[2:], whole) > 100 * TINY  # or else there was nothing to tell apart
+    assert relative_error(expected[2:], whole) > 100 * TINY  # or else there was nothing to tell apart
 
 
 def test_every_map_has_its_own_answer() -> None:
     """Against a replay that gives all of them the first one's."""
-    model, x = loaded(filled(Usual())), picture()
+    model, x = load_model(randomized(SmallConvNet())), random_image()
     maps = torch.randn(5, 12, 16, 16, generator=torch.Generator().manual_seed(2))
     with resume.resume_from_layer(model, "conv2", x) as run:
         many = run(maps).logits
         assert many is not None
         singles = [run(maps[m : m + 1]).logits for m in range(5)]
-    assert apart(many, torch.cat([s for s in singles if s is not None])) < TINY
+    assert relative_error(many, torch.cat([s for s in singles if s is not None])) < TINY
     assert len({tuple(row) for row in many.tolist()}) == 5
 
 
 def test_layers_in_front_do_not_run_again() -> None:
-    net = filled(Spied())
-    model, x = loaded(net), picture()
-    maps = recorded(model, "conv1", x)
+    net = randomized(SpiedNet())
+    model, x = load_model(net), random_image()
+    maps = captured(model, "conv1", x)
     for spy in (net.before, net.between, net.after):
         spy.batches.clear()
         spy.modes.clear()
@@ -233,9 +244,9 @@ def test_layers_in_front_do_not_run_again() -> None:
 def test_a_block_around_the_layer_runs_its_rest_only() -> None:
     """In front of `layer2.0.conv2` whole blocks are done; inside its own block `conv1` and `bn1` are."""
     net = big("resnet18")()
-    model, x = loaded(net), picture()
+    model, x = load_model(net), random_image()
     ran: list[str] = []
-    maps = recorded(model, "layer2.0.conv2", x)
+    maps = captured(model, "layer2.0.conv2", x)
     with resume.resume_from_layer(model, "layer2.0.conv2", x) as run:
         handles = [
             m.register_forward_pre_hook(lambda m, _, name=name: ran.append(name))
@@ -259,23 +270,23 @@ def test_a_block_around_the_layer_runs_its_rest_only() -> None:
 
 @pytest.mark.parametrize("state", ["settled", "lived in"])
 def test_success_leaves_nothing(state: str) -> None:
-    net = filled(Usual())
-    _kept = lived_in(net) if state == "lived in" else None
-    model, x = loaded(net), picture()
-    maps = recorded(model, "relu2", x)
+    net = randomized(SmallConvNet())
+    _kept = in_training(net) if state == "lived in" else None
+    model, x = load_model(net), random_image()
+    maps = captured(model, "relu2", x)
     before = snapshot(net)
     with resume.resume_from_layer(model, "relu2", x) as run:
         run(maps)
         run(maps.repeat(3, 1, 1, 1))
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 @pytest.mark.parametrize("place", ["before", "between", "after"])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_crash_leaves_nothing(place: str, error: BaseException) -> None:
-    net = filled(Spied())
-    model, x = loaded(net), picture()
-    maps = recorded(model, "conv1", x)
+    net = randomized(SpiedNet())
+    model, x = load_model(net), random_image()
+    maps = captured(model, "conv1", x)
     before = snapshot(net)
     spy = getattr(net, place)
 
@@ -297,35 +308,35 @@ def test_crash_leaves_nothing(place: str, error: BaseException) -> None:
         with pytest.raises(type(error)):
             crash()
         spy.error = None
-        assert changes(before, snapshot(net)) == []
+        assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_crash_in_the_block_leaves_nothing() -> None:
-    net = filled(Usual())
-    model, x = loaded(net), picture()
+    net = randomized(SmallConvNet())
+    model, x = load_model(net), random_image()
     before = snapshot(net)
     with pytest.raises(ZeroDivisionError), resume.resume_from_layer(model, "conv2", x):
         raise ZeroDivisionError
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_forward_that_the_user_put_there_comes_back() -> None:
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     own = net.conv1.forward
     net.conv1.forward = lambda x: own(x) * 2
-    model, x = loaded(net), picture()
+    model, x = load_model(net), random_image()
     theirs = net.conv1.forward
-    maps = recorded(model, "relu1", x)
+    maps = captured(model, "relu1", x)
     with resume.resume_from_layer(model, "relu1", x) as run:
         again = run(maps).logits
     assert again is not None
-    assert apart(again, logits(model, x)) < TINY
+    assert relative_error(again, logits(model, x)) < TINY
     assert net.conv1.forward is theirs
 
 
 def test_gradients_are_off_and_the_callers_mode_comes_back() -> None:
-    model, x = loaded(filled(Usual())), picture()
-    maps = recorded(model, "conv2", x).requires_grad_()
+    model, x = load_model(randomized(SmallConvNet())), random_image()
+    maps = captured(model, "conv2", x).requires_grad_()
     with torch.enable_grad(), resume.resume_from_layer(model, "conv2", x) as run:
         found = run(maps).logits
     assert found is not None
@@ -340,17 +351,17 @@ def test_gradients_are_off_and_the_callers_mode_comes_back() -> None:
 
 
 def test_unknown_layer_is_refused() -> None:
-    model = loaded(filled(Usual()))
+    model = load_model(randomized(SmallConvNet()))
     with (
         pytest.raises(ConvscopeError, match="layer 'conv9' is not in this model"),
-        resume.resume_from_layer(model, "conv9", picture()),
+        resume.resume_from_layer(model, "conv9", random_image()),
     ):
         pass
 
 
 def test_other_errors_of_the_network_come_through() -> None:
     """Only writing into shared memory is answered by copies; a wrong shape is the caller's."""
-    model, x = loaded(filled(Usual())), picture()
+    model, x = load_model(randomized(SmallConvNet())), random_image()
     with resume.resume_from_layer(model, "conv2", x) as run, pytest.raises(RuntimeError, match="channels"):
         run(torch.zeros(2, 5, 16, 16))
 
@@ -380,20 +391,20 @@ def keras_functional(nested: bool) -> Any:
     [(False, "first"), (False, "middle"), (False, "added"), (True, "first"), (True, "inner_conv"), (True, "added")],
 )
 def test_keras(nested: bool, layer: str) -> None:
-    model, x = loaded(keras_functional(nested)), picture()
-    maps = recorded(model, layer, x)
+    model, x = load_model(keras_functional(nested)), random_image()
+    maps = captured(model, layer, x)
     assert maps.shape[1] == 6
     ablated = maps.repeat(6, 1, 1, 1)
     ablated[range(6), range(6)] = 0
 
-    expected = torch.cat([replaced(model, layer, x, without(channel)) for channel in range(6)])
+    expected = torch.cat([logits_with_changed_layer(model, layer, x, zero_channel(channel)) for channel in range(6)])
     parts = model.adapter.modules(model.module)
     before = {name: copy.copy(vars(m)) for name, m in parts.items()}
     with resume.resume_from_layer(model, layer, x) as run:
         again, many = run(maps).logits, run(ablated).logits
     assert again is not None
     assert many is not None
-    assert apart(again, logits(model, x)) < TINY
-    assert apart(many, expected) < TINY
+    assert relative_error(again, logits(model, x)) < TINY
+    assert relative_error(many, expected) < TINY
     assert F.mse_loss(many[0], many[1]) > 0
     assert all(vars(m).keys() == before[name].keys() for name, m in parts.items())

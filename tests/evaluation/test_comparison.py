@@ -16,14 +16,14 @@ import convscope
 from convscope import ConvscopeError
 from convscope.cli import app
 from tests.attribution.helpers import load_module, random_images
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 NAMES = ["hen", "red fox", "lesser panda", "espresso", "crane"]
 
 
 @pytest.fixture(scope="module")
 def model() -> convscope.Model:
-    return load_module(filled(Usual()), classes=NAMES)
+    return load_module(randomized(SmallConvNet()), classes=NAMES)
 
 
 def test_each_combination_equals_separate_calls(model: convscope.Model) -> None:
@@ -108,11 +108,11 @@ def test_invalid_arguments_raise(model: convscope.Model, arguments: dict[str, An
 
 
 def test_model_is_unchanged() -> None:
-    net, hooks = lived_in(filled(Usual()))
+    net, hooks = in_training(randomized(SmallConvNet()))
     model = load_module(net)
     before = snapshot(net)
     convscope.compare(model, random_images(), 1, methods=["grad-cam", "saliency"], metrics=["deletion"])
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
     def stop(done: float, total: int) -> None:
         if done:
@@ -120,7 +120,7 @@ def test_model_is_unchanged() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convscope.compare(model, random_images(), 1, methods=["grad-cam", "saliency"], progress=stop)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert hooks
 
 

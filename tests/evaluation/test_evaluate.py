@@ -12,7 +12,7 @@ from convscope import ConvscopeError
 from convscope.evaluation import baselines
 from convscope.evaluation.context import rank_pixels
 from convscope.evaluation.registry import METRICS
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 from tests.oracles.synthetic_models import (
     SIDE,
     Weighted,
@@ -132,12 +132,12 @@ def test_each_step_removes_the_same_number_of_pixels(monkeypatch):
 def test_directions_and_targets_share_forward_passes():
     batch_sizes: list[int] = []
 
-    class Counter(Usual):
+    class Counter(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             batch_sizes.append(len(x))
             return super().forward(x)
 
-    model = convscope.load(filled(Counter()), preprocessing={"size": 24})
+    model = convscope.load(randomized(Counter()), preprocessing={"size": 24})
     batch_sizes.clear()
     convscope.evaluate(
         model, random_images(4, 24, channels=3), random_maps(4, 3, 6, 6), targets=[[0, 1, 2]] * 4, steps=5
@@ -199,11 +199,11 @@ def test_results_depend_on_the_seed_only():
 
 @pytest.mark.parametrize("head", ["sigmoid", "single"])
 def test_sigmoid_and_single_output_heads(head):
-    class Headed(Usual):
+    class Headed(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).sigmoid() if head == "sigmoid" else super().forward(x)
 
-    net = filled(Headed(classes=1 if head == "single" else 5))
+    net = randomized(Headed(classes=1 if head == "single" else 5))
     model = convscope.load(net, preprocessing={"size": 24})
     x = random_images(2, 24, channels=3)
     result = convscope.evaluate(model, x, random_maps(2, 6, 6), "deletion", targets=0, steps=3)

@@ -15,7 +15,7 @@ from convscope import ConvscopeError
 from convscope.evaluation.registry import METRICS
 from convscope.evaluation.result import suspicion_notes
 from convscope.evaluation.statistics import bootstrap
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 from tests.oracles.synthetic_models import (
     random_images,
     random_maps,
@@ -37,7 +37,7 @@ def test_bootstrap():
 
 
 def test_result(tmp_path):
-    model = convscope.load(filled(Usual()), preprocessing={"size": 24}, classes=["a", "b", "c", "d", "e"])
+    model = convscope.load(randomized(SmallConvNet()), preprocessing={"size": 24}, classes=["a", "b", "c", "d", "e"])
     x = random_images(3, 24, channels=3)
     heatmap = convscope.heatmaps(model, x, [["a", "b"]] * 3, layer="conv3", method="layer-cam")
     evaluation = convscope.evaluate(model, x, heatmap, ["deletion", "sparseness"], steps=4, seed=5)
@@ -103,7 +103,7 @@ def test_suspicion_notes():
     bad = {"deletion": np.full((2, 1), 0.6), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.9)}
     notes = suspicion_notes(bad, {})
     assert any("insertion is not above deletion" in note for note in notes)
-    assert any(note.startswith("randomisation 0.90: the map hardly changes") for note in notes)
+    assert any(note.startswith("randomisation 0.90: the map hardly diff_snapshots") for note in notes)
     good = {"deletion": np.full((2, 1), 0.1), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.1)}
     assert suspicion_notes(good, {}) == []
     pointing = {"pointing": np.full((2, 1), 0.3)}
@@ -204,12 +204,12 @@ def test_invalid_arguments_raise(options, message):
 def test_arguments_are_checked_before_the_model_runs():
     batch_sizes: list[int] = []
 
-    class Counter(Usual):
+    class Counter(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             batch_sizes.append(len(x))
             return super().forward(x)
 
-    model = convscope.load(filled(Counter()), preprocessing={"size": 24})
+    model = convscope.load(randomized(Counter()), preprocessing={"size": 24})
     heatmap = convscope.heatmaps(model, X, 1)
     small = np.ones((2, 9, 9), bool)
     batch_sizes.clear()
@@ -239,18 +239,18 @@ def test_heatmaps_of_other_images_raise(photos):
 
 
 def test_model_is_unchanged():
-    net, handles = lived_in(filled(Usual()))
+    net, handles = in_training(randomized(SmallConvNet()))
     model = convscope.load(net, preprocessing={"size": 24})
     before = snapshot(net)
     convscope.evaluate(model, X, HEATMAPS, ["deletion", "road", "mu-fidelity", "average-drop"], targets=1, steps=3)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
     def stop(done: float, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convscope.evaluate(model, X, HEATMAPS, targets=1, steps=3, progress=stop)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert handles
 
 
@@ -258,12 +258,12 @@ def test_fixed_batch_size(monkeypatch):
     model = small_model()
     import dataclasses
 
-    class Strict(Usual):
+    class Strict(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             assert len(x) == 4
             return super().forward(x)
 
-    strict: nn.Module = filled(Strict())
+    strict: nn.Module = randomized(Strict())
     fixed = dataclasses.replace(model, module=strict, fixed_batch_size=4)
     x, heatmap = random_images(6, 24, channels=3), random_maps(6, 6, 6)
     names = ["deletion", "insertion", "road", "average-gain", "mu-fidelity"]
@@ -287,7 +287,7 @@ def test_signals_and_volumes():
             def forward(self, x: Tensor) -> Tensor:
                 return self.fc(self.conv(x).relu().flatten(2).mean(2))
 
-        model = convscope.load(filled(Net()), preprocessing={"size": size, "channels": 2, "channel_order": "channels"})
+        model = convscope.load(randomized(Net()), preprocessing={"size": size, "channels": 2, "channel_order": "channels"})
         x = torch.randn(2, 2, *size)
         names = ["deletion", "insertion", "average-drop", "mu-fidelity", "sparseness"]
         evaluation = convscope.evaluate(model, x, random_maps(2, *size), names, targets=1, steps=4)

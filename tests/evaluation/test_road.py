@@ -10,7 +10,7 @@ from torch import Tensor
 import convscope
 from convscope.evaluation import curves
 from convscope.evaluation.imputation import impute
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 from tests.oracles.synthetic_models import (
     probability,
     random_images,
@@ -88,12 +88,12 @@ def test_road_equals_plain_loops():
 def test_road_noise_is_the_same_for_every_image():
     inputs: list[Tensor] = []
 
-    class Recorder(Usual):
+    class Recorder(SmallConvNet):
         def forward(self, x: Tensor) -> Tensor:
             inputs.append(x.clone())
             return super().forward(x)
 
-    model = convscope.load(filled(Recorder()), preprocessing={"size": 16})
+    model = convscope.load(randomized(Recorder()), preprocessing={"size": 16})
     x = random_images(2, 16, channels=3)
     x[1] = 3 * x[0] + 1
     inputs_by_noise = []

@@ -20,7 +20,7 @@ from convscope.evaluation.randomisation import cascade_order, randomize, tempora
 from convscope.evaluation.registry import METRICS
 from convscope.evaluation.sanity import _derived_generator, _layer_groups
 from convscope.evaluation.statistics import spearman
-from tests.oracles.nets import Twice, Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SharedReluNet, SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 from tests.oracles.synthetic_models import random_images, small_model
 
 RECOMPUTING_METRICS = [name for name, metric in METRICS.items() if "heatmaps" in metric.needs]
@@ -63,7 +63,7 @@ def test_gradient_maps_pass():
     result = convscope.evaluate(model, x, heatmap, "randomisation")
     assert np.abs(result["randomisation"]).max() < 0.3
     np.testing.assert_array_equal(result.curves["randomisation"][..., 0], 1)
-    assert result.curves["randomisation"][..., 1].min() < 0.999, "the first stage changes the map"
+    assert result.curves["randomisation"][..., 1].min() < 0.999, "the first stage diff_snapshots the map"
     assert not any(note.startswith("randomisation") for note in result.notes)
 
 
@@ -127,12 +127,12 @@ def test_randomized_weights_keep_only_their_scale():
 
 
 def test_layer_that_runs_twice_is_randomized_once():
-    model = convscope.load(filled(Twice()), preprocessing={"size": 24})
+    model = convscope.load(randomized(SharedReluNet()), preprocessing={"size": 24})
     assert [name for name, _ in cascade_order(model)] == ["fc", "conv2", "conv1"]
 
 
 def test_shared_weights_are_randomized_once():
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     net.twin = nn.Conv2d(3, 8, 3, padding=1)
     net.twin.weight = net.conv1.weight
     layers = cascade_order(convscope.load(net, preprocessing={"size": 24}))
@@ -156,7 +156,7 @@ def test_random_logit_uses_the_map_of_another_class():
 
 
 def test_random_logit_needs_two_classes():
-    model = convscope.load(filled(Usual(classes=1)), preprocessing={"size": 24})
+    model = convscope.load(randomized(SmallConvNet(classes=1)), preprocessing={"size": 24})
     x = random_images(2, 24, channels=3)
     with pytest.raises(ConvscopeError, match="this network has one output"):
         convscope.evaluate(model, x, convscope.heatmaps(model, x, 0), "random-logit")
@@ -185,7 +185,7 @@ def test_max_sensitivity_equals_its_definition():
 
 
 def test_targets_are_fixed_when_the_top_class_changes():
-    """Strong noise changes the top class; the maps remain those of the original class."""
+    """Strong noise diff_snapshots the top class; the maps remain those of the original class."""
     model, x = small_model(), random_images(3, 24, channels=3)
     heatmap = convscope.heatmaps(model, x)
     repeated = convscope.heatmaps(model, x, heatmap.targets.tolist())
@@ -249,7 +249,7 @@ def run_with_error(model: convscope.Model, x: Tensor, error: BaseException | Non
 @pytest.mark.parametrize("error", [None, RuntimeError("full"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_weights_are_restored(error, at):
-    net, handles = lived_in(filled(Usual()))
+    net, handles = in_training(randomized(SmallConvNet()))
     model = convscope.load(net, preprocessing={"size": 24})
     x = random_images(3, 24, channels=3)
     before = snapshot(net)
@@ -258,12 +258,12 @@ def test_weights_are_restored(error, at):
     else:
         with pytest.raises(type(error)):
             run_with_error(model, x, error, at)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert handles
 
 
 def test_weights_are_restored_when_the_model_fails():
-    class Failing(Usual):
+    class Failing(SmallConvNet):
         passes = 0
 
         def forward(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def test_weights_are_restored_when_the_model_fails():
             return super().forward(x)
 
     limit = -1
-    net = filled(Failing())
+    net = randomized(Failing())
     model = convscope.load(net, preprocessing={"size": 24})
     x = random_images(2, 24, channels=3)
     heatmap = convscope.heatmaps(model, x, 1)
@@ -281,11 +281,11 @@ def test_weights_are_restored_when_the_model_fails():
     before = snapshot(net)
     with pytest.raises(RuntimeError, match="out of memory"):
         convscope.evaluate(model, x, heatmap, "randomisation")
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_infinite_weights_raise_and_are_restored(monkeypatch):
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = convscope.load(net, preprocessing={"size": 24})
     x = random_images(2, 24, channels=3)
     heatmap = convscope.heatmaps(model, x, 1)
@@ -293,11 +293,11 @@ def test_infinite_weights_raise_and_are_restored(monkeypatch):
     monkeypatch.setattr("convscope.evaluation.sanity.randomize", lambda values, generator: values * float("inf"))
     with pytest.raises(ConvscopeError, match="not finite"):
         convscope.evaluate(model, x, heatmap, "randomisation")
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_temporary_parameters_do_not_write_into_views():
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     view = net.conv1.weight.detach()
     original = view.clone()
     net.conv1.weight.requires_grad_(False)
@@ -310,16 +310,16 @@ def test_temporary_parameters_do_not_write_into_views():
 
 
 def test_channels_last_weights_keep_their_memory_format():
-    net = filled(Usual()).to(memory_format=torch.channels_last)
+    net = randomized(SmallConvNet()).to(memory_format=torch.channels_last)
     model = convscope.load(net, preprocessing={"size": 24})
     before = snapshot(net)
     run_with_error(model, random_images(2, 24, channels=3), None, 0)
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
 
 
 def test_inference_mode_weights_are_restored():
     with torch.inference_mode():
-        net = Usual().eval()
+        net = SmallConvNet().eval()
     original = {name: p.clone() for name, p in net.named_parameters()}
     addresses = {name: (id(p), p.data_ptr()) for name, p in net.named_parameters()}
     with temporary_parameters(net.parameters()) as set_parameter:
@@ -391,4 +391,4 @@ def test_fused_passes_give_the_same_results(lite0, photos):
     for name in ("randomisation", "random-logit"):
         np.testing.assert_allclose(fused[name], plain[name], atol=0.02)
     assert not np.array_equal(fused["deletion"], plain["deletion"]), "fused convolutions were used"
-    assert changes(before, snapshot(lite0.module)) == []
+    assert diff_snapshots(before, snapshot(lite0.module)) == []

@@ -34,7 +34,7 @@ def client(explorer):
 
 def test_models_are_listed(client, explorer):
     assert client.get("/api/models").json() == {
-        "models": [{"key": "tiny", "name": "Usual", "version": explorer.first.version, "takes_images": True}],
+        "models": [{"key": "tiny", "name": "SmallConvNet", "version": explorer.first.version, "takes_images": True}],
         "queued_jobs": {"interactive": 0, "background": 0},
     }
 

@@ -12,7 +12,7 @@ from convscope.explorer.app import create_app
 from convscope.explorer.service.state import Explorer
 from tests.explorer.helpers import assert_packed, read_events
 from tests.oracles.explorer import smooth_image
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 PREPROCESSING = {"size": 32, "mean": 0.5, "std": 0.25}
 IMAGE_API = "/api/models/net/images/first"
@@ -33,7 +33,7 @@ def keras_model() -> convscope.Model:
     return convscope.load(keras.Model(inputs, x), preprocessing=PREPROCESSING)
 
 
-class Residual(Usual):
+class Residual(SmallConvNet):
     """The usual network with a residual connection."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ def exported_program(file, any_batch_size: bool) -> convscope.Model:
     """Export a network with torch, and load it."""
     shapes = ({0: torch.export.Dim("batch")},) if any_batch_size else None
     example = torch.rand(2 if any_batch_size else 1, 3, 32, 32)
-    torch.export.save(torch.export.export(filled(Residual()), (example,), dynamic_shapes=shapes), file)
+    torch.export.save(torch.export.export(randomized(Residual()), (example,), dynamic_shapes=shapes), file)
     return convscope.load(file, preprocessing=PREPROCESSING)
 
 
@@ -123,7 +123,7 @@ def test_edges_of_a_residual_sum_join_two_branches(client):
     assert joins in ({"sum": {"first", "second"}}, {"relu3": {"bn3", "relu2"}})
 
 
-class Uncopyable(Usual):
+class Uncopyable(SmallConvNet):
     """A network that cannot be copied."""
 
     def __deepcopy__(self, memo):
@@ -131,7 +131,7 @@ class Uncopyable(Usual):
 
 
 def test_models_that_cannot_be_copied_are_shown_without_background_jobs():
-    explorer = Explorer({"net": convscope.load(filled(Uncopyable()), preprocessing=PREPROCESSING)})
+    explorer = Explorer({"net": convscope.load(randomized(Uncopyable()), preprocessing=PREPROCESSING)})
     explorer.images.add_sample(smooth_image(0), "first.png", "first.png")
     client = TestClient(create_app(explorer), base_url="http://localhost")
     for page in ("/m/net", "/m/net/image/first", "/m/net/layer/relu3", "/m/net/unit/relu3/1"):

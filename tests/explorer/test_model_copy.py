@@ -14,7 +14,7 @@ from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.model_copy import copy_model
 from convscope.explorer.service.state import Explorer
 from tests.oracles.explorer import smooth_image
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_copy_shares_weights_and_freezes_them(tiny, x):
 
 
 def test_copy_follows_changes_in_place_and_leaves_the_original_trainable(x):
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = convscope.load(net, preprocessing={"size": 32})
     copied = copy_model(model)
     with torch.no_grad():

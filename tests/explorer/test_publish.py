@@ -27,7 +27,7 @@ from convscope.explorer.views import glossary, story_page
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS
 from tests.explorer.conftest import write_png
 from tests.oracles.explorer import CLASSES, HOSTILE_NAME, data_folder, smooth_image
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 
 def page_paths(site: Path) -> list[Path]:
@@ -71,7 +71,7 @@ def test_every_link_is_relative_and_its_target_exists(tiny_site):
 
 
 def test_published_files_do_not_disclose_the_publishers_folders(tmp_path):
-    program = torch.export.export(filled(Usual()), (torch.rand(1, 3, 32, 32),))
+    program = torch.export.export(randomized(SmallConvNet()), (torch.rand(1, 3, 32, 32),))
     model_file = tmp_path / "net.pt2"
     torch.export.save(program, model_file)
     model = convscope.load(model_file, preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
@@ -158,7 +158,7 @@ def test_publishing_again_with_a_worker_process_gives_the_same_bytes(tiny, tiny_
 
 
 def test_a_store_of_other_weights_is_refused(tiny_store, tmp_path):
-    other = convscope.load(filled(Usual(), 1), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+    other = convscope.load(randomized(SmallConvNet(), 1), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
     with pytest.raises(convscope.ConvscopeError, match="other weights"):
         publish({"tiny": other}, tiny_store, tmp_path / "site")
     assert not (tmp_path / "site").exists()

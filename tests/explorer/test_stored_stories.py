@@ -25,14 +25,14 @@ from convscope.featurevis.image_statistics import IMAGE_STATISTICS
 from convscope.featurevis.layer_story import Story, read_story
 from tests.explorer.helpers import image_on_page
 from tests.oracles.explorer import data_folder
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 MODEL_FACTORY = "tests.explorer.test_stored_stories:make_network"
 
 
 def make_network():
     """Return the network that MODEL_FACTORY names; it has the weights of the fixture `tiny`."""
-    return filled(Usual())
+    return randomized(SmallConvNet())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_saved_story_is_read_back(story, tiny, tmp_path):
 def test_damaged_stories_and_those_of_other_weights_are_refused(story, tiny, tmp_path, damage):
     folder, model = story.save(tmp_path), tiny
     if damage == "weights":
-        model = convscope.load(filled(Usual(), 1), preprocessing={"size": 32})
+        model = convscope.load(randomized(SmallConvNet(), 1), preprocessing={"size": 32})
     elif damage == "arrays":
         (folder / "arrays.npz").write_bytes((folder / "arrays.npz").read_bytes()[:200])
     else:

@@ -17,7 +17,7 @@ from convscope.featurevis.objectives import channel, diversity
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
 from tests.featurevis.test_recipes import loaded
-from tests.oracles.nets import filled
+from tests.oracles.nets import randomized
 
 STARTS = recipes.RECIPES["robust"].starts
 
@@ -128,7 +128,7 @@ def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> Non
 def test_a_silent_unit_without_places_is_told_of_too() -> None:
     """A rectifier behind a matrix gives (N, C)."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.ReLU())
-    filled(net)
+    randomized(net)
     with torch.no_grad():
         net[3].weight[0], net[3].bias[0] = 0, -1
     found = convscope.patterns(loaded(net, 32), "4", [0], size=32, steps=2)

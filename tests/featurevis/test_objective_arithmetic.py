@@ -27,7 +27,7 @@ from convscope.featurevis.objectives import (
 )
 from tests.featurevis.test_objectives import close, numbers, seen
 from tests.featurevis.test_recipes import loaded
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ def test_joined_objectives_see_their_own_rows_and_mates() -> None:
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
     """Layers of 8, 12 and 10 channels, five classes."""
-    return convscope.load(filled(Usual()), preprocessing={"size": 16})
+    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": 16})
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_check_passes_what_is_there(usual: convscope.Model) -> None:
 def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
     """Units that see much are climbed in smaller views, whose maps have fewer places; a place has to be there."""
     net = nn.Sequential(nn.Conv2d(3, 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 9, 2, 4), nn.AdaptiveAvgPool2d(1))
-    model = loaded(filled(nn.Sequential(*net, nn.Flatten())), 64)
+    model = loaded(randomized(nn.Sequential(*net, nn.Flatten())), 64)
     assert convscope.activations(model, np.zeros((64, 64, 3), np.uint8), "2")["2"].shape[2:] == (8, 8)
     found = convscope.patterns(model, made(neuron("2", 1, (7, 7))), steps=2)
     assert found.images.shape[1:3] == (64, 64)
@@ -200,4 +200,4 @@ def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
 
 def test_pictures_cannot_differ_where_there_are_no_places() -> None:
     with pytest.raises(ConvscopeError, match="layer 'logits' has no positions, and so no texture"):
-        convscope.patterns(loaded(filled(Usual()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1)
+        convscope.patterns(loaded(randomized(SmallConvNet()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1)

@@ -32,7 +32,7 @@ from convscope.featurevis.parameterization import COLOUR_AXES, FourierImage, Pix
 from convscope.featurevis.recipes import REDIRECT_STEPS, deprocess_image
 from convscope.featurevis.redirected_relu import RedirectedReLU
 from convscope.featurevis.transforms import AugmentationConfig, random_affine, random_roll
-from tests.oracles.nets import Twice, Usual, filled
+from tests.oracles.nets import SharedReluNet, SmallConvNet, randomized
 
 TINY = 1e-6  # float32 rounds at 6e-8; sums of a few hundred products, in another order
 
@@ -79,7 +79,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("space", ["input", "pixels"])
 def test_linear_unit_wants_its_own_weight(space: str) -> None:
     """On a picture of one place the gradient is the weight: one step goes exactly there."""
-    net = filled(Linear())
+    net = randomized(Linear())
     std, mean = np.array([0.2, 0.25, 0.5]), np.array([0.4, 0.5, 0.6])
     model = loaded(net, 5, mean=tuple(mean), std=tuple(std))
     start = np.random.default_rng(0).uniform(100, 150, (5, 5, 3))
@@ -105,7 +105,7 @@ def test_linear_unit_wants_its_own_weight(space: str) -> None:
 
 
 def test_the_leaf_moves_along_the_weight() -> None:
-    net = filled(Linear(units=2, kernel=3))
+    net = randomized(Linear(units=2, kernel=3))
     canvas = PixelImage(torch.rand((2, 3, 3, 3), generator=Generator().manual_seed(0)))
     before = canvas.params.detach().clone()
     history = gradient_ascent(canvas.params, lambda _: net.conv(canvas.params)[[0, 1], [0, 1], 0, 0], rms_step(0.5), 1)
@@ -143,7 +143,7 @@ def test_standardised_by_hand() -> None:
 
 def test_textbooks_loop_by_hand() -> None:
     """Forty steps through two convolutions and two rectifiers: the loop as the notebook has it, once more."""
-    net = filled(Twice())
+    net = randomized(SharedReluNet())
     model = loaded(net, 24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     rng = np.random.default_rng(0)
     start = rng.random((24, 24, 3), np.float32) * 20 + 128
@@ -352,7 +352,7 @@ class Shy(nn.Module):
         self.conv1 = nn.Conv2d(3, 8, 3)
         self.conv2 = nn.Conv2d(8, 3, 3)
         self.relu = nn.ReLU(inplace=True)
-        filled(self)
+        randomized(self)
         with torch.no_grad():
             self.conv2.weight[1] = self.conv2.weight[1].abs()
             self.conv2.bias[0], self.conv2.bias[1] = 5, -11
@@ -412,7 +412,7 @@ def test_redirection_is_each_pictures_own() -> None:
             x = self.conv(x)
             return (x + self.gate(x).relu()).relu()
 
-    net = filled(Gated())
+    net = randomized(Gated())
     with torch.no_grad():
         net.gate.bias.fill_(-50)  # off everywhere, for every picture
         net.conv.bias.fill_(3)
@@ -436,7 +436,7 @@ def test_network_without_gradients_is_said() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x.detach()).mean((2, 3))
 
-    model = loaded(filled(Steps()))
+    model = loaded(randomized(Steps()))
     for recipe in ("plain", "robust"):
         with pytest.raises(ConvscopeError, match="returns no gradient to the image"):
             convscope.patterns(model, "conv", [0], recipe=recipe, size=24, steps=1)
@@ -449,7 +449,7 @@ def test_network_without_gradients_is_said() -> None:
 @pytest.mark.parametrize("layer", ["conv1", "relu3", "logits"])
 def test_neighbours_change_nothing(layer: str, recipe: str) -> None:
     """Same seed, same number of units: the same bytes, whatever is drawn beside a unit and in whatever order."""
-    model = loaded(filled(Usual()))
+    model = loaded(randomized(SmallConvNet()))
 
     def drawn(units: list[int], **more: Any) -> convscope.Patterns:
         return convscope.patterns(model, layer, units, recipe=recipe, size=32, steps=24, **more)
@@ -482,7 +482,7 @@ def test_neighbours_change_nothing_in_a_real_network(lite0: convscope.Model) -> 
 
 
 def test_chunks_change_nothing_but_rounding() -> None:
-    model = loaded(filled(Usual()))
+    model = loaded(randomized(SmallConvNet()))
     each = gradient_bytes(model, "relu2", 32 * 32)
     ticks: list[tuple[int, int]] = []
     whole = convscope.patterns(model, "relu2", range(6), size=32, steps=10)
@@ -504,7 +504,7 @@ def test_chunks_change_nothing_but_rounding() -> None:
 
 @pytest.mark.parametrize("recipe", ["plain", "robust"])
 def test_no_steps_at_all(recipe: str) -> None:
-    model = loaded(filled(Usual()))
+    model = loaded(randomized(SmallConvNet()))
     told: list[Any] = []
     found = convscope.patterns(
         model, "conv1", [2, 5], recipe=recipe, steps=0, size=40, progress=lambda *t: told.append(t)
@@ -535,7 +535,7 @@ def scores_by_hand(model: convscope.Model, layer: str, found: convscope.Patterns
 @pytest.mark.parametrize("recipe", ["plain", "robust"])
 @pytest.mark.parametrize("layer", ["conv1", "relu2", "fc", "logits"])
 def test_scores_are_of_the_finished_picture(layer: str, recipe: str) -> None:
-    model = loaded(filled(Usual()), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    model = loaded(randomized(SmallConvNet()), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     found = convscope.patterns(model, layer, [0, 4], recipe=recipe, size=(32, 40), steps=20)
     assert found.images.dtype == np.uint8
     assert found.images.shape == (2, 32, 40, 3)
@@ -629,7 +629,7 @@ def test_zoomed_views_by_hand() -> None:
 
 def test_several_views_are_climbed_by_their_mean() -> None:
     """The first step's value, once more from the canvas and the views that the units' own numbers give."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = loaded(net, 56)
     found = convscope.patterns(model, "logits", [3, 1], views=3, steps=2, seed=4)
     draws = [Generator().manual_seed((4 * 1_000_003 + u * 7919 + 1) % (1 << 63)) for u in (3, 1)]
@@ -677,7 +677,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(("size", "seen"), [(24, (24, 24, 24)), (40, (32, 32, 34)), (112, (40, 56, 96))])
 def test_views_are_smaller_than_the_canvas_never_larger(size: int, seen: tuple[int, ...]) -> None:
     """5/14, 7/14, 12/14 of the canvas, but no fewer than 32 pixels, unless the canvas has fewer itself."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = loaded(net, size)
     sides: list[tuple[int, ...]] = []
     net.conv1.register_forward_pre_hook(lambda _, args: sides.append(tuple(args[0].shape)))
@@ -691,7 +691,7 @@ def test_views_are_smaller_than_the_canvas_never_larger(size: int, seen: tuple[i
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    return convscope.load(filled(Usual()), preprocessing={"size": 24}, classes=["ant", "bee", "cow", "cow", "elk"])
+    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": 24}, classes=["ant", "bee", "cow", "cow", "elk"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from convscope.featurevis.recipes import ADAM_DAMPING, LIGHT_DAMPING, RECIPES
 from convscope.featurevis.task import render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.test_parameterization import colour_axes, logit
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 SUMS = 1e-4  # float32 through three layers, in another memory layout
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def loaded(net: nn.Module, size: Any = 32, **more: Any) -> convscope.Model:
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
     """Three convolutions, five classes, a preprocessing of its own."""
-    return loaded(filled(Usual()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    return loaded(randomized(SmallConvNet()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def generator(seed: int, number: int) -> Generator:
 def test_robust_for_classes_by_hand() -> None:
     """Views of 5/14 and 7/14 of the canvas, two fifths of the steps each, and of 12/14, of a canvas no finer than they;
     steps that grow from 3 %; the mean over the last fifth of them."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = loaded(net, 112)
     steps, number, seed = 10, 2, 5
     rule = replace(RECIPES["robust"], max_restarts=1)
@@ -134,7 +134,7 @@ def test_robust_takes_less_than_half_of_what_residual_branches_hand_back_of_clas
     """As a network whose branches do so by themselves, to the byte; units of layers are drawn with all of it."""
     rule = replace(RECIPES["robust"], max_restarts=1)
     assert rule.residual_grad_scale == 0.45
-    whole, less = (loaded(filled(Residual(share)), 56) for share in (1.0, 0.45))
+    whole, less = (loaded(randomized(Residual(share)), 56) for share in (1.0, 0.45))
     found = convscope.patterns(whole, "logits", recipe=rule, steps=12)
     expected = convscope.patterns(less, "logits", recipe=replace(rule, residual_grad_scale=1.0), steps=12)
     assert np.array_equal(found.images, expected.images)
@@ -149,7 +149,7 @@ def test_robust_takes_less_than_half_of_what_residual_branches_hand_back_of_clas
 
 def test_robust_for_units_that_see_little_by_hand() -> None:
     """The canvas, rolled; steps that go where gradients agree."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = loaded(net, 112)
     steps, number, seed = 6, 2, 5
     found = convscope.patterns(model, "relu1", [number, 4], steps=steps, seed=seed)
@@ -219,7 +219,7 @@ def test_maco_keeps_the_natural_spectrum_in_the_finished_picture(usual: convscop
 
 def test_maco_opacity_by_hand() -> None:
     """The gradient at every pixel of the canvas, in size, mean over colours, summed over steps of two views."""
-    net = filled(Usual())
+    net = randomized(SmallConvNet())
     model = loaded(net, 32)
     steps, number, seed = 3, 2, 5
     found = convscope.patterns(
@@ -251,7 +251,7 @@ def test_maco_opacity_by_hand() -> None:
 def test_maco_is_opaque_where_the_unit_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a canvas that lies still, a unit of the left half has nothing to do with the right one."""
     monkeypatch.setattr(recipes, "_choose_transform", lambda task, several=1: identity)
-    model = loaded(filled(Window((0, 1), (0, 0.5))), 32)
+    model = loaded(randomized(Window((0, 1), (0, 0.5))), 32)
     found = convscope.patterns(model, "logits", [0, 1], recipe="maco", steps=8, size=32)
     assert found.alpha is not None
     for alpha in found.alpha:
@@ -267,7 +267,7 @@ def test_maco_is_opaque_where_the_unit_looks(monkeypatch: pytest.MonkeyPatch) ->
 def test_dream_changes_nothing_where_the_unit_does_not_look() -> None:
     """The unit sees the middle tenth of each view; what no view brings there keeps the photograph's bytes."""
     side = 128
-    model = loaded(filled(Window((0.45, 0.55), (0.45, 0.55))), side)
+    model = loaded(randomized(Window((0.45, 0.55), (0.45, 0.55))), side)
     photograph = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     before = convscope.patterns(model, "logits", [0, 1], recipe="dream", start=photograph, steps=0)
     assert np.array_equal(before.images, np.stack([photograph] * 2))

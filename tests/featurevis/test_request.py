@@ -23,13 +23,13 @@ from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.featurevis.task import OptimizationTask, RecipeOutput, render_uint8
 from tests.featurevis.test_objectives import between_by_hand, diverse_by_hand
 from tests.featurevis.test_recipes import CPU, SUMS, loaded, outputs
-from tests.oracles.nets import Usual, changes, filled, lived_in, snapshot
+from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
 
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
     """Three convolutions, five classes, a preprocessing of its own."""
-    return loaded(filled(Usual()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    return loaded(randomized(SmallConvNet()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +216,13 @@ def test_an_end_from_outside_leaves_nothing_behind(recipe: str, ends: str) -> No
         if step == 2:
             raise Enough
 
-    net, handles = lived_in(filled(Usual()))
+    net, handles = in_training(randomized(SmallConvNet()))
     model = loaded(net, 32)
     before = snapshot(net)
     with pytest.raises(Enough):
         convscope.patterns(model, "relu2", [0, 1], recipe=recipe, size=32, steps=5, **{ends: enough})
     assert calls == [1, 2]
-    assert changes(before, snapshot(net)) == []
+    assert diff_snapshots(before, snapshot(net)) == []
     assert len(list(handles)) == 9
 
 

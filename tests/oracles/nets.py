@@ -25,24 +25,24 @@ class Output:
     logits: Tensor
 
 
-def filled(net: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
     """The network with weights and batch statistics that are all different, from `seed`; in inference mode."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in net.parameters():
             fan_in = weight[0].numel() if weight.ndim > 1 else 1
-            weight.copy_(torch.randn(weight.shape, generator=draw) * (2 / fan_in) ** 0.5)
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):
-                m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=draw))
-                m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=draw))
+                m.weight.copy_(0.5 + torch.rand(m.weight.shape, generator=generator))
+                m.bias.copy_(0.3 * torch.randn(m.bias.shape, generator=generator))
                 if m.running_mean is not None and m.running_var is not None:
-                    m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=draw))
-                    m.running_var.copy_(0.5 + torch.rand(m.running_var.shape, generator=draw))
+                    m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=generator))
+                    m.running_var.copy_(0.5 + torch.rand(m.running_var.shape, generator=generator))
     return net.eval()
 
 
-class Usual(nn.Module):
+class SmallConvNet(nn.Module):
     """Convolutions, batch normalisation, rectifiers, pooling, dropout and a linear head; any picture size."""
 
     def __init__(self, channels: int = 3, classes: int = 5, inplace: bool = True) -> None:
@@ -67,26 +67,26 @@ class Usual(nn.Module):
         return self.fc(self.drop(self.gap(x).flatten(1)))
 
 
-class Softmaxed(Usual):
+class SoftmaxNet(SmallConvNet):
     """Ends in probabilities."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(1)
 
 
-class Headed(nn.Module):
+class HeadedNet(nn.Module):
     """A network with something behind its logits."""
 
     def __init__(self, head: Callable[[Tensor], Any], classes: int = 5) -> None:
         super().__init__()
-        self.body = Usual(classes=classes)
+        self.body = SmallConvNet(classes=classes)
         self.head = head
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.body(x))
 
 
-class Digits(nn.Module):
+class DigitNet(nn.Module):
     """For pictures of 28 x 28 gray pixels and no others, like many a first network."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Digits(nn.Module):
         return self.fc(x.flatten(1))
 
 
-class Twice(nn.Module):
+class SharedReluNet(nn.Module):
     """One rectifier, used after either convolution."""
 
     def __init__(self, inplace: bool = False) -> None:
@@ -116,7 +116,7 @@ class Twice(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class Wrapping(nn.Module):
+class PackedConv(nn.Module):
     """A convolution whose output comes packed."""
 
     def __init__(self, pack: Callable[[Tensor], Any]) -> None:
@@ -128,12 +128,12 @@ class Wrapping(nn.Module):
         return self.pack(self.conv(x))
 
 
-class Packed(nn.Module):
+class PackedNet(nn.Module):
     """The same network whatever its inner and its outer output are packed into."""
 
     def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         super().__init__()
-        self.inner = Wrapping(pack)
+        self.inner = PackedConv(pack)
         self.pack, self.unpack = pack, unpack
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(6, 4)
@@ -155,7 +155,7 @@ PACKINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 }
 
 
-class Frozen(nn.Module):
+class FrozenStemNet(nn.Module):
     """Runs its own front part without gradients, as is usual when only a head is trained."""
 
     def __init__(self, without: Callable[[], Any] | None = torch.no_grad) -> None:
@@ -173,7 +173,7 @@ class Frozen(nn.Module):
         return self.behind(x).relu().mean((2, 3))
 
 
-class Aside(nn.Module):
+class UnusedBranchNet(nn.Module):
     """`aside` runs, but nothing comes of it; `drowned` reaches the scores multiplied by nought."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class Spy(nn.Module):
         return x
 
 
-class Spied(nn.Module):
+class SpiedNet(nn.Module):
     """Two convolutions with a spy in front of, between and behind them."""
 
     def __init__(self) -> None:
@@ -239,36 +239,36 @@ def snapshot(net: nn.Module) -> dict[str, Any]:
 
     Values are compared bit by bit. Gradients and hooks must be the very same objects in the same order.
     """
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for name, m in net.named_modules():
-        found[f"{name} training"] = m.training
-        found[f"{name} hooks"] = {kind: list(getattr(m, kind).items()) for kind in HOOKS}
-        found[f"{name} attributes"] = sorted(vars(m))
-        found[f"{name} plain"] = {
+        state[f"{name} training"] = m.training
+        state[f"{name} hooks"] = {kind: list(getattr(m, kind).items()) for kind in HOOKS}
+        state[f"{name} attributes"] = sorted(vars(m))
+        state[f"{name} plain"] = {
             key: value for key, value in vars(m).items() if isinstance(value, bool | int | float | str | type(None))
         }
-        found[f"{name} forward"] = getattr(m.forward, "__func__", m.forward)
+        state[f"{name} forward"] = getattr(m.forward, "__func__", m.forward)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        found[f"{name} is"] = (id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.data_ptr())
-        found[f"{name} lies"] = (tensor.stride(), tensor.is_contiguous(memory_format=_format(tensor)))
-        found[f"{name} written"] = tensor._version
-        found[f"{name} holds"] = _bytes(tensor)
-        found[f"{name} hooks"] = list((tensor._backward_hooks or {}).items())
-        found[f"{name} gradient"] = None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad))
-    found["global hooks"] = {kind: list((getattr(globals_of_modules, kind) or {}).items()) for kind in GLOBAL_HOOKS}
-    found["gradient modes"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled())
-    found["modes"] = (
+        state[f"{name} is"] = (id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.data_ptr())
+        state[f"{name} lies"] = (tensor.stride(), tensor.is_contiguous(memory_format=_format(tensor)))
+        state[f"{name} written"] = tensor._version
+        state[f"{name} holds"] = _bytes(tensor)
+        state[f"{name} hooks"] = list((tensor._backward_hooks or {}).items())
+        state[f"{name} gradient"] = None if tensor.grad is None else (id(tensor.grad), _bytes(tensor.grad))
+    state["global hooks"] = {kind: list((getattr(globals_of_modules, kind) or {}).items()) for kind in GLOBAL_HOOKS}
+    state["gradient modes"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled())
+    state["modes"] = (
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu"),
         torch.are_deterministic_algorithms_enabled(),
     )
-    found["random"] = (torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()))
-    return found
+    state["random"] = (torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state()))
+    return state
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def diff_snapshots(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Which entries of two snapshots differ."""
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
@@ -281,7 +281,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def lived_in(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
+def in_training(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
     """The network as users leave it: training, half frozen, gradients set, hooks of all kinds on it; and the hooks."""
     net.train()
     for position, m in enumerate(net.modules()):
@@ -292,25 +292,25 @@ def lived_in(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
         if position % 3 == 0:
             weight.grad = torch.full_like(weight, 0.5)
         if weight.requires_grad:
-            weight.register_hook(_same)
+            weight.register_hook(_identity)
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     handles = [
-        first.register_forward_hook(_nothing),
-        first.register_forward_hook(_nothing, with_kwargs=True, always_call=True),
-        first.register_forward_pre_hook(_nothing),
-        first.register_forward_pre_hook(_nothing, with_kwargs=True),
-        first.register_full_backward_hook(_nothing),
-        first.register_full_backward_pre_hook(_nothing),
-        net.register_forward_hook(_nothing, prepend=True),
-        first.register_state_dict_post_hook(_nothing),
-        first.register_load_state_dict_post_hook(_nothing),
+        first.register_forward_hook(_no_op),
+        first.register_forward_hook(_no_op, with_kwargs=True, always_call=True),
+        first.register_forward_pre_hook(_no_op),
+        first.register_forward_pre_hook(_no_op, with_kwargs=True),
+        first.register_full_backward_hook(_no_op),
+        first.register_full_backward_pre_hook(_no_op),
+        net.register_forward_hook(_no_op, prepend=True),
+        first.register_state_dict_post_hook(_no_op),
+        first.register_load_state_dict_post_hook(_no_op),
     ]
     return net, handles
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _no_op(*_: Any, **__: Any) -> None:
     return None
 
 
-def _same(gradient: Tensor) -> Tensor:
+def _identity(gradient: Tensor) -> Tensor:
     return gradient

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def seen(
+def receptive_fields(
     module: nn.Module,
     names: list[str],
     size: tuple[int, ...],
@@ -60,7 +60,7 @@ def seen(
     return found
 
 
-def places(seen_by_unit: np.ndarray) -> np.ndarray:
+def any_channel(seen_by_unit: np.ndarray) -> np.ndarray:
     """(h, w, H, W) from (C, h, w, H, W): what any of the channels sees."""
     return seen_by_unit.any(0)
 

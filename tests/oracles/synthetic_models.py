@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import convscope
-from tests.oracles.nets import Usual, filled
+from tests.oracles.nets import SmallConvNet, randomized
 
 SIDE = 6
 
@@ -30,7 +30,7 @@ class Weighted(nn.Module):
 
 def small_model(size: int = 24, **options: Any) -> convscope.Model:
     """Load a small CNN for colour images with five classes."""
-    return convscope.load(filled(Usual()), preprocessing={"size": size}, **options)
+    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": size}, **options)
 
 
 def probability(model: convscope.Model, target: int, x: np.ndarray) -> float:
