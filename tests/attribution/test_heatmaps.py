@@ -354,7 +354,7 @@ def test_negative_map_is_noted_and_not_changed() -> None:
 def test_zero_map_is_noted_and_stays_zero() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 40, 3), np.uint8)
     model = load_module(randomized(UnusedBranchNet()), classes=["a", "b", "c", "d"])
-    for layer in ("aside", "drowned"):
+    for layer in ("unused", "zeroed"):
         actual = convscope.heatmaps(model, image, "c", layer=layer)
         assert not actual.values.any()
         assert actual.notes == ("image 0, c: the map is zero everywhere; this layer has no influence on the target",)

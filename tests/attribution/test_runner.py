@@ -215,7 +215,7 @@ def test_single_layer_is_not_scaled(small_model: Model) -> None:
 def test_fusion_with_a_layer_without_influence() -> None:
     model = load_module(randomized(UnusedBranchNet()))
     used = heatmap_values(model, random_images(), [[0, 1]] * 3, layer="used")
-    actual = heatmap_values(model, random_images(), [[0, 1]] * 3, layer=["aside", "used"])
+    actual = heatmap_values(model, random_images(), [[0, 1]] * 3, layer=["unused", "used"])
     assert relative_error(actual, used / np.abs(used).max((2, 3), keepdims=True) / 2) < TINY
 
 

@@ -154,7 +154,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "usual": (lambda: randomized(SmallConvNet()), ["conv1", "bn1", "relu1", "pool", "conv2", "relu3"]),
     "twice": (lambda: randomized(SharedReluNet()), ["conv1", "relu", "conv2", "relu#2"]),
     "twice, in place": (lambda: randomized(SharedReluNet(inplace=True)), ["conv1", "relu", "conv2", "relu#2"]),
-    "frozen": (lambda: randomized(FrozenStemNet()), ["front.0", "front.1", "front", "behind"]),
+    "frozen": (lambda: randomized(FrozenStemNet()), ["stem.0", "stem.1", "stem", "head"]),
     "residual, in place": (lambda: randomized(Residual()), ["stem", "first.0", "first.1", "first", "second"]),
     "input, in place": (lambda: randomized(Scaling()), ["conv"]),
     "resnet18": (big("resnet18"), ["conv1", "maxpool", "layer1.0.conv2", "layer2.0.downsample.0", "layer3", "layer4"]),

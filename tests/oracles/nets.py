@@ -1,4 +1,4 @@
-"""Tiny networks that know one thing each, and a record of all that a network is, to compare before and after."""
+"""Tiny networks with one property each, and snapshots of a network's whole state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Scores = namedtuple("Scores", "aux logits")
 
 @dataclasses.dataclass
 class Output:
-    """As many libraries return what they found."""
+    """An output as many libraries return it."""
 
     loss: Any
     logits: Tensor
 
 
 def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with weights and batch statistics that are all different, from `seed`; in inference mode."""
+    """Return the network with random weights and batch statistics, in inference mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in net.parameters():
@@ -43,7 +43,7 @@ def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class SmallConvNet(nn.Module):
-    """Convolutions, batch normalisation, rectifiers, pooling, dropout and a linear head; any picture size."""
+    """Convolutions, batch normalisation, ReLUs, pooling, dropout and a linear head; any image size."""
 
     def __init__(self, channels: int = 3, classes: int = 5, inplace: bool = True) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SoftmaxNet(SmallConvNet):
 
 
 class HeadedNet(nn.Module):
-    """A network with something behind its logits."""
+    """A network with an activation after its logits."""
 
     def __init__(self, head: Callable[[Tensor], Any], classes: int = 5) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class HeadedNet(nn.Module):
 
 
 class DigitNet(nn.Module):
-    """For pictures of 28 x 28 gray pixels and no others, like many a first network."""
+    """A network for gray images of 28 x 28 pixels only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class DigitNet(nn.Module):
 
 
 class SharedReluNet(nn.Module):
-    """One rectifier, used after either convolution."""
+    """One ReLU module, called after both convolutions."""
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class SharedReluNet(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A convolution whose output comes packed."""
+    """A convolution whose output is in a container."""
 
     def __init__(self, pack: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class PackedConv(nn.Module):
 
 
 class PackedNet(nn.Module):
-    """The same network whatever its inner and its outer output are packed into."""
+    """A network whose inner and outer outputs are in containers."""
 
     def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -156,39 +156,39 @@ PACKINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 
 
 class FrozenStemNet(nn.Module):
-    """Runs its own front part without gradients, as is usual when only a head is trained."""
+    """Runs its stem without gradients, as when only a head is trained."""
 
     def __init__(self, without: Callable[[], Any] | None = torch.no_grad) -> None:
         super().__init__()
-        self.front = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3))
-        self.behind = nn.Conv2d(8, 5, 3)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3))
+        self.head = nn.Conv2d(8, 5, 3)
         self.without = without
 
     def forward(self, x: Tensor) -> Tensor:
         if self.without is None:
-            x = self.front(x)
+            x = self.stem(x)
         else:
             with self.without():
-                x = self.front(x)
-        return self.behind(x).relu().mean((2, 3))
+                x = self.stem(x)
+        return self.head(x).relu().mean((2, 3))
 
 
 class UnusedBranchNet(nn.Module):
-    """`aside` runs, but nothing comes of it; `drowned` reaches the scores multiplied by nought."""
+    """The output of `unused` is dropped; that of `zeroed` reaches the scores multiplied by 0."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.aside = nn.Conv2d(3, 4, 3)
-        self.drowned = nn.Conv2d(3, 4, 3)
+        self.unused = nn.Conv2d(3, 4, 3)
+        self.zeroed = nn.Conv2d(3, 4, 3)
         self.used = nn.Conv2d(3, 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.aside(x)
-        return self.used(x).mean((2, 3)) + 0 * self.drowned(x).mean((2, 3))
+        self.unused(x)
+        return self.used(x).mean((2, 3)) + 0 * self.zeroed(x).mean((2, 3))
 
 
 class Spy(nn.Module):
-    """Passes on what it gets; notes the gradient mode and the batch, and may raise."""
+    """Passes its input on; records gradient mode and batch size, and may raise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Spy(nn.Module):
 
 
 class SpiedNet(nn.Module):
-    """Two convolutions with a spy in front of, between and behind them."""
+    """Two convolutions with a spy before, between and after them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,9 +235,9 @@ GLOBAL_HOOKS = tuple(name for name in vars(globals_of_modules) if name.startswit
 
 
 def snapshot(net: nn.Module) -> dict[str, Any]:
-    """All that a network is, and of what torch keeps for the process: two snapshots are equal if nothing changed.
+    """Return the whole state of a network, and torch's state of the process.
 
-    Values are compared bit by bit. Gradients and hooks must be the very same objects in the same order.
+    Values are compared bit by bit; gradients and hooks must be the same objects in the same order.
     """
     state: dict[str, Any] = {}
     for name, m in net.named_modules():
@@ -269,7 +269,7 @@ def snapshot(net: nn.Module) -> dict[str, Any]:
 
 
 def diff_snapshots(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Which entries of two snapshots differ."""
+    """Return the names of the entries in which two snapshots differ."""
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
@@ -282,7 +282,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def in_training(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
-    """The network as users leave it: training, half frozen, gradients set, hooks of all kinds on it; and the hooks."""
+    """Bring the network into a user's state: training, half frozen, with gradients and hooks; return it and the hooks."""
     net.train()
     for position, m in enumerate(net.modules()):
         if position % 3 == 1:
