@@ -1,4 +1,4 @@
-"""A microscope for vision networks: see what a PyTorch or Keras network has learned.
+"""Visualise what PyTorch and Keras networks for images have learned.
 
 Every public name is imported from its module on first use, so that ``import convscope`` is fast.
 

@@ -1,4 +1,4 @@
-"""Objectives for `convscope.patterns`: what the activation that is maximised is made of.
+"""Objectives for `convscope.patterns`: the functions that gradient ascent maximises.
 
 Objectives can be added, subtracted and scaled: ``channel("blocks.5.2", 7) - channel("blocks.5.2", 9)``.
 """

@@ -31,11 +31,11 @@ def atlas(
     model: ModelName,
     images: Images,
     out: Out = Path("convscope-atlas"),
-    layer: Annotated[str | None, typer.Option(help="Default: the last spatial layer.")] = None,
+    layer: Annotated[str | None, typer.Option(help="The layer. Default: the last spatial layer.")] = None,
     target: Annotated[str | None, typer.Option(help="A class: only activations that are evidence for it.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Cells per side.")] = 12,
     positions: Annotated[int, typer.Option(min=1, help="Random positions per image.")] = 4,
-    min_count: Annotated[int, typer.Option(min=1, help="Activations that a cell must hold to get an icon.")] = 4,
+    min_count: Annotated[int, typer.Option(min=1, help="Minimum number of activations in a cell with an icon.")] = 4,
     size: Annotated[int, typer.Option(min=1, help="Side of an icon in pixels.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient ascent per icon.")] = 96,
     seed: Seed = 0,
@@ -47,9 +47,9 @@ def atlas(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Map a layer's activations over many images as a grid of icons (needs convscope[atlas]).
+    """Arrange a layer's activations over many images as a map of icons (requires the extra 'atlas').
 
-    If the output folder is a store that `convscope scan` made of this network, the result is saved into it.
+    If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
     import convscope
 

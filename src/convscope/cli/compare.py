@@ -39,7 +39,7 @@ def compare(
     images: Images,
     out: Out = Path("convscope-comparison"),
     methods: Annotated[
-        str | None, typer.Option(help="Methods, separated by commas. Default: common ones and two controls.")
+        str | None, typer.Option(help="Methods, separated by commas. Default: common ones and two baselines.")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers, separated by commas. Default: chosen automatically.")

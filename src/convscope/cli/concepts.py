@@ -36,7 +36,9 @@ def concepts(
     count: Annotated[int, typer.Option(min=1, help="Number of concepts.")] = 10,
     crop: Annotated[float, typer.Option(help="Side of a crop, as a fraction of the image's.")] = 1 / 3,
     crops: Annotated[int, typer.Option(min=1, help="Maximum number of crops per image.")] = 32,
-    only_predicted: Annotated[bool, typer.Option(help="Leave out images that are predicted as another class.")] = True,
+    only_predicted: Annotated[
+        bool, typer.Option(help="Leave out images that the network predicts as another class.")
+    ] = True,
     sobol_points: Annotated[
         int, typer.Option(min=2, help="Points of the Sobol sequence that measures importance; a power of two.")
     ] = 32,
@@ -49,9 +51,9 @@ def concepts(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Find the main concepts behind a class: patches, heatmaps and importance (needs convscope[concepts]).
+    """Find the main concepts behind a class: patches, heatmaps and importance.
 
-    If the output folder is a store that `convscope scan` made of this network, the result is saved into it.
+    If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
     import convscope
 

@@ -17,7 +17,7 @@ from convscope.cli.parsing import load_model
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "lite0",
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Default: four sample photographs.")
+        list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Image files. Default: four sample photographs.")
     ] = None,
     out: Out = Path("convscope-demo"),
     seed: Seed = 0,

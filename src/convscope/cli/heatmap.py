@@ -53,7 +53,7 @@ def heatmap(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Show where the evidence for a class is in images."""
+    """Compute heatmaps of the evidence for classes in images."""
     import convscope
 
     network = load_model(model, weights, classes, preprocessing, device)

@@ -24,11 +24,14 @@ MAX_PIXELS = 100_000_000
 ModelName: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files.")]
 Weights: TypeAlias = Annotated[str | None, typer.Option(help="default, random, or a file of weights.")]
-Classes: TypeAlias = Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one per line.")]
+Classes: TypeAlias = Annotated[Path | None, typer.Option(metavar="FILE", help="File of class names, one per line.")]
 PreprocessingJson: TypeAlias = Annotated[
-    str | None, typer.Option("--preprocessing", metavar="JSON", help="The network's input, as JSON or a JSON file.")
+    str | None,
+    typer.Option(
+        "--preprocessing", metavar="JSON", help="Preprocessing: size, mean, std, ..., as JSON or a JSON file."
+    ),
 ]
-Device: TypeAlias = Annotated[str | None, typer.Option(help="cpu, cuda or mps.")]
+Device: TypeAlias = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps.")]
 Fit: TypeAlias = Annotated[str, typer.Option(help="squash: the whole image; crop: the model's evaluation crop.")]
 MaxPixels: TypeAlias = Annotated[int, typer.Option(help="Refuse images with more pixels.")]
 
@@ -45,14 +48,14 @@ Target: TypeAlias = Annotated[
 ]
 Against: TypeAlias = Annotated[list[str] | None, typer.Option(help="A class to contrast the target with; repeatable.")]
 LayerNames: TypeAlias = Annotated[
-    str, typer.Option(metavar="LAYER", help="A layer, or several separated by commas, which are fused; auto.")
+    str, typer.Option(metavar="LAYER", help="A layer, auto, or several separated by commas, which are fused.")
 ]
 Method: TypeAlias = Annotated[
     str, typer.Option(help="grad-cam, layer-cam, integrated-gradients, rise, ...: see docs/methods.md.")
 ]
 Smooth: TypeAlias = Annotated[str | None, typer.Option(help="flips or noise: average over augmented images.")]
 Scale: TypeAlias = Annotated[
-    str, typer.Option(help="Magnifications of the image, separated by commas; 1,2,3 locates objects best.")
+    str, typer.Option(help="Multiples of the input size, separated by commas; for localisation: 1,2,3 --fuse product.")
 ]
 Fuse: TypeAlias = Annotated[str, typer.Option(help="How several layers or scales are fused: mean, max or product.")]
 MethodOptions: TypeAlias = Annotated[
@@ -61,16 +64,19 @@ MethodOptions: TypeAlias = Annotated[
 Metrics: TypeAlias = Annotated[str, typer.Option(help="Metrics, separated by commas: see docs/faithfulness.md.")]
 Masks: TypeAlias = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Masks of the targets: NAME.png or NAME_mask.png per image, white inside."),
+    typer.Option(
+        metavar="FOLDER", help="Masks of the targets: NAME.png or NAME_mask.png for each image, white on the target."
+    ),
 ]
 
 # Explorer
 StoreAddress: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="STORE", help="A store that convscope scan wrote for this network.")
+    str | None, typer.Option(metavar="STORE", help="A store written by `convscope scan` for this network.")
 ]
 CacheDir: TypeAlias = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Cache of patterns. Default: in the user's cache folder.")
 ]
 StartImages: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--image", metavar="FILE", help="An image to start with; repeatable.")
+    list[str] | None,
+    typer.Option("--image", metavar="FILE", help="An image to show instead of the sample photographs; repeatable."),
 ]

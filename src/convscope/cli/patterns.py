@@ -32,14 +32,16 @@ def patterns(
     model: ModelName,
     layers: Annotated[
         str | None,
-        typer.Option("--layer", "--layers", help="Layers, separated by commas; all; logits for the classes."),
+        typer.Option("--layer", "--layers", help="Layers, separated by commas, or all; logits for the classes."),
     ] = None,
     units: Annotated[
         str | None,
         typer.Option(help="0-63, 3,7,9, all; for logits also names; logits:386,387. Default: the first 16."),
     ] = None,
     out: Out = Path("convscope-patterns"),
-    recipe: Annotated[str, typer.Option(help="robust, plain (as in the book), maco, dream, caricature.")] = "robust",
+    recipe: Annotated[
+        str, typer.Option(help="robust, plain, maco, dream or caricature: see docs/patterns.md.")
+    ] = "robust",
     size: Annotated[int | None, typer.Option(help="Side of a pattern in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of gradient ascent.")] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views per step, averaged in the objective.")] = None,
@@ -49,10 +51,11 @@ def patterns(
         list[str] | None, typer.Option(metavar="FILE", help="A natural image to compare scores with; repeatable.")
     ] = None,
     negatives: Annotated[bool, typer.Option("--negatives", help="Also minimise the units.")] = False,
-    frames: Annotated[int, typer.Option(help="Intermediate images, as an animated WebP.")] = 0,
+    frames: Annotated[int, typer.Option(help="Number of intermediate images, saved as an animated WebP.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local: start one here.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -61,9 +64,11 @@ def patterns(
     preprocessing: PreprocessingJson = None,
     device: Device = None,
 ) -> None:
-    """Compute the image that maximises each unit. Several layers are written into one folder each and can be resumed.
+    """Compute the image that maximises each unit.
 
-    If the output folder is a store that `convscope scan` made of this network, the result is saved into it.
+    Several layers are written to one folder each. If interrupted, rerun with --resume to continue.
+
+    If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
     network = load_model(model, weights, classes, preprocessing, device)
     store = open_store_in(out, network)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 def predict(
     model: ModelName,
     images: Images,
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Also write a folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Also save the result in this folder.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
     fit: Fit = "squash",
     as_json: AsJson = False,

@@ -16,20 +16,20 @@ from convscope.cli.parsing import default_cache_dir, load_model, open_store_at
 
 @app.command()
 def publish(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A store that convscope scan wrote.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store written by `convscope scan`.")],
     out: Out = Path("convscope-site"),
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network. Default: the one named in the store.")
     ] = None,
     image: StartImages = None,
     cache_dir: CacheDir = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that cut out patches.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that crop patches.")] = os.cpu_count() or 1,
     weights: Weights = None,
     classes: Classes = None,
     preprocessing: PreprocessingJson = None,
     device: Device = None,
 ) -> None:
-    """Write the explorer's pages as files, for any web server or none."""
+    """Write the explorer's pages as static files (requires the extra 'serve')."""
     from convscope.explorer import server
 
     server.require_packages()

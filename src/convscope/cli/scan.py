@@ -40,18 +40,22 @@ def scan(
     ],
     out: Out = Path("convscope-store"),
     layers: Annotated[
-        str | None, typer.Option(help="Layers, separated by commas; all. Default: one per resolution.")
+        str | None, typer.Option(help="Layers, separated by commas, or all. Default: one per resolution.")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Images stored per unit, for its highest and its lowest values.")] = 100,
-    sample: Annotated[int, typer.Option(min=0, help="Images for which every unit's value is stored.")] = 1000,
+    k: Annotated[int, typer.Option(min=1, help="Number of top and of bottom images stored per unit.")] = 100,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Number of images for which every unit's maximum is stored.")
+    ] = 1000,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
-    shard: Annotated[int | None, typer.Option(min=1, help="Images per shard.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    shard: Annotated[int | None, typer.Option(min=1, help="Number of images per shard.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Number of processes that decode images.")] = None,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local: start one here.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network first: a minute or more, pays off for 10,000 images.")
+        bool,
+        typer.Option("--compile", help="Compile the network first: takes a minute or more, pays off from 10,000 images."),
     ] = False,
     fit: Fit = "squash",
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -61,7 +65,10 @@ def scan(
     preprocessing: PreprocessingJson = None,
     device: Device = None,
 ) -> None:
-    """Record top images and statistics of every unit over a data set. If interrupted, rerun to resume."""
+    """Record top images and statistics of every unit over a data set (requires the extra 'scan').
+
+    If interrupted, rerun the same command to resume.
+    """
     import convscope
 
     network = load_model(model, weights, classes, preprocessing, device)

@@ -16,18 +16,22 @@ from convscope.cli.parsing import default_cache_dir, load_model, open_store_at
 
 @app.command()
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help="Default: lite0.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL...]", help="Networks, as in the other commands. Default: lite0."),
+    ] = None,
     image: StartImages = None,
     store: StoreAddress = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any other than loopback needs a token.")
+        str, typer.Option(help="Address to listen on; any other than loopback requires --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8420,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 selects a free one.")] = 8420,
     token: Annotated[
-        str | None, typer.Option(envvar="CONVSCOPE_TOKEN", help="Secret that visitors need; auto: a random one.")
+        str | None,
+        typer.Option(envvar="CONVSCOPE_TOKEN", help="Access token that clients must send; auto: generate one."),
     ] = None,
     hostname: Annotated[
-        list[str] | None, typer.Option(help="A name under which the host is reached; repeatable.")
+        list[str] | None, typer.Option(help="Host name under which the server is reached; repeatable.")
     ] = None,
     cache_dir: CacheDir = None,
     weights: Weights = None,
@@ -35,7 +39,7 @@ def serve(
     preprocessing: PreprocessingJson = None,
     device: Device = None,
 ) -> None:
-    """Explore networks in the browser."""
+    """Explore networks in the browser (requires the extra 'serve')."""
     from convscope.explorer import server
     from convscope.explorer.web import security
 

@@ -33,7 +33,7 @@ def story(
 ) -> None:
     """Show what units respond to from the first layer to the last, as a figure and a page.
 
-    If the output folder is a store that `convscope scan` made of this network, the result is saved into it.
+    If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
     import convscope
 

@@ -20,7 +20,7 @@ LOGITS = "logits"  # the name that stands for the classes wherever a layer is ex
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network with everything that is needed to look into it, as `convscope.load` returns it.
+    """A network with its preprocessing, class names and layer table, as returned by `convscope.load`.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Model:
     final_activation : {"softmax", "log_softmax", "sigmoid"} or None
         The activation that ends the network; logits are its input.
     notes : tuple of str
-        Assumptions that had to be made.
+        Assumptions, for instance about the preprocessing.
     fixed_batch_size : int or None
         The only batch size that an exported network takes.
     num_outputs : int or None

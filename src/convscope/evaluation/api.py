@@ -69,7 +69,7 @@ def evaluate(
     metrics : str or sequence of str
         Keys of ``convscope.evaluation.registry.METRICS``.
     targets : optional
-        What maps given as an array explain; as in `convscope.heatmaps`.
+        Targets of maps given as an array, as in `convscope.heatmaps`.
     masks : array or list, optional
         Where the targets are, for "pointing", "energy" and "iou": per image (H, W) or (T, H, W) bool at the image's own
         size; a list or an array (N, H, W) or (N, T, H, W).

@@ -60,7 +60,7 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
     Parameters
     ----------
     model : Model
-        A model that the program goes on training may be shown: pages that are opened later use its new weights. After
+        It may be trained further: pages that are opened later use its new weights. After
         parameters or layers are replaced by others, call `show` again.
     image : path, sequence of paths, PIL images, arrays or tensor, optional
         Images in any form that `convscope.predict` takes; the sample photographs if omitted.
@@ -77,7 +77,7 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
     Raises
     ------
     ConvscopeError
-        If `model` is no Model, an image cannot be read, the port is not available, or the packages of the extra
+        If `model` is not a Model, an image cannot be read, the port is not available, or the packages of the extra
         ``serve`` are not installed.
 
     Examples

@@ -32,7 +32,7 @@ class Preprocessing:  # numpydoc ignore=PR02
     range : tuple of float, optional
         What the pixel values 0..255 become before `mean` and `std`; a number v means (0, v).
     mean, std : tuple of float, optional
-        One number per channel, in the network's own channel order; a single one counts for all.
+        One number per channel, in the network's own channel order; a single number is used for all.
     channel_order : {"RGB", "BGR", "L", "channels"}, optional
         "L": one gray channel. "channels": images come as arrays with exactly that many channels.
     resize : int, optional
@@ -41,7 +41,7 @@ class Preprocessing:  # numpydoc ignore=PR02
     Raises
     ------
     ConvscopeError
-        Naming the field whose value makes no sense.
+        If a value is invalid; the message names the field.
 
     Examples
     --------

@@ -69,7 +69,7 @@ def scan(
         From `convscope.load`.
     dataset : str, path, sequence, array or data set object
         A folder, a glob, a .txt list, WebDataset tars, Parquet files with images, a data set of torchvision or Hugging
-        Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec knows.
+        Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec supports.
     out : path
         The folder of the store, on a local disk. A finished store can be copied to any address and read there.
     layers : str or sequence of str, optional
@@ -87,15 +87,15 @@ def scan(
         Show the network the whole image, or its own evaluation crop.
     workers : int, optional
         Number of processes that decode ahead of the network; 0 for none. With `ray`, the number of actors; by default
-        as many as the cluster has room for.
+        as many as fit into the cluster.
     ray : str, optional
         Address of a Ray cluster that scans the shards, or "local" to start one. This process writes the store.
     compiled : bool
         Compile the network first. This takes a minute or more, and speeds up a CPU by a factor of 1.1 to 1.6.
     storage : mapping, optional
-        Options for fsspec where the data are.
+        Options of fsspec for the address of the data.
     max_pixels : int
-        Larger images are refused before memory is spent on them.
+        Images with more pixels are refused before they are decoded.
     memory : int
         Bytes that the intermediate results of a batch may take.
     progress : callable, optional
