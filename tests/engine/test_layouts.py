@@ -20,7 +20,7 @@ from convscope.engine import capture
 from convscope.engine.layer_table import Layout
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
-from tests.engine.test_layer_table import Run, check, compare, positive
+from tests.engine.receptive_fields import FunctionNet, assert_bounds, check_receptive_fields, positive
 from tests.oracles import receptive
 
 SWIN = {"depths": (2, 2), "embed_dim": 16, "num_heads": (2, 2), "num_classes": 7}
@@ -233,7 +233,9 @@ def test_a_window_sees_itself() -> None:
     row = convscope.load(net, preprocessing={"size": size}).layers["layers.0.blocks.0"]
     assert row.receptive_field == (12, 12)  # 2 x 2 patches of 4 x 4 pixels, wherever in the window a place is
     found = receptive.receptive_fields(net, [row.name], size, 3, "bump", {row.name: row.to_nchw})[row.name]
-    assert compare(row, receptive.any_channel(found), slack=4) == 0  # a window is 8 pixels, and lies to either side
+    assert (
+        assert_bounds(row, receptive.any_channel(found), slack=4) == 0
+    )  # a window is 8 pixels, and lies to either side
 
 
 def test_plain_convnets_have_no_tokens() -> None:
@@ -261,7 +263,7 @@ def conv1(kernel: int = 3, channels: int = 1, **options: int) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, kernel, **options)
 
 
-def causal(net: Run, x: Tensor) -> Tensor:
+def causal(net: FunctionNet, x: Tensor) -> Tensor:
     """As WaveNet has it: each place sees what came before it."""
     return net.b(F.pad(net.a(F.pad(x, (2, 0))), (4, 0))) + x
 
@@ -274,14 +276,14 @@ SIGNALS: dict[str, Callable[[], nn.Module]] = {
         nn.AvgPool1d(2), conv1(4, stride=2), nn.MaxPool1d(3, 1, ceil_mode=True), nn.AvgPool1d(3, 2)
     ),
     "adaptive": lambda: nn.Sequential(conv1(), nn.AdaptiveAvgPool1d(10), conv1(), nn.AdaptiveMaxPool1d(5)),
-    "causal": lambda: Run(causal, a=conv1(padding=0), b=conv1(padding=0, dilation=2)),
-    "channels behind": lambda: Run(
+    "causal": lambda: FunctionNet(causal, a=conv1(padding=0), b=conv1(padding=0, dilation=2)),
+    "channels behind": lambda: FunctionNet(
         lambda net, x: net.b(net.norm(net.a(x).transpose(1, 2)).transpose(1, 2)),
         a=nn.Conv1d(1, 4, 3, stride=2),
         norm=nn.LayerNorm(4),
         b=nn.Conv1d(4, 2, 3),
     ),
-    "residual": lambda: Run(lambda net, x: net.a(x) + net.b(x[:, :, 1::2]), a=conv1(7, stride=2), b=conv1()),
+    "residual": lambda: FunctionNet(lambda net, x: net.a(x) + net.b(x[:, :, 1::2]), a=conv1(7, stride=2), b=conv1()),
 }
 VOLUMES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "chain": (
@@ -305,7 +307,7 @@ VOLUMES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signals_see_what_brute_force_finds(name: str) -> None:
-    rows = check(SIGNALS[name](), (40,), cropped=name == "residual")
+    rows = check_receptive_fields(SIGNALS[name](), (40,), cropped=name == "residual")
     assert all(len(row.shape) == 2 and len(row.receptive_field) == 1 for row in rows if row.is_spatial)
     assert rows[-1].is_spatial
     assert rows[-1].receptive_field[0] > 3
@@ -315,7 +317,7 @@ def test_signals_see_what_brute_force_finds(name: str) -> None:
 @pytest.mark.parametrize("name", VOLUMES)
 def test_volumes_see_what_brute_force_finds(name: str) -> None:
     build, size = VOLUMES[name]
-    rows = check(build(), size)
+    rows = check_receptive_fields(build(), size)
     assert all(len(row.shape) == 4 and len(row.receptive_field) == 3 for row in rows)
 
 
@@ -323,7 +325,9 @@ def test_volumes_see_what_brute_force_finds(name: str) -> None:
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_enlarged_signals_and_volumes_are_bounded(size: tuple[int, ...], mode: str) -> None:
     conv, mode = (conv1(), mode) if len(size) == 1 else (nn.Conv3d(1, 1, 3, padding=1), mode.replace("lin", "trilin"))
-    rows = check(nn.Sequential(conv, nn.Upsample(scale_factor=2, mode=mode)), size, slack=2, way="bump")
+    rows = check_receptive_fields(
+        nn.Sequential(conv, nn.Upsample(scale_factor=2, mode=mode)), size, slack=2, change="bump"
+    )
     assert rows["1"].shape[1:] == tuple(2 * side for side in size)
     assert rows["1"].stride == (0.5,) * len(size)
 
@@ -331,7 +335,7 @@ def test_enlarged_signals_and_volumes_are_bounded(size: tuple[int, ...], mode: s
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
 def test_mirrored_borders_count_as_if_the_signal_went_on(mode: str) -> None:
     for kind, size in ((nn.Conv1d, (20,)), (nn.Conv3d, (6, 6, 6))):
-        rows = check(nn.Sequential(kind(1, 1, 5, padding=2, padding_mode=mode)), size)
+        rows = check_receptive_fields(nn.Sequential(kind(1, 1, 5, padding=2, padding_mode=mode)), size)
         assert rows["0"].receptive_field == (5,) * len(size)
 
 
