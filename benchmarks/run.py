@@ -27,7 +27,7 @@ PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "dreamlens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds in which the contenders take turns")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of timing")
     parser.add_argument("--only", help="a section's title, or its beginning; the other sections stay as they are")
     arguments = parser.parse_args()
     rounds = arguments.rounds
@@ -61,11 +61,11 @@ def _head(rounds: int, few: int) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make benchmarks`. All contenders run in one process and take turns; every time is the median of",
+        "Written by `make benchmarks`. All packages are timed in turn in one process; every time is the median of",
         f"{rounds} rounds ({few} for long ones), every ratio the median of the ratios within a round.",
         f"{THREADS} threads, float32, the same weights and input for all, 224 x 224, channels_last for all except",
-        "contenders in the layout that users have. Peers get the network without in-place activations, as their hooks",
-        "require.",
+        "packages timed in the layout that users have. Other packages get the network without in-place activations,",
+        "as their hooks require.",
         "",
         f"Machine: {_processor()}. " + ", ".join(f"{p} {version(p)}" for p in PEERS) + ".",
         "",
@@ -197,10 +197,10 @@ def _transfer(rows: list[transfer.Row], statistics: list[transfer.ImageStatistic
     ours = sum(row.seconds for row in rows[: len(transfer.SETS)]) / len(transfer.SETS)
     peers = [f"{row.name.partition(',')[0]} {row.seconds / ours:.1f}" for row in rows[-2:]]
     return [
-        "ImageNet classes, computed with Lite0 by the default recipe and shown as 8-bit images to two networks that",
-        f"took no part: top-1 and top-5 accuracy. Sets of {transfer.COUNT} classes are selected by a hash and do not",
-        "overlap. The recipe was chosen on classes of three other sets by Lite1, at its own size and at 280 pixels.",
-        "Lite2 had been shown results of earlier recipes on these sets.",
+        "ImageNet classes, computed with Lite0 by the default recipe and shown as 8-bit images to two networks",
+        f"not used in the computation: top-1 and top-5 accuracy. Sets of {transfer.COUNT} classes, which do not",
+        "overlap, are selected by a hash. The recipe was chosen on classes of three other sets by Lite1, at its own",
+        "size and at 280 pixels. Lite2 had been shown results of earlier recipes on these sets.",
         "",
         "| | classes | s per class | Lite2 top-1 | Lite2 top-5 | Lite1 top-1 | Lite1 top-5 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -212,8 +212,9 @@ def _transfer(rows: list[transfer.Row], statistics: list[transfer.ImageStatistic
         "",
         f"Time per class relative to convscope over the three sets: {', '.join(peers)}.",
         "",
-        "Image statistics beside photographs: the fraction of values that are 0 or 255, the standard deviation of the",
-        "brightness (0..255), colourfulness (Hasler and Suesstrunk), and the exponent of the spectrum's amplitude.",
+        "Image statistics, compared with those of photographs: the fraction of values that are 0 or 255, the",
+        "standard deviation of the brightness (0..255), colourfulness (Hasler and Suesstrunk), and the exponent",
+        "of the spectrum's amplitude.",
         "",
         "| | saturated | contrast | colourfulness | spectrum |",
         "| --- | --- | --- | --- | --- |",

@@ -55,7 +55,7 @@ def scan(
     ] = None,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the network first: takes a minute or more, pays off from 10,000 images."),
+        typer.Option("--compile", help="Compile the network first: takes a minute or more, for 10,000 images or more."),
     ] = False,
     fit: Fit = "squash",
     max_pixels: MaxPixels = MAX_PIXELS,
