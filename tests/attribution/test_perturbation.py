@@ -345,7 +345,7 @@ def make_context(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, s
     class Stub:
         fixed_batch_size = None
         final_activation = None
-        loaded_by_convscope = False
+        can_accelerate = False
         device = torch.device("cpu")
         layers = LayerTable([])
 

@@ -16,7 +16,6 @@ from torch import Generator, Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine.acceleration.inplace_clamp import inplace_clamp as keeping_nothing
 from convscope.engine.batching import gradient_bytes
 from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.featurevis.defaults import plain_size, robust_size
@@ -266,8 +265,6 @@ RECTIFIERS: dict[str, tuple[Any, float]] = {
     "ReLU6 in place": (nn.ReLU6(inplace=True), 6.0),
     "relu6": (F.relu6, 6.0),
     "Hardtanh": (nn.Hardtanh(0, 2), 2.0),
-    "of a folded pass": (lambda x: keeping_nothing(x, 0.0, math.inf), math.inf),
-    "of a folded pass, bounded": (lambda x: keeping_nothing(x, 0.0, 6.0), 6.0),
 }
 
 

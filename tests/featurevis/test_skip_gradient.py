@@ -9,7 +9,7 @@ from torch import nn
 
 import convscope
 from convscope.engine import capture
-from convscope.engine.acceleration import conv_fusion
+from convscope.engine.acceleration import accelerate
 from convscope.featurevis.skip_gradient import with_skip_gradient
 
 DRAW = torch.Generator().manual_seed(3)
@@ -91,7 +91,7 @@ def test_a_real_network_by_hooks_of_its_own():
     model.module.double()
     x = torch.rand((2, 3, 96, 96), generator=torch.Generator().manual_seed(0)).double()
     with capture.capture_layers(model, []) as run:
-        quick = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, x, gradients=True))
+        quick = accelerate(run, x, gradients=True)
         y, found = gradient(lambda x: with_skip_gradient(quick, 0.5)(x).logits, x)
         usual, other = gradient(lambda x: quick(x).logits, x)
         assert torch.equal(y, usual)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture, resume
-from convscope.engine.acceleration.conv_fusion import Folds, find_fusions, with_fusion
+from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import cache_friendly_batch_size, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
@@ -86,7 +85,8 @@ class MethodContext:
         callable
             Takes inputs (M, C, H, W), returns scores (M, T); runs without gradients.
         """
-        run = self._fused_run(image)
+        example = pad_to_fixed_batch(self.model, self.x[image : image + 1])
+        run = accelerate(self.run, example, enabled=self.model.can_accelerate, rtol=LOGITS_RTOL)
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():
@@ -103,20 +103,6 @@ class MethodContext:
         if self.model.fixed_batch_size is not None:
             return self.batch_size
         return min(self.batch_size, cache_friendly_batch_size(self.model))
-
-    def _fused_run(self, image: int) -> Callable[[Tensor], ForwardResult]:
-        """Return `run` with fused convolutions if these reproduce the image's logits, else `run` itself."""
-        if not self.model.loaded_by_convscope or not self._fusions:
-            return self.run
-        fused_run, x = with_fusion(self.run, self._fusions), pad_to_fixed_batch(self.model, self.x[image : image + 1])
-        with torch.no_grad():
-            logits, fused_logits = self.run(x).logits, fused_run(x).logits
-        equal = bool((logits - fused_logits).abs().max() <= LOGITS_RTOL * logits.abs().max())
-        return fused_run if equal else self.run
-
-    @cached_property
-    def _fusions(self) -> Folds:
-        return find_fusions(self.run, pad_to_fixed_batch(self.model, self.x[:1]))
 
     # --- with gradients ----------------------------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ class Model:
         Whether `load` made the module, so that nobody else changes it.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
+    accelerate : bool
+        Whether passes may be accelerated; those of a user's own module never are.
 
     Examples
     --------
@@ -73,6 +75,12 @@ class Model:
     num_outputs: int | None = None
     loaded_by_convscope: bool = False
     channels_last_output: bool = False
+    accelerate: bool = True
+
+    @property
+    def can_accelerate(self) -> bool:
+        """Whether passes may be accelerated: it is not switched off, and nobody else changes the module."""
+        return self.accelerate and self.loaded_by_convscope
 
     def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         """Return all layers by name, and all parameters.

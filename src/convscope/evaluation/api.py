@@ -13,7 +13,7 @@ from torch import Tensor
 from convscope.attribution.context import LOGITS_RTOL
 from convscope.attribution.targets import Targets
 from convscope.engine import capture
-from convscope.engine.acceleration.conv_fusion import find_fusions, with_fusion
+from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import (
     MEMORY,
     Progress,
@@ -171,9 +171,10 @@ class _EvaluationJob:
             fast_run: Run | None = None
             for batch in self.loader.batches(batch_size(model, bytes_per_image, self.memory)):
                 context = self._make_context(batch, run)
-                if model.loaded_by_convscope and many_passes:
-                    fast_run = fast_run or with_fusion(run, find_fusions(run, pad_to_fixed_batch(model, context.x[:1])))
-                    context = replace(context, run=_verified_run(fast_run, context))
+                if many_passes:
+                    example = pad_to_fixed_batch(model, context.x[:1])
+                    fast_run = fast_run or accelerate(run, example, enabled=model.can_accelerate, rtol=LOGITS_RTOL)
+                    context = replace(context, run=fast_run)
                 first = sum(len(b.indices) for b in batches) + len(self.loader.failed)
                 scores = self._score_batch(context, first)
                 batches.append(_BatchScores(scores, context.batch_targets.classes.cpu(), batch.indices))
@@ -269,13 +270,6 @@ def _check_requirements(names: Sequence[str], maps: HeatmapInput, masks: Sequenc
             )
         if "classes" in needs and maps.targets.functions:
             raise ConvscopeError(f"{name} needs classes as targets, not functions of the output")
-
-
-def _verified_run(fast_run: Run, context: EvaluationContext) -> Run:
-    """Return the faster pass if its logits agree with the plain ones on these images; else the plain pass."""
-    plain = context.outputs.logits
-    fast = fast_run(pad_to_fixed_batch(context.model, context.x)).logits
-    return fast_run if bool((plain - fast).abs().max() <= LOGITS_RTOL * plain.abs().max()) else context.run
 
 
 def _probability_notes(maps: HeatmapInput) -> list[str]:

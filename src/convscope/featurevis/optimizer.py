@@ -71,15 +71,12 @@ def adam_step(params: Tensor, rate: float | Callable[[int], float], damping: flo
     Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015.
     """
     rates = map(rate, count()) if callable(rate) else repeat(rate)
-    # The fused kernel rounds by a value's offset in memory: one tensor per image makes the result independent of it.
-    fused = params.device.type in ("cpu", "cuda")
-    tensors = list(params.detach()) if fused else [params.detach()]
-    adam = torch.optim.Adam(tensors, betas=BETAS, eps=damping, maximize=True, fused=fused)
+    # Rounding may depend on an offset in memory: one tensor per image makes the result independent of other images.
+    tensors = list(params.detach())
+    adam = torch.optim.Adam(tensors, betas=BETAS, eps=damping, maximize=True)
 
     def step(_: Tensor, gradient: Tensor) -> None:
-        # The gradient needs the memory layout of the parameters: fused kernels do not check it.
-        normalized = torch.empty_like(params).copy_(_unit_rms(gradient))
-        for tensor, tensor_gradient in zip(tensors, normalized if fused else [normalized], strict=True):
+        for tensor, tensor_gradient in zip(tensors, _unit_rms(gradient), strict=True):
             tensor.grad = tensor_gradient
         adam.param_groups[0]["lr"] = next(rates)
         adam.step()

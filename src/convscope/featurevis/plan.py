@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convscope.engine.acceleration import conv_fusion
+from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import balanced_chunks, batch_size, cache_friendly_batch_size, gradient_bytes
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_int
@@ -166,8 +166,11 @@ def make_plan(
     fixed_position = any(objective.fixed_position for objective in request.objectives)
     if fixed_position or any(check(view_size) is not None for view_size in {*view_sizes} - {canvas}):
         view_sizes = (canvas,)
-    if model.loaded_by_convscope:
-        forward = _accelerate(forward, model, view_sizes[-1])
+    noise = torch.randn(
+        (model.fixed_batch_size or 1, model.preprocessing.channels, *view_sizes[-1]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    forward = accelerate(forward, noise, gradients=True, enabled=model.can_accelerate)
     if request.needs_logits and recipe.residual_grad_scale != 1:
         forward = with_skip_gradient(forward, recipe.residual_grad_scale)
     max_batch = _max_batch(model, request, settings, canvas, view_sizes)
@@ -175,14 +178,6 @@ def make_plan(
     largest = max(objective.num_images for objective in request.objectives)
     batches = list(balanced_chunks(range(len(request.objectives)), max(1, max_batch // largest)))
     return PatternPlan(forward, receptive_field, canvas, view_sizes, batches, max_batch)
-
-
-def _accelerate(forward: Forward, model: Model, size: Size) -> Forward:
-    """Fuse convolutions, if the outputs stay the same."""
-    blank = torch.zeros((model.fixed_batch_size or 1, model.preprocessing.channels, *size))
-    fused = conv_fusion.with_fusion(forward, conv_fusion.find_fusions(forward, blank, gradients=True))
-    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(0))
-    return fused if conv_fusion.outputs_match(forward, fused, noise) else forward
 
 
 def _max_batch(

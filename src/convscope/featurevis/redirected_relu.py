@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from convscope.engine.acceleration.inplace_clamp import inplace_clamp
 from convscope.engine.function_modes import FunctionMode, is_inplace
+from convscope.engine.torch_ops import hardtanh_backward
 
 
 class RedirectedReLU(FunctionMode):
@@ -26,7 +26,7 @@ class RedirectedReLU(FunctionMode):
         Bool (U,): the images of the batch whose gradients are redirected. The others are not affected.
     """
 
-    names = frozenset({"relu", "relu6", "hardtanh", "inplace_clamp"})
+    names = frozenset({"relu", "relu6", "hardtanh"})
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class RedirectedReLU(FunctionMode):
         x = args[0] if args else kwargs["input"]
         if maximum is None or x.ndim == 0 or len(x) % len(self.mask):
             return function(*args, **kwargs)
-        inplace = function is inplace_clamp or is_inplace(function) or bool(kwargs.get("inplace"))
+        inplace = is_inplace(function) or bool(kwargs.get("inplace"))
         return _RedirectedClamp.apply(x, maximum, inplace, self.mask)
 
 
@@ -61,7 +61,7 @@ class _RedirectedClamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (x, mask), (gradient,) = ctx.saved_tensors, gradients
-        result: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, 0.0, ctx.maximum)
+        result = hardtanh_backward(gradient, x, 0.0, ctx.maximum)
         blocked = mask & ~_has_gradient(result, len(mask))
         if bool(blocked.any()):
             rows = blocked.repeat_interleave(len(x) // len(mask)).nonzero()[:, 0]
@@ -89,7 +89,6 @@ def _clamp_maximum(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return float("inf")
     if name == "relu6":
         return 6.0
-    low_name, high_name = ("low", "high") if name == "inplace_clamp" else ("min_val", "max_val")
-    minimum = kwargs.get(low_name, args[1] if len(args) > 1 else -1.0)
-    maximum = kwargs.get(high_name, args[2] if len(args) > 2 else 1.0)
+    minimum = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)
+    maximum = kwargs.get("max_val", args[2] if len(args) > 2 else 1.0)
     return float(maximum) if minimum == 0 else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction  # noqa: PLC2701 - torch has no public way to leave function modes
 
 from convscope.engine import capture
-from convscope.engine.acceleration import conv_fusion
+from convscope.engine.acceleration import accelerate
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.scanning.statistics import BatchReduction, reduce_maps, reduce_maps_compilable
@@ -64,14 +64,16 @@ def forward_with_statistics(
     """
     reducer = _Reducer(compiled)
     height, width = model.preprocessing.image_size
-    example = torch.zeros((batch_size, model.preprocessing.channels, height, width), device=model.device)
-    example = example.contiguous(memory_format=torch.channels_last)
+    # Noise on which an accelerated pass is verified; one image is as good as a batch.
+    example = torch.randn(
+        (model.fixed_batch_size or (batch_size if compiled else 1), model.preprocessing.channels, height, width),
+        generator=torch.Generator().manual_seed(0),
+    )
+    example = example.to(model.device, memory_format=torch.channels_last)
     with (
         torch.no_grad(),
         capture.capture_layers(model, [name for name in layers if name != LOGITS], on_output=reducer) as run,
     ):
-        if model.loaded_by_convscope and not compiled:
-            run = conv_fusion.with_fusion(run, conv_fusion.find_fusions(run, example))
 
         def forward(x: Tensor) -> BatchStatistics:
             reducer.reductions.clear()
@@ -80,7 +82,8 @@ def forward_with_statistics(
                 reducer(LOGITS, logits)
             return BatchStatistics(dict(reducer.reductions), logits)
 
-        program = _compile(forward, example) if compiled else forward
+        accelerated = accelerate(forward, example, enabled=model.can_accelerate and not compiled)
+        program = _compile(forward, example) if compiled else accelerated
 
         def forward_with_thresholds(x: Tensor, thresholds: Mapping[str, Tensor]) -> BatchStatistics:
             reducer.thresholds = thresholds

@@ -48,6 +48,7 @@ def load(
     preprocessing: object = None,
     classes: Sequence[str] | None = None,
     device: str | torch.device | None = None,
+    accelerate: bool = True,
 ) -> Model:
     """Load a network and describe its layers.
 
@@ -67,6 +68,9 @@ def load(
         Names of the classes, in order. Default: what the source specifies, or none.
     device : str or torch.device, optional
         Where to run: "cpu", "cuda", "mps". A module that is passed in stays on its device.
+    accelerate : bool
+        Fuse convolutions where that is verified to give the same results to rounding. Set it, or the environment
+        variable ``CONVSCOPE_ACCELERATE``, to 0 to run the network's own functions only.
 
     Returns
     -------
@@ -119,6 +123,7 @@ def load(
         num_outputs=probed.num_outputs,
         loaded_by_convscope=spec.loaded_by_convscope,
         channels_last_output=probed.channels_last_output,
+        accelerate=bool(accelerate),
     )
 
 
