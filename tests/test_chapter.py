@@ -87,7 +87,9 @@ def test_the_whole_trunk_is_compared(trunk: Any) -> None:
     assert list(RELU.values()) == [str(i) for i in (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29)]
 
 
-def test_activations(classifier: Any, keras_model: convscope.Model, two_photos: list[str], preprocessed: np.ndarray) -> None:
+def test_activations(
+    classifier: Any, keras_model: convscope.Model, two_photos: list[str], preprocessed: np.ndarray
+) -> None:
     got = convscope.activations(keras_model, two_photos, LAYERS)
     assert got.layers == LAYERS
     for name, expected in zip(LAYERS, chapter.activations(classifier, preprocessed, LAYERS), strict=True):
@@ -153,7 +155,11 @@ def test_patterns(layer: str, units: list[int], trunk: Any, expected: dict[Any, 
 def test_finished_picture_is_the_notebooks_deprocess(expected: dict[Any, Any]) -> None:
     """Of one and the same canvas; single precision may put a value next to a whole number on its other side."""
     for _, canvas in expected.values():
-        got = deprocess_image(torch.tensor(canvas, dtype=torch.float32).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+        got = (
+            deprocess_image(torch.tensor(canvas, dtype=torch.float32).permute(2, 0, 1)[None])[0]
+            .permute(1, 2, 0)
+            .numpy()
+        )
         apart = np.abs(got.astype(int) - chapter.deprocess_image(canvas))
         assert apart.max() <= 1
         assert (apart > 0).mean() < 0.001

@@ -72,12 +72,16 @@ def test_predictions_are_the_networks_own(lite0: convscope.Model, photos: list[s
     shares /= shares.sum(1, keepdims=True)
     order = np.argsort(-expected, axis=1)[:, :7]
     assert np.array_equal(found.indices, order)
-    assert relative_error(found.probabilities, np.take_along_axis(shares, order, 1)) < 1e-5  # float32's exp and sum of 1000
+    assert (
+        relative_error(found.probabilities, np.take_along_axis(shares, order, 1)) < 1e-5
+    )  # float32's exp and sum of 1000
     assert [names[0] for names in found.names] == ["Egyptian cat", "fiddler crab", "jacamar", "lesser panda"]
 
 
 def test_more_classes_asked_for_than_there_are() -> None:
-    found = convscope.predict(load_model(randomized(SmallConvNet(classes=3)), classes=["a", "b", "c"]), np.zeros((9, 9, 3), np.uint8))
+    found = convscope.predict(
+        load_model(randomized(SmallConvNet(classes=3)), classes=["a", "b", "c"]), np.zeros((9, 9, 3), np.uint8)
+    )
     assert found.indices.shape == (1, 3)
     assert sorted(found.names[0]) == ["a", "b", "c"]
     assert found.probabilities.sum() == pytest.approx(1, abs=1e-6)
@@ -257,9 +261,7 @@ def test_sound_layers_in_front_of_bad_weights_can_be_seen() -> None:
     with torch.no_grad():
         net.conv3.weight[0, 0, 0, 0] = float("nan")
     assert np.array_equal(convscope.activations(model, picture, ["conv1", "relu2"])["relu2"], expected)
-    with pytest.raises(
-        ConvscopeError, match=r"layer 'conv3' is not finite, because weight 'conv3.weight"
-    ):
+    with pytest.raises(ConvscopeError, match=r"layer 'conv3' is not finite, because weight 'conv3.weight"):
         convscope.activations(model, picture, ["relu2", "conv3"])
 
 

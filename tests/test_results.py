@@ -205,7 +205,10 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
 
 def test_saving_twice(tmp_path):
     model = load_model()
-    one, other = make_result("patterns", model), convscope.patterns(model, "first", [1], recipe="plain", size=16, steps=1)
+    one, other = (
+        make_result("patterns", model),
+        convscope.patterns(model, "first", [1], recipe="plain", size=16, steps=1),
+    )
     one.save(tmp_path)
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     one.save(tmp_path)
@@ -306,7 +309,9 @@ def test_layers_without_space_are_saved_as_numbers_only(tmp_path):
 
 def test_failures_are_listed(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
-    seen = convscope.predict(load_model(), [PHOTOS[0], str(tmp_path / "text.png"), str(tmp_path / "none.png"), PHOTOS[1]])
+    seen = convscope.predict(
+        load_model(), [PHOTOS[0], str(tmp_path / "text.png"), str(tmp_path / "none.png"), PHOTOS[1]]
+    )
     assert seen.image_names == ("image 0", "image 3")
     manifest = json.loads((seen.save(tmp_path / "out") / "manifest.json").read_text())
     assert [failure["name"] for failure in manifest["failed"]] == [

@@ -527,7 +527,11 @@ def test_completeness_error_of_a_network_that_is_not_piecewise_linear() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_batch_targets_or_memory(method: str) -> None:
-    model, x, targets = load_module(randomized(SmallConvNet())), random_images(5), [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]]
+    model, x, targets = (
+        load_module(randomized(SmallConvNet())),
+        random_images(5),
+        [[0, 3], [1, 2], [4, 0], [2, 2], [3, 1]],
+    )
     options = METHODS[method]
     full = convscope.heatmaps(model, x, targets, method=method, **options)
     assert full.values.shape == (5, 2, SIZE, SIZE)

@@ -492,7 +492,9 @@ def test_rise_stops_at_the_tolerance() -> None:
 
 
 def test_rise_with_one_mask_has_no_standard_error() -> None:
-    actual = convscope.heatmaps(load_module(randomized(SmallConvNet())), random_images(1), 0, method="rise", samples=1, cells=3)
+    actual = convscope.heatmaps(
+        load_module(randomized(SmallConvNet())), random_images(1), 0, method="rise", samples=1, cells=3
+    )
     assert np.isfinite(actual.values).all()
     assert np.isnan(actual.extras["standard_error"]).all()
 

@@ -156,9 +156,9 @@ def test_reversed_range_of_units_is_refused():
         (("heatmap", "lite0", "PHOTO", "--layer", "bn22"), "layer 'bn22' is not in this model; nearest: bn2"),
         (("patterns", "lite0", "--layer", "bn1", "--units", "99"), "unit 99 is not in layer 'bn1'"),
         (("predict", "lite0", "PHOTO", "--preprocessing", "{"), "--preprocessing is not JSON"),
-        (("activations", "lite0", "PHOTO", "--scaling", "log"), "scaling 'log' is not known"),
+        (("activations", "lite0", "PHOTO", "--scaling", "log"), "scaling is 'log'"),
         (("demo", "lite0", "PHOTO", "-o", "/dev/null"), "cannot write into /dev/null"),
-        (("heatmap", "lite0", "PHOTO", "-o", "s3://bucket/maps"), "is an address"),
+        (("heatmap", "lite0", "PHOTO", "-o", "s3://bucket/maps"), "is a URL"),
     ],
 )
 def test_main_prints_one_line_and_exits_with_2(arguments, message, photos, tmp_path, monkeypatch, capsys):

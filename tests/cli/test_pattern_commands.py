@@ -273,7 +273,11 @@ def test_scores_relative_to_noise_and_natural_images(photos: list[str], tmp_path
     rows, saved = list(csv.DictReader((tmp_path / "with" / "units.csv").open())), arrays(tmp_path / "with")
     assert list(rows[0]) == ["unit", "name", "score", "noise_score", "reference_score", "relative_score"]
     assert [(row["unit"], row["name"]) for row in rows] == [("1", "conv2 1"), ("4", "conv2 4"), ("11", "conv2 11")]
-    for column, array in (("score", "scores"), ("noise_score", "noise_scores"), ("reference_score", "reference_scores")):
+    for column, array in (
+        ("score", "scores"),
+        ("noise_score", "noise_scores"),
+        ("reference_score", "reference_scores"),
+    ):
         written = np.array([row[column] for row in rows], np.float32)
         assert written.tobytes() == saved[array].tobytes()
     times = [float(row["score"]) / float(row["reference_score"]) for row in rows]

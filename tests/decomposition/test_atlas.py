@@ -145,7 +145,9 @@ def test_classes_are_those_whose_logits_fall(model: convscope.Model) -> None:
 
 def test_effects_behind_further_layers() -> None:
     """Where more than a mean lies behind the layer, against hooks on the whole network."""
-    model = convscope.load(randomized(SmallConvNet(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"})
+    model = convscope.load(
+        randomized(SmallConvNet(inplace=False)), preprocessing={"size": SIZE, "interpolation": "nearest"}
+    )
     tiles = np.random.default_rng(5).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
     result = convscope.atlas(
         model, tiles, layer="relu2", grid=1, positions_per_image=5, min_count=1, reducer=first_two, **QUICK

@@ -287,7 +287,9 @@ def test_signals_and_volumes():
             def forward(self, x: Tensor) -> Tensor:
                 return self.fc(self.conv(x).relu().flatten(2).mean(2))
 
-        model = convscope.load(randomized(Net()), preprocessing={"size": size, "channels": 2, "channel_order": "channels"})
+        model = convscope.load(
+            randomized(Net()), preprocessing={"size": size, "channels": 2, "channel_order": "channels"}
+        )
         x = torch.randn(2, 2, *size)
         names = ["deletion", "insertion", "average-drop", "mu-fidelity", "sparseness"]
         evaluation = convscope.evaluate(model, x, random_maps(2, *size), names, targets=1, steps=4)

@@ -158,7 +158,9 @@ def test_publishing_again_with_a_worker_process_gives_the_same_bytes(tiny, tiny_
 
 
 def test_a_store_of_other_weights_is_refused(tiny_store, tmp_path):
-    other = convscope.load(randomized(SmallConvNet(), 1), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+    other = convscope.load(
+        randomized(SmallConvNet(), 1), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES
+    )
     with pytest.raises(convscope.ConvscopeError, match="other weights"):
         publish({"tiny": other}, tiny_store, tmp_path / "site")
     assert not (tmp_path / "site").exists()

@@ -63,7 +63,9 @@ def test_server_answers_to_its_host_names_and_this_machine(running_server):
 def test_printed_url_names_this_machine_by_default(monkeypatch, tmp_path):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.setattr(server, "serve", lambda app, listening: listening.close())
-    result = CliRunner().invoke(app, ["serve", "tests.oracles.nets:SmallConvNet", "--port", "0", "--cache-dir", str(tmp_path)])
+    result = CliRunner().invoke(
+        app, ["serve", "tests.oracles.nets:SmallConvNet", "--port", "0", "--cache-dir", str(tmp_path)]
+    )
     assert result.exit_code == 0, result.output
     assert re.search(r"open http://127\.0\.0\.1:\d+/\n", result.output)
 

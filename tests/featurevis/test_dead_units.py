@@ -228,7 +228,9 @@ def test_photographs_are_shown_as_many_at_a_time_as_the_network_takes() -> None:
     several = convscope.patterns(as_it_is(Gated(warm), 96), "gate", size=32, steps=2)
     single = convscope.patterns(replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), "gate", size=32, steps=2)
     assert np.array_equal(single.images, several.images)
-    with pytest.raises(ConvscopeError, match=r"4 images have to go through the network together, and .* takes 1 at a time"):
+    with pytest.raises(
+        ConvscopeError, match=r"4 images have to go through the network together, and .* takes 1 at a time"
+    ):
         convscope.patterns(
             replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), diversity(channel("gate", 0), "gate", 4), steps=2
         )

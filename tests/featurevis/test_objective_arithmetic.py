@@ -200,4 +200,6 @@ def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
 
 def test_pictures_cannot_differ_where_there_are_no_places() -> None:
     with pytest.raises(ConvscopeError, match="layer 'logits' has no positions, and so no texture"):
-        convscope.patterns(loaded(randomized(SmallConvNet()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1)
+        convscope.patterns(
+            loaded(randomized(SmallConvNet()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1
+        )

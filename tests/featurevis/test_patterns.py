@@ -688,7 +688,9 @@ def test_views_are_smaller_than_the_canvas_never_larger(size: int, seen: tuple[i
 
 @pytest.fixture(scope="module")
 def usual() -> convscope.Model:
-    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": 24}, classes=["ant", "bee", "cow", "cow", "elk"])
+    return convscope.load(
+        randomized(SmallConvNet()), preprocessing={"size": 24}, classes=["ant", "bee", "cow", "cow", "elk"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,9 @@ def test_figure_shows_pictures_names_and_medians(told: Story) -> None:
     for r, chapter in enumerate(told.chapters):
         row = axes[r * (SHOWN + 3) : (r + 1) * (SHOWN + 3)]
         assert np.asarray(row[0].images[0].get_array()).tobytes() == chapter.images[0].tobytes()
-        size = "the whole image" if chapter.receptive_field is None else "{} x {} pixels".format(*chapter.receptive_field)
+        size = (
+            "the whole image" if chapter.receptive_field is None else "{} x {} pixels".format(*chapter.receptive_field)
+        )
         assert row[0].get_ylabel().splitlines() == [chapter.layer, "receptive field", size]
         for panel, (name, values) in zip(row[SHOWN:], chapter.statistics.items(), strict=True):
             band, middle = panel.lines

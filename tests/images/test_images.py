@@ -476,7 +476,7 @@ def test_options_are_checked() -> None:
         ImageBatchLoader("a.png", Preprocessing(), fit="stretch")
     with pytest.raises(ConvscopeError, match="max_pixels is 0"):
         ImageBatchLoader("a.png", Preprocessing(), max_pixels=0)
-    with pytest.raises(ConvscopeError, match="batch size is 0"):
+    with pytest.raises(ConvscopeError, match="size is 0"):
         next(ImageBatchLoader("a.png", Preprocessing()).batches(0))
 
 

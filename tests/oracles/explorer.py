@@ -18,7 +18,9 @@ HOSTILE_FILE_NAME = '"><img src=x onerror=alert(1)>.png'
 
 def tiny_model() -> convscope.Model:
     """Return a model of three convolutions with 8, 12 and 10 units, images of 32 x 32 pixels and five classes."""
-    return convscope.load(randomized(SmallConvNet()), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES)
+    return convscope.load(
+        randomized(SmallConvNet()), preprocessing={"size": 32, "mean": 0.5, "std": 0.25}, classes=CLASSES
+    )
 
 
 def smooth_image(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:

@@ -22,7 +22,16 @@ def mypy_output(tmp_path_factory: pytest.TempPathFactory) -> str:
     pytest.importorskip("mypy")
     script = tmp_path_factory.mktemp("typing") / "reveal_types.py"
     script.write_text("import convscope\n" + "".join(f"reveal_type(convscope.{name})\n" for name in convscope.__all__))
-    command = [sys.executable, "-m", "mypy", "--no-pretty", "--config-file", "pyproject.toml", str(USER_CODE), str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--no-pretty",
+        "--config-file",
+        "pyproject.toml",
+        str(USER_CODE),
+        str(script),
+    ]
     environment = {**os.environ, "MYPYPATH": str(ROOT / "src")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600).stdout
 

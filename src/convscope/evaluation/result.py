@@ -128,7 +128,5 @@ def suspicion_notes(values: Mapping[str, Floats], chance_level: Mapping[str, Flo
         if metric.is_suspect(mean, chance):
             notes.append(f"{name} {mean:.2f}: {metric.warning}")
     if {"deletion", "insertion"} <= values.keys() and values["insertion"].mean() <= values["deletion"].mean():
-        notes.append(
-            "insertion is not above deletion: the relevant pixels matter no more than the others"
-        )
+        notes.append("insertion is not above deletion: the relevant pixels matter no more than the others")
     return notes
