@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from convscope.attribution.api import heatmaps
     from convscope.attribution.result import Heatmaps
     from convscope.attribution.targets import output_target, segmentation_target
-    from convscope.decomposition.activation_atlas import Atlas, atlas
-    from convscope.decomposition.craft import Concepts, concepts
+    from convscope.decomposition.activation_atlas import atlas
+    from convscope.decomposition.craft import concepts
+    from convscope.decomposition.result import Atlas, Concepts
     from convscope.engine.model import Model
     from convscope.errors import ConvscopeError
     from convscope.evaluation.api import evaluate
@@ -79,9 +80,9 @@ __all__ = [
 
 _TARGETS = {
     "Activations": "convscope.feature_maps:Activations",
-    "Atlas": "convscope.decomposition.activation_atlas:Atlas",
+    "Atlas": "convscope.decomposition.result:Atlas",
     "Comparison": "convscope.evaluation.comparison:Comparison",
-    "Concepts": "convscope.decomposition.craft:Concepts",
+    "Concepts": "convscope.decomposition.result:Concepts",
     "ConvscopeError": "convscope.errors:ConvscopeError",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",

@@ -1,4 +1,4 @@
-"""Total Sobol indices against closed forms, and against the estimator written out."""
+"""Total Sobol indices against closed forms and a direct computation of the estimator."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from convscope import ConvscopeError
 from convscope.decomposition.sobol import saltelli_points, total_indices
 
 
-def found(function: Callable[[Tensor], Tensor], inputs: int, count: int = 1024, seed: int = 0) -> np.ndarray:
-    return total_indices(function(saltelli_points(inputs, count, seed)), inputs).numpy()
+def estimate_indices(
+    function: Callable[[Tensor], Tensor], num_inputs: int, num_points: int = 1024, seed: int = 0
+) -> np.ndarray:
+    return total_indices(function(saltelli_points(num_inputs, num_points, seed)), num_inputs).numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_an_additive_function(seed: int) -> None:
-    """Of sum a x the index is a^2 / sum a^2: each input's share of the variance."""
+def test_additive_function(seed: int) -> None:
+    """Of sum a x the index is a^2 / sum a^2: each input's fraction of the variance."""
     weights = torch.tensor([3.0, -2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
     expected = (weights.square() / weights.square().sum()).numpy()
-    assert found(lambda x: x @ weights + 7, 5, seed=seed) == pytest.approx(expected, abs=0.01)
+    assert estimate_indices(lambda x: x @ weights + 7, 5, seed=seed) == pytest.approx(expected, abs=0.01)
 
 
-def test_an_input_that_does_nothing_has_no_index_at_all() -> None:
-    assert found(lambda x: x[:, 0] * x[:, 1], 3)[2] == 0
+def test_unused_input_has_index_zero() -> None:
+    assert estimate_indices(lambda x: x[:, 0] * x[:, 1], 3)[2] == 0
 
 
-def test_the_ishigami_function() -> None:
+def test_ishigami_function() -> None:
     """sin x1 + a sin^2 x2 + b x3^4 sin x1 on [-pi, pi]: x3 acts with x1 only."""
     a, b, pi = 7.0, 0.1, math.pi
 
@@ -38,27 +40,29 @@ def test_the_ishigami_function() -> None:
         x = (2 * x - 1) * pi
         return x[:, 0].sin() + a * x[:, 1].sin() ** 2 + b * x[:, 2] ** 4 * x[:, 0].sin()
 
-    alone, together = (1 + b * pi**4 / 5) ** 2 / 2, b**2 * pi**8 * (1 / 18 - 1 / 50)
-    variance = alone + a**2 / 8 + together
-    expected = [(alone + together) / variance, a**2 / 8 / variance, together / variance]
+    first_order, interaction = (1 + b * pi**4 / 5) ** 2 / 2, b**2 * pi**8 * (1 / 18 - 1 / 50)
+    variance = first_order + a**2 / 8 + interaction
+    expected = [(first_order + interaction) / variance, a**2 / 8 / variance, interaction / variance]
     assert expected == pytest.approx([0.5576, 0.4424, 0.2437], abs=1e-4)  # as in the literature
-    assert found(ishigami, 3, 4096) == pytest.approx(expected, abs=0.02)
-    assert found(ishigami, 3, 4096).sum() > 1.2
+    assert estimate_indices(ishigami, 3, 4096) == pytest.approx(expected, abs=0.02)
+    assert estimate_indices(ishigami, 3, 4096).sum() > 1.2
 
 
-def test_the_g_function() -> None:
+def test_g_function() -> None:
     """prod (|4 x - 2| + a) / (1 + a): V_i = 1 / (3 (1 + a)^2), total = V_i prod_{j != i} (1 + V_j) / V."""
     a = np.array([0.0, 1.0, 4.5, 9.0])
 
     def g(x: Tensor) -> Tensor:
         return (((4 * x - 2).abs() + torch.from_numpy(a)) / (1 + torch.from_numpy(a))).prod(1)
 
-    own = 1 / (3 * (1 + a) ** 2)
-    whole = np.prod(1 + own)
-    assert found(g, 4, 4096) == pytest.approx(own * whole / (1 + own) / (whole - 1), abs=0.02)
+    partial_variances = 1 / (3 * (1 + a) ** 2)
+    total = np.prod(1 + partial_variances)
+    assert estimate_indices(g, 4, 4096) == pytest.approx(
+        partial_variances * total / (1 + partial_variances) / (total - 1), abs=0.02
+    )
 
 
-def test_the_estimator_written_out() -> None:
+def test_estimator_agrees_with_its_formula() -> None:
     inputs, count = 3, 8
     points = saltelli_points(inputs, count, seed=4)
     values = (points @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).square() + points[:, 0]
@@ -70,7 +74,7 @@ def test_the_estimator_written_out() -> None:
     assert total_indices(values, inputs).numpy() == pytest.approx(expected, rel=1e-12)
 
 
-def test_points() -> None:
+def test_saltelli_points() -> None:
     points = saltelli_points(3, 16, seed=1).reshape(5, 16, 3).numpy()
     assert points.min() >= 0
     assert points.max() < 1
@@ -84,29 +88,31 @@ def test_points() -> None:
     assert sorted((b[:, 2] * 16).astype(int)) == list(range(16))
 
 
-def test_seeds() -> None:
+def test_points_depend_on_the_seed() -> None:
     assert torch.equal(saltelli_points(4, 32, 3), saltelli_points(4, 32, 3))
     assert not torch.equal(saltelli_points(4, 32, 3), saltelli_points(4, 32, 4))
 
 
-def test_several_functions_at_once_are_each_as_alone() -> None:
+def test_batch_of_functions_agrees_with_single_functions() -> None:
     points = saltelli_points(3, 64)
     values = torch.stack([points[:, 0], points.prod(1), points.sum(1).exp()])
-    alone = torch.stack([total_indices(row, 3) for row in values])
-    assert total_indices(values, 3).numpy() == pytest.approx(alone.numpy(), rel=1e-12)
+    first_order = torch.stack([total_indices(row, 3) for row in values])
+    assert total_indices(values, 3).numpy() == pytest.approx(first_order.numpy(), rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-14])
-def test_what_does_not_vary_has_no_indices(scale: float) -> None:
-    """Nor does rounding count as variance."""
-    assert found(lambda x: 5 + scale * x[:, 0], 2).tolist() == [0, 0]
+def test_constant_function_has_indices_zero(scale: float) -> None:
+    """Rounding does not count as variance."""
+    assert estimate_indices(lambda x: 5 + scale * x[:, 0], 2).tolist() == [0, 0]
 
 
-def test_units_do_not_matter() -> None:
-    assert found(lambda x: 1e-9 * x.prod(1), 2) == pytest.approx(found(lambda x: x.prod(1), 2), rel=1e-6)
+def test_scale_of_the_function_does_not_matter() -> None:
+    assert estimate_indices(lambda x: 1e-9 * x.prod(1), 2) == pytest.approx(
+        estimate_indices(lambda x: x.prod(1), 2), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("inputs", "count"), [(0, 8), (3, 1)])
-def test_what_is_refused(inputs: int, count: int) -> None:
-    with pytest.raises(ConvscopeError, match="expected at least one, at two or more"):
+def test_invalid_counts_are_refused(inputs: int, count: int) -> None:
+    with pytest.raises(ConvscopeError, match="expected at least 1 input and 2 points"):
         saltelli_points(inputs, count)

@@ -1,14 +1,12 @@
-"""An atlas of what a layer tells apart: activations of many pictures laid out on a plane, and what each region shows.
-
-S. Carter et al., Exploring Neural Networks with Activation Atlases, Distill 2019.
-"""
+"""Arrange the activations of many images on a plane, and draw an icon for each region (activation atlas)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,63 +19,26 @@ from convscope.decomposition.layer_access import (
     resolve_class,
     spatial_layer,
 )
+from convscope.decomposition.result import Atlas
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError, require_int
+from convscope.errors import ConvscopeError, require_extra, require_int
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
-from convscope.results import Result
 
-Reducer = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to positions (n, 2)
+Reducer: TypeAlias = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to coordinates (n, 2)
 
-NUM_CLASSES = 3  # classes of each cell
-RIM = 0.01  # of the positions on each side of an axis that do not stretch the grid
-
-
-@dataclass(frozen=True, eq=False)
-class Atlas(Result):
-    """n activation vectors of a layer on a grid of `grid` x `grid` cells, of which m hold enough of them.
-
-    `positions` float32 (n, 2), across and down, in [0, 1]; `sources` int64 (n, 3): which of the `pictures` and at which
-    row and column of the layer; `cell` int64 (n,): in which of the m cells, -1 for a cell with too few.
-
-    `cells` int64 (m, 2): row and column in the grid; `counts` (m,): vectors in each; `means` float32 (m, C): their
-    mean; `icons` uint8 (m, s, s, 3): a picture drawn for it; `classes` int64 (m, 3 or fewer): those that its vectors
-    speak for most, and `effects` float32, how much: by how much a class's logit falls when a vector is taken out of its
-    picture, set to 0 at its place, the mean over the cell.
-    """
-
-    positions: np.ndarray
-    sources: np.ndarray
-    cell_index: np.ndarray
-    cells: np.ndarray
-    counts: np.ndarray
-    means: np.ndarray
-    icons: np.ndarray
-    classes: np.ndarray
-    effects: np.ndarray
-    layer: str
-    target: int | None
-    grid: int
-    positions_per_image: int
-    min_count: int
-    top_k: int
-    steps: int
-    power: float
-    seed: int
-    fit: str
-    image_names: tuple[str, ...]
-
-    @property
-    def names(self) -> list[list[str]]:
-        """The classes' names, as `classes`."""
-        return [[self.model.class_name(int(k)) for k in row] for row in self.classes]
+MAX_CLASSES = 3  # classes of each cell in a result
+CLIPPED_QUANTILE = 0.01  # of the coordinates on each side of an axis that do not stretch the grid
+UMAP_NEIGHBORS = 20
+MIN_VECTORS_UMAP = 4
+MIN_VECTORS_SPECTRAL = 51  # with fewer vectors UMAP's spectral initialisation fails
 
 
 def atlas(
     model: Model,
-    images: Any,
+    images: object,
     *,
     layer: str | None = None,
     target: int | str | None = None,
@@ -95,217 +56,346 @@ def atlas(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Atlas:
-    """Lay out what a layer gives at random places of many pictures, and draw what each region of the plane stands for.
+    """Arrange a layer's activations at random positions of many images on a plane, with an icon for each region.
+
+    Activation vectors are reduced to two dimensions and grouped by the cells of a grid. The icon of a cell is the
+    pattern of its mean vector; its classes are those whose logits fall most when a vector is set to 0.
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    images
-        Pictures, in any form that `convscope` takes; the more and the more diverse, the better.
-    layer
-        Any layer with places. Default: the last one.
-    target
-        A class, by index or name: only vectors that speak for it are laid out. A vector does if the class's logit falls
-        when the vector is set to 0 at its place, and no more than `among` - 1 other classes' fall further.
-    grid
-        Cells a side.
-    places
-        Random places of each picture, without one twice.
-    least
-        Vectors that a cell must hold to be drawn.
-    among
-        Default: a hundredth of the classes, at least one.
-    reduce
-        What brings vectors (n, C) to positions (n, 2). Default: UMAP (cosine distance, `seed`), which comes with
-        `convscope[atlas]`.
-    size, steps
-        Pixels a side, and steps of the ascent, of the icons.
-    power
-        Of the cosine in the icons' objective: the higher, the closer an icon keeps to its direction (`direction`).
-    seed
-        Of places, which belong to the picture at its position whatever the others are, of UMAP, and of icons.
-    fit, memory, max_pixels
-        As of `activations`.
-    progress
-        Called with what is done and what there is in all: half of it is looking, half is drawing.
+    images : path, sequence of paths, PIL images, arrays or tensor
+        Any form that `convscope.predict` takes; the more and the more diverse, the better.
+    layer : str, optional
+        A layer with spatial positions. By default the last one.
+    target : int or str, optional
+        A class, by index or name: only vectors that support it are shown. A vector does if the class's logit falls when
+        the vector is set to 0, and the logits of at most `top_k` - 1 other classes fall further.
+    grid : int
+        Cells along each side.
+    positions_per_image : int
+        Random positions of each image, without replacement.
+    min_count : int
+        Minimum number of vectors of a cell that is shown.
+    top_k : int, optional
+        See `target`. By default 1 % of the number of classes, at least 1.
+    reducer : callable, optional
+        Reduces vectors (n, C) to coordinates (n, 2). By default UMAP with cosine distance and `seed`, which needs
+        ``convscope[atlas]``.
+    size, steps : int
+        Side of an icon in pixels, and steps of gradient ascent.
+    power : float
+        Exponent of the cosine in the icons' objective (`convscope.objectives.direction`). The higher, the closer an
+        icon keeps to its direction.
+    seed : int
+        Seed of positions, UMAP and icons. An image has the same positions whatever the other images are.
+    fit : {"squash", "crop"}
+        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    memory : int
+        Bytes for intermediate results.
+    max_pixels : int
+        Images with more pixels are refused.
+    progress : callable, optional
+        Called with the amount done and the total of 2: 1 for the images, 1 for the icons.
+
+    Returns
+    -------
+    Atlas
 
     Raises
     ------
     ConvscopeError
-        For an unknown class or layer, settings out of range, a missing UMAP, a `reduce` that gives something else than
-        finite (n, 2), where all vectors are 0, and where no cell holds enough vectors.
+        For an unknown class or layer, arguments out of range, a missing UMAP, a `reducer` that does not return finite
+        numbers (n, 2), if all vectors are 0, and if no cell has enough vectors.
+
+    References
+    ----------
+    Carter et al., Exploring Neural Networks with Activation Atlases, Distill 2019.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> from convscope import samples
+    >>> model = convscope.load("lite0")
+    >>> result = convscope.atlas(
+    ...     model, samples.photographs(), grid=2, positions_per_image=8, reducer=lambda v: v[:, :2], size=32, steps=2
+    ... )
+    >>> result.positions.shape[1], result.icons.shape[1:]
+    (2, (32, 32, 3))
     """
-    check_image_model(model.preprocessing, "atlases")
-    row = model.layers.last_spatial() if layer is None else spatial_layer(model, layer)
-    number = None if target is None else resolve_class(model, target)
-    settings = {
-        "grid": grid,
-        "positions_per_image": positions_per_image,
-        "min_count": min_count,
-        "size": size,
-        "steps": steps,
-    }
-    for name, value in settings.items():
-        require_int(name, value)
-    first = max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k
-    require_int("top_k", first)
-    lay_out = umap_reducer(seed) if reducer is None else reducer
-
-    def tell(done: float, total: float, half: int) -> None:
-        if progress is not None:
-            progress(half + done / total, 2)
-
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    vectors, effects, sources = [], [], []
-    used: list[int] = []
-    for batch in pictures.batches(1):
-        (index,), maps = batch.indices, layer_activations(model, row.name, batch.x)
-        at = _drawn(math.prod(maps.shape[2:]), positions_per_image, (seed, index))
-        vectors.append(maps[0].flatten(1)[:, at].T)
-        effects.append(_effects(model, row.name, batch.x, maps, at, memory))
-        sources.append(np.stack([np.full(len(at), len(used)), *np.divmod(at.numpy(), maps.shape[3])], axis=1))
-        used.append(index)
-        tell(index + 1, len(pictures), 0)
-    found, effect, origin = torch.cat(vectors), torch.cat(effects), np.concatenate(sources)
-    # Where all channels are 0 there is no direction to draw.
-    speaks = found.any(1)
-    mute = len(found) - int(speaks.sum())
-    if mute == len(found):
-        raise ConvscopeError(f"all channels of {row.name!r} are 0 at every place that was looked at")
-    found, effect, origin = found[speaks], effect[speaks], origin[speaks.numpy()]
-    if number is not None:
-        speaks = _among(effect, number, first)
-        found, effect, origin = found[speaks], effect[speaks], origin[speaks.numpy()]
-        if len(found) == 0:
-            raise ConvscopeError(
-                f"no vector speaks for {model.class_name(number)!r} more than for all but {first - 1} others; give "
-                "more pictures of the class, or a larger among="
-            )
-    positions = _normalised(_laid_out(lay_out, found))
-    cells, cell, counts = _gridded(positions, grid, min_count)
-    members = [torch.from_numpy(cell == i) for i in range(len(cells))]
-    means = torch.stack([found[own].mean(0) for own in members])
-    best = torch.stack([effect[own].mean(0) for own in members]).topk(min(NUM_CLASSES, model.num_outputs or 0), dim=1)
-    icons = patterns(
-        model,
-        [direction(row.name, mean, power) for mean in means],
-        size=size,
-        steps=steps,
-        seed=seed,
-        memory=memory,
-        progress=lambda done, total: tell(done, total, 1),
-    )
-    return Atlas(
-        model,
-        positions=positions,
-        sources=origin,
-        cell_index=cell,
-        cells=cells,
-        counts=counts,
-        means=means.numpy(),
-        icons=icons.images,
-        classes=best.indices.numpy(),
-        effects=best.values.numpy(),
-        layer=row.name,
-        target=number,
+    check_image_model(model.preprocessing, "activation atlases")
+    job = _Job(
+        model=model,
+        loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+        layer=(model.layers.last_spatial() if layer is None else spatial_layer(model, layer)).name,
+        target=None if target is None else resolve_class(model, target),
         grid=grid,
         positions_per_image=positions_per_image,
         min_count=min_count,
-        top_k=first,
+        top_k=max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k,
+        size=size,
         steps=steps,
         power=power,
         seed=seed,
         fit=fit,
-        image_names=tuple(pictures.names[i] for i in used),
-        notes=(
-            *pictures.notes,
-            *([f"{mute} vectors were left out: all their channels are 0"] if mute else []),
-            f"{int((cell >= 0).sum())} of {len(cell)} vectors are in cells that are drawn",
-        ),
-        failed=tuple(pictures.failed),
+        memory=memory,
+        progress=progress,
     )
+    job.check()
+    reduce = umap_reducer(seed) if reducer is None else reducer
+    sampled, indices = _sample_vectors(job)
+    vectors, num_zero = _select_vectors(job, sampled)
+    positions = normalize_coordinates(_reduce(reduce, vectors.values))
+    cells = assign_cells(positions, grid, min_count)
+    return _collect(job, vectors, positions, cells, num_zero, indices)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `atlas`."""
+
+    model: Model
+    loader: ImageBatchLoader
+    layer: str
+    target: int | None
+    grid: int
+    positions_per_image: int
+    min_count: int
+    top_k: int
+    size: int
+    steps: int
+    power: float
+    seed: int
+    fit: str
+    memory: int
+    progress: Progress | None
+
+    def check(self) -> None:
+        """Raise ConvscopeError for a number out of range."""
+        for name in ("grid", "positions_per_image", "min_count", "size", "steps", "top_k"):
+            require_int(name, getattr(self, name))
+
+    def report(self, stage: int, done: float, total: float) -> None:
+        """Report the progress of stage 0 (images) or 1 (icons)."""
+        if self.progress is not None:
+            self.progress(stage + done / total, 2)
+
+
+class _Vectors(NamedTuple):
+    """Activation vectors (n, C), decreases of all logits without them (n, K), and where they are from (n, 3)."""
+
+    values: Tensor
+    effects: Tensor
+    sources: np.ndarray
+
+    def select(self, mask: Tensor) -> _Vectors:
+        """Keep the vectors of a mask (n,)."""
+        return _Vectors(self.values[mask], self.effects[mask], self.sources[mask.numpy()])
+
+
+class Cells(NamedTuple):
+    """Cells of a grid with enough vectors.
+
+    Attributes
+    ----------
+    cells : ndarray of shape (m, 2)
+        Row and column of each cell, row by row.
+    cell_index : ndarray of shape (n,)
+        The cell of each vector; -1 for a cell with too few.
+    counts : ndarray of shape (m,)
+        Number of vectors in each cell.
+    """
+
+    cells: np.ndarray
+    cell_index: np.ndarray
+    counts: np.ndarray
 
 
 def umap_reducer(seed: int) -> Reducer:
-    """The atlas's own reduction: UMAP with 20 neighbours, cosine distance, a fixed seed, in one thread.
+    """Return the default reducer: UMAP with 20 neighbours, cosine distance and a fixed seed, in one thread.
 
     Raises ConvscopeError if umap-learn is not installed.
     """
     try:
-        from umap import UMAP
-    except ImportError as error:
-        raise ConvscopeError(
-            "an atlas is laid out by UMAP, which is not installed: pip install 'convscope[atlas]'; or give reduce="
-        ) from error
+        umap = require_extra("umap", "atlas")
+    except ConvscopeError as error:
+        raise ConvscopeError(f"{error}; or give another reducer") from error
 
     def reduce(vectors: np.ndarray) -> np.ndarray:
-        if len(vectors) < 4:
-            raise ConvscopeError(f"{len(vectors)} vectors are too few to lay out; give more pictures, or more places")
-        neighbours = min(20, len(vectors) - 1)
-        start = "spectral" if len(vectors) > 50 else "random"  # too few make no eigenvectors
-        settings = {"n_neighbors": neighbours, "min_dist": 0.01, "metric": "cosine", "init": start}
-        return np.asarray(UMAP(n_components=2, random_state=seed, n_jobs=1, **settings).fit_transform(vectors))
+        if len(vectors) < MIN_VECTORS_UMAP:
+            raise ConvscopeError(
+                f"{len(vectors)} vectors are too few for UMAP; give more images, or more positions_per_image"
+            )
+        reducer = umap.UMAP(
+            n_components=2,
+            n_neighbors=min(UMAP_NEIGHBORS, len(vectors) - 1),
+            min_dist=0.01,
+            metric="cosine",
+            init="spectral" if len(vectors) >= MIN_VECTORS_SPECTRAL else "random",
+            random_state=seed,
+            n_jobs=1,
+        )
+        return np.asarray(reducer.fit_transform(vectors))
 
     return reduce
 
 
-def _drawn(count: int, wanted: int, seed: tuple[int, int]) -> Tensor:
-    """Places of one picture, `wanted` of `count`, in ascending order."""
-    chosen = np.random.default_rng(seed).choice(count, min(wanted, count), replace=False)
-    return torch.from_numpy(np.sort(chosen))
+def _sample_vectors(job: _Job) -> tuple[_Vectors, list[int]]:
+    """Read the layer's activations at random positions of all images; also return the indices of these images."""
+    parts: list[_Vectors] = []
+    indices: list[int] = []
+    for batch in job.loader.batches(1):
+        (index,), maps = batch.indices, layer_activations(job.model, job.layer, batch.x)
+        positions = _random_positions(math.prod(maps.shape[2:]), job.positions_per_image, (job.seed, index))
+        image = np.full(len(positions), len(indices))
+        rows, columns = np.divmod(positions.numpy(), maps.shape[3])
+        effects = _removal_effects(job, batch.x, maps, positions)
+        parts.append(_Vectors(maps[0].flatten(1)[:, positions].T, effects, np.stack([image, rows, columns], axis=1)))
+        indices.append(index)
+        job.report(0, index + 1, len(job.loader))
+    values, effects, sources = zip(*parts, strict=True)
+    return _Vectors(torch.cat(values), torch.cat(effects), np.concatenate(sources)), indices
 
 
-def _effects(model: Model, layer: str, x: Tensor, maps: Tensor, at: Tensor, memory: int) -> Tensor:
-    """By how much each logit falls when the vector at one of the places `at` (P,) is set to 0: (P, K).
+def _random_positions(num_positions: int, count: int, seed: tuple[int, int]) -> Tensor:
+    """Draw positions of one image without replacement, in ascending order."""
+    positions = np.random.default_rng(seed).choice(num_positions, min(count, num_positions), replace=False)
+    return torch.from_numpy(np.sort(positions))
 
-    x: one picture (1, C, H, W); maps: what the layer gives for it (1, C, h, w).
+
+def _removal_effects(job: _Job, x: Tensor, maps: Tensor, positions: Tensor) -> Tensor:
+    """Compute the decrease of all logits (P, K) when the vector at one of the positions (P,) is set to 0.
+
+    `x` is the image (1, C, H, W), `maps` are the layer's activations for it.
     """
-
-    def without(part: Tensor) -> Tensor:
-        found = maps.flatten(2).repeat(len(part), 1, 1)
-        rows = (part >= 0).nonzero()[:, 0]
-        found[rows, :, part[rows]] = 0
-        return found.reshape(-1, *maps.shape[1:]).to(model.device)
-
-    logits = logits_from_layer(model, layer, x, torch.cat([at, torch.tensor([-1])]), without, memory)
+    unchanged = torch.tensor([-1])
+    make_maps = partial(_without_vector, maps, job.model.device)
+    logits = logits_from_layer(job.model, job.layer, x, torch.cat([positions, unchanged]), make_maps, job.memory)
     return logits[-1] - logits[:-1]
 
 
-def _among(effects: Tensor, target: int, first: int) -> Tensor:
-    """Which rows (n,) of effects (n, K) speak for the target, and for fewer than `first` classes more."""
-    own = effects[:, target : target + 1]
-    return ((effects > own).sum(1) < first) & (own[:, 0] > 0)
+def _without_vector(maps: Tensor, device: torch.device, positions: Tensor) -> Tensor:
+    """Copy maps (1, C, h, w) once per position and set the vector there to 0; -1 leaves a copy unchanged."""
+    copies = maps.flatten(2).repeat(len(positions), 1, 1)
+    rows = (positions >= 0).nonzero()[:, 0]
+    copies[rows, :, positions[rows]] = 0
+    return copies.reshape(-1, *maps.shape[1:]).to(device)
 
 
-def _laid_out(reduce: Reducer, vectors: Tensor) -> np.ndarray:
-    found = np.asarray(reduce(vectors.numpy()), dtype=np.float64)
-    if found.shape != (len(vectors), 2) or not np.isfinite(found).all():
-        raise ConvscopeError(f"reduce gave {found.shape}; expected finite numbers ({len(vectors)}, 2)")
-    return found
+def _select_vectors(job: _Job, vectors: _Vectors) -> tuple[_Vectors, int]:
+    """Leave out vectors that are 0 and those that do not support the target; also return the number that are 0."""
+    nonzero = vectors.values.any(1)  # a zero vector has no direction
+    num_zero = len(nonzero) - int(nonzero.sum())
+    if num_zero == len(nonzero):
+        raise ConvscopeError(f"all channels of {job.layer!r} are 0 at every sampled position; choose another layer")
+    vectors = vectors.select(nonzero)
+    if job.target is not None:
+        vectors = vectors.select(_supports(vectors.effects, job.target, job.top_k))
+        if len(vectors.values) == 0:
+            raise ConvscopeError(
+                f"no vector supports {job.model.class_name(job.target)!r} more than all but {job.top_k - 1} other "
+                "classes; give more images of the class, or a larger top_k"
+            )
+    return vectors, num_zero
 
 
-def _normalised(positions: np.ndarray) -> np.ndarray:
-    """Each axis from 0 to 1: half its own scale, the outermost hundredth on either side clipped, and half its ranks.
-
-    Islands, of which a reduction makes many where pictures are few, get room by how much there is on them; on either
-    axis the order stays what it was.
-    """
-    low, high = np.quantile(positions, (RIM, 1 - RIM), axis=0)
-    scale = ((positions - low) / np.where(high > low, high - low, 1)).clip(0, 1)
-    ranks = positions.argsort(axis=0, kind="stable").argsort(axis=0) / max(1, len(positions) - 1)
-    mixed: np.ndarray = ((scale + ranks) / 2).astype(np.float32)
-    return mixed
+def _supports(effects: Tensor, target: int, top_k: int) -> Tensor:
+    """Return a mask of the rows of effects (n, K) that are positive for the target and among the `top_k` largest."""
+    target_effect = effects[:, target : target + 1]
+    return ((effects > target_effect).sum(1) < top_k) & (target_effect[:, 0] > 0)
 
 
-def _gridded(positions: np.ndarray, grid: int, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells (m, 2) with enough positions, row by row; which of them each position is in, -1: none; how many are."""
-    across, down = np.minimum((positions * grid).astype(int), grid - 1).T
-    numbers, which, counts = np.unique(down * grid + across, return_inverse=True, return_counts=True)
-    enough = counts >= least
-    if not enough.any():
+def _reduce(reducer: Reducer, vectors: Tensor) -> np.ndarray:
+    """Reduce vectors to coordinates and check them."""
+    coordinates = np.asarray(reducer(vectors.numpy()), dtype=np.float64)
+    if coordinates.shape != (len(vectors), 2) or not np.isfinite(coordinates).all():
         raise ConvscopeError(
-            f"no cell holds {least} of the {len(positions)} vectors: give more pictures, more places, or a smaller grid"
+            f"reducer returned shape {coordinates.shape}; expected finite numbers of shape ({len(vectors)}, 2)"
         )
-    order = np.where(enough, np.cumsum(enough) - 1, -1)
-    return np.stack(np.divmod(numbers[enough], grid), axis=1), order[which], counts[enough]
+    return coordinates
+
+
+def normalize_coordinates(coordinates: np.ndarray) -> np.ndarray:
+    """Scale each axis to [0, 1]: the mean of its own scale, without the outer 1 % on either side, and of its ranks.
+
+    A reduction of few images consists of distant islands; ranks give each island room in proportion to its size. The
+    order along each axis is preserved.
+
+    Parameters
+    ----------
+    coordinates : ndarray of shape (n, 2)
+
+    Returns
+    -------
+    ndarray of shape (n, 2), float32
+    """
+    low, high = np.quantile(coordinates, (CLIPPED_QUANTILE, 1 - CLIPPED_QUANTILE), axis=0)
+    scaled = ((coordinates - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+    ranks = coordinates.argsort(axis=0, kind="stable").argsort(axis=0) / max(1, len(coordinates) - 1)
+    mean: np.ndarray = ((scaled + ranks) / 2).astype(np.float32)
+    return mean
+
+
+def assign_cells(positions: np.ndarray, grid: int, min_count: int) -> Cells:
+    """Assign positions (n, 2) in [0, 1] to the cells of a grid.
+
+    Raises ConvscopeError if no cell has `min_count` positions.
+    """
+    columns, rows = np.minimum((positions * grid).astype(int), grid - 1).T
+    numbers, inverse, counts = np.unique(rows * grid + columns, return_inverse=True, return_counts=True)
+    large = counts >= min_count
+    if not large.any():
+        raise ConvscopeError(
+            f"no cell has {min_count} of the {len(positions)} vectors; give more images, a larger positions_per_image, "
+            "or a smaller grid"
+        )
+    index_of_cell = np.where(large, np.cumsum(large) - 1, -1)
+    return Cells(np.stack(np.divmod(numbers[large], grid), axis=1), index_of_cell[inverse], counts[large])
+
+
+def _collect(
+    job: _Job, vectors: _Vectors, positions: np.ndarray, cells: Cells, num_zero: int, indices: Sequence[int]
+) -> Atlas:
+    """Average the vectors of each cell, draw the icons, and make the result."""
+    members = [torch.from_numpy(cells.cell_index == i) for i in range(len(cells.cells))]
+    means = torch.stack([vectors.values[mask].mean(0) for mask in members])
+    effects = torch.stack([vectors.effects[mask].mean(0) for mask in members])
+    top = effects.topk(min(MAX_CLASSES, job.model.num_outputs or 0), dim=1)
+    icons = patterns(
+        job.model,
+        [direction(job.layer, mean, job.power) for mean in means],
+        size=job.size,
+        steps=job.steps,
+        seed=job.seed,
+        memory=job.memory,
+        progress=partial(job.report, 1),
+    )
+    notes = [f"{num_zero} vectors were left out: all their channels are 0"] if num_zero else []
+    num_in_cells = int((cells.cell_index >= 0).sum())
+    notes.append(f"{num_in_cells} of {len(positions)} vectors are in cells that are shown")
+    return Atlas(
+        job.model,
+        positions=positions,
+        sources=vectors.sources,
+        cell_index=cells.cell_index,
+        cells=cells.cells,
+        counts=cells.counts,
+        means=means.numpy(),
+        icons=icons.images,
+        classes=top.indices.numpy(),
+        effects=top.values.numpy(),
+        layer=job.layer,
+        target=job.target,
+        grid=job.grid,
+        positions_per_image=job.positions_per_image,
+        min_count=job.min_count,
+        top_k=job.top_k,
+        steps=job.steps,
+        power=job.power,
+        seed=job.seed,
+        fit=job.fit,
+        image_names=tuple(job.loader.names[i] for i in indices),
+        notes=(*job.loader.notes, *notes),
+        failed=tuple(job.loader.failed),
+    )

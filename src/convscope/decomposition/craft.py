@@ -1,14 +1,12 @@
-"""Of which few concepts a class is made: parts that a layer's activations are sums of, and how much each one counts.
-
-T. Fel et al., CRAFT: Concept Recursive Activation FacTorization for Explainability, CVPR 2023.
-"""
+"""Find the main concepts behind a class, and measure their importance (CRAFT)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +23,8 @@ from convscope.decomposition.layer_access import (
     resolve_class,
     spatial_layer,
 )
-from convscope.decomposition.nmf import coefficients, factorize
+from convscope.decomposition.nmf import Factorization, coefficients_to_maps, factorize, nnls, position_vectors
+from convscope.decomposition.result import Concepts
 from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, Progress, forward_batch_size, pad_to_fixed_batch
@@ -34,104 +33,15 @@ from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
-from convscope.results import Result
 
-PATCH = 112  # pixels a side of the patches that are kept
-VIEW = 160  # pixels a side of the judged pictures that are kept
-OVERLAP = 0.3  # of two patches of one concept, as intersection over union
-
-
-@dataclass(frozen=True, eq=False)
-class Concepts(Result):
-    """R concepts of one class at one layer, the most important first.
-
-    `bank` float32 (R, C): each concept as a direction of length 1 in the layer's channels. `importance` float64 (R,):
-    the total Sobol index of each for the class's logit, the mean over J pictures of `indices` (J, R). `effects` (R,):
-    by how much the logit falls when the concept is taken out of these pictures, on the average; negative where it
-    speaks against the class. `heats` float32 (J, R, h, w): how much of each concept is at each place of these
-    pictures, `judged` (J,) their positions in `pictures`. `views` uint8 (J, 160, 160, 3) show what the heats lie over,
-    in the original `shapes` int64 (J, 2) pixels high and wide. `logits` (J,) are the class's; `rebuilt` (J,) those
-    from activations put together from the concepts alone.
-
-    `crops` int32 (M, 5): which of the `pictures`, and top, left, bottom, right in its pixels; `coefficients` float32
-    (M, R) say how much of each concept is in each. `examples` int64 (R, P) are the crops with most of it, -1 where
-    there are no more, `patches` uint8 (R, P, 112, 112, 3) how they look. `error` is |A - U W| / |A| over the crops.
-    """
-
-    bank: np.ndarray
-    importance: np.ndarray
-    indices: np.ndarray
-    ablation_effects: np.ndarray
-    heatmaps: np.ndarray
-    evaluated_indices: np.ndarray
-    thumbnails: np.ndarray
-    shapes: np.ndarray
-    logits: np.ndarray
-    reconstructed_logits: np.ndarray
-    crops: np.ndarray
-    coefficients: np.ndarray
-    examples: np.ndarray
-    patches: np.ndarray
-    reconstruction_error: float
-    layer: str
-    target: int
-    crop: float
-    sobol_points: int
-    seed: int
-    fit: str
-    memory: int
-    max_pixels: int
-    image_names: tuple[str, ...]
-    geometry: tuple[Geometry, ...] = field(repr=False)
-    image_source: ImageBatchLoader = field(repr=False)
-    image_indices: tuple[int, ...] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The class's."""
-        return self.model.class_name(self.target)
-
-    def original(self, image: int) -> np.ndarray:
-        """One of the `pictures` as it is, uint8 (H, W, 3)."""
-        return self.image_source.original(self.image_indices[image])
-
-    def heatmap(self, images: Any) -> np.ndarray:
-        """How much of each concept is at each place of other pictures: float32 (N, R, h, w), 0 and more.
-
-        The non-negative least squares of each place's activations on the bank. Raises ConvscopeError if one of the
-        pictures cannot be used.
-        """
-        pictures = ImageBatchLoader(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
-        with iter_activations(self.model, self.layer, self.memory) as maps_of:
-            found = [encode(self.bank, maps) for _, maps in maps_of(pictures)]
-        if pictures.failed:
-            raise ConvscopeError(str(pictures.failed[0]))
-        return torch.cat(found).numpy()
-
-    def parameters(self) -> dict[str, Any]:
-        names = (
-            "layer",
-            "target",
-            "name",
-            "crop",
-            "sobol_points",
-            "seed",
-            "fit",
-            "reconstruction_error",
-            "image_names",
-        )
-        rows = ("importance", "ablation_effects")
-        return {n: getattr(self, n) for n in names} | {n: getattr(self, n).tolist() for n in rows}
-
-
-def encode(bank: np.ndarray, maps: Tensor) -> Tensor:
-    """How much of each concept of a bank (R, C) is at each place of maps (N, C, h, w): (N, R, h, w), 0 and more."""
-    return _laid(coefficients(_at_positions(maps), torch.from_numpy(bank)), maps)
+PATCH_HEIGHT = 112  # pixels of the patches in a result
+THUMBNAIL_SIDE = 160  # pixels of the thumbnails in a result
+MAX_OVERLAP = 0.3  # intersection over union of two example crops of a concept
 
 
 def concepts(
     model: Model,
-    images: Any,
+    images: object,
     target: int | str,
     *,
     layer: str | None = None,
@@ -148,240 +58,330 @@ def concepts(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: Progress | None = None,
 ) -> Concepts:
-    """The concepts that a class is made of: what recurs in crops of its pictures, as the layer sees them.
+    """Find the main concepts behind a class: directions of a layer that recur in crops of its images.
 
-    The activations of all crops, each the mean over its places, are taken apart into sums of `count` non-negative
-    directions. How important each is, the rest of the network says: of whole pictures, put together from the concepts
-    with more or less of each, what share of the variance of the class's logit is each one's doing?
+    The layer's activations of all crops, averaged over positions, are the rows of a matrix A. Non-negative matrix
+    factorisation minimises |A - U W| over U >= 0 and W >= 0; the `count` rows of W are the concepts. The importance of
+    concept i is its total Sobol index E[Var(f | M_j, j != i)] / Var(f), where f is the class's logit when the concepts
+    of an image are scaled by random factors M_i in [0, 1].
 
     Parameters
     ----------
-    model
+    model : Model
         From `convscope.load`.
-    images
-        Pictures of the class, in any form that `convscope` takes. Crops are cut from them at their own resolution.
-    target
+    images : path, sequence of paths, PIL images, arrays or tensor
+        Any form that `convscope.predict` takes: images of the class. They are cropped at their own resolution.
+    target : int or str
         The class, by index or name.
-    layer
-        A layer that is nowhere negative (behind a ReLU, say). Default: the last one.
-    count
-        How many concepts.
-    crop
-        A crop's sides, as a share of the picture's (above 0, up to 1); crops have the proportions of the network's
-        input.
-    crops
-        At most so many a picture, on a grid with half a crop from one to the next; of a larger grid, so many at random.
-    only_predicted
-        Keep out pictures whose likeliest class, by the network, is another one.
-    patches
-        How many crops of each concept are shown, as far as they do not overlap.
-    masks
-        Points of the quasi-Monte-Carlo sequence, a power of two: `masks` * (`count` + 2) passes behind the layer for
-        each of the pictures judged.
-    judged
-        At most so many pictures, evenly spread, on which importance is measured.
-    seed
-        Of random crops and of the masks. The same for the same picture at the same position, whatever the others are.
-    fit
-        "squash" shows the network whole pictures, "crop" its own evaluation crop.
-    memory, max_pixels
-        As of `activations`.
-    progress
-        Called with the number of steps done, one for each picture looked at, cut up or judged, and the number in all.
+    layer : str, optional
+        A layer without negative activations, such as one after a ReLU. By default the last one.
+    count : int
+        Number of concepts.
+    crop : float
+        Side of a crop, as a fraction of the image's, in (0, 1]. Crops have the proportions of the network's input.
+    crops : int
+        Maximum number of crops per image. They form a grid with half a crop from one to the next; of a larger grid, so
+        many are drawn at random.
+    only_predicted : bool
+        Leave out images that the network predicts as another class.
+    patches : int
+        Maximum number of example crops per concept.
+    sobol_points : int
+        Points of the Sobol sequence, preferably a power of two: ``sobol_points * (count + 2)`` passes through the part
+        of the network after the layer for each evaluated image.
+    n_evaluated : int
+        Maximum number of images, evenly spaced, on which importance is measured.
+    seed : int
+        Seed of random crops and of the Sobol sequence. An image has the same crops whatever the other images are.
+    fit : {"squash", "crop"}
+        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    memory : int
+        Bytes for intermediate results.
+    max_pixels : int
+        Images with more pixels are refused.
+    progress : callable, optional
+        Called with the number of steps done and in total; an image is a step when it is classified, when it is cropped
+        and when it is evaluated.
+
+    Returns
+    -------
+    Concepts
+        Concepts in order of importance, with example patches and heatmaps.
 
     Raises
     ------
     ConvscopeError
-        For an unknown class or layer, a layer with negative values, settings out of range, and when no picture is left.
+        For an unknown class or layer, a layer with negative activations, arguments out of range, and if no image is
+        left.
+
+    References
+    ----------
+    Fel et al., CRAFT: Concept Recursive Activation FacTorization for Explainability, CVPR 2023.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> from convscope import samples
+    >>> model = convscope.load("lite0")
+    >>> panda = [path for path in samples.photographs() if "panda" in path]
+    >>> result = convscope.concepts(model, panda, "lesser panda", count=3, crops=8, sobol_points=4)
+    >>> result.bank.shape, result.importance.shape, result.heatmaps.shape
+    ((3, 1280), (3,), (1, 3, 7, 7))
     """
-    number = resolve_class(model, target)
     check_image_model(model.preprocessing, "concepts")
-    if layer is not None:
-        spatial_layer(model, layer)
-    if not 0 < crop <= 1:
-        raise ConvscopeError(f"crop is {crop!r}; expected a share of the picture's sides, above 0 and up to 1")
-    for name, value in {"count": count, "crops": crops, "patches": patches, "n_evaluated": n_evaluated}.items():
-        require_int(name, value)
-    require_int("sobol_points", sobol_points, 2)
-    pictures = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
-    total = 2 * len(pictures) + min(n_evaluated, len(pictures))
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
-
-    positions, logits, notes = _kept(model, pictures, number, only_predicted, memory, tell)
-    first = next(pictures.batches(1)).x
-    row = last_nonnegative_layer(model, first, layer)
-    vectors, cut = [], []
-    with iter_activations(model, row.name, memory) as maps_of:
-        for i, index in enumerate(positions):
-            original = pictures.original(index)
-            where = crop_boxes(original.shape[:2], model.preprocessing.image_size, crop, crops, (seed, index))
-            parts = [original[top:bottom, left:right] for top, left, bottom, right in where]
-            vectors += [_pooled(maps) for _, maps in maps_of(ImageBatchLoader(parts, model.preprocessing))]
-            cut.append(np.insert(where, 0, i, axis=1))
-            tell(len(pictures) + index + 1)
-    factors = factorize(torch.cat(vectors), count)
-    chosen = np.unique(np.linspace(0, len(positions) - 1, min(n_evaluated, len(positions))).round().astype(int))
-    wanted = {positions[i] for i in chosen}
-    points = saltelli_points(count, sobol_points, seed)
-    opinions: list[_ImageImportance] = []
-    for batch in pictures.batches(1):
-        if batch.indices[0] in wanted:
-            opinions.append(_judged(model, row.name, batch, factors.bank, number, points, memory))
-            tell(total - len(wanted) + len(opinions))
-    indices = torch.stack([opinion.indices for opinion in opinions])
-    order = indices.mean(0).argsort(descending=True, stable=True)
-    contents, crops_cut = factors.coefficients[:, order].float().numpy(), np.concatenate(cut)
-    examples = np.stack([non_overlapping_top_k(column, crops_cut, patches, OVERLAP) for column in contents.T])
-    views, shapes = _views(pictures, [positions[i] for i in chosen], [opinion.where for opinion in opinions])
-    return Concepts(
-        model,
-        bank=factors.bank[order].float().numpy(),
-        importance=indices.mean(0)[order].numpy(),
-        indices=indices[:, order].numpy(),
-        ablation_effects=torch.stack([opinion.effects for opinion in opinions]).mean(0)[order].numpy(),
-        heatmaps=torch.cat([opinion.heatmap for opinion in opinions])[:, order].numpy(),
-        evaluated_indices=chosen,
-        thumbnails=views,
-        shapes=shapes,
-        logits=logits[chosen],
-        reconstructed_logits=np.array([opinion.rebuilt for opinion in opinions]),
-        crops=crops_cut,
-        coefficients=contents,
-        examples=examples,
-        patches=_patches(pictures, positions, crops_cut, examples, model.preprocessing.image_size),
-        reconstruction_error=factors.error,
-        layer=row.name,
-        target=number,
+    job = _Job(
+        model=model,
+        loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+        target=resolve_class(model, target),
+        layer=layer,
+        count=count,
         crop=crop,
+        crops=crops,
+        only_predicted=only_predicted,
+        patches=patches,
         sobol_points=sobol_points,
+        n_evaluated=n_evaluated,
         seed=seed,
         fit=fit,
         memory=memory,
         max_pixels=max_pixels,
-        image_names=tuple(pictures.names[i] for i in positions),
-        geometry=tuple(opinion.where for opinion in opinions),
-        image_source=pictures,
-        image_indices=tuple(positions),
-        notes=(*pictures.notes, *notes),
-        failed=tuple(pictures.failed),
+        progress=progress,
     )
+    job.check()
+    selection = _select_images(job)
+    name = last_nonnegative_layer(model, next(job.loader.batches(1)).x, layer).name
+    boxes, vectors = _crop_activations(job, name, selection)
+    factors = factorize(vectors, count)
+    evaluations = _evaluate(job, name, selection, factors.bank)
+    return _collect(job, name, selection, boxes, factors, evaluations)
 
 
-def _kept(
-    model: Model,
-    images: ImageBatchLoader,
-    target: int,
-    only_predicted: bool,
-    memory: int,
-    tell: Callable[[int], None],
-) -> tuple[list[int], np.ndarray, list[str]]:
-    """Which pictures are looked at, the class's logit of each, and what is to be said of the others."""
-    kept: list[int] = []
-    values: list[float] = []
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `concepts`."""
+
+    model: Model
+    loader: ImageBatchLoader
+    target: int
+    layer: str | None
+    count: int
+    crop: float
+    crops: int
+    only_predicted: bool
+    patches: int
+    sobol_points: int
+    n_evaluated: int
+    seed: int
+    fit: str
+    memory: int
+    max_pixels: int
+    progress: Progress | None
+
+    def check(self) -> None:
+        """Raise ConvscopeError for a layer or a number that cannot be used."""
+        if self.layer is not None:
+            spatial_layer(self.model, self.layer)
+        if not 0 < self.crop <= 1:
+            raise ConvscopeError(
+                f"crop is {self.crop!r}; expected a fraction of the image's sides, above 0 and up to 1"
+            )
+        for name in ("count", "crops", "patches", "n_evaluated"):
+            require_int(name, getattr(self, name))
+        require_int("sobol_points", self.sobol_points, 2)
+
+    def report(self, done: int) -> None:
+        """Report the number of finished steps."""
+        if self.progress is not None:
+            self.progress(done, self.num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in total: images to classify, to crop and to evaluate."""
+        return 2 * len(self.loader) + min(self.n_evaluated, len(self.loader))
+
+
+class _Selection(NamedTuple):
+    """The images that are used: indices into the loader, logits (N,) of the class, and notes on the others."""
+
+    indices: list[int]
+    logits: np.ndarray
+    notes: list[str]
+
+    def evaluated(self, limit: int) -> np.ndarray:
+        """Choose at most `limit` evenly spaced images: positions in `indices`."""
+        count = len(self.indices)
+        return np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(int))
+
+
+class _Evaluation(NamedTuple):
+    """The concepts in one image: Sobol indices (R,), effects (R,), the reconstructed logit, heatmaps (1, R, h, w)."""
+
+    indices: Tensor
+    effects: Tensor
+    reconstructed_logit: float
+    heatmaps: Tensor
+    geometry: Geometry
+
+
+def _select_images(job: _Job) -> _Selection:
+    """Classify all images and select those to use."""
+    model = job.model
+    indices: list[int] = []
+    class_logits: list[float] = []
     others: Counter[int] = Counter()
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in images.batches(forward_batch_size(model, memory)):
+        for batch in job.loader.batches(forward_batch_size(model, job.memory)):
             logits = run(pad_to_fixed_batch(model, batch.x)).logits
             require_finite(model, logits, "the network's output")
             for index, row in zip(batch.indices, logits.cpu(), strict=False):
                 top = int(row.argmax())
-                if only_predicted and top != target:
+                if job.only_predicted and top != job.target:
                     others[top] += 1
                     continue
-                kept.append(index)
-                values.append(float(row[target]))
-            tell(batch.indices[-1] + 1)
-    name, out = model.class_name(target), others.total()
-    seen = ", ".join(f"{model.class_name(k)} ({n})" for k, n in others.most_common(3))
-    if not kept:
+                indices.append(index)
+                class_logits.append(float(row[job.target]))
+            job.report(batch.indices[-1] + 1)
+    name, num_others = model.class_name(job.target), others.total()
+    predictions = ", ".join(f"{model.class_name(k)} ({n})" for k, n in others.most_common(3))
+    if not indices:
         raise ConvscopeError(
-            f"the network counts none of these {out} pictures to {name!r} but to {seen}; give others, or "
-            "only_predicted=False"
+            f"the model classifies none of the {num_others} images as {name!r}, but as {predictions}; "
+            "give other images, or only_predicted=False"
         )
-    notes = [f"{out} of {out + len(kept)} pictures are not counted to {name!r} but to {seen}: kept out"] if out else []
-    return kept, np.array(values), notes
+    notes = []
+    if num_others:
+        total = num_others + len(indices)
+        notes = [f"left out {num_others} of {total} images that are not classified as {name!r}, but as {predictions}"]
+    return _Selection(indices, np.array(class_logits), notes)
 
 
-class _ImageImportance(NamedTuple):
-    """What the rest of the network makes of the concepts (R) in one picture; `heat` is (1, R, h, w)."""
+def _crop_activations(job: _Job, layer: str, selection: _Selection) -> tuple[np.ndarray, Tensor]:
+    """Crop all images; return the crops (M, 5) and the mean activations (M, C) of the layer."""
+    input_size = job.model.preprocessing.image_size
+    vectors, boxes = [], []
+    with iter_activations(job.model, layer, job.memory) as iterate:
+        for i, index in enumerate(selection.indices):
+            original = job.loader.original(index)
+            image_boxes = crop_boxes(original.shape[:2], input_size, job.crop, job.crops, (job.seed, index))
+            parts = [original[top:bottom, left:right] for top, left, bottom, right in image_boxes]
+            crops = ImageBatchLoader(parts, job.model.preprocessing)
+            vectors += [maps.flatten(2).mean(2) for _, maps in iterate(crops)]
+            boxes.append(np.insert(image_boxes, 0, i, axis=1))
+            job.report(len(job.loader) + index + 1)
+    return np.concatenate(boxes), torch.cat(vectors)
 
-    indices: Tensor
-    effects: Tensor
-    rebuilt: float
-    heatmap: Tensor
-    where: Geometry
+
+def _evaluate(job: _Job, layer: str, selection: _Selection, bank: Tensor) -> list[_Evaluation]:
+    """Measure importance and effects of the concepts on some of the images."""
+    evaluated = {selection.indices[i] for i in selection.evaluated(job.n_evaluated)}
+    points = saltelli_points(job.count, job.sobol_points, job.seed)
+    evaluations: list[_Evaluation] = []
+    for batch in job.loader.batches(1):
+        if batch.indices[0] in evaluated:
+            evaluations.append(_evaluate_image(job, layer, batch, bank, points))
+            job.report(job.num_steps - len(evaluated) + len(evaluations))
+    return evaluations
 
 
-def _judged(
-    model: Model, layer: str, one: Batch, bank: Tensor, target: int, points: Tensor, memory: int
-) -> _ImageImportance:
-    """One picture: its concepts are turned down, each by its own share and everywhere alike, at `points`; and taken
-    out one by one."""
-    maps = layer_activations(model, layer, one.x)
+def _evaluate_image(job: _Job, layer: str, batch: Batch, bank: Tensor, points: Tensor) -> _Evaluation:
+    """Reconstruct one image's activations with its concepts scaled down (at `points`), and with each one removed."""
+    maps = layer_activations(job.model, layer, batch.x)
     count = len(bank)
-    contents = coefficients(_at_positions(maps), bank)
-    shares = torch.cat([points, 1 - torch.eye(count), torch.ones(1, count)])
-
-    def together(part: Tensor) -> Tensor:
-        found = (part[:, None] * contents) @ bank
-        return found.float().transpose(1, 2).reshape(len(part), -1, *maps.shape[2:]).to(model.device)
-
-    values = logits_from_layer(model, layer, one.x, shares, together, memory)[:, target].double()
-    without, whole = values[len(points) : -1], values[-1]
-    return _ImageImportance(
-        total_indices(values[: len(points)], count),
-        whole - without,
-        float(whole),
-        _laid(contents, maps),
-        one.geometry[0],
+    coefficients = nnls(position_vectors(maps), bank)
+    scales = torch.cat([points, 1 - torch.eye(count), torch.ones(1, count)])
+    make_maps = partial(_reconstruct, coefficients, bank, maps.shape, job.model.device)
+    logits = logits_from_layer(job.model, layer, batch.x, scales, make_maps, job.memory)[:, job.target].double()
+    ablated, complete = logits[len(points) : -1], logits[-1]
+    return _Evaluation(
+        total_indices(logits[: len(points)], count),
+        complete - ablated,
+        float(complete),
+        coefficients_to_maps(coefficients, maps.shape),
+        batch.geometry[0],
     )
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    """The mean over the places of maps (N, C, h, w): (N, C)."""
-    return maps.flatten(2).mean(2)
+def _reconstruct(coefficients: Tensor, bank: Tensor, shape: torch.Size, device: torch.device, scales: Tensor) -> Tensor:
+    """Make activations (M, C, h, w) from concepts whose coefficients (h w, R) are multiplied by `scales` (M, R)."""
+    vectors = (scales[:, None] * coefficients) @ bank
+    return vectors.float().transpose(1, 2).reshape(len(scales), -1, *shape[2:]).to(device)
 
 
-def _at_positions(maps: Tensor) -> Tensor:
-    """Maps (N, C, h, w) as vectors, place after place: (N h w, C)."""
-    return maps.flatten(2).transpose(1, 2).flatten(0, 1)
+def _collect(
+    job: _Job,
+    layer: str,
+    selection: _Selection,
+    crops: np.ndarray,
+    factors: Factorization,
+    evaluations: Sequence[_Evaluation],
+) -> Concepts:
+    """Sort the concepts by importance and make the result."""
+    indices = torch.stack([evaluation.indices for evaluation in evaluations])
+    effects = torch.stack([evaluation.effects for evaluation in evaluations])
+    order = indices.mean(0).argsort(descending=True, stable=True)
+    coefficients = factors.coefficients[:, order].float().numpy()
+    examples = np.stack([non_overlapping_top_k(column, crops, job.patches, MAX_OVERLAP) for column in coefficients.T])
+    evaluated = selection.evaluated(job.n_evaluated)
+    thumbnails, shapes = _thumbnails(job, selection, evaluations)
+    return Concepts(
+        job.model,
+        bank=factors.bank[order].float().numpy(),
+        importance=indices.mean(0)[order].numpy(),
+        indices=indices[:, order].numpy(),
+        ablation_effects=effects.mean(0)[order].numpy(),
+        heatmaps=torch.cat([evaluation.heatmaps for evaluation in evaluations])[:, order].numpy(),
+        evaluated_indices=evaluated,
+        thumbnails=thumbnails,
+        shapes=shapes,
+        logits=selection.logits[evaluated],
+        reconstructed_logits=np.array([evaluation.reconstructed_logit for evaluation in evaluations]),
+        crops=crops,
+        coefficients=coefficients,
+        examples=examples,
+        patches=_patches(job, selection, crops, examples),
+        reconstruction_error=factors.error,
+        layer=layer,
+        target=job.target,
+        crop=job.crop,
+        sobol_points=job.sobol_points,
+        seed=job.seed,
+        fit=job.fit,
+        memory=job.memory,
+        max_pixels=job.max_pixels,
+        image_names=tuple(job.loader.names[i] for i in selection.indices),
+        geometry=tuple(evaluation.geometry for evaluation in evaluations),
+        image_source=job.loader,
+        image_indices=tuple(selection.indices),
+        notes=(*job.loader.notes, *selection.notes),
+        failed=tuple(job.loader.failed),
+    )
 
 
-def _laid(contents: Tensor, maps: Tensor) -> Tensor:
-    """What belongs to the places of maps (N, C, h, w), (N h w, R), as maps (N, R, h, w), float32."""
-    rows = contents.float().reshape(len(maps), -1, contents.shape[1])
-    return rows.transpose(1, 2).reshape(len(maps), -1, *maps.shape[2:])
-
-
-def _patches(
-    images: ImageBatchLoader, positions: Sequence[int], crops: np.ndarray, examples: np.ndarray, like: tuple[int, int]
-) -> np.ndarray:
-    """How the examples (R, P) look, uint8 (R, P, h, w, 3); white where there is none. Each picture is read once."""
-    height, width = PATCH, max(1, round(PATCH * like[1] / like[0]))
-    found = np.full((*examples.shape, height, width, 3), 255, np.uint8)
-    pictured = np.where(examples >= 0, crops[examples, 0], -1)
-    for image in np.unique(pictured[pictured >= 0]):
-        original = images.original(positions[image])
-        for where in zip(*np.nonzero(pictured == image), strict=True):
-            top, left, bottom, right = crops[examples[where], 1:]
+def _patches(job: _Job, selection: _Selection, crops: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Crop the examples (R, P) from their images: uint8 (R, P, h, w, 3), white where there is none."""
+    height, width = job.model.preprocessing.image_size
+    size = (max(1, round(PATCH_HEIGHT * width / height)), PATCH_HEIGHT)
+    patches = np.full((*examples.shape, *size[::-1], 3), 255, np.uint8)
+    image_of_example = np.where(examples >= 0, crops[examples, 0], -1)
+    for image in np.unique(image_of_example[image_of_example >= 0]):  # each image is decoded once
+        original = job.loader.original(selection.indices[image])
+        for position in zip(*np.nonzero(image_of_example == image), strict=True):
+            top, left, bottom, right = crops[examples[position], 1:]
             patch = Image.fromarray(original[top:bottom, left:right])
-            found[where] = np.asarray(patch.resize((width, height), Image.Resampling.BICUBIC))
-    return found
+            patches[position] = np.asarray(patch.resize(size, Image.Resampling.BICUBIC))
+    return patches
 
 
-def _views(
-    images: ImageBatchLoader, positions: Sequence[int], where: Sequence[Geometry]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of some pictures what the network sees, uint8 (J, 160, 160, 3); how high and wide it was, in pixels (J, 2)."""
-    views, shapes = [], []
-    for position, geometry in zip(positions, where, strict=True):
-        original = Image.fromarray(images.original(position))
-        ends = (original.height, original.width, original.height, original.width)
-        top, left, bottom, right = (min(max(0.0, side), end) for side, end in zip(geometry.box, ends, strict=True))
-        seen = original.resize((VIEW, VIEW), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-        views.append(np.asarray(seen))
+def _thumbnails(job: _Job, selection: _Selection, evaluations: Sequence[_Evaluation]) -> tuple[np.ndarray, np.ndarray]:
+    """Resize the network's view of the evaluated images: uint8 (J, 160, 160, 3), and its (height, width) (J, 2)."""
+    thumbnails, shapes = [], []
+    for i, evaluation in zip(selection.evaluated(job.n_evaluated), evaluations, strict=True):
+        original = Image.fromarray(job.loader.original(selection.indices[i]))
+        limits = (original.height, original.width, original.height, original.width)
+        box = evaluation.geometry.box
+        top, left, bottom, right = (min(max(0.0, edge), limit) for edge, limit in zip(box, limits, strict=True))
+        size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+        thumbnail = original.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        thumbnails.append(np.asarray(thumbnail))
         shapes.append((max(1, round(bottom - top)), max(1, round(right - left))))
-    return np.stack(views), np.array(shapes)
+    return np.stack(thumbnails), np.array(shapes)

@@ -1,4 +1,4 @@
-"""Crops of pictures: where they are cut, and which of them show something best."""
+"""Choose crops of images, and the best crops that do not overlap."""
 
 from __future__ import annotations
 
@@ -8,49 +8,78 @@ import numpy as np
 
 
 def crop_boxes(
-    image: tuple[int, int], like: tuple[int, int], share: float, most: int, seed: tuple[int, int]
+    image_size: tuple[int, int], input_size: tuple[int, int], fraction: float, max_crops: int, seed: tuple[int, int]
 ) -> np.ndarray:
-    """Crops (M, 4) of a picture (H, W): top, left, bottom, right in its pixels, row by row; M is `most` at most.
+    """Place crops on a grid over an image, half a crop (or slightly less) apart.
 
-    Their sides are `share` of the largest rectangle with the proportions `like` (h, w) that fits into the picture. They
-    lie on a grid from rim to rim, half a crop or a little less from one to the next; of a larger grid `most` are drawn
-    at random, from `seed`.
+    Parameters
+    ----------
+    image_size : tuple of int
+        (H, W) of the image.
+    input_size : tuple of int
+        (h, w) of the network's input, whose proportions crops have.
+    fraction : float
+        Side of a crop relative to the largest rectangle of these proportions in the image, in (0, 1].
+    max_crops : int
+        Of a larger grid, so many crops are drawn at random.
+    seed : tuple of int
+        Seed of these random crops.
+
+    Returns
+    -------
+    ndarray
+        (M, 4) int32, M <= `max_crops`: top, left, bottom, right in pixels, row by row.
     """
-    scale = share * min(side / wish for side, wish in zip(image, like, strict=True))
-    sides = [min(side, max(1, round(scale * wish))) for side, wish in zip(image, like, strict=True)]
-    steps = [math.ceil((whole - side) / max(side / 2, 1)) + 1 for whole, side in zip(image, sides, strict=True)]
+    scale = fraction * min(side / input_side for side, input_side in zip(image_size, input_size, strict=True))
+    sides = [
+        min(side, max(1, round(scale * input_side))) for side, input_side in zip(image_size, input_size, strict=True)
+    ]
+    steps = [math.ceil((length - side) / max(side / 2, 1)) + 1 for length, side in zip(image_size, sides, strict=True)]
     count = math.prod(steps)
-    chosen = np.arange(count)
-    if count > most:
-        chosen = np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
-    rows, columns = np.divmod(chosen, steps[1])
+    cells = np.arange(count)
+    if count > max_crops:
+        cells = np.sort(np.random.default_rng(seed).choice(count, max_crops, replace=False))
+    rows, columns = np.divmod(cells, steps[1])
     top, left = (
-        np.rint(at * (whole - side) / max(1, n - 1)).astype(np.int32)
-        for at, whole, side, n in zip((rows, columns), image, sides, steps, strict=True)
+        np.rint(index * (length - side) / max(1, n - 1)).astype(np.int32)
+        for index, length, side, n in zip((rows, columns), image_size, sides, steps, strict=True)
     )
     return np.stack([top, left, top + sides[0], left + sides[1]], axis=1).astype(np.int32)
 
 
-def non_overlapping_top_k(values: np.ndarray, crops: np.ndarray, count: int, overlap: float) -> np.ndarray:
-    """The `count` crops with the highest of the values (M,) above 0, -1 where there are no more: int64 (count,).
+def non_overlapping_top_k(values: np.ndarray, crops: np.ndarray, k: int, max_overlap: float) -> np.ndarray:
+    """Select the k crops with the highest positive values, without those that overlap a better one.
 
-    crops (M, 5): picture, top, left, bottom, right. One that overlaps a better one by more than `overlap`
-    (intersection over union) is passed over.
+    Parameters
+    ----------
+    values : ndarray
+        (M,) one per crop.
+    crops : ndarray
+        (M, 5) image, top, left, bottom, right.
+    k : int
+        Maximum number of crops.
+    max_overlap : float
+        The largest intersection over union of two selected crops.
+
+    Returns
+    -------
+    ndarray
+        (k,) int64 indices, best first; -1 where there are no more.
     """
-    found: list[int] = []
+    selected: list[int] = []
     for i in np.argsort(-values, kind="stable"):
-        if len(found) == count or values[i] <= 0:
+        if len(selected) == k or values[i] <= 0:
             break
-        if all(_overlap(crops[i], crops[j]) <= overlap for j in found):
-            found.append(int(i))
-    return np.array(found + [-1] * (count - len(found)))
+        if all(_intersection_over_union(crops[i], crops[j]) <= max_overlap for j in selected):
+            selected.append(int(i))
+    return np.array(selected + [-1] * (k - len(selected)))
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two crops, each with its picture; 0 of crops of different pictures."""
+def _intersection_over_union(a: np.ndarray, b: np.ndarray) -> float:
+    """Compute the overlap of two crops (image, top, left, bottom, right); 0 for different images."""
     sides = np.minimum(a[3:], b[3:]) - np.maximum(a[1:3], b[1:3])
     if a[0] != b[0] or sides.min() <= 0:
         return 0.0
+    intersection = int(np.prod(sides))
     areas = [int(np.prod(box[3:] - box[1:3])) for box in (a, b)]
-    inner = int(np.prod(sides))
-    return inner / (sum(areas) - inner)
+    return intersection / (sum(areas) - intersection)

@@ -1,10 +1,11 @@
-"""Which layers can be taken apart, and what the rest of the network makes of maps that were put together again."""
+"""Choose layers for matrix factorisation, read their activations, and run the network from changed activations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,82 +19,97 @@ from convscope.errors import ConvscopeError
 from convscope.images.loading import Batch, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
+ActivationIterator: TypeAlias = Callable[[ImageBatchLoader], Iterator[tuple[Batch, Tensor]]]
 
-def check_image_model(preprocessing: Preprocessing, what: str) -> None:
-    """Raise ConvscopeError for networks on anything but ordinary pictures."""
+
+def check_image_model(preprocessing: Preprocessing, purpose: str) -> None:
+    """Raise ConvscopeError for a network whose input is not a gray or RGB image."""
     if preprocessing.axes != 2 or preprocessing.channel_order == "channels":
-        raise ConvscopeError(f"{what} are made of ordinary pictures; this network takes {preprocessing.shape}")
+        raise ConvscopeError(f"{purpose} need a network on gray or RGB images; this one takes {preprocessing.shape}")
 
 
 def resolve_class(model: Model, target: int | str) -> int:
-    """The index of a class. Raises ConvscopeError where there is no such class, or none at all."""
+    """Return the index of a class. Raises ConvscopeError for an unknown class, or if the model has none."""
     if model.num_outputs is None:
-        raise ConvscopeError(f"class {target!r} was asked for, but this model has no classes")
+        raise ConvscopeError(f"target is {target!r}, but this model has no classes")
     return model.class_index(target)
 
 
 def spatial_layer(model: Model, name: str) -> Layer:
-    """The layer called `name`. Raises ConvscopeError if there is none, or if it has no places."""
-    row = model.layers.find(name)
-    if not row.is_spatial:
-        raise ConvscopeError(f"layer {row.name!r} gives {' x '.join(map(str, row.shape))}: it has no places to look at")
-    return row
+    """Return the layer called `name`. Raises ConvscopeError if there is none, or if it has no spatial positions."""
+    layer = model.layers.find(name)
+    if not layer.is_spatial:
+        shape = " x ".join(map(str, layer.shape))
+        raise ConvscopeError(
+            f"layer {layer.name!r} has output {shape}, without spatial positions; choose an earlier one"
+        )
+    return layer
 
 
-def last_nonnegative_layer(model: Model, x: Tensor, asked: str | None = None) -> Layer:
-    """The layer asked for, or the last with places, poolings apart, that has no negative value for `x` (B, C, H, W).
+def last_nonnegative_layer(model: Model, x: Tensor, name: str | None = None) -> Layer:
+    """Find a layer without negative activations.
 
-    Raises ConvscopeError if the layer asked for has negative values, and if there is no other.
+    Parameters
+    ----------
+    model : Model
+    x : Tensor
+        (B, C, H, W) preprocessed images that are used to check.
+    name : str, optional
+        The layer to check; the last suitable one, other than pooling, if omitted.
+
+    Raises
+    ------
+    ConvscopeError
+        If the named layer has negative activations or only zeros, or if no layer is suitable.
     """
-    rows = [row for row in model.layers.unique_spatial() if not row.is_pooling]
-    rows += [] if asked is None else [spatial_layer(model, asked)]
-    lowest: dict[str, float] = {}
+    layers = [layer for layer in model.layers.unique_spatial() if not layer.is_pooling]
+    layers += [] if name is None else [spatial_layer(model, name)]
+    minima: dict[str, float] = {}
 
-    def look(name: str, maps: Tensor) -> None:
-        lowest[name] = float(maps.min()) if bool(maps.any()) else -math.inf  # what is 0 everywhere has no parts
+    def record_minimum(layer: str, maps: Tensor) -> None:
+        minima[layer] = float(maps.min()) if bool(maps.any()) else -math.inf  # all zeros cannot be factorised
 
-    with (
-        torch.no_grad(),
-        capture.capture_layers(model, [row.name for row in rows], stop_early=True, on_output=look) as run,
-    ):
+    names = [layer.name for layer in layers]
+    with torch.no_grad(), capture.capture_layers(model, names, stop_early=True, on_output=record_minimum) as run:
         run(pad_to_fixed_batch(model, x))
-    found = [row for row in rows if lowest[row.name] >= 0]
-    if not found:
+    suitable = [layer for layer in layers if minima[layer.name] >= 0]
+    if not suitable:
         raise ConvscopeError(
-            "no layer of this network is rectified (ReLU and the like): all give negative values, which are no sums of "
-            "non-negative parts"
+            "all layers of this network have negative activations; concepts need one without, such as after a ReLU"
         )
-    if asked is None:
-        return found[-1]
-    row, low = rows[-1], lowest[rows[-1].name]
-    if low < 0:
-        gives = f"values down to {low:.3g}" if math.isfinite(low) else "0 everywhere"
+    if name is None:
+        return suitable[-1]
+    requested = layers[-1]
+    minimum = minima[requested.name]
+    if minimum < 0:
+        values = f"activations down to {minimum:.3g}" if math.isfinite(minimum) else "only zeros"
         raise ConvscopeError(
-            f"layer {row.name!r} gives {gives}, and concepts are sums of non-negative parts; choose a layer behind a "
-            f"ReLU, {found[-1].name!r}, say"
+            f"layer {requested.name!r} has {values}, and concepts need non-negative activations; "
+            f"choose a layer after a ReLU, such as {suitable[-1].name!r}"
         )
-    return row
+    return requested
 
 
 @contextmanager
-def iter_activations(
-    model: Model, layer: str, memory: int
-) -> Iterator[Callable[[ImageBatchLoader], Iterator[tuple[Batch, Tensor]]]]:
-    """The block gets a function that goes through pictures, batch by batch, and gives with each the maps of the layer
-    (B, C, h, w), float32, on the CPU. The passes end behind the layer."""
+def iter_activations(model: Model, layer: str, memory: int) -> Iterator[ActivationIterator]:
+    """Capture a layer for passes over several image loaders.
+
+    The block gets a function that yields the batches of a loader with the layer's activations (B, C, h, w), float32, on
+    the CPU. Passes end at the layer.
+    """
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
 
-        def maps(images: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
-            for batch in images.batches(forward_batch_size(model, memory)):
-                found = run(pad_to_fixed_batch(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
-                require_finite(model, found, f"layer {layer!r}")
-                yield batch, found
+        def iterate(loader: ImageBatchLoader) -> Iterator[tuple[Batch, Tensor]]:
+            for batch in loader.batches(forward_batch_size(model, memory)):
+                maps = run(pad_to_fixed_batch(model, batch.x)).maps[layer][: len(batch.indices)].float().cpu()
+                require_finite(model, maps, f"layer {layer!r}")
+                yield batch, maps
 
-        yield maps
+        yield iterate
 
 
 def layer_activations(model: Model, layer: str, x: Tensor) -> Tensor:
-    """What the layer gives for one picture `x` (1, C, H, W): (1, C, h, w), float32, on the CPU."""
+    """Compute a layer's activations (1, C, h, w) for one image `x` (1, C, H, W): float32, on the CPU."""
     with torch.no_grad(), capture.capture_layers(model, [layer], stop_early=True) as run:
         maps = run(pad_to_fixed_batch(model, x)).maps[layer][:1].float().cpu()
     require_finite(model, maps, f"layer {layer!r}")
@@ -101,15 +117,38 @@ def layer_activations(model: Model, layer: str, x: Tensor) -> Tensor:
 
 
 def logits_from_layer(
-    model: Model, layer: str, x: Tensor, points: Tensor, maps: Callable[[Tensor], Tensor], memory: int = MEMORY
+    model: Model,
+    layer: str,
+    x: Tensor,
+    points: Tensor,
+    make_maps: Callable[[Tensor], Tensor],
+    memory: int = MEMORY,
 ) -> Tensor:
-    """The logits (M, K), on the CPU, when `maps(points)` (M, C, h, w) takes the place of what `layer` gives for the one
-    picture `x` (1, C, H, W). The maps are made a part at a time, from a part of the `points` (M, ...)."""
-    size = forward_batch_size(model, memory)
-    found = []
+    """Compute the logits when other activations replace those of a layer for one image.
+
+    Parameters
+    ----------
+    model : Model
+    layer : str
+        The layer whose activations are replaced.
+    x : Tensor
+        (1, C, H, W) the image, preprocessed.
+    points : Tensor
+        (M, ...) what the activations are made from.
+    make_maps : callable
+        Makes activations (m, C, h, w) from m of the points.
+    memory : int
+        Bytes for intermediate results.
+
+    Returns
+    -------
+    Tensor
+        (M, K) logits, on the CPU.
+    """
+    parts = []
     with resume.resume_from_layer(model, layer, x) as run:
-        for part in torch.split(points, size):
-            logits = run(pad_to_fixed_batch(model, maps(part))).logits
+        for part in torch.split(points, forward_batch_size(model, memory)):
+            logits = run(pad_to_fixed_batch(model, make_maps(part))).logits
             require_finite(model, logits, "the network's output")
-            found.append(logits[: len(part)].cpu())
-    return torch.cat(found)
+            parts.append(logits[: len(part)].cpu())
+    return torch.cat(parts)

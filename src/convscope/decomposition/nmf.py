@@ -1,24 +1,32 @@
-"""Non-negative matrix factorisation A ~ U W: data as sums of a few parts. Deterministic, in float64."""
+"""Non-negative matrix factorisation and non-negative least squares, by scikit-learn and scipy, in float64."""
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, require_extra
 
-ROUNDS = 500  # of both factors
-AT_ONCE = 5  # updates of a factor for one product with the data, which is what costs
-SETTLED = 1e-5  # the largest relative change of the error in a round that ends the work
-EXACT = 1e-10  # of coefficients, relative to the largest one
+MAX_ITER = 2000
+TOLERANCE = 1e-6  # of the projected gradient, relative to its first value
+EXTRA = "concepts"
 
 
 class Factorization(NamedTuple):
-    """A (n, d) ~ U W: `coefficients` U (n, r) and `bank` W (r, d), float64; each row of W has length 1.
+    """A factorisation A ~ U W of a matrix (n, d) into non-negative factors.
 
-    `error` is |A - U W| / |A| in the Frobenius norm.
+    Attributes
+    ----------
+    coefficients : Tensor
+        U, (n, r) float64: the best one for this `bank`.
+    bank : Tensor
+        W, (r, d) float64: rows of length 1.
+    error : float
+        |A - U W| / |A| in the Frobenius norm.
     """
 
     coefficients: Tensor
@@ -26,87 +34,107 @@ class Factorization(NamedTuple):
     error: float
 
 
-def factorize(data: Tensor, count: int, rounds: int = ROUNDS) -> Factorization:
-    """`count` parts whose non-negative sums come as near as can be to the rows of `data` (n, d), in squared error.
+def factorize(data: Tensor, rank: int, max_iter: int = MAX_ITER) -> Factorization:
+    """Find `rank` non-negative directions whose non-negative combinations approximate the rows of a matrix.
 
-    Hierarchical alternating least squares: in turn each column of U and each row of W takes the value that is best
-    while all others stay (Cichocki and Phan 2009, algorithm 2), from NNDSVD's start (Boutsidis and Gallopoulos 2008).
-    No random numbers. A local optimum, as with any such method. Raises ConvscopeError for negative or infinite data,
-    for data that are 0 everywhere and for more parts than rows or columns.
+    scikit-learn's coordinate descent (Cichocki and Phan 2009), started by NNDSVD (Boutsidis and Gallopoulos 2008). The
+    result is a local optimum; the same data give the same bytes.
+
+    Parameters
+    ----------
+    data : Tensor
+        (n, d), non-negative.
+    rank : int
+        Number of directions, at most min(n, d).
+    max_iter : int
+        Maximum number of iterations.
+
+    Returns
+    -------
+    Factorization
+
+    Raises
+    ------
+    ConvscopeError
+        For negative, infinite or all-zero data, and for a rank out of range.
     """
-    a = data.double()
-    most = min(a.shape)
-    if not 1 <= count <= most:
-        rows, columns = a.shape
-        raise ConvscopeError(f"{count} parts of a matrix {rows} x {columns}; expected a number from 1 to {most}")
-    if not bool(a.isfinite().all()) or bool(a.min() < 0):
-        raise ConvscopeError("only finite data that are nowhere negative are sums of non-negative parts")
-    square = a.square().sum()
-    if not bool(square > 0):
-        raise ConvscopeError("the data are 0 everywhere: there are no parts to find")
-    u, w = _start(a, count)
-    before = float("inf")
-    for _ in range(rounds):
-        u = _descend(u, a @ w.T, w @ w.T)
-        # W's turn is U's with the matrices turned over.
-        w = _descend(w.T, a.T @ u, u.T @ u).T
-        error = float(_error(square, a, u, w))
-        if error >= (1 - SETTLED) * before:
-            break
-        before = error
-    lengths = w.norm(dim=1)
-    w = w / torch.where(lengths > 0, lengths, 1)[:, None]
-    u = coefficients(a, w)
-    return Factorization(u, w, float(_error(square, a, u, w).sqrt()))
+    a = data.double().numpy()
+    if not 1 <= rank <= min(a.shape):
+        raise ConvscopeError(
+            f"{rank} components of a matrix {a.shape[0]} x {a.shape[1]}; expected 1 to {min(a.shape)}, or more crops"
+        )
+    if not np.isfinite(a).all() or a.min() < 0:
+        raise ConvscopeError("the data contain negative or infinite values; only non-negative data can be factorised")
+    norm = np.linalg.norm(a)
+    if norm == 0:
+        raise ConvscopeError("the data are 0 everywhere; there is nothing to factorise")
+    components = _fit_components(a, rank, max_iter)
+    lengths = np.linalg.norm(components, axis=1, keepdims=True)
+    bank = torch.from_numpy(components / np.where(lengths > 0, lengths, 1))
+    coefficients = nnls(data, bank)
+    return Factorization(coefficients, bank, float(np.linalg.norm(a - (coefficients @ bank).numpy()) / norm))
 
 
-def coefficients(data: Tensor, bank: Tensor, rounds: int = 2000) -> Tensor:
-    """For each row a of `data` (n, d) the non-negative u (r,) with the least |a - u W|: (n, r), float64.
+def _fit_components(a: np.ndarray, rank: int, max_iter: int) -> np.ndarray:
+    """Fit scikit-learn's NMF and return its components (rank, d)."""
+    decomposition = require_extra("sklearn.decomposition", EXTRA)
+    exceptions = require_extra("sklearn.exceptions", EXTRA)
+    model = decomposition.NMF(rank, init="nndsvd", solver="cd", tol=TOLERANCE, max_iter=max_iter, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # the error is reported with the result
+        model.fit(a)
+    components: np.ndarray = model.components_
+    return components
 
-    Cyclic coordinate descent on the normal equations; each row is a problem of its own, convex, and solved to rounding.
+
+def nnls(data: Tensor, bank: Tensor) -> Tensor:
+    """Solve the non-negative least squares problem of every row: the u >= 0 with the smallest |a - u W|.
+
+    Parameters
+    ----------
+    data : Tensor
+        (n, d) rows a.
+    bank : Tensor
+        (r, d) matrix W.
+
+    Returns
+    -------
+    Tensor
+        (n, r) float64.
     """
-    a, w = data.double(), bank.double()
-    products, gram = a @ w.T, w @ w.T
-    u = torch.zeros_like(products)
-    for _ in range(rounds):
-        before = u
-        u = _descend(u, products, gram, 1)
-        if bool(((u - before).abs().amax(1) <= EXACT * u.amax(1)).all()):
-            break
-    return u
+    optimize = require_extra("scipy.optimize", EXTRA)
+    # |a - u W| differs from |a Q - u R^T| by a constant, where W^T = Q R: r equations instead of d for each row.
+    q, r = np.linalg.qr(bank.double().numpy().T)
+    projections = data.double().numpy() @ q
+    max_iter = 100 * len(bank)
+    rows = [optimize.nnls(r, row, maxiter=max_iter)[0] for row in projections]
+    return torch.from_numpy(np.array(rows).reshape(len(projections), len(bank)))
 
 
-def _descend(u: Tensor, products: Tensor, gram: Tensor, times: int = AT_ONCE) -> Tensor:
-    """U (n, r) nearer to the least |A - U W|: u_k <- max(0, u_k + (A W^T - U W W^T)_k / (W W^T)_kk) for each k in turn.
+def encode(bank: np.ndarray, maps: Tensor) -> Tensor:
+    """Compute how much of each concept is at each position of feature maps, by non-negative least squares.
 
-    `products` is A W^T (n, r), `gram` W W^T (r, r). A part that is 0 stays as it is.
+    Parameters
+    ----------
+    bank : ndarray
+        (R, C) concepts.
+    maps : Tensor
+        (N, C, h, w) activations.
+
+    Returns
+    -------
+    Tensor
+        (N, R, h, w) float32, non-negative.
     """
-    u = u.clone()
-    for _ in range(times):
-        for k in range(len(gram)):
-            if bool(gram[k, k] > 0):
-                u[:, k] = (u[:, k] + (products[:, k] - u @ gram[:, k]) / gram[k, k]).clamp(min=0)
-    return u
+    return coefficients_to_maps(nnls(position_vectors(maps), torch.from_numpy(bank)), maps.shape)
 
 
-def _error(square: Tensor, a: Tensor, u: Tensor, w: Tensor) -> Tensor:
-    """|A - U W|^2 / |A|^2, `square` being |A|^2, without a matrix as large as A."""
-    return ((square - 2 * (a.T @ u * w.T).sum() + (u.T @ u * (w @ w.T)).sum()) / square).clamp(min=0)
+def position_vectors(maps: Tensor) -> Tensor:
+    """Reshape maps (N, C, h, w) to one row per position, (N h w, C)."""
+    return maps.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-def _start(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """U (n, r) and W (r, d) from A's leading singular vectors.
-
-    Of x y^T, each pair's, the larger of the two non-negative parts is kept, x+ y+^T or x- y-^T; so it does not matter
-    which sign the decomposition gave the pair.
-    """
-    left, values, right = torch.linalg.svd(a, full_matrices=False)
-    us, ws = [], []
-    for x, value, y in zip(left.T[:count], values[:count], right[:count], strict=True):
-        plus, minus = (x.clamp(min=0), y.clamp(min=0)), ((-x).clamp(min=0), (-y).clamp(min=0))
-        sizes = [float(p.norm() * q.norm()) for p, q in (plus, minus)]
-        p, q = plus if sizes[0] >= sizes[1] else minus
-        share = (value * max(sizes)).sqrt()
-        us.append(share * p / p.norm().clamp(min=1e-300))
-        ws.append(share * q / q.norm().clamp(min=1e-300))
-    return torch.stack(us, 1), torch.stack(ws)
+def coefficients_to_maps(coefficients: Tensor, shape: torch.Size) -> Tensor:
+    """Reshape coefficients (N h w, R) of the positions of maps of `shape` (N, C, h, w) to (N, R, h, w) float32."""
+    rows = coefficients.float().reshape(shape[0], -1, coefficients.shape[1])
+    return rows.transpose(1, 2).reshape(shape[0], -1, *shape[2:])

@@ -1,4 +1,4 @@
-"""Sobol indices: which share of a function's variance each of its inputs takes part in."""
+"""Total Sobol indices: the fraction of a function's variance that involves each of its inputs."""
 
 from __future__ import annotations
 
@@ -8,39 +8,72 @@ from torch import Tensor
 from convscope.errors import ConvscopeError
 
 
-def saltelli_points(inputs: int, count: int, seed: int = 0) -> Tensor:
-    """Points (count * (inputs + 2), inputs) in [0, 1) at which `total_indices` wants to know a function.
+def saltelli_points(num_inputs: int, num_points: int, seed: int = 0) -> Tensor:
+    """Make the points at which `total_indices` needs the values of a function: Saltelli's scheme.
 
-    A, B, and for each input i the matrix A with its column i from B: three kinds of rows, `count` of each matrix. A and
-    B are the two halves of a scrambled Sobol sequence in twice as many dimensions; `count` should be a power of two.
-    Raises ConvscopeError for no inputs and for fewer than two points.
+    The points are the matrices A and B, two halves of a scrambled Sobol sequence in 2 * `num_inputs` dimensions, then
+    for each input i the matrix A with column i from B.
+
+    Parameters
+    ----------
+    num_inputs : int
+        Number of the function's inputs.
+    num_points : int
+        Rows of each matrix, at least 2; a power of two keeps the sequence balanced.
+    seed : int
+        Seed of the scrambling.
+
+    Returns
+    -------
+    Tensor
+        (num_points * (num_inputs + 2), num_inputs) float64 in [0, 1).
+
+    Raises
+    ------
+    ConvscopeError
+        Without inputs, and for fewer than two points.
     """
-    if inputs < 1 or count < 2:
-        raise ConvscopeError(f"{inputs} inputs at {count} points; expected at least one, at two or more")
-    # torch's engine takes at most 21201 dimensions.
-    engine = torch.quasirandom.SobolEngine(2 * inputs, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-    sequence = engine.draw(count, dtype=torch.float64)
-    a, b = sequence[:, :inputs], sequence[:, inputs:]
+    if num_inputs < 1 or num_points < 2:
+        raise ConvscopeError(f"{num_inputs} inputs at {num_points} points; expected at least 1 input and 2 points")
+    # torch's engine has at most 21201 dimensions.
+    engine = torch.quasirandom.SobolEngine(2 * num_inputs, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    sequence = engine.draw(num_points, dtype=torch.float64)
+    a, b = sequence[:, :num_inputs], sequence[:, num_inputs:]
     mixed = []
-    for i in range(inputs):
-        one = a.clone()
-        one[:, i] = b[:, i]
-        mixed.append(one)
+    for i in range(num_inputs):
+        a_with_column = a.clone()
+        a_with_column[:, i] = b[:, i]
+        mixed.append(a_with_column)
     return torch.cat([a, b, *mixed])
 
 
-def total_indices(values: Tensor, inputs: int) -> Tensor:
-    """The total indices (..., inputs), float64, from values (..., count * (inputs + 2)) at the points of `designs`.
+def total_indices(values: Tensor, num_inputs: int) -> Tensor:
+    """Estimate the total Sobol indices of functions from their values: mean((f(A) - f(A_B^i))^2) / (2 Var f).
 
-    Jansen's estimator (1999; table 2 (f) of Saltelli et al. 2010): mean((f(A) - f(A_B^i))^2) / (2 Var f), the variance
-    being that of f over A and B. The index of an input that takes part in all of the variance is 1; where inputs act
-    together each of them has all that they do, so that their sum may be more than 1. Of a function that does not vary,
-    all are 0.
+    1 means that an input is involved in all of the variance. Where inputs interact, each of them is credited with the
+    interaction, so that the sum may exceed 1. The indices of a constant function are 0.
+
+    Parameters
+    ----------
+    values : Tensor
+        (..., num_points * (num_inputs + 2)) values at the points of `saltelli_points`.
+    num_inputs : int
+        Number of inputs.
+
+    Returns
+    -------
+    Tensor
+        (..., num_inputs) float64.
+
+    References
+    ----------
+    Jansen, Analysis of variance designs for model output, 1999.
+    Saltelli et al., Variance based sensitivity analysis of model output, 2010, table 2 (f).
     """
-    f = values.double().reshape(*values.shape[:-1], inputs + 2, -1)
-    a, plain, mixed = f[..., :1, :], f[..., :2, :].flatten(-2), f[..., 2:, :]
-    variance = plain.var(-1, correction=0)[..., None]
-    # Where a function is the same everywhere, its rounding is no variance.
-    varies = variance > (1e-12 * plain.abs().amax(-1)[..., None]).square()
-    shares = (a - mixed).square().mean(-1) / (2 * torch.where(varies, variance, 1))
-    return torch.where(varies, shares, 0)
+    f = values.double().reshape(*values.shape[:-1], num_inputs + 2, -1)
+    f_a, f_a_and_b, f_mixed = f[..., :1, :], f[..., :2, :].flatten(-2), f[..., 2:, :]
+    variance = f_a_and_b.var(-1, correction=0)[..., None]
+    # The rounding of a constant function is not variance.
+    varies = variance > (1e-12 * f_a_and_b.abs().amax(-1)[..., None]).square()
+    indices = (f_a - f_mixed).square().mean(-1) / (2 * torch.where(varies, variance, 1))
+    return torch.where(varies, indices, 0)

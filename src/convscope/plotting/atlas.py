@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from convscope.decomposition.activation_atlas import Atlas
+from convscope.decomposition.result import Atlas
 from convscope.plotting.grids import to_rgb
 from convscope.plotting.panels import to_image
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from convscope.decomposition.craft import Concepts
+from convscope.decomposition.result import Concepts
 from convscope.images.colormap import blend
 from convscope.plotting.grids import tile
 from convscope.plotting.panels import BLUE, hide, to_image

@@ -20,8 +20,7 @@ from convscope.store.io import Folder, Json, ParquetTable
 from convscope.store.tables import StoreTables
 
 if TYPE_CHECKING:
-    from convscope.decomposition.activation_atlas import Atlas
-    from convscope.decomposition.craft import Concepts
+    from convscope.decomposition.result import Atlas, Concepts
 
 # Groups of arrays of each kind whose first axes have the same length.
 SAME_LENGTH = {

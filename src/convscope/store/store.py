@@ -17,8 +17,7 @@ from convscope.store.tables import StoreTables
 from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
-    from convscope.decomposition.activation_atlas import Atlas
-    from convscope.decomposition.craft import Concepts
+    from convscope.decomposition.result import Atlas, Concepts
 
 
 def open_store(folder: str | os.PathLike[str], storage: Mapping[str, object] | None = None) -> Store:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convscope.attribution.api import heatmaps
 from convscope.attribution.result import Heatmaps
-from convscope.decomposition.craft import encode
+from convscope.decomposition.nmf import encode
 from convscope.engine import capture
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
