@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,15 @@ def test_invalid_arguments_are_refused(settings: dict[str, Any], message: str) -
     images = np.random.default_rng(1).integers(0, 256, (2, 40, 40, 3), np.uint8)
     with pytest.raises(ConvscopeError, match=message):
         convscope.concepts(net, images, **{"target": 0, "only_predicted": False, **settings})
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn.decomposition", "sklearn"), ("scipy.optimize", "scipy")])
+def test_missing_library_is_reported_before_images_are_read(
+    model: convscope.Model, module: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConvscopeError, match=rf"{package} is not installed; pip install 'convscope\[concepts\]'"):
+        convscope.concepts(model, str(tmp_path / "none.png"), 0)
 
 
 def test_network_without_nonnegative_layers_is_refused() -> None:

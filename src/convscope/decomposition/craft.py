@@ -23,7 +23,14 @@ from convscope.decomposition.layer_access import (
     resolve_class,
     spatial_layer,
 )
-from convscope.decomposition.nmf import Factorization, coefficients_to_maps, factorize, nnls, position_vectors
+from convscope.decomposition.nmf import (
+    Factorization,
+    check_dependencies,
+    coefficients_to_maps,
+    factorize,
+    nnls,
+    position_vectors,
+)
 from convscope.decomposition.result import Concepts
 from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
@@ -111,8 +118,8 @@ def concepts(
     Raises
     ------
     ConvscopeError
-        For an unknown class or layer, a layer with negative activations, arguments out of range, and if no image is
-        left.
+        For an unknown class or layer, a layer with negative activations, arguments out of range, if no image is left,
+        and without scikit-learn or scipy (``convscope[concepts]``).
 
     References
     ----------
@@ -128,6 +135,7 @@ def concepts(
     >>> result.bank.shape, result.importance.shape, result.heatmaps.shape
     ((3, 1280), (3,), (1, 3, 7, 7))
     """
+    check_dependencies()
     check_image_model(model.preprocessing, "concepts")
     job = _Job(
         model=model,

@@ -16,6 +16,12 @@ TOLERANCE = 1e-6  # of the projected gradient, relative to its first value
 EXTRA = "concepts"
 
 
+def check_dependencies() -> None:
+    """Raise ConvscopeError if scikit-learn or scipy is not installed."""
+    for package in ("sklearn.decomposition", "scipy.optimize"):
+        require_extra(package, EXTRA)
+
+
 class Factorization(NamedTuple):
     """A factorisation A ~ U W of a matrix (n, d) into non-negative factors.
 
