@@ -1,4 +1,4 @@
-"""How data flows between layers, traced in one forward pass."""
+"""Edges of the layer graph, traced in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import convscope
 from tests.oracles.nets import SharedReluNet, randomized
 
 
-def conv(before: int = 4, behind: int = 4) -> nn.Conv2d:
-    return nn.Conv2d(before, behind, 3, padding=1)
+def conv(inputs: int = 4, outputs: int = 4) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 class Net(nn.Module):
-    """Layers a to d, joined as a subclass says."""
+    """Layers a to d, which subclasses connect."""
 
     def __init__(self, last: int = 4) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Chain(Net):
 
 
 class Residual(Net):
-    """A sum in place behind a rectifier in place: what is added is what the rectifier left of it."""
+    """An in-place sum after an in-place ReLU: the ReLU's output is added."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -48,7 +48,7 @@ class Branches(Net):
 
 
 class WritesInPlace(Branches):
-    """The same through memory that is filled piece by piece."""
+    """Branches written piece by piece into one tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -59,7 +59,7 @@ class WritesInPlace(Branches):
 
 
 class Gated(Net):
-    """A gate without places of its own, of a layer before, upon a layer behind."""
+    """Squeeze-and-excitation: a gate without spatial axes."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -68,7 +68,7 @@ class Gated(Net):
 
 
 class Block(Net):
-    """A sum that no layer of its own makes: the block's."""
+    """A sum that is the block's own output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class Block(Net):
 
 
 def edges(net: nn.Module, among: list[str] | None = None) -> set[tuple[str, str]]:
-    loaded = convscope.load(randomized(net), preprocessing={"size": 12, "mean": 0.5, "std": 0.5})
-    return set(loaded.layers.edges(among))
+    model = convscope.load(randomized(net), preprocessing={"size": 12, "mean": 0.5, "std": 0.5})
+    return set(model.layers.edges(among))
 
 
 @pytest.mark.parametrize(
-    ("net", "known"),
+    ("net", "expected"),
     [
         (Chain(), {"ab", "bc", "cd"}),
         (Branches(), {"ab", "ac", "bd", "cd"}),
@@ -92,33 +92,33 @@ def edges(net: nn.Module, among: list[str] | None = None) -> set[tuple[str, str]
         (Gated(), {"ab", "ac", "bd", "cd"}),
     ],
 )
-def test_edges_of_graphs_by_hand(net, known):
-    assert edges(net) == {(start, end) for start, end in known}
+def test_edges_of_graphs_by_hand(net, expected):
+    assert edges(net) == {(start, end) for start, end in expected}
 
 
-def test_a_residual_sum_is_joined_by_what_goes_around():
+def test_residual_sum_has_an_edge_from_its_shortcut():
     assert edges(Residual()) == {("a", "relu"), ("relu", "b"), ("b", "c"), ("c", "d"), ("relu", "d")}
 
 
-def test_a_module_that_runs_twice_is_two_layers():
-    known = {("conv1", "relu"), ("relu", "conv2"), ("conv2", "relu#2"), ("relu#2", "fc")}
+def test_module_called_twice_is_two_nodes():
+    expected = {("conv1", "relu"), ("relu", "conv2"), ("conv2", "relu#2"), ("relu#2", "fc")}
     for inplace in (False, True):
-        assert edges(SharedReluNet(inplace)) == known
+        assert edges(SharedReluNet(inplace)) == expected
 
 
-def test_a_block_joins_what_it_sums():
+def test_block_is_the_node_of_its_own_sum():
     net = nn.Sequential(conv(3), Block(), conv(), nn.Flatten(), nn.Linear(576, 3))
-    known = {("0", "1.a"), ("1.a", "1.b"), ("1.b", "1"), ("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")}
-    assert edges(net) == known
+    expected = {("0", "1.a"), ("1.a", "1.b"), ("1.b", "1"), ("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")}
+    assert edges(net) == expected
 
 
-def test_layers_that_are_left_out_are_passed_over():
+def test_paths_through_omitted_layers_are_contracted():
     assert edges(Gated(), ["a", "c", "d"]) == {("a", "c"), ("c", "d"), ("a", "d")}
     assert edges(Chain(), ["a", "d"]) == {("a", "d")}
     assert edges(Chain(), []) == set()
 
 
-def test_what_only_passes_on_is_no_layer_of_its_own():
+def test_aliases_are_no_nodes():
     net = nn.Sequential(conv(3), nn.Identity(), nn.Dropout(), conv(), nn.Flatten(), nn.Linear(576, 3))
     assert edges(net) == {("0", "3"), ("3", "4"), ("4", "5")}
 
@@ -128,13 +128,13 @@ def resnet18():
     return convscope.load("torchvision:resnet18", weights="random")
 
 
-def test_the_blocks_of_a_real_residual_network(resnet18):
-    """Eight sums, of which three have a projection beside them: ResNet paper, figure 3."""
-    found = resnet18.layers.edges()
-    joins = [end for end in dict.fromkeys(end for _, end in found) if sum(e == end for _, e in found) > 1]
+def test_resnet18(resnet18):
+    """Eight residual sums, three of them with a projection: figure 3 of the ResNet paper."""
+    actual = resnet18.layers.edges()
+    joins = [end for end in dict.fromkeys(end for _, end in actual) if sum(e == end for _, e in actual) > 1]
     assert joins == [f"layer{stage}.{block}.relu#2" for stage in (1, 2, 3, 4) for block in (0, 1)]
-    assert ("layer2.0.downsample.1", "layer2.0.relu#2") in found
-    assert ("layer2.0.bn2", "layer2.0.relu#2") in found
-    assert ("layer2.0.relu#2", "layer2.1.relu#2") in found
-    assert ("layer1.1.relu#2", "layer2.0.conv1") in found
-    assert ("layer1.1.relu#2", "layer2.0.downsample.0") in found
+    assert ("layer2.0.downsample.1", "layer2.0.relu#2") in actual
+    assert ("layer2.0.bn2", "layer2.0.relu#2") in actual
+    assert ("layer2.0.relu#2", "layer2.1.relu#2") in actual
+    assert ("layer1.1.relu#2", "layer2.0.conv1") in actual
+    assert ("layer1.1.relu#2", "layer2.0.downsample.0") in actual

@@ -1,4 +1,4 @@
-"""Restarting a network from a layer: the same numbers, only what lies behind it runs, and nothing stays behind."""
+"""Resuming a forward pass from a layer: equal values, earlier layers do not run, the model stays unchanged."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def random_image(size: int = SIZE, seed: int = 1) -> Tensor:
     return torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(found: Any, expected: Any) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative_error(actual: Any, expected: Any) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def captured(model: Model, layer: str, x: Tensor) -> Tensor:
@@ -56,30 +56,29 @@ def captured(model: Model, layer: str, x: Tensor) -> Tensor:
 
 def logits(model: Model, x: Tensor) -> Tensor:
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        found = run(x).logits
-    assert found is not None
-    return found
+        actual = run(x).logits
+    return actual
 
 
 def logits_with_changed_layer(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The logits when a hook puts something else in the place of one call's output: the whole network runs."""
-    row = model.layers.find(layer)
-    name, _, call = row.name.partition("#")
+    """Return the logits of a full pass in which a hook replaces the output of one call."""
+    entry = model.layers.find(layer)
+    name, _, call = entry.name.partition("#")
     calls = []
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         calls.append(0)
         if len(calls) != int(call or 1):
             return None
-        own = primary_tensor(output)
-        assert own is not None
-        new = row.from_nchw(change(row.to_nchw(own).clone()), own)
-        return capture.replace_tensor(output, own, new.contiguous())
+        tensor = primary_tensor(output)
+        assert tensor is not None
+        new = entry.from_nchw(change(entry.to_nchw(tensor).clone()), tensor)
+        return capture.replace_tensor(output, tensor, new.contiguous())
 
     handle = model.adapter.modules(model.module)[name].register_forward_hook(hook)
-    found = logits(model, x)
+    actual = logits(model, x)
     handle.remove()
-    return found
+    return actual
 
 
 def zero_channel(channel: int) -> Callable[[Tensor], Tensor]:
@@ -90,13 +89,12 @@ def zero_channel(channel: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def rotate(maps: Tensor) -> Tensor:
-    """The channels in reverse order."""
+def reverse_channels(maps: Tensor) -> Tensor:
     return maps.flip(1)
 
 
 class Residual(nn.Module):
-    """What was made before the layer is needed again behind it, and written into."""
+    """The output of an early layer is used again later, and written into."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,12 +106,12 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stem = self.stem(x)
         inner = self.first(stem)
-        stem += self.second(inner)  # into what a layer in front returned
+        stem += self.second(inner)  # writes into an earlier output
         return self.fc(stem.relu_().mean((2, 3)))
 
 
 class Scaling(nn.Module):
-    """Writes into the very input."""
+    """Writes into its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +123,7 @@ class Scaling(nn.Module):
         return self.fc(self.conv(x).relu().mean((2, 3))) + x.mean((1, 2, 3))[:, None]
 
 
-def big(name: str, **options: Any) -> Callable[[], nn.Module]:
+def torchvision_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -144,29 +142,41 @@ def vit() -> nn.Module:
         ).eval()
 
 
-def lite() -> nn.Module:
+def small_lite0() -> nn.Module:
     import timm
 
     return randomized(timm.create_model("tf_efficientnet_lite0", num_classes=11))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "usual": (lambda: randomized(SmallConvNet()), ["conv1", "bn1", "relu1", "pool", "conv2", "relu3"]),
-    "twice": (lambda: randomized(SharedReluNet()), ["conv1", "relu", "conv2", "relu#2"]),
-    "twice, in place": (lambda: randomized(SharedReluNet(inplace=True)), ["conv1", "relu", "conv2", "relu#2"]),
+    "small": (lambda: randomized(SmallConvNet()), ["conv1", "bn1", "relu1", "pool", "conv2", "relu3"]),
+    "shared relu": (lambda: randomized(SharedReluNet()), ["conv1", "relu", "conv2", "relu#2"]),
+    "shared relu, in place": (lambda: randomized(SharedReluNet(inplace=True)), ["conv1", "relu", "conv2", "relu#2"]),
     "frozen": (lambda: randomized(FrozenStemNet()), ["stem.0", "stem.1", "stem", "head"]),
     "residual, in place": (lambda: randomized(Residual()), ["stem", "first.0", "first.1", "first", "second"]),
     "input, in place": (lambda: randomized(Scaling()), ["conv"]),
-    "resnet18": (big("resnet18"), ["conv1", "maxpool", "layer1.0.conv2", "layer2.0.downsample.0", "layer3", "layer4"]),
-    "resnet18, relu of a block": (big("resnet18"), ["layer2.0.relu", "layer2.0.relu#2"]),
-    "mobilenet_v2": (big("mobilenet_v2"), ["features.0", "features.4.conv.1.0", "features.18"]),
-    "densenet121": (big("densenet121"), ["features.conv0", "features.denseblock2.denselayer3.conv1", "features.norm5"]),
-    "googlenet": (big("googlenet", init_weights=False, aux_logits=False), ["conv2", "inception4a.branch2.0.conv"]),
-    "lite0": (lite, ["conv_stem", "blocks.2.1.conv_dw", "blocks.4", "bn2"]),
+    "resnet18": (
+        torchvision_model("resnet18"),
+        ["conv1", "maxpool", "layer1.0.conv2", "layer2.0.downsample.0", "layer3", "layer4"],
+    ),
+    "resnet18, relu of a block": (torchvision_model("resnet18"), ["layer2.0.relu", "layer2.0.relu#2"]),
+    "mobilenet_v2": (torchvision_model("mobilenet_v2"), ["features.0", "features.4.conv.1.0", "features.18"]),
+    "densenet121": (
+        torchvision_model("densenet121"),
+        ["features.conv0", "features.denseblock2.denselayer3.conv1", "features.norm5"],
+    ),
+    "googlenet": (
+        torchvision_model("googlenet", init_weights=False, aux_logits=False),
+        ["conv2", "inception4a.branch2.0.conv"],
+    ),
+    "lite0": (small_lite0, ["conv_stem", "blocks.2.1.conv_dw", "blocks.4", "bn2"]),
     "vit": (vit, ["blocks.0", "blocks.1.mlp.fc1", "blocks.2.norm1"]),
     **{
-        f"packed, {name}": (lambda packing=packing: randomized(PackedNet(*packing)), ["inner.conv", "inner", "relu"])
-        for name, packing in PACKINGS.items()
+        f"nested, {name}": (
+            lambda container=container: randomized(PackedNet(*container)),
+            ["inner.conv", "inner", "relu"],
+        )
+        for name, container in PACKINGS.items()
     },
 }
 CASES = [(name, layer) for name, (_, layers) in NETS.items() for layer in layers]
@@ -174,57 +184,54 @@ CASES = [(name, layer) for name, (_, layers) in NETS.items() for layer in layers
 
 @pytest.fixture(scope="module")
 def models() -> Callable[[str], Model]:
-    made: dict[str, Model] = {}
+    loaded: dict[str, Model] = {}
 
     def get(name: str) -> Model:
-        if name not in made:
-            made[name] = load_model(NETS[name][0]())
-        return made[name]
+        if name not in loaded:
+            loaded[name] = load_model(NETS[name][0]())
+        return loaded[name]
 
     return get
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
-def test_replay_is_the_whole_network(models: Callable[[str], Model], name: str, layer: str) -> None:
-    """The layer's own maps give the picture's logits, changed ones what a hook in a whole run gives; one or many."""
+def test_resumed_passes_equal_full_passes(models: Callable[[str], Model], name: str, layer: str) -> None:
+    """The layer's own maps give the image's logits, changed ones those of a full pass with a hook."""
     model, x = models(name), random_image()
     before = x.clone()
     maps = captured(model, layer, x.clone())
-    variants = [zero_channel(0), zero_channel(maps.shape[1] - 1), rotate]
+    variants = [zero_channel(0), zero_channel(maps.shape[1] - 1), reverse_channels]
     changed = torch.cat([change(maps.clone()) for change in variants])
-    given = changed.clone()
+    copy_of_changed = changed.clone()
     expected = torch.cat([logits_with_changed_layer(model, layer, x.clone(), change) for change in variants])
-    whole = logits(model, x.clone())
+    full_logits = logits(model, x.clone())
     with resume.resume_from_layer(model, layer, x) as run:
-        for _ in range(2):  # nothing that a pass does is seen by the next
-            again = run(maps)
-            assert relative_error(again.logits, whole) < TINY
-            assert torch.equal(again.maps[model.layers.find(layer).name], maps)
-            many = run(changed).logits
-            assert many is not None
-            assert relative_error(many, expected) < TINY
+        for _ in range(2):  # passes do not influence each other
+            resumed = run(maps)
+            assert relative_error(resumed.logits, full_logits) < TINY
+            assert torch.equal(resumed.maps[model.layers.find(layer).name], maps)
+            batched = run(changed).logits
+            assert relative_error(batched, expected) < TINY
             for m in range(3):
-                one = run(changed[m : m + 1]).logits
-                assert one is not None
-                assert relative_error(one, expected[m : m + 1]) < TINY
-    assert torch.equal(changed, given)
+                single = run(changed[m : m + 1]).logits
+                assert relative_error(single, expected[m : m + 1]) < TINY
+    assert torch.equal(changed, copy_of_changed)
     assert torch.equal(x, before)
-    assert relative_error(expected[2:], whole) > 100 * TINY  # or else there was nothing to tell apart
+    assert relative_error(expected[2:], full_logits) > 100 * TINY  # the change matters
 
 
-def test_every_map_has_its_own_answer() -> None:
-    """Against a replay that gives all of them the first one's."""
+def test_every_map_has_its_own_logits() -> None:
+    """Logits differ between the maps of a batch."""
     model, x = load_model(randomized(SmallConvNet())), random_image()
     maps = torch.randn(5, 12, 16, 16, generator=torch.Generator().manual_seed(2))
     with resume.resume_from_layer(model, "conv2", x) as run:
-        many = run(maps).logits
-        assert many is not None
+        batched = run(maps).logits
         singles = [run(maps[m : m + 1]).logits for m in range(5)]
-    assert relative_error(many, torch.cat([s for s in singles if s is not None])) < TINY
-    assert len({tuple(row) for row in many.tolist()}) == 5
+    assert relative_error(batched, torch.cat([s for s in singles if s is not None])) < TINY
+    assert len({tuple(entry) for entry in batched.tolist()}) == 5
 
 
-def test_layers_in_front_do_not_run_again() -> None:
+def test_earlier_layers_do_not_run_again() -> None:
     net = randomized(SpiedNet())
     model, x = load_model(net), random_image()
     maps = captured(model, "conv1", x)
@@ -234,31 +241,31 @@ def test_layers_in_front_do_not_run_again() -> None:
     with resume.resume_from_layer(model, "conv1", x) as run:
         for count in (1, 4, 2):
             run(maps.expand(count, -1, -1, -1))
-    # The first pass records: what lies behind the layer runs in it too.
+    # The first pass records, so the layers after it run once more.
     assert net.before.batches == [1]
     assert net.between.batches == [1, 1, 4, 2]
     assert net.after.batches == [1, 1, 4, 2]
     assert net.between.modes == [False] * 4
 
 
-def test_a_block_around_the_layer_runs_its_rest_only() -> None:
-    """In front of `layer2.0.conv2` whole blocks are done; inside its own block `conv1` and `bn1` are."""
-    net = big("resnet18")()
+def test_enclosing_block_runs_only_what_follows() -> None:
+    """Blocks before `layer2.0.conv2` do not run; inside its own block `conv1` and `bn1` return cached outputs."""
+    net = torchvision_model("resnet18")()
     model, x = load_model(net), random_image()
-    ran: list[str] = []
+    calls: list[str] = []
     maps = captured(model, "layer2.0.conv2", x)
     with resume.resume_from_layer(model, "layer2.0.conv2", x) as run:
         handles = [
-            m.register_forward_pre_hook(lambda m, _, name=name: ran.append(name))
+            m.register_forward_pre_hook(lambda m, _, name=name: calls.append(name))
             for name, m in net.named_modules()
             if isinstance(m, nn.BatchNorm2d | nn.Conv2d)
         ]
         run(maps)
     for handle in handles:
         handle.remove()
-    # Hooks fire for what is handed on, too; inside blocks that are done there is nothing to hand on.
-    assert not [name for name in ran if name.startswith("layer1.")]
-    assert [name for name in ran if name.startswith("layer2.0.")] == [
+    # Hooks also fire for cached calls; inside blocks that were cached as a whole there are none.
+    assert not [name for name in calls if name.startswith("layer1.")]
+    assert [name for name in calls if name.startswith("layer2.0.")] == [
         "layer2.0.conv1",
         "layer2.0.bn1",
         "layer2.0.conv2",
@@ -268,10 +275,10 @@ def test_a_block_around_the_layer_runs_its_rest_only() -> None:
     ]
 
 
-@pytest.mark.parametrize("state", ["settled", "lived in"])
-def test_success_leaves_nothing(state: str) -> None:
+@pytest.mark.parametrize("state", ["evaluation", "training"])
+def test_resuming_leaves_the_model_unchanged(state: str) -> None:
     net = randomized(SmallConvNet())
-    _kept = in_training(net) if state == "lived in" else None
+    _hooks = in_training(net) if state == "training" else None
     model, x = load_model(net), random_image()
     maps = captured(model, "relu2", x)
     before = snapshot(net)
@@ -283,7 +290,7 @@ def test_success_leaves_nothing(state: str) -> None:
 
 @pytest.mark.parametrize("place", ["before", "between", "after"])
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_crash_leaves_nothing(place: str, error: BaseException) -> None:
+def test_crash_leaves_the_model_unchanged(place: str, error: BaseException) -> None:
     net = randomized(SpiedNet())
     model, x = load_model(net), random_image()
     maps = captured(model, "conv1", x)
@@ -311,7 +318,7 @@ def test_crash_leaves_nothing(place: str, error: BaseException) -> None:
         assert diff_snapshots(before, snapshot(net)) == []
 
 
-def test_crash_in_the_block_leaves_nothing() -> None:
+def test_crash_in_the_block_leaves_the_model_unchanged() -> None:
     net = randomized(SmallConvNet())
     model, x = load_model(net), random_image()
     before = snapshot(net)
@@ -320,33 +327,30 @@ def test_crash_in_the_block_leaves_nothing() -> None:
     assert diff_snapshots(before, snapshot(net)) == []
 
 
-def test_forward_that_the_user_put_there_comes_back() -> None:
+def test_patched_forward_of_the_user_is_restored() -> None:
     net = randomized(SmallConvNet())
-    own = net.conv1.forward
-    net.conv1.forward = lambda x: own(x) * 2
+    tensor = net.conv1.forward
+    net.conv1.forward = lambda x: tensor(x) * 2
     model, x = load_model(net), random_image()
-    theirs = net.conv1.forward
+    patched = net.conv1.forward
     maps = captured(model, "relu1", x)
     with resume.resume_from_layer(model, "relu1", x) as run:
-        again = run(maps).logits
-    assert again is not None
-    assert relative_error(again, logits(model, x)) < TINY
-    assert net.conv1.forward is theirs
+        resumed = run(maps).logits
+    assert relative_error(resumed, logits(model, x)) < TINY
+    assert net.conv1.forward is patched
 
 
-def test_gradients_are_off_and_the_callers_mode_comes_back() -> None:
+def test_gradients_are_disabled_and_the_callers_mode_restored() -> None:
     model, x = load_model(randomized(SmallConvNet())), random_image()
     maps = captured(model, "conv2", x).requires_grad_()
     with torch.enable_grad(), resume.resume_from_layer(model, "conv2", x) as run:
-        found = run(maps).logits
-    assert found is not None
-    assert not found.requires_grad
+        actual = run(maps).logits
+    assert not actual.requires_grad
     assert torch.is_grad_enabled()
     with torch.inference_mode():
         with resume.resume_from_layer(model, "conv2", x) as run:
-            found = run(maps.detach()).logits
-            assert found is not None
-            assert not found.is_inference()
+            actual = run(maps.detach()).logits
+            assert not actual.is_inference()
         assert torch.is_inference_mode_enabled()
 
 
@@ -359,8 +363,8 @@ def test_unknown_layer_is_refused() -> None:
         pass
 
 
-def test_other_errors_of_the_network_come_through() -> None:
-    """Only writing into shared memory is answered by copies; a wrong shape is the caller's."""
+def test_errors_of_the_network_are_passed_on() -> None:
+    """Only writing into shared memory is handled by copying."""
     model, x = load_model(randomized(SmallConvNet())), random_image()
     with resume.resume_from_layer(model, "conv2", x) as run, pytest.raises(RuntimeError, match="channels"):
         run(torch.zeros(2, 5, 16, 16))
@@ -390,7 +394,7 @@ def keras_functional(nested: bool) -> Any:
     ("nested", "layer"),
     [(False, "first"), (False, "middle"), (False, "added"), (True, "first"), (True, "inner_conv"), (True, "added")],
 )
-def test_keras(nested: bool, layer: str) -> None:
+def test_keras_models(nested: bool, layer: str) -> None:
     model, x = load_model(keras_functional(nested)), random_image()
     maps = captured(model, layer, x)
     assert maps.shape[1] == 6
@@ -401,10 +405,8 @@ def test_keras(nested: bool, layer: str) -> None:
     parts = model.adapter.modules(model.module)
     before = {name: copy.copy(vars(m)) for name, m in parts.items()}
     with resume.resume_from_layer(model, layer, x) as run:
-        again, many = run(maps).logits, run(ablated).logits
-    assert again is not None
-    assert many is not None
-    assert relative_error(again, logits(model, x)) < TINY
-    assert relative_error(many, expected) < TINY
-    assert F.mse_loss(many[0], many[1]) > 0
+        resumed, batched = run(maps).logits, run(ablated).logits
+    assert relative_error(resumed, logits(model, x)) < TINY
+    assert relative_error(batched, expected) < TINY
+    assert F.mse_loss(batched[0], batched[1]) > 0
     assert all(vars(m).keys() == before[name].keys() for name, m in parts.items())
