@@ -56,8 +56,7 @@ def captured(model: Model, layer: str, x: Tensor) -> Tensor:
 
 def logits(model: Model, x: Tensor) -> Tensor:
     with torch.no_grad(), capture.capture_layers(model, []) as run:
-        actual = run(x).logits
-    return actual
+        return run(x).logits
 
 
 def logits_with_changed_layer(model: Model, layer: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

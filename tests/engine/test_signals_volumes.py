@@ -254,11 +254,11 @@ def test_signals_are_accepted_as_tensors_only() -> None:
     ):
         with pytest.raises(ConvscopeError, match=words):
             ImageBatchLoader(given, signal)
-    pictures = ImageBatchLoader(torch.zeros(1, 2, 8), signal)
-    (batch,) = pictures.batches(4)
+    loader = ImageBatchLoader(torch.zeros(1, 2, 8), signal)
+    (batch,) = loader.batches(4)
     assert batch.geometry == (Geometry((8,), (0, 8)),)
     with pytest.raises(ConvscopeError, match="image 0 is not an image"):
-        pictures.original(0)
+        loader.original(0)
 
 
 @pytest.mark.parametrize(("size", "mode"), [((13,), "linear"), ((5, 9, 7), "trilinear")])

@@ -1,0 +1,66 @@
+"""Checks of arguments, and what their messages say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from convscope.errors import ConvscopeError, nearest, require_extra, require_int, require_number
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), np.uint8(200)])
+def test_integers_are_returned_as_int(value: object) -> None:
+    checked = require_int("steps", value)
+    assert type(checked) is int
+    assert checked == value
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "3", None, np.float32(2)])
+def test_other_values_are_no_integers(value: object) -> None:
+    with pytest.raises(ConvscopeError, match=r"^steps is .*; expected a whole number, 1 or more$"):
+        require_int("steps", value)
+
+
+def test_numbers_are_returned_as_float() -> None:
+    for value in (0.5, np.float32(0.5)):
+        checked = require_number("keep", value, above=0, below=1)
+        assert type(checked) is float
+        assert checked == 0.5
+    assert require_number("tolerance", 0, minimum=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "message"),
+    [
+        (0, {"above": 0, "below": 1}, "keep is 0; expected a number above 0 and below 1"),
+        (1.0, {"above": 0, "below": 1}, "keep is 1.0; expected a number above 0 and below 1"),
+        (-1, {"minimum": 0}, "keep is -1; expected a number of at least 0"),
+        (float("nan"), {"minimum": 0}, "keep is nan; expected a number of at least 0"),
+        (float("inf"), {}, "keep is inf; expected a number"),
+        (True, {}, "keep is True; expected a number"),
+        ("low", {"above": 2.5}, "keep is 'low'; expected a number above 2.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(value: object, bounds: dict[str, float], message: str) -> None:
+    with pytest.raises(ConvscopeError) as error:
+        require_number("keep", value, **bounds)
+    assert str(error.value) == message
+
+
+def test_nearest_names_come_first() -> None:
+    assert nearest("featurs.0", ["classifier", "features.0", "features.1"]).startswith("features.0")
+    assert nearest("xyz", ["a", "b", "c", "d", "e"]) == "a, b, c, d"
+
+
+def test_missing_package_names_its_extra() -> None:
+    with pytest.raises(ConvscopeError, match=r"^no_such_package is not installed; pip install 'convscope\[scan\]'$"):
+        require_extra("no_such_package.part")
+    assert require_extra("json.decoder").__name__ == "json.decoder"
+
+
+def test_the_exception_is_available_without_torch() -> None:
+    script = "import sys, convscope; convscope.ConvscopeError; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
