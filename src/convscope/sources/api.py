@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from convscope.engine.model import Model
 from convscope.engine.probe import ProbeResult, probe
@@ -35,6 +34,7 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".safetensors": files.refuse_weights,
 }
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
 
 # Input sizes tried in turn, with an image of zeros, when neither the source nor the user names one.
@@ -102,7 +102,7 @@ def load(
             "device= is for models that are loaded by name or from a file; move this one yourself: model.to(device)"
         )
     resolved, probed = _resolve_preprocessing(spec, explicit)
-    if any(isinstance(m, _BatchNorm) and not m.track_running_stats for m in spec.module.modules()):
+    if any(isinstance(m, BATCH_NORMS) and not m.track_running_stats for m in spec.module.modules()):
         spec.fixed_batch_size = 1
         spec.notes.append("a batch normalisation layer keeps no running statistics: images are processed one at a time")
     names = tuple(map(str, classes)) if classes is not None else spec.classes
