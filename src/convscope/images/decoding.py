@@ -149,7 +149,7 @@ def upright_opaque(image: Image.Image) -> Image.Image:
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         upright = ImageOps.exif_transpose(image) if turned else image
-    except Exception:
+    except Exception:  # noqa: BLE001 - damaged EXIF data raise anything and do not make the image unusable
         upright = image
     image = upright
     if image.mode == "I":
