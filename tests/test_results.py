@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
+import pkgutil
+import re
 import stat
 import subprocess
 import sys
@@ -337,6 +340,32 @@ def test_figure_and_rich_display(result):
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
     assert image.std() > 10  # something is patterns
+
+
+def test_every_class_of_results_has_its_plotting_functions():
+    for package in ("attribution", "decomposition", "evaluation", "featurevis", "store"):
+        for module in pkgutil.walk_packages([str(Path(convscope.__file__).parent / package)], f"convscope.{package}."):
+            importlib.import_module(module.name)
+
+    def subclasses(kind: type) -> set[type]:
+        return {c for s in kind.__subclasses__() for c in (s, *subclasses(s)) if c.__module__.startswith("convscope.")}
+
+    drawn = subclasses(results.HasFigure) - {results.Result}
+    assert {kind.__name__ for kind in drawn} == set(results.PLOTTING_MODULES)
+    for kind in drawn:
+        snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+        module = importlib.import_module(results.PLOTTING_MODULES[kind.__name__])
+        assert callable(getattr(module, f"draw_{snake_case}"))
+        assert callable(getattr(module, f"render_{snake_case}", None)) == issubclass(kind, results.Result)
+
+
+def test_subclass_is_drawn_as_its_base_class():
+    class Special(convscope.Predictions):
+        pass
+
+    predictions = make_result("predictions", load_model())
+    special = Special(**{field.name: getattr(predictions, field.name) for field in dataclasses.fields(predictions)})
+    assert isinstance(special.figure(), Figure)
 
 
 def test_figures_do_not_import_pyplot():
