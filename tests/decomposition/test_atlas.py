@@ -398,7 +398,7 @@ def test_figure_names_the_class_of_each_cell(small_atlas: Atlas) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted_umap() -> Iterator[None]:
-    """Import UMAP without compilation by numba, which takes far longer than reducing a few vectors."""
+    """Run UMAP without compilation by numba, which takes far longer than reducing a few vectors, and with few edges."""
     numba = pytest.importorskip("numba")
     pytest.importorskip("umap")
 
@@ -407,9 +407,11 @@ def interpreted_umap() -> Iterator[None]:
         return {name: sys.modules.pop(name) for name in names}
 
     compiled, numba.config.DISABLE_JIT = unload(), True
+    neighbors, activation_atlas.UMAP_NEIGHBORS = activation_atlas.UMAP_NEIGHBORS, 5
     try:
         yield
     finally:
+        activation_atlas.UMAP_NEIGHBORS = neighbors
         numba.config.DISABLE_JIT = False
         unload()
         sys.modules.update(compiled)
@@ -417,8 +419,7 @@ def interpreted_umap() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interpreted_umap")
 @pytest.mark.parametrize("count", [16, 52])  # few vectors start from random coordinates, more from a spectral layout
-def test_umap_separates_clusters(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_atlas, "UMAP_NEIGHBORS", 5)  # fewer edges
+def test_umap_separates_clusters(count: int) -> None:
     rng = np.random.default_rng(0)
     second = np.arange(count) % 2 == 1
     vectors = np.where(second[:, None], [0.0, 0.1, 1.0, 0.0], [1.0, 0.1, 0.0, 0.0]) + rng.random((count, 4)) * 0.1

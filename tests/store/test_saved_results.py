@@ -20,7 +20,7 @@ from convscope.cli import app
 from convscope.store.saved_results import ids_by_name
 from tests.oracles.colours import MODEL, SETTINGS, load_model, make_network, random_images
 
-CONCEPT_SETTINGS: dict[str, Any] = {"count": 3, "crop": 1 / 4, "sobol_points": 8, "patches": 4}
+CONCEPT_SETTINGS: dict[str, Any] = {"count": 3, "crop": 1 / 4, "crops": 8, "sobol_points": 4, "patches": 4}
 
 
 def first_two(vectors: np.ndarray) -> np.ndarray:
