@@ -141,7 +141,7 @@ def patterns(
     >>> model = convscope.load("lite0")
     >>> patterns = convscope.patterns(model, "logits", ["lesser panda"], size=64, steps=4)
     >>> patterns.images.shape, patterns.names
-    ((1, 64, 64, 3), ['lesser panda, red panda, panda, bear cat, cat bear, Ailurus fulgens'])
+    ((1, 64, 64, 3), ['lesser panda'])
     """
     recipe_name, recipe = find_recipe(recipe, start is not None, space)
     request = parse_request(model, layer, units, recipe_name, recipe)
