@@ -1,4 +1,4 @@
-"""Units that no ascent wakes: drawn from a photograph, or told why not."""
+"""Units that are never active: optimised from a crop of a photograph, or noted."""
 
 from __future__ import annotations
 
@@ -12,254 +12,261 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
-from convscope.featurevis import parameterization, recipes, request
 from convscope.featurevis.objectives import channel, diversity
+from convscope.featurevis.parameterization import FourierImage
+from convscope.featurevis.recipes import RECIPES
+from convscope.featurevis.request import parse_request
+from convscope.featurevis.task import render_uint8
 from convscope.images.loading import ImageBatchLoader
 from convscope.samples import photographs
-from tests.featurevis.test_recipes import loaded
+from tests.featurevis.helpers import CPU, load_model
 from tests.oracles.nets import randomized
 
-STARTS = recipes.RECIPES["robust"].starts
+STARTS = RECIPES["robust"].starts
 
 
 class Gate(nn.Module):
-    """A layer without a gradient, which no ascent gets anywhere with: what `fires` says of the picture."""
+    """A layer with the output `activation(x)` and a zero gradient, which no optimisation can change."""
 
-    def __init__(self, fires: Any) -> None:
+    def __init__(self, activation: Any) -> None:
         super().__init__()
-        self.fires = fires
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fires(x).detach() + 0 * x[:, :1]
+        return self.activation(x).detach() + 0 * x[:, :1]
 
 
 class Gated(nn.Module):
-    def __init__(self, fires: Any) -> None:
+    def __init__(self, activation: Any) -> None:
         super().__init__()
-        self.gate = Gate(fires)
+        self.gate = Gate(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gate(x).mean((2, 3))
 
 
-def warm(x: Tensor) -> Tensor:
-    """How much redder than blue a pixel is, beyond one half: gray never is."""
+def redness(x: Tensor) -> Tensor:
+    """Return by how much red exceeds blue plus one half; 0 for gray."""
     return (x[:, :1] - x[:, 2:] - 0.5).relu()
 
 
-def high(x: Tensor) -> Tensor:
-    """Fires at pictures higher than 40 pixels, whatever they show."""
+def excess_height(x: Tensor) -> Tensor:
+    """Return by how much the image is higher than 40 pixels, whatever it shows."""
     return torch.full_like(x[:, :1], max(0, x.shape[2] - 40))
 
 
-def never(x: Tensor) -> Tensor:
+def zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x[:, :1])
 
 
-def as_it_is(net: nn.Module, size: int, **more: Any) -> convscope.Model:
-    return loaded(net, size, **{"mean": 0.0, "std": 1.0, **more})
+def load_unnormalized(net: nn.Module, size: int, **preprocessing: Any) -> convscope.Model:
+    return load_model(net, size, **{"mean": 0.0, "std": 1.0, **preprocessing})
 
 
-def test_what_no_start_wakes_is_cut_from_the_photograph_that_excites_it_most() -> None:
-    model = as_it_is(Gated(warm), 96)
-    found = convscope.patterns(model, "gate", size=32, steps=4)
-    # By hand: the warmest pixel of the four photographs, as the network sees them, and a square around it.
+def test_unit_that_no_start_activates_is_cropped_from_the_best_photograph() -> None:
+    model = load_unnormalized(Gated(redness), 96)
+    result = convscope.patterns(model, "gate", size=32, steps=4)
+    # Reference: the reddest pixel of the four preprocessed photographs, and a square around it.
     x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
-    maps = warm(x)[:, 0]
+    maps = redness(x)[:, 0]
     n, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
-    top, left = (int(np.clip(round(float(place) - 16), 0, 96 - 32)) for place in (row, column))
+    top, left = (int(np.clip(round(float(coordinate) - 16), 0, 96 - 32)) for coordinate in (row, column))
     square = (x[n, :, top : top + 32, left : left + 32] * 255).round().to(torch.uint8)
-    assert np.array_equal(found.images[0], square.permute(1, 2, 0).numpy())
-    np.testing.assert_allclose(found.scores[0], float(warm(square[None] / 255).mean()), rtol=1e-5)
-    assert found.scores[0] > 0
-    assert not found.history.any()
-    assert found.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
+    assert np.array_equal(result.images[0], square.permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(result.scores[0], float(redness(square[None] / 255).mean()), rtol=1e-5)
+    assert result.scores[0] > 0
+    assert not result.history.any()
+    assert result.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
 
 
 @pytest.mark.parametrize(
-    ("fires", "more", "why"),
+    ("activation", "preprocessing", "note"),
     [
         (
-            never,
+            zeros,
             {},
             f"unit 0 looks dead: no activation on the sample images or from {STARTS} starts. It has no pattern.",
         ),
         (
-            high,
+            excess_height,
             {},
             f"unit 0 is active on a sample image, but not on its crop of 32 x 32 pixels or from {STARTS} starts. "
             "It has no pattern; a larger size= may help.",
         ),
-        (never, {"channels": 1}, f"unit 0 looks dead: no activation from {STARTS} starts. It has no pattern."),
+        (zeros, {"channels": 1}, f"unit 0 looks dead: no activation from {STARTS} starts. It has no pattern."),
     ],
 )
-def test_what_stays_silent_is_told_why(fires: Any, more: dict[str, Any], why: str) -> None:
-    """A unit is dead only if it fired nowhere, and photographs are spoken of only where they were looked at."""
-    found = convscope.patterns(as_it_is(Gated(fires), 96, **more), "gate", size=32, steps=4)
-    assert found.scores.tolist() == [0]
-    assert found.notes == (why,)
+def test_note_explains_why_a_unit_is_inactive(activation: Any, preprocessing: dict[str, Any], note: str) -> None:
+    """A unit looks dead only if it is active nowhere; photographs are mentioned only if they were tried."""
+    result = convscope.patterns(load_unnormalized(Gated(activation), 96, **preprocessing), "gate", size=32, steps=4)
+    assert result.scores.tolist() == [0]
+    assert result.notes == (note,)
 
 
-def test_what_fires_on_the_way_only_is_told_so() -> None:
-    """Here: whenever it is climbed, never when it is only looked at."""
-    model = as_it_is(Gated(lambda x: torch.full_like(x[:, :1], float(torch.is_grad_enabled()))), 96)
-    found = convscope.patterns(model, "gate", size=32, steps=4)
-    assert found.scores.tolist() == [0]
-    assert (found.history > 0).all()
-    assert found.notes == (
+def test_unit_active_only_during_optimisation_is_noted() -> None:
+    """The unit is active whenever gradients are enabled, never otherwise."""
+    model = load_unnormalized(Gated(lambda x: torch.full_like(x[:, :1], float(torch.is_grad_enabled()))), 96)
+    result = convscope.patterns(model, "gate", size=32, steps=4)
+    assert result.scores.tolist() == [0]
+    assert (result.history > 0).all()
+    assert result.notes == (
         f"unit 0 was active during optimisation, but not on a finished image, from {STARTS} starts. It has no pattern.",
     )
 
 
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_each_unit_is_told_of_by_itself_whatever_the_batches(memory: int) -> None:
-    def three(x: Tensor) -> Tensor:
-        return torch.cat([torch.ones_like(x[:, :1]), never(x), warm(x)], 1)
+def test_notes_belong_to_units_whatever_the_batches(memory: int) -> None:
+    def three_units(x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), zeros(x), redness(x)], 1)
 
-    found = convscope.patterns(as_it_is(Gated(three), 96), "gate", size=32, steps=4, memory=memory)
-    assert (found.scores > 0).tolist() == [True, False, True]
-    assert [note.split(".")[0] for note in found.notes] == [
+    result = convscope.patterns(load_unnormalized(Gated(three_units), 96), "gate", size=32, steps=4, memory=memory)
+    assert (result.scores > 0).tolist() == [True, False, True]
+    assert [note.split(".")[0] for note in result.notes] == [
         "unit 0 has a score of 1, not above the noise baseline (1)",
         f"unit 1 looks dead: no activation on the sample images or from {STARTS} starts",
         "unit 2 is active on this image, but not on any shifted or scaled view of it",
     ]
 
 
-def test_a_silent_unit_without_places_is_told_of_too() -> None:
-    """A rectifier behind a matrix gives (N, C)."""
+def test_inactive_unit_without_positions_is_noted() -> None:
+    """A ReLU after a linear layer returns (N, C)."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.ReLU())
     randomized(net)
     with torch.no_grad():
         net[3].weight[0], net[3].bias[0] = 0, -1
-    found = convscope.patterns(loaded(net, 32), "4", [0], size=32, steps=2)
-    assert found.scores.tolist() == [0]
-    assert found.notes[0].startswith("unit 0 looks dead: no activation on the sample images")
+    result = convscope.patterns(load_model(net, 32), "4", [0], size=32, steps=2)
+    assert result.scores.tolist() == [0]
+    assert result.notes[0].startswith("unit 0 looks dead: no activation on the sample images")
 
 
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_the_photographs_are_run_once_for_all_silent_units(memory: int) -> None:
-    """Whatever the batches; units that fire in them are drawn from their own pieces, together."""
+def test_photographs_run_once_for_all_inactive_units(memory: int) -> None:
+    """Units that are active on photographs are optimised from their own crops, in one batch."""
     passes: list[tuple[int, int]] = []
 
-    def five(x: Tensor) -> Tensor:
+    def five_units(x: Tensor) -> Tensor:
         passes.append((len(x), x.shape[2]))
-        red = x[:, :1] - x[:, 2:]
-        return torch.cat([never(x), (red - 0.5).relu(), never(x), (-red - 0.3).relu(), never(x)], 1)
+        difference = x[:, :1] - x[:, 2:]
+        return torch.cat([zeros(x), (difference - 0.5).relu(), zeros(x), (-difference - 0.3).relu(), zeros(x)], 1)
 
-    model = as_it_is(Gated(five), 96)
+    model = load_unnormalized(Gated(five_units), 96)
     passes.clear()
-    found = convscope.patterns(model, "gate", size=32, steps=4, memory=memory)
+    result = convscope.patterns(model, "gate", size=32, steps=4, memory=memory)
     assert passes.count((4, 96)) == 1
-    assert (found.scores > 0).tolist() == [False, True, False, True, False]
+    assert (result.scores > 0).tolist() == [False, True, False, True, False]
     for number in (1, 3):
         alone = convscope.patterns(model, "gate", [number], size=32, steps=4)
-        assert np.array_equal(found.images[number], alone.images[0])
+        assert np.array_equal(result.images[number], alone.images[0])
     after = passes[passes.index((4, 96)) + 1 :]
     assert next(count for count, side in after if side == 32) == (2 if memory > 1 else 1)
 
 
-def begun(side: int) -> Tensor:
-    """The pictures (STARTS, C, H, W) with which each start begins, by hand."""
-    wanted = request.parse_request(as_it_is(Gated(never), side), "gate", None, "robust", recipes.RECIPES["robust"])
-    draws = [wanted.generators([0], 0, start) for start in range(STARTS)]
-    return torch.cat(
-        [recipes.render_uint8(parameterization.FourierImage(d, 3, (side, side), torch.device("cpu"))) for d in draws]
-    )
+def initial_images_by_hand(side: int) -> Tensor:
+    """Return the initial image of each start (STARTS, C, H, W)."""
+    request = parse_request(load_unnormalized(Gated(zeros), side), "gate", None, "robust", RECIPES["robust"])
+    generators = [request.generators([0], 0, start) for start in range(STARTS)]
+    return torch.cat([render_uint8(FourierImage(g, 3, (side, side), CPU)) for g in generators])
 
 
 def balance(x: Tensor) -> Tensor:
-    """How much redder a picture (N, C, H, W) is on its left than on its right."""
+    """Return the mean red of the left half minus that of the right half (N,)."""
     half = x.shape[3] // 2
     return x[:, 0, :, :half].mean((1, 2)) - x[:, 0, :, half:].mean((1, 2))
 
 
-def only(which: int, pictures: Tensor) -> tuple[Any, float]:
-    """A gate without a gradient that lets one of these pictures through, and by how much."""
-    lean = balance(pictures / 255)
-    width = float((lean[torch.arange(len(lean)) != which] - lean[which]).abs().min()) / 2
+def gate_for(index: int, images: Tensor) -> tuple[Any, float]:
+    """Return a gate that is active on one of these images only, and its activation there."""
+    balances = balance(images / 255)
+    width = float((balances[torch.arange(len(balances)) != index] - balances[index]).abs().min()) / 2
 
     def gate(x: Tensor) -> Tensor:
-        near = (width - (balance(x) - lean[which]).abs()).relu()
-        return near[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        activations = (width - (balance(x) - balances[index]).abs()).relu()
+        return activations[:, None, None, None].expand(-1, 1, *x.shape[2:])
 
     return gate, width
 
 
-def test_a_unit_that_wakes_from_one_start_only() -> None:
-    pictures = begun(32)
-    gate, width = only(5, pictures)
+def test_unit_that_is_active_from_one_start_only() -> None:
+    images = initial_images_by_hand(32)
+    gate, width = gate_for(5, images)
 
-    def beside(x: Tensor) -> Tensor:
+    def with_constant(x: Tensor) -> Tensor:
         return torch.cat([gate(x), torch.ones_like(x[:, :1])], 1)
 
-    found = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2)
-    assert np.array_equal(found.images[0], pictures[5].permute(1, 2, 0).numpy())
-    np.testing.assert_allclose(found.scores[0], width, rtol=1e-4)
-    assert found.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
-    both = convscope.patterns(as_it_is(Gated(beside), 32), "gate", size=32, steps=2)
-    assert np.array_equal(both.images[0], found.images[0])
-    before = replace(recipes.RECIPES["robust"], starts=5)
-    dead = convscope.patterns(as_it_is(Gated(gate), 32), "gate", size=32, steps=2, recipe=before)
-    assert dead.notes == ("unit 0 looks dead: no activation on the sample images or from 5 starts. It has no pattern.",)
+    result = convscope.patterns(load_unnormalized(Gated(gate), 32), "gate", size=32, steps=2)
+    assert np.array_equal(result.images[0], images[5].permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(result.scores[0], width, rtol=1e-4)
+    assert result.notes == ("unit 0 is active on this image, but not on any shifted or scaled view of it.",)
+    paired = convscope.patterns(load_unnormalized(Gated(with_constant), 32), "gate", size=32, steps=2)
+    assert np.array_equal(paired.images[0], result.images[0])
+    five_starts = replace(RECIPES["robust"], starts=5)
+    retried = convscope.patterns(load_unnormalized(Gated(gate), 32), "gate", size=32, steps=2, recipe=five_starts)
+    assert retried.notes == (
+        "unit 0 looks dead: no activation on the sample images or from 5 starts. It has no pattern.",
+    )
 
 
-def test_what_fires_on_a_small_canvas_only_is_looked_for_on_the_whole_from_every_start() -> None:
-    """On 41 x 41 pixels, in which views of 64 x 64 are shown, another start fires than on the whole."""
-    small, large = begun(41), begun(64)
-    gates = {41: only(1, small)[0], 64: only(6, large)[0]}
+def test_unit_active_on_a_small_canvas_is_tried_from_every_start_at_full_size() -> None:
+    """At 41 x 41 pixels, the view size of 64 x 64, another start is active than at full size."""
+    small_images, large_images = initial_images_by_hand(41), initial_images_by_hand(64)
+    gates = {41: gate_for(1, small_images)[0], 64: gate_for(6, large_images)[0]}
 
-    def fires(x: Tensor) -> Tensor:
-        return gates[x.shape[2]](x) if x.shape[2] in gates else never(x)
+    def activation(x: Tensor) -> Tensor:
+        return gates[x.shape[2]](x) if x.shape[2] in gates else zeros(x)
 
-    found = convscope.patterns(as_it_is(Gated(fires), 96), "gate", size=64, steps=2)
-    assert np.array_equal(found.images[0], large[6].permute(1, 2, 0).numpy())
-    assert found.scores[0] > 0
+    result = convscope.patterns(load_unnormalized(Gated(activation), 96), "gate", size=64, steps=2)
+    assert np.array_equal(result.images[0], large_images[6].permute(1, 2, 0).numpy())
+    assert result.scores[0] > 0
 
 
-class OneByOne(Gated):
-    """Refuses to look at several pictures at once."""
+class SingleImageGate(Gated):
+    """Refuses batches of several images."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert len(x) == 1
         return super().forward(x)
 
 
-def test_photographs_are_shown_as_many_at_a_time_as_the_network_takes() -> None:
-    several = convscope.patterns(as_it_is(Gated(warm), 96), "gate", size=32, steps=2)
-    single = convscope.patterns(replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), "gate", size=32, steps=2)
-    assert np.array_equal(single.images, several.images)
+def test_photographs_respect_a_fixed_batch_size() -> None:
+    batched = convscope.patterns(load_unnormalized(Gated(redness), 96), "gate", size=32, steps=2)
+    single = convscope.patterns(
+        replace(load_unnormalized(SingleImageGate(redness), 96), fixed_batch_size=1), "gate", size=32, steps=2
+    )
+    assert np.array_equal(single.images, batched.images)
     with pytest.raises(
         ConvscopeError, match=r"4 images have to go through the network together, and .* takes 1 at a time"
     ):
         convscope.patterns(
-            replace(as_it_is(OneByOne(warm), 96), fixed_batch_size=1), diversity(channel("gate", 0), "gate", 4), steps=2
+            replace(load_unnormalized(SingleImageGate(redness), 96), fixed_batch_size=1),
+            diversity(channel("gate", 0), "gate", 4),
+            steps=2,
         )
 
 
-class Rough(nn.Module):
-    """Unit 0 fires at what is not too rough, as its start is, unit 1 never, unit 2 at whatever is rough."""
+class Roughness(nn.Module):
+    """Unit 0 is active on smooth images, such as its start, unit 1 never, unit 2 on rough images."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rough = (x[..., 1:] - x[..., :-1]).square().mean((1, 2, 3))
-        values = torch.stack([2e-4 - rough, rough - 1000, rough], 1)
+        roughness = (x[..., 1:] - x[..., :-1]).square().mean((1, 2, 3))
+        values = torch.stack([2e-4 - roughness, roughness - 1000, roughness], 1)
         return values[:, :, None, None].expand(-1, -1, 2, 2)
 
 
-def test_a_dead_neighbour_wakes_nobody() -> None:
-    net = nn.Sequential(Rough(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
-    model = loaded(net, 64)
-    alone, beside = (convscope.patterns(model, "1", units, steps=3) for units in ([0], [0, 1]))
-    np.testing.assert_allclose(beside.scores[0], alone.scores[0], rtol=0.01)
-    assert np.abs(beside.images[0].astype(int) - alone.images[0]).max() <= 1
+def test_dead_neighbour_does_not_change_a_live_unit() -> None:
+    net = nn.Sequential(Roughness(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model = load_model(net, 64)
+    alone, with_dead = (convscope.patterns(model, "1", units, steps=3) for units in ([0], [0, 1]))
+    np.testing.assert_allclose(with_dead.scores[0], alone.scores[0], rtol=0.01)
+    assert np.abs(with_dead.images[0].astype(int) - alone.images[0]).max() <= 1
 
 
-def test_the_textbook_recipe_alone_is_told_of_the_rectifier() -> None:
-    model = as_it_is(Gated(never), 32)
+def test_note_of_recipes_with_a_single_start() -> None:
+    model = load_unnormalized(Gated(zeros), 32)
     photograph = np.full((32, 32, 3), 100, np.uint8)
-    for recipe, why in (
+    for recipe, reason in (
         ("plain", "its ReLU is off everywhere and has no gradient"),
         ("dream", "no activation, although the gradient of its ReLU was redirected"),
     ):
         start = {"start": photograph} if recipe == "dream" else {"size": 32}
         (note,) = convscope.patterns(model, "gate", [0], recipe=recipe, steps=2, **start).notes
-        assert note.startswith(f"unit 0 looks dead: {why}")
+        assert note.startswith(f"unit 0 looks dead: {reason}")

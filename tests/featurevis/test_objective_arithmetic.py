@@ -1,4 +1,4 @@
-"""Objectives put together: sums, differences and products with readable names, joined in a batch, and checked."""
+"""Combined objectives: sums, differences and products with their names, batches, and checks against a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from convscope.featurevis.objectives import (
     interpolation,
     neuron,
 )
-from tests.featurevis.test_objectives import close, numbers, seen
-from tests.featurevis.test_recipes import loaded
+from tests.featurevis.helpers import load_model
+from tests.featurevis.test_objectives import close, random_outputs, to_numpy
 from tests.oracles.nets import SmallConvNet, randomized
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ A, B, C = channel("maps", 0), channel("logits", 1), channel("tokens", 2)
 
 
 @pytest.mark.parametrize(
-    ("made", "value", "name"),
+    ("objective", "value", "name"),
     [
         (A + B, lambda a, b, c: a + b, "maps 0 + logit 1"),
         (A - B, lambda a, b, c: a - b, "maps 0 - logit 1"),
@@ -57,95 +57,99 @@ A, B, C = channel("maps", 0), channel("logits", 1), channel("tokens", 2)
         (sum([A, B, C]), lambda a, b, c: a + b + c, "0 + maps 0 + logit 1 + tokens 2"),
     ],
 )  # fmt: skip
-def test_arithmetic(made: Objective, value: Callable[..., Any], name: str) -> None:
-    """The value of the sum is the sum of the values; and the name, read as Python, says just that."""
-    what = seen()
-    a, b, c = (numbers(o(what)) for o in (A, B, C))
-    assert close(made(what), value(a, b, c))
-    assert made.name == name
-    read = eval(name.replace("maps 0", "a").replace("logit 1", "b").replace("tokens 2", "c"), {"a": a, "b": b, "c": c})
-    assert np.abs(read - value(a, b, c)).max() < 1e-12  # float64
-    assert made.num_images == 1
-    assert not made.paired
+def test_arithmetic(objective: Objective, value: Callable[..., Any], name: str) -> None:
+    """The value of a sum is the sum of the values, and the name is the corresponding Python expression."""
+    outputs = random_outputs()
+    a, b, c = (to_numpy(o(outputs)) for o in (A, B, C))
+    assert close(objective(outputs), value(a, b, c))
+    assert objective.name == name
+    evaluated = eval(
+        name.replace("maps 0", "a").replace("logit 1", "b").replace("tokens 2", "c"), {"a": a, "b": b, "c": c}
+    )
+    assert np.abs(evaluated - value(a, b, c)).max() < 1e-12  # float64
+    assert objective.num_images == 1
+    assert not objective.paired
 
 
-def test_numbers_stand_beside_objectives_about_several_pictures() -> None:
-    """Also beside those that get twice as many rows as they return."""
-    what = seen(4)
-    for objective, count in (
+def test_numbers_combine_with_objectives_about_several_images() -> None:
+    """Also with paired objectives, which return half as many values as they get rows."""
+    outputs = random_outputs(4)
+    for base, count in (
         (caricature("maps"), 2),
         (per_image_channels("maps", [0, 1, 2, 3]), 4),
         (diversity(A, "maps", 4), 4),
     ):
-        own = numbers(objective(what))
-        for made, expected in (
-            (2 * objective, 2 * own), (objective * 2, 2 * own), (1 - objective, 1 - own), (objective + 0.1, own + 0.1)
+        values = to_numpy(base(outputs))
+        for objective, expected in (
+            (2 * base, 2 * values), (base * 2, 2 * values), (1 - base, 1 - values), (base + 0.1, values + 0.1)
         ):  # fmt: skip
-            assert made(what).shape == (count,)
-            assert close(made(what), expected)
-            assert (made.num_images, made.paired) == (objective.num_images, objective.paired)
-    together = caricature("maps") - 0.5 * caricature("tokens")
-    assert together.paired
-    assert close(together(what), numbers(caricature("maps")(what)) - 0.5 * numbers(caricature("tokens")(what)))
+            assert objective(outputs).shape == (count,)
+            assert close(objective(outputs), expected)
+            assert (objective.num_images, objective.paired) == (base.num_images, base.paired)
+    joined = caricature("maps") - 0.5 * caricature("tokens")
+    assert joined.paired
+    assert close(joined(outputs), to_numpy(caricature("maps")(outputs)) - 0.5 * to_numpy(caricature("tokens")(outputs)))
     mixed = per_image_channels("maps", [0, 1, 2, 3]) - B
     assert mixed.num_images == 4
-    assert close(mixed(what), numbers(per_image_channels("maps", [0, 1, 2, 3])(what)) - numbers(B(what)))
+    assert close(mixed(outputs), to_numpy(per_image_channels("maps", [0, 1, 2, 3])(outputs)) - to_numpy(B(outputs)))
 
 
-# --- joined ----------------------------------------------------------------------------------------------------------
+# --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_joined_objectives_see_their_own_rows_only() -> None:
-    parts = [
+def test_batch_objectives_read_only_their_rows() -> None:
+    objectives = [
         B,
         diversity(C, "maps", 3),
         neuron("maps", 4, (2, 3)),
         interpolation(A, B, "tokens", 2),
         per_image_channels("other", [1, 0]),
     ]
-    what = seen(9)
-    together = batch_objectives(parts)
+    outputs = random_outputs(9)
+    joined = batch_objectives(objectives)
     expected, first = [], 0
-    for part in parts:
-        rows = slice(first, first + part.num_images)
-        expected.append(part(ForwardResult({layer: x[rows] for layer, x in what.maps.items()}, what.logits[rows])))
-        first += part.num_images
-    assert first == together.num_images == 9
-    assert torch.equal(together(what), torch.cat(expected))
-    assert together.name == ", ".join(part.name for part in parts)
-    assert set(together.layer_channels) == {watch for part in parts for watch in part.layer_channels}
-    assert together.layers == ["tokens", "maps", "other"]
+    for single in objectives:
+        rows = slice(first, first + single.num_images)
+        expected.append(
+            single(ForwardResult({layer: x[rows] for layer, x in outputs.maps.items()}, outputs.logits[rows]))
+        )
+        first += single.num_images
+    assert first == joined.num_images == 9
+    assert torch.equal(joined(outputs), torch.cat(expected))
+    assert joined.name == ", ".join(single.name for single in objectives)
+    assert set(joined.layer_channels) == {pair for single in objectives for pair in single.layer_channels}
+    assert joined.layers == ["tokens", "maps", "other"]
     assert batch_objectives([A]) is A
 
 
-def test_joined_objectives_see_their_own_rows_and_mates() -> None:
-    """Every picture's photograph comes behind it."""
-    parts = [caricature("maps"), caricature("tokens", 2) - caricature("maps", 0), caricature("logits") * 2]
-    what = seen(6)
-    together = batch_objectives(parts)
-    assert together.paired
-    assert together.num_images == 3
+def test_batch_objectives_read_their_rows_and_photographs() -> None:
+    """Each image is followed by its photograph."""
+    objectives = [caricature("maps"), caricature("tokens", 2) - caricature("maps", 0), caricature("logits") * 2]
+    outputs = random_outputs(6)
+    joined = batch_objectives(objectives)
+    assert joined.paired
+    assert joined.num_images == 3
     expected = []
-    for i, part in enumerate(parts):
+    for i, single in enumerate(objectives):
         expected.append(
-            part(
+            single(
                 ForwardResult(
-                    {layer: x[2 * i : 2 * i + 2] for layer, x in what.maps.items()}, what.logits[2 * i : 2 * i + 2]
+                    {layer: x[2 * i : 2 * i + 2] for layer, x in outputs.maps.items()},
+                    outputs.logits[2 * i : 2 * i + 2],
                 )
             )
         )
-    assert torch.equal(together(what), torch.cat(expected))
-    stopped = LayerOutputs(what.maps)  # a pass that ended in front of the logits
-    assert torch.equal(batch_objectives(parts[:2])(LayerOutputs({k: x[:4] for k, x in stopped.maps.items()})),
-                       torch.cat(expected[:2]))  # fmt: skip
+    assert torch.equal(joined(outputs), torch.cat(expected))
+    without_logits = LayerOutputs({layer: x[:4] for layer, x in outputs.maps.items()})  # of a pass that stopped early
+    assert torch.equal(batch_objectives(objectives[:2])(without_logits), torch.cat(expected[:2]))
 
 
 # --- checked against a network ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def usual() -> convscope.Model:
-    """Layers of 8, 12 and 10 channels, five classes."""
+def network() -> convscope.Model:
+    """Return a network with layers of 8, 12 and 10 channels and five classes."""
     return convscope.load(randomized(SmallConvNet()), preprocessing={"size": 16})
 
 
@@ -165,16 +169,15 @@ def usual() -> convscope.Model:
         (interpolation(channel("conv1", 0), channel("conv1", 9), "conv2", 2), "unit 9 is not in layer 'conv1'"),
     ],
 )
-def test_check_refuses(usual: convscope.Model, objective: Objective, message: str) -> None:
-    """Before anything runs."""
+def test_check_refuses(network: convscope.Model, objective: Objective, message: str) -> None:
     with pytest.raises(ConvscopeError) as raised:
-        objective.check(usual)
+        objective.check(network)
     assert message in str(raised.value)
 
 
-def test_check_passes_what_is_there(usual: convscope.Model) -> None:
-    bare = convscope.load(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), preprocessing={"size": 16})
-    passed = []
+def test_check_accepts_valid_objectives(network: convscope.Model) -> None:
+    without_classes = convscope.load(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), preprocessing={"size": 16})
+    names = []
     for objective in (
         channel("conv1", 7),
         channel("logits", 4),
@@ -182,24 +185,24 @@ def test_check_passes_what_is_there(usual: convscope.Model) -> None:
         deepdream("fc"),
         2 - neuron("relu3", 9),
     ):
-        objective.check(usual)
-        passed.append(objective.name)
-    assert passed == ["conv1 7", "logit 4", "conv2 0+11", "all of fc", "2 - relu3 9 at middle"]
-    assert channel("0", 3).check(bare) is None
+        objective.check(network)
+        names.append(objective.name)
+    assert names == ["conv1 7", "logit 4", "conv2 0+11", "all of fc", "2 - relu3 9 at middle"]
+    assert channel("0", 3).check(without_classes) is None
 
 
-@pytest.mark.parametrize("made", [lambda o: o, lambda o: -(2 * o + 1), lambda o: diversity(o, "2", 2)])
-def test_a_place_is_one_of_the_picture_as_it_is_drawn(made: Any) -> None:
-    """Units that see much are climbed in smaller views, whose maps have fewer places; a place has to be there."""
+@pytest.mark.parametrize("objective", [lambda o: o, lambda o: -(2 * o + 1), lambda o: diversity(o, "2", 2)])
+def test_positions_refer_to_the_full_canvas(objective: Any) -> None:
+    """Units with a large receptive field get smaller views, whose maps may not have the position."""
     net = nn.Sequential(nn.Conv2d(3, 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 9, 2, 4), nn.AdaptiveAvgPool2d(1))
-    model = loaded(randomized(nn.Sequential(*net, nn.Flatten())), 64)
+    model = load_model(randomized(nn.Sequential(*net, nn.Flatten())), 64)
     assert convscope.activations(model, np.zeros((64, 64, 3), np.uint8), "2")["2"].shape[2:] == (8, 8)
-    found = convscope.patterns(model, made(neuron("2", 1, (7, 7))), steps=2)
-    assert found.images.shape[1:3] == (64, 64)
+    result = convscope.patterns(model, objective(neuron("2", 1, (7, 7))), steps=2)
+    assert result.images.shape[1:3] == (64, 64)
 
 
-def test_pictures_cannot_differ_where_there_are_no_places() -> None:
+def test_diversity_needs_a_layer_with_positions() -> None:
     with pytest.raises(ConvscopeError, match="layer 'logits' has no positions, and so no texture"):
         convscope.patterns(
-            loaded(randomized(SmallConvNet()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1
+            load_model(randomized(SmallConvNet()), 32), diversity(channel("logits", 3), "logits", 4), size=32, steps=1
         )

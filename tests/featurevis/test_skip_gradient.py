@@ -1,4 +1,4 @@
-"""Skip connections: the gradient by hand, wherever the branch stands in the sum, and nothing else changed."""
+"""The skip gradient method: derived gradients, for every form of the sum, and unchanged outputs."""
 
 import operator
 
@@ -12,23 +12,23 @@ from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
 from convscope.featurevis.skip_gradient import with_skip_gradient
 
-DRAW = torch.Generator().manual_seed(3)
+GENERATOR = torch.Generator().manual_seed(3)
 
 
-def weight(out=3, into=3, side=3):
-    return torch.randn((out, into, side, side), generator=DRAW, dtype=torch.float64)
+def random_kernel(channels_out=3, channels_in=3, side=3):
+    return torch.randn((channels_out, channels_in, side, side), generator=GENERATOR, dtype=torch.float64)
 
 
 def gradient(run, x):
     x = x.clone().requires_grad_()
     y = run(x)
-    (found,) = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), x)
-    return y.detach(), found
+    (actual,) = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), x)
+    return y.detach(), actual
 
 
 @pytest.fixture
 def x():
-    return torch.randn((2, 3, 6, 6), generator=DRAW, dtype=torch.float64)
+    return torch.randn((2, 3, 6, 6), generator=GENERATOR, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -43,58 +43,58 @@ def x():
     ],
     ids=["skip first", "branch first", "torch.add", "in place", "add_", "by name"],
 )
-@pytest.mark.parametrize("share", [0.25, 1.0])
-def test_a_branch_hands_on_its_share(x, add, share):
-    """y = x + A x: the gradient is g + share * A^T g."""
-    a = weight()
-    y, found = gradient(with_skip_gradient(lambda x: add(x, F.conv2d(x, a, padding=1)), share), x)
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_branch_gradient_is_scaled(x, add, scale):
+    """For y = x + A x, the gradient is g + scale * A^T g."""
+    a = random_kernel()
+    y, actual = gradient(with_skip_gradient(lambda x: add(x, F.conv2d(x, a, padding=1)), scale), x)
     g = torch.arange(y.numel(), dtype=torch.float64).view(y.shape)
     torch.testing.assert_close(y, x + F.conv2d(x, a, padding=1))
-    torch.testing.assert_close(found, g + share * F.conv_transpose2d(g, a, padding=1))
+    torch.testing.assert_close(actual, g + scale * F.conv_transpose2d(g, a, padding=1))
 
 
-def test_blocks_in_a_row(x):
-    """(1 + share A)(1 + share B), a projected skip connection counts in full: its way is the shorter one."""
-    a, b, c, d, p = (weight() for _ in range(5))
+def test_consecutive_blocks(x):
+    """(1 + scale A)(1 + scale B); a projected skip connection is not scaled, as its path is the shorter one."""
+    a, b, c, d, p = (random_kernel() for _ in range(5))
 
     def net(x):
         x = x + F.conv2d(x, a, padding=1)
         return F.conv2d(x, p, padding=1) + F.conv2d(F.conv2d(x, c, padding=1), d, padding=1) + b.sum()
 
-    y, found = gradient(with_skip_gradient(net, 0.5), x)
+    y, actual = gradient(with_skip_gradient(net, 0.5), x)
     g = torch.arange(y.numel(), dtype=torch.float64).view(y.shape)
 
-    def back(g, w):
+    def transposed(g, w):
         return F.conv_transpose2d(g, w, padding=1)
 
-    middle = back(g, p) + 0.5 * back(back(g, d), c)
-    torch.testing.assert_close(found, middle + 0.5 * back(middle, a))
+    middle = transposed(g, p) + 0.5 * transposed(transposed(g, d), c)
+    torch.testing.assert_close(actual, middle + 0.5 * transposed(middle, a))
 
 
-def test_other_sums_are_left_alone(x):
-    """Parameters, numbers, sums of equally deep tensors and of other shapes are no skip connections."""
-    a, b, bias = weight(), weight(), torch.randn((1, 3, 6, 6), generator=DRAW, dtype=torch.float64)
+def test_other_sums_are_not_changed(x):
+    """Sums with parameters or numbers, of equally deep tensors and of other shapes are no skip connections."""
+    a, b, bias = random_kernel(), random_kernel(), torch.randn((1, 3, 6, 6), generator=GENERATOR, dtype=torch.float64)
 
     def net(x):
-        both = F.conv2d(x, a, padding=1) + F.conv2d(x, b, padding=1) + bias.expand(2, 3, 6, 6) + 2
-        return both + F.conv2d(both, a, padding=1).mean((2, 3), keepdim=True)
+        total = F.conv2d(x, a, padding=1) + F.conv2d(x, b, padding=1) + bias.expand(2, 3, 6, 6) + 2
+        return total + F.conv2d(total, a, padding=1).mean((2, 3), keepdim=True)
 
     torch.testing.assert_close(gradient(with_skip_gradient(net, 0.1), x), gradient(net, x))
 
 
-def test_a_real_network_by_hooks_of_its_own():
-    """Lite0, folded as ascents have it: the same logits to the bit, and the gradient that scaled branches give.
+def test_real_network_against_backward_hooks():
+    """Lite0 with fused convolutions: identical logits, and the gradient of backward hooks on the branches.
 
-    In double precision, as the rounding of single precision takes some rectifiers over their kink.
+    In double precision, because rounding in single precision changes the sign of some ReLU inputs.
     """
     model = convscope.load("lite0")
     model.module.double()
     x = torch.rand((2, 3, 96, 96), generator=torch.Generator().manual_seed(0)).double()
     with capture.capture_layers(model, []) as run:
-        quick = accelerate(run, x, gradients=True)
-        y, found = gradient(lambda x: with_skip_gradient(quick, 0.5)(x).logits, x)
-        usual, other = gradient(lambda x: quick(x).logits, x)
-        assert torch.equal(y, usual)
+        fused = accelerate(run, x, gradients=True)
+        y, actual = gradient(lambda x: with_skip_gradient(fused, 0.5)(x).logits, x)
+        unscaled_logits, unscaled_gradient = gradient(lambda x: fused(x).logits, x)
+        assert torch.equal(y, unscaled_logits)
         ends = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks(model.module)]
         handles = [end.register_full_backward_hook(lambda m, gi, go: (0.5 * gi[0],)) for end in ends]
         try:
@@ -103,8 +103,8 @@ def test_a_real_network_by_hooks_of_its_own():
             for handle in handles:
                 handle.remove()
     assert len(ends) == 9
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-    assert (found - other).abs().max() > 0.1 * other.abs().max()
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    assert (actual - unscaled_gradient).abs().max() > 0.1 * unscaled_gradient.abs().max()
 
 
 def blocks(net: nn.Module):
@@ -121,10 +121,10 @@ def blocks(net: nn.Module):
         ("keras:MobileNetV2", 10),
     ],
 )
-def test_each_residual_branch_is_found_once(source, blocks, monkeypatch):
+def test_each_residual_branch_is_hooked_once(source, blocks, monkeypatch):
     model = convscope.load(source, weights="random")
     hooked, hook = [], torch.Tensor.register_hook
-    # The tensors themselves are kept: one that is gone leaves its identity to another.
+    # Keep the tensors: the id of a deleted one may be reused.
     monkeypatch.setattr(torch.Tensor, "register_hook", lambda tensor, f: (hooked.append(tensor), hook(tensor, f))[1])
     x = torch.rand((2, 3, *model.preprocessing.image_size), generator=torch.Generator().manual_seed(0)).requires_grad_()
     with capture.capture_layers(model, []) as run:
@@ -133,8 +133,8 @@ def test_each_residual_branch_is_found_once(source, blocks, monkeypatch):
     assert len(hooked) == len(set(map(id, hooked))) == blocks
 
 
-def test_without_gradients_nothing_is_looked_at(x):
-    seen = []
+def test_nothing_is_hooked_without_gradients(x):
+    calls = []
     with torch.no_grad():
-        assert torch.equal(with_skip_gradient(lambda x: (seen.append(1), x + F.relu(x))[1], 0.5)(x), x + F.relu(x))
-    assert seen == [1]
+        assert torch.equal(with_skip_gradient(lambda x: (calls.append(1), x + F.relu(x))[1], 0.5)(x), x + F.relu(x))
+    assert calls == [1]

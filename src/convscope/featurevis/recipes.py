@@ -108,7 +108,7 @@ def robust(task: OptimizationTask) -> RecipeOutput:
     if task.receptive_field is None and not task.without_transforms:
         step = adam_step(canvas.params, exponential_warmup(task.steps, task.step_size), ADAM_DAMPING)
         objective = task.augmented_objective(transform, lambda i: canvas.images(task.view_size(i)))
-        # The steps that would wake a silent unit are the long ones, which come last.
+        # The steps that could activate an inactive unit are the long ones, which come last.
         averaged = task.steps // AVERAGED_FRACTION
         output = _optimize(task, canvas, objective, step, dead_after=task.steps, average_last=averaged)
     else:
