@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import convscope
+import convscope.samples
 from convscope import ConvscopeError
+from convscope.featurevis import scoring
 from convscope.featurevis.objectives import channel, diversity
 from convscope.featurevis.parameterization import FourierImage
 from convscope.featurevis.recipes import RECIPES
 from convscope.featurevis.request import parse_request
 from convscope.featurevis.task import render_uint8
 from convscope.images.loading import ImageBatchLoader
-from convscope.samples import photographs
 from tests.featurevis.helpers import CPU, load_model
 from tests.oracles.nets import randomized
 
 STARTS = RECIPES["robust"].starts
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return small copies of the sample photographs."""
+    folder = tmp_path_factory.mktemp("photographs")
+    paths = [str(folder / f"{i}.png") for i in range(4)]
+    for path, original in zip(paths, convscope.samples.photographs(), strict=True):
+        Image.open(original).convert("RGB").resize((128, 128)).save(path)
+    return paths
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_photographs(photographs: list[str]) -> Iterator[None]:
+    """Use them instead of the sample photographs, which take longer to decode."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "photographs", lambda: photographs)
+        yield
 
 
 class Gate(nn.Module):
@@ -63,11 +84,11 @@ def load_unnormalized(net: nn.Module, size: int, **preprocessing: Any) -> convsc
     return load_model(net, size, **{"mean": 0.0, "std": 1.0, **preprocessing})
 
 
-def test_unit_that_no_start_activates_is_cropped_from_the_best_photograph() -> None:
+def test_unit_that_no_start_activates_is_cropped_from_the_best_photograph(photographs: list[str]) -> None:
     model = load_unnormalized(Gated(redness), 96)
     result = convscope.patterns(model, "gate", size=32, steps=4)
     # Reference: the reddest pixel of the four preprocessed photographs, and a square around it.
-    x = next(ImageBatchLoader(photographs(), model.preprocessing).batches(4)).x
+    x = next(ImageBatchLoader(photographs, model.preprocessing).batches(4)).x
     maps = redness(x)[:, 0]
     n, row, column = np.unravel_index(int(maps.argmax()), maps.shape)
     top, left = (int(np.clip(round(float(coordinate) - 16), 0, 96 - 32)) for coordinate in (row, column))

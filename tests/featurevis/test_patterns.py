@@ -235,7 +235,7 @@ def test_result_does_not_depend_on_the_batch(layer: str, recipe: str) -> None:
     model = load_model(randomized(SmallConvNet()), 24)
 
     def run(units: list[int], **options: Any) -> convscope.Patterns:
-        return convscope.patterns(model, layer, units, recipe=recipe, size=32, steps=24, **options)
+        return convscope.patterns(model, layer, units, recipe=recipe, size=32, steps=12, **options)
 
     first, permuted, repeated = run([3, 0, 1]), run([2, 4, 3]), run([3, 0, 1])
     for name in ("images", "scores", "history"):
@@ -255,7 +255,7 @@ def test_result_does_not_depend_on_the_batch(layer: str, recipe: str) -> None:
 
 def test_result_does_not_depend_on_the_batch_in_a_real_network(lite0: convscope.Model) -> None:
     def run(units: list[int], **options: Any) -> convscope.Patterns:
-        return convscope.patterns(lite0, "blocks.2.1.bn1", units, size=64, steps=24, **options)
+        return convscope.patterns(lite0, "blocks.2.1.bn1", units, size=64, steps=6, **options)
 
     first, permuted = run([5, 77, 30]), run([30, 100, 5])
     assert np.array_equal(first.images[[0, 2]], permuted.images[[2, 0]])
@@ -325,7 +325,7 @@ def reference_scores(model: convscope.Model, layer: str, result: convscope.Patte
 @pytest.mark.parametrize("layer", ["conv1", "relu2", "fc", "logits"])
 def test_scores_are_of_the_finished_image(layer: str, recipe: str) -> None:
     model = load_model(randomized(SmallConvNet()), 24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    result = convscope.patterns(model, layer, [0, 4], recipe=recipe, size=(32, 40), steps=20)
+    result = convscope.patterns(model, layer, [0, 4], recipe=recipe, size=(32, 40), steps=10)
     assert result.images.dtype == np.uint8
     assert result.images.shape == (2, 32, 40, 3)
     # Rounding in another memory layout.
@@ -492,11 +492,11 @@ class PositionSensitive(nn.Module):
 def test_unit_inactive_under_transforms_is_retried_without() -> None:
     """Flips make the unit inactive in views; the other unit of the batch is not affected."""
     model = load_model(PositionSensitive(), 32, channels=1)
-    result = convscope.patterns(model, "relu", [0, 1], size=32, steps=48)
+    result = convscope.patterns(model, "relu", [0, 1], size=32, steps=32)
     assert result.scores[0] > 0
     assert not result.history[:, 0].any()
     assert "not on any shifted or scaled view" in result.notes[0]
-    repeated_unit = convscope.patterns(model, "relu", [1, 1], size=32, steps=48)
+    repeated_unit = convscope.patterns(model, "relu", [1, 1], size=32, steps=32)
     np.testing.assert_array_equal(result.images[1], repeated_unit.images[0])
 
 
@@ -504,12 +504,12 @@ def test_only_inactive_units_are_retried() -> None:
     """Other units are not run again; a single retried unit is run twice, to avoid a batch of one."""
     model, passes = load_model(PositionSensitive(), 32, channels=1), []
     handle = model.module.relu.register_forward_hook(lambda _, __, output: passes.append(len(output)))
-    result = convscope.patterns(model, "relu", [1, 0, 1], size=32, steps=48)
+    result = convscope.patterns(model, "relu", [1, 0, 1], size=32, steps=32)
     handle.remove()
     assert (result.scores > 0).all()
-    assert passes.count(3) == 48 + 2  # each step, and the finished images before and after the retry
+    assert passes.count(3) == 32 + 2  # each step, and the finished images before and after the retry
     assert passes.count(2) >= DEAD_AFTER_STEPS
-    in_another_batch = convscope.patterns(model, "relu", [1, 0, 0], size=32, steps=48)
+    in_another_batch = convscope.patterns(model, "relu", [1, 0, 0], size=32, steps=32)
     assert np.array_equal(in_another_batch.images[1], result.images[1])
 
 

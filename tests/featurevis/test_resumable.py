@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,7 @@ run_resumable(load_model(), "wide", None, Path(sys.argv[1]), progress=progress, 
 """
 
 
+@pytest.mark.slow
 def test_resume_after_sigkill(uninterrupted: Patterns, tmp_path: Path) -> None:
     """SIGKILL in the middle of the second part."""
     root = Path(__file__).parents[2]
@@ -228,9 +230,18 @@ def count_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changed: Any) 
     return len(calls)
 
 
+@pytest.fixture(scope="module")
+def all_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with all parts for OPTIONS; not to be changed."""
+    folder = tmp_path_factory.mktemp("parts")
+    run_resumable(load_model(), "wide", None, folder, **OPTIONS)
+    return folder
+
+
 @pytest.fixture
-def complete_folder(tmp_path: Path) -> Path:
-    run_resumable(load_model(), "wide", None, tmp_path, **OPTIONS)
+def complete_folder(all_parts: Path, tmp_path: Path) -> Path:
+    """Return a copy of a folder with all parts for OPTIONS."""
+    shutil.copytree(all_parts, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -411,10 +422,10 @@ def test_is_done_compares_all_settings(layer: str, units: Any, changed: Any, exp
 
 def test_is_done_with_default_settings(tmp_path: Path) -> None:
     model, done_options = load_model(), {**IS_DONE_OPTIONS, "size": None, "steps": None}
-    convscope.patterns(model, "wide", [0], recipe="plain", seed=3).save(tmp_path)
-    assert is_done(tmp_path, model, "wide", [0], done_options) is True
-    assert is_done(tmp_path, model, "wide", [0], {**done_options, "size": 150, "steps": 40}) is True
-    assert is_done(tmp_path, model, "wide", [0], {**done_options, "size": 64}) is False
+    convscope.patterns(model, "narrow", [0], recipe="plain", seed=3).save(tmp_path)
+    assert is_done(tmp_path, model, "narrow", [0], done_options) is True
+    assert is_done(tmp_path, model, "narrow", [0], {**done_options, "size": 150, "steps": 40}) is True
+    assert is_done(tmp_path, model, "narrow", [0], {**done_options, "size": 64}) is False
 
 
 def test_is_done_distinguishes_a_unit_from_the_whole_layer(tmp_path: Path) -> None:

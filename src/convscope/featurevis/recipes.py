@@ -52,7 +52,7 @@ from convscope.featurevis.task import OptimizationTask, RecipeOutput, avoid_batc
 from convscope.featurevis.transforms import AugmentationConfig, Transform, random_affine, random_roll
 
 REDIRECT_STEPS = 16  # first steps with redirected ReLUs
-RETRY_STEPS = 48  # additional steps for silent units
+RETRY_STEPS = 48  # additional steps for inactive units
 ADAM_DAMPING = 2.0
 LIGHT_DAMPING = 0.1  # for `consistency_weighted_adam`
 AVERAGED_FRACTION = 5  # images of classes are averaged over the last fifth of the steps
@@ -101,7 +101,7 @@ def robust(task: OptimizationTask) -> RecipeOutput:
 
     For classes and other units that depend on the whole image, the learning rate has a warm-up and the first views are
     coarse, because they decide what the image will show; the image is the average over the last fifth of the steps.
-    Units that stay silent are optimised again without transforms.
+    Inactive units are optimised again without transforms.
     """
     canvas = FourierImage(task.generators, task.channels, task.size, task.device)
     transform = _choose_transform(task)
@@ -117,7 +117,7 @@ def robust(task: OptimizationTask) -> RecipeOutput:
             step = consistency_weighted_adam(canvas.params, task.step_size, LIGHT_DAMPING)
         output = _optimize(task, canvas, task.augmented_objective(transform, lambda _: canvas.images()), step)
     if not task.without_transforms:
-        _retry_silent(task, canvas, (output.history == 0).any(0))
+        _retry_inactive(task, canvas, (output.history == 0).any(0))
     return output._replace(images=render_uint8(canvas))
 
 
@@ -216,23 +216,23 @@ def _optimize(
     return RecipeOutput(render(), history)
 
 
-def _retry_silent(task: OptimizationTask, canvas: FourierImage, candidates: Tensor) -> None:
+def _retry_inactive(task: OptimizationTask, canvas: FourierImage, candidates: Tensor) -> None:
     """Continue without transforms for those of `candidates` (U,) whose score is 0.
 
     Some units respond to structure that does not survive a transform.
     """
     if not bool(candidates.any()):
         return
-    silent = (task.score(render_uint8(canvas)) == 0) & candidates
-    if not bool(silent.any()):
+    inactive = (task.score(render_uint8(canvas)) == 0) & candidates
+    if not bool(inactive.any()):
         return
-    rows, objective, subset = list(range(len(silent))), task.objective, canvas
+    rows, objective, subset = list(range(len(inactive))), task.objective, canvas
     if task.subset_objective is not None:
-        rows = avoid_batch_of_one(silent.nonzero()[:, 0].tolist(), len(silent))
+        rows = avoid_batch_of_one(inactive.nonzero()[:, 0].tolist(), len(inactive))
         objective, subset = task.subset_objective(rows), copy(canvas)
         subset.params = canvas.params.detach()[rows].requires_grad_()
     adam = adam_step(subset.params, task.step_size, ADAM_DAMPING)
-    mask = silent[rows].view(-1, *[1] * (canvas.params.ndim - 1))
+    mask = inactive[rows].view(-1, *[1] * (canvas.params.ndim - 1))
     gradient_ascent(
         subset.params,
         lambda _: objective(task.preprocess(subset.images())),
