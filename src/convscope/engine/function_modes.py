@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
+from torch._C import DisableTorchFunction  # noqa: PLC2701 - there is no public name
 from torch.overrides import TorchFunctionMode
 
 from convscope.engine.nested import primary_tensor, replace_tensor
@@ -21,6 +22,9 @@ Function = Callable[..., Any]
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
 T = TypeVar("T")
+
+without_function_modes = DisableTorchFunction
+"""Context in which no function mode is active."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from convscope.engine.function_modes import FunctionMode
-from convscope.engine.nested import iter_tensors
+from convscope.engine.function_modes import FunctionMode, without_function_modes
 
 R = TypeVar("R")
 
@@ -48,23 +47,25 @@ class _SkipGradientMode(FunctionMode):
 
     def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Scale the branch of a sum; count a layer."""
-        tensors = list(iter_tensors((args, kwargs)))
-        if name == "add":
-            self._scale_branch(tensors)
-            return function(*args, **kwargs)
-        depth = max(map(self._depth, tensors), default=0)
-        output: Tensor = function(*args, **kwargs)
-        if output.grad_fn is not None:
-            self.depths[output.grad_fn] = depth + 1
-        return output
-
-    def _scale_branch(self, terms: list[Tensor]) -> None:
-        if len(terms) != 2 or not all(term.requires_grad for term in terms):
-            return
-        skip, branch = sorted(terms, key=self._depth)
-        if skip.shape == branch.shape and self._depth(skip) < self._depth(branch):
+        with without_function_modes():  # other modes need not see how tensors are inspected
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            branch = self._find_branch(tensors) if name == "add" else None
+            depth = max(map(self._depth, tensors), default=0)
+        if branch is not None:
             scale = self.scale  # a hook that refers to the mode would keep the graph alive
             branch.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
+        output: Tensor = function(*args, **kwargs)
+        with without_function_modes():
+            if name != "add" and output.grad_fn is not None:
+                self.depths[output.grad_fn] = depth + 1
+        return output
+
+    def _find_branch(self, terms: list[Tensor]) -> Tensor | None:
+        """Return the residual branch among the terms of a sum; None if it is no skip connection."""
+        if len(terms) != 2 or not all(term.requires_grad for term in terms):
+            return None
+        skip, branch = sorted(terms, key=self._depth)
+        return branch if skip.shape == branch.shape and self._depth(skip) < self._depth(branch) else None
 
     def _depth(self, tensor: Tensor) -> int:
         """Count the layers on the longest path from the input to a tensor."""

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunction  # noqa: PLC2701 - torch has no public way to leave function modes
 
 from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
+from convscope.engine.function_modes import without_function_modes
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.scanning.statistics import BatchReduction, reduce_maps, reduce_maps_compilable
@@ -105,7 +105,7 @@ class _Reducer:
             self.reductions[name] = reduce_maps_compilable(maps)
             return
         maps = maps.detach()  # the one use of the maps that a function mode sees
-        with DisableTorchFunction():  # a mode that fuses the network's convolutions has no business here
+        with without_function_modes():  # a mode that fuses the network's convolutions has no business here
             self.reductions[name] = reduce_maps(maps, self.thresholds.get(name))
 
 
