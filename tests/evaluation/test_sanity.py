@@ -63,7 +63,7 @@ def test_gradient_maps_pass():
     result = convscope.evaluate(model, x, heatmap, "randomisation")
     assert np.abs(result["randomisation"]).max() < 0.3
     np.testing.assert_array_equal(result.curves["randomisation"][..., 0], 1)
-    assert result.curves["randomisation"][..., 1].min() < 0.999, "the first stage diff_snapshots the map"
+    assert result.curves["randomisation"][..., 1].min() < 0.999, "the first stage changes the map"
     assert not any(note.startswith("randomisation") for note in result.notes)
 
 
@@ -185,7 +185,7 @@ def test_max_sensitivity_equals_its_definition():
 
 
 def test_targets_are_fixed_when_the_top_class_changes():
-    """Strong noise diff_snapshots the top class; the maps remain those of the original class."""
+    """Strong noise changes the top class; the maps remain those of the original class."""
     model, x = small_model(), random_images(3, 24, channels=3)
     heatmap = convscope.heatmaps(model, x)
     repeated = convscope.heatmaps(model, x, heatmap.targets.tolist())
