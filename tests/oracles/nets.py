@@ -282,7 +282,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def in_training(net: nn.Module) -> tuple[nn.Module, Iterable[Any]]:
-    """Bring the network into a user's state: training, half frozen, with gradients and hooks; return it and the hooks."""
+    """Bring the network into a user's state: training, half frozen, gradients, hooks; return it and the hooks."""
     net.train()
     for position, m in enumerate(net.modules()):
         if position % 3 == 1:
