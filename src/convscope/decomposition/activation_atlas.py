@@ -310,9 +310,8 @@ def _reduce(reducer: Reducer, vectors: Tensor) -> np.ndarray:
     """Reduce vectors to coordinates and check them."""
     coordinates = np.asarray(reducer(vectors.numpy()), dtype=np.float64)
     if coordinates.shape != (len(vectors), 2) or not np.isfinite(coordinates).all():
-        raise ConvscopeError(
-            f"reducer returned shape {coordinates.shape}; expected finite numbers of shape ({len(vectors)}, 2)"
-        )
+        shape = f"({len(vectors)}, 2)"
+        raise ConvscopeError(f"reducer returned shape {coordinates.shape}; expected finite numbers of shape {shape}")
     return coordinates
 
 

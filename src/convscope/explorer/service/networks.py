@@ -9,7 +9,6 @@ import uuid
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from convscope import __version__
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
@@ -17,6 +16,7 @@ from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import UnknownResource
 from convscope.explorer.service.model_copy import copy_model
 from convscope.explorer.service.stored_patterns import StoredPatterns
+from convscope.results import versions
 
 if TYPE_CHECKING:
     from convscope.store.store import Store
@@ -45,7 +45,8 @@ class Network:
         weights = model.weights_hash()
         self._store = store if store is not None and store.manifest["model"]["weights_sha256"] == weights else None
         self._stored_patterns = None if self._store is None else StoredPatterns(self._store)
-        self._first_version = self._version = _short_hash(f"{weights} {__version__} {model.preprocessing}")
+        identity = f"{weights} {versions().get('convscope')} {model.preprocessing}"
+        self._first_version = self._version = _short_hash(identity)
         # Copied before anything runs: a copy made during a forward pass would have the hooks of that pass.
         self._background_model: Model | str
         try:
