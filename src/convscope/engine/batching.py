@@ -57,10 +57,7 @@ def cache_friendly_batch_size(
     """
     if model.device.type != "cpu":
         return 2 * MAX_BATCH if with_gradients else MAX_BATCH
-    layers = list(model.layers)
-    if layer is not None:
-        layers = layers[: layers.index(model.layers.find(layer)) + 1]
-    largest = 4.0 * max([1, *(entry.size for entry in layers)])
+    largest = 4.0 * max(1, model.layers.largest_output(layer))
     if pixels is not None:
         largest *= pixels / math.prod(model.preprocessing.size)
     if with_gradients:
@@ -85,7 +82,7 @@ def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def forward_bytes(model: Model, grad_from: str | None = None) -> float:
     """Return the bytes that one image takes in a forward pass, with gradients recorded from layer `grad_from` on."""
     graph = 0 if grad_from is None else model.layers[-1].allocated_bytes - model.layers.find(grad_from).allocated_bytes
-    return 16.0 * model.layers.largest + 2 * max(graph, 0)
+    return 16.0 * model.layers.largest_output() + 2 * max(graph, 0)
 
 
 def gradient_bytes(model: Model, layer: str | None, pixels: int) -> float:

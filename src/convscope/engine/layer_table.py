@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from html import escape
 from typing import overload
 
@@ -191,10 +190,10 @@ class LayerTable(Sequence[Layer]):
             raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(layer.name for layer in nested)}")
         raise ConvscopeError(f"layer {name!r} is not in this model; nearest: {nearest(name, self.names)}")
 
-    @cached_property
-    def largest(self) -> int:
-        """Number of values in the largest output for one image."""
-        return max((layer.size for layer in self._layers), default=0)
+    def largest_output(self, last: str | None = None) -> int:
+        """Return the number of values in the largest output for one image, up to the layer `last` if it is given."""
+        layers = self._layers if last is None else self._layers[: self._layers.index(self.find(last)) + 1]
+        return max((layer.size for layer in layers), default=0)
 
     def unique_spatial(self) -> list[Layer]:
         """Return the layers with spatial extent, without aliases of earlier layers."""
