@@ -1,0 +1,195 @@
+"""Acceleration: each piece switched off in turn, and the public ways to the same end."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from scanning import photograph_crops
+from timing import Timed, interleaved
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import convscope
+from convscope.engine.acceleration import ENVIRONMENT_VARIABLE, accelerate
+from convscope.engine.model import Model
+from convscope.samples import photographs
+
+SETTINGS = {"all": "1", "without padding": "conv_fusion", "none": "0"}
+"""Values of the environment variable."""
+
+REMOVED = """\
+Pieces that were removed because none gained 10 % in its ablation (CPU time without the piece, relative to all pieces;
+one thread, 5 to 15 rounds in one process):
+
+| | Grad-CAM, 1 | Grad-CAM, 8 | class | 8 classes | filter | 16 filters | occlusion | scan |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One workload: times by setting."""
+
+    workload: str
+    times: dict[str, Timed]
+
+
+@dataclass(frozen=True)
+class Public:
+    """One kind of pass: times by way, and seconds to prepare each way."""
+
+    name: str
+    times: dict[str, Timed]
+    setup: dict[str, float]
+
+
+@contextmanager
+def setting(name: str) -> Iterator[None]:
+    """Switch pieces off for the duration of the block."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = SETTINGS[name]
+    try:
+        yield
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def ablations(rounds: int) -> Iterator[Ablation]:
+    """Time each workload with all pieces, without each, and without any."""
+    model, images = convscope.load("lite0"), [str(path) for path in photographs()]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, crop in enumerate(photograph_crops(64)):
+            crop.save(Path(folder) / f"{i:03d}.png")
+        workloads: dict[str, Callable[[], object]] = {
+            "Grad-CAM, 1 image": lambda: convscope.heatmaps(model, images[0], 281),
+            "Grad-CAM, 8 images": lambda: convscope.heatmaps(model, images * 2, 281),
+            "pattern of a class, 48 steps": lambda: convscope.patterns(model, "logits", [387], steps=48),
+            "patterns of 8 classes, 12 steps": lambda: convscope.patterns(model, "logits", range(8), steps=12),
+            "pattern of a filter, 48 steps": lambda: convscope.patterns(model, "blocks.3", [5], steps=48),
+            "occlusion, 25 windows": lambda: convscope.heatmaps(
+                model, images[0], 281, method="occlusion", window=64, stride=40
+            ),
+            "scan of 64 images": lambda: _scan(model, folder),
+        }
+        for name, workload in workloads.items():
+            contenders = {piece: partial(_with_setting, piece, workload) for piece in SETTINGS}
+            yield Ablation(name, _cpu_times(contenders, "all", rounds))
+
+
+def _cpu_times(contenders: dict[str, Callable[[], object]], reference: str, rounds: int) -> dict[str, Timed]:
+    """Measure the CPU time of one thread: differences are small, and other processes disturb it least."""
+    return interleaved(contenders, reference, rounds, threads=1, clock=time.process_time)
+
+
+def _with_setting(name: str, workload: Callable[[], object]) -> object:
+    with setting(name):
+        return workload()
+
+
+def _scan(model: Model, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as out:
+        convscope.scan(model, folder, f"{out}/store", workers=0)
+
+
+def public_ways(rounds: int) -> Iterator[Public]:
+    """Time passes of Lite0: its own, accelerated, and by what PyTorch offers."""
+    network = convscope.load("lite0").module.requires_grad_(False)
+    for batch, side, gradients in ((8, 224, False), (1, 224, False), (8, 160, True), (1, 160, True)):
+        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=torch.channels_last)
+        ways: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+            "plain": lambda: network,
+            "convscope": partial(accelerate, network, x[:1], gradients=gradients),
+            "fuse_conv_bn_eval on a copy": partial(fused_copy, network),
+            "make_fx": partial(_traced, network, x),
+            "torch.compile": partial(_compiled, network, x, gradients),
+        }
+        runs, setup = {}, {}
+        for name, prepare in ways.items():
+            start = time.perf_counter()
+            runs[name] = partial(_run, prepare(), x, gradients)
+            setup[name] = time.perf_counter() - start
+        kind = "forward and backward" if gradients else "forward"
+        yield Public(f"{kind}, {batch} x {side} x {side}", _cpu_times(runs, "plain", rounds), setup)
+        torch.compiler.reset()
+
+
+def _run(network: Callable[[Tensor], Tensor], x: Tensor, gradients: bool) -> Tensor:
+    with torch.set_grad_enabled(gradients):
+        leaf = x.clone().requires_grad_(gradients)
+        output = network(leaf)
+        return torch.autograd.grad(output[:, 7].sum(), leaf)[0] if gradients else output
+
+
+def fused_copy(network: nn.Module) -> nn.Module:
+    """Fold batch normalisation into the convolutions of a copy, where the modules follow each other in their parent."""
+    network = copy.deepcopy(network)
+    for parent in network.modules():
+        children = list(parent.named_children())
+        for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                # timm's batch normalisation contains the activation.
+                rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
+                setattr(parent, norm_name, rest)
+    return network
+
+
+def _traced(network: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    traced: Callable[[Tensor], Tensor] = make_fx(network)(x)
+    return traced
+
+
+def _compiled(network: nn.Module, x: Tensor, gradients: bool) -> Callable[[Tensor], Tensor]:
+    compiled = torch.compile(network, options=None if gradients else {"freezing": True})
+    _run(compiled, x, gradients)
+    return compiled
+
+
+def run(rounds: int) -> tuple[list[Ablation], list[Public]]:
+    """Run both comparisons."""
+    return list(ablations(rounds)), list(public_ways(rounds))
+
+
+def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
+    """Return the lines of the section in the README."""
+    rows, passes = results
+    lines = [
+        "Lite0, CPU time of one thread: with all pieces, and without one or all of them relative to that. `CONVSCOPE_ACCELERATE` and",
+        "`load(..., accelerate=False)` switch them off.",
+        "",
+        "| workload | ms | " + " | ".join(list(SETTINGS)[1:]) + " |",
+        "| --- |" + " --- |" * len(SETTINGS),
+    ]
+    for row in rows:
+        ratios = [f"{row.times[name].ratio:.2f}" for name in list(SETTINGS)[1:]]
+        lines.append(f"| {row.workload} | {1000 * row.times['all'].seconds:.0f} | " + " | ".join(ratios) + " |")
+    names = list(passes[0].times)
+    lines += [
+        "",
+        "Passes of Lite0 alone: milliseconds, in brackets the ratio to the plain pass, and the seconds of preparation.",
+        "Only convscope's way leaves the network as it is, with its hooks, and takes any size of input.",
+        "",
+        "| pass | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for row in passes:
+        cells = [f"{1000 * t.seconds:.0f} ({t.ratio:.2f})<br>{row.setup[name]:.1f} s" for name, t in row.times.items()]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return [*lines, "", REMOVED]
+
+
+if __name__ == "__main__":
+    print("\n".join(table(run(5))))
