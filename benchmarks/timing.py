@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +20,21 @@ class Timed:
     ratio: float
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], reference: str, rounds: int) -> dict[str, Timed]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    reference: str,
+    rounds: int,
+    *,
+    threads: int = THREADS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timed]:
     """Time all contenders in turn, `rounds` times, after a warm-up round.
 
     Ratios within a round are not affected by drifts of the machine's speed.
     """
     timers = {
-        name: Timer("run()", globals={"run": run}, num_threads=THREADS, label=name) for name, run in contenders.items()
+        name: Timer("run()", globals={"run": run}, num_threads=threads, label=name, timer=clock)
+        for name, run in contenders.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
