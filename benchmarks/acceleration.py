@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -138,7 +139,7 @@ def fused_copy(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for parent in network.modules():
         children = list(parent.named_children())
-        for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (name, conv), (norm_name, norm) in pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 # timm's batch normalisation contains the activation.
@@ -167,8 +168,8 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
     """Return the lines of the section in the README."""
     rows, passes = results
     lines = [
-        "Lite0, CPU time of one thread: with all pieces, and without one or all of them relative to that. `CONVSCOPE_ACCELERATE` and",
-        "`load(..., accelerate=False)` switch them off.",
+        "Lite0, CPU time of one thread with all pieces, and without one or all of them relative to that.",
+        "`CONVSCOPE_ACCELERATE` and `load(..., accelerate=False)` switch them off.",
         "",
         "| workload | ms | " + " | ".join(list(SETTINGS)[1:]) + " |",
         "| --- |" + " --- |" * len(SETTINGS),
@@ -189,7 +190,3 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
         cells = [f"{1000 * t.seconds:.0f} ({t.ratio:.2f})<br>{row.setup[name]:.1f} s" for name, t in row.times.items()]
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return [*lines, "", REMOVED]
-
-
-if __name__ == "__main__":
-    print("\n".join(table(run(5))))

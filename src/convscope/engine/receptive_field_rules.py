@@ -333,29 +333,41 @@ def _resize(op: Operation, support: int, scales: Arguments, align_corners: bool 
 ALONG_ONE_DIM = frozenset({"_softmax", "_log_softmax", "index_select"})
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
 # Besides the operations that PyTorch tags as pointwise: those whose output at a position depends on that position
-# alone, unless they run along a spatial axis.
+# alone, unless they run along a spatial axis. PyTorch 2.6 does not tag the in-place variants of some activations.
 KEEPS_POSITIONS = frozenset({
     *ALONG_ONE_DIM,
     *BATCH_NORMS,
     "_native_batch_norm_legit_no_training",
     "_prelu_kernel",
     "_to_copy",
+    "abs",
     "alias",
+    "celu",
     "cat",
     "clone",
     "copy",
     "detach",
+    "elu",
+    "gelu",
     "glu",
+    "hardsigmoid",
     "hardswish",
+    "hardtanh",
+    "leaky_relu",
     "lift_fresh",
     "log_sigmoid_forward",
     "masked_fill",
+    "mish",
     "native_dropout",
     "native_group_norm",
     "native_layer_norm",
+    "relu6",
     "rsub",
+    "selu",
     "split",
     "split_with_sizes",
+    "threshold",
+    "true_divide",
     "where",
 })  # fmt: skip
 INPUT_POSITION = {"addmm": 1, "baddbmm": 1}  # of the argument that is followed, if it is not the first
