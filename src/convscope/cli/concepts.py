@@ -51,7 +51,7 @@ def concepts(
     device: Device = None,
     max_pixels: MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Find the main concepts behind a class: patches, heatmaps and importance (needs convscope[concepts]).
+    """Find the main concepts behind a class: patches, heatmaps and importance (requires the extra 'concepts').
 
     If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
