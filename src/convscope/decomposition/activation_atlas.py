@@ -102,6 +102,7 @@ def atlas(
     Returns
     -------
     Atlas
+        Positions, cells and their icons.
 
     Raises
     ------

@@ -156,7 +156,7 @@ class Concepts(Result):
 
 @dataclass(frozen=True, eq=False)
 class Atlas(Result):
-    """n activation vectors of a layer, arranged on a grid of `grid` x `grid` cells.
+    """Activation vectors of a layer (n of them), arranged on a grid of `grid` x `grid` cells.
 
     Attributes
     ----------

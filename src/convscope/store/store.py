@@ -30,11 +30,12 @@ def open_store(folder: str | os.PathLike[str], storage: Mapping[str, object] | N
     folder : str or path
         A folder, or an fsspec address such as ``s3://bucket/store``.
     storage : mapping, optional
-        fsspec's options for the address.
+        Options of fsspec for the address.
 
     Returns
     -------
     Store
+        The store; files are read when they are needed.
 
     Raises
     ------
