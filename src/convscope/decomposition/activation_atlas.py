@@ -294,10 +294,9 @@ def _select_vectors(job: _Job, vectors: _Vectors) -> tuple[_Vectors, int]:
     if job.target is not None:
         vectors = vectors.select(_supports(vectors.effects, job.target, job.top_k))
         if len(vectors.values) == 0:
-            raise ConvscopeError(
-                f"no vector supports {job.model.class_name(job.target)!r} more than all but {job.top_k - 1} other "
-                "classes; give more images of the class, or a larger top_k"
-            )
+            name, others = job.model.class_name(job.target), f"all but {job.top_k - 1} other classes"
+            advice = "give more images of the class, or a larger top_k"
+            raise ConvscopeError(f"no vector supports {name!r} more than {others}; {advice}")
     return vectors, num_zero
 
 
