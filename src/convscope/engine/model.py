@@ -45,7 +45,7 @@ class Model:
     num_outputs : int or None
         Number of outputs per image.
     loaded_by_convscope : bool
-        Whether `load` made the module, so that nobody else changes it.
+        Whether `load` made the module, so that user code does not modify it.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
     accelerate : bool
@@ -79,7 +79,7 @@ class Model:
 
     @property
     def can_accelerate(self) -> bool:
-        """Whether passes may be accelerated: it is not switched off, and nobody else changes the module."""
+        """Whether passes may be accelerated: not switched off, and `load` made the module."""
         return self.accelerate and self.loaded_by_convscope
 
     def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
