@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
-from convscope.errors import ConvscopeError, nearest, require_extra, require_int, require_number
+from convscope.errors import (
+    ConvscopeError,
+    ConvscopeWarning,
+    nearest,
+    require_extra,
+    require_int,
+    require_number,
+    warn,
+    warn_of_failures,
+)
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3), np.uint8(200)])
@@ -64,3 +74,17 @@ def test_missing_package_names_its_extra() -> None:
 def test_the_exception_is_available_without_torch() -> None:
     script = "import sys, convscope; convscope.ConvscopeError; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_warnings_point_to_the_line_outside_the_package() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn("assumed")
+        warn_of_failures([])
+        warn_of_failures([f"image {i}: is damaged" for i in range(5)])
+    assert [w.category for w in caught] == [ConvscopeWarning] * 2
+    assert [w.filename for w in caught] == [__file__] * 2
+    assert str(caught[1].message) == (
+        "5 of the inputs could not be used: image 0: is damaged; image 1: is damaged; image 2: is damaged; "
+        "and 2 more, see .failed"
+    )

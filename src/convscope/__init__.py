@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from convscope.decomposition.craft import concepts
     from convscope.decomposition.result import Atlas, Concepts
     from convscope.engine.model import Model
-    from convscope.errors import ConvscopeError
+    from convscope.errors import ConvscopeError, ConvscopeWarning
     from convscope.evaluation.api import evaluate
     from convscope.evaluation.comparison import Comparison, compare
     from convscope.evaluation.result import Evaluation
@@ -51,6 +51,7 @@ __all__ = [
     "Comparison",
     "Concepts",
     "ConvscopeError",
+    "ConvscopeWarning",
     "Evaluation",
     "Heatmaps",
     "Model",
@@ -84,6 +85,7 @@ _TARGETS = {
     "Comparison": "convscope.evaluation.comparison:Comparison",
     "Concepts": "convscope.decomposition.result:Concepts",
     "ConvscopeError": "convscope.errors:ConvscopeError",
+    "ConvscopeWarning": "convscope.errors:ConvscopeWarning",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
     "Model": "convscope.engine.model:Model",

@@ -1,4 +1,4 @@
-"""The exception for input that a user can correct, and the checks that raise it.
+"""The exception for input that a user can correct, the warning for results to look at twice, and checks of arguments.
 
 This module imports nothing but the standard library, so that ``convscope.ConvscopeError`` is available without loading
 PyTorch.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from numbers import Integral, Real
 from types import ModuleType
+
+PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
 class ConvscopeError(ValueError):
@@ -19,6 +24,30 @@ class ConvscopeError(ValueError):
 
     The message is one line: what was given, what was expected, what to do.
     """
+
+
+class ConvscopeWarning(UserWarning):
+    """Issued where a call succeeds with less than was asked for, or on an assumption.
+
+    Images that could not be used, assumed preprocessing, random weights. The text also stands in the result: in its
+    ``notes`` or ``failed``.
+    """
+
+
+def warn(message: str) -> None:
+    """Issue a ConvscopeWarning that points to the nearest calling line outside this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ConvscopeWarning, stacklevel=level)
+
+
+def warn_of_failures(failed: Iterable[object]) -> None:
+    """Issue one warning that names the inputs that could not be used, if there are any."""
+    lines = [str(failure) for failure in failed]
+    if lines:
+        more = f"; and {len(lines) - 3} more, see .failed" if len(lines) > 3 else ""
+        warn(f"{len(lines)} of the inputs could not be used: {'; '.join(lines[:3])}{more}")
 
 
 def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
