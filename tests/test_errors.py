@@ -12,6 +12,7 @@ import pytest
 from convscope.errors import (
     ConvscopeError,
     ConvscopeWarning,
+    find_name,
     nearest,
     require_extra,
     require_int,
@@ -88,3 +89,23 @@ def test_warnings_point_to_the_line_outside_the_package() -> None:
         "5 of the inputs could not be used: image 0: is damaged; image 1: is damaged; image 2: is damaged; "
         "and 2 more, see .failed"
     )
+
+
+@pytest.mark.parametrize("given", ["grad-cam", "GradCAM", "Grad_CAM", "grad cam"])
+def test_find_name_ignores_case_and_hyphens(given):
+    assert find_name("method", given, ["cam", "grad-cam", "grad-cam++"]) == "grad-cam"
+
+
+def test_find_name_names_the_nearest():
+    with pytest.raises(ConvscopeError, match="method 'gradcem' is not known; nearest: grad-cam"):
+        find_name("method", "gradcem", ["occlusion", "grad-cam"])
+
+
+def test_names_are_those_of_the_tables():
+    from convscope import names
+    from convscope.attribution.registry import METHODS
+    from convscope.evaluation.registry import METRICS
+    from convscope.featurevis.recipes import RECIPES
+    assert list(names.METHOD_NAMES) == list(METHODS)
+    assert list(names.RECIPE_NAMES) == list(RECIPES)
+    assert list(names.METRIC_NAMES) == list(METRICS)

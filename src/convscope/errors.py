@@ -56,6 +56,33 @@ def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
     return ", ".join(matches or candidates[:count])
 
 
+def find_name(kind: str, name: object, known: Sequence[str]) -> str:
+    """Return the entry of `known` that `name` means, in any case, with or without hyphens.
+
+    Parameters
+    ----------
+    kind : str
+        What the names stand for, such as "method", for the message.
+    name : object
+        What was given.
+    known : sequence of str
+        All names there are.
+
+    Raises
+    ------
+    ConvscopeError
+        If there is no such name; the message lists the nearest ones.
+    """
+    names = {_plain_name(entry): entry for entry in known}
+    if isinstance(name, str) and _plain_name(name) in names:
+        return names[_plain_name(name)]
+    raise ConvscopeError(f"{kind} {name!r} is not known; nearest: {nearest(str(name), known)}")
+
+
+def _plain_name(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "").replace(" ", "")
+
+
 def require_extra(package: str, extra: str = "scan") -> ModuleType:
     """Import and return an optional package.
 

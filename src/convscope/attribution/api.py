@@ -12,14 +12,14 @@ from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
-from convscope.attribution.registry import get_method, method_options
+from convscope.attribution.registry import METHODS, get_method, method_options
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, parse_targets
 from convscope.engine.batching import MEMORY, Progress, batch_size
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, find_name
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 
@@ -150,6 +150,7 @@ def resolve_method(
     ConvscopeError
         For anything unknown or invalid.
     """
+    name = find_name("method", name, list(METHODS))
     method, settings = get_method(name), method_options(name, options)
     if fuse not in FUSIONS:
         raise ConvscopeError(f"fuse is {fuse!r}; expected one of {', '.join(FUSIONS)}")

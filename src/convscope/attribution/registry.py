@@ -12,7 +12,7 @@ from convscope.attribution.context import MethodOutput
 from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation, rise
 from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError, find_name
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ METHODS: dict[str, Method] = {
 
 def get_method(name: str) -> Method:
     """Look up a method by name; raise ConvscopeError with the nearest names for an unknown one."""
-    if name not in METHODS:
-        raise ConvscopeError(f"method {name!r} is not known; nearest: {nearest(name, list(METHODS))}")
-    return METHODS[name]
+    return METHODS[find_name("method", name, list(METHODS))]
 
 
 def method_options(name: str, options: Mapping[str, object]) -> dict[str, object]:

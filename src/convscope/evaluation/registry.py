@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError, find_name
 from convscope.evaluation import curves, faithfulness, localisation, sanity
 from convscope.evaluation.context import Scores
 
@@ -160,9 +160,7 @@ METRICS: dict[str, Metric] = {
 
 def get_metric(name: str) -> Metric:
     """Return the metric of this name."""
-    if name not in METRICS:
-        raise ConvscopeError(f"metric {name!r} is not known; nearest: {nearest(str(name), list(METRICS))}")
-    return METRICS[name]
+    return METRICS[find_name("metric", name, list(METRICS))]
 
 
 def resolve_options(

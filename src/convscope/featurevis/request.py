@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError, is_int, nearest
+from convscope.errors import ConvscopeError, find_name, is_int
 from convscope.featurevis.defaults import Size
 from convscope.featurevis.objective import Forward, Objective, batch_objectives, per_image_channels
 from convscope.featurevis.objectives import channel
@@ -125,10 +125,11 @@ class PatternRequest:
 
 def find_recipe(recipe: str | Recipe, has_start: bool, space: str) -> tuple[str, Recipe]:
     """Return a recipe's name and the recipe; raise ConvscopeError if it does not go with `start` or `space`."""
-    if not isinstance(recipe, Recipe) and recipe not in RECIPES:
-        raise ConvscopeError(f"recipe {recipe!r} is not known; nearest: {nearest(str(recipe), list(RECIPES))}")
-    row = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
-    name = getattr(row.run, "__name__", "custom") if isinstance(recipe, Recipe) else recipe
+    if isinstance(recipe, Recipe):
+        name, row = getattr(recipe.run, "__name__", "custom"), recipe
+    else:
+        name = find_name("recipe", recipe, list(RECIPES))
+        row = RECIPES[name]
     if space not in SPACES:
         raise ConvscopeError(f"space {space!r} is not known; expected 'pixels' or 'input'")
     if space == "input" and row is not RECIPES["plain"]:
