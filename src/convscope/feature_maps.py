@@ -10,11 +10,13 @@ import torch
 
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.results import Result
+from convscope.sources.coercion import ModelLike, as_model
 
 SCALINGS = ("standard", "minmax")
 
@@ -45,10 +47,10 @@ class Activations(Result):
         """The layers' names."""
         return list(self.maps)
 
-    def __getitem__(self, layer: str) -> np.ndarray:
-        if layer in self.maps:
+    def __getitem__(self, layer: LayerLike) -> np.ndarray:
+        if isinstance(layer, str) and layer in self.maps:
             return self.maps[layer]
-        return self.maps[self.model.layers.find(layer).name]
+        return self.maps[find_layer(self.model, layer).name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.maps)
@@ -64,7 +66,7 @@ class Activations(Result):
         """Return layers, image names, `fit` and `scaling`."""
         return {"layers": self.layers, "image_names": self.image_names, "fit": self.fit, "scaling": self.scaling}
 
-    def summary(self, layer: str) -> dict[str, np.ndarray]:
+    def summary(self, layer: LayerLike) -> dict[str, np.ndarray]:
         """Summarize a layer's maps per image and channel.
 
         Returns
@@ -89,9 +91,9 @@ def is_constant_channel(maps: np.ndarray) -> np.ndarray:
 
 
 def activations(
-    model: Model,
+    model: ModelLike,
     images: object,
-    layers: str | Sequence[str] | None = None,
+    layers: LayerLike | Sequence[LayerLike] | None = None,
     *,
     fit: str = "squash",
     scaling: str = "standard",
@@ -103,13 +105,14 @@ def activations(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         One image or N. Arrays are (H, W, 3) or (N, H, W, 3), uint8 or float in [0, 1]; a tensor (N, 3, H, W) is already
         preprocessed.
-    layers : str or sequence of str, optional
-        Names in ``model.layers``. Every layer with spatial extent if omitted, without aliases of earlier layers.
+    layers : str, Layer, nn.Module or sequence of these, optional
+        Names in ``model.layers``, its rows, or modules of the network. Every layer with spatial extent if omitted,
+        without aliases of earlier layers.
     fit : {"squash", "crop"}
         Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
     scaling : {"standard", "minmax"}
@@ -146,10 +149,11 @@ def activations(
     """
     if scaling not in SCALINGS:
         raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
-    if isinstance(layers, str):
-        layers = [layers]
-    names = [layer.name for layer in model.layers.unique_spatial()] if layers is None else list(layers)
-    outputs: dict[str, list[np.ndarray]] = {model.layers.find(name).name: [] for name in names}
+    model = as_model(model)
+    selected = (
+        model.layers.unique_spatial() if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
+    )
+    outputs: dict[str, list[np.ndarray]] = {layer.name: [] for layer in selected}
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     indices: list[int] = []
     with torch.no_grad(), capture.capture_layers(model, list(outputs), stop_early=True) as run:
@@ -204,7 +208,7 @@ class Predictions(Result):
 
 
 def predict(
-    model: Model,
+    model: ModelLike,
     images: object,
     top: int = 5,
     *,
@@ -220,8 +224,8 @@ def predict(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         One image or N, in any form that `activations` takes.
     top : int
@@ -257,6 +261,7 @@ def predict(
     >>> predictions.names[0][0]
     'Egyptian cat'
     """
+    model = as_model(model)
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
     indices: list[int] = []

@@ -36,8 +36,8 @@ def test_notebook_shows_a_frame_until_it_is_closed(tiny):
 
 
 def test_show_refuses_what_it_cannot_show(tiny):
-    with pytest.raises(convscope.ConvscopeError, match=r"expected a Model, as convscope\.load returns"):
-        convscope.show("lite0")
+    with pytest.raises(convscope.ConvscopeError, match="model is a list; the model comes first, the images second"):
+        convscope.show([])
     with pytest.raises(convscope.ConvscopeError, match=r"none\.png"):
         convscope.show(tiny, "none.png")
     with pytest.raises(convscope.ConvscopeError, match="height is 50"):

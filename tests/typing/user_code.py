@@ -7,6 +7,7 @@ from typing import assert_type
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 import convscope
 
@@ -42,6 +43,15 @@ def explain(model: convscope.Model, images: list[str]) -> None:
     region = convscope.segmentation_target(3, np.ones((4, 4), bool))
     assert_type(convscope.heatmaps(model, images, [region]).targets, np.ndarray)
     assert_type(convscope.heatmaps(model, images, [convscope.output_target("out", 3)]).logits, np.ndarray)
+
+
+def pass_modules(net: nn.Module, images: list[str]) -> None:
+    layer = convscope.load(net).layers["features"]
+    assert_type(convscope.predict(net, images), convscope.Predictions)
+    assert_type(convscope.predict("lite0", images), convscope.Predictions)
+    assert_type(convscope.heatmaps(net, images, layer=layer), convscope.Heatmaps)
+    assert_type(convscope.heatmaps(net, images, layer=[net, layer, "features"]), convscope.Heatmaps)
+    assert_type(convscope.patterns(net, layer, [3]), convscope.Patterns)
 
 
 def visualize(model: convscope.Model) -> None:

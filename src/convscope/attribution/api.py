@@ -17,19 +17,21 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, parse_targets
 from convscope.engine.batching import MEMORY, Progress, batch_size
+from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, find_name
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.sources.coercion import ModelLike, as_model
 
 
 def heatmaps(
-    model: Model,
+    model: ModelLike,
     images: object,
     targets: Targets | None = None,
     *,
-    layer: str | Sequence[str] | None = None,
+    layer: LayerLike | Sequence[LayerLike] | None = None,
     method: str = "grad-cam",
     fit: str = "squash",
     against: ClassLabels | None = None,
@@ -48,18 +50,18 @@ def heatmaps(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         Any form that `convscope.predict` takes; N images.
     targets : class, sequence or callable, optional
         One class (index or name) for all images, one per image, or a list of T for each image; by default each image's
         top class. Or a function of the network's output for M inputs that returns scores (M,), or a list of T such
         functions; see `convscope.segmentation_target` and `convscope.output_target`.
-    layer : str or sequence of str, optional
-        A name in ``model.layers``, or several, whose maps are fused. By default ("auto") the last layer with spatial
-        extent that is not a pooling layer and that the classes depend on; the result's `layer_reason` explains the
-        choice. Methods that work at the input take no layer.
+    layer : str, Layer, nn.Module or sequence of these, optional
+        A name in ``model.layers``, one of its rows, or a module of the network; or several, whose maps are fused. By
+        default ("auto") the last layer with spatial extent that is not a pooling layer and that the classes depend on;
+        the result's `layer_reason` explains the choice. Methods that work at the input take no layer.
     method : str
         A key of `convscope.attribution.registry.METHODS`.
     fit : {"squash", "crop"}
@@ -114,6 +116,7 @@ def heatmaps(
     >>> heatmaps.layer
     'bn2'
     """
+    model = as_model(model)
     spec = resolve_method(model, method, layer, fuse, options)
     return compute_heatmaps(
         model,
@@ -132,7 +135,11 @@ def heatmaps(
 
 
 def resolve_method(
-    model: Model, name: str, layer: str | Sequence[str] | None, fuse: str, options: Mapping[str, object]
+    model: Model,
+    name: str,
+    layer: LayerLike | Sequence[LayerLike] | None,
+    fuse: str,
+    options: Mapping[str, object],
 ) -> MethodSpec:
     """Validate a method, its options and layers; choose the layer if none is given.
 
@@ -141,7 +148,7 @@ def resolve_method(
     model : Model
     name : str
         Key of the method.
-    layer : str, sequence of str or None
+    layer : str, Layer, nn.Module, sequence of these or None
     fuse : str
     options : mapping
 
@@ -161,21 +168,21 @@ def resolve_method(
     if layer is None or layer == "auto":
         chosen_layer, reason = choose_layer(model)
         return MethodSpec(name, method, (chosen_layer,), fuse, settings, reason)
-    names = [layer] if isinstance(layer, str) else list(layer)
-    if not names:
+    requested = as_layers(layer)
+    if not requested:
         raise ConvscopeError("layer is an empty list; give at least one layer, or None to choose automatically")
-    layers = tuple(dict.fromkeys(_find_spatial(model, name) for name in names))
+    layers = tuple(dict.fromkeys(_find_spatial(model, one) for one in requested))
     return MethodSpec(name, method, layers, fuse, settings, "as requested")
 
 
-def _find_spatial(model: Model, name: str) -> Layer:
-    """Find a layer by name; raise ConvscopeError if it has no spatial extent."""
-    layer = model.layers.find(name)
+def _find_spatial(model: Model, requested: LayerLike) -> Layer:
+    """Find a layer; raise ConvscopeError if it has no spatial extent."""
+    layer = find_layer(model, requested)
     if not layer.is_spatial:
         known = [spatial.name for spatial in model.layers.unique_spatial()]
         raise ConvscopeError(
-            f"layer {name!r} has output {' x '.join(map(str, layer.shape))} without spatial extent; the last layers "
-            f"that have some: {', '.join(known[-4:])}"
+            f"layer {layer.name!r} has output {' x '.join(map(str, layer.shape))} without spatial extent; the last "
+            f"layers that have some: {', '.join(known[-4:])}"
         )
     return layer
 

@@ -21,11 +21,13 @@ from convscope.decomposition.layer_access import (
 )
 from convscope.decomposition.result import Atlas
 from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_extra, require_int
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.sources.coercion import ModelLike, as_model
 
 Reducer: TypeAlias = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to coordinates (n, 2)
 
@@ -37,10 +39,10 @@ MIN_VECTORS_SPECTRAL = 51  # with fewer vectors UMAP's spectral initialisation f
 
 
 def atlas(
-    model: Model,
+    model: ModelLike,
     images: object,
     *,
-    layer: str | None = None,
+    layer: LayerLike | None = None,
     target: int | str | None = None,
     grid: int = 12,
     positions_per_image: int = 4,
@@ -63,12 +65,12 @@ def atlas(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         Any form that `convscope.predict` takes; the more and the more diverse, the better.
-    layer : str, optional
-        A layer with spatial positions. By default the last one.
+    layer : str, Layer or nn.Module, optional
+        A layer, as in `convscope.activations`, with spatial positions. By default the last one.
     target : int or str, optional
         A class, by index or name: only vectors that support it are shown. A vector does if the class's logit falls when
         the vector is set to 0, and the logits of at most `top_k` - 1 other classes fall further.
@@ -125,6 +127,7 @@ def atlas(
     >>> result.positions.shape[1], result.icons.shape[1:]
     (2, (32, 32, 3))
     """
+    model = as_model(model)
     check_image_model(model.preprocessing, "activation atlases")
     job = _Job(
         model=model,

@@ -35,11 +35,13 @@ from convscope.decomposition.result import Concepts
 from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, Progress, forward_batch_size, pad_to_fixed_batch
+from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.sources.coercion import ModelLike, as_model
 
 PATCH_HEIGHT = 112  # pixels of the patches in a result
 THUMBNAIL_SIDE = 160  # pixels of the thumbnails in a result
@@ -47,11 +49,11 @@ MAX_OVERLAP = 0.3  # intersection over union of two example crops of a concept
 
 
 def concepts(
-    model: Model,
+    model: ModelLike,
     images: object,
     target: int | str,
     *,
-    layer: str | None = None,
+    layer: LayerLike | None = None,
     count: int = 10,
     crop: float = 1 / 3,
     crops: int = 32,
@@ -74,14 +76,15 @@ def concepts(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         Any form that `convscope.predict` takes: images of the class. They are cropped at their own resolution.
     target : int or str
         The class, by index or name.
-    layer : str, optional
-        A layer without negative activations, such as one after a ReLU. By default the last one.
+    layer : str, Layer or nn.Module, optional
+        A layer, as in `convscope.activations`, without negative activations, such as one after a ReLU. By default the
+        last one.
     count : int
         Number of concepts.
     crop : float
@@ -136,6 +139,7 @@ def concepts(
     ((3, 1280), (3,), (1, 3, 7, 7))
     """
     check_dependencies()
+    model = as_model(model)
     check_image_model(model.preprocessing, "concepts")
     job = _Job(
         model=model,
@@ -171,7 +175,7 @@ class _Job:
     model: Model
     loader: ImageBatchLoader
     target: int
-    layer: str | None
+    layer: LayerLike | None
     count: int
     crop: float
     crops: int

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convscope.engine import capture, resume
 from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
+from convscope.engine.layer_selection import LayerLike, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
@@ -35,9 +36,9 @@ def resolve_class(model: Model, target: int | str) -> int:
     return model.class_index(target)
 
 
-def spatial_layer(model: Model, name: str) -> Layer:
-    """Return the layer called `name`. Raises ConvscopeError if there is none, or if it has no spatial positions."""
-    layer = model.layers.find(name)
+def spatial_layer(model: Model, requested: LayerLike) -> Layer:
+    """Return a layer. Raises ConvscopeError if there is none, or if it has no spatial positions."""
+    layer = find_layer(model, requested)
     if not layer.is_spatial:
         shape = " x ".join(map(str, layer.shape))
         raise ConvscopeError(
@@ -46,7 +47,7 @@ def spatial_layer(model: Model, name: str) -> Layer:
     return layer
 
 
-def last_nonnegative_layer(model: Model, x: Tensor, name: str | None = None) -> Layer:
+def last_nonnegative_layer(model: Model, x: Tensor, requested: LayerLike | None = None) -> Layer:
     """Find a layer without negative activations.
 
     Parameters
@@ -54,16 +55,16 @@ def last_nonnegative_layer(model: Model, x: Tensor, name: str | None = None) -> 
     model : Model
     x : Tensor
         (B, C, H, W) preprocessed images that are used to check.
-    name : str, optional
+    requested : str, Layer or nn.Module, optional
         The layer to check; the last suitable one, other than pooling, if omitted.
 
     Raises
     ------
     ConvscopeError
-        If the named layer has negative activations or only zeros, or if no layer is suitable.
+        If the requested layer has negative activations or only zeros, or if no layer is suitable.
     """
     layers = [layer for layer in model.layers.unique_spatial() if not layer.is_pooling]
-    layers += [] if name is None else [spatial_layer(model, name)]
+    layers += [] if requested is None else [spatial_layer(model, requested)]
     minima: dict[str, float] = {}
 
     def record_minimum(layer: str, maps: Tensor) -> None:
@@ -77,17 +78,17 @@ def last_nonnegative_layer(model: Model, x: Tensor, name: str | None = None) -> 
         raise ConvscopeError(
             "all layers of this network have negative activations; concepts need one without, such as after a ReLU"
         )
-    if name is None:
+    if requested is None:
         return suitable[-1]
-    requested = layers[-1]
-    minimum = minima[requested.name]
+    layer = layers[-1]
+    minimum = minima[layer.name]
     if minimum < 0:
         values = f"activations down to {minimum:.3g}" if math.isfinite(minimum) else "only zeros"
         raise ConvscopeError(
-            f"layer {requested.name!r} has {values}, and concepts need non-negative activations; "
+            f"layer {layer.name!r} has {values}, and concepts need non-negative activations; "
             f"choose a layer after a ReLU, such as {suitable[-1].name!r}"
         )
-    return requested
+    return layer
 
 
 @contextmanager

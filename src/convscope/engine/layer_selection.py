@@ -1,13 +1,20 @@
-"""Select layers that represent a network, from the first to the last."""
+"""Find the layers that a user refers to, and select layers that represent a network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeAlias
+
+from torch import nn
 
 from convscope.engine.layer_table import Layer
-from convscope.engine.model import Model
+from convscope.engine.model import LOGITS, Model
+from convscope.errors import ConvscopeError
+
+LayerLike: TypeAlias = str | Layer | nn.Module
+"""A layer: its name in ``model.layers``, its row there, or the module itself."""
 
 
 def last_per_resolution(model: Model) -> list[Layer]:
@@ -36,3 +43,46 @@ def select_by_depth(model: Model, count: int, min_count: int | None = None) -> l
 
 def _area(layer: Layer) -> int:
     return math.prod(layer.shape[1:3])
+
+
+def layer_name(model: Model, layer: LayerLike) -> str:
+    """Return the full name of a layer; ``"logits"`` stands for the classes and is returned as it is."""
+    return LOGITS if isinstance(layer, str) and layer == LOGITS else find_layer(model, layer).name
+
+
+def find_layer(model: Model, layer: LayerLike) -> Layer:
+    """Return the row of the layer table for a name, a row or a module of the network.
+
+    Raises ConvscopeError for a layer that this model does not have, and for a module that it calls several times.
+    """
+    if isinstance(layer, nn.Module):
+        return model.layers.find(_name_of_module(model, layer))
+    if not isinstance(layer, str | Layer):
+        raise ConvscopeError(
+            f"layer is {layer!r}; expected a name in model.layers, a row of model.layers, or a module of the network"
+        )
+    return model.layers.find(name_of(layer))
+
+
+def name_of(layer: str | Layer) -> str:
+    """Return the name of a layer, where no model is at hand. Raises ConvscopeError for a module."""
+    if not isinstance(layer, str | Layer):
+        raise ConvscopeError(f"layer is a {type(layer).__name__}; expected a name in model.layers or a row of it")
+    return layer if isinstance(layer, str) else layer.name
+
+
+def as_layers(layers: LayerLike | Sequence[LayerLike]) -> list[LayerLike]:
+    """Return one layer or several as a list."""
+    return [layers] if isinstance(layers, str | Layer | nn.Module) else list(layers)
+
+
+def _name_of_module(model: Model, module: nn.Module) -> str:
+    modules, _ = model.modules_and_parameters()
+    kind = type(module).__name__
+    name = next((name for name, candidate in modules.items() if candidate is module), None)
+    if name is None:
+        raise ConvscopeError(f"this {kind} is not a layer of {model.name}; print(model.layers) lists them")
+    calls = [layer.name for layer in model.layers if layer.name.partition("#")[0] == name]
+    if len(calls) > 1:
+        raise ConvscopeError(f"this {kind} runs {len(calls)} times; give one of its calls: {', '.join(calls)}")
+    return name

@@ -32,6 +32,7 @@ from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_hea
 from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, resolve_options
 from convscope.evaluation.result import Evaluation, suspicion_notes
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.sources.coercion import ModelLike, as_model
 
 BYTES_PER_PIXEL = 64  # of each map: its values, ranks, and the temporaries of ranking
 
@@ -39,7 +40,7 @@ Run = Callable[[Tensor], ForwardResult]
 
 
 def evaluate(
-    model: Model,
+    model: ModelLike,
     images: object,
     heatmaps: object,
     metrics: str | Sequence[str] = ("deletion", "insertion"),
@@ -59,8 +60,8 @@ def evaluate(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
         The N images of the heatmaps, in any form that `convscope.heatmaps` takes.
     heatmaps : Heatmaps or array
@@ -115,6 +116,7 @@ def evaluate(
     >>> evaluation.mean("insertion") > evaluation.mean("deletion")
     True
     """
+    model = as_model(model)
     names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
     if not names:
         raise ConvscopeError(f"no metrics; expected some of {', '.join(METRICS)}")

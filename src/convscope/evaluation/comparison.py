@@ -19,6 +19,7 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets
 from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.layer_selection import LayerLike, as_layers
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.evaluation.api import evaluate
@@ -27,6 +28,7 @@ from convscope.evaluation.result import Evaluation
 from convscope.feature_maps import predict
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.results import Result
+from convscope.sources.coercion import ModelLike, as_model
 
 METHODS = ("grad-cam", "grad-cam++", "hirescam", "layer-cam", "eigen-cam", "centred", "random")
 
@@ -108,12 +110,12 @@ class Comparison(Result):
 
 
 def compare(
-    model: Model,
+    model: ModelLike,
     images: object,
     targets: Targets | None = None,
     *,
     methods: Sequence[str] = METHODS,
-    layers: Sequence[str] | None = None,
+    layers: LayerLike | Sequence[LayerLike] | None = None,
     metrics: Sequence[str] = ("deletion", "insertion"),
     masks: object = None,
     fit: str = "squash",
@@ -132,14 +134,14 @@ def compare(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     images, targets
         As in `convscope.heatmaps`.
     methods : sequence of str
         Names of methods. "random" and "centred" do not depend on the network: a method must beat them.
-    layers : sequence of str, optional
-        Names of layers; chosen automatically if omitted.
+    layers : str, Layer, nn.Module or sequence of these, optional
+        As in `convscope.activations`; chosen automatically if omitted.
     metrics, masks
         As in `convscope.evaluate`.
     fit, against, smooth, scale, fuse, seed, memory, max_pixels
@@ -166,6 +168,7 @@ def compare(
     >>> comparison.best("deletion")["method"]
     'grad-cam'
     """
+    model = as_model(model)
     combinations = _combinations(model, methods, layers, fuse)
     for metric in metrics:
         get_metric(metric)
@@ -212,12 +215,15 @@ def compare(
     )
 
 
-def _combinations(model: Model, methods: Sequence[str], layers: Sequence[str] | None, fuse: str) -> list[MethodSpec]:
+def _combinations(
+    model: Model, methods: Sequence[str], layers: LayerLike | Sequence[LayerLike] | None, fuse: str
+) -> list[MethodSpec]:
     """Return every method at every layer; methods at the input once."""
+    requested = [] if layers is None else as_layers(layers)
     combinations = []
     for method in methods:
         at_input = get_method(method).at_input
-        for layer in [None] if at_input or not layers else layers:
+        for layer in [None] if at_input or not requested else requested:
             combinations.append(resolve_method(model, method, layer, fuse, {}))
     if not combinations:
         raise ConvscopeError("there are no methods to compare")

@@ -15,6 +15,7 @@ from convscope.explorer import server
 from convscope.explorer.web import security
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
+from convscope.sources.coercion import ModelLike, as_model
 
 if TYPE_CHECKING:
     import uvicorn
@@ -51,7 +52,7 @@ class ExplorerFrame:
         )
 
 
-def show(model: Model, image: object = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
+def show(model: ModelLike, image: object = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
     """Open the explorer in a notebook.
 
     The server listens on this machine only (127.0.0.1). The browser has to run on the same machine, or reach the port
@@ -59,9 +60,9 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
 
     Parameters
     ----------
-    model : Model
-        It may be trained further: pages that are opened later use its new weights. After
-        parameters or layers are replaced by others, call `show` again.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes. It may be trained further: pages that are opened later use its
+        new weights. After parameters or layers are replaced by others, call `show` again.
     image : path, sequence of paths, PIL images, arrays or tensor, optional
         Images in any form that `convscope.predict` takes; the sample photographs if omitted.
     height : int
@@ -77,7 +78,7 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
     Raises
     ------
     ConvscopeError
-        If `model` is not a Model, an image cannot be read, the port is not available, or the packages of the extra
+        If `model` cannot be loaded, an image cannot be read, the port is not available, or the packages of the extra
         ``serve`` are not installed.
 
     Examples
@@ -89,8 +90,7 @@ def show(model: Model, image: object = None, *, height: int = 720, port: int = 0
     'http://127.0.0.1:...'
     >>> frame.close()
     """
-    if not isinstance(model, Model):
-        raise ConvscopeError(f"model is a {type(model).__name__}; expected a Model, as convscope.load returns")
+    model = as_model(model)
     if height < MIN_HEIGHT:
         raise ConvscopeError(f"height is {height}; expected {MIN_HEIGHT} or more pixels")
     listening = server.bind_socket("127.0.0.1", port)

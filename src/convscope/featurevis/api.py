@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convscope.engine.batching import MEMORY, Progress
 from convscope.engine.capture import capture_layers
+from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.featurevis.batch import BatchResult, PatternBatch, concatenate_results, subset_objective
 from convscope.featurevis.frames import FrameRecorder, channels_last
@@ -37,6 +38,7 @@ from convscope.featurevis.scoring import (
 )
 from convscope.featurevis.task import OptimizationTask
 from convscope.images.loading import Failure
+from convscope.sources.coercion import ModelLike, as_model
 
 __all__ = ["Patterns", "patterns"]
 
@@ -44,8 +46,8 @@ Callback = Callable[[int, np.ndarray], None]
 
 
 def patterns(
-    model: Model,
-    layer: str | Objective | Sequence[Objective],
+    model: ModelLike,
+    layer: LayerLike | Objective | Sequence[Objective],
     units: Units | None = None,
     *,
     recipe: str | Recipe = "robust",
@@ -70,10 +72,11 @@ def patterns(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
-    layer : str, Objective or sequence of Objective
-        A name in ``model.layers``, ``"logits"`` for the classes, or objectives of `convscope.objectives`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
+    layer : str, Layer, nn.Module, Objective or sequence of Objective
+        A name in ``model.layers``, one of its rows, or a module of the network; ``"logits"`` for the classes; or
+        objectives of `convscope.objectives`.
     units : int, str or iterable of these, optional
         Channels of the layer; class indices or names for ``"logits"``. By default all of them; for the recipes "dream"
         and "caricature" the layer as a whole.
@@ -143,6 +146,7 @@ def patterns(
     >>> patterns.images.shape, patterns.names
     ((1, 64, 64, 3), ['lesser panda'])
     """
+    model = as_model(model)
     recipe_name, recipe = find_recipe(recipe, start is not None, space)
     request = parse_request(model, layer, units, recipe_name, recipe)
     settings = parse_settings(

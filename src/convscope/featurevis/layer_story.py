@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from convscope.engine.batching import MEMORY, Progress
-from convscope.engine.layer_selection import select_by_depth
+from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.results import Result
+from convscope.sources.coercion import ModelLike, as_model
 
 MAX_LAYERS = 6  # by default, besides the classes
 
@@ -100,8 +101,8 @@ class Story(Result):
 
 
 def story(
-    model: Model,
-    layers: Sequence[str] | None = None,
+    model: ModelLike,
+    layers: LayerLike | Sequence[LayerLike] | None = None,
     *,
     units: int = 24,
     num_displayed: int = 6,
@@ -113,10 +114,11 @@ def story(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
-    layers : sequence of str, optional
-        Names, in the order of the chapters. By default one layer for each resolution, at most six, and the classes.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
+    layers : str, Layer, nn.Module or sequence of these, optional
+        Layers as in `convscope.patterns`, in the order of the chapters. By default one layer for each resolution, at
+        most six, and the classes.
     units : int
         Number of units per layer, 2 or more, evenly spaced over its channels.
     num_displayed : int
@@ -146,11 +148,12 @@ def story(
     >>> story.chapters[0].receptive_field, story.chapters[0].images.shape
     ((3, 3), (1, 64, 64, 3))
     """
+    model = as_model(model)
     if units < 2 or not 1 <= num_displayed <= units:
         raise ConvscopeError(
             f"units is {units}, num_displayed is {num_displayed}; expected 2 or more units, and 1 to {units} displayed"
         )
-    names = _default_layers(model) if layers is None else list(layers)
+    names = _default_layers(model) if layers is None else [layer_name(model, layer) for layer in as_layers(layers)]
     if not names:
         raise ConvscopeError("layers is empty; give the names of layers that have units")
     rows = [None if name == LOGITS else model.layers.find(name) for name in names]

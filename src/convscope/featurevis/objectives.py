@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.engine.capture import LayerOutputs
+from convscope.engine.layer_selection import name_of
+from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS
 from convscope.errors import ConvscopeError
 from convscope.featurevis.objective import Objective, channels_first, position_mean
@@ -39,13 +41,13 @@ __all__ = [
 ]
 
 
-def channel(layer: str, unit: int) -> Objective:
+def channel(layer: str | Layer, unit: int) -> Objective:
     """Return the mean activation of a channel: mean over p of x_c(p).
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``.
     unit : int
         The channel c; for ``"logits"`` the class, whose logit is the value.
 
@@ -65,17 +67,18 @@ def channel(layer: str, unit: int) -> Objective:
     >>> patterns.names
     ['conv_stem 4']
     """
+    layer = name_of(layer)
     name = f"logit {unit}" if layer == LOGITS else f"{layer} {unit}"
     return Objective(name, ((layer, unit),), lambda outputs: position_mean(channels_first(outputs, layer)[:, unit]))
 
 
-def channels(layer: str, units: Sequence[int]) -> Objective:
+def channels(layer: str | Layer, units: Sequence[int]) -> Objective:
     """Return the sum of the mean activations of several channels: sum over c of mean over p of x_c(p).
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``.
     units : sequence of int
         The channels; at least one. A channel that occurs twice counts twice.
 
@@ -96,6 +99,7 @@ def channels(layer: str, units: Sequence[int]) -> Objective:
     >>> objectives.channels("fc", [0, 1])(LayerOutputs({"fc": torch.tensor([[3.0, 4.0]])}))
     tensor([7.])
     """
+    layer = name_of(layer)
     indices = list(units)
     if not indices:
         raise ConvscopeError("units is empty; give at least one channel")
@@ -104,7 +108,7 @@ def channels(layer: str, units: Sequence[int]) -> Objective:
     return Objective(name, layer_channels, lambda x: position_mean(channels_first(x, layer)[:, indices].sum(1)))
 
 
-def neuron(layer: str, unit: int, position: Sequence[int] | None = None) -> Objective:
+def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None) -> Objective:
     """Return the activation of a channel at one position: x_c(p).
 
     The default is the middle of the map, drawn here for a map of 5 x 5 positions. An even side 2 m has its middle at
@@ -118,8 +122,8 @@ def neuron(layer: str, unit: int, position: Sequence[int] | None = None) -> Obje
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``, which has no positions.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``, which has no positions.
     unit : int
         The channel c.
     position : sequence of int, optional
@@ -138,6 +142,7 @@ def neuron(layer: str, unit: int, position: Sequence[int] | None = None) -> Obje
     >>> objectives.neuron("conv", 1, (0, 1))(LayerOutputs({"conv": torch.arange(8.0).view(1, 2, 2, 2)}))
     tensor([5.])
     """
+    layer = name_of(layer)
 
     def value(outputs: LayerOutputs) -> Tensor:
         maps = channels_first(outputs, layer)[:, unit]
@@ -152,15 +157,15 @@ def neuron(layer: str, unit: int, position: Sequence[int] | None = None) -> Obje
     return Objective(f"{layer} {unit} at {where}", ((layer, unit),), value, fixed_position=position is not None)
 
 
-def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
+def direction(layer: str | Layer, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
     """Return the alignment with a direction v in channel space: mean over p of v . x(p) * max(0.1, cos(v, x(p)))^power.
 
     With ``power=0`` the activation may also grow in other directions; a higher power penalises that.
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``.
     vector : sequence of float, array or tensor
         The direction v (C,), one finite number per channel, not all zero.
     power : float
@@ -190,6 +195,7 @@ def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: 
     >>> objectives.direction("fc", [1.0, 0.0], power=1)(outputs)  # 3 * 3 / 5
     tensor([1.8000])
     """
+    layer = name_of(layer)
     weights = torch.as_tensor(vector).detach().float().flatten().cpu()
     if len(weights) == 0 or not bool(weights.isfinite().all()) or not bool(weights.any()):
         raise ConvscopeError("the vector of a direction has to be finite, and not all zero")
@@ -203,15 +209,15 @@ def direction(layer: str, vector: Sequence[float] | np.ndarray | Tensor, power: 
     return Objective(f"direction in {layer}", ((layer, len(weights) - 1),), value)
 
 
-def deepdream(layer: str) -> Objective:
+def deepdream(layer: str | Layer) -> Objective:
     """Return the mean square of all activations of a layer: sum of x^2 / n.
 
     Its gradient amplifies whatever the layer already detects in the image.
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``.
 
     Returns
     -------
@@ -229,6 +235,7 @@ def deepdream(layer: str) -> Objective:
     >>> objectives.deepdream("fc")(LayerOutputs({"fc": torch.tensor([[3.0, 4.0]])}))
     tensor([12.5000])
     """
+    layer = name_of(layer)
 
     def value(outputs: LayerOutputs) -> Tensor:
         return channels_first(outputs, layer).square().flatten(1).mean(1)
@@ -236,7 +243,7 @@ def deepdream(layer: str) -> Objective:
     return Objective(f"all of {layer}", ((layer, None),), value)
 
 
-def caricature(layer: str, power: float = 1) -> Objective:
+def caricature(layer: str | Layer, power: float = 1) -> Objective:
     """Return the similarity of a layer's output x to that of a photograph, y: x . y / n * max(0.1, cos(x, y))^power.
 
     Maximising it exaggerates what the layer detects in the photograph, at the position where it is detected. The image
@@ -244,8 +251,8 @@ def caricature(layer: str, power: float = 1) -> Objective:
 
     Parameters
     ----------
-    layer : str
-        A name in ``model.layers``, or ``"logits"``.
+    layer : str or Layer
+        A name in ``model.layers``, one of its rows, or ``"logits"``.
     power : float
         Exponent of the cosine, 0 or more.
 
@@ -267,6 +274,7 @@ def caricature(layer: str, power: float = 1) -> Objective:
     >>> objectives.caricature("fc")(outputs)  # 3 / 2 * 3 / 5
     tensor([0.9000])
     """
+    layer = name_of(layer)
 
     def value(outputs: LayerOutputs) -> Tensor:
         x = channels_first(outputs, layer)
@@ -277,7 +285,7 @@ def caricature(layer: str, power: float = 1) -> Objective:
     return Objective(f"likeness in {layer}", ((layer, None),), value, paired=True)
 
 
-def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+def diversity(objective: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
     """Return an objective for `count` images with different textures: f - weight * |f| * s for each of them.
 
     f is the value of `objective`; s is the mean cosine similarity of the image's Gram matrix of channels in `layer` to
@@ -287,7 +295,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     ----------
     objective : Objective
         About one image.
-    layer : str
+    layer : str or Layer
         A layer with positions, in which textures are compared.
     count : int
         Number of images, 2 or more. They are optimised in one batch.
@@ -313,6 +321,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     >>> objectives.diversity(objectives.channel("blocks.4.2", 7), "blocks.2.2", 3).name
     '3 of blocks.4.2 7'
     """
+    layer = name_of(layer)
     if count < 2 or objective.num_images != 1 or objective.paired:
         raise ConvscopeError("diversity takes two images or more, and an objective about one image")
 
@@ -332,7 +341,7 @@ def diversity(objective: Objective, layer: str, count: int, weight: float = 1) -
     return Objective(name, layer_channels, value, count, fixed_position=fixed_position)
 
 
-def interpolation(first: Objective, last: Objective, layer: str, count: int, weight: float = 1) -> Objective:
+def interpolation(first: Objective, last: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
     """Return an objective for a series of `count` images from one objective to another: v - weight * |v| * d.
 
     For image i, v = (1 - t) a + t b with t = i / (count - 1), where a and b are the values of `first` and `last`. d is
@@ -343,8 +352,8 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
     ----------
     first, last : Objective
         Each about one image.
-    layer : str
-        A name in ``model.layers``, in which neighbours are compared.
+    layer : str or Layer
+        A name in ``model.layers``, or one of its rows, in which neighbours are compared.
     count : int
         Number of images, 2 or more. They are optimised in one batch.
     weight : float
@@ -370,6 +379,7 @@ def interpolation(first: Objective, last: Objective, layer: str, count: int, wei
     >>> objectives.interpolation(first, last, "blocks.3.2", 4).name
     'from blocks.4.2 7 to blocks.4.2 9'
     """
+    layer = name_of(layer)
     if count < 2 or (first.num_images, last.num_images) != (1, 1) or first.paired or last.paired:
         raise ConvscopeError("an interpolation takes two images or more, and objectives about one image")
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from convscope.engine.capture import LayerOutputs
+from convscope.engine.layer_selection import LayerLike, layer_name
+from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, find_name, is_int
 from convscope.featurevis.defaults import Size
@@ -142,11 +144,11 @@ def find_recipe(recipe: str | Recipe, has_start: bool, space: str) -> tuple[str,
 
 
 def parse_request(
-    model: Model, layer: str | Objective | Sequence[Objective], units: Units | None, name: str, recipe: Recipe
+    model: Model, layer: LayerLike | Objective | Sequence[Objective], units: Units | None, name: str, recipe: Recipe
 ) -> PatternRequest:
     """Return the checked request for units of a layer or for objectives; raise ConvscopeError."""
-    if isinstance(layer, str):
-        return _parse_units(model, layer, units, name, recipe)
+    if isinstance(layer, str | Layer | nn.Module):
+        return _parse_units(model, layer_name(model, layer), units, name, recipe)
     if units is not None:
         raise ConvscopeError("units= goes with a layer's name; an objective names its own units")
     objectives = [layer] if isinstance(layer, Objective) else list(layer)
@@ -187,7 +189,6 @@ def _resolve_layer_names(model: Model, objective: Objective) -> Objective:
 
 
 def _parse_units(model: Model, layer: str, units: Units | None, recipe_name: str, recipe: Recipe) -> PatternRequest:
-    layer = layer if layer == LOGITS else model.layers.find(layer).name
     if units is None and recipe.objective is not None:
         if layer == LOGITS:
             raise ConvscopeError(f"recipe {recipe_name!r} needs units= for 'logits': the classes to optimise for")

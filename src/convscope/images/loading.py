@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.decoding import (
@@ -258,6 +258,8 @@ class ImageBatchLoader:
             return self._split_array(images)
         items: list[_Item] = []
         for item in images if isinstance(images, list | tuple) else [images]:
+            if isinstance(item, nn.Module):
+                raise ConvscopeError(f"images is a {type(item).__name__}; the model comes first, the images second")
             if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray):
                 raise ConvscopeError(f"{type(item).__name__} is not an image; expected {_ACCEPTED}")
             items.append(os.fsdecode(item) if isinstance(item, str | os.PathLike) else item)

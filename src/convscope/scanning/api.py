@@ -18,7 +18,7 @@ from convscope.datasets.catalogue import Catalogue, build_catalogue, match_class
 from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, forward_bytes
 from convscope.engine.batching import batch_size as fitting_batch_size
-from convscope.engine.layer_selection import last_per_resolution
+from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
@@ -34,16 +34,17 @@ from convscope.scanning.plan import (
     scan_identity,
 )
 from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, scan_shard, shard_file_name, write_shard
+from convscope.sources.coercion import ModelLike, as_model
 from convscope.store.store import Store, open_store
 
 MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than decoding
 
 
 def scan(
-    model: Model,
+    model: ModelLike,
     dataset: object,
     out: str | os.PathLike[str],
-    layers: str | Sequence[str] | None = None,
+    layers: LayerLike | Sequence[LayerLike] | None = None,
     k: int = 100,
     *,
     sample: int = 1000,
@@ -65,16 +66,16 @@ def scan(
 
     Parameters
     ----------
-    model : Model
-        From `convscope.load`.
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
     dataset : str, path, sequence, array or data set object
         A folder, a glob, a .txt list, WebDataset tars, Parquet files with images, a data set of torchvision or Hugging
         Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec supports.
     out : path
         The folder of the store, on a local disk. A finished store can be copied to any address and read there.
-    layers : str or sequence of str, optional
-        Names of layers, or "all" for every distinct layer. By default the last layer at each resolution. The logits are
-        always scanned.
+    layers : str, Layer, nn.Module or sequence of these, optional
+        Layers as in `convscope.activations`, or "all" for every distinct layer. By default the last layer at each
+        resolution. The logits are always scanned.
     k : int
         Number of top and bottom images of each unit.
     sample : int
@@ -125,6 +126,7 @@ def scan(
     2
     >>> folder.cleanup()
     """
+    model = as_model(model)
     store = local_folder(out)
     catalogue = build_catalogue(dataset, storage=storage)
     names = _select_layers(model, layers)
@@ -156,15 +158,14 @@ def scan(
 # --- the request -----------------------------------------------------------------------------------------------------
 
 
-def _select_layers(model: Model, layers: str | Sequence[str] | None) -> list[str]:
+def _select_layers(model: Model, layers: LayerLike | Sequence[LayerLike] | None) -> list[str]:
     """Return distinct names of layers, followed by the logits if the network has any."""
     if layers is None:
         selected = [layer for layer in last_per_resolution(model) if len(layer.shape) != 2]
     elif layers == "all":
         selected = [layer for layer in model.layers.unique_spatial() if len(layer.shape) != 2]
     else:
-        names = [layers] if isinstance(layers, str) else list(layers)
-        selected = [model.layers.find(name) for name in names if name != LOGITS]
+        selected = [find_layer(model, layer) for layer in as_layers(layers) if layer != LOGITS]
     not_images = [layer.name for layer in selected if len(layer.shape) not in (1, 3)]
     if model.preprocessing.axes != 2 or not_images:
         raise ConvscopeError(

@@ -1,0 +1,192 @@
+"""A module, a Keras model or a name goes wherever a Model does."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import convscope
+from convscope import objectives
+from convscope.sources import api, coercion
+from convscope.sources.coercion import as_model
+
+
+class Tiny(nn.Module):
+    """Two convolutions, of which the ReLU runs twice, and a classifier."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(width * 32 * 32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.conv2(self.relu(self.conv1(x))))
+        return self.fc(x.flatten(1))
+
+
+@pytest.fixture
+def net() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[object]:
+    """Record what is loaded."""
+    loaded: list[object] = []
+    load = api.load
+
+    def record(source, **options):
+        loaded.append(source)
+        return load(source, **options)
+
+    monkeypatch.setattr(api, "load", record)
+    return loaded
+
+
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_a_bare_module_gives_what_its_model_gives(net, x, tmp_path):
+    model = convscope.load(net)
+    images = [(255 * np.random.default_rng(0).random((40, 40, 3))).astype(np.uint8)] * 2
+    assert np.array_equal(convscope.predict(net, x).logits, convscope.predict(model, x).logits)
+    assert np.array_equal(convscope.activations(net, x)["conv2"], convscope.activations(model, x)["conv2"])
+    heatmaps = convscope.heatmaps(net, x)
+    assert np.array_equal(heatmaps.values, convscope.heatmaps(model, x).values)
+    assert convscope.evaluate(net, x, heatmaps, steps=2)["deletion"].shape == (2, 1)
+    assert len(convscope.compare(net, x, methods=["grad-cam", "centred"], metrics=["deletion"]).heatmaps) == 2
+    assert convscope.patterns(net, "conv1", [0], steps=1, size=32).images.shape == (1, 32, 32, 3)
+    assert convscope.story(net, ["conv1"], units=2, num_displayed=1).chapters[0].layer == "conv1"
+    assert convscope.scan(net, images[:1], tmp_path / "store", "conv1", k=1, workers=0).layers == ["conv1", "logits"]
+    assert convscope.concepts(net, images, 1, count=2, crops=8, sobol_points=2, only_predicted=False).layer
+    atlas = convscope.atlas(
+        net, images, grid=1, min_count=1, positions_per_image=8, reducer=lambda v: v[:, :2], size=32, steps=1
+    )
+    assert atlas.icons.shape[0] >= 1
+
+
+def test_assumptions_are_warned_of_once(net, x, loads):
+    with pytest.warns(convscope.ConvscopeWarning, match=r"Tiny: .*preprocessing.*convscope\.load\(module") as caught:
+        convscope.predict(net, x)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convscope.predict(net, x)
+        convscope.heatmaps(net, x)
+    assert len(loads) == 1
+
+
+def test_a_name_is_loaded_once_and_without_warnings(photos, loads):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = convscope.predict("lite0", photos[0], top=1)
+        second = convscope.predict("lite0", photos[0], top=1)
+    assert first.names == [["Egyptian cat"]]
+    assert first.model is second.model
+    assert loads == ["lite0"]
+
+
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_new_weights_and_new_layers_are_seen(net, x, loads):
+    before = convscope.predict(net, x, top=1).logits
+    with torch.no_grad():
+        net.fc.bias += 1
+    assert np.allclose(convscope.predict(net, x).logits, before + 1, atol=1e-5)
+    assert len(loads) == 1
+    net.fc = nn.Linear(4 * 32 * 32, 7)
+    assert convscope.predict(net, x).logits.shape == (2, 7)
+    net.conv1.padding = (2, 2)
+    net.conv2.padding = (0, 0)
+    assert as_model(net).layers["conv1"].shape == (4, 34, 34)
+    assert len(loads) == 3
+
+
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_the_cache_keeps_no_module_alive():
+    net = Tiny()
+    as_model(net)
+    reference = weakref.ref(net)
+    del net
+    gc.collect()
+    assert reference() is None
+
+
+def test_few_names_stay_in_memory(monkeypatch):
+    monkeypatch.setattr(api, "load", lambda source: convscope.Model(nn.Identity(), source, None, None, None, None))
+    for name in "abcd":
+        as_model(name)
+    assert [name for name, _ in coercion._by_name] == ["c", "d"]
+    coercion._by_name.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_keras_model(loads):
+    import keras
+
+    net = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(4, 3, name="c"), keras.layers.Flatten()])
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    assert list(convscope.activations(net, images, net.get_layer("c"))) == ["c"]
+    convscope.predict(net, images)
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("wrong", ["cat.JPG", np.zeros((4, 4, 3)), torch.zeros(1, 3, 4, 4), ["a.png"], None])
+def test_swapped_arguments(net, wrong):
+    with pytest.raises(convscope.ConvscopeError, match="the model comes first, the images second"):
+        convscope.heatmaps(wrong, net)
+
+
+def test_a_module_as_images(lite0, net):
+    with pytest.raises(convscope.ConvscopeError, match="images is a Tiny; the model comes first"):
+        convscope.predict(lite0, net)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_layers_as_modules_and_rows(net, x):
+    model = convscope.load(net)
+    row = model.layers["conv2"]
+    expected = convscope.activations(model, x, "conv2")["conv2"]
+    for layer in (net.conv2, row, [net.conv2], [row]):
+        maps = convscope.activations(net, x, layer)
+        assert list(maps) == ["conv2"]
+        assert np.array_equal(maps[net.conv2], expected)
+        assert np.array_equal(maps[row], expected)
+        assert convscope.heatmaps(net, x, layer=layer).layer == "conv2"
+    both = convscope.activations(net, x, [net.conv1, row])
+    assert list(both) == ["conv1", "conv2"]
+    assert convscope.patterns(net, net.conv2, [1], steps=1, size=32).layer == "conv2"
+    assert convscope.patterns(net, row, [1], steps=1, size=32).layer == "conv2"
+    assert convscope.patterns(net, objectives.channel(row, 1), steps=1, size=32).layer == "conv2"
+
+
+def test_layers_in_a_wrapped_module(net, x):
+    model = convscope.load(nn.DataParallel(net))
+    assert convscope.heatmaps(model, x, layer=net.conv1).layer == "conv1"
+
+
+def test_layers_that_do_not_fit(net, x):
+    model = convscope.load(net)
+    with pytest.raises(convscope.ConvscopeError, match=r"runs 2 times; give one of its calls: relu, relu#2"):
+        convscope.heatmaps(model, x, layer=net.relu)
+    with pytest.raises(convscope.ConvscopeError, match="this Conv2d is not a layer of Tiny"):
+        convscope.heatmaps(model, x, layer=nn.Conv2d(3, 3, 1))
+    with pytest.raises(convscope.ConvscopeError, match=r"layer is 3; expected a name in model\.layers"):
+        convscope.activations(model, x, [3])
+    with pytest.raises(convscope.ConvscopeError, match=r"layer 'conv3' is not in this model; nearest: conv"):
+        convscope.activations(model, x, "conv3")
