@@ -106,6 +106,7 @@ def test_names_are_those_of_the_tables():
     from convscope.attribution.registry import METHODS
     from convscope.evaluation.registry import METRICS
     from convscope.featurevis.recipes import RECIPES
+
     assert list(names.METHOD_NAMES) == list(METHODS)
     assert list(names.RECIPE_NAMES) == list(RECIPES)
     assert list(names.METRIC_NAMES) == list(METRICS)

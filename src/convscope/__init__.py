@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from convscope.featurevis.layer_story import Story, story
     from convscope.featurevis.result import Patterns
     from convscope.images.preprocessing import Preprocessing
+    from convscope.names import methods, metrics, recipes
     from convscope.scanning.api import scan
     from convscope.sources.api import load
     from convscope.store.store import Store, open_store
@@ -67,11 +68,14 @@ __all__ = [
     "evaluate",
     "heatmaps",
     "load",
+    "methods",
+    "metrics",
     "objectives",
     "open_store",
     "output_target",
     "patterns",
     "predict",
+    "recipes",
     "samples",
     "scan",
     "segmentation_target",
@@ -101,11 +105,14 @@ _TARGETS = {
     "evaluate": "convscope.evaluation.api:evaluate",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",
+    "methods": "convscope.names:methods",
+    "metrics": "convscope.names:metrics",
     "objectives": "convscope.objectives",
     "open_store": "convscope.store.store:open_store",
     "output_target": "convscope.attribution.targets:output_target",
     "patterns": "convscope.featurevis.api:patterns",
     "predict": "convscope.feature_maps:predict",
+    "recipes": "convscope.names:recipes",
     "samples": "convscope.samples",
     "scan": "convscope.scanning.api:scan",
     "segmentation_target": "convscope.attribution.targets:segmentation_target",

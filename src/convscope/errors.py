@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -80,7 +81,8 @@ def find_name(kind: str, name: object, known: Sequence[str]) -> str:
 
 
 def _plain_name(name: str) -> str:
-    return name.casefold().replace("-", "").replace("_", "").replace(" ", "")
+    plain = name.casefold().replace("-", "").replace("_", "").replace(" ", "")
+    return re.sub(r"(plusplus|pp)$", "++", plain)
 
 
 def require_extra(package: str, extra: str = "scan") -> ModuleType:

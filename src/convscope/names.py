@@ -1,4 +1,4 @@
-"""Names of heatmap methods, recipes and metrics, as plain text.
+"""Names of heatmap methods, recipes and metrics, each with one line of description, as plain text.
 
 The command line refuses an unknown name by these tables, before it spends seconds on importing PyTorch. A test keeps
 them equal to the tables of functions: `attribution.registry`, `featurevis.recipes` and `evaluation.registry`.
@@ -6,62 +6,156 @@ them equal to the tables of functions: `attribution.registry`, `featurevis.recip
 
 from __future__ import annotations
 
-METHOD_NAMES = (
-    "cam",
-    "grad-cam",
-    "hirescam",
-    "grad-cam++",
-    "xgrad-cam",
-    "layer-cam",
-    "eigen-cam",
-    "eigen-grad-cam",
-    "finer-cam",
-    "saliency",
-    "input-x-gradient",
-    "smooth-grad",
-    "var-grad",
-    "integrated-gradients",
-    "guided-backprop",
-    "deconvnet",
-    "guided-grad-cam",
-    "full-grad",
-    "lrp-epsilon",
-    "lrp-gamma",
-    "lrp-zplus",
-    "score-cam",
-    "ablation-cam",
-    "occlusion",
-    "rise",
-    "random",
-    "centred",
-)
-"""Methods of `convscope.heatmaps`."""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
 
-RECIPE_NAMES = (
-    "plain",
-    "robust",
-    "maco",
-    "dream",
-    "caricature",
-)
-"""Recipes of `convscope.patterns`."""
+METHOD_DESCRIPTIONS = {
+    "cam": "channels weighted by the class's weights after the pooling",
+    "grad-cam": "channels weighted by their mean gradient; the default",
+    "hirescam": "each position weighted by its own gradient",
+    "grad-cam++": "channels weighted by their positive gradients",
+    "xgrad-cam": "channels weighted by their activation-averaged gradient",
+    "layer-cam": "positions weighted by their positive gradient",
+    "eigen-cam": "first principal component; the same for all classes",
+    "eigen-grad-cam": "first principal component of gradient x activation",
+    "finer-cam": "grad-cam against the three most similar classes",
+    "saliency": "largest absolute gradient over the channels; unsigned",
+    "input-x-gradient": "input times gradient, summed over the channels",
+    "smooth-grad": "saliency, averaged over noisy copies",
+    "var-grad": "variance of the gradient over noisy copies; unsigned",
+    "integrated-gradients": "gradients along the path from a baseline",
+    "guided-backprop": "positive gradients only; hardly depends on the class",
+    "deconvnet": "deconvolutional network; hardly depends on the class",
+    "guided-grad-cam": "guided-backprop times grad-cam",
+    "full-grad": "input and bias gradients of all layers; unsigned",
+    "lrp-epsilon": "layer-wise relevance, epsilon rule; extra lrp",
+    "lrp-gamma": "layer-wise relevance, gamma and z-box rules; extra lrp",
+    "lrp-zplus": "layer-wise relevance, z-plus rule; extra lrp",
+    "score-cam": "channels weighted by the score of the masked image; slow",
+    "ablation-cam": "channels weighted by the score lost without them; slow",
+    "occlusion": "drop of the score behind a sliding window; slow",
+    "rise": "mean score over random masks; for black boxes; slow",
+    "random": "uniform noise, a baseline that methods must beat",
+    "centred": "Gaussian at the centre, a baseline that methods must beat",
+}
 
-METRIC_NAMES = (
-    "deletion",
-    "insertion",
-    "road",
-    "average-drop",
-    "average-gain",
-    "average-increase",
-    "mu-fidelity",
-    "infidelity",
-    "max-sensitivity",
-    "sparseness",
-    "complexity",
-    "pointing",
-    "energy",
-    "iou",
-    "randomisation",
-    "random-logit",
-)
-"""Metrics of `convscope.evaluate`."""
+RECIPE_DESCRIPTIONS = {
+    "plain": "gradient steps on pixels, as in the textbook",
+    "robust": "Fourier image under random transforms; the default",
+    "maco": "phases of a natural spectrum, with opacity",
+    "dream": "a photograph, changed to excite a layer or units",
+    "caricature": "exaggerates what a layer responds to in a photograph",
+}
+
+METRIC_DESCRIPTIONS = {
+    "deletion": "lower: probability while relevant pixels are removed",
+    "insertion": "higher: probability while relevant pixels are inserted",
+    "road": "higher: probability without irrelevant - relevant pixels",
+    "average-drop": "lower: probability lost on image x map",
+    "average-gain": "higher: probability gained on image x map",
+    "average-increase": "higher: targets more probable on image x map",
+    "mu-fidelity": "higher: correlation of relevance with drops of the score",
+    "infidelity": "lower: squared error of relevance as predicted drop",
+    "max-sensitivity": "lower: change of the map under imperceptible noise",
+    "sparseness": "higher: Gini index of the map, a measure of brevity",
+    "complexity": "lower: entropy of the map, a measure of brevity",
+    "pointing": "higher: maximum on the target; needs masks",
+    "energy": "higher: relevance on the target; needs masks",
+    "iou": "higher: overlap of the map with the target; needs masks",
+    "randomisation": "lower: similarity to maps of random weights",
+    "random-logit": "lower: similarity to the map of another class",
+}
+
+METHOD_NAMES = tuple(METHOD_DESCRIPTIONS)
+RECIPE_NAMES = tuple(RECIPE_DESCRIPTIONS)
+METRIC_NAMES = tuple(METRIC_DESCRIPTIONS)
+
+
+@dataclass(frozen=True, repr=False)
+class NameTable(Mapping[str, str]):
+    """Names with one line of description each; prints as a table.
+
+    Attributes
+    ----------
+    kind : str
+        What the names stand for, such as "method".
+    descriptions : dict of str to str
+        A line for each name.
+    """
+
+    kind: str
+    descriptions: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.descriptions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.descriptions)
+
+    def __len__(self) -> int:
+        return len(self.descriptions)
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.descriptions))
+        return "\n".join(f"{name:{width}}  {line}" for name, line in self.descriptions.items())
+
+    def _repr_html_(self) -> str:
+        rows = [f"<tr><th>{self.kind}</th><th>description</th></tr>"]
+        rows += [f"<tr><td>{escape(name)}</td><td>{escape(line)}</td></tr>" for name, line in self.items()]
+        return f"<table>{''.join(rows)}</table>"
+
+
+def methods() -> NameTable:
+    """List the methods of `convscope.heatmaps`, with one line each.
+
+    Returns
+    -------
+    NameTable
+        A mapping of names to descriptions that prints as a table.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> convscope.methods()["grad-cam"]
+    'channels weighted by their mean gradient; the default'
+    """
+    return NameTable("method", METHOD_DESCRIPTIONS)
+
+
+def recipes() -> NameTable:
+    """List the recipes of `convscope.patterns`, with one line each.
+
+    Returns
+    -------
+    NameTable
+        A mapping of names to descriptions that prints as a table.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> convscope.recipes()
+    plain       gradient steps on pixels, as in the textbook
+    robust      Fourier image under random transforms; the default
+    maco        phases of a natural spectrum, with opacity
+    dream       a photograph, changed to excite a layer or units
+    caricature  exaggerates what a layer responds to in a photograph
+    """
+    return NameTable("recipe", RECIPE_DESCRIPTIONS)
+
+
+def metrics() -> NameTable:
+    """List the metrics of `convscope.evaluate`, with one line each, which begins with the better direction.
+
+    Returns
+    -------
+    NameTable
+        A mapping of names to descriptions that prints as a table.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> convscope.metrics()["deletion"]
+    'lower: probability while relevant pixels are removed'
+    """
+    return NameTable("metric", METRIC_DESCRIPTIONS)

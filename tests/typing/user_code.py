@@ -29,6 +29,8 @@ def look(images: list[str]) -> None:
     assert_type(activations["blocks.0"], np.ndarray)
     assert_type(activations.save("folder"), Path)
 
+    names: list[str] = [*convscope.methods(), *convscope.recipes(), *convscope.metrics()]
+    assert_type(names, list[str])
     assert_type(convscope.show(model), "convscope.explorer.notebook.ExplorerFrame")
 
 

@@ -63,7 +63,7 @@ def heatmaps(
         default ("auto") the last layer with spatial extent that is not a pooling layer and that the classes depend on;
         the result's `layer_reason` explains the choice. Methods that work at the input take no layer.
     method : str
-        A key of `convscope.attribution.registry.METHODS`.
+        Name of a method; `convscope.methods` lists them.
     fit : {"squash", "crop"}
         Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
     against : class or sequence of classes, optional

@@ -29,7 +29,7 @@ from convscope.errors import ConvscopeError, require_int
 from convscope.evaluation.baselines import check_fill
 from convscope.evaluation.context import EvaluationContext, Scores
 from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_heatmaps, parse_masks
-from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, resolve_options
+from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, metric_name, resolve_options
 from convscope.evaluation.result import Evaluation, suspicion_notes
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 from convscope.sources.coercion import ModelLike, as_model
@@ -68,7 +68,7 @@ def evaluate(
         Result of `convscope.heatmaps` for these images; or maps of any origin, (N, h, w) or (N, T, h, w) at any
         resolution over the network's input, higher values for more evidence.
     metrics : str or sequence of str
-        Keys of ``convscope.evaluation.registry.METRICS``.
+        Names of metrics; `convscope.metrics` lists them.
     targets : optional
         Targets of maps given as an array, as in `convscope.heatmaps`.
     masks : array or list, optional
@@ -117,7 +117,7 @@ def evaluate(
     True
     """
     model = as_model(model)
-    names = list(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics))
+    names = list(dict.fromkeys(metric_name(name) for name in ([metrics] if isinstance(metrics, str) else metrics)))
     if not names:
         raise ConvscopeError(f"no metrics; expected some of {', '.join(METRICS)}")
     metric_options = resolve_options(names, options, {"steps": steps, "fill": fill})

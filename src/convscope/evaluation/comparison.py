@@ -23,7 +23,7 @@ from convscope.engine.layer_selection import LayerLike, as_layers
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.evaluation.api import evaluate
-from convscope.evaluation.registry import get_metric
+from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.result import Evaluation
 from convscope.feature_maps import predict
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
@@ -73,7 +73,8 @@ class Comparison(Result):
     def best(self, metric: str) -> dict[str, Any]:
         """Return the row with the best mean of a metric."""
         sign = 1 if get_metric(metric).better == "higher" else -1
-        return max(self.rows(), key=lambda row: sign * row[metric])
+        name = metric_name(metric)
+        return max(self.rows(), key=lambda row: sign * row[name])
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the seconds, and the arrays of each combination under "method/layer/..."."""
@@ -139,7 +140,8 @@ def compare(
     images, targets
         As in `convscope.heatmaps`.
     methods : sequence of str
-        Names of methods. "random" and "centred" do not depend on the network: a method must beat them.
+        Names of methods, which `convscope.methods` lists. "random" and "centred" do not depend on the network: a method
+        must beat them.
     layers : str, Layer, nn.Module or sequence of these, optional
         As in `convscope.activations`; chosen automatically if omitted.
     metrics, masks

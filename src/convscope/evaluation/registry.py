@@ -158,9 +158,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def metric_name(name: str) -> str:
+    """Return the key of a metric that is given in any case, with or without hyphens; raise ConvscopeError."""
+    return find_name("metric", name, list(METRICS))
+
+
 def get_metric(name: str) -> Metric:
     """Return the metric of this name."""
-    return METRICS[find_name("metric", name, list(METRICS))]
+    return METRICS[metric_name(name)]
 
 
 def resolve_options(

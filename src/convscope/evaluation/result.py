@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convscope.errors import ConvscopeError
-from convscope.evaluation.registry import get_metric
+from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.statistics import bootstrap
 from convscope.results import Result
 
@@ -54,10 +54,10 @@ class Evaluation(Result):
         return list(self.values)
 
     def __getitem__(self, metric: str) -> Floats:
-        get_metric(metric)
-        if metric not in self.values:
-            raise ConvscopeError(f"metric {metric!r} was not evaluated; there are {', '.join(self.values)}")
-        return self.values[metric]
+        name = metric_name(metric)
+        if name not in self.values:
+            raise ConvscopeError(f"metric {name!r} was not evaluated; there are {', '.join(self.values)}")
+        return self.values[name]
 
     def mean(self, metric: str) -> float:
         """Return the mean over all images and targets."""

@@ -81,7 +81,7 @@ def patterns(
         Channels of the layer; class indices or names for ``"logits"``. By default all of them; for the recipes "dream"
         and "caricature" the layer as a whole.
     recipe : {"robust", "plain", "maco", "dream", "caricature"} or Recipe
-        The method:
+        The method (see `convscope.recipes`):
 
         - "robust": a Fourier image under random transforms. Classes that the network does not recognise after the
           quadrants of the image are shuffled are optimised again.
