@@ -181,20 +181,11 @@ def forward_pass(model: Model, x: Tensor) -> object:
         output = model.adapter.run(model.module, x)
     else:
         with LogitsRecorder() as recorder:
-            output = recorder.pre_activation(model.adapter.run(model.module, x))
-    if model.channels_last_output and (maps := primary_tensor(output)) is not None:
+            output = model.adapter.run(model.module, x)
+            output = recorder.pre_activation(output, model.reader.tensor(output))
+    if model.channels_last_output and (maps := model.reader.tensor(output)) is not None:
         output = replace_tensor(output, maps, maps.movedim(-1, 1))
     return output
-
-
-def extract_logits(output: object) -> Tensor:
-    """Return the logits (N, K) float32 in a network's output; class maps (N, K, H, W) are averaged over positions."""
-    tensor = primary_tensor(output)
-    if tensor is None:
-        raise ConvscopeError(f"the network returns {type(output).__name__}, which contains no floating-point tensor")
-    if tensor.ndim == 1:
-        tensor = tensor[:, None]
-    return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
 
 
 class _StopForward(BaseException):
@@ -250,7 +241,7 @@ class _CaptureState:
                 stack.enter_context(ForceGradMode())
             try:
                 output = forward_pass(self.model, x)
-                logits = extract_logits(output)
+                logits = self.model.reader.scores(output)
             except _StopForward:
                 return LayerOutputs(self.outputs)
         missing = [name for name in self.layers if name not in self.outputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.layer_table import LayerTable
+from convscope.engine.outputs import VALUE_TASKS, OutputReader
 from convscope.errors import ConvscopeError, is_int, nearest
 from convscope.images.preprocessing import Preprocessing
 
@@ -50,6 +51,8 @@ class Model:
         Whether the network returns class maps (N, H, W, K).
     accelerate : bool
         Whether passes may be accelerated; those of a user's own module never are.
+    reader : OutputReader
+        How class scores are read from what the network returns.
 
     Examples
     --------
@@ -76,6 +79,27 @@ class Model:
     loaded_by_convscope: bool = False
     channels_last_output: bool = False
     accelerate: bool = True
+    reader: OutputReader = field(default_factory=OutputReader)
+
+    @property
+    def task(self) -> str:
+        """What the outputs mean.
+
+        "classification", "binary", "multilabel", "regression", "probabilities", "segmentation", "detection" or
+        "embedding".
+        """
+        return self.reader.task
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the outputs are values (regression, embedding), not scores of classes."""
+        return self.task in VALUE_TASKS
+
+    @property
+    def has_independent_classes(self) -> bool:
+        """Whether each class has a probability of its own, so that they need not sum to 1."""
+        is_sigmoid = self.final_activation == "sigmoid" and not self.reader.has_implicit_class
+        return self.task in ("multilabel", "detection") or is_sigmoid
 
     @property
     def can_accelerate(self) -> bool:
@@ -108,11 +132,18 @@ class Model:
         return next(floats, torch.float32)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Turn logits (N, K) into probabilities (N, K).
+        """Turn logits (N, K) into probabilities (N, K); the values of a regression are returned as they are.
 
-        The sigmoid if the network ends in one or has a single output, the softmax otherwise.
+        The softmax for classification and segmentation; the sigmoid for binary and multi-label networks, and those that
+        end in one; the exponential where the network returns probabilities.
         """
-        return logits.sigmoid() if self.final_activation == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
+        return self.reader.probabilities(logits, self.final_activation)
+
+    def losses(self, logits: Tensor) -> Tensor | None:
+        """Return the cross-entropy (N, K) of logits for each class; None unless exactly one class is right."""
+        if self.has_values or self.has_independent_classes:
+            return None
+        return -self.reader.log_probabilities(logits, self.final_activation)
 
     def class_name(self, index: int) -> str:
         """Return the name of a class, or "class 7" where names are unknown."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.capture import ForwardResult, extract_logits, forward_hook, forward_pass, frozen_eval_mode
+from convscope.engine.capture import ForwardResult, forward_hook, forward_pass, frozen_eval_mode
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
@@ -71,7 +71,7 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
                     raise
                 replay.copy_memory = True  # the network writes into a layer's output
                 return run(maps)
-            return ForwardResult({entry.name: original[:1]}, extract_logits(output), output)
+            return ForwardResult({entry.name: original[:1]}, model.reader.scores(output), output)
 
         yield run
 
