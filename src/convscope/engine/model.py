@@ -49,6 +49,8 @@ class Model:
         Whether `load` made the module, so that user code does not modify it.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
+    contiguous_input : bool
+        Whether inputs must be contiguous, because the network calls ``view`` on what it makes of them.
     accelerate : bool
         Whether passes may be accelerated; those of a user's own module never are.
     reader : OutputReader
@@ -78,6 +80,7 @@ class Model:
     num_outputs: int | None = None
     loaded_by_convscope: bool = False
     channels_last_output: bool = False
+    contiguous_input: bool = False
     accelerate: bool = True
     reader: OutputReader = field(default_factory=OutputReader)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
-from convscope.engine.capture import run_with_callback
+from convscope.engine.capture import VIEW_ERROR, run_with_callback
 from convscope.engine.function_modes import LogitsRecorder
 from convscope.engine.layer_table import Layer, LayerTable, Layout
 from convscope.engine.nested import iter_tensors, primary_tensor
@@ -40,11 +40,14 @@ class ProbeResult:
         The task, and how scores are read from the output.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
+    contiguous_input : bool
+        Whether the network needs contiguous inputs: it fails on images in the channels_last memory format.
     """
 
     layers: LayerTable
     meaning: OutputMeaning
     channels_last_output: bool
+    contiguous_input: bool = False
 
 
 def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: OutputRequest = _NO_REQUEST) -> ProbeResult:
@@ -92,7 +95,25 @@ def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: Outp
         run_again,
     )
     meaning = infer_output(facts, request, select)
-    return ProbeResult(LayerTable(recorder.layers), replace(meaning, notes=(*notes, *meaning.notes)), channels_last)
+    return ProbeResult(
+        LayerTable(recorder.layers),
+        replace(meaning, notes=(*notes, *meaning.notes)),
+        channels_last,
+        _needs_contiguous(module, adapter, x),
+    )
+
+
+def _needs_contiguous(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> bool:
+    """Check whether the network, which runs on `x`, fails on the same image in the channels_last memory format."""
+    if x.ndim != 4:
+        return False
+    try:
+        run_with_callback(module, adapter, x.contiguous(memory_format=torch.channels_last), lambda *_: None)
+    except RuntimeError as error:
+        if VIEW_ERROR in str(error):
+            return True
+        raise
+    return False
 
 
 class _LayerRecorder:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import ForwardFunction
+from convscope.engine.capture import VIEW_ERROR
 from convscope.engine.model import Model
 from convscope.engine.output_inference import OutputRequest
 from convscope.engine.outputs import TASKS, OutputSelector
@@ -151,6 +152,7 @@ def load(
         num_outputs=meaning.num_outputs,
         loaded_by_convscope=spec.loaded_by_convscope,
         channels_last_output=probed.channels_last_output,
+        contiguous_input=probed.contiguous_input,
         accelerate=bool(accelerate),
         reader=meaning.reader,
     )
@@ -207,10 +209,15 @@ def _freeze(spec: ModelSpec) -> None:
     spec.module.eval()
     for parameter in spec.adapter.parameters(spec.module):
         parameter.requires_grad_(False)
+    _store_weights(spec, torch.channels_last)
+
+
+def _store_weights(spec: ModelSpec, memory_format: torch.memory_format) -> None:
+    """Store the convolution weights of a PyTorch network in a memory format."""
     if spec.adapter.name == "torch":
         for parameter in spec.module.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
@@ -252,7 +259,13 @@ def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...], request: Outpu
         else torch.zeros((1, channels, *size), dtype=parameter.dtype, device=parameter.device)
     )
     try:
-        return probe(spec.module, spec.adapter, x, request)
+        try:
+            return probe(spec.module, spec.adapter, x, request)
+        except RuntimeError as error:
+            if VIEW_ERROR not in str(error) or not spec.loaded_by_convscope:
+                raise
+            _store_weights(spec, torch.contiguous_format)
+            return probe(spec.module, spec.adapter, x, request)
     except ConvscopeError:
         raise
     except Exception as error:  # a network may raise anything
