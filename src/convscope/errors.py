@@ -20,6 +20,9 @@ from types import ModuleType
 PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
+MIN_COMMON_WORD = 3  # letters of a word that makes two names similar
+
+
 class ConvscopeError(ValueError):
     """Raised for input that convscope refuses.
 
@@ -52,9 +55,34 @@ def warn_of_failures(failed: Iterable[object]) -> None:
 
 
 def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
-    """Return up to `count` candidates that resemble `word`, best first, joined for an error message."""
-    matches = difflib.get_close_matches(word, candidates, n=count, cutoff=0.4)
-    return ", ".join(matches or candidates[:count])
+    """Return up to `count` candidates that resemble `word`, joined for an error message.
+
+    Those that contain it as whole words, in their order, then those that contain it otherwise. If none contains it as
+    whole words: those with a word in common, then those that contain it or are spelled alike, best first. If there are
+    none at all, the first `count` candidates.
+    """
+
+    def by_similarity(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda c: -difflib.SequenceMatcher(None, c.casefold(), word.casefold()).ratio())
+
+    words = _words(word)
+    long_words = {w for w in words if len(w) >= MIN_COMMON_WORD}
+    offers = [c for c in candidates if words and _contains_words(c, words)]
+    related = {c for c in candidates if long_words and word.casefold() in c.casefold()}
+    if not offers:
+        offers = by_similarity(c for c in candidates if long_words & set(_words(c)))
+        related |= set(difflib.get_close_matches(word, candidates, n=count, cutoff=0.4))
+    offers += by_similarity(c for c in candidates if c in related)
+    return ", ".join(list(dict.fromkeys(offers))[:count] or candidates[:count])
+
+
+def _contains_words(text: str, words: list[str]) -> bool:
+    """Return whether `words` follow each other in a text."""
+    return f" {' '.join(words)} " in f" {' '.join(_words(text))} "
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def find_name(kind: str, name: object, known: Sequence[str]) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.class_names import find_class, is_class_name
 from convscope.engine.layer_table import LayerTable
 from convscope.engine.outputs import VALUE_TASKS, OutputReader
-from convscope.errors import ConvscopeError, is_int, nearest
+from convscope.errors import ConvscopeError, is_int
 from convscope.images.preprocessing import Preprocessing
 
 LOGITS = "logits"  # the name that stands for the classes wherever a layer is expected
@@ -170,18 +171,11 @@ class Model:
         return int(target)
 
     def _index_of_name(self, name: str) -> int:
-        if self.classes is None and name.strip().isdecimal():
+        if name.strip().isdecimal() and not is_class_name(name, self.classes or ()):
             return self.class_index(int(name))
         if self.classes is None:
             raise ConvscopeError(f"class {name!r} given by name, but this model has no class names; give the index")
-        matches = [i for i, known in enumerate(self.classes) if _normalize(known) == _normalize(name)]
-        if not matches and name.strip().isdecimal():
-            return self.class_index(int(name))
-        if not matches:
-            raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, self.classes)}")
-        if len(matches) > 1:
-            raise ConvscopeError(f"class {name!r} is the name of several classes: {matches}; give the index")
-        return matches[0]
+        return find_class(name, self.classes)
 
     def weights_hash(self) -> str:
         """Return the SHA-256 of all parameters and buffers with their names, which identifies the weights."""
@@ -210,7 +204,3 @@ class Model:
     def __repr__(self) -> str:
         classes = f"{self.num_outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
         return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
-
-
-def _normalize(class_name: str) -> str:
-    return class_name.replace("_", " ").strip().casefold()
