@@ -7,10 +7,10 @@ PyTorch.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -40,8 +40,8 @@ class ConvscopeWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Issue a ConvscopeWarning that points to the nearest calling line outside this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ConvscopeWarning, stacklevel=level)
 

@@ -30,7 +30,9 @@ def activations(
     model: ModelName,
     images: Images,
     out: Out = Path("convscope-activations"),
-    layers: Annotated[str, typer.Option(help="Layers, separated by commas, or all.")] = "all",
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, separated by commas, or all; by default the last of each resolution.")
+    ] = None,
     scaling: Annotated[str, typer.Option(help="Contrast of each map: standard (standardised) or minmax.")] = "standard",
     fit: Fit = "squash",
     as_json: AsJson = False,
@@ -44,7 +46,8 @@ def activations(
     import convscope
 
     network = load_model(model, weights, classes, preprocessing, device)
-    names = None if layers == "all" else split_commas(layers)
+    every_layer = [layer.name for layer in network.layers.unique_spatial()] if layers == "all" else None
+    names = None if layers is None else every_layer or split_commas(layers)
     with progress_bar("activations") as progress:
         result = convscope.activations(
             network, images, names, fit=fit, scaling=scaling, max_pixels=max_pixels, progress=progress
