@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import csv
 import dataclasses
 import hashlib
 import importlib
@@ -48,7 +48,7 @@ def load_model(module: nn.Module | None = None, **options: Any) -> convscope.Mod
 def make_result(kind: str, model: convscope.Model) -> Any:
     """Make a small result of a kind."""
     if kind == "activations":
-        return convscope.activations(model, PHOTOS, [layer.name for layer in model.layers.unique_spatial()])
+        return convscope.activations(model, PHOTOS)
     if kind == "predictions":
         return convscope.predict(model, PHOTOS, top=3)
     if kind == "patterns":
@@ -61,11 +61,12 @@ def result(request) -> Any:
     return make_result(request.param, load_model())
 
 
+OVERLAYS = ["image-0_0_class-1", "image-0_1_class-2", "image-1_0_class-3", "image-1_1_class-4"]
 SAVED_FILES = {
     "Activations": {f"000{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
-    "Predictions": set(),
+    "Predictions": {"predictions.csv"},
     "Patterns": {"first_0.png", "first_2.png", "grid.png", "sprites.png", "units.csv", "sprites.json"},
-    "Heatmaps": {"0000_class1.png", "0000_class2.png", "0001_class3.png", "0001_class4.png"},
+    "Heatmaps": {*(f"{name}.png" for name in OVERLAYS), "heatmaps.csv"},
 }
 
 
@@ -91,9 +92,7 @@ def test_saved_images_equal_the_result(tmp_path):
     model = load_model()
     heatmaps = make_result("heatmaps", model)
     heatmaps.save(tmp_path)
-    for name, overlay in zip(
-        ["0000_class1", "0000_class2", "0001_class3", "0001_class4"], heatmaps.overlay(), strict=True
-    ):
+    for name, overlay in zip(OVERLAYS, heatmaps.overlay(), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), np.asarray(overlay))
     patterns = make_result("patterns", model)
     patterns.save(tmp_path)
@@ -181,7 +180,7 @@ def test_crash_while_saving_leaves_no_manifest_and_no_partial_files(tmp_path, mo
     after = {p.name for p in tmp_path.iterdir()}
     assert after == set(before) - {"manifest.json"}  # no temporary files
     assert (tmp_path / "arrays.npz").read_bytes() == before["arrays.npz"]  # complete
-    Image.open(tmp_path / "0000_class1.png").load()
+    Image.open(tmp_path / "image-0_0_class-1.png").load()
     monkeypatch.undo()
     result.save(tmp_path)
     assert (tmp_path / "manifest.json").exists()
@@ -284,7 +283,7 @@ def test_layers_may_have_names_of_arguments(tmp_path, name):
 
 
 def test_arrays_that_need_pickle_are_not_saved(tmp_path):
-    broken = dataclasses.replace(make_result("predictions", load_model()), indices=np.array([object()]))
+    broken = dataclasses.replace(make_result("predictions", load_model()), probabilities=np.array([[object()] * 3] * 2))
     with pytest.raises(ValueError, match="Object arrays cannot be saved"):
         broken.save(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
@@ -334,17 +333,11 @@ def test_results_are_frozen(result):
             setattr(result, field.name, None)
 
 
-def embedded_png(html: str) -> bytes:
-    """Return the image that an HTML display embeds."""
-    match = re.search(r'<img alt="[^"]+" [^>]*src="data:image/png;base64,([^"]+)"', html)
-    assert match
-    return base64.b64decode(match[1])
-
-
 def test_figure_and_rich_display(result):
     figure = result.figure()
     assert isinstance(figure, Figure)
-    png = embedded_png(result._repr_html_())
+    png = result._repr_png_()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
     image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
     assert image.std() > 10  # something is patterns
 
@@ -387,7 +380,7 @@ for result in (
     convscope.activations(model, image, "0"), convscope.predict(model, image),
     convscope.heatmaps(model, image), convscope.patterns(model, "0", [0], recipe="plain", size=16, steps=1),
 ):
-    assert "data:image/png" in result._repr_html_()
+    assert result._repr_png_()
     result.figure()
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -424,28 +417,49 @@ def test_arrays_are_an_ordinary_npz(tmp_path):
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_DEFLATED}
 
 
-def test_printing(result):
-    words = type(result).__name__.lower()
-    assert repr(result).startswith(f"<convscope {words}: ")
-    assert "\n" not in repr(result)
-    lines = str(result).splitlines()
-    assert lines[0].startswith(f"{words.capitalize()}: ")
-    assert 2 < len(lines) <= 25
-    assert max(map(len, lines[:4])) <= 80
-    assert set(result.rows()[0]) >= set(lines[1].split()[:1])
-    json.dumps(result.rows())
+def test_table_of_heatmaps_names_class_probability_and_file(tmp_path):
+    heatmaps = make_result("heatmaps", load_model())
+    heatmaps.save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "heatmaps.csv").open()))
+    assert [row["file"] for row in rows] == [f"{name}.png" for name in OVERLAYS]
+    assert [(row["image"], int(row["target"]), row["name"]) for row in rows] == [
+        ("image 0", 1, "class 1"), ("image 0", 2, "class 2"), ("image 1", 3, "class 3"), ("image 1", 4, "class 4"),
+    ]  # fmt: skip
+    predictions = convscope.predict(heatmaps.model, PHOTOS, top=7)
+    probability = {
+        (n, int(k)): p
+        for n in (0, 1)
+        for k, p in zip(predictions.indices[n], predictions.probabilities[n], strict=True)
+    }
+    expected = [probability[0, 1], probability[0, 2], probability[1, 3], probability[1, 4]]
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], expected, rtol=1e-5)
+    np.testing.assert_allclose(heatmaps.probabilities.ravel(), expected, rtol=1e-5)
 
 
-def test_notes_and_failures_stand_under_every_display(tmp_path):
-    (tmp_path / "damaged.png").write_bytes(b"not an image")
-    Image.fromarray(PHOTOS[0]).save(tmp_path / "good.png")
-    images = [str(tmp_path / name) for name in ("good.png", "damaged.png")]
-    failed = convscope.predict(load_model(), images)
-    noted = dataclasses.replace(failed, notes=("<b>a note</b>",))
-    assert repr(noted).endswith("; 1 note; 1 failed input>")
-    assert str(noted).splitlines()[-2:] == ["note: <b>a note</b>", f"failed: {failed.failed[0]}"]
-    html = noted._repr_html_()
-    assert "<li" in html
-    assert "note: &lt;b&gt;a note" in html
-    assert "failed: " in html.partition("<img")[2]
-    assert "<ul" not in dataclasses.replace(failed, failed=())._repr_html_()
+def test_probability_of_a_function_is_unknown():
+    model = load_model()
+    assert np.isnan(convscope.heatmaps(model, PHOTOS, lambda output: output[:, 0]).probabilities).all()
+
+
+def test_table_of_predictions(tmp_path):
+    predictions = make_result("predictions", load_model())
+    predictions.save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert [(row["image"], int(row["rank"])) for row in rows] == [(f"image {n}", r) for n in (0, 1) for r in (1, 2, 3)]
+    assert [int(row["index"]) for row in rows] == predictions.indices.ravel().tolist()
+    np.testing.assert_allclose([float(r["probability"]) for r in rows], predictions.probabilities.ravel(), rtol=1e-6)
+
+
+def test_overlays_of_images_with_the_same_name_have_different_names(tmp_path):
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(str(tmp_path / folder / "cat/dog?.png".replace("/", "-")))
+        Image.fromarray(PHOTOS[0]).save(files[-1])
+    names = convscope.heatmaps(load_model(), files, [[1, 1], [1, 2]]).file_names()
+    assert names == [
+        "cat-dog-_0_class-1.png",
+        "cat-dog-_1_class-1.png",
+        "cat-dog-_0_class-1~2.png",
+        "cat-dog-_1_class-2.png",
+    ]

@@ -7,12 +7,12 @@ PyTorch.
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from numbers import Integral, Real
 from types import ModuleType
@@ -20,13 +20,11 @@ from types import ModuleType
 PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
 
 
-MIN_COMMON_WORD = 3  # letters of a word that makes two names similar
-
-
 class ConvscopeError(ValueError):
     """Raised for input that convscope refuses.
 
-    The message is one line: what was given, what was expected, what to do.
+    The message is one line: what was given, what was expected, what to do. It names an argument as ``name=``, or at its
+    start, or after a colon, as ``name is`` or ``name has``; `rename_arguments` relies on that.
     """
 
 
@@ -40,8 +38,8 @@ class ConvscopeWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Issue a ConvscopeWarning that points to the nearest calling line outside this package."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ConvscopeWarning, stacklevel=level)
 
@@ -55,34 +53,41 @@ def warn_of_failures(failed: Iterable[object]) -> None:
 
 
 def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
-    """Return up to `count` candidates that resemble `word`, joined for an error message.
+    """Return up to `count` candidates that resemble `word`, best first, joined for an error message."""
+    matches = difflib.get_close_matches(word, candidates, n=count, cutoff=0.4)
+    return ", ".join(matches or candidates[:count])
 
-    Those that contain it as whole words, in their order, then those that contain it otherwise. If none contains it as
-    whole words: those with a word in common, then those that contain it or are spelled alike, best first. If there are
-    none at all, the first `count` candidates.
+
+def rename_arguments(message: str, names: Mapping[str, str]) -> str:
+    """Return a message about arguments of a function with what they are called elsewhere, such as on the command line.
+
+    Parameters
+    ----------
+    message : str
+        In the form that `ConvscopeError` describes.
+    names : mapping
+        For each argument its other name; arguments that are not in it stay as they are.
+
+    Examples
+    --------
+    >>> rename_arguments("start is 3; leave out start=, or recipe='dream'", {"start": "--start", "recipe": "--recipe"})
+    '--start is 3; leave out --start, or --recipe dream'
     """
 
-    def by_similarity(names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda c: -difflib.SequenceMatcher(None, c.casefold(), word.casefold()).ratio())
+    def rename(match: re.Match[str]) -> str:
+        name, value = match["name"] or match["keyword"], match["value"]
+        if name not in names:
+            return match[0]
+        return names[name] + (f" {value.strip(QUOTES)}" if value else "")
 
-    words = _words(word)
-    long_words = {w for w in words if len(w) >= MIN_COMMON_WORD}
-    offers = [c for c in candidates if words and _contains_words(c, words)]
-    related = {c for c in candidates if long_words and word.casefold() in c.casefold()}
-    if not offers:
-        offers = by_similarity(c for c in candidates if long_words & set(_words(c)))
-        related |= set(difflib.get_close_matches(word, candidates, n=count, cutoff=0.4))
-    offers += by_similarity(c for c in candidates if c in related)
-    return ", ".join(list(dict.fromkeys(offers))[:count] or candidates[:count])
+    return _ARGUMENT.sub(rename, message)
 
 
-def _contains_words(text: str, words: list[str]) -> bool:
-    """Return whether `words` follow each other in a text."""
-    return f" {' '.join(words)} " in f" {' '.join(_words(text))} "
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
+QUOTES = "'\""
+_ARGUMENT = re.compile(
+    r"(?:^|(?<=: ))(?P<name>[a-z_]+)(?= (?:is|has) )"
+    r"|(?<![\w.-])(?P<keyword>[a-z_]+)=(?!=)(?P<value>'[^']*'|\"[^\"]*\"|[\w.-]*[\w-])?"
+)
 
 
 def find_name(kind: str, name: object, known: Sequence[str]) -> str:

@@ -181,13 +181,12 @@ def test_resume_skips_finished_layers(tmp_path: Path, monkeypatch: pytest.Monkey
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     again = done(*arguments, "--resume")
     assert [line for line in again.stderr.splitlines() if not line.startswith("note")] == [
-        "conv1: already done, skipped",
-        "conv2: already done, skipped",
+        "already done, skipped: conv1, conv2"
     ]
     assert computed == ["conv1", "conv2"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     (tmp_path / "conv2" / "manifest.json").unlink()
-    assert "conv1: already done, skipped" in done(*arguments, "--resume").stderr
+    assert "already done, skipped: conv1\n" in done(*arguments, "--resume").stderr
     assert computed == ["conv1", "conv2", "conv2"]
     done(*arguments, "--resume", "--seed", "1")
     assert computed[3:] == ["conv1", "conv2"]

@@ -251,6 +251,7 @@ def _collect(
         values=values.numpy(),
         targets=classes,
         logits=torch.cat([result.logits for result in results]).numpy(),
+        probabilities=torch.cat([result.probabilities for result in results]).numpy(),
         layer=spec.layer_name,
         method=spec.name,
         fit=loader.fit,

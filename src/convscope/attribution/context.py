@@ -150,7 +150,8 @@ class MethodContext:
 
     def _with_probabilities(self, outputs: ForwardResult) -> ForwardResult:
         """Replace the logits by probabilities."""
-        return replace(outputs, logits=self.model.probabilities(outputs.logits))
+        sigmoid = self.model.final_activation == "sigmoid"
+        return replace(outputs, logits=outputs.logits.sigmoid() if sigmoid else outputs.logits.softmax(1))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.targets import TargetSpec
-from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
-from convscope.results import Result
+from convscope.results import Result, format_csv, unique_file_names
 
 INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Heatmaps(Result):
     """Evidence for T targets in each of N images.
 
@@ -36,6 +36,8 @@ class Heatmaps(Result):
         Class indices; -1 for functions.
     logits : ndarray of shape (N, T)
         The targets' logits; for functions, their values.
+    probabilities : ndarray of shape (N, T)
+        The targets' probabilities, as in `convscope.predict`; NaN for functions.
     layer : str
         Name of the layer, several joined by " + ", or "input".
     method : str
@@ -66,17 +68,18 @@ class Heatmaps(Result):
     values: np.ndarray
     targets: np.ndarray
     logits: np.ndarray
+    probabilities: np.ndarray
     layer: str
     method: str
     fit: str
     image_names: tuple[str, ...]
-    geometry: tuple[Geometry, ...]
-    image_source: ImageBatchLoader
-    image_indices: tuple[int, ...]
-    target_spec: TargetSpec
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    geometry: tuple[Geometry, ...] = field(repr=False)
+    image_source: ImageBatchLoader = field(repr=False)
+    image_indices: tuple[int, ...] = field(repr=False)
+    target_spec: TargetSpec = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     layer_reason: str = ""
-    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[list[str]]:
@@ -123,32 +126,40 @@ class Heatmaps(Result):
             for heatmap in resized:
                 yield blend(image, _scale_to_unit(heatmap, INPUT_QUANTILE if at_input else 1), alpha, colormap)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per image and target: logit, extremes of the map, and its positive fraction."""
-        return [
-            {
-                "image": name,
-                "target": self.names[n][t],
-                "logit": float(self.logits[n, t]),
-                "minimum": float(heatmap.min()),
-                "maximum": float(heatmap.max()),
-                "positive": float((heatmap > 0).mean()),
-            }
-            for n, name in enumerate(self.image_names)
-            for t, heatmap in enumerate(self.values[n])
+    def file_names(self) -> list[str]:
+        """Return the name of each saved overlay: image, number of the target and name of the target."""
+        names = [
+            f"{Path(image).stem[:50]}_{t}_{target}"
+            for image, targets in zip(self.image_names, self.names, strict=True)
+            for t, target in enumerate(targets)
         ]
+        return [f"{name}.png" for name in unique_file_names(names)]
 
-    def _title(self) -> str:
-        images, targets = count_of(len(self.values), "image"), count_of(self.values.shape[1], "target")
-        size = " x ".join(map(str, self.values.shape[2:]))
-        return f"{self.method} at {self.layer}, {size}, {images}, {targets} each"
-
-    def _display_rows(self) -> Sequence[Row]:
-        return [{**row, "image": base_name(row["image"])} for row in self.rows()]
+    def text_files(self) -> dict[str, str]:
+        """Return ``heatmaps.csv``: one row for each image and target."""
+        count, num_targets = self.targets.shape
+        return {
+            "heatmaps.csv": format_csv(
+                {
+                    "image": [name for name in self.image_names for _ in range(num_targets)],
+                    "target": self.targets.ravel(),
+                    "name": [name for names in self.names for name in names],
+                    "logit": self.logits.ravel(),
+                    "probability": self.probabilities.ravel(),
+                    "file": self.file_names() if self.values.ndim == 4 else [""] * (count * num_targets),
+                }
+            )
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return `values`, `targets`, `logits` and the extras by name, as they are saved."""
-        return {"values": self.values, "targets": self.targets, "logits": self.logits, **self.extras}
+        """Return `values`, `targets`, `logits`, `probabilities` and the extras by name, as they are saved."""
+        return {
+            "values": self.values,
+            "targets": self.targets,
+            "logits": self.logits,
+            "probabilities": self.probabilities,
+            **self.extras,
+        }
 
     def parameters(self) -> dict[str, object]:
         """Return the settings of the result, as they are saved in the manifest."""

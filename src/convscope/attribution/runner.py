@@ -127,14 +127,15 @@ class BatchResult:
     Attributes
     ----------
     targets : BatchTargets
-    logits : Tensor of shape (B, T)
-        The targets' logits.
+    logits, probabilities : Tensor of shape (B, T)
+        The targets' logits and probabilities.
     maps : tuple of MethodMaps
         One per spec of the job.
     """
 
     targets: BatchTargets
     logits: Tensor
+    probabilities: Tensor
     maps: tuple[MethodMaps, ...]
 
 
@@ -165,19 +166,19 @@ def run_batch(
     """
     views = AUGMENTATIONS[job.smooth](x, job.seed)
     num_steps = len(views) * len(job.specs)
-    logits: list[Tensor] = []
+    passes: list[_SharedPass] = []
     maps_by_view: list[list[MethodMaps]] = []
     for v, (view, undo) in enumerate(views):
         shared = _shared_pass(job, view, indices, targets)
         targets = shared.targets
-        logits.append(shared.logits)
+        passes.append(shared)
         maps_by_view.append([])
         for s, spec in enumerate(job.specs):
             report_part = partial(report_step, report_progress, v * len(job.specs) + s, 1, num_steps)
             maps = _run_method(job, spec, view, shared, report_part)
             maps_by_view[v].append(_undo_view(maps, undo))
     averages = tuple(_average_views(maps) for maps in zip(*maps_by_view, strict=True))
-    return BatchResult(shared.targets, logits[0].cpu(), averages)
+    return BatchResult(shared.targets, passes[0].logits.cpu(), passes[0].probabilities.cpu(), averages)
 
 
 def _undo_view(maps: MethodMaps, undo: Undo) -> MethodMaps:
@@ -210,6 +211,7 @@ class _SharedPass(NamedTuple):
     activations: dict[str, Tensor]
     targets: BatchTargets
     logits: Tensor
+    probabilities: Tensor
     gradients: dict[ScoreRule, dict[str, Tensor]]
 
 
@@ -227,7 +229,8 @@ def _shared_pass(job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: Ba
                 scores = score(targets, outputs)
             gradients[score] = _gradients(job, scores, outputs.maps)
     activations = {name: activation.detach().float() for name, activation in outputs.maps.items()}
-    return _SharedPass(activations, targets, targets.logits(outputs), gradients)
+    probabilities = targets.probabilities(job.model.probabilities(outputs.logits.detach()))
+    return _SharedPass(activations, targets, targets.logits(outputs), probabilities, gradients)
 
 
 def _gradients(job: HeatmapJob, scores: Tensor, activations: dict[str, Tensor]) -> dict[str, Tensor]:

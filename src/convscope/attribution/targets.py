@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
-from convscope.engine.outputs import pick_output
 from convscope.errors import ConvscopeError
 
 ScoreFunction = Callable[[Any], Tensor]
@@ -121,6 +120,12 @@ class BatchTargets:
     def logits(self, outputs: ForwardResult) -> Tensor:
         """Return the targets' logits (B, T) without subtracting `against`; for functions, their values."""
         return BatchTargets(self.classes, None, self.functions).scores(outputs).detach()
+
+    def probabilities(self, probabilities: Tensor) -> Tensor:
+        """Return the targets' probabilities (B, T) among those of all classes (B, K); NaN for functions."""
+        if self.functions:
+            return torch.full(self.classes.shape, torch.nan, device=self.classes.device)
+        return probabilities.gather(1, self.classes)
 
 
 def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
@@ -258,9 +263,14 @@ def output_target(name: str | int, label: int) -> ScoreFunction:
     """
 
     def score(output: Any) -> Tensor:
-        scores = pick_output(output, name)
+        try:
+            by_attribute = isinstance(name, str) and not isinstance(output, Mapping)
+            scores = None if isinstance(output, Tensor) else getattr(output, name) if by_attribute else output[name]  # type: ignore[arg-type]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            scores = None
         if not isinstance(scores, Tensor):
-            raise ConvscopeError(f"output {name!r} is a {type(scores).__name__}; expected a tensor (N, K)")
+            known = f"; it has {', '.join(map(str, output))}" if isinstance(output, Mapping) else f" in {_kind(output)}"
+            raise ConvscopeError(f"the network has no output {name!r}{known}")
         return _channel(scores, label, f"output {name!r}")
 
     score.__name__ = f"class {label} of {name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from convscope.cli import (
     activations,
@@ -22,7 +23,7 @@ from convscope.cli import (
     story,
 )
 from convscope.cli.app import app
-from convscope.cli.output import log
+from convscope.cli.output import is_verbose, log_error
 from convscope.errors import ConvscopeError
 
 __all__ = [
@@ -51,5 +52,7 @@ def main() -> None:
     try:
         app()
     except ConvscopeError as error:
-        log(f"convscope: {error}")
+        if is_verbose():
+            traceback.print_exc()
+        log_error(f"convscope: {error}")
         sys.exit(2)

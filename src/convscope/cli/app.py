@@ -1,12 +1,154 @@
-"""The Typer application that commands register with."""
+"""The Typer application: groups and order of the commands, aliases, and the options that every command has."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
+
 import typer
+from typer.core import TyperGroup
+
+from convscope.cli import output
+from convscope.cli.parsing import require_installed
+
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "Look": ("demo", "layers", "predict", "activations"),
+    "Explain": ("heatmap", "evaluate", "compare", "concepts"),
+    "Patterns": ("patterns", "story"),
+    "Data sets": ("scan", "atlas"),
+    "Explorer": ("serve", "publish"),
+}
+"""The commands, in the order and under the headings of ``convscope --help``."""
+
+ALIASES: Mapping[str, str] = {
+    "activation": "activations",
+    "comparison": "compare",
+    "concept": "concepts",
+    "evaluation": "evaluate",
+    "explore": "serve",
+    "heatmaps": "heatmap",
+    "layer": "layers",
+    "pattern": "patterns",
+    "predictions": "predict",
+    "show": "serve",
+}
+"""Names that are accepted for commands but not listed."""
+
+_PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+
+
+class CommandGroup(TyperGroup):
+    """Commands in the order of `PANELS`, also found by the names in `ALIASES`."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        """Return the names that the help lists."""
+        return [name for name in _PANEL_OF if name in self.commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by its name or an alias."""
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
 
 app = typer.Typer(
-    help="Visualise what a PyTorch or Keras network for images has learned.",
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        import convscope
+
+        typer.echo(f"convscope {convscope.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Visualise what a PyTorch or Keras network for images has learned."""
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results, failures and errors only.", rich_help_panel="Output")
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Print details, and where an error was raised.", rich_help_panel="Output"),
+]
+
+
+def command(extra: str | None = None, package: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that registers a command, under the panel that `PANELS` names.
+
+    A parameter whose type is a dataclass stands for the options that are its fields. Every command also has ``--quiet``
+    and ``--verbose``.
+
+    Parameters
+    ----------
+    extra : str, optional
+        The extra of convscope that the command needs.
+    package : str
+        A package of the extra; without it the command is refused at once.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name, text = function.__name__, inspect.getdoc(function) or ""
+        if extra is not None:
+            text += f'\n\nNeeds: pip install "convscope[{extra}]"'
+        callback = _with_shared_options(function, extra, package)
+        app.command(name, help=text.replace("[", r"\["), rich_help_panel=_PANEL_OF[name])(callback)
+        return function
+
+    return register
+
+
+def _with_shared_options(function: Callable[..., None], extra: str | None, package: str) -> Callable[..., None]:
+    """Return the function that Typer calls, whose parameters are single options."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = [_keyword("context", typer.Context, Parameter.empty)]
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in groups:
+            parameters += _fields_as_parameters(groups[parameter.name])
+        else:
+            parameters.append(_keyword(parameter.name, hints[parameter.name], parameter.default))
+    parameters += [_keyword("quiet", Quiet, False), _keyword("verbose", Verbose, False)]
+
+    def call(context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
+        with output.settings(quiet=quiet, verbose=verbose, argument_names=_argument_names(context)):
+            if extra is not None:
+                require_installed(package, extra)
+            for name, group in groups.items():
+                values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            function(**values)
+
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _argument_names(context: typer.Context) -> dict[str, str]:
+    """Return what users type for each parameter of the command: its option, or the name of its argument in the help."""
+    return {
+        str(parameter.name): parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.metavar)
+        for parameter in context.command.params
+    }
+
+
+def _fields_as_parameters(group: Any) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [_keyword(field.name, hints[field.name], field.default) for field in fields(group)]
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -7,80 +7,81 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
+from convscope.cli.app import command
 from convscope.cli.options import (
-    MAX_PIXELS,
     Against,
     AsJson,
-    Classes,
-    Device,
-    Fit,
     Fuse,
+    ImageOptions,
     Images,
+    ListMethods,
+    ListMetrics,
     Masks,
-    MaxPixels,
+    Methods,
     Metrics,
     ModelName,
+    NetworkOptions,
     Out,
-    PreprocessingJson,
     Scale,
     Seed,
     Smooth,
-    Target,
-    Weights,
+    Targets,
+    Wide,
 )
-from convscope.cli.output import finish, print_table, progress_bar
-from convscope.cli.parsing import load_model, parse_classes, parse_scales, read_masks, split_commas
+from convscope.cli.output import finish, progress_bar
+from convscope.cli.parsing import parse_classes, parse_scales, read_masks, require_masks, split_commas
+from convscope.cli.tables import Column, print_table
 
 
-@app.command()
+@command()
 def compare(
     model: ModelName,
     images: Images,
-    out: Out = Path("convscope-comparison"),
-    methods: Annotated[
-        str | None, typer.Option(help="Methods, separated by commas. Default: common ones and two baselines.")
-    ] = None,
+    methods: Methods = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers, separated by commas. Default: chosen automatically.")
+        str | None, typer.Option(metavar="LAYERS", help="Layers, separated by commas. Default: chosen automatically.")
     ] = None,
     metrics: Metrics = "deletion,insertion",
     masks: Masks = None,
-    target: Target = None,
+    targets: Targets = None,
     against: Against = None,
     smooth: Smooth = None,
     scale: Scale = "1",
     fuse: Fuse = "mean",
     seed: Seed = 0,
-    fit: Fit = "squash",
+    _list_methods: ListMethods = False,
+    _list_metrics: ListMetrics = False,
+    *,
+    reading: ImageOptions,
+    out: Out = Path("convscope-comparison"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    wide: Wide = False,
+    network_options: NetworkOptions,
 ) -> None:
     """Compare methods and layers: heatmaps, faithfulness and time of each."""
     import convscope
     from convscope.evaluation.comparison import METHODS
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    metric_names = split_commas(metrics)
+    require_masks(metric_names, masks)
+    image_masks = read_masks(masks, images)
+    network = network_options.load(model)
     with progress_bar("compare") as progress:
         result = convscope.compare(
             network,
             images,
-            parse_classes(network, target, len(images)),
+            parse_classes(network, targets, len(images)),
             methods=METHODS if methods is None else split_commas(methods),
             layers=None if layers is None else split_commas(layers),
-            metrics=split_commas(metrics),
-            masks=read_masks(masks, images),
+            metrics=metric_names,
+            masks=image_masks,
             against=parse_classes(network, against, len(images)),
             smooth=smooth,
             scale=parse_scales(scale),
             fuse=fuse,
             seed=seed,
-            fit=fit,
-            max_pixels=max_pixels,
+            fit=reading.fit,
+            max_pixels=reading.max_pixels,
             progress=progress,
         )
     if not as_json:
@@ -88,6 +89,11 @@ def compare(
             (r["method"], r["layer"], f"{r['ms']:.0f}", *(f"{r[metric]:.3f}" for metric in result.metrics))
             for r in result.rows()
         ]
-        headings = ("method", "layer", "ms per image", *result.metrics)
-        print_table("", headings, rows, right=range(2, len(headings)))
-    finish(result, out, as_json)
+        columns = (
+            Column("method"),
+            Column("layer", overflow="fold"),
+            Column("ms per image", right=True, priority=len(result.metrics) + 1),
+            *(Column(metric, right=True, priority=i) for i, metric in enumerate(result.metrics)),
+        )
+        print_table("", columns, rows, wide=wide)
+    finish(result, result.save(out), as_json)

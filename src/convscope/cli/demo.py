@@ -7,32 +7,29 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import MODEL_HELP, AsJson, Classes, Device, Out, PreprocessingJson, Seed, Weights
+from convscope.cli.app import command
+from convscope.cli.options import MODEL_HELP, AsJson, NetworkOptions, Out, Seed
 from convscope.cli.output import log, print_manifest, progress_bar, report_failures
-from convscope.cli.parsing import load_model
 
 
-@app.command()
+@command()
 def demo(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "lite0",
     images: Annotated[
         list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Image files. Default: four sample photographs.")
     ] = None,
-    out: Out = Path("convscope-demo"),
     seed: Seed = 0,
+    *,
+    out: Out = Path("convscope-demo"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    network_options: NetworkOptions,
 ) -> None:
     """Write one page with predictions, heatmaps, activations and patterns of a network."""
     from convscope.reports.demo import write_demo
     from convscope.samples import photographs
 
     with progress_bar("load") as progress:
-        network = load_model(model, weights, classes, preprocessing, device)
+        network = network_options.load(model)
         if progress is not None:
             progress(1, 1)
     failures = write_demo(network, images or photographs(), out, seed=seed, progress_bar=progress_bar)

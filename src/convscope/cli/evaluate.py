@@ -7,110 +7,86 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
+from convscope.cli.app import command
 from convscope.cli.options import (
-    MAX_PIXELS,
-    Against,
     AsJson,
-    Classes,
-    Device,
-    Fit,
-    Fuse,
+    HeatmapOptions,
+    ImageOptions,
     Images,
-    LayerNames,
+    ListMetrics,
     Masks,
-    MaxPixels,
-    Method,
-    MethodOptions,
     Metrics,
     ModelName,
+    NetworkOptions,
     Out,
-    PreprocessingJson,
-    Scale,
-    Seed,
-    Smooth,
-    Target,
-    Weights,
+    Wide,
+    choice,
 )
-from convscope.cli.output import finish, log, print_table, progress_bar
-from convscope.cli.parsing import (
-    load_model,
-    parse_classes,
-    parse_layers,
-    parse_method_options,
-    parse_scales,
-    read_masks,
-    split_commas,
+from convscope.cli.output import finish, log, progress_bar
+from convscope.cli.parsing import read_masks, require_masks, split_commas
+from convscope.cli.tables import Column, print_table
+
+COLUMNS = (
+    Column("metric"),
+    Column("mean", right=True),
+    Column("95 % interval"),
+    Column("better"),
+    Column("description", overflow="fold"),
 )
 
 
-@app.command()
+@command()
 def evaluate(
     model: ModelName,
     images: Images,
-    out: Out = Path("convscope-evaluation"),
     metrics: Metrics = "deletion,insertion",
     masks: Masks = None,
-    fill: Annotated[str, typer.Option(help="Replacement of removed pixels: blur, mean, zero or noise.")] = "blur",
+    fill: Annotated[str, choice("Replacement of removed pixels.", "blur", "mean", "zero", "noise")] = "blur",
     steps: Annotated[int, typer.Option(min=1, help="Steps of deletion, insertion and ROAD.")] = 28,
-    target: Target = None,
-    layer: LayerNames = "auto",
-    method: Method = "grad-cam",
-    against: Against = None,
-    smooth: Smooth = None,
-    scale: Scale = "1",
-    fuse: Fuse = "mean",
-    option: MethodOptions = None,
-    seed: Seed = 0,
-    fit: Fit = "squash",
+    *,
+    heatmap_options: HeatmapOptions,
+    _list_metrics: ListMetrics = False,
+    reading: ImageOptions,
+    out: Out = Path("convscope-evaluation"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    wide: Wide = False,
+    network_options: NetworkOptions,
 ) -> None:
     """Compute heatmaps and measure their faithfulness."""
     import convscope
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    heatmap_options.check()
+    metric_names = split_commas(metrics)
+    require_masks(metric_names, masks)
+    image_masks = read_masks(masks, images)
+    network = network_options.load(model)
     with progress_bar("heatmaps") as progress:
         heatmaps = convscope.heatmaps(
             network,
             images,
-            parse_classes(network, target, len(images)),
-            layer=parse_layers(layer),
-            method=method,
-            against=parse_classes(network, against, len(images)),
-            smooth=smooth,
-            scale=parse_scales(scale),
-            fuse=fuse,
-            seed=seed,
-            fit=fit,
-            max_pixels=max_pixels,
+            fit=reading.fit,
+            max_pixels=reading.max_pixels,
             progress=progress,
-            **parse_method_options(option),
+            **heatmap_options.arguments(network, len(images)),
         )
     with progress_bar("evaluate") as progress:
         evaluation = convscope.evaluate(
             network,
             images,
             heatmaps,
-            split_commas(metrics),
-            masks=read_masks(masks, images),
+            metric_names,
+            masks=image_masks,
             fill=fill,
             steps=steps,
-            seed=seed,
-            max_pixels=max_pixels,
+            seed=heatmap_options.seed,
+            max_pixels=reading.max_pixels,
             progress=progress,
         )
     if not as_json:
-        from convscope.evaluation.result import format_interval
-
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
         rows = [
-            (r["metric"], f"{r['mean']:.3f}", format_interval(r["low"], r["high"]), r["better"], r["description"])
+            (r["metric"], f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", r["better"], r["description"])
             for r in evaluation.rows()
         ]
-        print_table("", ("metric", "mean", "95 % interval", "better", "description"), rows, right=(1,))
-    finish(evaluation, out, as_json)
+        print_table("", COLUMNS, rows, wide=wide)
+    finish(evaluation, evaluation.save(out), as_json)

@@ -3,77 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from convscope.cli.app import app
+from convscope.cli.app import command
 from convscope.cli.options import (
-    MAX_PIXELS,
-    Against,
     AsJson,
-    Classes,
-    Device,
-    Fit,
-    Fuse,
+    HeatmapOptions,
+    ImageOptions,
     Images,
-    LayerNames,
-    MaxPixels,
-    Method,
-    MethodOptions,
     ModelName,
+    NetworkOptions,
     Out,
-    PreprocessingJson,
-    Scale,
-    Seed,
-    Smooth,
-    Target,
-    Weights,
+    OverlayOptions,
+    Wide,
 )
 from convscope.cli.output import finish, log, progress_bar
-from convscope.cli.parsing import load_model, parse_classes, parse_layers, parse_method_options, parse_scales
+from convscope.cli.tables import Column, print_table
+
+if TYPE_CHECKING:
+    from convscope.attribution.result import Heatmaps
+
+COLUMNS = (
+    Column("image", overflow="path"),
+    Column("class", overflow="fold"),
+    Column("probability", right=True),
+    Column("logit", right=True, priority=1),
+    Column("file", overflow="path"),
+)
 
 
-@app.command()
+@command()
 def heatmap(
     model: ModelName,
     images: Images,
+    *,
+    heatmap_options: HeatmapOptions,
+    reading: ImageOptions,
     out: Out = Path("convscope-heatmaps"),
-    target: Target = None,
-    layer: LayerNames = "auto",
-    method: Method = "grad-cam",
-    against: Against = None,
-    smooth: Smooth = None,
-    scale: Scale = "1",
-    fuse: Fuse = "mean",
-    option: MethodOptions = None,
-    seed: Seed = 0,
-    fit: Fit = "squash",
+    overlay: OverlayOptions,
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    wide: Wide = False,
+    network_options: NetworkOptions,
 ) -> None:
     """Compute heatmaps of the evidence for classes in images."""
     import convscope
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    heatmap_options.check()
+    overlay.check()
+    network = network_options.load(model)
     with progress_bar("heatmaps") as progress:
         heatmaps = convscope.heatmaps(
             network,
             images,
-            parse_classes(network, target, len(images)),
-            layer=parse_layers(layer),
-            method=method,
-            against=parse_classes(network, against, len(images)),
-            smooth=smooth,
-            scale=parse_scales(scale),
-            fuse=fuse,
-            seed=seed,
-            fit=fit,
-            max_pixels=max_pixels,
+            fit=reading.fit,
+            max_pixels=reading.max_pixels,
             progress=progress,
-            **parse_method_options(option),
+            **heatmap_options.arguments(network, len(images)),
         )
+    folder = heatmaps.save(out, **overlay.arguments())
     if not as_json:
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
-    finish(heatmaps, out, as_json)
+        print_table("", COLUMNS, _rows(heatmaps, folder), wide=wide)
+    finish(heatmaps, folder, as_json)
+
+
+def _rows(heatmaps: Heatmaps, folder: Path) -> list[tuple[str, ...]]:
+    columns = (heatmaps.image_names, heatmaps.names, heatmaps.probabilities, heatmaps.logits)
+    files = iter(heatmaps.file_names())
+    return [
+        (image, name, f"{probability:.1%}", f"{logit:.2f}", str(folder / next(files)))
+        for image, names, probabilities, logits in zip(*columns, strict=True)
+        for name, probability, logit in zip(names, probabilities, logits, strict=True)
+    ]

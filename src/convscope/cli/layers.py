@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 
-from convscope.cli.app import app
-from convscope.cli.options import AsJson, Classes, Device, ModelName, PreprocessingJson, Weights
-from convscope.cli.output import print_json, print_table
-from convscope.cli.parsing import load_model
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ModelName, NetworkOptions, Wide
+from convscope.cli.output import print_json
+from convscope.cli.tables import Column, print_table
+
+PRIORITIES = {"units": 3, "stride": 2, "parameters": 1, "alias of": 4}  # of columns that a narrow terminal may lack
 
 
-@app.command()
-def layers(
-    model: ModelName,
-    as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
-) -> None:
+@command()
+def layers(model: ModelName, as_json: AsJson = False, wide: Wide = False, *, network_options: NetworkOptions) -> None:
     """List the layers: output shape, receptive field, stride, parameters."""
     from convscope.engine.layer_table import HEADINGS
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    network = network_options.load(model)
     if as_json:
         print_json([{**dataclasses.asdict(layer), "units": layer.units} for layer in network.layers])
-    else:
-        title = f"{network.name}: {len(network.layers)} layers"
-        print_table(title, HEADINGS, network.layers.format_rows(), right=(3, 6))
+        return
+    columns = [
+        Column(
+            heading,
+            right=heading in ("units", "parameters"),
+            overflow="fold" if heading == HEADINGS[0] else "keep",
+            priority=PRIORITIES.get(heading, 0),
+        )
+        for heading in HEADINGS
+    ]
+    title = f"{network.name}: {len(network.layers)} layers"
+    print_table(title, columns, network.layers.format_rows(), wide=wide)

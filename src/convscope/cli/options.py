@@ -1,18 +1,100 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share.
+
+The dataclasses are groups of options: a command that takes one as a parameter has all of its options. Options that need
+no network are checked while the command line is parsed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from convscope.cli.parsing import (
+    load_model,
+    parse_classes,
+    parse_layers,
+    parse_method_options,
+    parse_scales,
+    split_commas,
+)
+from convscope.cli.tables import Column, print_table
+from convscope.errors import ConvscopeError, find_name
+from convscope.names import METHOD_NAMES, METRIC_NAMES, RECIPE_NAMES
 
-def _local_folder(out: Path) -> Path:
+if TYPE_CHECKING:
+    from convscope.engine.model import Model
+
+NETWORK, IMAGES, OUTPUT = "Network", "Images", "Output"  # panels of the help
+
+
+def choice(help_text: str, *choices: str, panel: str | None = None) -> Any:
+    """Return a Typer option that takes one of a few words."""
+
+    def check(param: typer.CallbackParam, value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ConvscopeError(f"{param.opts[0]} is {value!r}; expected {expected}")
+        return value
+
+    metavar = "|".join(choices)
+    return typer.Option(
+        help=help_text, metavar=metavar, callback=check, autocompletion=lambda: list(choices), rich_help_panel=panel
+    )
+
+
+def _names_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str | None]:
+    """Return a callback that finds the names in a list separated by commas, in any case."""
+
+    def check(value: str | None) -> str | None:
+        return None if value is None else ",".join(find_name(kind, name, known) for name in split_commas(value))
+
+    return check
+
+
+def _one_name_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
+    return lambda value: find_name(kind, value, known)
+
+
+def _local_folder(out: Path | None) -> Path | None:
     """Refuse an output folder at a remote address before anything runs."""
-    from convscope.results import local_folder
+    if out is not None and "://" in str(out).replace(":/", "://"):
+        from convscope.results import local_folder
 
-    return local_folder(out)
+        return local_folder(out)
+    return out
+
+
+def _between(minimum: float, maximum: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not minimum <= value <= maximum:
+            raise ConvscopeError(f"{param.opts[0]} is {value:g}; expected a number from {minimum:g} to {maximum:g}")
+        return value
+
+    return check
+
+
+def _list_names(table: str) -> Callable[[bool], None]:
+    """Return a callback that prints the table of names that ``convscope.TABLE()`` returns, and exits."""
+
+    def print_names(requested: bool) -> None:
+        if requested:
+            import convscope
+
+            columns = (Column(table.removesuffix("s")), Column("description", overflow="fold"))
+            print_table("", columns, list(getattr(convscope, table)().items()))
+            raise typer.Exit
+
+    return print_names
+
+
+def _list_option(table: str) -> Any:
+    return typer.Option(
+        f"--list-{table}", is_eager=True, callback=_list_names(table), help=f"Print all {table}, with one line on each."
+    )
 
 
 MODEL_HELP = (
@@ -23,51 +105,206 @@ MAX_PIXELS = 100_000_000
 # Input
 ModelName: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files.")]
-Weights: TypeAlias = Annotated[str | None, typer.Option(help="default, random, or a file of weights.")]
-Classes: TypeAlias = Annotated[Path | None, typer.Option(metavar="FILE", help="File of class names, one per line.")]
-PreprocessingJson: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--preprocessing", metavar="JSON", help="Preprocessing: size, mean, std, ..., as JSON or a JSON file."
-    ),
-]
-Device: TypeAlias = Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps.")]
-Fit: TypeAlias = Annotated[str, typer.Option(help="squash: the whole image; crop: the model's evaluation crop.")]
-MaxPixels: TypeAlias = Annotated[int, typer.Option(help="Refuse images with more pixels.")]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a network is loaded with."""
+
+    weights: Annotated[
+        str | None, typer.Option(help="default, random, or a file of weights.", rich_help_panel=NETWORK)
+    ] = None
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File of class names, one per line.", rich_help_panel=NETWORK),
+    ] = None
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help="Preprocessing: size, mean, std, ..., as JSON or a JSON file.", rich_help_panel=NETWORK
+        ),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps.", rich_help_panel=NETWORK)] = None
+
+    def load(self, name: str) -> Model:
+        """Load a network, and print its notes."""
+        return load_model(name, self.weights, self.classes, self.preprocessing, self.device)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read."""
+
+    fit: Annotated[
+        str,
+        choice("The whole image, squashed, or the crop of the model's evaluation.", "squash", "crop", panel=IMAGES),
+    ] = "squash"
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images with more pixels.", rich_help_panel=IMAGES)] = (
+        MAX_PIXELS
+    )
+
 
 # Output
 Out: TypeAlias = Annotated[
-    Path, typer.Option("-o", "--out", metavar="FOLDER", help="Output folder.", callback=_local_folder)
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="FOLDER", help="Output folder.", callback=_local_folder, rich_help_panel=OUTPUT
+    ),
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OptionalOut: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FOLDER",
+        help="Also save the result in this folder.",
+        callback=_local_folder,
+        rich_help_panel=OUTPUT,
+    ),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+Wide: TypeAlias = Annotated[
+    bool, typer.Option("--wide", help="Print all columns, wider than the terminal.", rich_help_panel=OUTPUT)
+]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Random seed: the same seed gives the same result.")]
 
 # Heatmaps
-Target: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="A class, by index or name; repeatable. Default: the predicted class.")
+Targets: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="CLASS", help="A class, by index or name; repeatable. Default: the predicted class."
+    ),
 ]
-Against: TypeAlias = Annotated[list[str] | None, typer.Option(help="A class to contrast the target with; repeatable.")]
-LayerNames: TypeAlias = Annotated[
-    str, typer.Option(metavar="LAYER", help="A layer, auto, or several separated by commas, which are fused.")
+Against: TypeAlias = Annotated[
+    list[str] | None, typer.Option(metavar="CLASS", help="A class to contrast the target with; repeatable.")
 ]
-Method: TypeAlias = Annotated[
-    str, typer.Option(help="grad-cam, layer-cam, integrated-gradients, rise, ...: see docs/methods.md.")
+Smooth: TypeAlias = Annotated[
+    str | None, choice("Average over mirrored images or over noisy copies.", "flips", "noise")
 ]
-Smooth: TypeAlias = Annotated[str | None, typer.Option(help="flips or noise: average over augmented images.")]
 Scale: TypeAlias = Annotated[
-    str, typer.Option(help="Multiples of the input size, separated by commas; for localisation: 1,2,3 --fuse product.")
+    str,
+    typer.Option(
+        metavar="FACTORS",
+        help="Multiples of the input size, separated by commas; for localisation: 1,2,3 --fuse product.",
+        callback=lambda value: parse_scales(value) and value,
+    ),
 ]
-Fuse: TypeAlias = Annotated[str, typer.Option(help="How several layers or scales are fused: mean, max or product.")]
-MethodOptions: TypeAlias = Annotated[
-    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method; repeatable.")
+Fuse: TypeAlias = Annotated[str, choice("How several layers or scales are combined.", "mean", "max", "product")]
+Metrics: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="METRICS",
+        help="Metrics, separated by commas: see --list-metrics.",
+        callback=_names_of("metric", METRIC_NAMES),
+    ),
 ]
-Metrics: TypeAlias = Annotated[str, typer.Option(help="Metrics, separated by commas: see docs/faithfulness.md.")]
+Methods: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHODS",
+        help="Methods, separated by commas: see --list-methods. Default: common ones and two baselines.",
+        callback=_names_of("method", METHOD_NAMES),
+    ),
+]
+Recipe: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="RECIPE",
+        help="robust, plain, maco, dream or caricature: see --list-recipes.",
+        callback=_one_name_of("recipe", RECIPE_NAMES),
+    ),
+]
 Masks: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER", help="Masks of the targets: NAME.png or NAME_mask.png for each image, white on the target."
     ),
 ]
+ListMethods: TypeAlias = Annotated[bool, _list_option("methods")]
+ListMetrics: TypeAlias = Annotated[bool, _list_option("metrics")]
+ListRecipes: TypeAlias = Annotated[bool, _list_option("recipes")]
+
+
+@dataclass(frozen=True)
+class HeatmapOptions:
+    """The arguments of `convscope.heatmaps`."""
+
+    targets: Targets = None
+    layer: Annotated[
+        str,
+        typer.Option(metavar="LAYER", help="A layer, auto, or several separated by commas, which are fused."),
+    ] = "auto"
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="grad-cam, layer-cam, integrated-gradients, rise, ...: see --list-methods.",
+            callback=_one_name_of("method", METHOD_NAMES),
+            autocompletion=lambda: list(METHOD_NAMES),
+        ),
+    ] = "grad-cam"
+    against: Against = None
+    smooth: Smooth = None
+    scale: Scale = "1"
+    fuse: Fuse = "mean"
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the method; repeatable."),
+    ] = None
+    seed: Seed = 0
+    list_methods: ListMethods = False
+
+    def check(self) -> None:
+        """Refuse invalid options of the method, before a network is loaded."""
+        from convscope.attribution.registry import method_options
+
+        method_options(self.method, parse_method_options(self.option))
+
+    def arguments(self, network: Model, num_images: int) -> dict[str, Any]:
+        """Return the keyword arguments of `convscope.heatmaps`."""
+        return {
+            "targets": parse_classes(network, self.targets, num_images),
+            "layer": parse_layers(self.layer),
+            "method": self.method,
+            "against": parse_classes(network, self.against, num_images),
+            "smooth": self.smooth,
+            "scale": parse_scales(self.scale),
+            "fuse": self.fuse,
+            "seed": self.seed,
+            **parse_method_options(self.option),
+        }
+
+
+@dataclass(frozen=True)
+class OverlayOptions:
+    """How heatmaps are drawn over images."""
+
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Opacity of the colors, 0 to 1. Default: 0.4.", callback=_between(0, 1), rich_help_panel=OUTPUT
+        ),
+    ] = None
+    colormap: Annotated[
+        str | None, typer.Option(help="A colormap of matplotlib. Default: jet.", rich_help_panel=OUTPUT)
+    ] = None
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longer side of the saved overlays. Default: the image's.", rich_help_panel=OUTPUT),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse an unknown colormap, before a network is loaded."""
+        from convscope.images.colormap import lookup_table
+
+        if self.colormap is not None:
+            lookup_table(self.colormap)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options that were given, as keyword arguments of `Heatmaps.save`."""
+        options = {"alpha": self.alpha, "colormap": self.colormap, "size": self.size}
+        return {name: value for name, value in options.items() if value is not None}
+
 
 # Explorer
 StoreAddress: TypeAlias = Annotated[

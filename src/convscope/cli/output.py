@@ -3,21 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from convscope.errors import rename_arguments
 
 if TYPE_CHECKING:
     from convscope.engine.batching import Progress
     from convscope.results import Result
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How much is printed, and what messages call the arguments of functions."""
+
+    quiet: bool = False
+    verbose: bool = False
+    argument_names: Mapping[str, str] = field(default_factory=dict)
+
+
+_settings = _Settings()
+
+
+@contextmanager
+def settings(*, quiet: bool, verbose: bool, argument_names: Mapping[str, str]) -> Iterator[None]:
+    """Apply a command's settings inside the block; after an error they stay, for its message.
+
+    Parameters
+    ----------
+    quiet : bool
+        Print results, failures and errors only.
+    verbose : bool
+        Print details.
+    argument_names : mapping
+        For each argument of a Python function its option on the command line.
+    """
+    global _settings
+    _settings = _Settings(quiet, verbose, argument_names)
+    yield
+    _settings = _Settings()
+
+
+def is_quiet() -> bool:
+    """Return whether only results, failures and errors are printed."""
+    return _settings.quiet
+
+
+def is_verbose() -> bool:
+    """Return whether details are printed."""
+    return _settings.verbose
+
+
+def log_error(text: str) -> None:
+    """Print an error or a failure to standard error."""
+    typer.echo(printable(rename_arguments(text, _settings.argument_names)), err=True)
+
+
 def log(text: str) -> None:
-    """Print a line to standard error."""
-    typer.echo(printable(text), err=True)
+    """Print a line to standard error, unless the command is quiet."""
+    if not _settings.quiet:
+        log_error(text)
+
+
+def log_detail(text: str) -> None:
+    """Print a line to standard error if the command is verbose."""
+    if _settings.verbose:
+        log_error(text)
 
 
 def printable(text: str) -> str:
@@ -38,64 +95,35 @@ def print_manifest(folder: Path) -> None:
 def report_failures(failures: Sequence[object]) -> None:
     """Name each input that failed."""
     for failure in failures:
-        log(f"failed: {failure}")
+        log_error(f"failed: {failure}")
 
 
-def finish(result: Result, out: Path | None, as_json: bool, print_saved: bool = True) -> None:
-    """Print the result's notes, save it, report failures; exit status 1 if any input failed."""
+def finish(result: Result, folder: Path | None, as_json: bool) -> None:
+    """Print a result's notes, where it was saved, and its failures; exit status 1 if there are some.
+
+    `folder` is None if it was not saved. With `as_json` its manifest is printed.
+    """
     for note in result.notes:
         log(f"note: {note}")
-    if out is not None:
-        folder = result.save(out)
-        if as_json and print_saved:
-            print_manifest(folder)
-        else:
-            log(f"written to {folder}")
+    if folder is not None and as_json:
+        print_manifest(folder)
+    elif folder is not None:
+        log(f"written to {folder}")
     report_failures(result.failed)
     if result.failed:
         raise typer.Exit(1)
 
 
-def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Print a table on a terminal, tab-separated lines elsewhere; cells are never broken.
-
-    Parameters
-    ----------
-    right : sequence of int
-        Columns that are aligned to the right.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        typer.echo("\t".join(headings))
-        for row in rows:
-            typer.echo(printable("\t".join(row)))
-        return
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i in right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    # On a narrow terminal, its own line breaks keep names whole, so that they can be copied.
-    natural = Console(width=10_000).measure(table).maximum
-    Console(width=max(console.width, natural)).print(table, soft_wrap=True)
-
-
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress | None]:
     """Show a progress bar on a terminal; yield its callback, or None elsewhere."""
+    if _settings.quiet or not sys.stderr.isatty():
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
     columns = (TextColumn("{task.description:14}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

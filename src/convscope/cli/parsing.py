@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convscope.cli.output import log
-from convscope.errors import ConvscopeError
+from convscope.cli.output import log, log_detail
+from convscope.errors import ConvscopeError, require_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +35,9 @@ def load_model(
             settings = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConvscopeError(f"--preprocessing is not JSON: {error}; expected e.g. '{{\"size\": 224}}'") from error
+    start = time.perf_counter()
     network = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, device=device)
+    log_detail(f"{network.name}: {len(network.layers)} layers on {network.device}, {time.perf_counter() - start:.1f} s")
     for note in network.notes:
         log(f"note: {note}")
     return network
@@ -82,7 +86,9 @@ def parse_layers(text: str) -> str | list[str]:
 def parse_scales(text: str) -> list[float]:
     """Parse magnifications separated by commas."""
     try:
-        return [float(part) for part in split_commas(text)]
+        return [require_number("--scale", float(part), above=0) for part in split_commas(text)]
+    except ConvscopeError:
+        raise
     except ValueError as error:
         raise ConvscopeError(f"--scale {text}: expected a number, or several separated by commas") from error
 
@@ -120,6 +126,21 @@ def read_masks(folder: Path | None, images: Sequence[str]) -> list[npt.NDArray[n
         except OSError as error:
             raise ConvscopeError(f"mask {file} cannot be read: {error}") from error
     return masks
+
+
+def require_masks(metrics: Sequence[str], masks: Path | None) -> None:
+    """Refuse metrics that need masks where none are given."""
+    from convscope.evaluation.registry import get_metric
+
+    for name in metrics:
+        if masks is None and "masks" in get_metric(name).needs:
+            raise ConvscopeError(f"metric {name!r} needs masks=: a folder with the mask of each image's target")
+
+
+def require_installed(package: str, extra: str) -> None:
+    """Refuse a command whose extra is not installed, before anything is imported or loaded."""
+    if find_spec(package) is None:
+        raise ConvscopeError(f'{package} is not installed; pip install "convscope[{extra}]"')
 
 
 def open_store_in(folder: Path, network: Model) -> Store | None:

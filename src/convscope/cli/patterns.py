@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,37 +12,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import AsJson, Classes, Device, ModelName, Out, PreprocessingJson, Seed, Weights
-from convscope.cli.output import finish, log, print_json, progress_bar, report_failures
-from convscope.cli.parsing import load_model, open_store_in, parse_units, split_commas
-from convscope.errors import ConvscopeError
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ListRecipes, ModelName, NetworkOptions, Out, Recipe, Seed
+from convscope.cli.output import finish, log, log_detail, print_json, progress_bar, report_failures
+from convscope.cli.parsing import open_store_in, parse_units, split_commas
+from convscope.errors import ConvscopeError, require_int
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convscope.engine.batching import Progress
     from convscope.engine.model import Model
     from convscope.featurevis.result import Patterns
     from convscope.store.store import Store
 
 DEFAULT_UNITS = 16
+MAX_NAMED_UNITS = 6  # in one note
 
 
-@app.command()
+@command()
 def patterns(
     model: ModelName,
     layers: Annotated[
         str | None,
-        typer.Option("--layer", "--layers", help="Layers, separated by commas, or all; logits for the classes."),
+        typer.Option(
+            "--layer", "--layers", metavar="LAYERS", help="Layers, separated by commas, or all; logits for the classes."
+        ),
     ] = None,
     units: Annotated[
         str | None,
-        typer.Option(help="0-63, 3,7,9, all; for logits also names; logits:386,387. Default: the first 16."),
+        typer.Option(
+            metavar="UNITS", help="0-63, 3,7,9, all; for logits also names; logits:386,387. Default: the first 16."
+        ),
     ] = None,
-    out: Out = Path("convscope-patterns"),
-    recipe: Annotated[
-        str, typer.Option(help="robust, plain, maco, dream or caricature: see docs/patterns.md.")
-    ] = "robust",
+    recipe: Recipe = "robust",
     size: Annotated[int | None, typer.Option(help="Side of a pattern in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of gradient ascent.")] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views per step, averaged in the objective.")] = None,
@@ -58,11 +62,11 @@ def patterns(
         typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),
     ] = None,
     seed: Seed = 0,
+    _list_recipes: ListRecipes = False,
+    *,
+    out: Out = Path("convscope-patterns"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    network_options: NetworkOptions,
 ) -> None:
     """Compute the image that maximises each unit.
 
@@ -70,24 +74,24 @@ def patterns(
 
     If the output folder is a store that `convscope scan` made of this network, the result is saved in it.
     """
-    network = load_model(model, weights, classes, preprocessing, device)
-    store = open_store_in(out, network)
-    layer_names, unit_text = _parse_layers_and_units(network, layers, units, store)
-    if unit_text is None and _has_layer_objective(recipe):
-        for flag, used in (("--negatives", negatives), ("--ray", ray is not None)):
-            if used:
-                raise ConvscopeError(f"{flag} needs --units; recipe {recipe!r} would maximise the layer as a whole")
     settings = {
         "recipe": recipe, "size": size, "steps": steps, "views": views, "patience": patience, "start": start,
         "reference": reference, "frames": frames, "seed": seed,
     }  # fmt: skip
+    requested, unit_text = _split_request(layers, units)
+    _check_settings(settings, unit_text, negatives, ray)
+    network = network_options.load(model)
+    store = open_store_in(out, network)
+    layer_names = _all_layers(network, store) if requested == ["all"] else requested
     job = _PatternJob(network, unit_text, settings, negatives, resume, ray)
     if store is not None or len(layer_names) > 1:
         with _ray_connection(ray):
             job.run_layers(_layer_folders(layer_names, out, store), as_json)
-    else:
-        finish(job.run(layer_names[0], out), out, as_json)
-        job.remove_parts(out)
+        return
+    with progress_bar(layer_names[0]) as progress:
+        result = job.run(layer_names[0], out, progress)
+    finish(result, result.save(out), as_json)
+    job.remove_parts(out)
 
 
 @dataclass(frozen=True)
@@ -103,54 +107,54 @@ class _PatternJob:
 
     def run_layers(self, folders: Mapping[str, Path], as_json: bool) -> None:
         """Compute and save the patterns of several layers; a layer that fails is named and the others are done."""
-        failed, complete, written = [], True, []
-        for layer, folder in folders.items():
-            try:
-                if self._is_done(layer, folder):
-                    log(f"{layer}: already done, skipped")
-                    written.append(folder)
+        failed: list[str] = []
+        results: dict[str, Patterns] = {}
+        skipped: list[str] = []
+        with progress_bar("patterns") as progress:
+            for number, (layer, folder) in enumerate(folders.items()):
+                part = partial_progress(progress, number, len(folders))
+                try:
+                    if self._is_done(layer, folder):
+                        skipped.append(layer)
+                        continue
+                    result = self.run(layer, folder, part)
+                    result.save(folder)
+                except ConvscopeError as error:
+                    failed.append(f"{layer}: {error}")
                     continue
-                result = self.run(layer, folder)
-            except ConvscopeError as error:
-                failed.append(layer)
-                log(f"failed: {layer}: {error}")
-                continue
-            for note in result.notes:
-                log(f"note: {layer}: {note}")
-            report_failures(result.failed)
-            complete = complete and not result.failed
-            written.append(result.save(folder))
-            log(f"written to {folder}")
-            self.remove_parts(folder)
-        if as_json and written:
+                results[layer] = result
+                self.remove_parts(folder)
+        self._report(folders, results, skipped, failed)
+        if as_json and len(failed) < len(folders):
+            written = [folder for layer, folder in folders.items() if layer in results or layer in skipped]
             print_json([json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in written])
         if len(failed) == len(folders):
             raise ConvscopeError("no layer's patterns could be computed")
-        if failed or not complete:
+        if failed or any(result.failed for result in results.values()):
             raise typer.Exit(1)
 
-    def run(self, layer: str, folder: Path) -> Patterns:
+    def run(self, layer: str, folder: Path, progress: Progress | None) -> Patterns:
         """Compute the patterns of one layer, and with `negatives` also save those of its negated units."""
         import convscope
         from convscope.featurevis.resumable import run_resumable
 
-        units = self._layer_units(layer)
-        with progress_bar(layer) as progress:
-            if units is None and _has_layer_objective(self.settings["recipe"]):
-                result = convscope.patterns(self.network, layer, progress=progress, **self.settings)
-            else:
-                result = run_resumable(
-                    self.network,
-                    layer,
-                    units,
-                    folder,
-                    resume=self.resume,
-                    ray=self.ray,
-                    progress=progress,
-                    **self.settings,
-                )
+        units, num_runs = self._layer_units(layer), 2 if self.negatives else 1
+        first = partial_progress(progress, 0, num_runs)
+        if units is None and _has_layer_objective(self.settings["recipe"]):
+            result = convscope.patterns(self.network, layer, progress=first, **self.settings)
+        else:
+            result = run_resumable(
+                self.network,
+                layer,
+                units,
+                folder,
+                resume=self.resume,
+                ray=self.ray,
+                progress=first,
+                **self.settings,
+            )
         if self.negatives:
-            self._save_negatives(result, folder)
+            self._save_negatives(result, folder, partial_progress(progress, 1, num_runs))
         return result
 
     def remove_parts(self, folder: Path) -> None:
@@ -174,16 +178,36 @@ class _PatternJob:
             return parse_units(self.units)
         return None if _has_layer_objective(self.settings["recipe"]) else range(min(DEFAULT_UNITS, count or 16))
 
-    def _save_negatives(self, result: Patterns, folder: Path) -> None:
+    def _report(
+        self,
+        folders: Mapping[str, Path],
+        results: Mapping[str, Patterns],
+        skipped: Sequence[str],
+        failed: Sequence[str],
+    ) -> None:
+        """Print what was done, with the notes of all layers summed up."""
+        if skipped:
+            log(f"already done, skipped: {', '.join(skipped)}")
+        for note in sum_up_notes([(layer, note) for layer, result in results.items() for note in result.notes]):
+            log(f"note: {note}")
+        for layer in results:
+            log_detail(f"{layer}: written to {folders[layer]}")
+        if results:
+            count = sum(len(result.images) for result in results.values())
+            parents = {folders[layer].parent for layer in results}
+            log(f"{count} patterns of {len(results)} layers; written to {', '.join(sorted(map(str, parents)))}")
+        report_failures(failed)
+        report_failures([f for result in results.values() for f in result.failed])
+
+    def _save_negatives(self, result: Patterns, folder: Path, progress: Progress | None) -> None:
         """Save the patterns of the negated units in a subfolder, and both in one image."""
         import convscope
         from convscope.featurevis.objectives import channel
         from convscope.plotting.patterns import paired_pattern_grid
         from convscope.results import atomic_write
 
-        with progress_bar("negatives") as progress:
-            objectives = [-channel(result.layer, int(unit)) for unit in result.units]
-            minima = convscope.patterns(self.network, objectives, progress=progress, **self.settings)
+        objectives = [-channel(result.layer, int(unit)) for unit in result.units]
+        minima = convscope.patterns(self.network, objectives, progress=progress, **self.settings)
         minima = replace(minima, units=result.units)  # files are named after the units
         negatives = minima.save(folder / "negatives")
         with atomic_write(folder / "pairs.png") as file:
@@ -200,10 +224,8 @@ def _ray_connection(ray: str | None) -> AbstractContextManager[object]:
     return connected(ray)
 
 
-def _parse_layers_and_units(
-    network: Model, layers: str | None, units: str | None, store: Store | None
-) -> tuple[list[str], str | None]:
-    """Return the layers' names and the text of --units; "all" layers of a store are those that were scanned."""
+def _split_request(layers: str | None, units: str | None) -> tuple[list[str], str | None]:
+    """Return the names of the layers, "all" among them, and the text of --units; refuse what no network can satisfy."""
     prefix, colon, rest = (units or "").partition(":")
     if colon and prefix == "logits":
         if layers not in (None, "logits"):
@@ -212,12 +234,63 @@ def _parse_layers_and_units(
     names = split_commas(layers or "")
     if not names:
         raise ConvscopeError("give a --layer, or --units logits:CLASSES; `convscope layers MODEL` lists the layers")
-    if names == ["all"] and store is not None:
-        return list(store.layers), units
-    if names == ["all"]:
-        names = [layer.name for layer in network.layers.unique_spatial()]
-        return names + (["logits"] if network.num_outputs else []), units
+    if units is not None:
+        parse_units(units)
     return names, units
+
+
+def _check_settings(settings: Mapping[str, Any], units: str | None, negatives: bool, ray: str | None) -> None:
+    """Refuse settings that do not go together, before a network is loaded."""
+    from convscope.featurevis.request import find_recipe
+
+    recipe = settings["recipe"]
+    find_recipe(recipe, settings["start"] is not None, "pixels")
+    if units is None and _has_layer_objective(recipe):
+        for flag, used in (("--negatives", negatives), ("--ray", ray is not None)):
+            if used:
+                raise ConvscopeError(f"{flag} needs --units; recipe {recipe!r} would maximise the layer as a whole")
+    for name in ("size", "steps", "views", "patience"):
+        if settings[name] is not None:
+            require_int(name, settings[name])
+
+
+def _all_layers(network: Model, store: Store | None) -> list[str]:
+    """Return the layers that a store has, or all that have spatial extent, and the logits."""
+    if store is not None:
+        return list(store.layers)
+    names = [layer.name for layer in network.layers.unique_spatial()]
+    return names + (["logits"] if network.num_outputs else [])
+
+
+def partial_progress(progress: Progress | None, part: int, num_parts: int) -> Progress | None:
+    """Return the callback for one of several parts of a task."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(part + done / max(total, 1), num_parts)
+
+
+def sum_up_notes(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Join notes on several layers: each kind of note is spelled out once, for the first unit that has it.
+
+    Parameters
+    ----------
+    notes : sequence of (str, str)
+        Layers and notes; a note on a unit starts with "unit 3" or "class 3".
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for layer, note in notes:
+        unit = re.match(r"(?:unit|class) (\d+)", note)
+        kind = re.sub(r"\d[\d.e+-]*", "#", note)
+        groups.setdefault(kind, []).append((f"{layer} {unit[1]}" if unit else layer, f"{layer}: {note}"))
+    return [_spell_out(group) for group in groups.values()]
+
+
+def _spell_out(group: Sequence[tuple[str, str]]) -> str:
+    (_, first), *others = group
+    if not others:
+        return first
+    names = [name for name, _ in others[:MAX_NAMED_UNITS]] + ["..."] * (len(others) > MAX_NAMED_UNITS)
+    return f"{first} Likewise {len(others)} more: {', '.join(names)}"
 
 
 def _has_layer_objective(recipe: str) -> bool:

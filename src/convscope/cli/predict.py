@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import (
-    MAX_PIXELS,
-    AsJson,
-    Classes,
-    Device,
-    Fit,
-    Images,
-    MaxPixels,
-    ModelName,
-    PreprocessingJson,
-    Weights,
-)
-from convscope.cli.output import finish, print_json, print_table, progress_bar
-from convscope.cli.parsing import load_model
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, OptionalOut, Wide
+from convscope.cli.output import finish, print_json, progress_bar
+from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from convscope.feature_maps import Predictions
 
+COLUMNS = (
+    Column("image", overflow="path"),
+    Column("probability", right=True),
+    Column("class", overflow="fold"),
+    Column("index", right=True, priority=1),
+)
 
-@app.command()
+
+@command()
 def predict(
     model: ModelName,
     images: Images,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="Also save the result in this folder.")
-    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
-    fit: Fit = "squash",
+    *,
+    reading: ImageOptions,
+    out: OptionalOut = None,
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    wide: Wide = False,
+    network_options: NetworkOptions,
 ) -> None:
     """Print the most probable classes of images."""
     import convscope
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    network = network_options.load(model)
     with progress_bar("predict") as progress:
-        predictions = convscope.predict(network, images, top, fit=fit, max_pixels=max_pixels, progress=progress)
+        predictions = convscope.predict(
+            network, images, top, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress
+        )
+    folder = None if out is None else predictions.save(out)
     if as_json:
         print_json(_as_json(predictions))
     else:
-        print_table("", ("image", "probability", "class", "index"), _rows(predictions), right=(1, 3))
-    finish(predictions, out, as_json, print_saved=False)
+        print_table("", COLUMNS, _rows(predictions), wide=wide)
+    finish(predictions, folder, as_json=False)
 
 
 def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:

@@ -8,28 +8,26 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import CacheDir, Classes, Device, Out, PreprocessingJson, StartImages, Weights
+from convscope.cli.app import command
+from convscope.cli.options import CacheDir, NetworkOptions, Out, StartImages
 from convscope.cli.output import log, progress_bar, report_failures
-from convscope.cli.parsing import default_cache_dir, load_model, open_store_at
+from convscope.cli.parsing import default_cache_dir, open_store_at
 
 
-@app.command()
+@command(extra="serve", package="fastapi")
 def publish(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store written by `convscope scan`.")],
-    out: Out = Path("convscope-site"),
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network. Default: the one named in the store.")
     ] = None,
     image: StartImages = None,
     cache_dir: CacheDir = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes that crop patches.")] = os.cpu_count() or 1,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    *,
+    out: Out = Path("convscope-site"),
+    network_options: NetworkOptions,
 ) -> None:
-    """Write the explorer's pages as static files (requires the extra 'serve')."""
+    """Write the explorer's pages as static files."""
     from convscope.explorer import server
 
     server.require_packages()
@@ -37,7 +35,7 @@ def publish(
 
     opened = open_store_at(store)
     name = model or str(opened.manifest["model"]["name"])
-    network = load_model(name, weights, classes, preprocessing, device)
+    network = network_options.load(name)
     with progress_bar("pages") as progress:
         failures = publish_site(
             {name: network},

@@ -8,26 +8,15 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import (
-    MAX_PIXELS,
-    AsJson,
-    Classes,
-    Device,
-    Fit,
-    MaxPixels,
-    ModelName,
-    Out,
-    PreprocessingJson,
-    Weights,
-)
-from convscope.cli.output import log, print_json, progress_bar
-from convscope.cli.parsing import load_model, split_commas
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out
+from convscope.cli.output import log, log_error, print_json, progress_bar, report_failures
+from convscope.cli.parsing import require_installed, split_commas
 
 MAX_LISTED_FAILURES = 20
 
 
-@app.command()
+@command(extra="scan", package="pyarrow")
 def scan(
     model: ModelName,
     data: Annotated[
@@ -38,9 +27,9 @@ def scan(
             "folder; local, or any address that fsspec supports.",
         ),
     ],
-    out: Out = Path("convscope-store"),
     layers: Annotated[
-        str | None, typer.Option(help="Layers, separated by commas, or all. Default: one per resolution.")
+        str | None,
+        typer.Option(metavar="LAYERS", help="Layers, separated by commas, or all. Default: one per resolution."),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Number of top and of bottom images stored per unit.")] = 100,
     sample: Annotated[
@@ -57,36 +46,47 @@ def scan(
         bool,
         typer.Option("--compile", help="Compile the network first: takes a minute or more, for 10,000 images or more."),
     ] = False,
-    fit: Fit = "squash",
-    max_pixels: MaxPixels = MAX_PIXELS,
+    *,
+    reading: ImageOptions,
+    out: Out = Path("convscope-store"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    network_options: NetworkOptions,
 ) -> None:
-    """Record top images and statistics of every unit over a data set (requires the extra 'scan').
+    """Record top images and statistics of every unit over a data set.
 
     If interrupted, rerun the same command to resume.
     """
     import convscope
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    if ray is not None:
+        require_installed("ray", "ray")
+    network = network_options.load(model)
     names = "all" if layers == "all" else None if layers is None else split_commas(layers)
     start = time.perf_counter()
     with progress_bar("scan") as progress:
         store = convscope.scan(
-            network, data[0] if len(data) == 1 else data, out, names, k, sample=sample, batch=batch, shard=shard,
-            fit=fit, workers=workers, ray=ray, compiled=compiled, max_pixels=max_pixels, progress=progress,
-        )  # fmt: skip
+            network,
+            data[0] if len(data) == 1 else data,
+            out,
+            names,
+            k,
+            sample=sample,
+            batch=batch,
+            shard=shard,
+            fit=reading.fit,
+            workers=workers,
+            ray=ray,
+            compiled=compiled,
+            max_pixels=reading.max_pixels,
+            progress=progress,
+        )
     num_images, num_failed = store.manifest["data"]["images"], store.manifest["failed"]
     log(f"{num_images:,} images, {time.perf_counter() - start:.1f} s; written to {out}")
     for note in store.manifest.get("notes", ()):
         log(f"note: {note}")
-    for failure in store.failures(MAX_LISTED_FAILURES):
-        log(f"failed: {failure}")
+    report_failures(store.failures(MAX_LISTED_FAILURES))
     if num_failed > MAX_LISTED_FAILURES:
-        log(f"failed: {num_failed - MAX_LISTED_FAILURES:,} more; all are listed in {out / 'images.parquet'}")
+        log_error(f"failed: {num_failed - MAX_LISTED_FAILURES:,} more; all are listed in {out / 'images.parquet'}")
     if as_json:
         print_json(store.manifest)
     if num_failed:

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import CacheDir, Classes, Device, PreprocessingJson, StartImages, StoreAddress, Weights
-from convscope.cli.output import log
-from convscope.cli.parsing import default_cache_dir, load_model, open_store_at
+from convscope.cli.app import command
+from convscope.cli.options import CacheDir, NetworkOptions, StartImages, StoreAddress
+from convscope.cli.output import log_error
+from convscope.cli.parsing import default_cache_dir, open_store_at
 
 
-@app.command()
+@command(extra="serve", package="fastapi")
 def serve(
     models: Annotated[
         list[str] | None,
@@ -34,19 +34,19 @@ def serve(
         list[str] | None, typer.Option(help="Host name under which the server is reached; repeatable.")
     ] = None,
     cache_dir: CacheDir = None,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    *,
+    network_options: NetworkOptions,
 ) -> None:
-    """Explore networks in the browser (requires the extra 'serve')."""
+    """Explore networks in the browser."""
     from convscope.explorer import server
+
+    server.require_packages()
     from convscope.explorer.web import security
 
     secret = security.new_token() if token == "auto" else token  # noqa: S105 - not a password
     security.require_token(host, secret)
     opened = None if store is None else open_store_at(store)
-    networks = {name: load_model(name, weights, classes, preprocessing, device) for name in models or ["lite0"]}
+    networks = {name: network_options.load(name) for name in models or ["lite0"]}
     names = [name.lower() for name in hostname or ()]
     hosts = [*security.LOCAL_HOSTS, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
     application = server.build_app(
@@ -59,6 +59,6 @@ def serve(
     )
     socket = server.bind_socket(host, port)
     address = names[0] if names else f"[{host}]" if ":" in host else host
-    log(f"open http://{address}:{socket.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
+    log_error(f"open http://{address}:{socket.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.serve(application, socket)

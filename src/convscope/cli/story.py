@@ -7,29 +7,27 @@ from typing import Annotated
 
 import typer
 
-from convscope.cli.app import app
-from convscope.cli.options import AsJson, Classes, Device, ModelName, Out, PreprocessingJson, Seed, Weights
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import load_model, open_store_in, split_commas
+from convscope.cli.parsing import open_store_in, split_commas
 
 
-@app.command()
+@command()
 def story(
     model: ModelName,
-    out: Out = Path("convscope-story"),
     layers: Annotated[
-        str | None, typer.Option(help="Layers, separated by commas. Default: one per resolution.")
+        str | None, typer.Option(metavar="LAYERS", help="Layers, separated by commas. Default: one per resolution.")
     ] = None,
     units: Annotated[int, typer.Option(min=2, help="Units per layer whose patterns are computed and measured.")] = 24,
     num_displayed: Annotated[
         int, typer.Option("--num-shown", min=1, help="Patterns shown per layer: the most distinct ones.")
     ] = 6,
     seed: Seed = 0,
+    *,
+    out: Out = Path("convscope-story"),
     as_json: AsJson = False,
-    weights: Weights = None,
-    classes: Classes = None,
-    preprocessing: PreprocessingJson = None,
-    device: Device = None,
+    network_options: NetworkOptions,
 ) -> None:
     """Show what units respond to from the first layer to the last, as a figure and a page.
 
@@ -37,9 +35,9 @@ def story(
     """
     import convscope
 
-    network = load_model(model, weights, classes, preprocessing, device)
+    network = network_options.load(model)
     store = open_store_in(out, network)
     names = None if layers is None else split_commas(layers)
     with progress_bar("story") as progress:
         result = convscope.story(network, names, units=units, num_displayed=num_displayed, seed=seed, progress=progress)
-    finish(result, out if store is None else out / "story", as_json)
+    finish(result, result.save(out if store is None else out / "story"), as_json)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -13,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from convscope.engine.model import LOGITS
-from convscope.formatting import count_of
-from convscope.results import Result
+from convscope.results import Result, format_csv
 
 
 def sheet_columns(count: int) -> int:
@@ -22,7 +19,7 @@ def sheet_columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Patterns(Result):
     """Patterns of U units, or U images for objectives.
 
@@ -86,21 +83,6 @@ class Patterns(Result):
             return [self.model.class_name(int(unit)) for unit in self.units]
         return [f"{self.layer} {unit}" for unit in self.units]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per image: unit, name, score, and the scores of noise and reference images, if any."""
-        columns: dict[str, Iterable[Any]] = {"name": self.names, "unit": self.units.tolist()}
-        columns["score"] = self.scores.tolist()
-        for name, scores in (("noise_score", self.noise_scores), ("reference_score", self.reference_scores)):
-            if scores is not None:
-                columns[name] = scores.tolist()
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-    def _title(self) -> str:
-        height, width = self.images.shape[1:3]
-        kind = "objective" if self.objectives else "unit"
-        count = count_of(len(self.units), kind)
-        return f"{count} of {self.layer}, {self.recipe}, {self.steps} steps, {height} x {width} pixels"
-
     def text_files(self) -> dict[str, str]:
         """Return ``units.csv`` (scores and baselines) and ``sprites.json`` (positions in the sprite sheet)."""
         return {"units.csv": self._score_table(), "sprites.json": json.dumps(self._sprite_sheet(), indent=1) + "\n"}
@@ -113,11 +95,7 @@ class Patterns(Result):
             columns["reference_score"] = self.reference_scores
             with np.errstate(divide="ignore", invalid="ignore"):
                 columns["relative_score"] = self.scores / self.reference_scores
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        return table.getvalue()
+        return format_csv(columns)
 
     def _sprite_sheet(self) -> dict[str, object]:
         height, width = self.images.shape[1:3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 MAX_IMAGES = 16  # in one figure
 
 
-def render_heatmaps(result: Heatmaps) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the overlay of each image and target; nothing for maps over signals and volumes."""
+def render_heatmaps(result: Heatmaps, **options: Any) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the overlay of each image and target; nothing for maps over signals and volumes.
+
+    The options are those of `Heatmaps.overlay`.
+    """
     if result.values.ndim != 4:
         return
-    names = [f"{n:04d}_class{int(t)}.png" for n, targets in enumerate(result.targets) for t in targets]
-    yield from zip(names, result.iter_overlays(), strict=True)
+    yield from zip(result.file_names(), result.iter_overlays(**options), strict=True)
 
 
 def draw_heatmaps(result: Heatmaps) -> Figure:

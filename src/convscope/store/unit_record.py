@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +19,7 @@ from convscope.store.tables import StoreTables
 EXAMPLE_KINDS = ("top", "bottom", "decile")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class UnitRecord(HasFigure):
     """What a store holds about one unit. Each property and method reads its files when it is used.
 
@@ -32,7 +31,7 @@ class UnitRecord(HasFigure):
         The unit.
     """
 
-    store: StoreTables
+    store: StoreTables = field(repr=False)
     layer: str
     unit: int
 
@@ -47,17 +46,6 @@ class UnitRecord(HasFigure):
         if self.layer == "logits" and self.store.classes is not None:
             return self.store.classes[self.unit]
         return f"unit {self.unit}"
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per statistic: its name and value."""
-        return [
-            {"statistic": name, "value": value}
-            for name, value in self.statistics.items()
-            if isinstance(value, int | float | str)
-        ]
-
-    def _title(self) -> str:
-        return f"{self.layer}, {self.name}, in {self.store.address}"
 
     @cached_property
     def statistics(self) -> Json:
