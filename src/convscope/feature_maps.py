@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, Progress, batch_size, forward_bytes
+from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result, format_csv
 from convscope.sources.coercion import ModelLike, as_model
 
@@ -99,7 +100,7 @@ def activations(
     scaling: str = "standard",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Activations:
     """Compute the outputs of layers for images, in one forward pass that stops after the last of the layers.
 
@@ -122,9 +123,9 @@ def activations(
         Bytes that a batch's intermediate results may take; the results themselves are not counted.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
-    progress : callable, optional
-        ``progress(done, total)``, called after every batch with numbers of images. Exceptions raised here cancel
-        cleanly.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` after every batch with numbers of images; exceptions raised in it cancel cleanly.
 
     Returns
     -------
@@ -156,8 +157,12 @@ def activations(
     outputs: dict[str, list[np.ndarray]] = {layer.name: [] for layer in selected}
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     indices: list[int] = []
-    with torch.no_grad(), capture.capture_layers(model, list(outputs), stop_early=True) as run:
-        for batch_indices, x in _batches(model, loader, memory, progress):
+    with (
+        progress_bar(progress, "activations") as report,
+        torch.no_grad(),
+        capture.capture_layers(model, list(outputs), stop_early=True) as run,
+    ):
+        for batch_indices, x in _batches(model, loader, memory, report):
             for name, maps in run(x).maps.items():
                 require_finite(model, maps, f"layer {name!r}")
                 outputs[name].append(maps.float().contiguous().cpu().numpy())
@@ -231,7 +236,7 @@ def predict(
     fit: str = "squash",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Predictions:
     """Compute the top classes of images, and all logits.
 
@@ -252,9 +257,9 @@ def predict(
         Bytes that a batch's intermediate results may take.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
-    progress : callable, optional
-        ``progress(done, total)``, called after every batch with numbers of images. Exceptions raised here cancel
-        cleanly.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` after every batch with numbers of images; exceptions raised in it cancel cleanly.
 
     Returns
     -------
@@ -281,8 +286,8 @@ def predict(
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
     indices: list[int] = []
-    with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch_indices, x in _batches(model, loader, memory, progress):
+    with progress_bar(progress, "predict") as report, torch.no_grad(), capture.capture_layers(model, []) as run:
+        for batch_indices, x in _batches(model, loader, memory, report):
             logits = run(x).logits
             require_finite(model, logits, "the network's output")
             parts.append(logits.cpu())
@@ -302,12 +307,11 @@ def predict(
 
 
 def _batches(
-    model: Model, loader: ImageBatchLoader, memory: int, progress: Progress | None
+    model: Model, loader: ImageBatchLoader, memory: int, progress: Progress
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield batches with the indices of their images; report progress after each."""
     done = 0
     for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):
         yield list(batch.indices), batch.x
         done += len(batch.indices)
-        if progress is not None:
-            progress(done + len(loader.failed), len(loader))
+        progress(done + len(loader.failed), len(loader))

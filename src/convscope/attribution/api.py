@@ -16,13 +16,14 @@ from convscope.attribution.registry import METHODS, get_method, method_options
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, parse_targets
-from convscope.engine.batching import MEMORY, Progress, batch_size
+from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, find_name
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 
@@ -41,7 +42,7 @@ def heatmaps(
     seed: int = 0,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     **options: object,
 ) -> Heatmaps:
     """Compute heatmaps: the evidence for each target at each position of the images.
@@ -84,9 +85,10 @@ def heatmaps(
         Bytes that a batch's intermediate results may take.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
-    progress : callable, optional
-        ``progress(done, total)``, called with the number of images done, with a fraction during long methods, and the
-        number of images. Exceptions raised here cancel cleanly.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` with the number of images done, with a fraction during long methods, and the number
+        of images; exceptions raised in it cancel cleanly.
     **options
         Keyword arguments of the method's function.
 
@@ -118,20 +120,21 @@ def heatmaps(
     """
     model = as_model(model)
     spec = resolve_method(model, method, layer, fuse, options)
-    return compute_heatmaps(
-        model,
-        images,
-        targets,
-        [spec],
-        fit=fit,
-        against=against,
-        smooth=smooth,
-        scale=scale,
-        seed=seed,
-        memory=memory,
-        max_pixels=max_pixels,
-        progress=progress,
-    )[0]
+    with progress_bar(progress, "heatmaps") as report:
+        return compute_heatmaps(
+            model,
+            images,
+            targets,
+            [spec],
+            fit=fit,
+            against=against,
+            smooth=smooth,
+            scale=scale,
+            seed=seed,
+            memory=memory,
+            max_pixels=max_pixels,
+            progress=report,
+        )[0]
 
 
 def resolve_method(

@@ -30,8 +30,7 @@ def demo(
 
     with progress_bar("load") as progress:
         network = network_options.load(model)
-        if progress is not None:
-            progress(1, 1)
+        progress(1, 1)
     failures = write_demo(network, images or photographs(), out, seed=seed, progress_bar=progress_bar)
     report_failures(failures)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+import convscope.progress
 from convscope.errors import rename_arguments
 
 if TYPE_CHECKING:
-    from convscope.engine.batching import Progress
+    from contextlib import AbstractContextManager
+
+    from convscope.progress import Progress
     from convscope.results import Result
 
 
@@ -114,16 +116,6 @@ def finish(result: Result, folder: Path | None, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
-    """Show a progress bar on a terminal; yield its callback, or None elsewhere."""
-    if _settings.quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:14}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def progress_bar(label: str) -> AbstractContextManager[Progress]:
+    """Show a progress bar on a terminal; the block reports with the callback."""
+    return convscope.progress.progress_bar(not _settings.quiet, label)

@@ -21,9 +21,9 @@ from convscope.errors import ConvscopeError, require_int
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from convscope.engine.batching import Progress
     from convscope.engine.model import Model
     from convscope.featurevis.result import Patterns
+    from convscope.progress import Progress
     from convscope.store.store import Store
 
 DEFAULT_UNITS = 16

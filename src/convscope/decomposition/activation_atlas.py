@@ -20,13 +20,14 @@ from convscope.decomposition.layer_access import (
     spatial_layer,
 )
 from convscope.decomposition.result import Atlas
-from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_extra, require_int
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 Reducer: TypeAlias = Callable[[np.ndarray], np.ndarray]  # vectors (n, C) to coordinates (n, 2)
@@ -56,7 +57,7 @@ def atlas(
     fit: str = "squash",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Atlas:
     """Arrange a layer's activations at random positions of many images on a plane, with an icon for each region.
 
@@ -98,8 +99,9 @@ def atlas(
         Bytes for intermediate results.
     max_pixels : int
         Images with more pixels are refused.
-    progress : callable, optional
-        Called with the amount done and the total of 2: 1 for the images, 1 for the icons.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        with the amount done and the total of 2: 1 for the images, 1 for the icons.
 
     Returns
     -------
@@ -129,30 +131,31 @@ def atlas(
     """
     model = as_model(model)
     check_image_model(model.preprocessing, "activation atlases")
-    job = _Job(
-        model=model,
-        loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
-        layer=(model.layers.last_spatial() if layer is None else spatial_layer(model, layer)).name,
-        target=None if target is None else resolve_class(model, target),
-        grid=grid,
-        positions_per_image=positions_per_image,
-        min_count=min_count,
-        top_k=max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k,
-        size=size,
-        steps=steps,
-        power=power,
-        seed=seed,
-        fit=fit,
-        memory=memory,
-        progress=progress,
-    )
-    job.check()
-    reduce = umap_reducer(seed) if reducer is None else reducer
-    sampled, indices = _sample_vectors(job)
-    vectors, num_zero = _select_vectors(job, sampled)
-    positions = normalize_coordinates(_reduce(reduce, vectors.values))
-    cells = assign_cells(positions, grid, min_count)
-    return _collect(job, vectors, positions, cells, num_zero, indices)
+    with progress_bar(progress, "atlas") as report:
+        job = _Job(
+            model=model,
+            loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+            layer=(model.layers.last_spatial() if layer is None else spatial_layer(model, layer)).name,
+            target=None if target is None else resolve_class(model, target),
+            grid=grid,
+            positions_per_image=positions_per_image,
+            min_count=min_count,
+            top_k=max(1, (model.num_outputs or 1) // 100) if top_k is None else top_k,
+            size=size,
+            steps=steps,
+            power=power,
+            seed=seed,
+            fit=fit,
+            memory=memory,
+            progress=report,
+        )
+        job.check()
+        reduce = umap_reducer(seed) if reducer is None else reducer
+        sampled, indices = _sample_vectors(job)
+        vectors, num_zero = _select_vectors(job, sampled)
+        positions = normalize_coordinates(_reduce(reduce, vectors.values))
+        cells = assign_cells(positions, grid, min_count)
+        return _collect(job, vectors, positions, cells, num_zero, indices)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class _Job:
     seed: int
     fit: str
     memory: int
-    progress: Progress | None
+    progress: Progress
 
     def check(self) -> None:
         """Raise ConvscopeError for a number out of range."""
@@ -182,8 +185,7 @@ class _Job:
 
     def report(self, stage: int, done: float, total: float) -> None:
         """Report the progress of stage 0 (images) or 1 (icons)."""
-        if self.progress is not None:
-            self.progress(stage + done / total, 2)
+        self.progress(stage + done / total, 2)
 
 
 class _Vectors(NamedTuple):

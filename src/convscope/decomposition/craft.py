@@ -34,13 +34,14 @@ from convscope.decomposition.nmf import (
 from convscope.decomposition.result import Concepts
 from convscope.decomposition.sobol import saltelli_points, total_indices
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, Progress, forward_batch_size, pad_to_fixed_batch
+from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 PATCH_HEIGHT = 112  # pixels of the patches in a result
@@ -65,7 +66,7 @@ def concepts(
     fit: str = "squash",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Concepts:
     """Find the main concepts behind a class: directions of a layer that recur in crops of its images.
 
@@ -109,9 +110,10 @@ def concepts(
         Bytes for intermediate results.
     max_pixels : int
         Images with more pixels are refused.
-    progress : callable, optional
-        Called with the number of steps done and in total; an image is a step when it is classified, when it is cropped
-        and when it is evaluated.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        with the number of steps done and in total; an image is a step when it is classified, when it is cropped and
+        when it is evaluated.
 
     Returns
     -------
@@ -141,31 +143,32 @@ def concepts(
     check_dependencies()
     model = as_model(model)
     check_image_model(model.preprocessing, "concepts")
-    job = _Job(
-        model=model,
-        loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
-        target=resolve_class(model, target),
-        layer=layer,
-        count=count,
-        crop=crop,
-        crops=crops,
-        only_predicted=only_predicted,
-        patches=patches,
-        sobol_points=sobol_points,
-        n_evaluated=n_evaluated,
-        seed=seed,
-        fit=fit,
-        memory=memory,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
-    job.check()
-    selection = _select_images(job)
-    name = last_nonnegative_layer(model, next(job.loader.batches(1)).x, layer).name
-    boxes, vectors = _crop_activations(job, name, selection)
-    factors = factorize(vectors, count)
-    evaluations = _evaluate(job, name, selection, factors.bank)
-    return _collect(job, name, selection, boxes, factors, evaluations)
+    with progress_bar(progress, "concepts") as report:
+        job = _Job(
+            model=model,
+            loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+            target=resolve_class(model, target),
+            layer=layer,
+            count=count,
+            crop=crop,
+            crops=crops,
+            only_predicted=only_predicted,
+            patches=patches,
+            sobol_points=sobol_points,
+            n_evaluated=n_evaluated,
+            seed=seed,
+            fit=fit,
+            memory=memory,
+            max_pixels=max_pixels,
+            progress=report,
+        )
+        job.check()
+        selection = _select_images(job)
+        name = last_nonnegative_layer(model, next(job.loader.batches(1)).x, layer).name
+        boxes, vectors = _crop_activations(job, name, selection)
+        factors = factorize(vectors, count)
+        evaluations = _evaluate(job, name, selection, factors.bank)
+        return _collect(job, name, selection, boxes, factors, evaluations)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class _Job:
     fit: str
     memory: int
     max_pixels: int
-    progress: Progress | None
+    progress: Progress
 
     def check(self) -> None:
         """Raise ConvscopeError for a layer or a number that cannot be used."""
@@ -203,8 +206,7 @@ class _Job:
 
     def report(self, done: int) -> None:
         """Report the number of finished steps."""
-        if self.progress is not None:
-            self.progress(done, self.num_steps)
+        self.progress(done, self.num_steps)
 
     @property
     def num_steps(self) -> int:

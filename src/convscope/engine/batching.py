@@ -7,7 +7,7 @@ and whose memory returns to the operating system after every step, costs more th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -22,7 +22,6 @@ MIN_FORWARD_BATCH = 8  # inputs whose activations are worth their memory on any 
 CACHE_BYTES = 10 << 20  # bytes of the largest activation in a batch
 
 T = TypeVar("T")
-Progress = Callable[[float, int], None]  # called with the amount done and the total
 
 
 def batch_size(model: Model, bytes_per_image: float, memory: int, max_batch: int = MAX_BATCH) -> int:

@@ -16,7 +16,6 @@ from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import (
     MEMORY,
-    Progress,
     batch_size,
     forward_batch_size,
     forward_bytes,
@@ -32,6 +31,7 @@ from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_hea
 from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, metric_name, resolve_options
 from convscope.evaluation.result import Evaluation, suspicion_notes
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 BYTES_PER_PIXEL = 64  # of each map: its values, ranks, and the temporaries of ranking
@@ -53,7 +53,7 @@ def evaluate(
     fit: str | None = None,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     **options: object,
 ) -> Evaluation:
     """Measure how faithful heatmaps are.
@@ -133,8 +133,9 @@ def evaluate(
     if mask_list is not None and maps.result is not None:
         for index, geometry in zip(maps.result.image_indices, maps.result.geometry, strict=True):
             check_mask_size(mask_list[index], geometry, loader.names[index])
-    job = _EvaluationJob(model, loader, maps, mask_list, metric_options, seed, memory, progress)
-    return job.collect(job.run())
+    with progress_bar(progress, "evaluate") as report:
+        job = _EvaluationJob(model, loader, maps, mask_list, metric_options, seed, memory, report)
+        return job.collect(job.run())
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class _EvaluationJob:
     options: dict[str, MetricOptions]
     seed: int
     memory: int
-    progress: Progress | None
+    progress: Progress
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> list[_BatchScores]:
@@ -222,9 +223,8 @@ class _EvaluationJob:
         for number, (name, options) in enumerate(self.options.items()):
 
             def report(fraction: float, number: int = number) -> None:
-                if self.progress is not None:
-                    done = num_done + len(context.x) * (number + fraction) / len(self.options)
-                    self.progress(done, len(self.loader))
+                done = num_done + len(context.x) * (number + fraction) / len(self.options)
+                self.progress(done, len(self.loader))
 
             scores[name] = get_metric(name).function(replace(context, report_progress=report), **options)
             report(1)

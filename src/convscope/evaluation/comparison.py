@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from convscope.attribution.registry import get_method
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets
-from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -27,6 +28,7 @@ from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.result import Evaluation
 from convscope.feature_maps import predict
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result
 from convscope.sources.coercion import ModelLike, as_model
 
@@ -127,7 +129,7 @@ def compare(
     seed: int = 0,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Comparison:
     """Compare heatmap methods and layers on the same images: maps, faithfulness, time.
 
@@ -148,8 +150,9 @@ def compare(
         As in `convscope.evaluate`.
     fit, against, smooth, scale, fuse, seed, memory, max_pixels
         As in `convscope.heatmaps`.
-    progress : callable, optional
-        Called with the number of combinations done and their total.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        with the number of combinations done and their total, with fractions.
 
     Returns
     -------
@@ -174,31 +177,41 @@ def compare(
     combinations = _combinations(model, methods, layers, fuse)
     for metric in metrics:
         get_metric(metric)
-    predict(model, images, 1, fit=fit, memory=memory, max_pixels=max_pixels)  # warm-up, so that it is not timed
+    total = len(combinations)
     results: list[Heatmaps] = []
     evaluations: list[Evaluation] = []
     seconds: list[float] = []
     failures: list[Failure] = []
-    for number, spec in enumerate(combinations):
-        if progress is not None:
-            progress(number, len(combinations))
-        try:
-            start = time.perf_counter()
-            (maps,) = compute_heatmaps(
-                model, images, targets, [spec], fit=fit, against=against, smooth=smooth, scale=scale, seed=seed,
-                memory=memory, max_pixels=max_pixels,
-            )  # fmt: skip
-            duration = time.perf_counter() - start
-        except ConvscopeError as error:
-            failures.append(Failure(f"{spec.name} at {spec.layer_name}", str(error)))
-            continue
-        results.append(maps)
-        seconds.append(duration / len(maps.image_names))
-        evaluations.append(
-            evaluate(model, images, maps, metrics, masks=masks, seed=seed, memory=memory, max_pixels=max_pixels)
-        )
-    if progress is not None:
-        progress(len(combinations), len(combinations))
+    with progress_bar(progress, "compare") as report:
+        predict(model, images, 1, fit=fit, memory=memory, max_pixels=max_pixels)  # warm-up, so that it is not timed
+        for number, spec in enumerate(combinations):
+            try:
+                start = time.perf_counter()
+                (maps,) = compute_heatmaps(
+                    model, images, targets, [spec], fit=fit, against=against, smooth=smooth, scale=scale, seed=seed,
+                    memory=memory, max_pixels=max_pixels, progress=partial(_report_half, report, number, total),
+                )  # fmt: skip
+                duration = time.perf_counter() - start
+            except ConvscopeError as error:
+                failures.append(Failure(f"{spec.name} at {spec.layer_name}", str(error)))
+                continue
+            results.append(maps)
+            seconds.append(duration / len(maps.image_names))
+            report_evaluation = partial(_report_half, report, number + 0.5, total)
+            evaluations.append(
+                evaluate(
+                    model,
+                    images,
+                    maps,
+                    metrics,
+                    masks=masks,
+                    seed=seed,
+                    memory=memory,
+                    max_pixels=max_pixels,
+                    progress=report_evaluation,
+                )
+            )
+        report(total, total)
     if not results:
         raise ConvscopeError("; ".join(map(str, failures)))
     notes = [
@@ -215,6 +228,11 @@ def compare(
         notes=tuple(dict.fromkeys((*results[0].notes, *notes))),
         failed=(*failures, *results[0].failed),
     )
+
+
+def _report_half(progress: Progress, start: float, num_combinations: int, done: float, total: int) -> None:
+    """Report one half of a combination: the heatmaps or their evaluation."""
+    progress(start + 0.5 * done / total, num_combinations)
 
 
 def _combinations(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from convscope.engine.batching import Progress, balanced_chunks
+from convscope.engine.batching import balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import concept_data
@@ -42,6 +42,7 @@ from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.views.saved_links import page_parts
 from convscope.featurevis.layer_story import Story
 from convscope.images.loading import Failure
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import atomic_write, versions, write_json
 from convscope.store.saved_results import SavedResult
 from convscope.store.store import Store, open_store
@@ -60,7 +61,7 @@ def publish(
     images: Sequence[str] = (),
     cache_dir: Path | None = None,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> list[Failure]:
     """Write a site with the pages of a network, its layers, units and classes, and the examples in a store.
 
@@ -77,8 +78,9 @@ def publish(
         Folder with generated patterns; those in it are shown.
     workers : int
         Number of processes that render examples; 0 renders them in this process.
-    progress : callable, optional
-        ``progress(done, total)``.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)``.
 
     Returns
     -------
@@ -96,7 +98,8 @@ def publish(
             explorer.images.add_samples(images)
         else:
             explorer.add_samples()
-        return _SiteWriter(explorer, store, out).write(workers, progress)
+        with progress_bar(progress, "publish") as report:
+            return _SiteWriter(explorer, store, out).write(workers, report)
     except OSError as error:
         raise ConvscopeError(f"cannot write into {out}: {error.strerror or error}") from error
     finally:
@@ -153,7 +156,7 @@ class _SiteWriter:
         self._written: set[str] = set()
         self._failures: list[Failure] = []
 
-    def write(self, workers: int, progress: Progress | None) -> list[Failure]:
+    def write(self, workers: int, progress: Progress) -> list[Failure]:
         """Write all files; the manifest comes last. Returns what could not be made."""
         (self._out / "static").mkdir(parents=True, exist_ok=True)
         (self._out / "manifest.json").unlink(missing_ok=True)
@@ -166,8 +169,7 @@ class _SiteWriter:
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
 
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn) if workers else nullcontext() as pool:

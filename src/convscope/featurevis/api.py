@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.batching import MEMORY
 from convscope.engine.capture import capture_layers
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
@@ -38,6 +38,7 @@ from convscope.featurevis.scoring import (
 )
 from convscope.featurevis.task import OptimizationTask
 from convscope.images.loading import Failure
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 __all__ = ["Patterns", "patterns"]
@@ -63,7 +64,7 @@ def patterns(
     frames: int = 0,
     callback: Callback | None = None,
     memory: int = MEMORY,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Patterns:
     """Optimise an image for each unit, so that it maximises the unit's mean activation.
 
@@ -119,8 +120,9 @@ def patterns(
         batch, uint8 (U', H, W, C). An exception raised here, or in `progress`, cancels the call.
     memory : int
         Bytes for the intermediate results of a batch.
-    progress : callable, optional
-        ``progress(done, total)`` in steps.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` with numbers of steps.
 
     Returns
     -------
@@ -164,9 +166,12 @@ def patterns(
         memory=memory,
     )
     start_images = initial_images(start, size, len(request.units), model)
-    with capture_layers(model, request.layers, stop_early=not request.needs_logits) as forward:
+    with (
+        progress_bar(progress, f"patterns {request.layer}") as report,
+        capture_layers(model, request.layers, stop_early=not request.needs_logits) as forward,
+    ):
         plan = make_plan(forward, model, request, settings, start_images, size)
-        job = _Job(model, request, settings, plan, start_images, callback, progress)
+        job = _Job(model, request, settings, plan, start_images, callback, report)
         reference_scores: Tensor | None = None
         failed: tuple[Failure, ...] = ()
         if reference is not None:
@@ -190,12 +195,11 @@ class _Job:
     plan: PatternPlan
     start_images: Tensor | None
     callback: Callback | None
-    progress: Progress | None
+    progress: Progress
 
     def report_progress(self, done: int) -> None:
         """Report the number of steps of all batches so far."""
-        if self.progress is not None:
-            self.progress(done, self.settings.steps * len(self.plan.batches))
+        self.progress(done, self.settings.steps * len(self.plan.batches))
 
 
 class _StepReporter:

@@ -8,17 +8,20 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from convscope.engine.batching import MEMORY, Progress
+from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
+from convscope.featurevis.result import Patterns
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result
 from convscope.sources.coercion import ModelLike, as_model
 
@@ -108,7 +111,7 @@ def story(
     num_displayed: int = 6,
     seed: int = 0,
     memory: int = MEMORY,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Story:
     """Optimise patterns of units in layers of increasing depth, and compute statistics of the images.
 
@@ -127,8 +130,9 @@ def story(
         Seed of the random numbers.
     memory : int
         Bytes for the intermediate results of a batch.
-    progress : callable, optional
-        ``progress(done, total)`` in layers, with fractions.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` in layers, with fractions.
 
     Returns
     -------
@@ -156,30 +160,45 @@ def story(
     names = _default_layers(model) if layers is None else [layer_name(model, layer) for layer in as_layers(layers)]
     if not names:
         raise ConvscopeError("layers is empty; give the names of layers that have units")
-    rows = [None if name == LOGITS else model.layers.find(name) for name in names]
+    layer_of_name = {name: None if name == LOGITS else model.layers.find(name) for name in names}
     chapters, notes = [], []
-    for i, (name, layer) in enumerate(zip(names, rows, strict=True)):
-
-        def report(done: float, total: int, i: int = i) -> None:
-            if progress is not None:
-                progress(i + done / total, len(names))
-
-        count = (model.num_outputs if layer is None else layer.units) or 1
-        selected = np.unique(np.linspace(0, count - 1, min(units, count)).round().astype(int))
-        result = patterns(model, name, selected.tolist(), seed=seed, memory=memory, progress=report)
-        distinct = most_distinct(result.images, num_displayed)
-        chapters.append(
-            Chapter(
-                layer=name,
-                receptive_field=_receptive_field(model, layer),
-                units=result.units[distinct],
-                names=tuple(result.names[k] for k in distinct),
-                images=result.images[distinct],
-                statistics={key: statistic(result.images) for key, statistic in IMAGE_STATISTICS.items()},
+    with progress_bar(progress, "story") as report:
+        for i, name in enumerate(names):
+            result = patterns(
+                model,
+                name,
+                _spaced_units(model, layer_of_name[name], units),
+                seed=seed,
+                memory=memory,
+                progress=partial(_report_layer, report, i, len(names)),
             )
-        )
-        notes += [f"{name}: {note}" for note in result.notes]
+            chapters.append(_make_chapter(model, layer_of_name[name], result, num_displayed))
+            notes += [f"{name}: {note}" for note in result.notes]
     return Story(model, tuple(chapters), seed, notes=tuple(notes))
+
+
+def _report_layer(progress: Progress, layer: int, num_layers: int, done: float, total: int) -> None:
+    progress(layer + done / total, num_layers)
+
+
+def _spaced_units(model: Model, layer: Layer | None, count: int) -> list[int]:
+    """Return at most `count` evenly spaced units of a layer, or classes (None)."""
+    num_units = (model.num_outputs if layer is None else layer.units) or 1
+    units = np.unique(np.linspace(0, num_units - 1, min(count, num_units)).round().astype(int))
+    return [int(unit) for unit in units]
+
+
+def _make_chapter(model: Model, layer: Layer | None, result: Patterns, num_displayed: int) -> Chapter:
+    """Choose the most distinct patterns of a layer, and compute statistics of all."""
+    distinct = most_distinct(result.images, num_displayed)
+    return Chapter(
+        layer=result.layer,
+        receptive_field=_receptive_field(model, layer),
+        units=result.units[distinct],
+        names=tuple(result.names[k] for k in distinct),
+        images=result.images[distinct],
+        statistics={key: statistic(result.images) for key, statistic in IMAGE_STATISTICS.items()},
+    )
 
 
 def read_story(model: Model, read: Callable[[str], bytes]) -> Story:

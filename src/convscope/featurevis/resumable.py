@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convscope.distributed import ray_pool
-from convscope.engine.batching import Progress, balanced_chunks
+from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import capture_layers
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -37,6 +38,7 @@ from convscope.featurevis.request import (
 )
 from convscope.featurevis.result import Patterns
 from convscope.images.loading import Failure
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import atomic_write, versions, write_npz
 
 UNITS_PER_PART = 32
@@ -54,7 +56,7 @@ def run_resumable(
     *,
     resume: bool = False,
     ray: str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     **options: Any,
 ) -> Patterns:
     """Run `convscope.patterns` for 32 units at a time, and save each part below `folder` when it is done.
@@ -74,8 +76,9 @@ def run_resumable(
     ray : str, optional
         Address of a Ray cluster, or ``"local"``: its workers run the parts, each with as many threads as this process,
         because the last bits depend on their number.
-    progress : callable, optional
-        ``progress(done, total)`` in parts, with fractions.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` in parts, with fractions.
     **options
         Of `convscope.patterns`.
 
@@ -97,14 +100,14 @@ def run_resumable(
     files = [_parts_folder(folder) / name for name in job.file_names()]
     missing = [i for i, file in enumerate(files) if not (resume and zipfile.is_zipfile(file))]
     try:
-        for done, (i, content) in enumerate(job.run(missing, ray, progress), len(parts) - len(missing) + 1):
-            files[i].parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(files[i]) as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            if progress is not None:
-                progress(done, len(parts))
+        with progress_bar(progress, f"patterns {layer}") as report:
+            for done, (i, content) in enumerate(job.run(missing, ray, report), len(parts) - len(missing) + 1):
+                files[i].parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(files[i]) as out:
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+                report(done, len(parts))
     except OSError as error:
         raise ConvscopeError(f"cannot write into {folder}: {error.strerror or error}") from error
     return _concatenate([_read_part(model, file) for file in files])
@@ -133,7 +136,7 @@ class _PartsJob:
         keys = [json.dumps({**key, "units": list(part)}, default=str) for part in self.parts]
         return [f"{hashlib.sha256(part_key.encode()).hexdigest()[:32]}.npz" for part_key in keys]
 
-    def run(self, missing: Sequence[int], ray: str | None, progress: Progress | None) -> Iterator[tuple[int, bytes]]:
+    def run(self, missing: Sequence[int], ray: str | None, progress: Progress) -> Iterator[tuple[int, bytes]]:
         """Run the missing parts; yield the number and the file content of each one when it is done."""
         if ray is not None and missing:
             gpus = int(self.model.device.type == "cuda")
@@ -141,9 +144,9 @@ class _PartsJob:
             return
         done = len(self.parts) - len(missing)
         for position, i in enumerate(missing, done):
-            yield i, self.run_part(i, _part_progress(progress, position, len(self.parts)))
+            yield i, self.run_part(i, partial(_report_part, progress, position, len(self.parts)))
 
-    def run_part(self, number: int, progress: Progress | None = None) -> bytes:
+    def run_part(self, number: int, progress: ProgressOption = None) -> bytes:
         """Run one part and return the content of its file."""
         options = {**self.options, "start": self.starts[number]}
         return _part_content(patterns(self.model, self.layer, self.parts[number], progress=progress, **options))
@@ -227,10 +230,8 @@ def _fingerprint(option: object) -> object:
     return option
 
 
-def _part_progress(progress: Progress | None, part: int, num_parts: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(part + done / max(total, 1), num_parts)
+def _report_part(progress: Progress, part: int, num_parts: int, done: float, total: int) -> None:
+    progress(part + done / max(total, 1), num_parts)
 
 
 def _part_content(result: Patterns) -> bytes:

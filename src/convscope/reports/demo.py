@@ -12,7 +12,6 @@ from PIL import Image
 
 from convscope.attribution.api import heatmaps
 from convscope.attribution.result import Heatmaps
-from convscope.engine.batching import Progress
 from convscope.engine.layer_selection import select_by_depth
 from convscope.engine.layer_table import Layer, format_receptive_field
 from convscope.engine.model import LOGITS, Model
@@ -24,9 +23,10 @@ from convscope.images.colormap import lookup_table
 from convscope.images.loading import Failure
 from convscope.plotting.activations import activation_pages
 from convscope.plotting.grids import pattern_grid
+from convscope.progress import Progress
 from convscope.results import atomic_write, file_names, versions, write_json
 
-ProgressBar = Callable[[str], AbstractContextManager[Progress | None]]
+ProgressBar = Callable[[str], AbstractContextManager[Progress]]
 
 NUM_LAYERS = 5
 NUM_PATTERN_LAYERS = 4
@@ -113,7 +113,7 @@ def write_demo(
     seed : int
         Random seed of the patterns.
     progress_bar : callable
-        Maps the name of a step to a context manager that yields a progress callback or None.
+        Maps the name of a step to a context manager that yields a progress callback.
 
     Returns
     -------

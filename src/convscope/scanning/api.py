@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 
 from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
 from convscope.distributed.ray_pool import map_unordered
-from convscope.engine.batching import MAX_BATCH, MEMORY, Progress, forward_bytes
+from convscope.engine.batching import MAX_BATCH, MEMORY, forward_bytes
 from convscope.engine.batching import batch_size as fitting_batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import local_folder, versions, write_json
 from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics
 from convscope.scanning.decoding import PrefetchingDecoder
@@ -57,7 +58,7 @@ def scan(
     storage: Mapping[str, object] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     memory: int = MEMORY,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> Store:
     """Run a data set through a network once, and store the top and bottom images and statistics of every unit.
 
@@ -99,8 +100,9 @@ def scan(
         Images with more pixels are refused before they are decoded.
     memory : int
         Bytes that the intermediate results of a batch may take.
-    progress : callable, optional
-        Called after every batch with the number of images done and the number of all.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        after every batch with the number of images done and the number of all.
 
     Returns
     -------
@@ -147,9 +149,9 @@ def scan(
     label_classes = match_classes(catalogue.label_names, model.classes, model.num_outputs)
     targets = ScanTargets({name: _num_units(model, name) for name in names}, catalogue.labels, label_classes)
     job = _ScanJob(model, plan, targets, catalogue)
-    with _locked(store):
+    with progress_bar(progress, "scan") as report, _locked(store):
         if not _is_finished(store, identity):
-            _scan_missing(job, store, workers, ray, partial(build_catalogue, dataset, storage=storage), progress)
+            _scan_missing(job, store, workers, ray, partial(build_catalogue, dataset, storage=storage), report)
             _merge(job, store, identity)
         _remove_temporary(store)
     return open_store(store)
@@ -265,15 +267,14 @@ def _scan_missing(
     workers: int | None,
     ray: str | None,
     reload_catalogue: Callable[[], Catalogue],
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Scan the shards that the store does not have yet, and write each as it is done."""
     plan, catalogue = job.plan, job.catalogue
     with closing(_results(job, missing_shards(store, plan), workers, ray)) as results:
         for step in results:
             if isinstance(step, int):
-                if progress is not None:
-                    progress(step, plan.num_images)
+                progress(step, plan.num_images)
                 continue
             if step.ends_in_failures and reload_catalogue().fingerprint != catalogue.fingerprint:
                 raise ConvscopeError(f"{catalogue.name} has changed since the scan began; rerun to resume")
