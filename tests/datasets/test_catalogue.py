@@ -144,9 +144,20 @@ def test_relative_paths_start_from_the_working_folder_of_the_call(
         build_catalogue("cats/*.png"),
         build_catalogue(["cats/a.png", Path("cats/b.png")]),
     ]
-    assert all(one.names.to_pylist() == ["cats/a.png", "cats/b.png"] for one in catalogues)
+    names = [str(folder / "cats" / name) for name in ("a.png", "b.png")]
+    assert all(one.names.to_pylist() == names for one in catalogues)
     monkeypatch.chdir("/")
     assert all(read_pixels(one) == expected_pixels(1, 0) for one in catalogues)
+
+
+def test_every_way_to_write_a_path_names_the_same_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    ways = ["cats", "cats/", "./cats", "../" + folder.name + "/cats", str(folder / "cats"), Path("cats")]
+    catalogues = [build_catalogue(way) for way in ways]
+    assert len({(one.name, one.fingerprint) for one in catalogues}) == 1
+    assert catalogues[0].name == str(folder / "cats")
+    lists = [build_catalogue(["cats/a.png"]), build_catalogue([folder / "cats" / "a.png"])]
+    assert len({(one.name, one.fingerprint) for one in lists}) == 1
 
 
 def test_numbers_as_labels_keep_their_order(tmp_path: Path) -> None:

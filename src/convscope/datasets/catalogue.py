@@ -14,7 +14,7 @@ from PIL import Image
 
 from convscope.datasets import readers_arrow, readers_files, readers_memory
 from convscope.datasets.index import DatasetIndex, ImageReader, Label
-from convscope.datasets.storage import Storage, expand_ranges, is_glob
+from convscope.datasets.storage import Storage, absolute_location, expand_ranges, is_glob
 from convscope.errors import ConvscopeError, require_extra
 from convscope.images.loading import one_line
 
@@ -36,7 +36,7 @@ class Catalogue:
     Attributes
     ----------
     name : str
-        The data set as the user gave it, for display.
+        The data set for display; local paths are absolute.
     fingerprint : str
         SHA-256 of names, file sizes and labels; for images in memory also of their pixels.
     names : pyarrow.Array of str
@@ -96,7 +96,7 @@ def build_catalogue(data: object, *, storage: Mapping[str, object] | None = None
         - a list of locations, PIL images, arrays and encoded files, or an array (N, H, W, 3);
         - a `datasets.Dataset`, or an object with a length whose items are (image, label), as in torchvision.
 
-        A location is a local path or an fsspec URL.
+        A location is a local path or an fsspec URL. Images are named by their locations, with absolute paths.
     storage : mapping, optional
         Options for fsspec, such as keys and endpoints.
 
@@ -106,8 +106,22 @@ def build_catalogue(data: object, *, storage: Mapping[str, object] | None = None
         For unknown, missing, damaged and empty data, and if two images have the same name.
     """
     backend = Storage(dict(storage or {}))
-    data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    data = _absolute(data)
     return _catalogue_of(_display_name(data), _index(data, backend))
+
+
+def _absolute(data: object) -> object:
+    """Return data with absolute local paths, so that every way to write a path names the same data set and images."""
+    if isinstance(data, list | tuple):
+        return [_absolute(item) for item in data]
+    if isinstance(data, os.PathLike):
+        data = os.fspath(data)
+    if not isinstance(data, str):
+        return data
+    if data.startswith("torchvision:"):
+        kind, _, root = data.rpartition(":")
+        return f"{kind}:{os.path.abspath(root)}" if root and kind != "torchvision" else data
+    return absolute_location(data)
 
 
 def _display_name(data: object) -> str:

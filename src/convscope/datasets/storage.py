@@ -44,6 +44,11 @@ def is_glob(location: str) -> bool:
     return bool(_GLOB.search(location))
 
 
+def absolute_location(location: str) -> str:
+    """Return a local path as an absolute one, without a slash at its end, and a URL as it is."""
+    return location if "://" in location or not location else os.path.abspath(os.path.expanduser(location))
+
+
 def with_retries(action: Callable[[], T]) -> T:
     """Call `action`, and call it again up to three times after errors that may be temporary."""
     for attempt in range(RETRIES):
