@@ -101,6 +101,22 @@ def test_find_name_names_the_nearest():
         find_name("method", "gradcem", ["occlusion", "grad-cam"])
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("panda", "giant panda, lesser panda, sandpanda"),  # whole words before parts of words, and nothing else
+        ("cat", "tiger cat, Persian cat, polecat"),
+        ("Red Panda", "lesser panda, giant panda, red fox"),  # with a word in common
+        ("bees", "bee, hartebeest"),
+        ("leser panda", "lesser panda, giant panda"),
+        ("xyzzyx", "sandal, giant panda, lesser panda"),  # the first of all
+    ],
+)
+def test_nearest(word, expected):
+    names = ["sandal", "giant panda", "lesser panda", "sandpanda", "tiger cat", "Persian cat", "polecat", "red fox"]
+    assert nearest(word, [*names, "bee", "hartebeest"], 3).startswith(expected)
+
+
 def test_names_are_those_of_the_tables():
     from convscope import names
     from convscope.attribution.registry import METHODS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import hashlib
@@ -48,7 +49,7 @@ def load_model(module: nn.Module | None = None, **options: Any) -> convscope.Mod
 def make_result(kind: str, model: convscope.Model) -> Any:
     """Make a small result of a kind."""
     if kind == "activations":
-        return convscope.activations(model, PHOTOS)
+        return convscope.activations(model, PHOTOS, [layer.name for layer in model.layers.unique_spatial()])
     if kind == "predictions":
         return convscope.predict(model, PHOTOS, top=3)
     if kind == "patterns":
@@ -333,11 +334,17 @@ def test_results_are_frozen(result):
             setattr(result, field.name, None)
 
 
+def embedded_png(html: str) -> bytes:
+    """Return the image that an HTML display embeds."""
+    match = re.search(r'<img alt="[^"]+" [^>]*src="data:image/png;base64,([^"]+)"', html)
+    assert match
+    return base64.b64decode(match[1])
+
+
 def test_figure_and_rich_display(result):
     figure = result.figure()
     assert isinstance(figure, Figure)
-    png = result._repr_png_()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    png = embedded_png(result._repr_html_())
     image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
     assert image.std() > 10  # something is patterns
 
@@ -380,7 +387,7 @@ for result in (
     convscope.activations(model, image, "0"), convscope.predict(model, image),
     convscope.heatmaps(model, image), convscope.patterns(model, "0", [0], recipe="plain", size=16, steps=1),
 ):
-    assert result._repr_png_()
+    assert "data:image/png" in result._repr_html_()
     result.figure()
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -463,3 +470,30 @@ def test_overlays_of_images_with_the_same_name_have_different_names(tmp_path):
         "cat-dog-_0_class-1~2.png",
         "cat-dog-_1_class-2.png",
     ]
+
+
+def test_printing(result):
+    words = type(result).__name__.lower()
+    assert repr(result).startswith(f"<convscope {words}: ")
+    assert "\n" not in repr(result)
+    lines = str(result).splitlines()
+    assert lines[0].startswith(f"{words.capitalize()}: ")
+    assert 2 < len(lines) <= 25
+    assert max(map(len, lines[:4])) <= 80
+    assert set(result.rows()[0]) >= set(lines[1].split()[:1])
+    json.dumps(result.rows())
+
+
+def test_notes_and_failures_stand_under_every_display(tmp_path):
+    (tmp_path / "damaged.png").write_bytes(b"not an image")
+    Image.fromarray(PHOTOS[0]).save(tmp_path / "good.png")
+    images = [str(tmp_path / name) for name in ("good.png", "damaged.png")]
+    failed = convscope.predict(load_model(), images)
+    noted = dataclasses.replace(failed, notes=("<b>a note</b>",))
+    assert repr(noted).endswith("; 1 note; 1 failed input>")
+    assert str(noted).splitlines()[-2:] == ["note: <b>a note</b>", f"failed: {failed.failed[0]}"]
+    html = noted._repr_html_()
+    assert "<li" in html
+    assert "note: &lt;b&gt;a note" in html
+    assert "failed: " in html.partition("<img")[2]
+    assert "<ul" not in dataclasses.replace(failed, failed=())._repr_html_()

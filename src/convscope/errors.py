@@ -7,10 +7,10 @@ PyTorch.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -18,6 +18,9 @@ from numbers import Integral, Real
 from types import ModuleType
 
 PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
+
+
+MIN_COMMON_WORD = 3  # letters of a word that makes two names similar
 
 
 class ConvscopeError(ValueError):
@@ -38,8 +41,8 @@ class ConvscopeWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Issue a ConvscopeWarning that points to the nearest calling line outside this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, ConvscopeWarning, stacklevel=level)
 
@@ -53,9 +56,34 @@ def warn_of_failures(failed: Iterable[object]) -> None:
 
 
 def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
-    """Return up to `count` candidates that resemble `word`, best first, joined for an error message."""
-    matches = difflib.get_close_matches(word, candidates, n=count, cutoff=0.4)
-    return ", ".join(matches or candidates[:count])
+    """Return up to `count` candidates that resemble `word`, joined for an error message.
+
+    Those that contain it as whole words, in their order, then those that contain it otherwise. If none contains it as
+    whole words: those with a word in common, then those that contain it or are spelled alike, best first. If there are
+    none at all, the first `count` candidates.
+    """
+
+    def by_similarity(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda c: -difflib.SequenceMatcher(None, c.casefold(), word.casefold()).ratio())
+
+    words = _words(word)
+    long_words = {w for w in words if len(w) >= MIN_COMMON_WORD}
+    offers = [c for c in candidates if words and _contains_words(c, words)]
+    related = {c for c in candidates if long_words and word.casefold() in c.casefold()}
+    if not offers:
+        offers = by_similarity(c for c in candidates if long_words & set(_words(c)))
+        related |= set(difflib.get_close_matches(word, candidates, n=count, cutoff=0.4))
+    offers += by_similarity(c for c in candidates if c in related)
+    return ", ".join(list(dict.fromkeys(offers))[:count] or candidates[:count])
+
+
+def _contains_words(text: str, words: list[str]) -> bool:
+    """Return whether `words` follow each other in a text."""
+    return f" {' '.join(words)} " in f" {' '.join(_words(text))} "
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def rename_arguments(message: str, names: Mapping[str, str]) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes
-from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
+from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
+from convscope.formatting import Row, base_name, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result, format_csv
@@ -22,7 +24,7 @@ from convscope.sources.coercion import ModelLike, as_model
 SCALINGS = ("standard", "minmax")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activations(Result):
     """Feature maps of N images: ``activations["block1_conv1"]`` is float32 (N, C, H, W), not normalised.
 
@@ -66,6 +68,26 @@ class Activations(Result):
     def parameters(self) -> dict[str, object]:
         """Return layers, image names, `fit` and `scaling`."""
         return {"layers": self.layers, "image_names": self.image_names, "fit": self.fit, "scaling": self.scaling}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per layer: the shape of its maps, their mean and maximum, active positions, dead channels."""
+        rows = []
+        for layer, maps in self.maps.items():
+            summary = self.summary(layer)
+            rows.append(
+                {
+                    "layer": layer,
+                    "maps": " x ".join(map(str, maps.shape[1:])),
+                    "mean": float(summary["mean"].mean()),
+                    "maximum": float(summary["max"].max()),
+                    "active": float(summary["active"].mean()),
+                    "dead channels": int(summary["dead"].all(0).sum()),
+                }
+            )
+        return rows
+
+    def _title(self) -> str:
+        return f"{count_of(len(self.maps), 'layer')}, {count_of(len(self.image_names), 'image')}"
 
     def summary(self, layer: LayerLike) -> dict[str, np.ndarray]:
         """Summarize a layer's maps per image and channel.
@@ -112,8 +134,7 @@ def activations(
         One image or N. Arrays are (H, W, 3) or (N, H, W, 3), uint8 or float in [0, 1]; a tensor (N, 3, H, W) is already
         preprocessed.
     layers : str, Layer, nn.Module or sequence of these, optional
-        Names in ``model.layers``, its rows, or modules of the network. Every layer with spatial extent if omitted,
-        without aliases of earlier layers.
+        Names in ``model.layers``, its rows, or modules of the network. The last layer of each resolution if omitted.
     fit : {"squash", "crop"}
         Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
     scaling : {"standard", "minmax"}
@@ -152,7 +173,7 @@ def activations(
         raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
     model = as_model(model)
     selected = (
-        model.layers.unique_spatial() if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
+        last_per_resolution(model) if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
     )
     outputs: dict[str, list[np.ndarray]] = {layer.name: [] for layer in selected}
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
@@ -178,7 +199,7 @@ def activations(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions(Result):
     """The top classes of N images.
 
@@ -222,6 +243,30 @@ class Predictions(Result):
                 }
             )
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per image and class, the most probable first: class, probability, logit."""
+        return [
+            {
+                "image": name,
+                "class": self.names[n][k],
+                "probability": float(self.probabilities[n, k]),
+                "logit": float(self.logits[n, index]),
+            }
+            for n, name in enumerate(self.image_names)
+            for k, index in enumerate(self.indices[n])
+        ]
+
+    def _title(self) -> str:
+        count, top = len(self.indices), self.indices.shape[1]
+        return f"top {count_of(top, 'class')} of {count_of(count, 'image')}" if top > 1 else count_of(count, "image")
+
+    def _display_rows(self) -> Sequence[Row]:
+        rows = self.rows()[:: self.indices.shape[1]] if len(self.indices) > 1 else self.rows()
+        return [
+            {"image": base_name(row["image"]), "class": row["class"], "probability": f"{row['probability']:.1%}"}
+            for row in rows
+        ]
 
     def parameters(self) -> dict[str, object]:
         """Return the number of classes, image names, `fit` and the classes' names."""

@@ -1,4 +1,4 @@
-"""What all results share: data, notes, saving to a folder, and figures.
+"""What all results share: data, notes, printing, saving to a folder, and figures.
 
 A result knows nothing of plotting. Its figure is drawn by a function that is looked up when it is needed: for a result
 of class ``UnitRecord`` that is ``draw_unit_record(result)`` in the module that `PLOTTING_MODULES` names, and for the
@@ -7,6 +7,7 @@ image files that `Result.save` writes ``render_unit_record(result)``.
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from html import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -31,6 +33,7 @@ from PIL import Image
 
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
+from convscope.formatting import MAX_ROWS, Row, count_of, format_table
 from convscope.images.loading import Failure
 
 if TYPE_CHECKING:
@@ -93,13 +96,57 @@ class HasFigure:
         """Draw a matplotlib figure."""
         return draw(self)
 
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure().savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the result as a table, one dictionary per row, as ``pandas.DataFrame`` takes it."""
+        return []
+
+    def _title(self) -> str:
+        """Say in a few words what this is."""
+        return ""
+
+    def _display_rows(self) -> Sequence[Row]:
+        """Return the rows that are printed: fewer or shorter ones than `rows`, where that helps."""
+        return self.rows()
+
+    def _remarks(self) -> list[str]:
+        """Return the lines that stand under every display."""
+        return []
+
+    def __repr__(self) -> str:
+        return f"<convscope {_kind(self)}: {self._title()}>"
+
+    def __str__(self) -> str:
+        title = f"{_kind(self).capitalize()}: {self._title()}"
+        table = format_table(self._display_rows(), max_rows=MAX_ROWS)
+        return "\n".join(filter(None, [title, table, *self._remarks()]))
+
+    def _repr_html_(self) -> str:
+        """Return the figure as an image, with the remarks under it."""
+        title = escape(f"{_kind(self).capitalize()}: {self._title()}")
+        try:
+            buffer = io.BytesIO()
+            self.figure().savefig(buffer, format="png", bbox_inches="tight")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            content = f'<img alt="{title}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+        except ConvscopeError as error:  # signals and volumes have no figure
+            content = f"<p>{title}</p><p>no figure: {escape(str(error))}</p>"
+        return f"<div>{content}{_html_list(self._remarks())}</div>"
 
 
-@dataclass(frozen=True, eq=False)
+def _kind(result: object) -> str:
+    """Return the name of a result's class as words, such as "dead units"."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(result).__name__).lower()
+
+
+def _html_list(lines: Sequence[str]) -> str:
+    """Return lines as an HTML list; nothing for no lines."""
+    items = "".join(
+        f'<li style="border-left: 3px solid #d9822b; padding-left: 8px">{escape(line)}</li>' for line in lines
+    )
+    return f'<ul style="list-style: none; margin: 4px 0; padding: 0">{items}</ul>' if items else ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Result(HasFigure):
     """Base class of all results: a frozen dataclass whose data are numpy arrays.
 
@@ -113,9 +160,17 @@ class Result(HasFigure):
         The images that could not be used, with the reasons.
     """
 
-    model: Model = field(repr=False)
+    model: Model
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     failed: tuple[Failure, ...] = field(default=(), kw_only=True)
+
+    def _remarks(self) -> list[str]:
+        return [*(f"note: {note}" for note in self.notes), *(f"failed: {failure}" for failure in self.failed)]
+
+    def __repr__(self) -> str:
+        counts = {"note": len(self.notes), "failed input": len(self.failed)}
+        remarks = [count_of(count, noun) for noun, count in counts.items() if count]
+        return f"<convscope {_kind(self)}: {'; '.join([self._title(), *remarks])}>"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all data, under the names by which they are saved."""

@@ -318,8 +318,8 @@ def test_invalid_layers_and_methods(small_model: convscope.Model) -> None:
         convscope.heatmaps(small_model, random_images(1), layer="gap")
     with pytest.raises(ConvscopeError, match="'relu9' is not in this model; nearest: relu"):
         convscope.heatmaps(small_model, random_images(1), layer="relu9")
-    with pytest.raises(ConvscopeError, match="method 'gradcam' is not known; nearest: grad-cam"):
-        convscope.heatmaps(small_model, random_images(1), method="gradcam")
+    with pytest.raises(ConvscopeError, match="method 'gradcem' is not known; nearest: grad-cam"):
+        convscope.heatmaps(small_model, random_images(1), method="gradcem")
 
 
 # --- maps without positive evidence ----------------------------------------------------------------------------------

@@ -458,7 +458,8 @@ def test_rise_of_probabilities() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x).softmax(1) * 1.0  # hides the softmax from `load`
 
-    assert relative_error(actual, compute(load_module(Probabilities()), x, "rise", [[0, 1, 2, 3, 4]], **options)) < TINY
+    values = convscope.load(Probabilities(), preprocessing={"size": SIZE}, task="regression")
+    assert relative_error(actual, compute(values, x, "rise", [[0, 1, 2, 3, 4]], **options)) < TINY
     full = compute(model, x, "rise", lambda out: torch.ones(len(out)), **options)
     assert relative_error(actual.sum(1, keepdims=True), full) < TINY  # the sum of all probabilities is 1
     against = compute(model, x, "rise", 0, against=3, probability=True, **options)

@@ -237,7 +237,10 @@ INVALID_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         segmentation_target(1, np.ones((4, 4))),
         "segmentation_target needs a network that returns class maps",
     ),
-    "no outputs": (output_target("depth", 1), r"the network has no output 'depth' in a tensor of shape \(3, 5\)"),
+    "no outputs": (
+        output_target("depth", 1),
+        r"the network has no output 'depth'; it returns a tensor of shape \(3, 5\)",
+    ),
     "not finite": (lambda output: output[:, 0] / 0, "not finite"),
 }
 
@@ -368,7 +371,9 @@ def test_output_target_by_hand(kind: str) -> None:
     assert actual.names[0] == [f"class 4 of {keys[0]}", f"class 1 of {keys[1]}"]
     with pytest.raises(ConvscopeError, match=r"class 2 is out of range: output .* has shape \(3, 2\)"):
         convscope.heatmaps(model, random_images(), output_target(keys[1], 2))
-    missing = "the network has no output 'color'" + ("; it has kind, depth" if kind == "dict" else " in a tuple")
+    missing = "the network has no output 'color'; it returns a " + (
+        "dict with 'kind'" if kind == "dict" else "tuple with 0"
+    )
     with pytest.raises(ConvscopeError, match=missing):
         convscope.heatmaps(model, random_images(), output_target("color", 0))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import convscope
 from convscope import ConvscopeError
-from convscope.engine import capture
+from convscope.engine import capture, isolation
 from convscope.engine.adapters import TorchAdapter
 from tests.engine.helpers import CALLS, SIZE, inputs, load_model, output_and_logits_by_hook, relative_error
 from tests.oracles.nets import (
@@ -344,7 +344,7 @@ def test_frozen_eval_mode_restores_every_flag() -> None:
     net.fc.bias.requires_grad_(False)
 
     def inside() -> None:
-        with capture.frozen_eval_mode(net.modules(), net.parameters()):
+        with isolation.frozen_eval_mode(net.modules(), net.parameters()):
             assert not any(m.training for m in net.modules())
             assert not any(p.requires_grad for p in net.parameters())
             raise ZeroDivisionError

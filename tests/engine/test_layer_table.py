@@ -94,7 +94,7 @@ def test_table_prints_in_aligned_columns():
     layers = load_table(nn.Sequential(OrderedDict([("<b>&", nn.Conv2d(1, 12, (3, 5))), ("relu", nn.ReLU())])))
     lines = str(layers).splitlines()
     assert repr(layers) == str(layers)
-    assert lines[0].split()[:4] == ["layer", "kind", "output", "units"]
+    assert lines[0].split()[:4] == ["layer", "kind", "output", "receptive"]
     assert "12 x 23 x 16" in lines[1]
     assert "3 x 5" in lines[1]
     starts = {line.index("12 x 23 x 16") for line in lines[1:]}
@@ -104,6 +104,31 @@ def test_table_prints_in_aligned_columns():
     assert "&lt;b&gt;&amp;" in html
     assert "<b>" not in html
     assert html.count("<tr>") == 3
+
+
+class Block(nn.Module):
+    """A convolution between two identities, whose output is the block's."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.before, self.conv, self.after = nn.Identity(), nn.Conv2d(4, 4, 3, stride, 1), nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.conv(self.before(x)))
+
+
+def test_main_layers_are_the_outermost_of_equal_ones():
+    stage = nn.Sequential(Block(2), Block(1))
+    features = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), stage, nn.MaxPool2d(2))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    layers = load_table(nn.Sequential(OrderedDict(features=features, head=head)))
+    # Not features, whose children differ in resolution, nor head; a stage stands for its last block.
+    assert layers.main.names == ["features.0", "features.1.0", "features.1", "features.2", "head.0", "head.1", "head.2"]
+    shown = [line.split()[0] for line in str(layers).splitlines()[1:-1]]
+    assert shown == layers.main.names
+    assert str(layers).splitlines()[-1].startswith("7 of 16 layers; print(model.layers.all)")
+    assert [line.split()[0] for line in str(layers.all).splitlines()[1:]] == layers.names
+    assert layers._ipython_key_completions_() == layers.names
 
 
 # --- channels last ---

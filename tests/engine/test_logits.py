@@ -62,22 +62,43 @@ def test_logits_are_the_input_of_the_final_activation(head: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["(N, 1)", "(N,)"])
-@pytest.mark.parametrize("ends", [True, False])
-def test_networks_with_one_output(ends: bool, shape: str) -> None:
-    """Yes or no: one logit, whether or not the network ends in a sigmoid and drops the axis."""
+def test_one_output_with_a_sigmoid_is_two_classes(shape: str) -> None:
+    """P(class 1) is the sigmoid; class 0 is its contrary, with the negative logit and the negative map."""
 
     def head(t: Tensor) -> Tensor:
-        t = t.sigmoid() if ends else t
-        return t.squeeze(1) if shape == "(N,)" else t
+        return t.sigmoid().squeeze(1) if shape == "(N,)" else t.sigmoid()
 
     net = randomized(HeadedNet(head, classes=1))
     model, x = load_model(net), inputs()
     with torch.no_grad():
+        z = net.body(x)
+    actual = convscope.predict(model, x)
+    assert (model.task, model.num_outputs) == ("binary", 2)
+    assert any("one output with a final sigmoid" in note for note in model.notes)
+    assert np.array_equal(actual.logits, torch.cat([-z, z], 1).numpy())
+    expected = torch.cat([1 - z.sigmoid(), z.sigmoid()], 1).gather(1, torch.from_numpy(actual.indices))
+    assert relative_error(actual.probabilities, expected) < 1e-6
+    maps = convscope.heatmaps(model, x, [[0, 1]] * len(x), layer="body.conv3").values
+    assert np.array_equal(maps[:, 0], -maps[:, 1])
+    assert np.abs(maps).max() > 0
+    assert convscope.patterns(model, "logits", steps=1).units.tolist() == [0, 1]
+    named = load_model(net, classes=["cat", "dog"])
+    assert convscope.predict(named, x).names[0] == [("cat", "dog")[i] for i in actual.indices[0]]
+    with pytest.raises(ConvscopeError, match="class 2 is out of range: this model has 2 classes"):
+        convscope.heatmaps(model, x, 2)
+
+
+@pytest.mark.parametrize("shape", ["(N, 1)", "(N,)"])
+def test_one_output_without_a_sigmoid_is_a_value(shape: str) -> None:
+    net = randomized(HeadedNet(lambda t: t.squeeze(1) if shape == "(N,)" else t, classes=1))
+    model, x = load_model(net), inputs()
+    with torch.no_grad():
         expected = net.body(x)
     actual = convscope.predict(model, x)
+    assert (model.task, model.num_outputs) == ("regression", 1)
+    assert any("task='binary'" in note for note in model.notes)
     assert np.array_equal(actual.logits, expected.numpy())
-    assert relative_error(actual.probabilities, expected.sigmoid()) < 1e-6  # sigmoid of a contiguous copy
-    assert model.num_outputs == 1
+    assert np.array_equal(actual.probabilities, expected.numpy())
     heatmaps = convscope.heatmaps(model, x, 0)
     assert np.array_equal(heatmaps.logits, expected.numpy())
     assert np.abs(heatmaps.values).max() > 0

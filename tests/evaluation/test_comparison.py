@@ -225,7 +225,7 @@ def test_heatmap_command_accepts_all_settings(lite0: convscope.Model, photos: li
         (["--scale", "two"], "--scale two: expected a number"),
         (["--option", "window"], "--option window: expected NAME=VALUE"),
         (["--option", "window=3"], "method 'grad-cam' has no option 'window'"),
-        (["--method", "gradcam"], "method 'gradcam' is not known; nearest: grad-cam"),
+        (["--method", "gradcem"], "method 'gradcem' is not known; nearest: grad-cam"),
     ],
 )
 def test_invalid_settings_raise(photos: list[str], arguments: list[str], message: str) -> None:

@@ -63,8 +63,9 @@ def test_result(tmp_path):
     assert [row["metric"] for row in rows] == ["deletion", "sparseness"]
     assert [row["better"] for row in rows] == ["lower", "higher"]
     lines = str(evaluation).splitlines()
-    assert lines[0].split()[:2] == ["metric", "mean"]
-    assert lines[1].startswith(f"deletion    {evaluation.mean('deletion'):.3f}")
+    assert lines[0] == "Evaluation: layer-cam at conv3, 3 images"
+    assert lines[1].split()[:2] == ["metric", "mean"]
+    assert lines[2].startswith(f"deletion    {evaluation.mean('deletion'):.4f}")
     parameters = json.loads(json.dumps(evaluation.parameters()))
     assert parameters["metrics"] == ["deletion", "sparseness"]
     assert parameters["options"] == {"deletion": {"steps": 4, "fill": "blur"}, "sparseness": {}}

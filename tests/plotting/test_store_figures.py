@@ -118,7 +118,7 @@ def test_examples_in_rows_of_nine(store):
     legible_texts(figure)
     assert len(panel_images(figure)) == 20
     assert len(figure.axes) == 36
-    assert examples._repr_png_().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in examples._repr_html_()
 
 
 def test_image_figure_shows_predictions_and_top_units(store):

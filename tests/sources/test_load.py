@@ -748,7 +748,7 @@ def test_a_model_in_hand_is_used_as_it_is():
     flags = [m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]
     kept = {k: v.clone() for k, v in module.state_dict().items()}
     hooks = [len(m._forward_hooks) for m in module.modules()]
-    model = convscope.load(module, preprocessing={"size": 32})
+    model = convscope.load(module, preprocessing={"size": 32}, task="classification")
     assert model.module is module
     assert ([m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]) == flags
     assert [len(m._forward_hooks) for m in module.modules()] == hooks
@@ -779,7 +779,8 @@ class Digits(nn.Module):
 def test_size_and_channels_are_found_by_trying():
     model = convscope.load(Digits(), classes=range(10))
     assert model.preprocessing == Preprocessing(size=28, mean=0, std=1, channel_order="L")
-    assert model.notes == ("preprocessing was not given; assumed: 28 x 28 L, bilinear, 0..1, mean 0, std 1",)
+    assert model.notes[0] == "preprocessing was not given; assumed: 28 x 28 L, bilinear, 0..1, mean 0, std 1"
+    assert "task='multilabel'" in model.notes[1]
     assert model.classes == tuple("0123456789")
     five = convscope.load(nn.Sequential(nn.Conv2d(5, 2, 3), nn.Flatten(2)))
     assert (five.preprocessing.channels, five.preprocessing.channel_order) == (5, "channels")
@@ -820,7 +821,7 @@ PREPROCESSINGS = {
 
 @pytest.mark.parametrize("form", PREPROCESSINGS)
 def test_preprocessing_in_every_form(form):
-    model = convscope.load(small(), preprocessing=PREPROCESSINGS[form])
+    model = convscope.load(small(), preprocessing=PREPROCESSINGS[form], task="classification")
     own = model.preprocessing
     assert (own.size, own.mean, own.std, own.channel_order) == ((40, 48), (0.5,) * 3, (0.25,) * 3, "RGB")
     assert model.notes == ()

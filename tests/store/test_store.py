@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 import convscope
 import tests.oracles.stores as stores
@@ -378,3 +379,38 @@ def test_pickles_are_not_loaded(tmp_path):
         np.save(tmp_path / name, np.array([[print]], object), allow_pickle=True)
         with pytest.raises(ConvscopeError, match=f"{name} in"):
             query(convscope.open_store(tmp_path))
+
+
+# --- units by name ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def animal_store(tmp_path_factory):
+    """A scan of two images by a small network with three classes, and its model."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    classes = ["giant panda", "lesser panda", "sandal"]
+    model = convscope.load(net, preprocessing={"size": 8}, classes=classes)
+    images = [np.full((8, 8, 3), value, np.uint8) for value in (0, 200)]
+    return convscope.scan(model, images, tmp_path_factory.mktemp("animals") / "store", "0", k=1, workers=0), model
+
+
+def test_unit_of_the_logits_by_class_name(animal_store):
+    store, model = animal_store
+    record = store.unit("logits", "Lesser_Panda")
+    assert record.unit == 1
+    assert record.statistics == store.unit("logits", 1).statistics
+    assert store.unit(model.layers["0"], 3).statistics == store.unit("0", 3).statistics
+
+
+@pytest.mark.parametrize(
+    ("layer", "unit", "message"),
+    [
+        ("logits", "panda", "class 'panda' is not in this model; nearest: giant panda, lesser panda"),
+        ("0", "panda", "unit 'panda' of '0' has no name; give its number"),
+        ("logits", 3, "unit 3 is out of range: logits has 3 units, 0 to 2"),
+        (torch.nn.ReLU(), 3, "layer is a ReLU; expected a name in model.layers or a row of it"),
+    ],
+)
+def test_unit_by_a_wrong_name(animal_store, layer, unit, message):
+    with pytest.raises(ConvscopeError, match=f"^{message}$"):
+        animal_store[0].unit(layer, unit)

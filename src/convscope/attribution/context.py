@@ -150,8 +150,7 @@ class MethodContext:
 
     def _with_probabilities(self, outputs: ForwardResult) -> ForwardResult:
         """Replace the logits by probabilities."""
-        sigmoid = self.model.final_activation == "sigmoid"
-        return replace(outputs, logits=outputs.logits.sigmoid() if sigmoid else outputs.logits.softmax(1))
+        return replace(outputs, logits=self.model.probabilities(outputs.logits))
 
 
 @dataclass(frozen=True)

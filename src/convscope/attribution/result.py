@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.targets import TargetSpec
+from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
@@ -22,7 +23,7 @@ from convscope.results import Result, format_csv, unique_file_names
 INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Heatmaps(Result):
     """Evidence for T targets in each of N images.
 
@@ -73,13 +74,13 @@ class Heatmaps(Result):
     method: str
     fit: str
     image_names: tuple[str, ...]
-    geometry: tuple[Geometry, ...] = field(repr=False)
-    image_source: ImageBatchLoader = field(repr=False)
-    image_indices: tuple[int, ...] = field(repr=False)
-    target_spec: TargetSpec = field(repr=False)
-    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    geometry: tuple[Geometry, ...]
+    image_source: ImageBatchLoader
+    image_indices: tuple[int, ...]
+    target_spec: TargetSpec
+    settings: Mapping[str, Any] = field(default_factory=dict)
     layer_reason: str = ""
-    extras: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def names(self) -> list[list[str]]:
@@ -150,6 +151,29 @@ class Heatmaps(Result):
                 }
             )
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per image and target: logit, extremes of the map, and its positive fraction."""
+        return [
+            {
+                "image": name,
+                "target": self.names[n][t],
+                "logit": float(self.logits[n, t]),
+                "minimum": float(heatmap.min()),
+                "maximum": float(heatmap.max()),
+                "positive": float((heatmap > 0).mean()),
+            }
+            for n, name in enumerate(self.image_names)
+            for t, heatmap in enumerate(self.values[n])
+        ]
+
+    def _title(self) -> str:
+        images, targets = count_of(len(self.values), "image"), count_of(self.values.shape[1], "target")
+        size = " x ".join(map(str, self.values.shape[2:]))
+        return f"{self.method} at {self.layer}, {size}, {images}, {targets} each"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [{**row, "image": base_name(row["image"])} for row in self.rows()]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return `values`, `targets`, `logits`, `probabilities` and the extras by name, as they are saved."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
+from convscope.engine.outputs import pick_output
 from convscope.errors import ConvscopeError
 
 ScoreFunction = Callable[[Any], Tensor]
@@ -263,14 +264,9 @@ def output_target(name: str | int, label: int) -> ScoreFunction:
     """
 
     def score(output: Any) -> Tensor:
-        try:
-            by_attribute = isinstance(name, str) and not isinstance(output, Mapping)
-            scores = None if isinstance(output, Tensor) else getattr(output, name) if by_attribute else output[name]  # type: ignore[arg-type]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            scores = None
+        scores = pick_output(output, name)
         if not isinstance(scores, Tensor):
-            known = f"; it has {', '.join(map(str, output))}" if isinstance(output, Mapping) else f" in {_kind(output)}"
-            raise ConvscopeError(f"the network has no output {name!r}{known}")
+            raise ConvscopeError(f"output {name!r} is a {type(scores).__name__}; expected a tensor (N, K)")
         return _channel(scores, label, f"output {name!r}")
 
     score.__name__ = f"class {label} of {name}"

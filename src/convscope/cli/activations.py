@@ -17,7 +17,12 @@ from convscope.cli.parsing import split_commas
 def activations(
     model: ModelName,
     images: Images,
-    layers: Annotated[str, typer.Option(metavar="LAYERS", help="Layers, separated by commas, or all.")] = "all",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS", help="Layers, separated by commas, or all; by default the last of each resolution."
+        ),
+    ] = None,
     scaling: Annotated[
         str, choice("Contrast of each map: standardised, or from minimum to maximum.", "standard", "minmax")
     ] = "standard",
@@ -31,7 +36,8 @@ def activations(
     import convscope
 
     network = network_options.load(model)
-    names = None if layers == "all" else split_commas(layers)
+    every_layer = [layer.name for layer in network.layers.unique_spatial()] if layers == "all" else None
+    names = None if layers is None else every_layer or split_commas(layers)
     with progress_bar("activations") as progress:
         result = convscope.activations(
             network,

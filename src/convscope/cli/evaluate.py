@@ -83,9 +83,11 @@ def evaluate(
             progress=progress,
         )
     if not as_json:
+        from convscope.evaluation.result import format_interval
+
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
         rows = [
-            (r["metric"], f"{r['mean']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", r["better"], r["description"])
+            (r["metric"], f"{r['mean']:.3f}", format_interval(r["low"], r["high"]), r["better"], r["description"])
             for r in evaluation.rows()
         ]
         print_table("", COLUMNS, rows, wide=wide)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +12,13 @@ import torch
 from convscope.decomposition.layer_access import iter_activations
 from convscope.decomposition.nmf import encode
 from convscope.errors import ConvscopeError
+from convscope.formatting import Row, count_of
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.results import Result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Concepts(Result):
     """R concepts of one class at one layer, the most important first.
 
@@ -99,14 +102,30 @@ class Concepts(Result):
     memory: int
     max_pixels: int
     image_names: tuple[str, ...]
-    geometry: tuple[Geometry, ...] = field(repr=False)
-    image_source: ImageBatchLoader = field(repr=False)
-    image_indices: tuple[int, ...] = field(repr=False)
+    geometry: tuple[Geometry, ...]
+    image_source: ImageBatchLoader
+    image_indices: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """The name of the class."""
         return self.model.class_name(self.target)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per concept: importance, decrease of the logit without it, its highest coefficient."""
+        return [
+            {
+                "concept": r,
+                "importance": float(self.importance[r]),
+                "effect of ablation": float(self.ablation_effects[r]),
+                "highest coefficient": float(self.coefficients[:, r].max()),
+            }
+            for r in range(len(self.bank))
+        ]
+
+    def _title(self) -> str:
+        images = count_of(len(self.image_names), "image")
+        return f"{count_of(len(self.bank), 'concept')} of {self.name} at {self.layer}, {images}"
 
     def original(self, image: int) -> np.ndarray:
         """Load an image at its own size: uint8 (H, W, 3).
@@ -154,7 +173,7 @@ class Concepts(Result):
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Atlas(Result):
     """Activation vectors of a layer (n of them), arranged on a grid of `grid` x `grid` cells.
 
@@ -224,3 +243,18 @@ class Atlas(Result):
     def names(self) -> list[list[str]]:
         """The names of `classes`, a list for each cell."""
         return [[self.model.class_name(int(k)) for k in row] for row in self.classes]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per cell: its position, its number of vectors, and the classes that they support."""
+        return [
+            {"row": int(row), "column": int(column), "vectors": int(count), "classes": ", ".join(names)}
+            for (row, column), count, names in zip(self.cells, self.counts, self.names, strict=True)
+        ]
+
+    def _title(self) -> str:
+        target = "" if self.target is None else f" with evidence for {self.model.class_name(self.target)}"
+        cells = f"{count_of(len(self.cells), 'cell')} of a {self.grid} x {self.grid} grid"
+        return f"{len(self.positions):,} activations of {self.layer}{target}, {cells}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return sorted(self.rows(), key=lambda row: -row["vectors"])

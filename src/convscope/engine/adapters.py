@@ -6,10 +6,14 @@ with their loader, in `convscope.sources`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+ForwardFunction = Callable[[Any, Any], object]
+"""``forward(module, x) -> output``: how a network is called that does not take a batch alone."""
 
 
 class FrameworkAdapter(Protocol):
@@ -32,10 +36,15 @@ class FrameworkAdapter(Protocol):
     def run(self, module: nn.Module, x: Tensor) -> object:
         """Return the network's output for a batch with the channels first, in inference mode."""
 
+    def with_forward(self, forward: ForwardFunction) -> FrameworkAdapter:
+        """Return an adapter that calls ``forward(module, x)`` instead of the module."""
 
+
+@dataclass(frozen=True)
 class TorchAdapter:
     """Adapter of a plain `torch.nn.Module`."""
 
+    forward: ForwardFunction | None = None
     name = "torch"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -48,4 +57,8 @@ class TorchAdapter:
 
     def run(self, module: nn.Module, x: Tensor) -> object:
         """Call the module."""
-        return module(x)
+        return module(x) if self.forward is None else self.forward(module, x)
+
+    def with_forward(self, forward: ForwardFunction) -> TorchAdapter:
+        """Return an adapter that calls ``forward(module, x)`` instead of the module."""
+        return TorchAdapter(forward)

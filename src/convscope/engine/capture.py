@@ -1,13 +1,13 @@
 """Run a network and capture the outputs of its layers with forward hooks.
 
-`capture_layers` is the entry point. Inside its block the network is in inference mode with frozen parameters; on every
-exit, hooks, flags and parameters are as they were before. Gradients exist only after the captured layers
-(`detach_at_layer`), so that Grad-CAM and its relatives cost little more than a forward pass.
+`capture_layers` is the entry point. Hooks, inference mode and frozen parameters last for single passes, in which a
+thread has the network to itself; between passes everything is as it was before. Gradients exist only after the captured
+layers (`detach_at_layer`), so that Grad-CAM and its relatives cost little more than a forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.function_modes import ForceGradMode, LogitsRecorder
+from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.engine.nested import primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
+
+VIEW_ERROR = "view size is not compatible"
+"""In PyTorch's error about a ``view`` of a tensor that is not contiguous."""
 
 OutputCallback = Callable[[str, Tensor], None]
 
@@ -60,25 +64,6 @@ class ForwardResult(LayerOutputs):
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.logits if layer == LOGITS else self.maps[layer]
-
-
-@contextmanager
-def frozen_eval_mode(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Set eval mode and freeze parameters inside the block; restore every flag on exit."""
-    training = [m for m in modules if m.training]
-    # Inference tensors never get gradients, and `requires_grad_` raises on them.
-    trainable = [p for p in parameters if p.requires_grad and not p.is_inference()]
-    try:
-        for m in training:
-            m.training = False
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True
 
 
 @overload
@@ -150,7 +135,7 @@ def run_with_callback(
     """Run `x` without gradients; call ``callback(name, layer, output)`` whenever a layer finishes."""
     with ExitStack() as stack:
         modules = adapter.modules(module)
-        stack.enter_context(frozen_eval_mode((module, *modules.values()), adapter.parameters(module)))
+        stack.enter_context(isolated_pass(module, modules.values(), adapter.parameters(module)))
         stack.enter_context(torch.no_grad())
         for name, layer in modules.items():
 
@@ -177,24 +162,17 @@ def forward_pass(model: Model, x: Tensor) -> object:
     Class maps (N, H, W, K) are returned as (N, K, H, W).
     """
     x = x.to(device=model.device, dtype=model.dtype)
+    if model.contiguous_input:
+        x = x.contiguous()
     if model.final_activation is None:
         output = model.adapter.run(model.module, x)
     else:
         with LogitsRecorder() as recorder:
-            output = recorder.pre_activation(model.adapter.run(model.module, x))
-    if model.channels_last_output and (maps := primary_tensor(output)) is not None:
+            output = model.adapter.run(model.module, x)
+            output = recorder.pre_activation(output, model.reader.tensor(output))
+    if model.channels_last_output and (maps := model.reader.tensor(output)) is not None:
         output = replace_tensor(output, maps, maps.movedim(-1, 1))
     return output
-
-
-def extract_logits(output: object) -> Tensor:
-    """Return the logits (N, K) float32 in a network's output; class maps (N, K, H, W) are averaged over positions."""
-    tensor = primary_tensor(output)
-    if tensor is None:
-        raise ConvscopeError(f"the network returns {type(output).__name__}, which contains no floating-point tensor")
-    if tensor.ndim == 1:
-        tensor = tensor[:, None]
-    return (tensor if tensor.ndim == 2 else tensor.flatten(2).mean(2)).float()
 
 
 class _StopForward(BaseException):
@@ -245,12 +223,15 @@ class _CaptureState:
         self.outputs, self.calls = {}, {}
         with ExitStack() as stack:
             caller_grad = torch.is_grad_enabled() and not self.detach_at_layer
+            stack.enter_context(isolated_pass(self.model.module, self.modules.values(), self.parameters))
+            for name in self.hooked_modules:
+                stack.enter_context(forward_hook(self.modules[name], self.hook(name)))
             stack.enter_context(torch.set_grad_enabled(self.force_grad or caller_grad))
             if self.force_grad:
                 stack.enter_context(ForceGradMode())
             try:
                 output = forward_pass(self.model, x)
-                logits = extract_logits(output)
+                logits = self.model.reader.scores(output)
             except _StopForward:
                 return LayerOutputs(self.outputs)
         missing = [name for name in self.layers if name not in self.outputs]
@@ -302,7 +283,4 @@ def _capture(state: _CaptureState) -> Iterator[Callable[[Tensor], LayerOutputs]]
         grad_enabled = torch.is_grad_enabled()
         stack.enter_context(torch.inference_mode(False))  # which also enables gradients
         stack.enter_context(torch.set_grad_enabled(grad_enabled))
-        stack.enter_context(frozen_eval_mode((state.model.module, *state.modules.values()), state.parameters))
-        for name in state.hooked_modules:
-            stack.enter_context(forward_hook(state.modules[name], state.hook(name)))
         yield state.run

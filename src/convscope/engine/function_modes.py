@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunction  # noqa: PLC2701 - there is no public name
 from torch.overrides import TorchFunctionMode
 
-from convscope.engine.nested import primary_tensor, replace_tensor
+from convscope.engine.nested import replace_tensor
 from convscope.errors import ConvscopeError
 
 Function = Callable[..., Any]
@@ -108,26 +108,35 @@ class LogitsRecorder(FunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.records: list[tuple[Tensor, Tensor]] = []  # an activation's output and its input
+        self.records: list[
+            tuple[Tensor, Tensor, int | None]
+        ] = []  # an activation's output, its input and its dimension
 
     def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
         """Call the function; record its output with the activation's input."""
         if name in self.CASTS:
             output = function(*args, **kwargs)
             if isinstance(output, Tensor):
-                self.records += [(output, logits) for activated, logits in self.records if activated is args[0]]
+                self.records += [(output, x, dim) for activated, x, dim in self.records if activated is args[0]]
             return output
         logits = args[0] if args else kwargs["input"]
         logits = logits.clone() if is_inplace(function) else logits
         output = function(*args, **kwargs)
-        self.records.append((output, logits))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        self.records.append((output, logits, dim if isinstance(dim, int) else None))
         return output
 
-    def pre_activation(self, output: T) -> T:
-        """Replace the activated tensor in a network's output by the activation's input."""
-        last = primary_tensor(output)
-        for activated, logits in reversed(self.records):
+    def find(self, tensor: Tensor | None) -> tuple[Tensor, int | None] | None:
+        """Return the input of the activation that made `tensor`, and the dimension along which it ran."""
+        for activated, logits, dim in reversed(self.records):
             # The same values, even if they were reshaped since.
-            if last is not None and activated.data_ptr() == last.data_ptr() and activated.numel() == last.numel():
-                return replace_tensor(output, last, logits.reshape(last.shape))
+            if tensor is not None and activated.data_ptr() == tensor.data_ptr() and activated.numel() == tensor.numel():
+                return logits.reshape(tensor.shape), dim if activated.shape == tensor.shape else None
+        return None
+
+    def pre_activation(self, output: T, tensor: Tensor | None) -> T:
+        """Replace the activated `tensor` in a network's output by the activation's input."""
+        record = self.find(tensor)
+        if record is not None and tensor is not None:
+            return replace_tensor(output, tensor, record[0])
         raise ConvscopeError("the network ended in a softmax or sigmoid when it was loaded, and does not now")

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
+from convscope.formatting import format_table
 
 HEADINGS = ("layer", "kind", "output", "units", "receptive field", "stride", "parameters", "alias of")
+WIDEST = 10_000  # columns: a table of all layers is not shortened
+IDENTITIES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath")  # in eval mode
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,12 @@ class Layer:
 class LayerTable(Sequence[Layer]):
     """The layers of a network in the order in which they finish.
 
-    Index it by position or by name; ``print(model.layers)`` shows it as a table.
+    Index it by position or by name. ``print(model.layers)`` shows the main layers as a table,
+    ``print(model.layers.all)`` every layer.
     """
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
-        self._layers = tuple(layers)
+    def __init__(self, layers: Iterable[Layer], show_all: bool = False) -> None:
+        self._layers, self._show_all = tuple(layers), show_all
         self._by_name = {layer.name: layer for layer in self._layers}
 
     @property
@@ -171,8 +175,34 @@ class LayerTable(Sequence[Layer]):
     def __getitem__(self, key: slice) -> LayerTable: ...
     def __getitem__(self, key: int | str | slice) -> Layer | LayerTable:
         if isinstance(key, slice):
-            return LayerTable(self._layers[key])
+            return LayerTable(self._layers[key], show_all=True)
         return self.find(key) if isinstance(key, str) else self._layers[key]
+
+    @property
+    def all(self) -> LayerTable:
+        """The same table; prints every layer."""
+        return LayerTable(self._layers, show_all=True)
+
+    @property
+    def main(self) -> LayerTable:
+        """The layers that are printed: of layers with the same output the outermost, and no identities.
+
+        A container of layers of several resolutions, such as all of VGG's ``features``, is none of them.
+        """
+        outermost: dict[str, Layer] = {}
+        for layer in self._layers:
+            output = layer.alias_of or layer.name
+            known = outermost.get(output)
+            is_outer = known is None or layer.name.count(".") < known.name.count(".")
+            if is_outer and layer.kind not in IDENTITIES and not self._spans_resolutions(layer):
+                outermost[output] = layer
+        names = {layer.name for layer in outermost.values()}
+        return LayerTable((layer for layer in self._layers if layer.name in names), show_all=True)
+
+    def _spans_resolutions(self, layer: Layer) -> bool:
+        """Return whether a layer is a container of layers that differ in resolution, or of a classifier's."""
+        inside = (c for c in self._layers if c.name.rpartition(".")[0] == layer.name)
+        return layer.kind == "Sequential" and (not layer.is_spatial or len({c.shape[1:] for c in inside}) > 1)
 
     def find(self, name: str) -> Layer:
         """Return the layer called `name`.
@@ -244,20 +274,37 @@ class LayerTable(Sequence[Layer]):
         """Return the table as text, one tuple per layer, under `HEADINGS`."""
         return [_format_row(layer) for layer in self._layers]
 
+    def rows(self) -> list[dict[str, str]]:
+        """Return the table as text, one dictionary per layer."""
+        return [dict(zip(HEADINGS, row, strict=True)) for row in self.format_rows()]
+
+    def _display(self) -> tuple[list[dict[str, str]], str]:
+        """Return the rows to display, without columns that say nothing there, and what is left out."""
+        table = self if self._show_all else self.main
+        omitted = () if self._show_all else ("units", "parameters", "alias of")
+        rows = [{name: cell for name, cell in row.items() if name not in omitted} for row in table.rows()]
+        left_out = len(self) - len(table)
+        note = f"{len(table)} of {len(self)} layers; print(model.layers.all) shows all: activations inside blocks, "
+        return rows, f"{note}identities, containers" if left_out else ""
+
     def __str__(self) -> str:
-        lines = [HEADINGS, *self.format_rows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        rows, note = self._display()
+        return "\n".join(filter(None, [format_table(rows, width=None if note else WIDEST), note]))
 
     __repr__ = __str__
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names
 
     def _repr_html_(self) -> str:
         def line(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        return "<table>" + line(HEADINGS, "th") + "".join(line(row, "td") for row in self.format_rows()) + "</table>"
+        rows, note = self._display()
+        body = "".join(line(row.values(), "td") for row in rows)
+        return f"<table>{line(rows[0] if rows else HEADINGS, 'th')}{body}</table>" + (
+            f"<p>{escape(note)}</p>" * bool(note)
+        )
 
 
 def format_receptive_field(size: Sequence[int] | None, times: str = " x ") -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.class_names import find_class, is_class_name
 from convscope.engine.layer_table import LayerTable
-from convscope.errors import ConvscopeError, is_int, nearest
+from convscope.engine.outputs import VALUE_TASKS, OutputReader
+from convscope.errors import ConvscopeError, is_int
 from convscope.images.preprocessing import Preprocessing
 
 LOGITS = "logits"  # the name that stands for the classes wherever a layer is expected
@@ -48,8 +50,12 @@ class Model:
         Whether `load` made the module, so that user code does not modify it.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
+    contiguous_input : bool
+        Whether inputs must be contiguous, because the network calls ``view`` on what it makes of them.
     accelerate : bool
         Whether passes may be accelerated; those of a user's own module never are.
+    reader : OutputReader
+        How class scores are read from what the network returns.
 
     Examples
     --------
@@ -75,7 +81,29 @@ class Model:
     num_outputs: int | None = None
     loaded_by_convscope: bool = False
     channels_last_output: bool = False
+    contiguous_input: bool = False
     accelerate: bool = True
+    reader: OutputReader = field(default_factory=OutputReader)
+
+    @property
+    def task(self) -> str:
+        """What the outputs mean.
+
+        "classification", "binary", "multilabel", "regression", "probabilities", "segmentation", "detection" or
+        "embedding".
+        """
+        return self.reader.task
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the outputs are values (regression, embedding), not scores of classes."""
+        return self.task in VALUE_TASKS
+
+    @property
+    def has_independent_classes(self) -> bool:
+        """Whether each class has a probability of its own, so that they need not sum to 1."""
+        is_sigmoid = self.final_activation == "sigmoid" and not self.reader.has_implicit_class
+        return self.task in ("multilabel", "detection") or is_sigmoid
 
     @property
     def can_accelerate(self) -> bool:
@@ -108,11 +136,18 @@ class Model:
         return next(floats, torch.float32)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Turn logits (N, K) into probabilities (N, K).
+        """Turn logits (N, K) into probabilities (N, K); the values of a regression are returned as they are.
 
-        The sigmoid if the network ends in one or has a single output, the softmax otherwise.
+        The softmax for classification and segmentation; the sigmoid for binary and multi-label networks, and those that
+        end in one; the exponential where the network returns probabilities.
         """
-        return logits.sigmoid() if self.final_activation == "sigmoid" or logits.shape[1] == 1 else logits.softmax(1)
+        return self.reader.probabilities(logits, self.final_activation)
+
+    def losses(self, logits: Tensor) -> Tensor | None:
+        """Return the cross-entropy (N, K) of logits for each class; None unless exactly one class is right."""
+        if self.has_values or self.has_independent_classes:
+            return None
+        return -self.reader.log_probabilities(logits, self.final_activation)
 
     def class_name(self, index: int) -> str:
         """Return the name of a class, or "class 7" where names are unknown."""
@@ -136,18 +171,11 @@ class Model:
         return int(target)
 
     def _index_of_name(self, name: str) -> int:
-        if self.classes is None and name.strip().isdecimal():
+        if name.strip().isdecimal() and not is_class_name(name, self.classes or ()):
             return self.class_index(int(name))
         if self.classes is None:
             raise ConvscopeError(f"class {name!r} given by name, but this model has no class names; give the index")
-        matches = [i for i, known in enumerate(self.classes) if _normalize(known) == _normalize(name)]
-        if not matches and name.strip().isdecimal():
-            return self.class_index(int(name))
-        if not matches:
-            raise ConvscopeError(f"class {name!r} is not in this model; nearest: {nearest(name, self.classes)}")
-        if len(matches) > 1:
-            raise ConvscopeError(f"class {name!r} is the name of several classes: {matches}; give the index")
-        return matches[0]
+        return find_class(name, self.classes)
 
     def weights_hash(self) -> str:
         """Return the SHA-256 of all parameters and buffers with their names, which identifies the weights."""
@@ -176,7 +204,3 @@ class Model:
     def __repr__(self) -> str:
         classes = f"{self.num_outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
         return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
-
-
-def _normalize(class_name: str) -> str:
-    return class_name.replace("_", " ").strip().casefold()

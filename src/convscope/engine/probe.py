@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
-from convscope.engine.capture import run_with_callback
+from convscope.engine.capture import VIEW_ERROR, run_with_callback
+from convscope.engine.function_modes import LogitsRecorder
 from convscope.engine.layer_table import Layer, LayerTable, Layout
-from convscope.engine.nested import primary_tensor
-from convscope.engine.receptive_field import Axes, Axis, Field
+from convscope.engine.nested import iter_tensors, primary_tensor
+from convscope.engine.output_inference import OutputFacts, OutputMeaning, OutputRequest, infer_output, select_scores
+from convscope.engine.outputs import pick_output
+from convscope.engine.receptive_field import UNKNOWN, Axes, Axis, Field
 from convscope.engine.tracing import Trace
 from convscope.errors import ConvscopeError
 
 FINAL_ACTIVATIONS = ("softmax", "log_softmax", "sigmoid")
+_NO_REQUEST = OutputRequest()
 
 
 @dataclass(frozen=True)
@@ -31,21 +36,21 @@ class ProbeResult:
     ----------
     layers : LayerTable
         The layers, in the order in which they finish.
-    num_outputs : int or None
-        Number of outputs per image; None if the network returns no tensor.
-    final_activation : str or None
-        One of `FINAL_ACTIVATIONS` if it ends the network.
+    meaning : OutputMeaning
+        The task, and how scores are read from the output.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
+    contiguous_input : bool
+        Whether the network needs contiguous inputs: it fails on images in the channels_last memory format.
     """
 
     layers: LayerTable
-    num_outputs: int | None
-    final_activation: str | None
+    meaning: OutputMeaning
     channels_last_output: bool
+    contiguous_input: bool = False
 
 
-def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> ProbeResult:
+def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: OutputRequest = _NO_REQUEST) -> ProbeResult:
     """Run `x` once without gradients and describe every layer.
 
     Parameters
@@ -54,30 +59,61 @@ def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> ProbeResul
     adapter : FrameworkAdapter
     x : Tensor
         One image (1, C, H, W), signal (1, C, L) or volume (1, C, D, H, W).
+    request : OutputRequest
+        What is known of the output.
 
     Raises
     ------
     ConvscopeError
         If the output has no scores per image, as that of a detector.
     """
-    with Trace(x) as trace:
+    with Trace(x) as trace, LogitsRecorder() as activations:
         recorder = _LayerRecorder(trace, adapter, x.ndim)
         output = run_with_callback(module, adapter, x, recorder.record)
-        final = primary_tensor(output)
-        _require_scores(output, final)
-        layers = LayerTable(recorder.layers)
-        if final is None:
-            return ProbeResult(layers, None, None, channels_last_output=False)
-        field = trace.field(final)
-        layout, _ = _find_layout(final, field, x.ndim)
+        select, notes = select_scores(output, request)
+        final = primary_tensor(pick_output(output, select))
+        _require_scores(output if select is None else final, final)
+        field = UNKNOWN if final is None else trace.field(final)
+        layout = Layout(1) if final is None else _find_layout(final, field, x.ndim)[0]
+
+    def run_again() -> Tensor | None:
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        again = run_with_callback(module, adapter, noise.to(x), lambda *_: None)
+        return primary_tensor(pick_output(again, select))
+
     activation = field.op.strip("_")
-    channels_last = bool(layout.spatial_dims) and layout.channel_dim != 1
-    return ProbeResult(
-        layers,
-        final.shape[-1 if channels_last else 1] if final.ndim > 1 else 1,
-        activation if activation in FINAL_ACTIVATIONS else None,
+    is_returned = any(tensor is final for tensor in iter_tensors(output))
+    record = activations.find(final)
+    channels_last = bool(layout.spatial_dims) and layout.channel_dim != 1 and not layout.grid and is_returned
+    facts = OutputFacts(
+        output,
+        layout.spatial_dims,
+        activation if activation in FINAL_ACTIVATIONS and is_returned else None,
+        None if record is None else record[1],
+        tuple(x.shape),
         channels_last,
+        run_again,
     )
+    meaning = infer_output(facts, request, select)
+    return ProbeResult(
+        LayerTable(recorder.layers),
+        replace(meaning, notes=(*notes, *meaning.notes)),
+        channels_last,
+        _needs_contiguous(module, adapter, x),
+    )
+
+
+def _needs_contiguous(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> bool:
+    """Check whether the network, which runs on `x`, fails on the same image in the channels_last memory format."""
+    if x.ndim != 4:
+        return False
+    try:
+        run_with_callback(module, adapter, x.contiguous(memory_format=torch.channels_last), lambda *_: None)
+    except RuntimeError as error:
+        if VIEW_ERROR in str(error):
+            return True
+        raise
+    return False
 
 
 class _LayerRecorder:

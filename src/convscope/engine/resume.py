@@ -13,11 +13,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.capture import ForwardResult, extract_logits, forward_hook, forward_pass, frozen_eval_mode
+from convscope.engine.capture import VIEW_ERROR, ForwardResult, forward_hook, forward_pass
+from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
+
+# In PyTorch's errors about tensors of which several positions share memory, and about views of them.
+SHARED_MEMORY_ERRORS = ("single memory location", VIEW_ERROR)
 
 _Call = tuple[str, int]  # a module's name, and the number of the call
 
@@ -50,28 +54,30 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(frozen_eval_mode((model.module, *modules.values()), parameters))
         cache = _PrefixCache(entry, {id(module): name for name, module in modules.items()})
         with ExitStack() as hooks:
+            hooks.enter_context(isolated_pass(model.module, modules.values(), parameters))
             for module in modules.values():
                 hooks.callback(module.register_forward_pre_hook(cache.on_start).remove)
                 hooks.enter_context(forward_hook(module, cache.on_finish))
             forward_pass(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
         original = cache.layer_maps()
         replay = _PrefixReplay(cache)
-        for name, module in modules.items():
-            stack.enter_context(_patched_forward(module, replay.patch(name, module.forward)))
 
         def run(maps: Tensor) -> ForwardResult:
             replay.begin(maps)
             try:
-                output = forward_pass(model, replay.repeat(x))
+                with ExitStack() as patches:
+                    patches.enter_context(isolated_pass(model.module, modules.values(), parameters))
+                    for name, module in modules.items():
+                        patches.enter_context(_patched_forward(module, replay.patch(name, module.forward)))
+                    output = forward_pass(model, replay.repeat(x))
             except RuntimeError as error:
-                if replay.copy_memory or "single memory location" not in str(error):
+                if replay.copy_memory or not any(text in str(error) for text in SHARED_MEMORY_ERRORS):
                     raise
                 replay.copy_memory = True  # the network writes into a layer's output
                 return run(maps)
-            return ForwardResult({entry.name: original[:1]}, extract_logits(output), output)
+            return ForwardResult({entry.name: original[:1]}, model.reader.scores(output), output)
 
         yield run
 

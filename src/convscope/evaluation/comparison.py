@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,17 +25,19 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.evaluation.api import evaluate
 from convscope.evaluation.registry import get_metric, metric_name
-from convscope.evaluation.result import Evaluation
+from convscope.evaluation.result import Evaluation, interval_or_none
 from convscope.feature_maps import predict
+from convscope.formatting import Row, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result
 from convscope.sources.coercion import ModelLike, as_model
 
+ARROWS = {"lower": "↓", "higher": "↑"}  # the better direction, in tables
 METHODS = ("grad-cam", "grad-cam++", "hirescam", "layer-cam", "eigen-cam", "centred", "random")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Result):
     """Heatmaps of several methods and layers, each evaluated.
 
@@ -51,8 +53,8 @@ class Comparison(Result):
         (combinations,): seconds per image.
     """
 
-    heatmaps: tuple[Heatmaps, ...] = field(repr=False)
-    evaluations: tuple[Evaluation, ...] = field(repr=False)
+    heatmaps: tuple[Heatmaps, ...]
+    evaluations: tuple[Evaluation, ...]
     seconds: npt.NDArray[np.float64]
     fit: str
 
@@ -67,10 +69,24 @@ class Comparison(Result):
         for heatmaps, evaluation, seconds in zip(self.heatmaps, self.evaluations, self.seconds, strict=True):
             row: dict[str, Any] = {"method": heatmaps.method, "layer": heatmaps.layer, "ms": 1000 * float(seconds)}
             for metric in self.metrics:
-                low, high = evaluation.interval(metric)
+                low, high = interval_or_none(evaluation, metric)
                 row |= {metric: evaluation.mean(metric), f"{metric}_low": low, f"{metric}_high": high}
             rows.append(row)
         return rows
+
+    def _title(self) -> str:
+        return f"{count_of(len(self.heatmaps), 'map')} of {count_of(len(self.heatmaps[0].image_names), 'image')}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [
+            {
+                "method": row["method"],
+                "layer": row["layer"],
+                "ms/image": f"{row['ms']:.0f}",
+                **{f"{metric} {ARROWS[get_metric(metric).better]}": row[metric] for metric in self.metrics},
+            }
+            for row in self.rows()
+        ]
 
     def best(self, metric: str) -> dict[str, Any]:
         """Return the row with the best mean of a metric."""

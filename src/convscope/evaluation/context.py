@@ -129,11 +129,6 @@ class EvaluationContext:
         """The targets' scores for the unmodified images without contrast classes, (B, T)."""
         return replace(self, batch_targets=replace(self.batch_targets, against=None)).target_scores
 
-    @property
-    def independent_classes(self) -> bool:
-        """Whether each class has an independent probability (sigmoid)."""
-        return self.model.final_activation == "sigmoid" or self.outputs.logits.shape[1] == 1
-
     def generator(self) -> torch.Generator:
         """Return a new generator on the CPU with the context's seed."""
         return torch.Generator().manual_seed(self.seed)
@@ -143,7 +138,7 @@ class EvaluationContext:
         return self.batch_targets.scores(outputs, image_rows)
 
     def target_probabilities(self, outputs: ForwardResult, image_rows: Tensor) -> Tensor:
-        """Return the targets' probabilities (M, T): softmax, or sigmoid for independent classes.
+        """Return the targets' probabilities (M, T), or their values if the network computes values.
 
         For a class against others: the sigmoid of the difference of logits, i.e. the probability among these classes
         alone. A function has no probability; its value is used.
@@ -152,8 +147,7 @@ class EvaluationContext:
             return self.raw_scores(outputs, image_rows)
         if self.batch_targets.against is not None:
             return self.raw_scores(outputs, image_rows).sigmoid()
-        probabilities = outputs.logits.sigmoid() if self.independent_classes else outputs.logits.softmax(1)
-        return probabilities.gather(1, self.batch_targets.classes[image_rows])
+        return self.model.probabilities(outputs.logits).gather(1, self.batch_targets.classes[image_rows])
 
     def score_inputs(
         self,

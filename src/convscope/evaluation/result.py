@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy.typing as npt
 from convscope.errors import ConvscopeError
 from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.statistics import bootstrap
+from convscope.formatting import Row, count_of
 from convscope.results import Result
 
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Result):
     """Metrics of N x T heatmaps.
 
@@ -46,7 +48,7 @@ class Evaluation(Result):
     layer: str
     fit: str
     image_names: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
@@ -64,15 +66,23 @@ class Evaluation(Result):
         return float(self[metric].mean(dtype=np.float64))
 
     def interval(self, metric: str) -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of the mean over images; an image's targets are resampled together."""
+        """Return the 95 % bootstrap interval of the mean over images; NaN for a single image, which has none.
+
+        An image's targets are resampled together.
+        """
+        if len(self[metric]) == 1:
+            return math.nan, math.nan
         low, high = bootstrap(self[metric].mean(1, dtype=np.float64))
         return float(low), float(high)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per metric: name, mean, interval, direction, chance level (None if unknown), description."""
+        """Return one row per metric: name, mean, interval, direction, chance level, description.
+
+        The chance level is None where it is unknown, and so is the interval of a single image.
+        """
         rows = []
         for name in self.values:
-            low, high = self.interval(name)
+            low, high = interval_or_none(self, name)
             metric = get_metric(name)
             rows.append(
                 {
@@ -107,16 +117,31 @@ class Evaluation(Result):
             "results": self.rows(),
         }
 
-    def __str__(self) -> str:
-        headings = ("metric", "mean", "95 % interval", "better", "chance", "description")
-        lines = [headings]
-        for row in self.rows():
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            chance = "" if row["chance"] is None else f"{row['chance']:.3f}"
-            lines.append((row["metric"], f"{row['mean']:.3f}", interval, row["better"], chance, row["description"]))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*table, *(f"note: {note}" for note in self.notes)])
+    def _title(self) -> str:
+        return f"{self.method} at {self.layer}, {count_of(len(self.image_names), 'image')}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [
+            {
+                "metric": row["metric"],
+                "mean": row["mean"],
+                "95 % interval": format_interval(row["low"], row["high"]),
+                "better": row["better"],
+                "chance": row["chance"],
+            }
+            for row in self.rows()
+        ]
+
+
+def interval_or_none(evaluation: Evaluation, metric: str) -> tuple[float, float] | tuple[None, None]:
+    """Return `Evaluation.interval`, with None instead of NaN, which JSON does not know."""
+    low, high = evaluation.interval(metric)
+    return (None, None) if math.isnan(low) else (low, high)
+
+
+def format_interval(low: float | None, high: float | None) -> str:
+    """Format an interval, "0.1 to 0.3"; a dash where there is none (None or NaN)."""
+    return "-" if low is None or high is None or math.isnan(low) else f"{low:.3g} to {high:.3g}"
 
 
 def suspicion_notes(values: Mapping[str, Floats], chance_level: Mapping[str, Floats]) -> list[str]:

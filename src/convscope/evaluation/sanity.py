@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from convscope.engine.isolation import exclusive_access
 from convscope.errors import ConvscopeError, require_int, require_number
 from convscope.evaluation.context import EvaluationContext, Recompute, Scores
 from convscope.evaluation.randomisation import cascade_order, randomize, temporary_parameters
@@ -34,7 +35,10 @@ def randomisation(context: EvaluationContext, *, stages: int = 8) -> Scores:
     generator = _derived_generator(context.generator())
     signed, absolute = [torch.ones_like(start[..., 0])], [torch.ones_like(start[..., 0])]
     groups = _layer_groups(len(layers), stages)
-    with temporary_parameters(p for _, parameters in layers for p in parameters) as set_parameter:
+    with (
+        exclusive_access(context.model.module),
+        temporary_parameters(p for _, parameters in layers for p in parameters) as set_parameter,
+    ):
         for number, group in enumerate(groups):
             for p in (p for position in group for p in layers[position][1]):
                 set_parameter(p, randomize(p.detach(), generator))

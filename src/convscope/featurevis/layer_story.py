@@ -21,6 +21,7 @@ from convscope.errors import ConvscopeError
 from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.featurevis.result import Patterns
+from convscope.formatting import Row, count_of
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import Result
 from convscope.sources.coercion import ModelLike, as_model
@@ -55,7 +56,7 @@ class Chapter:
     statistics: dict[str, np.ndarray]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Story(Result):
     """Patterns and statistics of layers, from the first to the classes.
 
@@ -92,6 +93,18 @@ class Story(Result):
                 row |= {name: float(median), f"{name}, quartiles": f"{low:.3g} to {high:.3g}"}
             rows.append(row)
         return rows
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return `table`."""
+        return list(self.table())
+
+    def _title(self) -> str:
+        return count_of(len(self.chapters), "layer")
+
+    def _display_rows(self) -> Sequence[Row]:
+        headings = {"layer": "layer", "receptive field": "receptive field"}
+        headings |= {name: name.partition(" ")[0] if " " in name else name for name in IMAGE_STATISTICS}
+        return [{heading: row[name] for name, heading in headings.items()} for row in self.table()]
 
     def text_files(self) -> dict[str, str]:
         """Return `table` as ``story.csv``."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convscope.engine.model import LOGITS
+from convscope.formatting import count_of
 from convscope.results import Result, format_csv
 
 
@@ -19,7 +20,7 @@ def sheet_columns(count: int) -> int:
     return math.ceil(math.sqrt(count))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Patterns(Result):
     """Patterns of U units, or U images for objectives.
 
@@ -82,6 +83,21 @@ class Patterns(Result):
         if self.layer == LOGITS:
             return [self.model.class_name(int(unit)) for unit in self.units]
         return [f"{self.layer} {unit}" for unit in self.units]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per image: unit, name, score, and the scores of noise and reference images, if any."""
+        columns: dict[str, Iterable[Any]] = {"name": self.names, "unit": self.units.tolist()}
+        columns["score"] = self.scores.tolist()
+        for name, scores in (("noise_score", self.noise_scores), ("reference_score", self.reference_scores)):
+            if scores is not None:
+                columns[name] = scores.tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _title(self) -> str:
+        height, width = self.images.shape[1:3]
+        kind = "objective" if self.objectives else "unit"
+        count = count_of(len(self.units), kind)
+        return f"{count} of {self.layer}, {self.recipe}, {self.steps} steps, {height} x {width} pixels"
 
     def text_files(self) -> dict[str, str]:
         """Return ``units.csv`` (scores and baselines) and ``sprites.json`` (positions in the sprite sheet)."""

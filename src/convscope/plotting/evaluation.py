@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from convscope.evaluation.registry import get_metric
-from convscope.evaluation.result import Evaluation
+from convscope.evaluation.result import Evaluation, format_interval
 from convscope.evaluation.statistics import bootstrap
 from convscope.plotting.panels import create_panels, flatten, hide, shorten, to_image
 
@@ -26,7 +26,7 @@ def render_evaluation(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
 
 def draw_evaluation(result: Evaluation) -> Figure:
     """Draw a panel per metric: its mean curve or its values, with the mean and the 95 % interval."""
-    columns = min(4, len(result.metrics))
+    count, columns = len(result.targets), min(4, len(result.metrics))
     rows = math.ceil(len(result.metrics) / columns)
     figure, grid = create_panels(rows, columns, 3.2 * columns, 2.8 * rows)
     panels = flatten(grid)
@@ -36,15 +36,14 @@ def draw_evaluation(result: Evaluation) -> Figure:
             _draw_curves(axes, curves, metric)
         else:
             _draw_values(axes, result, metric)
-        low, high = result.interval(metric)
-        title = f"{metric}, {get_metric(metric).better} is better\n{result.mean(metric):.3g}, {low:.3g} to {high:.3g}"
+        interval = f", {format_interval(*result.interval(metric))}" if count > 1 else ""
+        title = f"{metric}, {get_metric(metric).better} is better\n{result.mean(metric):.3g}{interval}"
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     hide(panels[len(result.metrics) :])
-    count = len(result.targets)
-    images = f"{count} image{'s' * (count != 1)}"
-    figure.suptitle(f"{result.method} at {shorten(result.layer)}, {images}: mean, 95 % interval", fontsize=10)
+    images = "1 image" if count == 1 else f"{count} images: mean, 95 % interval"
+    figure.suptitle(f"{result.method} at {shorten(result.layer)}, {images}", fontsize=10)
     return figure
 
 
@@ -52,10 +51,10 @@ def _draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], metric: str) -> N
     """Draw the mean over images of each curve (N, T, points) with its 95 % interval."""
     for name, curve in curves.items():
         image_means = curve.mean(1, dtype=np.float64)
-        low, high = bootstrap(image_means)
         x = np.linspace(0, 1, curve.shape[-1])
         (line,) = axes.plot(x, image_means.mean(0), label=name)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+        if len(image_means) > 1:
+            axes.fill_between(x, *bootstrap(image_means), color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set_xlabel(get_metric(metric).curve_axis, fontsize=8)
     axes.set_xlim(0, 1)
     if len(curves) > 1:
@@ -67,7 +66,8 @@ def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
     values = result[metric]
     axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
     axes.axhline(result.mean(metric))
-    axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
+    if len(values) > 1:
+        axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
     if metric in result.chance_level:
         axes.axhline(float(result.chance_level[metric].mean()), color="gray", linestyle=":", label="chance")
         axes.legend(fontsize=7, frameon=False)

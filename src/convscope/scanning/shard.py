@@ -75,7 +75,12 @@ class ShardImages:
     thumbnails: list[np.ndarray] = field(default_factory=list)
 
     def add(
-        self, batch: DecodedBatch, usable_rows: Sequence[int], logits: Tensor, sigmoid: bool, targets: Sequence[int]
+        self,
+        batch: DecodedBatch,
+        usable_rows: Sequence[int],
+        probabilities: Tensor,
+        losses: Tensor | None,
+        targets: Sequence[int],
     ) -> None:
         """Add the images of a batch.
 
@@ -85,15 +90,13 @@ class ShardImages:
             Of n images.
         usable_rows : sequence of int
             Rows of the images that did not fail.
-        logits : tensor of shape (B, K)
-        sigmoid : bool
-            Whether probabilities are sigmoids of the logits; there is no loss then.
+        probabilities : tensor of shape (B, K)
+        losses : tensor of shape (B, K), optional
+            Loss for each class; None if several classes may be right.
         targets : sequence of int
             The network's class of each of the n images, -1 if unknown.
         """
-        probabilities = logits.sigmoid() if sigmoid else logits.softmax(1)
         top = probabilities.topk(min(NUM_PREDICTIONS, probabilities.shape[1]), dim=1)
-        losses = -torch.log_softmax(logits, 1)
         width = top.indices.shape[1]
         usable = set(usable_rows)
         for row, (geometry, target) in enumerate(zip(batch.geometry, targets, strict=True)):
@@ -101,8 +104,8 @@ class ShardImages:
             self.boxes.append((0.0,) * 4 if geometry is None else geometry.box)
             self.classes.append(top.indices[row].cpu().numpy() if row in usable else np.full(width, -1))
             self.probabilities.append(top.values[row].cpu().numpy() if row in usable else np.zeros(width))
-            has_loss = row in usable and target >= 0 and not sigmoid
-            self.losses.append(float(losses[row, target]) if has_loss else math.nan)
+            is_known = row in usable and target >= 0
+            self.losses.append(float(losses[row, target]) if losses is not None and is_known else math.nan)
         self.thumbnails.append(batch.thumbnails)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -165,8 +168,8 @@ def scan_shard(
         for name, layer in statistics.items():
             reduction = reductions.layers[name]
             layer.add(reduction.select(rows.to(reduction.maxima.device)), ids, num_positions[name], labels)
-        sigmoid = model.final_activation == "sigmoid" or reductions.logits.shape[1] == 1
-        columns.add(batch, usable_rows, reductions.logits, sigmoid, targets.image_classes(batch.indices))
+        logits, targets_of_batch = reductions.logits, targets.image_classes(batch.indices)
+        columns.add(batch, usable_rows, model.probabilities(logits), model.losses(logits), targets_of_batch)
         yield len(batch.indices)
     tensors = {f"images/{name}": tensor for name, tensor in columns.to_tensors().items()}
     for number, layer in enumerate(statistics.values()):

@@ -10,9 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from convscope.engine.adapters import ForwardFunction
+from convscope.engine.capture import VIEW_ERROR
 from convscope.engine.model import Model
+from convscope.engine.output_inference import OutputRequest
+from convscope.engine.outputs import TASKS, OutputSelector
 from convscope.engine.probe import ProbeResult, probe
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError, is_int, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import bundled, exported, factory, files, instance, keras, timm, torchvision
 from convscope.sources.spec import ModelSpec, input_channels
@@ -48,6 +52,11 @@ def load(
     preprocessing: object = None,
     classes: Sequence[str] | None = None,
     device: str | torch.device | None = None,
+    task: str | None = None,
+    output: OutputSelector = None,
+    forward: ForwardFunction | None = None,
+    grid: tuple[int, int] | None = None,
+    template: str | None = None,
     accelerate: bool = True,
 ) -> Model:
     """Load a network and describe its layers.
@@ -68,6 +77,19 @@ def load(
         Names of the classes, in order. Default: what the source specifies, or none.
     device : str or torch.device, optional
         Where to run: "cpu", "cuda", "mps". A module that is passed in stays on its device.
+    task : str, optional
+        What the outputs mean: "classification", "binary" (one output stands for two classes), "multilabel" (independent
+        classes), "regression" (values), "probabilities" (the network returns probabilities and has no logits),
+        "segmentation" (class maps), "detection" or "embedding". Inferred where it is certain; `Model.notes` says so.
+    output : str, int or callable, optional
+        Which of several outputs holds the scores: its key, attribute or position, or a function of what the network
+        returns that returns the scores (N, K). Default: the one called "logits" or "out", or the first.
+    forward : callable, optional
+        ``forward(module, x) -> output``, for networks that take more than a batch, or take it in another form.
+    grid : tuple of int, optional
+        (h, w): height and width of the grid on which a transformer's tokens lie, where it cannot be inferred.
+    template : str, optional
+        "a photo of a {}": the text of a class, for networks that compare images with text.
     accelerate : bool
         Fuse convolutions where that is verified to give the same results to rounding. Set it, or the environment
         variable ``CONVSCOPE_ACCELERATE``, to 0 to run the network's own functions only.
@@ -80,7 +102,8 @@ def load(
     Raises
     ------
     ConvscopeError
-        For a source, weights, preprocessing or classes that do not exist, do not fit or are not safe to open.
+        For a source, weights, preprocessing, classes, task or output that do not exist, do not fit or are not safe to
+        open.
 
     Examples
     --------
@@ -92,7 +115,10 @@ def load(
     (112, 14, 14)
     """
     explicit = None if preprocessing is None else Preprocessing.of(preprocessing)
+    _check_output_options(task, output, forward, grid, template)
     spec = _make_spec(source, weights)
+    if forward is not None:
+        spec.adapter = spec.adapter.with_forward(forward)
     if spec.loaded_by_convscope:
         _freeze(spec)
     if device is not None and isinstance(source, str | os.PathLike):
@@ -101,14 +127,17 @@ def load(
         raise ConvscopeError(
             "device= is for models that are loaded by name or from a file; move this one yourself: model.to(device)"
         )
-    resolved, probed = _resolve_preprocessing(spec, explicit)
+    names = tuple(map(str, classes)) if classes is not None else spec.classes
+    request = OutputRequest(task or spec.task, output, None if names is None else len(names))
+    resolved, probed = _resolve_preprocessing(spec, explicit, request)
+    meaning = probed.meaning
+    spec.notes += meaning.notes
     if any(isinstance(m, BATCH_NORMS) and not m.track_running_stats for m in spec.module.modules()):
         spec.fixed_batch_size = 1
         spec.notes.append("a batch normalisation layer keeps no running statistics: images are processed one at a time")
-    names = tuple(map(str, classes)) if classes is not None else spec.classes
-    if names is not None and probed.num_outputs is not None and len(names) != probed.num_outputs:
+    if names is not None and meaning.num_outputs is not None and len(names) != meaning.num_outputs:
         if classes is not None:
-            raise ConvscopeError(f"{len(names)} class names for a model with {probed.num_outputs} outputs")
+            raise ConvscopeError(f"{len(names)} class names for a model with {meaning.num_outputs} outputs")
         names = None
     return Model(
         module=spec.module,
@@ -117,14 +146,32 @@ def load(
         classes=names,
         layers=probed.layers,
         adapter=spec.adapter,
-        final_activation=probed.final_activation,
+        final_activation=meaning.final_activation,
         notes=tuple(spec.notes),
         fixed_batch_size=spec.fixed_batch_size,
-        num_outputs=probed.num_outputs,
+        num_outputs=meaning.num_outputs,
         loaded_by_convscope=spec.loaded_by_convscope,
         channels_last_output=probed.channels_last_output,
+        contiguous_input=probed.contiguous_input,
         accelerate=bool(accelerate),
+        reader=meaning.reader,
     )
+
+
+def _check_output_options(task: object, output: object, forward: object, grid: object, template: object) -> None:
+    """Refuse options of `load` that are of the wrong kind."""
+    if task is not None and task not in TASKS:
+        raise ConvscopeError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+    if output is not None and not (isinstance(output, str) or is_int(output) or callable(output)):
+        raise ConvscopeError(
+            f"output is {output!r}; expected a name, a position, or a function of the network's output"
+        )
+    if forward is not None and not callable(forward):
+        raise ConvscopeError(f"forward is {forward!r}; expected a function (module, x) -> output")
+    if grid is not None:
+        raise ConvscopeError("grid= is not supported yet")
+    if template is not None:
+        raise ConvscopeError("template= is for networks that compare images with text, which are not supported yet")
 
 
 def _make_spec(source: object, weights: str | os.PathLike[str] | None) -> ModelSpec:
@@ -162,10 +209,15 @@ def _freeze(spec: ModelSpec) -> None:
     spec.module.eval()
     for parameter in spec.adapter.parameters(spec.module):
         parameter.requires_grad_(False)
+    _store_weights(spec, torch.channels_last)
+
+
+def _store_weights(spec: ModelSpec, memory_format: torch.memory_format) -> None:
+    """Store the convolution weights of a PyTorch network in a memory format."""
     if spec.adapter.name == "torch":
         for parameter in spec.module.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
@@ -175,17 +227,19 @@ def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
         raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _resolve_preprocessing(spec: ModelSpec, explicit: Preprocessing | None) -> tuple[Preprocessing, ProbeResult]:
+def _resolve_preprocessing(
+    spec: ModelSpec, explicit: Preprocessing | None, request: OutputRequest
+) -> tuple[Preprocessing, ProbeResult]:
     """Return the preprocessing, with assumptions noted, and the layer table for an input of its size."""
     if explicit is not None:
-        return explicit, _probe(spec, explicit.channels, explicit.size)
+        return explicit, _probe(spec, explicit.channels, explicit.size, request)
     channels = spec.channels or input_channels(spec.module)
     sizes = [spec.size] if spec.size is not None else [(side, side) for side in COMMON_SIZES]
     known = [] if spec.preprocessing is None else [spec.preprocessing]
     errors: list[ConvscopeError] = []
     for settings in [*known, *(spec.assumed_preprocessing(size, channels) for size in sizes)]:
         try:
-            probed = _probe(spec, settings.channels, settings.size)
+            probed = _probe(spec, settings.channels, settings.size, request)
         except ConvscopeError as error:
             errors.append(error)
             continue
@@ -197,7 +251,7 @@ def _resolve_preprocessing(spec: ModelSpec, explicit: Preprocessing | None) -> t
     raise errors[0]
 
 
-def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...]) -> ProbeResult:
+def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...], request: OutputRequest) -> ProbeResult:
     parameter: Tensor | None = next((p for p in spec.adapter.parameters(spec.module) if p.is_floating_point()), None)
     x = (
         torch.zeros((1, channels, *size))
@@ -205,7 +259,13 @@ def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...]) -> ProbeResult
         else torch.zeros((1, channels, *size), dtype=parameter.dtype, device=parameter.device)
     )
     try:
-        return probe(spec.module, spec.adapter, x)
+        try:
+            return probe(spec.module, spec.adapter, x, request)
+        except RuntimeError as error:
+            if VIEW_ERROR not in str(error) or not spec.loaded_by_convscope:
+                raise
+            _store_weights(spec, torch.contiguous_format)
+            return probe(spec.module, spec.adapter, x, request)
     except ConvscopeError:
         raise
     except Exception as error:  # a network may raise anything

@@ -36,7 +36,7 @@ def from_name(name: str, weights: str) -> ModelSpec:
         std=(128.0,) * 3,
         resize=int(size / 0.875),
     )
-    return ModelSpec(module, name, preprocessing=preprocessing, classes=imagenet_classes())
+    return ModelSpec(module, name, preprocessing=preprocessing, classes=imagenet_classes(), task="classification")
 
 
 def _weights_file(name: str) -> Path:

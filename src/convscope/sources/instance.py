@@ -28,7 +28,8 @@ def wrap(module: object) -> ModelSpec:
     module = unwrap(module)
     name = type(module).__name__
     if hasattr(module, "pretrained_cfg") and packages & {"timm"}:
-        spec = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=timm.class_names(module))
+        classes, task = timm.class_names(module), timm.task(module)
+        spec = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=classes, task=task)
     elif "torchvision" in packages:
         spec = ModelSpec(module, name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     else:

@@ -11,15 +11,18 @@ import re
 import sys
 import threading
 import zipfile
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convscope.engine.adapters import ForwardFunction
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
@@ -31,6 +34,7 @@ class KerasAdapter:
     """Adapter of Keras models: modules that mostly use NHWC and list their layers in `layers`."""
 
     channels_first: bool = False
+    forward: ForwardFunction | None = None
     name = "keras"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -47,7 +51,26 @@ class KerasAdapter:
 
         # Otherwise Keras moves the input to its own default device.
         with keras.device(str(x.device)):
-            return module(x if self.channels_first else x.permute(0, 2, 3, 1), training=False)
+            batch = x if self.channels_first else x.movedim(1, -1)
+            output = module(batch, training=False) if self.forward is None else self.forward(module, batch)
+        return _named(module, output)
+
+    def with_forward(self, forward: ForwardFunction) -> KerasAdapter:
+        """Return an adapter that calls ``forward(model, x)``, with `x` in the layout that the model takes."""
+        return replace(self, forward=forward)
+
+
+def _named(module: Any, output: object) -> object:
+    """Return several outputs as a named tuple, under the names that Keras gives them."""
+    names = tuple(getattr(module, "output_names", None) or ())
+    if isinstance(output, list | tuple) and len(names) == len(output) > 1:
+        return _output_type(names)(*output)
+    return output
+
+
+@lru_cache
+def _output_type(names: tuple[str, ...]) -> Any:
+    return namedtuple("Outputs", names, rename=True)
 
 
 def _walk(module: Any, prefix: str) -> Iterable[tuple[str, nn.Module]]:
@@ -265,6 +288,8 @@ def from_model(module: Any) -> ModelSpec:
     )
     if channels == 3:
         spec.preprocessing = _preprocessing_by_name(keras, module.name, size or DEFAULT_SIZE)
+    if spec.preprocessing is not None and len(getattr(module, "output_shape", ())) == 4:
+        spec.task = "embedding"  # include_top=False
     spec.preprocessing_origin = f"keras.applications, by the name {module.name!r}"
     return spec
 

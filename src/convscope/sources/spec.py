@@ -24,6 +24,8 @@ class ModelSpec:
     ----------
     loaded_by_convscope : bool
         Whether `load` made the network, so that it may freeze it and change its memory format.
+    task : str or None
+        What the outputs mean, where the source says it.
     preprocessing_origin : str or None
         Where the preprocessing comes from, if it was inferred from the module.
     size, channels : tuple of int, int or None
@@ -37,6 +39,7 @@ class ModelSpec:
     adapter: FrameworkAdapter = field(default_factory=TorchAdapter)
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
+    task: str | None = None
     notes: list[str] = field(default_factory=list)
     loaded_by_convscope: bool = True
     preprocessing_origin: str | None = None

@@ -41,7 +41,13 @@ def from_name(name: str, weights: str) -> ModelSpec:
             module = timm.create_model(name)
         if weights != "random":
             files.load_weights_file(module, Path(weights))
-    return ModelSpec(module, f"timm:{name}", preprocessing=data_config(module), classes=class_names(module))
+    return ModelSpec(
+        module,
+        f"timm:{name}",
+        preprocessing=data_config(module),
+        classes=class_names(module),
+        task=task(module) or "classification",
+    )
 
 
 def _cached_weights(name: str) -> dict[str, Any]:
@@ -71,6 +77,11 @@ def data_config(module: Any) -> Preprocessing:
     from timm.data import resolve_model_data_config
 
     return Preprocessing.of(resolve_model_data_config(module))
+
+
+def task(module: Any) -> str | None:
+    """Return "classification" for ImageNet's classes, "embedding" for a model without a head, or None."""
+    return {0: "embedding", 1000: "classification"}.get(getattr(module, "num_classes", -1))
 
 
 def class_names(module: Any) -> tuple[str, ...] | None:

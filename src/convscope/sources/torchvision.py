@@ -45,7 +45,8 @@ def from_name(name: str, weights: str) -> ModelSpec:
             files.load_weights_file(module, Path(weights))
     preprocessing = _preprocessing(entry.transforms()) if entry is not None else None
     classes = tuple(entry.meta["categories"]) if entry is not None and "categories" in entry.meta else None
-    return ModelSpec(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes)
+    task = CLASSIFICATION if _task(name) == CLASSIFICATION else None
+    return ModelSpec(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes, task=task)
 
 
 def _preprocessing(transforms: Any) -> Preprocessing:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from convscope.errors import ConvscopeError
+from convscope.formatting import MAX_ROWS, Row, count_of
 from convscope.results import HasFigure
 from convscope.store import queries
 from convscope.store.tables import StoreTables
@@ -45,7 +46,7 @@ class Change(NamedTuple):
     overlap: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DeadUnits(HasFigure):
     """Units that are never positive, or constant.
 
@@ -57,11 +58,24 @@ class DeadUnits(HasFigure):
         For each layer the fraction of its units that are dead.
     """
 
-    table: pyarrow.Table = field(repr=False)
+    table: pyarrow.Table
     fractions: dict[str, float]
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per dead unit: layer, unit, maximum, minimum."""
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
+
+    def _title(self) -> str:
+        return f"{count_of(len(self), 'unit')} of {count_of(len(self.fractions), 'layer')}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [
+            {"layer": layer, "dead": f"{fraction:.1%}"} for layer, fraction in self.fractions.items() if fraction > 0
+        ]
 
 
 def find_dead_units(store: StoreTables) -> DeadUnits:
@@ -72,7 +86,7 @@ def find_dead_units(store: StoreTables) -> DeadUnits:
     return DeadUnits(dead, {layer: counts.get(layer, 0) / count for layer, count in store.unit_counts.items()})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Duplicates(HasFigure, Sequence[Pair]):
     """Pairs of units with r >= threshold: highest r first, ties in the order of layers and units.
 
@@ -84,15 +98,25 @@ class Duplicates(HasFigure, Sequence[Pair]):
         The lowest Pearson's r of a pair.
     """
 
-    store: StoreTables = field(repr=False)
+    store: StoreTables
     threshold: float
-    _layers: np.ndarray = field(repr=False)
-    _first: np.ndarray = field(repr=False)
-    _second: np.ndarray = field(repr=False)
-    _r: np.ndarray = field(repr=False)
+    _layers: np.ndarray
+    _first: np.ndarray
+    _second: np.ndarray
+    _r: np.ndarray
 
     def __len__(self) -> int:
         return len(self._r)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per pair: layer, both units, Pearson's r."""
+        return [pair._asdict() for pair in self]
+
+    def _title(self) -> str:
+        return f"{count_of(len(self), 'pair')} of units with r >= {self.threshold:g}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [pair._asdict() for pair in self[:MAX_ROWS]]
 
     @overload
     def __getitem__(self, index: int) -> Pair: ...
@@ -127,7 +151,7 @@ def find_duplicates(store: StoreTables, threshold: float) -> Duplicates:
     return Duplicates(store, threshold, layers[order], first[order], second[order], r[order])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitChanges(HasFigure, Sequence[Change]):
     """Every unit in two scans of the same layers and images, in the order of the units table.
 
@@ -141,14 +165,24 @@ class UnitChanges(HasFigure, Sequence[Change]):
         (num_units,) bool: whether the unit is constant on the sample in exactly one of the scans.
     """
 
-    store: StoreTables = field(repr=False)
-    other: StoreTables = field(repr=False)
-    r: np.ndarray = field(repr=False)
-    overlap: np.ndarray = field(repr=False)
-    constant_in_one: np.ndarray = field(repr=False)
+    store: StoreTables
+    other: StoreTables
+    r: np.ndarray
+    overlap: np.ndarray
+    constant_in_one: np.ndarray
 
     def __len__(self) -> int:
         return len(self.r)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per unit: layer, unit, Pearson's r, overlap of the top images."""
+        return [change._asdict() for change in self]
+
+    def _title(self) -> str:
+        return f"{count_of(len(self), 'unit')} in {self.store.address} and {self.other.address}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [change._asdict() for change in self.largest(MAX_ROWS)]
 
     @overload
     def __getitem__(self, index: int) -> Change: ...

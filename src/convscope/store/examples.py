@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 from PIL import Image
 
+from convscope.formatting import Row, base_name, count_of
 from convscope.results import HasFigure
 from convscope.store.io import Json
 from convscope.store.records import SIDES, Box
@@ -80,7 +81,7 @@ class Example:
         return self.view().source
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Examples(HasFigure, Sequence[Example]):
     """Examples of a unit, in order of rank.
 
@@ -97,10 +98,23 @@ class Examples(HasFigure, Sequence[Example]):
     layer: str
     unit: int
     kind: str
-    items: tuple[Example, ...] = field(repr=False)
+    items: tuple[Example, ...]
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per example: activation, image, and position on the layer's map."""
+        return [
+            {"image": e.name, "activation": e.value, "id": e.image, "row": e.row, "column": e.column}
+            for e in self.items
+        ]
+
+    def _title(self) -> str:
+        return f"{self.kind}, {count_of(len(self.items), 'image')}, {self.layer} {self.unit}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [{**row, "image": base_name(row["image"])} for row in self.rows()]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

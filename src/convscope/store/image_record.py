@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from PIL import Image
 
@@ -14,7 +15,7 @@ from convscope.store.tables import StoreTables
 from convscope.store.views import ImageView
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageRecord(HasFigure):
     """What a store holds about one image. Each property and method reads its files when it is used.
 
@@ -26,7 +27,7 @@ class ImageRecord(HasFigure):
         The image's position in the data set, from 0.
     """
 
-    store: StoreTables = field(repr=False)
+    store: StoreTables
     id: int
 
     @cached_property
@@ -63,6 +64,16 @@ class ImageRecord(HasFigure):
         classes = self.store.classes
         pairs = zip(self.row["classes"] or (), self.row["probabilities"] or (), strict=True)
         return [Prediction(f"class {c}" if classes is None else classes[c], c, p) for c, p in pairs]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per class of `predictions`: name, probability."""
+        return [{"class": p.name, "probability": p.probability} for p in self.predictions]
+
+    def _title(self) -> str:
+        return f"{self.id}, {self.name}" + (f", labelled {self.label}" if self.label is not None else "")
+
+    def _remarks(self) -> list[str]:
+        return [] if self.failed is None else [f"failed: {self.failed}"]
 
     def thumbnail(self) -> Image.Image:
         """Load the thumbnail: the network's input resized to 96 x 96 pixels."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convscope.engine.layer_selection import name_of
+from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError
 from convscope.store import analysis
 from convscope.store.image_record import ImageRecord
@@ -109,10 +111,25 @@ class Store(StoreTables):
         size = f"{len(self.layers)} layers, {self.num_units:,} units, {self.num_images:,} images"
         return f"<convscope store {self.address}: {self.manifest['model']['name']}, {size}>"
 
-    def unit(self, layer: str, unit: int) -> UnitRecord:
-        """Return the record of a unit. Raises ConvscopeError for a unit that is not in the store."""
-        self.row_of_unit(layer, unit)
-        return UnitRecord(self, layer, int(unit))
+    def unit(self, layer: str | Layer, unit: int | str) -> UnitRecord:
+        """Return the record of a unit.
+
+        Parameters
+        ----------
+        layer : str or Layer
+            A name in `layers`, or a row of ``model.layers``; "logits" for the classes.
+        unit : int or str
+            The unit's number; for "logits" also the name of the class.
+
+        Raises
+        ------
+        ConvscopeError
+            For a unit that is not in the store.
+        """
+        name = name_of(layer)
+        index = self.unit_index(name, unit)
+        self.row_of_unit(name, index)
+        return UnitRecord(self, name, index)
 
     def image(self, image: int) -> ImageRecord:
         """Return the record of an image. Raises ConvscopeError for an id that is not in the store."""

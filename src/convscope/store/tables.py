@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convscope.engine.model import Model
+from convscope.engine.class_names import find_class
+from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest, require_extra
 from convscope.images.loading import Failure
 from convscope.store.io import Folder, Json, NpyRows, ParquetTable, ThumbnailSheets
@@ -79,6 +80,20 @@ class StoreTables:
     def num_units(self) -> int:
         """The number of units of all layers."""
         return sum(self.unit_counts.values())
+
+    def unit_index(self, layer: str, unit: int | str) -> int:
+        """Return the index of a unit; those of ``"logits"`` may be given by the name of their class.
+
+        Raises
+        ------
+        ConvscopeError
+            For an unknown class, and for a name of a unit of another layer.
+        """
+        if not isinstance(unit, str):
+            return int(unit)
+        if layer != LOGITS or self.classes is None:
+            raise ConvscopeError(f"unit {unit!r} of {layer!r} has no name; give its number")
+        return find_class(unit, self.classes)
 
     def row_of_unit(self, layer: str, unit: int) -> int:
         """Return a unit's row in the units table. Raises ConvscopeError for a unit that is not in the store."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +20,7 @@ from convscope.store.tables import StoreTables
 EXAMPLE_KINDS = ("top", "bottom", "decile")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitRecord(HasFigure):
     """What a store holds about one unit. Each property and method reads its files when it is used.
 
@@ -31,7 +32,7 @@ class UnitRecord(HasFigure):
         The unit.
     """
 
-    store: StoreTables = field(repr=False)
+    store: StoreTables
     layer: str
     unit: int
 
@@ -46,6 +47,17 @@ class UnitRecord(HasFigure):
         if self.layer == "logits" and self.store.classes is not None:
             return self.store.classes[self.unit]
         return f"unit {self.unit}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per statistic: its name and value."""
+        return [
+            {"statistic": name, "value": value}
+            for name, value in self.statistics.items()
+            if isinstance(value, int | float | str)
+        ]
+
+    def _title(self) -> str:
+        return f"{self.layer}, {self.name}, in {self.store.address}"
 
     @cached_property
     def statistics(self) -> Json:

@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from convscope.attribution.context import Extras, MethodContext
 from convscope.attribution.methods.gradient import grad_batch_size
 from convscope.attribution.methods.lrp_network import CONVOLUTIONS, LayerGraph, LrpMode
-from convscope.engine import capture
+from convscope.engine import capture, isolation
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.capture import ForwardResult
 from convscope.engine.nested import iter_tensors
@@ -172,6 +172,7 @@ def _propagate(context: MethodContext, rule: RuleForLayer) -> tuple[Tensor, Extr
     maps: list[Tensor] = []
     errors: list[Tensor] = []
     with (
+        isolation.frozen_eval_mode(module.modules(), module.parameters()),  # the rules run layers in backward passes
         capture.capture_layers(replace(context.model, module=module, loaded_by_convscope=False), []) as run,
         ExitStack() as stack,
     ):

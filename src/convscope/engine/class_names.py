@@ -1,0 +1,37 @@
+"""Find a class by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from convscope.errors import ConvscopeError, nearest
+
+MAX_CANDIDATES = 6  # classes that a message offers
+
+
+def find_class(name: str, classes: Sequence[str]) -> int:
+    """Return the index of the class called `name`; case and underscores do not matter.
+
+    A part of a name is not enough: "panda" may be several classes, and "house" is not the house finch.
+
+    Raises
+    ------
+    ConvscopeError
+        If no class or several classes are called so. The message offers those that contain the name first.
+    """
+    matches = [i for i, known in enumerate(classes) if _normalize(known) == _normalize(name)]
+    if not matches:
+        offers = nearest(name, classes, MAX_CANDIDATES)
+        raise ConvscopeError(f"class {name!r} is not in this model; nearest: {offers}")
+    if len(matches) > 1:
+        raise ConvscopeError(f"class {name!r} is the name of several classes: {matches}; give the index")
+    return matches[0]
+
+
+def is_class_name(name: str, classes: Sequence[str]) -> bool:
+    """Return whether any class is called `name`."""
+    return any(_normalize(known) == _normalize(name) for known in classes)
+
+
+def _normalize(class_name: str) -> str:
+    return class_name.replace("_", " ").strip().casefold()
