@@ -69,8 +69,18 @@ class Axis:
         """Return the axis as the only one of its dimension of `size` positions; None if it shares the dimension."""
         if self.prefix or self.inner * self.length != size:
             return None
-        jump = self.jump / self.inner
-        return replace(self, length=size, inner=1, jump=jump, low=self.low - self.jump + jump)
+        return self.refined(self.inner)
+
+    def refined(self, factor: int) -> Axis:
+        """Return the axis with every index split into `factor` neighbouring ones, which depend on the same pixels."""
+        jump = self.jump / factor
+        return replace(
+            self,
+            length=self.length * factor,
+            inner=self.inner // factor,
+            jump=jump,
+            low=self.low - self.jump + jump,
+        )
 
     def windowed(self, kernel: float, stride: float, padding: float, dilation: float = 1) -> Axis:
         """Return the axis after a sliding window."""
@@ -156,10 +166,21 @@ def unbounded_axes(tensor: Tensor, dims: Iterable[int]) -> Axes:
 
 def union(fields: Sequence[Axes]) -> Axes | None:
     """Return the axes of a tensor computed from several; None if theirs lie differently."""
+    fields = [tuple(map(_refine, axes, zip(*fields, strict=True))) for axes in fields]
     positions = {tuple((a.dim, a.length, a.inner, a.prefix) for a in axes) for axes in fields}
     if len(positions) != 1:
         return None
     return tuple(_widest(axes) for axes in zip(*fields, strict=True))
+
+
+def _refine(axis: Axis, others: Sequence[Axis]) -> Axis:
+    """Return the axis with the finest of several indices, if they divide the same positions."""
+    finest = min(others, key=lambda a: a.inner)
+    is_same = axis.inner * axis.length == finest.inner * finest.length and (axis.dim, axis.prefix) == (
+        finest.dim,
+        finest.prefix,
+    )
+    return axis.refined(axis.inner // finest.inner) if is_same and axis.inner % finest.inner == 0 else axis
 
 
 def _widest(axes: Sequence[Axis]) -> Axis:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
+from convscope.images.processors import is_processor, read_processor
 
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -143,7 +144,7 @@ class Preprocessing:  # numpydoc ignore=PR02
 
         Parameters
         ----------
-        value : Preprocessing, mapping or torchvision preset
+        value : Preprocessing, mapping, torchvision preset or image processor of transformers
             A mapping has the names of the fields, where ``channels`` may give their number, or is a data config of timm
             (its `crop_mode` is ignored: ``fit="crop"`` is the centre crop).
 
@@ -154,12 +155,14 @@ class Preprocessing:  # numpydoc ignore=PR02
         """
         if isinstance(value, Preprocessing):
             return value
+        if is_processor(value):
+            return cls(**_infer_channels(read_processor(value)))
         if isinstance(value, Mapping):
             return cls(**_infer_channels(_from_mapping(value)))
         if all(hasattr(value, name) for name in _TORCHVISION_ATTRIBUTES):
             return cls(**_infer_channels(_from_torchvision(value)))
         names = ", ".join(field.name for field in fields(cls))
-        forms = f"a mapping with {names}, a timm data config or a torchvision preset"
+        forms = f"a mapping with {names}, a timm data config, a torchvision preset or a transformers image processor"
         raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {forms}")
 
     def as_dict(self) -> dict[str, Any]:

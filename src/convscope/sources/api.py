@@ -18,13 +18,14 @@ from convscope.engine.outputs import TASKS, OutputSelector
 from convscope.engine.probe import ProbeResult, probe
 from convscope.errors import ConvscopeError, is_int, nearest
 from convscope.images.preprocessing import Preprocessing
-from convscope.sources import bundled, exported, factory, files, instance, keras, timm, torchvision
+from convscope.sources import bundled, exported, factory, files, huggingface, instance, keras, timm, torchvision
 from convscope.sources.spec import ModelSpec, input_channels
 
 BY_PREFIX: dict[str, Callable[[str, str], ModelSpec]] = {
     "torchvision": torchvision.from_name,
     "timm": timm.from_name,
     "keras": keras.from_name,
+    "hf": huggingface.from_name,
 }
 BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".keras": keras.from_file,
@@ -65,7 +66,7 @@ def load(
     ----------
     source : str, path, nn.Module or Keras model
         "lite0" (bundled, works offline; "lite1" and "lite2" where their packages are installed), "torchvision:NAME",
-        "timm:NAME", "keras:NAME", a file (.keras, .h5, .pt2), "package.module:factory" (called without arguments), or
+        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2), "package.module:factory" (called without arguments), or
         an `nn.Module` or Keras model, which is used as it is: later changes of its weights take effect.
     weights : str or path, optional
         "default" (the source's own, downloaded if need be), "random", or a file of weights (.safetensors, .pth, .keras,
@@ -128,7 +129,9 @@ def load(
             "device= is for models that are loaded by name or from a file; move this one yourself: model.to(device)"
         )
     names = tuple(map(str, classes)) if classes is not None else spec.classes
-    request = OutputRequest(task or spec.task, output, None if names is None else len(names))
+    request = OutputRequest(
+        task or spec.task, spec.select if output is None else output, None if names is None else len(names)
+    )
     resolved, probed = _resolve_preprocessing(spec, explicit, request)
     meaning = probed.meaning
     spec.notes += meaning.notes

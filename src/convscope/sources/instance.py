@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from convscope.errors import ConvscopeError
-from convscope.sources import keras, timm
+from convscope.sources import huggingface, keras, timm
 from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
@@ -27,6 +27,8 @@ def wrap(module: object) -> ModelSpec:
         )
     module = unwrap(module)
     name = type(module).__name__
+    if huggingface.is_pretrained_model(module):
+        return huggingface.from_model(module)
     if hasattr(module, "pretrained_cfg") and packages & {"timm"}:
         classes, task = timm.class_names(module), timm.task(module)
         spec = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=classes, task=task)

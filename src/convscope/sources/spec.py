@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convscope.engine.adapters import FrameworkAdapter, TorchAdapter
+from convscope.engine.outputs import OutputSelector
 from convscope.images.preprocessing import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -26,6 +27,8 @@ class ModelSpec:
         Whether `load` made the network, so that it may freeze it and change its memory format.
     task : str or None
         What the outputs mean, where the source says it.
+    select : str, int, callable or None
+        Which of several outputs holds the scores, where the source says it.
     preprocessing_origin : str or None
         Where the preprocessing comes from, if it was inferred from the module.
     size, channels : tuple of int, int or None
@@ -40,6 +43,7 @@ class ModelSpec:
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] | None = None
     task: str | None = None
+    select: OutputSelector = None
     notes: list[str] = field(default_factory=list)
     loaded_by_convscope: bool = True
     preprocessing_origin: str | None = None
