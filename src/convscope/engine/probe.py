@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.capture import VIEW_ERROR, run_with_callback
 from convscope.engine.function_modes import LogitsRecorder
+from convscope.engine.grids import GridInference, layout_on_grid
 from convscope.engine.layer_table import Layer, LayerTable, Layout
 from convscope.engine.nested import iter_tensors, primary_tensor
 from convscope.engine.output_inference import OutputFacts, OutputMeaning, OutputRequest, infer_output, select_scores
@@ -50,7 +51,13 @@ class ProbeResult:
     contiguous_input: bool = False
 
 
-def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: OutputRequest = _NO_REQUEST) -> ProbeResult:
+def probe(
+    module: nn.Module,
+    adapter: FrameworkAdapter,
+    x: Tensor,
+    request: OutputRequest = _NO_REQUEST,
+    grid: tuple[int, int] | None = None,
+) -> ProbeResult:
     """Run `x` once without gradients and describe every layer.
 
     Parameters
@@ -61,6 +68,8 @@ def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: Outp
         One image (1, C, H, W), signal (1, C, L) or volume (1, C, D, H, W).
     request : OutputRequest
         What is known of the output.
+    grid : tuple of int, optional
+        Height and width of the grid on which tokens lie that cannot be followed.
 
     Raises
     ------
@@ -68,13 +77,14 @@ def probe(module: nn.Module, adapter: FrameworkAdapter, x: Tensor, request: Outp
         If the output has no scores per image, as that of a detector.
     """
     with Trace(x) as trace, LogitsRecorder() as activations:
-        recorder = _LayerRecorder(trace, adapter, x.ndim)
+        recorder = _LayerRecorder(trace, adapter, tuple(x.shape), grid)
         output = run_with_callback(module, adapter, x, recorder.record)
         select, notes = select_scores(output, request)
         final = primary_tensor(pick_output(output, select))
         _require_scores(output if select is None else final, final)
         field = UNKNOWN if final is None else trace.field(final)
         layout = Layout(1) if final is None else _find_layout(final, field, x.ndim)[0]
+    notes += recorder.check_grid()
 
     def run_again() -> Tensor | None:
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -119,8 +129,11 @@ def _needs_contiguous(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -
 class _LayerRecorder:
     """Describes layers as they finish."""
 
-    def __init__(self, trace: Trace, adapter: FrameworkAdapter, input_ndim: int) -> None:
-        self.trace, self.adapter, self.input_ndim = trace, adapter, input_ndim
+    def __init__(
+        self, trace: Trace, adapter: FrameworkAdapter, input_shape: tuple[int, ...], grid: tuple[int, int] | None
+    ) -> None:
+        self.trace, self.adapter, self.input_shape = trace, adapter, input_shape
+        self.said_grid, self.grids = grid, GridInference(input_shape)
         self.layers: list[Layer] = []
         self._calls: dict[str, int] = {}
         self._makers: dict[tuple[int, int], str] = {}  # the first layer that returned a tensor, in its present version
@@ -143,7 +156,8 @@ class _LayerRecorder:
 
     def _describe(self, name: str, module: nn.Module, tensor: Tensor, alias_of: str | None) -> Layer:
         field = self.trace.field(tensor)
-        layout, axes = _find_layout(tensor, field, self.input_ndim)
+        layout, axes = _find_layout(tensor, field, len(self.input_shape))
+        layout = self._grid_layout(name, tensor, field, layout)
         shape = tuple(layout.to_nchw(tensor).shape[1:])
         is_known = len(axes) > 0 and all(axis.is_bounded for axis in axes)
         return Layer(
@@ -158,10 +172,31 @@ class _LayerRecorder:
             alias_of=alias_of,
             allocated_bytes=self.trace.allocated_bytes,
             is_pooling="pool" in field.op or field.op == "mean",
-            is_spatial=len(axes) > 0 and math.prod(shape[1:]) > 1,
+            is_spatial=len(layout.spatial_dims) > 0 and math.prod(shape[1:]) > 1,
             layout=layout,
             inputs=(alias_of,) if alias_of else tuple(sorted(field.ancestors)),
         )
+
+    def _grid_layout(self, name: str, tensor: Tensor, field: Field, layout: Layout) -> Layout:
+        """Return the layout of tokens by the grid that the user says, or that their number tells."""
+        if layout.spatial_dims or tensor.ndim != 3 or len(self.input_shape) != 4:
+            self.grids.add(layout, tensor)
+            return layout
+        if self.said_grid is not None:
+            return layout_on_grid(tensor, self.said_grid) or layout
+        return layout if field.axes is not None else self.grids.infer(name, tensor) or layout
+
+    def check_grid(self) -> list[str]:
+        """Return notes on grids that were inferred; raise if the grid that the user says fits no layer."""
+        if self.said_grid is None:
+            return self.grids.notes()
+        if not any(layer.layout.grid == self.said_grid for layer in self.layers):
+            counts = sorted({layer.shape[0] for layer in self.layers if len(layer.shape) == 2})
+            raise ConvscopeError(
+                f"grid is {self.said_grid}, {math.prod(self.said_grid)} positions; no layer returns as many tokens "
+                f"(the layers return {', '.join(map(str, counts)) or 'no token sequences'})"
+            )
+        return []
 
 
 def _require_scores(output: object, final: Tensor | None) -> None:

@@ -40,18 +40,24 @@ def read_processor(value: Any) -> dict[str, Any]:
     resample = config.get("resample")
     if resample is not None:
         settings["interpolation"] = RESAMPLING.get(int(resample), "bilinear")
-    if config.get("do_normalize", "image_mean" in config):
-        mean, std = config.get("image_mean"), config.get("image_std")
-        if mean is None or std is None:
-            raise ConvscopeError(
-                "preprocessing: the image processor normalises by a mean and std that it does not give"
-            )
-        settings |= (
-            {"mean": tuple(mean), "std": tuple(std)} if not isinstance(mean, float) else {"mean": mean, "std": std}
-        )
+    settings |= _normalization(config)
     if config.get("do_flip_channel_order"):
         settings["channel_order"] = "BGR"
     return settings
+
+
+def _normalization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean and std; none where the processor does not normalise."""
+    normalizes = bool(config.get("do_normalize", "image_mean" in config))
+    twice = bool(config.get("include_top"))  # EfficientNet's processor divides by the std once more
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if not normalizes and not twice:
+        return {}
+    if mean is None or std is None:
+        raise ConvscopeError("preprocessing: the image processor normalises, but gives no mean and std")
+    power = normalizes + twice
+    stds = [s**power for s in std] if isinstance(std, list | tuple) else std**power
+    return {"mean": mean if normalizes else 0.0, "std": stds}
 
 
 def _size(config: Mapping[str, Any]) -> dict[str, Any]:

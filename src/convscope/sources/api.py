@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,10 +65,11 @@ def load(
 
     Parameters
     ----------
-    source : str, path, nn.Module or Keras model
+    source : str, path, nn.Module, Keras model or callable
         "lite0" (bundled, works offline; "lite1" and "lite2" where their packages are installed), "torchvision:NAME",
-        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2), "package.module:factory" (called without arguments), or
-        an `nn.Module` or Keras model, which is used as it is: later changes of its weights take effect.
+        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2),
+        "package.module:factory" (called without arguments), or an `nn.Module` or Keras model, which is used as it is:
+        later changes of its weights take effect.
     weights : str or path, optional
         "default" (the source's own, downloaded if need be), "random", or a file of weights (.safetensors, .pth, .keras,
         .weights.h5), for models made by name.
@@ -132,7 +134,8 @@ def load(
     request = OutputRequest(
         task or spec.task, spec.select if output is None else output, None if names is None else len(names)
     )
-    resolved, probed = _resolve_preprocessing(spec, explicit, request)
+    run_probe = partial(_probe, spec, request=request, grid=None if grid is None else (int(grid[0]), int(grid[1])))
+    resolved, probed = _resolve_preprocessing(spec, explicit, run_probe)
     meaning = probed.meaning
     spec.notes += meaning.notes
     if any(isinstance(m, BATCH_NORMS) and not m.track_running_stats for m in spec.module.modules()):
@@ -171,8 +174,10 @@ def _check_output_options(task: object, output: object, forward: object, grid: o
         )
     if forward is not None and not callable(forward):
         raise ConvscopeError(f"forward is {forward!r}; expected a function (module, x) -> output")
-    if grid is not None:
-        raise ConvscopeError("grid= is not supported yet")
+    if grid is not None and not (
+        isinstance(grid, tuple | list) and len(grid) == 2 and all(is_int(side) and side > 0 for side in grid)
+    ):
+        raise ConvscopeError(f"grid is {grid!r}; expected (h, w), the height and width of the grid of tokens")
     if template is not None:
         raise ConvscopeError("template= is for networks that compare images with text, which are not supported yet")
 
@@ -231,18 +236,18 @@ def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
 
 
 def _resolve_preprocessing(
-    spec: ModelSpec, explicit: Preprocessing | None, request: OutputRequest
+    spec: ModelSpec, explicit: Preprocessing | None, run_probe: Callable[[int, tuple[int, ...]], ProbeResult]
 ) -> tuple[Preprocessing, ProbeResult]:
     """Return the preprocessing, with assumptions noted, and the layer table for an input of its size."""
     if explicit is not None:
-        return explicit, _probe(spec, explicit.channels, explicit.size, request)
+        return explicit, run_probe(explicit.channels, explicit.size)
     channels = spec.channels or input_channels(spec.module)
     sizes = [spec.size] if spec.size is not None else [(side, side) for side in COMMON_SIZES]
     known = [] if spec.preprocessing is None else [spec.preprocessing]
     errors: list[ConvscopeError] = []
     for settings in [*known, *(spec.assumed_preprocessing(size, channels) for size in sizes)]:
         try:
-            probed = _probe(spec, settings.channels, settings.size, request)
+            probed = run_probe(settings.channels, settings.size)
         except ConvscopeError as error:
             errors.append(error)
             continue
@@ -254,7 +259,9 @@ def _resolve_preprocessing(
     raise errors[0]
 
 
-def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...], request: OutputRequest) -> ProbeResult:
+def _probe(
+    spec: ModelSpec, channels: int, size: tuple[int, ...], request: OutputRequest, grid: tuple[int, int] | None
+) -> ProbeResult:
     parameter: Tensor | None = next((p for p in spec.adapter.parameters(spec.module) if p.is_floating_point()), None)
     x = (
         torch.zeros((1, channels, *size))
@@ -263,12 +270,12 @@ def _probe(spec: ModelSpec, channels: int, size: tuple[int, ...], request: Outpu
     )
     try:
         try:
-            return probe(spec.module, spec.adapter, x, request)
+            return probe(spec.module, spec.adapter, x, request, grid)
         except RuntimeError as error:
             if VIEW_ERROR not in str(error) or not spec.loaded_by_convscope:
                 raise
             _store_weights(spec, torch.contiguous_format)
-            return probe(spec.module, spec.adapter, x, request)
+            return probe(spec.module, spec.adapter, x, request, grid)
     except ConvscopeError:
         raise
     except Exception as error:  # a network may raise anything

@@ -6,7 +6,7 @@ Only safetensors are read, and no code of a repository is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def from_model(module: Any) -> ModelSpec:
     config, kind = module.config, type(module).__name__
     if hasattr(module, "text_model"):
         raise ConvscopeError(
-            f"{kind} takes text besides images; load its image part: load(model.vision_model), or say how it is called: "
-            "forward=lambda module, x: ..."
+            f"{kind} takes text besides images; load its image part: load(model.vision_model), or say how it is "
+            "called: forward=lambda module, x: ..."
         )
     task, select = _task(module)
     name = getattr(config, "name_or_path", "") or ""
@@ -103,6 +103,8 @@ def from_model(module: Any) -> ModelSpec:
         loaded_by_convscope=False,
     )
     spec.preprocessing = _saved_preprocessing(name) if name else None
+    if task == "detection":
+        spec.notes.append("a class's score is its highest probability among the detector's queries")
     spec.preprocessing_origin = f"the image processor in {name}" if spec.preprocessing else None
     return spec
 
@@ -127,8 +129,8 @@ def _embedding(output: Any) -> Tensor:
         value = getattr(output, key, None)
         if isinstance(value, Tensor):
             return value
-    maps = getattr(output, "feature_maps", None)
-    return maps[-1] if maps else output[0]
+    maps: Sequence[Tensor] = getattr(output, "feature_maps", None) or output
+    return maps[-1]
 
 
 class _DetectionScores:
