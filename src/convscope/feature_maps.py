@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from convscope.datasets.image_inputs import open_images
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
@@ -131,8 +132,7 @@ def activations(
     model : Model, nn.Module, Keras model or str
         From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
-        One image or N. Arrays are (H, W, 3) or (N, H, W, 3), uint8 or float in [0, 1]; a tensor (N, 3, H, W) is already
-        preprocessed.
+        One image or N, in any form that `convscope.predict` takes.
     layers : str, Layer, nn.Module or sequence of these, optional
         Names in ``model.layers``, its rows, or modules of the network. The last layer of each resolution if omitted.
     fit : {"squash", "crop"}
@@ -176,7 +176,7 @@ def activations(
         last_per_resolution(model) if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
     )
     outputs: dict[str, list[np.ndarray]] = {layer.name: [] for layer in selected}
-    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     indices: list[int] = []
     with (
         progress_bar(progress, "activations") as report,
@@ -293,7 +293,19 @@ def predict(
     model : Model, nn.Module, Keras model or str
         From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
-        One image or N, in any form that `activations` takes.
+        One image or N, in any of these forms. Images are opened when their batch is due, so that memory does not limit
+        their number.
+
+        - A path; a folder (its images at any depth, sorted by name); a glob such as ``"photos/*.jpg"``; a .txt list,
+          .tar or .parquet files, or a URL, as for `convscope.scan`.
+        - A PIL image. An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or of floats in [0, 1]; an array
+          (N, H, W, 3) of N images. Alpha is put on white.
+        - A floating tensor (3, H, W) or (N, 3, H, W): the network's input, already preprocessed, used as it is.
+          Networks on signals (N, C, L) and volumes (N, C, D, H, W) take tensors only.
+        - A list, tuple or iterator of paths, PIL images, arrays, tensors and files in memory (io.BytesIO).
+        - A data set of torchvision or Hugging Face, or any `torch.utils.data.Dataset` with a length whose items are
+          images or (image, label) pairs; or a DataLoader of one, whose images are read in the order of its sampler, or
+          of its data set if the sampler is random.
     top : int
         Number of classes per image; all K if that is less.
     fit : {"squash", "crop"}
@@ -328,7 +340,7 @@ def predict(
     'Egyptian cat'
     """
     model = as_model(model)
-    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
     indices: list[int] = []
     with progress_bar(progress, "predict") as report, torch.no_grad(), capture.capture_layers(model, []) as run:

@@ -16,7 +16,6 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.attribution.default_layer import choose_layer
-from convscope.attribution.multiscale import scale_preprocessing
 from convscope.images.preprocessing import Preprocessing
 from tests.attribution.helpers import SIZE, load_module, random_images, relative_error
 from tests.attribution.test_heatmaps import TINY, Pooled
@@ -118,12 +117,12 @@ def test_network_with_fixed_input_size_is_refused() -> None:
 
 def test_scaled_preprocessing_keeps_its_crop() -> None:
     at_input_size = Preprocessing(size=(20, 30), resize=40)
-    assert (scale_preprocessing(at_input_size, 1.5).size, scale_preprocessing(at_input_size, 1.5).resize) == (
+    assert (at_input_size.scaled(1.5).size, at_input_size.scaled(1.5).resize) == (
         (30, 45),
         60,
     )
-    assert scale_preprocessing(Preprocessing(size=(224, 224)), 3).resize == 3 * 256  # 224 / 0.875 is 256
-    assert scale_preprocessing(at_input_size, 1) == at_input_size
+    assert Preprocessing(size=(224, 224)).scaled(3).resize == 3 * 256  # 224 / 0.875 is 256
+    assert at_input_size.scaled(1) == at_input_size
 
 
 # --- the default layer -----------------------------------------------------------------------------------------------

@@ -453,7 +453,7 @@ def test_nan_in_a_tensor_fails_one_image() -> None:
         (7, "int is not an image"),
         (b"image.png", "bytes is not an image"),
         (["a.png", 7], "int is not an image"),
-        ([torch.zeros(3, 4, 4)], "Tensor is not an image"),
+        ([{}], "dict is not an image"),
         (iter(["a.png"]), "list_iterator is not an image"),
         (np.zeros((0, 4, 4, 3)), "there are no images"),
         (np.zeros((3, 4, 5)), "shape (3, 4, 5); expected (H, W), (H, W, 1)"),

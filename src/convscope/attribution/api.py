@@ -16,6 +16,7 @@ from convscope.attribution.registry import METHODS, get_method, method_options
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, parse_targets
+from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
@@ -209,6 +210,7 @@ def compute_heatmaps(
     if smooth not in AUGMENTATIONS:
         raise ConvscopeError(f"smooth is {smooth!r}; expected one of {', '.join(map(str, AUGMENTATIONS))}")
     scales = validate_scales(model, scale)
+    images = open_images(images)
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     num_images = len(loader)
     target_spec = parse_targets(model, targets, num_images, against)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.attribution.fusion import fuse_maps
@@ -16,7 +15,6 @@ from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.images.loading import Batch, ImageBatchLoader
-from convscope.images.preprocessing import Preprocessing
 
 MAX_SCALE = 16
 
@@ -35,7 +33,7 @@ def validate_scales(model: Model, scale: float | Sequence[float]) -> tuple[float
     scales = tuple(sorted({float(s) for s in candidates}, key=lambda s: (s != 1, s)))
     for s in scales:
         if s != 1:
-            _require_runs(model, scale_preprocessing(model.preprocessing, s).size)
+            _require_runs(model, model.preprocessing.scaled(s).size)
     return scales
 
 
@@ -43,34 +41,12 @@ def _is_scale(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SCALE
 
 
-def scale_preprocessing(preprocessing: Preprocessing, scale: float) -> Preprocessing:
-    """Return the preprocessing for an input `scale` times as large that shows the same part of the image."""
-    size = tuple(max(1, round(side * scale)) for side in preprocessing.size)
-    short_side = preprocessing.resize or round(max(preprocessing.size) / 0.875)
-    resize = max(*size, round(short_side * scale)) if len(size) == 2 else None
-    return replace(preprocessing, size=size, resize=resize)
-
-
 def iter_batches(
     loader: ImageBatchLoader, images: object, scales: Sequence[float], size: int
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Yield each batch of `size` images with its inputs at every scale.
-
-    Images are resized from the original for each scale, so that enlarged inputs show more detail. Tensors, which are
-    preprocessed already, are interpolated.
-    """
-    if isinstance(images, Tensor):
-        for batch in loader.batches(size):
-            yield batch, [batch.x if s == 1 else _interpolate(batch.x, s) for s in scales]
-        return
-    loaders = [
-        ImageBatchLoader(
-            images, scale_preprocessing(loader.preprocessing, s), fit=loader.fit, max_pixels=loader.max_pixels
-        )
-        for s in scales
-        if s != 1
-    ]
-    scaled_batches = [scaled_loader.batches(size) for scaled_loader in loaders]
+    """Yield each batch of `size` images with its inputs at every scale."""
+    make_loader = partial(ImageBatchLoader, images, loader.preprocessing, fit=loader.fit, max_pixels=loader.max_pixels)
+    scaled_batches = [make_loader(scale=s).batches(size) for s in scales if s != 1]
     for batch in loader.batches(size):
         scaled = [next(batches).x for batches in scaled_batches]
         yield batch, [batch.x, *scaled] if scales[0] == 1 else scaled
@@ -113,12 +89,6 @@ def run_multiscale(
         for s, spec in enumerate(job.specs)
     )
     return replace(reference, maps=maps)
-
-
-def _interpolate(x: Tensor, scale: float) -> Tensor:
-    sides = [max(1, round(side * scale)) for side in x.shape[2:]]
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
-    return F.interpolate(x, sides, mode=mode, align_corners=False, antialias=len(sides) == 2)
 
 
 def _require_runs(model: Model, size: tuple[int, ...]) -> None:

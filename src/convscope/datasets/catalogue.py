@@ -107,7 +107,7 @@ def build_catalogue(data: object, *, storage: Mapping[str, object] | None = None
     """
     backend = Storage(dict(storage or {}))
     data = _absolute(data)
-    return _catalogue_of(_display_name(data), _index(data, backend))
+    return _catalogue_of(_display_name(data), index_data(data, backend))
 
 
 def _absolute(data: object) -> object:
@@ -132,7 +132,8 @@ def _display_name(data: object) -> str:
     return "images in memory" if isinstance(data, np.ndarray | Image.Image) else type(data).__name__
 
 
-def _index(data: object, storage: Storage) -> DatasetIndex:
+def index_data(data: object, storage: Storage) -> DatasetIndex:
+    """List the images of a data set, of a kind that `build_catalogue` takes; raise ConvscopeError for others."""
     if isinstance(data, str):
         is_torchvision = data.startswith("torchvision:")
         return readers_memory.index_torchvision(data) if is_torchvision else _index_location(data, storage)

@@ -95,7 +95,7 @@ class ItemReader:
 
     def read(self, index: int, name: str) -> object:  # noqa: ARG002 - part of the protocol
         """Return the image of an item."""
-        return _image_of(self.dataset[index])
+        return image_of(self.dataset[index])
 
 
 def index_dataset(dataset: IndexableDataset) -> DatasetIndex:
@@ -108,7 +108,7 @@ def index_dataset(dataset: IndexableDataset) -> DatasetIndex:
     if not count:
         raise ConvscopeError(f"{kind} is empty; expected images")
     first = dataset[0]
-    image = _image_of(first)
+    image = image_of(first)
     if not isinstance(image, Image.Image | np.ndarray | bytes):
         advice = "; leave its transform out, because convscope preprocesses images" if isinstance(image, Tensor) else ""
         raise ConvscopeError(f"{kind} gives {_describe(first)}; expected {_ITEM_KINDS}{advice}")
@@ -130,7 +130,8 @@ def _describe(item: object) -> str:
     return type(item[0] if isinstance(item, tuple | list) and item else item).__name__
 
 
-def _image_of(item: object) -> object:
+def image_of(item: object) -> object:
+    """Return the image of an item, which may be an (image, label) pair."""
     return item[0] if isinstance(item, tuple | list) and item else item
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.layer_access import (
     check_image_model,
     layer_activations,
@@ -134,7 +135,7 @@ def atlas(
     with progress_bar(progress, "atlas") as report:
         job = _Job(
             model=model,
-            loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+            loader=ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels),
             layer=(model.layers.last_spatial() if layer is None else spatial_layer(model, layer)).name,
             target=None if target is None else resolve_class(model, target),
             grid=grid,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
     check_image_model,
@@ -146,7 +147,7 @@ def concepts(
     with progress_bar(progress, "concepts") as report:
         job = _Job(
             model=model,
-            loader=ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels),
+            loader=ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels),
             target=resolve_class(model, target),
             layer=layer,
             count=count,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.layer_access import iter_activations
 from convscope.decomposition.nmf import encode
 from convscope.errors import ConvscopeError
@@ -155,7 +156,9 @@ class Concepts(Result):
         ConvscopeError
             If one of the images cannot be read.
         """
-        loader = ImageBatchLoader(images, self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels)
+        loader = ImageBatchLoader(
+            open_images(images), self.model.preprocessing, fit=self.fit, max_pixels=self.max_pixels
+        )
         with iter_activations(self.model, self.layer, self.memory) as iterate:
             maps = [encode(self.bank, activations) for _, activations in iterate(loader)]
         if loader.failed:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convscope.attribution.context import LOGITS_RTOL
 from convscope.attribution.targets import Targets
+from convscope.datasets.image_inputs import open_images
 from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import (
@@ -63,7 +64,7 @@ def evaluate(
     model : Model, nn.Module, Keras model or str
         From `convscope.load`, or anything that it takes.
     images : path, sequence of paths, PIL images, arrays or tensor
-        The N images of the heatmaps, in any form that `convscope.heatmaps` takes.
+        The N images of the heatmaps, in any form that `convscope.predict` takes.
     heatmaps : Heatmaps or array
         Result of `convscope.heatmaps` for these images; or maps of any origin, (N, h, w) or (N, T, h, w) at any
         resolution over the network's input, higher values for more evidence.
@@ -126,7 +127,9 @@ def evaluate(
     heatmap_fit = getattr(heatmaps, "fit", None)
     if fit is not None and heatmap_fit is not None and fit != heatmap_fit:
         raise ConvscopeError(f"fit is {fit!r}, but the heatmaps were computed with fit={heatmap_fit!r}; leave it out")
-    loader = ImageBatchLoader(images, model.preprocessing, fit=heatmap_fit or fit or "squash", max_pixels=max_pixels)
+    loader = ImageBatchLoader(
+        open_images(images), model.preprocessing, fit=heatmap_fit or fit or "squash", max_pixels=max_pixels
+    )
     maps = parse_heatmaps(model, loader, heatmaps, targets)
     mask_list = None if masks is None else parse_masks(masks, len(loader), maps.targets.num_targets)
     _check_requirements(names, maps, mask_list)

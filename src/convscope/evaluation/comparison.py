@@ -19,6 +19,7 @@ from convscope.attribution.registry import get_method
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets
+from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers
 from convscope.engine.model import Model
@@ -190,6 +191,7 @@ def compare(
     'grad-cam'
     """
     model = as_model(model)
+    images = open_images(images)
     combinations = _combinations(model, methods, layers, fuse)
     for metric in metrics:
         get_metric(metric)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convscope.datasets.image_inputs import open_images
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer import server
@@ -113,7 +114,7 @@ def _build_app(model: Model, image: object) -> FastAPI:
     if image is None:
         explorer.add_samples()
     else:
-        loader = ImageBatchLoader(image, Preprocessing())
+        loader = ImageBatchLoader(open_images(image), Preprocessing())
         for index, name in enumerate(loader.names):
             pixels: np.ndarray = loader.original(index)
             explorer.images.add_sample(pixels, name.rpartition("/")[2], name)

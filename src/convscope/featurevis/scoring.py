@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.model import LOGITS, Model
@@ -62,7 +63,7 @@ def reference_baseline(
     forward: Forward, request: PatternRequest, images: object, model: Model, memory: int, skip_preprocessing: bool
 ) -> tuple[Tensor, tuple[Failure, ...]]:
     """Return the highest value of each image's objective on the user's images (U,), and the images that failed."""
-    loader = ImageBatchLoader(images, model.preprocessing)
+    loader = ImageBatchLoader(open_images(images), model.preprocessing)
     maxima = []
     with torch.no_grad():
         for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):

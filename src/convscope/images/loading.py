@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +25,15 @@ from convscope.images.decoding import (
     upright_opaque,
 )
 from convscope.images.geometry import Geometry
+from convscope.images.lazy import Item, LazyImages, as_item, item_names
 from convscope.images.preprocessing import Preprocessing
-from convscope.images.resizing import FITS
+from convscope.images.resizing import FITS, interpolate
 
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
 
-_Item: TypeAlias = str | io.BytesIO | Image.Image | Array | Tensor
-
 _ACCEPTED = (
     "a path, a list of paths, PIL images and arrays, an array (H, W, 3) or (N, H, W, 3) of uint8 or floats in [0, 1], "
-    "or a preprocessed floating tensor (N, C, H, W)"
+    "a preprocessed floating tensor (N, C, H, W) or several; see help(convscope.predict)"
 )
 
 
@@ -98,6 +97,9 @@ class ImageBatchLoader:
         Show the network the whole image, or its centre crop as in the model's own evaluation.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
+    scale : float
+        Size of the input as a multiple of the network's own. Images are resized from the original, so that enlarged
+        inputs show more detail; preprocessed tensors are interpolated.
 
     Attributes
     ----------
@@ -115,12 +117,19 @@ class ImageBatchLoader:
     """
 
     def __init__(
-        self, images: object, preprocessing: Preprocessing, *, fit: str = "squash", max_pixels: int = DEFAULT_MAX_PIXELS
+        self,
+        images: object,
+        preprocessing: Preprocessing,
+        *,
+        fit: str = "squash",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        scale: float = 1,
     ) -> None:
         if fit not in FITS:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
         require_int("max_pixels", max_pixels)
-        self.preprocessing, self.fit, self.max_pixels = preprocessing, fit, max_pixels
+        self.preprocessing, self.fit, self.max_pixels = preprocessing.scaled(scale), fit, max_pixels
+        self._scale = scale
         self._any_channels = preprocessing.channel_order == "channels"
         channels_last = f"(H, W, {preprocessing.channels})"
         self._shapes = channels_last if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
@@ -130,10 +139,11 @@ class ImageBatchLoader:
         self._items = self._split(images)
         if not self._items:
             raise ConvscopeError(f"there are no images; expected {_ACCEPTED}")
-        self.names = tuple(item if isinstance(item, str) else f"image {i}" for i, item in enumerate(self._items))
+        self.names = item_names(self._items)
         self.failed: list[Failure] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = list(images.notes) if isinstance(images, LazyImages) else []
         self._unusable: set[int] = set()
+        self._input_size: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -158,7 +168,7 @@ class ImageBatchLoader:
         """
         require_int("size", size)
         if isinstance(self._images, Tensor) and _all_finite(self._images):
-            yield from _tensor_batches(self._images, size)
+            yield from _tensor_batches(self._images, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
         for index in range(len(self)):
@@ -199,10 +209,12 @@ class ImageBatchLoader:
         """
         if self.preprocessing.axes != 2:
             raise ConvscopeError(f"{self.names[index]} is not an image: this network takes {self.preprocessing.shape}")
-        item = self._items[index]
         try:
+            item = self._items[index]
             if isinstance(item, Tensor):
-                pixels = self.preprocessing.denormalize(_finite(item)[None])[0].permute(1, 2, 0).cpu().numpy()
+                pixels = (
+                    self.preprocessing.denormalize(self._check_tensor(item)[None])[0].permute(1, 2, 0).cpu().numpy()
+                )
             else:
                 pixels = np.dstack([np.asarray(channel) for channel in self._channels(item, "RGB")])
         except ConvscopeError as error:
@@ -231,7 +243,9 @@ class ImageBatchLoader:
         ConvscopeError
             If the image cannot be used, and for preprocessed tensors.
         """
-        item = self._items[index]
+        return self._resize(self._items[index])
+
+    def _resize(self, item: Item) -> tuple[Array, Geometry]:
         if isinstance(item, Tensor):
             raise ConvscopeError("is a preprocessed tensor, which has no pixels")
         channels = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
@@ -240,32 +254,42 @@ class ImageBatchLoader:
         return np.dstack([pixels for pixels, _ in resized]), geometry
 
     def _input(self, index: int) -> tuple[Tensor, Geometry]:
-        """Return one image as network input (C, h, w), and its geometry."""
+        """Return one image as network input (C, h, w), and its geometry; refuse another size than the first one's."""
         item = self._items[index]
         if isinstance(item, Tensor):
-            return _finite(item), Geometry.whole(item.shape[1:])
-        values, geometry = self.pixels(index)
-        return self.preprocessing.normalize(unit_pixels(values[None]))[0], geometry
+            geometry = Geometry.whole(item.shape[1:])
+            x = interpolate(self._check_tensor(item)[None], self._scale)[0]
+        else:
+            values, geometry = self._resize(item)
+            x = self.preprocessing.normalize(unit_pixels(values[None]))[0]
+        self._input_size = self._input_size or tuple(x.shape[1:])
+        if x.shape[1:] != self._input_size:
+            size, first = (" x ".join(map(str, sides)) for sides in (x.shape[1:], self._input_size))
+            raise ConvscopeError(f"has the size {size}; the first input has {first}, and all must have the same")
+        return x, geometry
 
-    def _split(self, images: object) -> list[_Item]:
+    def _split(self, images: object) -> Sequence[Item] | LazyImages:
         """Split what was given into one item per image; nothing is opened yet."""
+        if isinstance(images, LazyImages):
+            return images
         if isinstance(images, Tensor):
             return self._split_tensor(images)
-        if self.preprocessing.axes != 2:
+        sequence = images if isinstance(images, list | tuple) else [images]
+        if self.preprocessing.axes != 2 and not all(isinstance(item, Tensor) for item in sequence):
             shape, kind = self.preprocessing.shape, type(images).__name__
             raise ConvscopeError(f"{kind} given; this network takes preprocessed floating tensors {shape} only")
         if isinstance(images, np.ndarray):
             return self._split_array(images)
-        items: list[_Item] = []
-        for item in images if isinstance(images, list | tuple) else [images]:
+        items: list[Item] = []
+        for item in sequence:
             if isinstance(item, nn.Module):
                 raise ConvscopeError(f"images is a {type(item).__name__}; the model comes first, the images second")
-            if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray):
+            if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray | Tensor):
                 raise ConvscopeError(f"{type(item).__name__} is not an image; expected {_ACCEPTED}")
-            items.append(os.fsdecode(item) if isinstance(item, str | os.PathLike) else item)
+            items.append(as_item(item))
         return items
 
-    def _split_tensor(self, images: Tensor) -> list[_Item]:
+    def _split_tensor(self, images: Tensor) -> list[Item]:
         axes, channels = self.preprocessing.axes, self.preprocessing.channels
         batch = images[None] if images.ndim == 1 + axes else images
         if batch.ndim != 2 + axes or batch.shape[1] != channels or not batch.is_floating_point():
@@ -273,7 +297,17 @@ class ImageBatchLoader:
             raise ConvscopeError(f"{actual}; expected a preprocessed, floating one, {self.preprocessing.shape}")
         return list(batch.detach())
 
-    def _split_array(self, images: Array) -> list[_Item]:
+    def _check_tensor(self, x: Tensor) -> Tensor:
+        """Return one preprocessed image (C, H, W), signal or volume as float32; refuse others, NaN and infinity."""
+        shape = (self.preprocessing.channels, *[-1] * self.preprocessing.axes)
+        if x.ndim != len(shape) or x.shape[0] != shape[0] or not x.is_floating_point():
+            expected = self.preprocessing.shape.replace("N, ", "")
+            raise ConvscopeError(
+                f"is a tensor {tuple(x.shape)} of {x.dtype}; expected a preprocessed, floating one, {expected}"
+            )
+        return _finite(x.detach())
+
+    def _split_array(self, images: Array) -> list[Item]:
         if self._is_one_image(images.shape):
             return [images]
         several_gray = self.preprocessing.channel_order == "L" and images.ndim == 3
@@ -339,11 +373,11 @@ def _collate(inputs: list[tuple[int, Tensor, Geometry]]) -> Batch:
     return Batch(indices, to_channels_last(torch.stack(tensors)), geometry)
 
 
-def _tensor_batches(x: Tensor, size: int) -> Iterator[Batch]:
+def _tensor_batches(x: Tensor, size: int, scale: float) -> Iterator[Batch]:
     """Slice a preprocessed tensor (N, C, ...) into batches."""
     geometry = Geometry.whole(x.shape[2:])
     for first in range(0, len(x), size):
-        part = to_channels_last(x[first : first + size].detach().float())
+        part = to_channels_last(interpolate(x[first : first + size].detach().float(), scale))
         yield Batch(tuple(range(first, first + len(part))), part, (geometry,) * len(part))
 
 

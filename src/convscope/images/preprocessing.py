@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -104,6 +104,15 @@ class Preprocessing:  # numpydoc ignore=PR02
     def shape(self) -> str:
         """Shape of the network's input as text: "(N, 3, H, W)"."""
         return f"(N, {self.channels}, {_AXES[self.axes]})"
+
+    def scaled(self, scale: float) -> Preprocessing:
+        """Return the preprocessing for an input `scale` times as large that shows the same part of the image."""
+        if scale == 1:
+            return self
+        size = tuple(max(1, round(side * scale)) for side in self.size)
+        short_side = self.resize or round(max(self.size) / 0.875)
+        resize = max(*size, round(short_side * scale)) if len(size) == 2 else None
+        return replace(self, size=size, resize=resize)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Convert pixels to network input; differentiable.

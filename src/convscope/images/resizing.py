@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from convscope.images.decoding import Array
 from convscope.images.preprocessing import Preprocessing
@@ -58,6 +60,15 @@ def center_crop(image: Image.Image, preprocessing: Preprocessing, max_pixels: in
     region = image.crop((x0, y0, min(image.width, int(box[3]) + 5), min(image.height, int(box[2]) + 5)))
     inner = (box[1] - x0, box[0] - y0, min(box[3] - x0, region.width), min(box[2] - y0, region.height))
     return np.asarray(region.resize((width, height), resample, box=inner)), box
+
+
+def interpolate(x: Tensor, scale: float) -> Tensor:
+    """Resize network inputs (N, C, ...) to `scale` times their size, linearly and antialiased for images."""
+    if scale == 1:
+        return x
+    sides = [max(1, round(side * scale)) for side in x.shape[2:]]
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
+    return F.interpolate(x, sides, mode=mode, align_corners=False, antialias=len(sides) == 2)
 
 
 FITS = {"squash": squash, "crop": center_crop}
