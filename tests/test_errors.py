@@ -18,7 +18,7 @@ from convscope.errors import (
     require_int,
     require_number,
     warn,
-    warn_of_failures,
+    warns_of_failures,
 )
 
 
@@ -77,52 +77,41 @@ def test_the_exception_is_available_without_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+class Result:
+    """A result with failures."""
+
+    failed = tuple(f"image {i}: is damaged" for i in range(5))
+
+
+@warns_of_failures
+def inner() -> Result:
+    return Result()
+
+
+@warns_of_failures
+def outer() -> Result:
+    inner()
+    return inner()
+
+
 def test_warnings_point_to_the_line_outside_the_package() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn("assumed")
-        warn_of_failures([])
-        warn_of_failures([f"image {i}: is damaged" for i in range(5)])
-    assert [w.category for w in caught] == [ConvscopeWarning] * 2
-    assert [w.filename for w in caught] == [__file__] * 2
-    assert str(caught[1].message) == (
-        "5 of the inputs could not be used: image 0: is damaged; image 1: is damaged; image 2: is damaged; "
-        "and 2 more, see .failed"
-    )
+        outer()  # warns once, although it calls inner twice
+        inner()
+    assert [w.category for w in caught] == [ConvscopeWarning] * 3
+    assert [w.filename for w in caught] == [__file__] * 3
+    text = "could not be used: image 0: is damaged; image 1: is damaged; image 2: is damaged; and 2 more, see .failed"
+    assert [str(w.message) for w in caught] == ["assumed", text, text]
 
 
-@pytest.mark.parametrize("given", ["grad-cam", "GradCAM", "Grad_CAM", "grad cam"])
-def test_find_name_ignores_case_and_hyphens(given):
-    assert find_name("method", given, ["cam", "grad-cam", "grad-cam++"]) == "grad-cam"
+def test_a_call_that_fails_leaves_warnings_on() -> None:
+    @warns_of_failures
+    def broken() -> Result:
+        raise ConvscopeError("no")
 
-
-def test_find_name_names_the_nearest():
-    with pytest.raises(ConvscopeError, match="method 'gradcem' is not known; nearest: grad-cam"):
-        find_name("method", "gradcem", ["occlusion", "grad-cam"])
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("panda", "giant panda, lesser panda, sandpanda"),  # whole words before parts of words, and nothing else
-        ("cat", "tiger cat, Persian cat, polecat"),
-        ("Red Panda", "lesser panda, giant panda, red fox"),  # with a word in common
-        ("bees", "bee, hartebeest"),
-        ("leser panda", "lesser panda, giant panda"),
-        ("xyzzyx", "sandal, giant panda, lesser panda"),  # the first of all
-    ],
-)
-def test_nearest(word, expected):
-    names = ["sandal", "giant panda", "lesser panda", "sandpanda", "tiger cat", "Persian cat", "polecat", "red fox"]
-    assert nearest(word, [*names, "bee", "hartebeest"], 3).startswith(expected)
-
-
-def test_names_are_those_of_the_tables():
-    from convscope import names
-    from convscope.attribution.registry import METHODS
-    from convscope.evaluation.registry import METRICS
-    from convscope.featurevis.recipes import RECIPES
-
-    assert list(names.METHOD_NAMES) == list(METHODS)
-    assert list(names.RECIPE_NAMES) == list(RECIPES)
-    assert list(names.METRIC_NAMES) == list(METRICS)
+    with pytest.raises(ConvscopeError):
+        broken()
+    with pytest.warns(ConvscopeWarning, match="image 0: is damaged"):
+        inner()

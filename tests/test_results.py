@@ -15,6 +15,7 @@ import re
 import stat
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -497,3 +498,29 @@ def test_notes_and_failures_stand_under_every_display(tmp_path):
     assert "note: &lt;b&gt;a note" in html
     assert "failed: " in html.partition("<img")[2]
     assert "<ul" not in dataclasses.replace(failed, failed=())._repr_html_()
+
+
+def test_failures_and_assumptions_warn_at_the_users_line(tmp_path):
+    Image.fromarray(PHOTOS[0]).save(tmp_path / "good.png")
+    images = [str(tmp_path / name) for name in ("good.png", "missing.png")]
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(4, 7)}
+    assumed = convscope.load(nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), **head)))
+    assert repr(assumed).endswith("; preprocessing is assumed>")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convscope.compare(assumed, images, methods=["grad-cam", "random"])
+        convscope.predict(assumed, images[0])
+        convscope.heatmaps(load_model(), images)
+    assert {w.category for w in caught} == {convscope.ConvscopeWarning}
+    assert {w.filename for w in caught} == {__file__}
+    texts = [str(w.message) for w in caught]
+    assert texts[0].startswith("Sequential: preprocessing is assumed. See model.notes")
+    assert [text.partition(str(tmp_path))[0] for text in texts[1:]] == ["could not be used: "] * 2
+
+
+def test_random_weights_are_said(tmp_path):
+    model = convscope.load("lite0", weights="random")
+    assert repr(model).endswith("; weights are random>")
+    assert model.notes == ("weights are random: the network has learned nothing",)
+    with pytest.warns(convscope.ConvscopeWarning, match="lite0: weights are random"):
+        convscope.predict(model, PHOTOS)

@@ -12,14 +12,19 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import wraps
 from importlib import import_module
 from numbers import Integral, Real
 from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
-
-
+MAX_FAILURES = 3  # that a warning names
 MIN_COMMON_WORD = 3  # letters of a word that makes two names similar
 
 
@@ -47,12 +52,30 @@ def warn(message: str) -> None:
     warnings.warn(message, ConvscopeWarning, stacklevel=level)
 
 
-def warn_of_failures(failed: Iterable[object]) -> None:
-    """Issue one warning that names the inputs that could not be used, if there are any."""
-    lines = [str(failure) for failure in failed]
-    if lines:
-        more = f"; and {len(lines) - 3} more, see .failed" if len(lines) > 3 else ""
-        warn(f"{len(lines)} of the inputs could not be used: {'; '.join(lines[:3])}{more}")
+_in_public_call: ContextVar[bool] = ContextVar("in_public_call", default=False)
+
+
+def warns_of_failures(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function whose result has ``failed``: warn once per call of the inputs that failed.
+
+    Public functions that it calls itself do not warn.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        is_nested = _in_public_call.get()
+        token = _in_public_call.set(True)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            _in_public_call.reset(token)
+        lines = [str(failure) for failure in getattr(result, "failed", ())]
+        if lines and not is_nested:
+            more = f"; and {len(lines) - MAX_FAILURES} more, see .failed" if len(lines) > MAX_FAILURES else ""
+            warn(f"could not be used: {'; '.join(lines[:MAX_FAILURES])}{more}")
+        return result
+
+    return call
 
 
 def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:

@@ -15,7 +15,7 @@ from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
@@ -54,7 +54,10 @@ class Activations(Result):
     def __getitem__(self, layer: LayerLike) -> np.ndarray:
         if isinstance(layer, str) and layer in self.maps:
             return self.maps[layer]
-        return self.maps[find_layer(self.model, layer).name]
+        name = find_layer(self.model, layer).name
+        if name not in self.maps:
+            raise ConvscopeError(f"layer {name!r} was not computed; there are {', '.join(self.maps)}")
+        return self.maps[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.maps)
@@ -114,6 +117,7 @@ def is_constant_channel(maps: np.ndarray) -> np.ndarray:
     return constant
 
 
+@warns_of_failures
 def activations(
     model: ModelLike,
     images: object,
@@ -273,6 +277,7 @@ class Predictions(Result):
         return {"top": self.indices.shape[1], "image_names": self.image_names, "fit": self.fit, "classes": self.names}
 
 
+@warns_of_failures
 def predict(
     model: ModelLike,
     images: object,

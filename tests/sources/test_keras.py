@@ -193,7 +193,7 @@ def test_application_by_name(name: str, keras: Any, photos: list[str]) -> None:
     assert random.getstate() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert model.name == f"keras:{name}"
-    assert model.notes == ()
+    assert model.notes == ("weights are random: the network has learned nothing",)
     assert model.preprocessing.size == (224, 224)
     assert model.final_activation == "softmax"
     assert len(model.classes) == 1000
@@ -330,7 +330,7 @@ def test_logits_in_half_precision(policy: str, keras: Any, pixels: np.ndarray) -
 def test_activations_are_channels_first(keras: Any, pixels: np.ndarray) -> None:
     own = small(keras)
     model = convscope.load(own)
-    got = convscope.activations(model, pixels)
+    got = convscope.activations(model, pixels, model.layers.unique_spatial())
     assert got.layers == ["first", "norm", "pool", "second"]  # dropout passes on what it gets
     shapes = {"first": (4, 12, 16), "norm": (4, 12, 16), "pool": (4, 6, 8), "second": (5, 6, 8)}
     for name, shape in shapes.items():

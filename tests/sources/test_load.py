@@ -152,7 +152,7 @@ def test_torchvision_by_name(name):
     assert (model.preprocessing.mean, model.preprocessing.std) == (tuple(preset.mean), tuple(preset.std))
     assert model.preprocessing.range == (0, 1)
     assert list(model.classes) == entry.meta["categories"]
-    assert (model.num_outputs, model.notes, model.name) == (1000, (), f"torchvision:{name}")
+    assert (model.num_outputs, model.assumptions, model.name) == (1000, ("weights are random",), f"torchvision:{name}")
 
     picture = Image.fromarray(RNG.integers(0, 256, (300, 400, 3), dtype=np.uint8))
     (batch,) = ImageBatchLoader(picture, model.preprocessing, fit="crop").batches(1)
@@ -168,7 +168,7 @@ def test_timm_by_name(name):
     assert model.preprocessing.interpolation == config["interpolation"]
     assert (model.preprocessing.mean, model.preprocessing.std) == (config["mean"], config["std"])
     assert (model.classes[0], model.classes[386]) == ("tench", "African elephant")
-    assert (model.num_outputs, model.notes, model.name) == (1000, (), f"timm:{name}")
+    assert (model.num_outputs, model.assumptions, model.name) == (1000, ("weights are random",), f"timm:{name}")
 
 
 @pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "timm:resnet18", "lite0"])

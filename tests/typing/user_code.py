@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import assert_type
 
@@ -79,3 +80,4 @@ def refuse() -> None:
         convscope.load("no such model")
     except convscope.ConvscopeError as error:
         assert_type(error, convscope.ConvscopeError)
+    warnings.simplefilter("error", convscope.ConvscopeWarning)

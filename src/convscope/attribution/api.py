@@ -21,13 +21,14 @@ from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError, find_name
+from convscope.errors import ConvscopeError, find_name, warns_of_failures
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 
+@warns_of_failures
 def heatmaps(
     model: ModelLike,
     images: object,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 
 from convscope.cli import (
     activations,
@@ -24,7 +25,7 @@ from convscope.cli import (
 )
 from convscope.cli.app import app
 from convscope.cli.output import is_verbose, log_error
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, ConvscopeWarning
 
 __all__ = [
     "activations",
@@ -49,6 +50,7 @@ __all__ = [
 def main() -> None:
     """Run the `convscope` command."""
     sys.path.append(os.getcwd())  # where a user's package.module:factory is found
+    warnings.simplefilter("ignore", ConvscopeWarning)  # commands print notes and failures themselves
     try:
         app()
     except ConvscopeError as error:

@@ -24,7 +24,7 @@ from convscope.decomposition.result import Atlas
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError, require_extra, require_int
+from convscope.errors import ConvscopeError, require_extra, require_int, warns_of_failures
 from convscope.featurevis.api import patterns
 from convscope.featurevis.objectives import direction
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
@@ -40,6 +40,7 @@ MIN_VECTORS_UMAP = 4
 MIN_VECTORS_SPECTRAL = 51  # with fewer vectors UMAP's spectral initialisation fails
 
 
+@warns_of_failures
 def atlas(
     model: ModelLike,
     images: object,

@@ -39,7 +39,7 @@ from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_b
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError, require_int
+from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
@@ -50,6 +50,7 @@ THUMBNAIL_SIDE = 160  # pixels of the thumbnails in a result
 MAX_OVERLAP = 0.3  # intersection over union of two example crops of a concept
 
 
+@warns_of_failures
 def concepts(
     model: ModelLike,
     images: object,

@@ -41,7 +41,9 @@ class Model:
     final_activation : {"softmax", "log_softmax", "sigmoid"} or None
         The activation that ends the network; logits are its input.
     notes : tuple of str
-        Assumptions, for instance about the preprocessing.
+        Remarks, for instance on where the preprocessing comes from.
+    assumptions : tuple of str
+        What was assumed, in a few words: "preprocessing is assumed", "weights are random".
     fixed_batch_size : int or None
         The only batch size that an exported network takes.
     num_outputs : int or None
@@ -77,6 +79,7 @@ class Model:
     adapter: FrameworkAdapter
     final_activation: str | None = None
     notes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
     fixed_batch_size: int | None = None
     num_outputs: int | None = None
     loaded_by_convscope: bool = False
@@ -203,4 +206,5 @@ class Model:
 
     def __repr__(self) -> str:
         classes = f"{self.num_outputs} outputs" if self.classes is None else f"{len(self.classes)} classes"
-        return f"<convscope model {self.name}: {len(self.layers)} layers, {classes}, {self.preprocessing}>"
+        facts = f"{len(self.layers)} layers, {classes}, {self.preprocessing}"
+        return f"<convscope model {self.name}: {'; '.join([facts, *self.assumptions])}>"

@@ -25,7 +25,7 @@ from convscope.engine.batching import (
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError, require_int
+from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.evaluation.baselines import check_fill
 from convscope.evaluation.context import EvaluationContext, Scores
 from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_heatmaps, parse_masks
@@ -40,6 +40,7 @@ BYTES_PER_PIXEL = 64  # of each map: its values, ranks, and the temporaries of r
 Run = Callable[[Tensor], ForwardResult]
 
 
+@warns_of_failures
 def evaluate(
     model: ModelLike,
     images: object,

@@ -23,7 +23,7 @@ from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.evaluation.api import evaluate
 from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.result import Evaluation, interval_or_none
@@ -129,6 +129,7 @@ class Comparison(Result):
         }
 
 
+@warns_of_failures
 def compare(
     model: ModelLike,
     images: object,

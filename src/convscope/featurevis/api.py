@@ -14,6 +14,7 @@ from convscope.engine.batching import MEMORY
 from convscope.engine.capture import capture_layers
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
+from convscope.errors import warns_of_failures
 from convscope.featurevis.batch import BatchResult, PatternBatch, concatenate_results, subset_objective
 from convscope.featurevis.frames import FrameRecorder, channels_last
 from convscope.featurevis.objective import Objective
@@ -46,6 +47,7 @@ __all__ = ["Patterns", "patterns"]
 Callback = Callable[[int, np.ndarray], None]
 
 
+@warns_of_failures
 def patterns(
     model: ModelLike,
     layer: LayerLike | Objective | Sequence[Objective],

@@ -17,7 +17,7 @@ from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError
+from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.featurevis.result import Patterns
@@ -116,6 +116,7 @@ class Story(Result):
         return {"story.csv": out.getvalue()}
 
 
+@warns_of_failures
 def story(
     model: ModelLike,
     layers: LayerLike | Sequence[LayerLike] | None = None,

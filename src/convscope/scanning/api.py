@@ -20,7 +20,7 @@ from convscope.engine.batching import MAX_BATCH, MEMORY, forward_bytes
 from convscope.engine.batching import batch_size as fitting_batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError, require_int
+from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import local_folder, versions, write_json
@@ -41,6 +41,7 @@ from convscope.store.store import Store, open_store
 MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than decoding
 
 
+@warns_of_failures
 def scan(
     model: ModelLike,
     dataset: object,

@@ -122,6 +122,9 @@ def load(
     spec = _make_spec(source, weights)
     if forward is not None:
         spec.adapter = spec.adapter.with_forward(forward)
+    if weights == "random":
+        spec.notes.append("weights are random: the network has learned nothing")
+        spec.assumptions.append("weights are random")
     if spec.loaded_by_convscope:
         _freeze(spec)
     if device is not None and isinstance(source, str | os.PathLike):
@@ -154,6 +157,7 @@ def load(
         adapter=spec.adapter,
         final_activation=meaning.final_activation,
         notes=tuple(spec.notes),
+        assumptions=tuple(spec.assumptions),
         fixed_batch_size=spec.fixed_batch_size,
         num_outputs=meaning.num_outputs,
         loaded_by_convscope=spec.loaded_by_convscope,
@@ -253,6 +257,7 @@ def _resolve_preprocessing(
             continue
         if settings not in known:
             spec.notes.append(f"preprocessing was not given; assumed: {settings}")
+            spec.assumptions.append("preprocessing is assumed")
         elif spec.preprocessing_origin is not None:
             spec.notes.append(f"preprocessing taken from {spec.preprocessing_origin}")
         return settings, probed

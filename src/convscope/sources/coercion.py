@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 from PIL import Image
@@ -39,11 +39,12 @@ class _CacheEntry:
 
 _by_module: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
 _by_name: OrderedDict[tuple[str, float], Model] = OrderedDict()
+_warned: WeakSet[nn.Module] = WeakSet()
 _lock = threading.RLock()
 
 
 def as_model(model: ModelLike) -> Model:
-    """Return `model` if it is a Model; load it otherwise, once, and warn of assumptions.
+    """Return `model` if it is a Model; load it otherwise, once. Warn of assumptions at the first use of a network.
 
     A module is loaded again after its layers or the shapes of its parameters have changed. It is not kept alive. Of the
     models given by name or file the last two stay in memory.
@@ -64,9 +65,10 @@ def as_model(model: ModelLike) -> Model:
     Warns
     -----
     ConvscopeWarning
-        When a model is loaded on assumptions, for instance about its preprocessing.
+        At the first use of a network that was loaded on assumptions, for instance about its preprocessing.
     """
     if isinstance(model, Model):
+        _warn_once(model)
         return model
     _refuse_images(model)
     with _lock:
@@ -106,7 +108,15 @@ def _load_module(source: nn.Module) -> Model:
     return model
 
 
+def _warn_once(model: Model) -> None:
+    """Warn of what `load` assumed, at the first use of the network."""
+    if model.assumptions and model.module not in _warned:
+        _warned.add(model.module)
+        warn(f"{model.name}: {'; '.join(model.assumptions)}. See model.notes, and pass what you know to convscope.load")
+
+
 def _warn_of_assumptions(model: Model, remedy: str) -> None:
+    _warned.add(model.module)
     if model.notes:
         warn(f"{model.name}: {'; '.join(model.notes)}. To be sure, pass {remedy}")
 

@@ -45,6 +45,7 @@ class ModelSpec:
     task: str | None = None
     select: OutputSelector = None
     notes: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
     loaded_by_convscope: bool = True
     preprocessing_origin: str | None = None
     fixed_batch_size: int | None = None

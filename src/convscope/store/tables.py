@@ -216,6 +216,11 @@ class StoreTables:
                 return failures[:limit]
         return failures
 
+    @property
+    def failed(self) -> tuple[Failure, ...]:
+        """The images that could not be used, with reasons."""
+        return tuple(self.failures())
+
     def unit_ranks(self, image: int) -> list[UnitRank]:
         """List the units that have an image among their top examples: by rank, then by row of the units table."""
         compute = require_extra("pyarrow.compute")
