@@ -115,3 +115,40 @@ def test_a_call_that_fails_leaves_warnings_on() -> None:
         broken()
     with pytest.warns(ConvscopeWarning, match="image 0: is damaged"):
         inner()
+
+
+@pytest.mark.parametrize("given", ["grad-cam", "GradCAM", "Grad_CAM", "grad cam"])
+def test_find_name_ignores_case_and_hyphens(given):
+    assert find_name("method", given, ["cam", "grad-cam", "grad-cam++"]) == "grad-cam"
+
+
+def test_find_name_names_the_nearest():
+    with pytest.raises(ConvscopeError, match="method 'gradcem' is not known; nearest: grad-cam"):
+        find_name("method", "gradcem", ["occlusion", "grad-cam"])
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("panda", "giant panda, lesser panda, sandpanda"),  # whole words before parts of words, and nothing else
+        ("cat", "tiger cat, Persian cat, polecat"),
+        ("Red Panda", "lesser panda, giant panda, red fox"),  # with a word in common
+        ("bees", "bee, hartebeest"),
+        ("leser panda", "lesser panda, giant panda"),
+        ("xyzzyx", "sandal, giant panda, lesser panda"),  # the first of all
+    ],
+)
+def test_nearest(word, expected):
+    names = ["sandal", "giant panda", "lesser panda", "sandpanda", "tiger cat", "Persian cat", "polecat", "red fox"]
+    assert nearest(word, [*names, "bee", "hartebeest"], 3).startswith(expected)
+
+
+def test_names_are_those_of_the_tables():
+    from convscope import names
+    from convscope.attribution.registry import METHODS
+    from convscope.evaluation.registry import METRICS
+    from convscope.featurevis.recipes import RECIPES
+
+    assert list(names.METHOD_NAMES) == list(METHODS)
+    assert list(names.RECIPE_NAMES) == list(RECIPES)
+    assert list(names.METRIC_NAMES) == list(METRICS)
