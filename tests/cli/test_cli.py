@@ -77,6 +77,25 @@ def test_failed_image_is_named_and_the_rest_is_done(photos, tmp_path):
     assert (tmp_path / "out" / "red_panda_0_lesser-panda.png").exists()
 
 
+def test_heatmap_of_a_video_samples_frames_and_writes_a_video(lite0, photos, tmp_path):
+    """A pan over the panda, whose class is the most probable one over all frames."""
+    imageio = pytest.importorskip("imageio.v3")
+    photo = Image.open(panda(photos)).convert("RGB").resize((300, 224))
+    frames = np.stack([np.asarray(photo.crop((i, 0, i + 224, 224))) for i in range(0, 60, 2)])
+    imageio.imwrite(tmp_path / "pan.mp4", frames, plugin="pyav", codec="libx264", fps=10)
+    result = run("heatmap", "lite0", tmp_path / "pan.mp4", "--frames", "3", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("\t") for line in result.stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[f"pan frame {n:02}", "lesser panda"] for n in (5, 15, 25)]
+    assert all((tmp_path / "out" / row[4]).exists() for row in rows)
+    video = imageio.imread(tmp_path / "out" / "pan_0_lesser-panda.mp4", plugin="pyav")
+    assert video.shape == (3, 224, 224, 3)
+    first = np.asarray(Image.open(tmp_path / "out" / rows[0][4]), float)
+    assert np.abs(video[0] - first).mean() < 8  # the codec is lossy
+    duration = imageio.immeta(tmp_path / "out" / "pan_0_lesser-panda.mp4", plugin="pyav")["duration"]
+    assert duration == pytest.approx(3, abs=0.1)
+
+
 def test_heatmap_takes_several_targets_by_name_and_index(lite0, photos, tmp_path):
     import convscope
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import (
     AsJson,
     HeatmapOptions,
     ImageOptions,
-    Images,
     ModelName,
     NetworkOptions,
     Out,
@@ -19,9 +22,12 @@ from convscope.cli.options import (
 )
 from convscope.cli.output import finish, log, progress_bar
 from convscope.cli.tables import Column, print_table
+from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
     from convscope.attribution.result import Heatmaps
+    from convscope.engine.model import Model
+    from convscope.images.video import VideoFrames
 
 COLUMNS = (
     Column("image", overflow="path"),
@@ -35,8 +41,9 @@ COLUMNS = (
 @command()
 def heatmap(
     model: ModelName,
-    images: Images,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files, or one video.")],
     *,
+    frames: Annotated[int, typer.Option(min=1, metavar="N", help="Number of frames that are sampled of a video.")] = 16,
     heatmap_options: HeatmapOptions,
     reading: ImageOptions,
     out: Out = Path("convscope-heatmaps"),
@@ -45,33 +52,76 @@ def heatmap(
     wide: Wide = False,
     network_options: NetworkOptions,
 ) -> None:
-    """Compute heatmaps of the evidence for classes in images."""
+    """Compute heatmaps of the evidence for classes in images.
+
+    Of a video (pip install "convscope[video]") frames are sampled; their overlays are also written as an MP4 file.
+    Without --target, the target is the class that is most probable over all frames.
+    """
     import convscope
 
     heatmap_options.check()
     overlay.check()
+    video = _read_video(images, frames)
     network = network_options.load(model)
+    inputs = images if video is None else list(video.frames)
+    arguments = heatmap_options.arguments(network, len(inputs))
+    if video is not None and arguments["targets"] is None:
+        arguments["targets"] = _most_probable_class(network, inputs, reading.fit)
     with progress_bar("heatmaps") as progress:
         heatmaps = convscope.heatmaps(
-            network,
-            images,
-            fit=reading.fit,
-            max_pixels=reading.max_pixels,
-            progress=progress,
-            **heatmap_options.arguments(network, len(images)),
+            network, inputs, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress, **arguments
         )
+    if video is not None:
+        heatmaps = replace(heatmaps, image_names=tuple(video.names[i] for i in heatmaps.image_indices))
     folder = heatmaps.save(out, **overlay.arguments())
+    if video is not None:
+        _write_videos(heatmaps, video, folder, overlay.arguments())
     if not as_json:
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
-        print_table("", COLUMNS, _rows(heatmaps, folder), wide=wide)
+        print_table("", COLUMNS, _rows(heatmaps), wide=wide)
     finish(heatmaps, folder, as_json)
 
 
-def _rows(heatmaps: Heatmaps, folder: Path) -> list[tuple[str, ...]]:
+def _read_video(images: list[str], frames: int) -> VideoFrames | None:
+    """Read a video if it is the only file; refuse several files with a video among them."""
+    from convscope.images.video import is_video, sample_frames
+
+    videos = [name for name in images if is_video(name)]
+    if not videos:
+        return None
+    if len(images) > 1:
+        raise ConvscopeError(f"{videos[0]} is a video and one of {len(images)} files; give one video, or images")
+    return sample_frames(videos[0], frames)
+
+
+def _most_probable_class(network: Model, images: Sequence[object], fit: str) -> int:
+    """Return the class with the largest mean probability over all images."""
+    import torch
+
+    import convscope
+
+    logits = torch.from_numpy(convscope.predict(network, images, 1, fit=fit, progress=False).logits)
+    return int(network.probabilities(logits).mean(0).argmax())
+
+
+def _write_videos(heatmaps: Heatmaps, video: VideoFrames, folder: Path, options: Mapping[str, Any]) -> None:
+    """Write the overlays of each target as an MP4 file, as long as the video."""
+    from convscope.images.animation import write_animation
+    from convscope.results import atomic_write, unique_file_names
+
+    overlays, num_targets = heatmaps.overlay(**options), heatmaps.targets.shape[1]
+    names = unique_file_names(f"{video.name}_{t}_{target}" for t, target in enumerate(heatmaps.names[0]))
+    for t, name in enumerate(names):
+        with atomic_write(folder / f"{name}.mp4") as file:
+            write_animation(file, overlays[t::num_targets], ".mp4", frame_ms=video.frame_ms, last_frame=1)
+        log(f"{len(overlays[t::num_targets])} frames as a video: {folder / name}.mp4")
+
+
+def _rows(heatmaps: Heatmaps) -> list[tuple[str, ...]]:
     columns = (heatmaps.image_names, heatmaps.names, heatmaps.probabilities, heatmaps.logits)
     files = iter(heatmaps.file_names())
     return [
-        (image, name, f"{probability:.1%}", f"{logit:.2f}", str(folder / next(files)))
+        (image, name, f"{probability:.1%}", f"{logit:.2f}", next(files))
         for image, names, probabilities, logits in zip(*columns, strict=True)
         for name, probability, logit in zip(names, probabilities, logits, strict=True)
     ]

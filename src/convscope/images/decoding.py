@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.images.video import is_video
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -115,6 +116,8 @@ def read_file(
     frames : int
         Number of frames; the first one is read.
     """
+    if isinstance(file, str) and is_video(file):
+        raise ConvscopeError("is a video, which is not read as an image; `convscope heatmap` samples frames of a video")
     with open_checked(file) as stream, safe_decoding():
         magic = stream.read(6)
         stream.seek(0)
