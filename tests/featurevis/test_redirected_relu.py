@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convscope.featurevis.redirected_relu import RedirectedReLU
+from convscope.featurevis.redirected_relu import redirect_relus
 
 
 def apply_redirected(x: Tensor, weight: Tensor, relu: Any, mask: list[bool]) -> tuple[Tensor, Tensor]:
     """Return a ReLU's output and the gradient of its weighted sum, redirected for the images of the mask."""
     leaf = x.clone().requires_grad_()
-    with RedirectedReLU(torch.tensor(mask)):
-        output = relu(leaf * 1)
-    (gradient,) = torch.autograd.grad((output * weight).sum(), leaf)
+    output = relu(leaf * 1)
+    redirect_relus(value := (output * weight).sum(), torch.tensor(mask))
+    (gradient,) = torch.autograd.grad(value, leaf)
     return output.detach(), gradient
 
 

@@ -13,7 +13,7 @@ from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture, resume
 from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import cache_friendly_batch_size, pad_to_fixed_batch
-from convscope.engine.capture import ForwardResult
+from convscope.engine.capture import ForwardResult, NetworkForward
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 
@@ -47,7 +47,7 @@ class MethodContext:
     model: Model
     x: Tensor
     targets: BatchTargets
-    run: Callable[[Tensor], ForwardResult]
+    run: NetworkForward[ForwardResult]
     batch_size: int
     seed: int
     report_progress: Callable[[float], None]
@@ -86,7 +86,7 @@ class MethodContext:
             Takes inputs (M, C, H, W), returns scores (M, T); runs without gradients.
         """
         example = pad_to_fixed_batch(self.model, self.x[image : image + 1])
-        run = accelerate(self.run, example, enabled=self.model.can_accelerate, rtol=LOGITS_RTOL)
+        run = accelerate(self.run, self.model.module, example, enabled=self.model.can_accelerate, rtol=LOGITS_RTOL)
 
         def scores(x: Tensor) -> Tensor:
             with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ VIEW_ERROR = "view size is not compatible"
 """In PyTorch's error about a ``view`` of a tensor that is not contiguous."""
 
 OutputCallback = Callable[[str, Tensor], None]
+R_co = TypeVar("R_co", bound="LayerOutputs", covariant=True)
+
+
+class NetworkForward(Protocol[R_co]):
+    """Runs a preprocessed batch (N, C, H, W); on a copy of the network's modules, if one is given."""
+
+    def __call__(self, x: Tensor, module: nn.Module | None = None, /) -> R_co:
+        """Run a batch."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def capture_layers(
     detach_at_layer: bool = False,
     stop_early: Literal[False] = False,
     on_output: OutputCallback | None = None,
-) -> AbstractContextManager[Callable[[Tensor], ForwardResult]]: ...
+) -> AbstractContextManager[NetworkForward[ForwardResult]]: ...
 @overload
 def capture_layers(
     model: Model,
@@ -83,7 +91,7 @@ def capture_layers(
     detach_at_layer: bool = False,
     stop_early: bool,
     on_output: OutputCallback | None = None,
-) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]: ...
+) -> AbstractContextManager[NetworkForward[LayerOutputs]]: ...
 def capture_layers(
     model: Model,
     layers: Sequence[str],
@@ -91,7 +99,7 @@ def capture_layers(
     detach_at_layer: bool = False,
     stop_early: bool = False,
     on_output: OutputCallback | None = None,
-) -> AbstractContextManager[Callable[[Tensor], LayerOutputs]]:
+) -> AbstractContextManager[NetworkForward[LayerOutputs]]:
     """Capture the outputs of `layers`; the block gets a function that runs a batch.
 
     Without `detach_at_layer`, gradients follow the caller's gradient mode. The caller's ``torch.inference_mode`` does
@@ -156,19 +164,17 @@ def forward_hook(layer: nn.Module, hook: Callable[..., object]) -> Iterator[None
         handle.remove()
 
 
-def forward_pass(model: Model, x: Tensor) -> object:
-    """Run the network and return its own output, before a final softmax or sigmoid.
+def forward_pass(model: Model, x: Tensor, module: nn.Module | None = None) -> object:
+    """Run the network, or a copy of its modules, and return its own output, before a final softmax or sigmoid.
 
     Class maps (N, H, W, K) are returned as (N, K, H, W).
     """
-    x = x.to(device=model.device, dtype=model.dtype)
-    if model.contiguous_input:
-        x = x.contiguous()
+    x, module = model.as_input(x), model.module if module is None else module
     if model.final_activation is None:
-        output = model.adapter.run(model.module, x)
+        output = model.adapter.run(module, x)
     else:
         with LogitsRecorder() as recorder:
-            output = model.adapter.run(model.module, x)
+            output = model.adapter.run(module, x)
             output = recorder.pre_activation(output, model.reader.tensor(output))
     if model.channels_last_output and (maps := model.reader.tensor(output)) is not None:
         output = replace_tensor(output, maps, maps.movedim(-1, 1))
@@ -204,7 +210,7 @@ class _CaptureState:
         """Names of the modules whose calls are the layers, without call numbers."""
         return list(dict.fromkeys(n if n in self.modules else n.partition("#")[0] for n in self.layers))
 
-    def run(self, x: Tensor) -> LayerOutputs:
+    def run(self, x: Tensor, module: nn.Module | None = None, /) -> LayerOutputs:
         """Run a batch; repeat with gradients forced where the network disables gradients that are needed."""
         needs_grad = self.detach_at_layer or (torch.is_grad_enabled() and x.requires_grad)
         if needs_grad and self.inference_weights:
@@ -212,14 +218,14 @@ class _CaptureState:
                 "the network's parameters were created under torch.inference_mode() and pass no gradients on; "
                 "create or copy the network outside of it"
             )
-        result = self._run_once(x)
+        result = self._run_once(x, module)
         ends = [result.logits] if isinstance(result, ForwardResult) else result.maps.values()
         if needs_grad and not self.force_grad and not any(end.requires_grad for end in ends):
             self.force_grad = True
-            result = self._run_once(x)
+            result = self._run_once(x, module)
         return result
 
-    def _run_once(self, x: Tensor) -> LayerOutputs:
+    def _run_once(self, x: Tensor, module: nn.Module | None) -> LayerOutputs:
         self.outputs, self.calls = {}, {}
         with ExitStack() as stack:
             caller_grad = torch.is_grad_enabled() and not self.detach_at_layer
@@ -230,7 +236,7 @@ class _CaptureState:
             if self.force_grad:
                 stack.enter_context(ForceGradMode())
             try:
-                output = forward_pass(self.model, x)
+                output = forward_pass(self.model, x, module)
                 logits = self.model.reader.scores(output)
             except _StopForward:
                 return LayerOutputs(self.outputs)
@@ -278,7 +284,7 @@ class _CaptureState:
 
 
 @contextmanager
-def _capture(state: _CaptureState) -> Iterator[Callable[[Tensor], LayerOutputs]]:
+def _capture(state: _CaptureState) -> Iterator[NetworkForward[LayerOutputs]]:
     with ExitStack() as stack:
         grad_enabled = torch.is_grad_enabled()
         stack.enter_context(torch.inference_mode(False))  # which also enables gradients

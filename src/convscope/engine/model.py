@@ -138,6 +138,11 @@ class Model:
         floats = (p.dtype for p in self.adapter.parameters(self.module) if p.is_floating_point())
         return next(floats, torch.float32)
 
+    def as_input(self, x: Tensor) -> Tensor:
+        """Return a batch on the device, and in the floating-point type and memory format, that the network takes."""
+        x = x.to(device=self.device, dtype=self.dtype)
+        return x.contiguous() if self.contiguous_input else x
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits (N, K) into probabilities (N, K); the values of a regression are returned as they are.
 

@@ -1,4 +1,4 @@
-"""Operators of PyTorch that are not public: named here alone; a test pins their signatures."""
+"""The operator of PyTorch that is not public: named here alone; a test pins its signature."""
 
 from __future__ import annotations
 
@@ -21,18 +21,3 @@ def onednn_convolution(x: Tensor, arguments: Sequence[object], activation: str, 
         x, weight, bias, padding, stride, dilation, groups, activation, bounds, ""
     )
     return y
-
-
-def pack_weight(arguments: Sequence[object], input_shape: Sequence[int]) -> Tensor:
-    """Lay out the weight among the arguments of ``torch.conv2d`` for oneDNN."""
-    weight, _, stride, padding, dilation, groups = arguments
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(  # noqa: SLF001 - the purpose of this module
-        weight, padding, stride, dilation, groups, input_shape
-    )
-    return packed
-
-
-def hardtanh_backward(gradient: Tensor, values: Tensor, low: float, high: float) -> Tensor:
-    """Return the gradient where ``low < values < high``, and 0 elsewhere."""
-    result: Tensor = torch.ops.aten.hardtanh_backward(gradient, values, low, high)
-    return result

@@ -180,7 +180,9 @@ class _EvaluationJob:
                 context = self._make_context(batch, run)
                 if many_passes:
                     example = pad_to_fixed_batch(model, context.x[:1])
-                    fast_run = fast_run or accelerate(run, example, enabled=model.can_accelerate, rtol=LOGITS_RTOL)
+                    fast_run = fast_run or accelerate(
+                        run, model.module, example, enabled=model.can_accelerate, rtol=LOGITS_RTOL
+                    )
                     context = replace(context, run=fast_run)
                 first = sum(len(b.indices) for b in batches) + len(self.loader.failed)
                 scores = self._score_batch(context, first)

@@ -7,7 +7,6 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, repeat
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
-from convscope.featurevis.redirected_relu import RedirectedReLU
+from convscope.featurevis.redirected_relu import redirect_relus
 
 Step = Callable[[Tensor, Tensor], None]  # parameters, gradient: changes the parameters in place
 
@@ -282,10 +281,12 @@ def _values_and_gradient(
     params: Tensor, objective: Callable[[int], Tensor], i: int, finished: Tensor, dead: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the values (U,) at step i and their gradient, which is 0 for finished images."""
-    with torch.enable_grad(), RedirectedReLU(dead) if bool(dead.any()) else nullcontext():
+    with torch.enable_grad():
         values = objective(i)
         if not values.requires_grad:
             raise ConvscopeError("the network returns no gradient to the image: gradient ascent is not possible")
+        if bool(dead.any()):
+            redirect_relus(values, dead)
         (gradient,) = torch.autograd.grad(torch.where(finished, 0, values).sum(), params)
     return values.detach(), gradient
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import balanced_chunks, batch_size, cache_friendly_batch_size, gradient_bytes
+from convscope.engine.capture import LayerOutputs, NetworkForward
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_int
 from convscope.featurevis.defaults import Size
@@ -131,7 +132,7 @@ class PatternPlan:
 
 
 def make_plan(
-    forward: Forward,
+    network_forward: NetworkForward[LayerOutputs],
     model: Model,
     request: PatternRequest,
     settings: PatternSettings,
@@ -142,7 +143,7 @@ def make_plan(
 
     Parameters
     ----------
-    forward : callable
+    network_forward : callable
         The forward pass up to the layers.
     model : Model
     request : PatternRequest
@@ -158,7 +159,7 @@ def make_plan(
         If the network does not run on the size, or takes fewer images at a time than an objective compares.
     """
     recipe, model_size = settings.recipe, model.preprocessing.image_size
-    receptive_field, check = request.receptive_field(model), size_checker(model, forward)
+    receptive_field, check = request.receptive_field(model), size_checker(model, network_forward)
     if start_images is not None:
         size = int(start_images.shape[-2]), int(start_images.shape[-1])
     canvas = canvas_size(size, recipe, receptive_field, model, check)
@@ -170,7 +171,7 @@ def make_plan(
         (model.fixed_batch_size or 1, model.preprocessing.channels, *view_sizes[-1]),
         generator=torch.Generator().manual_seed(0),
     )
-    forward = accelerate(forward, noise, gradients=True, enabled=model.can_accelerate)
+    forward: Forward = accelerate(network_forward, model.module, noise, gradients=True, enabled=model.can_accelerate)
     if request.needs_logits and recipe.residual_grad_scale != 1:
         forward = with_skip_gradient(forward, recipe.residual_grad_scale)
     max_batch = _max_batch(model, request, settings, canvas, view_sizes)

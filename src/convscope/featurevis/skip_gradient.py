@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from convscope.engine.function_modes import FunctionMode, without_function_modes
+from convscope.engine.autograd_graph import graph_nodes
+from convscope.engine.nested import iter_tensors
 
 R = TypeVar("R")
+
+# Nodes of convolutions and linear layers; a product of two activations is none of them.
+LAYERS = frozenset({"ConvolutionBackward0", "AddmmBackward0", "MmBackward0", "BmmBackward0"})
 
 
 def with_skip_gradient(forward: Callable[[Tensor], R], scale: float) -> Callable[[Tensor], R]:
@@ -26,59 +31,37 @@ def with_skip_gradient(forward: Callable[[Tensor], R], scale: float) -> Callable
     """
 
     def scaled_forward(x: Tensor) -> R:
-        if not torch.is_grad_enabled():
-            return forward(x)
-        with _SkipGradientMode(x, scale):
-            return forward(x)
+        result = forward(x)
+        if torch.is_grad_enabled():
+            for node, index in residual_branches(iter_tensors(result), x):
+                node.register_prehook(partial(_scale, index=index, scale=scale))
+        return result
 
     return scaled_forward
 
 
-class _SkipGradientMode(FunctionMode):
-    """Scale the branch of each sum of two tensors: the one with more layers on its longest path from `x`."""
+def residual_branches(outputs: Iterable[Tensor], x: Tensor) -> Iterator[tuple[Node, int]]:
+    """Yield the branch of each sum of two tensors: the one with more layers on its longest path from `x`.
 
-    LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
-    names = LAYERS | {"add"}
+    It is described by the node that computed it and by its number among the node's outputs.
+    """
+    depths: dict[Node | None, int] = {x.grad_fn: 0, None: 0}
+    for node in graph_nodes(outputs, x.grad_fn):
+        inputs = [(parent, index) for parent, index in node.next_functions if parent is not None]
+        is_layer = node.name() in LAYERS and len(inputs) == 1
+        depths[node] = max((depths[parent] for parent, _ in inputs), default=0) + is_layer
+        if node.name() != "AddBackward0" or len(inputs) != 2:
+            continue
+        skip, branch = sorted(inputs, key=lambda term: depths[term[0]])
+        if depths[skip[0]] < depths[branch[0]] and _shape(*skip) == _shape(*branch):
+            yield branch
 
-    def __init__(self, x: Tensor, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.depths: dict[Node, int] = {} if x.grad_fn is None else {x.grad_fn: 0}
 
-    def intercept(self, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Scale the branch of a sum; count a layer."""
-        with without_function_modes():  # other modes need not see how tensors are inspected
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            branch = self._find_branch(tensors) if name == "add" else None
-            depth = max(map(self._depth, tensors), default=0)
-        if branch is not None:
-            scale = self.scale  # a hook that refers to the mode would keep the graph alive
-            branch.register_hook(lambda gradient: scale * gradient)  # type: ignore[no-untyped-call]
-        output: Tensor = function(*args, **kwargs)
-        with without_function_modes():
-            if name != "add" and output.grad_fn is not None:
-                self.depths[output.grad_fn] = depth + 1
-        return output
+def _shape(node: Node, index: int) -> object:
+    """Return the shape of a node's output."""
+    return node._input_metadata[index].shape  # noqa: SLF001 - there is no public name
 
-    def _find_branch(self, terms: list[Tensor]) -> Tensor | None:
-        """Return the residual branch among the terms of a sum; None if it is no skip connection."""
-        if len(terms) != 2 or not all(term.requires_grad for term in terms):
-            return None
-        skip, branch = sorted(terms, key=self._depth)
-        return branch if skip.shape == branch.shape and self._depth(skip) < self._depth(branch) else None
 
-    def _depth(self, tensor: Tensor) -> int:
-        """Count the layers on the longest path from the input to a tensor."""
-        if tensor.grad_fn is None:
-            return 0
-        pending = [tensor.grad_fn]
-        while pending:
-            node = pending[-1]
-            parents = [parent for parent, _ in node.next_functions if parent is not None]
-            if node in self.depths:
-                pending.pop()
-            elif unknown := [parent for parent in parents if parent not in self.depths]:
-                pending += unknown
-            else:
-                self.depths[node] = max((self.depths[parent] for parent in parents), default=0)
-        return self.depths[tensor.grad_fn]
+def _scale(gradients: tuple[Tensor | None, ...], index: int, scale: float) -> tuple[Tensor | None, ...]:
+    """Scale one of the gradients that a node receives."""
+    return tuple(g if i != index or g is None else scale * g for i, g in enumerate(gradients))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
@@ -75,14 +75,14 @@ def forward_with_statistics(
         capture.capture_layers(model, [name for name in layers if name != LOGITS], on_output=reducer) as run,
     ):
 
-        def forward(x: Tensor) -> BatchStatistics:
+        def forward(x: Tensor, module: nn.Module | None = None) -> BatchStatistics:
             reducer.reductions.clear()
-            logits = run(x).logits
+            logits = run(x, module).logits
             if LOGITS in layers:
                 reducer(LOGITS, logits)
             return BatchStatistics(dict(reducer.reductions), logits)
 
-        accelerated = accelerate(forward, example, enabled=model.can_accelerate and not compiled)
+        accelerated = accelerate(forward, model.module, example, enabled=model.can_accelerate and not compiled)
         program = _compile(forward, example) if compiled else accelerated
 
         def forward_with_thresholds(x: Tensor, thresholds: Mapping[str, Tensor]) -> BatchStatistics:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convscope.attribution.context import MethodContext
 from convscope.engine.capture import ForwardResult
@@ -54,9 +54,9 @@ def straight_through(
 def with_relu_rule(context: MethodContext, rule: ReluRule) -> MethodContext:
     """Return a context whose passes apply `rule` to every ReLU; they raise ConvscopeError if there is none."""
 
-    def run(x: Tensor) -> ForwardResult:
+    def run(x: Tensor, module: nn.Module | None = None, /) -> ForwardResult:
         with _ReluRuleMode(rule) as mode:
-            outputs = context.run(x)
+            outputs = context.run(x, module)
         if not mode.num_relus:
             method = rule.__name__.replace("_", "-")
             others = ", ".join(sorted(mode.other_activations))

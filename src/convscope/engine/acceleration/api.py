@@ -8,16 +8,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from convscope.engine.acceleration.conv_fusion import PIECES, find_fusions, with_fusion
+from convscope.engine.acceleration.conv_fusion import CONVOLUTIONS, Run, find_chains, with_fusion
 from convscope.engine.nested import iter_tensors
-from convscope.errors import ConvscopeError
 
 R = TypeVar("R")
 
 ENVIRONMENT_VARIABLE = "CONVSCOPE_ACCELERATE"
-"""0 switches acceleration off, 1 (the default) switches it on; a comma-separated list switches on these `PIECES`."""
+"""0 switches acceleration off."""
 
 RTOL = 1e-2  # far above the effect of rounding, far below that of a mistake
 
@@ -25,62 +24,64 @@ logger = logging.getLogger(__name__)
 
 
 def accelerate(
-    run: Callable[[Tensor], R], example: Tensor, *, gradients: bool = False, enabled: bool = True, rtol: float = RTOL
+    run: Run[R],
+    network: nn.Module,
+    example: Tensor,
+    *,
+    gradients: bool = False,
+    enabled: bool = True,
+    rtol: float = RTOL,
 ) -> Callable[[Tensor], R]:
-    """Return a faster function that computes what `run` computes, or `run` itself.
+    """Return a function of a batch that computes what ``run(x, network)`` computes, faster if possible.
 
-    The faster function is verified before use: both run on `example`, and every floating-point tensor in their results
-    must agree; with `gradients`, so must the gradient of the results' squared norm. Otherwise, or if anything raises
-    an exception (an operator that the installed PyTorch lacks, another signature), `run` is returned and a debug
-    message is logged. If the faster function raises an exception later, `run` repeats the batch.
+    It runs a copy of the network's modules, which shares parameters, buffers and hooks with them. It is verified before
+    use: both run on `example`, and every floating-point tensor in their results must agree; with `gradients`, so must
+    the gradient of the results' squared norm. Otherwise, or if anything raises an exception (an operator that the
+    installed PyTorch lacks, another signature), the plain function is returned and a debug message is logged. If the
+    faster function raises an exception later, the batch is repeated on the network.
 
     Parameters
     ----------
     run : callable
-        Runs the network on a batch (N, C, H, W). The network's parameters must not change while the result is in use.
+        ``run(x, network)`` runs the network, or a copy of it, on a batch (N, C, H, W).
+    network : nn.Module
+        It is not modified. Its parameters must not change while the result is in use.
     example : Tensor
         The batch to verify on; later ones may differ in size. It is not modified.
     gradients : bool
         Whether gradients with respect to the input will be needed.
     enabled : bool
-        False returns `run`, as does the environment variable ``CONVSCOPE_ACCELERATE=0``.
+        False returns the plain function, as does the environment variable ``CONVSCOPE_ACCELERATE=0``.
     rtol : float
         Largest norm of the difference of two tensors, relative to the norm of the first.
     """
-    pieces = _enabled_pieces() if enabled else frozenset()
-    if "conv_fusion" not in pieces:
-        return run
+
+    def plain(x: Tensor) -> R:
+        return run(x, network)
+
+    enabled = enabled and os.environ.get(ENVIRONMENT_VARIABLE) != "0"
+    if not enabled or not any(isinstance(module, CONVOLUTIONS) for module in network.modules()):
+        return plain
     try:
         with torch.set_grad_enabled(gradients):
             x = example.detach().requires_grad_(gradients)
-            result, fusions = find_fusions(run, x.clone(), pieces)
-            fused = with_fusion(run, fusions)
-            if not fusions or not _agree(_tensors(result, x), _tensors(fused(x.clone()), x), rtol):
-                logger.debug("not accelerated: %s", "the results differ" if fusions else "nothing to fuse")
-                return run
+            result, copied, chains = find_chains(run, network, x.clone())
+            fused = with_fusion(run, copied, chains)
+            if not chains or not _agree(_tensors(result, x), _tensors(fused(x.clone()), x), rtol):
+                logger.debug("not accelerated: %s", "the results differ" if chains else "nothing to fuse")
+                return plain
     except Exception:  # whatever goes wrong, the plain pass still works, or raises by itself
         logger.debug("not accelerated", exc_info=True)
-        return run
+        return plain
 
     def accelerated(x: Tensor) -> R:
         try:
             return fused(x)
         except Exception:  # as above
             logger.debug("batch of shape %s not accelerated", tuple(x.shape), exc_info=True)
-        return run(x)
+        return plain(x)
 
     return accelerated
-
-
-def _enabled_pieces() -> frozenset[str]:
-    """Return the pieces that the environment variable switches on."""
-    value = os.environ.get(ENVIRONMENT_VARIABLE, "1")
-    pieces = {"0": frozenset[str](), "1": PIECES}.get(value, frozenset(value.split(",")))
-    if not pieces <= PIECES:
-        raise ConvscopeError(
-            f"{ENVIRONMENT_VARIABLE} is {value!r}; expected 0, 1 or a list of {', '.join(sorted(PIECES))}"
-        )
-    return pieces
 
 
 def _tensors(result: object, x: Tensor) -> list[Tensor]:

@@ -1,259 +1,255 @@
 """Fuse convolutions with zero padding before them and batch normalisation and an activation after them.
 
-`find_fusions` observes one pass and finds chains of these functions of which no other function reads an intermediate
-tensor. `with_fusion` computes a chain at its convolution; the chain's other functions return what they are given.
+`find_chains` runs a copy of the network's modules and finds chains of which nothing else reads an intermediate tensor.
+`with_fusion` makes the convolutions of the copy compute their chains; the other modules of a chain return what they are
+given. The network itself is not changed, so that other threads may run it.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from convscope.engine.function_modes import Args, Function, FunctionMode, Kwargs
-from convscope.engine.nested import iter_tensors, replace_tensor
-from convscope.engine.torch_ops import onednn_convolution, pack_weight, supports_onednn
+from convscope.engine.function_modes import Args, Function, FunctionMode, Kwargs, without_function_modes
+from convscope.engine.nested import iter_tensors
+from convscope.engine.torch_ops import onednn_convolution, supports_onednn
 
 R = TypeVar("R")
-Zeros = tuple[tuple[int, int], ...]  # before and after each spatial axis
+Run = Callable[[Tensor, nn.Module], R]  # runs a batch on a network, or on a copy of it
+Pads = tuple[tuple[int, int], ...]  # zeros before and after each spatial axis
 
-PIECES = frozenset({"conv_fusion", "padding"})
 MAX_CHANNELS_PER_GROUP = 4  # up to here a convolution is bound by memory, and a larger kernel costs little
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Activations and their names in oneDNN.
-ACTIVATIONS: dict[Function, str] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "relu"),
-    **{F.relu6: "hardtanh", F.hardtanh: "hardtanh", F.silu: "swish", F.hardswish: "hardswish"},
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    **{nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"},
+    **dict.fromkeys((nn.ReLU6, nn.Hardtanh), "hardtanh"),
 }
+SAME_PADDING = "timm.layers.conv2d_same.Conv2dSame"  # a convolution that pads its input as TensorFlow does
+NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # batch normalisation with its activation inside
 # Functions that do not read a tensor's values.
 METADATA = {"dim", "ndimension", "size", "numel", "nelement", "len", "stride", "is_contiguous", "is_floating_point"}
 
 
-class ConvArguments(NamedTuple):
-    """The arguments of a convolution after its input."""
-
-    weight: Tensor
-    bias: Tensor | None
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-
 @dataclass
 class ConvChain:
-    """A convolution and the functions around it; called with an input, it computes all of them."""
+    """A convolution of the copy and the modules after it; called with an input, it computes all of them."""
 
-    function: Function
-    arguments: ConvArguments
-    input_shape: torch.Size
+    conv: Any
     onednn: bool
-    padded: bool  # padded with zeros before
-    output: Tensor | None  # of the last function of the chain
-    is_open: bool = True  # the next function can join
-    steps: list[str] = field(default_factory=list)  # the functions after the convolution
-    batch_norm: dict[str, Any] = field(default_factory=dict)
-    activation: tuple[str, list[float]] = ("none", [])
-    variants: dict[Zeros, ConvArguments | None] = field(default_factory=dict)  # the fused convolution, per padding
+    steps: list[tuple[nn.Module, Tensor | None]]  # modules from the convolution on, with their outputs
+    padded: dict[Pads, tuple[Any, ...]] = field(default_factory=dict)  # arguments of the convolution that pads
 
-    def __call__(self, x: Tensor, zeros: Zeros = ()) -> Tensor:
-        """Compute the chain for `x` with `zeros` around it."""
-        if zeros not in self.variants:
-            self.variants[zeros] = self._fuse(zeros)
-        arguments = self.variants[zeros]
-        if arguments is None:
-            return self(pad_zeros(x, zeros))
-        y: Tensor = onednn_convolution(x, arguments, *self.activation) if self.onednn else self.function(x, *arguments)
-        return y
+    @property
+    def modules(self) -> list[Any]:
+        """The modules after the convolution."""
+        return [module for module, _ in self.steps[1:]]
+
+    def takes(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether a module that is called with `x` can be computed after the last one."""
+        last, output = self.steps[-1]
+        is_next = not self.modules if isinstance(module, NORMS) else self.onednn and type(last) not in ACTIVATIONS
+        return is_next and output is x and not module._forward_pre_hooks  # noqa: SLF001
 
     @torch.no_grad()
-    def _fuse(self, zeros: Zeros) -> ConvArguments | None:
-        weight, bias, *geometry, groups = self.arguments
-        if norm := self.batch_norm:
-            scale = (norm["running_var"] + norm["eps"]).rsqrt() * (1 if norm["weight"] is None else norm["weight"])
-            weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-            bias = ((0 if bias is None else bias) - norm["running_mean"]) * scale
-            bias = bias if norm["bias"] is None else bias + norm["bias"]
-        axes = weight.ndim - 2
-        stride, padding, dilation = ((a,) * axes if isinstance(a, int) else (*a,) * (axes // len(a)) for a in geometry)
-        fused = absorb_padding(ConvArguments(weight, bias, stride, padding, dilation, groups), zeros)
-        if fused is None or not self.onednn or axes != 2:
-            return fused
-        return fused._replace(weight=pack_weight(fused, self.input_shape))
+    def fold_norm(self) -> None:
+        """Fold batch normalisation into the weights of the convolution."""
+        for norm in self.modules[:1]:
+            if isinstance(norm, NORMS):
+                tensors = self.conv.weight, self.conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+                weight, bias, mean, var, *affine = (None if t is None else t.cpu().double() for t in tensors)
+                fused = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, *affine)  # type: ignore[arg-type]
+                parameters = (tensor.detach().to(self.conv.weight) for tensor in fused)  # rounded once
+                self.conv.__dict__["_parameters"] = dict(zip(("weight", "bias"), parameters, strict=True))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the chain."""
+        if not self.onednn:
+            y: Tensor = type(self.conv).forward(self.conv, x)
+            return y
+        pads = same_padding(self.conv, x.shape) if class_name(self.conv) == SAME_PADDING else ()
+        # A kernel grows by its uneven padding: 16 taps for 9.
+        is_cheap = self.conv.weight.shape[1] <= MAX_CHANNELS_PER_GROUP and max(self.conv.dilation) == 1
+        if not is_cheap and any(before != after for before, after in pads):
+            x, pads = F.pad(x, [end for pair in reversed(pads) for end in pair]), ()
+        if pads not in self.padded:
+            self.padded[pads] = self._pad(pads)
+        last = self.steps[-1][0]
+        bounds = [last.min_val, last.max_val] if isinstance(last, nn.Hardtanh) else []
+        return onednn_convolution(x, self.padded[pads], ACTIVATIONS.get(type(last), "none"), bounds)
+
+    @torch.no_grad()
+    def _pad(self, pads: Pads) -> tuple[Any, ...]:
+        """Return a convolution that pads its input itself, both ends of an axis alike.
+
+        If the last end needs more zeros, both get them, and the kernel gets zeros at its first end.
+        """
+        conv = self.conv
+        weight = F.pad(conv.weight, [taps for before, after in reversed(pads) for taps in (after - before, 0)])
+        padding = [after for _, after in pads] or conv.padding
+        return weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
 
 
-Fusions = dict[int, ConvChain]  # by the identity of the convolution's weight
+def same_padding(conv: Any, shape: Sequence[int]) -> Pads:
+    """Return the zeros that timm's Conv2dSame pads an input with: those that TensorFlow does."""
+    pads = []
+    for length, kernel, stride, dilation in zip(shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True):
+        total = max((-(-length // stride) - 1) * stride + (kernel - 1) * dilation + 1 - length, 0)
+        pads.append((total // 2, total - total // 2))
+    return tuple(pads)
 
 
-def absorb_padding(arguments: ConvArguments, zeros: Zeros) -> ConvArguments | None:
-    """Return a convolution that pads its input itself; None if that is impossible or slower.
-
-    A convolution pads both ends of an axis alike. If one end needs more zeros, both ends get them, and the kernel gets
-    zeros at its other end.
-    """
-    if not zeros:
-        return arguments
-    ends = [(p + before, p + after) for p, (before, after) in zip(arguments.padding, zeros, strict=True)]
-    excess = [(max(pair) - pair[0], max(pair) - pair[1]) for pair in ends]
-    if any(end % step for pair, step in zip(excess, arguments.dilation, strict=True) for end in pair):
-        return None
-    if any(map(any, excess)) and arguments.weight.shape[1] > MAX_CHANNELS_PER_GROUP:
-        return None
-    taps = tuple((a // step, b // step) for (a, b), step in zip(excess, arguments.dilation, strict=True))
-    return arguments._replace(weight=pad_zeros(arguments.weight, taps), padding=tuple(map(max, ends)))
+def copy_modules(network: nn.Module) -> nn.Module:
+    """Copy a network's modules in inference mode; the copies share parameters, buffers and hooks with the originals."""
+    copies = {module: object.__new__(type(module)) for module in network.modules()}
+    for module, copied in copies.items():
+        children = {name: child if child is None else copies[child] for name, child in module._modules.items()}  # noqa: SLF001
+        copied.__dict__.update(module.__dict__, _modules=children, training=False)
+    return copies[network]
 
 
-def pad_zeros(x: Tensor, zeros: Zeros) -> Tensor:
-    """Pad the last axes with zeros."""
-    return F.pad(x, [end for ends in reversed(zeros) for end in ends])
+def find_chains(run: Run[R], network: nn.Module, x: Tensor) -> tuple[R, nn.Module, list[ConvChain]]:
+    """Run a batch, with gradients if they are enabled; return the result, a copy, and what can be fused in it."""
+    copied, finder = copy_modules(network), _ChainFinder()
+    recorders = {module: record for module in copied.modules() if (record := finder.recorder(module)) is not None}
+    for module, record in recorders.items():
+        module.__dict__["forward"] = record
+    with finder:
+        result = run(x, copied)
+    for module in recorders:
+        del module.__dict__["forward"]
+    return result, copied, finder.fusible()
 
 
-def find_fusions(run: Callable[[Tensor], R], x: Tensor, pieces: Collection[str] = PIECES) -> tuple[R, Fusions]:
-    """Run a batch, with gradients if they are enabled; return the result and what can be fused."""
-    with _FusionFinder(pieces) as finder:
-        result = run(x)
-    fusions = {key: chain for key, chain in finder.chains.items() if chain is not None}
-    for chain in fusions.values():
-        chain.output = None
-        chain.padded &= finder.skips_padding
-    return result, {key: chain for key, chain in fusions.items() if chain.steps or chain.padded}
-
-
-def with_fusion(run: Callable[[Tensor], R], fusions: Fusions) -> Callable[[Tensor], R]:
-    """Return `run` with fused convolutions, valid while the network's parameters stay the same."""
+def with_fusion(run: Run[R], copied: nn.Module, chains: Sequence[ConvChain]) -> Callable[[Tensor], R]:
+    """Return `run` on a copy that computes chains at their convolutions, while the parameters stay the same."""
+    pending = _Pending()
+    for chain in chains:
+        chain.fold_norm()
+        chain.conv.__dict__["forward"] = partial(pending.start, chain)
+        for module in chain.modules:
+            module.__dict__["forward"] = partial(pending.skip, module)
 
     def fused(x: Tensor) -> R:
-        with _FusionMode(fusions):
-            return run(x)
+        pending.modules.clear()
+        result = run(x, copied)
+        if pending.modules:
+            raise RuntimeError("a module that was computed at the convolution before it did not run")
+        return result
 
     return fused
 
 
-class _FusionFinder(FunctionMode):
-    """Find the chains of a pass. Their tensors are kept, so that identities stay unique."""
+class _Pending(threading.local):
+    """Outputs of chains, with the modules that will be called with them and have nothing left to do."""
 
-    def __init__(self, pieces: Collection[str]) -> None:
+    def __init__(self) -> None:
+        self.modules: dict[int, tuple[Tensor, list[nn.Module]]] = {}  # by the identity of the output
+
+    def start(self, chain: ConvChain, x: Tensor) -> Tensor:
+        """Compute a chain: the forward pass of its convolution."""
+        y = chain(x)
+        if chain.modules:
+            self.modules[id(y)] = y, chain.modules
+        return y
+
+    def skip(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return what was computed at the convolution: the forward pass of a module after it."""
+        _, modules = self.modules.get(id(x), (x, []))
+        if not modules or modules[0] is not module:  # it is also used elsewhere
+            y: Tensor = type(module).forward(module, x)
+            return y
+        del modules[0]
+        if not modules:
+            del self.modules[id(x)]
+        return _after_norm(module, x)
+
+
+class _ChainFinder(FunctionMode):
+    """Find the chains of a pass: modules record their tensors, the function mode sees who else reads them."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.gradients = torch.is_grad_enabled()
-        self.chains: dict[int, ConvChain | None] = {}  # by the weight's identity; None cannot be fused
-        self.tensors: dict[int, tuple[Tensor, int | None]] = {}  # outputs, with the key of their chain; paddings
-        self.last_padding: Tensor | None = None  # the output of the last function, if that is a padding
-        # With gradients, the larger kernels are slower for a single image.
-        self.skips_padding = "padding" in pieces and not self.gradients
+        self.chains: dict[nn.Module, ConvChain | None] = {}  # by convolution; None cannot be fused
+        self.outputs: dict[int, tuple[Tensor, ConvChain]] = {}  # kept, so that identities stay unique
+        self.read: set[int] = set()  # the identities of those that other functions read
+
+    def fusible(self) -> list[ConvChain]:
+        """Return the chains that can be fused, up to the first tensor that other functions read."""
+        chains = [chain for chain in self.chains.values() if chain is not None]
+        for chain in chains:
+            end = next((i for i, (_, y) in enumerate(chain.steps) if id(y) in self.read), len(chain.steps))
+            chain.steps = [(module, None) for module, _ in chain.steps[: end + 1]]
+        return [chain for chain in chains if chain.modules]
+
+    def recorder(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """Return the forward pass that takes a module's place; None if the module can be no part of a chain."""
+        name, parameters = class_name(module), module._parameters  # noqa: SLF001
+        if "forward" in module.__dict__:
+            return None
+        if type(module) in CONVOLUTIONS or name == SAME_PADDING:
+            return partial(self._convolve, module) if "weight" in parameters else None
+        is_norm = (type(module) in NORMS or name == NORM_ACT) and module.running_mean is not None
+        return partial(self._continue, module) if is_norm or type(module) in ACTIVATIONS else None
 
     def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
-        """Call the function; extend, end or discard the chains that its arguments belong to."""
+        """Call a function outside of the recorded modules."""
         output = function(*args, **kwargs)
-        if name in METADATA or (name == "get" and not isinstance(output, Tensor)):
-            return output
-        is_conv = _is_layer(function, args, kwargs)
-        padded = is_conv and args[0] is self.last_padding
-        # Paddings are skipped only if convolutions, and nothing else, take their outputs at once.
-        self.skips_padding &= padded or self.last_padding is None
-        for tensor in iter_tensors((args, kwargs)):
-            _, key = self.tensors.get(id(tensor), (tensor, 0))
-            if key is None:
-                self.skips_padding &= padded and tensor is args[0]
-            elif (chain := self.chains.get(key)) is not None and chain.output is not tensor:
-                self.chains[key] = None
-            elif chain is not None:
-                chain.is_open &= bool(args) and args[0] is tensor and self._extend(chain, function, args, kwargs)
-                if chain.is_open:
-                    chain.output, self.tensors[id(output)] = output, (output, key)
-        if is_conv:
-            onednn, key = not self.gradients and supports_onednn(args[0]), id(args[1])
-            chain = ConvChain(function, ConvArguments(*args[1:]), args[0].shape, onednn, padded, output)
-            self.chains[key] = None if key in self.chains else chain  # the functions after two calls may differ
-            self.tensors[id(output)] = output, key
-        self.last_padding = None if _zeros(function, args, kwargs) is None else output
-        if self.last_padding is not None:
-            self.tensors[id(output)] = output, None
+        if name not in METADATA and (name != "get" or isinstance(output, Tensor)):
+            self._read(*iter_tensors((args, kwargs)))
         return output
 
-    def _extend(self, chain: ConvChain, function: Function, args: Args, kwargs: Kwargs) -> bool:
-        """Add a function to a chain if it can be fused."""
-        if not chain.is_open or "activation" in chain.steps:
-            return False
-        if function is F.batch_norm and not chain.steps:
-            norm = _bind(function, args, kwargs)
-            if norm["training"] or norm["running_mean"] is None:
-                return False
-            chain.batch_norm = norm
-            chain.steps.append("batch_norm")
-            return True
-        if function not in ACTIVATIONS or not chain.onednn:
-            return False
-        call = _bind(function, args, kwargs) if function is F.hardtanh else {"min_val": 0.0, "max_val": 6.0}
-        name = ACTIVATIONS[function]
-        chain.activation = name, [call["min_val"], call["max_val"]] if name == "hardtanh" else []
-        chain.steps.append("activation")
-        return True
+    def _read(self, *tensors: Tensor) -> None:
+        self.read |= self.outputs.keys() & set(map(id, tensors))
+
+    def _convolve(self, conv: Any, x: Tensor) -> Tensor:
+        self._read(x)
+        with without_function_modes():
+            y: Tensor = type(conv).forward(conv, x)
+        is_plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        chain = ConvChain(conv, is_plain and not torch.is_grad_enabled() and supports_onednn(x), [])
+        self.chains[conv] = None if conv in self.chains else chain  # the modules after two calls may differ
+        return self._record(chain, conv, y)
+
+    def _continue(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run batch normalisation or an activation; add it to the chain that ends in its input, if it can be fused."""
+        _, chain = self.outputs.get(id(x), (x, None))
+        if chain is None or id(x) in self.read or not chain.takes(module, x):
+            chain = None
+            self._read(x)
+        with without_function_modes():
+            forward: Any = nn.BatchNorm2d.forward if isinstance(module, NORMS) else type(module).forward
+            y: Tensor = forward(module, x)
+        if chain is None:
+            return _after_norm(module, y)
+        if y is x:  # in place
+            chain.steps[-1] = chain.steps[-1][0], None
+        return self._record(chain, module, y)
+
+    def _record(self, chain: ConvChain, module: nn.Module, y: Tensor) -> Tensor:
+        chain.steps.append((module, y))
+        self.outputs[id(y)] = y, chain
+        y = _after_norm(module, y)
+        if module._forward_hooks:  # noqa: SLF001
+            self._read(y)
+        return y
 
 
-class _FusionMode(FunctionMode):
-    """Compute known chains at their convolutions; the chains' other functions return what they are given."""
-
-    NAMES = frozenset(
-        {"pad", "batch_norm"} | {function.__name__.strip("_") for function in (*CONVOLUTIONS, *ACTIVATIONS)}
-    )
-
-    def __init__(self, fusions: Fusions) -> None:
-        super().__init__()
-        self.fusions, self.names = fusions, self.NAMES
-        self.skips_padding = any(chain.padded for chain in fusions.values())
-        self.unpadded: tuple[Tensor, Zeros] | None = None  # a tensor that is still to be padded
-        self.computed: dict[int, tuple[Tensor, list[str]]] = {}  # outputs of chains, and the functions to skip
-
-    def intercept(self, function: Function, _name: str, args: Args, kwargs: Kwargs) -> Any:
-        """Call the function, or what takes its place."""
-        if self.skips_padding and (zeros := _zeros(function, args, kwargs)) is not None:
-            (x,) = iter_tensors((args[:1], kwargs))
-            self.unpadded, self.names = (x.view_as(x), zeros), None  # any function may be next
-            return self.unpadded[0]
-        if _is_layer(function, args, kwargs) and (chain := self.fusions.get(id(args[1]))) is not None:
-            zeros = ()
-            if self.unpadded is not None and args[0] is self.unpadded[0]:
-                zeros, self.unpadded, self.names = self.unpadded[1], None, self.NAMES
-            output = chain(args[0], zeros)
-            if chain.steps:
-                self.computed[id(output)] = output, chain.steps.copy()
-            return output
-        step = "batch_norm" if function is F.batch_norm else "activation" if function in ACTIVATIONS else None
-        computed, steps = self.computed.get(id(args[0]) if args else 0, (None, []))
-        if computed is not None and steps[0] == step:
-            steps.pop(0)
-            if not steps:  # drop the reference
-                del self.computed[id(computed)]
-            return computed
-        if self.unpadded is not None and any(tensor is self.unpadded[0] for tensor in iter_tensors((args, kwargs))):
-            args, kwargs = replace_tensor((args, kwargs), self.unpadded[0], pad_zeros(*self.unpadded))
-        return function(*args, **kwargs)
+def _after_norm(module: Any, x: Tensor) -> Tensor:
+    """Run what timm's batch normalisation contains besides itself."""
+    y: Tensor = module.act(module.drop(x)) if class_name(module) == NORM_ACT else x
+    return y
 
 
-def _is_layer(function: Function, args: Args, kwargs: Kwargs) -> bool:
-    """Check whether a call is a convolution as PyTorch's own layers call it."""
-    return function in CONVOLUTIONS and not kwargs and len(args) == 7 and not isinstance(args[4], str)
-
-
-def _zeros(function: Function, args: Args, kwargs: Kwargs) -> Zeros | None:
-    """Return the zeros that a call pads maps (N, C, ...) with; None if it does anything else."""
-    if function is not F.pad:
-        return None
-    call = _bind(function, args, kwargs)
-    axes, ends = call["input"].ndim - 2, [int(end) for end in call["pad"]]
-    if call["mode"] != "constant" or call["value"] or len(ends) > 2 * axes or min(ends, default=0) < 0:
-        return None
-    pairs = list(zip(ends[::2], ends[1::2], strict=True))
-    return (*[(0, 0)] * (axes - len(pairs)), *reversed(pairs))
-
-
-def _bind(function: Function, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-    """Return the arguments of a call by name, defaults included."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
