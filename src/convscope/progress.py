@@ -125,12 +125,13 @@ class _Display(Protocol):
 
 def _find_display() -> Callable[[_State], _Display] | None:
     """Return how to show a bar here: in Jupyter, on a terminal, or not at all."""
-    if _in_jupyter():
+    if in_jupyter():
         return _JupyterDisplay
     return _TerminalDisplay if _on_terminal() else None
 
 
-def _in_jupyter() -> bool:
+def in_jupyter() -> bool:
+    """Return whether this process is the kernel of a notebook."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from dataclasses import dataclass, field
 from html import escape
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +17,14 @@ from convscope.explorer import server
 from convscope.explorer.web import security
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
+from convscope.progress import in_jupyter
 from convscope.sources.coercion import ModelLike, as_model
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
+    from convscope.explorer.jupyter.widget import ExplorerWidget
 
 NOTEBOOK_ORIGINS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
 MIN_HEIGHT = 100  # pixels
@@ -53,11 +57,14 @@ class ExplorerFrame:
         )
 
 
-def show(model: ModelLike, image: object = None, *, height: int = 720, port: int = 0) -> ExplorerFrame:
+def show(
+    model: ModelLike, image: object = None, *, height: int = 720, port: int | None = None
+) -> ExplorerFrame | ExplorerWidget:
     """Open the explorer in a notebook.
 
-    The server listens on this machine only (127.0.0.1). The browser has to run on the same machine, or reach the port
-    through a tunnel.
+    With anywidget (the extra ``jupyter``), its pages travel over the channel between the notebook and its kernel: this
+    works wherever the notebook does, without a port. Otherwise a server listens on this machine (127.0.0.1), and the
+    browser has to run on the same machine, or reach the port through a tunnel.
 
     Parameters
     ----------
@@ -68,13 +75,14 @@ def show(model: ModelLike, image: object = None, *, height: int = 720, port: int
         Images in any form that `convscope.predict` takes; the sample photographs if omitted.
     height : int
         Height of the frame in pixels, at least 100.
-    port : int
-        Port of the server; 0 stands for any free one.
+    port : int, optional
+        Start a server on this port; 0 stands for any free one. By default one is started only outside of Jupyter, or
+        without anywidget.
 
     Returns
     -------
-    ExplorerFrame
-        ``url`` opens the explorer in a browser; ``close()`` stops the server.
+    ExplorerFrame or ExplorerWidget
+        What a notebook shows. ``url`` opens the explorer in a browser, if a server was started; ``close()`` stops it.
 
     Raises
     ------
@@ -94,7 +102,9 @@ def show(model: ModelLike, image: object = None, *, height: int = 720, port: int
     model = as_model(model)
     if height < MIN_HEIGHT:
         raise ConvscopeError(f"height is {height}; expected {MIN_HEIGHT} or more pixels")
-    listening = server.bind_socket("127.0.0.1", port)
+    if port is None and in_jupyter() and find_spec("anywidget") is not None:
+        return _make_widget(_build_app(model, image), height)
+    listening = server.bind_socket("127.0.0.1", port or 0)
     try:
         app = _build_app(model, image)
     except BaseException:
@@ -103,6 +113,15 @@ def show(model: ModelLike, image: object = None, *, height: int = 720, port: int
     running = server.serve_in_thread(app, listening)
     atexit.register(setattr, running, "should_exit", True)
     return ExplorerFrame(f"http://127.0.0.1:{listening.getsockname()[1]}/", height, running)
+
+
+def _make_widget(app: FastAPI, height: int) -> ExplorerWidget:
+    from convscope.explorer.jupyter.in_process import InProcessServer
+    from convscope.explorer.jupyter.widget import ExplorerWidget, make_snapshot
+
+    running = InProcessServer(app)
+    atexit.register(running.close)
+    return ExplorerWidget(running, height, make_snapshot(running))
 
 
 def _build_app(model: Model, image: object) -> FastAPI:

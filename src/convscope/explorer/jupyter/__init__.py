@@ -1,0 +1,1 @@
+"""The explorer as a widget: requests travel over the channel between a notebook and its kernel, not over a port."""
