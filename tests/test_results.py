@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 import convscope
-from convscope import ConvscopeError, results
+from convscope import ConvscopeError, result_items, results
 from convscope.plotting.activations import activation_pages
 from convscope.results import atomic_write, file_names, write_json
 
@@ -358,7 +358,7 @@ def test_every_class_of_results_has_its_plotting_functions():
     def subclasses(kind: type) -> set[type]:
         return {c for s in kind.__subclasses__() for c in (s, *subclasses(s)) if c.__module__.startswith("convscope.")}
 
-    drawn = subclasses(results.HasFigure) - {results.Result}
+    drawn = subclasses(results.HasFigure) - {results.Result, result_items.IndexedResult}
     assert {kind.__name__ for kind in drawn} == set(results.PLOTTING_MODULES)
     for kind in drawn:
         snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()

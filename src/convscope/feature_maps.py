@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import torch
@@ -15,18 +15,19 @@ from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError, warns_of_failures
+from convscope.errors import ConvscopeError, is_int, warns_of_failures
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
-from convscope.results import Result, format_csv
+from convscope.result_items import IndexedResult, ItemKey
+from convscope.results import format_csv
 from convscope.sources.coercion import ModelLike, as_model
 
 SCALINGS = ("standard", "minmax")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Activations(Result):
+class Activations(IndexedResult):
     """Feature maps of N images: ``activations["block1_conv1"]`` is float32 (N, C, H, W), not normalised.
 
     Attributes
@@ -41,6 +42,8 @@ class Activations(Result):
         How maps are drawn: see `activations`.
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = {"maps": 0, "image_names": 0}
+
     maps: dict[str, np.ndarray]
     image_names: tuple[str, ...]
     fit: str
@@ -51,19 +54,22 @@ class Activations(Result):
         """The layers' names."""
         return list(self.maps)
 
-    def __getitem__(self, layer: LayerLike) -> np.ndarray:
-        if isinstance(layer, str) and layer in self.maps:
-            return self.maps[layer]
-        name = find_layer(self.model, layer).name
+    @overload
+    def __getitem__(self, key: LayerLike) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, key: int | slice | list[int]) -> Activations: ...
+    def __getitem__(self, key: LayerLike | int | slice | list[int]) -> np.ndarray | Activations:
+        if isinstance(key, slice | list) or is_int(key):
+            return self.select(key)  # type: ignore[arg-type]
+        if isinstance(key, str) and key in self.maps:
+            return self.maps[key]
+        name = find_layer(self.model, key).name  # type: ignore[arg-type]
         if name not in self.maps:
             raise ConvscopeError(f"layer {name!r} was not computed; there are {', '.join(self.maps)}")
         return self.maps[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.maps)
-
-    def __len__(self) -> int:
-        return len(self.maps)
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.layers
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the maps by layer."""
@@ -204,7 +210,7 @@ def activations(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Predictions(Result):
+class Predictions(IndexedResult):
     """The top classes of N images.
 
     Attributes
@@ -221,11 +227,16 @@ class Predictions(Result):
         How images were brought to the network's size.
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = {"indices": 0, "probabilities": 0, "logits": 0, "image_names": 0}
+
     indices: np.ndarray
     probabilities: np.ndarray
     logits: np.ndarray
     image_names: tuple[str, ...]
     fit: str
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
 
     @property
     def names(self) -> list[list[str]]:

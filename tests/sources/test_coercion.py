@@ -139,7 +139,7 @@ def test_keras_model(loads):
 
     net = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(4, 3, name="c"), keras.layers.Flatten()])
     images = np.zeros((1, 32, 32, 3), np.uint8)
-    assert list(convscope.activations(net, images, net.get_layer("c"))) == ["c"]
+    assert convscope.activations(net, images, net.get_layer("c")).layers == ["c"]
     convscope.predict(net, images)
     assert len(loads) == 1
 
@@ -165,12 +165,12 @@ def test_layers_as_modules_and_rows(net, x):
     expected = convscope.activations(model, x, "conv2")["conv2"]
     for layer in (net.conv2, row, [net.conv2], [row]):
         maps = convscope.activations(net, x, layer)
-        assert list(maps) == ["conv2"]
+        assert maps.layers == ["conv2"]
         assert np.array_equal(maps[net.conv2], expected)
         assert np.array_equal(maps[row], expected)
         assert convscope.heatmaps(net, x, layer=layer).layer == "conv2"
     both = convscope.activations(net, x, [net.conv1, row])
-    assert list(both) == ["conv1", "conv2"]
+    assert both.layers == ["conv1", "conv2"]
     assert convscope.patterns(net, net.conv2, [1], steps=1, size=32).layer == "conv2"
     assert convscope.patterns(net, row, [1], steps=1, size=32).layer == "conv2"
     assert convscope.patterns(net, objectives.channel(row, 1), steps=1, size=32).layer == "conv2"

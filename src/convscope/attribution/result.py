@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import blend
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
-from convscope.results import Result, format_csv, unique_file_names
+from convscope.result_items import IndexedResult, ItemKey
+from convscope.results import format_csv, unique_file_names
 
 INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Heatmaps(Result):
+class Heatmaps(IndexedResult):
     """Evidence for T targets in each of N images.
 
     Attributes
@@ -66,6 +67,13 @@ class Heatmaps(Result):
         Images that could not be read, with the reason.
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        (
+            "values", "targets", "logits", "probabilities", "image_names", "geometry", "image_indices", "extras",
+        ),
+        0,
+    )  # fmt: skip
+
     values: np.ndarray
     targets: np.ndarray
     logits: np.ndarray
@@ -81,6 +89,9 @@ class Heatmaps(Result):
     settings: Mapping[str, Any] = field(default_factory=dict)
     layer_reason: str = ""
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
 
     @property
     def names(self) -> list[list[str]]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from convscope.feature_maps import predict
 from convscope.formatting import Row, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
-from convscope.results import Result
+from convscope.result_items import IndexedResult, ItemKey
 from convscope.sources.coercion import ModelLike, as_model
 
 ARROWS = {"lower": "↓", "higher": "↑"}  # the better direction, in tables
@@ -39,7 +39,7 @@ METHODS = ("grad-cam", "grad-cam++", "hirescam", "layer-cam", "eigen-cam", "cent
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Result):
+class Comparison(IndexedResult):
     """Heatmaps of several methods and layers, each evaluated.
 
     A combination of method and layer that the network does not support is left out and named in `failed`.
@@ -58,6 +58,19 @@ class Comparison(Result):
     evaluations: tuple[Evaluation, ...]
     seconds: npt.NDArray[np.float64]
     fit: str
+
+    def item_names(self) -> Sequence[str]:
+        """Return the names of the images."""
+        return self.heatmaps[0].image_names
+
+    def _fields_of(self, positions: Sequence[int]) -> dict[str, Any]:
+        return {
+            "heatmaps": tuple(heatmaps.select(positions) for heatmaps in self.heatmaps),
+            "evaluations": tuple(evaluation.select(positions) for evaluation in self.evaluations),
+        }
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
 
     @property
     def metrics(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,13 @@ from convscope.errors import ConvscopeError
 from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.statistics import bootstrap
 from convscope.formatting import Row, count_of
-from convscope.results import Result
+from convscope.result_items import IndexedResult
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation(Result):
+class Evaluation(IndexedResult):
     """Metrics of N x T heatmaps.
 
     Attributes
@@ -39,6 +39,10 @@ class Evaluation(Result):
         Origin of the maps; "given" for arrays.
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        ("values", "curves", "chance_level", "targets", "names", "image_names"), 0
+    )
+
     values: Mapping[str, Floats]
     curves: Mapping[str, Floats]
     chance_level: Mapping[str, Floats]
@@ -55,11 +59,20 @@ class Evaluation(Result):
         """Names of the metrics."""
         return list(self.values)
 
-    def __getitem__(self, metric: str) -> Floats:
-        name = metric_name(metric)
+    @overload
+    def __getitem__(self, key: str) -> Floats: ...
+    @overload
+    def __getitem__(self, key: int | slice | list[int]) -> Evaluation: ...
+    def __getitem__(self, key: str | int | slice | list[int]) -> Floats | Evaluation:
+        if not isinstance(key, str):
+            return self.select(key)
+        name = metric_name(key)
         if name not in self.values:
             raise ConvscopeError(f"metric {name!r} was not evaluated; there are {', '.join(self.values)}")
         return self.values[name]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.metrics
 
     def mean(self, metric: str) -> float:
         """Return the mean over all images and targets."""

@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinc
 from convscope.featurevis.result import Patterns
 from convscope.formatting import Row, count_of
 from convscope.progress import Progress, ProgressOption, progress_bar
-from convscope.results import Result
+from convscope.result_items import IndexedResult, ItemKey
 from convscope.sources.coercion import ModelLike, as_model
 
 MAX_LAYERS = 6  # by default, besides the classes
@@ -57,7 +57,7 @@ class Chapter:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Story(Result):
+class Story(IndexedResult):
     """Patterns and statistics of layers, from the first to the classes.
 
     Attributes
@@ -67,8 +67,17 @@ class Story(Result):
     seed : int
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = {"chapters": 0}
+
     chapters: tuple[Chapter, ...]
     seed: int
+
+    def item_names(self) -> Sequence[str]:
+        """Return the names of the layers."""
+        return [chapter.layer for chapter in self.chapters]
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the patterns, units and statistics of each chapter, numbered from 0."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from convscope.engine.model import LOGITS
 from convscope.formatting import count_of
-from convscope.results import Result, format_csv
+from convscope.result_items import IndexedResult, ItemKey
+from convscope.results import format_csv
 
 
 def sheet_columns(count: int) -> int:
@@ -21,7 +22,7 @@ def sheet_columns(count: int) -> int:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Patterns(Result):
+class Patterns(IndexedResult):
     """Patterns of U units, or U images for objectives.
 
     Attributes
@@ -57,6 +58,11 @@ class Patterns(Result):
     ((2, 32, 32, 3), (2,), (2, 2))
     """
 
+    ITEM_AXES: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("images", "units", "scores", "noise_scores", "reference_scores", "alpha"), 0),
+        **{"history": 1, "frames": 1},
+    }
+
     images: np.ndarray
     units: np.ndarray
     scores: np.ndarray
@@ -74,6 +80,22 @@ class Patterns(Result):
     alpha: np.ndarray | None = None
     frames: np.ndarray | None = None
     objectives: tuple[str, ...] = ()
+
+    def item_names(self) -> Sequence[str]:
+        """Return `names`."""
+        return self.names
+
+    def _fields_of(self, positions: Sequence[int]) -> dict[str, Any]:
+        fields = super()._fields_of(positions)
+        return {**fields, "objectives": tuple(self.objectives[i] for i in positions)} if self.objectives else fields
+
+    def _note_names(self) -> Sequence[str]:
+        if self.objectives:
+            return self.names
+        return [f"{'class' if self.layer == LOGITS else 'unit'} {unit}" for unit in self.units]
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
 
     @property
     def names(self) -> list[str]:

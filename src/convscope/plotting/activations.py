@@ -107,7 +107,7 @@ def _spatial_layers(result: Activations, layers: Iterable[str]) -> list[str]:
 
 def render_activations(result: Activations) -> Iterator[tuple[str, Image.Image]]:
     """Yield the grids of each layer and image."""
-    for layer, name in file_names(_spatial_layers(result, result)).items():
+    for layer, name in file_names(_spatial_layers(result, result.layers)).items():
         for n in range(len(result.image_names)):
             pages = activation_pages(result, layer, n, scaling=result.scaling)
             for number, page in enumerate(pages, 1):
@@ -117,7 +117,7 @@ def render_activations(result: Activations) -> Iterator[tuple[str, Image.Image]]
 
 def draw_activations(result: Activations) -> Figure:
     """Draw the first page of the first image's grids, one layer per row; at most 16 layers, evenly spaced."""
-    spatial = _spatial_layers(result, result)
+    spatial = _spatial_layers(result, result.layers)
     if not spatial:
         raise ConvscopeError("none of these layers has maps to draw")
     layers = spatial[:: math.ceil(len(spatial) / MAX_LAYERS)]

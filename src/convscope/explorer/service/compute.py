@@ -244,7 +244,9 @@ def layer_summaries(
     summaries: dict[str, LayerSummary] = {}
     for start in range(0, len(layers), batch_size):
         outputs = activations(model, x, layers[start : start + batch_size])
-        summaries |= {name: layer_summary(outputs[name][0].reshape(outputs[name].shape[1], -1)) for name in outputs}
+        summaries |= {
+            name: layer_summary(outputs[name][0].reshape(outputs[name].shape[1], -1)) for name in outputs.layers
+        }
         report_progress(min(start + batch_size, len(layers)), len(layers))
     return summaries
 

@@ -1,0 +1,123 @@
+"""Length, indexing and iteration of results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import convscope
+from convscope import ConvscopeError
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def model() -> convscope.Model:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+    return convscope.load(net, preprocessing={"size": 16}, classes=list("abcde"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{name}.png" for name in ("cat", "dog", "fox")]
+    for path in paths:
+        Image.fromarray(RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    return list(map(str, paths))
+
+
+def test_each_image_is_a_result(model, images):
+    for result in (
+        convscope.predict(model, images, 2),
+        convscope.activations(model, images, ["0", "1"]),
+        convscope.heatmaps(model, images, ["a", "c", "b"], method="integrated-gradients", steps=2),
+        convscope.evaluate(model, images, convscope.heatmaps(model, images)),
+    ):
+        assert len(result) == 3 == len(list(result))
+        singles = list(result)
+        for n, single in enumerate(singles):
+            assert type(single) is type(result)
+            assert single.image_names == (images[n],)
+            for name, array in result.arrays().items():
+                np.testing.assert_array_equal(single.arrays()[name], array[n : n + 1])
+        assert result[-1].image_names == (images[2],)
+        assert result[1:].image_names == tuple(images[1:])
+        assert result[[2, 0]].image_names == (images[2], images[0])
+        assert result.select("dog.png").image_names == (images[1],)
+        with pytest.raises(IndexError):
+            result[3]
+
+
+def test_figures_and_overlays_of_single_images(model, images):
+    heatmaps = convscope.heatmaps(model, images, ["a", "c", "b"])
+    assert heatmaps["fox.png"].names == [["b"]]
+    for one, expected in zip(heatmaps, heatmaps.overlay(), strict=True):
+        assert one.figure().axes
+        np.testing.assert_array_equal(np.asarray(one.overlay()[0]), np.asarray(expected))
+
+
+def test_names(model, images):
+    predictions = convscope.predict(model, images)
+    assert predictions["dog.png"].image_names == (images[1],)
+    assert predictions[images[1]].image_names == (images[1],)
+    with pytest.raises(ConvscopeError, match=r"'dig.png' is not in this result; nearest: .*dog.png"):
+        predictions["dig.png"]
+    twice = convscope.predict(model, [images[0], images[0]])
+    with pytest.raises(ConvscopeError, match=r"'cat.png' is the name of 2 items"):
+        twice["cat.png"]
+
+
+def test_activations_and_evaluations_are_mappings_too(model, images):
+    activations = convscope.activations(model, images, ["0", "1"])
+    assert activations["1"].shape == (3, 4, 14, 14)
+    np.testing.assert_array_equal(activations[1]["1"], activations["1"][1:2])
+    assert activations._ipython_key_completions_() == ["0", "1"]
+    with pytest.raises(ConvscopeError, match="layer '3' was not computed; there are 0, 1"):
+        activations["3"]
+    evaluation = convscope.evaluate(model, images, convscope.heatmaps(model, images))
+    assert evaluation["deletion"].shape == (3, 1)
+    assert evaluation[0].mean("deletion") == evaluation["deletion"][0, 0]
+
+
+def test_one_image_has_no_interval(model, images):
+    evaluation = convscope.evaluate(model, images, convscope.heatmaps(model, images))
+    assert np.isfinite(evaluation.interval("deletion")).all()
+    assert np.isnan(evaluation[0].interval("deletion")).all()
+    assert evaluation[0].rows()[0]["low"] is None
+    assert " - " in str(evaluation[0]).splitlines()[2]
+
+
+def test_comparisons(model, images):
+    comparison = convscope.compare(model, images, methods=["grad-cam", "random"])
+    second = comparison[1]
+    assert [h.image_names for h in second.heatmaps] == [(images[1],)] * 2
+    expected = [e["deletion"][1, 0] for e in comparison.evaluations]
+    assert [row["deletion"] for row in second.rows()] == pytest.approx(expected)
+    assert second.figure().axes
+
+
+def test_patterns_are_indexed_by_unit(model):
+    patterns = convscope.patterns(model, "logits", steps=2, recipe="plain", size=16, frames=1)
+    noted = dataclasses.replace(patterns, notes=("class 1 (b) is odd", "class 2 (c) is odd", "all of them are small"))
+    assert (len(noted), noted["b"].units.tolist()) == (5, [1])
+    assert noted["b"].notes == ("class 1 (b) is odd", "all of them are small")
+    for k, one in enumerate(noted):
+        assert one.names == ["abcde"[k]]
+        np.testing.assert_array_equal(one.images[0], patterns.images[k])
+        np.testing.assert_array_equal(one.history[:, 0], patterns.history[:, k])
+        np.testing.assert_array_equal(one.frames[:, 0], patterns.frames[:, k])
+    units = dataclasses.replace(convscope.patterns(model, "0", [1, 3], steps=1, size=16), notes=("unit 1 looks dead",))
+    assert units[1].notes == ()
+    assert units[0].notes == units.notes
+
+
+def test_stories_are_indexed_by_layer(model):
+    story = convscope.story(model, ["0", "1"], units=2, num_displayed=1)
+    assert [s.chapters[0].layer for s in story] == ["0", "1"]
+    assert story["1"].table() == story.table()[1:]
