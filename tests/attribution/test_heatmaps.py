@@ -175,6 +175,7 @@ def test_several_targets_equal_separate_calls(cases: Any) -> None:
 def test_all_targets_share_one_forward_pass() -> None:
     net = randomized(SmallConvNet())
     model = load_module(net)
+    convscope.heatmaps(model, random_images())  # chooses the layer, once per model
     runs: list[int] = []
     net.register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
     convscope.heatmaps(model, random_images(), [[0, 1, 2, 3, 4]] * 3)

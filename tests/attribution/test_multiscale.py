@@ -131,7 +131,7 @@ def test_scaled_preprocessing_keeps_its_crop() -> None:
 def test_default_layer_of_a_convnet(small_model: convscope.Model) -> None:
     chosen_layer, reason = choose_layer(small_model)
     assert chosen_layer.name == small_model.layers.last_spatial().name
-    assert reason == "the last layer with spatial extent (12 x 12) that is not a pooling layer"
+    assert reason == "the last layer with spatial extent (12 x 12), that every path to the target passes through"
     for layer in (None, "auto"):
         actual = convscope.heatmaps(small_model, random_images(), layer=layer)
         assert (actual.layer, actual.layer_reason) == (chosen_layer.name, reason)
@@ -159,7 +159,8 @@ def test_default_layer_of_a_transformer_influences_the_classes(pool: str) -> Non
     assert actual.values.shape == (2, 2, 4, 4)
     assert np.abs(actual.values).max((2, 3)).min() > 0
     if pool == "token":
-        assert actual.layer == "blocks.2.norm1"
+        assert actual.layer == "blocks.1"
+        assert actual.layer_reason.startswith("the input of the last attention block (4 x 4)")
         assert "later layers pass on the class token alone" in actual.layer_reason
         later = convscope.heatmaps(model, random_images(2, 64), 0, layer="blocks.2")
         assert not later.values.any()

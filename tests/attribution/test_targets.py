@@ -369,7 +369,7 @@ def test_output_target_by_hand(kind: str) -> None:
         expected = np.einsum("k,nkhw->nhw", weight, activation) / activation[0, 0].size
         assert relative_error(actual.values[:, t], expected) < TINY
     assert actual.names[0] == [f"class 4 of {keys[0]}", f"class 1 of {keys[1]}"]
-    with pytest.raises(ConvscopeError, match=r"class 2 is out of range: output .* has shape \(3, 2\)"):
+    with pytest.raises(ConvscopeError, match=r"class 2 is out of range: output .* has shape \(\d, 2\)"):
         convscope.heatmaps(model, random_images(), output_target(keys[1], 2))
     missing = "the network has no output 'color'; it returns a " + (
         "dict with 'kind'" if kind == "dict" else "tuple with 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from convscope.attribution.multiscale import iter_batches, run_multiscale, valid
 from convscope.attribution.registry import METHODS, get_method, method_options
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
-from convscope.attribution.targets import ClassLabels, Targets, parse_targets
+from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
@@ -63,8 +64,9 @@ def heatmaps(
         functions; see `convscope.segmentation_target` and `convscope.output_target`.
     layer : str, Layer, nn.Module or sequence of these, optional
         A name in ``model.layers``, one of its rows, or a module of the network; or several, whose maps are fused. By
-        default ("auto") the last layer with spatial extent that is not a pooling layer and that the classes depend on;
-        the result's `layer_reason` explains the choice. Methods that work at the input take no layer.
+        default ("auto") the last layer with spatial extent that every path from the image to the target passes through
+        and that the target depends on; the result's `layer_reason` explains the choice. Methods that work at the input
+        take no layer.
     method : str
         Name of a method; `convscope.methods` lists them.
     fit : {"squash", "crop"}
@@ -146,7 +148,7 @@ def resolve_method(
     fuse: str,
     options: Mapping[str, object],
 ) -> MethodSpec:
-    """Validate a method, its options and layers; choose the layer if none is given.
+    """Validate a method, its options and layers; a layer that is not given is chosen later.
 
     Parameters
     ----------
@@ -171,8 +173,7 @@ def resolve_method(
             raise ConvscopeError(f"{name} works at the input and takes no layer; got layer {layer!r}")
         return MethodSpec(name, method, (), fuse, settings, "the method works at the input")
     if layer is None or layer == "auto":
-        chosen_layer, reason = choose_layer(model)
-        return MethodSpec(name, method, (chosen_layer,), fuse, settings, reason)
+        return MethodSpec(name, method, (), fuse, settings)
     requested = as_layers(layer)
     if not requested:
         raise ConvscopeError("layer is an empty list; give at least one layer, or None to choose automatically")
@@ -215,6 +216,7 @@ def compute_heatmaps(
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
     num_images = len(loader)
     target_spec = parse_targets(model, targets, num_images, against)
+    specs = [_with_layer(model, spec, target_spec) for spec in specs]
     job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
     size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
     results: list[BatchResult] = []
@@ -227,6 +229,14 @@ def compute_heatmaps(
         geometry += batch.geometry
         indices += batch.indices
     return [_collect(s, job, results, scales, loader, tuple(geometry), tuple(indices)) for s in range(len(job.specs))]
+
+
+def _with_layer(model: Model, spec: MethodSpec, targets: TargetSpec) -> MethodSpec:
+    """Choose the layer of a method that needs one and got none."""
+    if spec.layers or spec.method.at_input:
+        return spec
+    layer, reason = choose_layer(model, targets.functions)
+    return replace(spec, layers=(layer,), layer_reason=reason)
 
 
 def _report_images(progress: Progress | None, done: int, count: int, total: int, fraction: float) -> None:

@@ -1,57 +1,214 @@
-"""Choose the layer for heatmaps if none is given."""
+"""Choose the layer for heatmaps if none is given: by the data flow, and by proof of its influence."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
+from convscope.attribution.influence import depends_on
+from convscope.attribution.targets import ScoreFunction
 from convscope.engine import capture
+from convscope.engine.batching import pad_to_fixed_batch
+from convscope.engine.capture import ForwardResult
+from convscope.engine.data_flow import Output
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
+from convscope.engine.nested import iter_tensors
 
-MAX_CANDIDATES = 24  # candidate layers of a transformer: about its last two blocks
+CANDIDATES = (3, 24)  # the number of layers whose gradients are computed first, and if none of these has influence
+LINEAR_RTOL = 1e-3  # of gradients that are the same but for rounding
+MAX_CHANGED = 2  # layers whose outputs are changed if none has a gradient
+
+Choice = tuple[Layer, str]
+Ends = frozenset[int] | None  # positions of the outputs that a target depends on; None for the scores
+
+_choices: WeakKeyDictionary[Model, dict[Ends, Choice]] = WeakKeyDictionary()
 
 
-def choose_layer(model: Model) -> tuple[Layer, str]:
+def choose_layer(model: Model, functions: Sequence[ScoreFunction] = ()) -> Choice:
     """Choose the layer for heatmaps and explain the choice.
 
-    The choice is the last layer with spatial extent that is not a pooling layer. If a transformer classifies by its
-    class token, the patches after the last attention have no influence on the classes: then it is the last layer of
-    the same shape that has some.
+    The choice is the last layer with spatial extent that every path from the image to the target passes through, and
+    that the target depends on: its gradient is not 0. It is no pooling and not the network's own output; of a network
+    that returns class maps it is in front of these, with a nonlinear function between. A transformer that classifies by
+    its class token passes no patch on after its last attention, so there it is the input of the last attention block.
+
+    The choice is made once per model; that of another output of the network once per output.
 
     Parameters
     ----------
     model : Model
+    functions : sequence of callable
+        Functions of the network's output, if the target is no class.
 
     Returns
     -------
     layer : Layer
     reason : str
+
+    Raises
+    ------
+    ConvscopeError
+        If no layer has spatial extent.
     """
-    last = model.layers.last_spatial()
-    size = " x ".join(map(str, last.shape[1:]))
-    if not last.layout.prefix_tokens:
-        return last, f"the last layer with spatial extent ({size}) that is not a pooling layer"
-    candidates = [layer for layer in model.layers.unique_spatial() if layer.shape == last.shape][-MAX_CANDIDATES:]
-    for layer, influential in zip(reversed(candidates), reversed(_have_influence(model, candidates)), strict=True):
-        if not influential:
-            continue
-        if layer is candidates[-1]:
-            return layer, f"the last layer whose tokens lie on a grid ({size})"
-        return layer, (
-            f"the last layer with a grid ({size}) whose patches influence the classes: later layers pass on the class "
-            "token alone"
+    ends = _used_outputs(model, functions)
+    known = _choices.setdefault(model, {})
+    if ends not in known:
+        known[ends] = _choose(model, ends)
+    return known[ends]
+
+
+def _choose(model: Model, ends: Ends) -> Choice:
+    outputs = [model.layers.flow.scores] if ends is None else [model.layers.flow.outputs[i] for i in sorted(ends)]
+    candidates = list(_candidates(model, outputs))
+    if not candidates:
+        last = model.layers.last_spatial()
+        return last, f"the last layer with spatial extent ({_size(last)}): it is the network's own output"
+    on_every_path = list(islice(_on_every_path(model, candidates, outputs), CANDIDATES[-1]))
+    rule = "that every path to the target passes through"
+    if (layer := _last_with_gradient(model, on_every_path, ends)) is not None:
+        return layer, _reason(model, layer, rule, is_last=layer is on_every_path[0])
+    for layer in on_every_path[:MAX_CHANGED]:
+        if bool(depends_on(model, layer, _noise_image(model), partial(_flat_scores, ends=ends)).any()):
+            return layer, f"{_reason(model, layer, rule)}; no gradient reaches it, but changes of its output count"
+    rule = "that influences the target; some paths bypass it"
+    if (layer := _last_with_gradient(model, candidates[: CANDIDATES[-1]], ends)) is not None:
+        return layer, _reason(model, layer, rule)
+    last = (on_every_path or candidates)[0]
+    return last, f"{_reason(model, last, '')}; no layer has influence on the target for an image of noise"
+
+
+def _candidates(model: Model, outputs: Sequence[Output]) -> Iterator[Layer]:
+    """Yield the layers with maps, the last first; of several with the same maps the outermost, of tokens the first."""
+    nodes = model.layers.flow.nodes
+    excluded = {output.node for output in outputs}
+    for layer in reversed(model.layers):
+        node = nodes[layer.name][0] if layer.name in nodes else layer.name
+        if layer.is_spatial and not layer.is_pooling and node not in excluded:
+            excluded.add(node)
+            yield model.layers[layer.alias_of] if layer.alias_of and layer.layout.prefix_tokens else layer
+
+
+def _on_every_path(model: Model, candidates: Sequence[Layer], outputs: Sequence[Output]) -> Iterator[Layer]:
+    """Yield the candidates that every path from the image to the outputs passes through."""
+    flow = model.layers.flow
+    ends = frozenset[str]().union(*(output.sources for output in outputs))
+    dominators = set(flow.dominators(ends))
+    returned = {output.node for output in outputs}
+    for layer in candidates:
+        nodes = [node for node in flow.nodes.get(layer.name, ()) if node not in returned]
+        if not dominators.isdisjoint(nodes) or (len(nodes) > 1 and flow.separate(nodes, ends)):
+            yield layer
+
+
+def _reason(model: Model, layer: Layer, rule: str, is_last: bool = True) -> str:
+    size = _size(layer)
+    if layer.layout.prefix_tokens and not is_last:
+        return (
+            f"the input of the last attention block ({size}), {rule} and whose patches influence it: later layers pass "
+            "on the class token alone"
         )
-    return last, f"the last layer with spatial extent ({size}); the classes depend on no patch of the last layers"
+    position = "in front of the class maps, " if model.layers.flow.returns_maps else ""
+    return f"the last layer with spatial extent ({size}), {position}{rule}".removesuffix(", ")
 
 
-def _have_influence(model: Model, layers: list[Layer]) -> list[bool]:
-    """Check for each layer whether the gradient of the logits with respect to its output is nonzero."""
-    shape = (1, model.preprocessing.channels, *model.preprocessing.size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def _size(layer: Layer) -> str:
+    return " x ".join(map(str, layer.shape[1:]))
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _last_with_gradient(model: Model, layers: Sequence[Layer], ends: Ends) -> Layer | None:
+    """Return the first of `layers` that has influence on the outputs; of class maps, one that is in front of them."""
+    start = 0
+    for count in CANDIDATES:
+        group, start = layers[start:count], count
+        for layer, is_usable in zip(group, _are_usable(model, group, ends), strict=True):
+            if is_usable:
+                return layer
+    return None
+
+
+def _are_usable(model: Model, layers: Sequence[Layer], ends: Ends) -> list[bool]:
+    def squared(outputs: ForwardResult) -> Tensor:
+        return _flat_scores(outputs, ends).square().sum()
+
+    if not layers:
+        return []
+    influence = [bool(gradient.any()) for gradient in _gradients(model, layers, squared, seed=0)]
+    if not model.layers.flow.returns_maps or ends is not None:
+        return influence
+    linear = _are_followed_by_linear_layers(model, layers)
+    return [has_gradient and not is_linear for has_gradient, is_linear in zip(influence, linear, strict=True)]
+
+
+def _flat_scores(outputs: ForwardResult, ends: Ends) -> Tensor:
+    """Return what targets depend on, (N, ...) flattened: the scores, or the outputs `ends`."""
+    if ends is None:
+        return outputs.logits
+    tensors = [tensor for i, tensor in enumerate(iter_tensors(outputs.output)) if i in ends]
+    return torch.cat([tensor.reshape(len(outputs.logits), -1).float() for tensor in tensors], dim=1)
+
+
+def _are_followed_by_linear_layers(model: Model, layers: Sequence[Layer]) -> list[bool]:
+    """Check which layers are class maps but for linear operations: a score's gradient is the same for two images.
+
+    There the channels' weights do not depend on the image, nor on where in it a region lies.
+    """
+
+    def of_first_class(outputs: ForwardResult) -> Tensor:
+        return outputs.logits[:, 0].sum()
+
+    first, second = (_gradients(model, layers, of_first_class, seed) for seed in (0, 1))
+    return [bool((a - b).norm() <= LINEAR_RTOL * a.norm()) for a, b in zip(first, second, strict=True)]
+
+
+def _gradients(
+    model: Model, layers: Sequence[Layer], score: Callable[[ForwardResult], Tensor], seed: int
+) -> list[Tensor]:
+    """Compute the gradients (1, C, h, w) of a score at layers, for an image of noise; zeros where there are none."""
     names = [layer.name for layer in layers]
     with torch.no_grad(), capture.capture_layers(model, names, detach_at_layer=True) as run:
-        outputs = run(x)
+        outputs = run(_noise_image(model, seed))
+        maps = [outputs.maps[name] for name in names]
         with torch.enable_grad():
-            score = outputs.logits.square().sum()
-        gradients = torch.autograd.grad(score, [outputs.maps[name] for name in names], allow_unused=True)
-    return [gradient is not None and bool(gradient.any()) for gradient in gradients]
+            value = score(outputs)
+    missing = [None] * len(maps)
+    gradients = torch.autograd.grad(value, maps, allow_unused=True) if value.requires_grad else missing
+    return [
+        torch.zeros_like(m[:1]) if gradient is None else gradient[:1].detach()
+        for m, gradient in zip(maps, gradients, strict=True)
+    ]
+
+
+def _used_outputs(model: Model, functions: Sequence[ScoreFunction]) -> Ends:
+    """Find which of several outputs the targets depend on; None for the scores."""
+    if not functions or len(model.layers.flow.outputs) < 2:
+        return None
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
+        output = run(_noise_image(model)).output
+    leaves: dict[int, Tensor] = {}
+    for i, tensor in enumerate(iter_tensors(output)):
+        if tensor.is_floating_point():
+            leaves[i] = tensor.requires_grad_()
+    with torch.enable_grad():
+        scores = [function(output) for function in functions]
+        ends = [score.sum() for score in scores if isinstance(score, Tensor) and score.requires_grad]
+    if not ends:
+        return None
+    gradients = torch.autograd.grad(ends, list(leaves.values()), allow_unused=True)
+    used = frozenset(i for i, gradient in zip(leaves, gradients, strict=True) if gradient is not None)
+    return None if all(leaves[i] is model.reader.tensor(output) for i in used) else used
+
+
+def _noise_image(model: Model, seed: int = 0) -> Tensor:
+    """Return an image of noise (1, C, H, W) as the network's input, repeated up to its fixed batch size."""
+    shape = (1, model.preprocessing.channels, *model.preprocessing.size)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return pad_to_fixed_batch(model, model.preprocessing.normalize(pixels))

@@ -39,7 +39,8 @@ class MethodSpec:
         Key of the method in `METHODS`.
     method : Method
     layers : tuple of Layer
-        The maps of several layers are fused. Empty for methods that work at the input.
+        The maps of several layers are fused. Empty for methods that work at the input, and before the default layer is
+        chosen.
     fuse : str
         Key of `FUSIONS`.
     options : mapping

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from convscope.engine.function_modes import ForceGradMode, LogitsRecorder
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
-from convscope.engine.nested import primary_tensor, replace_tensor
+from convscope.engine.nested import iter_tensors, map_tensors, primary_tensor, replace_tensor
 from convscope.errors import ConvscopeError
 
 VIEW_ERROR = "view size is not compatible"
@@ -181,6 +181,20 @@ def forward_pass(model: Model, x: Tensor, module: nn.Module | None = None) -> ob
     return output
 
 
+def capture_point(layer: Layer) -> str:
+    """Return the call of a module at which gradients of a layer's primary tensor begin.
+
+    That is the layer itself or, if it returns the tensor of an earlier layer among others, that layer.
+    """
+    return layer.alias_of if layer.num_tensors > 1 and layer.alias_of is not None else layer.name
+
+
+def _gradient_copy(tensor: Tensor) -> Tensor:
+    """Return a copy that gradients are recorded from, which the network may write into."""
+    is_usable = tensor.is_floating_point() and not tensor.is_inference()
+    return tensor.detach().requires_grad_().clone() if is_usable else tensor
+
+
 class _StopForward(BaseException):
     """Unwinds a forward pass whose rest is not needed; a network's own handlers do not catch a BaseException."""
 
@@ -198,6 +212,9 @@ class _CaptureState:
     ) -> None:
         self.model = model
         self.layers: Mapping[str, Layer] = {(layer := model.layers.find(name)).name: layer for name in layers}
+        self.points: dict[str, list[Layer]] = {}  # by the call of a module that they are captured at
+        for layer in self.layers.values():
+            self.points.setdefault(capture_point(layer) if detach_at_layer else layer.name, []).append(layer)
         self.detach_at_layer, self.stop_early, self.on_output = detach_at_layer, stop_early, on_output
         self.modules, self.parameters = model.modules_and_parameters()
         self.inference_weights = not model.loaded_by_convscope and any(p.is_inference() for p in self.parameters)
@@ -208,7 +225,13 @@ class _CaptureState:
     @property
     def hooked_modules(self) -> list[str]:
         """Names of the modules whose calls are the layers, without call numbers."""
-        return list(dict.fromkeys(n if n in self.modules else n.partition("#")[0] for n in self.layers))
+        return list(dict.fromkeys(n if n in self.modules else n.partition("#")[0] for n in self.points))
+
+    @property
+    def recorded_modules(self) -> set[str]:
+        """Names of the modules that must be recorded as well, because they return several tensors."""
+        points = [p for p, layers in self.points.items() if any(layer.num_tensors > 1 for layer in layers)]
+        return {p if p in self.modules else p.partition("#")[0] for p in points} if self.detach_at_layer else set()
 
     def run(self, x: Tensor, module: nn.Module | None = None, /) -> LayerOutputs:
         """Run a batch; repeat with gradients forced where the network disables gradients that are needed."""
@@ -232,6 +255,9 @@ class _CaptureState:
             stack.enter_context(isolated_pass(self.model.module, self.modules.values(), self.parameters))
             for name in self.hooked_modules:
                 stack.enter_context(forward_hook(self.modules[name], self.hook(name)))
+                if name in self.recorded_modules:
+                    pre_hook = self.modules[name].register_forward_pre_hook(self.pre_hook(name), with_kwargs=True)
+                    stack.callback(pre_hook.remove)
             stack.enter_context(torch.set_grad_enabled(self.force_grad or caller_grad))
             if self.force_grad:
                 stack.enter_context(ForceGradMode())
@@ -250,10 +276,30 @@ class _CaptureState:
 
         def count_and_record(_: nn.Module, __: object, output: object) -> object:
             call = self.calls[name] = self.calls.get(name, 0) + 1
-            layer = self.layers.get(name if call == 1 else f"{name}#{call}")
-            return None if layer is None else self._record(layer, output)
+            for layer in self.points.get(name if call == 1 else f"{name}#{call}", ()):
+                replacement = self._record(layer, output)
+                output = output if replacement is None else replacement
+            return output if self.detach_at_layer else None
 
         return count_and_record
+
+    def pre_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+        """Return the forward pre-hook of the module called `name`.
+
+        A layer may make one of its tensors of another: a map, and the pooled map. The map's gradient then exists only
+        if the layer itself is recorded.
+        """
+
+        def record_from_here(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self.calls.get(name, 0) + 1
+            layers = self.points.get(name if call == 1 else f"{name}#{call}", ())
+            is_recorded = any(tensor.requires_grad for tensor in iter_tensors((args, kwargs)))
+            if is_recorded or not any(layer.num_tensors > 1 for layer in layers):
+                return None
+            torch.set_grad_enabled(True)
+            return map_tensors((args, kwargs), _gradient_copy)
+
+        return record_from_here
 
     def _record(self, layer: Layer, output: object) -> object:
         """Record a layer's output; return its replacement, or None to leave it as it is."""

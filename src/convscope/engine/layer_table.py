@@ -14,6 +14,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from convscope.engine.data_flow import DataFlow
 from convscope.errors import ConvscopeError, nearest
 from convscope.formatting import format_table
 
@@ -50,7 +51,7 @@ class Layout:
         Outputs without spatial axes are returned unchanged. Raises ConvscopeError if the number of tokens is not the
         grid's.
         """
-        if not self.spatial_dims:
+        if not self.spatial_dims or (not self.grid and self.channel_dim == 1):
             return output
         if not self.grid:
             return output.movedim(self.channel_dim, 1)
@@ -112,6 +113,8 @@ class Layer:
         Meaning of the dimensions of the layer's own output.
     inputs : tuple of str
         The nearest layers that the output was computed from; empty if that is the network's input alone.
+    num_tensors : int
+        Number of tensors in the output; `shape` and the like describe the primary one.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Layer:
     is_spatial: bool
     layout: Layout
     inputs: tuple[str, ...] = ()
+    num_tensors: int = 1
 
     @property
     def units(self) -> int:
@@ -158,10 +162,16 @@ class LayerTable(Sequence[Layer]):
 
     Index it by position or by name. ``print(model.layers)`` shows the main layers as a table,
     ``print(model.layers.all)`` every layer.
+
+    Attributes
+    ----------
+    flow : DataFlow
+        How data flows from the image through the layers; empty in a part of a table.
     """
 
-    def __init__(self, layers: Iterable[Layer], show_all: bool = False) -> None:
+    def __init__(self, layers: Iterable[Layer], flow: DataFlow | None = None, *, show_all: bool = False) -> None:
         self._layers, self._show_all = tuple(layers), show_all
+        self.flow = flow or DataFlow()
         self._by_name = {layer.name: layer for layer in self._layers}
 
     @property
@@ -181,7 +191,7 @@ class LayerTable(Sequence[Layer]):
     @property
     def all(self) -> LayerTable:
         """The same table; prints every layer."""
-        return LayerTable(self._layers, show_all=True)
+        return LayerTable(self._layers, self.flow, show_all=True)
 
     @property
     def main(self) -> LayerTable:

@@ -7,14 +7,16 @@ data flows between them, and which activation ends the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.capture import VIEW_ERROR, run_with_callback
+from convscope.engine.data_flow import IMAGE, DataFlow, Output
 from convscope.engine.function_modes import LogitsRecorder
 from convscope.engine.grids import GridInference, layout_on_grid
 from convscope.engine.layer_table import Layer, LayerTable, Layout
@@ -27,6 +29,7 @@ from convscope.errors import ConvscopeError
 
 FINAL_ACTIVATIONS = ("softmax", "log_softmax", "sigmoid")
 _NO_REQUEST = OutputRequest()
+_Version = tuple[int, int]  # a tensor's identity and the number of times that it was written to
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,11 @@ def probe(
     ConvscopeError
         If the output has no scores per image, as that of a detector.
     """
-    with Trace(x) as trace, LogitsRecorder() as activations:
+
+    def weights() -> Iterator[Tensor]:
+        return chain(adapter.parameters(module), module.buffers())
+
+    with Trace(x, weights) as trace, LogitsRecorder() as activations:
         recorder = _LayerRecorder(trace, adapter, tuple(x.shape), grid)
         output = run_with_callback(module, adapter, x, recorder.record)
         select, notes = select_scores(output, request)
@@ -105,8 +112,9 @@ def probe(
         run_again,
     )
     meaning = infer_output(facts, request, select)
+    flow = recorder.flow(output, final, returns_maps=bool(layout.spatial_dims))
     return ProbeResult(
-        LayerTable(recorder.layers),
+        LayerTable(recorder.layers, flow),
         replace(meaning, notes=(*notes, *meaning.notes)),
         channels_last,
         _needs_contiguous(module, adapter, x),
@@ -136,26 +144,50 @@ class _LayerRecorder:
         self.said_grid, self.grids = grid, GridInference(input_shape)
         self.layers: list[Layer] = []
         self._calls: dict[str, int] = {}
-        self._makers: dict[tuple[int, int], str] = {}  # the first layer that returned a tensor, in its present version
+        self._makers: dict[_Version, str] = {}  # the node of each tensor, named after the first layer that returned it
+        self._layer_of_node: dict[str, str] = {}
+        self._sources: dict[str, frozenset[str]] = {}
+        self._nodes: dict[str, tuple[str, ...]] = {}
         self._tensors: list[Tensor] = []  # referenced, so that identities are not reused
 
     def record(self, name: str, module: nn.Module, output: object) -> None:
-        """Add a layer that has just returned `output`."""
+        """Add a layer that has just returned `output`; one that returned weights or constants alone is no layer."""
         call = self._calls[name] = self._calls.get(name, 0) + 1
         tensor = primary_tensor(output)
-        if tensor is None or tensor.ndim < 2:
+        if tensor is None or tensor.ndim < 2 or self.trace.is_constant(tensor):
             return
-        self._tensors.append(tensor)
         name = name if call == 1 else f"{name}#{call}"
-        # Writing in place changes the version, which inference tensors do not have.
-        version = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - has no public name
-        maker = self._makers.setdefault((id(tensor), version), name)
-        self.layers.append(self._describe(name, module, tensor, None if maker == name else maker))
-        if maker == name:
-            self.trace.mark(tensor, name)
+        others = [t for t in iter_tensors(output) if t is not tensor and not self.trace.is_constant(t)]
+        maker = self._makers.get(_version(tensor), name)
+        self.layers.append(self._describe(name, module, tensor, maker, 1 + len(others)))
+        self._nodes[name] = tuple(
+            self._add_node(t, name, f"{name}[{i}]" if i else name) for i, t in enumerate((tensor, *others))
+        )
 
-    def _describe(self, name: str, module: nn.Module, tensor: Tensor, alias_of: str | None) -> Layer:
+    def _add_node(self, tensor: Tensor, layer: str, node: str) -> str:
+        """Add a tensor that a layer returned to the graph; return its node, the existing one if there is one."""
+        if (known := self._makers.setdefault(_version(tensor), node)) != node:
+            return known
+        self._tensors.append(tensor)
+        self._layer_of_node[node] = layer
+        self._sources[node] = self.trace.field(tensor).ancestors
+        self.trace.mark(tensor, node)
+        return node
+
+    def flow(self, output: object, final: Tensor | None, returns_maps: bool) -> DataFlow:
+        """Return the data flow to the tensors in the network's output, of which `final` holds the scores."""
+        outputs = tuple(self._output(tensor) for tensor in iter_tensors(output))
+        scores = Output() if final is None else self._output(final)
+        return DataFlow(self._sources, self._nodes, outputs, scores, returns_maps)
+
+    def _output(self, tensor: Tensor) -> Output:
+        return Output(self.trace.field(tensor).ancestors, self._makers.get(_version(tensor)))
+
+    def _describe(self, name: str, module: nn.Module, tensor: Tensor, maker: str, num_tensors: int) -> Layer:
         field = self.trace.field(tensor)
+        # The second tensor of another layer is not that layer's output.
+        alias_of = maker if maker != name and self._layer_of_node[maker] == maker else None
+        inputs = {self._layer_of_node[node] for node in field.ancestors if node != IMAGE}
         layout, axes = _find_layout(tensor, field, len(self.input_shape))
         layout = self._grid_layout(name, tensor, field, layout)
         shape = tuple(layout.to_nchw(tensor).shape[1:])
@@ -174,7 +206,8 @@ class _LayerRecorder:
             is_pooling="pool" in field.op or field.op == "mean",
             is_spatial=len(layout.spatial_dims) > 0 and math.prod(shape[1:]) > 1,
             layout=layout,
-            inputs=(alias_of,) if alias_of else tuple(sorted(field.ancestors)),
+            inputs=(alias_of,) if alias_of else tuple(sorted(inputs)),
+            num_tensors=num_tensors,
         )
 
     def _grid_layout(self, name: str, tensor: Tensor, field: Field, layout: Layout) -> Layout:
@@ -197,6 +230,11 @@ class _LayerRecorder:
                 f"(the layers return {', '.join(map(str, counts)) or 'no token sequences'})"
             )
         return []
+
+
+def _version(tensor: Tensor) -> _Version:
+    """Identify a tensor with its values: writing in place changes the version, which inference tensors do not have."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - has no public name
 
 
 def _require_scores(output: object, final: Tensor | None) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.capture import VIEW_ERROR, ForwardResult, forward_hook, forward_pass
+from convscope.engine.capture import VIEW_ERROR, ForwardResult, capture_point, forward_hook, forward_pass
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -54,7 +55,9 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        cache = _PrefixCache(entry, {id(module): name for name, module in modules.items()})
+        cache = _PrefixCache(
+            replace(entry, name=capture_point(entry)), {id(module): name for name, module in modules.items()}
+        )
         with ExitStack() as hooks:
             hooks.enter_context(isolated_pass(model.module, modules.values(), parameters))
             for module in modules.values():

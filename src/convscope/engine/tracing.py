@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - documented, but has no public name
 
+from convscope.engine.data_flow import IMAGE
 from convscope.engine.nested import iter_tensors
 from convscope.engine.receptive_field import UNKNOWN, Axis, Field
 from convscope.engine.receptive_field_rules import operation_name, propagate
@@ -26,6 +28,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ----------
     x : Tensor
         The network's input: (N, C, H, W), or a batch of signals or volumes.
+    weights : callable
+        Returns the network's parameters and buffers; called when the first operation runs.
 
     Attributes
     ----------
@@ -33,21 +37,39 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Bytes of memory that operations have allocated so far for tensors that depend on the input.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, weights: Callable[[], Iterable[Tensor]] = tuple) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.allocated_bytes = 0
+        self._weights = weights
+        # Memory of tensors made of weights and constants alone; the tensors are referenced, as those below.
+        self._constants: dict[int, list[Tensor]] | None = None
         # Tensors are referenced, so that their identities and addresses are not reused.
         self._fields: dict[int, tuple[Tensor, Field]] = {}
         # Ancestors of memory into which tensors that depend on the input were written.
         self._ancestors_of_memory: dict[int, frozenset[str]] = {}
         self._input_ndim = x.ndim
-        self._set_field(x, Field(tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim)), is_global=False))
+        axes = tuple(Axis(dim, x.shape[dim]) for dim in range(2, x.ndim))
+        self._set_field(x, Field(axes, is_global=False, ancestors=frozenset({IMAGE})))
 
     def field(self, tensor: Tensor) -> Field:
         """Return the receptive field of a tensor."""
         if id(tensor) in self._fields:
             return self._fields[id(tensor)][1]
         return replace(UNKNOWN, ancestors=self._ancestors_of_memory.get(_address(tensor), _NO_ANCESTORS))
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Check whether a tensor was made of weights and constants alone."""
+        return not self._depends_on_input(tensor) and _address(tensor) in self._known_constants()
+
+    def _known_constants(self) -> dict[int, list[Tensor]]:
+        if self._constants is None:
+            self._constants = {}
+            self._add_constants(t for t in self._weights() if t.layout == torch.strided)
+        return self._constants
+
+    def _add_constants(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._known_constants().setdefault(_address(tensor), []).append(tensor)
 
     def mark(self, tensor: Tensor, name: str) -> None:
         """Make `name` the only ancestor of the tensor, and so of what is computed from it."""
@@ -63,10 +85,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
-        inputs = [t for t in iter_tensors((args, *kwargs.values())) if self._depends_on_input(t)]
+        arguments = list(iter_tensors((args, *kwargs.values())))
+        inputs = [t for t in arguments if self._depends_on_input(t)]
         output = func(*args, **kwargs)
         name = operation_name(func)
-        if not inputs or name.endswith("_like") or name.startswith(("new_", "empty")):
+        makes_constants = name.endswith("_like") or name.startswith(("new_", "empty"))
+        if makes_constants or all(map(self.is_constant, arguments)):
+            self._add_constants(iter_tensors(output))
+        if makes_constants or not inputs:
             return output
         fields = [self.field(t) for t in inputs]
         ancestors = _NO_ANCESTORS.union(*(f.ancestors for f in fields))

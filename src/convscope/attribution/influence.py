@@ -1,0 +1,117 @@
+"""Tell a cut gradient from missing influence: change a layer's output, and find where gradients end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from convscope.engine import capture
+from convscope.engine.batching import pad_to_fixed_batch
+from convscope.engine.capture import ForwardResult
+from convscope.engine.isolation import exclusive_access
+from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
+from convscope.engine.nested import iter_tensors
+from convscope.engine.resume import resume_from_layer
+from convscope.errors import ConvscopeError
+
+WITHOUT_GRADIENTS = ("ablation-cam", "score-cam", "eigen-cam", "occlusion", "rise")
+"""Methods that need no gradients."""
+
+RTOL = 1e-6  # rounding of scores
+
+Scores = Callable[[ForwardResult], Tensor]
+"""Returns the scores (M, T) of a pass over M inputs."""
+
+
+def depends_on(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> Tensor:
+    """Check which scores change if a layer's output changes, by forward passes alone.
+
+    Parameters
+    ----------
+    model : Model
+    layer : Layer or None
+        None for the input.
+    x : Tensor
+        One image (1, C, H, W).
+    scores : callable
+        Returns the scores (M, T) of a pass over M inputs.
+
+    Returns
+    -------
+    Tensor of shape (T,), bool
+    """
+    x = x.detach()[:1]
+    if layer is None:
+        with torch.no_grad(), capture.capture_layers(model, []) as run:
+            pair = [scores(run(pad_to_fixed_batch(model, values)))[0] for values in (x, _changed(x))]
+    else:
+        with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run_to_layer:
+            maps = run_to_layer(pad_to_fixed_batch(model, x)).maps[layer.name][:1]
+        with resume_from_layer(model, layer.name, x) as resume:
+            pair = [scores(resume(pad_to_fixed_batch(model, values)))[0] for values in (maps, _changed(maps))]
+    before, after = pair
+    return (after - before).abs() > RTOL * before.abs()
+
+
+def _changed(values: Tensor) -> Tensor:
+    """Return other values (1, ...) of the same scale."""
+    scale = float(values.float().std()) or 1.0
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    return values + scale * noise.to(values)
+
+
+def require_gradient(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> None:
+    """Raise ConvscopeError if scores depend on a layer although no gradient reaches it.
+
+    Call it where a gradient is missing. The parameters are those of `depends_on`.
+    """
+    if not bool(depends_on(model, layer, x, scores).any()):
+        return
+    source = "the image" if layer is None else f"layer {layer.name!r}"
+    raise ConvscopeError(
+        f"no gradient reaches {source}, although the target depends on it: the graph is cut "
+        f"{_find_cut(model, layer, x)}. Methods without gradients: {', '.join(WITHOUT_GRADIENTS)}"
+    )
+
+
+def _find_cut(model: Model, layer: Layer | None, x: Tensor) -> str:
+    """Say between which layers gradients end on their way back from the output."""
+    calls: list[tuple[str, nn.Module, bool, bool]] = []  # of layers in order: whether input and output have gradients
+    modules, _ = model.modules_and_parameters()
+
+    def watch(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: object, kwargs: object, output: object) -> None:
+            calls.append((name, module, _has_gradient((args, kwargs)), _has_gradient(output)))
+
+        return record
+
+    with exclusive_access(model.module), ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
+        names = [] if layer is None else [layer.name]
+        run = stack.enter_context(capture.capture_layers(model, names, detach_at_layer=layer is not None))
+        with torch.enable_grad():
+            run(pad_to_fixed_batch(model, x.detach()[:1]).clone().requires_grad_(layer is None))
+    cut = next((call for call in calls if call[2] and not call[3]), None)
+    if cut is not None:
+        return f"inside {cut[0]!r} ({_kind(cut[1])})"
+    before = next((call[0] for call in reversed(calls) if call[3]), None)
+    last = max((i for i, call in enumerate(calls) if call[3]), default=-1)
+    after = next((call[0] for call in calls[last + 1 :]), None)
+    start = "after the input" if before is None else f"after {before!r}"
+    return f"{start}{'' if after is None else f' and before {after!r}'} (detach, or a function without a gradient)"
+
+
+def _has_gradient(value: object) -> bool:
+    return any(tensor.requires_grad for tensor in iter_tensors(value))
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module)
+    if "quantized" in kind.__module__:
+        return f"{kind.__name__}: int8 arithmetic has no gradients"
+    return f"{kind.__name__}: detach, or a function without a gradient"
