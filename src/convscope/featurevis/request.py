@@ -256,6 +256,7 @@ def _read_photograph(start: str | os.PathLike[str] | Image.Image, size: int | Si
         mean=(0.0,) * preprocessing.channels,
         std=(1.0,) * preprocessing.channels,
         resize=None,
+        transform=None,
         channel_order="RGB" if preprocessing.channel_order == "BGR" else preprocessing.channel_order,
     )
     if size is None:

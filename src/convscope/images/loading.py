@@ -26,8 +26,10 @@ from convscope.images.decoding import (
 )
 from convscope.images.geometry import Geometry
 from convscope.images.lazy import Item, LazyImages, as_item, item_names
+from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
+from convscope.images.tensor_inputs import all_finite, check_tensor, to_channels_last
 
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
 
@@ -167,7 +169,7 @@ class ImageBatchLoader:
             At the end, if no image could be used.
         """
         require_int("size", size)
-        if isinstance(self._images, Tensor) and _all_finite(self._images):
+        if isinstance(self._images, Tensor) and all_finite(self._images):
             yield from _tensor_batches(self._images, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
@@ -213,7 +215,10 @@ class ImageBatchLoader:
             item = self._items[index]
             if isinstance(item, Tensor):
                 pixels = (
-                    self.preprocessing.denormalize(self._check_tensor(item)[None])[0].permute(1, 2, 0).cpu().numpy()
+                    self.preprocessing.denormalize(check_tensor(item, self.preprocessing)[None])[0]
+                    .permute(1, 2, 0)
+                    .cpu()
+                    .numpy()
                 )
             else:
                 pixels = np.dstack([np.asarray(channel) for channel in self._channels(item, "RGB")])
@@ -248,17 +253,32 @@ class ImageBatchLoader:
     def _resize(self, item: Item) -> tuple[Array, Geometry]:
         if isinstance(item, Tensor):
             raise ConvscopeError("is a preprocessed tensor, which has no pixels")
+        if self.preprocessing.transform is not None:
+            x, geometry = self._transform(item, self.preprocessing.transform)
+            return self.preprocessing.denormalize(x[None])[0].permute(1, 2, 0).numpy(), geometry
         channels = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         resized = [FITS[self.fit](channel, self.preprocessing, self.max_pixels) for channel in channels]
         geometry = Geometry((channels[0].height, channels[0].width), resized[0][1])
         return np.dstack([pixels for pixels, _ in resized]), geometry
+
+    def _transform(
+        self, item: str | io.BytesIO | Image.Image | Array, transform: ImageTransform
+    ) -> tuple[Tensor, Geometry]:
+        """Return what the user's own transform makes of an image, and where that lies in the image."""
+        channels = self._channels(item, "RGB")
+        image = channels[0] if len(channels) == 1 else merge_floats(channels)
+        x, box = transform(image)
+        x = check_tensor(x, self.preprocessing)
+        return interpolate(x[None], self._scale)[0], Geometry((image.height, image.width), box)
 
     def _input(self, index: int) -> tuple[Tensor, Geometry]:
         """Return one image as network input (C, h, w), and its geometry; refuse another size than the first one's."""
         item = self._items[index]
         if isinstance(item, Tensor):
             geometry = Geometry.whole(item.shape[1:])
-            x = interpolate(self._check_tensor(item)[None], self._scale)[0]
+            x = interpolate(check_tensor(item, self.preprocessing)[None], self._scale)[0]
+        elif self.preprocessing.transform is not None:
+            x, geometry = self._transform(item, self.preprocessing.transform)
         else:
             values, geometry = self._resize(item)
             x = self.preprocessing.normalize(unit_pixels(values[None]))[0]
@@ -296,16 +316,6 @@ class ImageBatchLoader:
             actual = f"a tensor {tuple(images.shape)} of {images.dtype}"
             raise ConvscopeError(f"{actual}; expected a preprocessed, floating one, {self.preprocessing.shape}")
         return list(batch.detach())
-
-    def _check_tensor(self, x: Tensor) -> Tensor:
-        """Return one preprocessed image (C, H, W), signal or volume as float32; refuse others, NaN and infinity."""
-        shape = (self.preprocessing.channels, *[-1] * self.preprocessing.axes)
-        if x.ndim != len(shape) or x.shape[0] != shape[0] or not x.is_floating_point():
-            expected = self.preprocessing.shape.replace("N, ", "")
-            raise ConvscopeError(
-                f"is a tensor {tuple(x.shape)} of {x.dtype}; expected a preprocessed, floating one, {expected}"
-            )
-        return _finite(x.detach())
 
     def _split_array(self, images: Array) -> list[Item]:
         if self._is_one_image(images.shape):
@@ -379,21 +389,3 @@ def _tensor_batches(x: Tensor, size: int, scale: float) -> Iterator[Batch]:
     for first in range(0, len(x), size):
         part = to_channels_last(interpolate(x[first : first + size].detach().float(), scale))
         yield Batch(tuple(range(first, first + len(part))), part, (geometry,) * len(part))
-
-
-def to_channels_last(x: Tensor) -> Tensor:
-    """Return images in channels_last memory format and everything else contiguous: the fastest layouts."""
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
-
-
-def _all_finite(x: Tensor) -> bool:
-    """Return whether there are values and all of them are finite."""
-    # One reduction is faster than an elementwise test, and any NaN or infinity carries over into the sum.
-    return x.numel() > 0 and bool(x.detach().sum(dtype=torch.float32).isfinite())
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Return a preprocessed image (C, H, W), signal or volume as float32; refuse NaN and infinity."""
-    if not _all_finite(x):
-        raise ConvscopeError("holds NaN or infinity" if x.numel() else "has no pixels")
-    return x.float()

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError, nearest
+from convscope.images.decoding import unit_pixels
+from convscope.images.pipelines import (
+    ImageTransform,
+    as_transform,
+    is_pipeline,
+    measure_values,
+    read_pipeline,
+    smooth_test_image,
+    with_notes,
+)
 from convscope.images.processors import is_processor, read_processor
+from convscope.images.resizing import FITS
 
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _CHANNELS = {"RGB": 3, "BGR": 3, "L": 1, "channels": None}
+MAX_LEVELS = 2  # of 255 by which two implementations of a resize may differ
 _TIMM_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _TORCHVISION_ATTRIBUTES = ("crop_size", "resize_size", "mean", "std", "interpolation")
 
@@ -38,6 +51,8 @@ class Preprocessing:  # numpydoc ignore=PR02
         "L": one gray channel. "channels": images come as arrays with exactly that many channels.
     resize : int, optional
         The shorter side before the centre crop of ``fit="crop"``; by default the longer side of `size` / 0.875.
+    transform : ImageTransform, optional
+        A function that makes the network's input of an image, instead of all this: see `Preprocessing.of`.
 
     Raises
     ------
@@ -58,6 +73,7 @@ class Preprocessing:  # numpydoc ignore=PR02
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     channel_order: str = "RGB"
     resize: int | None = None
+    transform: ImageTransform | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         def assign(name: str, value: object, valid: bool, expected: str) -> None:
@@ -153,9 +169,13 @@ class Preprocessing:  # numpydoc ignore=PR02
 
         Parameters
         ----------
-        value : Preprocessing, mapping, torchvision preset or image processor of transformers
-            A mapping has the names of the fields, where ``channels`` may give their number, or is a data config of timm
-            (its `crop_mode` is ignored: ``fit="crop"`` is the centre crop).
+        value : Preprocessing, mapping, torchvision preset, image processor of transformers, or pipeline
+            A pipeline is a Compose of torchvision (both versions), timm or albumentations, or any function that returns
+            the network's input (C, H, W) for a PIL image. It is read where its steps are known (resize, centre crop,
+            grayscale, normalize) and the reading gives the same input to rounding. Otherwise it is called for each
+            image; where its output lies in the image is measured. A mapping has the names of the fields, where
+            ``channels`` may give their number, or is a data config of timm (its `crop_mode` is ignored: ``fit="crop"``
+            is the centre crop).
 
         Raises
         ------
@@ -170,13 +190,18 @@ class Preprocessing:  # numpydoc ignore=PR02
             return cls(**_infer_channels(_from_mapping(value)))
         if all(hasattr(value, name) for name in _TORCHVISION_ATTRIBUTES):
             return cls(**_infer_channels(_from_torchvision(value)))
+        if is_pipeline(value):
+            return _from_pipeline(value)
         names = ", ".join(field.name for field in fields(cls))
-        forms = f"a mapping with {names}, a timm data config, a torchvision preset or a transformers image processor"
-        raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {forms}")
+        forms = f"a mapping with {names}, a timm data config, a torchvision preset, a transformers image processor"
+        raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {forms} or a function")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values; `Preprocessing.of` reads them back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Return the fields as JSON values; `Preprocessing.of` reads them back, except a transform."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        transform = values.pop("transform")
+        named = {} if transform is None else {"transform": transform.name}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()} | named
 
     def __str__(self) -> str:
         def short(values: tuple[float, ...]) -> str:
@@ -185,7 +210,8 @@ class Preprocessing:  # numpydoc ignore=PR02
         order = f"with {self.channels} channels" if self.channel_order == "channels" else self.channel_order
         limits = f"{self.range[0]:g}..{self.range[1]:g}, mean {short(self.mean)}, std {short(self.std)}"
         size = " x ".join(map(str, self.size))
-        return f"{size} {order}, {self.interpolation}, {limits}" if self.axes == 2 else f"{size} {order}, {limits}"
+        method = self.interpolation if self.transform is None else f"by {self.transform.name}"
+        return f"{size} {order}, {method}, {limits}" if self.axes == 2 else f"{size} {order}, {limits}"
 
 
 def _numbers(value: object) -> tuple[float, ...]:
@@ -206,7 +232,7 @@ def _from_mapping(config: Mapping[Any, Any]) -> dict[str, Any]:
         if key not in keys:
             raise ConvscopeError(f"preprocessing: {key!r} is not known; nearest: {nearest(str(key), keys)}")
     if "input_size" not in config:
-        return dict(config)
+        return {key: value for key, value in config.items() if key != "transform" or not isinstance(value, str)}
     shape, fraction = _numbers(config["input_size"]), _numbers(config.get("crop_pct") or 0.875)
     if len(shape) != 3 or len(fraction) != 1:
         actual = f"input_size is {config['input_size']!r} and crop_pct is {config.get('crop_pct')!r}"
@@ -224,6 +250,36 @@ def _from_torchvision(preset: Any) -> dict[str, Any]:
     settings["size"] = size[0] if len(size) == 1 else preset.crop_size
     settings["resize"] = int(resize[0]) if len(resize) == 1 else resize
     return settings
+
+
+def _from_pipeline(pipeline: object) -> Preprocessing:
+    """Read a pipeline, if the reading gives the same input; else return one that calls it."""
+    read = read_pipeline(pipeline)
+    transform = as_transform(pipeline)
+    if read is not None and _agrees(dict(read), transform):
+        return Preprocessing(**_infer_channels(dict(read)))
+    measured, is_linear = measure_values(transform)
+    if read is not None and _agrees({**read, **measured, "size": read["size"]}, transform):
+        return Preprocessing(**{**read, **measured, "size": read["size"]})
+    return Preprocessing(**measured, transform=with_notes(transform, is_linear))
+
+
+def _agrees(settings: dict[str, Any], transform: ImageTransform) -> bool:
+    """Return whether a reading of a pipeline gives the same input, up to the rounding of interpolation."""
+    try:
+        preprocessing = Preprocessing(**_infer_channels(settings))
+    except ConvscopeError:  # such as a crop that is larger than what it is cut out of
+        return False
+    image = smooth_test_image()
+    expected, _ = transform(image)
+    fit = "squash" if preprocessing.resize is None else "crop"
+    gray = preprocessing.channel_order == "L"
+    pixels, _ = FITS[fit](image.convert("L") if gray else image, preprocessing, image.width * image.height * 16)
+    x = preprocessing.normalize(unit_pixels(pixels.copy().reshape(1, *pixels.shape[:2], -1)))[0]
+    if x.shape != expected.shape:
+        return False
+    levels = (x - expected).abs() * 255 * torch.tensor(preprocessing.std).view(-1, 1, 1) / preprocessing.range[1]
+    return float(levels.max()) <= MAX_LEVELS and float(levels.mean()) <= MAX_LEVELS / 4
 
 
 def _infer_channels(settings: dict[str, Any]) -> dict[str, Any]:

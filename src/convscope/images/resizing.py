@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.images.decoding import Array
-from convscope.images.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from convscope.images.preprocessing import Preprocessing
 
 Box: TypeAlias = tuple[float, float, float, float]
 

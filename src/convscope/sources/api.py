@@ -73,9 +73,11 @@ def load(
     weights : str or path, optional
         "default" (the source's own, downloaded if need be), "random", or a file of weights (.safetensors, .pth, .keras,
         .weights.h5), for models made by name.
-    preprocessing : Preprocessing or mapping, optional
-        A `Preprocessing`, a mapping of its fields, timm's data config or torchvision's preset. Default: what the source
-        specifies; otherwise an assumption that `Model.notes` states.
+    preprocessing : Preprocessing, mapping, pipeline or function, optional
+        A `Preprocessing`, a mapping of its fields, timm's data config, torchvision's preset, an image processor of
+        transformers, a Compose of torchvision, timm or albumentations, or a function that returns the network's input
+        (C, H, W) for a PIL image. Default: what the source specifies; otherwise an assumption that `Model.notes`
+        states.
     classes : sequence of str, optional
         Names of the classes, in order. Default: what the source specifies, or none.
     device : str or torch.device, optional
@@ -120,6 +122,8 @@ def load(
     explicit = None if preprocessing is None else Preprocessing.of(preprocessing)
     _check_output_options(task, output, forward, grid, template)
     spec = _make_spec(source, weights)
+    if explicit is not None and explicit.transform is not None:
+        spec.notes += explicit.transform.notes
     if forward is not None:
         spec.adapter = spec.adapter.with_forward(forward)
     if weights == "random":
