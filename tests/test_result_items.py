@@ -121,3 +121,45 @@ def test_stories_are_indexed_by_layer(model):
     story = convscope.story(model, ["0", "1"], units=2, num_displayed=1)
     assert [s.chapters[0].layer for s in story] == ["0", "1"]
     assert story["1"].table() == story.table()[1:]
+
+
+def test_status_of_patterns(model):
+    patterns = convscope.patterns(model, "0", [0, 1, 2, 3], steps=2, size=16)
+    marked = dataclasses.replace(
+        patterns,
+        scores=np.array([0, 0, 0.5, 2], np.float32),
+        noise_scores=np.array([0, 0, 1, 1], np.float32),
+        history=np.array([[0, 0, 1, 1], [0, 3, 1, 1]], np.float32),
+    )
+    assert marked.status == ("dead", "stuck", "not above noise", "")
+    assert [row["status"] for row in marked.rows()] == list(marked.status)
+    assert marked.text_files()["units.csv"].splitlines()[1] == "0,0 0,0.0,0.0,dead"
+    assert dataclasses.replace(marked, noise_scores=None).status == ("dead", "", "", "")
+    referred = dataclasses.replace(patterns, reference_scores=np.array([-1, 0, 2, 4], np.float32))
+    ratios = [line.split(",")[-2] for line in referred.text_files()["units.csv"].splitlines()[1:]]
+    assert ratios[:2] == ["", ""]
+    assert float(ratios[3]) == pytest.approx(patterns.scores[3] / 4)
+
+
+def test_overlays_that_show_nothing_are_noted(model):
+    """A spot that is lost when the map is resized to a small image, and one that remains."""
+    from convscope.attribution.api import quality_notes
+    from convscope.images.geometry import Geometry
+
+    maps = torch.full((2, 1, 9, 9), -1.0)
+    maps[0, 0, 0, 1] = 0.25  # between the positions that a 3 x 3 image shows
+    maps[1, 0, 4, 4] = 0.25  # the centre of the image
+    small, large = Geometry.whole((3, 3)), Geometry.whole((900, 900))
+    names, images = [["a"], ["b"]], ["x", "y"]
+    assert [note[:4] for note in quality_notes(maps, names, images, "0", [small, small])] == ["x, a"]
+    assert quality_notes(maps, names, images, "0", [large, large]) == []
+    dots = torch.zeros((1, 1, 200, 200))
+    dots[0, 0, 7, 7] = 1  # at the input the maximum is a quantile, which leaves a single pixel out
+    (note,) = quality_notes(dots, [["a"]], ["x"], "input", [Geometry.whole((200, 200))])
+    assert "no positive evidence is left in the overlay" in note
+
+
+def test_contrasts_are_in_the_manifest(model, images):
+    heatmaps = convscope.heatmaps(model, images, "a", against=["b", "c"])
+    assert heatmaps.parameters()["against"] == [["b", "c"]] * 3
+    assert convscope.heatmaps(model, images).parameters()["against"] is None

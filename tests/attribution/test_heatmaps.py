@@ -362,7 +362,9 @@ def test_zero_map_is_noted_and_stays_zero() -> None:
         (overlays,) = actual.overlay(alpha=0.3, colormap="inferno")
         zero = 0.7 * image + 0.3 * lookup_table("inferno")[0]
         assert np.abs(np.asarray(overlays) - zero).max() <= 0.5 + 1e-4  # rounded to 8 bits, from float32
-    assert convscope.heatmaps(model, image, "c", layer="used").notes == ()
+    used = convscope.heatmaps(model, image, "c", layer="used")
+    assert used.values.max() > 0 >= used.resized()[0].max()  # so that its overlay shows nothing
+    assert [note.partition(":")[2][:24] for note in used.notes] == [" no positive evidence is"]
 
 
 def test_infinite_gradient_raises() -> None:

@@ -268,9 +268,9 @@ def test_scores_relative_to_noise_and_natural_images(photos: list[str], tmp_path
     done(*plain, tmp_path / "without")
     done(*plain, tmp_path / "with", "--reference", photos[0], "--reference", photos[1])
     header, *_ = (tmp_path / "without" / "units.csv").read_text().splitlines()
-    assert header == "unit,name,score,noise_score"
+    assert header == "unit,name,score,noise_score,status"
     rows, saved = list(csv.DictReader((tmp_path / "with" / "units.csv").open())), arrays(tmp_path / "with")
-    assert list(rows[0]) == ["unit", "name", "score", "noise_score", "reference_score", "relative_score"]
+    assert list(rows[0]) == ["unit", "name", "score", "noise_score", "reference_score", "relative_score", "status"]
     assert [(row["unit"], row["name"]) for row in rows] == [("1", "conv2 1"), ("4", "conv2 4"), ("11", "conv2 11")]
     for column, array in (
         ("score", "scores"),

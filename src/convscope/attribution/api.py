@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
 from convscope.attribution.registry import METHODS, get_method, method_options
-from convscope.attribution.result import Heatmaps
+from convscope.attribution.result import Heatmaps, is_drawn_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
 from convscope.datasets.image_inputs import open_images
@@ -281,26 +282,36 @@ def _collect(
         extras=extras,
         notes=(
             *loader.notes,
-            *quality_notes(values, job.targets.names(classes, indices), image_names, spec.layer_name),
+            *quality_notes(values, job.targets.names(classes, indices), image_names, spec.layer_name, geometry),
         ),
         failed=tuple(loader.failed),
     )
 
 
 def quality_notes(
-    maps: Tensor, target_names: Sequence[Sequence[str]], image_names: Sequence[str], layer: str
+    maps: Tensor,
+    target_names: Sequence[Sequence[str]],
+    image_names: Sequence[str],
+    layer: str,
+    geometry: Sequence[Geometry],
 ) -> list[str]:
-    """Describe maps (N, T, ...) without positive evidence, which an overlay shows as nothing."""
+    """Describe maps (N, T, ...) of which an overlay shows nothing, or the same everywhere."""
     source = "the image" if layer == "input" else "this layer"
     flat = maps.flatten(2)
     low, high = flat.amin(2), flat.amax(2)
+    at_input = layer == "input" and maps.ndim == 4
     notes = []
-    for n, t in ((high <= 0) | (low == high)).nonzero().tolist():
+    for n, t in product(range(maps.shape[0]), range(maps.shape[1])):
         name = f"{image_names[n]}, {target_names[n][t]}"
         if low[n, t] == high[n, t] == 0:
             notes.append(f"{name}: the map is zero everywhere; {source} has no influence on the target")
         elif low[n, t] == high[n, t]:
             notes.append(f"{name}: the map is {high[n, t]:.3g} everywhere; no position has more evidence than another")
-        else:
+        elif high[n, t] <= 0:
             notes.append(f"{name}: the map is negative everywhere; {source} is evidence against the target")
+        elif is_drawn_blank(maps[n, t], geometry[n], at_input):
+            notes.append(
+                f"{name}: no positive evidence is left in the overlay: few positions are positive, at most "
+                f"{high[n, t]:.3g}, and they vanish at the size of the image"
+            )
     return notes

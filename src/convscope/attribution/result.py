@@ -21,6 +21,7 @@ from convscope.images.loading import ImageBatchLoader
 from convscope.result_items import IndexedResult, ItemKey
 from convscope.results import format_csv, unique_file_names
 
+PREVIEW_SIDE = 128  # pixels of the longer side of the small image on which maps are checked first
 INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
 
 
@@ -207,7 +208,25 @@ class Heatmaps(IndexedResult):
             "image_names": self.image_names,
             "targets": self.targets.tolist(),
             "classes": self.names,
+            "against": self.target_spec.against_names(self.image_indices),
         }
+
+
+def is_drawn_blank(heatmap: Tensor, geometry: Geometry, at_input: bool) -> bool:
+    """Return whether the overlay of a map (h, w) shows nothing, after it is smoothed and resized.
+
+    The map is first resized to a small image; only where nothing is left of it there, to the image itself.
+    """
+    maps = _smooth(heatmap[None]) if at_input else heatmap[None]
+    longest = max(geometry.image_size)
+    sides = tuple(max(1, side * PREVIEW_SIDE // longest) for side in geometry.image_size)
+    scales = [small / side for small, side in zip(sides, geometry.image_size, strict=True)]
+    small = Geometry(sides, tuple(edge * scale for edge, scale in zip(geometry.box, scales * 2, strict=True)))
+    for candidate in (small, geometry) if longest > PREVIEW_SIDE else (geometry,):
+        resized = candidate.to_original(maps)[0].numpy()
+        if _scale_to_unit(resized, INPUT_QUANTILE if at_input else 1).any():
+            return False
+    return True
 
 
 def _scale_to_unit(heatmap: np.ndarray, quantile: float) -> np.ndarray:

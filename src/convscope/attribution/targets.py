@@ -70,10 +70,16 @@ class TargetSpec:
         names = [[self.model.class_name(int(c)) for c in row] for row in classes]
         if self.against is None:
             return names
-        contrasts = [" and ".join(self.model.class_name(int(c)) for c in row) for row in self.against[list(indices)]]
+        contrasts = [" and ".join(row) for row in self.against_names(indices) or ()]
         return [
             [f"{name} rather than {contrast}" for name in row] for row, contrast in zip(names, contrasts, strict=True)
         ]
+
+    def against_names(self, indices: Sequence[int]) -> list[list[str]] | None:
+        """Name the classes whose logits are subtracted for the images `indices`; None if there are none."""
+        if self.against is None:
+            return None
+        return [[self.model.class_name(int(c)) for c in row] for row in self.against[list(indices)]]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from convscope.featurevis.scoring import (
     reference_baseline,
 )
 from convscope.featurevis.task import OptimizationTask
+from convscope.formatting import count_of
 from convscope.images.loading import Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
@@ -305,6 +306,11 @@ def _collect(
     notes = quality_notes(
         request.display_names(job.model), result.scores, noise_scores, result.unit_notes, result.confidence
     )
+    if reference_scores is not None and (negative := int((reference_scores <= 0).sum())):
+        notes.append(
+            f"relative scores are left out for {count_of(negative, 'unit')}: the highest score on the reference images "
+            "is not positive"
+        )
     return Patterns(
         job.model,
         images=channels_last(result.output.images),

@@ -113,6 +113,7 @@ class Patterns(IndexedResult):
         for name, scores in (("noise_score", self.noise_scores), ("reference_score", self.reference_scores)):
             if scores is not None:
                 columns[name] = scores.tolist()
+        columns["status"] = self.status
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _title(self) -> str:
@@ -120,6 +121,20 @@ class Patterns(IndexedResult):
         kind = "objective" if self.objectives else "unit"
         count = count_of(len(self.units), kind)
         return f"{count} of {self.layer}, {self.recipe}, {self.steps} steps, {height} x {width} pixels"
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """What is wrong with each pattern, U strings; "" for those that show what their unit responds to.
+
+        "dead": the unit was never active, so that it has no pattern. "stuck": it was active during the optimisation,
+        but not on the finished image. "not above noise": its score is not above the one on images of noise.
+        """
+        was_active = self.history.any(0) if len(self.history) else np.ones(len(self.scores), bool)
+        below_noise = (
+            np.zeros(len(self.scores), bool) if self.noise_scores is None else self.scores <= self.noise_scores
+        )
+        conditions = [(self.scores == 0) & ~was_active, (self.scores == 0) & below_noise, below_noise]
+        return tuple(np.select(conditions, ["dead", "stuck", "not above noise"], "").tolist())
 
     def text_files(self) -> dict[str, str]:
         """Return ``units.csv`` (scores and baselines) and ``sprites.json`` (positions in the sprite sheet)."""
@@ -131,9 +146,9 @@ class Patterns(IndexedResult):
             columns["noise_score"] = self.noise_scores
         if self.reference_scores is not None:
             columns["reference_score"] = self.reference_scores
-            with np.errstate(divide="ignore", invalid="ignore"):
-                columns["relative_score"] = self.scores / self.reference_scores
-        return format_csv(columns)
+            pairs = zip(self.scores, self.reference_scores, strict=True)
+            columns["relative_score"] = [score / best if best > 0 else "" for score, best in pairs]
+        return format_csv({**columns, "status": self.status})
 
     def _sprite_sheet(self) -> dict[str, object]:
         height, width = self.images.shape[1:3]
