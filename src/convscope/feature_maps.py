@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, overload
 import numpy as np
 import torch
 
+from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes
@@ -124,6 +125,7 @@ def is_constant_channel(maps: np.ndarray) -> np.ndarray:
 
 
 @warns_of_failures
+@check_arguments
 def activations(
     model: ModelLike,
     images: object,
@@ -289,6 +291,7 @@ class Predictions(IndexedResult):
 
 
 @warns_of_failures
+@check_arguments
 def predict(
     model: ModelLike,
     images: object,

@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.fusion import FUSIONS
@@ -31,6 +32,7 @@ from convscope.sources.coercion import ModelLike, as_model
 
 
 @warns_of_failures
+@check_arguments
 def heatmaps(
     model: ModelLike,
     images: object,

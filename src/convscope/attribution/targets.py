@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
@@ -188,6 +189,7 @@ def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int 
     return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
+@check_arguments
 def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     """Define the target "class `label` inside a region" for a segmentation network.
 
@@ -241,6 +243,7 @@ def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     return score
 
 
+@check_arguments
 def output_target(name: str | int, label: int) -> ScoreFunction:
     """Define the target "class `label` of output `name`" for a network with several outputs.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.engine.batching import MEMORY
 from convscope.engine.capture import capture_layers
 from convscope.engine.layer_selection import LayerLike
@@ -49,6 +50,7 @@ Callback = Callable[[int, np.ndarray], None]
 
 
 @warns_of_failures
+@check_arguments
 def patterns(
     model: ModelLike,
     layer: LayerLike | Objective | Sequence[Objective],

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from convscope.arguments import check_arguments
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
@@ -126,6 +127,7 @@ class Story(IndexedResult):
 
 
 @warns_of_failures
+@check_arguments
 def story(
     model: ModelLike,
     layers: LayerLike | Sequence[LayerLike] | None = None,

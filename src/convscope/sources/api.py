@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from convscope.arguments import check_arguments
 from convscope.engine.adapters import ForwardFunction
 from convscope.engine.capture import VIEW_ERROR
 from convscope.engine.model import Model
@@ -47,6 +48,7 @@ ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
 COMMON_SIZES = (224, 32, 28, 64, 96, 128, 160, 192, 227, 240, 256, 299, 384, 512)
 
 
+@check_arguments
 def load(
     source: object,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convscope.arguments import check_arguments
 from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from convscope.decomposition.result import Atlas, Concepts
 
 
+@check_arguments
 def open_store(folder: str | os.PathLike[str], storage: Mapping[str, object] | None = None) -> Store:
     """Open a store that `convscope.scan` has written.
 
