@@ -184,6 +184,8 @@ def activations(
     if scaling not in SCALINGS:
         raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
     model = as_model(model)
+    if not len(model.layers):
+        raise ConvscopeError(f"{model.name} shows no layers: it is a function or a TorchScript program")
     selected = (
         last_per_resolution(model) if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
     )
@@ -359,6 +361,7 @@ def predict(
     'Egyptian cat'
     """
     model = as_model(model)
+    model.require_scores()
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
     indices: list[int] = []

@@ -15,7 +15,7 @@ from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
-from convscope.attribution.registry import METHODS, get_method, method_options
+from convscope.attribution.registry import METHODS, ModelMethod, get_method, method_options
 from convscope.attribution.result import Heatmaps, is_drawn_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
@@ -24,6 +24,7 @@ from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
+from convscope.engine.probe import STOCHASTIC_NOTE
 from convscope.errors import ConvscopeError, find_name, warns_of_failures
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
@@ -171,6 +172,8 @@ def resolve_method(
     method, settings = get_method(name), method_options(name, options)
     if fuse not in FUSIONS:
         raise ConvscopeError(f"fuse is {fuse!r}; expected one of {', '.join(FUSIONS)}")
+    if not isinstance(method, ModelMethod) or method.needs_gradient:
+        model.require_gradients(f"method {name!r}")
     if method.at_input:
         if layer not in (None, "auto", "input"):
             raise ConvscopeError(f"{name} works at the input and takes no layer; got layer {layer!r}")
@@ -284,6 +287,7 @@ def _collect(
         extras=extras,
         notes=(
             *loader.notes,
+            *[note for note in job.model.notes if note == STOCHASTIC_NOTE],
             *quality_notes(values, job.targets.names(classes, indices), image_names, spec.layer_name, geometry),
         ),
         failed=tuple(loader.failed),

@@ -50,6 +50,8 @@ class ModelMethod:
         Whether its maps lie on the input rather than on a layer.
     signed : bool
         Whether negative values are evidence against the target by the method's definition, and drawn as such.
+    needs_gradient : bool
+        Whether it needs gradients or layers, which functions as models do not have.
     check : callable or None
         ``check(**options)`` validates the options before the network runs; raises ``ConvscopeError``.
     """
@@ -58,6 +60,7 @@ class ModelMethod:
     at_input: bool = True
     signed: bool = False
     check: Callable[..., None] | None = None
+    needs_gradient: bool = True
 
 
 Method = CamMethod | ModelMethod
@@ -86,8 +89,10 @@ METHODS: dict[str, Method] = {
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
-    "occlusion": ModelMethod(perturbation.occlusion, signed=True, check=perturbation.check_occlusion),
-    "rise": ModelMethod(rise.rise, check=rise.check_rise),
+    "occlusion": ModelMethod(
+        perturbation.occlusion, signed=True, check=perturbation.check_occlusion, needs_gradient=False
+    ),
+    "rise": ModelMethod(rise.rise, check=rise.check_rise, needs_gradient=False),
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }

@@ -331,6 +331,7 @@ def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | No
     ConvscopeError
         For anything else, and for unknown classes.
     """
+    model.require_scores()
     if targets is None:
         return None
     if isinstance(targets, np.ndarray | Tensor):

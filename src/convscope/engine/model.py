@@ -58,6 +58,10 @@ class Model:
         Whether passes may be accelerated; those of a user's own module never are.
     reader : OutputReader
         How class scores are read from what the network returns.
+    differentiable : bool
+        Whether gradients pass through the network.
+    is_stochastic : bool
+        Whether the network gives another output each time it runs.
 
     Examples
     --------
@@ -87,6 +91,8 @@ class Model:
     contiguous_input: bool = False
     accelerate: bool = True
     reader: OutputReader = field(default_factory=OutputReader)
+    differentiable: bool = True
+    is_stochastic: bool = False
 
     @property
     def task(self) -> str:
@@ -150,6 +156,19 @@ class Model:
         end in one; the exponential where the network returns probabilities.
         """
         return self.reader.probabilities(logits, self.final_activation)
+
+    def require_scores(self) -> None:
+        """Raise ConvscopeError if it is not known which part of the output holds scores."""
+        if self.num_outputs is None:
+            raise ConvscopeError(self.reader.unreadable or f"{self.name} returns no scores of classes")
+
+    def require_gradients(self, purpose: str) -> None:
+        """Raise ConvscopeError if no gradients pass through the network; `purpose` names what needs them."""
+        if not self.differentiable:
+            raise ConvscopeError(
+                f"{purpose} needs gradients or layers, and {self.name} is a function that has none; "
+                "heatmaps by method='rise' or 'occlusion' work"
+            )
 
     def losses(self, logits: Tensor) -> Tensor | None:
         """Return the cross-entropy (N, K) of logits for each class; None unless exactly one class is right."""

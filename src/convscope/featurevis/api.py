@@ -154,6 +154,7 @@ def patterns(
     ((1, 64, 64, 3), ['lesser panda'])
     """
     model = as_model(model)
+    model.require_gradients("patterns")
     recipe_name, recipe = find_recipe(recipe, start is not None, space)
     request = parse_request(model, layer, units, recipe_name, recipe)
     settings = parse_settings(

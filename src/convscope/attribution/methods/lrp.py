@@ -166,7 +166,9 @@ def _zennit_rules() -> ModuleType:
 def _propagate(context: MethodContext, rule: RuleForLayer) -> tuple[Tensor, Extras]:
     """Propagate the scores to the input of a copy of the network in which every layer follows its rule."""
     if context.model.adapter.name != "torch":
-        raise ConvscopeError("lrp needs a network of PyTorch layers; this is a Keras model: use full-grad instead")
+        kind = {"keras": "a Keras model: use full-grad", "torchscript": "TorchScript: use integrated-gradients"}
+        name = context.model.adapter.name
+        raise ConvscopeError(f"lrp needs a network of PyTorch layers; this is {kind.get(name, name)} instead")
     x, size = context.x, grad_batch_size(context)
     module = copy.deepcopy(context.model.module)
     maps: list[Tensor] = []
