@@ -102,7 +102,7 @@ def test_scans_store_the_probabilities_of_the_task(tmp_path: Any) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)
     model = load_model(net, task="multilabel")
     store = convscope.scan(model, list(images), tmp_path / "store")
-    stored = [store.image(i).probabilities[0] for i in range(3)]
+    stored = [store.image(i).predictions[0].probability for i in range(3)]
     np.testing.assert_allclose(stored, convscope.predict(model, images, 1).probabilities[:, 0], rtol=1e-4)
 
 
@@ -244,7 +244,7 @@ def test_networks_that_take_something_else_are_told_forward() -> None:
 def test_weights_without_values_are_refused() -> None:
     with torch.device("meta"):
         net = SmallConvNet()
-    with pytest.raises(ConvscopeError, match="'conv1.weight' of SmallConvNet is on the meta device"):
+    with pytest.raises(ConvscopeError, match=r"'conv1\.weight' of SmallConvNet is on the meta device"):
         load_model(net)
 
 

@@ -121,7 +121,7 @@ def _rows(heatmaps: Heatmaps) -> list[tuple[str, ...]]:
     columns = (heatmaps.image_names, heatmaps.names, heatmaps.probabilities, heatmaps.logits)
     files = iter(heatmaps.file_names())
     return [
-        (image, name, f"{probability:.1%}", f"{logit:.2f}", next(files))
+        (image, name, heatmaps.model.format_score(probability), f"{logit:.2f}", next(files))
         for image, names, probabilities, logits in zip(*columns, strict=True)
         for name, probability, logit in zip(names, probabilities, logits, strict=True)
     ]

@@ -53,7 +53,7 @@ def predict(
 def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
     columns = (predictions.image_names, predictions.probabilities, predictions.names, predictions.indices)
     return [
-        (image, f"{probability:.1%}", name, str(index))
+        (image, predictions.model.format_score(probability), name, str(index))
         for image, probabilities, names, indices in zip(*columns, strict=True)
         for probability, name, index in zip(probabilities, names, indices, strict=True)
     ]
@@ -61,11 +61,12 @@ def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
 
 def _as_json(predictions: Predictions) -> list[dict[str, object]]:
     columns = (predictions.image_names, predictions.indices, predictions.names, predictions.probabilities)
+    score = predictions.model.score_name
     return [
         {
             "image": image,
             "classes": [
-                {"index": int(index), "name": name, "probability": float(probability), "logit": float(logits[index])}
+                {"index": int(index), "name": name, score: float(probability), "logit": float(logits[index])}
                 for index, name, probability in zip(indices, names, probabilities, strict=True)
             ],
         }

@@ -176,9 +176,20 @@ class Model:
             return None
         return -self.reader.log_probabilities(logits, self.final_activation)
 
+    @property
+    def score_name(self) -> str:
+        """What `probabilities` returns: "probability", or "value" for a network that computes values."""
+        return "value" if self.has_values else "probability"
+
+    def format_score(self, score: float) -> str:
+        """Format a probability as a percentage, or a value as it is."""
+        return f"{score:.4g}" if self.has_values else f"{score:.1%}"
+
     def class_name(self, index: int) -> str:
-        """Return the name of a class, or "class 7" where names are unknown."""
-        return self.classes[index] if self.classes is not None else f"class {index}"
+        """Return the name of a class, or "class 7" where names are unknown; "output 7" where outputs are values."""
+        if self.classes is not None:
+            return self.classes[index]
+        return f"output {index}" if self.has_values else f"class {index}"
 
     def class_index(self, target: int | str) -> int:
         """Return the index of a class given by index or by name; case and underscores do not matter.
