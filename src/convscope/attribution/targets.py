@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -124,6 +124,11 @@ class BatchTargets:
             return scores
         against = self.against if rows is None else self.against[rows]
         return scores - outputs.logits.gather(1, against).mean(1, keepdim=True)
+
+    def of_image(self, image: int, count: int) -> BatchTargets:
+        """Return the targets of one image for `count` copies of it."""
+        rows = [image] * count
+        return replace(self, classes=self.classes[rows], against=None if self.against is None else self.against[rows])
 
     def logits(self, outputs: ForwardResult) -> Tensor:
         """Return the targets' logits (B, T) without subtracting `against`; for functions, their values."""

@@ -191,6 +191,7 @@ def _propagate(context: MethodContext, rule: RuleForLayer) -> tuple[Tensor, Extr
                 with LrpMode():
                     outputs = run(leaf.clone())
                 scores = context.targets.scores(outputs, torch.arange(images.start, images.stop, device=x.device))
+            context.require_gradient(scores)
             if images.start == 0:
                 _require_close(unmerged_scores[: len(scores)], scores)
             relevance = torch.stack([r.sum(1) for r in _backward_relevance(leaf, outputs, scores)], 1)
