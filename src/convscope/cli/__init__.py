@@ -52,7 +52,7 @@ def main() -> None:
     sys.path.append(os.getcwd())  # where a user's package.module:factory is found
     warnings.simplefilter("ignore", ConvscopeWarning)  # commands print notes and failures themselves
     try:
-        app()
+        app(prog_name="convscope")
     except ConvscopeError as error:
         if is_verbose():
             traceback.print_exc()

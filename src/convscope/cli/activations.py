@@ -10,7 +10,7 @@ import typer
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, choice
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import split_commas
+from convscope.cli.parsing import open_image_arguments, split_commas
 
 
 @command()
@@ -35,13 +35,14 @@ def activations(
     """Write the feature maps of layers as image grids."""
     import convscope
 
+    inputs = open_image_arguments(images)
     network = network_options.load(model)
     every_layer = [layer.name for layer in network.layers.unique_spatial()] if layers == "all" else None
     names = None if layers is None else every_layer or split_commas(layers)
     with progress_bar("activations") as progress:
         result = convscope.activations(
             network,
-            images,
+            inputs,
             names,
             fit=reading.fit,
             scaling=scaling,

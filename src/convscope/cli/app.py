@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, Signature
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 
 from convscope.cli import output
 from convscope.cli.parsing import require_installed
+from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "activations"),
@@ -125,7 +127,9 @@ def _with_shared_options(function: Callable[..., None], extra: str | None, packa
     parameters += [_keyword("quiet", Quiet, False), _keyword("verbose", Verbose, False)]
 
     def call(context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
-        with output.settings(quiet=quiet, verbose=verbose, argument_names=_argument_names(context)):
+        names = _argument_names(context)
+        with output.settings(quiet=quiet, verbose=verbose, argument_names=names), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvscopeWarning)  # `output.finish` prints notes and failures
             if extra is not None:
                 require_installed(package, extra)
             for name, group in groups.items():

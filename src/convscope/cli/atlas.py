@@ -10,7 +10,7 @@ import typer
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_store_in
+from convscope.cli.parsing import open_image_arguments, open_store_in
 
 
 @command(extra="atlas", package="umap")
@@ -23,11 +23,15 @@ def atlas(
     target: Annotated[
         str | None, typer.Option(metavar="CLASS", help="A class: only activations that are evidence for it.")
     ] = None,
-    grid: Annotated[int, typer.Option(min=1, help="Cells per side.")] = 12,
-    positions_per_image: Annotated[int, typer.Option("--positions", min=1, help="Random positions per image.")] = 4,
-    min_count: Annotated[int, typer.Option(min=1, help="Minimum number of activations in a cell with an icon.")] = 4,
-    size: Annotated[int, typer.Option(min=1, help="Side of an icon in pixels.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient ascent per icon.")] = 96,
+    grid: Annotated[int, typer.Option(metavar="N", min=1, help="Cells per side.")] = 12,
+    positions_per_image: Annotated[
+        int, typer.Option("--positions", metavar="N", min=1, help="Random positions per image.")
+    ] = 4,
+    min_count: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Minimum number of activations in a cell with an icon.")
+    ] = 4,
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Side of an icon in pixels.")] = 128,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of gradient ascent per icon.")] = 96,
     seed: Seed = 0,
     *,
     reading: ImageOptions,
@@ -41,12 +45,13 @@ def atlas(
     """
     import convscope
 
+    inputs = open_image_arguments(images)
     network = network_options.load(model)
     store = open_store_in(out, network)
     with progress_bar("atlas") as progress:
         result = convscope.atlas(
             network,
-            images,
+            inputs,
             layer=layer,
             target=target,
             grid=grid,

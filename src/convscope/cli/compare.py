@@ -29,7 +29,14 @@ from convscope.cli.options import (
     Wide,
 )
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import parse_classes, parse_scales, read_masks, require_masks, split_commas
+from convscope.cli.parsing import (
+    open_image_arguments,
+    parse_classes,
+    parse_scales,
+    read_masks,
+    require_masks,
+    split_commas,
+)
 from convscope.cli.tables import Column, print_table
 
 
@@ -64,18 +71,19 @@ def compare(
 
     metric_names = split_commas(metrics)
     require_masks(metric_names, masks)
-    image_masks = read_masks(masks, images)
+    inputs = open_image_arguments(images)
+    image_masks = read_masks(masks, inputs.names)
     network = network_options.load(model)
     with progress_bar("compare") as progress:
         result = convscope.compare(
             network,
-            images,
-            parse_classes(network, targets, len(images)),
+            inputs,
+            parse_classes(network, targets, len(inputs)),
             methods=METHODS if methods is None else split_commas(methods),
             layers=None if layers is None else split_commas(layers),
             metrics=metric_names,
             masks=image_masks,
-            against=parse_classes(network, against, len(images)),
+            against=parse_classes(network, against, len(inputs)),
             smooth=smooth,
             scale=parse_scales(scale),
             fuse=fuse,

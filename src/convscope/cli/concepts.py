@@ -10,7 +10,7 @@ import typer
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_store_in
+from convscope.cli.parsing import open_image_arguments, open_store_in
 from convscope.cli.tables import Column, print_table
 
 
@@ -22,14 +22,20 @@ def concepts(
     layer: Annotated[
         str | None, typer.Option(metavar="LAYER", help="A layer without negative values. Default: the last one.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of concepts.")] = 10,
-    crop: Annotated[float, typer.Option(help="Side of a crop, as a fraction of the image's.")] = 1 / 3,
-    crops: Annotated[int, typer.Option(min=1, help="Maximum number of crops per image.")] = 32,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of concepts.")] = 10,
+    crop: Annotated[
+        float, typer.Option(metavar="X", show_default="1/3", help="Side of a crop, as a fraction of the image's.")
+    ] = 1 / 3,
+    crops: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of crops per image.")] = 32,
     only_predicted: Annotated[
-        bool, typer.Option(help="Leave out images that the network predicts as another class.")
+        bool,
+        typer.Option(
+            "--only-predicted/--all-images", help="Leave out images that the network predicts as another class."
+        ),
     ] = True,
     sobol_points: Annotated[
-        int, typer.Option(min=2, help="Points of the Sobol sequence that measures importance; a power of two.")
+        int,
+        typer.Option(metavar="N", min=2, help="Points of the Sobol sequence that measures importance; a power of two."),
     ] = 32,
     seed: Seed = 0,
     *,
@@ -44,12 +50,13 @@ def concepts(
     """
     import convscope
 
+    inputs = open_image_arguments(images)
     network = network_options.load(model)
     store = open_store_in(out, network)
     with progress_bar("concepts") as progress:
         result = convscope.concepts(
             network,
-            images,
+            inputs,
             target,
             layer=layer,
             count=count,

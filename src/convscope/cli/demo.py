@@ -14,9 +14,9 @@ from convscope.cli.output import log, print_manifest, progress_bar, report_failu
 
 @command()
 def demo(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "lite0",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "lite0",
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="[IMAGES]...", help="Image files. Default: four sample photographs.")
+        list[str] | None, typer.Argument(metavar="IMAGES", help="Images. Default: four sample photographs.")
     ] = None,
     seed: Seed = 0,
     *,

@@ -23,7 +23,7 @@ from convscope.cli.options import (
     choice,
 )
 from convscope.cli.output import finish, log, progress_bar
-from convscope.cli.parsing import read_masks, require_masks, split_commas
+from convscope.cli.parsing import open_image_arguments, read_masks, require_masks, split_commas
 from convscope.cli.tables import Column, print_table
 
 COLUMNS = (
@@ -42,7 +42,7 @@ def evaluate(
     metrics: Metrics = "deletion,insertion",
     masks: Masks = None,
     fill: Annotated[str, choice("Replacement of removed pixels.", "blur", "mean", "zero", "noise")] = "blur",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of deletion, insertion and ROAD.")] = 28,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of deletion, insertion and ROAD.")] = 28,
     *,
     heatmap_options: HeatmapOptions,
     _list_metrics: ListMetrics = False,
@@ -58,21 +58,22 @@ def evaluate(
     heatmap_options.check()
     metric_names = split_commas(metrics)
     require_masks(metric_names, masks)
-    image_masks = read_masks(masks, images)
+    inputs = open_image_arguments(images)
+    image_masks = read_masks(masks, inputs.names)
     network = network_options.load(model)
     with progress_bar("heatmaps") as progress:
         heatmaps = convscope.heatmaps(
             network,
-            images,
+            inputs,
             fit=reading.fit,
             max_pixels=reading.max_pixels,
             progress=progress,
-            **heatmap_options.arguments(network, len(images)),
+            **heatmap_options.arguments(network, len(inputs)),
         )
     with progress_bar("evaluate") as progress:
         evaluation = convscope.evaluate(
             network,
-            images,
+            inputs,
             heatmaps,
             metric_names,
             masks=image_masks,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,29 +20,25 @@ from convscope.cli.options import (
     Wide,
 )
 from convscope.cli.output import finish, log, progress_bar
-from convscope.cli.tables import Column, print_table
+from convscope.cli.parsing import open_image_arguments
+from convscope.cli.tables import Column, format_probability, print_table, probability_column
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
     from convscope.attribution.result import Heatmaps
     from convscope.engine.model import Model
+    from convscope.images.lazy import LazyImages
     from convscope.images.video import VideoFrames
-
-COLUMNS = (
-    Column("image", overflow="path"),
-    Column("class", overflow="fold"),
-    Column("probability", right=True),
-    Column("logit", right=True, priority=1),
-    Column("file", overflow="path"),
-)
 
 
 @command()
 def heatmap(
     model: ModelName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files, or one video.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES", help="Images: files, folders, globs, ...; or one video.")
+    ],
     *,
-    frames: Annotated[int, typer.Option(min=1, metavar="N", help="Number of frames that are sampled of a video.")] = 16,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Number of frames that are sampled of a video.")] = 16,
     heatmap_options: HeatmapOptions,
     reading: ImageOptions,
     out: Out = Path("convscope-heatmaps"),
@@ -54,16 +49,16 @@ def heatmap(
 ) -> None:
     """Compute heatmaps of the evidence for classes in images.
 
-    Of a video (pip install "convscope[video]") frames are sampled; their overlays are also written as an MP4 file.
-    Without --target, the target is the class that is most probable over all frames.
+    Frames are sampled of a video (pip install "convscope[video]"), and their overlays are also written as an MP4 file.
+    The target is then by default the class that is most probable over all frames.
     """
     import convscope
 
     heatmap_options.check()
     overlay.check()
     video = _read_video(images, frames)
+    inputs = open_image_arguments(images) if video is None else video.as_images()
     network = network_options.load(model)
-    inputs = images if video is None else list(video.frames)
     arguments = heatmap_options.arguments(network, len(inputs))
     if video is not None and arguments["targets"] is None:
         arguments["targets"] = _most_probable_class(network, inputs, reading.fit)
@@ -71,14 +66,12 @@ def heatmap(
         heatmaps = convscope.heatmaps(
             network, inputs, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress, **arguments
         )
-    if video is not None:
-        heatmaps = replace(heatmaps, image_names=tuple(video.names[i] for i in heatmaps.image_indices))
     folder = heatmaps.save(out, **overlay.arguments())
     if video is not None:
         _write_videos(heatmaps, video, folder, overlay.arguments())
     if not as_json:
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
-        print_table("", COLUMNS, _rows(heatmaps), wide=wide)
+        print_table("", _columns(network.has_values), _rows(heatmaps), wide=wide)
     finish(heatmaps, folder, as_json)
 
 
@@ -94,7 +87,7 @@ def _read_video(images: list[str], frames: int) -> VideoFrames | None:
     return sample_frames(videos[0], frames)
 
 
-def _most_probable_class(network: Model, images: Sequence[object], fit: str) -> int:
+def _most_probable_class(network: Model, images: LazyImages, fit: str) -> int:
     """Return the class with the largest mean probability over all images."""
     import torch
 
@@ -117,11 +110,22 @@ def _write_videos(heatmaps: Heatmaps, video: VideoFrames, folder: Path, options:
         log(f"{len(overlays[t::num_targets])} frames as a video: {folder / name}.mp4")
 
 
+def _columns(has_values: bool) -> tuple[Column, ...]:
+    return (
+        Column("image", overflow="path"),
+        Column("class", overflow="fold"),
+        probability_column(has_values),
+        Column("logit", right=True, priority=1),
+        Column("file", overflow="path"),
+    )
+
+
 def _rows(heatmaps: Heatmaps) -> list[tuple[str, ...]]:
     columns = (heatmaps.image_names, heatmaps.names, heatmaps.probabilities, heatmaps.logits)
+    has_values = heatmaps.model.has_values
     files = iter(heatmaps.file_names())
     return [
-        (image, name, heatmaps.model.format_score(probability), f"{logit:.2f}", next(files))
+        (image, name, format_probability(probability, has_values), f"{logit:.2f}", next(files))
         for image, names, probabilities, logits in zip(*columns, strict=True)
         for name, probability, logit in zip(names, probabilities, logits, strict=True)
     ]

@@ -16,6 +16,7 @@ import typer
 from convscope.cli.parsing import (
     load_model,
     parse_classes,
+    parse_grid,
     parse_layers,
     parse_method_options,
     parse_scales,
@@ -28,21 +29,30 @@ from convscope.names import METHOD_NAMES, METRIC_NAMES, RECIPE_NAMES
 if TYPE_CHECKING:
     from convscope.engine.model import Model
 
+TASKS = (
+    "classification", "binary", "multilabel", "regression", "probabilities", "segmentation", "detection", "embedding",
+)  # fmt: skip
 NETWORK, IMAGES, OUTPUT = "Network", "Images", "Output"  # panels of the help
 
 
-def choice(help_text: str, *choices: str, panel: str | None = None) -> Any:
-    """Return a Typer option that takes one of a few words."""
-
+def _one_of(choices: Sequence[str]) -> Callable[[typer.CallbackParam, str | None], str | None]:
     def check(param: typer.CallbackParam, value: str | None) -> str | None:
         if value is not None and value not in choices:
             expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ConvscopeError(f"{param.opts[0]} is {value!r}; expected {expected}")
         return value
 
-    metavar = "|".join(choices)
+    return check
+
+
+def choice(help_text: str, *choices: str, panel: str | None = None) -> Any:
+    """Return a Typer option that takes one of a few words."""
     return typer.Option(
-        help=help_text, metavar=metavar, callback=check, autocompletion=lambda: list(choices), rich_help_panel=panel
+        help=help_text,
+        metavar="|".join(choices),
+        callback=_one_of(choices),
+        autocompletion=lambda: list(choices),
+        rich_help_panel=panel,
     )
 
 
@@ -98,13 +108,14 @@ def _list_option(table: str) -> Any:
 
 
 MODEL_HELP = (
-    "lite0 (bundled), torchvision:NAME, timm:NAME, keras:NAME, a .keras, .h5 or .pt2 file, package.module:factory"
+    "lite0 (bundled), torchvision:NAME, timm:NAME, keras:NAME, hf:ORG/NAME, a .keras, .h5 or .pt2 file, "
+    "package.module:factory"
 )
 MAX_PIXELS = 100_000_000
 
 # Input
 ModelName: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files.")]
+Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES", help="Images: files, folders, globs, ...")]
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ class NetworkOptions:
     """What a network is loaded with."""
 
     weights: Annotated[
-        str | None, typer.Option(help="default, random, or a file of weights.", rich_help_panel=NETWORK)
+        str | None,
+        typer.Option(metavar="WEIGHTS", help="default, random, or a file of weights.", rich_help_panel=NETWORK),
     ] = None
     classes: Annotated[
         Path | None,
@@ -124,11 +136,52 @@ class NetworkOptions:
             metavar="JSON", help="Preprocessing: size, mean, std, ..., as JSON or a JSON file.", rich_help_panel=NETWORK
         ),
     ] = None
-    device: Annotated[str | None, typer.Option(help="Device: cpu, cuda or mps.", rich_help_panel=NETWORK)] = None
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="Device: cpu, cuda or mps.", rich_help_panel=NETWORK)
+    ] = None
+
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help=f"What the outputs mean: {', '.join(TASKS[:-1])} or {TASKS[-1]}. Default: inferred.",
+            callback=_one_of(TASKS),
+            autocompletion=lambda: list(TASKS),
+            rich_help_panel=NETWORK,
+        ),
+    ] = None
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Key or position of the output with the scores.", rich_help_panel=NETWORK),
+    ] = None
+    token_grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW", help="Grid on which tokens lie, such as 14x14. Default: inferred.", rich_help_panel=NETWORK
+        ),
+    ] = None
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help='Text of a class, such as "a photo of a {}", for networks that compare images with text.',
+            rich_help_panel=NETWORK,
+        ),
+    ] = None
 
     def load(self, name: str) -> Model:
         """Load a network, and print its notes."""
-        return load_model(name, self.weights, self.classes, self.preprocessing, self.device)
+        return load_model(
+            name,
+            self.weights,
+            self.classes,
+            self.preprocessing,
+            device=self.device,
+            task=self.task,
+            output=None if self.output is None else int(self.output) if self.output.isdecimal() else self.output,
+            grid=None if self.token_grid is None else parse_grid(self.token_grid),
+            template=self.template,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,9 +192,9 @@ class ImageOptions:
         str,
         choice("The whole image, squashed, or the crop of the model's evaluation.", "squash", "crop", panel=IMAGES),
     ] = "squash"
-    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images with more pixels.", rich_help_panel=IMAGES)] = (
-        MAX_PIXELS
-    )
+    max_pixels: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Refuse images with more pixels.", rich_help_panel=IMAGES)
+    ] = MAX_PIXELS
 
 
 # Output
@@ -166,7 +219,7 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.", r
 Wide: TypeAlias = Annotated[
     bool, typer.Option("--wide", help="Print all columns, wider than the terminal.", rich_help_panel=OUTPUT)
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Random seed: the same seed gives the same result.")]
+Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", help="Random seed: the same seed gives the same result.")]
 
 # Heatmaps
 Targets: TypeAlias = Annotated[
@@ -282,15 +335,20 @@ class OverlayOptions:
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Opacity of the colors, 0 to 1. Default: 0.4.", callback=_between(0, 1), rich_help_panel=OUTPUT
+            metavar="X",
+            help="Opacity of the colors, 0 to 1. Default: 0.4.",
+            callback=_between(0, 1),
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     colormap: Annotated[
-        str | None, typer.Option(help="A colormap of matplotlib. Default: jet.", rich_help_panel=OUTPUT)
+        str | None, typer.Option(metavar="NAME", help="A colormap of matplotlib. Default: jet.", rich_help_panel=OUTPUT)
     ] = None
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Longer side of the saved overlays. Default: the image's.", rich_help_panel=OUTPUT),
+        typer.Option(
+            metavar="N", min=1, help="Longer side of the saved overlays. Default: the image's.", rich_help_panel=OUTPUT
+        ),
     ] = None
 
     def check(self) -> None:

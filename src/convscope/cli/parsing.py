@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from convscope.engine.model import Model
+    from convscope.images.lazy import LazyImages
     from convscope.store.store import Store
 
 
 def load_model(
-    name: str, weights: str | None, classes: Path | None, preprocessing: str | None, device: str | None
+    name: str, weights: str | None, classes: Path | None, preprocessing: str | None, **options: Any
 ) -> Model:
-    """Load the network that the options describe, and print its notes."""
+    """Load the network that the options describe, and print its notes; further options are those of `load`."""
     import convscope
 
     labels = None if classes is None else read_text(classes).splitlines()
@@ -36,7 +38,7 @@ def load_model(
         except json.JSONDecodeError as error:
             raise ConvscopeError(f"--preprocessing is not JSON: {error}; expected e.g. '{{\"size\": 224}}'") from error
     start = time.perf_counter()
-    network = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, device=device)
+    network = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, **options)
     log_detail(f"{network.name}: {len(network.layers)} layers on {network.device}, {time.perf_counter() - start:.1f} s")
     for note in network.notes:
         log(f"note: {note}")
@@ -83,6 +85,14 @@ def parse_layers(text: str) -> str | list[str]:
     return names if len(names) > 1 else text
 
 
+def parse_grid(text: str) -> tuple[int, int]:
+    """Parse the height and width of a grid, such as 14x14."""
+    height, _, width = text.lower().partition("x")
+    if not (height.strip().isdecimal() and width.strip().isdecimal()):
+        raise ConvscopeError(f"--token-grid is {text!r}; expected height and width, such as 14x14")
+    return int(height), int(width)
+
+
 def parse_scales(text: str) -> list[float]:
     """Parse magnifications separated by commas."""
     try:
@@ -105,6 +115,54 @@ def parse_method_options(texts: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name.strip().replace("-", "_")] = value
     return options
+
+
+def open_image_arguments(arguments: Sequence[str]) -> LazyImages:
+    """Open the images that arguments name: files, folders, globs, lists and data sets; none is decoded yet.
+
+    An argument that cannot be opened becomes one image that fails when it is read.
+
+    Raises
+    ------
+    ConvscopeError
+        If none of the arguments can be opened.
+    """
+    from convscope.images.lazy import LazyImages
+
+    parts = [_open_image_argument(argument) for argument in arguments]
+    errors = [part for part in parts if isinstance(part, ConvscopeError)]
+    if len(errors) == len(parts):
+        reason = str(errors[0])
+        raise ConvscopeError(reason if reason.startswith(arguments[0]) else f"{arguments[0]}: {reason}")
+    names: list[str] = []
+    readers: list[tuple[Callable[[int], object], int]] = []
+    notes: list[str] = []
+    for argument, part in zip(arguments, parts, strict=True):
+        images = part if isinstance(part, LazyImages) else LazyImages([argument], partial(_read_argument, part))
+        names += images.names
+        readers += [(images.read, i) for i in range(len(images))]
+        notes += images.notes
+    return LazyImages(names, lambda index: readers[index][0](readers[index][1]), tuple(notes))
+
+
+def _open_image_argument(argument: str) -> LazyImages | ConvscopeError | str:
+    """Return several images, the error if there are none, or the path of one image."""
+    from convscope.datasets.image_inputs import open_images
+    from convscope.images.lazy import LazyImages
+
+    try:
+        opened = open_images(argument)
+    except ConvscopeError as error:
+        return error
+    if isinstance(opened, LazyImages):
+        return opened
+    return argument if os.path.exists(argument) else ConvscopeError("No such file or directory")
+
+
+def _read_argument(value: ConvscopeError | str, _index: int) -> str:
+    if isinstance(value, ConvscopeError):
+        raise value
+    return value
 
 
 def read_masks(folder: Path | None, images: Sequence[str]) -> list[npt.NDArray[np.bool_]] | None:

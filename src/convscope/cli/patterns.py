@@ -46,16 +46,22 @@ def patterns(
         ),
     ] = None,
     recipe: Recipe = "robust",
-    size: Annotated[int | None, typer.Option(help="Side of a pattern in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of gradient ascent.")] = None,
-    views: Annotated[int | None, typer.Option(help="Augmented views per step, averaged in the objective.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after this many steps without improvement.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="N", help="Side of a pattern in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of gradient ascent.")] = None,
+    views: Annotated[
+        int | None, typer.Option(metavar="N", help="Augmented views per step, averaged in the objective.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after this many steps without improvement.")
+    ] = None,
     start: Annotated[str | None, typer.Option(metavar="FILE", help="Start image of dream and caricature.")] = None,
     reference: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="A natural image to compare scores with; repeatable.")
     ] = None,
     negatives: Annotated[bool, typer.Option("--negatives", help="Also minimise the units.")] = False,
-    frames: Annotated[int, typer.Option(help="Number of intermediate images, saved as an animated WebP.")] = 0,
+    frames: Annotated[
+        int, typer.Option(metavar="N", help="Number of intermediate images, saved as an animated WebP.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     ray: Annotated[
         str | None,

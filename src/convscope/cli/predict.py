@@ -9,24 +9,18 @@ import typer
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, OptionalOut, Wide
 from convscope.cli.output import finish, print_json, progress_bar
-from convscope.cli.tables import Column, print_table
+from convscope.cli.parsing import open_image_arguments
+from convscope.cli.tables import Column, format_probability, print_table, probability_column
 
 if TYPE_CHECKING:
     from convscope.feature_maps import Predictions
-
-COLUMNS = (
-    Column("image", overflow="path"),
-    Column("probability", right=True),
-    Column("class", overflow="fold"),
-    Column("index", right=True, priority=1),
-)
 
 
 @command()
 def predict(
     model: ModelName,
     images: Images,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes per image.")] = 5,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of classes per image.")] = 5,
     *,
     reading: ImageOptions,
     out: OptionalOut = None,
@@ -37,23 +31,34 @@ def predict(
     """Print the most probable classes of images."""
     import convscope
 
+    inputs = open_image_arguments(images)
     network = network_options.load(model)
     with progress_bar("predict") as progress:
         predictions = convscope.predict(
-            network, images, top, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress
+            network, inputs, top, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress
         )
     folder = None if out is None else predictions.save(out)
     if as_json:
         print_json(_as_json(predictions))
     else:
-        print_table("", COLUMNS, _rows(predictions), wide=wide)
+        print_table("", _columns(network.has_values), _rows(predictions), wide=wide)
     finish(predictions, folder, as_json=False)
+
+
+def _columns(has_values: bool) -> tuple[Column, ...]:
+    return (
+        Column("image", overflow="path"),
+        probability_column(has_values),
+        Column("class", overflow="fold"),
+        Column("index", right=True, priority=1),
+    )
 
 
 def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
     columns = (predictions.image_names, predictions.probabilities, predictions.names, predictions.indices)
+    has_values = predictions.model.has_values
     return [
-        (image, predictions.model.format_score(probability), name, str(index))
+        (image, format_probability(probability, has_values), name, str(index))
         for image, probabilities, names, indices in zip(*columns, strict=True)
         for probability, name, index in zip(probabilities, names, indices, strict=True)
     ]
@@ -61,12 +66,11 @@ def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
 
 def _as_json(predictions: Predictions) -> list[dict[str, object]]:
     columns = (predictions.image_names, predictions.indices, predictions.names, predictions.probabilities)
-    score = predictions.model.score_name
     return [
         {
             "image": image,
             "classes": [
-                {"index": int(index), "name": name, score: float(probability), "logit": float(logits[index])}
+                {"index": int(index), "name": name, "probability": float(probability), "logit": float(logits[index])}
                 for index, name, probability in zip(indices, names, probabilities, strict=True)
             ],
         }

@@ -22,7 +22,9 @@ def publish(
     ] = None,
     image: StartImages = None,
     cache_dir: CacheDir = None,
-    workers: Annotated[int, typer.Option(min=1, help="Number of processes that crop patches.")] = os.cpu_count() or 1,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of processes that crop patches.")
+    ] = os.cpu_count() or 1,
     *,
     out: Out = Path("convscope-site"),
     network_options: NetworkOptions,

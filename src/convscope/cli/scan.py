@@ -22,7 +22,7 @@ def scan(
     data: Annotated[
         list[str],
         typer.Argument(
-            metavar="DATA...",
+            metavar="DATA",
             help="A folder, glob, list (.txt), tar files, Parquet files, torchvision:NAME:ROOT or a Hugging Face "
             "folder; local, or any address that fsspec supports.",
         ),
@@ -31,13 +31,17 @@ def scan(
         str | None,
         typer.Option(metavar="LAYERS", help="Layers, separated by commas, or all. Default: one per resolution."),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Number of top and of bottom images stored per unit.")] = 100,
+    k: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of top and of bottom images stored per unit.")
+    ] = 100,
     sample: Annotated[
-        int, typer.Option(min=0, help="Number of images for which every unit's maximum is stored.")
+        int, typer.Option(metavar="N", min=0, help="Number of images for which every unit's maximum is stored.")
     ] = 1000,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
-    shard: Annotated[int | None, typer.Option(min=1, help="Number of images per shard.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Number of processes that decode images.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Batch size.")] = None,
+    shard: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images per shard.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Number of processes that decode images.")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),

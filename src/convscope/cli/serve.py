@@ -18,20 +18,22 @@ from convscope.cli.parsing import default_cache_dir, open_store_at
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL...]", help="Networks, as in the other commands. Default: lite0."),
+        typer.Argument(metavar="MODEL", help="Networks, as in the other commands. Default: lite0."),
     ] = None,
     image: StartImages = None,
     store: StoreAddress = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any other than loopback requires --token.")
+        str, typer.Option(metavar="HOST", help="Address to listen on; any other than loopback requires --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 selects a free one.")] = 8420,
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="Port; 0 selects a free one.")] = 8420,
     token: Annotated[
         str | None,
-        typer.Option(envvar="CONVSCOPE_TOKEN", help="Access token that clients must send; auto: generate one."),
+        typer.Option(
+            metavar="TOKEN", envvar="CONVSCOPE_TOKEN", help="Access token that clients must send; auto: generate one."
+        ),
     ] = None,
     hostname: Annotated[
-        list[str] | None, typer.Option(help="Host name under which the server is reached; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Host name under which the server is reached; repeatable.")
     ] = None,
     cache_dir: CacheDir = None,
     *,

@@ -35,6 +35,16 @@ class Column:
     priority: int = 0
 
 
+def probability_column(has_values: bool) -> Column:
+    """Return the column of probabilities, or of values for networks that have none."""
+    return Column("value" if has_values else "probability", right=True)
+
+
+def format_probability(probability: float, has_values: bool) -> str:
+    """Format a probability in percent, a value as a number."""
+    return f"{probability:.4g}" if has_values else f"{probability:.1%}"
+
+
 def print_table(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, wide: bool = False) -> None:
     """Print a table that fits the terminal; tab-separated lines with all columns where the output is no terminal.
 
@@ -83,9 +93,11 @@ def fit_widths(columns: Sequence[Column], natural: Sequence[int], available: int
     optional = sorted((i for i, column in enumerate(columns) if column.priority), key=lambda i: columns[i].priority)
     while _table_width(widths) > available and optional:
         widths[optional.pop()] = 0
-    for i, width in enumerate(widths):
-        if width:
-            widths[i] = min(natural[i], width + max(0, available - _table_width(widths)))
+    while _table_width(widths) < available:
+        cut = [i for i, width in enumerate(widths) if 0 < width < natural[i]]
+        if not cut:
+            break
+        widths[min(cut, key=widths.__getitem__)] += 1
     return widths
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -58,7 +57,6 @@ class ExplorerFrame:
         )
 
 
-@check_arguments
 def show(
     model: ModelLike, image: object = None, *, height: int = 720, port: int | None = None
 ) -> ExplorerFrame | ExplorerWidget:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from convscope.errors import ConvscopeError, require_extra
+
+if TYPE_CHECKING:
+    from convscope.images.lazy import LazyImages
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
@@ -45,6 +49,12 @@ class VideoFrames:
     def frame_ms(self) -> float:
         """Milliseconds from one frame to the next."""
         return 1000 * self.duration / len(self.frames)
+
+    def as_images(self) -> LazyImages:
+        """Return the frames as images with names."""
+        from convscope.images.lazy import LazyImages
+
+        return LazyImages(self.names, self.frames.__getitem__)
 
 
 def is_video(name: str | os.PathLike[str]) -> bool:

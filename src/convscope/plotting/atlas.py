@@ -11,10 +11,9 @@ from PIL import Image
 
 from convscope.decomposition.result import Atlas
 from convscope.plotting.grids import to_rgb
-from convscope.plotting.panels import create_panels, inches, shorten, to_image
+from convscope.plotting.panels import to_image
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTION_HEIGHT = 0.26  # space below an icon, relative to the width of its cell
@@ -30,13 +29,13 @@ def render_atlas(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
     yield "atlas.png", to_image(draw_atlas(result))
 
 
-def draw_atlas(result: Atlas, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None) -> Figure:
+def draw_atlas(result: Atlas) -> Figure:
     """Draw the map; below each icon is the class with the highest mean attribution in its cell."""
-    side = max(4.0, max(0.95, inches(result.icons.shape[1])) * result.grid)
-    target = "" if result.target is None else f" with evidence for {result.model.class_name(result.target)}"
-    title = f"Atlas of {len(result.positions)} activations of {shorten(result.layer)}{target} ({result.model.name})"
-    height = side * (1 + CAPTION_HEIGHT) + 0.2
-    figure, [[axes]] = create_panels(1, 1, side + 0.2, height, title, ax=ax, figsize=figsize)
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.95 * result.grid)
+    figure = Figure(figsize=(side, side * (1 + CAPTION_HEIGHT) + 0.4), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(atlas_map(result), extent=(0, result.grid, result.grid * (1 + CAPTION_HEIGHT), 0))
     axes.set_axis_off()
     if result.classes.shape[1]:
@@ -44,7 +43,8 @@ def draw_atlas(result: Atlas, *, ax: Axes | None = None, figsize: tuple[float, f
             caption = "\n".join(textwrap.wrap(names[0], 16)[:2])
             y = (row + 1) * (1 + CAPTION_HEIGHT) - CAPTION_HEIGHT
             axes.text(column + 0.5, y, caption, fontsize=5.5, ha="center", va="top")
-    axes.set_title(f"{int(result.counts.min())} to {int(result.counts.max())} activations per icon", fontsize=9)
+    target = "" if result.target is None else f" with evidence for {result.model.class_name(result.target)}"
+    axes.set_title(f"{len(result.positions)} activations of {result.layer}{target}", fontsize=10)
     return figure
 
 
