@@ -18,6 +18,7 @@ def _doctest_folder(request: pytest.FixtureRequest) -> None:
 
 SLOW = (
     "tests/distributed",
+    "tests/docs",
     "tests/explorer/browser",
     "tests/scanning/test_decoding.py",
     "tests/sources/test_keras.py",
