@@ -173,6 +173,11 @@ def resolve_method(
         if layer not in (None, "auto", "input"):
             raise ConvscopeError(f"{name} works at the input and takes no layer; got layer {layer!r}")
         return MethodSpec(name, method, (), fuse, settings, "the method works at the input")
+    if not len(model.layers):
+        raise ConvscopeError(
+            f"method {name!r} needs a layer, and {model.name} shows none; methods at the input work: saliency, "
+            "integrated-gradients, occlusion, rise"
+        )
     if layer is None or layer == "auto":
         return MethodSpec(name, method, (), fuse, settings)
     requested = as_layers(layer)
@@ -185,6 +190,12 @@ def resolve_method(
 def _find_spatial(model: Model, requested: LayerLike) -> Layer:
     """Find a layer; raise ConvscopeError if it has no spatial extent."""
     layer = find_layer(model, requested)
+    if not layer.is_spatial and model.preprocessing.axes == 1 and len(layer.shape) == 3:
+        raise ConvscopeError(
+            f"layer {layer.name!r} is {' x '.join(map(str, layer.shape))}: positions of a spectrogram that the network "
+            "makes of the signal, which are not samples of the signal; use method='saliency', or make the spectrogram "
+            "outside, as the network's input"
+        )
     if not layer.is_spatial:
         known = [spatial.name for spatial in model.layers.unique_spatial()]
         raise ConvscopeError(

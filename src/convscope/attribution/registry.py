@@ -12,6 +12,7 @@ from convscope.attribution.context import MethodOutput
 from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation, rise
 from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, find_name
 
 
@@ -87,6 +88,22 @@ METHODS: dict[str, Method] = {
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
+
+
+def usable_methods(model: Model) -> list[str]:
+    """Return the keys of the methods that a network allows: without layers or gradients only some work."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if (model.differentiable and (method.at_input or len(model.layers) > 0))
+        or (isinstance(method, ModelMethod) and not method.needs_gradient)
+    ]
+
+
+def default_method(model: Model) -> str:
+    """Return the key of the method for networks of this kind."""
+    usable = usable_methods(model)
+    return next(name for name in ("grad-cam", "integrated-gradients", "occlusion") if name in usable)
 
 
 def get_method(name: str) -> Method:

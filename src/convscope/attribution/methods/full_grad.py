@@ -20,6 +20,7 @@ from convscope.attribution.context import Extras, MethodContext
 from convscope.attribution.methods.gradient import INTERPOLATION, grad_batch_size
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.function_modes import FunctionMode
+from convscope.errors import ConvscopeError
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
@@ -54,6 +55,8 @@ def full_grad(context: MethodContext) -> tuple[Tensor, Extras]:
     ----------
     Srinivas and Fleuret, Full-Gradient Representation for Neural Network Visualization, NeurIPS 2019, equation 9.
     """
+    if context.model.adapter.name == "torchscript":
+        raise ConvscopeError("full-grad observes every bias, which TorchScript hides; use integrated-gradients")
     x = context.x
     maps, errors = [], []
     channel_dim = 1 if getattr(context.model.adapter, "channels_first", True) else -1

@@ -18,6 +18,8 @@ def copy_model(model: Model) -> Model:
 
     The copy sees weights that the user changes in place later. Raises ConvscopeError if the module cannot be copied.
     """
+    if model.adapter.name == "torchscript":
+        return model  # copies of its weights are computed ones, and no hooks fire inside it
     shared: dict[int, object] = {id(value): value for value in _graph_metadata(model.module)}
     for tensor in (*model.adapter.parameters(model.module), *model.module.parameters(), *model.module.buffers()):
         alias: Tensor = tensor.detach()

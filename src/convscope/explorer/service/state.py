@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from torch import Tensor
 
+from convscope.attribution.registry import default_method
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
 from convscope.explorer.service.cache import Cache
-from convscope.explorer.service.compute import DEFAULT_OPTIONS, HeatmapOptions
+from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.images import (
     ImageRegistry,
     RegisteredImage,
@@ -127,9 +128,10 @@ class Explorer:
         net: Network,
         image: RegisteredImage,
         targets: Sequence[int],
-        options: HeatmapOptions = DEFAULT_OPTIONS,
+        options: HeatmapOptions | None = None,
     ) -> list[HeatmapRecord]:
-        """Return a heatmap of each target."""
+        """Return a heatmap of each target, by the network's default method if there are no options."""
+        options = options or HeatmapOptions(method=default_method(net.model))
         slow = options.method in SLOW_METHODS
         queue, model = (self.background_queue, net.background_model) if slow else (self.interactive_queue, net.model)
         key = ("heatmap", net.version, image.key, tuple(targets), options)

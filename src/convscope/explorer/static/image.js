@@ -19,7 +19,7 @@
     return query;
   };
   // The page comes with the default heatmaps of the top classes.
-  const isDefaultMethod = () => !setting("layer") && !setting("against") && ["", "grad-cam"].includes(setting("method"));
+  const isDefaultMethod = () => !setting("layer") && !setting("against") && ["", page.method].includes(setting("method"));
   const modelUrl = `/m/${encodeURIComponent(page.model)}`;
   const className = (index) => { const name = find(`[data-class="${index}"] .name`); return name ? name.textContent : `class ${index}`; };
   const captionOf = (heatmap) => `${heatmap.name}${heatmap.against === null ? "" : ` in contrast with ${className(heatmap.against)}`} · ${heatmap.method} at ${heatmap.layer}`;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convscope.attribution.registry import METHODS
+from convscope.attribution.registry import default_method, usable_methods
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import SLOW_METHODS
@@ -24,7 +24,8 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
     targets = classes if target in classes else [*classes, target]
     heatmaps = {row["target"]: row for row in explorer.heatmap(context.client, network, image, targets)}
     sources = urls.source(network.source), urls.source(image.source)
-    code = {k: snippets.heatmap(*sources, k, None, "grad-cam", None) for k in heatmaps}
+    method = default_method(network.model)
+    code = {k: snippets.heatmap(*sources, k, None, method, None) for k in heatmaps}
     layer = heatmaps[target]["layer"]
     data = context.page_data(
         "image",
@@ -33,6 +34,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         image=image.key,
         target=target,
         layer=layer,
+        method=method,
         heatmaps=heatmaps,
         colormaps={name: lookup_table(name)[::8].tolist() for name in COLORMAPS},
         code=code,
@@ -47,7 +49,8 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "target_name": network.model.class_name(target),
         "layers": [other.name for other in network.layers if not other.is_pooling],
         "default_layer": layer,
-        "methods": [name for name in METHODS if name not in _CONTROLS],
+        "methods": [name for name in usable_methods(network.model) if name not in _CONTROLS],
+        "default_method": method,
         "slow_methods": SLOW_METHODS,
         "colormaps": COLORMAPS,
         "stages": network.main_layers,

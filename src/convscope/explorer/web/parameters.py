@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Query, Request
 
-from convscope.attribution.registry import METHODS
+from convscope.attribution.registry import METHODS, default_method
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
@@ -46,12 +46,14 @@ async def _heatmap_options(
     net: Annotated[Network, Depends(_network)],
     layer: OptionalLayer = None,
     method: Annotated[
-        str, Query(description="attribution method", json_schema_extra={"enum": list(METHODS)})
-    ] = "grad-cam",
+        str | None, Query(description="attribution method", json_schema_extra={"enum": list(METHODS)})
+    ] = None,
     against: Annotated[int | None, Query(description="index of a contrast class", ge=0)] = None,
 ) -> HeatmapOptions:
     if layer is not None:
         net.layer(layer)
+    if method is None:
+        method = default_method(net.model)
     if method not in METHODS:
         raise ConvscopeError(f"method {method[:40]!r} is not known; expected one of {', '.join(METHODS)}")
     if against is not None:
