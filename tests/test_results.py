@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 import convscope
-from convscope import ConvscopeError, result_items, results
+from convscope import ConvscopeError, figures, result_items, results
 from convscope.plotting.activations import activation_pages
 from convscope.results import atomic_write, file_names, write_json
 
@@ -359,10 +359,10 @@ def test_every_class_of_results_has_its_plotting_functions():
         return {c for s in kind.__subclasses__() for c in (s, *subclasses(s)) if c.__module__.startswith("convscope.")}
 
     drawn = subclasses(results.HasFigure) - {results.Result, result_items.IndexedResult}
-    assert {kind.__name__ for kind in drawn} == set(results.PLOTTING_MODULES)
+    assert {kind.__name__ for kind in drawn} == set(figures.PLOTTING_MODULES)
     for kind in drawn:
         snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
-        module = importlib.import_module(results.PLOTTING_MODULES[kind.__name__])
+        module = importlib.import_module(figures.PLOTTING_MODULES[kind.__name__])
         assert callable(getattr(module, f"draw_{snake_case}"))
         assert callable(getattr(module, f"render_{snake_case}", None)) == issubclass(kind, results.Result)
 

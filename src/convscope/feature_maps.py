@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, overload
 import numpy as np
 import torch
 
+from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes
@@ -124,6 +125,7 @@ def is_constant_channel(maps: np.ndarray) -> np.ndarray:
 
 
 @warns_of_failures
+@check_arguments
 def activations(
     model: ModelLike,
     images: object,
@@ -182,6 +184,8 @@ def activations(
     if scaling not in SCALINGS:
         raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
     model = as_model(model)
+    if not len(model.layers):
+        raise ConvscopeError(f"{model.name} shows no layers: it is a function or a TorchScript program")
     selected = (
         last_per_resolution(model) if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
     )
@@ -218,7 +222,7 @@ class Predictions(IndexedResult):
     indices : ndarray
         (N, top) class indices, best first.
     probabilities : ndarray
-        (N, top) float32 in [0, 1].
+        (N, top) float32 in [0, 1]; for regression and embeddings the values themselves.
     logits : ndarray
         (N, K) float32: the scores of all K classes before any softmax or sigmoid.
     image_names : tuple of str
@@ -253,19 +257,19 @@ class Predictions(IndexedResult):
                     "rank": np.tile(np.arange(1, top + 1), count),
                     "index": self.indices.ravel(),
                     "name": [name for names in self.names for name in names],
-                    "probability": self.probabilities.ravel(),
+                    self.model.score_name: self.probabilities.ravel(),
                     "logit": np.take_along_axis(self.logits, self.indices, axis=1).ravel(),
                 }
             )
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per image and class, the most probable first: class, probability, logit."""
+        """Return one row per image and class, the most probable first: class, probability (or value), logit."""
         return [
             {
                 "image": name,
                 "class": self.names[n][k],
-                "probability": float(self.probabilities[n, k]),
+                self.model.score_name: float(self.probabilities[n, k]),
                 "logit": float(self.logits[n, index]),
             }
             for n, name in enumerate(self.image_names)
@@ -274,12 +278,16 @@ class Predictions(IndexedResult):
 
     def _title(self) -> str:
         count, top = len(self.indices), self.indices.shape[1]
+        if self.model.has_values:
+            return f"{count_of(top, 'value')} of {count_of(count, 'image')}"
         return f"top {count_of(top, 'class')} of {count_of(count, 'image')}" if top > 1 else count_of(count, "image")
 
     def _display_rows(self) -> Sequence[Row]:
-        rows = self.rows()[:: self.indices.shape[1]] if len(self.indices) > 1 else self.rows()
+        shows_all = self.model.has_values or len(self.indices) == 1
+        rows = self.rows() if shows_all else self.rows()[:: self.indices.shape[1]]
+        score = self.model.score_name
         return [
-            {"image": base_name(row["image"]), "class": row["class"], "probability": f"{row['probability']:.1%}"}
+            {"image": base_name(row["image"]), "class": row["class"], score: self.model.format_score(row[score])}
             for row in rows
         ]
 
@@ -289,6 +297,7 @@ class Predictions(IndexedResult):
 
 
 @warns_of_failures
+@check_arguments
 def predict(
     model: ModelLike,
     images: object,
@@ -301,8 +310,9 @@ def predict(
 ) -> Predictions:
     """Compute the top classes of images, and all logits.
 
-    Probabilities are the softmax of the logits; for a network that ends in a sigmoid or has a single output, the
-    sigmoid of each logit.
+    What the probabilities are depends on ``model.task``: the softmax of the logits for classification and segmentation;
+    the sigmoid of each for binary and multi-label networks; the network's own outputs where it returns probabilities.
+    For regression they are the values, in the network's own order.
 
     Parameters
     ----------
@@ -356,6 +366,7 @@ def predict(
     'Egyptian cat'
     """
     model = as_model(model)
+    model.require_scores()
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []
     indices: list[int] = []
@@ -366,11 +377,18 @@ def predict(
             parts.append(logits.cpu())
             indices += batch_indices
     logits = torch.cat(parts)
-    best = model.probabilities(logits).topk(min(top, logits.shape[1]), dim=1)
+    scores = model.probabilities(logits)
+    # Values of a regression have no order: they stay in the network's own.
+    order = (
+        torch.arange(scores.shape[1]).expand_as(scores)
+        if model.has_values
+        else scores.argsort(dim=1, descending=True, stable=True)
+    )
+    best = order[:, :top]
     return Predictions(
         model,
-        indices=best.indices.numpy(),
-        probabilities=best.values.numpy(),
+        indices=best.numpy().copy(),
+        probabilities=scores.gather(1, best).numpy(),
         logits=logits.numpy(),
         image_names=tuple(loader.names[i] for i in indices),
         fit=fit,

@@ -1,9 +1,4 @@
-"""What all results share: data, notes, printing, saving to a folder, and figures.
-
-A result knows nothing of plotting. Its figure is drawn by a function that is looked up when it is needed: for a result
-of class ``UnitRecord`` that is ``draw_unit_record(result)`` in the module that `PLOTTING_MODULES` names, and for the
-image files that `Result.save` writes ``render_unit_record(result)``.
-"""
+"""What all results share: data, notes, printing, saving to a folder, and figures."""
 
 from __future__ import annotations
 
@@ -16,15 +11,14 @@ import platform
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from html import escape
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -33,68 +27,49 @@ from PIL import Image
 
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
+from convscope.figures import FigureOptions, RenderedFile, draw, draw_displayed, render
 from convscope.formatting import MAX_ROWS, Row, count_of, format_table
+from convscope.images.animation import write_animation
 from convscope.images.loading import Failure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-RenderedFile = Image.Image | Sequence[Image.Image] | str
-"""Content of a saved file: an image (PNG), the frames of an animation (WebP), or text."""
-
-FRAME_MS = 120  # milliseconds per frame of an animation; the last frame stays eight times as long
-
-PLOTTING_MODULES: Mapping[str, str] = {
-    "Activations": "convscope.plotting.activations",
-    "Atlas": "convscope.plotting.atlas",
-    "Comparison": "convscope.plotting.comparison",
-    "Concepts": "convscope.plotting.concepts",
-    "DeadUnits": "convscope.plotting.store",
-    "Duplicates": "convscope.plotting.store",
-    "Evaluation": "convscope.plotting.evaluation",
-    "Examples": "convscope.plotting.store",
-    "Heatmaps": "convscope.plotting.heatmaps",
-    "ImageRecord": "convscope.plotting.store",
-    "Patterns": "convscope.plotting.patterns",
-    "Predictions": "convscope.plotting.predictions",
-    "Story": "convscope.plotting.story",
-    "UnitChanges": "convscope.plotting.store",
-    "UnitRecord": "convscope.plotting.store",
-}
-"""The module that draws each class of results; subclasses are drawn as their base class is."""
-
-
-def draw(result: object) -> Figure:
-    """Draw the figure of a result with the ``draw_*`` function of its class."""
-    figure: Figure = _plotting_function("draw", type(result))(result)
-    return figure
-
-
-def render(result: object, **options: object) -> Iterable[tuple[str, RenderedFile]]:
-    """Yield names and contents of the files that show a result, from the ``render_*`` function of its class."""
-    files: Iterable[tuple[str, RenderedFile]] = _plotting_function("render", type(result))(result, **options)
-    return files
-
-
-def _plotting_function(prefix: str, kind: type) -> Callable[..., Any]:
-    """Return the plotting function of a class of results; raise TypeError if there is none for it or a base class."""
-    for base in kind.__mro__:
-        if base.__name__ in PLOTTING_MODULES:
-            snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__).lower()
-            function: Callable[..., Any] = getattr(
-                import_module(PLOTTING_MODULES[base.__name__]), f"{prefix}_{snake_case}"
-            )
-            return function
-    raise TypeError(f"no plotting function is known for {kind.__name__}")
-
-
 class HasFigure:
     """Anything with a figure, which is also its display in Jupyter."""
 
-    def figure(self) -> Figure:
-        """Draw a matplotlib figure."""
-        return draw(self)
+    def figure(self, **options: Unpack[FigureOptions]) -> Figure:
+        """Draw a matplotlib figure.
+
+        In Jupyter the figure is displayed where it is the last line of a cell. If pyplot has been imported and shows
+        figures, ``pyplot.show()`` shows it too.
+
+        Parameters
+        ----------
+        **options
+            Each kind of figure takes some of these, and refuses the others by name:
+
+            - ``ax``: axes of your own to draw in, for figures with one panel;
+            - ``figsize``: width and height in inches;
+            - ``cmap``: name of a matplotlib colormap;
+            - ``signed``: draw negative values too, in a diverging colormap. By default as the method of the values is
+              defined;
+            - ``shared_scale``: one color scale for all maps, so that they can be compared;
+            - ``alpha``: opacity of the colors over an image, 0 to 1;
+            - ``image``: number of the image that is drawn, from 0.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            With ``ax``, the figure that contains it.
+
+        Raises
+        ------
+        ConvscopeError
+            For options that this figure does not take.
+        """
+        return draw_displayed(self, **options)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the result as a table, one dictionary per row, as ``pandas.DataFrame`` takes it."""
@@ -125,7 +100,7 @@ class HasFigure:
         title = escape(f"{_kind(self).capitalize()}: {self._title()}")
         try:
             buffer = io.BytesIO()
-            self.figure().savefig(buffer, format="png", bbox_inches="tight")
+            draw(self).savefig(buffer, format="png", bbox_inches="tight")
             data = base64.b64encode(buffer.getvalue()).decode()
             content = f'<img alt="{title}" style="max-width: 100%" src="data:image/png;base64,{data}">'
         except ConvscopeError as error:  # signals and volumes have no figure
@@ -308,9 +283,7 @@ def _write_rendered(file: IO[bytes], content: RenderedFile) -> None:
     elif isinstance(content, Image.Image):
         content.save(file, format="PNG")
     else:
-        durations = [FRAME_MS] * (len(content) - 1) + [8 * FRAME_MS]
-        first, *others = content
-        first.save(file, format="WEBP", save_all=True, append_images=others, duration=durations, loop=0, quality=90)
+        write_animation(file, content)
 
 
 def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:

@@ -270,7 +270,7 @@ def test_regression_with_one_output() -> None:
     net = randomized(SmallConvNet(classes=1))
     actual = convscope.heatmaps(load_module(net), random_images())
     assert actual.targets.tolist() == [[0]] * 3
-    assert actual.names == [["class 0"]] * 3
+    assert actual.names == [["output 0"]] * 3
     with torch.no_grad():
         assert relative_error(actual.logits, net(random_images())) < TINY
     by_function = convscope.heatmaps(load_module(net), random_images(), lambda output: output)

@@ -226,20 +226,24 @@ def test_json_output(tmp_path: Path) -> None:
 
 
 def test_negatives_are_shown_below_positives(tmp_path: Path) -> None:
-    """Ten units, eight in a row: the rows are positives, negatives, positives, negatives; black where there is none."""
+    """Ten units, eight in a row: the rows are positives, negatives, positives, negatives; white where there is none."""
     done("--layer", "conv3", "--units", "9,0-8", "--steps", "2", "--size", "16", "--negatives", "-o", tmp_path)
     assert {"negatives", "pairs.png"} < names(tmp_path)
     wanted, least = arrays(tmp_path), arrays(tmp_path / "negatives")
     units = [9, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert least["units"].tolist() == units
     assert pixels(tmp_path / "negatives" / "conv3_9.png").tobytes() == least["images"][0].tobytes()
-    sheet, cell = pixels(tmp_path / "pairs.png"), 16 + 5  # a margin of five pixels
-    assert sheet.shape == (4 * cell - 5, 8 * cell - 5, 3)
+    sheet, side, caption = pixels(tmp_path / "pairs.png"), 64, 18  # enlarged; a margin of five pixels
+    cell = side + caption + 5
+    assert sheet.shape == (caption + 4 * cell - 5, 8 * (side + 5) - 5, 3)
+    assert sheet[:caption].min() < 100  # the legend
     for i in range(16):
-        left, top = i % 8 * cell, i // 8 * 2 * cell
+        left, top = i % 8 * (side + 5), caption + i // 8 * 2 * cell
         for images, at in ((wanted["images"], top), (least["images"], top + cell)):
-            displayed = sheet[at : at + 16, left : left + 16]
-            assert (displayed == (images[i] if i < 10 else 0)).all(), (i, at)
+            displayed = sheet[at : at + side : 4, left : left + side : 4]
+            assert (displayed == (images[i] if i < 10 else 255)).all(), (i, at)
+            text = sheet[at + side : at + side + caption, left : left + side]
+            assert (text.min() < 100) == (i < 10)
     model = convscope.load(MODEL, preprocessing=json.loads(SETTINGS))
     expected = convscope.patterns(model, [-channel("conv3", u) for u in units], steps=2, size=16)
     assert least["images"].tobytes() == expected.images.tobytes()
@@ -306,7 +310,8 @@ def test_sprite_index(tmp_path: Path) -> None:
     for u, (left, top) in index["left_top"].items():
         actual = sheet[top : top + 24, left : left + 24]
         assert actual.tobytes() == pixels(tmp_path / f"conv2_{u}.png").tobytes()
-    assert sheet.shape == (48, 72, 3)
+    assert sheet.shape == (2 * (24 + 18), 72, 3)  # with captions
+    assert list(index["names"].values()) == [f"conv2 {u}" for u in (11, 0, 3, 7, 5)]
 
 
 def test_maco_writes_its_opacity_mask(tmp_path: Path) -> None:

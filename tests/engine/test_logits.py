@@ -163,7 +163,9 @@ def test_wrapped_networks_equal_bare_ones(wrap: Callable[[nn.Module], Any]) -> N
     for call in CALLS.values():
         actual, expected = call(model).arrays(), call(plain).arrays()
         assert all(np.array_equal(actual[name], expected[name]) for name in expected)
-    assert np.array_equal(convscope.activations(model, x)["conv2"], convscope.activations(plain, x)["conv2"])
+    assert np.array_equal(
+        convscope.activations(model, x, "conv2")["conv2"], convscope.activations(plain, x, "conv2")["conv2"]
+    )
     assert diff_snapshots(before, snapshot(net)) == []
 
 

@@ -24,7 +24,7 @@ from convscope.cli import app
 from convscope.featurevis import layer_story
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
 from convscope.featurevis.layer_story import Story
-from convscope.plotting.grids import tile
+from convscope.plotting.grids import CAPTION_HEIGHT
 from convscope.plotting.story import wrap_layer_name
 from tests.oracles.nets import SmallConvNet, randomized
 
@@ -167,6 +167,16 @@ def test_refusals(layers: list[str], options: dict[str, int], message: str, mode
 FILES = {"1_conv1.png", "2_relu2.png", "3_logits.png", "story.png", "index.html", "story.csv", "arrays.npz"}
 
 
+def assert_sheet(pixels: np.ndarray, images: np.ndarray, columns: int) -> None:
+    """Compare a sheet with the images in it; below each there is a caption."""
+    count, height, width, _ = images.shape
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + CAPTION_HEIGHT + 5), i % columns * (width + 5)
+        assert pixels[top : top + height, left : left + width].tobytes() == image.tobytes()
+        assert pixels[top + height : top + height + CAPTION_HEIGHT, left : left + width].min() < 100
+    assert pixels.shape[1] == min(columns, count) * (width + 5) - 5
+
+
 def test_files(saved: Path, story: Story) -> None:
     assert {p.name for p in saved.iterdir()} == FILES | {"manifest.json"}
     times = {p.name: p.stat().st_mtime_ns for p in saved.iterdir()}
@@ -177,7 +187,7 @@ def test_files(saved: Path, story: Story) -> None:
     for i, chapter in enumerate(story.chapters):
         with Image.open(saved / f"{i + 1}_{chapter.layer}.png") as image:
             pixels = np.asarray(image)
-        assert pixels.tobytes() == tile(chapter.images, columns=8, margin=5).tobytes()
+        assert_sheet(pixels, chapter.images, columns=8)
 
 
 def test_arrays(saved: Path, story: Story) -> None:
@@ -216,7 +226,7 @@ def test_page_is_self_contained(saved: Path, story: Story) -> None:
         image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         images.append(np.asarray(image.convert("RGB")))
     for image, chapter in zip(images, story.chapters, strict=False):
-        assert image.tobytes() == tile(chapter.images, columns=NUM_DISPLAYED, margin=5).tobytes()
+        assert_sheet(image, chapter.images, columns=NUM_DISPLAYED)
     with Image.open(saved / "story.png") as figure:
         assert images[3].tobytes() == np.asarray(figure).tobytes()
 
@@ -253,7 +263,14 @@ def test_figure_shows_patterns_names_and_medians(story: Story) -> None:
             quartiles, median = panel.lines
             assert list(median.get_xdata()) == [np.median(values)]
             assert list(quartiles.get_xdata()) == [np.percentile(values, 25), np.percentile(values, 75)]
-            assert panel.get_title() == (name if r == 0 else "")
+            assert panel.get_title() == (f"{name}\n(median and quartiles)" if r == 0 else "")
+        units = [text.get_title() for text in row[:NUM_DISPLAYED]]
+        if chapter.layer == "logits":
+            assert [" ".join(text.split()) for text in units] == [
+                f"class {u} {name}" for u, name in zip(chapter.units, chapter.names, strict=True)
+            ]
+        else:
+            assert units == [f"unit {u}" for u in chapter.units]
 
 
 def test_nothing_in_the_figure_is_cut_off_or_overlaps(story: Story) -> None:
@@ -262,7 +279,7 @@ def test_nothing_in_the_figure_is_cut_off_or_overlaps(story: Story) -> None:
     width, height = figure.bbox.size
     boxes = [axes.yaxis.label.get_window_extent() for axes in figure.axes if axes.get_ylabel()]
     boxes += [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
-    assert len(boxes) == 6
+    assert len(boxes) == 6 + 3 * NUM_DISPLAYED
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.y0 >= 0

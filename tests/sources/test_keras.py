@@ -483,10 +483,14 @@ def test_several_outputs(keras: Any, pixels: np.ndarray) -> None:
 
 def test_models_that_take_no_picture(keras: Any) -> None:
     one, two = keras.Input(SHAPE), keras.Input(SHAPE)
-    with pytest.raises(ConvscopeError, match="expected a single input"):
-        convscope.load(keras.Model([one, two], keras.layers.Add()([one, two])))
+    pair = keras.Model([one, two], keras.layers.Add()([one, two]))
+    with pytest.raises(ConvscopeError, match=r"takes several inputs.*forward=lambda model, x"):
+        convscope.load(pair)
+    doubled = convscope.load(pair, forward=lambda model, x: model([x, x]))
+    x = torch.rand(1, 3, 12, 16)
+    np.testing.assert_allclose(convscope.predict(doubled, x).logits[0], 2 * x.mean((0, 2, 3)).numpy(), rtol=1e-4)
     vector = keras.Input((7,))
-    with pytest.raises(ConvscopeError, match=r"this Keras model takes \(None, 7\); expected a single input"):
+    with pytest.raises(ConvscopeError, match=r"this Keras model takes \(None, 7\); expected images"):
         convscope.load(keras.Model(vector, keras.layers.Dense(2)(vector)))
     for thing in (keras.layers.Conv2D(3, 3), keras.optimizers.SGD()):
         with pytest.raises(ConvscopeError, match=f"cannot load a Keras {type(thing).__name__}; expected a Keras"):
@@ -895,3 +899,68 @@ def test_a_model_away_from_keras_own_device(keras: Any, pixels: np.ndarray, monk
     close(convscope.predict(model, pixels).logits, expected)
     assert convscope.patterns(model, "second", [0], recipe="plain", steps=1).history.shape == (1, 1)
     assert core.get_device() == "cuda"
+
+
+# --- signals, volumes, preprocessing inside the graph, several outputs ---
+
+
+def test_signals_and_volumes(keras: Any) -> None:
+    layers = keras.layers
+    signal = keras.Input((40, 3))
+    own = keras.Model(
+        signal, layers.Dense(2)(layers.GlobalAveragePooling1D()(layers.Conv1D(4, 5, name="conv")(signal)))
+    )
+    model = convscope.load(own, task="classification")
+    x = torch.rand(2, 3, 40)
+    assert (model.preprocessing.size, model.preprocessing.channels) == ((40,), 3)
+    expected = own.predict(x.movedim(1, -1).numpy(), verbose=0)
+    np.testing.assert_allclose(convscope.predict(model, x).logits, expected, rtol=1e-4, atol=1e-6)
+    assert convscope.heatmaps(model, x, 1, layer="conv").values.shape == (2, 1, 36)
+    volume = keras.Input((8, 12, 12, 1))
+    own = keras.Model(
+        volume, layers.Dense(2)(layers.GlobalAveragePooling3D()(layers.Conv3D(4, 3, name="conv")(volume)))
+    )
+    model = convscope.load(own, task="classification")
+    x = torch.rand(2, 1, 8, 12, 12)
+    expected = own.predict(x.movedim(1, -1).numpy(), verbose=0)
+    np.testing.assert_allclose(convscope.predict(model, x).logits, expected, rtol=1e-4, atol=1e-6)
+    assert convscope.heatmaps(model, x, 1, layer="conv").values.shape == (2, 1, 6, 10, 10)
+
+
+@pytest.mark.parametrize("application", ["mobilenet_v2", "vgg16", "densenet"])
+def test_preprocessing_inside_the_graph_takes_0_to_255(application: str, keras: Any, pixels: np.ndarray) -> None:
+    module = getattr(keras.applications, application)
+    image = keras.Input(SHAPE)
+    body = keras.Sequential([keras.Input(SHAPE), keras.layers.Conv2D(2, 3)])
+    own = keras.Model(image, keras.layers.GlobalAveragePooling2D()(body(module.preprocess_input(image))))
+    model = convscope.load(own, task="classification")
+    assert model.preprocessing.range == (0.0, 255.0)
+    expected = own.predict(pixels.astype(np.float32), verbose=0)
+    np.testing.assert_allclose(convscope.predict(model, pixels).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_arithmetic_on_0_to_1_is_no_scaling_of_pixels(keras: Any) -> None:
+    image = keras.Input(SHAPE)
+    own = keras.Model(image, keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image * 2.0 - 1.0)))
+    assert convscope.load(own).preprocessing.range == (0.0, 1.0)
+
+
+def test_outputs_have_the_names_that_keras_gives_them(keras: Any, pixels: np.ndarray) -> None:
+    image = keras.Input(SHAPE)
+    features = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="conv")(image))
+    age = keras.layers.Dense(1, name="age")(features)
+    species = keras.layers.Dense(3, activation="softmax", name="species")(features)
+    own = keras.Model(image, [age, species])
+    model = convscope.load(own)
+    assert any("'age' (1, 1), 'species' (1, 3); the first is taken" in note for note in model.notes)
+    chosen = convscope.load(own, output="species")
+    expected = own.predict(unit(pixels), verbose=0)[1]
+    predictions = convscope.predict(chosen, pixels, 3)
+    np.testing.assert_allclose(
+        predictions.probabilities, np.take_along_axis(expected, predictions.indices, 1), rtol=1e-4
+    )
+    by_name, by_position = (
+        convscope.heatmaps(model, pixels, convscope.output_target(name, 2), layer="conv").values
+        for name in ("species", 1)
+    )
+    assert np.array_equal(by_name, by_position)

@@ -10,11 +10,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.fusion import FUSIONS
+from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
-from convscope.attribution.registry import METHODS, get_method, method_options
+from convscope.attribution.registry import METHODS, ModelMethod, get_method, method_options
 from convscope.attribution.result import Heatmaps, is_drawn_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
@@ -23,6 +25,7 @@ from convscope.engine.batching import MEMORY, batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
+from convscope.engine.probe import STOCHASTIC_NOTE
 from convscope.errors import ConvscopeError, find_name, warns_of_failures
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
@@ -31,6 +34,7 @@ from convscope.sources.coercion import ModelLike, as_model
 
 
 @warns_of_failures
+@check_arguments
 def heatmaps(
     model: ModelLike,
     images: object,
@@ -169,6 +173,8 @@ def resolve_method(
     method, settings = get_method(name), method_options(name, options)
     if fuse not in FUSIONS:
         raise ConvscopeError(f"fuse is {fuse!r}; expected one of {', '.join(FUSIONS)}")
+    if not isinstance(method, ModelMethod) or method.needs_gradient:
+        model.require_gradients(f"method {name!r}")
     if method.at_input:
         if layer not in (None, "auto", "input"):
             raise ConvscopeError(f"{name} works at the input and takes no layer; got layer {layer!r}")
@@ -232,15 +238,26 @@ def compute_heatmaps(
     job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
     size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
     results: list[BatchResult] = []
+    hidden: list[list[Tensor]] = []
     geometry: list[Geometry] = []
     indices: list[int] = []
     for batch, inputs in iter_batches(loader, images, scales, size):
         num_done = len(indices) + len(loader.failed)
         report_progress = partial(_report_images, progress, num_done, len(batch.indices), num_images)
-        results.append(run_multiscale(job, batch, scales, inputs, report_progress))
+        result = run_multiscale(job, batch, scales, inputs, report_progress)
+        results.append(result)
+        hidden.append(
+            [
+                hidden_influence(model, spec.layers, batch.x, result.targets, maps.values)
+                for spec, maps in zip(job.specs, result.maps, strict=True)
+            ]
+        )
         geometry += batch.geometry
         indices += batch.indices
-    return [_collect(s, job, results, scales, loader, tuple(geometry), tuple(indices)) for s in range(len(job.specs))]
+    return [
+        _collect(s, job, results, torch.cat(parts), scales, loader, tuple(geometry), tuple(indices))
+        for s, parts in enumerate(zip(*hidden, strict=True))
+    ]
 
 
 def _with_layer(model: Model, spec: MethodSpec, targets: TargetSpec) -> MethodSpec:
@@ -261,12 +278,13 @@ def _collect(
     s: int,
     job: HeatmapJob,
     results: Sequence[BatchResult],
+    hidden: Tensor,
     scales: Sequence[float],
     loader: ImageBatchLoader,
     geometry: tuple[Geometry, ...],
     indices: tuple[int, ...],
 ) -> Heatmaps:
-    """Join the maps of the job's spec number `s` over all batches."""
+    """Join the maps of the job's spec number `s` over all batches; `hidden` is explained in `quality_notes`."""
     spec = job.specs[s]
     maps = [result.maps[s] for result in results]
     values = torch.cat([m.values for m in maps])
@@ -293,7 +311,8 @@ def _collect(
         extras=extras,
         notes=(
             *loader.notes,
-            *quality_notes(values, job.targets.names(classes, indices), image_names, spec.layer_name, geometry),
+            *[note for note in job.model.notes if note == STOCHASTIC_NOTE],
+            *quality_notes(values, hidden, job.targets.names(classes, indices), image_names, spec.layer_name, geometry),
         ),
         failed=tuple(loader.failed),
     )
@@ -301,12 +320,16 @@ def _collect(
 
 def quality_notes(
     maps: Tensor,
+    hidden: Tensor,
     target_names: Sequence[Sequence[str]],
     image_names: Sequence[str],
     layer: str,
     geometry: Sequence[Geometry],
 ) -> list[str]:
-    """Describe maps (N, T, ...) of which an overlay shows nothing, or the same everywhere."""
+    """Describe maps (N, T, ...) of which an overlay shows nothing, or the same everywhere.
+
+    `hidden` (N, T) says which targets depend on the layer, or on the image, although the map is zero.
+    """
     source = "the image" if layer == "input" else "this layer"
     flat = maps.flatten(2)
     low, high = flat.amin(2), flat.amax(2)
@@ -314,7 +337,12 @@ def quality_notes(
     notes = []
     for n, t in product(range(maps.shape[0]), range(maps.shape[1])):
         name = f"{image_names[n]}, {target_names[n][t]}"
-        if low[n, t] == high[n, t] == 0:
+        if hidden[n, t]:
+            notes.append(
+                f"{name}: the map is zero everywhere, although larger changes of {source} change the target; "
+                f"methods without gradients: {', '.join(WITHOUT_GRADIENTS)}"
+            )
+        elif low[n, t] == high[n, t] == 0:
             notes.append(f"{name}: the map is zero everywhere; {source} has no influence on the target")
         elif low[n, t] == high[n, t]:
             notes.append(f"{name}: the map is {high[n, t]:.3g} everywhere; no position has more evidence than another")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convscope.attribution import influence
 from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture, resume
 from convscope.engine.acceleration import accelerate
@@ -129,10 +130,23 @@ class MethodContext:
         """Make `x` a leaf of a new graph; return it and the scores (M, T) computed from it."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return x, self.targets.scores(self.run(x.clone()), rows)  # a copy: the network may modify its input
+            scores = self.targets.scores(self.run(x.clone()), rows)  # a copy: the network may modify its input
+        self.require_gradient(scores)
+        return x, scores
 
-    def backward(self, x: Tensor, scores: Tensor) -> Iterator[Tensor]:
-        """Yield the gradients (M, C, H, W) float32 of each target's scores, one backward pass per target."""
+    def require_gradient(self, scores: Tensor | None, layer: Layer | None = None) -> None:
+        """Raise ConvscopeError if scores, or a gradient, miss the gradient that they should have.
+
+        That is where they depend on the layer (None: on the input), though only forward passes show it.
+        """
+        if scores is None or not scores.requires_grad:
+            influence.require_gradient(self.model, layer, self.x, influence.scores_of_image(self.targets))
+
+    def backward(self, x: Tensor, scores: Tensor, layer: Layer | None = None) -> Iterator[Tensor]:
+        """Yield the gradients (M, C, H, W) float32 of each target's scores, one backward pass per target.
+
+        `x` holds inputs, or the output of `layer`.
+        """
         for t in range(self.num_targets):
             gradient = None
             if scores.requires_grad:
@@ -140,6 +154,8 @@ class MethodContext:
                 one_hot[:, t] = 1
                 retain_graph = t + 1 < self.num_targets
                 (gradient,) = torch.autograd.grad(scores, x, one_hot, retain_graph=retain_graph, allow_unused=True)
+            if gradient is None:
+                self.require_gradient(None, layer)
             yield torch.zeros_like(x, requires_grad=False).float() if gradient is None else gradient.float()
 
     # --- helpers -----------------------------------------------------------------------------------------------------

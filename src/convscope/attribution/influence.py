@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from convscope.attribution.targets import BatchTargets
 from convscope.engine import capture
 from convscope.engine.batching import pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
@@ -25,6 +26,39 @@ RTOL = 1e-6  # rounding of scores
 
 Scores = Callable[[ForwardResult], Tensor]
 """Returns the scores (M, T) of a pass over M inputs."""
+
+ScoreRule = Callable[[BatchTargets, ForwardResult], Tensor]
+"""Returns the scores (M, T) of M inputs for their targets."""
+
+
+def scores_of_image(targets: BatchTargets, image: int = 0, rule: ScoreRule = BatchTargets.scores) -> Scores:
+    """Return the function that computes the scores of one image's targets for any number of inputs."""
+    return lambda outputs: rule(targets.of_image(image, len(outputs.logits)), outputs)
+
+
+def hidden_influence(model: Model, layers: Sequence[Layer], x: Tensor, targets: BatchTargets, maps: Tensor) -> Tensor:
+    """Find maps (B, T, ...) that are zero although the target depends on one of the layers, or on the input.
+
+    Parameters
+    ----------
+    model : Model
+    layers : sequence of Layer
+        Empty for the input.
+    x : Tensor
+        The images (B, C, H, W).
+    targets : BatchTargets
+    maps : Tensor
+
+    Returns
+    -------
+    Tensor of shape (B, T), bool
+    """
+    is_zero = ~maps.flatten(2).any(2)
+    hidden = torch.zeros_like(is_zero)
+    for n in is_zero.any(1).nonzero()[:, 0].tolist():
+        for layer in layers or (None,):
+            hidden[n] |= depends_on(model, layer, x[n : n + 1], scores_of_image(targets, n)).to(hidden.device)
+    return is_zero & hidden
 
 
 def depends_on(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> Tensor:
@@ -96,14 +130,14 @@ def _find_cut(model: Model, layer: Layer | None, x: Tensor) -> str:
         run = stack.enter_context(capture.capture_layers(model, names, detach_at_layer=layer is not None))
         with torch.enable_grad():
             run(pad_to_fixed_batch(model, x.detach()[:1]).clone().requires_grad_(layer is None))
-    cut = next((call for call in calls if call[2] and not call[3]), None)
+    cut = next((call for call in calls if call[2] and (not call[3] or _is_int8(call[1]))), None)
     if cut is not None:
         return f"inside {cut[0]!r} ({_kind(cut[1])})"
-    before = next((call[0] for call in reversed(calls) if call[3]), None)
-    last = max((i for i, call in enumerate(calls) if call[3]), default=-1)
-    after = next((call[0] for call in calls[last + 1 :]), None)
-    start = "after the input" if before is None else f"after {before!r}"
-    return f"{start}{'' if after is None else f' and before {after!r}'} (detach, or a function without a gradient)"
+    point = "" if layer is None else capture.capture_point(layer).partition("#")[0]
+    last = max((i for i, call in enumerate(calls) if call[3] or call[0] == point), default=-1)
+    start = f"after {calls[last][0]!r}" if last >= 0 else "after the input"
+    end = f" and before {calls[last + 1][0]!r}" if last + 1 < len(calls) else ""
+    return f"{start}{end} (detach, or a function without a gradient)"
 
 
 def _has_gradient(value: object) -> bool:
@@ -111,7 +145,10 @@ def _has_gradient(value: object) -> bool:
 
 
 def _kind(module: nn.Module) -> str:
-    kind = type(module)
-    if "quantized" in kind.__module__:
-        return f"{kind.__name__}: int8 arithmetic has no gradients"
-    return f"{kind.__name__}: detach, or a function without a gradient"
+    reason = "int8 arithmetic has no gradients" if _is_int8(module) else "detach, or a function without a gradient"
+    return f"{type(module).__name__}: {reason}"
+
+
+def _is_int8(module: nn.Module) -> bool:
+    """Check for a quantised layer; its output claims to have a gradient."""
+    return "quantized" in type(module).__module__

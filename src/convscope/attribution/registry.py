@@ -35,6 +35,7 @@ class CamMethod:
     function: Callable[..., Tensor]
     score: Callable[[BatchTargets, ForwardResult], Tensor] | None = BatchTargets.scores
     at_input = False
+    signed = False  # class activation maps are rectified for display, as in their papers
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,19 @@ class ModelMethod:
         `LayerContext`.
     at_input : bool
         Whether its maps lie on the input rather than on a layer.
+    signed : bool
+        Whether negative values are evidence against the target by the method's definition, and drawn as such.
+    needs_gradient : bool
+        Whether it needs gradients or layers, which functions as models do not have.
     check : callable or None
         ``check(**options)`` validates the options before the network runs; raises ``ConvscopeError``.
     """
 
     function: Callable[..., MethodOutput]
     at_input: bool = True
+    signed: bool = False
     check: Callable[..., None] | None = None
+    needs_gradient: bool = True
 
 
 Method = CamMethod | ModelMethod
@@ -70,21 +77,23 @@ METHODS: dict[str, Method] = {
     "eigen-grad-cam": CamMethod(cam.eigen_grad_cam),
     "finer-cam": CamMethod(cam.grad_cam, finer_cam_score),
     "saliency": ModelMethod(gradient.saliency),
-    "input-x-gradient": ModelMethod(gradient.input_x_gradient),
+    "input-x-gradient": ModelMethod(gradient.input_x_gradient, signed=True),
     "smooth-grad": ModelMethod(gradient.smooth_grad, check=gradient.check_noise),
     "var-grad": ModelMethod(gradient.var_grad, check=gradient.check_noise),
-    "integrated-gradients": ModelMethod(gradient.integrated_gradients, check=gradient.check_path),
+    "integrated-gradients": ModelMethod(gradient.integrated_gradients, signed=True, check=gradient.check_path),
     "guided-backprop": ModelMethod(gradient.guided_backprop),
     "deconvnet": ModelMethod(gradient.deconvnet),
     "guided-grad-cam": ModelMethod(gradient.guided_grad_cam, at_input=False),
     "full-grad": ModelMethod(full_grad.full_grad),
-    "lrp-epsilon": ModelMethod(lrp.lrp_epsilon),
-    "lrp-gamma": ModelMethod(lrp.lrp_gamma),
+    "lrp-epsilon": ModelMethod(lrp.lrp_epsilon, signed=True),
+    "lrp-gamma": ModelMethod(lrp.lrp_gamma, signed=True),
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
-    "occlusion": ModelMethod(perturbation.occlusion, check=perturbation.check_occlusion),
-    "rise": ModelMethod(rise.rise, check=rise.check_rise),
+    "occlusion": ModelMethod(
+        perturbation.occlusion, signed=True, check=perturbation.check_occlusion, needs_gradient=False
+    ),
+    "rise": ModelMethod(rise.rise, check=rise.check_rise, needs_gradient=False),
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
@@ -109,6 +118,11 @@ def default_method(model: Model) -> str:
 def get_method(name: str) -> Method:
     """Look up a method by name; raise ConvscopeError with the nearest names for an unknown one."""
     return METHODS[find_name("method", name, list(METHODS))]
+
+
+def is_signed(name: str) -> bool:
+    """Return whether negative values of a method are drawn; False for maps of unknown origin."""
+    return name in METHODS and METHODS[name].signed
 
 
 def method_options(name: str, options: Mapping[str, object]) -> dict[str, object]:

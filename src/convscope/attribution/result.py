@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from convscope.attribution.registry import is_signed
 from convscope.attribution.targets import TargetSpec
+from convscope.errors import require_int
 from convscope.formatting import Row, base_name, count_of
-from convscope.images.colormap import blend
+from convscope.images.colormap import DIVERGING, SEQUENTIAL, ColorScale
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
+from convscope.images.resizing import resize_to
 from convscope.result_items import IndexedResult, ItemKey
 from convscope.results import format_csv, unique_file_names
 
 PREVIEW_SIDE = 128  # pixels of the longer side of the small image on which maps are checked first
-INPUT_QUANTILE = 0.995  # at the input, the value shown as the maximum
+INPUT_QUANTILE = 0.995  # at the input, the value with the last color
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,34 +113,94 @@ class Heatmaps(IndexedResult):
         maps = torch.from_numpy(self.values)
         return [geometry.to_original(m).numpy() for geometry, m in zip(self.geometry, maps, strict=True)]
 
-    def overlay(self, alpha: float = 0.4, colormap: str = "jet") -> list[Image.Image]:
-        """Lay the positive part of each map, divided by its maximum, over its image in colors.
+    def overlay(
+        self,
+        alpha: float | None = None,
+        colormap: str | None = None,
+        *,
+        cmap: str | None = None,
+        signed: bool | None = None,
+        shared_scale: bool = False,
+        size: int | tuple[int, int] | None = None,
+    ) -> list[Image.Image]:
+        """Lay each map over its image in colors, scaled by its maximum.
 
         At the input, where single pixels would hardly be visible, maps are first smoothed by a Gaussian with a
-        standard deviation of 1 % of the longer side, and divided by their 99.5 % quantile.
+        standard deviation of 1 % of the longer side, and scaled by their 99.5 % quantile.
 
         Parameters
         ----------
-        alpha : float
-            Opacity of the colors, 0 to 1.
-        colormap : str
-            Any colormap of matplotlib; "viridis" and "inferno" are perceptually uniform.
+        alpha : float, optional
+            Opacity of the colors, 0 to 1. By default 0.4; in signed maps, which lie on a gray image, 0.8 for the
+            strongest values, and less in proportion for others.
+        colormap : str, optional
+            Any colormap of matplotlib; "jet" by default, "RdBu_r" in signed maps. "viridis" and "inferno" are
+            perceptually uniform.
+        cmap : str, optional
+            The same, under matplotlib's name.
+        signed : bool, optional
+            Whether to show evidence against the target as well: from blue (against) to red (for). By default only where
+            the method's definition gives negative values this meaning, and there are any; class activation maps are
+            rectified, as in their papers.
+        shared_scale : bool
+            Scale all maps by the maximum of all of them, so that they can be compared.
+        size : int or (int, int), optional
+            Longer side of the images in pixels, or the least and the most that it may be. By default their own size.
 
         Returns
         -------
         list of Image
             N x T images; the T targets of an image follow each other.
-        """
-        return list(self.iter_overlays(alpha, colormap))
 
-    def iter_overlays(self, alpha: float = 0.4, colormap: str = "jet") -> Iterator[Image.Image]:
-        """Yield the images of `overlay` one at a time, so that memory does not grow with their number."""
-        at_input = self.layer == "input"
+        Raises
+        ------
+        ConvscopeError
+            For an unknown colormap, and for numbers out of range.
+        """
+        overlays = self.iter_overlays(
+            alpha=alpha, colormap=colormap, cmap=cmap, signed=signed, shared_scale=shared_scale, size=size
+        )
+        return [image for image, _ in overlays]
+
+    def iter_overlays(
+        self,
+        *,
+        alpha: float | None = None,
+        colormap: str | None = None,
+        cmap: str | None = None,
+        signed: bool | None = None,
+        shared_scale: bool = False,
+        size: int | tuple[int, int] | None = None,
+    ) -> Iterator[tuple[Image.Image, ColorScale]]:
+        """Yield the images of `overlay` with their color scales, so that memory does not grow with their number."""
+        for side in () if size is None else np.atleast_1d(size):
+            require_int("size", side)
+        if signed is None:
+            signed = is_signed(self.method) and bool((self.values < 0).any())
+        colormap = colormap or cmap or (DIVERGING if signed else SEQUENTIAL)
+        maximum = self._shared_maximum(signed, size) if shared_scale else None
+        for index, geometry, maps in self._iter_displayed(signed, size):
+            image = resize_to(self.image_source.original(index), geometry.image_size)
+            for heatmap in maps:
+                scale = ColorScale(
+                    _maximum(heatmap, self.layer == "input", signed) if maximum is None else maximum, signed, colormap
+                )
+                yield scale.overlay(image, heatmap, alpha), scale
+
+    def _iter_displayed(
+        self, signed: bool, size: int | tuple[int, int] | None
+    ) -> Iterator[tuple[int, Geometry, np.ndarray]]:
+        """Yield each image's position in `image_source`, its geometry, and its maps (T, H, W), both at a size."""
+        low, high = size if isinstance(size, tuple) else (size, size)
         for index, geometry, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
-            image = self.image_source.original(index)
-            resized = geometry.to_original(_smooth(maps) if at_input else maps).numpy()
-            for heatmap in resized:
-                yield blend(image, _scale_to_unit(heatmap, INPUT_QUANTILE if at_input else 1), alpha, colormap)
+            displayed = geometry if low is None or high is None else geometry.scaled_within(low, high)
+            if self.layer == "input":
+                maps = _smooth(maps if signed else maps.clamp(min=0))
+            yield index, displayed, displayed.to_original(maps).numpy()
+
+    def _shared_maximum(self, signed: bool, size: int | tuple[int, int] | None) -> float:
+        displayed = self._iter_displayed(signed, size)
+        return max(_maximum(heatmap, self.layer == "input", signed) for _, _, maps in displayed for heatmap in maps)
 
     def file_names(self) -> list[str]:
         """Return the name of each saved overlay: image, number of the target and name of the target."""
@@ -217,30 +280,22 @@ def is_drawn_blank(heatmap: Tensor, geometry: Geometry, at_input: bool) -> bool:
 
     The map is first resized to a small image; only where nothing is left of it there, to the image itself.
     """
-    maps = _smooth(heatmap[None]) if at_input else heatmap[None]
-    longest = max(geometry.image_size)
-    sides = tuple(max(1, side * PREVIEW_SIDE // longest) for side in geometry.image_size)
-    scales = [small / side for small, side in zip(sides, geometry.image_size, strict=True)]
-    small = Geometry(sides, tuple(edge * scale for edge, scale in zip(geometry.box, scales * 2, strict=True)))
-    for candidate in (small, geometry) if longest > PREVIEW_SIDE else (geometry,):
-        resized = candidate.to_original(maps)[0].numpy()
-        if _scale_to_unit(resized, INPUT_QUANTILE if at_input else 1).any():
-            return False
-    return True
+    maps = _smooth(heatmap[None].clamp(min=0)) if at_input else heatmap[None]
+    candidates = dict.fromkeys((geometry.scaled_within(1, PREVIEW_SIDE), geometry))
+    return all(_maximum(candidate.to_original(maps)[0].numpy(), at_input) <= 0 for candidate in candidates)
 
 
-def _scale_to_unit(heatmap: np.ndarray, quantile: float) -> np.ndarray:
-    """Divide the positive part by its quantile and clip it to [0, 1]."""
-    positive = np.maximum(heatmap, 0)
-    highest = positive.max() if quantile == 1 else np.quantile(positive, quantile)
-    return np.minimum(positive / highest, 1) if highest > 0 else np.zeros_like(heatmap)
+def _maximum(heatmap: np.ndarray, at_input: bool, signed: bool = False) -> float:
+    """Return the value with the last color: the maximum, at the input a quantile; 0 if none is positive."""
+    values = np.abs(heatmap) if signed else np.maximum(heatmap, 0)
+    return float(np.quantile(values, INPUT_QUANTILE) if at_input else values.max())
 
 
 def _smooth(maps: Tensor) -> Tensor:
-    """Smooth the positive part of maps (T, h, w) by a Gaussian of 1 % of the longer side."""
+    """Smooth maps (T, h, w) by a Gaussian of 1 % of the longer side."""
     sigma = max(maps.shape[1:]) / 100
     radius = max(1, round(3 * sigma))
     weights = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     weights = (weights / weights.sum()).to(maps)
-    columns = F.conv2d(maps.clamp(min=0)[:, None], weights[None, None, :, None], padding=(radius, 0))
+    columns = F.conv2d(maps[:, None], weights[None, None, :, None], padding=(radius, 0))
     return F.conv2d(columns, weights[None, None, None], padding=(0, radius))[:, 0]

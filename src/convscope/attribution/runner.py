@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from convscope.attribution import influence
 from convscope.attribution.augmentation import AUGMENTATIONS, Undo
 from convscope.attribution.context import Extras, LayerContext, MethodContext
 from convscope.attribution.fusion import fuse_maps, mean_in_order
@@ -229,42 +230,32 @@ def _shared_pass(job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: Ba
             with torch.enable_grad():
                 scores = score(targets, outputs)
             gradients[score] = _gradients(job, scores, outputs.maps)
+            for name in outputs.maps.keys() - gradients[score].keys():
+                scores_of_image = influence.scores_of_image(targets, rule=score)
+                influence.require_gradient(job.model, job.model.layers.find(name), x, scores_of_image)
     activations = {name: activation.detach().float() for name, activation in outputs.maps.items()}
     probabilities = targets.probabilities(job.model.probabilities(outputs.logits.detach()))
     return _SharedPass(activations, targets, targets.logits(outputs), probabilities, gradients)
 
 
 def _gradients(job: HeatmapJob, scores: Tensor, activations: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Compute the gradients (T, B, C, ...) float32 of scores (B, T) at each layer.
+    """Compute the gradients (T, B, C, ...) float32 of scores (B, T) at each layer that they depend on.
 
     An image's score depends on no other image, so the gradient of the scores' sum holds each image's own. As many
     targets as fit into memory share a backward pass.
     """
-    count = scores.shape[1]
-    if not scores.requires_grad:  # the scores depend on none of the layers
-        return {
-            name: tensor.new_zeros((count, *tensor.shape), dtype=torch.float32) for name, tensor in activations.items()
-        }
+    if not scores.requires_grad:
+        return {}
     max_targets = max(1, int(job.memory // (2 * len(scores) * job.bytes_per_image)))
     layers = list(activations.values())
     chunks = [
         gradients
-        for targets in balanced_chunks(range(count), max_targets)
+        for targets in balanced_chunks(range(scores.shape[1]), max_targets)
         for gradients in _backward(scores, targets, layers)
     ]
-    by_layer = zip(*chunks, strict=True)
-    return {
-        name: _join_targets(activation, parts, count)
-        for (name, activation), parts in zip(activations.items(), by_layer, strict=True)
-    }
-
-
-def _join_targets(activation: Tensor, parts: Sequence[Tensor | None], count: int) -> Tensor:
-    """Join the gradients of all targets at a layer; zeros where the scores do not depend on it."""
-    gradients = [part for part in parts if part is not None]
-    if not gradients:
-        return activation.new_zeros(1).expand(count, *activation.shape)
-    return torch.cat(gradients).float()
+    by_layer = dict(zip(activations, zip(*chunks, strict=True), strict=True))
+    gradients = {name: [part for part in parts if part is not None] for name, parts in by_layer.items()}
+    return {name: torch.cat(parts).float() for name, parts in gradients.items() if parts}
 
 
 def _backward(scores: Tensor, targets: Sequence[int], layers: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
@@ -309,7 +300,10 @@ def _run_cam(spec: MethodSpec, method: CamMethod, shared: _SharedPass) -> Method
             values = method.function(activation)[:, None]
             maps.append(values.expand(-1, num_targets, *values.shape[2:]))
         else:
-            gradients = shared.gradients[method.score][layer.name]
+            zeros = torch.zeros_like(activation).expand(
+                num_targets, *activation.shape
+            )  # no target depends on the layer
+            gradients = shared.gradients[method.score].get(layer.name, zeros)
             maps.append(torch.stack([method.function(activation, gradient) for gradient in gradients], dim=1))
     return MethodMaps(fuse_maps(maps, spec.fuse))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
@@ -124,6 +125,11 @@ class BatchTargets:
         against = self.against if rows is None else self.against[rows]
         return scores - outputs.logits.gather(1, against).mean(1, keepdim=True)
 
+    def of_image(self, image: int, count: int) -> BatchTargets:
+        """Return the targets of one image for `count` copies of it."""
+        rows = [image] * count
+        return replace(self, classes=self.classes[rows], against=None if self.against is None else self.against[rows])
+
     def logits(self, outputs: ForwardResult) -> Tensor:
         """Return the targets' logits (B, T) without subtracting `against`; for functions, their values."""
         return BatchTargets(self.classes, None, self.functions).scores(outputs).detach()
@@ -188,6 +194,7 @@ def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int 
     return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
+@check_arguments
 def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     """Define the target "class `label` inside a region" for a segmentation network.
 
@@ -241,6 +248,7 @@ def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     return score
 
 
+@check_arguments
 def output_target(name: str | int, label: int) -> ScoreFunction:
     """Define the target "class `label` of output `name`" for a network with several outputs.
 
@@ -328,6 +336,7 @@ def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | No
     ConvscopeError
         For anything else, and for unknown classes.
     """
+    model.require_scores()
     if targets is None:
         return None
     if isinstance(targets, np.ndarray | Tensor):

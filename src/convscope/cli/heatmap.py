@@ -21,7 +21,7 @@ from convscope.cli.options import (
 )
 from convscope.cli.output import finish, log, progress_bar
 from convscope.cli.parsing import open_image_arguments
-from convscope.cli.tables import Column, format_probability, print_table, probability_column
+from convscope.cli.tables import Column, print_table, probability_column
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
@@ -122,10 +122,9 @@ def _columns(has_values: bool) -> tuple[Column, ...]:
 
 def _rows(heatmaps: Heatmaps) -> list[tuple[str, ...]]:
     columns = (heatmaps.image_names, heatmaps.names, heatmaps.probabilities, heatmaps.logits)
-    has_values = heatmaps.model.has_values
     files = iter(heatmaps.file_names())
     return [
-        (image, name, format_probability(probability, has_values), f"{logit:.2f}", next(files))
+        (image, name, heatmaps.model.format_score(probability), f"{logit:.2f}", next(files))
         for image, names, probabilities, logits in zip(*columns, strict=True)
         for name, probability, logit in zip(names, probabilities, logits, strict=True)
     ]

@@ -10,7 +10,7 @@ from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, OptionalOut, Wide
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import open_image_arguments
-from convscope.cli.tables import Column, format_probability, print_table, probability_column
+from convscope.cli.tables import Column, print_table, probability_column
 
 if TYPE_CHECKING:
     from convscope.feature_maps import Predictions
@@ -56,9 +56,8 @@ def _columns(has_values: bool) -> tuple[Column, ...]:
 
 def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
     columns = (predictions.image_names, predictions.probabilities, predictions.names, predictions.indices)
-    has_values = predictions.model.has_values
     return [
-        (image, format_probability(probability, has_values), name, str(index))
+        (image, predictions.model.format_score(probability), name, str(index))
         for image, probabilities, names, indices in zip(*columns, strict=True)
         for probability, name, index in zip(probabilities, names, indices, strict=True)
     ]
@@ -66,11 +65,12 @@ def _rows(predictions: Predictions) -> list[tuple[str, str, str, str]]:
 
 def _as_json(predictions: Predictions) -> list[dict[str, object]]:
     columns = (predictions.image_names, predictions.indices, predictions.names, predictions.probabilities)
+    score = predictions.model.score_name
     return [
         {
             "image": image,
             "classes": [
-                {"index": int(index), "name": name, "probability": float(probability), "logit": float(logits[index])}
+                {"index": int(index), "name": name, score: float(probability), "logit": float(logits[index])}
                 for index, name, probability in zip(indices, names, probabilities, strict=True)
             ],
         }

@@ -40,11 +40,6 @@ def probability_column(has_values: bool) -> Column:
     return Column("value" if has_values else "probability", right=True)
 
 
-def format_probability(probability: float, has_values: bool) -> str:
-    """Format a probability in percent, a value as a number."""
-    return f"{probability:.4g}" if has_values else f"{probability:.1%}"
-
-
 def print_table(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, wide: bool = False) -> None:
     """Print a table that fits the terminal; tab-separated lines with all columns where the output is no terminal.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.layer_access import (
     check_image_model,
@@ -41,6 +42,7 @@ MIN_VECTORS_SPECTRAL = 51  # with fewer vectors UMAP's spectral initialisation f
 
 
 @warns_of_failures
+@check_arguments
 def atlas(
     model: ModelLike,
     images: object,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
@@ -51,6 +52,7 @@ MAX_OVERLAP = 0.3  # intersection over union of two example crops of a concept
 
 
 @warns_of_failures
+@check_arguments
 def concepts(
     model: ModelLike,
     images: object,

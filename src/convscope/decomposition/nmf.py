@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from convscope.errors import ConvscopeError, require_extra
 MAX_ITER = 2000
 TOLERANCE = 1e-6  # of the projected gradient, relative to its first value
 EXTRA = "concepts"
+
+_warnings_lock = threading.Lock()  # filters of warnings belong to the process: one thread at a time changes them
 
 
 def check_dependencies() -> None:
@@ -86,7 +89,7 @@ def _fit_components(a: np.ndarray, rank: int, max_iter: int) -> np.ndarray:
     decomposition = require_extra("sklearn.decomposition", EXTRA)
     exceptions = require_extra("sklearn.exceptions", EXTRA)
     model = decomposition.NMF(rank, init="nndsvd", solver="cd", tol=TOLERANCE, max_iter=max_iter, random_state=0)
-    with warnings.catch_warnings():
+    with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # the error is reported with the result
         model.fit(a)
     components: np.ndarray = model.components_

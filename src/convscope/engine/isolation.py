@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from convscope.engine.function_modes import without_function_modes
+
 # In inference mode these read their buffers and never write them.
 READ_ONLY_BUFFERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -78,7 +80,8 @@ def frozen_eval_mode(modules: Iterable[nn.Module], parameters: Iterable[nn.Param
     """Set eval mode and freeze parameters inside the block; restore every flag on exit."""
     training = [m for m in modules if m.training]
     # Inference tensors never get gradients, and `requires_grad_` raises on them.
-    trainable = [p for p in parameters if p.requires_grad and not p.is_inference()]
+    with without_function_modes():  # active modes need not see how parameters are inspected
+        trainable = [p for p in parameters if p.requires_grad and not p.is_inference()]
     try:
         for m in training:
             m.training = False

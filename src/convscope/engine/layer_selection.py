@@ -24,9 +24,11 @@ def last_per_resolution(model: Model) -> list[Layer]:
 
 
 def evenly_spaced(layers: Sequence[Layer], count: int) -> list[Layer]:
-    """Return `count` of the layers, evenly spaced, first and last included."""
+    """Return `count` of the layers, evenly spaced, first and last included; the last if `count` is 1."""
     if len(layers) <= count:
         return list(layers)
+    if count == 1:
+        return [layers[-1]]
     return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
 
 

@@ -58,6 +58,10 @@ class Model:
         Whether passes may be accelerated; those of a user's own module never are.
     reader : OutputReader
         How class scores are read from what the network returns.
+    differentiable : bool
+        Whether gradients pass through the network.
+    is_stochastic : bool
+        Whether the network gives another output each time it runs.
 
     Examples
     --------
@@ -87,6 +91,8 @@ class Model:
     contiguous_input: bool = False
     accelerate: bool = True
     reader: OutputReader = field(default_factory=OutputReader)
+    differentiable: bool = True
+    is_stochastic: bool = False
 
     @property
     def task(self) -> str:
@@ -151,15 +157,39 @@ class Model:
         """
         return self.reader.probabilities(logits, self.final_activation)
 
+    def require_scores(self) -> None:
+        """Raise ConvscopeError if it is not known which part of the output holds scores."""
+        if self.num_outputs is None:
+            raise ConvscopeError(self.reader.unreadable or f"{self.name} returns no scores of classes")
+
+    def require_gradients(self, purpose: str) -> None:
+        """Raise ConvscopeError if no gradients pass through the network; `purpose` names what needs them."""
+        if not self.differentiable:
+            raise ConvscopeError(
+                f"{purpose} needs gradients or layers, and {self.name} is a function that has none; "
+                "heatmaps by method='rise' or 'occlusion' work"
+            )
+
     def losses(self, logits: Tensor) -> Tensor | None:
         """Return the cross-entropy (N, K) of logits for each class; None unless exactly one class is right."""
         if self.has_values or self.has_independent_classes:
             return None
         return -self.reader.log_probabilities(logits, self.final_activation)
 
+    @property
+    def score_name(self) -> str:
+        """What `probabilities` returns: "probability", or "value" for a network that computes values."""
+        return "value" if self.has_values else "probability"
+
+    def format_score(self, score: float) -> str:
+        """Format a probability as a percentage, or a value as it is."""
+        return f"{score:.4g}" if self.has_values else f"{score:.1%}"
+
     def class_name(self, index: int) -> str:
-        """Return the name of a class, or "class 7" where names are unknown."""
-        return self.classes[index] if self.classes is not None else f"class {index}"
+        """Return the name of a class, or "class 7" where names are unknown; "output 7" where outputs are values."""
+        if self.classes is not None:
+            return self.classes[index]
+        return f"output {index}" if self.has_values else f"class {index}"
 
     def class_index(self, target: int | str) -> int:
         """Return the index of a class given by index or by name; case and underscores do not matter.

@@ -21,6 +21,7 @@ from convscope.engine.outputs import (
 )
 from convscope.errors import ConvscopeError
 
+PROBABILITY_TASKS = (None, "classification", "binary", "multilabel", "probabilities")
 SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1, in half precision too
 
 
@@ -55,6 +56,8 @@ class OutputFacts:
         Dimensions of the selected tensor that are spatial axes of the input.
     activation : str or None
         The softmax or sigmoid that ends the network.
+    is_removable : bool
+        Whether logits can be taken in front of `activation`: not inside TorchScript.
     softmax_dim : int or None
         The dimension that it runs along.
     input_shape : tuple of int
@@ -68,6 +71,7 @@ class OutputFacts:
     output: object
     spatial_dims: tuple[int, ...]
     activation: str | None
+    is_removable: bool
     softmax_dim: int | None
     input_shape: tuple[int, ...]
     channels_last: bool
@@ -139,7 +143,8 @@ def infer_output(facts: OutputFacts, request: OutputRequest, select: OutputSelec
     count = 1 if tensor.ndim == 1 else tensor.shape[reader.class_dim]
     task, note = _find_task(request, reader, tensor, facts, count)
     notes += [note] * bool(note)
-    implicit = count == 1 and (task == "binary" or (task in LOG_TASKS and request.num_classes == 2))
+    is_two_classes = request.num_classes == 2 or facts.activation == "sigmoid"
+    implicit = count == 1 and (task == "binary" or (task in LOG_TASKS and is_two_classes))
     activation = None if task in (*VALUE_TASKS, *LOG_TASKS) else facts.activation
     class_dim = 1 if facts.channels_last else reader.class_dim
     reader = replace(reader, task=task, class_dim=class_dim, has_implicit_class=implicit)
@@ -186,6 +191,10 @@ def _find_task(
     request: OutputRequest, reader: OutputReader, tensor: Tensor, facts: OutputFacts, count: int
 ) -> tuple[str, str]:
     """Return the task, and a note that says what it was inferred from."""
+    if not facts.is_removable and facts.activation in ("softmax", "sigmoid") and request.task in PROBABILITY_TASKS:
+        return "probabilities", (
+            f"the final {facts.activation} cannot be removed from this network: logits are logarithms of its outputs"
+        )
     if request.task is not None:
         return _check_task(request.task, facts.activation, count), ""
     if reader.task != "classification":
@@ -203,7 +212,7 @@ def _find_task(
         )
     if facts.activation == "sigmoid":
         return "multilabel", ""
-    if facts.activation is not None:
+    if facts.activation is not None and facts.is_removable:
         return reader.task, ""
     if _are_probabilities(tensor, reader) and _are_probabilities(facts.run_again(), reader):
         return "probabilities", (

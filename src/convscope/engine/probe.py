@@ -7,7 +7,7 @@ data flows between them, and which activation ends the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -28,6 +28,10 @@ from convscope.engine.tracing import Trace
 from convscope.errors import ConvscopeError
 
 FINAL_ACTIVATIONS = ("softmax", "log_softmax", "sigmoid")
+STOCHASTIC_NOTE = (
+    "the network gives another output each time it runs (dropout or other random numbers that stay on in eval mode): "
+    "results differ from run to run"
+)
 _NO_REQUEST = OutputRequest()
 _Version = tuple[int, int]  # a tensor's identity and the number of times that it was written to
 
@@ -42,6 +46,8 @@ class ProbeResult:
         The layers, in the order in which they finish.
     meaning : OutputMeaning
         The task, and how scores are read from the output.
+    is_stochastic : bool
+        Whether the network gives another output each time it runs.
     channels_last_output : bool
         Whether the network returns class maps (N, H, W, K).
     contiguous_input : bool
@@ -51,6 +57,7 @@ class ProbeResult:
     layers: LayerTable
     meaning: OutputMeaning
     channels_last_output: bool
+    is_stochastic: bool = False
     contiguous_input: bool = False
 
 
@@ -98,27 +105,49 @@ def probe(
         again = run_with_callback(module, adapter, noise.to(x), lambda *_: None)
         return primary_tensor(pick_output(again, select))
 
-    activation = field.op.strip("_")
-    is_returned = any(tensor is final for tensor in iter_tensors(output))
-    record = activations.find(final)
-    channels_last = bool(layout.spatial_dims) and layout.channel_dim != 1 and not layout.grid and is_returned
-    facts = OutputFacts(
-        output,
-        layout.spatial_dims,
-        activation if activation in FINAL_ACTIVATIONS and is_returned else None,
-        None if record is None else record[1],
-        tuple(x.shape),
-        channels_last,
-        run_again,
+    facts = _output_facts(output, final, field, layout, x, activations, run_again)
+    meaning = infer_output(
+        replace(facts, is_removable=facts.is_removable and adapter.name != "torchscript"), request, select
     )
-    meaning = infer_output(facts, request, select)
+    is_stochastic = trace.draws_random_numbers and not _are_equal(run_again(), run_again())
+    notes += [*meaning.notes, *[STOCHASTIC_NOTE] * is_stochastic, *recorder.quantization_notes()]
     flow = recorder.flow(output, final, returns_maps=bool(layout.spatial_dims))
     return ProbeResult(
         LayerTable(recorder.layers, flow),
-        replace(meaning, notes=(*notes, *meaning.notes)),
-        channels_last,
-        _needs_contiguous(module, adapter, x),
+        replace(meaning, notes=tuple(notes)),
+        facts.channels_last,
+        contiguous_input=_needs_contiguous(module, adapter, x),
+        is_stochastic=is_stochastic,
     )
+
+
+def _output_facts(
+    output: object,
+    final: Tensor | None,
+    field: Field,
+    layout: Layout,
+    x: Tensor,
+    activations: LogitsRecorder,
+    run_again: Callable[[], Tensor | None],
+) -> OutputFacts:
+    """Return what the traced pass tells about the tensor `final` in a network's output."""
+    activation = field.op.strip("_")
+    is_returned = any(tensor is final for tensor in iter_tensors(output))
+    record = activations.find(final)
+    return OutputFacts(
+        output=output,
+        spatial_dims=layout.spatial_dims,
+        activation=activation if activation in FINAL_ACTIVATIONS and is_returned else None,
+        is_removable=record is not None,
+        softmax_dim=None if record is None else record[1],
+        input_shape=tuple(x.shape),
+        channels_last=bool(layout.spatial_dims) and layout.channel_dim != 1 and not layout.grid and is_returned,
+        run_again=run_again,
+    )
+
+
+def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is None or second is None or torch.equal(first, second)
 
 
 def _needs_contiguous(module: nn.Module, adapter: FrameworkAdapter, x: Tensor) -> bool:
@@ -143,6 +172,7 @@ class _LayerRecorder:
         self.trace, self.adapter, self.input_shape = trace, adapter, input_shape
         self.said_grid, self.grids = grid, GridInference(input_shape)
         self.layers: list[Layer] = []
+        self.num_quantized = 0
         self._calls: dict[str, int] = {}
         self._makers: dict[_Version, str] = {}  # the node of each tensor, named after the first layer that returned it
         self._layer_of_node: dict[str, str] = {}
@@ -154,6 +184,7 @@ class _LayerRecorder:
         """Add a layer that has just returned `output`; one that returned weights or constants alone is no layer."""
         call = self._calls[name] = self._calls.get(name, 0) + 1
         tensor = primary_tensor(output)
+        self.num_quantized += any(part.is_quantized for part in iter_tensors(output))
         if tensor is None or tensor.ndim < 2 or self.trace.is_constant(tensor):
             return
         name = name if call == 1 else f"{name}#{call}"
@@ -218,6 +249,15 @@ class _LayerRecorder:
         if self.said_grid is not None:
             return layout_on_grid(tensor, self.said_grid) or layout
         return layout if field.axes is not None else self.grids.infer(name, tensor) or layout
+
+    def quantization_notes(self) -> list[str]:
+        """Return a note on layers that return integers."""
+        if not self.num_quantized:
+            return []
+        return [
+            f"the network is quantised: {self.num_quantized} layers return integers and are left out of the table; no "
+            "gradients pass through them, and occlusion and rise work"
+        ]
 
     def check_grid(self) -> list[str]:
         """Return notes on grids that were inferred; raise if the grid that the user says fits no layer."""

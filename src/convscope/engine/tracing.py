@@ -35,11 +35,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ----------
     allocated_bytes : int
         Bytes of memory that operations have allocated so far for tensors that depend on the input.
+    draws_random_numbers : bool
+        Whether an operation drew random numbers.
     """
 
     def __init__(self, x: Tensor, weights: Callable[[], Iterable[Tensor]] = tuple) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.allocated_bytes = 0
+        self.draws_random_numbers = False
         self._weights = weights
         # Memory of tensors made of weights and constants alone; the tensors are referenced, as those below.
         self._constants: dict[int, list[Tensor]] | None = None
@@ -89,6 +92,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [t for t in arguments if self._depends_on_input(t)]
         output = func(*args, **kwargs)
         name = operation_name(func)
+        if torch.Tag.nondeterministic_seeded in func.tags and not name.startswith("_scaled_dot_product"):
+            self.draws_random_numbers = True
         makes_constants = name.endswith("_like") or name.startswith(("new_", "empty"))
         if makes_constants or all(map(self.is_constant, arguments)):
             self._add_constants(iter_tensors(output))

@@ -16,7 +16,7 @@ def require_finite(model: Model, values: Tensor, description: str) -> None:
     `description` names the values in the message, such as "the network's output".
     """
     # The maximum of the absolute values is finite only if all are: one reduction instead of an elementwise test.
-    if bool(values.detach().abs().amax().isfinite()):
+    if values.numel() == 0 or bool(values.detach().abs().amax().isfinite()):
         return
     for index, weight in enumerate(chain(model.adapter.parameters(model.module), model.module.buffers())):
         if weight.is_floating_point() and not bool(weight.detach().isfinite().all()):

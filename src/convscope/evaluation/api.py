@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.attribution.context import LOGITS_RTOL
 from convscope.attribution.targets import Targets
 from convscope.datasets.image_inputs import open_images
@@ -41,6 +42,7 @@ Run = Callable[[Tensor], ForwardResult]
 
 
 @warns_of_failures
+@check_arguments
 def evaluate(
     model: ModelLike,
     images: object,

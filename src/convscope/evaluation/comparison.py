@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from convscope.arguments import check_arguments
 from convscope.attribution.api import compute_heatmaps, resolve_method
 from convscope.attribution.registry import get_method
 from convscope.attribution.result import Heatmaps
@@ -143,6 +144,7 @@ class Comparison(IndexedResult):
 
 
 @warns_of_failures
+@check_arguments
 def compare(
     model: ModelLike,
     images: object,

@@ -89,6 +89,11 @@ class HeatmapInput:
         tolerance = LOGITS_TOLERANCE * logits.abs().amax(1, keepdim=True).cpu()
         different = ((stored - target_logits.cpu()).abs() > tolerance).any(1)
         for image, is_different in zip(indices, different.tolist(), strict=True):
+            if is_different and self.result.model.is_stochastic:
+                raise ConvscopeError(
+                    f"{names[image]}: {self.result.model.name} gives another output each time it runs (dropout or "
+                    "other random numbers that stay on in eval mode), so stored heatmaps cannot be evaluated"
+                )
             if is_different:
                 raise ConvscopeError(
                     f"{names[image]}: the network's output differs from the one stored with the heatmaps: they are of "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
@@ -57,6 +58,7 @@ class ExplorerFrame:
         )
 
 
+@check_arguments
 def show(
     model: ModelLike, image: object = None, *, height: int = 720, port: int | None = None
 ) -> ExplorerFrame | ExplorerWidget:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.engine.batching import MEMORY
 from convscope.engine.capture import capture_layers
 from convscope.engine.layer_selection import LayerLike
@@ -49,6 +50,7 @@ Callback = Callable[[int, np.ndarray], None]
 
 
 @warns_of_failures
+@check_arguments
 def patterns(
     model: ModelLike,
     layer: LayerLike | Objective | Sequence[Objective],
@@ -152,6 +154,7 @@ def patterns(
     ((1, 64, 64, 3), ['lesser panda'])
     """
     model = as_model(model)
+    model.require_gradients("patterns")
     recipe_name, recipe = find_recipe(recipe, start is not None, space)
     request = parse_request(model, layer, units, recipe_name, recipe)
     settings = parse_settings(

@@ -67,6 +67,15 @@ IMAGE_STATISTICS = {
 }
 
 
+def image_statistics(images: Images) -> dict[str, np.ndarray]:
+    """Return each statistic of images (N,); gray images have no colourfulness."""
+    return {
+        name: statistic(images)
+        for name, statistic in IMAGE_STATISTICS.items()
+        if images.shape[3] == 3 or statistic is not colourfulness
+    }
+
+
 def most_distinct(images: Images, count: int) -> list[int]:
     """Return the indices of `count` dissimilar images by greedy farthest-point selection.
 

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from convscope.arguments import check_arguments
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.featurevis.api import patterns
-from convscope.featurevis.image_statistics import IMAGE_STATISTICS, most_distinct
+from convscope.featurevis.image_statistics import IMAGE_STATISTICS, image_statistics, most_distinct
 from convscope.featurevis.result import Patterns
 from convscope.formatting import Row, count_of
 from convscope.progress import Progress, ProgressOption, progress_bar
@@ -126,6 +127,7 @@ class Story(IndexedResult):
 
 
 @warns_of_failures
+@check_arguments
 def story(
     model: ModelLike,
     layers: LayerLike | Sequence[LayerLike] | None = None,
@@ -220,7 +222,7 @@ def _make_chapter(model: Model, layer: Layer | None, result: Patterns, num_displ
         units=result.units[distinct],
         names=tuple(result.names[k] for k in distinct),
         images=result.images[distinct],
-        statistics={key: statistic(result.images) for key, statistic in IMAGE_STATISTICS.items()},
+        statistics=image_statistics(result.images),
     )
 
 
@@ -246,7 +248,7 @@ def _read_chapter(model: Model, name: str, i: int, arrays: dict[str, np.ndarray]
     """Return chapter i from `Story.arrays`."""
     layer, units = None if name == LOGITS else model.layers.find(name), arrays[f"{i}_units"]
     names = tuple(model.class_name(int(unit)) if layer is None else f"{name} {unit}" for unit in units)
-    statistics = {key: arrays[_array_name(i, key)] for key in IMAGE_STATISTICS}
+    statistics = {key: arrays[array] for key in IMAGE_STATISTICS if (array := _array_name(i, key)) in arrays}
     return Chapter(name, _receptive_field(model, layer), units, names, arrays[f"{i}_images"], statistics)
 
 

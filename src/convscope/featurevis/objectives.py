@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convscope.arguments import check_arguments
 from convscope.engine.capture import LayerOutputs
 from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 
+@check_arguments
 def channel(layer: str | Layer, unit: int) -> Objective:
     """Return the mean activation of a channel: mean over p of x_c(p).
 
@@ -72,6 +74,7 @@ def channel(layer: str | Layer, unit: int) -> Objective:
     return Objective(name, ((layer, unit),), lambda outputs: position_mean(channels_first(outputs, layer)[:, unit]))
 
 
+@check_arguments
 def channels(layer: str | Layer, units: Sequence[int]) -> Objective:
     """Return the sum of the mean activations of several channels: sum over c of mean over p of x_c(p).
 
@@ -108,6 +111,7 @@ def channels(layer: str | Layer, units: Sequence[int]) -> Objective:
     return Objective(name, layer_channels, lambda x: position_mean(channels_first(x, layer)[:, indices].sum(1)))
 
 
+@check_arguments
 def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None) -> Objective:
     """Return the activation of a channel at one position: x_c(p).
 
@@ -157,6 +161,7 @@ def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None)
     return Objective(f"{layer} {unit} at {where}", ((layer, unit),), value, fixed_position=position is not None)
 
 
+@check_arguments
 def direction(layer: str | Layer, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
     """Return the alignment with a direction v in channel space: mean over p of v . x(p) * max(0.1, cos(v, x(p)))^power.
 
@@ -209,6 +214,7 @@ def direction(layer: str | Layer, vector: Sequence[float] | np.ndarray | Tensor,
     return Objective(f"direction in {layer}", ((layer, len(weights) - 1),), value)
 
 
+@check_arguments
 def deepdream(layer: str | Layer) -> Objective:
     """Return the mean square of all activations of a layer: sum of x^2 / n.
 
@@ -243,6 +249,7 @@ def deepdream(layer: str | Layer) -> Objective:
     return Objective(f"all of {layer}", ((layer, None),), value)
 
 
+@check_arguments
 def caricature(layer: str | Layer, power: float = 1) -> Objective:
     """Return the similarity of a layer's output x to that of a photograph, y: x . y / n * max(0.1, cos(x, y))^power.
 
@@ -285,6 +292,7 @@ def caricature(layer: str | Layer, power: float = 1) -> Objective:
     return Objective(f"likeness in {layer}", ((layer, None),), value, paired=True)
 
 
+@check_arguments
 def diversity(objective: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
     """Return an objective for `count` images with different textures: f - weight * |f| * s for each of them.
 
@@ -341,6 +349,7 @@ def diversity(objective: Objective, layer: str | Layer, count: int, weight: floa
     return Objective(name, layer_channels, value, count, fixed_position=fixed_position)
 
 
+@check_arguments
 def interpolation(first: Objective, last: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
     """Return an objective for a series of `count` images from one objective to another: v - weight * |v| * d.
 

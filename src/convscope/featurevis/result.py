@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from convscope.engine.model import LOGITS
+from convscope.errors import ConvscopeError
+from convscope.figures import plotting_function
 from convscope.formatting import count_of
+from convscope.images.animation import check_format, write_animation
 from convscope.result_items import IndexedResult, ItemKey
-from convscope.results import format_csv
+from convscope.results import atomic_write, format_csv, local_folder
+
+CAPTION_HEIGHT = 18  # pixels below each pattern of the sprite sheet
 
 
 def sheet_columns(count: int) -> int:
@@ -136,6 +143,42 @@ class Patterns(IndexedResult):
         conditions = [(self.scores == 0) & ~was_active, (self.scores == 0) & below_noise, below_noise]
         return tuple(np.select(conditions, ["dead", "stuck", "not above noise"], "").tolist())
 
+    def animate(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ascent as an animation: the frames that ``frames=`` of `convscope.patterns` recorded.
+
+        Parameters
+        ----------
+        path : path
+            A file whose suffix is ``.gif``, ``.webp`` or ``.mp4``; MP4 needs ``pip install 'convscope[video]'``.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        ConvscopeError
+            For another suffix, if no frames were recorded, and if the file cannot be written.
+
+        Examples
+        --------
+        >>> import convscope
+        >>> model = convscope.load("lite0")
+        >>> patterns = convscope.patterns(model, "conv_stem", [3, 5], size=32, steps=8, frames=8)
+        >>> patterns.animate("ascent.gif").name
+        'ascent.gif'
+        """
+        target = local_folder(path)
+        check_format(target.suffix)
+        frames = plotting_function("animate", type(self))(self)
+        try:
+            with atomic_write(target) as file:
+                write_animation(file, frames, target.suffix)
+        except OSError as error:
+            raise ConvscopeError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
+
     def text_files(self) -> dict[str, str]:
         """Return ``units.csv`` (scores and baselines) and ``sprites.json`` (positions in the sprite sheet)."""
         return {"units.csv": self._score_table(), "sprites.json": json.dumps(self._sprite_sheet(), indent=1) + "\n"}
@@ -154,9 +197,11 @@ class Patterns(IndexedResult):
         height, width = self.images.shape[1:3]
         columns = sheet_columns(len(self.images))
         offsets = {
-            str(unit): [i % columns * width, i // columns * height] for i, unit in enumerate(self.units.tolist())
+            str(unit): [i % columns * width, i // columns * (height + CAPTION_HEIGHT)]
+            for i, unit in enumerate(self.units.tolist())
         }
-        return {"file": "sprites.png", "width": width, "height": height, "left_top": offsets}
+        names = dict(zip(offsets, self.names, strict=True))
+        return {"file": "sprites.png", "width": width, "height": height, "left_top": offsets, "names": names}
 
     def parameters(self) -> dict[str, Any]:
         """Return the settings for the manifest."""

@@ -31,6 +31,14 @@ class Geometry:
         sides = tuple(image_size)
         return cls(sides, (*[0] * len(sides), *sides))
 
+    def scaled_within(self, least: int, most: int) -> Geometry:
+        """Return the geometry of the same image, resized so that its longest side has `least` to `most` pixels."""
+        longest = max(self.image_size)
+        factor = min(max(longest, least), most) / longest
+        sides = tuple(max(1, round(side * factor)) for side in self.image_size)
+        factors = [new / old for new, old in zip(sides, self.image_size, strict=True)]
+        return Geometry(sides, tuple(edge * f for edge, f in zip(self.box, factors * 2, strict=True)))
+
     def to_original(self, maps: Tensor) -> Tensor:
         """Resize maps over the network's input to maps over the original image.
 

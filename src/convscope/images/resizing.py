@@ -73,4 +73,14 @@ def interpolate(x: Tensor, scale: float) -> Tensor:
     return F.interpolate(x, sides, mode=mode, align_corners=False, antialias=len(sides) == 2)
 
 
+def resize_to(image: Array, image_size: tuple[int, ...]) -> Array:
+    """Resize an image, uint8 (H, W, 3), for display; enlarged pixels stay visible as squares."""
+    if image.shape[:2] == image_size:
+        return image
+    height, width = image_size
+    enlarged = height > image.shape[0]
+    resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(image).resize((width, height), resample))
+
+
 FITS = {"squash": squash, "crop": center_crop}

@@ -11,15 +11,25 @@ from PIL import Image
 
 from convscope.errors import ConvscopeError
 from convscope.feature_maps import Activations, is_constant_channel
-from convscope.images.colormap import lookup_table
+from convscope.images.colormap import ColorScale, lookup_table
 from convscope.plotting.grids import tile
-from convscope.plotting.panels import create_panels, image_title, note_omitted, show_image
+from convscope.plotting.panels import (
+    add_color_bar,
+    check_image,
+    create_panels,
+    image_title,
+    omitted,
+    shorten,
+    show_image,
+)
 from convscope.results import file_names
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CHANNELS_PER_PAGE = 256
+COLUMNS, COLORMAP = 16, "viridis"
 MAX_LAYERS = 16  # in one figure
 MIN_SIDE = 32  # smaller maps are enlarged to about this many pixels
 DEAD_COLOR, CROSS_COLOR = (90, 90, 90), (150, 150, 150)  # of constant channels; gray occurs in none of the colormaps
@@ -37,11 +47,13 @@ def min_max(maps: np.ndarray) -> np.ndarray:
     return np.asarray(((maps - low) / np.where(high > low, high - low, 1) * 255).round(), np.uint8)
 
 
+SCALE_LABELS = {"standard": "each map: mean \u00b1 2 std", "minmax": "each map: min to max"}
+
 SCALINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"standard": standardize, "minmax": min_max}
 
 
 def activation_grid(
-    maps: np.ndarray, dead: np.ndarray, *, columns: int = 16, scaling: str = "standard", colormap: str = "viridis"
+    maps: np.ndarray, dead: np.ndarray, *, columns: int = COLUMNS, scaling: str = "standard", colormap: str = COLORMAP
 ) -> Image.Image:
     """Arrange the feature maps of a layer in a grid.
 
@@ -84,7 +96,13 @@ def _crossed_square(height: int, width: int) -> np.ndarray:
 
 
 def activation_pages(
-    result: Activations, layer: str, image: int = 0, *, limit: int = CHANNELS_PER_PAGE, scaling: str = "standard"
+    result: Activations,
+    layer: str,
+    image: int = 0,
+    *,
+    limit: int = CHANNELS_PER_PAGE,
+    scaling: str = "standard",
+    colormap: str = COLORMAP,
 ) -> list[Image.Image]:
     """Draw the grids of a layer for one image, `limit` channels per page.
 
@@ -96,7 +114,8 @@ def activation_pages(
     maps = result[layer][image]
     dead = is_constant_channel(maps[None])[0]
     return [
-        activation_grid(maps[i : i + limit], dead[i : i + limit], scaling=scaling) for i in range(0, len(maps), limit)
+        activation_grid(maps[i : i + limit], dead[i : i + limit], scaling=scaling, colormap=colormap)
+        for i in range(0, len(maps), limit)
     ]
 
 
@@ -115,18 +134,50 @@ def render_activations(result: Activations) -> Iterator[tuple[str, Image.Image]]
                 yield f"{n:04d}_{name}{suffix}.png", page
 
 
-def draw_activations(result: Activations) -> Figure:
-    """Draw the first page of the first image's grids, one layer per row; at most 16 layers, evenly spaced."""
+def draw_activations(
+    result: Activations,
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    cmap: str | None = None,
+    image: int = 0,
+) -> Figure:
+    """Draw the first page of an image's grids, one layer per row; at most 16 layers, evenly spaced.
+
+    The numbers at the left are those of each row's first unit. The color bar says how each map is scaled.
+    """
     spatial = _spatial_layers(result, result.layers)
     if not spatial:
         raise ConvscopeError("none of these layers has maps to draw")
+    check_image(image, len(result.image_names))
     layers = spatial[:: math.ceil(len(spatial) / MAX_LAYERS)]
-    grids = [activation_pages(result, layer, scaling=result.scaling)[0] for layer in layers]
+    colormap = cmap or COLORMAP
+    grids = [activation_pages(result, layer, image, scaling=result.scaling, colormap=colormap)[0] for layer in layers]
     heights = [max(0.6, 10 * grid.height / grid.width) + 0.4 for grid in grids]
-    figure, panels = create_panels(len(grids), 1, 10, sum(heights), heights)
+    title = f"Activations for {image_title(result.image_names[image])} ({result.model.name})"
+    title += omitted(len(layers), len(spatial), "layers")
+    figure, panels = create_panels(
+        len(grids), 1, 11, sum(heights), title, height_ratios=heights, ax=ax, figsize=figsize
+    )
     for (axes,), layer, grid in zip(panels, layers, grids, strict=True):
-        count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][:1]).sum())
+        count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][image : image + 1]).sum())
         limit = f", first {CHANNELS_PER_PAGE} shown" if count > CHANNELS_PER_PAGE else ""
-        show_image(axes, grid, f"{layer}: {count} channels{limit}, {dead} dead on {image_title(result.image_names[0])}")
-    note_omitted(figure, len(layers), len(spatial), "layers")
+        constant = f", {dead} constant (crossed)" if dead else ""
+        title = f"{shorten(layer)}: {count} channels{limit}{constant}"
+        show_image(axes, grid, title if ax is None else f"{title}, {image_title(result.image_names[image])}")
+        _number_rows(axes, grid, min(count, CHANNELS_PER_PAGE))
+        add_color_bar(axes, ColorScale(1, colormap=colormap), SCALE_LABELS[result.scaling], ticks=("low", "high"))
     return figure
+
+
+def _number_rows(axes: Axes, grid: Image.Image, count: int) -> None:
+    """Label each row of a grid with the number of its first unit; of many rows only some."""
+    rows = math.ceil(count / COLUMNS)
+    numbered = range(0, rows, math.ceil(rows / 8))
+    axes.set_axis_on()
+    axes.set_xticks([])
+    axes.set_yticks(
+        [(row + 0.5) * grid.height / rows for row in numbered], [f"unit {row * COLUMNS}" for row in numbered]
+    )
+    axes.tick_params(labelsize=8, length=0)
+    axes.spines[:].set_visible(False)

@@ -11,9 +11,10 @@ from PIL import Image
 
 from convscope.decomposition.result import Atlas
 from convscope.plotting.grids import to_rgb
-from convscope.plotting.panels import to_image
+from convscope.plotting.panels import create_panels, inches, shorten, to_image
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTION_HEIGHT = 0.26  # space below an icon, relative to the width of its cell
@@ -29,13 +30,13 @@ def render_atlas(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
     yield "atlas.png", to_image(draw_atlas(result))
 
 
-def draw_atlas(result: Atlas) -> Figure:
+def draw_atlas(result: Atlas, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None) -> Figure:
     """Draw the map; below each icon is the class with the highest mean attribution in its cell."""
-    from matplotlib.figure import Figure
-
-    side = max(4.0, 0.95 * result.grid)
-    figure = Figure(figsize=(side, side * (1 + CAPTION_HEIGHT) + 0.4), layout="constrained")
-    axes = figure.subplots()
+    side = max(4.0, max(0.95, inches(result.icons.shape[1])) * result.grid)
+    target = "" if result.target is None else f" with evidence for {result.model.class_name(result.target)}"
+    title = f"Atlas of {len(result.positions)} activations of {shorten(result.layer)}{target} ({result.model.name})"
+    height = side * (1 + CAPTION_HEIGHT) + 0.2
+    figure, [[axes]] = create_panels(1, 1, side + 0.2, height, title, ax=ax, figsize=figsize)
     axes.imshow(atlas_map(result), extent=(0, result.grid, result.grid * (1 + CAPTION_HEIGHT), 0))
     axes.set_axis_off()
     if result.classes.shape[1]:
@@ -43,8 +44,7 @@ def draw_atlas(result: Atlas) -> Figure:
             caption = "\n".join(textwrap.wrap(names[0], 16)[:2])
             y = (row + 1) * (1 + CAPTION_HEIGHT) - CAPTION_HEIGHT
             axes.text(column + 0.5, y, caption, fontsize=5.5, ha="center", va="top")
-    target = "" if result.target is None else f" with evidence for {result.model.class_name(result.target)}"
-    axes.set_title(f"{len(result.positions)} activations of {result.layer}{target}", fontsize=10)
+    axes.set_title(f"{int(result.counts.min())} to {int(result.counts.max())} activations per icon", fontsize=9)
     return figure
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from convscope.attribution.result import Heatmaps
 from convscope.evaluation.comparison import Comparison
 from convscope.evaluation.result import Evaluation
-from convscope.plotting.heatmaps import first_images
-from convscope.plotting.panels import create_panels, image_title, note_omitted, show_image, to_image, wrap
+from convscope.images.colormap import ColorScale
+from convscope.images.resizing import resize_to
+from convscope.plotting.heatmaps import SIDES, first_images, first_target, overlay_size
+from convscope.plotting.panels import (
+    add_color_bar,
+    create_panels,
+    flatten,
+    image_title,
+    omitted,
+    show_image,
+    to_image,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,41 +37,63 @@ def render_comparison(result: Comparison) -> Iterator[tuple[str, Image.Image]]:
     yield "sheet.png", to_image(draw_comparison(result))
 
 
-def draw_comparison(result: Comparison) -> Figure:
+def draw_comparison(
+    result: Comparison,
+    *,
+    figsize: tuple[float, float] | None = None,
+    cmap: str | None = None,
+    signed: bool | None = None,
+    shared_scale: bool = False,
+    alpha: float | None = None,
+) -> Figure:
     """Draw a contact sheet of the first target: a row per method and layer, a column per image, at most eight.
 
-    The first column has the method with its time and its mean scores. Below each map are the scores of this map.
+    The first column has the method with its time and its mean scores. Below each map are the range of its colors and
+    its scores. A shared scale is that of a row: values of different methods cannot be compared.
     """
     first = result.heatmaps[0]
     count = min(MAX_IMAGES, len(first.image_names))
     aspect_ratio = max(geometry.image_size[0] / geometry.image_size[1] for geometry in first.geometry[:count])
-    height = max(2.3 * min(aspect_ratio, 2) + 0.5, 0.55 + 0.19 * len(result.metrics) + 0.4)
+    height = max(2.3 * min(aspect_ratio, 2) + 0.65, 0.55 + 0.19 * len(result.metrics) + 0.4)
     rows = len(result.heatmaps) + 1
-    figure, panels = create_panels(rows, count + 1, 2.3 * (count + 1), height * rows)
-    _write(panels[0][0], [result.model.name, f"{len(first.image_names)} images,", "target below each image"])
-    for n, axes in enumerate(panels[0][1:]):
-        show_image(axes, first.image_source.original(first.image_indices[n]), image_title(first.image_names[n]))
-        _write_below(axes, wrap(first.names[n][0], 24), fontsize=8)
+    title = f"Comparison of heatmap methods ({result.model.name})"
+    title += omitted(count, len(first.image_names), "images")
+    figure, panels = create_panels(rows, count + 1, 2.3 * (count + 1) + 0.5, height * rows, title, figsize=figsize)
+    _write(panels[0][0], [f"{len(first.image_names)} images,", "target below each image"])
     combinations = zip(result.heatmaps, result.evaluations, result.seconds, strict=True)
     for row, (heatmaps, evaluation, seconds) in zip(panels[1:], combinations, strict=True):
-        _draw_method(row, heatmaps, evaluation, seconds, result.metrics)
-    note_omitted(figure, count, len(first.image_names), "images")
+        overlays = first_images(first_target(heatmaps), count).iter_overlays(
+            alpha=alpha, colormap=cmap, signed=signed, shared_scale=shared_scale, size=SIDES
+        )
+        description = [heatmaps.method, *wrap(f"at {heatmaps.layer}", 26), f"{1000 * seconds:.0f} ms per image"]
+        scale = _draw_method(row, overlays, evaluation, description)
+    for n, axes in enumerate(panels[0][1:]):
+        image = resize_to(first.image_source.original(first.image_indices[n]), overlay_size(first, n))
+        show_image(axes, image, image_title(first.image_names[n]))
+        _write_below(axes, wrap(first.names[n][0], 24), fontsize=8)
+    ticks = ("-max", "0", "max") if scale.signed else ("0", "max")
+    add_color_bar(flatten(panels), replace(scale, maximum=1), ticks=ticks)
     return figure
 
 
 def _draw_method(
-    row: list[Axes], heatmaps: Heatmaps, evaluation: Evaluation, seconds: float, metrics: Sequence[str]
-) -> None:
-    """Fill a row of panels: description, then the overlay of each image's first target with its scores."""
-    means = [f"{metric} {evaluation.mean(metric):.3f}" for metric in metrics]
-    _write(row[0], [heatmaps.method, *wrap(f"at {heatmaps.layer}", 26), f"{1000 * seconds:.0f} ms per image", *means])
-    targets = heatmaps.targets.shape[1]
-    overlays = first_images(heatmaps, len(row) - 1).iter_overlays()
-    first_targets = (overlay for i, overlay in enumerate(overlays) if i % targets == 0)
-    for n, (axes, overlay) in enumerate(zip(row[1:], first_targets, strict=True)):
+    row: list[Axes],
+    overlays: Iterator[tuple[Image.Image, ColorScale]],
+    evaluation: Evaluation,
+    description: Sequence[str],
+) -> ColorScale:
+    """Fill a row of panels: description, then the overlay of each image's first target with its range and scores.
+
+    Return the color scale of the last one.
+    """
+    means = [f"{metric} {evaluation.mean(metric):.3f}" for metric in evaluation.metrics]
+    _write(row[0], [*description, *means])
+    for n, (axes, (overlay, scale)) in enumerate(zip(row[1:], overlays, strict=True)):
         show_image(axes, overlay)
-        scores = "  ".join(f"{metric} {evaluation[metric][n, 0]:.2f}" for metric in metrics)
-        _write_below(axes, textwrap.wrap(scores, 30), fontsize=7)
+        scores = "  ".join(f"{metric} {evaluation[metric][n, 0]:.2f}" for metric in evaluation.metrics)
+        colors = f"colors {scale.minimum:.3g} to {scale.maximum:.3g}" if scale.maximum > 0 else "no positive evidence"
+        _write_below(axes, [colors, *textwrap.wrap(scores, 30)], fontsize=8)
+    return scale
 
 
 def _write(axes: Axes, lines: Sequence[str]) -> None:

@@ -24,11 +24,15 @@ def render_evaluation(result: Evaluation) -> Iterator[tuple[str, Image.Image]]:
     yield "evaluation.png", to_image(draw_evaluation(result))
 
 
-def draw_evaluation(result: Evaluation) -> Figure:
+def draw_evaluation(
+    result: Evaluation, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None
+) -> Figure:
     """Draw a panel per metric: its mean curve or its values, with the mean and the 95 % interval."""
     count, columns = len(result.targets), min(4, len(result.metrics))
     rows = math.ceil(len(result.metrics) / columns)
-    figure, grid = create_panels(rows, columns, 3.2 * columns, 2.8 * rows)
+    images = "1 image" if count == 1 else f"{count} images: mean, 95 % interval"
+    title = f"{result.method} at {shorten(result.layer)} ({result.model.name}), {images}"
+    figure, grid = create_panels(rows, columns, 3.4 * columns, 3 * rows, title, ax=ax, figsize=figsize)
     panels = flatten(grid)
     for axes, metric in zip(panels, result.metrics, strict=False):
         curves = {name: c for name, c in result.curves.items() if name == metric or name.startswith(f"{metric}-")}
@@ -42,8 +46,6 @@ def draw_evaluation(result: Evaluation) -> Figure:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     hide(panels[len(result.metrics) :])
-    images = "1 image" if count == 1 else f"{count} images: mean, 95 % interval"
-    figure.suptitle(f"{result.method} at {shorten(result.layer)}, {images}", fontsize=10)
     return figure
 
 
@@ -56,6 +58,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], metric: str) -> N
         if len(image_means) > 1:
             axes.fill_between(x, *bootstrap(image_means), color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set_xlabel(get_metric(metric).curve_axis, fontsize=8)
+    axes.set_ylabel("target's score", fontsize=8)
     axes.set_xlim(0, 1)
     if len(curves) > 1:
         axes.legend(fontsize=7, frameon=False)
@@ -72,4 +75,5 @@ def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
         axes.axhline(float(result.chance_level[metric].mean()), color="gray", linestyle=":", label="chance")
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("image", fontsize=8)
+    axes.set_ylabel(metric, fontsize=8)
     axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))

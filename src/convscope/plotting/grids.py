@@ -1,9 +1,16 @@
-"""Arrange images of one size in a grid."""
+"""Arrange images of one size in a grid, with or without captions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+from convscope.featurevis.result import CAPTION_HEIGHT
+from convscope.plotting.panels import shorten
+
+CAPTION_SIZE = 12  # of the font, in pixels
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 0, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
@@ -34,6 +41,44 @@ def tile(images: np.ndarray, columns: int, margin: int = 0, background: tuple[in
         top, left = i // columns * (height + margin), i % columns * (width + margin)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def captioned_tile(images: np.ndarray, captions: Sequence[str], columns: int, margin: int = 0) -> Image.Image:
+    """Arrange images (N, H, W, 3) on white, each with a caption in `CAPTION_HEIGHT` pixels below it.
+
+    Image i is at the left edge ``i % columns * (W + margin)`` and the upper edge ``i // columns * (H + CAPTION_HEIGHT +
+    margin)``. Captions that are wider than an image are shortened.
+    """
+    count, height, width, _ = images.shape
+    strips = np.full((count, CAPTION_HEIGHT, width, 3), 255, np.uint8)
+    for strip, caption in zip(strips, captions, strict=True):
+        strip[:] = _text(caption, width)
+    captioned = np.concatenate([np.broadcast_to(images, (count, height, width, 3)), strips], axis=1)
+    return Image.fromarray(tile(captioned, columns, margin, background=(255, 255, 255)))
+
+
+def captioned(image: Image.Image, text: str) -> Image.Image:
+    """Add a line of text above an image; a short image is widened to the text."""
+    width = max(image.width, round(_font().getlength(text)) + 4)
+    whole = Image.new("RGB", (width, image.height + CAPTION_HEIGHT), "white")
+    whole.paste(Image.fromarray(_text(text, width)), (0, 0))
+    whole.paste(image, (0, CAPTION_HEIGHT))
+    return whole
+
+
+def _text(text: str, width: int) -> np.ndarray:
+    """Draw a line of text on white; shorten it in the middle to fit."""
+    font, length = _font(), len(text)
+    while font.getlength(text) > width - 2 and length > 1:
+        length -= 1
+        text = shorten(text, length)
+    line = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
+    ImageDraw.Draw(line).text((1, CAPTION_HEIGHT // 2), text, fill=(28, 36, 48), font=font, anchor="lm")
+    return np.asarray(line)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(CAPTION_SIZE)
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from convscope.attribution.result import Heatmaps
-from convscope.plotting.panels import create_panels, image_title, note_omitted, show_image, wrap
+from convscope.images.resizing import resize_to
+from convscope.plotting.panels import (
+    add_color_bar,
+    create_panels,
+    flatten,
+    image_title,
+    omitted,
+    require_one_panel,
+    shorten,
+    show_image,
+    wrap,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_IMAGES = 16  # in one figure
+SIDES = (224, 1024)  # least and most pixels of the longer side of an image in a figure
+BAR_WIDTH = 0.5  # inches
 
 
 def render_heatmaps(result: Heatmaps, **options: Any) -> Iterator[tuple[str, Image.Image]]:
@@ -24,32 +38,74 @@ def render_heatmaps(result: Heatmaps, **options: Any) -> Iterator[tuple[str, Ima
     """
     if result.values.ndim != 4:
         return
-    yield from zip(result.file_names(), result.iter_overlays(**options), strict=True)
+    images = (image for image, _ in result.iter_overlays(**options))
+    yield from zip(result.file_names(), images, strict=True)
 
 
-def draw_heatmaps(result: Heatmaps) -> Figure:
-    """Draw each image, at most 16, and its overlay for each target."""
+def draw_heatmaps(
+    result: Heatmaps,
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    cmap: str | None = None,
+    signed: bool | None = None,
+    shared_scale: bool = False,
+    alpha: float | None = None,
+) -> Figure:
+    """Draw each image, at most 16, and its overlay for each target, with the color scale of each or of all.
+
+    In axes of the user's, draw the overlay of the only image and target.
+    """
+    if ax is not None:
+        require_one_panel(result.targets.size)
     count, targets = min(len(result.targets), MAX_IMAGES), result.targets.shape[1]
-    overlays = first_images(result, count).overlay()
     titles = [[_title_lines(result, n, t) for t in range(targets)] for n in range(count)]
+    remarks = 0.15 * bool((result.values[:count].max((-2, -1)) <= 0).any())
     heights = [
-        min(6.8, 3.4 * geometry.image_size[0] / geometry.image_size[1]) + 0.3 + 0.15 * max(map(len, row))
+        min(6.8, 3.4 * geometry.image_size[0] / geometry.image_size[1]) + 0.3 + 0.15 * max(map(len, row)) + remarks
         for geometry, row in zip(result.geometry, titles, strict=False)
     ]
-    figure, panels = create_panels(count, targets + 1, 3.4 * (targets + 1), sum(heights), height_ratios=heights)
-    for n in range(count):
-        show_image(
-            panels[n][0], result.image_source.original(result.image_indices[n]), image_title(result.image_names[n])
-        )
-        for t in range(targets):
-            show_image(panels[n][t + 1], overlays[n * targets + t], "\n".join(titles[n][t]))
-    note_omitted(figure, count, len(result.targets), "images")
+    width = 3.4 * (targets + 1) + BAR_WIDTH * (1 if shared_scale else targets)
+    columns = targets + (ax is None)
+    note = "all maps on one scale" if shared_scale else "each map on its own scale"
+    title = f"Heatmaps by {result.method} at {shorten(result.layer)} ({result.model.name}), {note}"
+    title += omitted(count, len(result.targets), "images")
+    figure, panels = create_panels(
+        count, columns, width, sum(heights), title, height_ratios=heights, ax=ax, figsize=figsize
+    )
+    overlays = first_images(result, count).iter_overlays(
+        alpha=alpha, colormap=cmap, signed=signed, shared_scale=shared_scale, size=SIDES
+    )
+    for n, row in enumerate(panels):
+        for t, axes in enumerate(row[-targets:]):
+            overlay, scale = next(overlays)
+            remark = "" if scale.maximum > 0 else f"\nno {'' if scale.signed else 'positive '}evidence"
+            show_image(axes, overlay, "\n".join(titles[n][t]) + remark)
+            if scale.maximum > 0 and not shared_scale:
+                add_color_bar(axes, scale)
+        if ax is None:
+            image = result.image_source.original(result.image_indices[n])
+            show_image(row[0], resize_to(image, overlay_size(result, n)), image_title(result.image_names[n]))
+    if shared_scale and scale.maximum > 0:
+        add_color_bar(flatten(panels), scale)
     return figure
 
 
 def _title_lines(result: Heatmaps, n: int, t: int) -> list[str]:
-    remark = ", no positive evidence" if result.values[n, t].max() <= 0 else ""
-    return [*wrap(result.names[n][t], 26), f"logit {result.logits[n, t]:.2f}{remark}"]
+    """Name a target, with its class and score."""
+    index = int(result.targets[n, t])
+    number = f"class {index}, logit" if index >= 0 else "score"
+    return [*wrap(result.names[n][t], 26), f"{number} {result.logits[n, t]:.2f}"]
+
+
+def overlay_size(result: Heatmaps, n: int) -> tuple[int, ...]:
+    """Return height and width of an image's overlay in a figure."""
+    return result.geometry[n].scaled_within(*SIDES).image_size
+
+
+def first_target(result: Heatmaps) -> Heatmaps:
+    """Return the heatmaps of each image's first target only."""
+    return dataclasses.replace(result, values=result.values[:, :1])
 
 
 def first_images(result: Heatmaps, count: int) -> Heatmaps:

@@ -1,35 +1,126 @@
 """Create matplotlib figures and fill their panels.
 
-Figures are created without pyplot, which would keep a reference to each of them. Matplotlib is imported inside the
-functions, so that saving grids of images does not need it.
+Figures are created without pyplot, which would keep a reference to each of them (`display` attaches the figures that
+``pyplot.show()`` shows). Matplotlib is imported inside the functions, so that saving grids of images does not need it.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from convscope.errors import ConvscopeError, is_int
+from convscope.images.colormap import ColorScale
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, LIGHT_BLUE, DARK = "#3b6ea5", "#8aa9cc", "#1c2430"
+BLUE, LIGHT_BLUE, DARK, RED = "#3b6ea5", "#8aa9cc", "#1c2430", "#c0392b"
 ELLIPSIS = "…"
+LETTERS_PER_INCH = 11  # of a title
+
+
+def create_figure(
+    width: float, height: float, title: str, figsize: tuple[float, float] | None = None, padding: float = 0.04
+) -> Figure:
+    """Create a figure of `width` by `height` inches, plus the height of its title; or of `figsize`."""
+    from convscope.plotting.display import DisplayFigure
+
+    lines = textwrap.wrap(title, int(LETTERS_PER_INCH * (figsize[0] if figsize else width)))
+    figure = DisplayFigure(figsize=figsize or (width, height + 0.17 * len(lines) + 0.15), padding=padding)
+    figure.suptitle("\n".join(lines), fontsize=10)
+    return figure
 
 
 def create_panels(
-    rows: int, columns: int, width: float, height: float, height_ratios: list[float] | None = None
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    title: str,
+    *,
+    height_ratios: list[float] | None = None,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Create a figure of `width` by `height` inches with a grid of panels; return it and the panels by row."""
-    from matplotlib.figure import Figure
+    """Create a figure of `width` by `height` inches with a title and a grid of panels; return it and the panels by row.
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    With `ax`, its figure and `ax` as the only panel; the title is left out. Raises ConvscopeError if there are more
+    panels than one, or both `ax` and `figsize`.
+    """
+    if ax is not None:
+        require_one_panel(rows * columns)
+        if figsize is not None:
+            raise ConvscopeError("ax and figsize are given; expected one of them: the size of ax is that of its figure")
+        return root_figure(ax), [[ax]]
+    figure = create_figure(width, height, title, figsize)
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).tolist()
+
+
+def omitted(displayed: int, count: int, noun: str) -> str:
+    """Return the end of a title, "; 16 of 20 images", if a figure does not display all of them."""
+    return f"; {displayed} of {count} {noun}" if displayed < count else ""
+
+
+def require_one_panel(count: int) -> None:
+    """Raise ConvscopeError for a figure that has several panels and cannot be drawn in axes of the user's."""
+    if count != 1:
+        raise ConvscopeError(
+            f"ax takes a figure of one panel; this one has {count}: omit ax (figsize sets its size), or select one part"
+        )
+
+
+def root_figure(ax: Axes) -> Figure:
+    """Return the figure that contains axes, also where they are part of a subfigure."""
+    figure = ax.figure
+    while figure.figure is not figure:
+        figure = figure.figure
+    return figure
+
+
+def inches(pixels: float) -> float:
+    """Return the length at which so many pixels are drawn one by one."""
+    from matplotlib import rcParams
+
+    return float(pixels / rcParams["figure.dpi"])
+
+
+def add_color_bar(
+    axes: Axes | Sequence[Axes], scale: ColorScale, label: str = "evidence", ticks: Sequence[str] | None = None
+) -> None:
+    """Draw a color bar of the height of a panel beside it, or one beside several; `ticks` label both ends.
+
+    By default these are the values of the scale, and zero.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colors = ScalarMappable(Normalize(scale.minimum, scale.maximum), scale.colormap)
+    if isinstance(axes, Sequence):
+        bar = axes[0].figure.colorbar(colors, ax=axes, fraction=0.04, pad=0.02, aspect=30)
+    else:
+        bar = axes.figure.colorbar(colors, cax=axes.inset_axes((1.02, 0, 0.03, 1)))
+    values = [-scale.maximum, 0, scale.maximum] if scale.signed else [0, scale.maximum]
+    bar.set_ticks(values, labels=ticks or [f"{value:.3g}" for value in values])
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.set_label(label, fontsize=8)
+    if not scale.signed:  # beside the bar, between the numbers at its ends
+        bar.ax.yaxis.set_label_coords(1.6, 0.5)
+        bar.ax.yaxis.label.set_verticalalignment("top")
+    bar.outline.set_linewidth(0.5)
+
+
+def check_image(image: int, count: int) -> None:
+    """Raise ConvscopeError unless there is an image of this number."""
+    if not is_int(image) or not 0 <= image < count:
+        raise ConvscopeError(f"image is {image!r}; expected a whole number from 0 to {count - 1}")
 
 
 def flatten(panels: list[list[Axes]]) -> list[Axes]:
@@ -48,12 +139,6 @@ def hide(panels: list[Axes]) -> None:
     """Leave panels blank."""
     for axes in panels:
         axes.set_axis_off()
-
-
-def note_omitted(figure: Figure, displayed: int, count: int, noun: str) -> None:
-    """Title a figure "16 of 20 images" if it does not display all of them."""
-    if displayed < count:
-        figure.suptitle(f"{displayed} of {count} {noun}", fontsize=10)
 
 
 def to_image(figure: Figure, dpi: int = 120) -> Image.Image:

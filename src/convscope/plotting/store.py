@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convscope.plotting.panels import BLUE, LIGHT_BLUE, hide, image_title, shorten, show_image
+from convscope.plotting.panels import (
+    BLUE,
+    LIGHT_BLUE,
+    create_figure,
+    create_panels,
+    hide,
+    image_title,
+    shorten,
+    show_image,
+)
 from convscope.scanning.statistics import HISTOGRAM_EDGES
 from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
@@ -20,6 +29,8 @@ from convscope.store.unit_record import UnitRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+
+Size = tuple[float, float]  # width and height in inches
 
 EXAMPLES_PER_ROW = 9
 EXAMPLES_PER_PAIR = 5  # of each of two units that are compared
@@ -37,12 +48,11 @@ class _UnitPair:
     right: UnitRecord
 
 
-def _create_bands(width: float, heights: Sequence[float]) -> tuple[Figure, list[SubFigure]]:
+def _create_bands(
+    width: float, heights: Sequence[float], figsize: Size | None = None
+) -> tuple[Figure, list[SubFigure]]:
     """Create a figure of horizontal bands; sizes are in inches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(width, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
+    figure = create_figure(width, sum(heights), "", figsize, padding=0.08)
     return figure, list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
@@ -66,9 +76,9 @@ def _write(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color="gray")
 
 
-def _draw_text_figure(width: float, height: float, text: str, title: str = "") -> Figure:
+def _draw_text_figure(width: float, height: float, text: str, title: str = "", figsize: Size | None = None) -> Figure:
     """Draw a figure that consists of text only."""
-    figure, (band,) = _create_bands(width, [height])
+    figure, (band,) = _create_bands(width, [height], figsize)
     _write(_add_panels(band, 1, 1, title)[0][0], text)
     return figure
 
@@ -117,11 +127,11 @@ def _draw_bars(
 # --- units -----------------------------------------------------------------------------------------------------------
 
 
-def draw_examples(result: Examples) -> Figure:
+def draw_examples(result: Examples, *, figsize: Size | None = None) -> Figure:
     """Draw the patches and the images that they were cut from, nine per row."""
     rows = max(1, -(-len(result) // EXAMPLES_PER_ROW))
     columns = min(EXAMPLES_PER_ROW, max(1, len(result)))
-    figure, bands = _create_bands(max(4.0, 1.5 * columns), [3.1] * rows)
+    figure, bands = _create_bands(max(5.0, 1.5 * columns), [3.1] * rows, figsize)
     for row, band in enumerate(bands):
         examples = result[row * EXAMPLES_PER_ROW : (row + 1) * EXAMPLES_PER_ROW]
         source = _draw_examples(examples, *_add_panels(band, 2, columns))
@@ -130,9 +140,9 @@ def draw_examples(result: Examples) -> Figure:
     return figure
 
 
-def draw_unit_record(unit: UnitRecord) -> Figure:
+def draw_unit_record(unit: UnitRecord, *, figsize: Size | None = None) -> Figure:
     """Draw a unit's examples (highest, lowest, deciles), histogram, class means and most similar units."""
-    figure, bands = _create_bands(14, [3.4, 1.75, 1.75, 2.9])
+    figure, bands = _create_bands(14, [3.4, 1.75, 1.75, 2.9], figsize)
     figure.suptitle(_unit_title(unit), x=0.01, ha="left", fontsize=12)
     top, bottom = unit.examples(EXAMPLES_PER_ROW, "top"), unit.examples(EXAMPLES_PER_ROW, "bottom")
     deciles = unit.examples(10, "decile")
@@ -204,12 +214,12 @@ def _draw_similar_units(axes: Axes, unit: UnitRecord) -> None:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def draw_image_record(image: ImageRecord) -> Figure:
+def draw_image_record(image: ImageRecord, *, figsize: Size | None = None) -> Figure:
     """Draw an image, its predictions, and the units with this image among their top examples."""
     if image.failed is not None:
         reason = "\n".join(textwrap.wrap(f"could not be used: {image.failed}", 80))
-        return _draw_text_figure(8, 1.2, reason, f"image {image.id}: {shorten(image.name, 70)}")
-    figure, bands = _create_bands(12, [3.4, 2.2])
+        return _draw_text_figure(8, 1.2, reason, f"image {image.id}: {shorten(image.name, 70)}", figsize)
+    figure, bands = _create_bands(12, [3.4, 2.2], figsize)
     label = "" if image.label is None else f", label {shorten(image.label, 30)}"
     loss = "" if image.loss is None else f", loss {image.loss:.2f}"
     title = f"image {image.id}: {shorten(image.name, 60)}{label}{loss}"
@@ -238,34 +248,34 @@ def _draw_predictions(axes: Axes, predictions: Sequence[Prediction]) -> None:
 # --- analyses --------------------------------------------------------------------------------------------------------
 
 
-def draw_dead_units(result: DeadUnits) -> Figure:
+def draw_dead_units(result: DeadUnits, *, ax: Axes | None = None, figsize: Size | None = None) -> Figure:
     """Draw the fraction of dead units of each layer."""
-    figure, (band,) = _create_bands(8, [0.9 + 0.28 * max(3, len(result.fractions))])
-    ((axes,),) = _add_panels(band, 1, 1)
-    names = [shorten(layer, 44) for layer in result.fractions]
     title = f"{len(result):,} dead unit{'s' * (len(result) != 1)}; fraction of each layer"
+    height = 0.5 + 0.28 * max(3, len(result.fractions))
+    figure, [[axes]] = create_panels(1, 1, 8, height, "", ax=ax, figsize=figsize)
+    names = [shorten(layer, 44) for layer in result.fractions]
     _draw_bars(axes, names, list(result.fractions.values()), title, ".1%")
     return figure
 
 
-def draw_duplicates(result: Duplicates) -> Figure:
+def draw_duplicates(result: Duplicates, *, figsize: Size | None = None) -> Figure:
     """Draw the top patches of the most similar pairs of units, at most eight pairs."""
     title = f"{len(result):,} pair{'s' * (len(result) != 1)} of units with r >= {result.threshold:g}"
     if not len(result):
-        return _draw_text_figure(8, 1.0, title)
+        return _draw_text_figure(8, 1.0, title, figsize=figsize)
     store = result.store
     pairs = [
         _UnitPair(p.layer, f"r {p.r:.3f}", UnitRecord(store, p.layer, p.first), UnitRecord(store, p.layer, p.second))
         for p in result[:MAX_PAIRS]
     ]
-    return _draw_pairs(title, pairs, len(result))
+    return _draw_pairs(title, pairs, len(result), figsize)
 
 
-def draw_unit_changes(result: UnitChanges) -> Figure:
+def draw_unit_changes(result: UnitChanges, *, figsize: Size | None = None) -> Figure:
     """Draw the top patches, in both scans, of the units that changed most, at most eight."""
     changes = result.largest(MAX_PAIRS)
     if not changes:
-        return _draw_text_figure(8, 1.0, "no unit varies on the sample")
+        return _draw_text_figure(8, 1.0, "no unit varies on the sample", figsize=figsize)
     stores = (result.store, result.other)
     left, right = (shorten(f"{s.manifest['model']['name']}, {image_title(s.address)}") for s in stores)
     pairs = []
@@ -275,13 +285,13 @@ def draw_unit_changes(result: UnitChanges) -> Figure:
         units = (UnitRecord(store, change.layer, change.unit) for store in stores)
         pairs.append(_UnitPair(change.layer, f"{r}\n{overlap}", *units))
     count = int((~np.isnan(result.r) | result.constant_in_one).sum())
-    return _draw_pairs(f"units that changed most; left: {left}; right: {right}", pairs, count)
+    return _draw_pairs(f"units that changed most; left: {left}; right: {right}", pairs, count, figsize)
 
 
-def _draw_pairs(title: str, pairs: Sequence[_UnitPair], count: int) -> Figure:
+def _draw_pairs(title: str, pairs: Sequence[_UnitPair], count: int, figsize: Size | None) -> Figure:
     """Draw a row per pair, `count` in total: five patches of each unit, with the description between them."""
     limit = f"; {len(pairs)} of {count:,} shown" if len(pairs) < count else ""
-    figure, (band,) = _create_bands(14, [0.5 + 1.45 * len(pairs)])
+    figure, (band,) = _create_bands(14, [0.5 + 1.45 * len(pairs)], figsize)
     n = EXAMPLES_PER_PAIR
     panels = _add_panels(band, len(pairs), 2 * n + 1, f"{title}{limit}", [1] * n + [1.6] + [1] * n)
     for row, pair in zip(panels, pairs, strict=True):

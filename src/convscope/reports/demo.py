@@ -177,7 +177,7 @@ class _Demo:
 
     def _write_photos(self, predictions: Predictions, maps: Heatmaps) -> list[PhotoCard]:
         photos = []
-        for n, (index, overlay) in enumerate(zip(maps.image_indices, maps.iter_overlays(), strict=True)):
+        for n, (index, (overlay, _)) in enumerate(zip(maps.image_indices, maps.iter_overlays(), strict=True)):
             photo, overlay_file = f"photo_{n}.jpg", f"heatmap_{n}.jpg"
             self._write_jpeg(photo, Image.fromarray(maps.image_source.original(index)))
             self._write_jpeg(overlay_file, overlay)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from convscope.arguments import check_arguments
 from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
 from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import MAX_BATCH, MEMORY, forward_bytes
@@ -42,6 +43,7 @@ MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than
 
 
 @warns_of_failures
+@check_arguments
 def scan(
     model: ModelLike,
     dataset: object,

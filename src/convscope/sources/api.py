@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from convscope.arguments import check_arguments
 from convscope.engine.adapters import ForwardFunction
-from convscope.engine.capture import VIEW_ERROR
 from convscope.engine.model import Model
 from convscope.engine.output_inference import OutputRequest
 from convscope.engine.outputs import TASKS, OutputSelector
-from convscope.engine.probe import ProbeResult, probe
 from convscope.errors import ConvscopeError, is_int, nearest
 from convscope.images.preprocessing import Preprocessing
-from convscope.sources import bundled, exported, factory, files, huggingface, instance, keras, timm, torchvision
-from convscope.sources.spec import ModelSpec, input_channels
+from convscope.sources import (
+    bundled,
+    exported,
+    factory,
+    files,
+    huggingface,
+    instance,
+    keras,
+    timm,
+    torchscript,
+    torchvision,
+)
+from convscope.sources.probing import resolve_preprocessing, store_weights
+from convscope.sources.spec import ModelSpec
 
-BY_PREFIX: dict[str, Callable[[str, str], ModelSpec]] = {
+BY_PREFIX: dict[str, Callable[[str, str, int | None], ModelSpec]] = {
     "torchvision": torchvision.from_name,
     "timm": timm.from_name,
     "keras": keras.from_name,
@@ -41,12 +50,9 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
 }
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
-
-# Input sizes tried in turn, with an image of zeros, when neither the source nor the user names one.
-COMMON_SIZES = (224, 32, 28, 64, 96, 128, 160, 192, 227, 240, 256, 299, 384, 512)
 
 
+@check_arguments
 def load(
     source: object,
     *,
@@ -67,9 +73,10 @@ def load(
     ----------
     source : str, path, nn.Module, Keras model or callable
         "lite0" (bundled, works offline; "lite1" and "lite2" where their packages are installed), "torchvision:NAME",
-        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2),
-        "package.module:factory" (called without arguments), or an `nn.Module` or Keras model, which is used as it is:
-        later changes of its weights take effect.
+        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2, .pt
+        of TorchScript), "package.module:factory" (called without arguments), an `nn.Module` or Keras model, which is
+        used as it is (later changes of its weights take effect), or any function from images (N, C, H, W) to scores
+        (N, K), which then has no layers and no gradients.
     weights : str or path, optional
         "default" (the source's own, downloaded if need be), "random", or a file of weights (.safetensors, .pth, .keras,
         .weights.h5), for models made by name.
@@ -121,9 +128,15 @@ def load(
     """
     explicit = None if preprocessing is None else Preprocessing.of(preprocessing)
     _check_output_options(task, output, forward, grid, template)
-    spec = _make_spec(source, weights)
+    names = None if classes is None else tuple(map(str, classes))
+    spec = _make_spec(source, weights, None if names is None else len(names))
     if explicit is not None and explicit.transform is not None:
         spec.notes += explicit.transform.notes
+    if spec.other_inputs and forward is None:
+        raise ConvscopeError(
+            f"{spec.name} takes several inputs ({spec.other_inputs}), and one image goes in: say how it is called with "
+            "forward=lambda model, x: model([x, ...])"
+        )
     if forward is not None:
         spec.adapter = spec.adapter.with_forward(forward)
     if weights == "random":
@@ -137,12 +150,11 @@ def load(
         raise ConvscopeError(
             "device= is for models that are loaded by name or from a file; move this one yourself: model.to(device)"
         )
-    names = tuple(map(str, classes)) if classes is not None else spec.classes
+    names = spec.classes if names is None else names
     request = OutputRequest(
         task or spec.task, spec.select if output is None else output, None if names is None else len(names)
     )
-    run_probe = partial(_probe, spec, request=request, grid=None if grid is None else (int(grid[0]), int(grid[1])))
-    resolved, probed = _resolve_preprocessing(spec, explicit, run_probe)
+    resolved, probed = resolve_preprocessing(spec, explicit, request, grid)
     meaning = probed.meaning
     spec.notes += meaning.notes
     if any(isinstance(m, BATCH_NORMS) and not m.track_running_stats for m in spec.module.modules()):
@@ -169,6 +181,8 @@ def load(
         contiguous_input=probed.contiguous_input,
         accelerate=bool(accelerate),
         reader=meaning.reader,
+        differentiable=spec.differentiable,
+        is_stochastic=probed.is_stochastic,
     )
 
 
@@ -190,7 +204,7 @@ def _check_output_options(task: object, output: object, forward: object, grid: o
         raise ConvscopeError("template= is for networks that compare images with text, which are not supported yet")
 
 
-def _make_spec(source: object, weights: str | os.PathLike[str] | None) -> ModelSpec:
+def _make_spec(source: object, weights: str | os.PathLike[str] | None, num_classes: int | None) -> ModelSpec:
     """Find the module that handles this kind of source, and let it make the network."""
     if isinstance(source, Model):
         raise ConvscopeError("this is a convscope Model already; pass it to the functions as it is")
@@ -201,11 +215,13 @@ def _make_spec(source: object, weights: str | os.PathLike[str] | None) -> ModelS
     text = os.fspath(source)
     weights_text = None if weights is None else os.fspath(weights)
     if text in bundled.NAMES:
-        return bundled.from_name(text, weights_text or "default")
+        return bundled.from_name(text, weights_text or "default", num_classes)
     prefix, colon, name = text.partition(":")
     if colon and prefix in BY_PREFIX:
-        return BY_PREFIX[prefix](name, weights_text or "default")
+        return BY_PREFIX[prefix](name, weights_text or "default", num_classes)
     path = Path(text)
+    if path.suffix.lower() == ".pt" and torchscript.is_archive(path):
+        return torchscript.from_file(path, weights_text)
     if path.suffix.lower() in BY_SUFFIX:
         if path.suffix.lower() != ".keras" and ".weights" in path.suffixes:
             return files.refuse_weights(path, weights_text)
@@ -213,10 +229,11 @@ def _make_spec(source: object, weights: str | os.PathLike[str] | None) -> ModelS
         return BY_SUFFIX[path.suffix.lower()](path, weights_text)
     if colon:
         return factory.from_path(text, weights_text)
+    files.refuse_other_format(path)
     known = [*bundled.NAMES, *torchvision.names(), *timm.names()]
     raise ConvscopeError(
-        f"no model is called {text!r}; nearest: {nearest(text, known)}; other sources: keras:NAME, "
-        "a .keras, .h5 or .pt2 file, package.module:factory"
+        f"no model is called {text!r}; nearest: {nearest(text, known)}; other sources: keras:NAME, hf:NAME, "
+        "a .keras, .h5, .pt2 or TorchScript .pt file, package.module:factory"
     )
 
 
@@ -225,15 +242,7 @@ def _freeze(spec: ModelSpec) -> None:
     spec.module.eval()
     for parameter in spec.adapter.parameters(spec.module):
         parameter.requires_grad_(False)
-    _store_weights(spec, torch.channels_last)
-
-
-def _store_weights(spec: ModelSpec, memory_format: torch.memory_format) -> None:
-    """Store the convolution weights of a PyTorch network in a memory format."""
-    if spec.adapter.name == "torch":
-        for parameter in spec.module.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    store_weights(spec, torch.channels_last)
 
 
 def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
@@ -241,56 +250,3 @@ def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
         spec.module.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _resolve_preprocessing(
-    spec: ModelSpec, explicit: Preprocessing | None, run_probe: Callable[[int, tuple[int, ...]], ProbeResult]
-) -> tuple[Preprocessing, ProbeResult]:
-    """Return the preprocessing, with assumptions noted, and the layer table for an input of its size."""
-    if explicit is not None:
-        return explicit, run_probe(explicit.channels, explicit.size)
-    channels = spec.channels or input_channels(spec.module)
-    sizes = [spec.size] if spec.size is not None else [(side, side) for side in COMMON_SIZES]
-    known = [] if spec.preprocessing is None else [spec.preprocessing]
-    errors: list[ConvscopeError] = []
-    for settings in [*known, *(spec.assumed_preprocessing(size, channels) for size in sizes)]:
-        try:
-            probed = run_probe(settings.channels, settings.size)
-        except ConvscopeError as error:
-            errors.append(error)
-            continue
-        if settings not in known:
-            spec.notes.append(f"preprocessing was not given; assumed: {settings}")
-            spec.assumptions.append("preprocessing is assumed")
-        elif spec.preprocessing_origin is not None:
-            spec.notes.append(f"preprocessing taken from {spec.preprocessing_origin}")
-        return settings, probed
-    raise errors[0]
-
-
-def _probe(
-    spec: ModelSpec, channels: int, size: tuple[int, ...], request: OutputRequest, grid: tuple[int, int] | None
-) -> ProbeResult:
-    parameter: Tensor | None = next((p for p in spec.adapter.parameters(spec.module) if p.is_floating_point()), None)
-    x = (
-        torch.zeros((1, channels, *size))
-        if parameter is None
-        else torch.zeros((1, channels, *size), dtype=parameter.dtype, device=parameter.device)
-    )
-    try:
-        try:
-            return probe(spec.module, spec.adapter, x, request, grid)
-        except RuntimeError as error:
-            if VIEW_ERROR not in str(error) or not spec.loaded_by_convscope:
-                raise
-            _store_weights(spec, torch.contiguous_format)
-            return probe(spec.module, spec.adapter, x, request, grid)
-    except ConvscopeError:
-        raise
-    except Exception as error:  # a network may raise anything
-        reason = " ".join(ANSI_ESCAPE.sub("", str(error)).split())[:300]
-        raise ConvscopeError(
-            f"{spec.name} does not run on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {reason}); "
-            "describe its input: preprocessing=dict(size=(H, W), channels=C), for signals size=(L,), for volumes "
-            "size=(D, H, W)"
-        ) from error

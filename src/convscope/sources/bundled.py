@@ -16,18 +16,19 @@ from convscope.sources.spec import ModelSpec, fixed_seed, imagenet_classes
 NAMES = {"lite0": 224, "lite1": 240, "lite2": 260}
 
 
-def from_name(name: str, weights: str) -> ModelSpec:
+def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Make EfficientNet-Lite 0, 1 or 2 (timm's architecture; Tan and Le 2019); input RGB as (x - 127) / 128."""
     import timm
 
-    size = NAMES[name]
+    size, notes = NAMES[name], list[str]()
     with fixed_seed():
-        module: nn.Module = timm.create_model(f"tf_efficientnet_{name}")
+        num_classes = 1000 if weights == "default" or num_classes is None else num_classes
+        module: nn.Module = timm.create_model(f"tf_efficientnet_{name}", num_classes=num_classes)
     if weights == "default":
         state = rename_keys(files.read_pth(_weights_file(name)), module.state_dict().keys())
         files.load_state(module, state, f"the {name} package")
     elif weights != "random":
-        files.load_weights_file(module, Path(weights))
+        notes = files.load_weights_file(module, Path(weights))
     preprocessing = Preprocessing(
         size=(size, size),
         interpolation="bicubic",
@@ -36,7 +37,9 @@ def from_name(name: str, weights: str) -> ModelSpec:
         std=(128.0,) * 3,
         resize=int(size / 0.875),
     )
-    return ModelSpec(module, name, preprocessing=preprocessing, classes=imagenet_classes(), task="classification")
+    return ModelSpec(
+        module, name, preprocessing=preprocessing, classes=imagenet_classes(), task="classification", notes=notes
+    )
 
 
 def _weights_file(name: str) -> Path:

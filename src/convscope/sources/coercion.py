@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -21,8 +21,8 @@ from convscope.errors import ConvscopeError, warn
 from convscope.sources import api
 from convscope.sources.instance import unwrap
 
-ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str]
-"""A Model, or what `convscope.load` takes: an nn.Module, a Keras model, a name or a file."""
+ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str] | Callable[[Any], Any]
+"""A Model, or what `convscope.load` takes: an nn.Module, a Keras model, a name, a file or a function."""
 
 MAX_NAMED = 2  # models by name that stay in memory
 
@@ -72,7 +72,9 @@ def as_model(model: ModelLike) -> Model:
         return model
     _refuse_images(model)
     with _lock:
-        return _load_named(os.fspath(model)) if isinstance(model, str | os.PathLike) else _load_module(model)
+        if isinstance(model, str | os.PathLike):
+            return _load_named(os.fspath(model))
+        return _load_module(model) if isinstance(model, nn.Module) else _load_other(model)
 
 
 def _refuse_images(model: object) -> None:
@@ -94,6 +96,13 @@ def _load_named(source: str) -> Model:
     _by_name[key] = model
     while len(_by_name) > MAX_NAMED:
         _by_name.popitem(last=False)
+    return model
+
+
+def _load_other(source: object) -> Model:
+    """Load what is no module: a Keras model of another backend is refused, a function becomes a model."""
+    model = api.load(source)
+    _warn_of_assumptions(model, "convscope.load(function, preprocessing=..., classes=...)")
     return model
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from convscope.errors import ConvscopeError
 from convscope.sources.files import first_line
@@ -80,6 +81,15 @@ def from_file(path: Path, weights: str | None) -> ModelSpec:
         module = torch.export.unflatten(program)
     except Exception as error:  # damaged archives raise many types
         raise ConvscopeError(f"{path} cannot be read as an exported program: {first_line(error)}") from error
+    return _describe(program, module, path.name)
+
+
+def from_program(program: torch.export.ExportedProgram, name: str) -> ModelSpec:
+    """Describe an exported program that the user passes in."""
+    return _describe(program, torch.export.unflatten(program), name)
+
+
+def _describe(program: torch.export.ExportedProgram, module: nn.Module, path: str) -> ModelSpec:
     inputs = [
         getattr(node.meta.get("val"), "shape", ())
         for node in program.graph.nodes
@@ -97,7 +107,7 @@ def from_file(path: Path, weights: str | None) -> ModelSpec:
     side = height or width
     size = None if side is None else (height or side, width or side)
     # Its memory format is not changed: the graph has guards on strides.
-    return ModelSpec(module, path.name, size=size, channels=channels, fixed_batch_size=batch, loaded_by_convscope=False)
+    return ModelSpec(module, path, size=size, channels=channels, fixed_batch_size=batch, loaded_by_convscope=False)
 
 
 def _sanitized_copy(path: Path) -> io.BytesIO:

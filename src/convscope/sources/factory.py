@@ -34,5 +34,5 @@ def from_path(path: str, weights: str | None) -> ModelSpec:
     if weights not in (None, "default"):
         if not isinstance(module, nn.Module) or spec.adapter.name != "torch":
             raise ConvscopeError("weights= for a Keras factory: load them inside the factory")
-        files.load_weights_file(module, Path(str(weights)))
+        spec.notes += files.load_weights_file(module, Path(str(weights)))
     return spec

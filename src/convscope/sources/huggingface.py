@@ -26,13 +26,14 @@ PROBLEM_TYPES = {
 }
 
 
-def from_name(name: str, weights: str) -> ModelSpec:
+def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Load a model of the hub, or of a local folder; `weights` may be "random" or a file."""
     transformers = require_extra("transformers", "hf")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConvscopeError(_cannot_load(name, error)) from error
+    notes: list[str] = []
     build = _model_class(transformers, config, name)
     if weights == "default":
         try:
@@ -40,12 +41,15 @@ def from_name(name: str, weights: str) -> ModelSpec:
         except (OSError, ValueError, RuntimeError) as error:
             raise ConvscopeError(_cannot_load(name, error)) from error
     else:
+        if num_classes not in (None, config.num_labels):
+            config.num_labels = num_classes
         with fixed_seed():
             module = build(config)
         if weights != "random":
-            files.load_weights_file(module, Path(weights))
+            notes = files.load_weights_file(module, Path(weights))
     spec = from_model(module.eval())
     spec.name, spec.loaded_by_convscope = f"hf:{name}", True
+    spec.notes += notes
     spec.preprocessing = _saved_preprocessing(name) or spec.preprocessing
     return spec
 

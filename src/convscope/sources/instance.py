@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from convscope.errors import ConvscopeError
-from convscope.sources import huggingface, keras, timm
+from convscope.sources import black_box, exported, huggingface, keras, timm, torchscript
 from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
@@ -15,16 +15,17 @@ def wrap(module: object) -> ModelSpec:
     packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
     if packages & {"keras", "tf_keras"}:
         return keras.from_model(module)
+    if isinstance(module, torch.export.ExportedProgram):
+        return exported.from_program(module, "exported program")
+    if not isinstance(module, nn.Module) and callable(module) and not isinstance(module, type):
+        return black_box.from_function(module)
     if not isinstance(module, nn.Module):
         raise ConvscopeError(
             f"cannot load a {type(module).__name__}; expected a name such as 'lite0' or 'torchvision:vgg16', "
-            "a file, an nn.Module or a Keras model"
+            "a file, an nn.Module, a Keras model or a function of images (N, C, H, W)"
         )
     if isinstance(module, torch.jit.ScriptModule):
-        raise ConvscopeError(
-            "hooks do not fire inside a TorchScript module; pass the module it was made from, "
-            "or save that with torch.export and load the .pt2 file"
-        )
+        return torchscript.from_module(module)
     module = unwrap(module)
     name = type(module).__name__
     if huggingface.is_pretrained_model(module):

@@ -26,6 +26,7 @@ from convscope.engine.adapters import ForwardFunction
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
+from convscope.sources.keras_input import read_input, scales_pixels
 from convscope.sources.spec import ModelSpec, imagenet_classes
 
 
@@ -103,7 +104,7 @@ def _refuse_backend(backend: str) -> None:
     )
 
 
-def from_name(name: str, weights: str) -> ModelSpec:
+def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Make a model of keras.applications, with its preprocessing and ImageNet's class names."""
     known = _applications(import_keras())
     if name not in known:
@@ -119,7 +120,7 @@ def from_name(name: str, weights: str) -> ModelSpec:
                 raise OSError(str(error).partition(": None")[0]) from error
     else:
         with _seeded():
-            module = build(weights=None)
+            module = build(weights=None, classes=num_classes or 1000)
         if weights != "random":
             _load_weights(module, Path(weights))
     spec = from_model(module)
@@ -150,7 +151,7 @@ def _seeded() -> Iterator[None]:
         random.setstate(state)
 
 
-def _measure_preprocessing(preprocess: Any, size: tuple[int, int]) -> Preprocessing:
+def _measure_preprocessing(preprocess: Any, size: tuple[int, ...]) -> Preprocessing:
     """Measure the offset, scale and channel order of a `preprocess_input` on four images of one pixel."""
     pixels = torch.zeros((4, 1, 1, 3))
     for channel in range(3):
@@ -274,19 +275,20 @@ def from_model(module: Any) -> ModelSpec:
         _refuse_backend("tensorflow" if backend == "torch" else backend)
     if not isinstance(module, keras.Model):
         raise ConvscopeError(f"cannot load a Keras {type(module).__name__}; expected a Keras model")
-    height, width, channels, first = _input(module)
-    size = (height, width) if height is not None and width is not None else None
-    scaled = any(type(layer).__name__ in ("Rescaling", "Normalization") for _, layer in _walk(module, ""))
+    layers = [layer for _, layer in _walk(module, "")]
+    found = read_input(module, layers)
     spec = ModelSpec(
         module,
         module.name,
-        KerasAdapter(first),
+        KerasAdapter(found.channels_first),
         loaded_by_convscope=False,
-        size=size,
-        channels=channels,
-        range=(0.0, 255.0) if scaled else (0.0, 1.0),
+        size=found.size,
+        channels=found.channels,
+        range=(0.0, 255.0) if scales_pixels(module, layers) else (0.0, 1.0),
+        other_inputs=found.others,
     )
-    if channels == 3:
+    size = found.size if found.size is None or len(found.size) == 2 else None
+    if found.channels == 3 and (found.size is None or size is not None):
         spec.preprocessing = _preprocessing_by_name(keras, module.name, size or DEFAULT_SIZE)
     if spec.preprocessing is not None and len(getattr(module, "output_shape", ())) == 4:
         spec.task = "embedding"  # include_top=False
@@ -294,25 +296,7 @@ def from_model(module: Any) -> ModelSpec:
     return spec
 
 
-def _input(module: Any) -> tuple[int | None, int | None, int, bool]:
-    """Return height, width and channels of a model's input, and whether channels come first."""
-    shape = getattr(module, "input_shape", None)
-    if shape is None:  # a subclassed model: the shape it was built with
-        shape = (module.get_build_config() or {}).get("input_shape")
-    if shape is None:
-        raise ConvscopeError(
-            f"the Keras model {module.name!r} is not built, so its input shape is not known; call it once on an image: "
-            "model(numpy.zeros((1, H, W, C)))"
-        )
-    if not isinstance(shape, tuple) or len(shape) != 4:
-        raise ConvscopeError(f"this Keras model takes {shape}; expected a single input (N, H, W, C)")
-    formats = (getattr(layer, "data_format", None) for _, layer in _walk(module, ""))
-    if next(filter(None, formats), "channels_last") == "channels_first":
-        return shape[2], shape[3], shape[1], True
-    return shape[1], shape[2], shape[3], False
-
-
-def _preprocessing_by_name(keras: Any, name: str, size: tuple[int, int]) -> Preprocessing | None:
+def _preprocessing_by_name(keras: Any, name: str, size: tuple[int, ...]) -> Preprocessing | None:
     """Recognise a model of keras.applications by its default name; return its preprocessing."""
 
     def plain(text: str) -> str:  # "efficientnetv2-b0", "inception_v3"; "mobilenet_1.00_224" with its width and size

@@ -31,8 +31,12 @@ class ModelSpec:
         Which of several outputs holds the scores, where the source says it.
     preprocessing_origin : str or None
         Where the preprocessing comes from, if it was inferred from the module.
+    other_inputs : str
+        The inputs of a network that takes several, so that `forward` has to say how it is called.
     size, channels : tuple of int, int or None
         Height, width and channels of the input, where the network itself fixes them.
+    differentiable : bool
+        Whether gradients pass through the network.
     range, mean, std : tuple of float
         Used for the assumed preprocessing if `preprocessing` is None.
     """
@@ -49,16 +53,18 @@ class ModelSpec:
     loaded_by_convscope: bool = True
     preprocessing_origin: str | None = None
     fixed_batch_size: int | None = None
-    size: tuple[int, int] | None = None
+    differentiable: bool = True
+    other_inputs: str = ""
+    size: tuple[int, ...] | None = None
     channels: int | None = None
     range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
-    def assumed_preprocessing(self, size: tuple[int, int], channels: int) -> Preprocessing:
+    def assumed_preprocessing(self, size: tuple[int, ...], channels: int) -> Preprocessing:
         """Return the preprocessing to assume when the source specifies none."""
         mean, std = ((v if len(v) == channels else v[:1] * channels) for v in (self.mean, self.std))
-        order = {1: "L", 3: "RGB"}.get(channels, "channels")
+        order = {1: "L", 3: "RGB"}.get(channels if len(size) == 2 else 0, "channels")
         return Preprocessing(size=size, range=self.range, mean=mean, std=std, channel_order=order)
 
 

@@ -21,10 +21,11 @@ def names() -> list[str]:
     return [f"timm:{name}" for name in timm.list_models()]
 
 
-def from_name(name: str, weights: str) -> ModelSpec:
+def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Make a timm model; weights are downloaded unless they are "random" or a file."""
     import timm
 
+    notes: list[str] = []
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         raise ConvscopeError(f"timm has no model {name!r}; nearest: {nearest(name, timm.list_models())}")
@@ -38,15 +39,16 @@ def from_name(name: str, weights: str) -> ModelSpec:
             module = timm.create_model(name, pretrained=True, **_cached_weights(name))
     else:
         with fixed_seed():
-            module = timm.create_model(name)
+            module = timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}))
         if weights != "random":
-            files.load_weights_file(module, Path(weights))
+            notes = files.load_weights_file(module, Path(weights))
     return ModelSpec(
         module,
         f"timm:{name}",
         preprocessing=data_config(module),
         classes=class_names(module),
         task=task(module) or "classification",
+        notes=notes,
     )
 
 

@@ -21,7 +21,7 @@ def names() -> list[str]:
     return [f"torchvision:{name}" for name in list_models() if _task(name) in TASKS]
 
 
-def from_name(name: str, weights: str) -> ModelSpec:
+def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Make a torchvision model; weights are downloaded unless they are "random" or a file."""
     from torchvision.models import get_model, get_model_weights, list_models
 
@@ -32,6 +32,7 @@ def from_name(name: str, weights: str) -> ModelSpec:
             f"torchvision:{name} is for {_task(name).replace('_', ' ')}; expected a network with scores per image "
             "(of a detector, load the backbone: load(detector.backbone))"
         )
+    notes: list[str] = []
     entry: Any = get_model_weights(name).DEFAULT if len(get_model_weights(name)) else None
     # Without weights_backbone=None, segmentation models download weights of their backbone.
     backbone_options: dict[str, Any] = {"weights_backbone": None} if _has_backbone(name) else {}
@@ -40,13 +41,15 @@ def from_name(name: str, weights: str) -> ModelSpec:
             module = get_model(name, weights=entry, **backbone_options)
     else:
         with fixed_seed():
-            module = get_model(name, weights=None, **backbone_options)
+            head_options = {} if num_classes is None else {"num_classes": num_classes}
+            module = get_model(name, weights=None, **backbone_options, **head_options)
         if weights != "random":
-            files.load_weights_file(module, Path(weights))
+            notes = files.load_weights_file(module, Path(weights))
     preprocessing = _preprocessing(entry.transforms()) if entry is not None else None
     classes = tuple(entry.meta["categories"]) if entry is not None and "categories" in entry.meta else None
     task = CLASSIFICATION if _task(name) == CLASSIFICATION else None
-    return ModelSpec(module, f"torchvision:{name}", preprocessing=preprocessing, classes=classes, task=task)
+    name = f"torchvision:{name}"
+    return ModelSpec(module, name, preprocessing=preprocessing, classes=classes, task=task, notes=notes)
 
 
 def _preprocessing(transforms: Any) -> Preprocessing:

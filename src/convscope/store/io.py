@@ -16,13 +16,13 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from convscope.errors import ConvscopeError, require_extra
+from convscope.images.decode_worker import THUMBNAIL_SIDE
 
 if TYPE_CHECKING:
     import pyarrow
 
 Json: TypeAlias = dict[str, Any]  # a JSON object, or a row of a table: column name to value
 
-THUMBNAIL_SIDE = 96  # pixels
 SHEET_COLUMNS = 8  # thumbnails along each side of a sheet
 THUMBNAILS_PER_SHEET = SHEET_COLUMNS * SHEET_COLUMNS
 CACHED_SHEETS = 32  # decoded sheets held in memory: 56 MB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -34,6 +35,7 @@ def _schema(**types: str) -> pyarrow.Schema:
     return arrow.schema([(name, arrow_type(kind)) for name, kind in types.items()])
 
 
+@cache
 def units_schema() -> pyarrow.Schema:
     """Return the schema of units.parquet."""
     return _schema(
@@ -51,6 +53,7 @@ def units_schema() -> pyarrow.Schema:
     )
 
 
+@cache
 def topk_schema() -> pyarrow.Schema:
     """Return the schema of topk.parquet."""
     head = {"layer": "string", "unit": "int32", "kind": "string", "rank": "int32", "value": "float", "image": "int64"}
@@ -78,8 +81,7 @@ def parquet_writer(file: IO[bytes], schema: pyarrow.Schema) -> pyarrow.parquet.P
 
 def make_table(columns: Columns, schema: pyarrow.Schema) -> pyarrow.Table:
     """Make a table of this schema from columns by name."""
-    arrow = require_extra("pyarrow")
-    return arrow.table([arrow.array(columns[field.name], field.type) for field in schema], schema=schema)
+    return schema.empty_table().from_pydict({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def write_table(store: Folder, name: str, schema: pyarrow.Schema, parts: Iterable[Columns]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convscope.arguments import check_arguments
 from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from convscope.decomposition.result import Atlas, Concepts
 
 
+@check_arguments
 def open_store(folder: str | os.PathLike[str], storage: Mapping[str, object] | None = None) -> Store:
     """Open a store that `convscope.scan` has written.
 
@@ -87,20 +89,8 @@ class Store(StoreTables):
 
     Attributes
     ----------
-    address : str
-        The folder or address of the store.
-    manifest : dict
-        How the store was made: model, data, plan, layers, versions.
-    layers : list of str
-        Names of the layers, in the network's order.
-    unit_counts : dict of str to int
-        The number of units of each layer.
-    classes, labels : list of str or None
-        Names of the network's classes, and of the data set's own; None where unknown.
-    num_images : int
-        Number of images in the data set, failed ones included.
-    input_size : tuple of int
-        (H, W) of the network's input.
+    address, manifest, layers, unit_counts, classes, labels, num_images, input_size, images, thumbnails
+        As of `StoreTables`.
     """
 
     def __init__(self, folder: Folder, manifest: Json) -> None:

@@ -166,8 +166,10 @@ class _BiasCollector(FunctionMode):
             # The hook belongs to this value of the tensor; later in-place changes do not trigger it.
             output.register_hook(partial(self.accumulate, bias.detach(), channel_dim))  # type: ignore[no-untyped-call]
 
-    def accumulate(self, bias: Tensor, channel_dim: int, gradient: Tensor) -> None:
+    def accumulate(self, bias: Tensor, channel_dim: int, gradient: Tensor | None) -> None:
         """Add the contribution `gradient` times `bias` to the total and, if it has spatial extent, to the map."""
+        if gradient is None:  # none arrives
+            return
         contribution = gradient.float() * bias
         self.total = self.total + contribution.reshape(self.num_images, -1).sum(1)
         if contribution.ndim == 2 + len(self.input_size):

@@ -258,7 +258,7 @@ def guided_grad_cam(context: LayerContext) -> Tensor:
         with torch.enable_grad():
             scores = context.targets.scores(outputs)
         activation = outputs.maps[context.layer.name]
-        maps = [grad_cam(activation.detach().float(), g) for g in context.backward(activation, scores)]
+        maps = [grad_cam(activation.detach().float(), g) for g in context.backward(activation, scores, context.layer)]
     cam = torch.stack(maps, 1).clamp(min=0)
     size = context.x.shape[2:]
     cam = F.interpolate(cam, size, mode=INTERPOLATION[len(size)], align_corners=False)

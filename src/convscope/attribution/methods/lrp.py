@@ -166,7 +166,9 @@ def _zennit_rules() -> ModuleType:
 def _propagate(context: MethodContext, rule: RuleForLayer) -> tuple[Tensor, Extras]:
     """Propagate the scores to the input of a copy of the network in which every layer follows its rule."""
     if context.model.adapter.name != "torch":
-        raise ConvscopeError("lrp needs a network of PyTorch layers; this is a Keras model: use full-grad instead")
+        kind = {"keras": "a Keras model: use full-grad", "torchscript": "TorchScript: use integrated-gradients"}
+        name = context.model.adapter.name
+        raise ConvscopeError(f"lrp needs a network of PyTorch layers; this is {kind.get(name, name)} instead")
     x, size = context.x, grad_batch_size(context)
     module = copy.deepcopy(context.model.module)
     maps: list[Tensor] = []
@@ -189,6 +191,7 @@ def _propagate(context: MethodContext, rule: RuleForLayer) -> tuple[Tensor, Extr
                 with LrpMode():
                     outputs = run(leaf.clone())
                 scores = context.targets.scores(outputs, torch.arange(images.start, images.stop, device=x.device))
+            context.require_gradient(scores)
             if images.start == 0:
                 _require_close(unmerged_scores[: len(scores)], scores)
             relevance = torch.stack([r.sum(1) for r in _backward_relevance(leaf, outputs, scores)], 1)

@@ -22,7 +22,7 @@ from convscope.errors import ConvscopeError
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
 Function = Callable[..., Tensor]
-GradientTransform = Callable[[Tensor], Tensor]
+GradientTransform = Callable[[Tensor], Tensor | None]
 
 ReluRule = Callable[[Function, Tensor, Args, Kwargs], Tensor]
 """``rule(function, x, args, kwargs)`` computes ``function(x, *args, **kwargs)`` with another backward pass."""
@@ -57,7 +57,7 @@ def with_relu_rule(context: MethodContext, rule: ReluRule) -> MethodContext:
     def run(x: Tensor, module: nn.Module | None = None, /) -> ForwardResult:
         with _ReluRuleMode(rule) as mode:
             outputs = context.run(x, module)
-        if not mode.num_relus:
+        if not mode.num_relus and outputs.logits.requires_grad:
             method = rule.__name__.replace("_", "-")
             others = ", ".join(sorted(mode.other_activations))
             activations = f"its activations are {others}" if others else "it has no other activations either"
@@ -102,12 +102,13 @@ class _StraightThrough(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         return ctx.transform_gradient(gradients[0]), None, None
 
 
-def _positive_part(gradient: Tensor) -> Tensor:
-    return gradient.clamp(min=0)
+def _positive_part(gradient: Tensor | None) -> Tensor | None:
+    """Return the positive part; None if no gradient arrives."""
+    return None if gradient is None else gradient.clamp(min=0)
 
 
 # --- which functions are ReLUs ---------------------------------------------------------------------------------------

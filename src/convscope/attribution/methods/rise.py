@@ -141,7 +141,7 @@ def _upsample_masks(grids: Tensor, shifts: Sequence[Tensor], sides: Sequence[int
     for side, shift in zip(sides, shifts, strict=True):  # axis by axis; each product moves its axis to the end
         num_cells = grids.shape[1]
         size = (num_cells + 1) * -(-side // num_cells)
-        weights = F.interpolate(torch.eye(num_cells)[None], size, mode="linear")[0].T
+        weights = F.interpolate(torch.eye(num_cells, dtype=grids.dtype)[None], size, mode="linear")[0].T
         cropped = weights[shift[:, None] + torch.arange(side)]
         grids = torch.einsum("ma...,msa->m...s", grids, cropped)
     return grids

@@ -6,13 +6,14 @@ import io
 
 from convscope.explorer.service.images import encode_image
 from convscope.featurevis.layer_story import Story
+from convscope.figures import draw
 from convscope.plotting.grids import pattern_grid
 
 
 def story_figure(story: Story) -> bytes:
     """Render the figure of the whole story as PNG."""
     buffer = io.BytesIO()
-    story.figure().savefig(buffer, format="png", dpi=110)
+    draw(story).savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

@@ -1,0 +1,99 @@
+"""Figures of results: the option names, and the lookup of the function that draws a result.
+
+A result knows nothing of plotting. For a result of class ``UnitRecord`` the figure is drawn by
+``draw_unit_record(result, **options)`` in the module that `PLOTTING_MODULES` names, and the image files that
+`Result.save` writes are made by ``render_unit_record(result)``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from PIL import Image
+
+from convscope.errors import ConvscopeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RenderedFile = Image.Image | Sequence[Image.Image] | str
+"""Content of a saved file: an image (PNG), the frames of an animation (WebP), or text."""
+
+DISPLAY_MODULE = "convscope.plotting.display"
+
+PLOTTING_MODULES: Mapping[str, str] = {
+    "Activations": "convscope.plotting.activations",
+    "Atlas": "convscope.plotting.atlas",
+    "Comparison": "convscope.plotting.comparison",
+    "Concepts": "convscope.plotting.concepts",
+    "DeadUnits": "convscope.plotting.store",
+    "Duplicates": "convscope.plotting.store",
+    "Evaluation": "convscope.plotting.evaluation",
+    "Examples": "convscope.plotting.store",
+    "Heatmaps": "convscope.plotting.heatmaps",
+    "ImageRecord": "convscope.plotting.store",
+    "Patterns": "convscope.plotting.patterns",
+    "Predictions": "convscope.plotting.predictions",
+    "Story": "convscope.plotting.story",
+    "UnitChanges": "convscope.plotting.store",
+    "UnitRecord": "convscope.plotting.store",
+}
+"""The module that draws each class of results; subclasses are drawn as their base class is."""
+
+
+class FigureOptions(TypedDict, total=False):
+    """Options of `convscope.results.HasFigure.figure`; each kind of figure takes some of them."""
+
+    ax: Axes | None
+    figsize: tuple[float, float] | None
+    cmap: str | None
+    signed: bool | None
+    shared_scale: bool
+    alpha: float | None
+    image: int
+
+
+def draw(result: object, **options: Unpack[FigureOptions]) -> Figure:
+    """Draw the figure of a result with the ``draw_*`` function of its class.
+
+    Raises ConvscopeError for an option that the function does not take.
+    """
+    function = plotting_function("draw", type(result))
+    known = list(inspect.signature(function).parameters)[1:]
+    for name in options:
+        if name not in known:
+            kind = type(result).__name__
+            raise ConvscopeError(f"the figure of {kind} has no option {name!r}; its options are {', '.join(known)}")
+    figure: Figure = function(result, **options)
+    return figure
+
+
+def draw_displayed(result: object, **options: Unpack[FigureOptions]) -> Figure:
+    """Draw the figure of a result, and let ``pyplot.show()`` show it unless it is drawn in axes of the user's."""
+    figure = draw(result, **options)
+    if options.get("ax") is None:
+        import_module(DISPLAY_MODULE).attach_to_pyplot(figure)
+    return figure
+
+
+def render(result: object, **options: object) -> Iterable[tuple[str, RenderedFile]]:
+    """Yield names and contents of the files that show a result, from the ``render_*`` function of its class."""
+    files: Iterable[tuple[str, RenderedFile]] = plotting_function("render", type(result))(result, **options)
+    return files
+
+
+def plotting_function(prefix: str, kind: type) -> Callable[..., Any]:
+    """Return the plotting function of a class of results; raise TypeError if there is none for it or a base class."""
+    for base in kind.__mro__:
+        if base.__name__ in PLOTTING_MODULES:
+            snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", base.__name__).lower()
+            function: Callable[..., Any] = getattr(
+                import_module(PLOTTING_MODULES[base.__name__]), f"{prefix}_{snake_case}"
+            )
+            return function
+    raise TypeError(f"no plotting function is known for {kind.__name__}")
