@@ -151,7 +151,7 @@ CHAINS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "two activations": (lambda c, b, a, x: a(a(b(c(x)))), BOTH),
     "activation elsewhere": (lambda c, b, a, x: a(b(c(a(x)))), BOTH),
     "activation before batch norm": (lambda c, b, a, x: b(a(c(x))), ACTIVATION),
-    "shape is read": (lambda c, b, a, x: a(b(y)) if (y := c(x)).shape[0] and y.dim() else x, BOTH),
+    "shape is read": (lambda c, b, a, x: a(b(y)) if (y := c(x)).shape[0] and y.dim() else x, ""),
     "activation after a sum": (lambda c, b, a, x: a(b(c(x)) + x), BATCH_NORM),
     "output is written into": (lambda c, b, a, x: a(b(c(x))).add_(1), BOTH),
     "convolution is read later": (lambda c, b, a, x: a(b(y := c(x))) + y, ""),

@@ -36,8 +36,6 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 SAME_PADDING = "timm.layers.conv2d_same.Conv2dSame"  # a convolution that pads its input as TensorFlow does
 NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # batch normalisation with its activation inside
-# Functions that do not read a tensor's values.
-METADATA = {"dim", "ndimension", "size", "numel", "nelement", "len", "stride", "is_contiguous", "is_floating_point"}
 
 
 @dataclass
@@ -201,12 +199,10 @@ class _ChainFinder(FunctionMode):
         is_norm = (type(module) in NORMS or name == NORM_ACT) and module.running_mean is not None
         return partial(self._continue, module) if is_norm or type(module) in ACTIVATIONS else None
 
-    def intercept(self, function: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
-        """Call a function outside of the recorded modules."""
-        output = function(*args, **kwargs)
-        if name not in METADATA and (name != "get" or isinstance(output, Tensor)):
-            self._read(*iter_tensors((args, kwargs)))
-        return output
+    def intercept(self, function: Function, _name: str, args: Args, kwargs: Kwargs) -> Any:
+        """Call a function outside of the recorded modules, whatever it reads of a tensor."""
+        self._read(*iter_tensors((args, kwargs)))
+        return function(*args, **kwargs)
 
     def _read(self, *tensors: Tensor) -> None:
         self.read |= self.outputs.keys() & set(map(id, tensors))
