@@ -68,7 +68,7 @@ SAVED_FILES = {
     "Activations": {f"000{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
     "Predictions": {"predictions.csv"},
     "Patterns": {"first_0.png", "first_2.png", "grid.png", "sprites.png", "units.csv", "sprites.json"},
-    "Heatmaps": {*(f"{name}.png" for name in OVERLAYS), "heatmaps.csv"},
+    "Heatmaps": {*(f"{name}.png" for name in OVERLAYS), "heatmaps.csv", "images.zip"},
 }
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from convscope.featurevis.result import Patterns
     from convscope.images.preprocessing import Preprocessing
     from convscope.names import methods, metrics, recipes
+    from convscope.saved import open
     from convscope.scanning.api import scan
     from convscope.sources.api import load
     from convscope.store.store import Store, open_store
@@ -71,6 +72,7 @@ __all__ = [
     "methods",
     "metrics",
     "objectives",
+    "open",
     "open_store",
     "output_target",
     "patterns",
@@ -108,6 +110,7 @@ _TARGETS = {
     "methods": "convscope.names:methods",
     "metrics": "convscope.names:metrics",
     "objectives": "convscope.objectives",
+    "open": "convscope.saved:open",
     "open_store": "convscope.store.store:open_store",
     "output_target": "convscope.attribution.targets:output_target",
     "patterns": "convscope.featurevis.api:patterns",

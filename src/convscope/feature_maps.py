@@ -263,6 +263,10 @@ class Predictions(IndexedResult):
             )
         }
 
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [int(index) for index in self.indices.ravel()]
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per image and class, the most probable first: class, probability (or value), logit."""
         return [

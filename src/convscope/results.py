@@ -26,6 +26,7 @@ from numpy.lib.format import write_array
 from PIL import Image
 
 from convscope.engine.model import Model
+from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
 from convscope.figures import FigureOptions, RenderedFile, draw, draw_displayed, render
 from convscope.formatting import MAX_ROWS, Row, count_of, format_table
@@ -34,6 +35,10 @@ from convscope.images.loading import Failure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of names that `Result.save` takes as a file
+COPIES_FILE = "images.zip"  # small copies of the images, in the folder of a saved result
 
 
 class HasFigure:
@@ -147,6 +152,22 @@ class Result(HasFigure):
         remarks = [count_of(count, noun) for noun, count in counts.items() if count]
         return f"<convscope {_kind(self)}: {'; '.join([self._title(), *remarks])}>"
 
+    def class_indices(self) -> Iterable[int]:
+        """Return the classes whose names the result needs."""
+        return ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: a description in place of the network."""
+        return {**self.__dict__, "model": ModelDescription.of(self.model, self.class_indices())}
+
+    def image_copies(self) -> Sequence[bytes]:
+        """Return small copies of the images, as JPEG files, which are saved along with the result."""
+        return ()
+
+    def _is_one_image(self) -> bool:
+        """Return whether the first rendered file shows all of the result."""
+        return False
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all data, under the names by which they are saved."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
@@ -162,7 +183,10 @@ class Result(HasFigure):
         return {}
 
     def save(self, folder: str | os.PathLike[str], **options: object) -> Path:
-        """Save images, tables, arrays and settings into a folder.
+        """Save images, tables, arrays and settings into a folder, or a single image into a file.
+
+        A name that ends in .png, .jpg, .webp, .pdf or .svg is a file: a single overlay or pattern at its own size, and
+        the figure of any other result. Everything else is a folder, which `convscope.open` reads again.
 
         Writes PNG images, animated WebP images, tables, ``arrays.npz`` and, last, ``manifest.json``. Each file is
         written under a temporary name and renamed when complete; a folder without a manifest is incomplete.
@@ -170,14 +194,14 @@ class Result(HasFigure):
         Parameters
         ----------
         folder : path
-            A local folder; created if it does not exist.
+            A local folder, created if it does not exist, or a file's name.
         **options
             How images are drawn: of heatmaps `alpha`, `colormap` and the other arguments of `Heatmaps.overlay`.
 
         Returns
         -------
         pathlib.Path
-            The folder.
+            The folder or file.
 
         Raises
         ------
@@ -186,6 +210,9 @@ class Result(HasFigure):
         """
         path = local_folder(folder)
         try:
+            if path.suffix.lower() in FILE_SUFFIXES and not path.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return self._save_file(path, **options)
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").unlink(missing_ok=True)  # of an earlier save, which the new files do not match
             names = []
@@ -193,6 +220,11 @@ class Result(HasFigure):
                 with atomic_write(path / name) as file:
                     _write_rendered(file, content)
                 names.append(name)
+            if copies := self.image_copies():
+                with atomic_write(path / COPIES_FILE) as file, zipfile.ZipFile(file, "w") as archive:
+                    for n, jpeg in enumerate(copies):
+                        archive.writestr(zipfile.ZipInfo(f"{n:04d}.jpg"), jpeg)
+                names.append(COPIES_FILE)
             with atomic_write(path / "arrays.npz") as file:
                 write_npz(file, self.arrays())
             write_json(path / "manifest.json", self.manifest([*names, "arrays.npz"]))
@@ -200,11 +232,23 @@ class Result(HasFigure):
             raise ConvscopeError(f"cannot write into {path}: {error.strerror or error}") from error
         return path
 
+    def _save_file(self, path: Path, **options: object) -> Path:
+        """Write the one image of the result, or its figure."""
+        image = next(iter(render(self, **options)))[1] if self._is_one_image() else None
+        suffix = path.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+        with atomic_write(path) as file:
+            if isinstance(image, Image.Image) and suffix not in ("pdf", "svg"):
+                image.save(file, format=suffix)
+            else:
+                self.figure().savefig(file, format=suffix, bbox_inches="tight", dpi=150)
+        return path
+
     def manifest(self, files: Iterable[str] = ()) -> dict[str, object]:
         """Return what ``manifest.json`` holds: model, settings, notes, failures, `files` and package versions."""
         return {
             "kind": type(self).__name__.lower(),
             "model": self.model.describe(),
+            "class_names": {i: self.model.class_name(i) for i in sorted(set(self.class_indices())) if i >= 0},
             "parameters": self.parameters(),
             "notes": list(self.notes),
             "failed": [{"name": f.name, "reason": f.reason} for f in self.failed],

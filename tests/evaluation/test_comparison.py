@@ -134,7 +134,7 @@ def test_saved_tables_equal_the_result(model: convscope.Model, tmp_path: Path) -
     with open(tmp_path / "table.csv", newline="") as file:
         assert [float(row["deletion"]) for row in csv.DictReader(file)] == [row["deletion"] for row in rows]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == ["arrays.npz", "sheet.png", "table.csv", "table.json"]
+    assert sorted(manifest["files"]) == ["arrays.npz", "images.zip", "sheet.png", "table.csv", "table.json"]
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert np.array_equal(arrays[f"grad-cam/{comparison.heatmaps[0].layer}/values"], comparison.heatmaps[0].values)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

@@ -70,6 +70,7 @@ def collect(model: convscope.Model, images: list[str]) -> None:
     store = convscope.scan(model, images, "store")
     assert_type(store, convscope.Store)
     assert_type(convscope.open_store("store"), convscope.Store)
+    assert isinstance(convscope.open("store"), convscope.Store)
     assert_type(convscope.concepts(model, images, "tabby"), convscope.Concepts)
     assert_type(convscope.atlas(model, images), convscope.Atlas)
     assert_type(convscope.samples.photographs(), list[str])

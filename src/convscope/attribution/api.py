@@ -231,7 +231,7 @@ def compute_heatmaps(
         raise ConvscopeError(f"smooth is {smooth!r}; expected one of {', '.join(map(str, AUGMENTATIONS))}")
     scales = validate_scales(model, scale)
     images = open_images(images)
-    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels)
+    loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True)
     num_images = len(loader)
     target_spec = parse_targets(model, targets, num_images, against)
     specs = [_with_layer(model, spec, target_spec) for spec in specs]

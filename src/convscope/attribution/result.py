@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.registry import is_signed
-from convscope.attribution.targets import TargetSpec
+from convscope.attribution.targets import SavedTargets, TargetSpec
 from convscope.errors import require_int
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import DIVERGING, SEQUENTIAL, ColorScale
+from convscope.images.copies import ImageCopy
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.resizing import resize_to
@@ -227,6 +228,30 @@ class Heatmaps(IndexedResult):
             )
         }
 
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [int(index) for index in self.targets.ravel()]
+
+    def _is_one_image(self) -> bool:
+        return self.targets.size == 1 and self.values.ndim == 4
+
+    def image_copies(self) -> list[bytes]:
+        """Return small copies of the images, as JPEG files; none for signals and volumes."""
+        if self.values.ndim != 4:
+            return []
+        known = self.image_source.copies or {}
+        pairs = zip(self.image_names, self.image_indices, strict=True)
+        return [
+            known[name].jpeg if name in known else ImageCopy.of(Image.fromarray(self.image_source.original(index))).jpeg
+            for name, index in pairs
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        rows = zip(self.image_indices, self.names, strict=True)
+        contrasts = zip(self.image_indices, self.target_spec.against_names(self.image_indices) or (), strict=False)
+        return {**state, "target_spec": SavedTargets(state["model"], labels=dict(rows), contrasts=dict(contrasts))}
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per image and target: logit, extremes of the map, and its positive fraction."""
         return [
@@ -271,6 +296,7 @@ class Heatmaps(IndexedResult):
             "image_names": self.image_names,
             "targets": self.targets.tolist(),
             "classes": self.names,
+            "geometry": [[g.image_size, g.box] for g in self.geometry],
             "against": self.target_spec.against_names(self.image_indices),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -81,6 +81,32 @@ class TargetSpec:
         if self.against is None:
             return None
         return [[self.model.class_name(int(c)) for c in row] for row in self.against[list(indices)]]
+
+
+@dataclass(frozen=True)
+class SavedTargets(TargetSpec):
+    """The names of the targets of a result that was saved or pickled.
+
+    Attributes
+    ----------
+    labels, contrasts : mapping of int to list of str
+        For each image the names of its targets, and of the classes that are subtracted, if any.
+    """
+
+    labels: Mapping[int, list[str]] = field(default_factory=dict)
+    contrasts: Mapping[int, list[str]] = field(default_factory=dict)
+
+    def for_batch(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:  # noqa: ARG002
+        """Raise ConvscopeError: the targets themselves are not saved."""
+        raise ConvscopeError("these heatmaps were saved or pickled, without their targets; compute them again")
+
+    def names(self, classes: np.ndarray, indices: Sequence[int]) -> list[list[str]]:  # noqa: ARG002
+        """Return the names of the targets of the images `indices`."""
+        return [self.labels[i] for i in indices]
+
+    def against_names(self, indices: Sequence[int]) -> list[list[str]] | None:
+        """Return the names of the classes that are subtracted for the images `indices`, if any."""
+        return [self.contrasts[i] for i in indices] if self.contrasts else None
 
 
 @dataclass(frozen=True)

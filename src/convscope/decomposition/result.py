@@ -112,6 +112,10 @@ class Concepts(Result):
         """The name of the class."""
         return self.model.class_name(self.target)
 
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [self.target]
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per concept: importance, decrease of the logit without it, its highest coefficient."""
         return [
@@ -170,6 +174,9 @@ class Concepts(Result):
         settings = ("layer", "target", "name", "crop", "sobol_points", "seed", "fit", "image_names")
         return {
             **{name: getattr(self, name) for name in settings},
+            "memory": self.memory,
+            "max_pixels": self.max_pixels,
+            "geometry": [[g.image_size, g.box] for g in self.geometry],
             "reconstruction_error": self.reconstruction_error,
             "importance": self.importance.tolist(),
             "ablation_effects": self.ablation_effects.tolist(),
@@ -246,6 +253,10 @@ class Atlas(Result):
     def names(self) -> list[list[str]]:
         """The names of `classes`, a list for each cell."""
         return [[self.model.class_name(int(k)) for k in row] for row in self.classes]
+
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [*(int(index) for index in self.classes.ravel()), *([] if self.target is None else [self.target])]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per cell: its position, its number of vectors, and the classes that they support."""

@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -63,6 +63,20 @@ class Comparison(IndexedResult):
     def item_names(self) -> Sequence[str]:
         """Return the names of the images."""
         return self.heatmaps[0].image_names
+
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [index for heatmaps in self.heatmaps for index in heatmaps.class_indices()]
+
+    def image_copies(self) -> list[bytes]:
+        """Return small copies of the images."""
+        return self.heatmaps[0].image_copies()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("heatmaps", "evaluations"):
+            state[name] = tuple(replace(part, model=state["model"]) for part in state[name])
+        return state
 
     def _fields_of(self, positions: Sequence[int]) -> dict[str, Any]:
         return {
@@ -139,6 +153,10 @@ class Comparison(IndexedResult):
             "image_names": first.image_names,
             "targets": first.targets.tolist(),
             "classes": first.names,
+            "parts": [
+                {"heatmaps": maps.parameters(), "evaluation": evaluation.parameters()}
+                for maps, evaluation in zip(self.heatmaps, self.evaluations, strict=True)
+            ],
             "settings": {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)},
         }
 
@@ -229,7 +247,7 @@ def compare(
             except ConvscopeError as error:
                 failures.append(Failure(f"{spec.name} at {spec.layer_name}", str(error)))
                 continue
-            results.append(maps)
+            results.append(replace(maps, image_source=results[0].image_source) if results else maps)
             seconds.append(duration / len(maps.image_names))
             report_evaluation = partial(_report_half, report, number + 0.5, total)
             evaluations.append(

@@ -85,12 +85,16 @@ class Story(IndexedResult):
         arrays: dict[str, np.ndarray] = {}
         for i, chapter in enumerate(self.chapters):
             arrays |= {f"{i}_images": chapter.images, f"{i}_units": chapter.units}
-            arrays |= {_array_name(i, name): values for name, values in chapter.statistics.items()}
+            arrays |= {array_name(i, name): values for name, values in chapter.statistics.items()}
         return arrays
 
     def parameters(self) -> dict[str, Any]:
         """Return the settings for the manifest."""
-        return {"seed": self.seed, "layers": [chapter.layer for chapter in self.chapters]}
+        chapters = [
+            {"layer": c.layer, "receptive_field": c.receptive_field, "names": c.names, "statistics": list(c.statistics)}
+            for c in self.chapters
+        ]
+        return {"seed": self.seed, "layers": [chapter.layer for chapter in self.chapters], "chapters": chapters}
 
     def table(self) -> list[dict[str, str | float | None]]:
         """Return a row per layer: its receptive field, and median and quartiles of each statistic over the units."""
@@ -248,11 +252,12 @@ def _read_chapter(model: Model, name: str, i: int, arrays: dict[str, np.ndarray]
     """Return chapter i from `Story.arrays`."""
     layer, units = None if name == LOGITS else model.layers.find(name), arrays[f"{i}_units"]
     names = tuple(model.class_name(int(unit)) if layer is None else f"{name} {unit}" for unit in units)
-    statistics = {key: arrays[array] for key in IMAGE_STATISTICS if (array := _array_name(i, key)) in arrays}
+    statistics = {key: arrays[array] for key in IMAGE_STATISTICS if (array := array_name(i, key)) in arrays}
     return Chapter(name, _receptive_field(model, layer), units, names, arrays[f"{i}_images"], statistics)
 
 
-def _array_name(chapter: int, statistic: str) -> str:
+def array_name(chapter: int, statistic: str) -> str:
+    """Return the name under which a chapter's statistic is saved."""
     return f"{chapter}_{statistic.replace(' ', '_')}"
 
 

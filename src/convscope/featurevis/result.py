@@ -113,6 +113,13 @@ class Patterns(IndexedResult):
             return [self.model.class_name(int(unit)) for unit in self.units]
         return [f"{self.layer} {unit}" for unit in self.units]
 
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [int(unit) for unit in self.units] if self.layer == LOGITS and not self.objectives else []
+
+    def _is_one_image(self) -> bool:
+        return len(self.images) == 1
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per image: unit, name, score, and the scores of noise and reference images, if any."""
         columns: dict[str, Iterable[Any]] = {"name": self.names, "unit": self.units.tolist()}

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError, require_int
+from convscope.images.copies import ImageCopy
 from convscope.images.decoding import (
     Array,
     check_pixels,
@@ -105,6 +106,8 @@ class ImageBatchLoader:
 
     Attributes
     ----------
+    copies : dict of str to ImageCopy, or None
+        Small copies of the files that were read, by path, if `keep_copies`; `original` falls back on them.
     names : tuple of str
         The paths as given, or "image 0", "image 1", ...
     failed : list of Failure
@@ -126,6 +129,7 @@ class ImageBatchLoader:
         fit: str = "squash",
         max_pixels: int = DEFAULT_MAX_PIXELS,
         scale: float = 1,
+        keep_copies: bool = False,
     ) -> None:
         if fit not in FITS:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
@@ -146,6 +150,7 @@ class ImageBatchLoader:
         self.notes: list[str] = list(images.notes) if isinstance(images, LazyImages) else []
         self._unusable: set[int] = set()
         self._input_size: tuple[int, ...] = ()
+        self.copies: dict[str, ImageCopy] | None = {} if keep_copies else None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -209,6 +214,10 @@ class ImageBatchLoader:
         ConvscopeError
             If the image cannot be used, and for signals and volumes.
         """
+        copy = (self.copies or {}).get(self.names[index])
+        return self._original(index) if copy is None else copy.unless_unchanged(lambda: self._original(index))
+
+    def _original(self, index: int) -> Array:
         if self.preprocessing.axes != 2:
             raise ConvscopeError(f"{self.names[index]} is not an image: this network takes {self.preprocessing.shape}")
         try:
@@ -328,7 +337,9 @@ class ImageBatchLoader:
     def _channels(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
         """Return one image, upright and opaque, as an image of `mode` (RGB or L) or as one image per channel."""
         if isinstance(item, str | io.BytesIO):
-            item = self._read(item)
+            source, item = item, self._read(item)
+            if self.copies is not None and isinstance(source, str) and isinstance(item, Image.Image):
+                self.copies.setdefault(source, ImageCopy.of(item))
         elif isinstance(item, Image.Image):
             check_pixels(item.height, item.width, self.max_pixels)
             with safe_decoding():

@@ -1,0 +1,65 @@
+"""Small copies of images, for display when the files are gone or have changed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from convscope.errors import ConvscopeError
+from convscope.images.decoding import Array
+
+MAX_SIDE = 512  # pixels of a copy's longer side
+SIMILARITY_GRID = 12  # cells along each side on which an image is compared with its copy
+MAX_GRAY_DIFFERENCE = 14.0  # mean difference between these cells that compression explains, in gray levels of 255
+
+
+class ImageCopy(NamedTuple):
+    """A JPEG of at most 512 pixels a side, and the size of the original."""
+
+    jpeg: bytes
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, image: Image.Image) -> ImageCopy:
+        """Make the copy of an image."""
+        small = image if image.mode in ("RGB", "L") else image.convert("RGB")
+        scale = MAX_SIDE / max(image.size)
+        if scale < 1:
+            small = small.resize(
+                [max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX, reducing_gap=2
+            )
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=90)
+        return cls(buffer.getvalue(), image.height, image.width)
+
+    def pixels(self) -> Array:
+        """Decode the copy at the original's size, uint8 (H, W, 3)."""
+        with Image.open(io.BytesIO(self.jpeg), formats=["JPEG"]) as image:
+            resized = image.convert("RGB").resize((self.width, self.height), Image.Resampling.BICUBIC)
+        return np.asarray(resized)
+
+    def resembles(self, pixels: Array) -> bool:
+        """Return whether an image (H, W, 3) is the original."""
+        if pixels.shape[:2] != (self.height, self.width):
+            return False
+        with Image.open(io.BytesIO(self.jpeg), formats=["JPEG"]) as image:
+            difference = _gray_grid(Image.fromarray(pixels)) - _gray_grid(image)
+        return bool(np.abs(difference).mean() <= MAX_GRAY_DIFFERENCE)
+
+    def unless_unchanged(self, load: Callable[[], Array]) -> Array:
+        """Return the original that `load` reads if it is still there and the same, else the copy."""
+        try:
+            pixels = load()
+        except ConvscopeError:  # moved or damaged
+            return self.pixels()
+        return pixels if self.resembles(pixels) else self.pixels()
+
+
+def _gray_grid(image: Image.Image) -> np.ndarray:
+    """Average the gray levels of an image over a coarse grid."""
+    return np.asarray(image.resize((SIMILARITY_GRID, SIMILARITY_GRID), Image.Resampling.BOX).convert("L"), np.float32)
