@@ -248,6 +248,8 @@ class Result(HasFigure):
         return {
             "kind": type(self).__name__.lower(),
             "model": self.model.describe(),
+            "task": self.model.task,
+            "final_activation": self.model.final_activation,
             "class_names": {i: self.model.class_name(i) for i in sorted(set(self.class_indices())) if i >= 0},
             "parameters": self.parameters(),
             "notes": list(self.notes),

@@ -142,7 +142,7 @@ def _read(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarr
     names = {int(index): name for index, name in manifest["class_names"].items()}
     failed = tuple(Failure(**failure) for failure in manifest["failed"])
     remarks = {"notes": tuple(manifest["notes"]), "failed": failed}
-    model = cast(Model, ModelDescription(manifest["model"], names))
+    model = cast(Model, ModelDescription(manifest["model"], names, manifest["task"], manifest["final_activation"]))
     return SavedData(model, path, arrays, manifest["parameters"], remarks)
 
 

@@ -20,10 +20,21 @@ class ModelDescription:
         What `Model.describe` returned: name, hash of the weights, preprocessing, notes.
     class_names : mapping of int to str
         Names of the classes that the result mentions.
+    task : str
+        What the outputs mean, as in `Model.task`.
+    final_activation : str or None
+        The activation that ends the network.
     """
 
     description: dict[str, Any]
     class_names: Mapping[int, str]
+    task: str = "classification"
+    final_activation: str | None = None
+
+    has_values = Model.has_values
+    has_independent_classes = Model.has_independent_classes
+    score_name = Model.score_name
+    format_score = Model.format_score
 
     @classmethod
     def of(cls, model: Model, classes: Iterable[int]) -> Model:
@@ -31,7 +42,7 @@ class ModelDescription:
         if isinstance(model, cls):
             return model
         names = {int(index): model.class_name(int(index)) for index in classes if index >= 0}
-        return cast(Model, cls(model.describe(), names))
+        return cast(Model, cls(model.describe(), names, model.task, model.final_activation))
 
     @property
     def name(self) -> str:
