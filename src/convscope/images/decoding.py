@@ -26,6 +26,9 @@ Array: TypeAlias = npt.NDArray[Any]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
 
 
+SIXTEEN_BITS = "sixteen_bits"  # key in `info` of images that were read from 16-bit gray values
+
+
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
     """Refuse an image without pixels or with more than `max_pixels`."""
     if min(height, width) < 1:
@@ -162,7 +165,9 @@ def upright_opaque(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         transparent = values == image.info.get("transparency", -1)
-        return Image.fromarray(np.where(transparent, np.float32(1), np.divide(values, 65535, dtype=np.float32)))
+        floats = Image.fromarray(np.where(transparent, np.float32(1), np.divide(values, 65535, dtype=np.float32)))
+        floats.info[SIXTEEN_BITS] = True
+        return floats
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convscope.errors import ConvscopeError, require_int
 from convscope.images.copies import ImageCopy
 from convscope.images.decoding import (
+    SIXTEEN_BITS,
     Array,
     check_pixels,
     read_file,
@@ -32,6 +33,7 @@ from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
 from convscope.images.tensor_inputs import all_finite, check_tensor, to_channels_last
 
+DARK_FRACTION = 0.3  # of 16 bits: less is taken for values of fewer bits
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
 
 _ACCEPTED = (
@@ -363,7 +365,26 @@ class ImageBatchLoader:
         note = one_line(f"{name}: {frames} frames, the first one is used")
         if frames > 1 and note not in self.notes:
             self.notes.append(note)
-        return content
+        return self._scale_sixteen_bits(content, name) if isinstance(content, Image.Image) else content
+
+    def _scale_sixteen_bits(self, image: Image.Image, name: str) -> Image.Image:
+        """Bring 16-bit values to [0, 1] by the range that is given; note where they fill little of their own."""
+        if SIXTEEN_BITS not in image.info:
+            return image
+        values = np.asarray(image)
+        if self.preprocessing.value_range is not None:
+            low, high = self.preprocessing.value_range
+            return Image.fromarray(((values * np.float32(65535) - low) / (high - low)).clip(0, 1).astype(np.float32))
+        fraction = float(values.max())
+        if fraction < DARK_FRACTION:
+            maximum = (1 << int(fraction * 65535).bit_length()) - 1
+            self.notes.append(
+                one_line(
+                    f"{name}: uses {fraction:.0%} of the range of 16-bit values, so the network sees it dark; if its "
+                    f"values end at {maximum}, give preprocessing=dict(..., value_range={maximum})"
+                )
+            )
+        return image
 
     def _array_channels(self, array: Array) -> list[Image.Image]:
         """Return an array as an image of 8 bits, or as one image of floats per channel."""

@@ -49,6 +49,9 @@ class Preprocessing:  # numpydoc ignore=PR02
         One number per channel, in the network's own channel order; a single number is used for all.
     channel_order : {"RGB", "BGR", "L", "channels"}, optional
         "L": one gray channel. "channels": images come as arrays with exactly that many channels.
+    value_range : tuple of float, optional
+        Values of 16-bit gray images that are black and white, such as (0, 4095) for 12-bit X-rays; a number v means
+        (0, v). Default: (0, 65535).
     resize : int, optional
         The shorter side before the centre crop of ``fit="crop"``; by default the longer side of `size` / 0.875.
     transform : ImageTransform, optional
@@ -74,6 +77,7 @@ class Preprocessing:  # numpydoc ignore=PR02
     channel_order: str = "RGB"
     resize: int | None = None
     transform: ImageTransform | None = field(default=None, repr=False)
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         def assign(name: str, value: object, valid: bool, expected: str) -> None:
@@ -91,6 +95,10 @@ class Preprocessing:  # numpydoc ignore=PR02
         assign("size", tuple(map(int, size)), integral and len(size) in dimensions, expected)
         limits = (0.0, *limits) if len(limits) == 1 else limits
         assign("range", limits, len(limits) == 2 and limits[0] < limits[1], "(low, high) with low < high")
+        if self.value_range is not None:
+            values = _numbers(self.value_range)
+            values = (0.0, *values) if len(values) == 1 else values
+            assign("value_range", values, len(values) == 2 and values[0] < values[1], "(low, high) with low < high")
         count = _CHANNELS[self.channel_order] or max(len(mean), len(std))
         mean, std = (values * count if len(values) == 1 else values for values in (mean, std))
         assign("mean", mean, 0 < len(mean) == count, f"{count} finite numbers for {self.channel_order}")
@@ -199,6 +207,8 @@ class Preprocessing:  # numpydoc ignore=PR02
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `Preprocessing.of` reads them back, except a transform."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.value_range is None:
+            del values["value_range"]
         transform = values.pop("transform")
         named = {} if transform is None else {"transform": transform.name}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()} | named
