@@ -282,13 +282,13 @@ def _require_scores(output: object, final: Tensor | None) -> None:
     is_boxes = isinstance(output, list) and any(isinstance(part, Mapping) for part in output)
     if is_boxes:
         raise ConvscopeError(
-            "the network returns no scores per image but boxes; say which scores to use with output=lambda out: ..., or "
+            "the network returns no scores per image but boxes; choose scores with output=lambda out: ..., or "
             "load the detector's backbone: load(detector.backbone)"
         )
     if final is not None and final.ndim > 0 and final.shape[0] != 1:
         raise ConvscopeError(
-            f"the network returns no scores per image: {tuple(final.shape)} for one image, whose first axis is not the "
-            "batch; bring the batch to the front with output=lambda out: ..., or, of a detector, load(detector.backbone)"
+            f"the network returns no scores per image: {tuple(final.shape)} for one image, whose first axis is not "
+            "the batch; bring it to the front with output=lambda out: ..., or, of a detector, load(detector.backbone)"
         )
 
 
