@@ -204,9 +204,9 @@ def _find_spatial(model: Model, requested: LayerLike) -> Layer:
         )
     if not layer.is_spatial:
         known = [spatial.name for spatial in model.layers.unique_spatial()]
+        others = f"the last layers that have some: {', '.join(known[-4:])}" if known else "no layer has any"
         raise ConvscopeError(
-            f"layer {layer.name!r} has output {' x '.join(map(str, layer.shape))} without spatial extent; the last "
-            f"layers that have some: {', '.join(known[-4:])}"
+            f"layer {layer.name!r} has output {' x '.join(map(str, layer.shape))} without spatial extent; {others}"
         )
     return layer
 

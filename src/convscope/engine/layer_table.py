@@ -25,7 +25,7 @@ IDENTITIES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Dro
 
 @dataclass(frozen=True)
 class Layout:
-    """Meaning of the dimensions of a layer's own output; dimension 0 is the batch.
+    """Meaning of the dimensions of a layer's own output.
 
     Attributes
     ----------
@@ -38,19 +38,39 @@ class Layout:
         Height and width of token sequences; empty for other outputs.
     prefix_tokens : int
         Tokens in front of the grid: class tokens and registers.
+    rows_per_image : int
+        Rows of dimension 0 per image, more than one where frames or windows are folded into the batch; 0 if unknown.
+        Rows of maps are laid out as channels: those of the first row, of the second, and so on.
+    batch_dim : int
+        Dimension of the batch; 1 for sequences (T, N, C).
     """
 
     channel_dim: int
     spatial_dims: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
     prefix_tokens: int = 0
+    rows_per_image: int = 1
+    batch_dim: int = 0
 
     def to_nchw(self, output: Tensor) -> Tensor:
         """Return a layer's own output with the channels first, (N, C, H, W) for images; tokens on their grid.
 
-        Outputs without spatial axes are returned unchanged. Raises ConvscopeError if the number of tokens is not the
-        grid's.
+        Outputs without spatial axes keep their dimensions after the batch. Raises ConvscopeError if the number of
+        tokens is not the grid's, and if it is unknown which rows belong to which image.
         """
+        if self.rows_per_image == 0:
+            raise ConvscopeError(
+                f"a layer returned {len(output)} rows, not one per image, and which of them belong to which image "
+                "could not be proven; choose another layer"
+            )
+        nchw = self._channels_first(output.movedim(self.batch_dim, 0) if self.batch_dim else output)
+        if self.rows_per_image == 1:
+            return nchw
+        rows = nchw.reshape(-1, self.rows_per_image, *nchw.shape[1:])
+        return rows.flatten(1, 2) if self.spatial_dims else rows
+
+    def _channels_first(self, output: Tensor) -> Tensor:
+        """Apply `to_nchw` to an output of which each row is an image."""
         if not self.spatial_dims or (not self.grid and self.channel_dim == 1):
             return output
         if not self.grid:
@@ -66,6 +86,14 @@ class Layout:
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
         """Invert `to_nchw`; prefix tokens are taken from `output`, the layer's own."""
+        if self.rows_per_image > 1:
+            is_map = bool(self.spatial_dims)
+            rows = tensor.reshape(len(tensor), self.rows_per_image, -1, *tensor.shape[2:]) if is_map else tensor
+            tensor = rows.flatten(0, 1)
+        tensor = self._from_channels_first(tensor, output)
+        return tensor.movedim(0, self.batch_dim) if self.batch_dim else tensor
+
+    def _from_channels_first(self, tensor: Tensor, output: Tensor) -> Tensor:
         if not self.spatial_dims:
             return tensor
         if not self.grid:
@@ -136,7 +164,8 @@ class Layer:
     @property
     def units(self) -> int:
         """Number of channels."""
-        return self.shape[0 if self.layout.spatial_dims else self.layout.channel_dim - 1]
+        is_folded = self.layout.rows_per_image > 1
+        return self.shape[0 if self.layout.spatial_dims else self.layout.channel_dim - 1 + is_folded]
 
     @property
     def size(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.capture import VIEW_ERROR, run_with_callback
 from convscope.engine.data_flow import IMAGE, DataFlow, Output
+from convscope.engine.folding import fold_rows
 from convscope.engine.function_modes import LogitsRecorder
 from convscope.engine.grids import GridInference, layout_on_grid
 from convscope.engine.layer_table import Layer, LayerTable, Layout
@@ -113,7 +114,7 @@ def probe(
     notes += [*meaning.notes, *[STOCHASTIC_NOTE] * is_stochastic, *recorder.quantization_notes()]
     flow = recorder.flow(output, final, returns_maps=bool(layout.spatial_dims))
     return ProbeResult(
-        LayerTable(recorder.layers, flow),
+        LayerTable(fold_rows(module, adapter, x, recorder.layers, recorder.folded), flow),
         replace(meaning, notes=tuple(notes)),
         facts.channels_last,
         contiguous_input=_needs_contiguous(module, adapter, x),
@@ -172,6 +173,7 @@ class _LayerRecorder:
         self.trace, self.adapter, self.input_shape = trace, adapter, input_shape
         self.said_grid, self.grids = grid, GridInference(input_shape)
         self.layers: list[Layer] = []
+        self.folded: dict[str, Tensor] = {}  # copies of outputs that have other than one row
         self.num_quantized = 0
         self._calls: dict[str, int] = {}
         self._makers: dict[_Version, str] = {}  # the node of each tensor, named after the first layer that returned it
@@ -188,6 +190,8 @@ class _LayerRecorder:
         if tensor is None or tensor.ndim < 2 or self.trace.is_constant(tensor):
             return
         name = name if call == 1 else f"{name}#{call}"
+        if len(tensor) != 1:
+            self.folded[name] = tensor.clone()
         others = [t for t in iter_tensors(output) if t is not tensor and not self.trace.is_constant(t)]
         maker = self._makers.get(_version(tensor), name)
         self.layers.append(self._describe(name, module, tensor, maker, 1 + len(others)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
                 hooks.enter_context(forward_hook(module, cache.on_finish))
             forward_pass(model, x.expand(model.fixed_batch_size or 1, *x.shape[1:]).clone())
         original = cache.layer_maps()
-        replay = _PrefixReplay(cache)
+        replay = _PrefixReplay(cache, {_call(e.name): e.layout.rows_per_image for e in model.layers})
 
         def run(maps: Tensor) -> ForwardResult:
             replay.begin(maps)
@@ -83,6 +84,11 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
             return ForwardResult({entry.name: original[:1]}, model.reader.scores(output), output)
 
         yield run
+
+
+def _call(name: str) -> _Call:
+    module, _, number = name.partition("#")
+    return module, int(number or 1)
 
 
 class _PrefixCache:
@@ -125,8 +131,8 @@ class _PrefixCache:
 class _PrefixReplay:
     """Patches ``forward`` methods so that cached calls return their outputs and the layer returns the maps."""
 
-    def __init__(self, cache: _PrefixCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: _PrefixCache, rows: Mapping[_Call, int]) -> None:
+        self.cache, self.rows = cache, rows
         self.copy_memory = False
         self._maps = torch.empty(0)
         self._num_calls: dict[str, int] = {}
@@ -144,7 +150,7 @@ class _PrefixReplay:
             call = name, number
             if call not in self.cache.outputs:
                 return original(*args, **kwargs)
-            repeated = map_tensors(self.cache.outputs[call], self.repeat)
+            repeated = map_tensors(self.cache.outputs[call], partial(self.repeat, rows=self.rows.get(call, 1)))
             return repeated if call != self.cache.layer_call else self._replace_maps(repeated)
 
         return forward
@@ -157,11 +163,13 @@ class _PrefixReplay:
         maps = self.cache.layer.from_nchw(self._maps, tensor).to(tensor.dtype, copy=True)
         return replace_tensor(output, tensor, maps)
 
-    def repeat(self, tensor: Tensor) -> Tensor:
-        """Repeat one image's tensor for all M maps.
+    def repeat(self, tensor: Tensor, rows: int = 1) -> Tensor:
+        """Repeat one image's tensor, of `rows` rows, for all M maps.
 
         The copies share memory, which PyTorch refuses to write into, unless `copy_memory` is set.
         """
+        if tensor.ndim > 0 and len(tensor) == rows > 1:
+            return tensor.repeat(len(self._maps), *[1] * (tensor.ndim - 1))
         is_single = tensor.ndim > 0 and len(tensor) == 1 < len(self._maps)
         if is_single:
             tensor = tensor.expand(len(self._maps), *tensor.shape[1:])
