@@ -105,7 +105,8 @@ def open(folder: str | os.PathLike[str]) -> Result | Store:
 
     Returns
     -------
-    Heatmaps, Predictions, Activations, Patterns, Evaluation, Comparison, Story, Concepts, Atlas or Store
+    Result or Store
+        The same class as what was saved, for instance `Heatmaps`.
 
     Raises
     ------
