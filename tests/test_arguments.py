@@ -71,7 +71,7 @@ def test_wrong_calls(call, message):
 
 
 def test_options_of_methods_still_have_their_own_message():
-    with pytest.raises(ConvscopeError, match=r"has no option .windows.; its options: window, stride"):
+    with pytest.raises(ConvscopeError, match="has no option 'windows'; its options: window, stride"):
         convscope.heatmaps(MODEL, X, method="occlusion", windows=3)
 
 
@@ -80,7 +80,7 @@ def test_errors_inside_the_function_are_not_touched():
     def fails(a: int, *, b: int = 2) -> None:
         raise TypeError("inside")
 
-    with pytest.raises(TypeError, match="has no option 'windows'; its options: window, stride") as raised:
+    with pytest.raises(TypeError, match=r"^inside$") as raised:
         fails(1)
     assert not isinstance(raised.value, ArgumentError)
 

@@ -330,8 +330,9 @@ def predict(
           .tar or .parquet files, or a URL, as for `convscope.scan`.
         - A PIL image. An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or of floats in [0, 1]; an array
           (N, H, W, 3) of N images. Alpha is put on white.
-        - A floating tensor (3, H, W) or (N, 3, H, W): the network's input, already preprocessed, used as it is.
-          Networks on signals (N, C, L) and volumes (N, C, D, H, W) take tensors only.
+        - A floating tensor (3, H, W) or (N, 3, H, W): the network's input, already preprocessed, used as it is; a
+          size or values that do not fit are noted. Networks on signals (N, C, L) and volumes (N, C, D, H, W) take
+          tensors only.
         - A list, tuple or iterator of paths, PIL images, arrays, tensors and files in memory (io.BytesIO).
         - A data set of torchvision or Hugging Face, or any `torch.utils.data.Dataset` with a length whose items are
           images or (image, label) pairs; or a DataLoader of one, whose images are read in the order of its sampler, or

@@ -31,7 +31,7 @@ from convscope.images.lazy import Item, LazyImages, as_item, item_names
 from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
-from convscope.images.tensor_inputs import all_finite, check_tensor, to_channels_last
+from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes, to_channels_last
 
 DARK_FRACTION = 0.3  # of 16 bits: less is taken for values of fewer bits
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
@@ -137,7 +137,7 @@ class ImageBatchLoader:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
         require_int("max_pixels", max_pixels)
         self.preprocessing, self.fit, self.max_pixels = preprocessing.scaled(scale), fit, max_pixels
-        self._scale = scale
+        self._own, self._scale = preprocessing, scale
         self._any_channels = preprocessing.channel_order == "channels"
         channels_last = f"(H, W, {preprocessing.channels})"
         self._shapes = channels_last if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
@@ -153,6 +153,7 @@ class ImageBatchLoader:
         self._unusable: set[int] = set()
         self._input_size: tuple[int, ...] = ()
         self.copies: dict[str, ImageCopy] | None = {} if keep_copies else None
+        self._tensor_notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._items)
@@ -177,6 +178,7 @@ class ImageBatchLoader:
         """
         require_int("size", size)
         if isinstance(self._images, Tensor) and all_finite(self._images):
+            self.notes += [note for note in tensor_notes(self._images, self._own) if note not in self.notes]
             yield from _tensor_batches(self._images, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
@@ -287,7 +289,11 @@ class ImageBatchLoader:
         item = self._items[index]
         if isinstance(item, Tensor):
             geometry = Geometry.whole(item.shape[1:])
-            x = interpolate(check_tensor(item, self.preprocessing)[None], self._scale)[0]
+            x = check_tensor(item, self.preprocessing)
+            if not self._tensor_notes:  # of the first tensor that has any
+                self._tensor_notes = tensor_notes(x[None], self._own)
+                self.notes += [f"{self.names[index]}: {note}" for note in self._tensor_notes]
+            x = interpolate(x[None], self._scale)[0]
         elif self.preprocessing.transform is not None:
             x, geometry = self._transform(item, self.preprocessing.transform)
         else:

@@ -8,6 +8,8 @@ from torch import Tensor
 from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 
+RANGE_MARGIN = 0.25  # of the range of preprocessed images, by which tensors may exceed it without a note
+
 
 def check_tensor(x: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Return one preprocessed image (C, H, W), signal or volume as float32; refuse others, NaN and infinity."""
@@ -35,3 +37,34 @@ def finite(x: Tensor) -> Tensor:
     if not all_finite(x):
         raise ConvscopeError("holds NaN or infinity" if x.numel() else "has no pixels")
     return x.float()
+
+
+def tensor_notes(x: Tensor, preprocessing: Preprocessing) -> list[str]:
+    """Describe how preprocessed tensors (N, C, ...) differ from what the preprocessing makes of images.
+
+    Another size than the network's own; values far outside of the range that images can have; values in [0, 1] where
+    images have a much wider range, as of pixels that are not normalised yet.
+    """
+    notes = []
+    size, own_size = (" x ".join(map(str, sides)) for sides in (x.shape[2:], preprocessing.size))
+    if size != own_size:
+        notes.append(f"tensors of size {size} were given; the network's own size is {own_size}")
+    if preprocessing.channel_order == "channels" or preprocessing.transform is not None or not all_finite(x):
+        return notes
+    bounds = [(limit - m) / s for limit in preprocessing.range for m, s in _channels(preprocessing)]
+    low, high = min(bounds), max(bounds)
+    actual_low, actual_high = (float(limit) for limit in x.detach().aminmax())
+    margin = RANGE_MARGIN * (high - low)
+    actual, expected = f"{actual_low:.3g} to {actual_high:.3g}", f"{low:.3g} to {high:.3g}"
+    if actual_low < low - margin or actual_high > high + margin:
+        notes.append(
+            f"tensors have values from {actual}, but preprocessed images have {expected}; "
+            "tensors are used as they are: for pixels, pass uint8 arrays or floats in [0, 1]"
+        )
+    elif 0 <= actual_low < actual_high <= 1 and low < -0.5 and high > 1.5:
+        notes.append(f"tensors have values from {actual}, as if not normalised: preprocessed images have {expected}")
+    return notes
+
+
+def _channels(preprocessing: Preprocessing) -> list[tuple[float, float]]:
+    return list(zip(preprocessing.mean, preprocessing.std, strict=True))
