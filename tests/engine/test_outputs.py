@@ -75,6 +75,19 @@ def test_values_are_measured_as_they_are() -> None:
     np.testing.assert_allclose(curve, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_values_keep_the_order_of_the_network() -> None:
+    net = randomized(SmallConvNet(classes=3))
+    model, x = load_model(net, task="regression", classes=["age", "height", "weight"]), inputs()
+    predictions = convscope.predict(model, x)
+    assert predictions.names == [["age", "height", "weight"]] * 3
+    np.testing.assert_array_equal(predictions.probabilities, predictions.logits)
+    assert set(predictions.rows()[0]) == {"image", "class", "value", "logit"}
+    assert "value" in str(predictions)
+    with pytest.raises(ConvscopeError, match=r"computes 3 values; say which one: targets= \(age, height"):
+        convscope.heatmaps(model, x)
+    assert convscope.heatmaps(model, x, "height").names == [["height"]] * 3
+
+
 @pytest.mark.parametrize(
     ("task", "head", "message"),
     [

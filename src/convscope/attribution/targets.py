@@ -331,6 +331,11 @@ def parse_targets(
     against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
     if _names_several(against, num_images):
         against = [list(against)] * num_images
+    if targets is None and model.task == "regression" and (model.num_outputs or 0) > 1:
+        names = ", ".join(model.class_name(k) for k in range(min(model.num_outputs or 0, 4)))
+        raise ConvscopeError(
+            f"{model.name} computes {model.num_outputs} values; say which one: targets= ({names}, ...)"
+        )
     return TargetSpec(model, parse_classes(model, targets, num_images), parse_classes(model, against, num_images))
 
 

@@ -6,7 +6,8 @@ Only safetensors are read, and no code of a repository is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     build = _model_class(transformers, config, name)
     if weights == "default":
         try:
-            module = build.from_pretrained(name, config=config, use_safetensors=True)
+            with _without_progress_bars(transformers):
+                module = build.from_pretrained(name, config=config, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConvscopeError(_cannot_load(name, error)) from error
     else:
@@ -51,7 +53,21 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     spec.name, spec.loaded_by_convscope = f"hf:{name}", True
     spec.notes += notes
     spec.preprocessing = _saved_preprocessing(name) or spec.preprocessing
+    spec.preprocessing_origin = None  # the model's own
     return spec
+
+
+@contextmanager
+def _without_progress_bars(transformers: Any) -> Iterator[None]:
+    """Switch the progress bars of transformers off inside the block."""
+    logging = transformers.utils.logging
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _cannot_load(name: str, error: BaseException) -> str:
@@ -61,7 +77,7 @@ def _cannot_load(name: str, error: BaseException) -> str:
     elif Path(name).is_dir():
         advice = "expected a folder written by save_pretrained"
     else:
-        advice = "expected ORG/NAME of the hub, or a folder; without a connection: hf:FOLDER or weights='random'"
+        advice = "expected ORG/NAME of the hub, or a folder; without a connection: hf:FOLDER"
     return f"hf:{name} cannot be loaded ({reason}); {advice}"
 
 
