@@ -1,6 +1,7 @@
 # make demo: set up and show the bundled network at work. make test: set up and pass all tests.
 # make check: style, types, imports and the fast tests, in about three minutes. make coverage: the tests, with coverage.
 # make test-oldest: the engine's tests on the oldest supported torch.
+# make figures: every kind of figure for the bundled network, and a contact sheet of all, in build/figures.
 # make screenshots: images of every kind of page of the explorer, for the bundled network; needs Chromium.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 OLDEST = $(VENV)-oldest
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check coverage test-oldest lint benchmarks screenshots clean
+.PHONY: demo test check coverage test-oldest lint benchmarks figures screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -34,6 +35,9 @@ lint: $(VENV)/installed-test
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
+
+figures: $(VENV)/installed-test
+	PYTHONPATH=. $(BIN)/python tests/figures/contact_sheet.py build/figures
 
 screenshots: $(VENV)/installed-test
 	$(BIN)/python tests/explorer/browser/screenshots.py build/screenshots --model lite0

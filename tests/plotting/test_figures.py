@@ -50,7 +50,7 @@ def visible_texts(figure: Figure) -> Iterator[Text]:
         if axes.axison:
             for axis in (axes.xaxis, axes.yaxis):
                 low, high = sorted(axis.get_view_interval())
-                labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+                labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)  # none where they are left out
                 yield from (label for position, label in labels if low <= position <= high)
 
 

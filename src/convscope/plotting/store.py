@@ -207,7 +207,10 @@ def _draw_similar_units(axes: Axes, unit: UnitRecord) -> None:
     if not similar:
         _write(axes, "constant on the sample:\nno correlations")
         return
-    names = [f"{shorten(other.layer, 24)}, {other.unit}" for other in similar]
+    names = [
+        shorten(f"{other.layer}, {UnitRecord(unit.store, other.layer, other.unit).name.removeprefix('unit ')}", 30)
+        for other in similar
+    ]
     _draw_bars(axes, names, [other.r for other in similar], "units active on the same images (r)", ".2f")
 
 
