@@ -22,7 +22,7 @@ function startPage(runScripts) {
       const resolved = new URL(url, address);
       return resolved.origin === ORIGIN ? resolved.pathname + resolved.search : null;
     };
-    const navigate = (url) => post({ kind: "navigate", path: toPath(url) });
+    const navigate = (url, replace = false) => post({ kind: "navigate", path: toPath(url), replace });
 
     // Requests.
     const calls = new Map();
@@ -101,9 +101,9 @@ function startPage(runScripts) {
       get search() { return address.search; },
       set search(query) { navigate(`?${String(query).replace(/^\?/, "")}`); },
       get hash() { return address.hash; },
-      assign: navigate,
-      replace: navigate,
-      reload: () => navigate(address),
+      assign: (url) => navigate(url),
+      replace: (url) => navigate(url, true),
+      reload: () => navigate(address, true),
     };
     const changeAddress = (replace) => (state, _, url) => {
       history.state = state;
@@ -337,8 +337,10 @@ class Explorer {
       this.running.set(id, this.channel.start(message, (reply) => port.postMessage({ ...reply, id }, [reply.content])));
     } else if (kind === "abort") this.running.get(id)?.();
     else if (kind === "store") this.storage[message.key] = message.value;
-    else if (kind === "navigate") this.open(path, message.method);
-    else if (kind === "address") {
+    else if (kind === "navigate") {
+      if (message.replace) this.visited.pop();
+      this.open(path, message.method);
+    } else if (kind === "address") {
       if (message.replace) this.visited.pop();
       this.visited.push(path);
       this.back.hidden = this.visited.length < 2;
