@@ -60,6 +60,7 @@ PRELUDES = {
         "mean, std = (0.5,) * 3, (0.5,) * 3; array = numpy.zeros((64, 64, 3), 'uint8')\n"
         "my_data = torch.utils.data.TensorDataset(torch.zeros(2, 3, 224, 224))"
     ),
+    "docs/progress.md": "import convscope; model = convscope.load('lite0')",
     "docs/scan.md": (
         "import convscope; model = convscope.load('lite0')\n"
         "other_store = convscope.scan(model, 'photographs', 'other-store', layers=['bn1', 'bn2'])"

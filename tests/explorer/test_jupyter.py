@@ -193,11 +193,21 @@ def test_exports_contain_the_picture_and_the_predictions(in_process):
     data, _ = widget._repr_mimebundle_()
     assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
     page = data["text/html"]
-    assert page.count('<img src="data:image/webp;base64,') == 1
+    assert page.count('src="data:image/webp;base64,') == 1
     assert "<script" not in page
     predictions = json.loads(in_process.fetch(AppRequest("GET", f"{IMAGE}/predictions"), 30).body)["predictions"]
     assert all(html.escape(row["name"]) in page for row in predictions)
     assert data["text/plain"] == "ExplorerWidget(height=500)"
+
+
+def test_a_notebook_exported_to_html_contains_the_picture(in_process):
+    nbconvert = pytest.importorskip("nbconvert")
+    nbformat = pytest.importorskip("nbformat")
+    data, metadata = ExplorerWidget(in_process, 500, make_snapshot(in_process))._repr_mimebundle_()
+    cell = nbformat.v4.new_code_cell("convscope.show(model)", execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)]
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert page.count('src="data:image/webp;base64,') == 1
 
 
 def test_show_gives_a_widget_in_jupyter_and_a_frame_elsewhere(tiny, monkeypatch):

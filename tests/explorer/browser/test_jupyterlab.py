@@ -85,9 +85,11 @@ def page(lab, chromium):
 @pytest.fixture
 def explorer(page):
     """Return the explorer's frame, at its first page."""
-    frame = page.frame_locator(".jp-OutputArea-output iframe")
-    frame.locator("header nav a", has_text="Image").click()
+    page.locator(".jp-OutputArea-output iframe").evaluate("frame => { frame.dataset.old = 'true'; }")
+    page.frame_locator(".jp-OutputArea-output iframe").locator("header nav a", has_text="Image").click()
+    frame = page.frame_locator(".jp-OutputArea-output iframe:not([data-old])")  # each page has a frame of its own
     frame.locator("#classes a").first.wait_for()
+    frame = page.frame_locator(".jp-OutputArea-output iframe")
     return frame
 
 
@@ -106,6 +108,21 @@ def test_a_class_is_selected(page, explorer):
     second.click()
     wait_for_text(explorer.locator("#target-name"), name)
     assert canvas.evaluate("canvas => canvas.toDataURL()") != before
+
+
+def test_the_notebook_keeps_the_page_as_it_stands(page, explorer):
+    second = explorer.locator("#classes a").nth(1)
+    name = second.locator(".name").inner_text()
+    second.click()
+    wait_for_text(explorer.locator("#target-name"), name)
+    cell = page.locator(".jp-Notebook .jp-Cell .cm-content").last
+    cell.click()
+    page.keyboard.type(
+        "import time; time.sleep(0.5); print('kept:', '<script' not in widget.snapshot and 'aria-current' in widget.snapshot, len(widget.snapshot) > 20000)"
+    )
+    page.wait_for_timeout(3000)
+    page.keyboard.press("Shift+Enter")
+    wait_for_text(page.locator(".jp-OutputArea-output"), "kept: True True")
 
 
 def test_images_are_shown(explorer):

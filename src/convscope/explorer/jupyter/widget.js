@@ -1,5 +1,6 @@
 // The explorer in a notebook. Pages run in a sandboxed frame without a network; all that they request travels over the
-// widget's channel to the application in the kernel. Until the kernel answers, the snapshot is shown.
+// widget's channel to the application in the kernel. Until the kernel answers, the snapshot is shown: first that of the
+// kernel, then the page of an image as it last stood.
 
 // --- in the frame: its source text becomes part of each page ---------------------------------------------------------
 
@@ -190,6 +191,29 @@ function startPage(runScripts) {
       else { target.search = fields; navigate(target); }
     });
 
+    // The page as it stands, without scripts and requests.
+    function takeSnapshot() {
+      const copy = document.documentElement.cloneNode(true);
+      const copies = copy.querySelectorAll("img, canvas");
+      document.querySelectorAll("img, canvas").forEach((element, i) => {
+        const { width, height } = element.getBoundingClientRect();
+        if (!width || !height) return;
+        const canvas = Object.assign(document.createElement("canvas"), { width, height });
+        canvas.getContext("2d").drawImage(element, 0, 0, width, height);
+        const content = canvas.toDataURL("image/webp", 0.85);
+        if (element instanceof HTMLImageElement) setAttribute.call(copies[i], "src", content);
+        else copies[i].style.background = `url(${content}) 0 0 / 100% 100%`;
+      });
+      copy.querySelectorAll("script, meta[http-equiv]").forEach((element) => element.remove());
+      post({ kind: "snapshot", html: `<!doctype html>${copy.outerHTML}` });
+    }
+    if (document.getElementById("controls")) {  // of pages of images
+      let timer = 0;
+      const schedule = () => { clearTimeout(timer); timer = setTimeout(takeSnapshot, 1000); };
+      new MutationObserver(schedule).observe(document.body, { attributes: true, childList: true, subtree: true });
+      schedule();
+    }
+
     runScripts(location, history, fetch, EventSource, localStorage);
     if (address.hash) document.getElementById(decodeURIComponent(address.hash.slice(1)))?.scrollIntoView();
   }
@@ -251,6 +275,7 @@ class Channel {
 
 class Explorer {
   constructor(model, element) {
+    this.model = model;
     this.channel = new Channel(model);
     this.height = model.get("height");
     this.files = new Map();  // scripts and style sheets by URL
@@ -336,6 +361,7 @@ class Explorer {
     if (kind === "request") {
       this.running.set(id, this.channel.start(message, (reply) => port.postMessage({ ...reply, id }, [reply.content])));
     } else if (kind === "abort") this.running.get(id)?.();
+    else if (kind === "snapshot") this.keep(message.html);
     else if (kind === "store") this.storage[message.key] = message.value;
     else if (kind === "navigate") {
       if (message.replace) this.visited.pop();
@@ -345,6 +371,13 @@ class Explorer {
       this.visited.push(path);
       this.back.hidden = this.visited.length < 2;
     }
+  }
+
+  // Keep the page as it stands with the notebook.
+  keep(html) {
+    const text = html.replaceAll("&", "&amp;").replaceAll('"', "&quot;");
+    this.model.set("snapshot", `<iframe sandbox srcdoc="${text}" title="convscope explorer" style="width:100%; height:${this.height}px; border:0"></iframe>`);
+    this.model.save_changes();
   }
 
   stopRequests() {
