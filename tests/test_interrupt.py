@@ -30,6 +30,7 @@ import convscope
 model = convscope.load("lite0")
 photos = convscope.samples.photographs()
 data, out = sys.argv[1:]
+small = {"shard": 16, "batch": 8}
 CALLS = {
     "activations": lambda p: convscope.activations(model, photos * 100, "blocks.4", progress=p),
     "predict": lambda p: convscope.predict(model, photos * 500, progress=p),
@@ -43,8 +44,8 @@ CALLS = {
     "atlas": lambda p: convscope.atlas(
         model, photos, grid=2, positions_per_image=49, steps=10**5, reducer=lambda v: v[:, :2], progress=p
     ),
-    "scan with workers": lambda p: convscope.scan(model, data, out, "blocks.0", workers=2, shard=16, batch=8, progress=p),
-    "scan": lambda p: convscope.scan(model, data, out, "blocks.0", workers=0, shard=16, batch=8, progress=p),
+    "scan with workers": lambda p: convscope.scan(model, data, out, "blocks.0", workers=2, progress=p, **small),
+    "scan": lambda p: convscope.scan(model, data, out, "blocks.0", workers=0, progress=p, **small),
 }
 heatmap = convscope.heatmaps(model, photos[0])
 
