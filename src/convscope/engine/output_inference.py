@@ -64,7 +64,7 @@ class OutputFacts:
         Shape of the network's input.
     channels_last : bool
         Whether the selected tensor is class maps (N, H, W, K), which are brought to (N, K, H, W) when the network runs.
-    run_again : callable
+    rerun : callable
         Returns the selected tensor for another input.
     """
 
@@ -75,7 +75,7 @@ class OutputFacts:
     softmax_dim: int | None
     input_shape: tuple[int, ...]
     channels_last: bool
-    run_again: Callable[[], Tensor | None]
+    rerun: Callable[[], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _find_task(
         return "multilabel", ""
     if facts.activation is not None and facts.is_removable:
         return reader.task, ""
-    if _are_probabilities(tensor, reader) and _are_probabilities(facts.run_again(), reader):
+    if _are_probabilities(tensor, reader) and _are_probabilities(facts.rerun(), reader):
         return "probabilities", (
             "the outputs are not negative and sum to 1 on two test images: taken for probabilities, no softmax is "
             "applied; logits are their logarithms"

@@ -115,10 +115,10 @@ def pick_output(output: Any, select: OutputSelector) -> Any:
         return output
     if callable(select):
         return _call(select, output)
-    found = _by_name(output, select) if not isinstance(output, Tensor) else None
-    if found is None:
+    part = _by_name(output, select) if not isinstance(output, Tensor) else None
+    if part is None:
         raise ConvscopeError(f"the network has no output {select!r}; it returns {describe_output(output)}")
-    return found
+    return part
 
 
 def _call(function: Callable[[Any], Any], output: object) -> Any:

@@ -101,16 +101,16 @@ def probe(
         layout = Layout(1) if final is None else _find_layout(final, field, x.ndim)[0]
     notes += recorder.check_grid()
 
-    def run_again() -> Tensor | None:
+    def rerun() -> Tensor | None:
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-        again = run_with_callback(module, adapter, noise.to(x), lambda *_: None)
-        return primary_tensor(pick_output(again, select))
+        repeated = run_with_callback(module, adapter, noise.to(x), lambda *_: None)
+        return primary_tensor(pick_output(repeated, select))
 
-    facts = _output_facts(output, final, field, layout, x, activations, run_again)
+    facts = _output_facts(output, final, field, layout, x, activations, rerun)
     meaning = infer_output(
         replace(facts, is_removable=facts.is_removable and adapter.name != "torchscript"), request, select
     )
-    is_stochastic = trace.draws_random_numbers and not _are_equal(run_again(), run_again())
+    is_stochastic = trace.draws_random_numbers and not _are_equal(rerun(), rerun())
     notes += [*meaning.notes, *[STOCHASTIC_NOTE] * is_stochastic, *recorder.quantization_notes()]
     flow = recorder.flow(output, final, returns_maps=bool(layout.spatial_dims))
     return ProbeResult(
@@ -129,7 +129,7 @@ def _output_facts(
     layout: Layout,
     x: Tensor,
     activations: LogitsRecorder,
-    run_again: Callable[[], Tensor | None],
+    rerun: Callable[[], Tensor | None],
 ) -> OutputFacts:
     """Return what the traced pass tells about the tensor `final` in a network's output."""
     activation = field.op.strip("_")
@@ -143,7 +143,7 @@ def _output_facts(
         softmax_dim=None if record is None else record[1],
         input_shape=tuple(x.shape),
         channels_last=bool(layout.spatial_dims) and layout.channel_dim != 1 and not layout.grid and is_returned,
-        run_again=run_again,
+        rerun=rerun,
     )
 
 
@@ -171,7 +171,7 @@ class _LayerRecorder:
         self, trace: Trace, adapter: FrameworkAdapter, input_shape: tuple[int, ...], grid: tuple[int, int] | None
     ) -> None:
         self.trace, self.adapter, self.input_shape = trace, adapter, input_shape
-        self.said_grid, self.grids = grid, GridInference(input_shape)
+        self.user_grid, self.grids = grid, GridInference(input_shape)
         self.layers: list[Layer] = []
         self.folded: dict[str, Tensor] = {}  # copies of outputs that have other than one row
         self.num_quantized = 0
@@ -250,8 +250,8 @@ class _LayerRecorder:
         if layout.spatial_dims or tensor.ndim != 3 or len(self.input_shape) != 4:
             self.grids.add(layout, tensor)
             return layout
-        if self.said_grid is not None:
-            return layout_on_grid(tensor, self.said_grid) or layout
+        if self.user_grid is not None:
+            return layout_on_grid(tensor, self.user_grid) or layout
         return layout if field.axes is not None else self.grids.infer(name, tensor) or layout
 
     def quantization_notes(self) -> list[str]:
@@ -265,12 +265,12 @@ class _LayerRecorder:
 
     def check_grid(self) -> list[str]:
         """Return notes on grids that were inferred; raise if the grid that the user says fits no layer."""
-        if self.said_grid is None:
+        if self.user_grid is None:
             return self.grids.notes()
-        if not any(layer.layout.grid == self.said_grid for layer in self.layers):
+        if not any(layer.layout.grid == self.user_grid for layer in self.layers):
             counts = sorted({layer.shape[0] for layer in self.layers if len(layer.shape) == 2})
             raise ConvscopeError(
-                f"grid is {self.said_grid}, {math.prod(self.said_grid)} positions; no layer returns as many tokens "
+                f"grid is {self.user_grid}, {math.prod(self.user_grid)} positions; no layer returns as many tokens "
                 f"(the layers return {', '.join(map(str, counts)) or 'no token sequences'})"
             )
         return []

@@ -155,13 +155,13 @@ def shorten(names: Sequence[str], count: int = 4) -> str:
 
 def _refuse_head(module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]], origin: str) -> None:
     """Raise an error that names both numbers of classes if the weights differ in one head only."""
-    sizes = {(found[0], wanted[0]) for found, wanted in shapes.values() if found[1:] == wanted[1:]}
+    sizes = {(actual[0], expected[0]) for actual, expected in shapes.values() if actual[1:] == expected[1:]}
     layers = {key.rpartition(".")[0] for key in shapes}
     if len(sizes) == 1 and len(layers) == 1:
-        found, wanted = sizes.pop()
+        actual, expected = sizes.pop()
         raise ConvscopeError(
-            f"the head {layers.pop()!r} has {found} outputs in {origin} and {wanted} in {type(module).__name__}; give "
-            f"the names of the {found} classes: classes=[...]"
+            f"the head {layers.pop()!r} has {actual} outputs in {origin} and {expected} in {type(module).__name__}; "
+            f"give the names of the {actual} classes: classes=[...]"
         )
 
 

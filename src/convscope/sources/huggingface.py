@@ -86,10 +86,10 @@ def _model_class(transformers: Any, config: Any, name: str) -> Any:
     architecture = next(iter(config.architectures or ()), None)
     build = getattr(transformers, str(architecture), None)
     if build is None:
-        own = " (its own code, which is not run)" if getattr(config, "auto_map", None) else ""
+        remark = " (its own code, which is not run)" if getattr(config, "auto_map", None) else ""
         raise ConvscopeError(
             f"hf:{name} is a {architecture or config.model_type}, which transformers {transformers.__version__} does "
-            f"not have{own}; build it yourself and pass the module"
+            f"not have{remark}; build it yourself and pass the module"
         )
     return build
 

@@ -276,19 +276,19 @@ def from_model(module: Any) -> ModelSpec:
     if not isinstance(module, keras.Model):
         raise ConvscopeError(f"cannot load a Keras {type(module).__name__}; expected a Keras model")
     layers = [layer for _, layer in _walk(module, "")]
-    found = read_input(module, layers)
+    model_input = read_input(module, layers)
     spec = ModelSpec(
         module,
         module.name,
-        KerasAdapter(found.channels_first),
+        KerasAdapter(model_input.channels_first),
         loaded_by_convscope=False,
-        size=found.size,
-        channels=found.channels,
+        size=model_input.size,
+        channels=model_input.channels,
         range=(0.0, 255.0) if scales_pixels(module, layers) else (0.0, 1.0),
-        other_inputs=found.others,
+        other_inputs=model_input.others,
     )
-    size = found.size if found.size is None or len(found.size) == 2 else None
-    if found.channels == 3 and (found.size is None or size is not None):
+    size = model_input.size if model_input.size is None or len(model_input.size) == 2 else None
+    if model_input.channels == 3 and (model_input.size is None or size is not None):
         spec.preprocessing = _preprocessing_by_name(keras, module.name, size or DEFAULT_SIZE)
     if spec.preprocessing is not None and len(getattr(module, "output_shape", ())) == 4:
         spec.task = "embedding"  # include_top=False

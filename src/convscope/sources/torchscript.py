@@ -61,9 +61,9 @@ def from_file(path: Path, weights: str | None) -> ModelSpec:
         raise ConvscopeError(f"{path} is a TorchScript program with its own weights; weights= does not apply")
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            found = UNSAFE_CODE.search(archive.read(name).decode("utf-8", "replace")) if name.endswith(".py") else None
-            if found:
-                raise ConvscopeError(f"{path} is not opened: its code calls {found.group(0)}")
+            match = UNSAFE_CODE.search(archive.read(name).decode("utf-8", "replace")) if name.endswith(".py") else None
+            if match:
+                raise ConvscopeError(f"{path} is not opened: its code calls {match.group(0)}")
     try:
         module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
