@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 METHOD_DESCRIPTIONS = {
-    "cam": "channels weighted by the class's weights after the pooling",
+    "cam": "channels weighted by the class's weights after pooling",
     "grad-cam": "channels weighted by their mean gradient; the default",
     "hirescam": "each position weighted by its own gradient",
     "grad-cam++": "channels weighted by their positive gradients",
@@ -32,12 +32,14 @@ METHOD_DESCRIPTIONS = {
     "lrp-epsilon": "layer-wise relevance, epsilon rule; extra lrp",
     "lrp-gamma": "layer-wise relevance, gamma and z-box rules; extra lrp",
     "lrp-zplus": "layer-wise relevance, z-plus rule; extra lrp",
-    "score-cam": "channels weighted by the score of the masked image; slow",
+    "attention-rollout": "product of the attention of all layers; transformers",
+    "transformer-attribution": "attention times its gradient, all layers; transformers",
+    "score-cam": "channels weighted by the score of masked images; slow",
     "ablation-cam": "channels weighted by the score lost without them; slow",
     "occlusion": "drop of the score behind a sliding window; slow",
     "rise": "mean score over random masks; for black boxes; slow",
-    "random": "uniform noise, a baseline that methods must beat",
-    "centred": "Gaussian at the centre, a baseline that methods must beat",
+    "random": "uniform noise; methods must beat this baseline",
+    "centred": "Gaussian at the centre; methods must beat this baseline",
 }
 
 RECIPE_DESCRIPTIONS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from convscope.attribution.context import MethodOutput
-from convscope.attribution.methods import baselines, cam, full_grad, gradient, lrp, perturbation, rise
+from convscope.attribution.methods import attention, baselines, cam, full_grad, gradient, lrp, perturbation, rise
 from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
@@ -88,6 +88,8 @@ METHODS: dict[str, Method] = {
     "lrp-epsilon": ModelMethod(lrp.lrp_epsilon, signed=True),
     "lrp-gamma": ModelMethod(lrp.lrp_gamma, signed=True),
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
+    "attention-rollout": ModelMethod(attention.attention_rollout),
+    "transformer-attribution": ModelMethod(attention.transformer_attribution),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
     "occlusion": ModelMethod(
