@@ -343,6 +343,7 @@ def make_context(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, s
     """Make a context around a bare network, for inputs with any number of axes."""
 
     class Stub:
+        module = nn.Identity()
         fixed_batch_size = None
         final_activation = None
         can_accelerate = False
