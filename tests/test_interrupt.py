@@ -26,11 +26,12 @@ MAX_LATENCY = 2.0  # seconds: one, and what a loaded machine adds
 CHILD = """
 import json, sys, threading, time
 import convscope
+from convscope.scanning.plan import choose_shard_size
 
 model = convscope.load("lite0")
 photos = convscope.samples.photographs()
 data, out = sys.argv[1:]
-small = {"shard": 16, "batch": 8}
+small, shard_size = {"shard": 16, "batch": 8}, choose_shard_size(384, 8, 16)
 CALLS = {
     "activations": lambda p: convscope.activations(model, photos * 100, "blocks.4", progress=p),
     "predict": lambda p: convscope.predict(model, photos * 500, progress=p),
@@ -50,7 +51,7 @@ CALLS = {
 heatmap = convscope.heatmaps(model, photos[0])
 
 def ready(done, total):
-    if not ready.told and done > (40 if name.startswith("scan") else 0):  # after the first shard
+    if not ready.told and done > (shard_size if name.startswith("scan") else 0):  # after the first shard
         ready.told = True
         print(json.dumps({"ready": name}), flush=True)
 
@@ -80,7 +81,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[s
     folder = tmp_path_factory.mktemp("interrupt")
     data, out = folder / "data", folder / "store"
     data.mkdir()
-    for i in range(192):
+    for i in range(384):
         shutil.copy(samples.photographs()[0], data / f"{i}.png")
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(data), str(out)], stdout=subprocess.PIPE, text=True, start_new_session=True
