@@ -25,6 +25,7 @@ METHOD_DESCRIPTIONS = {
     "smooth-grad": "saliency, averaged over noisy copies",
     "var-grad": "variance of the gradient over noisy copies; unsigned",
     "integrated-gradients": "gradients along the path from a baseline",
+    "expected-gradients": "integrated gradients, averaged over reference images",
     "guided-backprop": "positive gradients only; hardly depends on the class",
     "deconvnet": "deconvolutional network; hardly depends on the class",
     "guided-grad-cam": "guided-backprop times grad-cam",

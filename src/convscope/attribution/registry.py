@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from convscope.attribution.context import MethodOutput
-from convscope.attribution.methods import attention, baselines, cam, full_grad, gradient, lrp, perturbation, rise
+from convscope.attribution.methods import (
+    attention,
+    baselines,
+    cam,
+    expected_gradients,
+    full_grad,
+    gradient,
+    lrp,
+    perturbation,
+    rise,
+)
 from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
@@ -81,6 +91,9 @@ METHODS: dict[str, Method] = {
     "smooth-grad": ModelMethod(gradient.smooth_grad, check=gradient.check_noise),
     "var-grad": ModelMethod(gradient.var_grad, check=gradient.check_noise),
     "integrated-gradients": ModelMethod(gradient.integrated_gradients, signed=True, check=gradient.check_path),
+    "expected-gradients": ModelMethod(
+        expected_gradients.expected_gradients, signed=True, check=expected_gradients.check_expected_gradients
+    ),
     "guided-backprop": ModelMethod(gradient.guided_backprop),
     "deconvnet": ModelMethod(gradient.deconvnet),
     "guided-grad-cam": ModelMethod(gradient.guided_grad_cam, at_input=False),

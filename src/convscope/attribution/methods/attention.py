@@ -138,8 +138,8 @@ def _used_weights(
     if not recorded or not scores.requires_grad:
         raise ConvscopeError(f"the method reads attention weights, and {model.name} computes none. {OTHERS}")
     retain_graph = target + 1 < scores.shape[1]
-    found = torch.autograd.grad(scores[:, target].sum(), recorded, retain_graph=retain_graph, allow_unused=True)
-    pairs = [(w.detach(), g) for w, g in zip(recorded, found, strict=True) if g is not None]
+    by_weights = torch.autograd.grad(scores[:, target].sum(), recorded, retain_graph=retain_graph, allow_unused=True)
+    pairs = [(w.detach(), g) for w, g in zip(recorded, by_weights, strict=True) if g is not None]
     if not pairs:
         raise ConvscopeError(f"the target does not depend on the attention weights of {model.name}. {OTHERS}")
     weights, gradients = ([per_image(w, len(scores)).float() for w in part] for part in zip(*pairs, strict=True))

@@ -172,7 +172,7 @@ def integrated_gradients(
         return (start + (1 + node) / 2 * (x - start) for node in nodes)
 
     integral = x.new_zeros(context.num_targets, *x.shape, dtype=torch.float32)
-    for images, first, gradients in _iter_gradients(context, steps, points_on_path):
+    for images, first, gradients in iter_gradients(context, steps, points_on_path):
         node_weights = torch.as_tensor(weights[first : first + gradients.shape[1]] / 2).to(gradients)
         integral[:, images] += torch.tensordot(node_weights, gradients, ([0], [1]))
     maps = ((x - start) * integral).sum(2).transpose(0, 1)
@@ -284,7 +284,7 @@ def grad_batch_size(context: MethodContext) -> int:
 
 def _input_gradient(context: MethodContext) -> Tensor:
     """Compute the gradient (B, T, C, ...) at the images themselves."""
-    chunks = [gradients[:, 0] for _, _, gradients in _iter_gradients(context, 1, lambda x, _: iter([x]))]
+    chunks = [gradients[:, 0] for _, _, gradients in iter_gradients(context, 1, lambda x, _: iter([x]))]
     return torch.cat(chunks, 1).transpose(0, 1)
 
 
@@ -302,7 +302,7 @@ def _noisy_moments(context: MethodContext, samples: int, noise: float) -> tuple[
 
     mean = context.x.new_zeros(context.num_targets, *context.x.shape, dtype=torch.float32)
     squares = torch.zeros_like(mean)
-    for images, num_done, gradients in _iter_gradients(context, samples, noisy_copies):
+    for images, num_done, gradients in iter_gradients(context, samples, noisy_copies):
         count = gradients.shape[1]
         total = num_done + count
         chunk_mean = gradients.mean(1)
@@ -313,7 +313,7 @@ def _noisy_moments(context: MethodContext, samples: int, noise: float) -> tuple[
     return mean.transpose(0, 1), squares.transpose(0, 1) / samples
 
 
-def _iter_gradients(
+def iter_gradients(
     context: MethodContext, num_copies: int, make_copies: MakeCopies
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Compute gradients at modified copies of every image, in chunks of `grad_batch_size`.
