@@ -350,7 +350,7 @@ def make_context(net: nn.Module, x: Tensor, targets: list[int], size: int = 7, s
         device = torch.device("cpu")
         layers = LayerTable([])
 
-    def run(batch: Tensor) -> ForwardResult:
+    def run(batch: Tensor, _module: nn.Module | None = None) -> ForwardResult:
         assert len(batch) <= size
         out = net(batch)
         return ForwardResult({}, out, out)
