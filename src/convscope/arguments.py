@@ -43,9 +43,9 @@ def _find_problem(
     named = [key for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     takes_options = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
-        meant = _variant(key, named) if takes_options else _similar(key, named)
-        if key not in named and (meant or not takes_options):
-            hint = f"did you mean {meant}=?" if meant else f"its arguments: {', '.join(named)}"
+        suggestion = _variant(key, named) if takes_options else _similar(key, named)
+        if key not in named and (suggestion or not takes_options):
+            hint = f"did you mean {suggestion}=?" if suggestion else f"its arguments: {', '.join(named)}"
             return f"{name}() has no argument {key}=; {hint}"
     if named[:1] == ["model"] and args and not _is_model(args[0]) and any(map(_is_model, args[1:])):
         return f"{name}() got the model in the wrong place; the model comes first: {name}({', '.join(named[:2])}, ...)"

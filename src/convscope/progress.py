@@ -57,12 +57,12 @@ def progress_bar(progress: ProgressOption, label: str) -> Iterator[Progress]:
         if callable(progress):
             yield progress
             return
-        wanted = _is_outermost(token.old_value) if progress is None else progress
-        make_display = _find_display() if wanted else None
+        enabled = _is_outermost(token.old_value) if progress is None else progress
+        make_display = _find_display() if enabled else None
         if make_display is None:
             yield _ignore
             return
-        with _drawn(make_display, _State(label), delay=0 if progress else DELAY) as report:
+        with _display_bar(make_display, _State(label), delay=0 if progress else DELAY) as report:
             yield report
     finally:
         _active.reset(token)
@@ -142,7 +142,7 @@ def _on_terminal() -> bool:
 
 
 @contextmanager
-def _drawn(make_display: Callable[[_State], _Display], state: _State, delay: float) -> Iterator[Progress]:
+def _display_bar(make_display: Callable[[_State], _Display], state: _State, delay: float) -> Iterator[Progress]:
     """Draw the state in a thread, from `delay` seconds on, until the block ends."""
     ended = threading.Event()
 

@@ -191,8 +191,8 @@ def _comparison(data: SavedData) -> Comparison:
         metrics = part["evaluation"]["metrics"]
         of_metrics = {n for n in evaluation.arrays if n.removesuffix("_curve").removesuffix("_chance") in metrics}
         maps = data.part(prefix, part["heatmaps"])
-        kept = {name: array for name, array in maps.arrays.items() if name not in of_metrics}
-        heatmaps.append(_heatmaps(SavedData(maps.model, maps.folder, kept, maps.parameters, {})))
+        selected = {name: array for name, array in maps.arrays.items() if name not in of_metrics}
+        heatmaps.append(_heatmaps(SavedData(maps.model, maps.folder, selected, maps.parameters, {})))
         evaluations.append(_evaluation(evaluation))
     return data.make(Comparison, heatmaps=tuple(heatmaps), evaluations=tuple(evaluations))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import re
 import shlex
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ PRELUDES = {
     "docs/progress.md": "import convscope; model = convscope.load('lite0')",
     "docs/scan.md": (
         "import convscope; model = convscope.load('lite0')\n"
-        "other_store = convscope.scan(model, 'photographs', 'other-store', layers=['bn1', 'bn2'])"
+        "other_store = convscope.scan(model, 'photographs', 'other-store')"
     ),
     "docs/store.md": "import convscope, pandas, polars, duckdb",
 }
@@ -173,10 +174,10 @@ def scan_lite0(folder: Path) -> None:
 
 
 def scan_vgg16(folder: Path) -> None:
-    """Scan the photographs into two stores of VGG16."""
+    """Scan the photographs with VGG16, and copy the store."""
     model = convscope.load("torchvision:vgg16", weights="random")
-    for name in ("store", "later"):
-        convscope.scan(model, folder / "photographs", folder / name, layers=["features.0", "features.28"])
+    convscope.scan(model, folder / "photographs", folder / "store", layers=["features.0", "features.28"])
+    shutil.copytree(folder / "store", folder / "later")
 
 
 def prepare_explorer(folder: Path) -> None:

@@ -17,7 +17,7 @@ from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
 from convscope.attribution.registry import METHODS, ModelMethod, get_method, method_options
-from convscope.attribution.result import Heatmaps, is_drawn_blank
+from convscope.attribution.result import Heatmaps, is_displayed_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
 from convscope.datasets.image_inputs import open_images
@@ -348,7 +348,7 @@ def quality_notes(
             notes.append(f"{name}: the map is {high[n, t]:.3g} everywhere; no position has more evidence than another")
         elif high[n, t] <= 0:
             notes.append(f"{name}: the map is negative everywhere; {source} is evidence against the target")
-        elif is_drawn_blank(maps[n, t], geometry[n], at_input):
+        elif is_displayed_blank(maps[n, t], geometry[n], at_input):
             notes.append(
                 f"{name}: no positive evidence is left in the overlay: few positions are positive, at most "
                 f"{high[n, t]:.3g}, and they vanish at the size of the image"

@@ -301,7 +301,7 @@ class Heatmaps(IndexedResult):
         }
 
 
-def is_drawn_blank(heatmap: Tensor, geometry: Geometry, at_input: bool) -> bool:
+def is_displayed_blank(heatmap: Tensor, geometry: Geometry, at_input: bool) -> bool:
     """Return whether the overlay of a map (h, w) shows nothing, after it is smoothed and resized.
 
     The map is first resized to a small image; only where nothing is left of it there, to the image itself.

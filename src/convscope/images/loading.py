@@ -137,7 +137,7 @@ class ImageBatchLoader:
             raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
         require_int("max_pixels", max_pixels)
         self.preprocessing, self.fit, self.max_pixels = preprocessing.scaled(scale), fit, max_pixels
-        self._own, self._scale = preprocessing, scale
+        self._unscaled, self._scale = preprocessing, scale
         self._any_channels = preprocessing.channel_order == "channels"
         channels_last = f"(H, W, {preprocessing.channels})"
         self._shapes = channels_last if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
@@ -178,7 +178,7 @@ class ImageBatchLoader:
         """
         require_int("size", size)
         if isinstance(self._images, Tensor) and all_finite(self._images):
-            self.notes += [note for note in tensor_notes(self._images, self._own) if note not in self.notes]
+            self.notes += [note for note in tensor_notes(self._images, self._unscaled) if note not in self.notes]
             yield from _tensor_batches(self._images, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
@@ -291,7 +291,7 @@ class ImageBatchLoader:
             geometry = Geometry.whole(item.shape[1:])
             x = check_tensor(item, self.preprocessing)
             if not self._tensor_notes:  # of the first tensor that has any
-                self._tensor_notes = tensor_notes(x[None], self._own)
+                self._tensor_notes = tensor_notes(x[None], self._unscaled)
                 self.notes += [f"{self.names[index]}: {note}" for note in self._tensor_notes]
             x = interpolate(x[None], self._scale)[0]
         elif self.preprocessing.transform is not None:

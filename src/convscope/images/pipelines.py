@@ -85,10 +85,10 @@ def read_pipeline(value: Any) -> dict[str, Any] | None:
         if kind in _NO_GEOMETRY:
             continue
         reader = _READERS.get(kind)
-        found = None if reader is None else reader(step)
-        if found is None:
+        step_settings = None if reader is None else reader(step)
+        if step_settings is None:
             return None
-        settings |= found
+        settings |= step_settings
     return settings if "size" in settings else None
 
 

@@ -46,9 +46,9 @@ def tensor_notes(x: Tensor, preprocessing: Preprocessing) -> list[str]:
     images have a much wider range, as of pixels that are not normalised yet.
     """
     notes = []
-    size, own_size = (" x ".join(map(str, sides)) for sides in (x.shape[2:], preprocessing.size))
-    if size != own_size:
-        notes.append(f"tensors of size {size} were given; the network's own size is {own_size}")
+    size, model_size = (" x ".join(map(str, sides)) for sides in (x.shape[2:], preprocessing.size))
+    if size != model_size:
+        notes.append(f"tensors of size {size} were given; the network's own size is {model_size}")
     if preprocessing.channel_order == "channels" or preprocessing.transform is not None or not all_finite(x):
         return notes
     bounds = [(limit - m) / s for limit in preprocessing.range for m, s in _channels(preprocessing)]
