@@ -133,7 +133,6 @@ def test_torchscript_that_writes_files_is_not_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("m.onnx", "ONNX.*onnxruntime"),
         ("m.tflite", "TensorFlow Lite"),
         ("m.engine", "TensorRT"),
         ("m.pkl", "pickle"),

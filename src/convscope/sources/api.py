@@ -24,6 +24,7 @@ from convscope.sources import (
     huggingface,
     instance,
     keras,
+    onnx,
     timm,
     torchscript,
     torchvision,
@@ -42,6 +43,7 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".h5": keras.from_file,
     ".hdf5": keras.from_file,
     ".pt2": exported.from_file,
+    ".onnx": onnx.from_file,
     ".pt": files.refuse_pickle,
     ".pth": files.refuse_pickle,
     ".ckpt": files.refuse_pickle,
@@ -73,7 +75,7 @@ def load(
     ----------
     source : str, path, nn.Module, Keras model or callable
         "lite0" (bundled, works offline; "lite1" and "lite2" where their packages are installed), "torchvision:NAME",
-        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2, .pt
+        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2, .onnx, .pt
         of TorchScript), "package.module:factory" (called without arguments), an `nn.Module` or Keras model, which is
         used as it is (later changes of its weights take effect), or any function from images (N, C, H, W) to scores
         (N, K), which then has no layers and no gradients.
@@ -233,7 +235,7 @@ def _make_spec(source: object, weights: str | os.PathLike[str] | None, num_class
     known = [*bundled.NAMES, *torchvision.names(), *timm.names()]
     raise ConvscopeError(
         f"no model is called {text!r}; nearest: {nearest(text, known)}; other sources: keras:NAME, hf:NAME, "
-        "a .keras, .h5, .pt2 or TorchScript .pt file, package.module:factory"
+        "a .keras, .h5, .pt2, .onnx or TorchScript .pt file, package.module:factory"
     )
 
 

@@ -173,8 +173,6 @@ def refuse_pickle(path: Path, _weights: str | None) -> NoReturn:
 
 
 OTHER_FORMATS = {
-    ".onnx": "an ONNX file; run it with onnxruntime and pass a function: "
-    "load(lambda x: session.run(None, {session.get_inputs()[0].name: x})[0])",
     ".tflite": "a TensorFlow Lite file; pass a function that runs its interpreter: load(lambda x: ...)",
     ".pb": "a TensorFlow graph; save the model as .keras, or pass a function that runs it",
     ".mlmodel": "a Core ML file; pass a function that runs it: load(lambda x: ...)",
