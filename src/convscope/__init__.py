@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from convscope import objectives, samples
     from convscope.attribution.api import heatmaps
+    from convscope.attribution.box_targets import box_target
     from convscope.attribution.result import Heatmaps
     from convscope.attribution.targets import output_target, segmentation_target
     from convscope.decomposition.activation_atlas import atlas
     from convscope.decomposition.craft import concepts
     from convscope.decomposition.result import Atlas, Concepts
+    from convscope.detection.api import detect
+    from convscope.detection.result import Detections
     from convscope.engine.model import Model
     from convscope.errors import ConvscopeError, ConvscopeWarning
     from convscope.evaluation.api import evaluate
@@ -54,6 +57,7 @@ __all__ = [
     "Concepts",
     "ConvscopeError",
     "ConvscopeWarning",
+    "Detections",
     "Evaluation",
     "Heatmaps",
     "Model",
@@ -64,8 +68,10 @@ __all__ = [
     "Story",
     "activations",
     "atlas",
+    "box_target",
     "compare",
     "concepts",
+    "detect",
     "evaluate",
     "heatmaps",
     "load",
@@ -92,6 +98,7 @@ _TARGETS = {
     "Concepts": "convscope.decomposition.result:Concepts",
     "ConvscopeError": "convscope.errors:ConvscopeError",
     "ConvscopeWarning": "convscope.errors:ConvscopeWarning",
+    "Detections": "convscope.detection.result:Detections",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
     "Model": "convscope.engine.model:Model",
@@ -102,8 +109,10 @@ _TARGETS = {
     "Story": "convscope.featurevis.layer_story:Story",
     "activations": "convscope.feature_maps:activations",
     "atlas": "convscope.decomposition.activation_atlas:atlas",
+    "box_target": "convscope.attribution.box_targets:box_target",
     "compare": "convscope.evaluation.comparison:compare",
     "concepts": "convscope.decomposition.craft:concepts",
+    "detect": "convscope.detection.api:detect",
     "evaluate": "convscope.evaluation.api:evaluate",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",

@@ -209,7 +209,13 @@ def require_int(name: str, value: object, minimum: int = 1) -> int:
 
 
 def require_number(
-    name: str, value: object, *, minimum: float | None = None, above: float | None = None, below: float | None = None
+    name: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
 ) -> float:
     """Return `value` as a float; raise ConvscopeError, naming the argument, unless it is a number in the range.
 
@@ -219,17 +225,17 @@ def require_number(
         The argument's name, for the message.
     value : object
         A finite real number.
-    minimum, above, below : float, optional
-        Inclusive lower bound, exclusive lower bound, exclusive upper bound.
+    minimum, above, below, maximum : float, optional
+        Inclusive lower bound, exclusive lower bound, exclusive upper bound, inclusive upper bound.
     """
     bounds = [
         f"{words} {bound:g}"
-        for words, bound in (("of at least", minimum), ("above", above), ("below", below))
+        for words, bound in (("of at least", minimum), ("above", above), ("below", below), ("of at most", maximum))
         if bound is not None
     ]
     number = float(value) if isinstance(value, Real) and is_number(value) else math.nan
     too_low = (minimum is not None and number < minimum) or (above is not None and number <= above)
-    too_high = below is not None and number >= below
+    too_high = (below is not None and number >= below) or (maximum is not None and number > maximum)
     if math.isnan(number) or too_low or too_high:
         raise ConvscopeError(f"{name} is {value!r}; expected a number {' and '.join(bounds)}".rstrip())
     return number

@@ -32,6 +32,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "Comparison": "convscope.plotting.comparison",
     "Concepts": "convscope.plotting.concepts",
     "DeadUnits": "convscope.plotting.store",
+    "Detections": "convscope.plotting.detections",
     "Duplicates": "convscope.plotting.store",
     "Evaluation": "convscope.plotting.evaluation",
     "Examples": "convscope.plotting.store",

@@ -39,6 +39,7 @@ METHOD_DESCRIPTIONS = {
     "ablation-cam": "channels weighted by the score lost without them; slow",
     "occlusion": "drop of the score behind a sliding window; slow",
     "rise": "mean score over random masks; for black boxes; slow",
+    "d-rise": "rise for boxes of detectors; for black boxes; slow",
     "random": "uniform noise; methods must beat this baseline",
     "centred": "Gaussian at the centre; methods must beat this baseline",
 }

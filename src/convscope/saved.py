@@ -15,6 +15,7 @@ import numpy as np
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
+from convscope.detection.result import Detections
 from convscope.engine.model import Model
 from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
@@ -217,6 +218,11 @@ def _concepts(data: SavedData) -> Concepts:
     return data.make(Concepts, geometry=data.geometry(), image_source=data.image_source(), image_indices=indices)
 
 
+def _detections(data: SavedData) -> Detections:
+    indices = tuple(range(len(data.parameters["image_names"])))
+    return data.make(Detections, geometry=data.geometry(), image_source=data.image_source(), image_indices=indices)
+
+
 def _atlas(data: SavedData) -> Atlas:
     return data.make(Atlas, target=data.parameters["target"])
 
@@ -226,6 +232,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "atlas": _atlas,
     "comparison": _comparison,
     "concepts": _concepts,
+    "detections": _detections,
     "evaluation": _evaluation,
     "heatmaps": _heatmaps,
     "patterns": _patterns,

@@ -48,6 +48,16 @@ def explain(model: convscope.Model, images: list[str]) -> None:
     assert_type(convscope.heatmaps(model, images, [convscope.output_target("out", 3)]).logits, np.ndarray)
 
 
+def detect(model: convscope.Model, image: str) -> None:
+    detections = convscope.detect(model, image, threshold=0.5)
+    assert_type(detections, convscope.Detections)
+    assert_type(detections[0].boxes, np.ndarray)
+    assert_type(detections.names, list[str])
+    targets = [convscope.box_target(detections[0], 1), convscope.box_target("dog", (0, 0, 10, 20))]
+    assert_type(convscope.heatmaps(model, image, targets), convscope.Heatmaps)
+    assert_type(convscope.heatmaps(model, image, convscope.box_target(3, (0, 0, 10, 20))), convscope.Heatmaps)
+
+
 def pass_modules(net: nn.Module, images: list[str]) -> None:
     layer = convscope.load(net).layers["features"]
     assert_type(convscope.predict(net, images), convscope.Predictions)

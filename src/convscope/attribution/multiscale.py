@@ -75,12 +75,13 @@ def run_multiscale(
     """
     results: list[BatchResult] = []
     if scales[0] != 1:
-        results.append(run_batch(replace(job, specs=(), smooth=None), batch.x, batch.indices, report_progress))
+        plain = replace(job, specs=(), smooth=None)
+        results.append(run_batch(plain, batch.x, batch.indices, report_progress, geometry=batch.geometry))
     work = [s ** len(job.model.preprocessing.size) for s in scales]
     for i, x in enumerate(inputs):
         report_scale = partial(report_step, report_progress, sum(work[:i]), work[i], sum(work))
         targets = results[0].targets if results else None
-        results.append(run_batch(job, x, batch.indices, report_scale, targets))
+        results.append(run_batch(job, x, batch.indices, report_scale, targets, batch.geometry))
     reference, scaled = results[0], results[-len(scales) :]
     if len(scaled) == 1:
         return replace(reference, maps=scaled[0].maps)

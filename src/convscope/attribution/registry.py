@@ -63,6 +63,8 @@ class ModelMethod:
         Whether negative values are evidence against the target by the method's definition, and drawn as such.
     needs_gradient : bool
         Whether it needs gradients or layers, which functions as models do not have.
+    needs_boxes : bool
+        Whether its targets are boxes, not classes.
     check : callable or None
         ``check(**options)`` validates the options before the network runs; raises ``ConvscopeError``.
     """
@@ -72,6 +74,7 @@ class ModelMethod:
     signed: bool = False
     check: Callable[..., None] | None = None
     needs_gradient: bool = True
+    needs_boxes: bool = False
 
 
 Method = CamMethod | ModelMethod
@@ -109,16 +112,18 @@ METHODS: dict[str, Method] = {
         perturbation.occlusion, signed=True, check=perturbation.check_occlusion, needs_gradient=False
     ),
     "rise": ModelMethod(rise.rise, check=rise.check_rise, needs_gradient=False),
+    "d-rise": ModelMethod(rise.d_rise, check=rise.check_rise, needs_gradient=False, needs_boxes=True),
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
 
 
 def usable_methods(model: Model) -> list[str]:
-    """Return the keys of the methods that a network allows: without layers or gradients only some work."""
+    """Return the keys of the methods that a network allows for classes; without layers or gradients only some work."""
     return [
         name
         for name, method in METHODS.items()
+        if not (isinstance(method, ModelMethod) and method.needs_boxes)
         if (model.differentiable and (method.at_input or len(model.layers) > 0))
         or (isinstance(method, ModelMethod) and not method.needs_gradient)
     ]

@@ -23,6 +23,7 @@ from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
+from convscope.images.geometry import Geometry
 
 ReportProgress = Callable[[float], None]
 """Takes the fraction of the work that is done, 0 to 1."""
@@ -147,6 +148,7 @@ def run_batch(
     indices: Sequence[int],
     report_progress: ReportProgress,
     targets: BatchTargets | None = None,
+    geometry: Sequence[Geometry] = (),
 ) -> BatchResult:
     """Compute the maps of all methods for one batch.
 
@@ -160,6 +162,8 @@ def run_batch(
     report_progress : callable
     targets : BatchTargets, optional
         The images' targets, if they were determined before.
+    geometry : sequence of Geometry
+        Where the inputs lie in the images, which targets that are boxes need.
 
     Returns
     -------
@@ -171,7 +175,7 @@ def run_batch(
     passes: list[_SharedPass] = []
     maps_by_view: list[list[MethodMaps]] = []
     for v, (view, undo) in enumerate(views):
-        shared = _shared_pass(job, view, indices, targets)
+        shared = _shared_pass(job, view, indices, targets, geometry)
         targets = shared.targets
         passes.append(shared)
         maps_by_view.append([])
@@ -217,7 +221,9 @@ class _SharedPass(NamedTuple):
     gradients: dict[ScoreRule, dict[str, Tensor]]
 
 
-def _shared_pass(job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: BatchTargets | None) -> _SharedPass:
+def _shared_pass(
+    job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: BatchTargets | None, geometry: Sequence[Geometry]
+) -> _SharedPass:
     gradients = {}
     with (
         torch.no_grad(),
@@ -225,7 +231,7 @@ def _shared_pass(job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: Ba
     ):
         outputs = run(x)
         require_finite(job.model, outputs.logits, "the network's output")
-        targets = job.targets.for_batch(indices, outputs.logits) if targets is None else targets
+        targets = job.targets.for_batch(indices, outputs.logits, geometry) if targets is None else targets
         for score in job.cam_scores:
             with torch.enable_grad():
                 scores = score(targets, outputs)

@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.arguments import check_arguments
+from convscope.attribution.box_targets import BoxTarget, box_scores, parse_box_targets
+from convscope.engine.candidates import DetectionReader
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
 from convscope.engine.outputs import pick_output
 from convscope.errors import ConvscopeError
+from convscope.images.geometry import Geometry
 
 ScoreFunction = Callable[[Any], Tensor]
 """A function of the network's output for M inputs, of any type, that returns the scores (M,)."""
@@ -28,7 +31,14 @@ ClassLabel = str | int | np.integer[Any]
 ClassLabels = ClassLabel | Sequence[ClassLabel] | Sequence[Sequence[ClassLabel]] | np.ndarray | Tensor
 """One class for all images, one per image, or several per image."""
 
-Targets = ClassLabels | ScoreFunction | Sequence[ScoreFunction]
+Targets = (
+    ClassLabels
+    | ScoreFunction
+    | Sequence[ScoreFunction]
+    | BoxTarget
+    | Sequence[BoxTarget]
+    | Sequence[Sequence[BoxTarget]]
+)
 
 
 @dataclass(frozen=True)
@@ -44,24 +54,35 @@ class TargetSpec:
         Classes whose mean logit is subtracted from each target's logit.
     functions : tuple of callable
         T functions of the network's output, instead of classes.
+    boxes : tuple of tuple of BoxTarget
+        T boxes for each image, whose classes are `classes`.
     """
 
     model: Model = field(repr=False)
     classes: Tensor | None = None
     against: Tensor | None = None
     functions: tuple[ScoreFunction, ...] = ()
+    boxes: tuple[tuple[BoxTarget, ...], ...] = ()
 
     @property
     def num_targets(self) -> int:
         """The number T of targets per image."""
         return len(self.functions) or (1 if self.classes is None else self.classes.shape[1])
 
-    def for_batch(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
-        """Select the targets of the images `indices`, whose logits (B, K) determine the top class."""
+    def for_batch(self, indices: Sequence[int], logits: Tensor, geometry: Sequence[Geometry] = ()) -> BatchTargets:
+        """Select the targets of the images `indices`.
+
+        Their logits (B, K) determine the top class, and their geometry where boxes lie in the network's input.
+        """
         rows, device = list(indices), logits.device
         if self.functions:
             return BatchTargets(torch.full((len(rows), len(self.functions)), -1, device=device), None, self.functions)
         classes = logits.argmax(1, keepdim=True) if self.classes is None else self.classes[rows].to(device)
+        if self.boxes:
+            edges = torch.tensor([[target.box for target in self.boxes[i]] for i in rows], dtype=torch.float64)
+            boxes = torch.stack([g.boxes_to_input(part) for g, part in zip(geometry, edges, strict=True)])
+            boxes = boxes.float().to(device)
+            return BatchTargets(classes, boxes=boxes, detection_reader=self.model.detection_reader)
         return BatchTargets(classes, None if self.against is None else self.against[rows].to(device))
 
     def names(self, classes: np.ndarray, indices: Sequence[int]) -> list[list[str]]:
@@ -69,6 +90,9 @@ class TargetSpec:
         if self.functions:
             return [[_function_name(function) for function in self.functions]] * len(classes)
         names = [[self.model.class_name(int(c)) for c in row] for row in classes]
+        if self.boxes:
+            pairs = zip((self.boxes[i] for i in indices), names, strict=True)
+            return [[box.name(name) for box, name in zip(*pair, strict=True)] for pair in pairs]
         if self.against is None:
             return names
         contrasts = [" and ".join(row) for row in self.against_names(indices) or ()]
@@ -96,7 +120,12 @@ class SavedTargets(TargetSpec):
     labels: Mapping[int, list[str]] = field(default_factory=dict)
     contrasts: Mapping[int, list[str]] = field(default_factory=dict)
 
-    def for_batch(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:  # noqa: ARG002
+    def for_batch(
+        self,
+        indices: Sequence[int],  # noqa: ARG002
+        logits: Tensor,  # noqa: ARG002
+        geometry: Sequence[Geometry] = (),  # noqa: ARG002
+    ) -> BatchTargets:
         """Raise ConvscopeError: the targets themselves are not saved."""
         raise ConvscopeError("these heatmaps were saved or pickled, without their targets; compute them again")
 
@@ -121,11 +150,17 @@ class BatchTargets:
         Classes whose mean logit is subtracted.
     functions : tuple of callable
         T functions of the network's output, instead of classes.
+    boxes : Tensor of shape (B, T, 4), optional
+        Edges of boxes as fractions of the network's input, whose classes are `classes`.
+    detection_reader : DetectionReader, optional
+        How candidates are read from the network's output, if there are boxes.
     """
 
     classes: Tensor
     against: Tensor | None = None
     functions: tuple[ScoreFunction, ...] = ()
+    boxes: Tensor | None = None
+    detection_reader: DetectionReader | None = None
 
     def scores(self, outputs: ForwardResult, rows: Tensor | None = None) -> Tensor:
         """Compute each target's score for one forward pass.
@@ -145,6 +180,9 @@ class BatchTargets:
             count = len(outputs.logits)
             return torch.stack([_check_score(f, f(outputs.output), count) for f in self.functions], dim=1)
         classes = self.classes if rows is None else self.classes[rows]
+        if self.boxes is not None and self.detection_reader is not None:
+            candidates = self.detection_reader.candidates(outputs.output, outputs.input_size)
+            return box_scores(candidates, classes, self.boxes if rows is None else self.boxes[rows])
         scores = outputs.logits.gather(1, classes)
         if self.against is None:
             return scores
@@ -154,15 +192,17 @@ class BatchTargets:
     def of_image(self, image: int, count: int) -> BatchTargets:
         """Return the targets of one image for `count` copies of it."""
         rows = [image] * count
-        return replace(self, classes=self.classes[rows], against=None if self.against is None else self.against[rows])
+        against = None if self.against is None else self.against[rows]
+        boxes = None if self.boxes is None else self.boxes[rows]
+        return replace(self, classes=self.classes[rows], against=against, boxes=boxes)
 
     def logits(self, outputs: ForwardResult) -> Tensor:
-        """Return the targets' logits (B, T) without subtracting `against`; for functions, their values."""
-        return BatchTargets(self.classes, None, self.functions).scores(outputs).detach()
+        """Return the targets' logits (B, T) without subtracting `against`; for functions and boxes, their values."""
+        return replace(self, against=None).scores(outputs).detach()
 
     def probabilities(self, probabilities: Tensor) -> Tensor:
-        """Return the targets' probabilities (B, T) among those of all classes (B, K); NaN for functions."""
-        if self.functions:
+        """Return the targets' probabilities (B, T) among those of all classes (B, K); NaN for functions and boxes."""
+        if self.functions or self.boxes is not None:
             return torch.full(self.classes.shape, torch.nan, device=self.classes.device)
         return probabilities.gather(1, self.classes)
 
@@ -206,7 +246,7 @@ def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int 
     Zhang et al., Finer-CAM: Spotting the Difference Reveals Finer Details for Visual Explanation, CVPR 2025,
     equations 5 to 8.
     """
-    if targets.functions or targets.against is not None:
+    if targets.functions or targets.against is not None or targets.boxes is not None:
         raise ConvscopeError(
             "finer-cam contrasts each class with the classes nearest to it: give classes as targets, and no against="
         )
@@ -323,6 +363,11 @@ def parse_targets(
     model: Model, targets: Targets | None, num_images: int, against: ClassLabels | None = None
 ) -> TargetSpec:
     """Parse the arguments `targets` and `against` of `convscope.heatmaps`; raise ConvscopeError for invalid ones."""
+    if boxes := parse_box_targets(targets, num_images):
+        if against is not None:
+            raise ConvscopeError("against= needs classes as targets; got boxes")
+        classes = [[model.class_index(target.label) for target in row] for row in boxes]
+        return TargetSpec(model, torch.tensor(classes), boxes=boxes)
     functions = _functions(targets)
     if functions:
         if against is not None:

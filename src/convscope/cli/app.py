@@ -17,7 +17,7 @@ from convscope.cli.parsing import require_installed
 from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
-    "Look": ("demo", "layers", "predict", "activations"),
+    "Look": ("demo", "layers", "predict", "detect", "activations"),
     "Explain": ("heatmap", "evaluate", "compare", "concepts"),
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "atlas"),
@@ -29,6 +29,7 @@ ALIASES: Mapping[str, str] = {
     "activation": "activations",
     "comparison": "compare",
     "concept": "concepts",
+    "detections": "detect",
     "evaluation": "evaluate",
     "explore": "serve",
     "heatmaps": "heatmap",

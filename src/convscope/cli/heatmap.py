@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ from convscope.cli.tables import Column, print_table, probability_column
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
+    from convscope.attribution.box_targets import BoxTarget
     from convscope.attribution.result import Heatmaps
     from convscope.engine.model import Model
     from convscope.images.lazy import LazyImages
@@ -39,6 +40,11 @@ def heatmap(
     ],
     *,
     frames: Annotated[int, typer.Option(metavar="N", min=1, help="Number of frames that are sampled of a video.")] = 16,
+    box: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=0, help="Number of a box in the output of convscope detect; repeatable."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(metavar="X", min=0, max=1, help="Smallest score of a box.")] = 0.5,
     heatmap_options: HeatmapOptions,
     reading: ImageOptions,
     out: Out = Path("convscope-heatmaps"),
@@ -51,6 +57,8 @@ def heatmap(
 
     Frames are sampled of a video (pip install "convscope[video]"), and their overlays are also written as an MP4 file.
     The target is then by default the class that is most probable over all frames.
+
+    With --box the target is a box that a detector finds, by its number in the output of convscope detect.
     """
     import convscope
 
@@ -60,6 +68,10 @@ def heatmap(
     inputs = open_image_arguments(images) if video is None else video.as_images()
     network = network_options.load(model)
     arguments = heatmap_options.arguments(network, len(inputs))
+    if box:
+        if arguments["targets"] is not None:
+            raise ConvscopeError("--target and --box are given; expected one of them")
+        arguments["targets"] = _boxes(network, inputs, box, threshold, reading.fit)
     if video is not None and arguments["targets"] is None:
         arguments["targets"] = _most_probable_class(network, inputs, reading.fit)
     with progress_bar("heatmaps") as progress:
@@ -95,6 +107,16 @@ def _most_probable_class(network: Model, images: LazyImages, fit: str) -> int:
 
     logits = torch.from_numpy(convscope.predict(network, images, 1, fit=fit, progress=False).logits)
     return int(network.probabilities(logits).mean(0).argmax())
+
+
+def _boxes(network: Model, images: LazyImages, numbers: Sequence[int], threshold: float, fit: str) -> list[BoxTarget]:
+    """Return the boxes of these numbers in the only image."""
+    import convscope
+
+    if len(images) != 1:
+        raise ConvscopeError(f"--box numbers the boxes of one image; got {len(images)} images")
+    detections = convscope.detect(network, images, threshold, fit=fit, progress=False)
+    return [convscope.box_target(detections, number) for number in numbers]
 
 
 def _write_videos(heatmaps: Heatmaps, video: VideoFrames, folder: Path, options: Mapping[str, Any]) -> None:

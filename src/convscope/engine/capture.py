@@ -65,10 +65,13 @@ class ForwardResult(LayerOutputs):
         (N, K) float32, before any softmax or sigmoid.
     output : object
         What the network returned, before a final softmax or sigmoid.
+    input_size : tuple of int
+        Sides of the input in pixels: (H, W) for images.
     """
 
     logits: Tensor
     output: object = None
+    input_size: tuple[int, ...] = ()
 
     def __getitem__(self, layer: str) -> Tensor:
         return self.logits if layer == LOGITS else self.maps[layer]
@@ -269,7 +272,7 @@ class _CaptureState:
         missing = [name for name in self.layers if name not in self.outputs]
         if missing:
             raise ConvscopeError(f"layer {missing[0]!r} did not run for this input")
-        return ForwardResult(self.outputs, logits, output)
+        return ForwardResult(self.outputs, logits, output, tuple(x.shape[2:]))
 
     def hook(self, name: str) -> Callable[[nn.Module, object, object], object]:
         """Return the forward hook of the module called `name`."""

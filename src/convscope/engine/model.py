@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.candidates import DetectionReader
 from convscope.engine.class_names import find_class, is_class_name
 from convscope.engine.layer_table import LayerTable
 from convscope.engine.outputs import VALUE_TASKS, OutputReader
@@ -161,6 +162,16 @@ class Model:
         """Raise ConvscopeError if it is not known which part of the output holds scores."""
         if self.num_outputs is None:
             raise ConvscopeError(self.reader.unreadable or f"{self.name} returns no scores of classes")
+
+    @property
+    def detection_reader(self) -> DetectionReader:
+        """How candidates are read from a detector's output; raises `ConvscopeError` for other networks."""
+        if not isinstance(self.reader.select, DetectionReader):
+            raise ConvscopeError(
+                f"{self.name} is not known to be a detector (its task is {self.task!r}); if it is one, say so: "
+                "convscope.load(..., task='detection')"
+            )
+        return self.reader.select
 
     def require_gradients(self, purpose: str) -> None:
         """Raise ConvscopeError if no gradients pass through the network; `purpose` names what needs them."""

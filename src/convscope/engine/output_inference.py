@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from convscope.engine.candidates import DetectionReader, is_list_of_boxes
 from convscope.engine.nested import PREFERRED_KEYS, iter_tensors, primary_tensor
 from convscope.engine.outputs import (
     LOG_TASKS,
@@ -101,6 +102,9 @@ class OutputMeaning:
 
 def select_scores(output: object, request: OutputRequest) -> tuple[OutputSelector, list[str]]:
     """Choose the output that holds the scores; return its selector and notes."""
+    if request.task == "detection" or is_list_of_boxes(output):
+        known = isinstance(request.select, DetectionReader)
+        return request.select if known else DetectionReader(request.num_classes, request.select), []
     if request.select is not None:
         pick_output(output, request.select)  # raises where there is none
         return request.select, []
@@ -129,6 +133,8 @@ def infer_output(facts: OutputFacts, request: OutputRequest, select: OutputSelec
     ConvscopeError
         If the output contradicts the task that the user says.
     """
+    if isinstance(select, DetectionReader):
+        request = replace(request, task="detection")
     reader = OutputReader(request.task or "classification", select)
     tensor = reader.tensor(facts.output)
     if tensor is None:

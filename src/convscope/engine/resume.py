@@ -81,7 +81,7 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
                     raise
                 replay.copy_memory = True  # the network writes into a layer's output
                 return run(maps)
-            return ForwardResult({entry.name: original[:1]}, model.reader.scores(output), output)
+            return ForwardResult({entry.name: original[:1]}, model.reader.scores(output), output, tuple(x.shape[2:]))
 
         yield run
 

@@ -280,10 +280,16 @@ def _check_requirements(names: Sequence[str], maps: HeatmapInput, masks: Sequenc
             )
         if "classes" in needs and maps.targets.functions:
             raise ConvscopeError(f"{name} needs classes as targets, not functions of the output")
+        if maps.targets.boxes and (maps.result is None or {"classes", "heatmaps"} & set(needs)):
+            raise ConvscopeError(
+                f"{name} cannot evaluate maps of boxes; deletion and insertion take convscope.heatmaps"
+            )
 
 
 def _probability_notes(maps: HeatmapInput) -> list[str]:
     """Explain what replaces the probability for targets that have none."""
+    if maps.targets.boxes:
+        return ["targets are boxes: their scores are used, the best candidate's probability times its overlap"]
     if maps.targets.functions:
         return ["targets are functions, which have no probability: their values are used"]
     if maps.targets.against is not None:

@@ -141,9 +141,9 @@ class EvaluationContext:
         """Return the targets' probabilities (M, T), or their values if the network computes values.
 
         For a class against others: the sigmoid of the difference of logits, i.e. the probability among these classes
-        alone. A function has no probability; its value is used.
+        alone. A function or a box has no probability; its value is used.
         """
-        if self.batch_targets.functions:
+        if self.batch_targets.functions or self.batch_targets.boxes is not None:
             return self.raw_scores(outputs, image_rows)
         if self.batch_targets.against is not None:
             return self.raw_scores(outputs, image_rows).sigmoid()

@@ -61,9 +61,10 @@ class HeatmapInput:
 
     def batch_targets(self, indices: Sequence[int], logits: Tensor) -> BatchTargets:
         """Return what the maps of a batch explain; `logits` (B, K) are the batch's."""
-        targets = self.targets.for_batch(indices, logits)
         if self.result is None:
-            return targets
+            return self.targets.for_batch(indices, logits)
+        geometry = [self.result.geometry[self.row_of_image[i]] for i in indices]
+        targets = self.targets.for_batch(indices, logits, geometry)
         classes = self.result.targets[[self.row_of_image[i] for i in indices]]
         return replace(targets, classes=torch.from_numpy(classes).to(logits.device))
 

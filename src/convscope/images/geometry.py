@@ -39,6 +39,23 @@ class Geometry:
         factors = [new / old for new, old in zip(sides, self.image_size, strict=True)]
         return Geometry(sides, tuple(edge * f for edge, f in zip(self.box, factors * 2, strict=True)))
 
+    def boxes_to_original(self, boxes: Tensor) -> Tensor:
+        """Turn boxes (..., 4), as fractions of the network's input, into pixels of the image.
+
+        A box is its left, top, right and bottom edge.
+        """
+        offset, scale = self._edges(boxes)
+        return boxes * scale + offset
+
+    def boxes_to_input(self, boxes: Tensor) -> Tensor:
+        """Turn boxes (..., 4) in pixels of the image into fractions of the network's input."""
+        offset, scale = self._edges(boxes)
+        return (boxes - offset) / scale
+
+    def _edges(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        top, left, bottom, right = self.box
+        return boxes.new_tensor([left, top] * 2), boxes.new_tensor([right - left, bottom - top] * 2)
+
     def to_original(self, maps: Tensor) -> Tensor:
         """Resize maps over the network's input to maps over the original image.
 

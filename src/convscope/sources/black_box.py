@@ -52,7 +52,7 @@ def _to_tensors(output: Any, device: torch.device) -> Any:
         return output.detach()
     if isinstance(output, Mapping):
         return {key: _to_tensors(value, device) for key, value in output.items()}
-    if isinstance(output, tuple | list) and any(hasattr(part, "shape") for part in output):
+    if isinstance(output, tuple | list) and any(isinstance(part, Mapping) or hasattr(part, "shape") for part in output):
         return tuple(_to_tensors(part, device) for part in output)
     if hasattr(output, "__array__") or isinstance(output, list | tuple):
         try:

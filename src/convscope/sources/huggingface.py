@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from convscope.engine.candidates import DetectionReader
 from convscope.engine.outputs import OutputSelector
 from convscope.errors import ConvscopeError, require_extra
 from convscope.images.preprocessing import Preprocessing
@@ -137,7 +138,7 @@ def _task(module: Any) -> tuple[str | None, OutputSelector]:
     if kind.endswith("ForSemanticSegmentation"):
         return "segmentation", "logits"
     if kind.endswith(("ForObjectDetection", "ForSegmentation")) and "Mask" not in kind:
-        return "detection", _DetectionScores(config.num_labels)
+        return "detection", DetectionReader(config.num_labels)
     if kind.endswith(("Model", "Backbone")):
         return "embedding", _embedding
     return None, None
@@ -151,21 +152,6 @@ def _embedding(output: Any) -> Tensor:
             return value
     maps: Sequence[Tensor] = getattr(output, "feature_maps", None) or output
     return maps[-1]
-
-
-class _DetectionScores:
-    """Class probabilities (N, K) of a detector's output: the best of its queries for each class."""
-
-    def __init__(self, num_labels: int) -> None:
-        self.num_labels = num_labels
-        self.__name__ = "best query"
-
-    def __call__(self, output: Any) -> Tensor:
-        """Return probabilities from logits (N, Q, K), or (N, Q, K + 1) with "no object" last."""
-        logits: Tensor = output.logits
-        if logits.shape[2] > self.num_labels:
-            return logits.softmax(2)[..., : self.num_labels].amax(1)
-        return logits.sigmoid().amax(1)
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:

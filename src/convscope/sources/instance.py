@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from convscope.errors import ConvscopeError
-from convscope.sources import black_box, exported, huggingface, keras, timm, torchscript
+from convscope.sources import black_box, exported, huggingface, keras, timm, torchscript, torchvision_detection
 from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
@@ -33,6 +33,8 @@ def wrap(module: object) -> ModelSpec:
     if hasattr(module, "pretrained_cfg") and packages & {"timm"}:
         classes, task = timm.class_names(module), timm.task(module)
         spec = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=classes, task=task)
+    elif "torchvision" in packages and torchvision_detection.is_detector(module):
+        spec = torchvision_detection.from_module(module, name)
     elif "torchvision" in packages:
         spec = ModelSpec(module, name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     else:

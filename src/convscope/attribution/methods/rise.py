@@ -63,10 +63,8 @@ def rise(
     check_rise(samples=samples, cells=cells, keep=keep, tolerance=tolerance)
     sides = context.x.shape[2:]
     grid = sizes_per_axis("cells", cells, sides)
-    if probability and context.targets.functions:
-        raise ConvscopeError(
-            "a function of the network's output has no probability; give classes as targets, or probability=False"
-        )
+    if probability and (context.targets.functions or context.targets.boxes is not None):
+        raise ConvscopeError("a function or a box has no probability; give classes as targets, or probability=False")
     means = []
     for image, x in enumerate(context.x):
         score_inputs, generator = context.score_fn(image, probability), context.generator()
@@ -88,6 +86,52 @@ def rise(
         "samples": torch.stack([mean.count for mean in means]),
     }
     return torch.stack([mean.value() for mean in means]).float(), extras
+
+
+def d_rise(
+    context: MethodContext,
+    *,
+    samples: int = 5000,
+    cells: Sizes = 16,
+    keep: float = 0.5,
+    tolerance: float = 0.05,
+) -> tuple[Tensor, Extras]:
+    """Average random masks, weighted by the similarity of what the detector finds behind them to a box (D-RISE).
+
+    ::
+
+        M = 1 / (p n) sum_i w_i M_i,    w_i = max_a p_a(label) IoU(b_a, box)
+
+    ``a`` runs over the detector's candidates for the masked image. The masks are those of `rise`.
+
+    Parameters
+    ----------
+    context : MethodContext
+        With boxes as targets.
+    samples : int
+        The largest number of masks.
+    cells : int or sequence of int
+        Size of the grids, for all axes or one per axis.
+    keep : float
+        The probability p that a cell of a grid is 1, between 0 and 1.
+    tolerance : float
+        A target is finished when the largest standard error of its map is at most this fraction of the map's range;
+        0 always takes all samples.
+
+    Returns
+    -------
+    maps : Tensor of shape (B, T, ...)
+    extras : dict
+        "standard_error" (B, T, ...) of the maps, and "samples" (B, T), the numbers of masks.
+
+    References
+    ----------
+    Petsiuk et al., Black-box Explanation of Object Detectors via Saliency Maps, CVPR 2021, equations 1 to 3, with the
+    score of `convscope.box_target` as similarity. The paper's maps are sums: p n times these.
+    """
+    if context.targets.boxes is None:
+        raise ConvscopeError("d-rise explains boxes: targets=convscope.box_target(label, box); for classes: rise")
+    return rise(context, samples=samples, cells=cells, keep=keep, tolerance=tolerance)
 
 
 class _RunningMean:

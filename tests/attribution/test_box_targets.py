@@ -1,0 +1,150 @@
+"""Heatmaps of boxes: scores and gradients in closed form, and D-RISE from its equation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import convscope
+from convscope.attribution.methods import rise
+from convscope.errors import ConvscopeError
+from tests.oracles.detectors import SIDE, STRIDE, CellDetector, image_with_squares
+
+WHITE, GRAY, RED = (255, 255, 255), (204, 204, 204), (255, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A detector of bright and red cells."""
+    return convscope.load(
+        CellDetector().eval(), task="detection", classes=["gray", "red"], preprocessing={"size": (SIDE, SIDE)}
+    )
+
+
+@pytest.fixture(scope="module")
+def image():
+    """Two bright squares of the same class."""
+    return image_with_squares({(8, 16): GRAY, (24, 0): WHITE})
+
+
+def test_score_is_probability_times_overlap(model, image):
+    targets = [convscope.box_target("gray", (8, 16, 16, 24)), convscope.box_target("gray", (8, 16, 24, 24))]
+    heatmaps = convscope.heatmaps(model, image, targets, method="saliency")
+    np.testing.assert_allclose(heatmaps.logits, [[0.8, 0.4]], atol=1e-6)
+    assert heatmaps.names == [["gray in 8 16 16 24", "gray in 8 16 24 24"]]
+
+
+def test_gradient_is_that_of_the_cell_in_the_box_alone(model, image):
+    detections = convscope.detect(model, image)
+    assert detections.boxes[1].tolist() == [8, 16, 16, 24]
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target(detections[0], 1), method="saliency")
+    expected = np.zeros((SIDE, SIDE), np.float32)
+    expected[16:24, 8:16] = 1 / (3 * STRIDE**2)
+    np.testing.assert_allclose(heatmaps.values[0, 0], expected, atol=1e-8)
+
+
+def test_class_of_the_box_decides(model):
+    image = image_with_squares({(8, 16): RED})
+    gray, red = (convscope.box_target(name, (8, 16, 16, 24)) for name in ("gray", "red"))
+    heatmaps = convscope.heatmaps(model, image, [gray, red], method="input-x-gradient")
+    np.testing.assert_allclose(heatmaps.logits, [[1 / 3, 1]], atol=1e-6)
+    np.testing.assert_allclose(heatmaps.values[0].sum((1, 2)), [1 / 3, 1], atol=1e-5)
+
+
+def test_boxes_lie_in_the_image_not_in_the_input(model):
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[32:48, 32:64] = 255
+    (score,) = convscope.detect(model, image).scores
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target("gray", (32, 32, 64, 48)), method="saliency")
+    np.testing.assert_allclose(heatmaps.logits, [[score]], atol=1e-5)
+    (resized,) = heatmaps.resized()
+    assert resized[0, 30:50, 28:68].sum() > 0.99 * resized[0].sum()
+
+
+def test_each_image_has_its_own_boxes(model):
+    images = [image_with_squares({(0, 0): WHITE}), image_with_squares({(24, 24): GRAY})]
+    boxes = [[convscope.box_target("gray", (0, 0, 8, 8))], [convscope.box_target("gray", (24, 24, 32, 32))]]
+    together = convscope.heatmaps(model, images, boxes, method="saliency")
+    np.testing.assert_allclose(together.logits[:, 0], [1, 0.8], atol=1e-5)
+    for n, image in enumerate(images):
+        alone = convscope.heatmaps(model, image, boxes[n], method="saliency")
+        np.testing.assert_array_equal(alone.values[0], together.values[n])
+
+
+def test_grad_cam_lies_in_the_box(model):
+    image = image_with_squares({(8, 16): WHITE})
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target("gray", (8, 16, 16, 24)), layer="cells")
+    assert np.flatnonzero(heatmaps.values[0, 0] > 0).tolist() == [2 * 4 + 1]
+
+
+def overlap(first, second):
+    """Intersection over union of two boxes."""
+    width = max(0, min(first[2], second[2]) - max(first[0], second[0]))
+    height = max(0, min(first[3], second[3]) - max(first[1], second[1]))
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+def test_d_rise_equals_its_equation(model, image):
+    box, samples = (8, 16, 18, 24), 40
+    heatmaps = convscope.heatmaps(
+        model, image, convscope.box_target("gray", box), method="d-rise", samples=samples, cells=4, tolerance=0
+    )
+    generator = torch.Generator().manual_seed(0)
+    grids, shifts = rise._random_grids(samples, (4, 4), (SIDE, SIDE), 0.5, generator)
+    masks = rise._upsample_masks(grids, shifts, (SIDE, SIDE)).numpy().astype(np.float64)
+    pixels = image.mean(2) / 255
+    expected = np.zeros((SIDE, SIDE))
+    for mask in masks:
+        cells = (pixels * mask).reshape(4, STRIDE, 4, STRIDE).mean((1, 3))
+        weight = max(
+            cells[row, column] * overlap((8 * column, 8 * row, 8 * column + 8, 8 * row + 8), box)
+            for row in range(4)
+            for column in range(4)
+        )
+        expected += weight * mask / (0.5 * samples)
+    np.testing.assert_allclose(heatmaps.values[0, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_d_rise_of_a_function_has_its_energy_in_the_box(image):
+    module = CellDetector().eval()
+
+    def black_box(images):
+        with torch.no_grad():
+            return module(images)
+
+    model = convscope.load(black_box, task="detection", classes=["gray", "red"], preprocessing={"size": (SIDE, SIDE)})
+    target = convscope.box_target("gray", (24, 0, 32, 8))
+    heatmaps = convscope.heatmaps(model, image, target, method="d-rise", samples=1000, cells=4, tolerance=0)
+    values = heatmaps.values[0, 0]
+    assert values[:8, 24:].mean() > 1.3 * values.mean()
+    assert np.unravel_index(values.argmax(), values.shape)[0] < 8
+
+
+def test_d_rise_without_boxes_names_rise(model, image):
+    with pytest.raises(ConvscopeError, match="for classes: rise"):
+        convscope.heatmaps(model, image, "gray", method="d-rise")
+
+
+@pytest.mark.parametrize("box", [(1, 2, 3), (5, 0, 4, 9), (0, 0, np.nan, 3), "0 0 1 1"])
+def test_other_boxes_are_refused(box):
+    with pytest.raises(ConvscopeError, match="expected four numbers"):
+        convscope.box_target(0, box)
+
+
+def test_boxes_for_a_classifier_are_refused(lite0, photos):
+    with pytest.raises(ConvscopeError, match="task='detection'"):
+        convscope.heatmaps(lite0, photos[0], convscope.box_target(1, (0, 0, 8, 8)))
+
+
+def test_boxes_and_classes_cannot_be_mixed(model, image):
+    with pytest.raises(ConvscopeError, match="mixes"):
+        convscope.heatmaps(model, image, [convscope.box_target(0, (0, 0, 8, 8)), "gray"])
+
+
+def test_deletion_of_the_box_loses_its_score(model, image):
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target("gray", (8, 16, 16, 24)), method="saliency")
+    evaluation = convscope.evaluate(model, image, heatmaps, metrics=("deletion",))
+    assert evaluation.curves["deletion"][0, 0, 0] == pytest.approx(0.8, abs=1e-5)
+    assert evaluation.curves["deletion"][0, 0, -1] < 0.8
