@@ -16,6 +16,7 @@ from convscope.attribution.methods import (
     expected_gradients,
     full_grad,
     gradient,
+    legrad,
     lrp,
     perturbation,
     rise,
@@ -106,6 +107,7 @@ METHODS: dict[str, Method] = {
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
     "attention-rollout": ModelMethod(attention.attention_rollout),
     "transformer-attribution": ModelMethod(attention.transformer_attribution),
+    "legrad": ModelMethod(legrad.legrad),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
     "occlusion": ModelMethod(

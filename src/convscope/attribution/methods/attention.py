@@ -52,7 +52,7 @@ def attention_rollout(context: MethodContext) -> Tensor:
 
     References
     ----------
-    Abnar and Zuidema, Quantifying Attention Flow in Transformers, ACL 2020, equations 1 and 2 and section 3.
+    Abnar and Zuidema, Quantifying Attention Flow in Transformers, ACL 2020, section 3.
     """
 
     def rollout(weights: Sequence[Tensor], _gradients: Sequence[Tensor]) -> Tensor:
@@ -119,9 +119,10 @@ def _map_tokens(context: MethodContext, combine: Combine) -> Tensor:
         rows = torch.arange(positions[0], positions[-1] + 1, device=x.device)
         with AttentionRecorder() as recorder:
             _, scores = context.forward(x[rows], rows)
+        recorded = differentiable_weights(context.model, recorder, scores)
         relevance = []
         for t in range(context.num_targets):
-            weights, gradients = _used_weights(context.model, scores, t, recorder.weights)
+            weights, gradients = _used_weights(context.model, scores, t, recorded)
             is_read = gradients[-1].abs().amax((1, 3)) > 0
             read = is_read / is_read.sum(1, keepdim=True).clamp(min=1)
             relevance.append((read[:, None] @ combine(weights, gradients))[:, 0])
@@ -130,13 +131,18 @@ def _map_tokens(context: MethodContext, combine: Combine) -> Tensor:
     return torch.cat(maps)
 
 
+def differentiable_weights(model: Model, recorder: AttentionRecorder, scores: Tensor) -> list[Tensor]:
+    """Return the recorded weights that scores may depend on; raise ConvscopeError if there are none."""
+    weights = [w for w in recorder.weights if w.requires_grad]
+    if not weights or not scores.requires_grad:
+        raise ConvscopeError(f"the method reads attention weights, and {model.name} computes none. {OTHERS}")
+    return weights
+
+
 def _used_weights(
     model: Model, scores: Tensor, target: int, recorded: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the weights (P, heads, T, S) that a target depends on, in order, and its gradients at them."""
-    recorded = [w for w in recorded if w.requires_grad]
-    if not recorded or not scores.requires_grad:
-        raise ConvscopeError(f"the method reads attention weights, and {model.name} computes none. {OTHERS}")
     retain_graph = target + 1 < scores.shape[1]
     by_weights = torch.autograd.grad(scores[:, target].sum(), recorded, retain_graph=retain_graph, allow_unused=True)
     pairs = [(w.detach(), g) for w, g in zip(recorded, by_weights, strict=True) if g is not None]

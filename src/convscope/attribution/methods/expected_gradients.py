@@ -42,7 +42,7 @@ def expected_gradients(context: MethodContext, *, samples: int = 50, reference: 
     -------
     maps : Tensor of shape (B, T, ...)
     extras : dict
-        "completeness_error" (B, T): the map's sum minus the score's difference to its mean over the drawn x'.
+        "completeness_error" (B, T): the map's sum minus the score's difference to its mean over the chosen x'.
 
     Raises
     ------
@@ -52,13 +52,13 @@ def expected_gradients(context: MethodContext, *, samples: int = 50, reference: 
     References
     ----------
     Erion et al., Improving performance of deep learning models with axiomatic attribution priors and expected
-    gradients, Nature Machine Intelligence 2021, equation 3.
+    gradients, Nature Machine Intelligence 2021.
     """
     x, generator = context.x, context.generator()
     images = _reference_images(context, reference)
-    drawn = torch.randint(len(images), (samples,), generator=generator)
+    indices = torch.randint(len(images), (samples,), generator=generator)
     positions = torch.rand(samples, generator=generator)
-    references = images[drawn]
+    references = images[indices]
 
     def points_between(x: Tensor, _: Tensor) -> Iterator[Tensor]:
         return (start + a * (x - start) for start, a in zip(references, positions.tolist(), strict=True))
@@ -69,7 +69,7 @@ def expected_gradients(context: MethodContext, *, samples: int = 50, reference: 
         maps[:, part] += (differences * gradients).sum((1, 3)) / samples
     maps = maps.transpose(0, 1)
     rows = torch.arange(len(x), device=x.device)
-    difference = context.scores(x, rows) - _mean_scores(context, images, drawn)
+    difference = context.scores(x, rows) - _mean_scores(context, images, indices)
     return maps, {"completeness_error": maps.flatten(2).sum(2) - difference}
 
 
@@ -92,10 +92,10 @@ def _reference_images(context: MethodContext, reference: object) -> Tensor:
     return images.to(context.x)
 
 
-def _mean_scores(context: MethodContext, images: Tensor, drawn: Tensor) -> Tensor:
-    """Compute the mean scores (B, T) of reference images, weighted by how often each was drawn."""
-    counts = torch.bincount(drawn, minlength=len(images))
-    weights = (counts / len(drawn)).to(images)
+def _mean_scores(context: MethodContext, images: Tensor, indices: Tensor) -> Tensor:
+    """Compute the mean scores (B, T) of reference images, weighted by how often each was chosen."""
+    counts = torch.bincount(indices, minlength=len(images))
+    weights = (counts / len(indices)).to(images)
     chosen = counts.nonzero()[:, 0].tolist()
     means = []
     for image in range(len(context.x)):
