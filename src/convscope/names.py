@@ -35,6 +35,7 @@ METHOD_DESCRIPTIONS = {
     "lrp-zplus": "layer-wise relevance, z-plus rule; extra lrp",
     "attention-rollout": "product of the attention of all layers; transformers",
     "transformer-attribution": "attention times its gradient, all layers; transformers",
+    "attn-lrp": "layer-wise relevance through attention; transformers",
     "legrad": "positive gradients at all attention; transformers",
     "score-cam": "channels weighted by the score of masked images; slow",
     "ablation-cam": "channels weighted by the score lost without them; slow",

@@ -11,6 +11,7 @@ from torch import Tensor
 from convscope.attribution.context import MethodOutput
 from convscope.attribution.methods import (
     attention,
+    attn_lrp,
     baselines,
     cam,
     expected_gradients,
@@ -107,6 +108,7 @@ METHODS: dict[str, Method] = {
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
     "attention-rollout": ModelMethod(attention.attention_rollout),
     "transformer-attribution": ModelMethod(attention.transformer_attribution),
+    "attn-lrp": ModelMethod(attn_lrp.attn_lrp, signed=True),
     "legrad": ModelMethod(legrad.legrad),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
