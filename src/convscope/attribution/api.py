@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
-from convscope.attribution.default_layer import choose_layer
+from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
@@ -22,6 +22,7 @@ from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.engine.batching import MEMORY, batch_size
+from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -234,7 +235,7 @@ def compute_heatmaps(
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True)
     num_images = len(loader)
     target_spec = parse_targets(model, targets, num_images, against)
-    specs = [_with_layer(model, spec, target_spec) for spec in specs]
+    specs = [_with_layer(model, spec, target_spec, loader) for spec in specs]
     job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
     size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
     results: list[BatchResult] = []
@@ -260,11 +261,20 @@ def compute_heatmaps(
     ]
 
 
-def _with_layer(model: Model, spec: MethodSpec, targets: TargetSpec) -> MethodSpec:
-    """Choose the layer of a method that needs one and got none."""
+def _with_layer(model: Model, spec: MethodSpec, targets: TargetSpec, loader: ImageBatchLoader) -> MethodSpec:
+    """Choose the layer of a method that needs one and got none; for boxes by those of the first image."""
     if spec.layers or spec.method.at_input:
         return spec
-    layer, reason = choose_layer(model, targets.functions)
+    if targets.boxes:
+        batch = next(loader.batches(1))
+
+        def scores(outputs: ForwardResult) -> Tensor:
+            image_targets = targets.for_batch(batch.indices, outputs.logits[:1], batch.geometry)
+            return image_targets.of_image(0, len(outputs.logits)).scores(outputs)
+
+        layer, reason = choose_layer_for_boxes(model, batch.x, scores)
+    else:
+        layer, reason = choose_layer(model, targets.functions)
     return replace(spec, layers=(layer,), layer_reason=reason)
 
 

@@ -63,6 +63,61 @@ def choose_layer(model: Model, functions: Sequence[ScoreFunction] = ()) -> Choic
     return known[ends]
 
 
+def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardResult], Tensor]) -> Choice:
+    """Choose the layer for heatmaps of boxes in an image, and explain the choice.
+
+    A detector finds objects of different sizes at different layers, so the boxes decide. The choice is the last layer
+    with spatial extent of which every box depends on several positions; at later ones, which hold class scores of
+    candidates, it depends on its own candidate alone.
+
+    Parameters
+    ----------
+    model : Model
+    x : Tensor
+        The image (1, C, H, W).
+    scores : callable
+        Returns the scores (1, T) of the boxes.
+
+    Returns
+    -------
+    layer : Layer
+    reason : str
+    """
+    candidates = list(_candidates(model, [model.layers.flow.scores]))
+    counts: list[list[int]] = []
+    for start in range(0, len(candidates), CANDIDATES[-1]):
+        group = candidates[start : start + CANDIDATES[-1]]
+        counts += _position_counts(model, [layer.name for layer in group], x, scores)
+        for layer, positions in zip(candidates, counts, strict=False):
+            if min(positions) > 1:
+                rule = "of which every box depends on several positions"
+                return layer, f"the last layer with spatial extent ({_size(layer)}) {rule}"
+    for layer, positions in zip(candidates, counts, strict=True):
+        if min(positions) > 0:
+            return layer, f"the last layer with spatial extent ({_size(layer)}) that influences every box"
+    return choose_layer(model)
+
+
+def _position_counts(
+    model: Model, names: Sequence[str], x: Tensor, scores: Callable[[ForwardResult], Tensor]
+) -> list[list[int]]:
+    """Count for each layer the positions with a gradient of each score."""
+    with torch.no_grad(), capture.capture_layers(model, names, detach_at_layer=True) as run:
+        outputs = run(pad_to_fixed_batch(model, x))
+        maps = [outputs.maps[name] for name in names]
+        with torch.enable_grad():
+            values = scores(outputs)[0]
+    missing = [None] * len(maps)
+    gradients = [
+        torch.autograd.grad(value, maps, retain_graph=True, allow_unused=True) if value.requires_grad else missing
+        for value in values
+    ]
+    return [
+        [0 if g is None else int(g[0].any(0).count_nonzero()) for g in of_layer]
+        for of_layer in zip(*gradients, strict=True)
+    ]
+
+
 def _choose(model: Model, ends: Ends) -> Choice:
     outputs = [model.layers.flow.scores] if ends is None else [model.layers.flow.outputs[i] for i in sorted(ends)]
     candidates = list(_candidates(model, outputs))

@@ -89,7 +89,8 @@ def probe(
     """
 
     def weights() -> Iterator[Tensor]:
-        return chain(adapter.parameters(module), module.buffers())
+        attributes = (iter_tensors(vars(part)) for part in module.modules())
+        return chain(adapter.parameters(module), module.buffers(), chain.from_iterable(attributes))
 
     with Trace(x, weights) as trace, LogitsRecorder() as activations:
         recorder = _LayerRecorder(trace, adapter, tuple(x.shape), grid)

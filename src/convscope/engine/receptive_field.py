@@ -117,12 +117,15 @@ class Field:
         The operation that made the tensor.
     ancestors : frozenset of str
         The nearest marked tensors that the tensor was computed from.
+    is_regional : bool
+        Whether it was computed from crops of boxes, so that its positions are none of the image.
     """
 
     axes: Axes | None
     is_global: bool
     op: str = "input"
     ancestors: frozenset[str] = frozenset()
+    is_regional: bool = False
 
     def unmerged_axes(self, tensor: Tensor) -> Axes | None:
         """Return the axes if each has a dimension of the tensor to itself."""

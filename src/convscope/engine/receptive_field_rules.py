@@ -29,6 +29,7 @@ from convscope.engine.receptive_field import (
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
+REGION_OPERATIONS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")  # of torchvision: crops of boxes
 Arguments = Sequence[Any]  # of an operation: tensors, numbers, lists of numbers, None
 
 
@@ -77,6 +78,8 @@ def propagate(
     """
     name = operation_name(func)
     x, field = inputs[0], fields[0]
+    if name in REGION_OPERATIONS or any(f.is_regional for f in fields):
+        return replace(UNKNOWN, is_regional=True)
     if name == "cat" and (appended := _append_tokens(args, inputs, fields)) is not None:
         return appended
     if name in RULES and any(x is a for a in args[INPUT_POSITION.get(name, 0) :][:1]):
