@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import convscope
+from tests.oracles.detectors import tiny_faster_rcnn
 
 SIDE = 64
-
-
-class Trunk(nn.Module):
-    """Three convolutions of stride 2."""
-
-    out_channels = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = (3, 8, 8, 8)
-        layers = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(channels)]
-        self.body = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
 
 
 @pytest.fixture(scope="module")
 def faster_rcnn():
     """A tiny Faster R-CNN with random weights."""
-    from torchvision.models.detection import FasterRCNN
-    from torchvision.models.detection.rpn import AnchorGenerator
-    from torchvision.ops import MultiScaleRoIAlign
-
-    torch.manual_seed(0)
-    module = FasterRCNN(
-        Trunk(),
-        num_classes=3,
-        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),)),
-        box_roi_pool=MultiScaleRoIAlign(["0"], 4, 2),
-        min_size=SIDE,
-        max_size=SIDE,
-        box_score_thresh=0.0,
-        box_detections_per_img=8,
-        rpn_post_nms_top_n_test=20,
-    ).eval()
-    for parameter in module.parameters():
-        parameter.data *= 2
-    return module
+    return tiny_faster_rcnn()
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ STAND_INS = {
     ",rise": "",
     "publish store": "publish small-store",
     " --compile": "",
+    "package.module:detector": "tests.oracles.detectors:confident_faster_rcnn",
 }
 """What takes long in a command, and a shorter form of it."""
 
@@ -60,6 +61,9 @@ PRELUDES = {
         "from torchvision.transforms import CenterCrop, Normalize, Resize, ToTensor; my_module = gray_classifier()\n"
         "mean, std = (0.5,) * 3, (0.5,) * 3; array = numpy.zeros((64, 64, 3), 'uint8')\n"
         "my_data = torch.utils.data.TensorDataset(torch.zeros(2, 3, 224, 224))"
+    ),
+    "docs/detection.md": (
+        "import convscope; from tests.oracles.detectors import confident_faster_rcnn; detector = confident_faster_rcnn()"
     ),
     "docs/progress.md": "import convscope; model = convscope.load('lite0')",
     "docs/scan.md": (

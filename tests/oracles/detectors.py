@@ -1,6 +1,8 @@
-"""Tiny detectors whose boxes and scores are known in closed form."""
+"""Tiny detectors: one whose boxes and scores are known in closed form, and one of torchvision."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -40,3 +42,47 @@ def image_with_squares(squares: dict[tuple[int, int], tuple[int, int, int]]) -> 
     for (left, top), color in squares.items():
         image[top : top + STRIDE, left : left + STRIDE] = color
     return image
+
+
+class Trunk(nn.Module):
+    """Three convolutions of stride 2."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise((3, 8, 8, 8))]
+        self.body = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def tiny_faster_rcnn() -> nn.Module:
+    """Return a Faster R-CNN of three classes with random weights, which returns 8 boxes for images of 64 x 64 pixels."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.rpn import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    torch.manual_seed(0)
+    module = FasterRCNN(
+        Trunk(),
+        num_classes=3,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 4, 2),
+        min_size=64,
+        max_size=64,
+        box_score_thresh=0.0,
+        box_detections_per_img=8,
+        rpn_post_nms_top_n_test=20,
+    )
+    for parameter in module.parameters():
+        parameter.data *= 2
+    return module.eval()
+
+
+def confident_faster_rcnn() -> nn.Module:
+    """Return the same detector, with probabilities of class 1 near 1."""
+    module = tiny_faster_rcnn()
+    module.roi_heads.box_predictor.cls_score.bias.data[1] += 4
+    return module
