@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
+from convscope.attribution.registry import usable_methods
 from tests.attribution.helpers import heatmap_values, load_module, random_images, relative_error
 from tests.oracles.nets import diff_snapshots, snapshot
 
@@ -197,6 +199,22 @@ def test_networks_without_attention_over_all_tokens_are_refused(method: str, x: 
     convnet = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     with pytest.raises(ConvscopeError, match=r"reads attention weights, and .* computes none\. Use grad-cam"):
         convscope.heatmaps(load_module(convnet.eval(), SIZE), x, 3, method=method)
+    assert method not in usable_methods(load_module(convnet.eval(), SIZE))
     swin = torchvision.models.SwinTransformer([2, 2], 12, [2], [2], [4, 4], num_classes=5).eval()
     with pytest.raises(ConvscopeError, match="attention within windows"):
         convscope.heatmaps(load_module(swin, SIZE), x, 3, method=method)
+    assert method not in usable_methods(load_module(swin, SIZE))
+
+
+def test_methods_are_offered_for_transformers(vit: nn.Module, x: Tensor) -> None:
+    assert {*METHODS, "legrad", "attn-lrp"} <= set(usable_methods(load_module(vit, SIZE)))
+
+
+def test_threads_get_their_own_maps(vit: nn.Module, x: Tensor) -> None:
+    model = load_module(vit, SIZE)
+    alone = [heatmap_values(model, x[[n]], 3, method="transformer-attribution") for n in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(
+            pool.map(lambda n: heatmap_values(model, x[[n]], 3, method="transformer-attribution"), range(3))
+        )
+    np.testing.assert_array_equal(together, alone)

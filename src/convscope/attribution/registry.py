@@ -67,6 +67,8 @@ class ModelMethod:
         Whether it needs gradients or layers, which functions as models do not have.
     needs_boxes : bool
         Whether its targets are boxes, not classes.
+    supports : callable or None
+        ``supports(model)`` returns whether a network has what the method needs; None if any network has.
     check : callable or None
         ``check(**options)`` validates the options before the network runs; raises ``ConvscopeError``.
     """
@@ -77,6 +79,7 @@ class ModelMethod:
     check: Callable[..., None] | None = None
     needs_gradient: bool = True
     needs_boxes: bool = False
+    supports: Callable[[Model], bool] | None = None
 
 
 Method = CamMethod | ModelMethod
@@ -106,10 +109,10 @@ METHODS: dict[str, Method] = {
     "lrp-epsilon": ModelMethod(lrp.lrp_epsilon, signed=True),
     "lrp-gamma": ModelMethod(lrp.lrp_gamma, signed=True),
     "lrp-zplus": ModelMethod(lrp.lrp_zplus),
-    "attention-rollout": ModelMethod(attention.attention_rollout),
-    "transformer-attribution": ModelMethod(attention.transformer_attribution),
+    "attention-rollout": ModelMethod(attention.attention_rollout, supports=attention.has_global_attention),
+    "transformer-attribution": ModelMethod(attention.transformer_attribution, supports=attention.has_global_attention),
     "attn-lrp": ModelMethod(attn_lrp.attn_lrp, signed=True),
-    "legrad": ModelMethod(legrad.legrad),
+    "legrad": ModelMethod(legrad.legrad, supports=attention.has_global_attention),
     "score-cam": ModelMethod(perturbation.score_cam, at_input=False),
     "ablation-cam": ModelMethod(perturbation.ablation_cam, at_input=False),
     "occlusion": ModelMethod(
@@ -123,20 +126,30 @@ METHODS: dict[str, Method] = {
 
 
 def usable_methods(model: Model) -> list[str]:
-    """Return the keys of the methods that a network allows for classes; without layers or gradients only some work."""
+    """Return the keys of the methods that a network allows for classes.
+
+    Without layers or gradients only some work, and methods that read attention need attention.
+    """
     return [
         name
         for name, method in METHODS.items()
-        if not (isinstance(method, ModelMethod) and method.needs_boxes)
-        if (model.differentiable and (method.at_input or len(model.layers) > 0))
-        or (isinstance(method, ModelMethod) and not method.needs_gradient)
+        if _is_usable(model, method)
+        and not (isinstance(method, ModelMethod) and method.supports is not None and not method.supports(model))
     ]
+
+
+def _is_usable(model: Model, method: Method) -> bool:
+    """Check whether a method explains classes, and has the layers and gradients that it needs."""
+    if isinstance(method, ModelMethod) and method.needs_boxes:
+        return False
+    has_layers = model.differentiable and (method.at_input or len(model.layers) > 0)
+    return has_layers or (isinstance(method, ModelMethod) and not method.needs_gradient)
 
 
 def default_method(model: Model) -> str:
     """Return the key of the method for networks of this kind."""
-    usable = usable_methods(model)
-    return next(name for name in ("grad-cam", "integrated-gradients", "occlusion") if name in usable)
+    names = ("grad-cam", "integrated-gradients", "occlusion")
+    return next(name for name in names if _is_usable(model, METHODS[name]))
 
 
 def get_method(name: str) -> Method:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from convscope.attribution.context import MethodContext
 from convscope.attribution.methods.gradient import grad_batch_size
+from convscope.engine import capture
 from convscope.engine.attention import AttentionRecorder
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.model import Model
@@ -105,6 +107,19 @@ def transformer_attribution(context: MethodContext) -> Tensor:
     return _map_tokens(context, relevance)
 
 
+def has_global_attention(model: Model) -> bool:
+    """Check whether a network has attention between all tokens of an image; one forward pass per model."""
+    if model not in _has_global_attention:
+        zeros = torch.zeros(model.fixed_batch_size or 1, model.preprocessing.channels, *model.preprocessing.size)
+        with torch.no_grad(), capture.capture_layers(model, []) as run, AttentionRecorder() as recorder:
+            run(zeros)
+        _has_global_attention[model] = any(is_per_image(w, len(zeros)) for w in recorder.weights)
+    return _has_global_attention[model]
+
+
+_has_global_attention: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
+
+
 # --- from weights to maps --------------------------------------------------------------------------------------------
 
 Combine = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -160,14 +175,17 @@ def _used_weights(
 
 def per_image(weights: Tensor, count: int) -> Tensor:
     """Return attention weights as (N, heads, T, S); raise ConvscopeError for attention within parts of an image."""
-    if weights.ndim == 3 and len(weights) % count == 0:  # the heads are folded into the batch
-        return weights.reshape(count, -1, *weights.shape[1:])
-    if weights.ndim == 4 and len(weights) == count:
-        return weights
+    if is_per_image(weights, count):
+        return weights if weights.ndim == 4 else weights.reshape(count, -1, *weights.shape[1:])
     raise ConvscopeError(
         f"attention weights have shape {tuple(weights.shape)} for {count} images; the method needs (images, heads, "
         f"queries, tokens). This looks like attention within windows. {OTHERS}"
     )
+
+
+def is_per_image(weights: Tensor, count: int) -> bool:
+    """Check for attention weights (N, heads, T, S) of N images; the heads may be folded into the batch."""
+    return (weights.ndim == 3 and len(weights) % count == 0) or (weights.ndim == 4 and len(weights) == count)
 
 
 def lay_on_grid(model: Model, tokens: Tensor) -> Tensor:
