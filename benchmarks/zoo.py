@@ -70,6 +70,7 @@ class Result:
     last_stage: list[int] | None = None
     difference: float | None = None
     batch_difference: float | None = None
+    batch_difference_by_hand: float | None = None
     zero_maps: int = 0
     zero_maps_by_hand: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -133,6 +134,8 @@ def _check_model(result: Result, network: Network, model: convscope.Model) -> No
     with result.step("by hand"):
         maps, by_hand = grad_cam_by_hand(network.module, model, heatmaps.layer, batch, heatmaps.targets[:, 0])
         result.difference = max(_difference(a, b) for a, b in zip(heatmaps.values[:, 0], by_hand.numpy(), strict=True))
+        _, alone_by_hand = grad_cam_by_hand(network.module, model, heatmaps.layer, batch[:1], heatmaps.targets[:1, 0])
+        result.batch_difference_by_hand = _difference(alone_by_hand[0].numpy(), by_hand[0].numpy())
         result.zero_maps_by_hand = int((by_hand.flatten(1).abs().amax(1) == 0).sum())
     with result.step("last stage"):
         result.last_stage = list(network.grid or last_stage_by_hooks(network.module, model, batch[:1]))
@@ -225,7 +228,8 @@ def last_stage_by_hooks(module: nn.Module, model: convscope.Model, batch: Tensor
             grid = tuple(tensor.shape[1:-1] if _is_keras(module) else tensor.shape[2:])
             # Keras keeps weights in a child of each layer.
             weights = list(layer.parameters(recurse=_is_keras(module)))
-            if tensor.ndim == batch.ndim and math.prod(grid) > 1 and weights:
+            is_grid = math.prod(grid) > 1 and all(g <= size for g, size in zip(grid, batch.shape[2:], strict=True))
+            if tensor.ndim == batch.ndim and is_grid and weights:
                 grids.append(grid)
 
     handles = [layer.register_forward_hook(record) for layer in _submodules(module).values()]
@@ -411,6 +415,7 @@ def _summary(results: list[dict[str, Any]]) -> list[str]:
     different = [r for r in compared if r["difference"] > TOLERANCE]
     unexplained = [r for r in explained if r["zero_maps"] > (r["zero_maps_by_hand"] or 0)]
     batch = [r for r in explained if (r["batch_difference"] or 0) > TOLERANCE]
+    rounding = [r for r in batch if (r.get("batch_difference_by_hand") or 0) > TOLERANCE]
     rows = [
         ("networks with heatmaps", f"{len(explained)} of {len(results)}"),
         ("exceptions other than `ConvscopeError`", _names(kinds["foreign"])),
@@ -418,6 +423,7 @@ def _summary(results: list[dict[str, Any]]) -> list[str]:
         ("default layer of another size than the last stage", _names(other_stage)),
         (f"Grad-CAM by hand differs by more than {TOLERANCE:g} (of {len(compared)})", _names(different)),
         (f"batch and alone differ by more than {TOLERANCE:g}", _names(batch)),
+        ("of these, the maps by hand do so too: rounding", _names(rounding)),
         ("maps of zeros where the one by hand is not", _names(unexplained)),
         ("longer than the time limit", _names(kinds["timeout"])),
         ("not built here", _names(kinds["unavailable"])),

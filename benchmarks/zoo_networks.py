@@ -142,12 +142,7 @@ def _torchvision(family: str, cache: Path) -> Network:
             options["init_weights"] = False
         return get_model(name, weights=None, **options)
 
-    def count(name: str) -> nn.Module:
-        from torchvision.models import get_model
-
-        return get_model(name, weights=None, quantize=False) if family.startswith("quantization.") else create(name)
-
-    name = _smallest(f"torchvision/{family}", _torchvision_members()[family], count, cache)
+    name = min(_torchvision_members()[family], key=_published_parameters)
     module = create(name).eval()
     kind = family.partition(".")[0]
     if kind in {"detection", "optical_flow"}:
@@ -156,6 +151,13 @@ def _torchvision(family: str, cache: Path) -> Network:
         return _video(name, module)
     size = _size(module, (224,) if "vision_transformer" in family else SIZES[1:])
     return Network(name, _with_head(module), (size, size), {"size": size, "mean": 0.5, "std": 0.25})
+
+
+def _published_parameters(name: str) -> int:
+    """Return a model's number of parameters from the description of its weights."""
+    from torchvision.models import get_model_weights
+
+    return min(entry.meta["num_params"] for entry in get_model_weights(name))
 
 
 def _video(name: str, module: nn.Module) -> Network:
@@ -202,6 +204,7 @@ SCALARS = {
     "n_head": 2,
     "projection_dim": 32,
 }
+MERGING = {"swin", "swinv2", "donut-swin", "focalnet"}  # each stage but the last merges two by two patches
 
 
 def _transformers_families() -> list[str]:
@@ -227,7 +230,11 @@ def _transformers(family: str, cache: Path) -> Network:
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue
         break
-    return Network(name, _with_head(module), (size, size), {"size": size, "mean": 0.5, "std": 0.25})
+    grid = None
+    if family in MERGING:
+        side = size // (config.patch_size * 2 ** (len(config.depths) - 1))
+        grid = side, side
+    return Network(name, _with_head(module), (size, size), {"size": size, "mean": 0.5, "std": 0.25}, grid)
 
 
 def _small_config(config: Any, size: int) -> Any:
