@@ -124,6 +124,36 @@ def test_a_thread_waits_for_the_network_but_not_for_other_networks() -> None:
     assert entered == ["other", "same"]
 
 
+# --- attributes ---
+
+
+class AdaptiveWindow(nn.Module):
+    """Keep the mean over windows; narrow them for good if an image is smaller, as Swin of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.window, self.grid, self.positions = 16, (0, 0), torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.window = min(self.window, x.shape[-1])
+        if tuple(x.shape[2:]) != self.grid:
+            self.grid, self.positions = tuple(x.shape[2:]), torch.linspace(0, 1, x.shape[-1])
+        x = self.conv(x).relu() + self.positions
+        return self.fc(F.avg_pool2d(x, self.window).square().mean((2, 3)))
+
+
+@pytest.mark.parametrize("recipe", ["plain", "robust"])
+def test_attributes_that_depend_on_the_size_are_set_back(recipe: str) -> None:
+    net = randomized(AdaptiveWindow())
+    model = convscope.load(net, preprocessing={"size": 16})
+    before = convscope.heatmaps(model, inputs()[:, :, :16, :16], 1, layer="conv").values
+    convscope.patterns(model, "logits", [0], recipe=recipe, size=8, steps=2)
+    assert (net.window, net.grid, len(net.positions)) == (16, (0, 0), 0)
+    after = convscope.heatmaps(model, inputs()[:, :, :16, :16], 1, layer="conv").values
+    np.testing.assert_array_equal(after, before)
+
+
 # --- buffers ---
 
 

@@ -1,7 +1,7 @@
 """Isolation of forward passes: what a pass needs to be exact, repeatable and without side effects.
 
 Inside `isolated_pass` one thread has the network to itself, the network is in inference mode with frozen parameters,
-buffers that it writes to are copies, and gradient checkpointing is off. On exit everything is as it was before.
+buffers that it writes to are copies, attributes that it sets are set back, and gradient checkpointing is off. On exit everything is as it was before.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.utils import checkpoint
 
 from convscope.engine.function_modes import without_function_modes
 
 # In inference mode these read their buffers and never write them.
 READ_ONLY_BUFFERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+# Of attributes; flags such as `built` of Keras stay, as what they stand for does.
+RESTORED_TYPES = frozenset({int, float, tuple, Size, Tensor})
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -45,6 +48,7 @@ def isolated_pass(
         stack.enter_context(exclusive_access(module))
         stack.enter_context(frozen_eval_mode(modules, parameters))
         stack.enter_context(temporary_buffers(modules))
+        stack.enter_context(temporary_attributes(modules))
         stack.enter_context(without_checkpointing())
         yield
 
@@ -115,6 +119,26 @@ def temporary_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
         for m, buffers in original:
             m._buffers.clear()  # noqa: SLF001
             m._buffers.update(buffers)  # noqa: SLF001
+
+
+@contextmanager
+def temporary_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Set numbers, tuples and tensors that modules keep in attributes back on exit.
+
+    Some networks adapt to the size of each image: Swin of transformers narrows its windows for a small one, and then
+    fails for larger ones.
+    """
+    original = [
+        (attributes, name, value)
+        for attributes in map(vars, modules)
+        for name, value in attributes.items()
+        if type(value) in RESTORED_TYPES
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value in original:
+            attributes[name] = value
 
 
 # --- gradient checkpointing ------------------------------------------------------------------------------------------
