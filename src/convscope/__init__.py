@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from convscope.attribution.box_targets import box_target
     from convscope.attribution.result import Heatmaps
     from convscope.attribution.targets import output_target, segmentation_target
+    from convscope.attribution.text_targets import text_target
     from convscope.decomposition.activation_atlas import atlas
     from convscope.decomposition.craft import concepts
     from convscope.decomposition.result import Atlas, Concepts
@@ -89,6 +90,7 @@ __all__ = [
     "segmentation_target",
     "show",
     "story",
+    "text_target",
 ]
 
 _TARGETS = {
@@ -130,6 +132,7 @@ _TARGETS = {
     "segmentation_target": "convscope.attribution.targets:segmentation_target",
     "show": "convscope.explorer.notebook:show",
     "story": "convscope.featurevis.layer_story:story",
+    "text_target": "convscope.attribution.text_targets:text_target",
 }
 """What each public name stands for: a module, or an attribute of one."""
 

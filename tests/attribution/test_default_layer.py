@@ -194,3 +194,14 @@ def test_a_network_that_returns_its_last_map_alone() -> None:
     layer, reason = choose_layer(model)
     assert layer.name == "0"
     assert reason.endswith("it is the network's own output")
+
+
+def test_scores_of_constant_length_have_influence() -> None:
+    """Embeddings of length 1, whose sum of squares has no gradient, and probabilities, whose sum has none."""
+
+    def embedding(net: Any, x: Tensor) -> Tensor:
+        return F.normalize(net.fc(mean(net.b(net.a(x).relu()).relu())), dim=1)
+
+    layer, reason = choose_layer(load_model(randomized(Function(embedding))))
+    assert layer.name == "b"
+    assert "no gradient" not in reason

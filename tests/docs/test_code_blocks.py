@@ -46,6 +46,7 @@ STAND_INS = {
     "publish store": "publish small-store",
     " --compile": "",
     "package.module:detector": "tests.oracles.detectors:confident_faster_rcnn",
+    '"open_clip:ViT-B-32/laion2b_s34b_b79k"': "small_clip()",
 }
 """What takes long in a command, and a shorter form of it."""
 
@@ -107,6 +108,16 @@ def gray_classifier() -> nn.Module:
     return nn.Sequential(Gray(), *layers).eval()
 
 
+def small_clip() -> nn.Module:
+    """Return a network that compares images with text."""
+    import open_clip
+
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    network: nn.Module = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
+    return network
+
+
 def write_images(folder: Path, photos: list[str]) -> None:
     """Write the files that the pages name: photographs, small ones, alone, in folders and in tar files."""
     images = [Image.open(path).convert("RGB") for path in photos]
@@ -140,9 +151,9 @@ def workspace(tmp_path: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
     return tmp_path
 
 
-def with_random_weights(make: Callable[[str, str], object]) -> Callable[[str, str], object]:
+def with_random_weights(make: Callable[..., object]) -> Callable[..., object]:
     """Return a source of models that never downloads weights."""
-    return lambda name, weights: make(name, "random" if weights == "default" else weights)
+    return lambda name, weights, *rest: make(name, "random" if weights == "default" else weights, *rest)
 
 
 def shorten(text: str) -> str:
@@ -205,7 +216,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("document", [page for page in PAGES if code_blocks(page)])
 def test_code_blocks_run(document: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, object] = {"gray_classifier": gray_classifier}
+    namespace: dict[str, object] = {"gray_classifier": gray_classifier, "small_clip": small_clip}
     WRITERS.get(document, lambda _: None)(workspace)
     exec(PRELUDES.get(document, ""), namespace)
     for block in code_blocks(document):

@@ -46,6 +46,9 @@ def explain(model: convscope.Model, images: list[str]) -> None:
     region = convscope.segmentation_target(3, np.ones((4, 4), bool))
     assert_type(convscope.heatmaps(model, images, [region]).targets, np.ndarray)
     assert_type(convscope.heatmaps(model, images, [convscope.output_target("out", 3)]).logits, np.ndarray)
+    text = convscope.text_target("a striped cat")
+    assert_type(convscope.heatmaps(model, images, text).values, np.ndarray)
+    assert_type(convscope.heatmaps(model, images, [text, text]).names, list[list[str]])
 
 
 def detect(model: convscope.Model, image: str) -> None:

@@ -191,12 +191,14 @@ def _last_with_gradient(model: Model, layers: Sequence[Layer], ends: Ends) -> La
 
 
 def _are_usable(model: Model, layers: Sequence[Layer], ends: Ends) -> list[bool]:
-    def squared(outputs: ForwardResult) -> Tensor:
-        return _flat_scores(outputs, ends).square().sum()
+    def weighted_squares(outputs: ForwardResult) -> Tensor:
+        """Vary with every score, also where their sum (probabilities) or that of their squares (embeddings) is 1."""
+        scores = _flat_scores(outputs, ends)
+        return (scores.square() * torch.linspace(1, 2, scores.shape[1], device=scores.device)).sum()
 
     if not layers:
         return []
-    influence = [bool(gradient.any()) for gradient in _gradients(model, layers, squared, seed=0)]
+    influence = [bool(gradient.any()) for gradient in _gradients(model, layers, weighted_squares, seed=0)]
     if not model.layers.flow.returns_maps or ends is not None:
         return influence
     linear = _are_followed_by_linear_layers(model, layers)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.box_targets import BoxTarget, box_scores, parse_box_targets
+from convscope.attribution.text_targets import TextTarget, bind_texts
 from convscope.engine.candidates import DetectionReader
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
@@ -38,6 +39,8 @@ Targets = (
     | BoxTarget
     | Sequence[BoxTarget]
     | Sequence[Sequence[BoxTarget]]
+    | TextTarget
+    | Sequence[TextTarget]
 )
 
 
@@ -368,7 +371,7 @@ def parse_targets(
             raise ConvscopeError("against= needs classes as targets; got boxes")
         classes = [[model.class_index(target.label) for target in row] for row in boxes]
         return TargetSpec(model, torch.tensor(classes), boxes=boxes)
-    functions = _functions(targets)
+    functions = _functions(bind_texts(model, targets))
     if functions:
         if against is not None:
             raise ConvscopeError("against= needs classes as targets; a function can subtract another class itself")

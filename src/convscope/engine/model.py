@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.candidates import DetectionReader
 from convscope.engine.class_names import find_class, is_class_name
+from convscope.engine.dual_encoder import DualEncoder
 from convscope.engine.layer_table import LayerTable
 from convscope.engine.outputs import VALUE_TASKS, OutputReader
 from convscope.errors import ConvscopeError, is_int
@@ -63,6 +64,8 @@ class Model:
         Whether gradients pass through the network.
     is_stochastic : bool
         Whether the network gives another output each time it runs.
+    dual_encoder : DualEncoder or None
+        The encoders of a network that compares images with text.
 
     Examples
     --------
@@ -94,6 +97,7 @@ class Model:
     reader: OutputReader = field(default_factory=OutputReader)
     differentiable: bool = True
     is_stochastic: bool = False
+    dual_encoder: DualEncoder | None = None
 
     @property
     def task(self) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from convscope.arguments import check_arguments
 from convscope.engine.adapters import ForwardFunction
+from convscope.engine.dual_encoder import Tokenizer
 from convscope.engine.model import Model
 from convscope.engine.output_inference import OutputRequest
 from convscope.engine.outputs import TASKS, OutputSelector
@@ -25,18 +26,21 @@ from convscope.sources import (
     instance,
     keras,
     onnx,
+    open_clip,
     timm,
     torchscript,
     torchvision,
 )
 from convscope.sources.probing import resolve_preprocessing, store_weights
 from convscope.sources.spec import ModelSpec
+from convscope.sources.text_image import set_classes, set_tokenizer
 
 BY_PREFIX: dict[str, Callable[[str, str, int | None], ModelSpec]] = {
     "torchvision": torchvision.from_name,
     "timm": timm.from_name,
     "keras": keras.from_name,
     "hf": huggingface.from_name,
+    "open_clip": open_clip.from_name,
 }
 BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".keras": keras.from_file,
@@ -67,6 +71,7 @@ def load(
     forward: ForwardFunction | None = None,
     grid: tuple[int, int] | None = None,
     template: str | None = None,
+    tokenizer: Tokenizer | None = None,
     accelerate: bool = True,
 ) -> Model:
     """Load a network and describe its layers.
@@ -75,10 +80,10 @@ def load(
     ----------
     source : str, path, nn.Module, Keras model or callable
         "lite0" (bundled, works offline; "lite1" and "lite2" where their packages are installed), "torchvision:NAME",
-        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), a file (.keras, .h5, .pt2, .onnx, .pt
-        of TorchScript), "package.module:factory" (called without arguments), an `nn.Module` or Keras model, which is
-        used as it is (later changes of its weights take effect), or any function from images (N, C, H, W) to scores
-        (N, K), which then has no layers and no gradients.
+        "timm:NAME", "keras:NAME", "hf:ORG/NAME" or "hf:FOLDER" (Hugging Face), "open_clip:NAME", a file (.keras, .h5,
+        .pt2, .onnx, .pt of TorchScript), "package.module:factory" (called without arguments), an `nn.Module` or Keras
+        model, which is used as it is (later changes of its weights take effect), or any function from images
+        (N, C, H, W) to scores (N, K), which then has no layers and no gradients.
     weights : str or path, optional
         "default" (the source's own, downloaded if need be), "random", or a file of weights (.safetensors, .pth, .keras,
         .weights.h5), for models made by name.
@@ -103,7 +108,11 @@ def load(
     grid : tuple of int, optional
         (h, w): height and width of the grid on which a transformer's tokens lie, where it cannot be inferred.
     template : str, optional
-        "a photo of a {}": the text of a class, for networks that compare images with text.
+        "a photo of a {}": the text of a class, for networks that compare images with text, which `classes` makes
+        classifiers. Default: the names of the classes as they are. The texts are encoded once, here.
+    tokenizer : callable, optional
+        ``tokenizer(texts)`` returns token ids (K, L), for such networks; or a tokenizer of transformers. Default: the
+        network's own, where it is found.
     accelerate : bool
         Fuse convolutions where that is verified to give the same results to rounding. Set it, or the environment
         variable ``CONVSCOPE_ACCELERATE``, to 0 to run the network's own functions only.
@@ -140,7 +149,7 @@ def load(
             "forward=lambda model, x: model([x, ...])"
         )
     if forward is not None:
-        spec.adapter = spec.adapter.with_forward(forward)
+        spec.adapter, spec.dual_encoder = spec.adapter.with_forward(forward), None
     if weights == "random":
         spec.notes.append("weights are random: the network has learned nothing")
         spec.assumptions.append("weights are random")
@@ -153,6 +162,8 @@ def load(
             "device= is for models that are loaded by name or from a file; move this one yourself: model.to(device)"
         )
     names = spec.classes if names is None else names
+    set_tokenizer(spec, tokenizer)
+    set_classes(spec, names, template)
     request = OutputRequest(
         task or spec.task, spec.select if output is None else output, None if names is None else len(names)
     )
@@ -185,6 +196,7 @@ def load(
         reader=meaning.reader,
         differentiable=spec.differentiable,
         is_stochastic=probed.is_stochastic,
+        dual_encoder=spec.dual_encoder,
     )
 
 
@@ -202,8 +214,8 @@ def _check_output_options(task: object, output: object, forward: object, grid: o
         isinstance(grid, tuple | list) and len(grid) == 2 and all(is_int(side) and side > 0 for side in grid)
     ):
         raise ConvscopeError(f"grid is {grid!r}; expected (h, w), the height and width of the grid of tokens")
-    if template is not None:
-        raise ConvscopeError("template= is for networks that compare images with text, which are not supported yet")
+    if template is not None and not isinstance(template, str):
+        raise ConvscopeError(f"template is {template!r}; expected a text with one {{}}, such as 'a photo of a {{}}'")
 
 
 def _make_spec(source: object, weights: str | os.PathLike[str] | None, num_classes: int | None) -> ModelSpec:
@@ -235,7 +247,7 @@ def _make_spec(source: object, weights: str | os.PathLike[str] | None, num_class
     known = [*bundled.NAMES, *torchvision.names(), *timm.names()]
     raise ConvscopeError(
         f"no model is called {text!r}; nearest: {nearest(text, known)}; other sources: keras:NAME, hf:NAME, "
-        "a .keras, .h5, .pt2, .onnx or TorchScript .pt file, package.module:factory"
+        "open_clip:NAME, a .keras, .h5, .pt2, .onnx or TorchScript .pt file, package.module:factory"
     )
 
 

@@ -14,13 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from convscope.engine.candidates import DetectionReader
+from convscope.engine.dual_encoder import DualEncoder, Tokenizer
 from convscope.engine.outputs import OutputSelector
 from convscope.errors import ConvscopeError, require_extra
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
 from convscope.sources.spec import ModelSpec, fixed_seed
+from convscope.sources.text_image import check_vocabulary, tokenize
 
 PROCESSOR_FILE = "preprocessor_config.json"
+DUAL_ENCODER = ("get_image_features", "get_text_features", "logit_scale")  # CLIP, SigLIP and their relatives
 PROBLEM_TYPES = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -106,6 +109,8 @@ def is_pretrained_model(module: object) -> bool:
 def from_model(module: Any) -> ModelSpec:
     """Describe a model of transformers: its classes, task and preprocessing."""
     config, kind = module.config, type(module).__name__
+    if all(hasattr(module, name) for name in DUAL_ENCODER):
+        return _dual_encoder_spec(module)
     if hasattr(module, "text_model"):
         raise ConvscopeError(
             f"{kind} takes text besides images; load its image part: load(model.vision_model), or say how it is "
@@ -128,6 +133,55 @@ def from_model(module: Any) -> ModelSpec:
         spec.notes.append("a class's score is its highest probability among the detector's queries")
     spec.preprocessing_origin = f"the image processor in {name}" if spec.preprocessing else None
     return spec
+
+
+def _dual_encoder_spec(module: Any) -> ModelSpec:
+    """Describe a model of transformers that compares images with text."""
+    name, vision = getattr(module.config, "name_or_path", "") or "", module.config.vision_config
+    spec = ModelSpec(
+        module,
+        name or type(module).__name__,
+        preprocessing=_saved_preprocessing(name) if name else None,
+        loaded_by_convscope=False,
+        dual_encoder=DualEncoder(_encode_image, _encode_text),
+        size=_input_size(vision),
+        channels=getattr(vision, "num_channels", None),
+    )
+    spec.preprocessing_origin = f"the image processor in {name}" if spec.preprocessing else None
+    return spec
+
+
+def _encode_image(module: Any, x: Tensor) -> Tensor:
+    return _embeds(module.get_image_features(pixel_values=x))
+
+
+def _encode_text(module: Any, texts: list[str], tokenizer: Tokenizer | None) -> Tensor:
+    config = module.config.text_config
+    encode = _saved_tokenizer(module) if tokenizer is None else tokenizer
+    tokens = tokenize(encode, texts, config.max_position_embeddings, module.device)
+    check_vocabulary(tokens["input_ids"], config.vocab_size)
+    return _embeds(module.get_text_features(**tokens))
+
+
+def _embeds(features: Any) -> Tensor:
+    """Return embeddings (N, D); from version 5 on, transformers returns them with other outputs."""
+    embeds: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return embeds
+
+
+def _saved_tokenizer(module: Any) -> Tokenizer:
+    """Load the tokenizer beside a model, in a folder or in the local cache of the hub."""
+    transformers = require_extra("transformers", "hf")
+    name, kind = getattr(module.config, "name_or_path", "") or "", type(module).__name__
+    advice = "pass tokenizer=, a tokenizer of transformers or a function of a list of texts that returns ids (K, L)"
+    if not name:
+        raise ConvscopeError(f"this {kind} was not loaded from a folder or the hub, where its tokenizer is; {advice}")
+    try:
+        tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConvscopeError(f"no tokenizer can be loaded for {name} ({reason}); {advice}") from error
+    return tokenizer
 
 
 def _task(module: Any) -> tuple[str | None, OutputSelector]:

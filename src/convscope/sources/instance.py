@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from convscope.errors import ConvscopeError
-from convscope.sources import black_box, exported, huggingface, keras, timm, torchscript, torchvision_detection
+from convscope.sources import (
+    black_box,
+    exported,
+    huggingface,
+    keras,
+    open_clip,
+    timm,
+    torchscript,
+    torchvision_detection,
+)
 from convscope.sources.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 
@@ -30,6 +39,8 @@ def wrap(module: object) -> ModelSpec:
     name = type(module).__name__
     if huggingface.is_pretrained_model(module):
         return huggingface.from_model(module)
+    if open_clip.is_text_image_model(module):
+        return open_clip.from_model(module)
     if hasattr(module, "pretrained_cfg") and packages & {"timm"}:
         classes, task = timm.class_names(module), timm.task(module)
         spec = ModelSpec(module, name, preprocessing=timm.data_config(module), classes=classes, task=task)

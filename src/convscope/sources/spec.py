@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convscope.engine.adapters import FrameworkAdapter, TorchAdapter
+from convscope.engine.dual_encoder import DualEncoder
 from convscope.engine.outputs import OutputSelector
 from convscope.images.preprocessing import Preprocessing
 
@@ -37,6 +38,8 @@ class ModelSpec:
         Height, width and channels of the input, where the network itself fixes them.
     differentiable : bool
         Whether gradients pass through the network.
+    dual_encoder : DualEncoder or None
+        The encoders of a network that compares images with text.
     range, mean, std : tuple of float
         Used for the assumed preprocessing if `preprocessing` is None.
     """
@@ -57,6 +60,7 @@ class ModelSpec:
     other_inputs: str = ""
     size: tuple[int, ...] | None = None
     channels: int | None = None
+    dual_encoder: DualEncoder | None = None
     range: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
