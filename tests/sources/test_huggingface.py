@@ -198,8 +198,11 @@ def test_a_backbone_is_an_embedding(x: torch.Tensor) -> None:
     assert maps.shape == (2, 16, 4, 4)  # without the class token
 
 
-def test_a_network_that_takes_text_is_refused() -> None:
+def test_other_networks_that_take_text_are_refused() -> None:
+    """Those that have another way to compare images with text than the scale of CLIP."""
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config={**text, "image_size": 32, "patch_size": 16})
+    net = transformers.CLIPModel(config)
+    del net.logit_scale
     with pytest.raises(ConvscopeError, match="takes text besides images"):
-        convscope.load(transformers.CLIPModel(config))
+        convscope.load(net)
