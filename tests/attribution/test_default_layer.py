@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convscope
+from convscope import ConvscopeError
 from convscope.attribution.default_layer import choose_layer
 from tests.engine.helpers import inputs, load_model
 from tests.oracles.nets import randomized
@@ -88,7 +89,7 @@ LAYERS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "pooling": (pooled, "b", ON_EVERY_PATH),
     "an auxiliary head": (auxiliary, "b", ON_EVERY_PATH),
     "an auxiliary map": (last_is_auxiliary, "b", ON_EVERY_PATH),
-    "around all layers": (around, "b", "that influences the target; some paths bypass it"),
+    "around all layers": (around, "b", "that influences the target; some paths may bypass it"),
     "a gate": (gated, "a", ON_EVERY_PATH),
 }
 
@@ -205,3 +206,42 @@ def test_scores_of_constant_length_have_influence() -> None:
     layer, reason = choose_layer(load_model(randomized(Function(embedding))))
     assert layer.name == "b"
     assert "no gradient" not in reason
+
+
+def through_numpy(net: Any, x: Tensor) -> Tensor:
+    return net.fc(torch.from_numpy(mean(net.b(net.a(x).relu()).relu()).detach().numpy()))
+
+
+def test_layer_in_front_of_code_outside_of_torch() -> None:
+    """Neither the data flow nor gradients can be followed through NumPy; changes of the layer can."""
+    model = load_model(randomized(Function(through_numpy)))
+    layer, reason = choose_layer(model)
+    assert layer.name == "b"
+    assert reason.endswith("no gradient reaches it, but changes of its output count")
+    assert convscope.heatmaps(model, inputs(), 2, method="ablation-cam").values.any()
+
+
+class Spectrogram(nn.Module):
+    """Makes time and frequency of a waveform (N, L)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        power = torch.stft(waves, 32, return_complex=True, window=torch.ones(32)).abs().square()
+        return self.fc(self.conv(power[:, None]).relu().mean((2, 3)))
+
+
+def test_spectrograms_are_refused_with_the_reason() -> None:
+    preprocessing = {"size": (200,)}
+    with pytest.raises(
+        ConvscopeError, match=r"without channels, \(N, L\): forward=lambda module, x: module\(x\[:, 0\]"
+    ):
+        convscope.load(Spectrogram(), preprocessing=preprocessing)
+    model = convscope.load(Spectrogram(), preprocessing=preprocessing, forward=lambda module, x: module(x[:, 0]))
+    x = torch.randn(2, 1, 200)
+    for layer in (None, "conv"):
+        with pytest.raises(ConvscopeError, match="positions of a spectrogram"):
+            convscope.heatmaps(model, x, 1, layer=layer)
+    assert convscope.heatmaps(model, x, 1, method="saliency").values.any()

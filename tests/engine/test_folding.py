@@ -94,7 +94,7 @@ def test_rows_in_another_order_are_refused() -> None:
     assert not model.layers["conv"].is_spatial
     with pytest.raises(ConvscopeError, match="10 rows, not one per image, and which of them belong to which image"):
         convscope.activations(model, x, "conv")
-    with pytest.raises(ConvscopeError, match="without spatial extent"):
+    with pytest.raises(ConvscopeError, match="several rows per image"):
         convscope.heatmaps(model, x, 1, layer="conv")
     assert convscope.predict(model, x).logits.shape == (2, 3)
 
@@ -127,3 +127,38 @@ def test_networks_that_take_single_images_only() -> None:
     model, x = load_clips(Single())
     with pytest.raises(ConvscopeError, match="could not be proven"):
         convscope.activations(model, x[:1], "conv")
+
+
+class Crops(nn.Module):
+    """Parts of an image, or the image and its mirror image, as rows of a batch; their scores are averaged."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.kind = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3), kind
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        if self.kind == "mirrored":
+            return [x, x.flip(-1)]
+        return [x[..., i : i + 5, j : j + 5] for i in (0, 5) for j in (0, 5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.stack(self.parts(x), 1).flatten(0, 1)
+        return self.fc(self.conv(rows).square().mean((2, 3))).view(len(x), -1, 3).mean(1)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("crops", 4), ("mirrored", 2)])
+def test_crops_are_not_laid_over_the_image(kind: str, count: int) -> None:
+    """Their activations belong to their images, but their positions are not those of the image."""
+    net = randomized(Crops(kind))
+    model = convscope.load(net, preprocessing={"size": SIZE})
+    x = torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+    layer = model.layers["conv"]
+    assert (layer.is_spatial, layer.layout) == (False, Layout(1, rows_per_image=count))
+    activations = convscope.activations(model, x, "conv")["conv"]
+    for n in range(2):
+        for row, part in enumerate(net.parts(x[n : n + 1])):
+            assert relative_error(activations[n, row], net.conv(part)[0].detach()) < 1e-5
+    for requested in (None, "conv"):
+        with pytest.raises(ConvscopeError, match=rf"{count} rows per image .* positions in the image are unknown"):
+            convscope.heatmaps(model, x, 1, layer=requested)
+    assert convscope.heatmaps(model, x, 1, method="saliency").values.any()

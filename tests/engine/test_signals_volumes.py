@@ -145,15 +145,15 @@ def test_layer_table_of_a_network_on_signals() -> None:
     assert table["conv2"].receptive_field == (5 + 2 * 2,)
     assert table.last_spatial().name == "conv2"
     assert "4 x 16" in str(table)
-    lines = str(load_model(VolumeNet(), (5, 8, 6), 1).layers).splitlines()
+    lines = str(load_model(VolumeNet(), (5, 8, 6), 1).layers.all).splitlines()
     assert " ".join(lines[2].split()) == "conv2 Conv3d 6 x 5 x 4 x 3 6 5 1 x 2 x 2 654"
 
 
 def test_activations_of_signals_by_hand() -> None:
     model = load_model(SignalNet(), (32,), 2)
     x = random_batch((32,), 3, 2)
-    result = convscope.activations(model, x)
-    assert result.layers == ["conv1", "conv2"]
+    assert convscope.activations(model, x).layers == ["conv2"]  # the last of this resolution
+    result = convscope.activations(model, x, ["conv1", "conv2"])
     assert result["conv1"].shape == (3, 4, 16)
     weight, bias = model.module.conv1.weight.detach().numpy(), model.module.conv1.bias.detach().numpy()
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2)))

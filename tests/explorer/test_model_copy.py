@@ -41,12 +41,18 @@ def test_copy_follows_changes_in_place_and_leaves_the_original_trainable(x):
     assert convscope.predict(copied, x).logits == pytest.approx(convscope.predict(model, x).logits)
 
 
-def test_background_model_has_no_hooks_of_a_running_computation(tiny):
+def test_background_model_has_no_hooks_of_a_running_computation(tiny, x):
     net = Explorer({"tiny": tiny}).first
-    with capture.capture_layers(net.model, ["relu2"]):
-        assert net.model.module.relu2._forward_hooks
+    counts: list[tuple[int, int]] = []
+
+    def count_hooks(*_: object) -> None:
         modules = net.background_model.module.modules()
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+        counts.append((len(net.model.module.relu2._forward_hooks), hooks))
+
+    with capture.capture_layers(net.model, ["relu2"], on_output=count_hooks) as run:
+        run(x)
+    assert counts == [(1, 0)]
 
 
 def test_two_threads_do_not_disturb_each_other(tiny, x):

@@ -49,3 +49,29 @@ def test_a_full_range_is_not_noted(tmp_path: Path) -> None:
 def test_an_empty_range_is_refused() -> None:
     with pytest.raises(ConvscopeError, match=r"value_range is .* expected \(low, high\)"):
         Preprocessing(value_range=(5, 5))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32])
+def test_arrays_of_integers_need_their_range(dtype: type[np.integer], xray: tuple[str, np.ndarray]) -> None:
+    values = xray[1].astype(dtype)
+    settings = {"size": 8, "channels": 1}
+    with pytest.raises(ConvscopeError, match=r"value_range=\(low, high\)"):
+        next(ImageBatchLoader(values, Preprocessing.of(settings)).batches(1))
+    (batch,) = ImageBatchLoader(values, Preprocessing.of({**settings, "value_range": (95, 4095)})).batches(1)
+    np.testing.assert_allclose(batch.x[0, 0].numpy(), ((xray[1] - 95.0) / 4000).clip(0, 1), atol=1e-5)
+
+
+def test_an_image_in_hand_is_read_as_its_file(xray: tuple[str, np.ndarray]) -> None:
+    preprocessing = Preprocessing.of({"size": 8, "channels": 1, "value_range": 4095})
+    with Image.open(xray[0]) as image:
+        (actual,) = ImageBatchLoader(image, preprocessing).batches(1)
+    (expected,) = ImageBatchLoader(xray[0], preprocessing).batches(1)
+    np.testing.assert_array_equal(actual.x.numpy(), expected.x.numpy())
+
+
+def test_hounsfield_units() -> None:
+    """A window from -160 to 240, as for soft tissue."""
+    values = np.array([[-1000, -160], [40, 3000]], np.int16)
+    preprocessing = Preprocessing.of({"size": 2, "channels": 1, "value_range": (-160, 240)})
+    (batch,) = ImageBatchLoader(values, preprocessing).batches(1)
+    np.testing.assert_allclose(batch.x[0, 0].numpy(), [[0, 0], [0.5, 1]], atol=1e-6)

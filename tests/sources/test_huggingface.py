@@ -206,3 +206,16 @@ def test_other_networks_that_take_text_are_refused() -> None:
     del net.logit_scale
     with pytest.raises(ConvscopeError, match="takes text besides images"):
         convscope.load(net)
+
+
+def test_default_layer_of_swin_is_the_norm_in_front_of_the_pooling(x: torch.Tensor) -> None:
+    heatmaps = convscope.heatmaps(convscope.load(swin(), preprocessing={"size": 64}), x, 1)
+    assert (heatmaps.layer, heatmaps.values.shape) == ("swin.layernorm", (2, 1, 8, 8))
+
+
+def test_class_names_of_another_number_are_left_out_with_a_note() -> None:
+    net = resnet()
+    net.config.id2label = {0: "cat", 1: "dog"}
+    model = convscope.load(net, preprocessing={"size": 64})
+    assert (model.classes, model.num_outputs) == (None, 5)
+    assert any("2 class names are left out: it has 5 outputs" in note for note in model.notes)

@@ -25,7 +25,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError, Preprocessing
@@ -899,3 +899,18 @@ assert not {"keras", "matplotlib.pyplot"} & set(sys.modules), "heavy"
 def test_importing_is_quick_and_names_stay_functions():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_image_that_is_taken_by_name() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, *, pixel_values: Tensor) -> Tensor:
+            return self.conv(pixel_values).mean((2, 3))
+
+    with pytest.raises(ConvscopeError, match=r"forward=lambda module, x: module\(pixel_values=x\)"):
+        convscope.load(ByName(), preprocessing={"size": 8})
+    model = convscope.load(ByName(), preprocessing={"size": 8}, forward=lambda module, x: module(pixel_values=x))
+    assert model.num_outputs == 2

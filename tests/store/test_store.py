@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import convscope
 import tests.oracles.stores as stores
@@ -414,3 +416,21 @@ def test_unit_of_the_logits_by_class_name(animal_store):
 def test_unit_by_a_wrong_name(animal_store, layer, unit, message):
     with pytest.raises(ConvscopeError, match=f"^{message}$"):
         animal_store[0].unit(layer, unit)
+
+
+def test_values_of_a_regression(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    paths = [str(tmp_path / "images" / f"{i}.png") for i in range(3)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(path)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+    net[-1].bias.data.fill_(40)
+    model = convscope.load(net, preprocessing={"size": 8}, task="regression")
+    store = convscope.scan(model, tmp_path / "images", tmp_path / "store", k=1)
+    expected = convscope.predict(model, paths).probabilities
+    for i in range(3):
+        (row,) = store.image(i).rows()
+        assert row == {"class": "output 0", "value": pytest.approx(expected[i, 0], rel=1e-5)}
+    (axes,) = [axes for axes in store.image(0).figure().axes if axes.get_title(loc="left") == "predictions"]
+    assert [text.get_text().strip() for text in axes.texts] == [f"{expected[0, 0]:.4g}"]

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from torch import nn
 
 import convscope
+from convscope.explorer.jupyter.widget import ExplorerWidget
+from convscope.explorer.notebook import ExplorerFrame
 
 
 def look(images: list[str]) -> None:
@@ -32,7 +34,7 @@ def look(images: list[str]) -> None:
 
     names: list[str] = [*convscope.methods(), *convscope.recipes(), *convscope.metrics()]
     assert_type(names, list[str])
-    assert_type(convscope.show(model), "convscope.explorer.notebook.ExplorerFrame")
+    assert_type(convscope.show(model), ExplorerFrame | ExplorerWidget)
 
 
 def explain(model: convscope.Model, images: list[str]) -> None:

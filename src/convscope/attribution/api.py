@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
-from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes
+from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
@@ -197,12 +197,8 @@ def resolve_method(
 def _find_spatial(model: Model, requested: LayerLike) -> Layer:
     """Find a layer; raise ConvscopeError if it has no spatial extent."""
     layer = find_layer(model, requested)
-    if not layer.is_spatial and model.preprocessing.axes == 1 and len(layer.shape) == 3:
-        raise ConvscopeError(
-            f"layer {layer.name!r} is {' x '.join(map(str, layer.shape))}: positions of a spectrogram that the network "
-            "makes of the signal, which are not samples of the signal; use method='saliency', or make the spectrogram "
-            "outside, as the network's input"
-        )
+    if not layer.is_spatial and (reason := explain_shape(model, layer)):
+        raise ConvscopeError(reason)
     if not layer.is_spatial:
         known = [spatial.name for spatial in model.layers.unique_spatial()]
         others = f"the last layers that have some: {', '.join(known[-4:])}" if known else "no layer has any"

@@ -19,6 +19,7 @@ from convscope.engine.data_flow import Output
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.nested import iter_tensors
+from convscope.errors import ConvscopeError
 
 CANDIDATES = (3, 24)  # the number of layers whose gradients are computed first, and if none of these has influence
 LINEAR_RTOL = 1e-3  # of gradients that are the same but for rounding
@@ -122,20 +123,44 @@ def _choose(model: Model, ends: Ends) -> Choice:
     outputs = [model.layers.flow.scores] if ends is None else [model.layers.flow.outputs[i] for i in sorted(ends)]
     candidates = list(_candidates(model, outputs))
     if not candidates:
-        last = model.layers.last_spatial()
+        last = _last_spatial(model)
         return last, f"the last layer with spatial extent ({_size(last)}): it is the network's own output"
     on_every_path = list(islice(_on_every_path(model, candidates, outputs), CANDIDATES[-1]))
-    rule = "that every path to the target passes through"
-    if (layer := _last_with_gradient(model, on_every_path, ends)) is not None:
-        return layer, _reason(model, layer, rule, is_last=layer is on_every_path[0])
-    for layer in on_every_path[:MAX_CHANGED]:
-        if bool(depends_on(model, layer, _noise_image(model), partial(_flat_scores, ends=ends)).any()):
-            return layer, f"{_reason(model, layer, rule)}; no gradient reaches it, but changes of its output count"
-    rule = "that influences the target; some paths bypass it"
-    if (layer := _last_with_gradient(model, candidates[: CANDIDATES[-1]], ends)) is not None:
-        return layer, _reason(model, layer, rule)
+    for layers, rule in (
+        (on_every_path, "that every path to the target passes through"),
+        (candidates[: CANDIDATES[-1]], "that influences the target; some paths may bypass it"),
+    ):
+        if (layer := _last_with_gradient(model, layers, ends)) is not None:
+            return layer, _reason(model, layer, rule, is_last=layer is layers[0])
+        for layer in layers[:MAX_CHANGED]:
+            if bool(depends_on(model, layer, _noise_image(model), partial(_flat_scores, ends=ends)).any()):
+                return layer, f"{_reason(model, layer, rule)}; no gradient reaches it, but changes of its output count"
     last = (on_every_path or candidates)[0]
     return last, f"{_reason(model, last, '')}; no layer has influence on the target for an image of noise"
+
+
+def _last_spatial(model: Model) -> Layer:
+    """Return the last layer with spatial extent; raise ConvscopeError, with the reason, if there is none."""
+    reasons = [reason for layer in reversed(model.layers) if (reason := explain_shape(model, layer))]
+    if reasons and not any(layer.is_spatial for layer in model.layers):
+        raise ConvscopeError(f"no layer has positions of the input; the last one with any: {reasons[0]}")
+    return model.layers.last_spatial()
+
+
+def explain_shape(model: Model, layer: Layer) -> str:
+    """Say why a layer with positions has no spatial extent; nothing of layers without positions."""
+    size = f"layer {layer.name!r} is {' x '.join(map(str, layer.shape))}"
+    if model.preprocessing.axes == 1 and len(layer.shape) == 3 and layer.layout.rows_per_image == 1:
+        return (
+            f"{size}: positions of a spectrogram that the network makes of the signal, which are not samples of the "
+            "signal; use method='saliency', or make the spectrogram outside, as the network's input"
+        )
+    if layer.layout.rows_per_image != 1 and len(layer.shape) > 2:
+        return (
+            f"{size} and has {layer.layout.rows_per_image or 'several'} rows per image (frames, windows or crops), whose "
+            "positions in the image are unknown; use method='saliency', 'integrated-gradients' or 'occlusion'"
+        )
+    return ""
 
 
 def _candidates(model: Model, outputs: Sequence[Output]) -> Iterator[Layer]:
@@ -150,15 +175,31 @@ def _candidates(model: Model, outputs: Sequence[Output]) -> Iterator[Layer]:
 
 
 def _on_every_path(model: Model, candidates: Sequence[Layer], outputs: Sequence[Output]) -> Iterator[Layer]:
-    """Yield the candidates that every path from the image to the outputs passes through."""
+    """Yield the candidates that every path from the image to the outputs passes through.
+
+    Where the maps alone are enough, a layer that returns more, such as a body that pools them as well, is replaced by
+    the outermost one in it that returns nothing else.
+    """
     flow = model.layers.flow
     ends = frozenset[str]().union(*(output.sources for output in outputs))
     dominators = set(flow.dominators(ends))
     returned = {output.node for output in outputs}
     for layer in candidates:
         nodes = [node for node in flow.nodes.get(layer.name, ()) if node not in returned]
-        if not dominators.isdisjoint(nodes) or (len(nodes) > 1 and flow.separate(nodes, ends)):
+        if flow.nodes.get(layer.name, ("",))[0] in dominators.intersection(nodes):
+            yield _returning_maps_alone(model, layer)
+        elif not dominators.isdisjoint(nodes) or (len(nodes) > 1 and flow.separate(nodes, ends)):
             yield layer
+
+
+def _returning_maps_alone(model: Model, layer: Layer) -> Layer:
+    nodes = model.layers.flow.nodes
+    same = (
+        other
+        for other in reversed(model.layers)
+        if other.num_tensors == 1 and nodes.get(other.name) == nodes[layer.name][:1]
+    )
+    return layer if layer.num_tensors == 1 else next(same, layer)
 
 
 def _reason(model: Model, layer: Layer, rule: str, is_last: bool = True) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ WITHOUT_GRADIENTS = ("ablation-cam", "score-cam", "eigen-cam", "occlusion", "ris
 """Methods that need no gradients."""
 
 RTOL = 1e-6  # rounding of scores
+CHANGES = (1, 10)  # standard deviations by which values are changed
 
 Scores = Callable[[ForwardResult], Tensor]
 """Returns the scores (M, T) of a pass over M inputs."""
@@ -81,21 +83,21 @@ def depends_on(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> 
     x = x.detach()[:1]
     if layer is None:
         with torch.no_grad(), capture.capture_layers(model, []) as run:
-            pair = [scores(run(pad_to_fixed_batch(model, values)))[0] for values in (x, _changed(x))]
+            values = [scores(run(pad_to_fixed_batch(model, values)))[0] for values in (x, *_changed(x))]
     else:
         with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run_to_layer:
             maps = run_to_layer(pad_to_fixed_batch(model, x)).maps[layer.name][:1]
         with resume_from_layer(model, layer.name, x) as resume:
-            pair = [scores(resume(pad_to_fixed_batch(model, values)))[0] for values in (maps, _changed(maps))]
-    before, after = pair
-    return (after - before).abs() > RTOL * before.abs()
+            values = [scores(resume(pad_to_fixed_batch(model, values)))[0] for values in (maps, *_changed(maps))]
+    before, *after = values
+    return torch.stack([(changed - before).abs() > RTOL * before.abs() for changed in after]).any(0)
 
 
-def _changed(values: Tensor) -> Tensor:
-    """Return other values (1, ...) of the same scale."""
+def _changed(values: Tensor) -> list[Tensor]:
+    """Return other values (1, ...): of the same scale, and of a larger one, which integers do not round away."""
     scale = float(values.float().std()) or 1.0
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    return values + scale * noise.to(values)
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
+    return [values + factor * scale * noise for factor in CHANGES]
 
 
 def require_gradient(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> None:
@@ -112,14 +114,30 @@ def require_gradient(model: Model, layer: Layer | None, x: Tensor, scores: Score
     )
 
 
+class _Call(NamedTuple):
+    """One call of a layer: whether gradients go into its input and its output, and whether it computes with int8."""
+
+    name: str
+    kind: str
+    takes_gradient: bool
+    gives_gradient: bool
+    is_int8: bool
+
+    @property
+    def reason(self) -> str:
+        """Why no gradient passes."""
+        return "int8 arithmetic has no gradients" if self.is_int8 else "detach, or a function without a gradient"
+
+
 def _find_cut(model: Model, layer: Layer | None, x: Tensor) -> str:
     """Say between which layers gradients end on their way back from the output."""
-    calls: list[tuple[str, nn.Module, bool, bool]] = []  # of layers in order: whether input and output have gradients
+    calls: list[_Call] = []
     modules, _ = model.modules_and_parameters()
 
     def watch(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            calls.append((name, module, _has_gradient((args, kwargs)), _has_gradient(output)))
+            gradients = _has_gradient((args, kwargs)), _has_gradient(output)
+            calls.append(_Call(name, type(module).__name__, *gradients, _is_int8(module, output)))
 
         return record
 
@@ -130,25 +148,22 @@ def _find_cut(model: Model, layer: Layer | None, x: Tensor) -> str:
         run = stack.enter_context(capture.capture_layers(model, names, detach_at_layer=layer is not None))
         with torch.enable_grad():
             run(pad_to_fixed_batch(model, x.detach()[:1]).clone().requires_grad_(layer is None))
-    cut = next((call for call in calls if call[2] and (not call[3] or _is_int8(call[1]))), None)
+    cut = next((call for call in calls if call.takes_gradient and (not call.gives_gradient or call.is_int8)), None)
     if cut is not None:
-        return f"inside {cut[0]!r} ({_kind(cut[1])})"
+        return f"inside {cut.name!r} ({cut.kind}: {cut.reason})"
     point = "" if layer is None else capture.capture_point(layer).partition("#")[0]
-    last = max((i for i, call in enumerate(calls) if call[3] or call[0] == point), default=-1)
-    start = f"after {calls[last][0]!r}" if last >= 0 else "after the input"
-    end = f" and before {calls[last + 1][0]!r}" if last + 1 < len(calls) else ""
-    return f"{start}{end} (detach, or a function without a gradient)"
+    last = max((i for i, call in enumerate(calls) if call.gives_gradient or call.name == point), default=-1)
+    start = f"after {calls[last].name!r}" if last >= 0 else "after the input"
+    following = calls[last + 1 : last + 2]
+    end = f" and before {following[0].name!r}" if following else ""
+    nearest = [*calls[max(last, 0) : last + 1], *following]
+    return f"{start}{end} ({max(nearest, key=lambda call: call.is_int8).reason})"
 
 
 def _has_gradient(value: object) -> bool:
     return any(tensor.requires_grad for tensor in iter_tensors(value))
 
 
-def _kind(module: nn.Module) -> str:
-    reason = "int8 arithmetic has no gradients" if _is_int8(module) else "detach, or a function without a gradient"
-    return f"{type(module).__name__}: {reason}"
-
-
-def _is_int8(module: nn.Module) -> bool:
-    """Check for a quantised layer; its output claims to have a gradient."""
-    return "quantized" in type(module).__module__
+def _is_int8(module: nn.Module, output: object) -> bool:
+    """Check for a layer that is quantised or returns integers; its output may claim to have a gradient."""
+    return "quantized" in type(module).__module__ or any(tensor.is_quantized for tensor in iter_tensors(output))

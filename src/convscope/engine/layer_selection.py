@@ -44,7 +44,7 @@ def select_by_depth(model: Model, count: int, min_count: int | None = None) -> l
 
 
 def _area(layer: Layer) -> int:
-    return math.prod(layer.shape[1:3])
+    return math.prod(layer.shape[1:])
 
 
 def layer_name(model: Model, layer: LayerLike) -> str:

@@ -55,7 +55,7 @@ class Layout:
     def to_nchw(self, output: Tensor) -> Tensor:
         """Return a layer's own output with the channels first, (N, C, H, W) for images; tokens on their grid.
 
-        Outputs without spatial axes keep their dimensions after the batch. Raises ConvscopeError if the number of
+        Outputs without spatial axes keep their dimensions after the batch; quantised ones become floats. Raises ConvscopeError if the number of
         tokens is not the grid's, and if it is unknown which rows belong to which image.
         """
         if self.rows_per_image == 0:
@@ -63,6 +63,7 @@ class Layout:
                 f"a layer returned {len(output)} rows, not one per image, and which of them belong to which image "
                 "could not be proven; choose another layer"
             )
+        output = output.dequantize() if output.is_quantized else output
         nchw = self._channels_first(output.movedim(self.batch_dim, 0) if self.batch_dim else output)
         if self.rows_per_image == 1:
             return nchw
@@ -85,13 +86,13 @@ class Layout:
         return positions.view(*positions.shape[:2], *self.grid)
 
     def from_nchw(self, tensor: Tensor, output: Tensor) -> Tensor:
-        """Invert `to_nchw`; prefix tokens are taken from `output`, the layer's own."""
+        """Invert `to_nchw`; prefix tokens, dtype and quantisation are taken from `output`, the layer's own."""
         if self.rows_per_image > 1:
             is_map = bool(self.spatial_dims)
             rows = tensor.reshape(len(tensor), self.rows_per_image, -1, *tensor.shape[2:]) if is_map else tensor
             tensor = rows.flatten(0, 1)
         tensor = self._from_channels_first(tensor, output)
-        return tensor.movedim(0, self.batch_dim) if self.batch_dim else tensor
+        return _as_dtype_of(output, tensor.movedim(0, self.batch_dim) if self.batch_dim else tensor)
 
     def _from_channels_first(self, tensor: Tensor, output: Tensor) -> Tensor:
         if not self.spatial_dims:
@@ -103,6 +104,16 @@ class Layout:
         if not self.prefix_tokens:
             return positions
         return torch.cat([output.narrow(dim, 0, self.prefix_tokens), positions], dim)
+
+
+def _as_dtype_of(like: Tensor, values: Tensor) -> Tensor:
+    """Return values in the dtype of a tensor, quantised as it is; no gradients pass through quantisation."""
+    if not like.is_quantized:
+        return values.to(like.dtype)
+    if like.qscheme() in {torch.per_tensor_affine, torch.per_tensor_symmetric}:
+        return torch.quantize_per_tensor(values.detach(), like.q_scale(), like.q_zero_point(), like.dtype)
+    parameters = like.q_per_channel_scales(), like.q_per_channel_zero_points(), like.q_per_channel_axis()
+    return torch.quantize_per_channel(values.detach(), *parameters, like.dtype)
 
 
 @dataclass(frozen=True)

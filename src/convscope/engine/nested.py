@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 def primary_tensor(output: object) -> Tensor | None:
-    """Return the tensor that an output stands for: itself, or the first floating-point tensor in it.
+    """Return the tensor that an output stands for: itself, or the first floating-point or quantised tensor in it.
 
     In mappings and dataclasses, `PREFERRED_KEYS` come before the other keys.
     """
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if output.is_floating_point() or output.is_quantized else None
     parts = sorted(_parts(output).items(), key=lambda part: part[0] not in PREFERRED_KEYS)
     return next((tensor for _, part in parts if (tensor := primary_tensor(part)) is not None), None)
 

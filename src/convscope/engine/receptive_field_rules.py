@@ -171,6 +171,15 @@ def _convolution(op: Operation) -> Field:
     return _map_image_axes(op, change, first_dim=2)
 
 
+def _quantized_convolution(op: Operation) -> Field:
+    weights = op.args[1]
+    if isinstance(weights, Tensor):  # the operation of the same name on floats, before it is broken down
+        return _global(op.axes, op.x, op.output)
+    weight, _ = weights.unpack()
+    parameters = weights.stride(), weights.padding(), weights.dilation(), bool(weights.transpose())
+    return _convolution(replace(op, args=(op.x, weight, None, *parameters)))
+
+
 def _pooling(op: Operation) -> Field:
     kernel = op.args[1]
     stride = op.argument(2) or kernel
@@ -335,6 +344,10 @@ def _resize(op: Operation, support: int, scales: Arguments, align_corners: bool 
 
 ALONG_ONE_DIM = frozenset({"_softmax", "_log_softmax", "index_select"})
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"})
+QUANTIZED = frozenset({
+    "add", "add_relu", "add_scalar", "add_scalar_relu", "batch_norm2d", "batch_norm2d_relu", "cat_relu", "dequantize",
+    "mul", "mul_relu", "mul_scalar", "quantize_per_channel", "quantize_per_tensor",
+})  # fmt: skip
 # Besides the operations that PyTorch tags as pointwise: those whose output at a position depends on that position
 # alone, unless they run along a spatial axis. PyTorch 2.6 does not tag the in-place variants of some activations.
 KEEPS_POSITIONS = frozenset({
@@ -343,14 +356,17 @@ KEEPS_POSITIONS = frozenset({
     "copy", "detach", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "lift_fresh",
     "log_sigmoid_forward", "masked_fill", "mish", "native_dropout", "native_group_norm", "native_layer_norm",
     "relu6", "rsub", "selu", "split", "split_with_sizes", "threshold", "true_divide", "where",
+    *QUANTIZED,
 })  # fmt: skip
+QUANTIZED_CONVOLUTIONS = ("conv2d", "conv2d_relu", "conv3d", "conv3d_relu", "conv_transpose2d", "conv_transpose3d")
+MAX_POOLINGS = ("max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "quantized_max_pool2d")
 INPUT_POSITION = {"addmm": 1, "baddbmm": 1}  # of the argument that is followed, if it is not the first
-IMAGE_RULES: tuple[Rule, ...] = (_convolution, _pooling, _adaptive_pooling)  # their inputs are images
+# Their inputs are images.
+IMAGE_RULES: tuple[Rule, ...] = (_convolution, _quantized_convolution, _pooling, _adaptive_pooling)
 RULES: dict[str, Rule] = {
     "convolution": _convolution,
-    **dict.fromkeys(
-        ("max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"), _pooling
-    ),
+    **dict.fromkeys(QUANTIZED_CONVOLUTIONS, _quantized_convolution),
+    **dict.fromkeys((*MAX_POOLINGS, "avg_pool2d", "avg_pool3d"), _pooling),
     "_adaptive_avg_pool2d": _adaptive_pooling,
     "_adaptive_avg_pool3d": _adaptive_pooling,
     "adaptive_avg_pool2d": _adaptive_pooling,

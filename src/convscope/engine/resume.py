@@ -160,7 +160,7 @@ class _PrefixReplay:
         if tensor is None:
             return output
         # A copy, because the network may write into it.
-        maps = self.cache.layer.from_nchw(self._maps, tensor).to(tensor.dtype, copy=True)
+        maps = self.cache.layer.from_nchw(self._maps, tensor).clone()
         return replace_tensor(output, tensor, maps)
 
     def repeat(self, tensor: Tensor, rows: int = 1) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
 _NO_ANCESTORS: frozenset[str] = frozenset()
+CASTS = frozenset({"_to_copy", "quantize_per_tensor", "quantize_per_channel", "dequantize"})
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,7 +117,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 and not func._schema.is_mutable  # noqa: SLF001 - schemas have no public name
                 and tensor.numel() == inputs[0].numel()
             )
-            op = op_of_memory[address] if is_view else fields[0].op if name == "_to_copy" else name
+            op = op_of_memory[address] if is_view else fields[0].op if name in CASTS else name
             self._set_field(tensor, replace(field, op=op, ancestors=ancestors))
         return output
 

@@ -54,6 +54,17 @@ def unit_floats(values: Array) -> Array:
     return values.astype(np.float32)
 
 
+def is_wide_integer(dtype: np.dtype[Any]) -> bool:
+    """Check for integers other than bytes: their range must be said."""
+    return dtype.kind in "iu" and dtype != np.uint8
+
+
+def scale_to_unit(values: Array, limits: tuple[float, float]) -> Array:
+    """Bring values to [0, 1], the limits to its ends, and what lies outside of them too."""
+    low, high = limits
+    return ((values.astype(np.float32) - low) / (high - low)).clip(0, 1).astype(np.float32)
+
+
 def open_checked(file: str | io.BytesIO) -> IO[bytes]:
     """Open a file, on disk or in memory; refuse empty files, folders, pipes and devices."""
     if isinstance(file, io.BytesIO):

@@ -20,8 +20,10 @@ from convscope.images.decoding import (
     SIXTEEN_BITS,
     Array,
     check_pixels,
+    is_wide_integer,
     read_file,
     safe_decoding,
+    scale_to_unit,
     unit_floats,
     unit_pixels,
     upright_opaque,
@@ -351,7 +353,7 @@ class ImageBatchLoader:
         elif isinstance(item, Image.Image):
             check_pixels(item.height, item.width, self.max_pixels)
             with safe_decoding():
-                item = upright_opaque(item)
+                item = self._scale_sixteen_bits(upright_opaque(item), "an image")
         channels = [item] if isinstance(item, Image.Image) else self._array_channels(item)
         if self._any_channels:
             if isinstance(item, Image.Image):
@@ -379,8 +381,7 @@ class ImageBatchLoader:
             return image
         values = np.asarray(image)
         if self.preprocessing.value_range is not None:
-            low, high = self.preprocessing.value_range
-            return Image.fromarray(((values * np.float32(65535) - low) / (high - low)).clip(0, 1).astype(np.float32))
+            return Image.fromarray(scale_to_unit(values * np.float32(65535), self.preprocessing.value_range))
         fraction = float(values.max())
         if fraction < DARK_FRACTION:
             maximum = (1 << int(fraction * 65535).bit_length()) - 1
@@ -395,6 +396,8 @@ class ImageBatchLoader:
     def _array_channels(self, array: Array) -> list[Image.Image]:
         """Return an array as an image of 8 bits, or as one image of floats per channel."""
         self._check_array(array.shape, array.dtype)
+        if self.preprocessing.value_range is not None and is_wide_integer(array.dtype):
+            array = scale_to_unit(array, self.preprocessing.value_range)
         if array.dtype == np.uint8 and not self._any_channels:
             return [upright_opaque(Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array))]
         if array.dtype != np.uint8:
@@ -411,8 +414,12 @@ class ImageBatchLoader:
     def _check_array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if not self._is_one_image(shape):
             raise ConvscopeError(f"is an array of shape {shape}; expected {self._shapes}")
-        if dtype != np.uint8 and dtype.kind != "f":
-            raise ConvscopeError(f"is an array of {dtype}; expected uint8, or floats in [0, 1]")
+        has_range = is_wide_integer(dtype) and self.preprocessing.value_range is not None
+        if dtype != np.uint8 and dtype.kind != "f" and not has_range:
+            advice = ", or these integers with preprocessing=dict(..., value_range=(low, high))"
+            raise ConvscopeError(
+                f"is an array of {dtype}; expected uint8, or floats in [0, 1]{advice if is_wide_integer(dtype) else ''}"
+            )
         check_pixels(shape[0], shape[1], self.max_pixels)
 
 

@@ -50,8 +50,8 @@ class Preprocessing:  # numpydoc ignore=PR02
     channel_order : {"RGB", "BGR", "L", "channels"}, optional
         "L": one gray channel. "channels": images come as arrays with exactly that many channels.
     value_range : tuple of float, optional
-        Values of 16-bit gray images that are black and white, such as (0, 4095) for 12-bit X-rays; a number v means
-        (0, v). Default: (0, 65535).
+        Values of 16-bit gray images, and of arrays of integers other than uint8, that are black and white, such as
+        (0, 4095) for 12-bit X-rays; a number v means (0, v). Default for images: (0, 65535); such arrays need it.
     resize : int, optional
         The shorter side before the centre crop of ``fit="crop"``; by default the longer side of `size` / 0.875.
     transform : ImageTransform, optional

@@ -229,7 +229,7 @@ def draw_image_record(image: ImageRecord, *, figsize: Size | None = None) -> Fig
     ((left, right),) = _add_panels(bands[0], 1, 2, title, width_ratios=[1, 1.2])
     view = image.view()
     show_image(left, view.image, "" if view.source == "original" else "from its thumbnail")
-    _draw_predictions(right, image.predictions)
+    _draw_predictions(right, image.predictions, ".4g" if image.store.score_name == "value" else ".1%")
     title = "units with this image among their top examples; the frame is the receptive field"
     (panels,) = _add_panels(bands[1], 1, MAX_LIST, title)
     ranks = image.units(MAX_LIST)
@@ -243,9 +243,9 @@ def draw_image_record(image: ImageRecord, *, figsize: Size | None = None) -> Fig
     return figure
 
 
-def _draw_predictions(axes: Axes, predictions: Sequence[Prediction]) -> None:
+def _draw_predictions(axes: Axes, predictions: Sequence[Prediction], value_format: str) -> None:
     names = ["\n".join(textwrap.wrap(shorten(p.name, 40), 22)) for p in predictions]
-    _draw_bars(axes, names, [p.probability for p in predictions], "predictions", ".1%")
+    _draw_bars(axes, names, [p.probability for p in predictions], "predictions", value_format)
 
 
 # --- analyses --------------------------------------------------------------------------------------------------------

@@ -345,6 +345,7 @@ def _merge(job: _ScanJob, store: Path, identity: Mapping[str, object]) -> None:
         "kind": "scan",
         **identity,
         "classes": job.model.classes,
+        "score": job.model.score_name,
         "labels": catalogue.label_names,
         "failed": _count_failures(job, store),
         "notes": list(catalogue.notes),

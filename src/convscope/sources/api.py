@@ -176,6 +176,10 @@ def load(
     if names is not None and meaning.num_outputs is not None and len(names) != meaning.num_outputs:
         if classes is not None:
             raise ConvscopeError(f"{len(names)} class names for a model with {meaning.num_outputs} outputs")
+        spec.notes.append(
+            f"the model's own {len(names)} class names are left out: it has {meaning.num_outputs} outputs; give "
+            "classes=[...]"
+        )
         names = None
     return Model(
         module=spec.module,

@@ -78,7 +78,7 @@ def _probe(
         reason = " ".join(ANSI_ESCAPE.sub("", str(error)).split())[:300]
         raise ConvscopeError(
             f"{spec.name} does not run on a batch of shape {tuple(x.shape)} ({type(error).__name__}: {reason}); "
-            f"{_input_advice(spec)}"
+            f"{_input_advice(spec, size)}"
         ) from error
 
 
@@ -92,13 +92,21 @@ def _require_weights(spec: ModelSpec) -> None:
         )
 
 
-def _input_advice(spec: ModelSpec) -> str:
+def _input_advice(spec: ModelSpec, size: tuple[int, ...]) -> str:
     """Say how to describe a network's input, after it did not run."""
-    names = _required_arguments(spec.module)
+    names, keywords = _required_arguments(spec.module)
+    if not names and len(keywords) == 1:
+        return f"it takes the image by name: forward=lambda module, x: module({keywords[0]}=x)"
+    names += keywords
     if len(names) > 1:
         return (
             f"it takes {len(names)} inputs ({', '.join(names)}), and one image goes in: say how it is called with "
             "forward=lambda module, x: module(x, ...)"
+        )
+    if len(size) == 1:
+        return (
+            f"signals are (N, channels, L), here L is {size[0]}: preprocessing=dict(size=(L,), channels=C); if it takes "
+            "them without channels, (N, L): forward=lambda module, x: module(x[:, 0])"
         )
     return (
         "describe its input: preprocessing=dict(size=(H, W), channels=C), for signals size=(L,), for volumes "
@@ -106,11 +114,13 @@ def _input_advice(spec: ModelSpec) -> str:
     )
 
 
-def _required_arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments that a module's ``forward`` requires."""
+def _required_arguments(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of the arguments that a module's ``forward`` requires, and of those that it takes by name alone."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return []
+        return [], []
+    required = [p for p in parameters if p.default is inspect.Parameter.empty]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    by_position = [p.name for p in required if p.kind in kinds]
+    return by_position, [p.name for p in required if p.kind == inspect.Parameter.KEYWORD_ONLY]

@@ -61,13 +61,13 @@ class ImageRecord(HasFigure):
     @property
     def predictions(self) -> list[Prediction]:
         """The network's five most likely classes; empty for an image that failed."""
-        classes = self.store.classes
+        classes, word = self.store.classes, "output" if self.store.score_name == "value" else "class"
         pairs = zip(self.row["classes"] or (), self.row["probabilities"] or (), strict=True)
-        return [Prediction(f"class {c}" if classes is None else classes[c], c, p) for c, p in pairs]
+        return [Prediction(f"{word} {c}" if classes is None else classes[c], c, p) for c, p in pairs]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per class of `predictions`: name, probability."""
-        return [{"class": p.name, "probability": p.probability} for p in self.predictions]
+        """Return one row per class of `predictions`: name, and probability or value."""
+        return [{"class": p.name, self.store.score_name: p.probability} for p in self.predictions]
 
     def _title(self) -> str:
         return f"{self.id}, {self.name}" + (f", labelled {self.label}" if self.label is not None else "")

@@ -38,7 +38,7 @@ class UnitCorrelation(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """One of the network's classes for an image, with its probability."""
+    """One of the network's classes for an image, with its probability; of a regression, an output and its value."""
 
     name: str
     target: int

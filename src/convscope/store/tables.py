@@ -45,6 +45,8 @@ class StoreTables:
         The number of units of each layer.
     classes, labels : list of str or None
         Names of the network's classes, and of the data set's own; None where unknown.
+    score_name : str
+        What the network gives for a class: "probability", or "value" if it computes values.
     num_images : int
         Number of images in the data set, failed ones included.
     input_size : tuple of int
@@ -61,6 +63,7 @@ class StoreTables:
         self.unit_counts: dict[str, int] = {layer["name"]: layer["units"] for layer in manifest["layers"]}
         self.layers: list[str] = list(self.unit_counts)
         self.classes: list[str] | None = manifest["classes"]
+        self.score_name: str = manifest.get("score", "probability")
         self.labels: list[str] | None = manifest["labels"]
         self.num_images: int = manifest["data"]["images"]
         height, width = manifest["input_size"]
