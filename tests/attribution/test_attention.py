@@ -210,6 +210,16 @@ def test_methods_are_offered_for_transformers(vit: nn.Module, x: Tensor) -> None
     assert {*METHODS, "legrad", "attn-lrp"} <= set(usable_methods(load_module(vit, SIZE)))
 
 
+def test_enlarged_images_have_an_enlarged_grid(x: Tensor) -> None:
+    net = small_vit(dynamic_img_size=True)
+    enlarged = small_vit(dynamic_img_size=True)
+    actual = heatmap_values(load_module(net, SIZE), x, 3, method="attention-rollout", scale=2)
+    large = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    expected = heatmap_values(load_module(enlarged, 2 * SIZE), large, 3, method="attention-rollout")
+    assert actual.shape == (3, 1, 8, 8)
+    assert relative_error(actual, expected) < 0.05  # another interpolation
+
+
 def test_threads_get_their_own_maps(vit: nn.Module, x: Tensor) -> None:
     model = load_module(vit, SIZE)
     alone = [heatmap_values(model, x[[n]], 3, method="transformer-attribution") for n in range(3)]

@@ -141,7 +141,7 @@ def _map_tokens(context: MethodContext, combine: Combine) -> Tensor:
             is_read = gradients[-1].abs().amax((1, 3)) > 0
             read = is_read / is_read.sum(1, keepdim=True).clamp(min=1)
             relevance.append((read[:, None] @ combine(weights, gradients))[:, 0])
-        maps.append(lay_on_grid(context.model, torch.stack(relevance, 1)))
+        maps.append(lay_on_grid(context, torch.stack(relevance, 1)))
         context.report_progress((positions[-1] + 1) / len(x))
     return torch.cat(maps)
 
@@ -188,11 +188,16 @@ def is_per_image(weights: Tensor, count: int) -> bool:
     return (weights.ndim == 3 and len(weights) % count == 0) or (weights.ndim == 4 and len(weights) == count)
 
 
-def lay_on_grid(model: Model, tokens: Tensor) -> Tensor:
-    """Lay values (..., T) of all tokens on the grid of patches (..., h, w); class and register tokens are left out."""
-    count = tokens.shape[-1]
-    layouts = [layer.layout for layer in model.layers if layer.layout.grid]
-    fitting = {(m.grid, m.prefix_tokens) for m in layouts if math.prod(m.grid) + m.prefix_tokens == count}
+def lay_on_grid(context: MethodContext, tokens: Tensor) -> Tensor:
+    """Lay values (..., T) of all tokens on the grid of patches (..., h, w); class and register tokens are left out.
+
+    The grid is that of a layer, enlarged as the images are.
+    """
+    model, count = context.model, tokens.shape[-1]
+    scales = [side / own for side, own in zip(context.x.shape[2:], model.preprocessing.size, strict=True)]
+    layouts = {(layer.layout.grid, layer.layout.prefix_tokens) for layer in model.layers if layer.layout.grid}
+    grids = {(tuple(round(s * n) for s, n in zip(scales, grid, strict=True)), prefix) for grid, prefix in layouts}
+    fitting = {(grid, prefix) for grid, prefix in grids if math.prod(grid) + prefix == count}
     if len(fitting) != 1:
         raise ConvscopeError(
             f"attention of {model.name} begins with {count} tokens, and the grid of patches that they lie on is not "

@@ -59,7 +59,7 @@ def legrad(context: MethodContext) -> Tensor:
         rows = torch.arange(positions[0], positions[-1] + 1, device=x.device)
         blocks, has_pooling = _run_blocks(context, rows)
         relevance = [_block_relevance(context, rows, block, blocks[-1], has_pooling) for block in blocks]
-        maps.append(lay_on_grid(context.model, torch.stack(relevance).mean(0)))
+        maps.append(lay_on_grid(context, torch.stack(relevance).mean(0)))
         context.report_progress((positions[-1] + 1) / len(x))
     return torch.cat(maps)
 
