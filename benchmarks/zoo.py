@@ -40,6 +40,7 @@ PAGE = ROOT / "docs" / "zoo.md"
 IMAGES = 4
 PATTERN_STEPS = 2
 SCANNED_UNITS = 8
+PREFIX_TOKENS = 8
 TOLERANCE = 1e-3  # of two maps, relative to the larger one's largest value
 HEADINGS = (
     *("family", "network", "million parameters", "input", "layers", "default layer"),
@@ -47,11 +48,11 @@ HEADINGS = (
 )
 COLUMNS = """\
 Columns: the input's size and the default layer with its map's size; `last stage`: whether that is the size of the
-network's last stage, by the library's own description of its features or else by the last layer with weights that
-returns maps; `by hand`: the largest difference of the default Grad-CAM from one computed by a hook at this layer and
-one backward pass, relative to its largest value; `alone`: the same for images in a batch of four and alone; `scan`: the
-same for the maxima of units from maxima computed by hand; `pattern`: whether two steps of gradient ascent gave an image
-with a finite score."""
+network's last stage, by what `forward_features` of timm returns, by the configuration of transformers, or else by the
+last convolution, linear layer or normalisation with several positions; `by hand`: the largest difference of the default
+Grad-CAM from one computed by a hook at this layer and one backward pass, relative to its largest value; `alone`: the
+same for images in a batch of four and alone; `scan`: the same for the maxima of units from maxima computed by hand;
+`pattern`: whether two steps of gradient ascent gave an image with a finite score."""
 
 
 @dataclass
@@ -138,7 +139,7 @@ def _check_model(result: Result, network: Network, model: convscope.Model) -> No
         result.batch_difference_by_hand = _difference(alone_by_hand[0].numpy(), by_hand[0].numpy())
         result.zero_maps_by_hand = int((by_hand.flatten(1).abs().amax(1) == 0).sum())
     with result.step("last stage"):
-        result.last_stage = list(network.grid or last_stage_by_hooks(network.module, model, batch[:1]))
+        result.last_stage = list(network.grid or last_stage_by_hooks(network.module, tuple(result.grid), batch[:2]))
     with result.step("pattern"):
         pattern = convscope.patterns(model, heatmaps.layer, [0], steps=PATTERN_STEPS, progress=False)
         result.pattern_score = float(pattern.scores[0])
@@ -219,18 +220,19 @@ def grad_cam_by_hand(
     return maps, torch.einsum("nc,nc...->n...", weights, maps)
 
 
-def last_stage_by_hooks(module: nn.Module, model: convscope.Model, batch: Tensor) -> tuple[int, ...]:
-    """Return the grid of the last maps, with more than one position, that a layer with weights returns."""
+def last_stage_by_hooks(module: nn.Module, grid: tuple[int, ...], batch: Tensor) -> tuple[int, ...]:
+    """Return the grid of the last convolution, linear layer or normalisation with more than one position.
+
+    Of token sequences only the number of positions is known: `grid` is returned if it has as many, but for up to
+    `PREFIX_TOKENS` tokens in front.
+    """
     grids: list[tuple[int, ...]] = []
 
     def record(layer: nn.Module, _inputs: Any, output: Any) -> None:
         for tensor in _tensors(output):
-            grid = tuple(tensor.shape[1:-1] if _is_keras(module) else tensor.shape[2:])
-            # Keras keeps weights in a child of each layer.
-            weights = list(layer.parameters(recurse=_is_keras(module)))
-            is_grid = math.prod(grid) > 1 and all(g <= size for g, size in zip(grid, batch.shape[2:], strict=True))
-            if tensor.ndim == batch.ndim and is_grid and weights:
-                grids.append(grid)
+            positions = _positions(layer, tensor)
+            if len(tensor) == len(batch) and len(positions) in {1, batch.ndim - 2} and math.prod(positions) > 1:
+                grids.append(positions)
 
     handles = [layer.register_forward_hook(record) for layer in _submodules(module).values()]
     try:
@@ -239,7 +241,22 @@ def last_stage_by_hooks(module: nn.Module, model: convscope.Model, batch: Tensor
     finally:
         for handle in handles:
             handle.remove()
-    return grids[-1]
+    last = grids[-1]
+    if len(last) == 1 and 0 <= last[0] - math.prod(grid) <= PREFIX_TOKENS:
+        return grid
+    return last
+
+
+def _positions(layer: nn.Module, output: Tensor) -> tuple[int, ...]:
+    """Return the sizes of an output's axes that are neither the batch nor the channels; none for other layers."""
+    kind = type(layer).__name__
+    if not any(word in kind for word in ("Conv", "Norm", "Linear", "Dense")):
+        return ()
+    weight = getattr(layer, "weight", None)
+    channels_last = _is_keras(layer) or "Linear" in kind
+    if "Norm" in kind and isinstance(weight, Tensor):
+        channels_last = output.shape[-1] == weight.numel() != output.shape[1]
+    return tuple(output.shape[1:-1] if channels_last else output.shape[2:])
 
 
 def _is_keras(module: nn.Module) -> bool:
@@ -276,7 +293,7 @@ def _logits(module: Any) -> Iterator[Callable[[Tensor], Tensor]]:
 def _scores(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         named = output if isinstance(output, dict) else {}
-        output = named.get("logits", named.get("out")) if named else next(_tensors(output))
+        output = next((named[key] for key in ("logits", "out") if key in named), next(_tensors(output)))
     return output if output.ndim == 2 else output.flatten(2).mean(2)
 
 

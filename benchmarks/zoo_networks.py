@@ -85,14 +85,15 @@ def _timm(family: str, cache: Path) -> Network:
     return Network(name, _with_head(module), (size, size), {"size": size}, _timm_grid(module, size))
 
 
+@torch.no_grad()
 def _timm_grid(module: Any, size: int) -> tuple[int, int] | None:
-    """Return the last stage's grid by timm's own description of its features."""
-    info = getattr(module, "feature_info", None)
-    info = getattr(info, "info", info)
-    if not info or "reduction" not in info[-1]:
+    """Return the grid of the maps that timm's `forward_features` returns; None for tokens."""
+    features = module.forward_features(torch.zeros(2, 3, size, size)) if hasattr(module, "forward_features") else None
+    if not isinstance(features, Tensor) or features.ndim != 4:
         return None
-    side = -(-size // info[-1]["reduction"])
-    return side, side
+    channels_last = features.shape[-1] == module.num_features != features.shape[1]
+    height, width = features.shape[1:3] if channels_last else features.shape[2:]
+    return height, width
 
 
 def _smallest(key: str, names: list[str], create: Callable[..., nn.Module], cache: Path) -> str:

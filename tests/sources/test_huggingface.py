@@ -12,6 +12,7 @@ import torch
 
 import convscope
 from convscope import ConvscopeError, Preprocessing
+from tests.oracles.nets import randomized
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,6 +48,17 @@ def test_classes_come_from_the_configuration(x: torch.Tensor) -> None:
     with torch.no_grad():
         np.testing.assert_allclose(convscope.predict(model, x).logits, net(x).logits.numpy(), rtol=1e-4, atol=1e-6)
     assert convscope.load(resnet(id2label={0: "LABEL_0", 1: "LABEL_1"})).classes is None  # placeholders
+
+
+def test_scores_that_are_not_called_logits() -> None:
+    config = transformers.PPLCNetConfig(num_labels=3, scale=0.25)
+    net = randomized(transformers.PPLCNetForImageClassification(config))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model = convscope.load(net, preprocessing={"size": 32})
+    with torch.no_grad():
+        expected = net(x).last_hidden_state.numpy()
+    assert model.task == "classification"
+    np.testing.assert_allclose(convscope.predict(model, x).logits, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_independent_classes_by_the_problem_type(x: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """Isolation of forward passes: what a pass needs to be exact, repeatable and without side effects.
 
 Inside `isolated_pass` one thread has the network to itself, the network is in inference mode with frozen parameters,
-buffers that it writes to are copies, attributes that it sets are set back, and gradient checkpointing is off. On exit everything is as it was before.
+buffers that it writes to are copies, attributes that it sets are set back, and gradient checkpointing is off. On exit
+everything is as it was before.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _task(module: Any) -> tuple[str | None, OutputSelector]:
     """Return the task of a model, and how its scores are selected from its outputs."""
     kind, config = type(module).__name__, module.config
     if kind.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):
-        return PROBLEM_TYPES.get(getattr(config, "problem_type", None) or "", "classification"), "logits"
+        return PROBLEM_TYPES.get(getattr(config, "problem_type", None) or "", "classification"), None
     if kind.endswith("ForSemanticSegmentation"):
         return "segmentation", "logits"
     if kind.endswith(("ForObjectDetection", "ForSegmentation")) and "Mask" not in kind:
