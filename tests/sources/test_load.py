@@ -198,8 +198,6 @@ def test_segmentation_speaks_for_a_picture_by_its_mean():
     [
         ("fasterrcnn_mobilenet_v3_large_fpn", "detection"),
         ("raft_small", "optical flow"),
-        ("r3d_18", "video"),
-        ("quantized_mobilenet_v2", "quantization"),
     ],
 )
 def test_networks_for_other_things_are_refused(name, kind):

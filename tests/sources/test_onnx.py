@@ -226,6 +226,30 @@ def test_a_batch_that_cannot_be_freed_stays_fixed(tmp_path: Path) -> None:
         convscope.load(paths[1])
 
 
+def test_weights_that_the_graph_computes_are_constants(tmp_path: Path) -> None:
+    """As exporters write weights that are shared, and those of quantised networks."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.integers(-99, 99, (4, 3, 3, 3)).astype(np.int8),
+        "scale": np.array(0.01, "f"),
+        "zero": np.array(0, np.int8),
+        "bias": rng.normal(size=4).astype("f"),
+    }
+    weights |= {name: rng.uniform(0.5, 2, 4).astype("f") for name in ("gain", "mean", "var")}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["kernel"]),
+        helper.make_node("Identity", ["bias"], ["shared"]),
+        helper.make_node("Conv", ["x", "kernel", "shared"], ["a"], name="conv"),
+        helper.make_node("BatchNormalization", ["a", "gain", "shared", "mean", "var"], ["b"], training_mode=0),
+        helper.make_node("ReduceMean", ["b"], ["y"], axes=[2, 3], keepdims=0),
+    ]
+    path = make(nodes, weights, ["N", 3, 8, 8], tmp_path / "a.onnx")
+    model = convscope.load(path, preprocessing={"size": 8})
+    x = torch.rand(2, 3, 8, 8)
+    np.testing.assert_allclose(convscope.predict(model, x).logits, run(path, x)[0], atol=1e-5)
+    assert model.layers["conv"].parameters == 4 * 3 * 3 * 3 + 4
+
+
 def test_images_with_channels_last(tmp_path: Path) -> None:
     """As tf2onnx writes them."""
     weights = {"w": np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype("f")}

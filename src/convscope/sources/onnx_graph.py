@@ -13,6 +13,8 @@ from convscope.errors import ConvscopeError, require_extra
 from convscope.sources.files import first_line
 
 DOMAINS = ("", "ai.onnx")
+NOT_FOLDED = ("RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+REFERENCE_OPSETS = {"DequantizeLinear": 19, "QuantizeLinear": 19}  # earlier ones, which compute the same, are missing
 Shape = tuple[int | None, ...]
 
 
@@ -89,31 +91,51 @@ def put_channels_first(model: Any, name: str) -> None:
 
 
 def simplify(model: Any) -> None:
-    """Turn constants into weights, as the converter needs them."""
+    """Turn everything that is computed from constants alone into weights, as the converter needs them.
+
+    Attributes that say that a network is not trained are left out: the converter does not read them.
+    """
     from onnx import numpy_helper
 
+    for node in _nodes(model.graph):
+        kept_attributes = [a for a in node.attribute if a.name != "training_mode" or a.i]
+        del node.attribute[:]
+        node.attribute.extend(kept_attributes)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    outputs = {value.name for value in model.graph.output}
     kept = []
     for node in model.graph.node:
-        value = _constant_value(node) if node.op_type == "Constant" else None
-        if value is None:
+        names = list(filter(None, node.input))
+        is_constant = all(name in values for name in names) and (bool(names) or node.op_type == "Constant")
+        if not is_constant or node.op_type in NOT_FOLDED or outputs & set(node.output) or _has_graph(node):
             kept.append(node)
-        else:
-            model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+            continue
+        try:
+            results = _evaluate(node, {name: values[name] for name in names}, model.opset_import)
+        except Exception:  # noqa: BLE001 - an operator that the reference implementation lacks is left to the converter
+            kept.append(node)
+            continue
+        for name, value in zip(node.output, results, strict=True):
+            values[name] = np.asarray(value)
+            model.graph.initializer.append(numpy_helper.from_array(values[name], name))
     del model.graph.node[:]
     model.graph.node.extend(kept)
 
 
-def _constant_value(node: Any) -> NDArray[Any] | None:
-    """Return the value of a Constant node; None for strings and sparse tensors."""
-    from onnx import helper, numpy_helper
+def _has_graph(node: Any) -> bool:
+    return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
 
-    (attribute,) = node.attribute
-    if attribute.name == "value":
-        return np.array(numpy_helper.to_array(attribute.t))
-    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
-    if attribute.name not in kinds:
-        return None
-    return np.array(helper.get_attribute_value(attribute), kinds[attribute.name])
+
+def _evaluate(node: Any, values: dict[str, NDArray[Any]], opsets: Any) -> list[Any]:
+    """Compute a node of constants with the reference implementation of ONNX."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    version = next(opset.version for opset in opsets if opset.domain in DOMAINS)
+    opset = helper.make_opsetid("", max(version, REFERENCE_OPSETS.get(node.op_type, 0)))
+    ends = [[helper.make_empty_tensor_value_info(name) for name in names] for names in (values, node.output)]
+    model = helper.make_model(helper.make_graph([node], "constants", *ends), opset_imports=[opset])
+    return list(ReferenceEvaluator(model).run(None, values))
 
 
 def free_batch(model: Any, batch: int) -> None:

@@ -10,46 +10,80 @@ from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
 from convscope.sources.spec import ModelSpec, fixed_seed
 
-CLASSIFICATION = "classification"
-TASKS = (CLASSIFICATION, "segmentation")
+CLASSIFICATION, VIDEO, QUANTIZED = "classification", "video", "quantization"
+KINDS = (CLASSIFICATION, "segmentation", VIDEO, QUANTIZED)
+CLIP_LENGTH = 16  # frames, on which most of the networks for videos are trained
 
 
 def names() -> list[str]:
     """List the names that `load` accepts after "torchvision:"."""
     from torchvision.models import list_models
 
-    return [f"torchvision:{name}" for name in list_models() if _task(name) in TASKS]
+    return [f"torchvision:{name}" for name in list_models() if _kind(name) in KINDS]
 
 
 def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelSpec:
     """Make a torchvision model; weights are downloaded unless they are "random" or a file."""
-    from torchvision.models import get_model, get_model_weights, list_models
+    from torchvision.models import get_model_weights, list_models
 
     if name not in list_models():
         raise ConvscopeError(f"torchvision has no model {name!r}; nearest: {nearest(name, list_models())}")
-    if _task(name) not in TASKS:
+    kind = _kind(name)
+    if kind not in KINDS:
         raise ConvscopeError(
-            f"torchvision:{name} is for {_task(name).replace('_', ' ')}; expected a network with scores per image "
+            f"torchvision:{name} is for {kind.replace('_', ' ')}; expected a network with scores per image "
             "(of a detector, load the backbone: load(detector.backbone))"
         )
-    notes: list[str] = []
     entry: Any = get_model_weights(name).DEFAULT if len(get_model_weights(name)) else None
+    module, notes = _build(name, kind, entry, weights, num_classes)
+    spec = ModelSpec(module, f"torchvision:{name}", notes=notes)
+    if entry is not None:
+        categories = entry.meta.get("categories")
+        spec.classes = None if categories is None else tuple(categories)
+        spec.preprocessing = _clip_preprocessing(entry) if kind == VIDEO else _preprocessing(entry.transforms())
+    if kind == VIDEO:
+        frames = f"torchvision.models.get_model_weights({name!r}).DEFAULT.transforms()(frames)"
+        spec.notes.append(f"clips (N, 3, T, H, W) come preprocessed: {frames}, frames (N, T, 3, H, W) in uint8")
+    spec.task = None if kind == "segmentation" else CLASSIFICATION
+    return spec
+
+
+def _build(name: str, kind: str, entry: Any, weights: str, num_classes: int | None) -> tuple[Any, list[str]]:
+    """Return the network and notes on its weights."""
+    from torchvision.models import get_model
+
     # Without weights_backbone=None, segmentation models download weights of their backbone.
-    backbone_options: dict[str, Any] = {"weights_backbone": None} if _has_backbone(name) else {}
-    if weights == "default":
-        with files.download_errors(f"torchvision:{name}"):
-            module = get_model(name, weights=entry, **backbone_options)
-    else:
+    options: dict[str, Any] = {"weights_backbone": None} if _has_backbone(name) else {}
+    if kind == QUANTIZED:
+        options["quantize"] = True
+    try:
+        if weights == "default":
+            with files.download_errors(f"torchvision:{name}"):
+                return get_model(name, weights=entry, **options), []
         with fixed_seed():
             head_options = {} if num_classes is None else {"num_classes": num_classes}
-            module = get_model(name, weights=None, **backbone_options, **head_options)
-        if weights != "random":
-            notes = files.load_weights_file(module, Path(weights))
-    preprocessing = _preprocessing(entry.transforms()) if entry is not None else None
-    classes = tuple(entry.meta["categories"]) if entry is not None and "categories" in entry.meta else None
-    task = CLASSIFICATION if _task(name) == CLASSIFICATION else None
-    name = f"torchvision:{name}"
-    return ModelSpec(module, name, preprocessing=preprocessing, classes=classes, task=task, notes=notes)
+            module = get_model(name, weights=None, **options, **head_options)
+    except RuntimeError as error:
+        if kind != QUANTIZED:
+            raise
+        raise ConvscopeError(
+            f"torchvision:{name} does not run on this processor ({files.first_line(error)}); load the network in "
+            f"floating point: torchvision:{name.removeprefix('quantized_')}"
+        ) from error
+    return module, [] if weights == "random" else files.load_weights_file(module, Path(weights))
+
+
+def _clip_preprocessing(entry: Any) -> Preprocessing:
+    """Read the transforms of networks for videos: the size of a frame, mean and standard deviation."""
+    transforms = entry.transforms()
+    length = max(CLIP_LENGTH, entry.meta.get("min_temporal_size", 0))
+    return Preprocessing(
+        size=(length, *transforms.crop_size),
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        channel_order="channels",
+    )
 
 
 def _preprocessing(transforms: Any) -> Preprocessing:
@@ -61,8 +95,8 @@ def _preprocessing(transforms: Any) -> Preprocessing:
     return Preprocessing.of({**words, "mean": transforms.mean, "std": transforms.std})
 
 
-def _task(name: str) -> str:
-    """Return a model's task: the package of torchvision.models that holds its builder."""
+def _kind(name: str) -> str:
+    """Return what a model is for: the package of torchvision.models that holds its builder."""
     from torchvision.models import get_model_builder
 
     package = get_model_builder(name).__module__.split(".")
