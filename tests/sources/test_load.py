@@ -196,7 +196,6 @@ def test_segmentation_speaks_for_a_picture_by_its_mean():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("fasterrcnn_mobilenet_v3_large_fpn", "detection"),
         ("raft_small", "optical flow"),
     ],
 )

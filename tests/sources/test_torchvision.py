@@ -1,4 +1,4 @@
-"""torchvision's networks for videos and its quantised networks, by name."""
+"""torchvision's networks for videos, its quantised networks and its detectors, by name."""
 
 from __future__ import annotations
 
@@ -75,3 +75,20 @@ def test_a_processor_without_quantised_kernels_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(torchvision.models, "get_model", unsupported)
     with pytest.raises(ConvscopeError, match=r"FBGEMM.*torchvision:resnet18"):
         convscope.load("torchvision:quantized_resnet18", weights="random")
+
+
+def test_detectors_have_the_classes_of_their_weights() -> None:
+    name = "ssdlite320_mobilenet_v3_large"
+    model = convscope.load(f"torchvision:{name}", weights="random")
+    entry = torchvision.models.get_model_weights(name).DEFAULT
+    assert (model.task, model.preprocessing.size) == ("detection", (320, 320))
+    assert model.classes == tuple(entry.meta["categories"])
+    x = torch.rand(1, 3, 320, 320)
+    with torch.no_grad():
+        (expected,) = model.module(x)
+    (found,) = convscope.detect(model, x, threshold=0.0)
+    assert len(found.boxes) == len(expected["boxes"]) > 0
+    best = int(expected["scores"].argmax())
+    assert found.names[0] == model.classes[int(expected["labels"][best])]
+    np.testing.assert_allclose(found.scores[0], expected["scores"][best], rtol=1e-5)
+    np.testing.assert_allclose(found.boxes[0], expected["boxes"][best], atol=1e-3)

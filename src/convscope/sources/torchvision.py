@@ -7,11 +7,11 @@ from typing import Any
 
 from convscope.errors import ConvscopeError, nearest
 from convscope.images.preprocessing import Preprocessing
-from convscope.sources import files
+from convscope.sources import files, torchvision_detection
 from convscope.sources.spec import ModelSpec, fixed_seed
 
-CLASSIFICATION, VIDEO, QUANTIZED = "classification", "video", "quantization"
-KINDS = (CLASSIFICATION, "segmentation", VIDEO, QUANTIZED)
+CLASSIFICATION, VIDEO, QUANTIZED, DETECTION = "classification", "video", "quantization", "detection"
+KINDS = (CLASSIFICATION, "segmentation", VIDEO, QUANTIZED, DETECTION)
 CLIP_LENGTH = 16  # frames, on which most of the networks for videos are trained
 
 
@@ -31,11 +31,15 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     kind = _kind(name)
     if kind not in KINDS:
         raise ConvscopeError(
-            f"torchvision:{name} is for {kind.replace('_', ' ')}; expected a network with scores per image "
-            "(of a detector, load the backbone: load(detector.backbone))"
+            f"torchvision:{name} is for {kind.replace('_', ' ')}; expected a network for images or clips"
         )
     entry: Any = get_model_weights(name).DEFAULT if len(get_model_weights(name)) else None
     module, notes = _build(name, kind, entry, weights, num_classes)
+    if kind == DETECTION:
+        spec = torchvision_detection.from_module(module.eval(), f"torchvision:{name}")
+        spec.notes += notes
+        spec.classes = tuple(entry.meta["categories"])
+        return spec
     spec = ModelSpec(module, f"torchvision:{name}", notes=notes)
     if entry is not None:
         categories = entry.meta.get("categories")
