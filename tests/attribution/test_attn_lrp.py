@@ -71,6 +71,8 @@ def test_rules_by_hand() -> None:
         norm = F.layer_norm(a, (4,), w, w)
         in_place = F.silu(a.clone(), inplace=True).sum()
         group = F.group_norm(a.reshape(1, 4, 3), 2).square().sum()
+        unit = (F.normalize(a, dim=1) * w).sum()
+    assert torch.autograd.grad(unit, a)[0].allclose(w / a.norm(dim=1, keepdim=True))
     assert torch.autograd.grad(product, [a, b])[1].allclose(a.sum(0).expand(3, 4) / 2)
     assert torch.autograd.grad(activated, a)[0].allclose(F.gelu(a) / a)
     assert torch.autograd.grad(in_place, a)[0].allclose(F.silu(a) / a)

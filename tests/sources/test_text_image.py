@@ -14,6 +14,7 @@ from PIL import Image
 
 import convscope
 from convscope import ConvscopeError
+from convscope.cli.parsing import parse_targets
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -241,6 +242,13 @@ def test_text_targets_are_refused_elsewhere(x: torch.Tensor) -> None:
         convscope.heatmaps(load(clip_vit()), x)
     with pytest.raises(ConvscopeError, match="text_target"):
         convscope.heatmaps(load(clip_vit()), x, "a cat")
+
+
+def test_targets_of_the_command_line_are_texts_without_classes() -> None:
+    net = clip_vit()
+    assert parse_targets(load(net), ["a cat", "fur"], 2) == [convscope.text_target(t) for t in ("a cat", "fur")]
+    assert parse_targets(load(net), None, 2) is None
+    assert parse_targets(load(net, classes=CLASSES), ["dog"], 2) == [[1], [1]]
 
 
 def test_tokenizers(tmp_path: Path, x: torch.Tensor) -> None:

@@ -91,8 +91,8 @@ def bind_texts(model: Model, targets: Any) -> Any:
     if model.dual_encoder is not None and model.task == "embedding" and (targets is None or isinstance(targets, str)):
         text = targets or "a striped cat"
         raise ConvscopeError(
-            f"{model.name} has no classes; expected targets=convscope.text_target({text!r}), or a network that was "
-            "loaded with classes=[...]"
+            f"{model.name} has no classes; give a text as targets= (convscope.text_target({text!r})), or load the "
+            "network with classes="
         )
     if isinstance(targets, TextTarget):
         return targets.bind(model)

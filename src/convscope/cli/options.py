@@ -20,6 +20,7 @@ from convscope.cli.parsing import (
     parse_layers,
     parse_method_options,
     parse_scales,
+    parse_targets,
     split_commas,
 )
 from convscope.cli.tables import Column, print_table
@@ -316,7 +317,7 @@ class HeatmapOptions:
     def arguments(self, network: Model, num_images: int) -> dict[str, Any]:
         """Return the keyword arguments of `convscope.heatmaps`."""
         return {
-            "targets": parse_classes(network, self.targets, num_images),
+            "targets": parse_targets(network, self.targets, num_images),
             "layer": parse_layers(self.layer),
             "method": self.method,
             "against": parse_classes(network, self.against, num_images),

@@ -53,8 +53,8 @@ def set_classes(spec: ModelSpec, classes: Sequence[str] | None, template: str | 
             raise ConvscopeError("template= needs classes=[...], whose names it puts in a text")
         spec.adapter, spec.task, spec.select = TorchAdapter(encoder.forward_function()), "embedding", IMAGE_EMBEDS
         spec.notes.append(
-            "the outputs are image embeddings; classes=[...] makes the network a classifier, "
-            "and convscope.text_target explains a text"
+            "the outputs are image embeddings; classes= makes the network a classifier, and "
+            "convscope.text_target explains a text"
         )
         return
     is_sigmoid = getattr(spec.module, "logit_bias", None) is not None  # SigLIP: each text has its own probability

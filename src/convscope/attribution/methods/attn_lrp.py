@@ -140,10 +140,11 @@ def _normalize(
     p: float = 2.0,
     dim: int = 1,
     eps: float = 1e-12,
-    *_: object,
+    out: Tensor | None = None,
 ) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(input, p, dim, keepdim=True)
-    return input / norm.clamp(min=eps).detach()
+    result = input / norm.clamp(min=eps).detach()
+    return result if out is None else out.copy_(result)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
