@@ -54,6 +54,13 @@ Grad-CAM from one computed by a hook at this layer and one backward pass, relati
 same for images in a batch of four and alone; `scan`: the same for the maxima of units from maxima computed by hand;
 `pattern`: whether two steps of gradient ascent gave an image with a finite score."""
 
+REMARKS = """\
+The scores of `coat` and `efficientvim` are made of several stages: `coat_tiny` aggregates the class tokens of three
+scales, EfficientViM adds up a head of each stage. Their default layer is the last one that every path to the scores
+passes through, which is in front of these stages; a later one is chosen with `layer=`. `crossvit` resizes images itself
+and has two branches, of which the size of one is compared here. `mobilenetv5` ends with a fusion of stages on the grid
+of an earlier one. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`)."""
+
 
 @dataclass
 class Result:
@@ -242,9 +249,8 @@ def last_stage_by_hooks(module: nn.Module, grid: tuple[int, ...], batch: Tensor)
         for handle in handles:
             handle.remove()
     last = grids[-1]
-    if len(last) == 1 and 0 <= last[0] - math.prod(grid) <= PREFIX_TOKENS:
-        return grid
-    return last
+    others = math.prod(last) - math.prod(grid)
+    return grid if 0 <= others <= (PREFIX_TOKENS if len(last) == 1 else 0) else last
 
 
 def _positions(layer: nn.Module, output: Tensor) -> tuple[int, ...]:
@@ -416,6 +422,8 @@ def page(results: list[dict[str, Any]]) -> str:
         *_summary(results),
         "",
         *COLUMNS.splitlines(),
+        "",
+        *REMARKS.splitlines(),
     ]
     for collection in COLLECTIONS:
         rows = sorted((r for r in results if r["collection"] == collection), key=lambda r: r["family"])
@@ -440,7 +448,7 @@ def _summary(results: list[dict[str, Any]]) -> list[str]:
         ("default layer of another size than the last stage", _names(other_stage)),
         (f"Grad-CAM by hand differs by more than {TOLERANCE:g} (of {len(compared)})", _names(different)),
         (f"batch and alone differ by more than {TOLERANCE:g}", _names(batch)),
-        ("of these, the maps by hand do so too: rounding", _names(rounding)),
+        ("of these, the maps by hand do so too", _names(rounding)),
         ("maps of zeros where the one by hand is not", _names(unexplained)),
         ("longer than the time limit", _names(kinds["timeout"])),
         ("not built here", _names(kinds["unavailable"])),
