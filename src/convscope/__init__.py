@@ -17,7 +17,7 @@ Examples
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -139,8 +139,14 @@ _TARGETS = {
 
 def __getattr__(name: str) -> object:
     if name not in _TARGETS:
-        raise AttributeError(f"module 'convscope' has no attribute {name!r}")
-    value: object = resolve_name(_TARGETS[name])
+        from difflib import get_close_matches
+
+        close = "".join(f"; did you mean {match}?" for match in get_close_matches(name, __all__, n=1))
+        raise AttributeError(f"module 'convscope' has no attribute {name!r}{close}")
+    module, _, attribute = _TARGETS[name].partition(":")
+    value: object = import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

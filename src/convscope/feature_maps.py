@@ -16,7 +16,7 @@ from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
-from convscope.errors import ConvscopeError, is_int, warns_of_failures
+from convscope.errors import ConvscopeError, is_int, require_int, warns_of_failures
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
@@ -370,6 +370,7 @@ def predict(
     >>> predictions.names[0][0]
     'Egyptian cat'
     """
+    require_int("top", top)
     model = as_model(model)
     model.require_scores()
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)

@@ -70,6 +70,9 @@ def draw(result: object, **options: Unpack[FigureOptions]) -> Figure:
         if name not in known:
             kind = type(result).__name__
             raise ConvscopeError(f"the figure of {kind} has no option {name!r}; its options are {', '.join(known)}")
+    figsize = options.get("figsize")
+    if figsize is not None and not (isinstance(figsize, Sequence) and len(figsize) == 2):
+        raise ConvscopeError(f"figsize is {figsize!r}; expected width and height in inches, such as (8, 6)")
     figure: Figure = function(result, **options)
     return figure
 

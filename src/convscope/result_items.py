@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, SupportsIndex, TypeAlias
 import numpy as np
 
 from convscope.errors import ConvscopeError, nearest
-from convscope.formatting import base_name
+from convscope.formatting import base_name, count_of
 from convscope.results import Result
 
 ItemKey: TypeAlias = int | slice | str | Sequence[int]
@@ -72,7 +72,11 @@ class IndexedResult(Result):
             return list(range(count))[key]
         if isinstance(key, str):
             return [_find(key, self.item_names())]
-        return [range(count)[i] for i in ([key] if isinstance(key, SupportsIndex) else key)]
+        positions = [key] if isinstance(key, SupportsIndex) else list(key)
+        for i in positions:
+            if not -count <= i < count:
+                raise IndexError(f"position {i} is out of range: this result has {count_of(count, 'item')}")
+        return [range(count)[i] for i in positions]
 
     def __len__(self) -> int:
         return len(self.item_names())

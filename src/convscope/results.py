@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of names that `Result.save` takes as a file
+MAX_PNG = 200_000  # bytes of a figure that is displayed as PNG
 COPIES_FILE = "images.zip"  # small copies of the images, in the folder of a saved result
 
 
@@ -104,13 +105,20 @@ class HasFigure:
         """Return the figure as an image, with the remarks under it."""
         title = escape(f"{_kind(self).capitalize()}: {self._title()}")
         try:
-            buffer = io.BytesIO()
-            draw(self).savefig(buffer, format="png", bbox_inches="tight")
-            data = base64.b64encode(buffer.getvalue()).decode()
-            content = f'<img alt="{title}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+            content = f'<img alt="{title}" style="max-width: 100%" src="{_data_url(draw(self))}">'
         except ConvscopeError as error:  # signals and volumes have no figure
             content = f"<p>{title}</p><p>no figure: {escape(str(error))}</p>"
         return f"<div>{content}{_html_list(self._remarks())}</div>"
+
+
+def _data_url(figure: Figure) -> str:
+    """Return a figure as an address that contains it: as PNG, or as JPEG where that would make notebooks large."""
+    buffer, kind = io.BytesIO(), "png"
+    figure.savefig(buffer, format=kind, bbox_inches="tight")
+    if buffer.tell() > MAX_PNG:
+        image, buffer, kind = Image.open(buffer).convert("RGB"), io.BytesIO(), "jpeg"
+        image.save(buffer, format=kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _kind(result: object) -> str:

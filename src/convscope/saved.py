@@ -127,7 +127,11 @@ def open(folder: str | os.PathLike[str]) -> Result | Store:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         kind = manifest["kind"]
     except FileNotFoundError:
-        return open_store(folder)  # at an address; it also says what is missing
+        if "://" in os.fspath(folder):
+            return open_store(folder)
+        lack = "has no manifest.json" if path.is_dir() else "does not exist"
+        expected = "expected a folder written by save(), or by a scan that is finished"
+        raise ConvscopeError(f"{path} {lack}; {expected}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConvscopeError(f"{path} is not a saved result: manifest.json cannot be read ({error})") from error
     if kind not in RESTORE:

@@ -79,6 +79,8 @@ def test_failed_image_is_named_and_the_rest_is_done(photos, tmp_path):
 
 def test_heatmap_of_a_video_samples_frames_and_writes_a_video(lite0, photos, tmp_path):
     """A pan over the panda, whose class is the most probable one over all frames."""
+    import convscope
+
     imageio = pytest.importorskip("imageio.v3")
     photo = Image.open(panda(photos)).convert("RGB").resize((300, 224))
     frames = np.stack([np.asarray(photo.crop((i, 0, i + 224, 224))) for i in range(0, 60, 2)])
@@ -94,6 +96,12 @@ def test_heatmap_of_a_video_samples_frames_and_writes_a_video(lite0, photos, tmp
     assert np.abs(video[0] - first).mean() < 8  # the codec is lossy
     duration = imageio.immeta(tmp_path / "out" / "pan_0_lesser-panda.mp4", plugin="pyav")["duration"]
     assert duration == pytest.approx(3, abs=0.1)
+    heatmaps = convscope.open(tmp_path / "out")  # its images are copies, as JPEG
+    for shared_scale in (True, False):
+        overlays = heatmaps.overlay(shared_scale=shared_scale)
+        saved = [np.asarray(Image.open(tmp_path / "out" / row[4]), float) for row in rows]
+        differences = [np.abs(np.asarray(o) - s).mean() for o, s in zip(overlays, saved, strict=True)]
+        assert (max(differences) < 2) == shared_scale  # all frames are on one scale
 
 
 def test_heatmap_takes_several_targets_by_name_and_index(lite0, photos, tmp_path):

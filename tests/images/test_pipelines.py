@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 import convscope
 from convscope.errors import ConvscopeError
-from convscope.images.loading import Batch, ImageBatchLoader
+from convscope.images.batches import Batch
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

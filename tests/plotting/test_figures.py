@@ -70,18 +70,18 @@ def titles(figure: Figure) -> list[str]:
 
 
 def test_activation_figure(model):
-    maps = {"features.0": RNG.normal(size=(2, 40, 9, 9)), "features.12.conv": RNG.normal(size=(2, 300, 5, 20))}
+    maps = {"features.0": RNG.normal(size=(2, 40, 9, 9)), "features.12.conv": RNG.normal(size=(2, 300, 20, 10))}
     maps["features.0"][0, :3] = 1
     figure = make_activations(model, **maps).figure()
     assert white_fraction(render(figure)) < 0.35
     assert titles(figure) == [
         "features.0: 40 channels, 3 constant (crossed)",
-        "features.12.conv: 300 channels, first 256 shown",
+        "features.12.conv: 300 channels, first 64 shown",
     ]
     assert figure.get_suptitle() == "Activations for an image with a ver…g name, number 0.jpg (Sequential)"
-    assert [bar.get_ylabel() for bar in color_bars(figure)] == ["each map: mean ± 2 std"] * 2
+    assert [bar.get_ylabel() for bar in color_bars(figure)] == ["each map:\nmean ± 2 std"] * 2
     rows = [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes if axes.get_title()]
-    assert rows == [["unit 0", "unit 16", "unit 32"], [f"unit {n}" for n in range(0, 256, 32)]]
+    assert rows == [["unit 0", "unit 16", "unit 32"], [f"unit {n}" for n in range(0, 64, 16)]]
 
 
 def test_activation_figure_of_many_layers_is_evenly_spaced(model):

@@ -14,7 +14,8 @@ from convscope.attribution.runner import BatchResult, HeatmapJob, MethodMaps, Re
 from convscope.engine import capture
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.images.loading import Batch, ImageBatchLoader
+from convscope.images.batches import Batch
+from convscope.images.loading import ImageBatchLoader
 
 MAX_SCALE = 16
 

@@ -174,7 +174,7 @@ class Heatmaps(IndexedResult):
         size: int | tuple[int, int] | None = None,
     ) -> Iterator[tuple[Image.Image, ColorScale]]:
         """Yield the images of `overlay` with their color scales, so that memory does not grow with their number."""
-        for side in () if size is None else np.atleast_1d(size):
+        for side in () if size is None else size if isinstance(size, tuple) else (size,):
             require_int("size", side)
         if signed is None:
             signed = is_signed(self.method) and bool((self.values < 0).any())

@@ -78,9 +78,10 @@ def heatmap(
         heatmaps = convscope.heatmaps(
             network, inputs, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress, **arguments
         )
-    folder = heatmaps.save(out, **overlay.arguments())
+    drawing = {**overlay.arguments(), "shared_scale": overlay.shared_scale or video is not None}
+    folder = heatmaps.save(out, **drawing)
     if video is not None:
-        _write_videos(heatmaps, video, folder, overlay.arguments())
+        _write_videos(heatmaps, video, folder, drawing)
     if not as_json:
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
         print_table("", _columns(network.has_values), _rows(heatmaps), wide=wide)

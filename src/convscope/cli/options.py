@@ -351,6 +351,12 @@ class OverlayOptions:
             metavar="N", min=1, help="Longer side of the saved overlays. Default: the image's.", rich_help_panel=OUTPUT
         ),
     ] = None
+    shared_scale: Annotated[
+        bool,
+        typer.Option(
+            "--shared-scale", help="One color scale for all maps, as always for videos.", rich_help_panel=OUTPUT
+        ),
+    ] = False
 
     def check(self) -> None:
         """Refuse an unknown colormap, before a network is loaded."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-import convscope.progress
 from convscope.errors import rename_arguments
 
 if TYPE_CHECKING:
@@ -118,4 +117,6 @@ def finish(result: Result, folder: Path | None, as_json: bool) -> None:
 
 def progress_bar(label: str) -> AbstractContextManager[Progress]:
     """Show a progress bar on a terminal; the block reports with the callback."""
+    import convscope.progress
+
     return convscope.progress.progress_bar(not _settings.quiet, label)

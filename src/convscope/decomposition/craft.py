@@ -41,8 +41,9 @@ from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int, warns_of_failures
+from convscope.images.batches import Batch
 from convscope.images.geometry import Geometry
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 

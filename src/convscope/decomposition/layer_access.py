@@ -17,7 +17,8 @@ from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
-from convscope.images.loading import Batch, ImageBatchLoader
+from convscope.images.batches import Batch
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 ActivationIterator: TypeAlias = Callable[[ImageBatchLoader], Iterator[tuple[Batch, Tensor]]]

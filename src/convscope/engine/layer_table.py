@@ -226,7 +226,11 @@ class LayerTable(Sequence[Layer]):
     def __getitem__(self, key: int | str | slice) -> Layer | LayerTable:
         if isinstance(key, slice):
             return LayerTable(self._layers[key], show_all=True)
-        return self.find(key) if isinstance(key, str) else self._layers[key]
+        if isinstance(key, str):
+            return self.find(key)
+        if not -len(self) <= key < len(self):
+            raise IndexError(f"layer {key} is out of range: there are {len(self)}")
+        return self._layers[key]
 
     @property
     def all(self) -> LayerTable:

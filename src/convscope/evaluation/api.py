@@ -32,7 +32,8 @@ from convscope.evaluation.context import EvaluationContext, Scores
 from convscope.evaluation.inputs import HeatmapInput, check_mask_size, parse_heatmaps, parse_masks
 from convscope.evaluation.registry import METRICS, MetricOptions, get_metric, metric_name, resolve_options
 from convscope.evaluation.result import Evaluation, suspicion_notes
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Batch, ImageBatchLoader
+from convscope.images.batches import Batch
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 

@@ -268,10 +268,11 @@ def _read_photograph(start: str | os.PathLike[str] | Image.Image, size: int | Si
 
 def height_width(size: int | Size) -> Size:
     """Return height and width from one number or two; raise ConvscopeError."""
-    sides = (size, size) if isinstance(size, int | np.integer) else tuple(int(side) for side in size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ConvscopeError(f"size is {' x '.join(map(str, sides))}; expected pixels, one number or height and width")
-    return sides
+    sides = (size, size) if is_int(size) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(is_int(side) and side >= 1 for side in sides):
+        raise ConvscopeError(f"size is {size!r}; expected pixels, one number or height and width")
+    height, width = sides
+    return int(height), int(width)
 
 
 def size_checker(model: Model, forward: Forward) -> SizeCheck:

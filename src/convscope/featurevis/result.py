@@ -134,7 +134,7 @@ class Patterns(IndexedResult):
         height, width = self.images.shape[1:3]
         kind = "objective" if self.objectives else "unit"
         count = count_of(len(self.units), kind)
-        return f"{count} of {self.layer}, {self.recipe}, {self.steps} steps, {height} x {width} pixels"
+        return f"{count} of {self.layer}, {self.recipe}, {count_of(self.steps, 'step')}, {height} x {width} pixels"
 
     @property
     def status(self) -> tuple[str, ...]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from convscope.errors import ConvscopeError, require_int
+from convscope.images.batches import Batch, collate, tensor_batches
 from convscope.images.copies import ImageCopy
 from convscope.images.decoding import (
     SIXTEEN_BITS,
@@ -33,7 +33,7 @@ from convscope.images.lazy import Item, LazyImages, as_item, item_names
 from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
-from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes, to_channels_last
+from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes
 
 DARK_FRACTION = 0.3  # of 16 bits: less is taken for values of fewer bits
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
@@ -67,25 +67,6 @@ def one_line(text: str) -> str:
     """Escape line breaks and unprintable characters."""
     bad = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images ready for the network.
-
-    Attributes
-    ----------
-    indices : tuple of int
-        Positions of the images in what was given.
-    x : Tensor
-        (B, C, H, W) float32, channels_last. Signals are (B, C, L) and volumes (B, C, D, H, W), contiguous.
-    geometry : tuple of Geometry
-        Where each input lies in its image.
-    """
-
-    indices: tuple[int, ...]
-    x: Tensor
-    geometry: tuple[Geometry, ...]
 
 
 class ImageBatchLoader:
@@ -181,7 +162,7 @@ class ImageBatchLoader:
         require_int("size", size)
         if isinstance(self._images, Tensor) and all_finite(self._images):
             self.notes += [note for note in tensor_notes(self._images, self._unscaled) if note not in self.notes]
-            yield from _tensor_batches(self._images, size, self._scale)
+            yield from tensor_batches(self._images, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
         for index in range(len(self)):
@@ -193,10 +174,10 @@ class ImageBatchLoader:
                 self._unusable.add(index)
                 self.failed.append(Failure(self.names[index], str(error)))
             if len(inputs) == size:
-                yield _collate(inputs)
+                yield collate(inputs)
                 inputs.clear()
         if inputs:
-            yield _collate(inputs)
+            yield collate(inputs)
         if len(self._unusable) == len(self):
             reasons = "; ".join([*map(str, self.failed[:3]), *["..."] * (len(self) > 3)])
             prefix = f"none of the {len(self)} images can be used: "
@@ -421,16 +402,3 @@ class ImageBatchLoader:
                 f"is an array of {dtype}; expected uint8, or floats in [0, 1]{advice if is_wide_integer(dtype) else ''}"
             )
         check_pixels(shape[0], shape[1], self.max_pixels)
-
-
-def _collate(inputs: list[tuple[int, Tensor, Geometry]]) -> Batch:
-    indices, tensors, geometry = zip(*inputs, strict=True)
-    return Batch(indices, to_channels_last(torch.stack(tensors)), geometry)
-
-
-def _tensor_batches(x: Tensor, size: int, scale: float) -> Iterator[Batch]:
-    """Slice a preprocessed tensor (N, C, ...) into batches."""
-    geometry = Geometry.whole(x.shape[2:])
-    for first in range(0, len(x), size):
-        part = to_channels_last(interpolate(x[first : first + size].detach().float(), scale))
-        yield Batch(tuple(range(first, first + len(part))), part, (geometry,) * len(part))

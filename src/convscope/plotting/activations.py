@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHANNELS_PER_PAGE = 256
+CHANNELS_PER_LAYER = 64  # in a figure of several layers
 COLUMNS, COLORMAP = 16, "viridis"
 MAX_LAYERS = 16  # in one figure
 MIN_SIDE = 32  # smaller maps are enlarged to about this many pixels
@@ -47,7 +48,7 @@ def min_max(maps: np.ndarray) -> np.ndarray:
     return np.asarray(((maps - low) / np.where(high > low, high - low, 1) * 255).round(), np.uint8)
 
 
-SCALE_LABELS = {"standard": "each map: mean \u00b1 2 std", "minmax": "each map: min to max"}
+SCALE_LABELS = {"standard": "each map:\nmean \u00b1 2 std", "minmax": "each map:\nmin to max"}
 
 SCALINGS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"standard": standardize, "minmax": min_max}
 
@@ -142,8 +143,9 @@ def draw_activations(
     cmap: str | None = None,
     image: int = 0,
 ) -> Figure:
-    """Draw the first page of an image's grids, one layer per row; at most 16 layers, evenly spaced.
+    """Draw the first channels of an image, one layer per row; at most 16 layers, evenly spaced.
 
+    Of one layer 256 channels are drawn, of several layers 64 of each.
     The numbers at the left are those of each row's first unit. The color bar says how each map is scaled.
     """
     spatial = _spatial_layers(result, result.layers)
@@ -152,7 +154,11 @@ def draw_activations(
     check_image(image, len(result.image_names))
     layers = spatial[:: math.ceil(len(spatial) / MAX_LAYERS)]
     colormap = cmap or COLORMAP
-    grids = [activation_pages(result, layer, image, scaling=result.scaling, colormap=colormap)[0] for layer in layers]
+    limit = CHANNELS_PER_PAGE if len(layers) == 1 else CHANNELS_PER_LAYER
+    grids = [
+        activation_pages(result, layer, image, limit=limit, scaling=result.scaling, colormap=colormap)[0]
+        for layer in layers
+    ]
     heights = [max(0.6, 10 * grid.height / grid.width) + 0.4 for grid in grids]
     title = f"Activations for {image_title(result.image_names[image])} ({result.model.name})"
     title += omitted(len(layers), len(spatial), "layers")
@@ -161,11 +167,11 @@ def draw_activations(
     )
     for (axes,), layer, grid in zip(panels, layers, grids, strict=True):
         count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][image : image + 1]).sum())
-        limit = f", first {CHANNELS_PER_PAGE} shown" if count > CHANNELS_PER_PAGE else ""
+        shown = f", first {limit} shown" if count > limit else ""
         constant = f", {dead} constant (crossed)" if dead else ""
-        title = f"{shorten(layer)}: {count} channels{limit}{constant}"
+        title = f"{shorten(layer)}: {count} channels{shown}{constant}"
         show_image(axes, grid, title if ax is None else f"{title}, {image_title(result.image_names[image])}")
-        _number_rows(axes, grid, min(count, CHANNELS_PER_PAGE))
+        _number_rows(axes, grid, min(count, limit))
         add_color_bar(axes, ColorScale(1, colormap=colormap), SCALE_LABELS[result.scaling], ticks=("low", "high"))
     return figure
 

@@ -111,7 +111,7 @@ def add_color_bar(
     bar.set_ticks(values, labels=ticks or [f"{value:.3g}" for value in values])
     bar.ax.tick_params(labelsize=8, length=2)
     bar.set_label(label, fontsize=8)
-    if not scale.signed:  # beside the bar, between the numbers at its ends
+    if not scale.signed and ticks is None:  # beside the bar, between the numbers at its ends
         bar.ax.yaxis.set_label_coords(1.6, 0.5)
         bar.ax.yaxis.label.set_verticalalignment("top")
     bar.outline.set_linewidth(0.5)

@@ -298,7 +298,8 @@ def _draw_pairs(title: str, pairs: Sequence[_UnitPair], count: int, figsize: Siz
     n = EXAMPLES_PER_PAIR
     panels = _add_panels(band, len(pairs), 2 * n + 1, f"{title}{limit}", [1] * n + [1.6] + [1] * n)
     for row, pair in zip(panels, pairs, strict=True):
-        units = " | ".join(dict.fromkeys(f"unit {record.unit}" for record in (pair.left, pair.right)))
+        names = dict.fromkeys(shorten(record.name, 24) for record in (pair.left, pair.right))
+        units = " |\n".join(names) if sum(map(len, names)) > 22 else " | ".join(names)
         layer = "\n".join(textwrap.wrap(shorten(pair.layer, 44), 22))
         _write(row[n], f"{layer}\n{units}\n{pair.description}")
         _draw_patches(row[:n], pair.left)
