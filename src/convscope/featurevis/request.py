@@ -268,7 +268,7 @@ def _read_photograph(start: str | os.PathLike[str] | Image.Image, size: int | Si
 
 def height_width(size: int | Size) -> Size:
     """Return height and width from one number or two; raise ConvscopeError."""
-    sides = (size, size) if is_int(size) else size
+    sides = (size, size) if isinstance(size, int | np.integer) else size
     if not isinstance(sides, Sequence) or len(sides) != 2 or not all(is_int(side) and side >= 1 for side in sides):
         raise ConvscopeError(f"size is {size!r}; expected pixels, one number or height and width")
     height, width = sides
