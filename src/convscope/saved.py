@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from convscope.arguments import check_arguments
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
@@ -93,6 +94,7 @@ class SavedData:
         return loader
 
 
+@check_arguments
 def open(folder: str | os.PathLike[str]) -> Result | Store:
     """Open a result that was saved, without its model, or the store of a scan.
 

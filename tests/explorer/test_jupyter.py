@@ -45,7 +45,7 @@ def in_process(tiny):
     running = InProcessServer(notebook._build_app(tiny, smooth_image(0)))
     yield running
     running.close()
-    assert thread_names() == []
+    wait_until(lambda: thread_names() == [])
 
 
 IMAGE = "/api/models/SmallConvNet/images/image-0"
@@ -217,7 +217,7 @@ def test_show_gives_a_widget_in_jupyter_and_a_frame_elsewhere(tiny, monkeypatch)
     assert isinstance(widget, ExplorerWidget)
     assert widget.url is None
     widget.close()
-    assert thread_names() == before
+    wait_until(lambda: thread_names() == before)
     frame = convscope.show(tiny, smooth_image(0), port=0)  # a port is asked for
     assert frame.url.startswith("http://127.0.0.1:")
     frame.close()

@@ -36,7 +36,7 @@ def test_home_shows_predictions_and_heatmaps_of_the_first_image(client, tiny):
     assert data["target"] == best
     assert set(map(int, data["heatmaps"])) == set(expected.indices[0].tolist())
     assert_packed(data["heatmaps"][str(best)]["map"], convscope.heatmaps(tiny, [smooth_image(0)], best).values[0, 0])
-    assert f"{100 * expected.probabilities[0, 0]:.1f} %" in page.text
+    assert f"{expected.probabilities[0, 0]:.1%}" in page.text
 
 
 @pytest.mark.parametrize(

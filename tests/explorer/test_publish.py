@@ -213,7 +213,7 @@ def test_live_and_published_example_sheets_are_equal(client, tiny_site):
 def test_an_image_of_the_data_set_can_be_analysed(client, tiny_store):
     page = client.get("/m/tiny/data/3")
     record = tiny_store.image(3)
-    assert f"{100 * record.predictions[0].probability:.1f} %" in page.text
+    assert f"{record.predictions[0].probability:.1%}" in page.text
     assert "<img src=x" not in page.text
     assert page.headers["referrer-policy"] == "same-origin"  # browsers then send the origin of the form
     response = client.post("/m/tiny/data/3/open", headers={"origin": "http://localhost"})

@@ -70,6 +70,14 @@ def test_printed_url_names_this_machine_by_default(monkeypatch, tmp_path):
     assert re.search(r"open http://127\.0\.0\.1:\d+/\n", result.output)
 
 
+def test_printed_url_has_the_token_as_a_parameter(monkeypatch, tmp_path):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(server, "serve", lambda app, listening: listening.close())
+    arguments = ["serve", "tests.oracles.nets:SmallConvNet", "--port", "0", "--token", "auto"]
+    result = CliRunner().invoke(app, [*arguments, "--cache-dir", str(tmp_path)])
+    assert re.search(r"open http://127\.0\.0\.1:\d+/\?token=\S{32}\n", result.output)
+
+
 @pytest.mark.parametrize(
     "arguments", [["--host", "0.0.0.0"], ["--host", "0.0.0.0", "--token", "short"], ["--token", "short"]]
 )
@@ -85,7 +93,7 @@ def test_missing_packages_are_named(package, monkeypatch, tmp_path, tiny):
         monkeypatch.delattr(module)  # restored afterwards, so that no module exists twice
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"the explorer needs {package}; pip install 'convscope\[serve\]'"
+    message = rf"(the explorer needs {package}|{package} is not installed); pip install ['\"]convscope\[serve\]['\"]"
     for arguments in (["serve", "lite0", "--port", "0"], ["publish", str(tmp_path)]):
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, convscope.ConvscopeError)

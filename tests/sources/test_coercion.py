@@ -146,7 +146,7 @@ def test_keras_model(loads):
 
 @pytest.mark.parametrize("wrong", ["cat.JPG", np.zeros((4, 4, 3)), torch.zeros(1, 3, 4, 4), ["a.png"], None])
 def test_swapped_arguments(net, wrong):
-    with pytest.raises(convscope.ConvscopeError, match="the model comes first, the images second"):
+    with pytest.raises(convscope.ConvscopeError, match="the model comes first: heatmaps"):
         convscope.heatmaps(wrong, net)
 
 

@@ -62,20 +62,26 @@ def is_verbose() -> bool:
 
 
 def log_error(text: str) -> None:
-    """Print an error or a failure to standard error."""
+    """Print an error or a failure to standard error, with arguments as options."""
     typer.echo(printable(rename_arguments(text, _settings.argument_names)), err=True)
 
 
-def log(text: str) -> None:
-    """Print a line to standard error, unless the command is quiet."""
+def log_note(text: str) -> None:
+    """Print a note to standard error, with arguments as options, unless the command is quiet."""
     if not _settings.quiet:
-        log_error(text)
+        log_error(f"note: {text}")
+
+
+def log(text: str) -> None:
+    """Print a line to standard error as it is, unless the command is quiet."""
+    if not _settings.quiet:
+        typer.echo(printable(text), err=True)
 
 
 def log_detail(text: str) -> None:
-    """Print a line to standard error if the command is verbose."""
+    """Print a line to standard error as it is, if the command is verbose."""
     if _settings.verbose:
-        log_error(text)
+        typer.echo(printable(text), err=True)
 
 
 def printable(text: str) -> str:
@@ -105,7 +111,7 @@ def finish(result: Result, folder: Path | None, as_json: bool) -> None:
     `folder` is None if it was not saved. With `as_json` its manifest is printed.
     """
     for note in result.notes:
-        log(f"note: {note}")
+        log_note(note)
     if folder is not None and as_json:
         print_manifest(folder)
     elif folder is not None:

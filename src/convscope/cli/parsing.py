@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convscope.cli.output import log, log_detail
+from convscope.cli.output import log_detail, log_note
 from convscope.errors import ConvscopeError, require_number
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_model(
     network = convscope.load(name, weights=weights, preprocessing=settings, classes=labels, **options)
     log_detail(f"{network.name}: {len(network.layers)} layers on {network.device}, {time.perf_counter() - start:.1f} s")
     for note in network.notes:
-        log(f"note: {note}")
+        log_note(note)
     return network
 
 

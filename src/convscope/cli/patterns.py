@@ -14,7 +14,7 @@ import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ListRecipes, ModelName, NetworkOptions, Out, Recipe, Seed
-from convscope.cli.output import finish, log, log_detail, print_json, progress_bar, report_failures
+from convscope.cli.output import finish, log, log_detail, log_note, print_json, progress_bar, report_failures
 from convscope.cli.parsing import open_store_in, parse_units, split_commas
 from convscope.errors import ConvscopeError, require_int
 
@@ -195,7 +195,7 @@ class _PatternJob:
         if skipped:
             log(f"already done, skipped: {', '.join(skipped)}")
         for note in sum_up_notes([(layer, note) for layer, result in results.items() for note in result.notes]):
-            log(f"note: {note}")
+            log_note(note)
         for layer in results:
             log_detail(f"{layer}: written to {folders[layer]}")
         if results:

@@ -10,7 +10,7 @@ import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out
-from convscope.cli.output import log, log_error, print_json, progress_bar, report_failures
+from convscope.cli.output import log, log_error, log_note, print_json, progress_bar, report_failures
 from convscope.cli.parsing import require_installed, split_commas
 
 MAX_LISTED_FAILURES = 20
@@ -87,7 +87,7 @@ def scan(
     num_images, num_failed = store.manifest["data"]["images"], store.manifest["failed"]
     log(f"{num_images:,} images, {time.perf_counter() - start:.1f} s; written to {out}")
     for note in store.manifest.get("notes", ()):
-        log(f"note: {note}")
+        log_note(note)
     report_failures(store.failures(MAX_LISTED_FAILURES))
     if num_failed > MAX_LISTED_FAILURES:
         log_error(f"failed: {num_failed - MAX_LISTED_FAILURES:,} more; all are listed in {out / 'images.parquet'}")

@@ -10,7 +10,7 @@ import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import CacheDir, NetworkOptions, StartImages, StoreAddress
-from convscope.cli.output import log_error
+from convscope.cli.output import log
 from convscope.cli.parsing import default_cache_dir, open_store_at
 
 
@@ -61,6 +61,6 @@ def serve(
     )
     socket = server.bind_socket(host, port)
     address = names[0] if names else f"[{host}]" if ":" in host else host
-    log_error(f"open http://{address}:{socket.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
+    log(f"open http://{address}:{socket.getsockname()[1]}/{'' if secret is None else f'?token={secret}'}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.serve(application, socket)

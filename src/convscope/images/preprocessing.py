@@ -49,13 +49,13 @@ class Preprocessing:  # numpydoc ignore=PR02
         One number per channel, in the network's own channel order; a single number is used for all.
     channel_order : {"RGB", "BGR", "L", "channels"}, optional
         "L": one gray channel. "channels": images come as arrays with exactly that many channels.
-    value_range : tuple of float, optional
-        Values of 16-bit gray images, and of arrays of integers other than uint8, that are black and white, such as
-        (0, 4095) for 12-bit X-rays; a number v means (0, v). Default for images: (0, 65535); such arrays need it.
     resize : int, optional
         The shorter side before the centre crop of ``fit="crop"``; by default the longer side of `size` / 0.875.
     transform : ImageTransform, optional
         A function that makes the network's input of an image, instead of all this: see `Preprocessing.of`.
+    value_range : tuple of float, optional
+        Values of 16-bit gray images, and of arrays of integers other than uint8, that are black and white, such as
+        (0, 4095) for 12-bit X-rays; a number v means (0, v). Default for images: (0, 65535); such arrays need it.
 
     Raises
     ------

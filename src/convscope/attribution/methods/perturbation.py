@@ -28,6 +28,8 @@ MakeInputs = Callable[[slice], Tensor]
 Sizes = int | list[int] | tuple[int, ...]
 """One size for all axes, or one per axis."""
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # relative differences of scores that are no influence
+
 
 def score_cam(context: LayerContext) -> Tensor:
     """Weight each channel by the score of the image masked with the channel's map (Score-CAM).
@@ -117,7 +119,9 @@ def ablation_cam(context: LayerContext) -> Tensor:
             )
         full_score = scores[:1]
         weights = scores.new_zeros(num_channels, context.num_targets)
-        weights[active] = (full_score - scores[1:]) / torch.where(full_score == 0, 1, full_score)
+        drops = full_score - scores[1:]
+        drops = torch.where(drops.abs() <= ROUNDING * full_score.abs(), 0, drops)
+        weights[active] = drops / torch.where(full_score == 0, 1, full_score)
         maps.append(torch.tensordot(weights, activation, dims=([0], [0])))
     return torch.stack(maps)
 
