@@ -60,7 +60,8 @@ scales, EfficientViM adds up a head of each stage. Their default layer is the la
 passes through, which is in front of these stages; a later one is chosen with `layer=`. `crossvit` resizes images itself
 and has two branches, of which the size of one is compared here. `mobilenetv5` ends with a fusion of stages on the grid
 of an earlier one. `tnt` keeps pixels and patches in two streams, and the first is not the better choice: pass `layer=`.
-The gradients of `cvt` and `mobilevit` in PyTorch depend on the batch size, also without convscope. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`)."""
+The gradients of `cvt` and `mobilevit` in PyTorch depend on the batch size, also without convscope. `shieldgemma2`,
+`siglip2` and `imagegpt` take inputs that are not images (`forward=`)."""
 
 
 @dataclass
