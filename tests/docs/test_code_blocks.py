@@ -64,7 +64,8 @@ PRELUDES = {
         "my_data = torch.utils.data.TensorDataset(torch.zeros(2, 3, 224, 224))"
     ),
     "docs/detection.md": (
-        "import convscope; from tests.oracles.detectors import confident_faster_rcnn; detector = confident_faster_rcnn()"
+        "import convscope; from tests.oracles.detectors import confident_faster_rcnn\n"
+        "detector = confident_faster_rcnn()"
     ),
     "docs/progress.md": "import convscope; model = convscope.load('lite0')",
     "docs/scan.md": (

@@ -59,7 +59,7 @@ class Trunk(nn.Module):
 
 
 def tiny_faster_rcnn() -> nn.Module:
-    """Return a Faster R-CNN of three classes with random weights, which returns 8 boxes for images of 64 x 64 pixels."""
+    """Return a Faster R-CNN of three classes with random weights that returns 8 boxes for 64 x 64 pixels."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign

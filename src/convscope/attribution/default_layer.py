@@ -157,8 +157,8 @@ def explain_shape(model: Model, layer: Layer) -> str:
         )
     if layer.layout.rows_per_image != 1 and len(layer.shape) > 2:
         return (
-            f"{size} and has {layer.layout.rows_per_image or 'several'} rows per image (frames, windows or crops), whose "
-            "positions in the image are unknown; use method='saliency', 'integrated-gradients' or 'occlusion'"
+            f"{size} and has {layer.layout.rows_per_image or 'several'} rows per image (frames, windows or crops), "
+            "whose positions in the image are unknown; use method='saliency', 'integrated-gradients' or 'occlusion'"
         )
     return ""
 

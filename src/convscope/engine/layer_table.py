@@ -55,8 +55,8 @@ class Layout:
     def to_nchw(self, output: Tensor) -> Tensor:
         """Return a layer's own output with the channels first, (N, C, H, W) for images; tokens on their grid.
 
-        Outputs without spatial axes keep their dimensions after the batch; quantised ones become floats. Raises ConvscopeError if the number of
-        tokens is not the grid's, and if it is unknown which rows belong to which image.
+        Outputs without spatial axes keep their dimensions after the batch; quantised ones become floats. Raises
+        ConvscopeError if the number of tokens is not the grid's, and if it is unknown which rows belong to which image.
         """
         if self.rows_per_image == 0:
             raise ConvscopeError(

@@ -260,8 +260,8 @@ class _LayerRecorder:
         if not self.num_quantized:
             return []
         return [
-            f"the network is quantised: {self.num_quantized} layers return integers, which are shown as the numbers they "
-            "stand for; no gradients pass through them. Methods without gradients work: ablation-cam, score-cam, "
+            f"the network is quantised: {self.num_quantized} layers return integers, which are shown as the numbers "
+            "they stand for; no gradients pass through them. Methods without gradients work: ablation-cam, score-cam, "
             "eigen-cam, occlusion, rise"
         ]
 

@@ -133,8 +133,8 @@ def parse_heatmaps(model: Model, images: ImageBatchLoader, maps: object, targets
 def _check_same_images(images: ImageBatchLoader, maps: Heatmaps) -> None:
     names = tuple(images.names[i] for i in maps.image_indices if i < len(images))
     if len(maps.image_source) != len(images):
-        count, given = (count_of(len(loader), "image") for loader in (maps.image_source, images))
-        raise ConvscopeError(f"heatmaps of {count}, but {given} given; expected the same ones")
+        expected, actual = (count_of(len(loader), "image") for loader in (maps.image_source, images))
+        raise ConvscopeError(f"heatmaps of {expected}, but {actual} given; expected the same ones")
     if names != maps.image_names:
         raise ConvscopeError(
             f"heatmaps of {maps.image_names[0]}, ..., but images {names[0]}, ... given; expected the same ones"

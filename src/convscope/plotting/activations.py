@@ -167,9 +167,9 @@ def draw_activations(
     )
     for (axes,), layer, grid in zip(panels, layers, grids, strict=True):
         count, dead = result[layer].shape[1], int(is_constant_channel(result[layer][image : image + 1]).sum())
-        shown = f", first {limit} shown" if count > limit else ""
+        limited = f", first {limit} shown" if count > limit else ""
         constant = f", {dead} constant (crossed)" if dead else ""
-        title = f"{shorten(layer)}: {count} channels{shown}{constant}"
+        title = f"{shorten(layer)}: {count} channels{limited}{constant}"
         show_image(axes, grid, title if ax is None else f"{title}, {image_title(result.image_names[image])}")
         _number_rows(axes, grid, min(count, limit))
         add_color_bar(axes, ColorScale(1, colormap=colormap), SCALE_LABELS[result.scaling], ticks=("low", "high"))

@@ -98,28 +98,28 @@ def simplify(model: Any) -> None:
     from onnx import numpy_helper
 
     for node in _nodes(model.graph):
-        kept_attributes = [a for a in node.attribute if a.name != "training_mode" or a.i]
+        attributes = [a for a in node.attribute if a.name != "training_mode" or a.i]
         del node.attribute[:]
-        node.attribute.extend(kept_attributes)
+        node.attribute.extend(attributes)
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     outputs = {value.name for value in model.graph.output}
-    kept = []
+    remaining = []
     for node in model.graph.node:
         names = list(filter(None, node.input))
         is_constant = all(name in values for name in names) and (bool(names) or node.op_type == "Constant")
         if not is_constant or node.op_type in NOT_FOLDED or outputs & set(node.output) or _has_graph(node):
-            kept.append(node)
+            remaining.append(node)
             continue
         try:
             results = _evaluate(node, {name: values[name] for name in names}, model.opset_import)
         except Exception:  # noqa: BLE001 - an operator that the reference implementation lacks is left to the converter
-            kept.append(node)
+            remaining.append(node)
             continue
         for name, value in zip(node.output, results, strict=True):
             values[name] = np.asarray(value)
             model.graph.initializer.append(numpy_helper.from_array(values[name], name))
     del model.graph.node[:]
-    model.graph.node.extend(kept)
+    model.graph.node.extend(remaining)
 
 
 def _has_graph(node: Any) -> bool:

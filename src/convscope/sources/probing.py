@@ -105,8 +105,8 @@ def _input_advice(spec: ModelSpec, size: tuple[int, ...]) -> str:
         )
     if len(size) == 1:
         return (
-            f"signals are (N, channels, L), here L is {size[0]}: preprocessing=dict(size=(L,), channels=C); if it takes "
-            "them without channels, (N, L): forward=lambda module, x: module(x[:, 0])"
+            f"signals are (N, channels, L), here L is {size[0]}: preprocessing=dict(size=(L,), channels=C); if it "
+            "takes them without channels, (N, L): forward=lambda module, x: module(x[:, 0])"
         )
     return (
         "describe its input: preprocessing=dict(size=(H, W), channels=C), for signals size=(L,), for volumes "
@@ -115,7 +115,7 @@ def _input_advice(spec: ModelSpec, size: tuple[int, ...]) -> str:
 
 
 def _required_arguments(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the names of the arguments that a module's ``forward`` requires, and of those that it takes by name alone."""
+    """Return the names of the arguments that ``forward`` requires, and of those that it takes by name alone."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):

@@ -194,7 +194,7 @@ def lay_on_grid(context: MethodContext, tokens: Tensor) -> Tensor:
     The grid is that of a layer, enlarged as the images are.
     """
     model, count = context.model, tokens.shape[-1]
-    scales = [side / own for side, own in zip(context.x.shape[2:], model.preprocessing.size, strict=True)]
+    scales = [side / base for side, base in zip(context.x.shape[2:], model.preprocessing.size, strict=True)]
     layouts = {(layer.layout.grid, layer.layout.prefix_tokens) for layer in model.layers if layer.layout.grid}
     grids = {(tuple(round(s * n) for s, n in zip(scales, grid, strict=True)), prefix) for grid, prefix in layouts}
     fitting = {(grid, prefix) for grid, prefix in grids if math.prod(grid) + prefix == count}
