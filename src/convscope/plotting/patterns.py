@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_UNITS = 64  # in one figure
 MIN_SHEET_SIDE = 64  # pixels below which there is no space for captions
-MIN_WIDTH = 1.9  # inches of a pattern in a figure
+MIN_WIDTH, TITLE_WIDTH = 1.9, 16  # inches of a pattern in a figure, and characters of its title, however wide
 
 
 def render_patterns(result: Patterns) -> Iterator[tuple[str, RenderedFile]]:
@@ -125,9 +125,9 @@ def _title_lines(result: Patterns, i: int) -> list[str]:
     """Name a pattern's class or unit, and its score."""
     score = f"score {result.scores[i]:.3g}"
     if result.objectives:
-        return [*wrap(result.objectives[i], 21), score]
+        return [*wrap(result.objectives[i], TITLE_WIDTH), score]
     if result.layer == LOGITS:
-        return [*wrap(result.names[i], 21), f"class {result.units[i]}, {score}"]
+        return [*wrap(result.names[i], TITLE_WIDTH), f"class {result.units[i]}, {score}"]
     return [f"unit {result.units[i]}", score]
 
 
