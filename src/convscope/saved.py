@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -81,14 +81,18 @@ class SavedData:
         """Return where the network's input lies in each image."""
         return tuple(Geometry(tuple(size), tuple(box)) for size, box in self.parameters["geometry"])
 
-    def image_source(self) -> ImageBatchLoader:
-        """Return the images: the files where they are unchanged, else their copies in the folder."""
+    def image_source(self, copied: Sequence[int] | None = None) -> ImageBatchLoader:
+        """Return the images: the files where they are unchanged, else their copies in the folder.
+
+        `copied` says which images have copies; by default all.
+        """
         names = [str(name) for name in self.parameters["image_names"]]
+        copied_names = names if copied is None else [names[i] for i in copied]
         loader = ImageBatchLoader(names, self.model.preprocessing, fit=self.parameters["fit"], keep_copies=True)
         path = self.folder / COPIES_FILE
         if loader.copies is not None and path.is_file():
             with zipfile.ZipFile(path) as archive:
-                for name, geometry, file in zip(names, self.geometry(), sorted(archive.namelist()), strict=True):
+                for name, geometry, file in zip(copied_names, self.geometry(), sorted(archive.namelist()), strict=True):
                     height, width = geometry.image_size
                     loader.copies[name] = ImageCopy(archive.read(file), height, width)
         return loader
@@ -221,7 +225,8 @@ def _story(data: SavedData) -> Story:
 
 def _concepts(data: SavedData) -> Concepts:
     indices = tuple(range(len(data.parameters["image_names"])))
-    return data.make(Concepts, geometry=data.geometry(), image_source=data.image_source(), image_indices=indices)
+    images = data.image_source(copied=data.arrays["evaluated_indices"].tolist())
+    return data.make(Concepts, geometry=data.geometry(), image_source=images, image_indices=indices)
 
 
 def _detections(data: SavedData) -> Detections:

@@ -21,6 +21,7 @@ from convscope.objectives import channel
 from convscope.plotting.patterns import paired_pattern_grid
 from convscope.plotting.story import chapter_sheet
 from convscope.results import HasFigure
+from tests.oracles.detectors import SIDE, CellDetector, image_with_squares
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def digit_images() -> list[np.ndarray]:
     return [ring.astype(np.uint8), bar.astype(np.uint8)]
 
 
+def detect_squares() -> convscope.Detections:
+    """Detect a gray and a red square."""
+    settings: dict[str, Any] = {"task": "detection", "classes": ["gray", "red"], "preprocessing": {"size": SIDE}}
+    image = image_with_squares({(8, 0): (200, 200, 200), (0, 16): (255, 0, 0)})
+    return convscope.detect(convscope.load(CellDetector(), **settings), image)
+
+
 def project(vectors: Any) -> np.ndarray:
     """Lay vectors out in a plane by two of their channels."""
     array = np.asarray(vectors)
@@ -98,6 +106,7 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     yield "gradient at the input", convscope.heatmaps(model, last_image, g.target, method="input-x-gradient"), {}
     digits = digits_model()
     yield "heatmaps of digits", convscope.heatmaps(digits, digit_images(), [[3, 8]] * 2), {}
+    yield "detections", detect_squares(), {}
 
     units = convscope.patterns(model, g.first, range(4), steps=g.steps, frames=6)
     yield "patterns of units", units, {}

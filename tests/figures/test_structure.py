@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import convscope
 from convscope import figures
+from convscope.results import Result
 from tests.figures.gallery import Gallery, draw_all, sheets
 from tests.plotting.test_figures import color_bars, render, visible_texts
 
@@ -97,3 +99,13 @@ def test_sheets_have_captions(gallery: dict[str, tuple[Any, Figure]]) -> None:
         pixels = np.asarray(image)
         assert (pixels[-18:].min(axis=2) < 100).any(), name
         assert (pixels[-18:].min(axis=2) > 240).mean() > 0.5, name
+
+
+def test_opened_results_are_drawn_as_before(gallery: dict[str, tuple[Any, Figure]], tmp_path: Path) -> None:
+    for name, (result, _) in gallery.items():
+        if isinstance(result, Result):
+            opened = convscope.open(result.save(tmp_path / name))
+            before, after = (drawn.figure() for drawn in (result, opened))
+            assert render(before).shape == render(after).shape, name
+            texts = [[text.get_text() for text in visible_texts(figure)] for figure in (before, after)]
+            assert texts[0] == texts[1], name

@@ -18,7 +18,7 @@ from convscope.attribution.targets import SavedTargets, TargetSpec
 from convscope.errors import require_int
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import DIVERGING, SEQUENTIAL, ColorScale
-from convscope.images.copies import ImageCopy
+from convscope.images.copies import jpeg_copies
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.images.resizing import resize_to
@@ -239,12 +239,7 @@ class Heatmaps(IndexedResult):
         """Return small copies of the images, as JPEG files; none for signals and volumes."""
         if self.values.ndim != 4:
             return []
-        known = self.image_source.copies or {}
-        pairs = zip(self.image_names, self.image_indices, strict=True)
-        return [
-            known[name].jpeg if name in known else ImageCopy.of(Image.fromarray(self.image_source.original(index))).jpeg
-            for name, index in pairs
-        ]
+        return jpeg_copies(self.image_source, self.image_indices)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

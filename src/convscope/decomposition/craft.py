@@ -151,7 +151,9 @@ def concepts(
     with progress_bar(progress, "concepts") as report:
         job = _Job(
             model=model,
-            loader=ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels),
+            loader=ImageBatchLoader(
+                open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True
+            ),
             target=resolve_class(model, target),
             layer=layer,
             count=count,

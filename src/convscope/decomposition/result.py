@@ -14,6 +14,7 @@ from convscope.decomposition.layer_access import iter_activations
 from convscope.decomposition.nmf import encode
 from convscope.errors import ConvscopeError
 from convscope.formatting import Row, count_of
+from convscope.images.copies import jpeg_copies
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.results import Result
@@ -131,6 +132,10 @@ class Concepts(Result):
     def _title(self) -> str:
         images = count_of(len(self.image_names), "image")
         return f"{count_of(len(self.bank), 'concept')} of {self.name} at {self.layer}, {images}"
+
+    def image_copies(self) -> list[bytes]:
+        """Return small copies of the evaluated images, as JPEG files."""
+        return jpeg_copies(self.image_source, [self.image_indices[i] for i in self.evaluated_indices])
 
     def original(self, image: int) -> np.ndarray:
         """Load an image at its own size: uint8 (H, W, 3).

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from PIL import Image
 
 from convscope.formatting import Row, base_name, count_of
-from convscope.images.copies import ImageCopy
+from convscope.images.copies import jpeg_copies
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.result_items import IndexedResult, ItemKey
@@ -110,12 +109,7 @@ class Detections(IndexedResult):
 
     def image_copies(self) -> list[bytes]:
         """Return small copies of the images, as JPEG files."""
-        known = self.image_source.copies or {}
-        pairs = zip(self.image_names, self.image_indices, strict=True)
-        return [
-            known[name].jpeg if name in known else ImageCopy.of(Image.fromarray(self.image_source.original(index))).jpeg
-            for name, index in pairs
-        ]
+        return jpeg_copies(self.image_source, self.image_indices)
 
     def parameters(self) -> dict[str, object]:
         """Return the settings of the call, image names and geometry."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from convscope.errors import ConvscopeError
 from convscope.images.decoding import Array
+
+if TYPE_CHECKING:
+    from convscope.images.loading import ImageBatchLoader
 
 MAX_SIDE = 512  # pixels of a copy's longer side
 SIMILARITY_GRID = 12  # cells along each side on which an image is compared with its copy
@@ -63,3 +66,12 @@ class ImageCopy(NamedTuple):
 def _gray_grid(image: Image.Image) -> np.ndarray:
     """Average the gray levels of an image over a coarse grid."""
     return np.asarray(image.resize((SIMILARITY_GRID, SIMILARITY_GRID), Image.Resampling.BOX).convert("L"), np.float32)
+
+
+def jpeg_copies(images: ImageBatchLoader, indices: Sequence[int]) -> list[bytes]:
+    """Return a small copy of each image at these positions, as the content of a JPEG file."""
+    known = images.copies or {}
+    return [
+        known[name].jpeg if name in known else ImageCopy.of(Image.fromarray(images.original(index))).jpeg
+        for index, name in ((index, images.names[index]) for index in indices)
+    ]
