@@ -335,9 +335,9 @@ def test_results_are_frozen(result):
             setattr(result, field.name, None)
 
 
-def embedded_png(html: str) -> bytes:
-    """Return the image that an HTML display embeds."""
-    match = re.search(r'<img alt="[^"]+" [^>]*src="data:image/png;base64,([^"]+)"', html)
+def embedded_image(html: str) -> bytes:
+    """Return the image that an HTML display embeds: a PNG, or a JPEG if that is large."""
+    match = re.search(r'<img alt="[^"]+" [^>]*src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
     assert match
     return base64.b64decode(match[1])
 
@@ -345,7 +345,7 @@ def embedded_png(html: str) -> bytes:
 def test_figure_and_rich_display(result):
     figure = result.figure()
     assert isinstance(figure, Figure)
-    png = embedded_png(result._repr_html_())
+    png = embedded_image(result._repr_html_())
     image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
     assert image.std() > 10  # something is patterns
 

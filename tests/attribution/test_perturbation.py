@@ -674,7 +674,7 @@ def test_invalid_options_are_refused(method: str, options: dict[str, Any], messa
 
 def test_probability_of_a_function_is_refused() -> None:
     function: Callable[[Tensor], Tensor] = lambda out: out[:, 0]  # noqa: E731
-    with pytest.raises(ConvscopeError, match="a function of the network's output has no probability"):
+    with pytest.raises(ConvscopeError, match="a function or a box has no probability"):
         compute(load_module(randomized(SmallConvNet())), random_images(1), "rise", function, probability=True)
 
 

@@ -45,6 +45,8 @@ STAND_INS = {
     ",rise": "",
     "publish store": "publish small-store",
     " --compile": "",
+    'target="tiger"': 'target="tabby", positions_per_image=40',
+    "--target tiger": "--positions 49",
     "package.module:detector": "tests.oracles.detectors:confident_faster_rcnn",
     '"open_clip:ViT-B-32/laion2b_s34b_b79k"': "small_clip()",
 }
@@ -68,6 +70,10 @@ PRELUDES = {
         "detector = confident_faster_rcnn()"
     ),
     "docs/progress.md": "import convscope; model = convscope.load('lite0')",
+    "docs/results.md": (
+        "import convscope, shutil; model = convscope.load('lite0')\n"
+        "for name in ('cat.jpg', 'dog.jpg'): shutil.copy('photo.jpg', name)"
+    ),
     "docs/scan.md": (
         "import convscope; model = convscope.load('lite0')\n"
         "other_store = convscope.scan(model, 'photographs', 'other-store')"
@@ -203,11 +209,17 @@ def prepare_explorer(folder: Path) -> None:
     layers = (keras.Input((32, 32, 3)), keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D())
     keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")]).save(folder / "my.keras")
     scan_lite0(folder)
+    scan_small_network(folder)
+
+
+def scan_small_network(folder: Path) -> None:
+    """Scan the photographs with a network of few classes, which has few pages."""
     small = convscope.load(f"{__name__}:gray_classifier", preprocessing={"size": 28, "mean": 0.5, "std": 0.5})
     convscope.scan(small, folder / "photographs", folder / "small-store")
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
+    "README.md": scan_small_network,
     "docs/concepts.md": scan_lite0,
     "docs/explorer.md": prepare_explorer,
     "docs/store.md": scan_vgg16,

@@ -436,7 +436,7 @@ def test_accepted_units(named_model: convscope.Model, layer: str, units: Any, ex
         ("relu2", {"recipe": "plain", "views": 2}, "recipe 'plain' uses no random views; leave out views="),
         ("relu2", {"views": 0}, "views is 0; expected a whole number, 1 or more"),
         ("relu2", {"steps": -1}, "steps is -1; expected a whole number, 0 or more"),
-        ("relu2", {"size": 0}, "size is 0 x 0"),
+        ("relu2", {"size": 0}, "size is 0; expected pixels"),
         ("relu2", {"size": (1, 1)}, r"does not run on images of 1 x 1 \(RuntimeError: .*\); its own size is 24 x 24"),
         ("relu2", {"recipe": "plain", "start": np.zeros((9, 9))}, r"start has shape \(9, 9\); expected \(H, W, 3\)"),
         ("relu2", {"recipe": "plain", "start": np.zeros((5, 9, 9, 3))}, r"start has shape \(5, 9, 9, 3\)"),

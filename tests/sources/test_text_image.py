@@ -88,7 +88,7 @@ LAYERS = {
     "open_clip vit": "visual.transformer.resblocks.0",
     "open_clip siglip": "visual.transformer.resblocks.0",
     "transformers clip": "vision_model.encoder.layers.0",
-    "transformers siglip": "vision_model",  # the tokens, which a head pools by attention
+    "transformers siglip": "vision_model.post_layernorm",  # the tokens, which a head pools by attention
 }
 
 
