@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -129,17 +130,16 @@ def temporary_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
     Some networks adapt to the size of each image: Swin of transformers narrows its windows for a small one, and then
     fails for larger ones.
     """
-    original = [
-        (attributes, name, value)
-        for attributes in map(vars, modules)
-        for name, value in attributes.items()
-        if type(value) in RESTORED_TYPES
-    ]
+    # Modules of PyTorch itself do not adapt.
+    custom = (vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.modules."))
+    original = [(attributes, attributes.copy()) for attributes in custom]
     try:
         yield
     finally:
-        for attributes, name, value in original:
-            attributes[name] = value
+        for attributes, before in original:
+            is_same = len(attributes) == len(before) and all(map(is_, attributes.values(), before.values()))
+            if not is_same:
+                attributes.update({name: value for name, value in before.items() if type(value) in RESTORED_TYPES})
 
 
 # --- gradient checkpointing ------------------------------------------------------------------------------------------
