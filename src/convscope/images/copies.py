@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,11 +32,7 @@ class ImageCopy(NamedTuple):
     def of(cls, image: Image.Image) -> ImageCopy:
         """Make the copy of an image."""
         small = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        scale = MAX_SIDE / max(image.size)
-        if scale < 1:
-            small = small.resize(
-                [max(1, round(side * scale)) for side in image.size], Image.Resampling.BOX, reducing_gap=2
-            )
+        small = small.reduce(math.ceil(max(image.size) / MAX_SIDE))  # three times as fast as `resize`
         buffer = io.BytesIO()
         small.save(buffer, format="JPEG", quality=90)
         return cls(buffer.getvalue(), image.height, image.width)
