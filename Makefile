@@ -1,6 +1,7 @@
 # make demo: set up and show the bundled network at work. make test: set up and pass all tests.
 # make check: style, types, imports and the fast tests, in about three minutes. make coverage: the tests, with coverage.
 # make test-oldest: the engine's tests on the oldest supported torch.
+# make docs: the documentation as a site in build/site; notebooks that have changed are executed first.
 # make figures: every kind of figure for the bundled network, and a contact sheet of all, in build/figures.
 # make screenshots: images of every kind of page of the explorer, for the bundled network; needs Chromium.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 OLDEST = $(VENV)-oldest
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check coverage test-oldest lint benchmarks figures screenshots clean
+.PHONY: demo test check coverage test-oldest lint benchmarks docs figures screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -28,13 +29,17 @@ test-oldest: $(OLDEST)/installed
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/numpydoc lint $$(git ls-files "src/convscope/*.py")
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/scripts/notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 figures: $(VENV)/installed-test
 	PYTHONPATH=. $(BIN)/python tests/figures/contact_sheet.py build/figures

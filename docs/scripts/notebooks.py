@@ -1,0 +1,149 @@
+"""Notebooks of the tutorials: read from Markdown, executed, and turned into pages with outputs.
+
+An executed notebook is kept in ``build/notebooks`` under a hash of its source, so that the site is built without
+executing it again. ``python docs/scripts/notebooks.py`` executes all that have changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "tutorials"
+CACHE = ROOT / "build" / "notebooks"
+CELL_SECONDS = 300  # longest time of one cell
+EMBEDDED_IMAGE = re.compile(r'<img alt="([^"]*)"([^>]*?) src="data:image/(\w+);base64,([^"]+)"')
+PROGRESS_LINE = '<small style="opacity:.7">'
+
+
+def sources() -> list[Path]:
+    """Return the notebooks' sources."""
+    return sorted(path for path in FOLDER.glob("*.md") if path.name != "index.md")
+
+
+def read(path: Path) -> NotebookNode:
+    """Read a notebook without outputs."""
+    notebook: NotebookNode = jupytext.read(path, fmt="md")
+    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
+    return notebook
+
+
+def cache_path(path: Path) -> Path:
+    """Return where the executed notebook of a source is kept."""
+    return CACHE / f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.ipynb"
+
+
+def execute(path: Path) -> NotebookNode:
+    """Execute a notebook in an empty folder, and keep it."""
+    notebook = read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"timeout": CELL_SECONDS, "resources": {"metadata": {"path": folder}}}
+        NotebookClient(notebook, **settings).execute()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob(f"{path.stem}-{'[0-9a-f]' * 16}.ipynb"):
+        old.unlink()
+    nbformat.write(notebook, cache_path(path))
+    return notebook
+
+
+def executed(path: Path) -> NotebookNode:
+    """Return a notebook with its outputs, executed unless its source is unchanged."""
+    kept = cache_path(path)
+    return nbformat.read(kept, as_version=4) if kept.exists() else execute(path)
+
+
+def extras(notebook: NotebookNode) -> str:
+    """Return what to install for a notebook, such as "convscope[keras]"."""
+    names = notebook.metadata.get("convscope", {}).get("extras", "")
+    return f"convscope[{names}]" if names else "convscope"
+
+
+def to_download(notebook: NotebookNode) -> str:
+    """Return a notebook as a file that installs what it needs in its first cell."""
+    copy = nbformat.from_dict(notebook)
+    cells = [cell for cell in notebook.cells if "remove-cell" not in cell.metadata.get("tags", [])]
+    install = nbformat.v4.new_code_cell(f'%pip install --quiet "{extras(notebook)}"')
+    copy.cells = [install, *cells]
+    text: str = nbformat.writes(copy)
+    return text
+
+
+def to_page(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
+    """Return a notebook as Markdown, and the image files that it shows, which lie in a folder `name`."""
+    parts, images = [], {}
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code":
+            parts.append(cell.source)
+            continue
+        if "remove-cell" in cell.metadata.get("tags", []):
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        for position, output in enumerate(cell.outputs):
+            text, files = _render(output, f"{name}/{number}-{position}", cell.metadata.get("alt", ""))
+            parts.append(text)
+            images.update(files)
+    return "\n\n".join(filter(None, parts)) + "\n", images
+
+
+def missing_alt(notebook: NotebookNode) -> list[str]:
+    """Return the cells that show an image without saying what is in it."""
+    shows = [cell for cell in notebook.cells if cell.cell_type == "code" and any(map(_is_image, cell.outputs))]
+    return [cell.source for cell in shows if not cell.metadata.get("alt")]
+
+
+def _is_image(output: NotebookNode) -> bool:
+    data = output.get("data", {})
+    return "image/png" in data or bool(EMBEDDED_IMAGE.search(data.get("text/html", "")))
+
+
+def _render(output: NotebookNode, stem: str, alt: str) -> tuple[str, dict[str, bytes]]:
+    """Return the Markdown of an output, and its images."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        file = f"{stem}.png"
+        image = f'<img alt="{html.escape(alt)}" src="{file}">'
+        return f'<div class="output">{image}</div>', {file: base64.b64decode(data["image/png"])}
+    if PROGRESS_LINE in data.get("text/html", ""):
+        return "", {}
+    if "text/html" in data:
+        text, images = _move_images(data["text/html"], stem, alt)
+        return f'<div class="output">{re.sub(chr(10) + "+", chr(10), text)}</div>', images
+    text = output.get("text") or data.get("text/plain", "")
+    return (f'<div class="output"><pre>{html.escape(text.rstrip())}</pre></div>', {}) if text.strip() else ("", {})
+
+
+def _move_images(text: str, stem: str, alt: str) -> tuple[str, dict[str, bytes]]:
+    """Write the images that HTML contains to files."""
+    images: dict[str, bytes] = {}
+
+    def move(match: re.Match[str]) -> str:
+        own_alt, attributes, kind, content = match.groups()
+        file = f"{stem}-{len(images)}.{kind}"
+        images[file] = base64.b64decode(content)
+        return f'<img alt="{html.escape(alt) or own_alt}"{attributes} src="{file}"'
+
+    return EMBEDDED_IMAGE.sub(move, text), images
+
+
+def changed() -> Iterator[Path]:
+    """Yield the sources that have not been executed."""
+    return (path for path in sources() if not cache_path(path).exists())
+
+
+if __name__ == "__main__":
+    for source in changed():
+        sys.stdout.write(f"{source.name}\n")
+        execute(source)

@@ -1,0 +1,134 @@
+"""Pages of the reference: every public name by topic, and every command with its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import typer
+
+import convscope
+from convscope import objectives
+from convscope.cli.app import PANELS, app
+
+TOPICS: Mapping[str, tuple[str, str]] = {
+    "sources": ("models", "Models"),
+    "engine": ("models", "Models"),
+    "images": ("models", "Models"),
+    "feature_maps": ("activations", "Predictions and activations"),
+    "attribution": ("heatmaps", "Heatmaps"),
+    "evaluation": ("evaluation", "Evaluation"),
+    "featurevis": ("patterns", "Patterns"),
+    "decomposition": ("concepts", "Concepts and atlases"),
+    "detection": ("detection", "Detection"),
+    "scanning": ("scan", "Scans and stores"),
+    "store": ("scan", "Scans and stores"),
+}
+"""Page and title of the names that a package defines."""
+
+OTHER = ("other", "Results, names and errors")
+OBJECTIVES = ("objectives", "Objectives")
+MODULES = ("objectives", "samples")
+
+
+def topic(name: str) -> tuple[str, str]:
+    """Return page and title of a public name."""
+    module = convscope._TARGETS[name].partition(":")[0]
+    return OBJECTIVES if name == "objectives" else TOPICS.get(module.split(".")[1], OTHER)
+
+
+def topics() -> dict[tuple[str, str], list[str]]:
+    """Return the public names of each page: functions first, then classes."""
+    pages: dict[tuple[str, str], list[str]] = {key: [] for key in dict.fromkeys([*TOPICS.values(), OBJECTIVES, OTHER])}
+    for name in sorted(convscope.__all__, key=lambda name: (not name[0].islower(), name)):
+        pages[topic(name)].append(name)
+    return {key: names for key, names in pages.items() if names}
+
+
+def objective_names() -> list[str]:
+    """Return the functions of `convscope.objectives`."""
+    return [
+        name
+        for name, value in vars(objectives).items()
+        if inspect.isfunction(value) and value.__module__ == objectives.__name__ and not name.startswith("_")
+    ]
+
+
+def pages() -> dict[str, str]:
+    """Return the reference: addresses and Markdown."""
+    out = {"reference/index.md": _index()}
+    for (page, title), names in topics().items():
+        out[f"reference/{page}.md"] = _page(title, names)
+    return {**out, "reference/command-line.md": _command_line()}
+
+
+def _page(title: str, names: Iterable[str]) -> str:
+    entries = [entry for name in names for entry in _members(name)]
+    return f"# {title}\n\n" + "\n\n".join(f"::: convscope.{entry}" for entry in entries) + "\n"
+
+
+def _members(name: str) -> list[str]:
+    """Return what stands for a public name: the name itself, or a module's functions."""
+    if name == "objectives":
+        return [f"objectives.{function}" for function in objective_names()]
+    return ["samples.photographs"] if name == "samples" else [name]
+
+
+def _summary(value: object) -> str:
+    """Return the first line of a docstring."""
+    return (inspect.getdoc(value) or "").split("\n", 1)[0]
+
+
+def _index() -> str:
+    lines = ["# Reference", "", "Every public name. All are attributes of `convscope`, and imported on first use.", ""]
+    for (page, title), names in topics().items():
+        lines += [f"## {title}", "", "| name | |", "| --- | --- |"]
+        lines += [_row(page, entry) for name in names for entry in _members(name)] + [""]
+    lines += ["## Command line", "", "[Commands and their options](command-line.md).", ""]
+    return "\n".join(lines)
+
+
+def _row(page: str, entry: str) -> str:
+    value: Any = convscope
+    for part in entry.split("."):
+        value = getattr(value, part)
+    return f"| [`{entry}`]({page}.md#convscope.{entry}) | {_summary(value)} |"
+
+
+def _command_line() -> str:
+    group: Any = typer.main.get_command(app)
+    lines = ["# Command line", "", "`convscope COMMAND --help` prints the same."]
+    for panel, names in PANELS.items():
+        lines += ["", f"## {panel}"]
+        for name in names:
+            lines += _command(name, group.commands[name])
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str, command: Any) -> list[str]:
+    context = typer.Context(command, info_name=f"convscope {name}")
+    usage = " ".join(command.collect_usage_pieces(context))
+    text = inspect.cleandoc(command.help or "").replace("\\[", "[").replace("\b", "")
+    lines = [
+        "",
+        f"### convscope {name}",
+        "",
+        text,
+        "",
+        f"    convscope {name} {usage}",
+        "",
+        "| option | |",
+        "| --- | --- |",
+    ]
+    for parameter in command.params:
+        record = parameter.get_help_record(context)
+        if record is not None:
+            flags, description = (_plain(part) for part in record)
+            lines.append(f"| `{flags}` | {description} |")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Return text as it stands in the cell of a table."""
+    return " ".join(text.replace("\\[", "[").split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
