@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from convscope.attribution.box_targets import box_target
     from convscope.attribution.result import Heatmaps
     from convscope.attribution.targets import output_target, segmentation_target
-    from convscope.attribution.text_targets import text_target
     from convscope.decomposition.activation_atlas import atlas
     from convscope.decomposition.craft import concepts
     from convscope.decomposition.result import Atlas, Concepts
     from convscope.detection.api import detect
     from convscope.detection.result import Detections
     from convscope.engine.model import Model
+    from convscope.engine.text_targets import text_target
     from convscope.errors import ConvscopeError, ConvscopeWarning
     from convscope.evaluation.api import evaluate
     from convscope.evaluation.comparison import Comparison, compare
@@ -132,7 +132,7 @@ _TARGETS = {
     "segmentation_target": "convscope.attribution.targets:segmentation_target",
     "show": "convscope.explorer.notebook:show",
     "story": "convscope.featurevis.layer_story:story",
-    "text_target": "convscope.attribution.text_targets:text_target",
+    "text_target": "convscope.engine.text_targets:text_target",
 }
 """What each public name stands for: a module, or an attribute of one."""
 

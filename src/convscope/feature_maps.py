@@ -15,6 +15,7 @@ from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import Model
+from convscope.engine.text_targets import TextTarget, model_of_texts, parse_texts
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, is_int, require_int, warns_of_failures
 from convscope.formatting import Row, base_name, count_of
@@ -307,6 +308,7 @@ def predict(
     images: object,
     top: int = 5,
     *,
+    targets: TextTarget | Sequence[TextTarget] | None = None,
     fit: str = "squash",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -339,6 +341,10 @@ def predict(
           of its data set if the sampler is random.
     top : int
         Number of classes per image; all K if that is less.
+    targets : TextTarget or sequence of TextTarget, optional
+        Texts, made by `convscope.text_target`, that a network such as CLIP compares the images with, instead of its
+        classes. There is one output for each text: its logit, which is the cosine similarity times the network's scale,
+        plus its bias, if it has one. Networks with a bias (SigLIP) give each text a probability, others do not.
     fit : {"squash", "crop"}
         Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
     memory : int
@@ -358,7 +364,7 @@ def predict(
     Raises
     ------
     ConvscopeError
-        For logits that are not finite, and when no image can be read.
+        For logits that are not finite, when no image can be read, and for texts if the network takes none.
 
     Examples
     --------
@@ -372,6 +378,9 @@ def predict(
     """
     require_int("top", top)
     model = as_model(model)
+    if targets is not None:
+        model = model_of_texts(model, parse_texts(targets))
+        top = model.num_outputs or top
     model.require_scores()
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     parts: list[torch.Tensor] = []

@@ -3,6 +3,7 @@
 Objectives can be added, subtracted and scaled: ``channel("blocks.5.2", 7) - channel("blocks.5.2", 9)``.
 """
 
+from convscope.featurevis.image_set_objectives import diversity, interpolation
 from convscope.featurevis.objectives import (
     Objective,
     caricature,
@@ -10,9 +11,8 @@ from convscope.featurevis.objectives import (
     channels,
     deepdream,
     direction,
-    diversity,
-    interpolation,
     neuron,
+    text,
 )
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "diversity",
     "interpolation",
     "neuron",
+    "text",
 ]

@@ -16,7 +16,8 @@ import convscope
 import convscope.samples
 from convscope import ConvscopeError
 from convscope.featurevis import scoring
-from convscope.featurevis.objectives import channel, diversity
+from convscope.featurevis.image_set_objectives import diversity
+from convscope.featurevis.objectives import channel
 from convscope.featurevis.parameterization import FourierImage
 from convscope.featurevis.recipes import RECIPES
 from convscope.featurevis.request import parse_request

@@ -13,6 +13,7 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult, LayerOutputs
+from convscope.featurevis.image_set_objectives import diversity, interpolation
 from convscope.featurevis.objective import batch_objectives, per_image_channels
 from convscope.featurevis.objectives import (
     Objective,
@@ -21,8 +22,6 @@ from convscope.featurevis.objectives import (
     channels,
     deepdream,
     direction,
-    diversity,
-    interpolation,
     neuron,
 )
 from tests.featurevis.helpers import load_model

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from convscope import ConvscopeError
 from convscope.engine.capture import ForwardResult, LayerOutputs
+from convscope.featurevis.image_set_objectives import diversity, interpolation
 from convscope.featurevis.objective import per_image_channels
 from convscope.featurevis.objectives import (
     Objective,
@@ -20,8 +21,6 @@ from convscope.featurevis.objectives import (
     channels,
     deepdream,
     direction,
-    diversity,
-    interpolation,
     neuron,
 )
 

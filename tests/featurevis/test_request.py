@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 import convscope
 from convscope import ConvscopeError
 from convscope.featurevis.defaults import constant_schedule, full_view, native_size
-from convscope.featurevis.objectives import Objective, channel, channels, deepdream, diversity, interpolation, neuron
+from convscope.featurevis.image_set_objectives import diversity, interpolation
+from convscope.featurevis.objectives import Objective, channel, channels, deepdream, neuron
 from convscope.featurevis.optimizer import from_torch_optimizer
 from convscope.featurevis.parameterization import PhaseImage, PixelImage
 from convscope.featurevis.recipes import RECIPES, Recipe

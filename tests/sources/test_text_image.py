@@ -145,6 +145,31 @@ def test_a_text_is_the_class_with_this_text(name: str, net: Any, model: convscop
         assert heatmaps.names[0] == TEXTS[1:]
 
 
+def test_predictions_of_texts_are_the_networks_own(
+    name: str, net: Any, model: convscope.Model, x: torch.Tensor
+) -> None:
+    """In the order of the texts; with probabilities only where a text has one of its own."""
+    texts = ["striped dog", *TEXTS]
+    with torch.no_grad():
+        expected = own_logits(net, x, texts)
+    targets = [convscope.text_target(text) for text in texts]
+    for predictions in (
+        convscope.predict(model, x, 1, targets=targets),
+        convscope.predict(load(net), x, targets=targets),
+    ):
+        np.testing.assert_allclose(predictions.logits, expected.numpy(), rtol=1e-5, atol=1e-5)
+        if "siglip" in name:
+            probabilities = expected.sigmoid().sort(dim=1, descending=True, stable=True)
+            np.testing.assert_allclose(predictions.probabilities, probabilities.values.numpy(), rtol=1e-4)
+            assert predictions.names == [[texts[i] for i in row] for row in probabilities.indices.tolist()]
+        else:
+            np.testing.assert_allclose(predictions.probabilities, expected.numpy(), rtol=1e-5, atol=1e-5)
+            assert (predictions.names, predictions.model.score_name) == ([texts] * 2, "value")
+    alone = convscope.predict(model, x, targets=targets[0])
+    np.testing.assert_allclose(alone.logits, expected[:, :1].numpy(), rtol=1e-5, atol=1e-5)
+    assert model.classes == CLASSES
+
+
 def test_the_embedding_is_the_networks_own(net: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         features = net.get_image_features(x) if hasattr(net, "get_image_features") else net.encode_image(x)
@@ -216,6 +241,39 @@ def test_pattern_of_a_class() -> None:
     assert np.isfinite(patterns.scores).all()
 
 
+def test_pattern_of_a_text(name: str, net: Any, model: convscope.Model) -> None:
+    """Its score is the network's own logit of the finished image, whatever else is optimised beside it."""
+    first, second = (convscope.text_target(text) for text in TEXTS[:2])
+    patterns = convscope.patterns(load(net), [first, second], steps=4)
+    assert patterns.names == TEXTS[:2]
+    x = (torch.from_numpy(patterns.images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        expected = own_logits(net, x, TEXTS[:2]).diagonal()
+    np.testing.assert_allclose(patterns.scores, expected.numpy(), rtol=1e-4, atol=1e-4)
+    alone = convscope.patterns(model, second, steps=4)
+    np.testing.assert_allclose(alone.scores, patterns.scores[1:], rtol=0.01)
+
+
+def test_ascent_increases_the_similarity() -> None:
+    texts = [convscope.text_target(text) for text in TEXTS]
+    model = load(clip_vit())
+    start, end = (convscope.patterns(model, texts, steps=steps, seed=1).scores for steps in (0, 24))
+    assert (end > start + 0.5).all()
+
+
+def test_objectives_of_texts_are_combined() -> None:
+    text, channel = convscope.objectives.text, convscope.objectives.channel
+    net = clip_resnet().eval()
+    difference = 2 * text(TEXTS[0]) - text(TEXTS[1]) + channel("visual.layer4", 0)
+    patterns = convscope.patterns(load(net), [difference, text(TEXTS[2])], steps=2)
+    x = (torch.from_numpy(patterns.images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    stored: list[torch.Tensor] = []
+    with torch.no_grad(), net.visual.layer4.register_forward_hook(lambda _, __, output: stored.append(output)):
+        logits = own_logits(net, x, TEXTS)
+    expected = [2 * logits[0, 0] - logits[0, 1] + stored[0][0, 0].mean(), logits[1, 2]]
+    np.testing.assert_allclose(patterns.scores, torch.stack(expected).numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_classes_and_templates() -> None:
     net, siglip = clip_vit(), open_siglip()
     named = load(net, classes=TEXTS)
@@ -238,6 +296,11 @@ def test_text_targets_are_refused_elsewhere(x: torch.Tensor) -> None:
     plain = convscope.load(net, preprocessing=PREPROCESSING)
     with pytest.raises(ConvscopeError, match="compare images with text"):
         convscope.heatmaps(plain, x, convscope.text_target("a cat"))
+    for call in (convscope.patterns, lambda model, text: convscope.predict(model, x, targets=text)):
+        with pytest.raises(ConvscopeError, match="compare images with text"):
+            call(plain, convscope.text_target("a cat"))
+    with pytest.raises(ConvscopeError, match=r"expected convscope\.text_target"):
+        convscope.predict(load(clip_vit()), x, targets="a cat")  # type: ignore[arg-type]
     with pytest.raises(ConvscopeError, match="text_target"):
         convscope.heatmaps(load(clip_vit()), x)
     with pytest.raises(ConvscopeError, match="text_target"):

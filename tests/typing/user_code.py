@@ -51,6 +51,8 @@ def explain(model: convscope.Model, images: list[str]) -> None:
     text = convscope.text_target("a striped cat")
     assert_type(convscope.heatmaps(model, images, text).values, np.ndarray)
     assert_type(convscope.heatmaps(model, images, [text, text]).names, list[list[str]])
+    assert_type(convscope.predict(model, images, targets=[text, text]).logits, np.ndarray)
+    assert_type(convscope.patterns(model, text).images, np.ndarray)
 
 
 def detect(model: convscope.Model, image: str) -> None:

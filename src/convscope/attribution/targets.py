@@ -14,12 +14,12 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.box_targets import BoxTarget, box_scores, parse_box_targets
-from convscope.attribution.text_targets import TextTarget, bind_texts
 from convscope.engine.candidates import DetectionReader
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.engine.nested import primary_tensor
 from convscope.engine.outputs import pick_output
+from convscope.engine.text_targets import TextTarget, bind_texts
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
 

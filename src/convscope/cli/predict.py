@@ -21,6 +21,14 @@ def predict(
     model: ModelName,
     images: Images,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of classes per image.")] = 5,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="TEXT",
+            help="A text to compare the images with, for networks such as CLIP; repeatable. Default: the classes.",
+        ),
+    ] = None,
     *,
     reading: ImageOptions,
     out: OptionalOut = None,
@@ -35,13 +43,19 @@ def predict(
     network = network_options.load(model)
     with progress_bar("predict") as progress:
         predictions = convscope.predict(
-            network, inputs, top, fit=reading.fit, max_pixels=reading.max_pixels, progress=progress
+            network,
+            inputs,
+            top,
+            targets=[convscope.text_target(text) for text in targets] if targets else None,
+            fit=reading.fit,
+            max_pixels=reading.max_pixels,
+            progress=progress,
         )
     folder = None if out is None else predictions.save(out)
     if as_json:
         print_json(_as_json(predictions))
     else:
-        print_table("", _columns(network.has_values), _rows(predictions), wide=wide)
+        print_table("", _columns(predictions.model.has_values), _rows(predictions), wide=wide)
     finish(predictions, folder, as_json=False)
 
 

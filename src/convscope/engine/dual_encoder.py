@@ -58,6 +58,10 @@ class DualEncoder:
         bias = getattr(module, "logit_bias", None)
         return logits if bias is None else logits + bias
 
+    def has_independent_texts(self, module: Any) -> bool:
+        """Return whether each text has a probability of its own (SigLIP), not one relative to other texts (CLIP)."""
+        return getattr(module, "logit_bias", None) is not None
+
     def forward_function(self, text_embeds: Tensor | None = None) -> ForwardFunction:
         """Return a function that runs the image encoder.
 

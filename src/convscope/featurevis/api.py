@@ -13,16 +13,15 @@ from torch import Tensor
 from convscope.arguments import check_arguments
 from convscope.engine.batching import MEMORY
 from convscope.engine.capture import capture_layers
-from convscope.engine.layer_selection import LayerLike
 from convscope.engine.model import Model
 from convscope.errors import warns_of_failures
 from convscope.featurevis.batch import BatchResult, PatternBatch, concatenate_results, subset_objective
 from convscope.featurevis.frames import FrameRecorder, channels_last
-from convscope.featurevis.objective import Objective
 from convscope.featurevis.plan import PatternPlan, PatternSettings, make_plan, parse_settings
 from convscope.featurevis.recipes import Recipe
 from convscope.featurevis.request import (
     PatternRequest,
+    PatternSubject,
     StartImage,
     Units,
     find_recipe,
@@ -53,7 +52,7 @@ Callback = Callable[[int, np.ndarray], None]
 @check_arguments
 def patterns(
     model: ModelLike,
-    layer: LayerLike | Objective | Sequence[Objective],
+    layer: PatternSubject,
     units: Units | None = None,
     *,
     recipe: str | Recipe = "robust",
@@ -80,9 +79,9 @@ def patterns(
     ----------
     model : Model, nn.Module, Keras model or str
         From `convscope.load`, or anything that it takes.
-    layer : str, Layer, nn.Module, Objective or sequence of Objective
-        A name in ``model.layers``, one of its rows, or a module of the network; ``"logits"`` for the classes; or
-        objectives of `convscope.objectives`.
+    layer : str, Layer, nn.Module, Objective, TextTarget or sequence of Objective or TextTarget
+        A name in ``model.layers``, one of its rows, or a module of the network; ``"logits"`` for the classes;
+        objectives of `convscope.objectives`; or a text, made by `convscope.text_target`, that the image shall fit.
     units : int, str or iterable of these, optional
         Channels of the layer; class indices or names for ``"logits"``. By default all of them; for the recipes "dream"
         and "caricature" the layer as a whole.

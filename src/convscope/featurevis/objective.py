@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convscope.engine.capture import ForwardResult, LayerOutputs
 from convscope.engine.model import LOGITS, Model
+from convscope.engine.text_targets import require_dual_encoder
 from convscope.errors import ConvscopeError
 
 Forward = Callable[[Tensor], LayerOutputs]  # network input -> outputs of the captured layers
@@ -35,6 +36,8 @@ class Objective:
         Whether each image is followed by the photograph that it is compared with. `function` then gets 2 P images.
     fixed_position : bool
         Whether `function` reads a fixed position of the map. Such objectives are shown the canvas at its full size.
+    texts : tuple of str
+        Texts whose logits `function` reads, among the maps.
 
     Examples
     --------
@@ -53,6 +56,7 @@ class Objective:
     num_images: int = 1
     paired: bool = False
     fixed_position: bool = False
+    texts: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[str]:
@@ -65,6 +69,8 @@ class Objective:
 
     def check(self, model: Model) -> None:
         """Raise ConvscopeError for a layer or a channel that the model does not have."""
+        for text in self.texts:
+            require_dual_encoder(model, text)
         for layer, unit in self.layer_channels:
             count = model.num_outputs if layer == LOGITS else model.layers.find(layer).units
             if count is None:
@@ -115,6 +121,7 @@ class Objective:
             max(self.num_images, other.num_images),
             self.paired or other.paired,
             self.fixed_position or other.fixed_position,
+            self.texts + other.texts,
         )
 
 
@@ -142,8 +149,9 @@ def batch_objectives(objectives: Sequence[Objective]) -> Objective:
         return torch.cat([objective.function(part) for objective, part in zip(objectives, parts, strict=True)])
 
     layer_channels = tuple(pair for objective in objectives for pair in objective.layer_channels)
+    texts = tuple(text for objective in objectives for text in objective.texts)
     name = ", ".join(objective.name for objective in objectives)
-    return Objective(name, layer_channels, value, sum(rows) // (1 + paired), paired)
+    return Objective(name, layer_channels, value, sum(rows) // (1 + paired), paired, texts=texts)
 
 
 def _split_rows(outputs: LayerOutputs, rows: list[int]) -> Sequence[LayerOutputs]:

@@ -12,6 +12,7 @@ from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import balanced_chunks, batch_size, cache_friendly_batch_size, gradient_bytes
 from convscope.engine.capture import LayerOutputs, NetworkForward
 from convscope.engine.model import Model
+from convscope.engine.text_targets import with_text_logits
 from convscope.errors import ConvscopeError, require_int
 from convscope.featurevis.defaults import Size
 from convscope.featurevis.objective import Forward
@@ -172,6 +173,8 @@ def make_plan(
         generator=torch.Generator().manual_seed(0),
     )
     forward: Forward = accelerate(network_forward, model.module, noise, gradients=True, enabled=model.can_accelerate)
+    if request.texts:
+        forward = with_text_logits(forward, model, request.texts)
     if request.needs_logits and recipe.residual_grad_scale != 1:
         forward = with_skip_gradient(forward, recipe.residual_grad_scale)
     max_batch = _max_batch(model, request, settings, canvas, view_sizes)

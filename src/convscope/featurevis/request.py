@@ -17,10 +17,11 @@ from convscope.engine.capture import LayerOutputs
 from convscope.engine.layer_selection import LayerLike, layer_name
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
+from convscope.engine.text_targets import TextTarget
 from convscope.errors import ConvscopeError, find_name, is_int
 from convscope.featurevis.defaults import Size
 from convscope.featurevis.objective import Forward, Objective, batch_objectives, per_image_channels
-from convscope.featurevis.objectives import channel
+from convscope.featurevis.objectives import channel, text
 from convscope.featurevis.recipes import RECIPES, Recipe
 from convscope.images.loading import ImageBatchLoader
 
@@ -28,6 +29,7 @@ SPACES = ("pixels", "input")
 
 StartImage = str | os.PathLike[str] | Image.Image | ArrayLike | Tensor
 Units = int | str | Iterable[int | str]
+PatternSubject = LayerLike | Objective | TextTarget | Sequence[Objective] | Sequence[TextTarget]
 SizeCheck = Callable[[Size], Exception | None]  # what the network raises for images of a size, if anything
 
 
@@ -61,6 +63,11 @@ class PatternRequest:
     def needs_logits(self) -> bool:
         """Whether the whole network has to run."""
         return any(layer == LOGITS for objective in self.objectives for layer, _ in objective.layer_channels)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts whose logits are needed, without duplicates."""
+        return list(dict.fromkeys(text for objective in self.objectives for text in objective.texts))
 
     @property
     def paired(self) -> bool:
@@ -144,16 +151,19 @@ def find_recipe(recipe: str | Recipe, has_start: bool, space: str) -> tuple[str,
 
 
 def parse_request(
-    model: Model, layer: LayerLike | Objective | Sequence[Objective], units: Units | None, name: str, recipe: Recipe
+    model: Model, layer: PatternSubject, units: Units | None, name: str, recipe: Recipe
 ) -> PatternRequest:
-    """Return the checked request for units of a layer or for objectives; raise ConvscopeError."""
+    """Return the checked request for units of a layer, for objectives or for texts; raise ConvscopeError."""
     if isinstance(layer, str | Layer | nn.Module):
         return _parse_units(model, layer_name(model, layer), units, name, recipe)
     if units is not None:
         raise ConvscopeError("units= goes with a layer's name; an objective names its own units")
-    objectives = [layer] if isinstance(layer, Objective) else list(layer)
+    subjects: list[Objective | TextTarget] = [layer] if isinstance(layer, Objective | TextTarget) else [*layer]
+    objectives = [text(subject.text) if isinstance(subject, TextTarget) else subject for subject in subjects]
     if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
-        raise ConvscopeError("expected a layer's name, an objective, or a list of objectives")
+        raise ConvscopeError(
+            "expected a layer's name, an objective, a text target, or a list of objectives or text targets"
+        )
     return _parse_objectives(model, objectives, name)
 
 
@@ -182,7 +192,7 @@ def _resolve_layer_names(model: Model, objective: Objective) -> Objective:
 
     def value(outputs: LayerOutputs) -> Tensor:
         maps = {name: outputs.maps[full_name] for name, full_name in names.items() if full_name in outputs.maps}
-        return objective.function(replace(outputs, maps=maps))
+        return objective.function(replace(outputs, maps={**outputs.maps, **maps}))
 
     layer_channels = tuple((names[layer], unit) for layer, unit in objective.layer_channels)
     return replace(objective, layer_channels=layer_channels, function=value)

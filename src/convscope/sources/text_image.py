@@ -57,7 +57,7 @@ def set_classes(spec: ModelSpec, classes: Sequence[str] | None, template: str | 
             "convscope.text_target explains a text"
         )
         return
-    is_sigmoid = getattr(spec.module, "logit_bias", None) is not None  # SigLIP: each text has its own probability
+    is_sigmoid = encoder.has_independent_texts(spec.module)
     if len(classes) < (1 if is_sigmoid else 2):
         raise ConvscopeError(
             f"{len(classes)} class for a network whose probabilities are relative to other classes; give at least two, "

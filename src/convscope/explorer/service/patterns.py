@@ -17,8 +17,9 @@ from convscope.explorer.service.images import encode_image
 from convscope.explorer.service.jobs import Job
 from convscope.explorer.service.schemas import PatternRecord
 from convscope.featurevis.api import patterns
+from convscope.featurevis.image_set_objectives import diversity
 from convscope.featurevis.layer_story import Story, read_story
-from convscope.featurevis.objectives import Objective, channel, diversity
+from convscope.featurevis.objectives import Objective, channel
 from convscope.featurevis.result import Patterns
 from convscope.plotting.grids import tile, to_rgb
 from convscope.results import atomic_write
