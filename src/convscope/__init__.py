@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from convscope.decomposition.result import Atlas, Concepts
     from convscope.detection.api import detect
     from convscope.detection.result import Detections
+    from convscope.editing.api import edit
+    from convscope.editing.result import Effects
+    from convscope.editing.unit_effects import effects
     from convscope.engine.model import Model
     from convscope.engine.text_targets import text_target
     from convscope.errors import ConvscopeError, ConvscopeWarning
@@ -59,6 +62,7 @@ __all__ = [
     "ConvscopeError",
     "ConvscopeWarning",
     "Detections",
+    "Effects",
     "Evaluation",
     "Heatmaps",
     "Model",
@@ -73,6 +77,8 @@ __all__ = [
     "compare",
     "concepts",
     "detect",
+    "edit",
+    "effects",
     "evaluate",
     "heatmaps",
     "load",
@@ -101,6 +107,7 @@ _TARGETS = {
     "ConvscopeError": "convscope.errors:ConvscopeError",
     "ConvscopeWarning": "convscope.errors:ConvscopeWarning",
     "Detections": "convscope.detection.result:Detections",
+    "Effects": "convscope.editing.result:Effects",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
     "Model": "convscope.engine.model:Model",
@@ -115,6 +122,8 @@ _TARGETS = {
     "compare": "convscope.evaluation.comparison:compare",
     "concepts": "convscope.decomposition.craft:concepts",
     "detect": "convscope.detection.api:detect",
+    "edit": "convscope.editing.api:edit",
+    "effects": "convscope.editing.unit_effects:effects",
     "evaluate": "convscope.evaluation.api:evaluate",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",

@@ -34,6 +34,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "DeadUnits": "convscope.plotting.store",
     "Detections": "convscope.plotting.detections",
     "Duplicates": "convscope.plotting.store",
+    "Effects": "convscope.plotting.effects",
     "Evaluation": "convscope.plotting.evaluation",
     "Examples": "convscope.plotting.store",
     "Heatmaps": "convscope.plotting.heatmaps",

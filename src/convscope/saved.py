@@ -17,6 +17,7 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
 from convscope.detection.result import Detections
+from convscope.editing.result import Effects
 from convscope.engine.model import Model
 from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
@@ -234,6 +235,10 @@ def _detections(data: SavedData) -> Detections:
     return data.make(Detections, geometry=data.geometry(), image_source=data.image_source(), image_indices=indices)
 
 
+def _effects(data: SavedData) -> Effects:
+    return data.make(Effects, target_names=tuple(map(tuple, data.parameters["target_names"])))
+
+
 def _atlas(data: SavedData) -> Atlas:
     return data.make(Atlas, target=data.parameters["target"])
 
@@ -244,6 +249,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "comparison": _comparison,
     "concepts": _concepts,
     "detections": _detections,
+    "effects": _effects,
     "evaluation": _evaluation,
     "heatmaps": _heatmaps,
     "patterns": _patterns,

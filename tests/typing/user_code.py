@@ -74,6 +74,16 @@ def pass_modules(net: nn.Module, images: list[str]) -> None:
     assert_type(convscope.patterns(net, layer, [3]), convscope.Patterns)
 
 
+def edit(model: convscope.Model, images: list[str]) -> None:
+    edited = convscope.edit(
+        model, {"blocks.4": {17: 0.0, 31: "mean"}, "blocks.2": lambda maps: 2 * maps}, reference=images
+    )
+    assert_type(edited, convscope.Model)
+    effects = convscope.effects(edited, images, "blocks.4", how="mean", labels=[0, 1])
+    assert_type(effects, convscope.Effects)
+    assert_type(effects.logits, np.ndarray)
+
+
 def visualize(model: convscope.Model) -> None:
     objective = convscope.objectives.channel("blocks.4", 7) - 0.5 * convscope.objectives.neuron("blocks.3", 4)
     assert_type(objective, convscope.objectives.Objective)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
+from convscope.engine.edits import apply_edits
 from convscope.engine.function_modes import ForceGradMode, LogitsRecorder
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
@@ -256,6 +257,7 @@ class _CaptureState:
         with ExitStack() as stack:
             caller_grad = torch.is_grad_enabled() and not self.detach_at_layer
             stack.enter_context(isolated_pass(self.model.module, self.modules.values(), self.parameters))
+            stack.enter_context(apply_edits(self.model.edits, self.modules))
             for name in self.hooked_modules:
                 stack.enter_context(forward_hook(self.modules[name], self.hook(name)))
                 if name in self.recorded_modules:

@@ -175,8 +175,13 @@ class Layer:
     @property
     def units(self) -> int:
         """Number of channels."""
+        return self.shape[self.unit_axis - 1]
+
+    @property
+    def unit_axis(self) -> int:
+        """The axis of the channels in what `to_nchw` returns: 1, or a later one of outputs without spatial axes."""
         is_folded = self.layout.rows_per_image > 1
-        return self.shape[0 if self.layout.spatial_dims else self.layout.channel_dim - 1 + is_folded]
+        return 1 if self.layout.spatial_dims else self.layout.channel_dim + is_folded
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.candidates import DetectionReader
 from convscope.engine.class_names import find_class, is_class_name
 from convscope.engine.dual_encoder import DualEncoder
+from convscope.engine.edits import LayerEdit, digest_edits
 from convscope.engine.layer_table import LayerTable
 from convscope.engine.outputs import VALUE_TASKS, OutputReader
 from convscope.errors import ConvscopeError, is_int
@@ -66,6 +67,8 @@ class Model:
         Whether the network gives another output each time it runs.
     dual_encoder : DualEncoder or None
         The encoders of a network that compares images with text.
+    edits : tuple of LayerEdit
+        Changes of layers' outputs, made by `convscope.edit`.
 
     Examples
     --------
@@ -98,6 +101,7 @@ class Model:
     differentiable: bool = True
     is_stochastic: bool = False
     dual_encoder: DualEncoder | None = None
+    edits: tuple[LayerEdit, ...] = ()
 
     @property
     def task(self) -> str:
@@ -121,8 +125,8 @@ class Model:
 
     @property
     def can_accelerate(self) -> bool:
-        """Whether passes may be accelerated: not switched off, and `load` made the module."""
-        return self.accelerate and self.loaded_by_convscope
+        """Whether passes may be accelerated: not switched off, `load` made the module, and nothing is edited."""
+        return self.accelerate and self.loaded_by_convscope and not self.edits
 
     def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         """Return all layers by name, and all parameters.
@@ -231,8 +235,8 @@ class Model:
         return find_class(name, self.classes)
 
     def weights_hash(self) -> str:
-        """Return the SHA-256 of all parameters and buffers with their names, which identifies the weights."""
-        digest = hashlib.sha256()
+        """Return the SHA-256 of parameters and buffers with their names, and of edits, which identifies the weights."""
+        digest = hashlib.sha256(digest_edits(self.edits))
         for name, tensor in self._named_tensors().items():
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.capture import VIEW_ERROR, ForwardResult, capture_point, forward_hook, forward_pass
+from convscope.engine.edits import apply_edits, patched_forward
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -61,6 +62,7 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
         )
         with ExitStack() as hooks:
             hooks.enter_context(isolated_pass(model.module, modules.values(), parameters))
+            hooks.enter_context(apply_edits(model.edits, modules))
             for module in modules.values():
                 hooks.callback(module.register_forward_pre_hook(cache.on_start).remove)
                 hooks.enter_context(forward_hook(module, cache.on_finish))
@@ -73,8 +75,9 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
             try:
                 with ExitStack() as patches:
                     patches.enter_context(isolated_pass(model.module, modules.values(), parameters))
+                    patches.enter_context(apply_edits(model.edits, modules, cache.num_calls))
                     for name, module in modules.items():
-                        patches.enter_context(_patched_forward(module, replay.patch(name, module.forward)))
+                        patches.enter_context(patched_forward(module, replay.patch(name, module.forward)))
                     output = forward_pass(model, replay.repeat(x))
             except RuntimeError as error:
                 if replay.copy_memory or not any(text in str(error) for text in SHARED_MEMORY_ERRORS):
@@ -99,7 +102,7 @@ class _PrefixCache:
         self.outputs: dict[_Call, object] = {}
         self.layer_call: _Call | None = None
         self._names = names  # of modules, by identity
-        self._num_calls: dict[str, int] = {}
+        self.num_calls: dict[str, int] = {}  # of each module, that have finished
         self._frames: list[list[tuple[_Call, object]]] = [[]]  # for each running module: the calls finished inside it
 
     def on_start(self, *_: object) -> None:
@@ -113,7 +116,7 @@ class _PrefixCache:
             return
         self._frames.pop()
         name = self._names[id(module)]
-        number = self._num_calls[name] = self._num_calls.get(name, 0) + 1
+        number = self.num_calls[name] = self.num_calls.get(name, 0) + 1
         # A copy, because the network may write into the output.
         self._frames[-1].append(((name, number), map_tensors(output, Tensor.clone)))
         if self.layer.name == (name if number == 1 else f"{name}#{number}"):
@@ -174,18 +177,3 @@ class _PrefixReplay:
         if is_single:
             tensor = tensor.expand(len(self._maps), *tensor.shape[1:])
         return tensor if is_single and not self.copy_memory else tensor.clone()
-
-
-@contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Replace a module's ``forward`` for the duration of the block, whatever it was."""
-    missing = object()
-    original = vars(module).get("forward", missing)
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if original is missing:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = original

@@ -33,7 +33,7 @@ from convscope.images.lazy import Item, LazyImages, as_item, item_names
 from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
-from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes
+from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes, to_channels_last
 
 DARK_FRACTION = 0.3  # of 16 bits: less is taken for values of fewer bits
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
@@ -182,6 +182,10 @@ class ImageBatchLoader:
             reasons = "; ".join([*map(str, self.failed[:3]), *["..."] * (len(self) > 3)])
             prefix = f"none of the {len(self)} images can be used: "
             raise ConvscopeError((prefix if len(self) > 1 else "") + reasons)
+
+    def input_tensor(self, index: int) -> Tensor:
+        """Return one image as the network's input (1, C, H, W). Raises ConvscopeError if it cannot be used."""
+        return to_channels_last(self._input(index)[0][None])
 
     def original(self, index: int) -> Array:
         """Decode one image for display, upright and at its own size.

@@ -1,0 +1,1 @@
+"""Change units or positions of a layer, and measure what that does to the network's answers."""

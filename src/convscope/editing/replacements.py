@@ -1,0 +1,47 @@
+"""What a removed unit is replaced by: zero, its mean, or its map of another image."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convscope.engine import capture
+from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
+from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
+from convscope.engine.validation import require_finite
+from convscope.images.loading import ImageBatchLoader
+
+HOW = ("zero", "mean", "resample")
+"""Ways to remove a unit."""
+
+
+def unit_means(model: Model, layer: Layer, loader: ImageBatchLoader, memory: int = MEMORY) -> Tensor:
+    """Return the mean activation (C,) of each unit over images and positions, float32."""
+    total, count = torch.zeros(layer.units, dtype=torch.float64), 0
+    with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run:
+        for batch in loader.batches(forward_batch_size(model, memory)):
+            maps = run(pad_to_fixed_batch(model, batch.x)).maps[layer.name][: len(batch.indices)]
+            require_finite(model, maps, f"layer {layer.name!r}")
+            total += (
+                maps.double().movedim(layer.unit_axis, 1).reshape(*maps.shape[:1], layer.units, -1).mean(2).sum(0).cpu()
+            )
+            count += len(batch.indices)
+    return (total / count).float()
+
+
+def donors(count: int, num_images: int, seed: int, *, same_images: bool) -> np.ndarray:
+    """Draw for each image the image (count,) whose maps replace its own; never itself, where the images are the same.
+
+    The draw of an image depends on the seed and its position alone.
+    """
+    draws = [int(np.random.default_rng((seed, i)).integers(num_images - same_images)) for i in range(count)]
+    return np.array([d + (same_images and d >= i) for i, d in enumerate(draws)])
+
+
+def set_units(maps: Tensor, *, layer: Layer, units: list[int], values: Tensor) -> Tensor:
+    """Set units of a layer's maps (N, C, ...) to constants (U,), in place; return the maps."""
+    by_unit = maps.movedim(layer.unit_axis, 1)
+    by_unit[:, units] = values.to(maps).view(-1, *[1] * (maps.ndim - 2))
+    return maps

@@ -1,0 +1,165 @@
+"""The results of `convscope.effects` and `convscope.patch`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from convscope.formatting import Row, base_name, count_of
+from convscope.result_items import IndexedResult, ItemKey
+from convscope.results import format_csv
+
+REPLACED_BY = {"zero": "0", "mean": "the mean", "resample": "another image's map"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects(IndexedResult):
+    """What the removal of each of U units does to T targets of N images.
+
+    ``len``, indexing and iteration go over the images.
+
+    Attributes
+    ----------
+    logits : ndarray of shape (U, N, T), float32
+        The targets' logits with the unit removed minus those without.
+    units : ndarray of shape (U,)
+        Numbers of the units.
+    targets : ndarray of shape (N, T)
+        Class indices; -1 for functions.
+    baseline : ndarray of shape (N, T), float32
+        The targets' logits without any edit.
+    layer : str
+    how : {"zero", "mean", "resample"}
+        What a removed unit is replaced by.
+    target_names : tuple of tuple of str
+        Names of the targets, for each image.
+    image_names : tuple of str
+    fit : {"squash", "crop"}
+        How images were brought to the network's size.
+    seed : int
+    accuracy : ndarray of shape (U,), optional
+        With labels: the change of the accuracy, -1 to 1, negative where the removal makes answers wrong.
+    interval : ndarray of shape (U, 2), optional
+        Its 95 % bootstrap interval over images.
+    baseline_accuracy : ndarray of shape (), optional
+        The accuracy without any edit.
+    classes : ndarray of shape (K,), optional
+        The classes of the labels.
+    class_accuracy : ndarray of shape (U, K), optional
+        The change of the accuracy on the images of each class.
+    class_interval : ndarray of shape (U, K, 2), optional
+    """
+
+    ITEM_AXES: ClassVar[Mapping[str, int]] = {
+        "logits": 1, "targets": 0, "baseline": 0, "target_names": 0, "image_names": 0,
+    }  # fmt: skip
+    ACCURACY_FIELDS: ClassVar[tuple[str, ...]] = (
+        "accuracy", "interval", "baseline_accuracy", "classes", "class_accuracy", "class_interval",
+    )  # fmt: skip
+
+    logits: np.ndarray
+    units: np.ndarray
+    targets: np.ndarray
+    baseline: np.ndarray
+    layer: str
+    how: str
+    target_names: tuple[tuple[str, ...], ...]
+    image_names: tuple[str, ...]
+    fit: str
+    seed: int
+    accuracy: np.ndarray | None = None
+    interval: np.ndarray | None = None
+    baseline_accuracy: np.ndarray | None = None
+    classes: np.ndarray | None = None
+    class_accuracy: np.ndarray | None = None
+    class_interval: np.ndarray | None = None
+
+    def __getitem__(self, key: ItemKey) -> Self:
+        return self.select(key)
+
+    def _fields_of(self, positions: Sequence[int]) -> dict[str, Any]:
+        """Return the fields of a result on some images; accuracies concern all images and are left out."""
+        return super()._fields_of(positions) | dict.fromkeys(self.ACCURACY_FIELDS)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean effect (U,) over images and targets."""
+        means: np.ndarray = self.logits.mean((1, 2))
+        return means
+
+    @property
+    def order(self) -> np.ndarray:
+        """Positions of the units (U,), those with the largest mean absolute effect first."""
+        return np.argsort(-np.abs(self.logits).mean((1, 2)), kind="stable")
+
+    def top(self, count: int = 10) -> list[int]:
+        """Return the numbers of the units with the largest mean absolute effect, the largest first."""
+        return [int(unit) for unit in self.units[self.order[:count]]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per unit, the largest effects first: mean and largest effect, and change of the accuracy."""
+        rows = []
+        for u in self.order:
+            flat = self.logits[u].ravel()
+            extreme = int(np.abs(flat).argmax())
+            n, t = divmod(extreme, self.logits.shape[2])
+            row: dict[str, Any] = {
+                "unit": int(self.units[u]),
+                "mean effect": float(flat.mean()),
+                "largest effect": float(flat[extreme]),
+                "on": f"{self.target_names[n][t]} in {base_name(self.image_names[n])}",
+            }
+            if self.accuracy is not None and self.interval is not None:
+                row["accuracy change"] = float(self.accuracy[u])
+                row["low"], row["high"] = (float(edge) for edge in self.interval[u])
+            rows.append(row)
+        return rows
+
+    def text_files(self) -> dict[str, str]:
+        """Return ``effects.csv``: one row for each unit, image and target."""
+        count, num_images, num_targets = self.logits.shape
+        images = [name for name in self.image_names for _ in range(num_targets)]
+        targets = [name for names in self.target_names for name in names]
+        return {
+            "effects.csv": format_csv(
+                {
+                    "unit": np.repeat(self.units, num_images * num_targets),
+                    "image": images * count,
+                    "target": targets * count,
+                    "logit": np.tile(self.baseline.ravel(), count),
+                    "effect": self.logits.ravel(),
+                }
+            )
+        }
+
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        labels = [] if self.classes is None else self.classes.tolist()
+        return [*self.targets.ravel().tolist(), *labels]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all data, under the names by which they are saved."""
+        return {name: array for name, array in super().arrays().items() if array is not None}
+
+    def _title(self) -> str:
+        units, images = count_of(len(self.units), "unit"), count_of(len(self.image_names), "image")
+        return f"{units} of {self.layer} replaced by {REPLACED_BY[self.how]}, {images}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [
+            {
+                "unit": row["unit"],
+                "mean effect": f"{row['mean effect']:+.3f}",
+                "largest effect": f"{row['largest effect']:+.3f}",
+                "on": row["on"],
+            }
+            | (
+                {"accuracy change": f"{row['accuracy change']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%})"}
+                if "accuracy change" in row
+                else {}
+            )
+            for row in self.rows()
+        ]

@@ -1,0 +1,383 @@
+"""`convscope.effects`: what removing each unit of a layer does to the network's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convscope.arguments import check_arguments
+from convscope.attribution.targets import BatchTargets, Targets, TargetSpec, parse_classes, parse_targets
+from convscope.datasets.image_inputs import open_images
+from convscope.editing.api import check_units
+from convscope.editing.replacements import HOW, donors, unit_means
+from convscope.editing.result import Effects
+from convscope.engine import capture
+from convscope.engine.batching import MEMORY, batch_size, cache_friendly_batch_size, forward_bytes, pad_to_fixed_batch
+from convscope.engine.capture import ForwardResult
+from convscope.engine.layer_selection import LayerLike, find_layer
+from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
+from convscope.engine.resume import resume_from_layer
+from convscope.engine.validation import require_finite
+from convscope.errors import ConvscopeError, warns_of_failures
+from convscope.evaluation.statistics import bootstrap
+from convscope.images.batches import Batch
+from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.progress import ProgressOption, progress_bar
+from convscope.sources.coercion import ModelLike, as_model
+
+NOISE_SCALE = 10  # standard deviations: far enough for every rectifier to switch
+AFFINE_RTOL = 1e-4  # of scores: rounding
+
+
+@warns_of_failures
+@check_arguments
+def effects(
+    model: ModelLike,
+    images: object,
+    layer: LayerLike,
+    units: int | Sequence[int] | None = None,
+    *,
+    how: str = "zero",
+    targets: Targets | None = None,
+    labels: object = None,
+    reference: object = None,
+    fit: str = "squash",
+    seed: int = 0,
+    memory: int = MEMORY,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: ProgressOption = None,
+) -> Effects:
+    """Measure what the removal of each unit of a layer does to the targets' logits, and to the accuracy.
+
+    ::
+
+        effect of unit u on target t of image n = y_t(x_n; A_u replaced) - y_t(x_n)
+
+    Only the part of the network after the layer runs again for each unit. Where that part is affine, as between the
+    last feature maps and the logits of many networks, the effects follow from one backward pass:
+
+    ::
+
+        sum over positions of  dy_t / dA_u * (replacement - A_u)
+
+    Parameters
+    ----------
+    model : Model, nn.Module, Keras model or str
+        From `convscope.load`, or anything that it takes.
+    images : path, sequence of paths, PIL images, arrays or tensor
+        One image or N, in any form that `convscope.predict` takes.
+    layer : str, Layer or nn.Module
+        The layer whose units are removed.
+    units : int or sequence of int, optional
+        U units, numbered from 0; all of the layer if omitted.
+    how : {"zero", "mean", "resample"}
+        What a removed unit is replaced by at all positions: 0; the mean of its activations over the reference images
+        and all positions; or its map of another image, drawn at random for each image.
+    targets : optional
+        As for `convscope.heatmaps`: T targets per image; by default each image's top class.
+    labels : int, str or sequence of these, optional
+        The right class of each image, for effects on the accuracy.
+    reference : path, sequence of paths, PIL images, arrays or tensor, optional
+        The images of "mean" and "resample"; by default `images` themselves.
+    fit : {"squash", "crop"}
+        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    seed : int
+        Seed of the draws of "resample".
+    memory : int
+        Bytes that intermediate results may take.
+    max_pixels : int
+        Images with more pixels are refused before they are decoded.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        as ``progress(done, total)`` with numbers of images; exceptions raised in it cancel cleanly.
+
+    Returns
+    -------
+    Effects
+        Effects (U, N, T) on logits, and with labels the change of the accuracy for each unit with its interval.
+
+    Raises
+    ------
+    ConvscopeError
+        For unknown layers, units, targets and labels, for values that are not finite, and when no image can be read.
+
+    See Also
+    --------
+    convscope.edit : A model in which units are removed for good.
+
+    References
+    ----------
+    Morcos et al., On the importance of single directions for generalization, ICLR 2018 (removal of single units).
+    Chan et al., Causal Scrubbing, 2022 ("resample").
+
+    Examples
+    --------
+    >>> import convscope
+    >>> model = convscope.load("lite0")
+    >>> effects = convscope.effects(model, convscope.samples.photographs(), "blocks.6", units=[0, 1, 2])
+    >>> effects.logits.shape  # units, images, targets
+    (3, 4, 1)
+    """
+    if how not in HOW:
+        raise ConvscopeError(f"how is {how!r}; expected one of {', '.join(HOW)}")
+    if reference is not None and how == "zero":
+        raise ConvscopeError("reference= needs how='mean' or how='resample'; got how='zero'")
+    model = as_model(model)
+    selected = find_layer(model, layer)
+    numbers = list(range(selected.units)) if units is None else check_units(selected, _as_list(units))
+    if not numbers:
+        raise ConvscopeError("units is empty; give at least one unit, or None for all of the layer")
+    loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
+    spec = parse_targets(model, targets, len(loader))
+    right = None if labels is None else _parse_labels(model, labels, len(loader))
+    with progress_bar(progress, "effects") as report:
+        replacement = _replacement(model, selected, how, images, reference, fit, seed, memory)
+        affine = right is None and _is_affine_after(model, selected, next(loader.batches(1)), spec)
+        job = _Job(model, selected, torch.tensor(numbers), spec, right, replacement, affine, memory)
+        parts: list[_BatchEffects] = []
+        indices: list[int] = []
+        for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):
+            parts.append(job.run(batch))
+            indices += batch.indices
+            report(len(indices) + len(loader.failed), len(loader))
+    names = tuple(loader.names[i] for i in indices)
+    classes = torch.cat([part.targets for part in parts]).cpu().numpy()
+    correct = None if right is None else np.concatenate([part.correct for part in parts], axis=1)
+    return Effects(
+        model,
+        logits=np.concatenate([part.effects for part in parts], axis=1),
+        units=np.array(numbers),
+        targets=classes,
+        baseline=np.concatenate([part.baseline for part in parts]),
+        layer=selected.name,
+        how=how,
+        target_names=tuple(map(tuple, spec.names(classes, indices))),
+        image_names=names,
+        fit=fit,
+        seed=seed,
+        notes=tuple(loader.notes),
+        failed=tuple(loader.failed),
+        **({} if right is None or correct is None else _accuracies(correct, right[indices].numpy())),
+    )
+
+
+def _as_list(units: int | Sequence[int]) -> Sequence[int]:
+    return [units] if isinstance(units, int | np.integer) else units
+
+
+def _parse_labels(model: Model, labels: object, count: int) -> Tensor:
+    """Return the right class (N,) of each image."""
+    classes = parse_classes(model, labels, count)
+    if classes is None or classes.shape[1] != 1:
+        raise ConvscopeError("labels names several classes per image; give each image's right class")
+    return classes[:, 0]
+
+
+def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the accuracy, its changes, overall and per class, and their bootstrap intervals.
+
+    `correct` (1 + U, N) says which images are classified correctly, first without any edit.
+    """
+    changes = (correct[1:].astype(np.float32) - correct[:1]).T  # (N, U)
+    classes = np.unique(labels)
+    by_class = [changes[labels == c] for c in classes]
+    return {
+        "accuracy": changes.mean(0, dtype=np.float64),
+        "interval": np.stack(bootstrap(changes), axis=1),
+        "baseline_accuracy": np.array(correct[0].mean()),
+        "classes": classes,
+        "class_accuracy": np.stack([part.mean(0, dtype=np.float64) for part in by_class], axis=1),
+        "class_interval": np.stack([np.stack(bootstrap(part), axis=1) for part in by_class], axis=1),
+    }
+
+
+# --- replacements ----------------------------------------------------------------------------------------------------
+
+Replacement = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""Takes maps (B, C, ...) with the units on axis 1, and positions of the images; returns what replaces them."""
+
+
+def _replacement(
+    model: Model, layer: Layer, how: str, images: object, reference: object, fit: str, seed: int, memory: int
+) -> Replacement:
+    """Return the function that computes what a unit's map is replaced by."""
+    if how == "zero":
+        return lambda maps, _: torch.zeros_like(maps)
+    source = ImageBatchLoader(open_images(images if reference is None else reference), model.preprocessing, fit=fit)
+    if how == "mean":
+        means = unit_means(model, layer, source, memory)
+        return lambda maps, _: means.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+    if reference is None and len(source) < 2:
+        raise ConvscopeError("how='resample' takes a unit's maps from other images; give several images, or reference=")
+
+    def resample(maps: Tensor, indices: tuple[int, ...]) -> Tensor:
+        donor = donors(max(indices) + 1, len(source), seed, same_images=reference is None)
+        excluded = indices if reference is None else (-1,) * len(indices)
+        parts = [
+            _maps_of_donor(model, layer, source, int(donor[i]), skip) for i, skip in zip(indices, excluded, strict=True)
+        ]
+        return torch.cat(parts).to(maps)
+
+    return resample
+
+
+def _maps_of_donor(model: Model, layer: Layer, source: ImageBatchLoader, first: int, excluded: int) -> Tensor:
+    """Compute a layer's maps (1, C, ...) of the image at `first`, or of the next one that can be used."""
+    for index in (*range(first, len(source)), *range(first)):
+        if index == excluded:
+            continue
+        try:
+            x = source.input_tensor(index)
+        except ConvscopeError:  # named as failed where it is one of the images themselves
+            continue
+        with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run:
+            return run(pad_to_fixed_batch(model, x)).maps[layer.name][:1].movedim(layer.unit_axis, 1)
+    raise ConvscopeError("how='resample' found no other image that can be used")
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BatchEffects:
+    """Effects (U, B, T), targets (B, T), scores (B, T) without an edit, and which images are right (1 + U, B)."""
+
+    effects: np.ndarray
+    targets: Tensor
+    baseline: np.ndarray
+    correct: np.ndarray
+
+
+def _is_affine_after(model: Model, layer: Layer, batch: Batch, spec: TargetSpec) -> bool:
+    """Return whether scores are affine functions of a layer's output, on random maps and the middle between them."""
+    if not model.differentiable or model.fixed_batch_size is not None:
+        return False
+    with torch.no_grad(), capture.capture_layers(model, [layer.name]) as run:
+        outputs = run(batch.x)
+    targets = spec.for_batch(batch.indices, outputs.logits, batch.geometry)
+    maps = outputs.maps[layer.name]
+    if not maps.is_floating_point():
+        return False
+    noise = torch.randn((4, *maps.shape[1:]), generator=torch.Generator().manual_seed(0)).to(maps)
+    noise = NOISE_SCALE * (float(maps.std()) or 1.0) * noise
+    with resume_from_layer(model, layer.name, batch.x) as resume:
+
+        def scores_of(values: Tensor) -> Tensor:
+            return targets.of_image(0, len(values)).scores(resume(values))
+
+        ends = scores_of(noise)
+        middles = scores_of((noise[:2] + noise[2:]) / 2)
+    difference = (ends[:2] + ends[2:]) / 2 - middles
+    return bool((difference.abs() <= AFFINE_RTOL * ends.abs().amax().clamp(min=1e-30)).all())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all batches.
+
+    Attributes
+    ----------
+    model : Model
+    layer : Layer
+    units : Tensor of shape (U,)
+    targets : TargetSpec
+    labels : Tensor of shape (N,), optional
+    replacement : callable
+    is_affine : bool
+        Whether the targets' scores are affine functions of the layer's output, and no labels are given.
+    memory : int
+    """
+
+    model: Model
+    layer: Layer
+    units: Tensor
+    targets: TargetSpec
+    labels: Tensor | None
+    replacement: Replacement
+    is_affine: bool
+    memory: int
+
+    def run(self, batch: Batch) -> _BatchEffects:
+        """Compute the effects for a batch of images."""
+        model, count, layer = self.model, len(batch.indices), self.layer
+        with torch.no_grad(), capture.capture_layers(model, [layer.name]) as run:
+            outputs = run(pad_to_fixed_batch(model, batch.x))
+        require_finite(model, outputs.logits, "the network's output")
+        targets = self.targets.for_batch(batch.indices, outputs.logits[:count], batch.geometry)
+        maps = outputs.maps[layer.name][:count]
+        by_unit = maps.movedim(layer.unit_axis, 1)
+        changes = self.replacement(by_unit, batch.indices) - by_unit
+        if self.is_affine:
+            effects, scores = self._affine_effects(batch, targets, changes)
+            return _BatchEffects(effects.cpu().numpy(), targets.classes, scores.cpu().numpy(), np.empty((0, count)))
+        parts = [self._effects(batch.x[n : n + 1], n, targets, maps[n : n + 1], changes[n]) for n in range(count)]
+        scores = torch.cat([baseline for _, baseline, _ in parts])
+        return _BatchEffects(
+            torch.stack([effect for effect, _, _ in parts], dim=1).cpu().numpy(),
+            targets.classes,
+            scores.cpu().numpy(),
+            self._correct(batch.indices, [predicted for _, _, predicted in parts]),
+        )
+
+    def _affine_effects(self, batch: Batch, targets: BatchTargets, changes: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute effects (U, B, T) and scores (B, T) from the gradients of the scores, where these are constant."""
+        layer = self.layer
+        with torch.enable_grad(), capture.capture_layers(self.model, [layer.name], detach_at_layer=True) as run:
+            outputs = run(batch.x)
+            scores = targets.scores(outputs)
+            gradients = [
+                torch.autograd.grad(one.sum(), outputs.maps[layer.name], retain_graph=True)[0]
+                for one in scores.unbind(1)
+            ]
+        products = [(g.movedim(layer.unit_axis, 1) * changes)[:, self.units] for g in gradients]
+        effects = torch.stack([p.flatten(2).sum(2) if p.ndim > 2 else p for p in products], dim=2)  # (B, U, T)
+        return effects.transpose(0, 1).float(), scores.detach()
+
+    def _correct(self, indices: tuple[int, ...], predicted: list[Tensor]) -> np.ndarray:
+        """Return which images (1 + U, B) are classified as their labels say."""
+        if self.labels is None:
+            return np.zeros((1 + len(self.units), len(indices)), bool)
+        classes = torch.stack(predicted, dim=1).cpu()
+        return (classes == self.labels[list(indices)]).numpy()
+
+    def _effects(
+        self, x: Tensor, image: int, targets: BatchTargets, maps: Tensor, change: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the effects (U, T) for one image, its scores (1, T), and the predicted classes (1 + U,).
+
+        `maps` (1, C, ...) are the layer's output, and `change` (C, ...) is added to a unit's map to remove it.
+        """
+        with resume_from_layer(self.model, self.layer.name, x) as run:
+
+            def outputs_of(values: Tensor) -> ForwardResult:
+                return run(pad_to_fixed_batch(self.model, values))
+
+            def scores_of(outputs: ForwardResult) -> Tensor:
+                return targets.of_image(image, len(outputs.logits)).scores(outputs)
+
+            plain = outputs_of(maps)
+            baseline = scores_of(plain)[:1]
+            scores, predicted = [baseline], [plain.logits[:1].argmax(1)]
+            for units in torch.split(self.units, self._units_per_pass()):
+                outputs = outputs_of(self._edited(maps, units, change))
+                require_finite(self.model, outputs.logits, "the network's output")
+                scores.append(scores_of(outputs)[: len(units)])
+                predicted.append(outputs.logits[: len(units)].argmax(1))
+        return torch.cat(scores[1:]) - baseline, baseline, torch.cat(predicted)
+
+    def _units_per_pass(self) -> int:
+        """Return the number of units whose passes run together."""
+        limit = batch_size(self.model, forward_bytes(self.model), self.memory)
+        return min(limit, cache_friendly_batch_size(self.model))
+
+    def _edited(self, maps: Tensor, units: Tensor, change: Tensor) -> Tensor:
+        """Return copies (M, C, ...) of maps (1, C, ...), in each of which one unit is removed."""
+        edited = maps.repeat(len(units), *[1] * (maps.ndim - 1))
+        by_unit = edited.movedim(self.layer.unit_axis, 1)
+        by_unit[torch.arange(len(units)), units] += change[units]
+        return edited

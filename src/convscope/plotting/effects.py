@@ -1,0 +1,74 @@
+"""Figures of the effects of removing units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convscope.editing.result import REPLACED_BY, Effects
+from convscope.figures import RenderedFile
+from convscope.plotting.panels import BLUE, DARK, LIGHT_BLUE, RED, create_panels, flatten, omitted, shorten, to_image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_UNITS = 24  # in one figure
+
+
+def render_effects(result: Effects) -> Iterator[tuple[str, RenderedFile]]:
+    """Yield the figure."""
+    yield "effects.png", to_image(draw_effects(result))
+
+
+def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None) -> Figure:
+    """Draw the units with the largest effects: bars of the mean, dots for images and targets; changes of accuracy."""
+    order = result.order[:MAX_UNITS]
+    columns = 1 if result.accuracy is None else 2
+    title = f"Units of {shorten(result.layer)} replaced by {REPLACED_BY[result.how]} ({result.model.name})"
+    title += omitted(len(order), len(result.units), "units")
+    figure, grid = create_panels(1, columns, 4.6 * columns, 1.0 + 0.21 * len(order), title, ax=ax, figsize=figsize)
+    panels = flatten(grid)
+    _draw_logits(panels[0], result, order)
+    if result.accuracy is not None:
+        _draw_accuracy(panels[1], result, order)
+    for axes in panels:
+        axes.axvline(0, color=DARK, linewidth=0.8)
+        axes.set_yticks(range(len(order)), [str(unit) for unit in result.units[order]], fontsize=8)
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("unit", fontsize=8)
+    return figure
+
+
+def _draw_logits(axes: Axes, result: Effects, order: np.ndarray) -> None:
+    """Draw the change of the logits: the mean as a bar, each image and target as a dot."""
+    means = result.mean[order]
+    axes.barh(range(len(order)), means, color=[BLUE if mean < 0 else RED for mean in means], alpha=0.8)
+    values = result.logits[order].reshape(len(order), -1)
+    if values.shape[1] > 1:
+        rows = np.repeat(np.arange(len(order)), values.shape[1])
+        axes.plot(values.ravel(), rows, "o", color=DARK, markersize=2, alpha=0.5)
+    names = {name for names in result.target_names for name in names}
+    axes.set_xlabel(f"change of the logit of {shorten(names.pop(), 30)}" if len(names) == 1 else
+                    "change of the targets' logits", fontsize=8)  # fmt: skip
+    dots = "; dots: images and targets" if values.shape[1] > 1 else ""
+    axes.set_title(f"bars: mean{dots}\nnegative: the unit is evidence for the target", fontsize=8)
+
+
+def _draw_accuracy(axes: Axes, result: Effects, order: np.ndarray) -> None:
+    """Draw the change of the accuracy with its 95 % interval."""
+    from matplotlib.ticker import PercentFormatter
+
+    accuracy, interval = np.asarray(result.accuracy)[order], np.asarray(result.interval)[order]
+    rows = np.arange(len(order))
+    axes.hlines(rows, interval[:, 0], interval[:, 1], color=LIGHT_BLUE, linewidth=4)
+    axes.plot(accuracy, rows, "o", color=DARK, markersize=4)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("change of the accuracy", fontsize=8)
+    count = len(result.image_names)
+    before = float(np.asarray(result.baseline_accuracy))
+    axes.set_title(f"accuracy without edits {before:.0%}, {count} images\nlines: 95 % intervals", fontsize=8)
