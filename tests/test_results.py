@@ -266,9 +266,9 @@ def test_similar_layer_names_are_saved_in_separate_files(tmp_path):
     model = load_model(nn.Sequential(OrderedDict([("a/b", nn.Conv2d(3, 2, 3)), ("a-b", nn.Conv2d(2, 3, 3))])))
     result = convscope.activations(model, PHOTOS[0])
     result.save(tmp_path)
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"0000_a-b.png", "0000_a-b~2.png", "arrays.npz", "manifest.json"}
-    sizes = [Image.open(tmp_path / name).size for name in ("0000_a-b.png", "0000_a-b~2.png")]
+    names, stem = {p.name for p in tmp_path.iterdir()}, result.image_names[0].replace(" ", "-")
+    assert names == {f"{stem}_a-b.png", f"{stem}_a-b~2.png", "arrays.npz", "manifest.json"}
+    sizes = [Image.open(tmp_path / name).size for name in (f"{stem}_a-b.png", f"{stem}_a-b~2.png")]
     expected = [activation_pages(result, layer)[0].size for layer in ("a/b", "a-b")]
     assert sizes == expected
     assert sizes[0] != sizes[1]

@@ -123,22 +123,34 @@ def rename_arguments(message: str, names: Mapping[str, str]) -> str:
     --------
     >>> rename_arguments("start is 3; leave out start=, or recipe='dream'", {"start": "--start", "recipe": "--recipe"})
     '--start is 3; leave out --start, or --recipe dream'
+    >>> rename_arguments("say it: load(..., classes=[...])", {"classes": "--classes"})
+    'say it: --classes'
     """
 
     def rename(match: re.Match[str]) -> str:
         name, value = match["name"] or match["keyword"], match["value"]
-        if name not in names:
-            return match[0]
-        return names[name] + (f" {value.strip(QUOTES)}" if value else "")
+        return match[0] if name not in names else f"{names[name]} {_typed_value(value or '')}".rstrip()
 
-    return _ARGUMENT.sub(rename, message)
+    return _LOAD_CALL.sub(
+        lambda match: f"{match['source'] or ''} {match['options']}".lstrip(), _ARGUMENT.sub(rename, message)
+    )
+
+
+def _typed_value(value: str) -> str:
+    """Return the value of an argument as it is typed on the command line; nothing for lists and functions."""
+    if value.startswith("dict("):
+        content = re.sub(r"(\w+)=", r'"\1": ', value[len("dict(") : -1]).replace("(", "[").replace(")", "]")
+        return f"'{{{content}}}'"
+    return "" if value.startswith(("[", "lambda ")) else value.strip(QUOTES)
 
 
 QUOTES = "'\""
 _ARGUMENT = re.compile(
     r"(?:^|(?<=: ))(?P<name>[a-z_]+)(?= (?:is|has) )"
-    r"|(?<![\w.-])(?P<keyword>[a-z_]+)=(?!=)(?P<value>'[^']*'|\"[^\"]*\"|[\w.-]*[\w-])?"
+    r"|(?<![\w.-])(?P<keyword>[a-z_]+)=(?!=)"
+    r"(?P<value>'[^']*'|\"[^\"]*\"|dict\((?:[^()]|\([^()]*\))*\)|\[[^\]]*\]|lambda [^,;)]*|[\w.-]*[\w-])?"
 )
+_LOAD_CALL = re.compile(r"(?:convscope\.)?load\((?:\.\.\.|'(?P<source>[^']*)'), (?P<options>--[^()]*)\)")
 
 
 def find_name(kind: str, name: object, known: Sequence[str]) -> str:

@@ -202,6 +202,10 @@ def test_messages_name_options() -> None:
         ("failed: a.jpg: positions_per_image has 3 rows", "failed: a.jpg: --positions has 3 rows"),
         ("give fit='crop', or size='x'", "give --fit crop, or size='x'"),
         ("the start is 3, restart=4, a.fit=3", "the start is 3, restart=4, a.fit=3"),
+        ("name them: fit=[...]", "name them: --fit"),
+        ("give fit=dict(..., size=(3, 4))", "give --fit '{..., \"size\": [3, 4]}'"),
+        ("with fit=lambda out: out[0], or load(..., start='a')", "with --fit, or --start a"),
+        ("load('torchvision:resnet50', start='a.pth')", "torchvision:resnet50 --start a.pth"),
     ):
         assert rename_arguments(message, named) == expected
 
@@ -298,3 +302,26 @@ def test_notes_of_several_layers_are_summed_up() -> None:
 def test_an_error_names_the_argument_in_python() -> None:
     with pytest.raises(ConvscopeError, match=r"^fuse is 'sum'"):
         convscope.heatmaps(convscope.load("lite0"), "x.png", fuse="sum")
+
+
+def test_what_is_written_is_listed(photos: list[str], tmp_path: Path) -> None:
+    """Maps and patterns are listed like heatmaps: what was computed, and whether it is of use."""
+    result = run("activations", "lite0", photos[0], "--layers", "bn1,blocks.1.0.bn1", "-o", tmp_path / "maps")
+    header, *rows = (line.split("\t") for line in result.stdout.splitlines())
+    assert header == ["layer", "maps", "active", "maximum", "constant maps"]
+    assert [row[:2] for row in rows] == [["bn1", "32 x 112 x 112"], ["blocks.1.0.bn1", "96 x 112 x 112"]]
+    assert {p.name for p in (tmp_path / "maps").glob("*.png")} == {"cat_bn1.png", "cat_blocks.1.0.bn1.png"}
+    result = run("patterns", "lite0", "--layer", "bn1", "--units", "3,1", "--steps", "1", "-o", tmp_path / "patterns")
+    header, *rows = (line.split("\t") for line in result.stdout.splitlines())
+    assert header == ["unit", "score", "score of noise", "status"]
+    assert [row[0] for row in rows] == ["bn1 3", "bn1 1"]
+
+
+def test_all_layers_on_request(lite0: object) -> None:
+    main, every = (run("layers", "lite0", *option) for option in ([], ["--all"]))
+    names = [[line.split("\t")[0] for line in result.stdout.splitlines()[1:]] for result in (main, every)]
+    assert set(names[0]) < set(names[1])
+    assert "bn1.drop" in names[1]
+    assert "bn1.drop" not in names[0]
+    assert main.stderr == f"{len(names[1]) - len(names[0])} layers are not shown: --all prints every layer\n"
+    assert every.stderr == ""

@@ -27,7 +27,7 @@ def displayed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_columns_are_left_out_by_priority(capsys, monkeypatch):
-    for width, headings in ((110, "image layer units stride"), (46, "image layer units"), (38, "image layer")):
+    for width, headings in ((110, "image layer units stride"), (54, "image layer units"), (38, "image layer")):
         lines = displayed(capsys, monkeypatch, width).splitlines()
         assert lines[1].split() == headings.split()
         assert max(map(len, lines)) <= width

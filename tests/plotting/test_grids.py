@@ -153,7 +153,7 @@ def test_activation_pages(model):
     expected = lookup_table("viridis")[standardize(wide["0"][0, 512:513])[0]].repeat(16, 0).repeat(16, 1)
     np.testing.assert_array_equal(third, expected)
     names = [name for name, _ in render_activations(wide)]
-    assert names == [f"0000_0_page{n}.png" for n in range(1, 9)]
+    assert names == [f"an-image-with-a-very-long-name--number-0_0_page{n}.png" for n in range(1, 9)]
     assert [len(activation_pages(wide, "0", limit=n)) for n in (2048, 1024, 3)] == [1, 2, 683]
 
 

@@ -8,9 +8,18 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, choice
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Wide, choice
 from convscope.cli.output import finish, progress_bar
 from convscope.cli.parsing import open_image_arguments, split_commas
+from convscope.cli.tables import Column, print_table
+
+COLUMNS = (
+    Column("layer", overflow="fold"),
+    Column("maps"),
+    Column("active", right=True),
+    Column("maximum", right=True, priority=1),
+    Column("constant maps", right=True, priority=2),
+)
 
 
 @command()
@@ -20,7 +29,7 @@ def activations(
     layers: Annotated[
         str | None,
         typer.Option(
-            metavar="LAYERS", help="Layers, separated by commas, or all; by default the last of each resolution."
+            metavar="LAYERS", help="Layers, separated by commas, or all. Default: the last of each resolution."
         ),
     ] = None,
     scaling: Annotated[
@@ -30,6 +39,7 @@ def activations(
     reading: ImageOptions,
     out: Out = Path("convscope-activations"),
     as_json: AsJson = False,
+    wide: Wide = False,
     network_options: NetworkOptions,
 ) -> None:
     """Write the feature maps of layers as image grids."""
@@ -49,4 +59,11 @@ def activations(
             max_pixels=reading.max_pixels,
             progress=progress,
         )
-    finish(result, result.save(out), as_json)
+    folder = result.save(out)
+    if not as_json:
+        rows = [
+            (r["layer"], r["maps"], f"{r['active']:.1%}", f"{r['maximum']:.3g}", str(r["dead channels"]))
+            for r in result.rows()
+        ]
+        print_table("", COLUMNS, rows, wide=wide)
+    finish(result, folder, as_json)

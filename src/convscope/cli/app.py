@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from convscope.cli import output
 from convscope.cli.parsing import require_installed
@@ -40,11 +42,57 @@ ALIASES: Mapping[str, str] = {
 }
 """Names that are accepted for commands but not listed."""
 
+ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("layer",),
+    "token_grid": ("grid",),
+    "models": ("model",),
+    "target": ("targets",),
+    "compiled": ("compile",),
+}
+"""Parameters of commands, and what Python functions call the same where that differs."""
+
+EPILOG = """Try: convscope heatmap lite0 photo.jpg
+
+Options of a command: convscope heatmap --help"""
+
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+
+
+class _Argument(TyperArgument):
+    """An argument whose help does not name the type that Python has for it."""
+
+    def display_type_rich(self, ctx: Any) -> None:
+        """Return no type."""
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Let the help show flags without a value, and arguments without a type of Python."""
+    for parameter in parameters:
+        if isinstance(parameter, TyperArgument):
+            parameter.__class__ = _Argument
+        elif parameter.is_flag:
+            parameter.metavar = ""
+    return parameters
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help reads like a manual page: no types, no braces around arguments."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return arguments and options."""
+        return _without_types(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
 class CommandGroup(TyperGroup):
     """Commands in the order of `PANELS`, also found by the names in `ALIASES`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options in front of a command."""
+        return _without_types(super().get_params(ctx))
 
     def list_commands(self, _ctx: Any) -> list[str]:
         """Return the names that the help lists."""
@@ -58,6 +106,7 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
+    epilog=EPILOG,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -78,7 +127,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Visualise what a PyTorch or Keras network for images has learned."""
+    """Visualise what a network for images has learned: PyTorch, Keras, Hugging Face, ONNX or any function."""
 
 
 Quiet = Annotated[
@@ -86,7 +135,7 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Print details, and where an error was raised.", rich_help_panel="Output"),
+    typer.Option("--verbose", "-v", help="Print details, and tracebacks of errors.", rich_help_panel="Output"),
 ]
 
 
@@ -105,11 +154,11 @@ def command(extra: str | None = None, package: str = "") -> Callable[[Callable[.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        name, text = function.__name__, inspect.getdoc(function) or ""
+        name, text = function.__name__, re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
         if extra is not None:
             text += f'\n\nNeeds: pip install "convscope[{extra}]"'
         callback = _with_shared_options(function, extra, package)
-        app.command(name, help=text.replace("[", r"\["), rich_help_panel=_PANEL_OF[name])(callback)
+        app.command(name, cls=PlainCommand, help=text.replace("[", r"\["), rich_help_panel=_PANEL_OF[name])(callback)
         return function
 
     return register
@@ -144,12 +193,15 @@ def _with_shared_options(function: Callable[..., None], extra: str | None, packa
 
 def _argument_names(context: typer.Context) -> dict[str, str]:
     """Return what users type for each parameter of the command: its option, or the name of its argument in the help."""
-    return {
+    names = {
         str(parameter.name): parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.metavar)
         for parameter in context.command.params
     }
+    arguments = {argument: names[name] for name in names for argument in ARGUMENTS.get(name, ())}
+    return {**arguments, **names}
 
 
+@cache
 def _fields_as_parameters(group: Any) -> list[Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [_keyword(field.name, hints[field.name], field.default) for field in fields(group)]

@@ -21,14 +21,14 @@ def atlas(
         str | None, typer.Option(metavar="LAYER", help="The layer. Default: the last spatial layer.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="A class: only activations that are evidence for it.")
+        str | None, typer.Option(metavar="CLASS", help="Use only activations that are evidence for this class.")
     ] = None,
-    grid: Annotated[int, typer.Option(metavar="N", min=1, help="Cells per side.")] = 12,
+    grid: Annotated[int, typer.Option(metavar="N", min=1, help="Number of cells per side of the map.")] = 12,
     positions_per_image: Annotated[
         int, typer.Option("--positions", metavar="N", min=1, help="Random positions per image.")
     ] = 4,
     min_count: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Minimum number of activations in a cell with an icon.")
+        int, typer.Option(metavar="N", min=1, help="Number of activations that a cell needs to get an icon.")
     ] = 4,
     size: Annotated[int, typer.Option(metavar="N", min=1, help="Side of an icon in pixels.")] = 128,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of gradient ascent per icon.")] = 96,

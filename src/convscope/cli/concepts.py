@@ -24,7 +24,10 @@ def concepts(
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of concepts.")] = 10,
     crop: Annotated[
-        float, typer.Option(metavar="X", show_default="1/3", help="Side of a crop, as a fraction of the image's.")
+        float,
+        typer.Option(
+            metavar="X", show_default=False, help="Side of a crop, as a fraction of the image's. Default: 1/3."
+        ),
     ] = 1 / 3,
     crops: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of crops per image.")] = 32,
     only_predicted: Annotated[

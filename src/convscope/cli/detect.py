@@ -26,7 +26,7 @@ def detect(
     *,
     threshold: Annotated[float, typer.Option(metavar="X", min=0, max=1, help="Smallest score of a box.")] = 0.5,
     overlap: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="Largest overlap of two boxes of a class.")
+        float, typer.Option(metavar="X", min=0, max=1, help="Largest overlap (IoU) of two boxes of a class.")
     ] = 0.5,
     reading: ImageOptions,
     out: Out = Path("convscope-detections"),
@@ -36,7 +36,7 @@ def detect(
 ) -> None:
     """Detect objects in images, and draw their boxes.
 
-    The numbers of the boxes are those that convscope heatmap --box takes.
+    The numbers of the boxes are those that `convscope heatmap --box` takes.
     """
     import convscope
 

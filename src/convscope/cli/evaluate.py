@@ -41,8 +41,10 @@ def evaluate(
     images: Images,
     metrics: Metrics = "deletion,insertion",
     masks: Masks = None,
-    fill: Annotated[str, choice("Replacement of removed pixels.", "blur", "mean", "zero", "noise")] = "blur",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of deletion, insertion and ROAD.")] = 28,
+    fill: Annotated[str, choice("What removed pixels are replaced with.", "blur", "mean", "zero", "noise")] = "blur",
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Steps of the metrics deletion, insertion and road.")
+    ] = 28,
     *,
     heatmap_options: HeatmapOptions,
     _list_metrics: ListMetrics = False,

@@ -10,6 +10,7 @@ import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import (
+    IMAGES_HELP,
     AsJson,
     HeatmapOptions,
     ImageOptions,
@@ -35,17 +36,21 @@ if TYPE_CHECKING:
 @command()
 def heatmap(
     model: ModelName,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES", help="Images: files, folders, globs, ...; or one video.")
-    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help=f"{IMAGES_HELP} Or one video.")],
     *,
-    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Number of frames that are sampled of a video.")] = 16,
+    heatmap_options: HeatmapOptions,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Number of frames to sample from a video.")] = 16,
     box: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=0, help="Number of a box in the output of convscope detect; repeatable."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Explain a detected box, by its number in the output of convscope detect; repeatable.",
+        ),
     ] = None,
-    threshold: Annotated[float, typer.Option(metavar="X", min=0, max=1, help="Smallest score of a box.")] = 0.5,
-    heatmap_options: HeatmapOptions,
+    threshold: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Smallest score of a detected box (--box).")
+    ] = 0.5,
     reading: ImageOptions,
     out: Out = Path("convscope-heatmaps"),
     overlay: OverlayOptions,
@@ -55,10 +60,10 @@ def heatmap(
 ) -> None:
     """Compute heatmaps of the evidence for classes in images.
 
-    Frames are sampled of a video (pip install "convscope[video]"), and their overlays are also written as an MP4 file.
-    The target is then by default the class that is most probable over all frames.
+    From a video (pip install "convscope[video]"), frames are sampled, and their overlays are also written as an MP4
+    file. The default target is then the class that is most probable over all frames.
 
-    With --box the target is a box that a detector finds, by its number in the output of convscope detect.
+    With --box the target is a box that a detector finds, by its number in the output of `convscope detect`.
     """
     import convscope
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
+
+import typer
 
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ModelName, NetworkOptions, Wide
-from convscope.cli.output import print_json
+from convscope.cli.output import log, print_json
 from convscope.cli.tables import Column, print_table
 
 PRIORITIES = {"units": 3, "stride": 2, "parameters": 1, "alias of": 4}  # of columns that a narrow terminal may lack
 
 
 @command()
-def layers(model: ModelName, as_json: AsJson = False, wide: Wide = False, *, network_options: NetworkOptions) -> None:
-    """List the layers: output shape, receptive field, stride, parameters."""
+def layers(
+    model: ModelName,
+    every: Annotated[
+        bool, typer.Option("--all", help="Print every layer: also identities, aliases and the layers inside blocks.")
+    ] = False,
+    *,
+    as_json: AsJson = False,
+    wide: Wide = False,
+    network_options: NetworkOptions,
+) -> None:
+    """List the main layers: output shape, receptive field, stride, parameters."""
     from convscope.engine.layer_table import HEADINGS
 
     network = network_options.load(model)
@@ -30,5 +42,9 @@ def layers(model: ModelName, as_json: AsJson = False, wide: Wide = False, *, net
         )
         for heading in HEADINGS
     ]
-    title = f"{network.name}: {len(network.layers)} layers"
-    print_table(title, columns, network.layers.format_rows(), wide=wide)
+    total = len(network.layers)
+    table = network.layers if every else network.layers.main
+    title = f"{network.name}: {total} layers" if every else f"{network.name}: {len(table)} of {total} layers"
+    print_table(title, columns, table.format_rows(), wide=wide)
+    if len(table) < total:
+        log(f"{total - len(table)} layers are not shown: --all prints every layer")

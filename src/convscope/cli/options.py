@@ -109,14 +109,15 @@ def _list_option(table: str) -> Any:
 
 
 MODEL_HELP = (
-    "lite0 (bundled), torchvision:NAME, timm:NAME, keras:NAME, hf:ORG/NAME, a .keras, .h5 or .pt2 file, "
-    "package.module:factory"
+    "lite0 (bundled), torchvision:NAME, timm:NAME, keras:NAME, hf:ORG/NAME, hf:FOLDER, open_clip:NAME, a file (.onnx, "
+    ".pt2, .keras, .h5, .pt of TorchScript) or package.module:factory."
 )
+IMAGES_HELP = "Image files, folders, globs such as '*.jpg', or lists of files (.txt)."
 MAX_PIXELS = 100_000_000
 
 # Input
 ModelName: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES", help="Images: files, folders, globs, ...")]
+Images: TypeAlias = Annotated[list[str], typer.Argument(metavar="IMAGES", help=IMAGES_HELP)]
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,13 @@ class NetworkOptions:
     preprocessing: Annotated[
         str | None,
         typer.Option(
-            metavar="JSON", help="Preprocessing: size, mean, std, ..., as JSON or a JSON file.", rich_help_panel=NETWORK
+            metavar="JSON",
+            help='Size, mean, std, ...: JSON such as {"size": 224}, or a JSON file.',
+            rich_help_panel=NETWORK,
         ),
     ] = None
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Device: cpu, cuda or mps.", rich_help_panel=NETWORK)
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. Default: cpu.", rich_help_panel=NETWORK)
     ] = None
 
     task: Annotated[
@@ -153,19 +156,25 @@ class NetworkOptions:
     ] = None
     output: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Key or position of the output with the scores.", rich_help_panel=NETWORK),
+        typer.Option(
+            metavar="NAME",
+            help="Of several outputs: key or position of the one with the scores.",
+            rich_help_panel=NETWORK,
+        ),
     ] = None
     token_grid: Annotated[
         str | None,
         typer.Option(
-            metavar="HxW", help="Grid on which tokens lie, such as 14x14. Default: inferred.", rich_help_panel=NETWORK
+            metavar="HxW",
+            help="Grid of a transformer's tokens, such as 14x14. Default: inferred.",
+            rich_help_panel=NETWORK,
         ),
     ] = None
     template: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help='Text of a class, such as "a photo of a {}", for networks that compare images with text.',
+            help='Text for a class, such as "a photo of a {}", for networks that compare images with text.',
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -191,7 +200,12 @@ class ImageOptions:
 
     fit: Annotated[
         str,
-        choice("The whole image, squashed, or the crop of the model's evaluation.", "squash", "crop", panel=IMAGES),
+        choice(
+            "Show the network the whole image (squash) or the crop of its evaluation (crop).",
+            "squash",
+            "crop",
+            panel=IMAGES,
+        ),
     ] = "squash"
     max_pixels: Annotated[
         int, typer.Option(metavar="N", min=1, help="Refuse images with more pixels.", rich_help_panel=IMAGES)
@@ -216,11 +230,19 @@ OptionalOut: TypeAlias = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
 Wide: TypeAlias = Annotated[
-    bool, typer.Option("--wide", help="Print all columns, wider than the terminal.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--wide", help="Print all columns, also if the terminal is too narrow.", rich_help_panel=OUTPUT)
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", help="Random seed: the same seed gives the same result.")]
+
+# Long runs
+Ray: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Run on a Ray cluster: its address; auto: the running one; local: one on this machine."
+    ),
+]
 
 # Heatmaps
 Targets: TypeAlias = Annotated[
@@ -230,20 +252,21 @@ Targets: TypeAlias = Annotated[
     ),
 ]
 Against: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="CLASS", help="A class to contrast the target with; repeatable.")
+    list[str] | None,
+    typer.Option(metavar="CLASS", help="Show evidence for the target rather than for this class; repeatable."),
 ]
 Smooth: TypeAlias = Annotated[
-    str | None, choice("Average over mirrored images or over noisy copies.", "flips", "noise")
+    str | None, choice("Average over the mirrored image, or over noisy copies.", "flips", "noise")
 ]
 Scale: TypeAlias = Annotated[
     str,
     typer.Option(
         metavar="FACTORS",
-        help="Multiples of the input size, separated by commas; for localisation: 1,2,3 --fuse product.",
+        help="Input sizes, as multiples of the network's own. To locate objects: --scale 1,2,3 --fuse product.",
         callback=lambda value: parse_scales(value) and value,
     ),
 ]
-Fuse: TypeAlias = Annotated[str, choice("How several layers or scales are combined.", "mean", "max", "product")]
+Fuse: TypeAlias = Annotated[str, choice("How maps of several layers or scales are combined.", "mean", "max", "product")]
 Metrics: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -271,7 +294,7 @@ Recipe: TypeAlias = Annotated[
 Masks: TypeAlias = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", help="Masks of the targets: NAME.png or NAME_mask.png for each image, white on the target."
+        metavar="FOLDER", help="Folder of masks: NAME.png or NAME_mask.png for each image, white on the target."
     ),
 ]
 ListMethods: TypeAlias = Annotated[bool, _list_option("methods")]
@@ -286,7 +309,10 @@ class HeatmapOptions:
     targets: Targets = None
     layer: Annotated[
         str,
-        typer.Option(metavar="LAYER", help="A layer, auto, or several separated by commas, which are fused."),
+        typer.Option(
+            metavar="LAYER",
+            help="A layer, or several, separated by commas, whose maps are combined (--fuse). auto chooses one.",
+        ),
     ] = "auto"
     method: Annotated[
         str,
@@ -303,7 +329,7 @@ class HeatmapOptions:
     fuse: Fuse = "mean"
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the method; repeatable."),
+        typer.Option(metavar="NAME=VALUE", help="An option of the method, such as samples=100 of rise; repeatable."),
     ] = None
     seed: Seed = 0
     list_methods: ListMethods = False
@@ -348,13 +374,16 @@ class OverlayOptions:
     size: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Longer side of the saved overlays. Default: the image's.", rich_help_panel=OUTPUT
+            metavar="N",
+            min=1,
+            help="Longer side of the saved overlays in pixels. Default: the image's.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None
     shared_scale: Annotated[
         bool,
         typer.Option(
-            "--shared-scale", help="One color scale for all maps, as always for videos.", rich_help_panel=OUTPUT
+            "--shared-scale", help="Use one color scale for all maps; videos always do.", rich_help_panel=OUTPUT
         ),
     ] = False
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ListRecipes, ModelName, NetworkOptions, Out, Recipe, Seed
+from convscope.cli.options import AsJson, ListRecipes, ModelName, NetworkOptions, Out, Ray, Recipe, Seed
 from convscope.cli.output import finish, log, log_detail, log_note, print_json, progress_bar, report_failures
 from convscope.cli.parsing import open_store_in, parse_units, split_commas
+from convscope.cli.tables import Column, print_table
 from convscope.errors import ConvscopeError, require_int
 
 if TYPE_CHECKING:
@@ -36,37 +37,44 @@ def patterns(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layer", "--layers", metavar="LAYERS", help="Layers, separated by commas, or all; logits for the classes."
+            "--layer", "--layers", metavar="LAYERS", help="Layers, separated by commas, or all; logits are the classes."
         ),
     ] = None,
     units: Annotated[
         str | None,
         typer.Option(
-            metavar="UNITS", help="0-63, 3,7,9, all; for logits also names; logits:386,387. Default: the first 16."
+            metavar="UNITS",
+            help="Such as 0-63, or 3,7,9, or all; classes also by name. logits:386 is short for --layer logits "
+            "--units 386. Default: the first 16.",
         ),
     ] = None,
     recipe: Recipe = "robust",
-    size: Annotated[int | None, typer.Option(metavar="N", help="Side of a pattern in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of gradient ascent.")] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of a pattern in pixels. Default: the recipe's.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of gradient ascent. Default: the recipe's.")
+    ] = None,
     views: Annotated[
-        int | None, typer.Option(metavar="N", help="Augmented views per step, averaged in the objective.")
+        int | None, typer.Option(metavar="N", help="Random views per step, averaged in the objective.")
     ] = None,
     patience: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after this many steps without improvement.")
     ] = None,
-    start: Annotated[str | None, typer.Option(metavar="FILE", help="Start image of dream and caricature.")] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Photograph that the recipes dream and caricature start from.")
+    ] = None,
     reference: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="A natural image to compare scores with; repeatable.")
     ] = None,
-    negatives: Annotated[bool, typer.Option("--negatives", help="Also minimise the units.")] = False,
+    negatives: Annotated[
+        bool, typer.Option("--negatives", help="Also compute the image that minimises each unit.")
+    ] = False,
     frames: Annotated[
-        int, typer.Option(metavar="N", help="Number of intermediate images, saved as an animated WebP.")
+        int, typer.Option(metavar="N", help="Number of intermediate images to save as an animated WebP.")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),
-    ] = None,
+    ray: Ray = None,
     seed: Seed = 0,
     _list_recipes: ListRecipes = False,
     *,
@@ -96,8 +104,24 @@ def patterns(
         return
     with progress_bar(layer_names[0]) as progress:
         result = job.run(layer_names[0], out, progress)
-    finish(result, result.save(out), as_json)
+    folder = result.save(out)
+    if not as_json:
+        _print_scores(result)
+    finish(result, folder, as_json)
     job.remove_parts(out)
+
+
+def _print_scores(result: Patterns) -> None:
+    """Print the score of each pattern, and what is wrong with it."""
+    columns = (
+        Column("unit", overflow="fold"),
+        Column("score", right=True),
+        Column("score of noise", right=True, priority=1),
+        Column("status"),
+    )
+    noise = [""] * len(result.scores) if result.noise_scores is None else [f"{s:.3g}" for s in result.noise_scores]
+    scores = [f"{score:.3g}" for score in result.scores]
+    print_table("", columns, list(zip(result.names, scores, noise, result.status, strict=True)))
 
 
 @dataclass(frozen=True)

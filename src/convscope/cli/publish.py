@@ -23,8 +23,9 @@ def publish(
     image: StartImages = None,
     cache_dir: CacheDir = None,
     workers: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of processes that crop patches.")
-    ] = os.cpu_count() or 1,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of processes that crop patches. Default: one per CPU."),
+    ] = None,
     *,
     out: Out = Path("convscope-site"),
     network_options: NetworkOptions,
@@ -45,7 +46,7 @@ def publish(
             out,
             images=image or (),
             cache_dir=cache_dir or default_cache_dir(),
-            workers=workers,
+            workers=workers or os.cpu_count() or 1,
             progress=progress,
         )
     log(f"open {(out / 'index.html').resolve().as_uri()}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out
+from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Ray
 from convscope.cli.output import log, log_error, log_note, print_json, progress_bar, report_failures
 from convscope.cli.parsing import require_installed, split_commas
 
@@ -23,8 +23,8 @@ def scan(
         list[str],
         typer.Argument(
             metavar="DATA",
-            help="A folder, glob, list (.txt), tar files, Parquet files, torchvision:NAME:ROOT or a Hugging Face "
-            "folder; local, or any address that fsspec supports.",
+            help="A folder, glob, list of files (.txt), tar files, Parquet files, torchvision:NAME:ROOT or a Hugging "
+            "Face folder; local, or at any address that fsspec supports.",
         ),
     ],
     layers: Annotated[
@@ -35,20 +35,19 @@ def scan(
         int, typer.Option(metavar="N", min=1, help="Number of top and of bottom images stored per unit.")
     ] = 100,
     sample: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Number of images for which every unit's maximum is stored.")
+        int, typer.Option(metavar="N", min=0, help="Number of images for which the maximum of every unit is stored.")
     ] = 1000,
     batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Batch size.")] = None,
     shard: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of images per shard.")] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Number of processes that decode images.")
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on; local: start one on this machine."),
-    ] = None,
+    ray: Ray = None,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the network first: takes a minute or more, for 10,000 images or more."),
+        typer.Option(
+            "--compile", help="Compile the network first: takes a minute or more, worth it from about 10,000 images."
+        ),
     ] = False,
     *,
     reading: ImageOptions,

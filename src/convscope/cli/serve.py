@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import CacheDir, NetworkOptions, StartImages, StoreAddress
+from convscope.cli.options import MODEL_HELP, CacheDir, NetworkOptions, StartImages, StoreAddress
 from convscope.cli.output import log
 from convscope.cli.parsing import default_cache_dir, open_store_at
 
@@ -18,7 +18,7 @@ from convscope.cli.parsing import default_cache_dir, open_store_at
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Networks, as in the other commands. Default: lite0."),
+        typer.Argument(metavar="MODEL", help=f"Networks: {MODEL_HELP} Default: lite0."),
     ] = None,
     image: StartImages = None,
     store: StoreAddress = None,

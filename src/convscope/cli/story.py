@@ -20,10 +20,13 @@ def story(
         str | None, typer.Option(metavar="LAYERS", help="Layers, separated by commas. Default: one per resolution.")
     ] = None,
     units: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Units per layer whose patterns are computed and measured.")
+        int, typer.Option(metavar="N", min=2, help="Number of units per layer whose patterns are computed.")
     ] = 24,
     num_displayed: Annotated[
-        int, typer.Option("--num-shown", metavar="N", min=1, help="Patterns shown per layer: the most distinct ones.")
+        int,
+        typer.Option(
+            "--num-shown", metavar="N", min=1, help="Number of patterns shown per layer: the most distinct ones."
+        ),
     ] = 6,
     seed: Seed = 0,
     *,

@@ -11,6 +11,7 @@ import typer
 from convscope.cli.output import log, printable
 
 MIN_FLEXIBLE_WIDTH = 16
+READABLE_PATH = 28  # characters of a path for which other columns are left out
 GAP = 2  # between columns
 
 
@@ -80,14 +81,18 @@ def fit_widths(columns: Sequence[Column], natural: Sequence[int], available: int
         The widths of the columns' widest cells.
     available : int
     """
-    minimum = [
-        width if column.overflow == "keep" else min(width, MIN_FLEXIBLE_WIDTH)
-        for column, width in zip(columns, natural, strict=True)
+    limits = [{"path": READABLE_PATH}.get(column.overflow, MIN_FLEXIBLE_WIDTH) for column in columns]
+    readable = [
+        width if column.overflow == "keep" else min(width, limit)
+        for column, width, limit in zip(columns, natural, limits, strict=True)
     ]
-    widths = list(minimum)
     optional = sorted((i for i, column in enumerate(columns) if column.priority), key=lambda i: columns[i].priority)
-    while _table_width(widths) > available and optional:
-        widths[optional.pop()] = 0
+    while _table_width(readable) > available and optional:
+        readable[optional.pop()] = 0
+    widths = [
+        width if column.overflow == "keep" else min(width, MIN_FLEXIBLE_WIDTH)
+        for column, width in zip(columns, readable, strict=True)
+    ]
     while _table_width(widths) < available:
         cut = [i for i, width in enumerate(widths) if 0 < width < natural[i]]
         if not cut:

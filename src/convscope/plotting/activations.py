@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from convscope.plotting.panels import (
     shorten,
     show_image,
 )
-from convscope.results import file_names
+from convscope.results import unique_file_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,13 +127,14 @@ def _spatial_layers(result: Activations, layers: Iterable[str]) -> list[str]:
 
 
 def render_activations(result: Activations) -> Iterator[tuple[str, Image.Image]]:
-    """Yield the grids of each layer and image."""
-    for layer, name in file_names(_spatial_layers(result, result.layers)).items():
-        for n in range(len(result.image_names)):
-            pages = activation_pages(result, layer, n, scaling=result.scaling)
-            for number, page in enumerate(pages, 1):
-                suffix = f"_page{number}" if len(pages) > 1 else ""
-                yield f"{n:04d}_{name}{suffix}.png", page
+    """Yield the grids of each layer and image, under the names of both."""
+    pairs = [(layer, n) for layer in _spatial_layers(result, result.layers) for n in range(len(result.image_names))]
+    names = unique_file_names(f"{Path(result.image_names[n]).stem[:50]}_{layer}" for layer, n in pairs)
+    for (layer, n), name in zip(pairs, names, strict=True):
+        pages = activation_pages(result, layer, n, scaling=result.scaling)
+        for number, page in enumerate(pages, 1):
+            suffix = f"_page{number}" if len(pages) > 1 else ""
+            yield f"{name}{suffix}.png", page
 
 
 def draw_activations(
