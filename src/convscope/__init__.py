@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from convscope.decomposition.result import Atlas, Concepts
     from convscope.detection.api import detect
     from convscope.detection.result import Detections
+    from convscope.editing.activation_patching import patch
     from convscope.editing.api import edit
-    from convscope.editing.result import Effects
+    from convscope.editing.result import Effects, Patching
     from convscope.editing.unit_effects import effects
     from convscope.engine.model import Model
     from convscope.engine.text_targets import text_target
@@ -66,6 +67,7 @@ __all__ = [
     "Evaluation",
     "Heatmaps",
     "Model",
+    "Patching",
     "Patterns",
     "Predictions",
     "Preprocessing",
@@ -88,6 +90,7 @@ __all__ = [
     "open",
     "open_store",
     "output_target",
+    "patch",
     "patterns",
     "predict",
     "recipes",
@@ -111,6 +114,7 @@ _TARGETS = {
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
     "Model": "convscope.engine.model:Model",
+    "Patching": "convscope.editing.result:Patching",
     "Patterns": "convscope.featurevis.result:Patterns",
     "Predictions": "convscope.feature_maps:Predictions",
     "Preprocessing": "convscope.images.preprocessing:Preprocessing",
@@ -133,6 +137,7 @@ _TARGETS = {
     "open": "convscope.saved:open",
     "open_store": "convscope.store.store:open_store",
     "output_target": "convscope.attribution.targets:output_target",
+    "patch": "convscope.editing.activation_patching:patch",
     "patterns": "convscope.featurevis.api:patterns",
     "predict": "convscope.feature_maps:predict",
     "recipes": "convscope.names:recipes",

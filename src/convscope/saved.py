@@ -17,7 +17,7 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
 from convscope.detection.result import Detections
-from convscope.editing.result import Effects
+from convscope.editing.result import Effects, Patching
 from convscope.engine.model import Model
 from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
@@ -239,6 +239,11 @@ def _effects(data: SavedData) -> Effects:
     return data.make(Effects, target_names=tuple(map(tuple, data.parameters["target_names"])))
 
 
+def _patching(data: SavedData) -> Patching:
+    images = data.image_source()
+    return data.make(Patching, geometry=data.geometry(), image_sources=(images, images), image_indices=(0, 1))
+
+
 def _atlas(data: SavedData) -> Atlas:
     return data.make(Atlas, target=data.parameters["target"])
 
@@ -252,6 +257,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "effects": _effects,
     "evaluation": _evaluation,
     "heatmaps": _heatmaps,
+    "patching": _patching,
     "patterns": _patterns,
     "predictions": lambda data: data.make(Predictions),
     "story": _story,

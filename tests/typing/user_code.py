@@ -82,6 +82,8 @@ def edit(model: convscope.Model, images: list[str]) -> None:
     effects = convscope.effects(edited, images, "blocks.4", how="mean", labels=[0, 1])
     assert_type(effects, convscope.Effects)
     assert_type(effects.logits, np.ndarray)
+    patched = convscope.patch(model, images[0], images[1], "blocks.4", by="both", units=[3])
+    assert_type(patched, convscope.Patching)
 
 
 def visualize(model: convscope.Model) -> None:

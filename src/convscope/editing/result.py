@@ -9,8 +9,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from convscope.formatting import Row, base_name, count_of
+from convscope.images.copies import jpeg_copies
+from convscope.images.geometry import Geometry
+from convscope.images.loading import ImageBatchLoader
 from convscope.result_items import IndexedResult, ItemKey
-from convscope.results import format_csv
+from convscope.results import Result, format_csv
 
 REPLACED_BY = {"zero": "0", "mean": "the mean", "resample": "another image's map"}
 
@@ -163,3 +166,96 @@ class Effects(IndexedResult):
             )
             for row in self.rows()
         ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patching(Result):
+    """What the activations of one image do in the pass of another.
+
+    Attributes
+    ----------
+    effects : ndarray of shape (U,), (h, w) or (U, h, w), float32
+        The target's score with the part moved minus that of the destination, by unit, by position, or by both.
+    units : ndarray of shape (U,)
+        Numbers of the units that are moved.
+    source_score, destination_score : float
+        The target's score for both images; that of the source with the layer's whole output moved.
+    layer : str
+    by : {"unit", "position", "both"}
+    target : int
+        Index of the class; -1 for functions.
+    target_name : str
+    image_names : tuple of str
+        The source and the destination.
+    geometry : tuple of Geometry
+        Where the network's input lies in both images.
+    image_sources : tuple of ImageBatchLoader
+    image_indices : tuple of int
+        Positions of both images in `image_sources`.
+    fit : {"squash", "crop"}
+        How images were brought to the network's size.
+    """
+
+    effects: np.ndarray
+    units: np.ndarray
+    source_score: float
+    destination_score: float
+    layer: str
+    by: str
+    target: int
+    target_name: str
+    image_names: tuple[str, str]
+    geometry: tuple[Geometry, Geometry]
+    image_sources: tuple[ImageBatchLoader, ImageBatchLoader]
+    image_indices: tuple[int, int]
+    fit: str
+
+    @property
+    def total(self) -> float:
+        """The effect of moving the layer's whole output: the difference of both scores."""
+        return self.source_score - self.destination_score
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The effects as fractions of `total`; NaN if that is 0. They need not sum to 1."""
+        return self.effects / (self.total or np.nan)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per unit or position, the largest effects first: what was moved, the effect and its share."""
+        flat = self.effects.ravel()
+        rows = []
+        for i in np.argsort(-np.abs(flat), kind="stable"):
+            index = np.unravel_index(int(i), self.effects.shape)
+            row: dict[str, Any] = {}
+            if self.by != "position":
+                row["unit"] = int(self.units[index[0]])
+            if self.by != "unit":
+                row["position"] = ", ".join(str(int(p)) for p in index[self.by == "both" :])
+            rows.append(row | {"effect": float(flat[i]), "share": float(self.shares.ravel()[i])})
+        return rows
+
+    def text_files(self) -> dict[str, str]:
+        """Return ``patching.csv``: one row for each unit or position."""
+        rows = self.rows()
+        return {"patching.csv": format_csv({name: [row[name] for row in rows] for name in rows[0]})}
+
+    def class_indices(self) -> list[int]:
+        """Return the classes whose names the result needs."""
+        return [self.target]
+
+    def image_copies(self) -> list[bytes]:
+        """Return small copies of both images, as JPEG files."""
+        pairs = zip(self.image_sources, self.image_indices, strict=True)
+        return [copy for source, index in pairs for copy in jpeg_copies(source, [index])]
+
+    def parameters(self) -> dict[str, object]:
+        """Return the settings of the call, scores, image names and geometry."""
+        settings = {n: v for n, v in super().parameters().items() if n not in ("image_sources", "image_indices")}
+        return settings | {"geometry": [[g.image_size, g.box] for g in self.geometry]}
+
+    def _title(self) -> str:
+        source, destination = map(base_name, self.image_names)
+        return f"{self.layer} of {source} moved into {destination} by {self.by}, {self.target_name}"
+
+    def _display_rows(self) -> Sequence[Row]:
+        return [{**row, "effect": f"{row['effect']:+.3f}", "share": f"{row['share']:+.1%}"} for row in self.rows()]

@@ -129,7 +129,7 @@ def effects(
         raise ConvscopeError("reference= needs how='mean' or how='resample'; got how='zero'")
     model = as_model(model)
     selected = find_layer(model, layer)
-    numbers = list(range(selected.units)) if units is None else check_units(selected, _as_list(units))
+    numbers = list(range(selected.units)) if units is None else check_units(selected, as_list(units))
     if not numbers:
         raise ConvscopeError("units is empty; give at least one unit, or None for all of the layer")
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
@@ -166,7 +166,8 @@ def effects(
     )
 
 
-def _as_list(units: int | Sequence[int]) -> Sequence[int]:
+def as_list(units: int | Sequence[int]) -> Sequence[int]:
+    """Return one unit or several as a sequence."""
     return [units] if isinstance(units, int | np.integer) else units
 
 
@@ -194,6 +195,11 @@ def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
         "class_accuracy": np.stack([part.mean(0, dtype=np.float64) for part in by_class], axis=1),
         "class_interval": np.stack([np.stack(bootstrap(part), axis=1) for part in by_class], axis=1),
     }
+
+
+def units_per_pass(model: Model, memory: int) -> int:
+    """Return the number of changed copies of a layer's output whose passes run together."""
+    return min(batch_size(model, forward_bytes(model), memory), cache_friendly_batch_size(model))
 
 
 # --- replacements ----------------------------------------------------------------------------------------------------
@@ -363,17 +369,12 @@ class _Job:
             plain = outputs_of(maps)
             baseline = scores_of(plain)[:1]
             scores, predicted = [baseline], [plain.logits[:1].argmax(1)]
-            for units in torch.split(self.units, self._units_per_pass()):
+            for units in torch.split(self.units, units_per_pass(self.model, self.memory)):
                 outputs = outputs_of(self._edited(maps, units, change))
                 require_finite(self.model, outputs.logits, "the network's output")
                 scores.append(scores_of(outputs)[: len(units)])
                 predicted.append(outputs.logits[: len(units)].argmax(1))
         return torch.cat(scores[1:]) - baseline, baseline, torch.cat(predicted)
-
-    def _units_per_pass(self) -> int:
-        """Return the number of units whose passes run together."""
-        limit = batch_size(self.model, forward_bytes(self.model), self.memory)
-        return min(limit, cache_friendly_batch_size(self.model))
 
     def _edited(self, maps: Tensor, units: Tensor, change: Tensor) -> Tensor:
         """Return copies (M, C, ...) of maps (1, C, ...), in each of which one unit is removed."""

@@ -1,21 +1,39 @@
-"""Figures of the effects of removing units."""
+"""Figures of the effects of removing units, and of moving them between images."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from convscope.editing.result import REPLACED_BY, Effects
+from convscope.editing.result import REPLACED_BY, Effects, Patching
 from convscope.figures import RenderedFile
-from convscope.plotting.panels import BLUE, DARK, LIGHT_BLUE, RED, create_panels, flatten, omitted, shorten, to_image
+from convscope.images.colormap import DIVERGING, ColorScale
+from convscope.plotting.panels import (
+    BLUE,
+    DARK,
+    LIGHT_BLUE,
+    RED,
+    add_color_bar,
+    create_panels,
+    flatten,
+    hide,
+    image_title,
+    omitted,
+    shorten,
+    show_image,
+    to_image,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_UNITS = 24  # in one figure
+MAX_MAPS = 6
 
 
 def render_effects(result: Effects) -> Iterator[tuple[str, RenderedFile]]:
@@ -72,3 +90,60 @@ def _draw_accuracy(axes: Axes, result: Effects, order: np.ndarray) -> None:
     count = len(result.image_names)
     before = float(np.asarray(result.baseline_accuracy))
     axes.set_title(f"accuracy without edits {before:.0%}, {count} images\nlines: 95 % intervals", fontsize=8)
+
+
+def render_patching(result: Patching) -> Iterator[tuple[str, RenderedFile]]:
+    """Yield the figure."""
+    yield "patching.png", to_image(draw_patching(result))
+
+
+def draw_patching(result: Patching, *, figsize: tuple[float, float] | None = None) -> Figure:
+    """Draw source, destination, and the effects: bars of units, or maps over the destination on one scale."""
+    source, destination = map(image_title, result.image_names)
+    title = f"{shorten(result.layer)} of {source} moved into {destination} ({result.model.name}): "
+    title += f"effect on {result.target_name}"
+    images = [s.original(i) for s, i in zip(result.image_sources, result.image_indices, strict=True)]
+    names = (f"source: {source}", f"destination: {destination}")
+    scores = (result.source_score, result.destination_score)
+    captions = [f"{name}\nscore {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    if result.by == "unit":
+        figure, grid = create_panels(1, 3, 10.5, 1.0 + 0.21 * min(MAX_UNITS, len(result.units)), title, figsize=figsize)
+        panels = flatten(grid)
+        _draw_unit_effects(panels[2], result)
+    else:
+        maps = result.effects.reshape(-1, *result.effects.shape[-2:])
+        order = np.argsort(-np.abs(maps).sum((1, 2)), kind="stable")[:MAX_MAPS]
+        columns = min(4, 2 + len(order))
+        rows = math.ceil((2 + len(order)) / columns)
+        height = 3.2 * max(image.shape[0] / image.shape[1] for image in images) + 0.5
+        figure, grid = create_panels(rows, columns, 3.2 * columns, height * rows, title, figsize=figsize)
+        panels = flatten(grid)
+        scale = ColorScale(float(np.abs(maps[order]).max()), signed=True, colormap=DIVERGING)
+        for axes, u in zip(panels[2:], order, strict=False):
+            resized = result.geometry[1].to_original(torch.from_numpy(maps[u])).numpy()
+            caption = "all units" if result.by == "position" else f"unit {result.units[u]}"
+            show_image(axes, scale.overlay(images[1], resized), f"{caption}\nlargest effect {_extreme(maps[u]):+.2f}")
+        add_color_bar(panels[1 + len(order)], scale, "effect")
+        hide(panels[2 + len(order) :])
+    for axes, image, caption in zip(panels, images, captions, strict=False):
+        show_image(axes, image, caption)
+    return figure
+
+
+def _extreme(values: np.ndarray) -> float:
+    """Return the value that is furthest from zero."""
+    return float(values.flat[np.abs(values).argmax()])
+
+
+def _draw_unit_effects(axes: Axes, result: Patching) -> None:
+    """Draw the effects of the units with the largest ones as bars."""
+    order = np.argsort(-np.abs(result.effects), kind="stable")[:MAX_UNITS]
+    values = result.effects[order]
+    axes.barh(range(len(order)), values, color=[BLUE if value < 0 else RED for value in values], alpha=0.8)
+    axes.axvline(0, color=DARK, linewidth=0.8)
+    axes.set_yticks(range(len(order)), [str(unit) for unit in result.units[order]], fontsize=8)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("unit", fontsize=8)
+    axes.set_xlabel(f"change of the score; all units together: {result.total:+.2f}", fontsize=8)
