@@ -70,16 +70,29 @@ def test_classes_are_searched_by_name_and_index(client):
         assert response.json()["classes"] == [{"index": 2, "name": "blue"}]
 
 
-def test_overlay_agrees_with_the_library(client, tiny):
-    png = client.get(f"{IMAGE_API}/heatmap.png?target=1&opacity=0.4&colormap=jet").content
-    expected = convscope.heatmaps(tiny, [smooth_image(0)], 1).overlay()[0]
+@pytest.mark.parametrize(
+    ("method", "query", "options"),
+    [
+        ("grad-cam", "&opacity=0.4&colormap=jet", {}),
+        ("grad-cam", "&signed=true", {"signed": True}),
+        ("input-x-gradient", "", {}),
+        ("input-x-gradient", "&signed=false", {"signed": False}),
+        ("occlusion", "&colormap=viridis&opacity=0.9", {"colormap": "viridis", "alpha": 0.9}),
+    ],
+)
+def test_overlay_agrees_with_the_library(client, tiny, method, query, options):
+    """In particular, evidence against is shown where the method is signed."""
+    png = client.get(f"{IMAGE_API}/heatmap.png?target=1&method={method}{query}").content
+    heatmaps = convscope.heatmaps(tiny, [smooth_image(0)], 1, method=method)
+    assert (heatmaps.values < 0).any()
+    expected = heatmaps.overlay(**options)[0]
     assert np.abs(np.asarray(Image.open(io.BytesIO(png)), int) - np.asarray(expected, int)).max() <= 2
 
 
 @pytest.mark.parametrize(
     ("path", "function"),
     [
-        (f"{IMAGE_API}/heatmap.png?target=1&opacity=0.7", "service.compute.blend"),
+        (f"{IMAGE_API}/heatmap.png?target=1&opacity=0.7", "service.compute.color_maximum"),
         (f"{IMAGE_API}/heatmap.npz?target=1", "web.responses.write_npz"),
         (f"{IMAGE_API}/activations.npz?layer=relu2", "web.responses.write_npz"),
         (f"{IMAGE_API}/activations?layer=relu2", "service.compute.channel_statistics"),

@@ -184,7 +184,9 @@ class Heatmaps(IndexedResult):
             image = resize_to(self.image_source.original(index), geometry.image_size)
             for heatmap in maps:
                 scale = ColorScale(
-                    _maximum(heatmap, self.layer == "input", signed) if maximum is None else maximum, signed, colormap
+                    color_maximum(heatmap, self.layer == "input", signed) if maximum is None else maximum,
+                    signed,
+                    colormap,
                 )
                 yield scale.overlay(image, heatmap, alpha), scale
 
@@ -196,12 +198,14 @@ class Heatmaps(IndexedResult):
         for index, geometry, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
             displayed = geometry if low is None or high is None else geometry.scaled_within(low, high)
             if self.layer == "input":
-                maps = _smooth(maps if signed else maps.clamp(min=0))
+                maps = smooth_maps(maps if signed else maps.clamp(min=0))
             yield index, displayed, displayed.to_original(maps).numpy()
 
     def _shared_maximum(self, signed: bool, size: int | tuple[int, int] | None) -> float:
         displayed = self._iter_displayed(signed, size)
-        return max(_maximum(heatmap, self.layer == "input", signed) for _, _, maps in displayed for heatmap in maps)
+        return max(
+            color_maximum(heatmap, self.layer == "input", signed) for _, _, maps in displayed for heatmap in maps
+        )
 
     def file_names(self) -> list[str]:
         """Return the name of each saved overlay: image, number of the target and name of the target."""
@@ -301,18 +305,18 @@ def is_displayed_blank(heatmap: Tensor, geometry: Geometry, at_input: bool) -> b
 
     The map is first resized to a small image; only where nothing is left of it there, to the image itself.
     """
-    maps = _smooth(heatmap[None].clamp(min=0)) if at_input else heatmap[None]
+    maps = smooth_maps(heatmap[None].clamp(min=0)) if at_input else heatmap[None]
     candidates = dict.fromkeys((geometry.scaled_within(1, PREVIEW_SIDE), geometry))
-    return all(_maximum(candidate.to_original(maps)[0].numpy(), at_input) <= 0 for candidate in candidates)
+    return all(color_maximum(candidate.to_original(maps)[0].numpy(), at_input) <= 0 for candidate in candidates)
 
 
-def _maximum(heatmap: np.ndarray, at_input: bool, signed: bool = False) -> float:
+def color_maximum(heatmap: np.ndarray, at_input: bool, signed: bool = False) -> float:
     """Return the value with the last color: the maximum, at the input a quantile; 0 if none is positive."""
     values = np.abs(heatmap) if signed else np.maximum(heatmap, 0)
     return float(np.quantile(values, INPUT_QUANTILE) if at_input else values.max())
 
 
-def _smooth(maps: Tensor) -> Tensor:
+def smooth_maps(maps: Tensor) -> Tensor:
     """Smooth maps (T, h, w) by a Gaussian of 1 % of the longer side."""
     sigma = max(maps.shape[1:]) / 100
     radius = max(1, round(3 * sigma))

@@ -29,6 +29,12 @@ def lookup_table(name: str) -> Pixels:
     return colors
 
 
+def color_stops(name: str) -> list[list[int]]:
+    """Return 52 evenly spaced colors of a colormap, the first and the last among them."""
+    stops: list[list[int]] = lookup_table(name)[::5].tolist()
+    return stops
+
+
 def apply_colormap(values: Values, name: str) -> Pixels:
     """Map values in [0, 1] (H, W) to colors, uint8 (H, W, 3)."""
     return np.asarray(lookup_table(name)[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)])

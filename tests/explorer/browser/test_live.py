@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import convscope
+from convscope.attribution.result import color_maximum, smooth_maps
 from convscope.images.colormap import apply_colormap
+from convscope.images.geometry import Geometry
 from tests.oracles.explorer import encode_image, smooth_image
 
 READ_PIXELS = """(canvas) => {
@@ -25,10 +28,15 @@ READ_PIXELS = """(canvas) => {
 }"""
 
 
+def painted_pixels(tab, stage: str = "main") -> np.ndarray:
+    """Return the colours and the opacity of a heatmap, (H, W, 4)."""
+    width, height, data = tab.eval_on_selector(f'[data-stage="{stage}"] canvas', READ_PIXELS)
+    return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4).astype(int)
+
+
 def painted(tab, stage: str = "main") -> np.ndarray:
     """Return the colours of a heatmap, (H, W, 3)."""
-    width, height, data = tab.eval_on_selector(f'[data-stage="{stage}"] canvas', READ_PIXELS)
-    return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)[..., :3].astype(int)
+    return painted_pixels(tab, stage)[..., :3]
 
 
 def open_page(tab, address: str):
@@ -105,9 +113,31 @@ def test_opacity_colormap_and_sign_change_without_a_request(tab, live):
     assert np.abs(inferno - painted(tab)).max() > 20
     assert tab.locator("#scale-low").inner_text() == "against the class"
     assert [url for url in requests if "/static/" not in url] == []
-    assert re.search("opacity=0.2&colormap=inferno$", tab.locator("#get-png").get_attribute("href"))
+    assert re.search("opacity=0.2&colormap=inferno&signed=true$", tab.locator("#get-png").get_attribute("href"))
     assert "opacity=20" in tab.url
     assert "evidence=signed" in tab.url
+
+
+def test_evidence_against_is_shown_where_the_method_is_signed(tab, live):
+    """As the overlays of the library: diverging colors on a gray image, the more opaque the stronger."""
+    explorer, address = live
+    open_page(tab, f"{address}/m/tiny/image/first/class/1?method=occlusion")
+    wait_for_heatmap(tab)
+    assert tab.locator("#scale-low").inner_text() == "against the class"
+    assert tab.eval_on_selector('[data-stage="main"] img', "(i) => getComputedStyle(i).filter") == "grayscale(1)"
+    image = smooth_image(0, 240, 360)
+    heatmaps = convscope.heatmaps(explorer.first.model, [image], 1, method="occlusion")
+    values = painted_pixels(tab)
+    maps = Geometry.whole(values.shape[:2]).to_original(smooth_maps(torch.from_numpy(heatmaps.values[0]))).numpy()[0]
+    fraction = np.clip(maps / color_maximum(maps, at_input=True, signed=True), -1, 1)
+    np.testing.assert_allclose(values[..., 3], 255 * np.abs(fraction), atol=2)
+    strong = np.abs(fraction) > 0.2
+    colors = apply_colormap((fraction + 1) / 2, "RdBu_r").astype(int)
+    assert (fraction[strong] < 0).any()
+    assert (fraction[strong] > 0).any()
+    assert np.abs(values[..., :3] - colors)[strong].max() <= 12  # of 32 colors, and of premultiplied pixels
+    tab.locator('[name="evidence"]').select_option("positive")
+    assert tab.locator("#scale-low").inner_text() == "no evidence"
 
 
 def test_method_layer_and_contrast_class_change_the_heatmap(tab, live):

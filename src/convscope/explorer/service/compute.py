@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.api import heatmaps
-from convscope.attribution.result import Heatmaps
+from convscope.attribution.registry import is_signed
+from convscope.attribution.result import Heatmaps, color_maximum, smooth_maps
 from convscope.decomposition.nmf import encode
 from convscope.engine import capture
 from convscope.engine.layer_table import Layer
@@ -38,12 +39,13 @@ from convscope.explorer.service.schemas import (
     UnitValue,
 )
 from convscope.feature_maps import activations, is_constant_channel, predict
-from convscope.images.colormap import blend, lookup_table
+from convscope.images.colormap import DIVERGING, SEQUENTIAL, ColorScale, lookup_table
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.plotting.activations import standardize
 from convscope.plotting.grids import tile
 
+COLORMAPS = (SEQUENTIAL, "viridis", "inferno", DIVERGING)  # of heatmaps
 MAX_OVERLAY_SIZE = 2048  # pixels of the longer side
 MAX_TILE_SIZE = 56  # pixels of a feature map on a sheet
 EVALUATION_STEPS = 14  # of deletion and insertion
@@ -103,6 +105,7 @@ def heatmap(
             "layer_reason": result.layer_reason,
             "method": options.method,
             "against": options.against,
+            "signed": is_signed(options.method) and bool((result.values[0, t] < 0).any()),
             "map": pack_map(result.values[0, t]),
             "notes": [n.removeprefix("image 0, ") for n in result.notes if n.startswith(prefixes[t])],
         }
@@ -165,12 +168,19 @@ def unpack_map(packed: PackedMap) -> np.ndarray:
     return integers.reshape(packed["height"], packed["width"]) / 32767 * np.float32(packed["peak"])
 
 
-def overlay(image: RegisteredImage, packed: PackedMap, opacity: float, colormap: str) -> bytes:
-    """Render the positive part of a heatmap over an image, as PNG of at most `MAX_OVERLAY_SIZE` pixels."""
-    pixels = np.asarray(image.resized(MAX_OVERLAY_SIZE))
-    values = Geometry.whole(pixels.shape[:2]).to_original(torch.from_numpy(unpack_map(packed))).clamp(min=0)
-    scaled = (values / values.max().clamp(min=1e-12)).numpy()
-    return encode_image(blend(pixels, scaled, opacity, colormap), "PNG")
+def overlay(
+    image: RegisteredImage, record: HeatmapRecord, opacity: float | None, colormap: str | None, signed: bool | None
+) -> bytes:
+    """Render a heatmap over an image as `Heatmaps.overlay` does, as PNG of at most `MAX_OVERLAY_SIZE` pixels."""
+    pixels, at_input = np.asarray(image.resized(MAX_OVERLAY_SIZE)), record["layer"] == "input"
+    signed = record["signed"] if signed is None else signed
+    maps = torch.from_numpy(unpack_map(record["map"]))[None]
+    if at_input:
+        maps = smooth_maps(maps if signed else maps.clamp(min=0))
+    values = Geometry.whole(pixels.shape[:2]).to_original(maps)[0].numpy()
+    maximum = color_maximum(values, at_input, signed)
+    scale = ColorScale(maximum, signed, colormap or (DIVERGING if signed else SEQUENTIAL))
+    return encode_image(scale.overlay(pixels, values, opacity), "PNG")
 
 
 # --- feature maps ---

@@ -28,7 +28,7 @@ class PackedMap(TypedDict):
 
 
 class HeatmapRecord(TypedDict):
-    """A heatmap of one target; `against` is the contrast class."""
+    """A heatmap of a target, in contrast with `against`; `signed`: whether it also holds evidence against it."""
 
     target: int
     name: str
@@ -37,6 +37,7 @@ class HeatmapRecord(TypedDict):
     layer_reason: str
     method: str
     against: int | None
+    signed: bool
     map: PackedMap
     notes: list[str]
 

@@ -8,11 +8,17 @@
   let faithfulnessRequest = null;
 
   const setting = (name) => (controls.elements[name] ? controls.elements[name].value : "");
-  const paintOptions = () => {
-    const signed = setting("evidence") === "signed";
-    const name = signed && setting("colormap") === "jet" ? "coolwarm" : setting("colormap");
-    return { colormap: page.colormaps[name], signed, opacity: setting("opacity") / 100 };
-  };
+  // By default evidence against is shown where the method is signed.
+  const isSigned = (heatmap) => (setting("evidence") ? setting("evidence") === "signed" : heatmap.signed);
+  const colormapName = (heatmap) => setting("colormap") || (isSigned(heatmap) ? page.diverging : page.sequential);
+  const paintOptions = (heatmap) => ({
+    colormap: page.colormaps[colormapName(heatmap)], signed: isSigned(heatmap), atInput: heatmap.layer === "input", opacity: setting("opacity") / 100,
+  });
+  function paintHeatmap(stage, heatmap) {
+    const options = paintOptions(heatmap);
+    stage.classList.toggle("signed", options.signed);
+    paint(find("canvas", stage), heatmap.map, options);
+  }
   const heatmapQuery = (target) => {
     const query = new URLSearchParams({ target });
     for (const name of ["method", "layer", "against"]) if (setting(name)) query.set(name, setting(name));
@@ -26,9 +32,8 @@
 
   function showHeatmap(stage, heatmap) {
     state.heatmaps[stage.dataset.stage] = heatmap;
-    const canvas = find("canvas", stage);
-    paint(canvas, heatmap.map, paintOptions());
-    canvas.setAttribute("aria-label", `Heatmap of ${captionOf(heatmap)}`);
+    paintHeatmap(stage, heatmap);
+    find("canvas", stage).setAttribute("aria-label", `Heatmap of ${captionOf(heatmap)}`);
     find(".caption", stage).textContent = captionOf(heatmap);
   }
 
@@ -53,6 +58,7 @@
     try {
       const heatmap = await fetchHeatmap(main, page.api, state.target);
       showHeatmap(main, heatmap);
+      drawScale(heatmap);
       const notes = document.getElementById("notes");
       notes.hidden = !heatmap.notes.length;
       notes.textContent = heatmap.notes.join(" ");
@@ -97,7 +103,8 @@
     const query = heatmapQuery(heatmap.target);
     document.getElementById("get-npz").href = `${page.api}/heatmap.npz?${query}`;
     query.set("opacity", setting("opacity") / 100);
-    query.set("colormap", setting("colormap"));
+    query.set("colormap", colormapName(heatmap));
+    query.set("signed", isSigned(heatmap));
     png.href = `${page.api}/heatmap.png?${query}`;
   }
 
@@ -151,17 +158,17 @@
   function repaint() {
     for (const stage of [main, comparison]) {
       const heatmap = state.heatmaps[stage.dataset.stage];
-      if (heatmap && !stage.hidden) paint(find("canvas", stage), heatmap.map, paintOptions());
+      if (heatmap && !stage.hidden) paintHeatmap(stage, heatmap);
     }
-    drawScale();
+    if (state.heatmaps.main) drawScale(state.heatmaps.main);
   }
-  function drawScale() {
-    const bar = document.getElementById("scale"), options = paintOptions();
+  function drawScale(heatmap) {
+    const bar = document.getElementById("scale"), options = paintOptions(heatmap);
     const image = new ImageData(256, 1);
     for (let i = 0; i < 256; i++) image.data.set([...interpolateColor(options.colormap, i / 255), 255], 4 * i);
     bar.getContext("2d").putImageData(image, 0, 0);
-    document.getElementById("scale-low").textContent = options.signed ? "against the class" : "no evidence";
-    document.getElementById("scale-high").textContent = options.signed ? "for the class" : "strongest evidence";
+    document.getElementById("scale-low").textContent = options.signed ? page.words.against : "no evidence";
+    document.getElementById("scale-high").textContent = options.signed ? page.words.for : "strongest evidence";
   }
 
   // Settings that differ from the defaults are part of the address.
@@ -248,5 +255,4 @@
 
   restoreSettings();
   update();
-  drawScale();
 })();

@@ -29,22 +29,44 @@ function resize(values, height, width, outHeight, outWidth) {
   return out;
 }
 
-// Options: colormap (colours from low to high), signed, opacity (0 to 1), and max: the value of the last colour,
-// by default the maximum of the map.
+// Smooth a map by a Gaussian of 1 % of its longer side, as the Python library does with maps at the input.
+function smooth(values, height, width) {
+  const sigma = Math.max(height, width) / 100, radius = Math.max(1, Math.round(3 * sigma));
+  const kernel = Array.from({ length: 2 * radius + 1 }, (_, i) => Math.exp(-((i - radius) ** 2) / (2 * sigma ** 2)));
+  const sum = kernel.reduce((a, b) => a + b);
+  const along = (source, length, stride) => source.map((_, i) => {
+    const position = Math.floor(i / stride) % length;
+    let total = 0;
+    for (let k = Math.max(-radius, -position); k <= Math.min(radius, length - 1 - position); k++) total += kernel[k + radius] * source[i + k * stride];
+    return total / sum;
+  });
+  return along(along(values, height, width), width, 1);
+}
+
+// The value of the last colour: the maximum, at the input a quantile.
+function lastValue(values, signed, atInput) {
+  const sorted = values.map((v) => (signed ? Math.abs(v) : Math.max(v, 0))).sort();
+  const position = (atInput ? 0.995 : 1) * (sorted.length - 1), low = Math.floor(position);
+  return sorted[low] + (position - low) * (sorted[Math.min(low + 1, sorted.length - 1)] - sorted[low]);
+}
+
+// Options: colormap (colours from low to high), opacity (0 to 1); signed: whether negative values are shown, so that
+// values are the more opaque the stronger they are; atInput: whether the map has the input's resolution; and max: the
+// value of the last colour, by default that of `lastValue`.
 function paint(canvas, map, options) {
-  const values = map.values || unpackMap(map);
+  let values = map.values || unpackMap(map);
+  if (options.atInput) values = smooth(options.signed ? values : values.map((v) => Math.max(v, 0)), map.height, map.width);
   const ratio = canvas.clientWidth && canvas.clientHeight ? canvas.clientHeight / canvas.clientWidth : 1;
   const width = 256, height = Math.max(16, Math.min(512, Math.round(256 * ratio)));
   canvas.width = width;
   canvas.height = height;
   const resized = resize(values, map.height, map.width, height, width);
-  let max = options.max || 0;
-  if (!options.max) for (const v of resized) max = Math.max(max, options.signed ? Math.abs(v) : v);
+  const max = options.max || lastValue(resized, options.signed, options.atInput);
   const image = new ImageData(width, height);
   for (let i = 0; i < resized.length; i++) {
-    const fraction = max > 0 ? resized[i] / max : 0;
+    const fraction = max > 0 ? Math.max(-1, Math.min(1, resized[i] / max)) : 0;
     const [r, g, b] = interpolateColor(options.colormap, options.signed ? (fraction + 1) / 2 : fraction);
-    image.data.set([r, g, b, 255], 4 * i);
+    image.data.set([r, g, b, options.signed ? 255 * Math.abs(fraction) : 255], 4 * i);
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
   canvas.style.opacity = options.opacity;

@@ -9,7 +9,7 @@ from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_links import page_parts
 from convscope.explorer.views.saved_results_page import computing_code, store_name
-from convscope.images.colormap import lookup_table
+from convscope.images.colormap import color_stops
 from convscope.store.saved_results import SavedResult
 
 
@@ -52,7 +52,7 @@ def _add_concepts(context: PageContext, network: Network, result: SavedResult, d
     evaluated = description["evaluated_images"]
     data["heatmaps"] = concept_data.packed_heatmaps(arrays)
     data["numImages"] = len(thumbnails)
-    data["colormap"] = lookup_table("jet")[::8].tolist()
+    data["colormap"] = color_stops("jet")
     variables |= {
         **description,
         "patch_sheet": {

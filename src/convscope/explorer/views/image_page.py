@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from convscope.attribution.registry import default_method, usable_methods
+from convscope.explorer.service.compute import COLORMAPS
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import SLOW_METHODS
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext
-from convscope.images.colormap import lookup_table
+from convscope.images.colormap import DIVERGING, SEQUENTIAL, color_stops
 
-COLORMAPS = ("jet", "viridis", "inferno", "coolwarm")
 TOP_CLASSES = 5
 _CONTROLS = ("random", "centred")  # methods that ignore the network
 
@@ -36,7 +36,10 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         layer=layer,
         method=method,
         heatmaps=heatmaps,
-        colormaps={name: lookup_table(name)[::8].tolist() for name in COLORMAPS},
+        words=_evidence_words(network),
+        sequential=SEQUENTIAL,
+        diverging=DIVERGING,
+        colormaps={name: color_stops(name) for name in COLORMAPS},
         code=code,
         pages={k: urls.page("m", network.key, "image", image.key, "class", k) for k in heatmaps},
         classPages={k: urls.page("m", network.key, "class", k) for k in heatmaps},
@@ -53,8 +56,16 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "default_method": method,
         "slow_methods": SLOW_METHODS,
         "colormaps": COLORMAPS,
+        "words": _evidence_words(network),
         "stages": network.main_layers,
         "samples": explorer.images.samples,
         "code": code[target],
     }
     return Page("image.html", f"{image.name}, {network.model.name}", network, data, variables)
+
+
+def _evidence_words(network: Network) -> dict[str, str]:
+    """Return what positive and negative evidence speak for."""
+    if network.model.has_values:
+        return {"for": "raises the value", "against": "lowers the value"}
+    return {"for": "for the class", "against": "against the class"}

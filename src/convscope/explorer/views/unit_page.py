@@ -11,7 +11,7 @@ from convscope.explorer.service.schemas import PatternRecord
 from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.network_page import receptive_field_text
 from convscope.explorer.views.page import Page, PageContext, Values
-from convscope.images.colormap import lookup_table
+from convscope.images.colormap import color_stops
 
 
 def build(
@@ -28,7 +28,7 @@ def build(
         layer=layer,
         unit=unit,
         events=f"/api/models/{network.key}/pattern/events",
-        colormap=lookup_table("viridis")[::8].tolist(),
+        colormap=color_stops("viridis"),
     )
     is_spatial = hidden_layer is None or hidden_layer.is_spatial
     variables: Values = {

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
-from convscope.explorer.service.compute import HeatmapOptions
+from convscope.explorer.service.compute import COLORMAPS, HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.schemas import FaithfulnessRecord, HeatmapRecord
@@ -17,8 +17,6 @@ from convscope.explorer.views import snippets
 from convscope.explorer.web.parameters import Options, PathImage, PathNetwork, Runner, Target
 from convscope.explorer.web.requests import RequestRunner
 from convscope.explorer.web.responses import ERRORS, file_response, npz_response
-
-COLORMAPS = ("jet", "viridis", "inferno", "coolwarm")
 
 router = APIRouter(prefix="/api/models/{model}/images/{image}", responses=ERRORS)
 
@@ -72,18 +70,28 @@ async def heatmap_png(
     image: PathImage,
     target: Target,
     options: Options,
-    opacity: Annotated[float, Query(ge=0, le=1)] = 0.4,
-    colormap: Annotated[str, Query(json_schema_extra={"enum": list(COLORMAPS)})] = "jet",
+    opacity: Annotated[float | None, Query(ge=0, le=1, description="default: 0.4; 0.8 if signed")] = None,
+    colormap: Annotated[
+        str | None,
+        Query(description="default: jet; RdBu_r if signed", json_schema_extra={"enum": list(COLORMAPS)}),
+    ] = None,
+    signed: Annotated[
+        bool | None,
+        Query(description="whether to show evidence against the class; default: where the method is signed"),
+    ] = None,
 ) -> Response:
-    """Return the positive part of the heatmap over the image; the longer side has at most 2,048 pixels."""
-    if colormap not in COLORMAPS:
+    """Return the heatmap over the image; the longer side has at most 2,048 pixels.
+
+    Evidence against the class is shown on a gray image, and the stronger evidence is, the more opaque.
+    """
+    if colormap is not None and colormap not in COLORMAPS:
         raise ConvscopeError(f"colormap is {colormap[:40]!r}; expected one of {', '.join(COLORMAPS)}")
     record = await _heatmap(request, runner, net, image, target, options)
-    key = ("overlay", image.key, target, options, opacity, colormap)
+    key = ("overlay", image.key, target, options, opacity, colormap, signed)
     content = await runner.run(
         request,
         lambda client: runner.explorer.cached_image(
-            client, net, key, lambda: compute.overlay(image, record["map"], opacity, colormap)
+            client, net, key, lambda: compute.overlay(image, record, opacity, colormap, signed)
         ),
     )
     return file_response(content, f"heatmap_{target}.png", "image/png")
