@@ -38,7 +38,7 @@ class Activations(IndexedResult):
         The output of each layer, channels first.
     image_names : tuple of str
         Names of the images, in the order of the first axis.
-    fit : {"squash", "crop"}
+    fit : {"squash", "crop", "pad"}
         How images were brought to the network's size.
     scaling : {"standard", "minmax"}
         How maps are drawn: see `activations`.
@@ -148,8 +148,9 @@ def activations(
         One image or N, in any form that `convscope.predict` takes.
     layers : str, Layer, nn.Module or sequence of these, optional
         Names in ``model.layers``, its rows, or modules of the network. The last layer of each resolution if omitted.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     scaling : {"standard", "minmax"}
         How each map is scaled when it is drawn: standardised, times 64, plus 128 and clipped to 0..255, or from its
         minimum to its maximum. The values themselves are never scaled.
@@ -228,7 +229,7 @@ class Predictions(IndexedResult):
         (N, K) float32: the scores of all K classes before any softmax or sigmoid.
     image_names : tuple of str
         Names of the images, in the order of the first axis.
-    fit : {"squash", "crop"}
+    fit : {"squash", "crop", "pad"}
         How images were brought to the network's size.
     """
 
@@ -345,8 +346,9 @@ def predict(
         Texts, made by `convscope.text_target`, that a network such as CLIP compares the images with, instead of its
         classes. There is one output for each text: its logit, which is the cosine similarity times the network's scale,
         plus its bias, if it has one. Networks with a bias (SigLIP) give each text a probability, others do not.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     memory : int
         Bytes that a batch's intermediate results may take.
     max_pixels : int

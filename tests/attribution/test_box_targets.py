@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import convscope
-from convscope.attribution.methods import rise
+from convscope.attribution.methods import cam, rise
 from convscope.errors import ConvscopeError
 from tests.oracles.detectors import SIDE, STRIDE, CellDetector, image_with_squares
 
@@ -62,6 +62,29 @@ def test_boxes_lie_in_the_image_not_in_the_input(model):
     assert resized[0, 30:50, 28:68].sum() > 0.99 * resized[0].sum()
 
 
+def test_flips_mirror_the_box_with_the_image(model, image):
+    target = convscope.box_target("gray", (8, 16, 16, 24))
+    alone = convscope.heatmaps(model, image, target, method="input-x-gradient")
+    flipped = convscope.heatmaps(model, image, target, method="input-x-gradient", smooth="flips")
+    np.testing.assert_allclose(flipped.values, alone.values, atol=1e-6)  # the detector treats mirror images alike
+    np.testing.assert_allclose(flipped.logits, alone.logits)
+
+
+def test_flips_mirror_the_region_with_the_image():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)).eval()
+    model = convscope.load(network, task="segmentation", preprocessing={"size": (SIDE, SIDE)})
+    mask = np.zeros((SIDE, SIDE))
+    mask[4:12, 2:9] = 1
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    alone, flipped = (
+        convscope.heatmaps(model, pixels, convscope.segmentation_target(1, mask), method="saliency", smooth=smooth)
+        for smooth in (None, "flips")
+    )
+    np.testing.assert_allclose(flipped.values, alone.values, atol=1e-7)
+    assert not flipped.values[0, 0, mask == 0].any()
+
+
 def test_each_image_has_its_own_boxes(model):
     images = [image_with_squares({(0, 0): WHITE}), image_with_squares({(24, 24): GRAY})]
     boxes = [[convscope.box_target("gray", (0, 0, 8, 8))], [convscope.box_target("gray", (24, 24, 32, 32))]]
@@ -76,6 +99,54 @@ def test_grad_cam_lies_in_the_box(model):
     image = image_with_squares({(8, 16): WHITE})
     heatmaps = convscope.heatmaps(model, image, convscope.box_target("gray", (8, 16, 16, 24)), layer="cells")
     assert np.flatnonzero(heatmaps.values[0, 0] > 0).tolist() == [2 * 4 + 1]
+
+
+def test_odam_is_its_equation_and_the_default(model, image):
+    """The gradient of the box's cell, spread by a Gaussian of a quarter of the box's sides, weights the other cells."""
+    box = (8, 16, 16, 24)
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target("gray", box), layer="cells")
+    assert heatmaps.method == "odam"
+    cells = image.mean(2).reshape(4, STRIDE, 4, STRIDE).mean((1, 3)) / 255
+    kernel = np.exp(-0.5 * (np.arange(-3, 4) / 0.25) ** 2)  # of one cell, a quarter of which is the deviation
+    kernel /= kernel.sum()
+    weights = np.outer(kernel[1:5], kernel[2:6])  # around row 2, column 1
+    np.testing.assert_allclose(heatmaps.values[0, 0], weights * cells, rtol=1e-4, atol=1e-7)
+
+
+def test_odam_of_a_batch_and_many_targets_equals_single_ones():
+    generator = torch.Generator().manual_seed(0)
+    activation, gradient = torch.randn(2, 3, 5, 6, 9, generator=generator)
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.4], [0.0, 0.0, 1, 1], [0.5, 0.5, 0.51, 0.9]])
+    together = cam.odam(activation, gradient, boxes)
+    for n in range(3):
+        alone = cam.odam(activation[n : n + 1], gradient[n : n + 1], boxes[n : n + 1])[0]
+        torch.testing.assert_close(alone, together[n])
+        deviations = (boxes[n, 2:] - boxes[n, :2]).numpy()[::-1] * (6, 9) / 4
+        smoothed = np.empty((5, 6, 9))
+        for k in range(5):
+            smoothed[k] = brute_force_blur(gradient[n, k].numpy(), deviations)
+        np.testing.assert_allclose(together[n], (smoothed * activation[n].numpy()).sum(0), rtol=1e-4, atol=1e-5)
+    point = torch.tensor([[0.5, 0.5, 0.5, 0.5]]).repeat(3, 1)
+    torch.testing.assert_close(cam.odam(activation, gradient, point), cam.hirescam(activation, gradient))
+
+
+def brute_force_blur(values, deviations):
+    """Sum over all positions of the value times a Gaussian, normalised on integers as far as the map is long."""
+    result = np.zeros_like(values, dtype=float)
+    kernels = []
+    for count, deviation in zip(values.shape, deviations, strict=True):
+        kernel = {d: np.exp(-0.5 * (d / deviation) ** 2) for d in range(1 - count, count)}
+        total = sum(kernel.values())
+        kernels.append({d: value / total for d, value in kernel.items()})
+    for i, j in np.ndindex(values.shape):
+        for a, b in np.ndindex(values.shape):
+            result[i, j] += kernels[0][a - i] * kernels[1][b - j] * values[a, b]
+    return result
+
+
+def test_odam_without_boxes_names_grad_cam(model, image):
+    with pytest.raises(ConvscopeError, match="for classes: grad-cam"):
+        convscope.heatmaps(model, image, "gray", method="odam", layer="cells")
 
 
 def overlap(first, second):

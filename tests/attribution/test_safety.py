@@ -19,7 +19,7 @@ from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, random
 # torch warns the owner of a backward hook on the layer where gradients start.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
-CAMS = [name for name in METHODS if isinstance(METHODS[name], CamMethod)]
+CAMS = [name for name, m in METHODS.items() if isinstance(m, CamMethod) and not m.needs_boxes]
 
 
 # --- the model is unchanged ------------------------------------------------------------------------------------------

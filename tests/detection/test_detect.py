@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import convscope
@@ -55,6 +56,40 @@ def test_boxes_go_back_through_crop_exactly():
     image[16:32, 32 + 48 : 32 + 64] = 255
     detections = convscope.detect(model, image, threshold=0.9, fit="crop")
     np.testing.assert_allclose(detections.boxes, [[80, 16, 96, 32]], atol=1e-4)
+
+
+def test_boxes_go_back_through_a_gray_border_exactly(model):
+    image = np.zeros((32, 64, 3), np.uint8)  # shown at half the size, below and above 8 gray rows
+    image[16:32, 32:48] = 255  # cell (row 2, column 2) of the 32 x 32 input
+    detections = convscope.detect(model, image, threshold=0.9, fit="pad")
+    np.testing.assert_allclose(detections.boxes, [[32, 16, 48, 32]], atol=1e-4)
+    heatmaps = convscope.heatmaps(model, image, convscope.box_target(detections[0]), method="saliency", fit="pad")
+    np.testing.assert_allclose(heatmaps.logits, [detections.scores], atol=1e-5)
+    (resized,) = heatmaps.resized()
+    assert resized.shape == (1, 32, 64)
+    assert resized[0, 15:, 31:49].sum() > 0.999 * resized[0].sum()
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (200, 40), (90, 100)])
+def test_boxes_go_back_through_a_letterbox_function(shape):
+    height, width = shape
+    side = max(shape)
+
+    def letterbox(image):
+        canvas = Image.new("RGB", (side, side), (114, 114, 114))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX))
+        return torch.tensor(pixels).permute(2, 0, 1) / 255
+
+    model = convscope.load(CellDetector().eval(), task="detection", preprocessing=letterbox)
+    top, left = (side - height) // 2, (side - width) // 2
+    cell = side // 4
+    image = np.zeros((height, width, 3), np.uint8)
+    x0, y0 = max(0, cell - left), max(0, 2 * cell - top)
+    image[y0 : 3 * cell - top, x0 : 2 * cell - left] = 255
+    detections = convscope.detect(model, image, threshold=0.5)
+    expected = np.clip([cell - left, 2 * cell - top, 2 * cell - left, 3 * cell - top], 0, [width, height] * 2)
+    np.testing.assert_allclose(detections[0].boxes[:1], [expected], atol=0.02 * side)
 
 
 def test_batch_equals_single_images(model):

@@ -273,7 +273,7 @@ def test_to_original_keeps_leading_axes_dtype_and_gradients() -> None:
     assert torch.autograd.gradcheck(where.to_original, torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("fit", ["squash", "crop"])
+@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (333, 331), (24, 40), (40, 24), (900, 150)])
 @pytest.mark.parametrize("corner", [(0.42, 0.40), (0.55, 0.48), (0.40, 0.6)])
 def test_heatmap_covers_the_square(fit: str, shape: tuple[int, int], corner: tuple[float, float]) -> None:
@@ -283,12 +283,27 @@ def test_heatmap_covers_the_square(fit: str, shape: tuple[int, int], corner: tup
     image = np.zeros((height, width, 3), np.uint8)
     image[top : top + side, left : left + side] = 255
     (batch,) = ImageBatchLoader(image, Preprocessing(size=112), fit=fit).batches(1)
-    heat = batch.geometry[0].to_original(F.avg_pool2d(batch.x, 8).mean(1))[0]
+    white = (batch.x - 114 / 255).clamp(min=0) if fit == "pad" else batch.x  # not the border
+    heat = batch.geometry[0].to_original(F.avg_pool2d(white, 8).mean(1))[0]
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     box = batch.geometry[0].box
     cell = (box[2] - box[0]) / 14, (box[3] - box[1]) / 14
     assert abs(float((heat * y).sum() / heat.sum()) - (top + side / 2)) < cell[0] / 2
     assert abs(float((heat * x).sum() / heat.sum()) - (left + side / 2)) < cell[1] / 2
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (90, 41), (24, 40)])
+def test_pad_keeps_the_aspect_ratio(shape: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*shape))
+    (batch,) = ImageBatchLoader(image, Preprocessing(size=112), fit="pad").batches(1)
+    new = tuple(round(side * 112 / max(shape)) for side in shape)
+    top, left = ((112 - side) // 2 for side in new)
+    expected = torch.full((3, 112, 112), 114 / 255)
+    resized = transforms.ToTensor()(image.resize(new[::-1], Image.Resampling.BILINEAR))
+    expected[:, top : top + new[0], left : left + new[1]] = resized
+    torch.testing.assert_close(batch.x[0], expected)
+    corners = torch.tensor([left, top, left + new[1], top + new[0]]) / 112  # of the image in the input
+    torch.testing.assert_close(batch.geometry[0].boxes_to_original(corners), torch.tensor([0.0, 0, shape[1], shape[0]]))
 
 
 def test_crop_box_in_closed_form() -> None:
@@ -337,7 +352,7 @@ def test_bounded_resizing_equals_unbounded(interpolation: str, shape: tuple[int,
         assert ample.geometry == tight.geometry
 
 
-@pytest.mark.parametrize("fit", ["squash", "crop"])
+@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1)])
 def test_intermediate_images_are_bounded(fit: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     areas = []
@@ -472,7 +487,7 @@ def test_unknown_types_are_refused_at_once(images: Any, message: str) -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ConvscopeError, match="fit is 'stretch'; expected 'squash' or 'crop'"):
+    with pytest.raises(ConvscopeError, match="fit is 'stretch'; expected one of 'squash', 'crop', 'pad'"):
         ImageBatchLoader("a.png", Preprocessing(), fit="stretch")
     with pytest.raises(ConvscopeError, match="max_pixels is 0"):
         ImageBatchLoader("a.png", Preprocessing(), max_pixels=0)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
+from convscope.attribution.box_targets import has_boxes
 from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
-from convscope.attribution.registry import METHODS, ModelMethod, get_method, method_options
+from convscope.attribution.registry import METHODS, ModelMethod, default_method_for_boxes, get_method, method_options
 from convscope.attribution.result import Heatmaps, is_displayed_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
@@ -42,7 +43,7 @@ def heatmaps(
     targets: Targets | None = None,
     *,
     layer: LayerLike | Sequence[LayerLike] | None = None,
-    method: str = "grad-cam",
+    method: str | None = None,
     fit: str = "squash",
     against: ClassLabels | None = None,
     smooth: str | None = None,
@@ -73,10 +74,12 @@ def heatmaps(
         default ("auto") the last layer with spatial extent that every path from the image to the target passes through
         and that the target depends on; the result's `layer_reason` explains the choice. Methods that work at the input
         take no layer.
-    method : str
-        Name of a method; `convscope.methods` lists them.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    method : str, optional
+        Name of a method; `convscope.methods` lists them. By default "grad-cam"; for boxes "odam", or "d-rise" where the
+        network is a function without layers.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     against : class or sequence of classes, optional
         One class for all images, one per image, or several for all: their mean logit is subtracted from the target's,
         so that the map shows evidence for the target rather than for these.
@@ -129,6 +132,8 @@ def heatmaps(
     'bn2'
     """
     model = as_model(model)
+    if method is None:
+        method = default_method_for_boxes(model) if has_boxes(targets) else "grad-cam"
     spec = resolve_method(model, method, layer, fuse, options)
     with progress_bar(progress, "heatmaps") as report:
         return compute_heatmaps(

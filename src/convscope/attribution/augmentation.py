@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from convscope.attribution.targets import BatchTargets
+
 Undo = Callable[[Tensor], Tensor]
-View = tuple[Tensor, Undo]
-"""A network input (B, C, H, W), and the function that maps its heatmaps (B, T, h, w) back to the images."""
+
+
+class View(NamedTuple):
+    """An augmented batch.
+
+    Attributes
+    ----------
+    x : Tensor of shape (B, C, H, W)
+        The network's input.
+    undo : callable
+        Maps its heatmaps (B, T, h, w) back to the images.
+    move_targets : callable
+        Returns the targets as they lie in `x`, for the images' targets.
+    """
+
+    x: Tensor
+    undo: Undo
+    move_targets: Callable[[BatchTargets], BatchTargets]
+
 
 NUM_NOISY_COPIES = 8
 NOISE_SCALE = 0.1  # standard deviation, as a fraction of the image's range of values
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _plain(x: Tensor) -> View:
+    return View(x, lambda maps: maps, lambda targets: targets)
 
 
 def _flip(x: Tensor) -> Tensor:
@@ -24,12 +44,12 @@ def _flip(x: Tensor) -> Tensor:
 
 
 def _plain_view(x: Tensor, _: int) -> list[View]:
-    return [(x, _identity)]
+    return [_plain(x)]
 
 
 def _flipped_views(x: Tensor, _: int) -> list[View]:
     """Return the images and their mirror images."""
-    return [(x, _identity), (_flip(x), _flip)]
+    return [_plain(x), View(_flip(x), _flip, BatchTargets.mirrored)]
 
 
 def _noisy_views(x: Tensor, seed: int) -> list[View]:
@@ -38,7 +58,7 @@ def _noisy_views(x: Tensor, seed: int) -> list[View]:
     axes = tuple(range(1, x.ndim))
     scale = NOISE_SCALE * (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True))
     noise = (torch.randn(x.shape[1:], generator=generator).to(x) for _ in range(NUM_NOISY_COPIES))
-    return [(x, _identity), *((x + scale * n, _identity) for n in noise)]
+    return [_plain(x), *(_plain(x + scale * n) for n in noise)]
 
 
 AUGMENTATIONS: dict[str | None, Callable[[Tensor, int], list[View]]] = {

@@ -101,6 +101,13 @@ def _target_of_detection(detections: Detections, index: Any) -> BoxTarget:
     return BoxTarget(int(detections.labels[index]), (left, top, right, bottom))
 
 
+def has_boxes(targets: object) -> bool:
+    """Return whether there are boxes among targets."""
+    if isinstance(targets, list | tuple):
+        return any(has_boxes(target) for target in targets)
+    return isinstance(targets, BoxTarget)
+
+
 def parse_box_targets(targets: object, num_images: int) -> tuple[tuple[BoxTarget, ...], ...]:
     """Return T box targets for each image; nothing if `targets` holds none.
 

@@ -39,6 +39,9 @@ class CamMethod:
     function : callable
         ``function(activation, gradient) -> map``, from (N, C, ...) twice to (N, ...); ``function(activation)`` if
         `score` is None.
+    needs_boxes : bool
+        Whether its targets are boxes, not classes: ``function(activation, gradient, boxes)``, with one target's boxes
+        (N, 4) as fractions of the input.
     score : callable or None
         ``score(targets, outputs) -> Tensor`` of shape (B, T): what the gradient is taken of. None for methods that
         need no gradient and give the same map for every target.
@@ -46,6 +49,7 @@ class CamMethod:
 
     function: Callable[..., Tensor]
     score: Callable[[BatchTargets, ForwardResult], Tensor] | None = BatchTargets.scores
+    needs_boxes: bool = False
     at_input = False
     signed = False  # class activation maps are rectified for display, as in their papers
 
@@ -93,6 +97,7 @@ METHODS: dict[str, Method] = {
     "layer-cam": CamMethod(cam.layer_cam),
     "eigen-cam": CamMethod(cam.eigen_cam, None),
     "eigen-grad-cam": CamMethod(cam.eigen_grad_cam),
+    "odam": CamMethod(cam.odam, needs_boxes=True),
     "finer-cam": CamMethod(cam.grad_cam, finer_cam_score),
     "saliency": ModelMethod(gradient.saliency),
     "input-x-gradient": ModelMethod(gradient.input_x_gradient, signed=True),
@@ -140,7 +145,7 @@ def usable_methods(model: Model) -> list[str]:
 
 def _is_usable(model: Model, method: Method) -> bool:
     """Check whether a method explains classes, and has the layers and gradients that it needs."""
-    if isinstance(method, ModelMethod) and method.needs_boxes:
+    if method.needs_boxes:
         return False
     has_layers = model.differentiable and (method.at_input or len(model.layers) > 0)
     return has_layers or (isinstance(method, ModelMethod) and not method.needs_gradient)
@@ -150,6 +155,11 @@ def default_method(model: Model) -> str:
     """Return the key of the method for networks of this kind."""
     names = ("grad-cam", "integrated-gradients", "occlusion")
     return next(name for name in names if _is_usable(model, METHODS[name]))
+
+
+def default_method_for_boxes(model: Model) -> str:
+    """Return the key of the method for boxes that networks of this kind detect."""
+    return "odam" if model.differentiable and len(model.layers) else "d-rise"
 
 
 def get_method(name: str) -> Method:

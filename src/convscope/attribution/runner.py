@@ -174,17 +174,18 @@ def run_batch(
     num_steps = len(views) * len(job.specs)
     passes: list[_SharedPass] = []
     maps_by_view: list[list[MethodMaps]] = []
-    for v, (view, undo) in enumerate(views):
-        shared = _shared_pass(job, view, indices, targets, geometry)
-        targets = shared.targets
+    for v, view in enumerate(views):  # the first one is the images themselves, which determine the targets
+        view_targets = None if targets is None else view.move_targets(targets)
+        shared = _shared_pass(job, view.x, indices, view_targets, geometry)
+        targets = shared.targets if targets is None else targets
         passes.append(shared)
         maps_by_view.append([])
         for s, spec in enumerate(job.specs):
             report_part = partial(report_step, report_progress, v * len(job.specs) + s, 1, num_steps)
-            maps = _run_method(job, spec, view, shared, report_part)
-            maps_by_view[v].append(_undo_view(maps, undo))
+            maps = _run_method(job, spec, view.x, shared, report_part)
+            maps_by_view[v].append(_undo_view(maps, view.undo))
     averages = tuple(_average_views(maps) for maps in zip(*maps_by_view, strict=True))
-    return BatchResult(shared.targets, passes[0].logits.cpu(), passes[0].probabilities.cpu(), averages)
+    return BatchResult(passes[0].targets, passes[0].logits.cpu(), passes[0].probabilities.cpu(), averages)
 
 
 def _undo_view(maps: MethodMaps, undo: Undo) -> MethodMaps:
@@ -310,8 +311,19 @@ def _run_cam(spec: MethodSpec, method: CamMethod, shared: _SharedPass) -> Method
                 num_targets, *activation.shape
             )  # no target depends on the layer
             gradients = shared.gradients[method.score].get(layer.name, zeros)
-            maps.append(torch.stack([method.function(activation, gradient) for gradient in gradients], dim=1))
+            by_target = [
+                method.function(activation, gradient, *_boxes(method, shared.targets, t))
+                for t, gradient in enumerate(gradients)
+            ]
+            maps.append(torch.stack(by_target, dim=1))
     return MethodMaps(fuse_maps(maps, spec.fuse))
+
+
+def _boxes(method: CamMethod, targets: BatchTargets, t: int) -> tuple[Tensor | None, ...]:
+    """Return the boxes (B, 4) that are target number `t` of the images, for a method that takes them."""
+    if not method.needs_boxes:
+        return ()
+    return (None if targets.boxes is None else targets.boxes[:, t],)
 
 
 def _run_model_method(

@@ -199,6 +199,18 @@ class BatchTargets:
         boxes = None if self.boxes is None else self.boxes[rows]
         return replace(self, classes=self.classes[rows], against=against, boxes=boxes)
 
+    def mirrored(self) -> BatchTargets:
+        """Return the targets as they lie in the mirror images; functions that have no `mirrored` stay as they are."""
+        boxes = (
+            None
+            if self.boxes is None
+            else torch.stack(
+                [1 - self.boxes[..., 2], self.boxes[..., 1], 1 - self.boxes[..., 0], self.boxes[..., 3]], dim=-1
+            )
+        )
+        functions = tuple(f.mirrored() if isinstance(f, RegionScore) else f for f in self.functions)
+        return replace(self, boxes=boxes, functions=functions)
+
     def logits(self, outputs: ForwardResult) -> Tensor:
         """Return the targets' logits (B, T) without subtracting `against`; for functions and boxes, their values."""
         return replace(self, against=None).scores(outputs).detach()
@@ -263,6 +275,43 @@ def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int 
     return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
+@dataclass(frozen=True, eq=False)
+class RegionScore:
+    """The mean logit of a class inside a region; made by `convscope.segmentation_target`.
+
+    Attributes
+    ----------
+    label : int
+        The class.
+    region : Tensor of shape (H, W)
+        Above 0 inside the region.
+    """
+
+    label: int
+    region: Tensor = field(repr=False)
+
+    @property
+    def __name__(self) -> str:
+        return f"class {self.label} over a region"
+
+    def __call__(self, output: object) -> Tensor:
+        """Return the scores (N,) of a network's output."""
+        maps = primary_tensor(output)
+        if maps is None or maps.ndim != 4:
+            raise ConvscopeError("segmentation_target needs a network that returns class maps (N, K, H, W)")
+        inside = F.interpolate(self.region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0
+        if not bool(inside.any()):
+            raise ConvscopeError(
+                "no position of the network's maps lies inside the region at their resolution of "
+                f"{' x '.join(map(str, maps.shape[2:]))}; give a larger region"
+            )
+        return _channel(maps, self.label, "the network's output")[:, inside.to(maps.device)].mean(1)
+
+    def mirrored(self) -> RegionScore:
+        """Return the score for mirror images."""
+        return RegionScore(self.label, self.region.flip(1))
+
+
 @check_arguments
 def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
     """Define the target "class `label` inside a region" for a segmentation network.
@@ -301,20 +350,7 @@ def segmentation_target(label: int, mask: npt.ArrayLike) -> ScoreFunction:
             f"mask has shape {tuple(region.shape)}; expected (H, W) with at least one position inside the region"
         )
 
-    def score(output: object) -> Tensor:
-        maps = primary_tensor(output)
-        if maps is None or maps.ndim != 4:
-            raise ConvscopeError("segmentation_target needs a network that returns class maps (N, K, H, W)")
-        inside = F.interpolate(region[None, None], maps.shape[2:], mode="nearest-exact")[0, 0] > 0
-        if not bool(inside.any()):
-            raise ConvscopeError(
-                "no position of the network's maps lies inside the region at their resolution of "
-                f"{' x '.join(map(str, maps.shape[2:]))}; give a larger region"
-            )
-        return _channel(maps, label, "the network's output")[:, inside.to(maps.device)].mean(1)
-
-    score.__name__ = f"class {label} over a region"
-    return score
+    return RegionScore(label, region)
 
 
 @check_arguments

@@ -66,8 +66,8 @@ def _names_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str | N
     return check
 
 
-def _one_name_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
-    return lambda value: find_name(kind, value, known)
+def _one_name_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str | None]:
+    return lambda value: None if value is None else find_name(kind, value, known)
 
 
 def _local_folder(out: Path | None) -> Path | None:
@@ -201,9 +201,11 @@ class ImageOptions:
     fit: Annotated[
         str,
         choice(
-            "Show the network the whole image (squash) or the crop of its evaluation (crop).",
+            "Show the network the whole image, squashed (squash) or with a gray border (pad), or the crop of its "
+            "evaluation (crop).",
             "squash",
             "crop",
+            "pad",
             panel=IMAGES,
         ),
     ] = "squash"
@@ -315,14 +317,14 @@ class HeatmapOptions:
         ),
     ] = "auto"
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="METHOD",
-            help="grad-cam, layer-cam, integrated-gradients, rise, ...: see --list-methods.",
+            help="grad-cam (default; for boxes: odam), layer-cam, rise, ...: see --list-methods.",
             callback=_one_name_of("method", METHOD_NAMES),
             autocompletion=lambda: list(METHOD_NAMES),
         ),
-    ] = "grad-cam"
+    ] = None
     against: Against = None
     smooth: Smooth = None
     scale: Scale = "1"
@@ -338,7 +340,7 @@ class HeatmapOptions:
         """Refuse invalid options of the method, before a network is loaded."""
         from convscope.attribution.registry import method_options
 
-        method_options(self.method, parse_method_options(self.option))
+        method_options(self.method or "grad-cam", parse_method_options(self.option))
 
     def arguments(self, network: Model, num_images: int) -> dict[str, Any]:
         """Return the keyword arguments of `convscope.heatmaps`."""

@@ -97,8 +97,9 @@ def atlas(
         icon keeps to its direction.
     seed : int
         Seed of positions, UMAP and icons. An image has the same positions whatever the other images are.
-    fit : {"squash", "crop"}
-        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     memory : int
         Bytes for intermediate results.
     max_pixels : int

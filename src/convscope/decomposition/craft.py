@@ -109,8 +109,9 @@ def concepts(
         Maximum number of images, evenly spaced, on which importance is measured.
     seed : int
         Seed of random crops and of the Sobol sequence. An image has the same crops whatever the other images are.
-    fit : {"squash", "crop"}
-        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     memory : int
         Bytes for intermediate results.
     max_pixels : int

@@ -48,8 +48,9 @@ def detect(
     overlap : float
         Of two boxes of a class whose overlap (intersection over union) exceeds this, the less probable one is removed;
         only where the network does not remove such boxes itself.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     memory : int
         Bytes that a batch's intermediate results may take.
     max_pixels : int

@@ -44,7 +44,7 @@ class Detections(IndexedResult):
         The smallest score of a box.
     overlap : float
         The largest overlap of two boxes of a class, where the network leaves it to us to remove such boxes.
-    fit : {"squash", "crop"}
+    fit : {"squash", "crop", "pad"}
         How images were brought to the network's size.
     """
 

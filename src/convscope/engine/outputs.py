@@ -124,6 +124,8 @@ def pick_output(output: Any, select: OutputSelector) -> Any:
 def _call(function: Callable[[Any], Any], output: object) -> Any:
     try:
         return function(output)
+    except ConvscopeError:  # its message is for the user as it is
+        raise
     except Exception as error:  # the user's function may raise anything
         reason = " ".join(str(error).split())[:200]
         raise ConvscopeError(

@@ -85,7 +85,7 @@ def evaluate(
         Steps of curves: each removes or inserts an equal part of the pixels.
     seed : int
         Seed of all random numbers, which are the same for every image.
-    fit : {"squash", "crop"}, optional
+    fit : {"squash", "crop", "pad"}, optional
         For maps given as an array: how they lie over the image, as in `convscope.heatmaps`.
     memory : int
         Bytes for the intermediate results of a batch.

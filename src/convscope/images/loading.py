@@ -81,8 +81,9 @@ class ImageBatchLoader:
         (N, C, H, W), used as it is; for networks on signals or volumes only (N, C, L) or (N, C, D, H, W).
     preprocessing : Preprocessing
         The network's input.
-    fit : {"squash", "crop"}
-        Show the network the whole image, or its centre crop as in the model's own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     max_pixels : int
         Images with more pixels are refused before they are decoded.
     scale : float
@@ -117,7 +118,7 @@ class ImageBatchLoader:
         keep_copies: bool = False,
     ) -> None:
         if fit not in FITS:
-            raise ConvscopeError(f"fit is {fit!r}; expected 'squash' or 'crop'")
+            raise ConvscopeError(f"fit is {fit!r}; expected one of {', '.join(map(repr, FITS))}")
         require_int("max_pixels", max_pixels)
         self.preprocessing, self.fit, self.max_pixels = preprocessing.scaled(scale), fit, max_pixels
         self._unscaled, self._scale = preprocessing, scale

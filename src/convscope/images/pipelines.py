@@ -224,16 +224,33 @@ def _measure_axis(transform: ImageTransform, width: int, height: int, axis: int)
         x = transform.run(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")).double()
         outputs.append(x.mean(0))
     length = outputs[0].shape[axis]
-    image, black, white = (_center(x) for x in outputs)
+    rows, columns = _covered(outputs[2] - outputs[1])
+    image, black, white = (x[rows, columns] for x in outputs)
     values = (image - black) / (white - black)
     profile, spread = values.mean(1 - axis), values.std(1 - axis)
-    position = torch.arange(length, dtype=torch.float64)[_middle(length)] + 0.5
+    position = torch.arange(length, dtype=torch.float64)[(rows, columns)[axis]] + 0.5
     coordinate = profile * (count - 1) + 0.5
     slope = torch.cov(torch.stack([position, coordinate]))[0, 1] / position.var()
     start = float(coordinate.mean() - slope * position.mean())
     residual = float((start + slope * position - coordinate).abs().max())
     is_ramp = bool(slope > 0) and residual < max(2.0, 0.01 * count) and float(spread.max()) < 0.01
     return (start, start + float(slope) * length) if is_ramp else None
+
+
+def _covered(difference: Tensor) -> tuple[slice, slice]:
+    """Return rows and columns in the middle of what the image covers: what differs between black and white (h, w)."""
+    differs = difference.abs() > difference.abs().max() / 2
+    return _middle_of(differs.any(1)), _middle_of(differs.any(0))
+
+
+def _middle_of(mask: Tensor) -> slice:
+    """Return the middle half between the first and the last position of a mask."""
+    positions = mask.nonzero()[:, 0]
+    if not len(positions):
+        return slice(0, len(mask))
+    first, count = int(positions[0]), int(positions[-1] - positions[0]) + 1
+    inner = _middle(count)
+    return slice(first + inner.start, first + inner.stop)
 
 
 def _middle(length: int) -> slice:

@@ -1,4 +1,4 @@
-"""Resize an image to the network's input: the whole image, or its centre crop."""
+"""Resize an image to the network's input: the whole image, its centre crop, or the whole with a border."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Box: TypeAlias = tuple[float, float, float, float]
 
+BORDER = 114  # gray of the border, of 255, as detectors of the YOLO family are trained with
+
 
 def squash(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Array, Box]:
     """Resize the whole image to the network's size, without regard to its aspect ratio.
@@ -27,12 +29,17 @@ def squash(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) ->
     box : tuple of float
         Top, left, bottom, right of the result in the image: all of it.
     """
-    height, width = preprocessing.image_size
-    resample = Image.Resampling[preprocessing.interpolation.upper()]
-    box: Box = (0, 0, image.height, image.width)
+    pixels = _resize_whole(image, preprocessing.image_size, preprocessing.interpolation, max_pixels)
+    return pixels, (0, 0, image.height, image.width)
+
+
+def _resize_whole(image: Image.Image, size: tuple[int, int], interpolation: str, max_pixels: int) -> Array:
+    """Resize an image to height and width."""
+    height, width = size
+    resample = Image.Resampling[interpolation.upper()]
     if width * image.height > max_pixels:  # Pillow resizes the width of every row before it drops rows
         image = image.resize((image.width, height), resample)
-    return np.asarray(image.resize((width, height), resample)), box
+    return np.asarray(image.resize((width, height), resample))
 
 
 def center_crop(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Array, Box]:
@@ -64,6 +71,28 @@ def center_crop(image: Image.Image, preprocessing: Preprocessing, max_pixels: in
     return np.asarray(region.resize((width, height), resample, box=inner)), box
 
 
+def pad(image: Image.Image, preprocessing: Preprocessing, max_pixels: int) -> tuple[Array, Box]:
+    """Resize the whole image, keep its aspect ratio, and fill the rest with a gray border ("letterbox").
+
+    Returns
+    -------
+    pixels : ndarray
+        (H, W) or (H, W, C), of the image's own type.
+    box : tuple of float
+        Top, left, bottom, right of the result in pixels of the image; the border lies outside it.
+    """
+    height, width = preprocessing.image_size
+    scale = min(height / image.height, width / image.width)
+    new_height, new_width = (max(1, round(side * scale)) for side in (image.height, image.width))
+    pixels = _resize_whole(image, (new_height, new_width), preprocessing.interpolation, max_pixels)
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    border = BORDER if pixels.dtype == np.uint8 else BORDER / 255
+    padded = np.full((height, width, *pixels.shape[2:]), border, pixels.dtype)
+    padded[top : top + new_height, left : left + new_width] = pixels
+    y, x = image.height / new_height, image.width / new_width  # original pixels per resized pixel
+    return padded, (-top * y, -left * x, (height - top) * y, (width - left) * x)
+
+
 def interpolate(x: Tensor, scale: float) -> Tensor:
     """Resize network inputs (N, C, ...) to `scale` times their size, linearly and antialiased for images."""
     if scale == 1:
@@ -83,4 +112,4 @@ def resize_to(image: Array, image_size: tuple[int, ...]) -> Array:
     return np.asarray(Image.fromarray(image).resize((width, height), resample))
 
 
-FITS = {"squash": squash, "crop": center_crop}
+FITS = {"squash": squash, "crop": center_crop, "pad": pad}

@@ -88,8 +88,9 @@ def scan(
     batch, shard : int, optional
         Number of images that go through the network together, and that are written together. Results for other values
         are equal to rounding.
-    fit : {"squash", "crop"}
-        Show the network the whole image, or its own evaluation crop.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     workers : int, optional
         Number of processes that decode ahead of the network; 0 for none. With `ray`, the number of actors; by default
         as many as fit into the cluster.

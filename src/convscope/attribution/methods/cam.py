@@ -184,6 +184,58 @@ def layer_cam(activation: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.clamp(min=0) * activation).sum(1)
 
 
+def odam(activation: Tensor, gradient: Tensor, boxes: Tensor | None) -> Tensor:
+    """Weight each position by the gradient around it, for the score of a box (ODAM).
+
+    ::
+
+        L = sum_k (g * G_k) A_k
+
+    ``g *`` is the convolution with a Gaussian whose standard deviations are a quarter of the box's sides. The score of
+    a box depends on few positions, those that predict it, and the weights of the channels hold around these. A mean
+    over the whole map, as in Grad-CAM, would extend them to positions that have nothing to do with the box; the
+    gradient itself, as in HiResCAM, leaves a dot.
+
+    Parameters
+    ----------
+    activation : Tensor of shape (N, C, h, w)
+    gradient : Tensor of shape (N, C, h, w)
+    boxes : Tensor of shape (N, 4), or None
+        Left, top, right and bottom edge as fractions of the input; None where targets are no boxes.
+
+    Returns
+    -------
+    Tensor of shape (N, h, w)
+
+    Raises
+    ------
+    ConvscopeError
+        Without boxes, and for maps that have not two axes.
+
+    References
+    ----------
+    Zhao and Chan, ODAM: Gradient-based Instance-Specific Visual Explanations for Object Detection, ICLR 2023. Their
+    program leaves the gradient as it is, which is `hirescam`.
+    """
+    if boxes is None:
+        raise ConvscopeError("odam explains boxes: targets=convscope.box_target(label, box); for classes: grad-cam")
+    if activation.ndim != 4:
+        raise ConvscopeError(f"odam needs maps of images; got maps of shape {tuple(activation.shape[1:])}")
+    sides = (boxes[:, 2:] - boxes[:, :2]).to(gradient)
+    rows, columns = (_gaussian(n, sides[:, axis] * n / 4) for n, axis in zip(gradient.shape[2:], (1, 0), strict=True))
+    weights = torch.einsum("nchw,nih,njw->ncij", gradient, rows, columns)
+    return (weights * activation).sum(1)
+
+
+def _gaussian(count: int, deviation: Tensor) -> Tensor:
+    """Return matrices (N, count, count) that convolve an axis with Gaussians of these standard deviations (N,)."""
+    offsets = torch.arange(1 - count, count, device=deviation.device)
+    kernel = torch.exp(-0.5 * (offsets / deviation.clamp(min=1e-3)[:, None]).square())
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    positions = torch.arange(count, device=deviation.device)
+    return kernel[:, positions - positions[:, None] + count - 1]
+
+
 def eigen_cam(activation: Tensor) -> Tensor:
     """Project the activation on its first principal direction (Eigen-CAM).
 
