@@ -289,11 +289,11 @@ class Predictions(IndexedResult):
         return f"top {count_of(top, 'class')} of {count_of(count, 'image')}" if top > 1 else count_of(count, "image")
 
     def _display_rows(self) -> Sequence[Row]:
-        shows_all = self.model.has_values or len(self.indices) == 1
+        shows_all = self.model.has_values or self.model.has_independent_classes or len(self.indices) == 1
         rows = self.rows() if shows_all else self.rows()[:: self.indices.shape[1]]
-        score = self.model.score_name
+        noun, score = self.model.output_noun, self.model.score_name
         return [
-            {"image": base_name(row["image"]), "class": row["class"], score: self.model.format_score(row[score])}
+            {"image": base_name(row["image"]), noun: row["class"], score: self.model.format_score(row[score])}
             for row in rows
         ]
 

@@ -22,7 +22,7 @@ from convscope.cli.options import (
 )
 from convscope.cli.output import finish, log, progress_bar
 from convscope.cli.parsing import open_image_arguments
-from convscope.cli.tables import Column, print_table, probability_column
+from convscope.cli.tables import Column, print_table
 from convscope.errors import ConvscopeError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def heatmap(
         _write_videos(heatmaps, video, folder, drawing)
     if not as_json:
         log(f"layer {heatmaps.layer}: {heatmaps.layer_reason}")
-        print_table("", _columns(network.has_values), _rows(heatmaps), wide=wide)
+        print_table("", _columns(network), _rows(heatmaps), wide=wide)
     finish(heatmaps, folder, as_json)
 
 
@@ -138,11 +138,11 @@ def _write_videos(heatmaps: Heatmaps, video: VideoFrames, folder: Path, options:
         log(f"{len(overlays[t::num_targets])} frames as a video: {folder / name}.mp4")
 
 
-def _columns(has_values: bool) -> tuple[Column, ...]:
+def _columns(model: Model) -> tuple[Column, ...]:
     return (
         Column("image", overflow="path"),
-        Column("class", overflow="fold"),
-        probability_column(has_values),
+        Column(model.output_noun, overflow="fold"),
+        Column(model.score_name, right=True),
         Column("logit", right=True, priority=1),
         Column("file", overflow="path"),
     )

@@ -51,11 +51,6 @@ def settings(*, quiet: bool, verbose: bool, argument_names: Mapping[str, str]) -
     _settings = _Settings()
 
 
-def is_quiet() -> bool:
-    """Return whether only results, failures and errors are printed."""
-    return _settings.quiet
-
-
 def is_verbose() -> bool:
     """Return whether details are printed."""
     return _settings.verbose

@@ -10,9 +10,10 @@ from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, OptionalOut, Wide
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import open_image_arguments
-from convscope.cli.tables import Column, print_table, probability_column
+from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
+    from convscope.engine.model import Model
     from convscope.feature_maps import Predictions
 
 
@@ -55,15 +56,15 @@ def predict(
     if as_json:
         print_json(_as_json(predictions))
     else:
-        print_table("", _columns(predictions.model.has_values), _rows(predictions), wide=wide)
+        print_table("", _columns(predictions.model), _rows(predictions), wide=wide)
     finish(predictions, folder, as_json=False)
 
 
-def _columns(has_values: bool) -> tuple[Column, ...]:
+def _columns(model: Model) -> tuple[Column, ...]:
     return (
         Column("image", overflow="path"),
-        probability_column(has_values),
-        Column("class", overflow="fold"),
+        Column(model.score_name, right=True),
+        Column(model.output_noun, overflow="fold"),
         Column("index", right=True, priority=1),
     )
 

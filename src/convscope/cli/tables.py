@@ -36,11 +36,6 @@ class Column:
     priority: int = 0
 
 
-def probability_column(has_values: bool) -> Column:
-    """Return the column of probabilities, or of values for networks that have none."""
-    return Column("value" if has_values else "probability", right=True)
-
-
 def print_table(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, wide: bool = False) -> None:
     """Print a table that fits the terminal; tab-separated lines with all columns where the output is no terminal.
 

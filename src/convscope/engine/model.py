@@ -200,6 +200,11 @@ class Model:
         """What `probabilities` returns: "probability", or "value" for a network that computes values."""
         return "value" if self.has_values else "probability"
 
+    @property
+    def output_noun(self) -> str:
+        """What an output is: "class", or "output" for a network that computes values."""
+        return "output" if self.has_values else "class"
+
     def format_score(self, score: float) -> str:
         """Format a probability as a percentage, or a value as it is."""
         return f"{score:.4g}" if self.has_values else f"{score:.1%}"

@@ -34,6 +34,7 @@ class ModelDescription:
     has_values = Model.has_values
     has_independent_classes = Model.has_independent_classes
     score_name = Model.score_name
+    output_noun = Model.output_noun
     format_score = Model.format_score
 
     @classmethod

@@ -27,7 +27,7 @@
   // The page comes with the default heatmaps of the top classes.
   const isDefaultMethod = () => !setting("layer") && !setting("against") && ["", page.method].includes(setting("method"));
   const modelUrl = `/m/${encodeURIComponent(page.model)}`;
-  const className = (index) => { const name = find(`[data-class="${index}"] .name`); return name ? name.textContent : `class ${index}`; };
+  const className = (index) => { const name = find(`[data-class="${index}"] .name`); return name ? name.textContent : `${page.noun} ${index}`; };
   const captionOf = (heatmap) => `${heatmap.name}${heatmap.against === null ? "" : ` in contrast with ${className(heatmap.against)}`} · ${heatmap.method} at ${heatmap.layer}`;
 
   function showHeatmap(stage, heatmap) {
@@ -167,8 +167,8 @@
     const image = new ImageData(256, 1);
     for (let i = 0; i < 256; i++) image.data.set([...interpolateColor(options.colormap, i / 255), 255], 4 * i);
     bar.getContext("2d").putImageData(image, 0, 0);
-    document.getElementById("scale-low").textContent = options.signed ? page.words.against : "no evidence";
-    document.getElementById("scale-high").textContent = options.signed ? page.words.for : "strongest evidence";
+    document.getElementById("scale-low").textContent = options.signed ? page.words.against : page.words.none;
+    document.getElementById("scale-high").textContent = options.signed ? page.words.for : page.words.strongest;
   }
 
   // Settings that differ from the defaults are part of the address.

@@ -36,6 +36,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         layer=layer,
         method=method,
         heatmaps=heatmaps,
+        noun=network.model.output_noun,
         words=_evidence_words(network),
         sequential=SEQUENTIAL,
         diverging=DIVERGING,
@@ -65,7 +66,21 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
 
 
 def _evidence_words(network: Network) -> dict[str, str]:
-    """Return what positive and negative evidence speak for."""
+    """Return the words for positive and negative values of a heatmap."""
     if network.model.has_values:
-        return {"for": "raises the value", "against": "lowers the value"}
-    return {"for": "for the class", "against": "against the class"}
+        return {
+            "setting": "Influence",
+            "for": "raises the value",
+            "against": "lowers the value",
+            "both": "raises or lowers",
+            "none": "no influence",
+            "strongest": "raises the value most",
+        }
+    return {
+        "setting": "Evidence",
+        "for": "for the class",
+        "against": "against the class",
+        "both": "for and against",
+        "none": "no evidence",
+        "strongest": "strongest evidence",
+    }
