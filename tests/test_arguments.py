@@ -90,7 +90,7 @@ def test_signature_and_help_are_those_of_the_function():
     text = pydoc.render_doc(convscope.predict)
     assert "images: 'object'" in text
     assert "A DataLoader" in text or "DataLoader" in text
-    assert convscope.predict.__module__ == "convscope.feature_maps"
+    assert convscope.predict.__module__ == "convscope.predictions"
 
 
 def test_every_public_function_is_checked():

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from convscope import objectives, samples
     from convscope.attribution.api import heatmaps
     from convscope.attribution.box_targets import box_target
+    from convscope.attribution.output_targets import output_target, segmentation_target
     from convscope.attribution.result import Heatmaps
-    from convscope.attribution.targets import output_target, segmentation_target
     from convscope.decomposition.activation_atlas import atlas
     from convscope.decomposition.craft import concepts
     from convscope.decomposition.result import Atlas, Concepts
@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from convscope.evaluation.comparison import Comparison, compare
     from convscope.evaluation.result import Evaluation
     from convscope.explorer.notebook import show
-    from convscope.feature_maps import Activations, Predictions, activations, predict
+    from convscope.feature_maps import Activations, activations
     from convscope.featurevis.api import patterns
     from convscope.featurevis.layer_story import Story, story
     from convscope.featurevis.result import Patterns
     from convscope.images.preprocessing import Preprocessing
     from convscope.names import methods, metrics, recipes
+    from convscope.predictions import Predictions, predict
     from convscope.saved import open
     from convscope.scanning.api import scan
     from convscope.sources.api import load
@@ -116,7 +117,7 @@ _TARGETS = {
     "Model": "convscope.engine.model:Model",
     "Patching": "convscope.editing.result:Patching",
     "Patterns": "convscope.featurevis.result:Patterns",
-    "Predictions": "convscope.feature_maps:Predictions",
+    "Predictions": "convscope.predictions:Predictions",
     "Preprocessing": "convscope.images.preprocessing:Preprocessing",
     "Store": "convscope.store.store:Store",
     "Story": "convscope.featurevis.layer_story:Story",
@@ -136,14 +137,14 @@ _TARGETS = {
     "objectives": "convscope.objectives",
     "open": "convscope.saved:open",
     "open_store": "convscope.store.store:open_store",
-    "output_target": "convscope.attribution.targets:output_target",
+    "output_target": "convscope.attribution.output_targets:output_target",
     "patch": "convscope.editing.activation_patching:patch",
     "patterns": "convscope.featurevis.api:patterns",
-    "predict": "convscope.feature_maps:predict",
+    "predict": "convscope.predictions:predict",
     "recipes": "convscope.names:recipes",
     "samples": "convscope.samples",
     "scan": "convscope.scanning.api:scan",
-    "segmentation_target": "convscope.attribution.targets:segmentation_target",
+    "segmentation_target": "convscope.attribution.output_targets:segmentation_target",
     "show": "convscope.explorer.notebook:show",
     "story": "convscope.featurevis.layer_story:story",
     "text_target": "convscope.engine.text_targets:text_target",

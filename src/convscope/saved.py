@@ -23,12 +23,13 @@ from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
 from convscope.evaluation.comparison import Comparison
 from convscope.evaluation.result import Evaluation
-from convscope.feature_maps import Activations, Predictions
+from convscope.feature_maps import Activations
 from convscope.featurevis.layer_story import Chapter, Story, array_name
 from convscope.featurevis.result import Patterns
 from convscope.images.copies import ImageCopy
 from convscope.images.geometry import Geometry
 from convscope.images.loading import Failure, ImageBatchLoader
+from convscope.predictions import Predictions
 from convscope.results import COPIES_FILE, Result
 from convscope.store.store import Store, open_store
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope.attribution.methods.cam import eigen_cam
-from convscope.attribution.targets import segmentation_target
+from convscope.attribution.output_targets import segmentation_target
 from convscope.engine import capture
 from tests.attribution.helpers import load_module, preprocess, random_resnet, relative_error
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.context import MethodContext
 from convscope.attribution.methods import perturbation, rise
-from convscope.attribution.targets import BatchTargets
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_table import LayerTable
 from convscope.engine.model import Model

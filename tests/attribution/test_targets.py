@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError
+from convscope.attribution.batch_targets import BatchTargets
+from convscope.attribution.methods.cam import finer_cam_score
+from convscope.attribution.output_targets import output_target, segmentation_target
 from convscope.attribution.registry import METHODS
-from convscope.attribution.targets import (
-    BatchTargets,
-    finer_cam_score,
-    output_target,
-    parse_targets,
-    segmentation_target,
-)
+from convscope.attribution.targets import parse_targets
 from convscope.engine.capture import ForwardResult
 from tests.attribution.helpers import load_module, random_images, relative_error
 from tests.oracles.nets import PACKINGS, PackedNet, SmallConvNet, diff_snapshots, randomized, snapshot

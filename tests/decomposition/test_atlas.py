@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Atlas, ConvscopeError
 from convscope.cli import app
-from convscope.decomposition import activation_atlas
-from convscope.decomposition.activation_atlas import MAX_CLASSES, umap_reducer
+from convscope.decomposition import projection
+from convscope.decomposition.activation_atlas import MAX_CLASSES
+from convscope.decomposition.projection import umap_reducer
 from convscope.images.loading import ImageBatchLoader
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
 from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
@@ -407,11 +408,11 @@ def interpreted_umap() -> Iterator[None]:
         return {name: sys.modules.pop(name) for name in names}
 
     compiled, numba.config.DISABLE_JIT = unload(), True
-    neighbors, activation_atlas.UMAP_NEIGHBORS = activation_atlas.UMAP_NEIGHBORS, 5
+    neighbors, projection.UMAP_NEIGHBORS = projection.UMAP_NEIGHBORS, 5
     try:
         yield
     finally:
-        activation_atlas.UMAP_NEIGHBORS = neighbors
+        projection.UMAP_NEIGHBORS = neighbors
         numba.config.DISABLE_JIT = False
         unload()
         sys.modules.update(compiled)

@@ -18,9 +18,9 @@ from PIL import Image
 
 import convscope
 from convscope import ConvscopeError
-from convscope.feature_maps import Predictions
 from convscope.featurevis.result import Patterns
 from convscope.plotting.panels import RED, shorten
+from convscope.predictions import Predictions
 from tests.plotting.helpers import make_activations
 
 RNG = np.random.default_rng(1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convscope.attribution.targets import BatchTargets
+from convscope.attribution.batch_targets import BatchTargets
 
 Undo = Callable[[Tensor], Tensor]
 

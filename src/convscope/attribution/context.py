@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convscope.attribution import influence
-from convscope.attribution.targets import BatchTargets
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.engine import capture, resume
 from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import cache_friendly_batch_size, pad_to_fixed_batch

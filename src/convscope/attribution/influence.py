@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convscope.attribution.targets import BatchTargets
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.engine import capture
 from convscope.engine.batching import pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.context import MethodOutput
 from convscope.attribution.methods import (
     attention,
@@ -22,7 +23,6 @@ from convscope.attribution.methods import (
     perturbation,
     rise,
 )
-from convscope.attribution.targets import BatchTargets, finer_cam_score
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, find_name
@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
     "eigen-cam": CamMethod(cam.eigen_cam, None),
     "eigen-grad-cam": CamMethod(cam.eigen_grad_cam),
     "odam": CamMethod(cam.odam, needs_boxes=True),
-    "finer-cam": CamMethod(cam.grad_cam, finer_cam_score),
+    "finer-cam": CamMethod(cam.grad_cam, cam.finer_cam_score),
     "saliency": ModelMethod(gradient.saliency),
     "input-x-gradient": ModelMethod(gradient.input_x_gradient, signed=True),
     "smooth-grad": ModelMethod(gradient.smooth_grad, check=gradient.check_noise),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from convscope.attribution import influence
 from convscope.attribution.augmentation import AUGMENTATIONS, Undo
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.context import Extras, LayerContext, MethodContext
 from convscope.attribution.fusion import fuse_maps, mean_in_order
 from convscope.attribution.registry import CamMethod, Method, ModelMethod
-from convscope.attribution.targets import BatchTargets, TargetSpec
+from convscope.attribution.targets import TargetSpec
 from convscope.engine import capture
 from convscope.engine.batching import balanced_chunks, batch_size, forward_bytes, gradient_bytes
 from convscope.engine.capture import ForwardResult

@@ -14,7 +14,7 @@ from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from convscope.engine.model import Model
-    from convscope.feature_maps import Predictions
+    from convscope.predictions import Predictions
 
 
 @command()

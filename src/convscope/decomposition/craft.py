@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
-from convscope.decomposition.crops import crop_boxes, non_overlapping_top_k
+from convscope.decomposition.crops import crop_boxes, cut_examples, non_overlapping_top_k
 from convscope.decomposition.layer_access import (
     check_image_model,
     iter_activations,
@@ -42,6 +42,7 @@ from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.images.batches import Batch
+from convscope.images.decoding import Array
 from convscope.images.geometry import Geometry
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
@@ -345,6 +346,11 @@ def _collect(
     examples = np.stack([non_overlapping_top_k(column, crops, job.patches, MAX_OVERLAP) for column in coefficients.T])
     evaluated = selection.evaluated(job.n_evaluated)
     thumbnails, shapes = _thumbnails(job, selection, evaluations)
+    height, width = job.model.preprocessing.image_size
+
+    def load_image(i: int) -> Array:
+        return job.loader.original(selection.indices[i])
+
     return Concepts(
         job.model,
         bank=factors.bank[order].float().numpy(),
@@ -360,7 +366,7 @@ def _collect(
         crops=crops,
         coefficients=coefficients,
         examples=examples,
-        patches=_patches(job, selection, crops, examples),
+        patches=cut_examples(load_image, crops, examples, (PATCH_HEIGHT, max(1, round(PATCH_HEIGHT * width / height)))),
         reconstruction_error=factors.error,
         layer=layer,
         target=job.target,
@@ -377,21 +383,6 @@ def _collect(
         notes=(*job.loader.notes, *selection.notes),
         failed=tuple(job.loader.failed),
     )
-
-
-def _patches(job: _Job, selection: _Selection, crops: np.ndarray, examples: np.ndarray) -> np.ndarray:
-    """Crop the examples (R, P) from their images: uint8 (R, P, h, w, 3), white where there is none."""
-    height, width = job.model.preprocessing.image_size
-    size = (max(1, round(PATCH_HEIGHT * width / height)), PATCH_HEIGHT)
-    patches = np.full((*examples.shape, *size[::-1], 3), 255, np.uint8)
-    image_of_example = np.where(examples >= 0, crops[examples, 0], -1)
-    for image in np.unique(image_of_example[image_of_example >= 0]):  # each image is decoded once
-        original = job.loader.original(selection.indices[image])
-        for position in zip(*np.nonzero(image_of_example == image), strict=True):
-            top, left, bottom, right = crops[examples[position], 1:]
-            patch = Image.fromarray(original[top:bottom, left:right])
-            patches[position] = np.asarray(patch.resize(size, Image.Resampling.BICUBIC))
-    return patches
 
 
 def _thumbnails(job: _Job, selection: _Selection, evaluations: Sequence[_Evaluation]) -> tuple[np.ndarray, np.ndarray]:

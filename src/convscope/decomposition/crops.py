@@ -1,10 +1,14 @@
-"""Choose crops of images, and the best crops that do not overlap."""
+"""Choose crops of images, find the best that do not overlap, and cut them out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
+
+from convscope.images.decoding import Array
 
 
 def crop_boxes(
@@ -73,6 +77,38 @@ def non_overlapping_top_k(values: np.ndarray, crops: np.ndarray, k: int, max_ove
         if all(_intersection_over_union(crops[i], crops[j]) <= max_overlap for j in selected):
             selected.append(int(i))
     return np.array(selected + [-1] * (k - len(selected)))
+
+
+def cut_examples(
+    load_image: Callable[[int], Array], crops: np.ndarray, examples: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """Cut examples out of their images and resize them.
+
+    Parameters
+    ----------
+    load_image : callable
+        Returns an image by its index, uint8 (H, W, 3); called once for each image.
+    crops : ndarray
+        (M, 5) image, top, left, bottom, right.
+    examples : ndarray
+        (R, P) indices of crops; -1 where there is none.
+    size : tuple of int
+        Height and width (h, w) of the result.
+
+    Returns
+    -------
+    ndarray
+        uint8 (R, P, h, w, 3), white where there is no example.
+    """
+    patches = np.full((*examples.shape, *size, 3), 255, np.uint8)
+    image_of_example = np.where(examples >= 0, crops[examples, 0], -1)
+    for image in np.unique(image_of_example[image_of_example >= 0]):
+        original = load_image(image)
+        for position in zip(*np.nonzero(image_of_example == image), strict=True):
+            top, left, bottom, right = crops[examples[position], 1:]
+            patch = Image.fromarray(original[top:bottom, left:right])
+            patches[position] = np.asarray(patch.resize(size[::-1], Image.Resampling.BICUBIC))
+    return patches
 
 
 def _intersection_over_union(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.detection.result import Detections
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, batch_size, forward_bytes, pad_to_fixed_batch
+from convscope.engine.batching import MEMORY, batch_size, forward_bytes, iter_batches
 from convscope.engine.candidates import Candidates
 from convscope.engine.validation import require_finite
 from convscope.errors import require_number, warns_of_failures
@@ -94,8 +94,8 @@ def detect(
     by_image: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     size = batch_size(model, forward_bytes(model), memory)
     with progress_bar(progress, "detect") as report, torch.no_grad(), capture.capture_layers(model, []) as run:
-        for batch in loader.batches(size):
-            outputs = run(pad_to_fixed_batch(model, batch.x))
+        for batch in iter_batches(loader, size, report):
+            outputs = run(batch.x)
             require_finite(model, outputs.logits, "the network's output")
             candidates = reader.candidates(outputs.output, outputs.input_size)
             by_image += [
@@ -104,7 +104,6 @@ def detect(
             ]
             indices += batch.indices
             geometry += batch.geometry
-            report(len(indices) + len(loader.failed), len(loader))
     boxes, labels, scores = (np.concatenate(part) for part in zip(*by_image, strict=True))
     return Detections(
         model,

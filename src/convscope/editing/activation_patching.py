@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from convscope.arguments import check_arguments
-from convscope.attribution.targets import BatchTargets, ClassLabels, Targets, TargetSpec, parse_targets
+from convscope.attribution.batch_targets import BatchTargets
+from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.result import Patching

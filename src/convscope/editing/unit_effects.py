@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from convscope.arguments import check_arguments
-from convscope.attribution.targets import BatchTargets, Targets, TargetSpec, parse_classes, parse_targets
+from convscope.attribution.batch_targets import BatchTargets
+from convscope.attribution.targets import Targets, TargetSpec, parse_classes, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.replacements import HOW, donors, unit_means

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from convscope.engine.model import Model
+from convscope.images.batches import Batch
+from convscope.images.loading import ImageBatchLoader
+from convscope.progress import Progress
 
 MEMORY = 2 << 30  # bytes for intermediate results, by default
 MAX_BATCH = 32  # on a CPU, larger batches gain nothing
@@ -62,6 +65,15 @@ def cache_friendly_batch_size(
     if with_gradients:
         return max(1, min(MAX_BATCH, int(CACHE_BYTES // largest)))
     return max(MIN_FORWARD_BATCH, min(MAX_BATCH, int(2 * CACHE_BYTES // largest)))
+
+
+def iter_batches(loader: ImageBatchLoader, size: int, progress: Progress) -> Iterator[Batch]:
+    """Yield batches of `size` images; report how many images are done, or failed, after each."""
+    done = 0
+    for batch in loader.batches(size):
+        yield batch
+        done += len(batch.indices)
+        progress(done + len(loader.failed), len(loader))
 
 
 def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:

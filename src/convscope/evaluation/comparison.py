@@ -28,9 +28,9 @@ from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.evaluation.api import evaluate
 from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.result import Evaluation, interval_or_none
-from convscope.feature_maps import predict
 from convscope.formatting import Row, count_of
 from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
+from convscope.predictions import predict
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.result_items import IndexedResult, ItemKey
 from convscope.sources.coercion import ModelLike, as_model

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from convscope.attribution.targets import BatchTargets
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.engine.batching import balanced_chunks, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.model import Model

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.api import heatmaps as compute_heatmaps
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.result import Heatmaps
-from convscope.attribution.targets import BatchTargets, Targets, TargetSpec, parse_targets
+from convscope.attribution.targets import Targets, TargetSpec, parse_targets
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.evaluation.context import Recompute

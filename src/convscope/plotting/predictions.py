@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convscope.engine.model import Model
-from convscope.feature_maps import Predictions
 from convscope.figures import RenderedFile
 from convscope.plotting.panels import BLUE, DARK, create_panels, flatten, hide, image_title, omitted, shorten
+from convscope.predictions import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

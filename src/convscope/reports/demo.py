@@ -16,13 +16,14 @@ from convscope.engine.layer_selection import select_by_depth
 from convscope.engine.layer_table import Layer, format_receptive_field
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.feature_maps import Predictions, activations, is_constant_channel, predict
+from convscope.feature_maps import activations, is_constant_channel
 from convscope.featurevis.api import patterns
 from convscope.featurevis.result import Patterns
 from convscope.images.colormap import lookup_table
 from convscope.images.loading import Failure
 from convscope.plotting.activations import activation_pages
 from convscope.plotting.grids import pattern_grid
+from convscope.predictions import Predictions, predict
 from convscope.progress import Progress
 from convscope.results import atomic_write, file_names, versions, write_json
 

@@ -3,7 +3,8 @@
 Each function combines the activation ``A`` of a layer with the gradient ``G = dy/dA`` of a target's score ``y``. Both
 have shape (N, C, ...) with one, two or three spatial axes; in the formulas, ``k`` runs over the C channels and ``i``
 over the Z positions. The functions return maps of shape (N, ...), signed and without the final ReLU of the papers, so
-that evidence against the target stays visible as negative values.
+that evidence against the target stays visible as negative values. Finer-CAM is `grad_cam` of another score,
+`finer_cam_score`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convscope.attribution.batch_targets import BatchTargets
+from convscope.engine.capture import ForwardResult
 from convscope.errors import ConvscopeError
 
 
@@ -289,6 +292,59 @@ def eigen_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
     agreement = (component * evidence.sum(1)).flatten(1).sum(1)
     sign = torch.where(agreement < 0, -1.0, 1.0).reshape(-1, *[1] * (component.ndim - 1))
     return sign * component
+
+
+def finer_cam_score(targets: BatchTargets, outputs: ForwardResult, nearest: int = 3, gamma: float = 0.6) -> Tensor:
+    """Contrast each target's logit with those of the most similar classes (Finer-CAM).
+
+    ::
+
+        s_c = y_c - gamma (1 / D) sum_d y_d
+
+    ``d`` runs over the D classes whose logits are closest to ``y_c``.
+
+    Parameters
+    ----------
+    targets : BatchTargets
+        T classes for each of B images.
+    outputs : ForwardResult
+        The outputs of a pass over the B images.
+    nearest : int
+        The number D of classes to contrast with.
+    gamma : float
+        Strength of the contrast.
+
+    Returns
+    -------
+    Tensor of shape (B, T)
+
+    Raises
+    ------
+    ConvscopeError
+        For targets that are functions or contrasts, and for a network with a single class.
+
+    Notes
+    -----
+    The authors' program differs from their equations: it weights the classes by their probabilities and differentiates
+    these as well.
+
+    References
+    ----------
+    Zhang et al., Finer-CAM: Spotting the Difference Reveals Finer Details for Visual Explanation, CVPR 2025,
+    equations 5 to 8.
+    """
+    if targets.functions or targets.against is not None or targets.boxes is not None:
+        raise ConvscopeError(
+            "finer-cam contrasts each class with the classes nearest to it: give classes as targets, and no against="
+        )
+    logits = outputs.logits
+    if logits.shape[1] == 1:
+        raise ConvscopeError("finer-cam contrasts classes with each other, and this network has a single output")
+    target_logits = logits.gather(1, targets.classes)
+    distance = (logits.detach()[:, None] - target_logits.detach()[..., None]).abs()  # (B, T, K)
+    distance.scatter_(2, targets.classes[..., None], -1)
+    others = distance.topk(min(nearest + 1, logits.shape[1]), dim=2, largest=False).indices[..., 1:]
+    return target_logits - gamma * logits.gather(1, others.flatten(1)).reshape(others.shape).mean(2)
 
 
 def _first_component(maps: Tensor) -> Tensor:

@@ -38,12 +38,13 @@ from convscope.explorer.service.schemas import (
     SheetLayout,
     UnitValue,
 )
-from convscope.feature_maps import activations, is_constant_channel, predict
+from convscope.feature_maps import activations, is_constant_channel
 from convscope.images.colormap import DIVERGING, SEQUENTIAL, ColorScale, lookup_table
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
 from convscope.plotting.activations import standardize
 from convscope.plotting.grids import tile
+from convscope.predictions import predict
 
 COLORMAPS = (SEQUENTIAL, "viridis", "inferno", DIVERGING)  # of heatmaps
 MAX_OVERLAY_SIZE = 2048  # pixels of the longer side
