@@ -63,7 +63,8 @@ $(VENV)/installed-test: pyproject.toml
 $(OLDEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[keras,lrp,scan]" \
-		"torch==2.6.0" "torchvision==0.21.0" "timm==1.0.9" "numpy==1.26.4" "pillow==10.3.0" "zennit==0.5.1" \
+		"torch==2.6.0" "torchvision==0.21.0" "timm==1.0.9" "numpy==1.26.4" "pillow==10.3.0" \
+		"pyarrow==16.0.0" "zennit==0.5.1" \
 		"hypothesis>=6.100" "pytest>=8" "pytest-xdist>=3.6"
 	touch $@
 
