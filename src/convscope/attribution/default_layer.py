@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from convscope.attribution.batch_targets import ScoreFunction
 from convscope.attribution.influence import depends_on
+from convscope.attribution.output_targets import ScoreFunction
 from convscope.engine import capture
 from convscope.engine.batching import pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
