@@ -270,8 +270,9 @@ class Result(HasFigure):
 def local_folder(folder: str | os.PathLike[str]) -> Path:
     """Return a folder to write into; raise ConvscopeError for a URL, also where a Path has collapsed its slashes."""
     if re.match(r"\w[\w+.-]+:/", os.fspath(folder)):
+        url = re.sub(r":/+", "://", os.fspath(folder), count=1)  # a Path has one slash
         raise ConvscopeError(
-            f"{os.fspath(folder)} is a URL; output is written to a local folder: give one, and upload it when it is "
+            f"{url} is a URL; output is written to a local folder: give one, and upload it when it is "
             "complete (stores can be read from URLs)"
         )
     return Path(folder)

@@ -132,6 +132,9 @@ def test_lists_need_neither_model_nor_images(command: str, table: str) -> None:
         (("heatmap", "PHOTO", "--colormap", "jett"), "colormap 'jett' is not known; nearest: jet"),
         (("heatmap", "PHOTO", "--option", "samples"), "--option samples: expected NAME=VALUE"),
         (("heatmap", "PHOTO", "--option", "samples=3"), "method 'grad-cam' has no option 'samples'"),
+        (("heatmap", "PHOTO", "-o", "PHOTO"), "--out is 'PHOTO', an existing file; expected a folder"),
+        (("predict", "PHOTO", "-o", "map.PNG"), "--out is 'map.PNG', the name of a file; expected a folder"),
+        (("predict", "PHOTO", "-o", "s3://bucket/maps"), "s3://bucket/maps is a URL"),
         (("heatmap", "gone.jpg"), "gone.jpg: No such file or directory"),
         (("heatmap", "gone.mp4"), "gone.mp4: No such file"),
         (("predict", "PHOTO", "--classes", "gone.txt"), "gone.txt cannot be read"),
@@ -165,7 +168,7 @@ def test_refused_before_a_network_is_loaded(
     monkeypatch.chdir(tmp_path)
     command, *rest = (photos[0] if argument == "PHOTO" else argument for argument in arguments)
     line = refusal(monkeypatch, capsys, command, "lite0", *rest)
-    assert line.startswith(f"convscope: {message}")
+    assert line.startswith(f"convscope: {message.replace('PHOTO', photos[0])}")
     assert list(tmp_path.iterdir()) == []
 
 

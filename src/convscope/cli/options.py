@@ -70,13 +70,16 @@ def _one_name_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str 
     return lambda value: None if value is None else find_name(kind, value, known)
 
 
-def _local_folder(out: Path | None) -> Path | None:
-    """Refuse an output folder at a remote address before anything runs."""
-    if out is not None and "://" in str(out).replace(":/", "://"):
-        from convscope.results import local_folder
+def _output_folder(out: Path | None) -> Path | None:
+    """Refuse a file or a remote address as output folder before anything runs; a photograph would be overwritten."""
+    if out is None or not (out.suffix or out.is_file() or ":/" in str(out)):
+        return out
+    from convscope.results import FILE_SUFFIXES, local_folder
 
-        return local_folder(out)
-    return out
+    if out.is_file() or out.suffix.lower() in FILE_SUFFIXES:
+        kind = "an existing file" if out.is_file() else "the name of a file"
+        raise ConvscopeError(f"--out is {str(out)!r}, {kind}; expected a folder, in which files are named after images")
+    return local_folder(out)
 
 
 def _between(minimum: float, maximum: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
@@ -218,7 +221,7 @@ class ImageOptions:
 Out: TypeAlias = Annotated[
     Path,
     typer.Option(
-        "--out", "-o", metavar="FOLDER", help="Output folder.", callback=_local_folder, rich_help_panel=OUTPUT
+        "--out", "-o", metavar="FOLDER", help="Output folder.", callback=_output_folder, rich_help_panel=OUTPUT
     ),
 ]
 OptionalOut: TypeAlias = Annotated[
@@ -228,7 +231,7 @@ OptionalOut: TypeAlias = Annotated[
         "-o",
         metavar="FOLDER",
         help="Also save the result in this folder.",
-        callback=_local_folder,
+        callback=_output_folder,
         rich_help_panel=OUTPUT,
     ),
 ]
