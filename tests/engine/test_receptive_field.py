@@ -138,6 +138,16 @@ GRAPHS: dict[str, Callable[[], nn.Module]] = {
         fc=nn.Linear(4, 4),
         b=nn.Conv2d(4, 4, 5),
     ),
+    "windows as tokens": lambda: FunctionNet(
+        lambda net, x: net.fc(F.unfold(net.a(x), (3, 2), dilation=(1, 2), padding=(1, 0), stride=(2, 3)).mT),
+        a=conv(),
+        fc=nn.Linear(6, 2),
+    ),
+    "windows in the batch": lambda: FunctionNet(
+        lambda net, x: net.fc(net.a(F.unfold(x, 4, stride=4).mT.reshape(-1, 1, 4, 4)).view(len(x), -1, 16)),
+        a=conv(1),
+        fc=nn.Linear(16, 2),
+    ),
     "split": lambda: FunctionNet(
         lambda net, x: torch.cat([net.b(part) for part in net.a(x).chunk(2, 1)], 1), a=nn.Conv2d(1, 4, 3), b=conv(3, 2)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -35,9 +36,11 @@ def choose_layer(model: Model, functions: Sequence[ScoreFunction] = ()) -> Choic
     """Choose the layer for heatmaps and explain the choice.
 
     The choice is the last layer with spatial extent that every path from the image to the target passes through, and
-    that the target depends on: its gradient is not 0. It is no pooling and not the network's own output; of a network
-    that returns class maps it is in front of these, with a nonlinear function between. A transformer that classifies by
-    its class token passes no patch on after its last attention, so there it is the input of the last attention block.
+    that the target depends on: its gradient is not 0. Where a block returns several maps that every path passes
+    through together, such as those of two streams, it is the last of these. It is no pooling and not the network's own
+    output; of a network that returns class maps it is in front of these, with a nonlinear function between. A
+    transformer that classifies by its class token passes no patch on after its last attention, so there it is the input
+    of the last attention block.
 
     The choice is made once per model; that of another output of the network once per output.
 
@@ -84,7 +87,7 @@ def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardRes
     layer : Layer
     reason : str
     """
-    candidates = list(_candidates(model, [model.layers.flow.scores]))
+    candidates = _candidates(model, [model.layers.flow.scores])
     counts: list[list[int]] = []
     for start in range(0, len(candidates), CANDIDATES[-1]):
         group = candidates[start : start + CANDIDATES[-1]]
@@ -121,7 +124,7 @@ def _position_counts(
 
 def _choose(model: Model, ends: Ends) -> Choice:
     outputs = [model.layers.flow.scores] if ends is None else [model.layers.flow.outputs[i] for i in sorted(ends)]
-    candidates = list(_candidates(model, outputs))
+    candidates = _candidates(model, outputs)
     if not candidates:
         last = _last_spatial(model)
         return last, f"the last layer with spatial extent ({_size(last)}): it is the network's own output"
@@ -131,7 +134,8 @@ def _choose(model: Model, ends: Ends) -> Choice:
         (candidates[: CANDIDATES[-1]], "that influences the target; some paths may bypass it"),
     ):
         if (layer := _last_with_gradient(model, layers, ends)) is not None:
-            return layer, _reason(model, layer, rule, is_last=layer is layers[0])
+            reason = _reason(model, layer, rule, is_last=layer is layers[0])
+            return layer, reason + (_later_stages(model, layer, candidates, ends) if layers is on_every_path else "")
         for layer in layers[:MAX_CHANGED]:
             if bool(depends_on(model, layer, _noise_image(model), partial(_flat_scores, ends=ends)).any()):
                 return layer, f"{_reason(model, layer, rule)}; no gradient reaches it, but changes of its output count"
@@ -163,15 +167,24 @@ def explain_shape(model: Model, layer: Layer) -> str:
     return ""
 
 
-def _candidates(model: Model, outputs: Sequence[Output]) -> Iterator[Layer]:
-    """Yield the layers with maps, the last first; of several with the same maps the outermost, of tokens the first."""
+def _candidates(model: Model, outputs: Sequence[Output]) -> list[Layer]:
+    """Return the layers with maps, those computed last first.
+
+    Of several with the same maps it is the outermost, of tokens the first.
+    """
     nodes = model.layers.flow.nodes
-    excluded = {output.node for output in outputs}
+    position = {layer.name: i for i, layer in enumerate(model.layers)}
+    by_node: dict[str, Layer] = {}
     for layer in reversed(model.layers):
         node = nodes[layer.name][0] if layer.name in nodes else layer.name
-        if layer.is_spatial and not layer.is_pooling and node not in excluded:
-            excluded.add(node)
-            yield model.layers[layer.alias_of] if layer.alias_of and layer.layout.prefix_tokens else layer
+        if layer.is_spatial and not layer.is_pooling and all(node != output.node for output in outputs):
+            first = model.layers[layer.alias_of] if layer.alias_of and layer.layout.prefix_tokens else layer
+            by_node.setdefault(node, first)
+    return sorted(
+        by_node.values(),
+        key=lambda layer: position[layer.alias_of or layer.name],
+        reverse=True,
+    )
 
 
 def _on_every_path(model: Model, candidates: Sequence[Layer], outputs: Sequence[Output]) -> Iterator[Layer]:
@@ -202,8 +215,23 @@ def _returning_maps_alone(model: Model, layer: Layer) -> Layer:
     return layer if layer.num_tensors == 1 else next(same, layer)
 
 
+def _later_stages(model: Model, layer: Layer, candidates: Sequence[Layer], ends: Ends) -> str:
+    """Say whether layers of fewer positions that follow influence the target as well, past which other paths lead."""
+    names = [candidate.name for candidate in candidates]
+    later = candidates[: names.index(layer.name)] if layer.name in names else ()
+    coarser = [other for other in later if math.prod(other.shape[1:]) < math.prod(layer.shape[1:])]
+    last = _last_with_gradient(model, coarser, ends)
+    if last is None:
+        return ""
+    return (
+        f"; part of the influence passes through later layers ({last.name!r}, {_size(last)}), which other paths bypass"
+    )
+
+
 def _reason(model: Model, layer: Layer, rule: str, is_last: bool = True) -> str:
     size = _size(layer)
+    if layer.tensor_index is not None:
+        rule = f"{rule}, or through another output of {layer.call!r},"
     if layer.layout.prefix_tokens and not is_last:
         return (
             f"the input of the last attention block ({size}), {rule} and whose patches influence it: later layers pass "

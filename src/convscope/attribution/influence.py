@@ -151,7 +151,7 @@ def _find_cut(model: Model, layer: Layer | None, x: Tensor) -> str:
     cut = next((call for call in calls if call.takes_gradient and (not call.gives_gradient or call.is_int8)), None)
     if cut is not None:
         return f"inside {cut.name!r} ({cut.kind}: {cut.reason})"
-    point = "" if layer is None else capture.capture_point(layer).partition("#")[0]
+    point = "" if layer is None else capture.capture_point(model, layer).call.partition("#")[0]
     last = max((i for i, call in enumerate(calls) if call.gives_gradient or call.name == point), default=-1)
     start = f"after {calls[last].name!r}" if last >= 0 else "after the input"
     following = calls[last + 1 : last + 2]

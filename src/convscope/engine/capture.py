@@ -21,7 +21,7 @@ from convscope.engine.function_modes import ForceGradMode, LogitsRecorder
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
-from convscope.engine.nested import iter_tensors, map_tensors, primary_tensor, replace_tensor
+from convscope.engine.nested import iter_tensors, map_tensors, replace_tensor
 from convscope.errors import ConvscopeError
 
 VIEW_ERROR = "view size is not compatible"
@@ -185,12 +185,13 @@ def forward_pass(model: Model, x: Tensor, module: nn.Module | None = None) -> ob
     return output
 
 
-def capture_point(layer: Layer) -> str:
-    """Return the call of a module at which gradients of a layer's primary tensor begin.
+def capture_point(model: Model, layer: Layer) -> Layer:
+    """Return the layer at which gradients of a layer's tensor begin.
 
     That is the layer itself or, if it returns the tensor of an earlier layer among others, that layer.
     """
-    return layer.alias_of if layer.num_tensors > 1 and layer.alias_of is not None else layer.name
+    is_earlier = layer.num_tensors > 1 and layer.alias_of is not None
+    return model.layers.find(layer.alias_of) if is_earlier and layer.alias_of is not None else layer
 
 
 def _gradient_copy(tensor: Tensor) -> Tensor:
@@ -216,9 +217,11 @@ class _CaptureState:
     ) -> None:
         self.model = model
         self.layers: Mapping[str, Layer] = {(layer := model.layers.find(name)).name: layer for name in layers}
-        self.points: dict[str, list[Layer]] = {}  # by the call of a module that they are captured at
+        # The layers and the points at which they are captured, by the call of a module.
+        self.points: dict[str, list[tuple[Layer, Layer]]] = {}
         for layer in self.layers.values():
-            self.points.setdefault(capture_point(layer) if detach_at_layer else layer.name, []).append(layer)
+            point = capture_point(model, layer) if detach_at_layer else layer
+            self.points.setdefault(point.call, []).append((layer, point))
         self.detach_at_layer, self.stop_early, self.on_output = detach_at_layer, stop_early, on_output
         self.modules, self.parameters = model.modules_and_parameters()
         self.inference_weights = not model.loaded_by_convscope and any(p.is_inference() for p in self.parameters)
@@ -234,7 +237,7 @@ class _CaptureState:
     @property
     def recorded_modules(self) -> set[str]:
         """Names of the modules that must be recorded as well, because they return several tensors."""
-        points = [p for p, layers in self.points.items() if any(layer.num_tensors > 1 for layer in layers)]
+        points = [p for p, pairs in self.points.items() if any(layer.num_tensors > 1 for layer, _ in pairs)]
         return {p if p in self.modules else p.partition("#")[0] for p in points} if self.detach_at_layer else set()
 
     def run(self, x: Tensor, module: nn.Module | None = None, /) -> LayerOutputs:
@@ -281,8 +284,8 @@ class _CaptureState:
 
         def count_and_record(_: nn.Module, __: object, output: object) -> object:
             call = self.calls[name] = self.calls.get(name, 0) + 1
-            for layer in self.points.get(name if call == 1 else f"{name}#{call}", ()):
-                replacement = self._record(layer, output)
+            for layer, point in self.points.get(name if call == 1 else f"{name}#{call}", ()):
+                replacement = self._record(layer.name, point, output)
                 output = output if replacement is None else replacement
             return output if self.detach_at_layer else None
 
@@ -297,36 +300,36 @@ class _CaptureState:
 
         def record_from_here(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self.calls.get(name, 0) + 1
-            layers = self.points.get(name if call == 1 else f"{name}#{call}", ())
+            pairs = self.points.get(name if call == 1 else f"{name}#{call}", ())
             is_recorded = any(tensor.requires_grad for tensor in iter_tensors((args, kwargs)))
-            if is_recorded or not any(layer.num_tensors > 1 for layer in layers):
+            if is_recorded or not any(layer.num_tensors > 1 for layer, _ in pairs):
                 return None
             torch.set_grad_enabled(True)
             return map_tensors((args, kwargs), _gradient_copy)
 
         return record_from_here
 
-    def _record(self, layer: Layer, output: object) -> object:
-        """Record a layer's output; return its replacement, or None to leave it as it is."""
-        original = primary_tensor(output)
+    def _record(self, name: str, layer: Layer, output: object) -> object:
+        """Record a layer's output under a name; return its replacement, or None to leave it as it is."""
+        original = layer.tensor(output)
         if original is None:
-            raise ConvscopeError(f"layer {layer.name!r} returned no tensor")
+            raise ConvscopeError(f"layer {name!r} returned no tensor")
         is_last = self.stop_early and len(self.outputs) + 1 == len(self.layers)
         tensor = layer.to_nchw(original)
         if self.detach_at_layer and tensor.is_inference():
             raise ConvscopeError(
-                f"layer {layer.name!r} runs under the network's own torch.inference_mode(), which allows no gradients; "
+                f"layer {name!r} runs under the network's own torch.inference_mode(), which allows no gradients; "
                 "use torch.no_grad() there, or choose a later layer"
             )
         if self.detach_at_layer and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
             torch.set_grad_enabled(True)
         elif self.on_output is not None:
-            self.on_output(layer.name, tensor)
+            self.on_output(name, tensor)
             tensor = tensor[:0]
         elif not self.detach_at_layer and not is_last:
             tensor = tensor.clone()  # an in-place layer may follow
-        self.outputs[layer.name] = tensor
+        self.outputs[name] = tensor
         if is_last:
             raise _StopForward
         if not self.detach_at_layer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from convscope.engine.data_flow import DataFlow
+from convscope.engine.nested import tensor_at
 from convscope.errors import ConvscopeError, nearest
 from convscope.formatting import format_table
 
@@ -120,10 +121,13 @@ def _as_dtype_of(like: Tensor, values: Tensor) -> Tensor:
 class Layer:
     """One call of one layer: a row of the layer table.
 
+    Of a layer that returns several maps, each that no earlier layer made has a row.
+
     Attributes
     ----------
     name : str
-        The layer's name in its framework; ``relu#2`` for the second call of a layer that runs several times.
+        The layer's name in its framework; ``relu#2`` for the second call of a layer that runs several times, and
+        ``block[1]`` for the second tensor that a layer returns.
     kind : str
         Name of the layer's class.
     shape : tuple of int
@@ -153,7 +157,9 @@ class Layer:
     inputs : tuple of str
         The nearest layers that the output was computed from; empty if that is the network's input alone.
     num_tensors : int
-        Number of tensors in the output; `shape` and the like describe the primary one.
+        Number of tensors in the output; `shape` and the like describe one of them.
+    tensor_index : int or None
+        Position of the described tensor among those of the output, depth first; None for the primary one.
     """
 
     name: str
@@ -171,6 +177,12 @@ class Layer:
     layout: Layout
     inputs: tuple[str, ...] = ()
     num_tensors: int = 1
+    tensor_index: int | None = None
+
+    @property
+    def call(self) -> str:
+        """The name without the position of the tensor: ``relu#2``."""
+        return self.name if self.tensor_index is None else self.name.rpartition("[")[0]
 
     @property
     def units(self) -> int:
@@ -192,6 +204,10 @@ class Layer:
         """Return the receptive field, or None if it covers an image of `image_size` (H, W) or is unknown."""
         field = self.receptive_field
         return None if field is None or min(field) >= min(image_size) else field
+
+    def tensor(self, output: object) -> Tensor | None:
+        """Return the tensor in a call's output that this layer stands for; None if there is none."""
+        return tensor_at(output, self.tensor_index)
 
     def to_nchw(self, output: Tensor) -> Tensor:
         """Return the layer's own output with the channels first; see `Layout.to_nchw`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,11 @@ def primary_tensor(output: object) -> Tensor | None:
         return output if output.is_floating_point() or output.is_quantized else None
     parts = sorted(_parts(output).items(), key=lambda part: part[0] not in PREFERRED_KEYS)
     return next((tensor for _, part in parts if (tensor := primary_tensor(part)) is not None), None)
+
+
+def tensor_at(output: object, index: int | None) -> Tensor | None:
+    """Return the tensor at a position among all tensors of an output, depth first; None stands for the primary one."""
+    return primary_tensor(output) if index is None else next(islice(iter_tensors(output), index, None), None)
 
 
 def replace_tensor(output: T, old: Tensor, new: Tensor) -> T:

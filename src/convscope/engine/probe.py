@@ -193,12 +193,30 @@ class _LayerRecorder:
         name = name if call == 1 else f"{name}#{call}"
         if len(tensor) != 1:
             self.folded[name] = tensor.clone()
-        others = [t for t in iter_tensors(output) if t is not tensor and not self.trace.is_constant(t)]
-        maker = self._makers.get(_version(tensor), name)
-        self.layers.append(self._describe(name, module, tensor, maker, 1 + len(others)))
-        self._nodes[name] = tuple(
-            self._add_node(t, name, f"{name}[{i}]" if i else name) for i, t in enumerate((tensor, *others))
-        )
+        others = {i: t for i, t in enumerate(iter_tensors(output)) if t is not tensor and not self.trace.is_constant(t)}
+        first = self._describe(name, module, tensor, 1 + len(others))
+        further = [
+            replace(layer, tensor_index=i, num_tensors=first.num_tensors)
+            for i, t in others.items()
+            for layer in self._describe_map(f"{name}[{i}]", module, t)
+        ]
+        rows = [first, *further]
+        names = {layer.name for layer in rows}
+        nodes = [self._add_node(tensor, name, name)]
+        for i, other in others.items():
+            node = f"{name}[{i}]"
+            nodes.append(self._add_node(other, node if node in names else name, node))
+        self.layers += rows
+        for layer in rows:
+            own = nodes[0] if layer is first else layer.name
+            self._nodes[layer.name] = (own, *(node for node in nodes if node != own))
+
+    def _describe_map(self, name: str, module: nn.Module, tensor: Tensor) -> Iterator[Layer]:
+        """Describe a further tensor of a layer, if it has positions and no earlier layer made it."""
+        if _version(tensor) not in self._makers and tensor.ndim > 1 and len(tensor) == 1:
+            layer = self._describe(name, module, tensor, 1)
+            if layer.is_spatial:
+                yield layer
 
     def _add_node(self, tensor: Tensor, layer: str, node: str) -> str:
         """Add a tensor that a layer returned to the graph; return its node, the existing one if there is one."""
@@ -219,8 +237,8 @@ class _LayerRecorder:
     def _output(self, tensor: Tensor) -> Output:
         return Output(self.trace.field(tensor).ancestors, self._makers.get(_version(tensor)))
 
-    def _describe(self, name: str, module: nn.Module, tensor: Tensor, maker: str, num_tensors: int) -> Layer:
-        field = self.trace.field(tensor)
+    def _describe(self, name: str, module: nn.Module, tensor: Tensor, num_tensors: int) -> Layer:
+        field, maker = self.trace.field(tensor), self._makers.get(_version(tensor), name)
         # The second tensor of another layer is not that layer's output.
         alias_of = maker if maker != name and self._layer_of_node[maker] == maker else None
         inputs = {self._layer_of_node[node] for node in field.ancestors if node != IMAGE}

@@ -154,6 +154,8 @@ def _per_axis(value: float | Sequence[float], i: int) -> float:
 
 def _map_image_axes(op: Operation, change: Callable[[Axis], Axis], first_dim: int = 0) -> Field:
     """Apply `change` to all axes of an image whose spatial dimensions start at `first_dim` or later."""
+    if all(a.dim == 0 for a in op.axes) and len(op.x) == len(op.output):
+        return op.unchanged  # a batch of windows: no row reads another
     axes = unmerged_axes(op.axes, op.x)
     if axes is None or min(a.dim for a in axes) < first_dim:
         return _global(op.axes, op.x, op.output)
@@ -275,6 +277,21 @@ def _locate_axis(op: Operation, axis: Axis) -> Axis | None:
     return None
 
 
+def _unfold(op: Operation) -> Field:
+    """Handle sliding windows (N, C, H, W) that become the columns of (N, C * k * k, L), row by row."""
+    axes = unmerged_axes(op.axes, op.x)
+    if axes is None or [a.dim for a in axes] != [2, 3]:
+        return UNKNOWN
+    kernel, dilation, padding, stride = op.args[1:5]
+    windowed, inner = [], 1
+    for i, axis in reversed(list(enumerate(axes))):
+        k, d, p, s = (_per_axis(value, i) for value in (kernel, dilation, padding, stride))
+        length = int((axis.length + 2 * p - (k - 1) * d - 1) // s + 1)
+        windowed.append(replace(axis.windowed(k, s, p, d), dim=2, length=length, inner=inner))
+        inner *= length
+    return Field(tuple(reversed(windowed)), is_global=False)
+
+
 def _pixel_shuffle(op: Operation) -> Field:
     factor = op.args[1]
     return _map_image_axes(op, lambda a: a.strided(1 / factor, 1 / factor - 1, 0))
@@ -386,6 +403,7 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "t": _transpose,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"), _view),
+    "im2col": _unfold,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "constant_pad_nd": _pad,

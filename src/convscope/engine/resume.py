@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from convscope.engine.edits import apply_edits, patched_forward
 from convscope.engine.isolation import isolated_pass
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.engine.nested import map_tensors, primary_tensor, replace_tensor
+from convscope.engine.nested import map_tensors, replace_tensor
 from convscope.errors import ConvscopeError
 
 # In PyTorch's errors about tensors of which several positions share memory, and about views of them.
@@ -57,9 +56,7 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[Callable[
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        cache = _PrefixCache(
-            replace(entry, name=capture_point(entry)), {id(module): name for name, module in modules.items()}
-        )
+        cache = _PrefixCache(capture_point(model, entry), {id(module): name for name, module in modules.items()})
         with ExitStack() as hooks:
             hooks.enter_context(isolated_pass(model.module, modules.values(), parameters))
             hooks.enter_context(apply_edits(model.edits, modules))
@@ -119,13 +116,13 @@ class _PrefixCache:
         number = self.num_calls[name] = self.num_calls.get(name, 0) + 1
         # A copy, because the network may write into the output.
         self._frames[-1].append(((name, number), map_tensors(output, Tensor.clone)))
-        if self.layer.name == (name if number == 1 else f"{name}#{number}"):
+        if self.layer.call == (name if number == 1 else f"{name}#{number}"):
             self.layer_call = name, number
             self.outputs = dict(call for frame in self._frames for call in frame)
 
     def layer_maps(self) -> Tensor:
         """Return the layer's own output, channels first."""
-        tensor = None if self.layer_call is None else primary_tensor(self.outputs[self.layer_call])
+        tensor = None if self.layer_call is None else self.layer.tensor(self.outputs[self.layer_call])
         if tensor is None:
             raise ConvscopeError(f"layer {self.layer.name!r} did not run for this input, or returned no tensor")
         return self.layer.to_nchw(tensor)
@@ -159,7 +156,7 @@ class _PrefixReplay:
         return forward
 
     def _replace_maps(self, output: object) -> object:
-        tensor = primary_tensor(output)
+        tensor = self.cache.layer.tensor(output)
         if tensor is None:
             return output
         # A copy, because the network may write into it.

@@ -62,7 +62,7 @@ def cascade_order(model: Model) -> list[tuple[str, list[nn.Parameter]]]:
     remaining = {id(p): p for p in parameters}
     layers: list[tuple[str, list[nn.Parameter]]] = []
     for layer in model.layers:
-        module = modules.get(layer.name) or modules.get(layer.name.partition("#")[0])
+        module = modules.get(layer.call) or modules.get(layer.call.partition("#")[0])
         candidates = [] if module is None else list(model.adapter.parameters(module))
         new = [p for p in candidates if remaining.pop(id(p), None) is not None]
         if new:
