@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,47 @@ def test_weights_that_the_graph_computes_are_constants(tmp_path: Path) -> None:
     x = torch.rand(2, 3, 8, 8)
     np.testing.assert_allclose(convscope.predict(model, x).logits, run(path, x)[0], atol=1e-5)
     assert model.layers["conv"].parameters == 4 * 3 * 3 * 3 + 4
+
+
+def test_ranges_and_selections_without_warnings(tmp_path: Path) -> None:
+    """Along negative axes, to the end and backwards; the converter's own layers index in a deprecated way."""
+    end, first = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    weights = {"w": np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype("f")}
+    ranges = {"starts": [1, -2, 0], "ends": [end, first, 6], "axes": [1, -1, 2], "steps": [2, -1, 1]}
+    weights |= {name: np.array(values) for name, values in ranges.items()}
+    weights |= {"order": np.array([[2, 0], [-1, 1]]), "last": np.array(-1)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Slice", ["a", *ranges], ["b"], name="slice"),
+        helper.make_node("Gather", ["b", "order"], ["c"], name="gather", axis=1),
+        helper.make_node("Gather", ["c", "last"], ["d"], name="column", axis=-1),
+        helper.make_node("Flatten", ["d"], ["y"]),
+    ]
+    path, x = make(nodes, weights, ["N", 3, 8, 8], tmp_path / "a.onnx"), torch.rand(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Using a non-tuple sequence")
+        model = convscope.load(path, preprocessing={"size": 8})
+        logits = convscope.predict(model, x).logits
+        gradients = convscope.heatmaps(model, x, 1, layer="conv").values
+    np.testing.assert_allclose(logits, run(path, x)[0], atol=1e-5)
+    assert model.layers["slice"].shape == (4, 6, 7)
+    assert gradients.any()
+
+
+def test_ranges_of_older_graphs_are_attributes(tmp_path: Path) -> None:
+    weights = {"w": np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype("f")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="conv"),
+        helper.make_node("Slice", ["a"], ["b"], name="slice", starts=[2], ends=[-1], axes=[1]),
+        helper.make_node("Flatten", ["b"], ["y"]),
+    ]
+    path, x = make(nodes, weights, ["N", 3, 6, 6], tmp_path / "a.onnx"), torch.rand(2, 3, 6, 6)
+    older = onnx.load(path)
+    older.opset_import[0].version = 9
+    onnx.save(older, path)
+    model = convscope.load(path, preprocessing={"size": 6})
+    np.testing.assert_allclose(convscope.predict(model, x).logits, run(path, x)[0], atol=1e-5)
+    assert model.layers["slice"].units == 5
 
 
 def test_images_with_channels_last(tmp_path: Path) -> None:

@@ -208,8 +208,8 @@ class _LayerRecorder:
             nodes.append(self._add_node(other, node if node in names else name, node))
         self.layers += rows
         for layer in rows:
-            own = nodes[0] if layer is first else layer.name
-            self._nodes[layer.name] = (own, *(node for node in nodes if node != own))
+            primary = nodes[0] if layer is first else layer.name
+            self._nodes[layer.name] = (primary, *(node for node in nodes if node != primary))
 
     def _describe_map(self, name: str, module: nn.Module, tensor: Tensor) -> Iterator[Layer]:
         """Describe a further tensor of a layer, if it has positions and no earlier layer made it."""

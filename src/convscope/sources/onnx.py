@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from convscope.engine.adapters import ForwardFunction
 from convscope.errors import ConvscopeError, require_extra
 from convscope.sources import onnx_graph
 from convscope.sources.files import first_line
+from convscope.sources.onnx_layers import Concat, Gather, Slice
 from convscope.sources.spec import ModelSpec
 
 EXTRA = "onnx"
@@ -52,18 +54,6 @@ class OnnxNetwork(nn.Module):
         """Return the output, or several as a dictionary."""
         output = self.graph(*inputs)
         return dict(zip(self.output_names, output, strict=True)) if len(self.output_names) > 1 else output
-
-
-class Concat(nn.Module):
-    """Concatenates its inputs: the converter makes a function of it, inside which no hook fires."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the inputs, concatenated."""
-        return torch.cat(inputs, self.dim)
 
 
 @dataclass(frozen=True)
@@ -142,15 +132,24 @@ def _convert(model: Any, path: Path) -> OnnxNetwork:
     return OnnxNetwork(graph.eval(), graph.output_names)
 
 
+def _replacement(layer: Any) -> Any:
+    """Return a layer in place of one of the converter's, or the layer itself."""
+    from onnx2pytorch import operations
+
+    if isinstance(layer, partial) and layer.func is torch.cat:
+        return Concat(**layer.keywords)
+    if isinstance(layer, operations.Gather):
+        return Gather(layer.dim)
+    if isinstance(layer, operations.Slice):
+        return Slice(layer.starts, layer.ends, layer.dim, layer.steps)
+    return layer
+
+
 def _rename_layers(graph: Any) -> None:
     """Name the submodules of a converted graph as its nodes, or, without a name, as what they return."""
-    from functools import partial
-
     for node in graph.onnx_model.graph.node:
         converted_name = graph.mapping[node.output[0]]
-        layer = getattr(graph, converted_name)
-        if isinstance(layer, partial) and layer.func is torch.cat:
-            layer = Concat(**layer.keywords)
+        layer = _replacement(getattr(graph, converted_name))
         if not isinstance(layer, nn.Module):
             continue
         delattr(graph, converted_name)
