@@ -150,12 +150,12 @@ def test_overlays_that_show_nothing_are_noted(model):
     maps[0, 0, 0, 1] = 0.25  # between the positions that a 3 x 3 image shows
     maps[1, 0, 4, 4] = 0.25  # the centre of the image
     small, large = Geometry.whole((3, 3)), Geometry.whole((900, 900))
-    names, images, hidden = [["a"], ["b"]], ["x", "y"], torch.zeros((2, 1), dtype=torch.bool)
-    assert [note[:4] for note in quality_notes(maps, hidden, names, images, "0", [small, small])] == ["x, a"]
-    assert quality_notes(maps, hidden, names, images, "0", [large, large]) == []
+    names, images, reasons = [["a"], ["b"]], ["x", "y"], [[""], [""]]
+    assert [note[:4] for note in quality_notes(maps, reasons, names, images, "0", [small, small])] == ["x, a"]
+    assert quality_notes(maps, reasons, names, images, "0", [large, large]) == []
     dots = torch.zeros((1, 1, 200, 200))
     dots[0, 0, 7, 7] = 1  # at the input the maximum is a quantile, which leaves a single pixel out
-    (note,) = quality_notes(dots, hidden, [["a"]], ["x"], "input", [Geometry.whole((200, 200))])
+    (note,) = quality_notes(dots, [[""]], [["a"]], ["x"], "input", [Geometry.whole((200, 200))])
     assert "no positive evidence is left in the overlay" in note
 
 

@@ -104,6 +104,24 @@ def test_a_rounded_map_is_not_called_missing_influence() -> None:
     assert "larger changes of the image" in map_notes(saliency)[0]
 
 
+@pytest.mark.parametrize("method", ["grad-cam", "ablation-cam", "score-cam", "eigen-cam"])
+def test_a_layer_without_activations_is_said(method: str) -> None:
+    """All CAMs weight a layer's maps: where these are zero, no other CAM helps."""
+    net = randomized(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    )
+    x = inputs(2)
+    with torch.no_grad():
+        net[0].bias.sub_(net[0](x[:1]).amax((0, 2, 3)) + 1e-3)
+    heatmaps = convscope.heatmaps(load_model(net), x, 1, layer="1", method=method)
+    assert not heatmaps.values[0].any()
+    assert map_notes(heatmaps)[0] == (
+        "image 0, class 1: the map is zero everywhere; the output of this layer is zero for this image; choose another "
+        "layer or a method without: occlusion, rise"
+    )
+    assert not any("output of this layer is zero" in note for note in map_notes(heatmaps)[1:])
+
+
 def test_missing_influence_is_said() -> None:
     class Unused(Net):
         def forward(self, x: Tensor) -> Tensor:

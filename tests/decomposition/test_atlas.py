@@ -24,7 +24,7 @@ from convscope.decomposition.activation_atlas import MAX_CLASSES
 from convscope.decomposition.projection import umap_reducer
 from convscope.images.loading import ImageBatchLoader
 from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
-from tests.oracles.nets import SmallConvNet, diff_snapshots, in_training, randomized, snapshot
+from tests.oracles.nets import SmallConvNet, UnusedBranchNet, diff_snapshots, in_training, randomized, snapshot
 
 QUICK: dict[str, Any] = {"size": SIZE, "steps": 4}
 
@@ -54,6 +54,15 @@ def small_atlas(conv_model: convscope.Model, images: np.ndarray) -> Atlas:
     return convscope.atlas(
         conv_model, images, layer="relu2", grid=4, positions_per_image=6, min_count=3, reducer=first_two, **QUICK
     )
+
+
+def test_default_layer_is_that_of_heatmaps(images: np.ndarray) -> None:
+    """A branch that the scores do not depend on runs last."""
+    network = convscope.load(randomized(UnusedBranchNet()), preprocessing={"size": SIZE})
+    result = convscope.atlas(
+        network, images, grid=2, positions_per_image=6, min_count=1, reducer=lambda vectors: vectors[:, :2], **QUICK
+    )
+    assert (result.layer, network.layers.last_spatial().name) == ("used", "zeroed")
 
 
 # --- vectors, cells, classes -----------------------------------------------------------------------------------------

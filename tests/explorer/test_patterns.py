@@ -15,6 +15,7 @@ from convscope.explorer.service.patterns import PatternSpec
 from convscope.explorer.service.state import Explorer
 from tests.explorer.helpers import image_on_page, read_events
 from tests.oracles.explorer import smooth_image
+from tests.oracles.nets import UnusedBranchNet, randomized
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,13 @@ def explorer(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(explorer):
     return TestClient(create_app(explorer), base_url="http://localhost")
+
+
+def test_images_of_a_class_differ_at_the_layer_of_heatmaps():
+    """A branch that the scores do not depend on runs last."""
+    model = convscope.load(randomized(UnusedBranchNet()), preprocessing={"size": 24})
+    assert PatternSpec("logits", 0, "diverse").diversity_layer(model) == "used"
+    assert PatternSpec("zeroed", 0, "diverse").diversity_layer(model) == "zeroed"
 
 
 def test_pattern_is_computed_with_previews_and_cached_in_the_folder(client, explorer, tiny, monkeypatch):

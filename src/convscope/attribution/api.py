@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from convscope.attribution.augmentation import AUGMENTATIONS
 from convscope.attribution.box_targets import has_boxes
 from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
-from convscope.attribution.influence import WITHOUT_GRADIENTS, hidden_influence
+from convscope.attribution.influence import explain_zero_maps
 from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
 from convscope.attribution.registry import METHODS, ModelMethod, default_method_for_boxes, get_method, method_options
 from convscope.attribution.result import Heatmaps, is_displayed_blank
@@ -240,7 +240,7 @@ def compute_heatmaps(
     job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
     size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
     results: list[BatchResult] = []
-    hidden: list[list[Tensor]] = []
+    reasons: list[list[list[list[str]]]] = []  # why maps are zero, of each batch, spec, image and target
     geometry: list[Geometry] = []
     indices: list[int] = []
     for batch, inputs in iter_batches(loader, images, scales, size):
@@ -248,17 +248,17 @@ def compute_heatmaps(
         report_progress = partial(_report_images, progress, num_done, len(batch.indices), num_images)
         result = run_multiscale(job, batch, scales, inputs, report_progress)
         results.append(result)
-        hidden.append(
+        reasons.append(
             [
-                hidden_influence(model, spec.layers, batch.x, result.targets, maps.values)
+                explain_zero_maps(model, spec.layers, batch.x, result.targets, maps.values)
                 for spec, maps in zip(job.specs, result.maps, strict=True)
             ]
         )
         geometry += batch.geometry
         indices += batch.indices
     return [
-        _collect(s, job, results, torch.cat(parts), scales, loader, tuple(geometry), tuple(indices))
-        for s, parts in enumerate(zip(*hidden, strict=True))
+        _collect(s, job, results, list(chain(*parts)), scales, loader, tuple(geometry), tuple(indices))
+        for s, parts in enumerate(zip(*reasons, strict=True))
     ]
 
 
@@ -289,13 +289,13 @@ def _collect(
     s: int,
     job: HeatmapJob,
     results: Sequence[BatchResult],
-    hidden: Tensor,
+    zero_reasons: Sequence[Sequence[str]],
     scales: Sequence[float],
     loader: ImageBatchLoader,
     geometry: tuple[Geometry, ...],
     indices: tuple[int, ...],
 ) -> Heatmaps:
-    """Join the maps of the job's spec number `s` over all batches; `hidden` is explained in `quality_notes`."""
+    """Join the maps of the job's spec number `s` over all batches."""
     spec = job.specs[s]
     maps = [result.maps[s] for result in results]
     values = torch.cat([m.values for m in maps])
@@ -323,7 +323,9 @@ def _collect(
         notes=(
             *loader.notes,
             *[note for note in job.model.notes if note == STOCHASTIC_NOTE],
-            *quality_notes(values, hidden, job.targets.names(classes, indices), image_names, spec.layer_name, geometry),
+            *quality_notes(
+                values, zero_reasons, job.targets.names(classes, indices), image_names, spec.layer_name, geometry
+            ),
         ),
         failed=tuple(loader.failed),
     )
@@ -331,7 +333,7 @@ def _collect(
 
 def quality_notes(
     maps: Tensor,
-    hidden: Tensor,
+    zero_reasons: Sequence[Sequence[str]],
     target_names: Sequence[Sequence[str]],
     image_names: Sequence[str],
     layer: str,
@@ -339,7 +341,7 @@ def quality_notes(
 ) -> list[str]:
     """Describe maps (N, T, ...) of which an overlay shows nothing, or the same everywhere.
 
-    `hidden` (N, T) says which targets depend on the layer, or on the image, although the map is zero.
+    `zero_reasons` says for each image and target why the map is zero, if it is.
     """
     source = "the image" if layer == "input" else "this layer"
     flat = maps.flatten(2)
@@ -348,13 +350,8 @@ def quality_notes(
     notes = []
     for n, t in product(range(maps.shape[0]), range(maps.shape[1])):
         name = f"{image_names[n]}, {target_names[n][t]}"
-        if hidden[n, t]:
-            notes.append(
-                f"{name}: the map is zero everywhere, although larger changes of {source} change the target; "
-                f"methods without gradients: {', '.join(WITHOUT_GRADIENTS)}"
-            )
-        elif low[n, t] == high[n, t] == 0:
-            notes.append(f"{name}: the map is zero everywhere; {source} has no influence on the target")
+        if zero_reasons[n][t]:
+            notes.append(f"{name}: the map is zero everywhere{zero_reasons[n][t]}")
         elif low[n, t] == high[n, t]:
             notes.append(f"{name}: the map is {high[n, t]:.3g} everywhere; no position has more evidence than another")
         elif high[n, t] <= 0:

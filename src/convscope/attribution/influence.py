@@ -23,6 +23,9 @@ from convscope.errors import ConvscopeError
 WITHOUT_GRADIENTS = ("ablation-cam", "score-cam", "eigen-cam", "occlusion", "rise")
 """Methods that need no gradients."""
 
+WITHOUT_LAYERS = ("occlusion", "rise")
+"""Methods that need neither gradients nor a layer's output."""
+
 RTOL = 1e-6  # rounding of scores
 CHANGES = (1, 10)  # standard deviations by which values are changed
 
@@ -38,8 +41,10 @@ def scores_of_image(targets: BatchTargets, image: int = 0, rule: ScoreRule = Bat
     return lambda outputs: rule(targets.of_image(image, len(outputs.logits)), outputs)
 
 
-def hidden_influence(model: Model, layers: Sequence[Layer], x: Tensor, targets: BatchTargets, maps: Tensor) -> Tensor:
-    """Find maps (B, T, ...) that are zero although the target depends on one of the layers, or on the input.
+def explain_zero_maps(
+    model: Model, layers: Sequence[Layer], x: Tensor, targets: BatchTargets, maps: Tensor
+) -> list[list[str]]:
+    """Say why maps are zero everywhere: for each image and target the reason, or nothing if the map is not zero.
 
     Parameters
     ----------
@@ -50,17 +55,30 @@ def hidden_influence(model: Model, layers: Sequence[Layer], x: Tensor, targets: 
         The images (B, C, H, W).
     targets : BatchTargets
     maps : Tensor
+        (B, T, ...).
 
     Returns
     -------
-    Tensor of shape (B, T), bool
+    list of list of str
     """
     is_zero = ~maps.flatten(2).any(2)
-    hidden = torch.zeros_like(is_zero)
+    reasons = [[""] * maps.shape[1] for _ in maps]
     for n in is_zero.any(1).nonzero()[:, 0].tolist():
-        for layer in layers or (None,):
-            hidden[n] |= depends_on(model, layer, x[n : n + 1], scores_of_image(targets, n)).to(hidden.device)
-    return is_zero & hidden
+        for t, reason in enumerate(_reasons_of_zero(model, layers, x[n : n + 1], scores_of_image(targets, n))):
+            reasons[n][t] = reason if is_zero[n, t] else ""
+    return reasons
+
+
+def _reasons_of_zero(model: Model, layers: Sequence[Layer], x: Tensor, scores: Scores) -> list[str]:
+    """Return for each score of one image why its map is zero everywhere."""
+    source = "this layer" if layers else "the image"
+    depends = torch.stack([depends_on(model, layer, x, scores) for layer in layers or (None,)]).any(0).tolist()
+    if layers and not any(bool(_output(model, layer, x).any()) for layer in layers):
+        others = f"choose another layer or a method without: {', '.join(WITHOUT_LAYERS)}"
+        return [f"; the output of {source} is zero for this image; {others}"] * len(depends)
+    listed = f"methods without gradients: {', '.join(WITHOUT_GRADIENTS)}"
+    hidden = f", although larger changes of {source} change the target; {listed}"
+    return [hidden if is_hidden else f"; {source} has no influence on the target" for is_hidden in depends]
 
 
 def depends_on(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> Tensor:
@@ -85,12 +103,17 @@ def depends_on(model: Model, layer: Layer | None, x: Tensor, scores: Scores) -> 
         with torch.no_grad(), capture.capture_layers(model, []) as run:
             values = [scores(run(pad_to_fixed_batch(model, values)))[0] for values in (x, *_changed(x))]
     else:
-        with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run_to_layer:
-            maps = run_to_layer(pad_to_fixed_batch(model, x)).maps[layer.name][:1]
+        maps = _output(model, layer, x)
         with resume_from_layer(model, layer.name, x) as resume:
             values = [scores(resume(pad_to_fixed_batch(model, values)))[0] for values in (maps, *_changed(maps))]
     before, *after = values
     return torch.stack([(changed - before).abs() > RTOL * before.abs() for changed in after]).any(0)
+
+
+def _output(model: Model, layer: Layer, x: Tensor) -> Tensor:
+    """Return a layer's output (1, C, ...) for one image."""
+    with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run:
+        return run(pad_to_fixed_batch(model, x)).maps[layer.name][:1]
 
 
 def _changed(values: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ def atlas(
     model: ModelName,
     images: Images,
     layer: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="The layer. Default: the last spatial layer.")
+        str | None, typer.Option(metavar="LAYER", help="The layer. Default: the layer of heatmaps.")
     ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Use only activations that are evidence for this class.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convscope.arguments import check_arguments
+from convscope.attribution.default_layer import choose_layer
 from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.layer_access import (
     check_image_model,
@@ -77,7 +78,7 @@ def atlas(
     images : path, sequence of paths, PIL images, arrays or tensor
         Any form that `convscope.predict` takes; the more and the more diverse, the better.
     layer : str, Layer or nn.Module, optional
-        A layer, as in `convscope.activations`, with spatial positions. By default the last one.
+        A layer, as in `convscope.activations`, with spatial positions. By default that of `convscope.heatmaps`.
     target : int or str, optional
         A class, by index or name: only vectors that support it are shown. A vector does if the class's logit falls when
         the vector is set to 0, and the logits of at most `top_k` - 1 other classes fall further.
@@ -142,7 +143,7 @@ def atlas(
         job = _Job(
             model=model,
             loader=ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels),
-            layer=(model.layers.last_spatial() if layer is None else spatial_layer(model, layer)).name,
+            layer=(choose_layer(model)[0] if layer is None else spatial_layer(model, layer)).name,
             target=None if target is None else resolve_class(model, target),
             grid=grid,
             positions_per_image=positions_per_image,

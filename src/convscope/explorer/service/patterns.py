@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
+from convscope.attribution.default_layer import choose_layer
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.images import encode_image
@@ -74,8 +75,8 @@ class PatternSpec:
         return objective
 
     def diversity_layer(self, model: Model) -> str:
-        """Return the layer at which images are made to differ: the last spatial one for classes, else the unit's."""
-        return model.layers.last_spatial().name if self.layer == LOGITS else self.layer
+        """Return the layer at which images are made to differ: the one of heatmaps for classes, else the unit's."""
+        return choose_layer(model)[0].name if self.layer == LOGITS else self.layer
 
 
 def compute_pattern(
