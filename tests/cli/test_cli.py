@@ -243,3 +243,29 @@ def test_demo_layers_go_from_fine_to_coarse(lite0):
 
     sides = [row.shape[1] for row in select_by_depth(lite0, 5)]
     assert sides == [112, 56, 28, 14, 7]
+
+
+def test_effects_prints_and_writes_what_the_python_call_returns(lite0, photos, tmp_path):
+    import convscope
+
+    labels = tmp_path / "labels.txt"
+    labels.write_text("lesser panda\n")
+    arguments = ("--layer", "bn2", "--units", "3,5-6", "--labels", labels, "-o", tmp_path / "out")
+    result = run("effects", "lite0", panda(photos), *arguments)
+    assert result.exit_code == 0, result.output
+    expected = convscope.effects(lite0, panda(photos), "bn2", [3, 5, 6], labels=["lesser panda"])
+    units = [int(line.split("\t")[0]) for line in result.stdout.splitlines()[1:]]
+    assert units == expected.top()
+    np.testing.assert_allclose(convscope.open(tmp_path / "out").logits, expected.logits, rtol=1e-5, atol=1e-6)
+    assert run("effects", "lite0", panda(photos), "--layer", "bn2", "--units", "x").exit_code != 0
+
+
+def test_patch_prints_and_writes_what_the_python_call_returns(lite0, photos, tmp_path):
+    import convscope
+
+    arguments = ("--layer", "bn2", "--by", "unit", "--units", "0-2", "-o", tmp_path / "out", "--json")
+    result = run("patch", "lite0", photos[0], photos[1], *arguments)
+    assert result.exit_code == 0, result.output
+    expected = convscope.patch(lite0, photos[0], photos[1], "bn2", units=[0, 1, 2])
+    assert [row["unit"] for row in json.loads(result.stdout)] == [row["unit"] for row in expected.rows()]
+    np.testing.assert_allclose(convscope.open(tmp_path / "out").effects, expected.effects, rtol=1e-4, atol=1e-5)

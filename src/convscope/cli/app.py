@@ -20,7 +20,7 @@ from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
-    "Explain": ("heatmap", "evaluate", "compare", "concepts"),
+    "Explain": ("heatmap", "evaluate", "compare", "concepts", "effects", "patch"),
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "atlas"),
     "Explorer": ("serve", "publish"),
@@ -33,6 +33,7 @@ ALIASES: Mapping[str, str] = {
     "concept": "concepts",
     "detections": "detect",
     "evaluation": "evaluate",
+    "effect": "effects",
     "explore": "serve",
     "heatmaps": "heatmap",
     "layer": "layers",

@@ -78,8 +78,9 @@ def patch(
         destination's, or this class if it is the same for both.
     against : optional
         A class, or several, whose mean logit is subtracted from the target's, as for `convscope.heatmaps`.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     memory : int
         Bytes that intermediate results may take.
     max_pixels : int

@@ -40,7 +40,7 @@ class Effects(IndexedResult):
     target_names : tuple of tuple of str
         Names of the targets, for each image.
     image_names : tuple of str
-    fit : {"squash", "crop"}
+    fit : {"squash", "crop", "pad"}
         How images were brought to the network's size.
     seed : int
     accuracy : ndarray of shape (U,), optional
@@ -103,7 +103,7 @@ class Effects(IndexedResult):
         return [int(unit) for unit in self.units[self.order[:count]]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per unit, the largest effects first: mean and largest effect, and change of the accuracy."""
+        """Return one row per unit, the largest mean absolute effects first, and change of the accuracy."""
         rows = []
         for u in self.order:
             flat = self.logits[u].ravel()
@@ -111,6 +111,7 @@ class Effects(IndexedResult):
             n, t = divmod(extreme, self.logits.shape[2])
             row: dict[str, Any] = {
                 "unit": int(self.units[u]),
+                "mean absolute effect": float(np.abs(flat).mean()),
                 "mean effect": float(flat.mean()),
                 "largest effect": float(flat[extreme]),
                 "on": f"{self.target_names[n][t]} in {base_name(self.image_names[n])}",
@@ -155,8 +156,9 @@ class Effects(IndexedResult):
         return [
             {
                 "unit": row["unit"],
-                "mean effect": f"{row['mean effect']:+.3f}",
-                "largest effect": f"{row['largest effect']:+.3f}",
+                "absolute": f"{row['mean absolute effect']:.3f}",
+                "mean": f"{row['mean effect']:+.3f}",
+                "largest": f"{row['largest effect']:+.3f}",
                 "on": row["on"],
             }
             | (
@@ -192,7 +194,7 @@ class Patching(Result):
     image_sources : tuple of ImageBatchLoader
     image_indices : tuple of int
         Positions of both images in `image_sources`.
-    fit : {"squash", "crop"}
+    fit : {"squash", "crop", "pad"}
         How images were brought to the network's size.
     """
 

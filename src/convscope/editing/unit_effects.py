@@ -85,8 +85,9 @@ def effects(
         The right class of each image, for effects on the accuracy.
     reference : path, sequence of paths, PIL images, arrays or tensor, optional
         The images of "mean" and "resample"; by default `images` themselves.
-    fit : {"squash", "crop"}
-        Show the network the whole image, squashed to its input size, or the crop of its own evaluation.
+    fit : {"squash", "crop", "pad"}
+        Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
+        ("pad"), or the crop of its own evaluation.
     seed : int
         Seed of the draws of "resample".
     memory : int
