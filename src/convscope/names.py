@@ -19,7 +19,7 @@ METHOD_DESCRIPTIONS = {
     "layer-cam": "positions weighted by their positive gradient",
     "eigen-cam": "first principal component; the same for all classes",
     "eigen-grad-cam": "first principal component of gradient x activation",
-    "odam": "positions weighted by the gradient around them; the default for boxes",
+    "odam": "weighted by local gradients; default for boxes",
     "finer-cam": "grad-cam against the three most similar classes",
     "saliency": "largest absolute gradient over the channels; unsigned",
     "input-x-gradient": "input times gradient, summed over the channels",

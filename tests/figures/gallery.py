@@ -107,6 +107,12 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     digits = digits_model()
     yield "heatmaps of digits", convscope.heatmaps(digits, digit_images(), [[3, 8]] * 2), {}
     yield "detections", detect_squares(), {}
+    labels = [g.target, g.other, g.target]
+    yield "effects of units", convscope.effects(model, g.images[:3], g.last, range(5), labels=labels), {}
+    yield "effects on a class", convscope.effects(model, last_image, g.last, range(5), targets=g.target), {}
+    pair = (model, g.images[0], last_image, g.last)
+    yield "patching by position", convscope.patch(*pair, by="position"), {}
+    yield "patching by unit", convscope.patch(*pair, units=range(5)), {}
 
     units = convscope.patterns(model, g.first, range(4), steps=g.steps, frames=6)
     yield "patterns of units", units, {}

@@ -139,7 +139,7 @@ def patch(
         by=by,
         target=int(classes[0, 0]),
         target_name=spec.names(classes, [0])[0][0],
-        image_names=(loaders[0].names[0], loaders[1].names[0]),
+        image_names=_names(loaders[0].names[0], loaders[1].names[0]),
         geometry=(batches[0].geometry[0], batches[1].geometry[0]),
         image_sources=loaders,
         image_indices=(0, 0),
@@ -154,6 +154,11 @@ def _load_one(model: Model, image: object, fit: str, max_pixels: int) -> tuple[B
     if len(loader) != 1:
         raise ConvscopeError(f"{len(loader)} images; patch takes one source and one destination")
     return next(loader.batches(1)), loader
+
+
+def _names(source: str, destination: str) -> tuple[str, str]:
+    """Return names that differ, also of images that have none."""
+    return (source, destination) if source != destination else ("source", "destination")
 
 
 def _run(model: Model, layer: Layer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[floa
         axes.set_yticks(range(len(order)), [str(unit) for unit in result.units[order]], fontsize=8)
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("unit", fontsize=8)
     return figure
@@ -145,5 +146,6 @@ def _draw_unit_effects(axes: Axes, result: Patching) -> None:
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_ylabel("unit", fontsize=8)
     axes.set_xlabel(f"change of the score; all units together: {result.total:+.2f}", fontsize=8)
