@@ -130,7 +130,7 @@ def faithfulness(
             "mean": scores.mean(name),
             "better": get_metric(name).better,
             "description": get_metric(name).description,
-            "curve": [round(float(v), 4) for v in scores.curves[name][0, 0]],
+            "curve": [float(f"{v:.6g}") for v in scores.curves[name][0, 0]],
         }
         for name in scores.values
     ]

@@ -119,10 +119,15 @@
       try {
         const result = await fetchJson(`${page.api}/faithfulness?${heatmapQuery(state.target)}`, { signal: faithfulnessRequest.signal });
         const curves = createElement("div", { class: "curves" });
+        // Probabilities lie between 0 and 1; values are drawn from the least to the largest of both curves.
+        const points = result.rows.flatMap((row) => row.curve);
+        const [low, high] = page.hasValues ? [Math.min(...points), Math.max(...points)] : [0, 1];
+        const format = (v) => (page.hasValues ? v.toPrecision(3) : v.toFixed(2));
+        const axis = page.hasValues ? `; vertical axis from ${format(low)} to ${format(high)}` : "";
         for (const row of result.rows) {
-          const points = row.curve.map((v, i) => `${100 * i / (row.curve.length - 1)},${100 - 100 * v}`).join(" ");
+          const points = row.curve.map((v, i) => `${100 * i / (row.curve.length - 1)},${100 - 100 * (v - low) / (high - low || 1)}`).join(" ");
           curves.append(createElement("div", {},
-            createElement("span", {}, `${row.metric} `, createElement("strong", {}, row.mean.toFixed(2)), ` (${row.better} is better)`),
+            createElement("span", {}, `${row.metric} `, createElement("strong", {}, format(row.mean)), ` (${row.better} is better${axis})`),
             createElement("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": `Curve of ${row.metric}: ${row.description}` }, createElement("polyline", { points }))));
         }
         box.replaceChildren(curves, ...result.notes.map((note) => createElement("p", { class: "warn" }, note)));

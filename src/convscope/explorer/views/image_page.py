@@ -37,6 +37,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         method=method,
         heatmaps=heatmaps,
         noun=network.model.output_noun,
+        hasValues=network.model.has_values,
         words=_evidence_words(network),
         sequential=SEQUENTIAL,
         diverging=DIVERGING,
