@@ -1,7 +1,8 @@
 # make demo: set up and show the bundled network at work. make test: set up and pass all tests.
-# make check: style, types, imports and the fast tests, in about three minutes. make coverage: the tests, with coverage.
+# make check: style, types, imports and the fast tests, in about three minutes. make coverage: the tests, with coverage, which must be 92 %.
 # make test-oldest: the engine's tests on the oldest supported torch.
 # make docs: the documentation as a site in build/site; notebooks that have changed are executed first.
+# make release-check: build the package, check it, and try it alone and with each extra in clean environments.
 # make figures: every kind of figure for the bundled network, and a contact sheet of all, in build/figures.
 # make screenshots: images of every kind of page of the explorer, for the bundled network; needs Chromium.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN = $(VENV)/bin
 OLDEST = $(VENV)-oldest
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check coverage test-oldest lint benchmarks docs figures screenshots clean
+.PHONY: demo test check coverage test-oldest lint release-check benchmarks docs figures screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -24,15 +25,22 @@ check: $(VENV)/installed-test lint
 coverage: $(VENV)/installed-test
 	$(PYTEST) --cov=convscope --cov-report=term --cov-report=html:build/coverage
 
+release-check: $(VENV)-release/installed
+	$(VENV)-release/bin/python tools/release_check.py
+
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 tests/engine
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/numpydoc lint $$(git ls-files "src/convscope/*.py")
+	$(BIN)/python tools/check_names.py
+	$(BIN)/codespell
+	$(BIN)/deptry .
+	! $(BIN)/vulture | grep "^src/"
 
 benchmarks: $(VENV)/installed-benchmarks
 	$(BIN)/python benchmarks/run.py
@@ -60,6 +68,11 @@ $(VENV)/installed-test: pyproject.toml
 	touch $@
 
 # One command, so that no later package replaces a lower bound.
+$(VENV)-release/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet "build>=1.2" "check-wheel-contents>=0.6" "pyroma>=4.2" "twine>=6"
+	touch $@
+
 $(OLDEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[keras,lrp,scan]" \
@@ -73,4 +86,4 @@ $(VENV)/installed-benchmarks: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) convscope-demo build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VENV)-release convscope-demo build *.egg-info src/*.egg-info

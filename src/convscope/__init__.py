@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from convscope.sources.api import load
     from convscope.store.store import Store, open_store
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "Activations",
@@ -153,6 +153,8 @@ _TARGETS = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _version()
     if name not in _TARGETS:
         from difflib import get_close_matches
 
@@ -164,6 +166,16 @@ def __getattr__(name: str) -> object:
         value = getattr(value, attribute)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """Return the installed version, which is that of the git tag."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("convscope")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

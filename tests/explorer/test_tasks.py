@@ -55,7 +55,7 @@ def test_a_regression_has_values_and_outputs() -> None:
     assert "2 outputs." in texts["network"]
     assert "Output 0 of 2, a value." in texts["class"]
     for text in texts.values():
-        assert not re.search(r"%|probabilit|evidence|\bclass(es)?\b(?! selectivity)", text, re.IGNORECASE), text
+        assert not re.search(r"%|probability|evidence|\bclass(es)?\b(?! selectivity)", text, re.IGNORECASE), text
 
 
 def test_a_single_value_is_not_selected_or_contrasted() -> None:

@@ -11,5 +11,6 @@ ARGUMENTS = [
 
 
 def find_chromium() -> str | None:
-    """Return the path of Chromium, or None if it is not installed (apt-get install chromium)."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+    """Return the path of Chromium or Chrome, or None if neither is installed (apt-get install chromium)."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)

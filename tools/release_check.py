@@ -1,0 +1,152 @@
+"""Build the package and try it as its users get it: python tools/release_check.py [FOLDER].
+
+Builds sdist and wheel into FOLDER (build/release), checks them with twine, check-wheel-contents and pyroma, installs
+the wheel in a new virtual environment, and runs its demo there: outside of the checkout, without a network. Then each
+extra is installed in an environment of its own on top of the first, where everything that it is for can be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_WHEEL_BYTES = 2_000_000
+INTERNAL_EXTRAS = ("dev", "docs", "test", "benchmarks")
+NO_NETWORK = """
+import socket
+def refuse(*_, **__):
+    raise OSError("no network in this check")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+"""
+"""A ``sitecustomize`` module, with which Python cannot reach other hosts."""
+
+
+def run(command: Sequence[str | Path], folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command; end with its output if it fails."""
+    print("$", *(Path(word).name if isinstance(word, Path) else word for word in command), flush=True)
+    # PYTHONPATH of the caller would hide what is installed.
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(environment or {})
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{done.stderr}\nfailed: {' '.join(map(str, command))}")
+    return done.stdout
+
+
+def build(out: Path) -> Path:
+    """Build sdist and wheel, check them, and return the wheel."""
+    shutil.rmtree(out, ignore_errors=True)
+    run([sys.executable, "-m", "build", "--outdir", out])
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist])
+    run([sys.executable, "-m", "check_wheel_contents", wheel])
+    run([sys.executable, "-m", "pyroma", "--min", "9", sdist])
+    size = wheel.stat().st_size
+    if size > MAX_WHEEL_BYTES:
+        sys.exit(f"{wheel.name} has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
+    print(f"{wheel.name}: {size:,} bytes; {sdist.name}: {sdist.stat().st_size:,} bytes")
+    return wheel
+
+
+def make_environment(folder: Path, base: Path | None = None) -> Path:
+    """Make a virtual environment, which also sees the packages of `base`; return its Python."""
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    if base is not None:
+        (site_packages(folder) / "base.pth").write_text(f"{site_packages(base)}\n")
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def site_packages(folder: Path) -> Path:
+    """Return the folder of an environment's packages."""
+    return next(folder.glob("[Ll]ib/**/site-packages"))
+
+
+def try_demo(python: Path, folder: Path) -> None:
+    """Run the demo offline, in a folder outside of the checkout, and check that its page exists."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    environment = {"PYTHONPATH": str(folder), "HOME": str(folder)}
+    origin = run([python, "-c", "import convscope; print(convscope.__file__)"], folder, environment)
+    if ROOT in Path(origin.strip()).parents:
+        sys.exit(f"the demo would run from the checkout: {origin}")
+    run([python, "-m", "convscope", "demo", "-o", "demo"], folder, environment)
+    if not (folder / "demo" / "index.html").is_file():
+        sys.exit("convscope demo has written no page")
+
+
+def required_modules() -> dict[str, set[str]]:
+    """Return the modules that the source imports through `errors.require_extra`, by extra."""
+    modules: dict[str, set[str]] = defaultdict(set)
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require_extra":
+                module, extra = argument_values(node, constants, ("", "scan"))
+                if module:
+                    modules[extra].add(module)
+    return modules
+
+
+def argument_values(call: ast.Call, constants: Mapping[str, object], defaults: Sequence[str]) -> list[str]:
+    """Return the values of a call's arguments; "" for one that is neither a literal nor a constant of the module."""
+    values = [constants.get(a.id) if isinstance(a, ast.Name) else getattr(a, "value", None) for a in call.args]
+    return [value if isinstance(value, str) else "" for value in values] + [*defaults[len(values) :]]
+
+
+def extras() -> list[str]:
+    """Return the extras for users."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [name for name in project["optional-dependencies"] if name not in INTERNAL_EXTRAS]
+
+
+def try_extra(name: str, wheel: Path, base: Path, folder: Path, modules: set[str]) -> None:
+    """Install an extra, and import what it is for."""
+    python = make_environment(folder, base)
+    run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{name}]"], folder)
+    imports = [f"import {module}" for module in sorted(modules)] + ["import convscope; convscope.load('lite0')"]
+    run([python, "-c", "\n".join(imports)], folder, {"KERAS_BACKEND": "torch", "KERAS_HOME": str(folder)})
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Run all checks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "release", help="for sdist and wheel")
+    parser.add_argument("--extras", help="names of extras, separated by commas; all of them if omitted")
+    arguments = parser.parse_args()
+    wheel = build(arguments.folder.resolve())
+    names = extras() if arguments.extras is None else [name for name in arguments.extras.split(",") if name]
+    modules = required_modules() | {
+        "keras": {"keras", "h5py"},
+        "jupyter": {"anywidget"},
+        "serve": {"fastapi", "uvicorn"},
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        python = make_environment(folder / "base")
+        run([python, "-m", "pip", "install", "--quiet", wheel], folder)
+        try_demo(python, folder / "demo")
+        for name in names:
+            try_extra(name, wheel, folder / "base", folder / name, modules.get(name, set()))
+    print(f"{wheel.name} works alone and with {', '.join(names) or 'no extras'}")
+
+
+if __name__ == "__main__":
+    main()
