@@ -32,7 +32,7 @@ def test_batch_sizes_and_bytes_by_hand() -> None:
     assert batch_size(model, 100, 99) == 1
     assert batch_size(model, 100, 1 << 40) == 32
     assert batch_size(model, 0, 1 << 40, max_batch=7) == 7
-    bytes_from = {row.name: forward_bytes(model, row.name) for row in model.layers}
+    bytes_from = {row.name: forward_bytes(model, [row]) for row in model.layers}
     assert bytes_from["conv1"] > bytes_from["conv2"] > bytes_from["conv3"]
     # Autograd keeps at least the outputs of conv3 and bn3 (10 x 12 x 12), and their gradients.
     assert bytes_from["conv2"] >= 4 * largest + 2 * 4 * 2 * 10 * 12 * 12

@@ -16,8 +16,8 @@ from convscope.attribution.box_targets import has_boxes
 from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import explain_zero_maps
-from convscope.attribution.multiscale import iter_batches, run_multiscale, validate_scales
-from convscope.attribution.registry import METHODS, ModelMethod, default_method_for_boxes, get_method, method_options
+from convscope.attribution.multiscale import run_multiscale, scaled_inputs, validate_scales
+from convscope.attribution.registry import METHODS, ModelMethod, default_method_for_boxes, method_options
 from convscope.attribution.result import Heatmaps, is_displayed_blank
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, parse_targets
@@ -176,7 +176,8 @@ def resolve_method(
         For anything unknown or invalid.
     """
     name = find_name("method", name, list(METHODS))
-    method, settings = get_method(name), method_options(name, options)
+    method = METHODS[name]
+    settings = method_options(name, method, options)
     if fuse not in FUSIONS:
         raise ConvscopeError(f"fuse is {fuse!r}; expected one of {', '.join(FUSIONS)}")
     if not isinstance(method, ModelMethod) or method.needs_gradient:
@@ -234,7 +235,7 @@ def compute_heatmaps(
     scales = validate_scales(model, scale)
     images = open_images(images)
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True)
-    num_images = len(loader)
+    num_images = len(loader.names)
     target_spec = parse_targets(model, targets, num_images, against)
     specs = [_with_layer(model, spec, target_spec, loader) for spec in specs]
     job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
@@ -243,7 +244,7 @@ def compute_heatmaps(
     reasons: list[list[list[list[str]]]] = []  # why maps are zero, of each batch, spec, image and target
     geometry: list[Geometry] = []
     indices: list[int] = []
-    for batch, inputs in iter_batches(loader, images, scales, size):
+    for batch, *inputs in zip(loader.batches(size), *scaled_inputs(loader, images, scales, size), strict=True):
         num_done = len(indices) + len(loader.failed)
         report_progress = partial(_report_images, progress, num_done, len(batch.indices), num_images)
         result = run_multiscale(job, batch, scales, inputs, report_progress)
@@ -297,6 +298,7 @@ def _collect(
 ) -> Heatmaps:
     """Join the maps of the job's spec number `s` over all batches."""
     spec = job.specs[s]
+    layer = spec.layer_name
     maps = [result.maps[s] for result in results]
     values = torch.cat([m.values for m in maps])
     extras = {key: torch.cat([m.extras[key] for m in maps]).numpy() for key in maps[0].extras}
@@ -309,7 +311,7 @@ def _collect(
         targets=classes,
         logits=torch.cat([result.logits for result in results]).numpy(),
         probabilities=torch.cat([result.probabilities for result in results]).numpy(),
-        layer=spec.layer_name,
+        layer=layer,
         method=spec.name,
         fit=loader.fit,
         image_names=image_names,
@@ -323,9 +325,7 @@ def _collect(
         notes=(
             *loader.notes,
             *[note for note in job.model.notes if note == STOCHASTIC_NOTE],
-            *quality_notes(
-                values, zero_reasons, job.targets.names(classes, indices), image_names, spec.layer_name, geometry
-            ),
+            *quality_notes(values, zero_reasons, job.targets.names(classes, indices), image_names, layer, geometry),
         ),
         failed=tuple(loader.failed),
     )

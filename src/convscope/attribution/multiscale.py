@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -42,22 +43,19 @@ def _is_scale(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SCALE
 
 
-def iter_batches(
+def scaled_inputs(
     loader: ImageBatchLoader, images: object, scales: Sequence[float], size: int
-) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Yield each batch of `size` images with its inputs at every scale."""
+) -> list[Iterator[Tensor]]:
+    """Return for each scale other than 1 the inputs of the loader's batches at that scale."""
     make_loader = partial(ImageBatchLoader, images, loader.preprocessing, fit=loader.fit, max_pixels=loader.max_pixels)
-    scaled_batches = [make_loader(scale=s).batches(size) for s in scales if s != 1]
-    for batch in loader.batches(size):
-        scaled = [next(batches).x for batches in scaled_batches]
-        yield batch, [batch.x, *scaled] if scales[0] == 1 else scaled
+    return [map(attrgetter("x"), make_loader(scale=s).batches(size)) for s in scales if s != 1]
 
 
 def run_multiscale(
     job: HeatmapJob,
     batch: Batch,
     scales: Sequence[float],
-    inputs: Sequence[Tensor],
+    scaled: Sequence[Tensor],
     report_progress: ReportProgress,
 ) -> BatchResult:
     """Compute the maps of all methods for one batch at several scales, and fuse them over the scales.
@@ -70,11 +68,12 @@ def run_multiscale(
     batch : Batch
     scales : sequence of float
         As returned by `validate_scales`.
-    inputs : sequence of Tensor
-        The batch's input at each scale.
+    scaled : sequence of Tensor
+        The batch's input at each scale other than 1, as of `scaled_inputs`.
     report_progress : callable
     """
     results: list[BatchResult] = []
+    inputs = [batch.x, *scaled] if scales[0] == 1 else scaled
     if scales[0] != 1:
         plain = replace(job, specs=(), smooth=None)
         results.append(run_batch(plain, batch.x, batch.indices, report_progress, geometry=batch.geometry))
@@ -83,11 +82,11 @@ def run_multiscale(
         report_scale = partial(report_step, report_progress, sum(work[:i]), work[i], sum(work))
         targets = results[0].targets if results else None
         results.append(run_batch(job, x, batch.indices, report_scale, targets, batch.geometry))
-    reference, scaled = results[0], results[-len(scales) :]
-    if len(scaled) == 1:
-        return replace(reference, maps=scaled[0].maps)
+    reference, at_scales = results[0], results[-len(scales) :]
+    if len(at_scales) == 1:
+        return replace(reference, maps=at_scales[0].maps)
     maps = tuple(
-        MethodMaps(fuse_maps([result.maps[s].values for result in scaled], spec.fuse))
+        MethodMaps(fuse_maps([result.maps[s].values for result in at_scales], spec.fuse))
         for s, spec in enumerate(job.specs)
     )
     return replace(reference, maps=maps)

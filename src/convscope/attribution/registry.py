@@ -172,9 +172,8 @@ def is_signed(name: str) -> bool:
     return name in METHODS and METHODS[name].signed
 
 
-def method_options(name: str, options: Mapping[str, object]) -> dict[str, object]:
+def method_options(name: str, method: Method, options: Mapping[str, object]) -> dict[str, object]:
     """Validate a method's options and add the defaults of the others; raise ConvscopeError for invalid ones."""
-    method = get_method(name)
     defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(method.function).parameters.items()

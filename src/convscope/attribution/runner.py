@@ -89,10 +89,10 @@ class HeatmapJob:
     memory: int = 0
 
     @cached_property
-    def cam_layers(self) -> list[str]:
-        """The layers whose activations and gradients CAM methods share, in the network's order."""
-        used = {layer.name for spec in self.specs if isinstance(spec.method, CamMethod) for layer in spec.layers}
-        return [name for name in self.model.layers.names if name in used]
+    def cam_layers(self) -> list[Layer]:
+        """The layers whose activations and gradients CAM methods share, without repetition."""
+        layers = (layer for spec in self.specs if isinstance(spec.method, CamMethod) for layer in spec.layers)
+        return list(dict.fromkeys(layers))
 
     @cached_property
     def cam_scores(self) -> list[ScoreRule]:
@@ -103,7 +103,7 @@ class HeatmapJob:
     @cached_property
     def bytes_per_image(self) -> float:
         """The memory that intermediate results take for one image."""
-        forward = forward_bytes(self.model, self.cam_layers[0] if self.cam_layers else None)
+        forward = forward_bytes(self.model, self.cam_layers)
         if not any(isinstance(spec.method, ModelMethod) for spec in self.specs):
             return forward
         return max(gradient_bytes(self.model, None, math.prod(self.model.preprocessing.size)), forward)
@@ -227,9 +227,10 @@ def _shared_pass(
     job: HeatmapJob, x: Tensor, indices: Sequence[int], targets: BatchTargets | None, geometry: Sequence[Geometry]
 ) -> _SharedPass:
     gradients = {}
+    layer_names = [layer.name for layer in job.cam_layers]
     with (
         torch.no_grad(),
-        capture.capture_layers(job.model, job.cam_layers, detach_at_layer=bool(job.cam_scores)) as run,
+        capture.capture_layers(job.model, layer_names, detach_at_layer=bool(job.cam_scores)) as run,
     ):
         outputs = run(x)
         require_finite(job.model, outputs.logits, "the network's output")

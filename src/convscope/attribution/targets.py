@@ -14,7 +14,7 @@ from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.box_targets import BoxTarget, parse_box_targets
 from convscope.attribution.output_targets import ScoreFunction, function_name
 from convscope.engine.model import Model
-from convscope.engine.text_targets import TextTarget, bind_texts
+from convscope.engine.text_targets import TextTarget, bind_texts, require_classes
 from convscope.errors import ConvscopeError
 from convscope.images.geometry import Geometry
 
@@ -137,25 +137,33 @@ def parse_targets(
     model: Model, targets: Targets | None, num_images: int, against: ClassLabels | None = None
 ) -> TargetSpec:
     """Parse the arguments `targets` and `against` of `convscope.heatmaps`; raise ConvscopeError for invalid ones."""
-    if boxes := parse_box_targets(targets, num_images):
+    if targets is None:
+        _require_top_class(model)
+    elif boxes := parse_box_targets(targets, num_images):
         if against is not None:
             raise ConvscopeError("against= needs classes as targets; got boxes")
         classes = [[model.class_index(target.label) for target in row] for row in boxes]
         return TargetSpec(model, torch.tensor(classes), boxes=boxes)
-    functions = _functions(bind_texts(model, targets))
-    if functions:
+    elif functions := _functions(bind_texts(model, targets)):
         if against is not None:
             raise ConvscopeError("against= needs classes as targets; a function can subtract another class itself")
         return TargetSpec(model, functions=functions)
     against = against.tolist() if isinstance(against, np.ndarray | Tensor) else against
     if _names_several(against, num_images):
         against = [list(against)] * num_images
-    if targets is None and model.task == "regression" and (model.num_outputs or 0) > 1:
+    contrasts = None if against is None else parse_classes(model, against, num_images)
+    return TargetSpec(model, parse_classes(model, targets, num_images), contrasts)
+
+
+def _require_top_class(model: Model) -> None:
+    """Raise ConvscopeError where the largest output is no class that could be each image's target."""
+    if model.dual_encoder is not None:
+        require_classes(model, "a striped cat")
+    if model.task == "regression" and (model.num_outputs or 0) > 1:
         names = ", ".join(model.class_name(k) for k in range(min(model.num_outputs or 0, 4)))
         raise ConvscopeError(
             f"{model.name} computes {model.num_outputs} values; say which one: targets= ({names}, ...)"
         )
-    return TargetSpec(model, parse_classes(model, targets, num_images), parse_classes(model, against, num_images))
 
 
 def _names_several(against: object, num_images: int) -> TypeGuard[Sequence[int | str]]:

@@ -341,9 +341,10 @@ class HeatmapOptions:
 
     def check(self) -> None:
         """Refuse invalid options of the method, before a network is loaded."""
-        from convscope.attribution.registry import method_options
+        from convscope.attribution.registry import get_method, method_options
 
-        method_options(self.method or "grad-cam", parse_method_options(self.option))
+        name = self.method or "grad-cam"
+        method_options(name, get_method(name), parse_method_options(self.option))
 
     def arguments(self, network: Model, num_images: int) -> dict[str, Any]:
         """Return the keyword arguments of `convscope.heatmaps`."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from convscope.datasets.catalogue import index_data
 from convscope.datasets.index import DatasetIndex
-from convscope.datasets.readers_files import FileReader, has_image_extension
+from convscope.datasets.readers_files import FileReader
 from convscope.datasets.readers_memory import IndexableDataset, image_of, is_hugging_face
 from convscope.datasets.storage import Storage, is_glob
 from convscope.errors import ConvscopeError
@@ -34,8 +34,9 @@ def open_images(images: object) -> object:
     ConvscopeError
         For empty folders and data sets, globs that match nothing, and data sets without a length.
     """
-    if isinstance(images, str | os.PathLike) and not _is_one_file(os.fsdecode(images)):
-        return _from_index(index_data(os.fsdecode(images), storage := Storage()), storage)
+    if isinstance(images, str | os.PathLike):
+        location = os.fsdecode(images)
+        return images if _is_one_file(location) else _from_index(index_data(location, storage := Storage()), storage)
     if isinstance(images, DataLoader):
         return _from_data_loader(images)
     if is_hugging_face(images):
@@ -52,7 +53,7 @@ def open_images(images: object) -> object:
 def _is_one_file(location: str) -> bool:
     """Return whether a location is that of one image, also if it does not exist."""
     if os.path.isfile(location):
-        return has_image_extension(location) or not location.lower().endswith(PACKED)
+        return not location.lower().endswith(PACKED)
     is_data = os.path.isdir(location) or is_glob(location) or "://" in location or location.startswith("torchvision:")
     return not is_data and "{" not in location
 

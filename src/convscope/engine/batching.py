@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.images.batches import Batch
 from convscope.images.loading import ImageBatchLoader
@@ -82,17 +83,17 @@ def pad_to_fixed_batch(model: Model, x: Tensor) -> Tensor:
     return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing > 0 else x
 
 
-def balanced_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def balanced_chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Split `items` into parts of nearly equal length, none longer than `size`."""
     parts = -(-len(items) // size)
     bounds = [len(items) * i // parts for i in range(parts + 1)] if parts else []
-    for first, last in pairwise(bounds):
-        yield items[first:last]
+    return [items[first:last] for first, last in pairwise(bounds)]
 
 
-def forward_bytes(model: Model, grad_from: str | None = None) -> float:
-    """Return the bytes that one image takes in a forward pass, with gradients recorded from layer `grad_from` on."""
-    graph = 0 if grad_from is None else model.layers[-1].allocated_bytes - model.layers.find(grad_from).allocated_bytes
+def forward_bytes(model: Model, grad_from: Sequence[Layer] = ()) -> float:
+    """Return the bytes that one image takes in a forward pass, with gradients recorded from layers `grad_from` on."""
+    first = min((layer.allocated_bytes for layer in grad_from), default=None)
+    graph = 0 if first is None else model.layers[-1].allocated_bytes - first
     return 16.0 * model.layers.largest_output() + 2 * max(graph, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -142,15 +142,18 @@ class Model:
     def _look_up_parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
         return self.adapter.modules(self.module), list(self.adapter.parameters(self.module))
 
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        return self._cached_parts[1] if self.loaded_by_convscope else self.adapter.parameters(self.module)
+
     @property
     def device(self) -> torch.device:
         """Device of the parameters; the CPU if there are none."""
-        return next((p.device for p in self.adapter.parameters(self.module)), torch.device("cpu"))
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters, and of the inputs that the network takes."""
-        floats = (p.dtype for p in self.adapter.parameters(self.module) if p.is_floating_point())
+        floats = (p.dtype for p in self._parameters() if p.is_floating_point())
         return next(floats, torch.float32)
 
     def as_input(self, x: Tensor) -> Tensor:

@@ -134,20 +134,25 @@ def with_text_logits(
     return run
 
 
+def require_classes(model: Model, text: str) -> None:
+    """Raise ConvscopeError if a network that takes texts has no classes; its advice is the target `text`."""
+    if model.task == "embedding":
+        raise ConvscopeError(
+            f"{model.name} has no classes; give a text as targets= (convscope.text_target({text!r})), or load the "
+            "network with classes="
+        )
+
+
 def bind_texts(model: Model, targets: Any) -> Any:
     """Return `targets` with every text replaced by the function that scores it.
 
     Raises
     ------
     ConvscopeError
-        For no target or a name where the network has image embeddings instead of classes.
+        For a name where the network has image embeddings instead of classes.
     """
-    if model.dual_encoder is not None and model.task == "embedding" and (targets is None or isinstance(targets, str)):
-        text = targets or "a striped cat"
-        raise ConvscopeError(
-            f"{model.name} has no classes; give a text as targets= (convscope.text_target({text!r})), or load the "
-            "network with classes="
-        )
+    if model.dual_encoder is not None and isinstance(targets, str):
+        require_classes(model, targets)
     if isinstance(targets, TextTarget):
         return targets.bind(model)
     if isinstance(targets, list | tuple):

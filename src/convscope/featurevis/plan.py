@@ -180,7 +180,7 @@ def make_plan(
     max_batch = _max_batch(model, request, settings, canvas, view_sizes)
     _check_fixed_batch(model, request)
     largest = max(objective.num_images for objective in request.objectives)
-    batches = list(balanced_chunks(range(len(request.objectives)), max(1, max_batch // largest)))
+    batches = balanced_chunks(range(len(request.objectives)), max(1, max_batch // largest))
     return PatternPlan(forward, receptive_field, canvas, view_sizes, batches, max_batch)
 
 

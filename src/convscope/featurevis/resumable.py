@@ -95,7 +95,7 @@ def run_resumable(
         raise ConvscopeError(
             f"recipe {recipe_name!r} is for layer {layer!r} as a whole, which has no parts; give units"
         )
-    parts = list(balanced_chunks(request.units, UNITS_PER_PART))
+    parts = balanced_chunks(request.units, UNITS_PER_PART)
     job = _PartsJob(model, layer, parts, _split_start(options.get("start"), parts), options, torch.get_num_threads())
     files = [_parts_folder(folder) / name for name in job.file_names()]
     missing = [i for i, file in enumerate(files) if not (resume and zipfile.is_zipfile(file))]

@@ -59,10 +59,3 @@ def as_item(value: object) -> Item:
     if isinstance(value, io.BytesIO | Image.Image | np.ndarray | Tensor):
         return value
     raise ConvscopeError(f"is of type {type(value).__name__}, which is no image")
-
-
-def item_names(items: Sequence[Item] | LazyImages) -> tuple[str, ...]:
-    """Return the names of images: their paths, or "image 0", "image 1", ..."""
-    if isinstance(items, LazyImages):
-        return tuple(items.names)
-    return tuple(item if isinstance(item, str) else f"image {i}" for i, item in enumerate(items))

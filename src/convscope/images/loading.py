@@ -29,7 +29,7 @@ from convscope.images.decoding import (
     upright_opaque,
 )
 from convscope.images.geometry import Geometry
-from convscope.images.lazy import Item, LazyImages, as_item, item_names
+from convscope.images.lazy import Item, LazyImages
 from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
 from convscope.images.resizing import FITS, interpolate
@@ -123,15 +123,16 @@ class ImageBatchLoader:
         self.preprocessing, self.fit, self.max_pixels = preprocessing.scaled(scale), fit, max_pixels
         self._unscaled, self._scale = preprocessing, scale
         self._any_channels = preprocessing.channel_order == "channels"
-        channels_last = f"(H, W, {preprocessing.channels})"
-        self._shapes = channels_last if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        self._shapes = (
+            f"(H, W, {preprocessing.channels})" if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        )
         self._images = images
         if isinstance(images, Tensor) and images.ndim == 1 + preprocessing.axes:
             self._images = images[None]
         self._items = self._split(images)
         if not self._items:
             raise ConvscopeError(f"there are no images; expected {_ACCEPTED}")
-        self.names = item_names(self._items)
+        self.names = _item_names(self._items)
         self.failed: list[Failure] = []
         self.notes: list[str] = list(images.notes) if isinstance(images, LazyImages) else []
         self._unusable: set[int] = set()
@@ -311,7 +312,7 @@ class ImageBatchLoader:
                 raise ConvscopeError(f"images is a {type(item).__name__}; the model comes first, the images second")
             if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray | Tensor):
                 raise ConvscopeError(f"{type(item).__name__} is not an image; expected {_ACCEPTED}")
-            items.append(as_item(item))
+            items.append(os.fsdecode(item) if isinstance(item, os.PathLike) else item)
         return items
 
     def _split_tensor(self, images: Tensor) -> list[Item]:
@@ -407,3 +408,10 @@ class ImageBatchLoader:
                 f"is an array of {dtype}; expected uint8, or floats in [0, 1]{advice if is_wide_integer(dtype) else ''}"
             )
         check_pixels(shape[0], shape[1], self.max_pixels)
+
+
+def _item_names(items: Sequence[Item] | LazyImages) -> tuple[str, ...]:
+    """Return the names of images: their paths, or "image 0", "image 1", ..."""
+    if isinstance(items, LazyImages):
+        return tuple(items.names)
+    return tuple(item if isinstance(item, str) else f"image {i}" for i, item in enumerate(items))

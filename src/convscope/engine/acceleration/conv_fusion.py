@@ -211,8 +211,9 @@ class _ChainFinder(FunctionMode):
         self._read(x)
         with without_function_modes():
             y: Tensor = type(conv).forward(conv, x)
+            onednn = not torch.is_grad_enabled() and supports_onednn(x)
         is_plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        chain = ConvChain(conv, is_plain and not torch.is_grad_enabled() and supports_onednn(x), [])
+        chain = ConvChain(conv, is_plain and onednn, [])
         self.chains[conv] = None if conv in self.chains else chain  # the modules after two calls may differ
         return self._record(chain, conv, y)
 
