@@ -260,7 +260,8 @@ class _CaptureState:
         with ExitStack() as stack:
             caller_grad = torch.is_grad_enabled() and not self.detach_at_layer
             stack.enter_context(isolated_pass(self.model.module, self.modules.values(), self.parameters))
-            stack.enter_context(apply_edits(self.model.edits, self.modules))
+            if self.model.edits:
+                stack.enter_context(apply_edits(self.model.edits, self.modules))
             for name in self.hooked_modules:
                 stack.enter_context(forward_hook(self.modules[name], self.hook(name)))
                 if name in self.recorded_modules:
