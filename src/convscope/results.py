@@ -31,7 +31,7 @@ from convscope.errors import ConvscopeError
 from convscope.figures import FigureOptions, RenderedFile, draw, draw_displayed, render
 from convscope.formatting import MAX_ROWS, Row, count_of, format_table
 from convscope.images.animation import write_animation
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -27,8 +27,9 @@ from convscope.feature_maps import Activations
 from convscope.featurevis.layer_story import Chapter, Story, array_name
 from convscope.featurevis.result import Patterns
 from convscope.images.copies import ImageCopy
+from convscope.images.failures import Failure
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Failure, ImageBatchLoader
+from convscope.images.loading import ImageBatchLoader
 from convscope.predictions import Predictions
 from convscope.results import COPIES_FILE, Result
 from convscope.store.store import Store, open_store

@@ -25,8 +25,9 @@ from torchvision import transforms
 
 from convscope.errors import ConvscopeError
 from convscope.images import decoding, loading
+from convscope.images.failures import Failure
 from convscope.images.geometry import Geometry
-from convscope.images.loading import Failure, ImageBatchLoader
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 RNG = np.random.default_rng(0)

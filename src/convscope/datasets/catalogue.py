@@ -16,7 +16,7 @@ from convscope.datasets import readers_arrow, readers_files, readers_memory
 from convscope.datasets.index import DatasetIndex, ImageReader, Label
 from convscope.datasets.storage import Storage, absolute_location, expand_ranges, is_glob
 from convscope.errors import ConvscopeError, require_extra
-from convscope.images.loading import one_line
+from convscope.images.failures import one_line
 
 if TYPE_CHECKING:
     import pyarrow

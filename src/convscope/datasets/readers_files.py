@@ -18,7 +18,7 @@ import numpy as np
 from convscope.datasets.index import DatasetIndex, Label, labels_or_none, parse_label, to_label
 from convscope.datasets.storage import Storage
 from convscope.errors import ConvscopeError
-from convscope.images.loading import one_line
+from convscope.images.failures import one_line
 
 _IMAGE_EXTENSION = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
 _MAX_LABEL_BYTES = 1 << 20  # of a label file in a tar

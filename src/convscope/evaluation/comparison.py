@@ -29,7 +29,8 @@ from convscope.evaluation.api import evaluate
 from convscope.evaluation.registry import get_metric, metric_name
 from convscope.evaluation.result import Evaluation, interval_or_none
 from convscope.formatting import Row, count_of
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
+from convscope.images.failures import Failure
+from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.predictions import predict
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.result_items import IndexedResult, ItemKey

@@ -41,7 +41,7 @@ from convscope.explorer.views import (
 from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.views.saved_links import page_parts
 from convscope.featurevis.layer_story import Story
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import atomic_write, versions, write_json
 from convscope.store.saved_results import SavedResult

@@ -39,7 +39,7 @@ from convscope.featurevis.scoring import (
 )
 from convscope.featurevis.task import OptimizationTask
 from convscope.formatting import count_of
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 

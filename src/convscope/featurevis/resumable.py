@@ -37,7 +37,7 @@ from convscope.featurevis.request import (
     size_checker,
 )
 from convscope.featurevis.result import Patterns
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import atomic_write, versions, write_npz
 

@@ -20,7 +20,8 @@ from convscope.featurevis.parameterization import PhaseImage, PyramidResidualIma
 from convscope.featurevis.recipes import ADAM_DAMPING, RETRY_STEPS
 from convscope.featurevis.request import PatternRequest
 from convscope.featurevis.task import BatchObjective, OptimizationTask, render_uint8
-from convscope.images.loading import Failure, ImageBatchLoader
+from convscope.images.failures import Failure
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.samples import photographs
 

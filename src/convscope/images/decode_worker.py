@@ -26,8 +26,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from convscope.errors import ConvscopeError
+from convscope.images.failures import one_line
 from convscope.images.geometry import Geometry
-from convscope.images.loading import ImageBatchLoader, one_line
+from convscope.images.loading import ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 
 THUMBNAIL_SIDE = 96  # pixels

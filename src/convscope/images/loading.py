@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from convscope.images.decoding import (
     unit_pixels,
     upright_opaque,
 )
+from convscope.images.failures import Failure, one_line
 from convscope.images.geometry import Geometry
 from convscope.images.lazy import Item, LazyImages
 from convscope.images.pipelines import ImageTransform, merge_floats
@@ -42,31 +41,6 @@ _ACCEPTED = (
     "a path, a list of paths, PIL images and arrays, an array (H, W, 3) or (N, H, W, 3) of uint8 or floats in [0, 1], "
     "a preprocessed floating tensor (N, C, H, W) or several; see help(convscope.predict)"
 )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image that could not be used.
-
-    Attributes
-    ----------
-    name : str
-        The image's path, or "image 3".
-    reason : str
-        Why it could not be used. ``str(failure)`` is always one line.
-    """
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return one_line(f"{self.name}: {self.reason}")
-
-
-def one_line(text: str) -> str:
-    """Escape line breaks and unprintable characters."""
-    bad = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
 
 
 class ImageBatchLoader:

@@ -20,7 +20,7 @@ from convscope.feature_maps import activations, is_constant_channel
 from convscope.featurevis.api import patterns
 from convscope.featurevis.result import Patterns
 from convscope.images.colormap import lookup_table
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 from convscope.plotting.activations import activation_pages
 from convscope.plotting.grids import pattern_grid
 from convscope.predictions import Predictions, predict

@@ -22,7 +22,8 @@ from convscope.engine.batching import batch_size as fitting_batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_int, warns_of_failures
-from convscope.images.loading import DEFAULT_MAX_PIXELS, Failure
+from convscope.images.failures import Failure
+from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import local_folder, versions, write_json
 from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics

@@ -27,8 +27,9 @@ from convscope.images.decode_worker import (
     WorkerDied,
     WorkerTimeout,
 )
+from convscope.images.failures import one_line
 from convscope.images.geometry import Geometry
-from convscope.images.loading import DEFAULT_MAX_PIXELS, one_line
+from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.images.preprocessing import Preprocessing
 
 WORKER_DIED = "its decoding ended the worker process"

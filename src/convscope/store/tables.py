@@ -12,7 +12,7 @@ import numpy as np
 from convscope.engine.class_names import find_class
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, nearest, require_extra
-from convscope.images.loading import Failure
+from convscope.images.failures import Failure
 from convscope.store.io import Folder, Json, NpyRows, ParquetTable, ThumbnailSheets
 from convscope.store.records import SIDES, UnitRank
 from convscope.store.views import VIEW_COLUMNS, ImageView, StoredImages
