@@ -19,6 +19,7 @@ import methods
 import scanning
 import torch
 import transfer
+import unit_effects
 from timing import THREADS
 
 ROUNDS = 15
@@ -44,6 +45,7 @@ def main() -> None:
         "Scan": lambda: _scan(scanning.passes(few), scanning.decoding(), list(scanning.peaks())),
         "Memory": lambda: _memory(memory.run()),
         "Localisation": lambda: _localisation(localisation.run()),
+        "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
     }
     out = Path(__file__).with_name("README.md")
     head, bodies = _read_sections(out) if arguments.only else (_head(rounds, few), {})

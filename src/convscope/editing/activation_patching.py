@@ -15,7 +15,7 @@ from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, pars
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.result import Patching
-from convscope.editing.unit_effects import as_list, units_per_pass
+from convscope.editing.unit_effects import as_list, repeat_maps, units_per_pass
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
@@ -212,7 +212,7 @@ def _effects(
         ends = torch.cat([score(source), score(destination)])
         parts = []
         for numbers in torch.split(torch.arange(count), units_per_pass(model, memory)):
-            patched = destination.repeat(len(numbers), *[1] * (destination.ndim - 1))
+            patched = repeat_maps(destination, len(numbers))
             _move(patched, source[0], numbers, by, units)
             parts.append(score(patched))
             report(int(numbers[-1]) + 1, count)
@@ -232,11 +232,10 @@ def _move(patched: Tensor, source: Tensor, numbers: Tensor, by: By, units: Tenso
     if by == "unit":
         patched[rows, units[numbers]] = source[units[numbers]]
         return
-    flat_source = source.flatten(1)
-    flat = patched.flatten(2)
+    shape = source.shape[1:]
     if by == "position":
-        flat[rows[:, None], units[None], numbers[:, None]] = flat_source[units[None], numbers[:, None]]
+        positions = torch.unravel_index(numbers[:, None], shape)
+        patched[(rows[:, None], units[None], *positions)] = source[(units[None], *positions)]
     else:
-        unit, position = units[numbers // flat.shape[2]], numbers % flat.shape[2]
-        flat[rows, unit, position] = flat_source[unit, position]
-    patched.copy_(flat.view_as(patched))
+        unit, *positions = torch.unravel_index(numbers, (len(units), *shape))
+        patched[(rows, units[unit], *positions)] = source[(units[unit], *positions)]

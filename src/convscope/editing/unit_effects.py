@@ -17,7 +17,7 @@ from convscope.editing.api import check_units
 from convscope.editing.replacements import HOW, donors, unit_means
 from convscope.editing.result import Effects
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, batch_size, cache_friendly_batch_size, forward_bytes, pad_to_fixed_batch
+from convscope.engine.batching import MEMORY, batch_size, forward_bytes, pad_to_fixed_batch
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_selection import LayerLike, find_layer
 from convscope.engine.layer_table import Layer
@@ -28,6 +28,7 @@ from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.evaluation.statistics import bootstrap
 from convscope.images.batches import Batch
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.images.tensor_inputs import to_channels_last
 from convscope.progress import ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
@@ -199,9 +200,14 @@ def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
     }
 
 
+def repeat_maps(maps: Tensor, count: int) -> Tensor:
+    """Return `count` copies (count, C, ...) of maps (1, C, ...), in the layout that convolutions are fast in."""
+    return to_channels_last(maps.expand(count, *maps.shape[1:])).clone()
+
+
 def units_per_pass(model: Model, memory: int) -> int:
     """Return the number of changed copies of a layer's output whose passes run together."""
-    return min(batch_size(model, forward_bytes(model), memory), cache_friendly_batch_size(model))
+    return batch_size(model, forward_bytes(model), memory)
 
 
 # --- replacements ----------------------------------------------------------------------------------------------------
@@ -380,7 +386,7 @@ class _Job:
 
     def _edited(self, maps: Tensor, units: Tensor, change: Tensor) -> Tensor:
         """Return copies (M, C, ...) of maps (1, C, ...), in each of which one unit is removed."""
-        edited = maps.repeat(len(units), *[1] * (maps.ndim - 1))
+        edited = repeat_maps(maps, len(units))
         by_unit = edited.movedim(self.layer.unit_axis, 1)
         by_unit[torch.arange(len(units)), units] += change[units]
         return edited
