@@ -88,9 +88,9 @@ def run(rounds: int) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "The effect of setting each unit of a layer to 0 on the top class of one photograph, for all units. Seconds, and",
-        "in brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to the",
-        "largest of them.",
+        "The effect of setting each unit of a layer to 0 on the top class of one photograph, for all units. Seconds,",
+        "and in brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to",
+        "the largest of them.",
         "",
         "| layer | units | " + " | ".join(rows[0].times) + " |",
         "| --- | --- |" + " --- |" * len(rows[0].times),

@@ -237,5 +237,6 @@ def _move(patched: Tensor, source: Tensor, numbers: Tensor, by: By, units: Tenso
         positions = torch.unravel_index(numbers[:, None], shape)
         patched[(rows[:, None], units[None], *positions)] = source[(units[None], *positions)]
     else:
-        unit, *positions = torch.unravel_index(numbers, (len(units), *shape))
-        patched[(rows, units[unit], *positions)] = source[(units[unit], *positions)]
+        index = torch.unravel_index(numbers, (len(units), *shape))
+        selected = (units[index[0]], *index[1:])
+        patched[(rows, *selected)] = source[selected]
