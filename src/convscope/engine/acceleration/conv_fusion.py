@@ -7,6 +7,7 @@ given. The network itself is not changed, so that other threads may run it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +31,8 @@ MAX_CHANNELS_PER_GROUP = 4  # up to here a convolution is bound by memory, and a
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Activations and their names in oneDNN.
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    **{nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"},
-    **dict.fromkeys((nn.ReLU6, nn.Hardtanh), "hardtanh"),
-}
+HARDTANH: dict[type[nn.Module], str] = dict.fromkeys((nn.ReLU6, nn.Hardtanh), "hardtanh")
+ACTIVATIONS = HARDTANH | {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
 SAME_PADDING = "timm.layers.conv2d_same.Conv2dSame"  # a convolution that pads its input as TensorFlow does
 NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # batch normalisation with its activation inside
 
@@ -44,19 +43,15 @@ class ConvChain:
 
     conv: Any
     onednn: bool
-    steps: list[tuple[nn.Module, Tensor | None]]  # modules from the convolution on, with their outputs
+    modules: list[Any] = field(default_factory=list)  # after the convolution
+    end: float = math.inf  # the number of modules before the first tensor that other functions read
     padded: dict[Pads, tuple[Any, ...]] = field(default_factory=dict)  # arguments of the convolution that pads
 
-    @property
-    def modules(self) -> list[Any]:
-        """The modules after the convolution."""
-        return [module for module, _ in self.steps[1:]]
-
-    def takes(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether a module that is called with `x` can be computed after the last one."""
-        last, output = self.steps[-1]
-        is_next = not self.modules if isinstance(module, NORMS) else self.onednn and type(last) not in ACTIVATIONS
-        return is_next and output is x and not module._forward_pre_hooks  # noqa: SLF001
+    def takes(self, module: nn.Module) -> bool:
+        """Whether a module can be computed after the last one."""
+        is_last = any(type(before) in ACTIVATIONS for before in self.modules)
+        is_next = not self.modules if isinstance(module, NORMS) else self.onednn and not is_last
+        return is_next and not module._forward_pre_hooks  # noqa: SLF001
 
     @torch.no_grad()
     def fold_norm(self) -> None:
@@ -81,7 +76,7 @@ class ConvChain:
             x, pads = F.pad(x, [end for pair in reversed(pads) for end in pair]), ()
         if pads not in self.padded:
             self.padded[pads] = self._pad(pads)
-        last = self.steps[-1][0]
+        last = self.modules[-1]
         bounds = [last.min_val, last.max_val] if isinstance(last, nn.Hardtanh) else []
         return onednn_convolution(x, self.padded[pads], ACTIVATIONS.get(type(last), "none"), bounds)
 
@@ -157,7 +152,7 @@ class _Pending(threading.local):
         """Compute a chain: the forward pass of its convolution."""
         y = chain(x)
         if chain.modules:
-            self.modules[id(y)] = y, chain.modules
+            self.modules[id(y)] = y, list(chain.modules)
         return y
 
     def skip(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -178,15 +173,14 @@ class _ChainFinder(FunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.chains: dict[nn.Module, ConvChain | None] = {}  # by convolution; None cannot be fused
-        self.outputs: dict[int, tuple[Tensor, ConvChain]] = {}  # kept, so that identities stay unique
-        self.read: set[int] = set()  # the identities of those that other functions read
+        # Outputs by identity, which stays unique while they are kept, with their chains and the modules before them.
+        self.outputs: dict[int, tuple[Tensor, ConvChain, int]] = {}
 
     def fusible(self) -> list[ConvChain]:
         """Return the chains that can be fused, up to the first tensor that other functions read."""
         chains = [chain for chain in self.chains.values() if chain is not None]
         for chain in chains:
-            end = next((i for i, (_, y) in enumerate(chain.steps) if id(y) in self.read), len(chain.steps))
-            chain.steps = [(module, None) for module, _ in chain.steps[: end + 1]]
+            chain.modules = [module for i, module in enumerate(chain.modules) if i < chain.end]
         return [chain for chain in chains if chain.modules]
 
     def recorder(self, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -205,7 +199,8 @@ class _ChainFinder(FunctionMode):
         return function(*args, **kwargs)
 
     def _read(self, *tensors: Tensor) -> None:
-        self.read |= self.outputs.keys() & set(map(id, tensors))
+        for _, chain, length in (self.outputs[id(x)] for x in tensors if id(x) in self.outputs):
+            chain.end = min(chain.end, length)
 
     def _convolve(self, conv: Any, x: Tensor) -> Tensor:
         self._read(x)
@@ -213,14 +208,14 @@ class _ChainFinder(FunctionMode):
             y: Tensor = type(conv).forward(conv, x)
             onednn = not torch.is_grad_enabled() and supports_onednn(x)
         is_plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        chain = ConvChain(conv, is_plain and onednn, [])
+        chain = ConvChain(conv, is_plain and onednn)
         self.chains[conv] = None if conv in self.chains else chain  # the modules after two calls may differ
         return self._record(chain, conv, y)
 
     def _continue(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run batch normalisation or an activation; add it to the chain that ends in its input, if it can be fused."""
-        _, chain = self.outputs.get(id(x), (x, None))
-        if chain is None or id(x) in self.read or not chain.takes(module, x):
+        _, chain, length = self.outputs.get(id(x), (x, None, 0))
+        if chain is None or length < len(chain.modules) or length >= chain.end or not chain.takes(module):
             chain = None
             self._read(x)
         with without_function_modes():
@@ -228,13 +223,11 @@ class _ChainFinder(FunctionMode):
             y: Tensor = forward(module, x)
         if chain is None:
             return _after_norm(module, y)
-        if y is x:  # in place
-            chain.steps[-1] = chain.steps[-1][0], None
+        chain.modules.append(module)
         return self._record(chain, module, y)
 
     def _record(self, chain: ConvChain, module: nn.Module, y: Tensor) -> Tensor:
-        chain.steps.append((module, y))
-        self.outputs[id(y)] = y, chain
+        self.outputs[id(y)] = y, chain, len(chain.modules)
         y = _after_norm(module, y)
         if module._forward_hooks:  # noqa: SLF001
             self._read(y)
