@@ -52,6 +52,15 @@ IMAGE = np.zeros((8, 8, 3), np.uint8)
         ),
         (lambda: convscope.objectives.channel("0", units=1), "channel() has no argument units=; did you mean unit=?"),
         (lambda: convscope.heatmaps(X, NET), "heatmaps() got the model in the wrong place; the model comes first: "),
+        (
+            lambda: convscope.evaluate(MODEL, convscope.heatmaps(MODEL, X), X),
+            "evaluate() got Heatmaps, a result, for images; expected images: evaluate(model, images, heatmaps, ...)",
+        ),
+        (
+            lambda: convscope.heatmaps(MODEL, "red fox", "a.JPG"),
+            "heatmaps() got the image file 'a.JPG' for targets; the order is heatmaps(model, images, targets, ...)",
+        ),
+        (lambda: convscope.activations(MODEL, ["0"], "a.png"), "got the image file 'a.png' for layers; the order is"),
         (lambda: convscope.predict("a.jpg", MODEL), "the model comes first: predict(model, images, ...)"),
         (lambda: convscope.patterns("0", MODEL), "the model comes first: patterns(model, layer, ...)"),
         (
@@ -68,6 +77,23 @@ def test_wrong_calls(call, message):
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: convscope.load("a.png"), "a.png is an image file; expected a model's name or file"),
+        (lambda: convscope.activations(MODEL, X, []), "layers is empty; omit it"),
+        (lambda: convscope.activations(MODEL, X, "logits"), "layers has 'logits', the classes, which have no maps"),
+        (lambda: convscope.evaluate(MODEL, X, convscope.predict(MODEL, X)), "heatmaps is a Predictions; expected what"),
+        (lambda: convscope.evaluate(MODEL, X, None), "heatmaps is a NoneType; expected what convscope.heatmaps"),
+    ],
+)
+def test_wrong_values(call, message):
+    with pytest.raises(ConvscopeError) as raised:
+        call()
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_options_of_methods_still_have_their_own_message():

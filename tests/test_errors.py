@@ -13,7 +13,6 @@ from convscope.errors import (
     ConvscopeError,
     ConvscopeWarning,
     find_name,
-    nearest,
     require_extra,
     require_int,
     require_number,
@@ -59,11 +58,6 @@ def test_numbers_out_of_range_are_refused(value: object, bounds: dict[str, float
     with pytest.raises(ConvscopeError) as error:
         require_number("keep", value, **bounds)
     assert str(error.value) == message
-
-
-def test_nearest_names_come_first() -> None:
-    assert nearest("featurs.0", ["classifier", "features.0", "features.1"]).startswith("features.0")
-    assert nearest("xyz", ["a", "b", "c", "d", "e"]) == "a, b, c, d"
 
 
 def test_missing_package_names_its_extra() -> None:
@@ -125,22 +119,8 @@ def test_find_name_ignores_case_and_hyphens(given):
 def test_find_name_names_the_nearest():
     with pytest.raises(ConvscopeError, match="method 'gradcem' is not known; nearest: grad-cam"):
         find_name("method", "gradcem", ["occlusion", "grad-cam"])
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("panda", "giant panda, lesser panda, sandpanda"),  # whole words before parts of words, and nothing else
-        ("cat", "tiger cat, Persian cat, polecat"),
-        ("Red Panda", "lesser panda, giant panda, red fox"),  # with a word in common
-        ("bees", "bee, hartebeest"),
-        ("leser panda", "lesser panda, giant panda"),
-        ("xyzzyx", "sandal, giant panda, lesser panda"),  # the first of all
-    ],
-)
-def test_nearest(word, expected):
-    names = ["sandal", "giant panda", "lesser panda", "sandpanda", "tiger cat", "Persian cat", "polecat", "red fox"]
-    assert nearest(word, [*names, "bee", "hartebeest"], 3).startswith(expected)
+    with pytest.raises(ConvscopeError, match="method is None; expected a name such as 'occlusion'"):
+        find_name("method", None, ["occlusion", "grad-cam"])
 
 
 def test_names_are_those_of_the_tables():

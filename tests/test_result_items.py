@@ -68,7 +68,14 @@ def test_names(model, images):
     assert predictions[images[1]].image_names == (images[1],)
     with pytest.raises(ConvscopeError, match=r"'dig.png' is not in this result; nearest: .*dog.png"):
         predictions["dig.png"]
+    folder = images[1].rpartition("/")[0].rpartition("/")[2]
+    for name in ("dog", f"{folder}/dog.png"):
+        assert predictions[name].image_names == (images[1],)
+    with pytest.raises(ConvscopeError, match=r"'do' is not in this result; known: .*cat.png"):
+        predictions["do"]
     twice = convscope.predict(model, [images[0], images[0]])
+    with pytest.raises(ConvscopeError, match=r"'cat' is the name of 2 items .*more of the path"):
+        twice["cat"]
     with pytest.raises(ConvscopeError, match=r"'cat.png' is the name of 2 items"):
         twice["cat.png"]
 
@@ -83,6 +90,20 @@ def test_activations_and_evaluations_are_mappings_too(model, images):
     evaluation = convscope.evaluate(model, images, convscope.heatmaps(model, images))
     assert evaluation["deletion"].shape == (3, 1)
     assert evaluation[0].mean("deletion") == evaluation["deletion"][0, 0]
+
+
+def test_selected_heatmaps_are_evaluated_on_their_images(model, images):
+    for options in ({}, {"against": ["b", "a", "c"]}, {"targets": [["a", "c"], ["b", "d"], ["e", "a"]]}):
+        heatmaps = convscope.heatmaps(model, images, **options)
+        expected = convscope.evaluate(model, images, heatmaps, metrics=("deletion", "max-sensitivity"))
+        for n in (1, 2):
+            evaluation = convscope.evaluate(model, images[n], heatmaps[n], metrics=("deletion", "max-sensitivity"))
+            np.testing.assert_allclose(evaluation["deletion"][0], expected["deletion"][n], rtol=1e-4)
+            assert evaluation["max-sensitivity"].shape == expected["max-sensitivity"][:1].shape
+    with pytest.raises(ConvscopeError, match="is not in this selection"):
+        convscope.evaluate(model, images, heatmaps[0])
+    with pytest.raises(ConvscopeError, match="expected the same ones"):
+        convscope.evaluate(model, images[0], heatmaps[1])
 
 
 def test_one_image_has_no_interval(model, images):

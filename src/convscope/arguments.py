@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from convscope.errors import ConvscopeError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,6 +52,12 @@ def _find_problem(
     if named[:1] == ["model"] and args and not _is_model(args[0]) and any(map(_is_model, args[1:])):
         return f"{name}() got the model in the wrong place; the model comes first: {name}({', '.join(named[:2])}, ...)"
     positional = [key for key in named if parameters[key].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    values, order = dict(zip(positional, args, strict=False), **kwargs), f"{name}({', '.join(positional[:3])}, ...)"
+    if _is_result(values.get("images")):
+        return f"{name}() got {type(values['images']).__name__}, a result, for images; expected images: {order}"
+    swapped = next((key for key in ("targets", "target", "layers", "layer") if _is_image_file(values.get(key))), None)
+    if swapped is not None:
+        return f"{name}() got the image file {values[swapped]!r} for {swapped}; the order is {order}"
     if len(args) > len(positional) and not any(p.kind == p.VAR_POSITIONAL for p in parameters.values()):
         others = [f"{key}=" for key in named if key not in positional]
         rest = f"give the others by name: {', '.join(others[:6])}" if others else "leave the others out"
@@ -64,6 +72,16 @@ def _find_problem(
 def _is_model(value: Any) -> bool:
     """Return whether a value is a `Model` or a module of PyTorch or Keras."""
     return hasattr(value, "named_modules") or (hasattr(value, "preprocessing") and hasattr(value, "layers"))
+
+
+def _is_result(value: object) -> bool:
+    """Return whether a value is a result of convscope."""
+    return hasattr(value, "manifest") and hasattr(value, "failed")
+
+
+def _is_image_file(value: object) -> bool:
+    """Return whether a value is the name of an image file."""
+    return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _variant(key: str, names: Iterable[str]) -> str | None:

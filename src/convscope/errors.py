@@ -1,18 +1,17 @@
 """The exception for input that a user can correct, the warning for results to look at twice, and checks of arguments.
 
-This module imports nothing but the standard library, so that ``convscope.ConvscopeError`` is available without loading
+This module needs nothing but the standard library, so that ``convscope.ConvscopeError`` is available without loading
 PyTorch.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from importlib import import_module
@@ -20,12 +19,13 @@ from numbers import Integral, Real
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
+from convscope.suggestions import suggest
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 PACKAGE_FOLDER = os.path.join(os.path.dirname(__file__), "")
 MAX_FAILURES = 3  # that a warning names
-MIN_COMMON_WORD = 3  # letters of a word that makes two names similar
 
 
 class ConvscopeError(ValueError):
@@ -76,37 +76,6 @@ def warns_of_failures(function: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return call
-
-
-def nearest(word: str, candidates: Sequence[str], count: int = 4) -> str:
-    """Return up to `count` candidates that resemble `word`, joined for an error message.
-
-    Those that contain it as whole words, in their order, then those that contain it otherwise. If none contains it as
-    whole words: those with a word in common, then those that contain it or are spelled alike, best first. If there are
-    none at all, the first `count` candidates.
-    """
-
-    def by_similarity(names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda c: -difflib.SequenceMatcher(None, c.casefold(), word.casefold()).ratio())
-
-    words = _words(word)
-    long_words = {w for w in words if len(w) >= MIN_COMMON_WORD}
-    offers = [c for c in candidates if words and _contains_words(c, words)]
-    related = {c for c in candidates if long_words and word.casefold() in c.casefold()}
-    if not offers:
-        offers = by_similarity(c for c in candidates if long_words & set(_words(c)))
-        related |= set(difflib.get_close_matches(word, candidates, n=count, cutoff=0.4))
-    offers += by_similarity(c for c in candidates if c in related)
-    return ", ".join(list(dict.fromkeys(offers))[:count] or candidates[:count])
-
-
-def _contains_words(text: str, words: list[str]) -> bool:
-    """Return whether `words` follow each other in a text."""
-    return f" {' '.join(words)} " in f" {' '.join(_words(text))} "
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def rename_arguments(message: str, names: Mapping[str, str]) -> str:
@@ -170,10 +139,12 @@ def find_name(kind: str, name: object, known: Sequence[str]) -> str:
     ConvscopeError
         If there is no such name; the message lists the nearest ones.
     """
+    if not isinstance(name, str):
+        raise ConvscopeError(f"{kind} is {name!r}; expected a name such as {known[0]!r}")
     names = {_plain_name(entry): entry for entry in known}
-    if isinstance(name, str) and _plain_name(name) in names:
+    if _plain_name(name) in names:
         return names[_plain_name(name)]
-    raise ConvscopeError(f"{kind} {name!r} is not known; nearest: {nearest(str(name), known)}")
+    raise ConvscopeError(f"{kind} {name!r} is not known; {suggest(name, known)}")
 
 
 def _plain_name(name: str) -> str:

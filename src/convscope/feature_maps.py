@@ -13,7 +13,7 @@ from convscope.arguments import check_arguments
 from convscope.datasets.image_inputs import open_images
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, batch_size, forward_bytes, iter_batches
-from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
+from convscope.engine.layer_selection import LayerLike, find_layer, find_layers, last_per_resolution
 from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError, is_int, warns_of_failures
 from convscope.formatting import count_of
@@ -182,12 +182,10 @@ def activations(
     """
     if scaling not in SCALINGS:
         raise ConvscopeError(f"scaling is {scaling!r}; expected {' or '.join(SCALINGS)}")
-    model = as_model(model)
+    model = as_model(model, images)
     if not len(model.layers):
         raise ConvscopeError(f"{model.name} shows no layers: it is a function or a TorchScript program")
-    selected = (
-        last_per_resolution(model) if layers is None else [find_layer(model, layer) for layer in as_layers(layers)]
-    )
+    selected = last_per_resolution(model) if layers is None else find_layers(model, layers)
     outputs: dict[str, list[np.ndarray]] = {layer.name: [] for layer in selected}
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     indices: list[int] = []

@@ -8,6 +8,7 @@ A result knows nothing of plotting. For a result of class ``UnitRecord`` the fig
 from __future__ import annotations
 
 import inspect
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 RenderedFile = Image.Image | Sequence[Image.Image] | str
 """Content of a saved file: an image (PNG), the frames of an animation (WebP), or text."""
 
+MAX_PNG, MAX_JPEG = 200_000, 700_000  # bytes of a figure in a notebook
 DISPLAY_MODULE = "convscope.plotting.display"
 
 PLOTTING_MODULES: Mapping[str, str] = {
@@ -59,6 +61,24 @@ class FigureOptions(TypedDict, total=False):
     shared_scale: bool
     alpha: float | None
     image: int
+
+
+def encode(figure: Figure) -> tuple[str, bytes]:
+    """Return a figure as an image for a notebook, with its format: "png", or "jpeg" where a PNG image is large.
+
+    A figure that is too large as JPEG too is reduced.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight")
+    if buffer.tell() <= MAX_PNG:
+        return "png", buffer.getvalue()
+    image, reduction = Image.open(buffer).convert("RGB"), 1
+    while True:
+        buffer = io.BytesIO()
+        image.reduce(reduction).save(buffer, format="jpeg", quality=85)
+        if buffer.tell() <= MAX_JPEG:
+            return "jpeg", buffer.getvalue()
+        reduction += 1
 
 
 def draw(result: object, **options: Unpack[FigureOptions]) -> Figure:

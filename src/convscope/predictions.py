@@ -142,6 +142,7 @@ def predict(
           .tar or .parquet files, or a URL, as for `convscope.scan`.
         - A PIL image. An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, or of floats in [0, 1]; an array
           (N, H, W, 3) of N images. Alpha is put on white.
+        - A uint8 tensor (3, H, W) or (N, 3, H, W), as `torchvision.io.decode_image` returns: images like any others.
         - A floating tensor (3, H, W) or (N, 3, H, W): the network's input, already preprocessed, used as it is; a
           size or values that do not fit are noted. Networks on signals (N, C, L) and volumes (N, C, D, H, W) take
           tensors only.
@@ -188,7 +189,7 @@ def predict(
     'Egyptian cat'
     """
     require_int("top", top)
-    model = as_model(model)
+    model = as_model(model, images)
     if targets is not None:
         model = model_of_texts(model, parse_texts(targets))
         top = model.num_outputs or top

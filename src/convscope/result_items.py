@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, ClassVar, Self, SupportsIndex, TypeAlias
 
 import numpy as np
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.formatting import base_name, count_of
 from convscope.results import Result
+from convscope.suggestions import suggest
 
 ItemKey: TypeAlias = int | slice | str | Sequence[int]
 """An item's position or name, several positions, or a slice."""
@@ -50,7 +52,7 @@ class IndexedResult(Result):
         Parameters
         ----------
         key : int, slice, str or sequence of int
-            Positions, or the name of an item; of an image also its file name alone.
+            Positions, or the name of an item; of an image also the end of its path, and its file name without suffix.
 
         Raises
         ------
@@ -95,14 +97,22 @@ def _take(value: Any, axis: int, positions: Sequence[int]) -> Any:
 
 
 def _find(name: str, names: Sequence[str]) -> int:
-    """Return the position of a name, or of the only path that ends in it."""
-    matches = [i for i, known in enumerate(names) if known == name]
-    matches = matches or [i for i, known in enumerate(names) if base_name(known) == name]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ConvscopeError(f"{name!r} is the name of {len(matches)} items of this result; give a position")
-    raise ConvscopeError(f"{name!r} is not in this result; nearest: {nearest(name, names)}")
+    """Return the position of a name, or of the only path that ends in it, with or without its suffix."""
+    spellings: tuple[Callable[[str], bool], ...] = (
+        lambda known: known == name,
+        lambda known: f"/{known}".endswith(f"/{name}"),
+        lambda known: PurePath(base_name(known)).stem == name,
+    )
+    for is_called in spellings:
+        matches = [i for i, known in enumerate(names) if is_called(known)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ConvscopeError(
+                f"{name!r} is the name of {len(matches)} items of this result: "
+                f"{', '.join(names[i] for i in matches[:4])}; give a position or more of the path"
+            )
+    raise ConvscopeError(f"{name!r} is not in this result; {suggest(name, names)}")
 
 
 def _beginnings(note: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ from PIL import Image
 from convscope.engine.model import Model
 from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
-from convscope.figures import FigureOptions, RenderedFile, draw, draw_displayed, render
+from convscope.figures import FigureOptions, RenderedFile, draw, draw_displayed, encode, render
 from convscope.formatting import MAX_ROWS, Row, count_of, format_table
 from convscope.images.animation import write_animation
 from convscope.images.failures import Failure
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of names that `Result.save` takes as a file
-MAX_PNG = 200_000  # bytes of a figure that is displayed as PNG
+TABLE_SUFFIX = ".csv"
+OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".mp4", ".json", ".npy", ".npz", ".zip", ".pkl", ".txt", ".html")
 COPIES_FILE = "images.zip"  # small copies of the images, in the folder of a saved result
 
 
@@ -112,13 +113,9 @@ class HasFigure:
 
 
 def _data_url(figure: Figure) -> str:
-    """Return a figure as an address that contains it: as PNG, or as JPEG where that would make notebooks large."""
-    buffer, kind = io.BytesIO(), "png"
-    figure.savefig(buffer, format=kind, bbox_inches="tight")
-    if buffer.tell() > MAX_PNG:
-        image, buffer, kind = Image.open(buffer).convert("RGB"), io.BytesIO(), "jpeg"
-        image.save(buffer, format=kind, quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    """Return a figure as an address that contains it."""
+    kind, content = encode(figure)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _kind(result: object) -> str:
@@ -194,7 +191,8 @@ class Result(HasFigure):
         """Save images, tables, arrays and settings into a folder, or a single image into a file.
 
         A name that ends in .png, .jpg, .webp, .pdf or .svg is a file: a single overlay or pattern at its own size, and
-        the figure of any other result. Everything else is a folder, which `convscope.open` reads again.
+        the figure of any other result; one that ends in .csv is the table of `rows`. Everything else is a folder, which
+        `convscope.open` reads again.
 
         Writes PNG images, animated WebP images, tables, ``arrays.npz`` and, last, ``manifest.json``. Each file is
         written under a temporary name and renamed when complete; a folder without a manifest is incomplete.
@@ -218,9 +216,14 @@ class Result(HasFigure):
         """
         path = local_folder(folder)
         try:
-            if path.suffix.lower() in FILE_SUFFIXES and not path.is_dir():
+            if path.suffix.lower() in (*FILE_SUFFIXES, TABLE_SUFFIX) and not path.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return self._save_file(path, **options)
+            if path.suffix.lower() in OTHER_SUFFIXES and not path.is_dir():
+                raise ConvscopeError(
+                    f"{path.name} has the suffix of a file that is not written here; give a folder, or a name that "
+                    f"ends in {', '.join((*FILE_SUFFIXES, TABLE_SUFFIX))}"
+                )
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").unlink(missing_ok=True)  # of an earlier save, which the new files do not match
             names = []
@@ -241,7 +244,9 @@ class Result(HasFigure):
         return path
 
     def _save_file(self, path: Path, **options: object) -> Path:
-        """Write the one image of the result, or its figure."""
+        """Write the table of the result, its only image, or its figure."""
+        if path.suffix.lower() == TABLE_SUFFIX:
+            return self._save_table(path)
         image = next(iter(render(self, **options)))[1] if self._is_one_image() else None
         suffix = path.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
         with atomic_write(path) as file:
@@ -249,6 +254,14 @@ class Result(HasFigure):
                 image.save(file, format=suffix)
             else:
                 self.figure().savefig(file, format=suffix, bbox_inches="tight", dpi=150)
+        return path
+
+    def _save_table(self, path: Path) -> Path:
+        rows = self.rows()
+        if not rows:
+            raise ConvscopeError(f"{_kind(self)} has no table to write as {path.name}; give a folder")
+        with atomic_write(path) as file:
+            file.write(format_csv({key: [row[key] for row in rows] for key in rows[0]}).encode())
         return path
 
     def manifest(self, files: Iterable[str] = ()) -> dict[str, object]:

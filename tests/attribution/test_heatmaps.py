@@ -242,8 +242,8 @@ REFUSED: list[tuple[Any, int, str]] = [
     ("9", 1, "class 9 is out of range"),
     ("leser panda", 1, "class 'leser panda' is not in this model; nearest: lesser panda"),
     ("Crane", 1, r"class 'Crane' is the name of several classes: \[1, 2\]; give the index"),
-    ([0, 1], 3, "2 targets for 3 images"),
-    ([[0, 1]], 3, "1 targets for 3 images"),
+    ([0, 1], 3, r"2 targets for 3 images; .* one list for all of them, such as \[\[0, 1\]\]"),
+    ([[0, 1], [0, 2]], 3, "2 targets for 3 images"),
     ([[0, 1], [2]], 2, "different numbers of targets"),
     ([0, [1]], 2, "expected class indices or names"),
     ([[0], []], 2, "indices or names"),
@@ -265,6 +265,14 @@ def test_refused_targets(small_model: convscope.Model, targets: Any, count: int,
     with pytest.raises(ConvscopeError, match=message) as caught:
         convscope.heatmaps(small_model, random_images(count), targets)
     assert "\n" not in str(caught.value)
+
+
+def test_one_list_of_targets_is_for_all_images(small_model: convscope.Model) -> None:
+    images = random_images(3)
+    several = convscope.heatmaps(small_model, images, [[0, 2]])
+    expected = convscope.heatmaps(small_model, images, [[0, 2]] * 3)
+    assert np.array_equal(several.targets, expected.targets)
+    assert np.array_equal(several.values, expected.values)
 
 
 def test_default_target_is_the_top_class(lite0: convscope.Model, photos: list[str]) -> None:

@@ -296,7 +296,7 @@ def test_caricature_score_by_hand(small_model: convscope.Model, photograph: np.n
         (channel("relu2", 0), {"start": True}, "relu2 0 does not compare with a photograph"),
         (caricature("relu2"), {"recipe": "robust"}, "likeness in relu2 compares with a photograph"),
         (channel("relu2", 0), {"units": [0], "recipe": "robust"}, "units= goes with a layer's name"),
-        ([], {"recipe": "robust"}, "expected a layer's name, an objective, or a list of objectives"),
+        ([], {"recipe": "robust"}, "layer is []; expected a layer's name or module, an objective"),
         (3 + channel("relu2", 12), {"recipe": "robust"}, "unit 12 is not in layer 'relu2'"),
     ],
 )

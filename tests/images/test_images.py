@@ -475,7 +475,7 @@ def test_nan_in_a_tensor_fails_one_image() -> None:
         (np.zeros((3, 4, 5)), "shape (3, 4, 5); expected (H, W), (H, W, 1)"),
         (np.zeros(3), "shape (3,)"),
         (np.zeros((1, 3, 4, 5)), "shape (1, 3, 4, 5)"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "(3, 4, 4) of torch.uint8; expected a preprocessed, floating one"),
+        (torch.zeros(3, 4, 4, dtype=torch.int32), "(3, 4, 4) of torch.int32; expected a preprocessed, floating one"),
         (torch.zeros(1, 1, 4, 4), "(N, 3, H, W)"),
         (torch.zeros(4, 4), "(4, 4)"),
         (torch.zeros(0, 3, 4, 4), "there are no images"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -54,7 +55,7 @@ def test_ranges(preprocessing, low, high, message):
 
 def test_sizes():
     assert tensor_notes(torch.zeros(1, 3, 20, 24), PLAIN) == [
-        "tensors of size 20 x 24 were given; the network's own size is 32 x 32"
+        "tensors of size 20 x 24 were given; the size of the network's input is set to 32 x 32"
     ]
 
 
@@ -73,3 +74,49 @@ def test_notes_reach_the_result_once(lite0):
 def test_float_arrays_out_of_range_are_refused(lite0):
     with pytest.raises(convscope.ConvscopeError, match=r"values from 0 to 254; floats are expected in \[0, 1\]"):
         convscope.predict(lite0, np.arange(255.0).reshape(5, 17, 3))
+
+
+def test_tensors_of_bytes_are_images(lite0, photos):
+    """As `torchvision.io.decode_image` returns them: (C, H, W), also with one channel or with alpha."""
+    array = np.asarray(PIL.Image.open(photos[0]).convert("RGB"))
+    pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    expected = convscope.predict(lite0, array).logits
+    dataset = torch.utils.data.TensorDataset(pixels[None])
+    for images in (pixels, [pixels], pixels[None], dataset):
+        np.testing.assert_array_equal(convscope.predict(lite0, images).logits, expected)
+    gray = convscope.predict(lite0, array[..., 0]).logits
+    np.testing.assert_array_equal(convscope.predict(lite0, pixels[:1]).logits, gray)
+    heatmaps = convscope.heatmaps(lite0, pixels)
+    assert heatmaps.resized()[0].shape[-2:] == array.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(20, 20, 3), r"a tensor \(20, 20, 3\) .*uint8 for pixels; channels come first: tensor.movedim"),
+        (
+            torch.zeros(1, 2, 20, 20, dtype=torch.uint8),
+            r"expected a preprocessed, floating one, .*or uint8 for pixels$",
+        ),
+        (torch.zeros(1, 3, 20, 20, dtype=torch.int64), "expected a preprocessed, floating one"),
+        (np.random.rand(3, 20, 20), r"\(3, 20, 20\); .*channels come last: numpy.moveaxis\(array, -3, -1\)"),
+        (np.random.rand(2, 3, 20, 20), "channels come last"),
+        (np.random.rand(2, 5, 20, 20), r"or \(N, H, W, C\)$"),
+    ],
+)
+def test_other_layouts_are_refused_with_what_to_do(lite0, images, message):
+    with pytest.raises(convscope.ConvscopeError, match=message):
+        convscope.predict(lite0, images)
+
+
+def test_images_that_are_much_enlarged_are_noted_once():
+    sizes = [(8, 8), (9, 8), (9, 9), (3, 5)]
+    loader = ImageBatchLoader([np.zeros((*size, 3), np.uint8) for size in sizes], PLAIN)
+    list(loader.batches(2))
+    note = (
+        "images of 8 x 8 pixels are enlarged to 32 x 32; a network on small images needs preprocessing=dict(size=...)"
+    )
+    assert loader.notes == [note]
+    loader = ImageBatchLoader([np.zeros((9, 8, 3), np.uint8)], PLAIN)
+    list(loader.batches(2))
+    assert loader.notes == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 import convscope
 from convscope import ConvscopeError
 from convscope.featurevis.result import Patterns
+from convscope.figures import MAX_JPEG, encode
 from convscope.plotting.panels import RED, shorten
 from convscope.predictions import Predictions
 from tests.plotting.helpers import make_activations
@@ -305,6 +307,31 @@ def test_heatmap_figure_of_one_image(model, size):
     heatmaps = convscope.heatmaps(model, RNG.integers(0, 200, (*size, 3), dtype=np.uint8), 2, layer="0")
     pixels = render(heatmaps.figure())
     assert white_fraction(pixels) < 0.6
+
+
+@pytest.mark.parametrize("sizes", [[(20, 80)], [(40, 60), (30, 60)], [(60, 20), (60, 20)]])
+@pytest.mark.parametrize("options", [{}, {"signed": True}, {"shared_scale": True}])
+def test_rows_of_images_leave_no_blank(model, sizes, options):
+    """Images fill the width or the height of their panels, and the rest of the figure's height is titles."""
+    images = [RNG.integers(0, 200, (*size, 3), dtype=np.uint8) for size in sizes]
+    figure = convscope.heatmaps(model, images, 2, layer="0").figure(**options)
+    render(figure)
+    panels = [axes for axes in figure.axes if axes.images and not axes.get_label()]
+    slots = [(axes.get_position(), axes.get_position(original=True)) for axes in panels]
+    assert all(max(box.width / slot.width, box.height / slot.height) > 0.99 for box, slot in slots)
+    heights = sum(axes.get_position().height * figure.get_figheight() for axes in panels[::2])
+    assert figure.get_figheight() - heights < 1.2 + 0.9 * (len(sizes) - 1)
+
+
+def test_large_figures_are_displayed_as_small_files(model):
+    figure = convscope.heatmaps(model, RNG.integers(0, 256, (2, 240, 300, 3), dtype=np.uint8), 2, layer="0").figure()
+    kind, content = encode(figure)
+    assert kind == "jpeg"
+    assert len(content) < MAX_JPEG < len(figure._repr_png_())
+    figure.set_size_inches(40, 40)
+    width, _ = Image.open(io.BytesIO(encode(figure)[1])).size
+    assert 1000 < width < 4000
+    assert encode(make_predictions(model, 1).figure())[0] == "png"
 
 
 def test_heatmap_figure_notes_missing_evidence(heatmaps):

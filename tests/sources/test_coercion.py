@@ -176,6 +176,58 @@ def test_layers_as_modules_and_rows(net, x):
     assert convscope.patterns(net, objectives.channel(row, 1), steps=1, size=32).layer == "conv2"
 
 
+@pytest.mark.filterwarnings("ignore::convscope.ConvscopeWarning")
+def test_objectives_of_modules_are_those_of_their_names(net):
+    def objective(first, second):
+        contrast = objectives.channel(first, 1) - 2 * objectives.neuron(second, 0)
+        return [contrast, objectives.diversity(objectives.channels(second, [0, 1]), first, 2)]
+
+    by_module, by_name = (
+        convscope.patterns(net, objective(*layers), steps=2, size=32)
+        for layers in ((net.conv1, net.conv2), ("conv1", "conv2"))
+    )
+    assert by_module.names == by_name.names
+    assert by_module.names[0] == "conv1 1 - 2 * conv2 0 at middle"
+    assert by_module.layer == by_name.layer == "conv1, conv2"
+    np.testing.assert_array_equal(by_module.images, by_name.images)
+    with pytest.raises(convscope.ConvscopeError, match="this Conv2d is not a layer of Tiny"):
+        convscope.patterns(net, objectives.channel(nn.Conv2d(3, 3, 1), 0), steps=1)
+    with pytest.raises(convscope.ConvscopeError, match="relu#2"):
+        convscope.patterns(net, objectives.deepdream(net.relu), steps=1)
+    with pytest.raises(convscope.ConvscopeError, match=r"layer is 3; expected a name in model\.layers"):
+        objectives.channel(3, 1)
+    with pytest.raises(convscope.ConvscopeError, match="layer is 5; expected a layer's name or module, an objective"):
+        convscope.patterns(net, 5)
+
+
+class Digits(nn.Sequential):
+    """A network that runs on images of any size."""
+
+    def __init__(self) -> None:
+        pool = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+        super().__init__(*pool, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def test_the_assumed_size_is_that_of_tensors():
+    """A network that runs on any size is described for the tensors that it is called with, in whatever order."""
+    net, x = Digits(), torch.rand(3, 1, 8, 8)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=2)
+    with pytest.warns(convscope.ConvscopeWarning, match="assumed: 8 x 8 L, .*, the size of the tensors"):
+        predictions = convscope.predict(net, x)
+    assert predictions.model.preprocessing.size == (8, 8)
+    assert predictions.model.layers["3"].shape == (4, 4, 4)
+    assert not predictions.notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for images in (loader, list(x), x[0]):
+            assert convscope.heatmaps(net, images).model.preprocessing.size == (8, 8)
+        assert convscope.patterns(net, "3", [0], steps=1, size=8).model.preprocessing.size == (224, 224)
+        array = np.zeros((8, 8), np.uint8)
+        assert "images of 8 x 8 pixels are enlarged to 224 x 224" in convscope.predict(net, array).notes[0]
+    model = convscope.load(Digits(), preprocessing={"size": 28, "channels": 1})
+    assert convscope.predict(model, x).model.preprocessing.size == (28, 28)
+
+
 def test_layers_in_a_wrapped_module(net, x):
     model = convscope.load(nn.DataParallel(net))
     assert convscope.heatmaps(model, x, layer=net.conv1).layer == "conv1"
@@ -189,5 +241,7 @@ def test_layers_that_do_not_fit(net, x):
         convscope.heatmaps(model, x, layer=nn.Conv2d(3, 3, 1))
     with pytest.raises(convscope.ConvscopeError, match=r"layer is 3; expected a name in model\.layers"):
         convscope.activations(model, x, [3])
+    with pytest.raises(convscope.ConvscopeError, match=r"layer is -1; expected a name in model\.layers"):
+        convscope.heatmaps(model, x, layer=-1)
     with pytest.raises(convscope.ConvscopeError, match=r"layer 'conv3' is not in this model; nearest: conv"):
         convscope.activations(model, x, "conv3")

@@ -404,13 +404,28 @@ def test_unit_of_the_logits_by_class_name(animal_store):
     assert store.unit(model.layers["0"], 3).statistics == store.unit("0", 3).statistics
 
 
+def test_units_of_the_logits_are_printed_by_class_name(animal_store):
+    store, _ = animal_store
+    duplicates, changes = store.duplicates(-1), store.compare(store)
+    assert any(pair.layer == "logits" for pair in duplicates)
+    for result in (duplicates, changes):
+        lines = [line for line in str(result).splitlines() if line.startswith("logits")]
+        assert lines
+        assert all("panda" in line or "sandal" in line for line in lines)
+    record = str(store.unit("logits", 1))
+    assert record.startswith("Unit record: logits, lesser panda, in ")
+    names = [name for name in store.classes if name in record.partition("coactive")[2]]
+    assert len(names) == len(store.unit("logits", 1).coactive(5)) > 0
+    assert "unit " not in record.partition("\n")[2]
+
+
 @pytest.mark.parametrize(
     ("layer", "unit", "message"),
     [
         ("logits", "panda", "class 'panda' is not in this model; nearest: giant panda, lesser panda"),
         ("0", "panda", "unit 'panda' of '0' has no name; give its number"),
         ("logits", 3, "unit 3 is out of range: logits has 3 units, 0 to 2"),
-        (torch.nn.ReLU(), 3, "layer is a ReLU; expected a name in model.layers or a row of it"),
+        (torch.nn.ReLU(), 3, "layer is a ReLU; a store has layers by name, as in store.layers"),
     ],
 )
 def test_unit_by_a_wrong_name(animal_store, layer, unit, message):

@@ -66,7 +66,8 @@ def heatmaps(
     images : path, sequence of paths, PIL images, arrays or tensor
         Any form that `convscope.predict` takes; N images.
     targets : class, sequence or callable, optional
-        One class (index or name) for all images, one per image, or a list of T for each image; by default each image's
+        One class (index or name) for all images, one per image, or a list of T for each image, of which one alone,
+        ``[["cat", "dog"]]``, is for all images; with a single image also ``["cat", "dog"]``. By default each image's
         top class. Or a function of the network's output for M inputs that returns scores (M,), or a list of T such
         functions; see `convscope.segmentation_target` and `convscope.output_target`.
     layer : str, Layer, nn.Module or sequence of these, optional
@@ -131,7 +132,7 @@ def heatmaps(
     >>> heatmaps.layer
     'bn2'
     """
-    model = as_model(model)
+    model = as_model(model, images)
     if method is None:
         method = default_method_for_boxes(model) if has_boxes(targets) else "grad-cam"
     spec = resolve_method(model, method, layer, fuse, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -79,6 +79,12 @@ class TargetSpec:
             boxes = boxes.float().to(device)
             return BatchTargets(classes, boxes=boxes, detection_reader=self.model.detection_reader)
         return BatchTargets(classes, None if self.against is None else self.against[rows].to(device))
+
+    def select(self, indices: Sequence[int]) -> TargetSpec:
+        """Return the targets of the images `indices`, which are counted from 0 then."""
+        classes, against = (None if rows is None else rows[list(indices)] for rows in (self.classes, self.against))
+        boxes = tuple(self.boxes[i] for i in indices) if self.boxes else ()
+        return replace(self, classes=classes, against=against, boxes=boxes)
 
     def names(self, classes: np.ndarray, indices: Sequence[int]) -> list[list[str]]:
         """Name the targets (B, T) of the images `indices`, whose classes are `classes` (B, T)."""
@@ -180,8 +186,8 @@ def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | No
     ----------
     model : Model
     targets : object
-        None, one class (index or name) for all images, one per image, or a list of several for each image; with a
-        single image also a flat list of several.
+        None, one class (index or name) for all images, one per image, or a list of several for each image, of which one
+        alone, ``[["cat", "dog"]]``, is for all images; with a single image also a flat list of several.
     num_images : int
 
     Returns
@@ -206,15 +212,16 @@ def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | No
     if all(_is_class(t) for t in targets):
         rows = [list(targets)] if num_images == 1 else [[t] for t in targets]
     elif all(isinstance(t, Sequence) and t and all(_is_class(c) for c in t) for t in targets):
-        rows = [list(t) for t in targets]
+        rows = [list(t) for t in targets] * (num_images if len(targets) == 1 else 1)
     else:
         raise ConvscopeError(
             f"targets is {targets!r}; expected class indices or names, or a list of them for each image"
         )
     if len(rows) != num_images:
+        several = [list(targets)] if all(_is_class(t) for t in targets) else [[0, 1]]
         raise ConvscopeError(
-            f"{len(rows)} targets for {num_images} images; give one class for all images, one per image, "
-            "or a list of several for each image"
+            f"{len(rows)} targets for {num_images} images; give one class for all images, one per image, a list for "
+            f"each image, or one list for all of them, such as {several}"
         )
     if len({len(row) for row in rows}) > 1:
         raise ConvscopeError("the images have different numbers of targets; give each image equally many")

@@ -17,7 +17,8 @@ from convscope.datasets.index import DatasetIndex, Label, labels_or_none, to_lab
 from convscope.datasets.readers_arrow import byte_sizes, find_columns, read_class_names
 from convscope.datasets.readers_files import index_locations
 from convscope.datasets.storage import Storage
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
+from convscope.suggestions import suggest
 
 if TYPE_CHECKING:
     import datasets
@@ -183,9 +184,8 @@ def index_torchvision(address: str) -> DatasetIndex:
     known = [word for word in datasets.__all__ if "root" in inspect.signature(getattr(datasets, word)).parameters]
     known = [word for word in known if word not in _UNSAFE]
     if name not in known or not root:
-        similar = nearest(name, known)
         raise ConvscopeError(
-            f"{address!r}: expected torchvision:NAME:ROOT, with a NAME such as {similar}, and a folder"
+            f"{address!r}: expected torchvision:NAME:ROOT, with a folder and a NAME; {suggest(name, known)}"
         )
     kind = getattr(datasets, name)
     options = {"download": False} if "download" in inspect.signature(kind).parameters else {}

@@ -84,7 +84,7 @@ def detect(
     """
     require_number("threshold", threshold, minimum=0, maximum=1)
     require_number("overlap", overlap, minimum=0, maximum=1)
-    model = as_model(model)
+    model = as_model(model, images)
     reader = model.detection_reader
     loader = ImageBatchLoader(
         open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True

@@ -118,7 +118,7 @@ def patch(
     """
     if by not in BY:
         raise ConvscopeError(f"by is {by!r}; expected one of {', '.join(BY)}")
-    model = as_model(model)
+    model = as_model(model, source)
     selected = find_layer(model, layer)
     if by != "unit" and not selected.is_spatial:
         raise ConvscopeError(f"by={by!r} needs positions, and layer {selected.name!r} has none; use by='unit'")

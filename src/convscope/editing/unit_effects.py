@@ -130,7 +130,7 @@ def effects(
         raise ConvscopeError(f"how is {how!r}; expected one of {', '.join(HOW)}")
     if reference is not None and how == "zero":
         raise ConvscopeError("reference= needs how='mean' or how='resample'; got how='zero'")
-    model = as_model(model)
+    model = as_model(model, images)
     selected = find_layer(model, layer)
     numbers = list(range(selected.units)) if units is None else check_units(selected, as_list(units))
     if not numbers:

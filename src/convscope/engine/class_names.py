@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
+from convscope.suggestions import suggest
 
 MAX_CANDIDATES = 6  # classes that a message offers
 
@@ -21,8 +22,7 @@ def find_class(name: str, classes: Sequence[str]) -> int:
     """
     matches = [i for i, known in enumerate(classes) if _normalize(known) == _normalize(name)]
     if not matches:
-        offers = nearest(name, classes, MAX_CANDIDATES)
-        raise ConvscopeError(f"class {name!r} is not in this model; nearest: {offers}")
+        raise ConvscopeError(f"class {name!r} is not in this model; {suggest(name, classes, MAX_CANDIDATES)}")
     if len(matches) > 1:
         raise ConvscopeError(f"class {name!r} is the name of several classes: {matches}; give the index")
     return matches[0]

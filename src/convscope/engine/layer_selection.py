@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -47,6 +47,18 @@ def _area(layer: Layer) -> int:
     return math.prod(layer.shape[1:])
 
 
+class ModuleKey(str):
+    """Stand for a module until the model is known whose layer it is: a text that no layer is called."""
+
+    module: nn.Module
+
+    def __new__(cls, module: nn.Module) -> ModuleKey:
+        """Make the key of a module; keys of one module are equal."""
+        key = super().__new__(cls, f"<{type(module).__name__} at {id(module):#x}>")
+        key.module = module
+        return key
+
+
 def layer_name(model: Model, layer: LayerLike) -> str:
     """Return the full name of a layer; ``"logits"`` stands for the classes and is returned as it is."""
     return LOGITS if isinstance(layer, str) and layer == LOGITS else find_layer(model, layer).name
@@ -57,8 +69,9 @@ def find_layer(model: Model, layer: LayerLike) -> Layer:
 
     Raises ConvscopeError for a layer that this model does not have, and for a module that it calls several times.
     """
-    if isinstance(layer, nn.Module):
-        return model.layers.find(_name_of_module(model, layer))
+    module = layer.module if isinstance(layer, ModuleKey) else layer
+    if isinstance(module, nn.Module):
+        return model.layers.find(_name_of_module(model, module))
     if not isinstance(layer, str | Layer):
         raise ConvscopeError(
             f"layer is {layer!r}; expected a name in model.layers, a row of model.layers, or a module of the network"
@@ -66,16 +79,30 @@ def find_layer(model: Model, layer: LayerLike) -> Layer:
     return model.layers.find(name_of(layer))
 
 
-def name_of(layer: str | Layer) -> str:
-    """Return the name of a layer, where no model is at hand. Raises ConvscopeError for a module."""
+def find_layers(model: Model, layers: LayerLike | Sequence[LayerLike]) -> list[Layer]:
+    """Return the rows of one layer or several that have maps; raise ConvscopeError for none, and for the logits."""
+    requested = as_layers(layers)
+    if not requested:
+        raise ConvscopeError("layers is empty; omit it for the last layer of each resolution")
+    if any(isinstance(layer, str) and layer == LOGITS for layer in requested):
+        raise ConvscopeError("layers has 'logits', the classes, which have no maps; convscope.predict returns .logits")
+    return [find_layer(model, layer) for layer in requested]
+
+
+def name_of(layer: LayerLike) -> str:
+    """Return the name of a layer, where no model is at hand; of a module a `ModuleKey`."""
+    if isinstance(layer, nn.Module):
+        return ModuleKey(layer)
     if not isinstance(layer, str | Layer):
-        raise ConvscopeError(f"layer is a {type(layer).__name__}; expected a name in model.layers or a row of it")
+        raise ConvscopeError(f"layer is {layer!r}; expected a name in model.layers, a row of it, or a module")
     return layer if isinstance(layer, str) else layer.name
 
 
 def as_layers(layers: LayerLike | Sequence[LayerLike]) -> list[LayerLike]:
     """Return one layer or several as a list."""
-    return [layers] if isinstance(layers, str | Layer | nn.Module) else list(layers)
+    if isinstance(layers, str | Layer | nn.Module) or not isinstance(layers, Iterable):
+        return [layers]
+    return list(layers)
 
 
 def _name_of_module(model: Model, module: nn.Module) -> str:

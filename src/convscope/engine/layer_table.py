@@ -16,8 +16,9 @@ from torch import Tensor
 
 from convscope.engine.data_flow import DataFlow
 from convscope.engine.nested import tensor_at
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.formatting import format_table
+from convscope.suggestions import suggest
 
 HEADINGS = ("layer", "kind", "output", "units", "receptive field", "stride", "parameters", "alias of")
 WIDEST = 10_000  # columns: a table of all layers is not shortened
@@ -293,7 +294,7 @@ class LayerTable(Sequence[Layer]):
             return nested[0]
         if nested:
             raise ConvscopeError(f"layer {name!r} is ambiguous: {', '.join(layer.name for layer in nested)}")
-        raise ConvscopeError(f"layer {name!r} is not in this model; nearest: {nearest(name, self.names)}")
+        raise ConvscopeError(f"layer {name!r} is not in this model; {suggest(name, [*self.main.names, *self.names])}")
 
     def largest_output(self, last: str | None = None) -> int:
         """Return the number of values in the largest output for one image, up to the layer `last` if it is given."""

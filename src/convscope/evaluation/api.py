@@ -121,7 +121,7 @@ def evaluate(
     >>> evaluation.mean("insertion") > evaluation.mean("deletion")
     True
     """
-    model = as_model(model)
+    model = as_model(model, images)
     names = list(dict.fromkeys(metric_name(name) for name in ([metrics] if isinstance(metrics, str) else metrics)))
     if not names:
         raise ConvscopeError(f"no metrics; expected some of {', '.join(METRICS)}")
@@ -248,7 +248,9 @@ class _EvaluationJob:
         for index, geometry in zip(batch.indices, batch.geometry, strict=True):
             if index not in maps.row_of_image:
                 name = self.loader.names[index]
-                raise ConvscopeError(f"{name} has no heatmap; it could not be used when the heatmaps were computed")
+                raise ConvscopeError(
+                    f"{name} has no heatmap: it could not be used when they were computed, or is not in this selection"
+                )
             if self.masks is not None:
                 check_mask_size(self.masks[index], geometry, self.loader.names[index])
         logits = outputs.logits[: len(x)]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
+from convscope.suggestions import suggest
 
 BLUR_FRACTION = 1 / 20  # standard deviation of the blur relative to the input's longest side: 11 pixels of 224
 
@@ -60,7 +61,7 @@ FILLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 def check_fill(name: str) -> None:
     """Refuse an unknown fill."""
     if name not in FILLS:
-        raise ConvscopeError(f"fill {name!r} is not known; nearest: {nearest(str(name), list(FILLS))}")
+        raise ConvscopeError(f"fill {name!r} is not known; {suggest(str(name), list(FILLS))}")
 
 
 def apply_fill(x: Tensor, fill: str, generator: torch.Generator) -> Tensor:

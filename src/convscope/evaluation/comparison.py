@@ -225,7 +225,7 @@ def compare(
     >>> comparison.best("deletion")["method"]
     'grad-cam'
     """
-    model = as_model(model)
+    model = as_model(model, images)
     images = open_images(images)
     combinations = _combinations(model, methods, layers, fuse)
     for metric in metrics:

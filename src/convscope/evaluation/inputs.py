@@ -116,22 +116,33 @@ def parse_heatmaps(model: Model, images: ImageBatchLoader, maps: object, targets
     if isinstance(maps, Heatmaps):
         if targets is not None:
             raise ConvscopeError("targets= is for maps given as an array; these heatmaps have their own targets")
-        _check_same_images(images, maps)
+        maps = _fit_to_images(images, maps)
         rows = {index: row for row, index in enumerate(maps.image_indices)}
         return HeatmapInput(torch.from_numpy(maps.values), rows, maps.target_spec, maps)
+    if not isinstance(maps, np.ndarray | Tensor | list | tuple):
+        kind = type(maps).__name__
+        raise ConvscopeError(f"heatmaps is a {kind}; expected what convscope.heatmaps returns, or an array (N, h, w)")
     values = _numbers(maps, "heatmaps")
     spec = parse_targets(model, targets, len(images))
     axes, shape = model.preprocessing.axes, values.shape
     values = values[:, None] if values.ndim == 1 + axes else values
     if values.ndim != 2 + axes or values.shape[:2] != (len(images), spec.num_targets) or 0 in values.shape:
         shapes = " or ".join(f"({len(images)}, {prefix}h, w)" for prefix in ("", f"{spec.num_targets}, "))
-        raise ConvscopeError(f"heatmaps of shape {shape}; expected Heatmaps, or an array {shapes}")
+        advice = "; say which targets they are of: targets=" if targets is None and values.ndim == 2 + axes else ""
+        raise ConvscopeError(f"heatmaps of shape {shape}; expected Heatmaps, or an array {shapes}{advice}")
     if not np.isfinite(values).all():
         raise ConvscopeError("the heatmaps hold NaN or infinity")
     return HeatmapInput(torch.from_numpy(values.astype(np.float32)), {i: i for i in range(len(images))}, spec)
 
 
-def _check_same_images(images: ImageBatchLoader, maps: Heatmaps) -> None:
+def _fit_to_images(images: ImageBatchLoader, maps: Heatmaps) -> Heatmaps:
+    """Return heatmaps whose images are counted as `images` are; raise ConvscopeError if they are of others.
+
+    The images are all those that the heatmaps were computed from, or those of a selection such as ``heatmaps[2]``.
+    """
+    if tuple(images.names) == maps.image_names and len(images) < len(maps.image_source):
+        spec, indices = maps.target_spec.select(maps.image_indices), tuple(range(len(images)))
+        return replace(maps, target_spec=spec, image_indices=indices)
     names = tuple(images.names[i] for i in maps.image_indices if i < len(images))
     if len(maps.image_source) != len(images):
         expected, actual = (count_of(len(loader), "image") for loader in (maps.image_source, images))
@@ -140,6 +151,7 @@ def _check_same_images(images: ImageBatchLoader, maps: Heatmaps) -> None:
         raise ConvscopeError(
             f"heatmaps of {maps.image_names[0]}, ..., but images {names[0]}, ... given; expected the same ones"
         )
+    return maps
 
 
 def parse_masks(masks: object, num_images: int, num_targets: int) -> list[Tensor]:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.engine.capture import LayerOutputs
-from convscope.engine.layer_selection import name_of
-from convscope.engine.layer_table import Layer
+from convscope.engine.layer_selection import LayerLike, name_of
 from convscope.errors import ConvscopeError
 from convscope.featurevis.objective import Objective, channels_first
 
@@ -17,7 +16,7 @@ __all__ = ["diversity", "interpolation"]
 
 
 @check_arguments
-def diversity(objective: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
+def diversity(objective: Objective, layer: LayerLike, count: int, weight: float = 1) -> Objective:
     """Return an objective for `count` images with different textures: f - weight * |f| * s for each of them.
 
     f is the value of `objective`; s is the mean cosine similarity of the image's Gram matrix of channels in `layer` to
@@ -27,8 +26,8 @@ def diversity(objective: Objective, layer: str | Layer, count: int, weight: floa
     ----------
     objective : Objective
         About one image.
-    layer : str or Layer
-        A layer with positions, in which textures are compared.
+    layer : str, Layer or torch.nn.Module
+        A layer with positions, by name, row or module, in which textures are compared.
     count : int
         Number of images, 2 or more. They are optimised in one batch.
     weight : float
@@ -74,7 +73,7 @@ def diversity(objective: Objective, layer: str | Layer, count: int, weight: floa
 
 
 @check_arguments
-def interpolation(first: Objective, last: Objective, layer: str | Layer, count: int, weight: float = 1) -> Objective:
+def interpolation(first: Objective, last: Objective, layer: LayerLike, count: int, weight: float = 1) -> Objective:
     """Return an objective for a series of `count` images from one objective to another: v - weight * |v| * d.
 
     For image i, v = (1 - t) a + t b with t = i / (count - 1), where a and b are the values of `first` and `last`. d is
@@ -85,8 +84,8 @@ def interpolation(first: Objective, last: Objective, layer: str | Layer, count: 
     ----------
     first, last : Objective
         Each about one image.
-    layer : str or Layer
-        A name in ``model.layers``, or one of its rows, in which neighbours are compared.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, or a module, in which neighbours are compared.
     count : int
         Number of images, 2 or more. They are optimised in one batch.
     weight : float

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.engine.capture import LayerOutputs
-from convscope.engine.layer_selection import name_of
-from convscope.engine.layer_table import Layer
+from convscope.engine.layer_selection import LayerLike, name_of
 from convscope.engine.model import LOGITS
 from convscope.engine.text_targets import text_target
 from convscope.errors import ConvscopeError
@@ -42,13 +41,13 @@ __all__ = [
 
 
 @check_arguments
-def channel(layer: str | Layer, unit: int) -> Objective:
+def channel(layer: LayerLike, unit: int) -> Objective:
     """Return the mean activation of a channel: mean over p of x_c(p).
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``.
     unit : int
         The channel c; for ``"logits"`` the class, whose logit is the value.
 
@@ -74,13 +73,13 @@ def channel(layer: str | Layer, unit: int) -> Objective:
 
 
 @check_arguments
-def channels(layer: str | Layer, units: Sequence[int]) -> Objective:
+def channels(layer: LayerLike, units: Sequence[int]) -> Objective:
     """Return the sum of the mean activations of several channels: sum over c of mean over p of x_c(p).
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``.
     units : sequence of int
         The channels; at least one. A channel that occurs twice counts twice.
 
@@ -111,7 +110,7 @@ def channels(layer: str | Layer, units: Sequence[int]) -> Objective:
 
 
 @check_arguments
-def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None) -> Objective:
+def neuron(layer: LayerLike, unit: int, position: Sequence[int] | None = None) -> Objective:
     """Return the activation of a channel at one position: x_c(p).
 
     The default is the middle of the map, drawn here for a map of 5 x 5 positions. An even side 2 m has its middle at
@@ -125,8 +124,8 @@ def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None)
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``, which has no positions.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``, which has no positions.
     unit : int
         The channel c.
     position : sequence of int, optional
@@ -161,15 +160,15 @@ def neuron(layer: str | Layer, unit: int, position: Sequence[int] | None = None)
 
 
 @check_arguments
-def direction(layer: str | Layer, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
+def direction(layer: LayerLike, vector: Sequence[float] | np.ndarray | Tensor, power: float = 0) -> Objective:
     """Return the alignment with a direction v in channel space: mean over p of v . x(p) * max(0.1, cos(v, x(p)))^power.
 
     With ``power=0`` the activation may also grow in other directions; a higher power penalises that.
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``.
     vector : sequence of float, array or tensor
         The direction v (C,), one finite number per channel, not all zero.
     power : float
@@ -254,15 +253,15 @@ def text(text: str) -> Objective:
 
 
 @check_arguments
-def deepdream(layer: str | Layer) -> Objective:
+def deepdream(layer: LayerLike) -> Objective:
     """Return the mean square of all activations of a layer: sum of x^2 / n.
 
     Its gradient amplifies whatever the layer already detects in the image.
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``.
 
     Returns
     -------
@@ -289,7 +288,7 @@ def deepdream(layer: str | Layer) -> Objective:
 
 
 @check_arguments
-def caricature(layer: str | Layer, power: float = 1) -> Objective:
+def caricature(layer: LayerLike, power: float = 1) -> Objective:
     """Return the similarity of a layer's output x to that of a photograph, y: x . y / n * max(0.1, cos(x, y))^power.
 
     Maximising it exaggerates what the layer detects in the photograph, at the position where it is detected. The image
@@ -297,8 +296,8 @@ def caricature(layer: str | Layer, power: float = 1) -> Objective:
 
     Parameters
     ----------
-    layer : str or Layer
-        A name in ``model.layers``, one of its rows, or ``"logits"``.
+    layer : str, Layer or torch.nn.Module
+        A name in ``model.layers``, one of its rows, a module of the network, or ``"logits"``.
     power : float
         Exponent of the cosine, 0 or more.
 

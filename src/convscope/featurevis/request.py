@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from convscope.engine.capture import LayerOutputs
-from convscope.engine.layer_selection import LayerLike, layer_name
+from convscope.engine.layer_selection import LayerLike, ModuleKey, layer_name
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
 from convscope.engine.text_targets import TextTarget
@@ -156,19 +156,22 @@ def parse_request(
     """Return the checked request for units of a layer, for objectives or for texts; raise ConvscopeError."""
     if isinstance(layer, str | Layer | nn.Module):
         return _parse_units(model, layer_name(model, layer), units, name, recipe)
+    subjects = list(layer) if isinstance(layer, Sequence) else [layer]
+    candidates = [text(subject.text) if isinstance(subject, TextTarget) else subject for subject in subjects]
+    objectives = [objective for objective in candidates if isinstance(objective, Objective)]
+    if not objectives or len(objectives) < len(candidates):
+        raise ConvscopeError(
+            f"layer is {layer!r}; expected a layer's name or module, an objective, a text target, or a list of "
+            "objectives or text targets"
+        )
     if units is not None:
         raise ConvscopeError("units= goes with a layer's name; an objective names its own units")
-    subjects: list[Objective | TextTarget] = [layer] if isinstance(layer, Objective | TextTarget) else [*layer]
-    objectives = [text(subject.text) if isinstance(subject, TextTarget) else subject for subject in subjects]
-    if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
-        raise ConvscopeError(
-            "expected a layer's name, an objective, a text target, or a list of objectives or text targets"
-        )
     return _parse_objectives(model, objectives, name)
 
 
 def _parse_objectives(model: Model, objectives: Sequence[Objective], recipe_name: str) -> PatternRequest:
-    for objective in objectives:
+    resolved = [_resolve_layer_names(model, objective) for objective in objectives]
+    for objective in resolved:
         objective.check(model)
         if not objective.layer_channels:
             raise ConvscopeError(f"{objective.name} depends on no layer: it cannot be maximised")
@@ -176,17 +179,14 @@ def _parse_objectives(model: Model, objectives: Sequence[Objective], recipe_name
             raise ConvscopeError(f"{objective.name} compares with a photograph; use recipe='caricature'")
         if not objective.paired and recipe_name == "caricature":
             raise ConvscopeError(f"{objective.name} does not compare with a photograph; use another recipe")
-    layers = dict.fromkeys(layer for objective in objectives for layer, _ in objective.layer_channels)
-    numbers = range(sum(objective.num_images for objective in objectives))
-    resolved = tuple(_resolve_layer_names(model, objective) for objective in objectives)
-    return PatternRequest(", ".join(layers), tuple(numbers), resolved, of_units=False)
+    layers = dict.fromkeys(layer for objective in resolved for layer, _ in objective.layer_channels)
+    numbers = range(sum(objective.num_images for objective in resolved))
+    return PatternRequest(", ".join(layers), tuple(numbers), tuple(resolved), of_units=False)
 
 
 def _resolve_layer_names(model: Model, objective: Objective) -> Objective:
     """Return the objective with layers under their full names, by which forward passes return them."""
-    names = {
-        layer: layer if layer == LOGITS else model.layers.find(layer).name for layer, _ in objective.layer_channels
-    }
+    names = {layer: layer_name(model, layer) for layer, _ in objective.layer_channels}
     if all(name == full_name for name, full_name in names.items()):
         return objective
 
@@ -195,7 +195,10 @@ def _resolve_layer_names(model: Model, objective: Objective) -> Objective:
         return objective.function(replace(outputs, maps={**outputs.maps, **maps}))
 
     layer_channels = tuple((names[layer], unit) for layer, unit in objective.layer_channels)
-    return replace(objective, layer_channels=layer_channels, function=value)
+    title = objective.name
+    for name in names:
+        title = title.replace(name, names[name]) if isinstance(name, ModuleKey) else title
+    return replace(objective, name=title, layer_channels=layer_channels, function=value)
 
 
 def _parse_units(model: Model, layer: str, units: Units | None, recipe_name: str, recipe: Recipe) -> PatternRequest:

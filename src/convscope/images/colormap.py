@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
+from convscope.suggestions import suggest
 
 Pixels = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.floating]
@@ -24,7 +25,7 @@ def lookup_table(name: str) -> Pixels:
     from matplotlib import colormaps
 
     if name not in colormaps:
-        raise ConvscopeError(f"colormap {name!r} is not known; nearest: {nearest(name, list(colormaps))}")
+        raise ConvscopeError(f"colormap {name!r} is not known; {suggest(name, list(colormaps))}")
     colors: Pixels = colormaps[name](np.arange(256), bytes=True)[:, :3]
     return colors
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
 from convscope.images.decoding import Array
+from convscope.images.tensor_inputs import to_array
 
 Item = str | io.BytesIO | Image.Image | Array | Tensor
 """One image: a path, a file in memory, a PIL image, an array, or a preprocessed tensor."""
@@ -51,11 +53,16 @@ class LazyImages:
 
 
 def as_item(value: object) -> Item:
-    """Return one image in a form that can be decoded; raise ConvscopeError for anything else."""
+    """Return one image in a form that can be decoded; raise ConvscopeError for anything else.
+
+    A uint8 tensor (C, H, W), as `torchvision.io.decode_image` returns, becomes an array (H, W, C).
+    """
     if isinstance(value, bytes | bytearray):
         return io.BytesIO(value)
     if isinstance(value, str | os.PathLike):
         return os.fsdecode(value)
+    if isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 3:
+        return to_array(value)
     if isinstance(value, io.BytesIO | Image.Image | np.ndarray | Tensor):
         return value
     raise ConvscopeError(f"is of type {type(value).__name__}, which is no image")

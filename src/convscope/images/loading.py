@@ -28,11 +28,11 @@ from convscope.images.decoding import (
 )
 from convscope.images.failures import Failure, one_line
 from convscope.images.geometry import Geometry
-from convscope.images.lazy import Item, LazyImages
+from convscope.images.lazy import Item, LazyImages, as_item
 from convscope.images.pipelines import ImageTransform, merge_floats
 from convscope.images.preprocessing import Preprocessing
-from convscope.images.resizing import FITS, interpolate
-from convscope.images.tensor_inputs import all_finite, check_tensor, tensor_notes, to_channels_last
+from convscope.images.resizing import FITS, enlargement_notes, interpolate
+from convscope.images.tensor_inputs import all_finite, check_tensor, split_tensor, tensor_notes, to_channels_last
 
 DARK_FRACTION = 0.3  # of 16 bits: less is taken for values of fewer bits
 DEFAULT_MAX_PIXELS = 100_000_000  # per image: about 400 MB once decoded
@@ -51,8 +51,9 @@ class ImageBatchLoader:
     images : object
         A path; a list of paths, files in memory (io.BytesIO), PIL images and arrays; an array (H, W), (H, W, C) or
         (N, H, W, C) with C = 1, 3, or 4 (alpha), uint8 or floating in [0, 1]; for a network with one channel also
-        (N, H, W); for ``channel_order="channels"`` its own C only. Or a preprocessed floating tensor (C, H, W) or
-        (N, C, H, W), used as it is; for networks on signals or volumes only (N, C, L) or (N, C, D, H, W).
+        (N, H, W); for ``channel_order="channels"`` its own C only. A uint8 tensor (C, H, W) or (N, C, H, W). Or a
+        preprocessed floating tensor (C, H, W) or (N, C, H, W), used as it is; for networks on signals or volumes only
+        (N, C, L) or (N, C, D, H, W).
     preprocessing : Preprocessing
         The network's input.
     fit : {"squash", "crop", "pad"}
@@ -100,9 +101,9 @@ class ImageBatchLoader:
         self._shapes = (
             f"(H, W, {preprocessing.channels})" if self._any_channels else "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
-        self._images = images
-        if isinstance(images, Tensor) and images.ndim == 1 + preprocessing.axes:
-            self._images = images[None]
+        self._tensor = images if isinstance(images, Tensor) and images.is_floating_point() else None
+        if self._tensor is not None and self._tensor.ndim == 1 + preprocessing.axes:
+            self._tensor = self._tensor[None]
         self._items = self._split(images)
         if not self._items:
             raise ConvscopeError(f"there are no images; expected {_ACCEPTED}")
@@ -113,6 +114,7 @@ class ImageBatchLoader:
         self._input_size: tuple[int, ...] = ()
         self.copies: dict[str, ImageCopy] | None = {} if keep_copies else None
         self._tensor_notes: list[str] = []
+        self._enlargement_notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._items)
@@ -136,9 +138,9 @@ class ImageBatchLoader:
             At the end, if no image could be used.
         """
         require_int("size", size)
-        if isinstance(self._images, Tensor) and all_finite(self._images):
-            self.notes += [note for note in tensor_notes(self._images, self._unscaled) if note not in self.notes]
-            yield from tensor_batches(self._images, size, self._scale)
+        if self._tensor is not None and all_finite(self._tensor):
+            self.notes += [note for note in tensor_notes(self._tensor, self._unscaled) if note not in self.notes]
+            yield from tensor_batches(self._tensor, size, self._scale)
             return
         inputs: list[tuple[int, Tensor, Geometry]] = []
         for index in range(len(self)):
@@ -235,6 +237,9 @@ class ImageBatchLoader:
         channels = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         resized = [FITS[self.fit](channel, self.preprocessing, self.max_pixels) for channel in channels]
         geometry = Geometry((channels[0].height, channels[0].width), resized[0][1])
+        if not self._enlargement_notes:  # of the first image that has one
+            self._enlargement_notes = enlargement_notes(geometry.image_size, self._unscaled.image_size)
+            self.notes += self._enlargement_notes
         return np.dstack([pixels for pixels, _ in resized]), geometry
 
     def _transform(
@@ -273,7 +278,7 @@ class ImageBatchLoader:
         if isinstance(images, LazyImages):
             return images
         if isinstance(images, Tensor):
-            return self._split_tensor(images)
+            return split_tensor(images, self.preprocessing)
         sequence = images if isinstance(images, list | tuple) else [images]
         if self.preprocessing.axes != 2 and not all(isinstance(item, Tensor) for item in sequence):
             shape, kind = self.preprocessing.shape, type(images).__name__
@@ -286,16 +291,8 @@ class ImageBatchLoader:
                 raise ConvscopeError(f"images is a {type(item).__name__}; the model comes first, the images second")
             if not isinstance(item, str | io.BytesIO | os.PathLike | Image.Image | np.ndarray | Tensor):
                 raise ConvscopeError(f"{type(item).__name__} is not an image; expected {_ACCEPTED}")
-            items.append(os.fsdecode(item) if isinstance(item, os.PathLike) else item)
+            items.append(as_item(item))
         return items
-
-    def _split_tensor(self, images: Tensor) -> list[Item]:
-        axes, channels = self.preprocessing.axes, self.preprocessing.channels
-        batch = images[None] if images.ndim == 1 + axes else images
-        if batch.ndim != 2 + axes or batch.shape[1] != channels or not batch.is_floating_point():
-            actual = f"a tensor {tuple(images.shape)} of {images.dtype}"
-            raise ConvscopeError(f"{actual}; expected a preprocessed, floating one, {self.preprocessing.shape}")
-        return list(batch.detach())
 
     def _split_array(self, images: Array) -> list[Item]:
         if self._is_one_image(images.shape):
@@ -303,7 +300,9 @@ class ImageBatchLoader:
         several_gray = self.preprocessing.channel_order == "L" and images.ndim == 3
         if several_gray or (images.ndim == 4 and self._is_one_image(images.shape[1:])):
             return list(images)
-        raise ConvscopeError(f"an array of shape {images.shape}; expected {self._shapes}, or (N, H, W, C)")
+        is_turned = images.ndim in (3, 4) and self._is_one_image((*images.shape[-2:], images.shape[-3]))
+        advice = "; channels come last: numpy.moveaxis(array, -3, -1)" if is_turned else ""
+        raise ConvscopeError(f"an array of shape {images.shape}; expected {self._shapes}, or (N, H, W, C){advice}")
 
     def _channels(self, item: str | io.BytesIO | Image.Image | Array, mode: str) -> list[Image.Image]:
         """Return one image, upright and opaque, as an image of `mode` (RGB or L) or as one image per channel."""

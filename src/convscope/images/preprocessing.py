@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.images.decoding import unit_pixels
 from convscope.images.pipelines import (
     ImageTransform,
@@ -23,6 +23,7 @@ from convscope.images.pipelines import (
 )
 from convscope.images.processors import is_processor, read_processor
 from convscope.images.resizing import FITS
+from convscope.suggestions import suggest
 
 _AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -240,7 +241,7 @@ def _from_mapping(config: Mapping[Any, Any]) -> dict[str, Any]:
     keys = list(_TIMM_KEYS) if "input_size" in config else [*known, "channels"]
     for key in config:
         if key not in keys:
-            raise ConvscopeError(f"preprocessing: {key!r} is not known; nearest: {nearest(str(key), keys)}")
+            raise ConvscopeError(f"preprocessing: {key!r} is not known; {suggest(str(key), keys)}")
     if "input_size" not in config:
         return {key: value for key, value in config.items() if key != "transform" or not isinstance(value, str)}
     shape, fraction = _numbers(config["input_size"]), _numbers(config.get("crop_pct") or 0.875)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from convscope.images.decoding import Array
 if TYPE_CHECKING:
     from convscope.images.preprocessing import Preprocessing
 
+NOTED_ENLARGEMENT = 4
 Box: TypeAlias = tuple[float, float, float, float]
 
 BORDER = 114  # gray of the border, of 255, as detectors of the YOLO family are trained with
@@ -113,3 +115,13 @@ def resize_to(image: Array, image_size: tuple[int, ...]) -> Array:
 
 
 FITS = {"squash": squash, "crop": center_crop, "pad": pad}
+
+
+def enlargement_notes(size: Sequence[int], input_size: Sequence[int]) -> list[str]:
+    """Return a note if an image is much smaller than the network's input."""
+    if any(n * NOTED_ENLARGEMENT > own for n, own in zip(size, input_size, strict=True)):
+        return []
+    pixels, own = (f"{height} x {width}" for height, width in (size, input_size))
+    return [
+        f"images of {pixels} pixels are enlarged to {own}; a network on small images needs preprocessing=dict(size=...)"
+    ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.images.decoding import Array
 from convscope.images.preprocessing import Preprocessing
 
 RANGE_MARGIN = 0.25  # of the range of preprocessed images, by which tensors may exceed it without a note
@@ -19,6 +20,28 @@ def check_tensor(x: Tensor, preprocessing: Preprocessing) -> Tensor:
             f"is a tensor {tuple(x.shape)} of {x.dtype}; expected a preprocessed, floating one, {expected}"
         )
     return finite(x.detach())
+
+
+def split_tensor(images: Tensor, preprocessing: Preprocessing) -> list[Tensor | Array]:
+    """Split a tensor into images: preprocessed ones, or arrays (H, W, C) of a uint8 tensor, which holds pixels."""
+    axes, channels = preprocessing.axes, preprocessing.channels
+    batch = images[None] if images.ndim == 1 + axes else images
+    has_pixels = axes == 2 and images.dtype == torch.uint8
+    counts = (channels,) if preprocessing.channel_order == "channels" or not has_pixels else (1, 3, 4)
+    if batch.ndim == 2 + axes and batch.shape[1] in counts and (has_pixels or batch.is_floating_point()):
+        return [to_array(image) for image in batch] if has_pixels else list(batch.detach())
+    pixels = ", or uint8 for pixels" if axes == 2 else ""
+    advice = "; channels come first: tensor.movedim(-1, -3)" if batch.ndim == 4 and images.shape[-1] == channels else ""
+    raise ConvscopeError(
+        f"a tensor {tuple(images.shape)} of {images.dtype}; expected a preprocessed, floating one, "
+        f"{preprocessing.shape}{pixels}{advice}"
+    )
+
+
+def to_array(image: Tensor) -> Array:
+    """Return an image (C, H, W) as an array (H, W, C)."""
+    array: Array = image.permute(1, 2, 0).cpu().numpy()
+    return array
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -48,7 +71,7 @@ def tensor_notes(x: Tensor, preprocessing: Preprocessing) -> list[str]:
     notes = []
     size, model_size = (" x ".join(map(str, sides)) for sides in (x.shape[2:], preprocessing.size))
     if size != model_size:
-        notes.append(f"tensors of size {size} were given; the network's own size is {model_size}")
+        notes.append(f"tensors of size {size} were given; the size of the network's input is set to {model_size}")
     if preprocessing.channel_order == "channels" or preprocessing.transform is not None or not all_finite(x):
         return notes
     bounds = [(limit - m) / s for limit in preprocessing.range for m, s in _channels(preprocessing)]

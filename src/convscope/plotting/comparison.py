@@ -17,11 +17,11 @@ from convscope.plotting.heatmaps import SIDES, first_images, first_target, overl
 from convscope.plotting.panels import (
     add_color_bar,
     create_panels,
-    flatten,
     image_title,
     omitted,
     show_image,
     to_image,
+    trim_rows,
     wrap,
 )
 
@@ -48,8 +48,8 @@ def draw_comparison(
 ) -> Figure:
     """Draw a contact sheet of the first target: a row per method and layer, a column per image, at most eight.
 
-    The first column has the method with its time and its mean scores. Below each map are the range of its colors and
-    its scores. A shared scale is that of a row: values of different methods cannot be compared.
+    The first column has the method with its time and its mean scores, the last one a color bar. Below each map are the
+    range of its colors and its scores. A shared scale is that of a row: values of different methods cannot be compared.
     """
     first = result.heatmaps[0]
     count = min(MAX_IMAGES, len(first.image_names))
@@ -65,14 +65,20 @@ def draw_comparison(
         overlays = first_images(first_target(heatmaps), count).iter_overlays(
             alpha=alpha, colormap=cmap, signed=signed, shared_scale=shared_scale, size=SIDES
         )
-        description = [heatmaps.method, *wrap(f"at {heatmaps.layer}", 26), f"{1000 * seconds:.0f} ms per image"]
+        description = [heatmaps.method, *wrap(f"at {heatmaps.layer}", 26), f"{_duration(seconds)} per image"]
         scale = _draw_method(row, overlays, evaluation, description)
+        if not shared_scale:
+            add_color_bar(
+                row[-1], replace(scale, maximum=1), "", ("-max", "0", "max") if scale.signed else ("0", "max")
+            )
+        elif scale.maximum > 0:
+            add_color_bar(row[-1], scale, "")
     for n, axes in enumerate(panels[0][1:]):
         image = resize_to(first.image_source.original(first.image_indices[n]), overlay_size(first, n))
         show_image(axes, image, image_title(first.image_names[n]))
         _write_below(axes, wrap(first.names[n][0], 24), fontsize=8)
-    ticks = ("-max", "0", "max") if scale.signed else ("0", "max")
-    add_color_bar(flatten(panels), replace(scale, maximum=1), ticks=ticks)
+    if figsize is None:
+        trim_rows(figure, panels)
     return figure
 
 
@@ -94,6 +100,10 @@ def _draw_method(
         colors = f"colors {scale.minimum:.3g} to {scale.maximum:.3g}" if scale.maximum > 0 else "no positive evidence"
         _write_below(axes, [colors, *textwrap.wrap(scores, 30)], fontsize=8)
     return scale
+
+
+def _duration(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _write(axes: Axes, lines: Sequence[str]) -> None:

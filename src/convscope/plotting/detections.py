@@ -12,7 +12,17 @@ from PIL import Image
 
 from convscope.detection.result import Detections
 from convscope.figures import RenderedFile
-from convscope.plotting.panels import create_panels, flatten, hide, image_title, omitted, shorten, show_image, to_image
+from convscope.plotting.panels import (
+    create_panels,
+    flatten,
+    hide,
+    image_title,
+    omitted,
+    shorten,
+    show_image,
+    to_image,
+    trim_rows,
+)
 from convscope.results import unique_file_names
 
 if TYPE_CHECKING:
@@ -57,6 +67,8 @@ def draw_detections(
         )
         _draw_boxes(axes, one, original.shape[0], original.shape[1], colors)
     hide(panels[count:])
+    if ax is None and figsize is None:
+        trim_rows(figure, grid)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import sys
 import threading
@@ -11,6 +12,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from convscope.figures import encode
 
 INLINE_BACKENDS = ("module://matplotlib_inline.backend_inline", "inline")
 FILE_BACKENDS = ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template")
@@ -31,23 +34,28 @@ class TwoPassLayout(ConstrainedLayoutEngine):
 
 
 class DisplayFigure(Figure):
-    """A figure with a canvas, which Jupyter displays as a PNG image, also where pyplot is not imported."""
+    """A figure with a canvas, which Jupyter displays as an image, also where pyplot is not imported."""
 
     def __init__(self, *args: Any, padding: float = 0.04, **kwargs: Any) -> None:
         super().__init__(*args, layout=TwoPassLayout(h_pad=padding, w_pad=padding), **kwargs)
         FigureCanvasAgg(self)
 
     def _repr_png_(self) -> bytes:
+        """Return the figure as a PNG image, for programs other than Jupyter."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
-        """Close the figure in pyplot, which would display it a second time at the end of the cell."""
+    def _ipython_display_(self) -> None:
+        """Display the figure as an image in Jupyter; close it in pyplot, which would display it again."""
+        from IPython.display import display
+
         pyplot = sys.modules.get("matplotlib.pyplot")
         if pyplot is not None and _backend() in INLINE_BACKENDS:
             pyplot.close(self)
-        return {}
+        kind, content = encode(self)
+        data = {f"image/{kind}": base64.b64encode(content).decode(), "text/plain": repr(self)}
+        display(data, raw=True)  # type: ignore[no-untyped-call]
 
 
 def attach_to_pyplot(figure: Figure) -> None:

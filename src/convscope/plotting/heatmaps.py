@@ -19,6 +19,7 @@ from convscope.plotting.panels import (
     require_one_panel,
     shorten,
     show_image,
+    trim_rows,
     wrap,
 )
 
@@ -88,6 +89,8 @@ def draw_heatmaps(
             show_image(row[0], resize_to(image, overlay_size(result, n)), image_title(result.image_names[n]))
     if shared_scale and scale.maximum > 0:
         add_color_bar(flatten(panels), scale)
+    if ax is None and figsize is None:
+        trim_rows(figure, panels)
     return figure
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BLUE, LIGHT_BLUE, DARK, RED = "#3b6ea5", "#8aa9cc", "#1c2430", "#c0392b"
 ELLIPSIS = "…"
 LETTERS_PER_INCH = 11  # of a title
+ROW_GAP = 0.09  # inches between rows of images
 
 
 def create_figure(
@@ -33,9 +34,9 @@ def create_figure(
     """Create a figure of `width` by `height` inches, plus the height of its title; or of `figsize`."""
     from convscope.plotting.display import DisplayFigure
 
-    lines = textwrap.wrap(title, int(LETTERS_PER_INCH * (figsize[0] if figsize else width)))
-    figure = DisplayFigure(figsize=figsize or (width, height + 0.17 * len(lines) + 0.15), padding=padding)
-    figure.suptitle("\n".join(lines), fontsize=10)
+    lines = "\n".join(textwrap.wrap(title, int(LETTERS_PER_INCH * (figsize[0] if figsize else width))))
+    figure = DisplayFigure(figsize=figsize or (width, height + _title_height(lines)), padding=padding)
+    figure.suptitle(lines, fontsize=10)
     return figure
 
 
@@ -62,6 +63,25 @@ def create_panels(
         return root_figure(ax), [[ax]]
     figure = create_figure(width, height, title, figsize)
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).tolist()
+
+
+def trim_rows(figure: Figure, panels: list[list[Axes]]) -> None:
+    """Reduce a figure's height to that of its rows: images that are wider than their panels leave some blank."""
+    layout, grid = figure.get_layout_engine(), panels[0][0].get_gridspec()
+    if layout is None or grid is None:
+        return
+    layout.execute(figure)
+    rows = [[axes for axes in row if axes.get_aspect() != "auto"] or row for row in panels]
+    for axes in flatten(rows):
+        axes.apply_aspect()
+    grid.set_height_ratios([max(axes.get_position().height for axes in row) for row in rows])
+    extents = [max(box.height for axes in row if (box := axes.get_tightbbox()) is not None) for row in rows]
+    figure.set_figheight(sum(extents) / figure.dpi + ROW_GAP * len(rows) + _title_height(figure.get_suptitle()))
+
+
+def _title_height(title: str) -> float:
+    """Return the inches that a figure's title takes."""
+    return 0.17 * (title.count("\n") + 1) + 0.15
 
 
 def omitted(displayed: int, count: int, noun: str) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from convscope.arguments import check_arguments
+from convscope.arguments import IMAGE_SUFFIXES, check_arguments
 from convscope.engine.adapters import ForwardFunction
 from convscope.engine.dual_encoder import Tokenizer
 from convscope.engine.model import Model
 from convscope.engine.output_inference import OutputRequest
 from convscope.engine.outputs import TASKS, OutputSelector
-from convscope.errors import ConvscopeError, is_int, nearest
+from convscope.errors import ConvscopeError, is_int
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import (
     bundled,
@@ -34,6 +34,7 @@ from convscope.sources import (
 from convscope.sources.probing import resolve_preprocessing, store_weights
 from convscope.sources.spec import ModelSpec
 from convscope.sources.text_image import set_classes, set_tokenizer
+from convscope.suggestions import suggest
 
 BY_PREFIX: dict[str, Callable[[str, str, int | None], ModelSpec]] = {
     "torchvision": torchvision.from_name,
@@ -247,10 +248,12 @@ def _make_spec(source: object, weights: str | os.PathLike[str] | None, num_class
         return BY_SUFFIX[path.suffix.lower()](path, weights_text)
     if colon:
         return factory.from_path(text, weights_text)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ConvscopeError(f"{text} is an image file; expected a model's name or file, such as 'lite0'")
     files.refuse_other_format(path)
     known = [*bundled.NAMES, *torchvision.names(), *timm.names()]
     raise ConvscopeError(
-        f"no model is called {text!r}; nearest: {nearest(text, known)}; other sources: keras:NAME, hf:NAME, "
+        f"no model is called {text!r}; {suggest(text, known)}; other sources: keras:NAME, hf:NAME, "
         "open_clip:NAME, a .keras, .h5, .pt2, .onnx or TorchScript .pt file, package.module:factory"
     )
 

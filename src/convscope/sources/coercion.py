@@ -14,19 +14,23 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from convscope.arguments import IMAGE_SUFFIXES
+from convscope.datasets.image_inputs import open_images
+from convscope.datasets.readers_memory import IndexableDataset
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, warn
+from convscope.images.lazy import LazyImages
 from convscope.sources import api
 from convscope.sources.instance import unwrap
+from convscope.sources.spec import PREPROCESSING_ASSUMED
 
 ModelLike: TypeAlias = Model | nn.Module | str | os.PathLike[str] | Callable[[Any], Any]
 """A Model, or what `convscope.load` takes: an nn.Module, a Keras model, a name, a file or a function."""
 
 MAX_NAMED = 2  # models by name that stay in memory
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class _CacheEntry:
 
     model: Model
     structure: tuple[object, ...]
+    sizes: frozenset[tuple[int, ...] | None]  # of tensors for which the model is as it is; None: for other images
+
+    def fits(self, module: nn.Module, size: tuple[int, ...] | None) -> bool:
+        """Return whether the model still describes the module, for tensors of a size."""
+        has_size = size in self.sizes or PREPROCESSING_ASSUMED not in self.model.assumptions
+        return has_size and self.structure == _structure(self.model.adapter, module)
 
 
 _by_module: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
@@ -43,7 +53,7 @@ _warned: WeakSet[nn.Module] = WeakSet()
 _lock = threading.RLock()
 
 
-def as_model(model: ModelLike) -> Model:
+def as_model(model: ModelLike, images: object = None) -> Model:
     """Return `model` if it is a Model; load it otherwise, once. Warn of assumptions at the first use of a network.
 
     A module is loaded again after its layers or the shapes of its parameters have changed. It is not kept alive. Of the
@@ -52,6 +62,8 @@ def as_model(model: ModelLike) -> Model:
     Parameters
     ----------
     model : Model, nn.Module, Keras model, str or path
+    images : object
+        What the model is called with. Preprocessed tensors say what size a module takes, where it would be assumed.
 
     Returns
     -------
@@ -74,7 +86,21 @@ def as_model(model: ModelLike) -> Model:
     with _lock:
         if isinstance(model, str | os.PathLike):
             return _load_named(os.fspath(model))
-        return _load_module(model) if isinstance(model, nn.Module) else _load_other(model)
+        return _load_module(model, _tensor_size(images)) if isinstance(model, nn.Module) else _load_other(model)
+
+
+def _tensor_size(images: object) -> tuple[int, ...] | None:
+    """Return height and width of preprocessed tensors; None for other images."""
+    if isinstance(images, Dataset) or (isinstance(images, DataLoader) and isinstance(images.dataset, IndexableDataset)):
+        try:
+            images = open_images(images)
+            image = images[0] if isinstance(images, LazyImages) else images
+        except ConvscopeError:  # reported where the images are read
+            return None
+    else:
+        image = images[0] if isinstance(images, list | tuple) and images else images
+    is_preprocessed = isinstance(image, Tensor) and image.is_floating_point() and image.ndim in (3, 4)
+    return tuple(image.shape[-2:]) if isinstance(image, Tensor) and is_preprocessed else None
 
 
 def _refuse_images(model: object) -> None:
@@ -106,15 +132,29 @@ def _load_other(source: object) -> Model:
     return model
 
 
-def _load_module(source: nn.Module) -> Model:
-    module = unwrap(source) if isinstance(source, nn.Module) else source
-    entry = _by_module.get(module) if isinstance(module, nn.Module) else None
-    if entry is not None and entry.structure == _structure(entry.model.adapter, module):
+def _load_module(source: nn.Module, size: tuple[int, ...] | None) -> Model:
+    module = unwrap(source)
+    entry = _by_module.get(module)
+    if entry is not None and entry.fits(module, size):
         return replace(entry.model, module=module)
-    model = api.load(module)
+    default = api.load(module)
+    model = _at_size(default, size)
+    sizes = frozenset({size, model.preprocessing.size} | ({None} if model is default else set()))
     _warn_of_assumptions(model, "convscope.load(module, preprocessing=..., classes=...)")
-    _by_module[module] = _CacheEntry(replace(model, module=nn.Identity()), _structure(model.adapter, module))
+    _by_module[module] = _CacheEntry(replace(model, module=nn.Identity()), _structure(model.adapter, module), sizes)
     return model
+
+
+def _at_size(model: Model, size: tuple[int, ...] | None) -> Model:
+    """Return a model whose preprocessing is assumed as one for images of a size, if it runs on them."""
+    if size is None or PREPROCESSING_ASSUMED not in model.assumptions or model.preprocessing.size == size:
+        return model
+    try:
+        resized = api.load(model.module, preprocessing=replace(model.preprocessing, size=size, resize=None))
+    except ConvscopeError:
+        return model
+    note = f"preprocessing was not given; assumed: {resized.preprocessing}, the size of the tensors"
+    return replace(resized, notes=(note, *resized.notes), assumptions=model.assumptions)
 
 
 def _warn_once(model: Model) -> None:

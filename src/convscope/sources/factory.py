@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.sources import files, instance
 from convscope.sources.spec import ModelSpec
+from convscope.suggestions import suggest
 
 
 def from_path(path: str, weights: str | None) -> ModelSpec:
@@ -22,7 +23,7 @@ def from_path(path: str, weights: str | None) -> ModelSpec:
         raise ConvscopeError(f"{path!r} cannot be imported: {files.first_line(error)}; {expected}") from error
     factory = getattr(package, attribute, None)
     if not callable(factory):
-        raise ConvscopeError(f"{name} has no function {attribute!r}; nearest: {nearest(attribute, dir(package))}")
+        raise ConvscopeError(f"{name} has no function {attribute!r}; {suggest(attribute, dir(package))}")
     try:
         module = factory()
     except Exception as error:  # the user's function may raise anything

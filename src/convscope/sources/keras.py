@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from convscope.engine.adapters import ForwardFunction
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
 from convscope.sources.keras_input import read_input, scales_pixels
 from convscope.sources.spec import ModelSpec, imagenet_classes
+from convscope.suggestions import suggest
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     """Make a model of keras.applications, with its preprocessing and ImageNet's class names."""
     known = _applications(import_keras())
     if name not in known:
-        raise ConvscopeError(f"keras.applications has no model {name!r}; nearest: {nearest(name, list(known))}")
+        raise ConvscopeError(f"keras.applications has no model {name!r}; {suggest(name, list(known))}")
     build, preprocess = known[name]
     if weights == "default":
         try:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from convscope.engine.dual_encoder import DualEncoder, Tokenizer
-from convscope.errors import ConvscopeError, nearest, require_extra
+from convscope.errors import ConvscopeError, require_extra
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
 from convscope.sources.spec import ModelSpec, fixed_seed
 from convscope.sources.text_image import check_vocabulary, tokenize
+from convscope.suggestions import suggest
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,8 +27,9 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     open_clip = require_extra("open_clip", "clip")
     architecture, _, tag = name.partition("/")
     if architecture not in open_clip.list_models():
-        offers = nearest(architecture, open_clip.list_models())
-        raise ConvscopeError(f"open_clip has no model {architecture!r}; nearest: {offers}")
+        raise ConvscopeError(
+            f"open_clip has no model {architecture!r}; {suggest(architecture, open_clip.list_models())}"
+        )
     notes: list[str] = []
     if weights == "default":
         tag = _tag(open_clip, architecture, tag, notes)

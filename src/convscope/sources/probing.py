@@ -14,7 +14,7 @@ from convscope.engine.output_inference import OutputRequest
 from convscope.engine.probe import ProbeResult, probe
 from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
-from convscope.sources.spec import ModelSpec, input_channels
+from convscope.sources.spec import PREPROCESSING_ASSUMED, ModelSpec, input_channels
 
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
 
@@ -43,7 +43,7 @@ def resolve_preprocessing(
             continue
         if settings not in known:
             spec.notes.append(f"preprocessing was not given; assumed: {settings}")
-            spec.assumptions.append("preprocessing is assumed")
+            spec.assumptions.append(PREPROCESSING_ASSUMED)
         elif spec.preprocessing_origin is not None:
             spec.notes.append(f"preprocessing taken from {spec.preprocessing_origin}")
         return settings, probed

@@ -16,6 +16,7 @@ from convscope.images.preprocessing import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PREPROCESSING_ASSUMED = "preprocessing is assumed"  # one of `Model.assumptions`
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files
 from convscope.sources.spec import ModelSpec, fixed_seed, imagenet_classes
+from convscope.suggestions import suggest
 
 
 def names() -> list[str]:
@@ -28,10 +29,10 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     notes: list[str] = []
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise ConvscopeError(f"timm has no model {name!r}; nearest: {nearest(name, timm.list_models())}")
+        raise ConvscopeError(f"timm has no model {name!r}; {suggest(name, timm.list_models())}")
     if tag and not timm.models.is_model_pretrained(name):
         known = timm.list_pretrained(f"{base}.*")
-        raise ConvscopeError(f"timm has no weights {tag!r} for {base!r}; nearest: {nearest(name, known)}")
+        raise ConvscopeError(f"timm has no weights {tag!r} for {base!r}; {suggest(name, known)}")
     if weights == "default":
         if not timm.models.is_model_pretrained(name):
             raise ConvscopeError(f"timm has no weights for {name!r}; give weights='random' or a file")

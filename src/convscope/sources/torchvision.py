@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from convscope.errors import ConvscopeError, nearest
+from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources import files, torchvision_detection
 from convscope.sources.spec import ModelSpec, fixed_seed
+from convscope.suggestions import suggest
 
 CLASSIFICATION, VIDEO, QUANTIZED, DETECTION = "classification", "video", "quantization", "detection"
 KINDS = (CLASSIFICATION, "segmentation", VIDEO, QUANTIZED, DETECTION)
@@ -27,7 +28,7 @@ def from_name(name: str, weights: str, num_classes: int | None = None) -> ModelS
     from torchvision.models import get_model_weights, list_models
 
     if name not in list_models():
-        raise ConvscopeError(f"torchvision has no model {name!r}; nearest: {nearest(name, list_models())}")
+        raise ConvscopeError(f"torchvision has no model {name!r}; {suggest(name, list_models())}")
     kind = _kind(name)
     if kind not in KINDS:
         raise ConvscopeError(

@@ -116,7 +116,11 @@ class Duplicates(HasFigure, Sequence[Pair]):
         return f"{count_of(len(self), 'pair')} of units with r >= {self.threshold:g}"
 
     def _display_rows(self) -> Sequence[Row]:
-        return [pair._asdict() for pair in self[:MAX_ROWS]]
+        label = self.store.unit_label
+        return [
+            {"layer": layer, "first": label(layer, first), "second": label(layer, second), "r": r}
+            for layer, first, second, r in self[:MAX_ROWS]
+        ]
 
     @overload
     def __getitem__(self, index: int) -> Pair: ...
@@ -182,7 +186,8 @@ class UnitChanges(HasFigure, Sequence[Change]):
         return f"{count_of(len(self), 'unit')} in {self.store.address} and {self.other.address}"
 
     def _display_rows(self) -> Sequence[Row]:
-        return [change._asdict() for change in self.largest(MAX_ROWS)]
+        changes = self.largest(MAX_ROWS)
+        return [{**change._asdict(), "unit": self.store.unit_label(change.layer, change.unit)} for change in changes]
 
     @overload
     def __getitem__(self, index: int) -> Change: ...

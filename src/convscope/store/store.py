@@ -116,6 +116,8 @@ class Store(StoreTables):
         ConvscopeError
             For a unit that is not in the store.
         """
+        if not isinstance(layer, str | Layer):
+            raise ConvscopeError(f"layer is a {type(layer).__name__}; a store has layers by name, as in store.layers")
         name = name_of(layer)
         index = self.unit_index(name, unit)
         self.row_of_unit(name, index)

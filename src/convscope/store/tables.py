@@ -11,11 +11,12 @@ import numpy as np
 
 from convscope.engine.class_names import find_class
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError, nearest, require_extra
+from convscope.errors import ConvscopeError, require_extra
 from convscope.images.failures import Failure
 from convscope.store.io import Folder, Json, NpyRows, ParquetTable, ThumbnailSheets
 from convscope.store.records import SIDES, UnitRank
 from convscope.store.views import VIEW_COLUMNS, ImageView, StoredImages
+from convscope.suggestions import suggest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -98,11 +99,15 @@ class StoreTables:
             raise ConvscopeError(f"unit {unit!r} of {layer!r} has no name; give its number")
         return find_class(unit, self.classes)
 
+    def unit_label(self, layer: str, unit: int) -> int | str:
+        """Return the name of the class for a unit of ``"logits"``, if it is known; else the unit's number."""
+        return unit if layer != LOGITS or self.classes is None else self.classes[unit]
+
     def row_of_unit(self, layer: str, unit: int) -> int:
         """Return a unit's row in the units table. Raises ConvscopeError for a unit that is not in the store."""
         count = self.unit_counts.get(layer)
         if count is None:
-            raise ConvscopeError(f"layer {layer!r} is not in this store; nearest: {nearest(layer, self.layers)}")
+            raise ConvscopeError(f"layer {layer!r} is not in this store; {suggest(layer, self.layers)}")
         if not 0 <= unit < count:
             raise ConvscopeError(f"unit {unit} is out of range: {layer} has {count} units, 0 to {count - 1}")
         return self._first_rows[layer] + int(unit)
@@ -129,7 +134,7 @@ class StoreTables:
         names = known if columns is None else list(columns)
         for name in names:
             if name not in known:
-                raise ConvscopeError(f"column {name!r} is not in units.parquet; nearest: {nearest(name, known)}")
+                raise ConvscopeError(f"column {name!r} is not in units.parquet; {suggest(name, known)}")
         missing = [name for name in names if name not in self._columns]
         if missing:
             table = self._units.read(columns=missing)

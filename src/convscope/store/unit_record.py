@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from convscope.errors import ConvscopeError, require_int
+from convscope.formatting import Row
 from convscope.results import HasFigure, pattern_file, pattern_folders
 from convscope.store import queries
 from convscope.store.examples import Example, Examples
@@ -44,9 +46,8 @@ class UnitRecord(HasFigure):
     @cached_property
     def name(self) -> str:
         """The class's name for a unit of the logits, else "unit 7"."""
-        if self.layer == "logits" and self.store.classes is not None:
-            return self.store.classes[self.unit]
-        return f"unit {self.unit}"
+        label = self.store.unit_label(self.layer, self.unit)
+        return label if isinstance(label, str) else f"unit {label}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per statistic: its name and value."""
@@ -55,6 +56,15 @@ class UnitRecord(HasFigure):
             for name, value in self.statistics.items()
             if isinstance(value, int | float | str)
         ]
+
+    def _display_rows(self) -> Sequence[Row]:
+        """Return the statistics, then the classes and the units that go with it, by name."""
+        lists = {
+            "classes": [f"{c.name} ({c.mean:.3g})" for c in self.classes()],
+            "coactive": [f"{self.store.unit_label(c.layer, c.unit)} (r {c.r:.2f})" for c in self.coactive(5)],
+        }
+        named = [{"statistic": name, "value": ", ".join(values)} for name, values in lists.items() if values]
+        return [*(row for row in self.rows() if row["statistic"] not in ("layer", "unit")), *named]
 
     def _title(self) -> str:
         return f"{self.layer}, {self.name}, in {self.store.address}"
