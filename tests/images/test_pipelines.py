@@ -147,6 +147,15 @@ def test_nonlinear_values_are_noted():
         (v1.Compose([v1.RandomResizedCrop(32), v1.ToTensor()]), "random step RandomResizedCrop; .* for evaluation"),
         (v2.Compose([v2.Compose([v2.ColorJitter(0.5)]), v2.ToImage()]), "random step ColorJitter"),
         (albumentations.Compose([albumentations.RandomCrop(8, 8)]), "random step RandomCrop"),
+        (
+            albumentations.Compose([albumentations.LongestMaxSize(32), albumentations.HorizontalFlip(p=0.5)]),
+            "random step HorizontalFlip",
+        ),
+        (lambda image: torch.rand(3, 32, 32), "preprocessing <lambda> makes another input of the same image each time"),
+        (
+            albumentations.Compose([albumentations.Resize(32, 32), albumentations.Rotate(p=1)]),
+            "Compose makes another input of the same image each time",
+        ),
         (lambda image: image, r"<lambda> returns Image; expected a tensor \(C, H, W\)"),
         (lambda image: image.missing, "<lambda> fails .AttributeError"),
     ],

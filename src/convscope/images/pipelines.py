@@ -27,6 +27,7 @@ _NO_GEOMETRY = {
     *("ToTensor", "PILToTensor", "ToImage", "ToPureTensor", "ToTensorV2", "ConvertImageDtype", "ConvertDtype"),
     *("ToDtype", "Identity", "RGB", "MaybeToTensor", "MaybePILToTensor"),
 }
+DETERMINISM_CHECKS = 3  # runs on one image that have to agree
 _RANDOM = ("Random", "AutoAugment", "AugMix", "TrivialAugment", "ColorJitter", "Rand", "MixUp", "CutMix", "ElasticT")
 _OPENCV = {0: "nearest", 1: "bilinear", 2: "bicubic", 4: "lanczos"}
 
@@ -78,10 +79,12 @@ def read_pipeline(value: Any) -> dict[str, Any] | None:
     Raises ConvscopeError for a pipeline with random steps.
     """
     settings: dict[str, Any] = {}
-    for step in _steps(value):
+    steps = list(_steps(value))
+    random = next((type(step).__name__ for step in steps if _is_random(step)), None)
+    if random is not None:
+        raise ConvscopeError(f"preprocessing has the random step {random}; expected the transforms for evaluation")
+    for step in steps:
         kind = type(step).__name__
-        if kind.startswith(_RANDOM) and getattr(step, "p", 1) != 0:
-            raise ConvscopeError(f"preprocessing has the random step {kind}; expected the transforms for evaluation")
         if kind in _NO_GEOMETRY:
             continue
         reader = _READERS.get(kind)
@@ -90,6 +93,23 @@ def read_pipeline(value: Any) -> dict[str, Any] | None:
             return None
         settings |= step_settings
     return settings if "size" in settings else None
+
+
+def _is_random(step: object) -> bool:
+    """Return whether a step draws random numbers, by its name or because it is left out at random."""
+    probability = getattr(step, "p", 1)
+    is_number = isinstance(probability, int | float)
+    return (type(step).__name__.startswith(_RANDOM) and probability != 0) or (is_number and 0 < probability < 1)
+
+
+def require_deterministic(transform: ImageTransform) -> None:
+    """Raise ConvscopeError for a pipeline that makes another input of the same image each time."""
+    first, *others = (transform.run(smooth_test_image()) for _ in range(DETERMINISM_CHECKS))
+    if not all(torch.equal(first, other) for other in others):
+        raise ConvscopeError(
+            f"preprocessing {transform.name} makes another input of the same image each time; expected the transforms "
+            "for evaluation, without random steps"
+        )
 
 
 def _steps(value: Any) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from convscope.images.pipelines import (
     is_pipeline,
     measure_values,
     read_pipeline,
+    require_deterministic,
     smooth_test_image,
     with_notes,
 )
@@ -267,6 +268,7 @@ def _from_pipeline(pipeline: object) -> Preprocessing:
     """Read a pipeline, if the reading gives the same input; else return one that calls it."""
     read = read_pipeline(pipeline)
     transform = as_transform(pipeline)
+    require_deterministic(transform)
     if read is not None and _agrees(dict(read), transform):
         return Preprocessing(**_infer_channels(dict(read)))
     measured, is_linear = measure_values(transform)
