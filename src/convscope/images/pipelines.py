@@ -104,7 +104,7 @@ def _is_random(step: object) -> bool:
 
 def require_deterministic(transform: ImageTransform) -> None:
     """Raise ConvscopeError for a pipeline that makes another input of the same image each time."""
-    first, *others = (transform.run(smooth_test_image()) for _ in range(DETERMINISM_CHECKS))
+    first, *others = (transform(smooth_test_image())[0] for _ in range(DETERMINISM_CHECKS))
     if not all(torch.equal(first, other) for other in others):
         raise ConvscopeError(
             f"preprocessing {transform.name} makes another input of the same image each time; expected the transforms "

@@ -60,8 +60,8 @@ class UnitRecord(HasFigure):
     def _display_rows(self) -> Sequence[Row]:
         """Return the statistics, then the classes and the units that go with it, by name."""
         lists = {
-            "classes": [f"{c.name} ({c.mean:.3g})" for c in self.classes()],
-            "coactive": [f"{self.store.unit_label(c.layer, c.unit)} (r {c.r:.2f})" for c in self.coactive(5)],
+            "classes": [f"{c.name} ({c.mean:.3g})" for c in self.classes(3)],
+            "coactive": [f"{self.store.unit_label(c.layer, c.unit)} (r {c.r:.2f})" for c in self.coactive(3)],
         }
         named = [{"statistic": name, "value": ", ".join(values)} for name, values in lists.items() if values]
         return [*(row for row in self.rows() if row["statistic"] not in ("layer", "unit")), *named]
