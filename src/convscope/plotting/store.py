@@ -207,10 +207,7 @@ def _draw_similar_units(axes: Axes, unit: UnitRecord) -> None:
     if not similar:
         _write(axes, "constant on the sample:\nno correlations")
         return
-    names = [
-        shorten(f"{other.layer}, {UnitRecord(unit.store, other.layer, other.unit).name.removeprefix('unit ')}", 30)
-        for other in similar
-    ]
+    names = [shorten(f"{other.layer}, {unit.store.unit_label(other.layer, other.unit)}", 30) for other in similar]
     _draw_bars(axes, names, [other.r for other in similar], "units active on the same images (r)", ".2f")
 
 
@@ -238,7 +235,8 @@ def draw_image_record(image: ImageRecord, *, figsize: Size | None = None) -> Fig
         panels[MAX_LIST // 2].text(0, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
     for axes, rank in zip(panels, ranks, strict=False):
         layer = "\n".join(textwrap.wrap(shorten(rank.layer, 36), 18))
-        title = f"{layer}\nunit {rank.unit}, rank {rank.rank + 1}\n{rank.value:.3g}"
+        name = shorten(UnitRecord(image.store, rank.layer, rank.unit).name, 20)
+        title = f"{layer}\n{name}, rank {rank.rank + 1}\n{rank.value:.3g}"
         show_image(axes, view.framed(rank.box), title)
     return figure
 
