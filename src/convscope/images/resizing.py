@@ -119,9 +119,8 @@ FITS = {"squash": squash, "crop": center_crop, "pad": pad}
 
 def enlargement_notes(size: Sequence[int], input_size: Sequence[int]) -> list[str]:
     """Return a note if an image is much smaller than the network's input."""
-    if any(n * NOTED_ENLARGEMENT > own for n, own in zip(size, input_size, strict=True)):
+    if any(side * NOTED_ENLARGEMENT > target for side, target in zip(size, input_size, strict=True)):
         return []
-    pixels, own = (f"{height} x {width}" for height, width in (size, input_size))
-    return [
-        f"images of {pixels} pixels are enlarged to {own}; a network on small images needs preprocessing=dict(size=...)"
-    ]
+    actual, enlarged = (f"{height} x {width}" for height, width in (size, input_size))
+    advice = "a network on small images needs preprocessing=dict(size=...)"
+    return [f"images of {actual} pixels are enlarged to {enlarged}; {advice}"]
