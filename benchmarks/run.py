@@ -16,6 +16,7 @@ import grad_cam
 import localisation
 import memory
 import methods
+import sanity
 import scanning
 import torch
 import transfer
@@ -44,6 +45,7 @@ def main() -> None:
         "Dead units": lambda: _dead_units(dead_units.run()),
         "Scan": lambda: _scan(scanning.passes(few), scanning.decoding(), list(scanning.peaks())),
         "Memory": lambda: _memory(memory.run()),
+        "Sanity checks": lambda: sanity.table(sanity.run()),
         "Localisation": lambda: _localisation(localisation.run()),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
     }
@@ -127,7 +129,7 @@ def _methods(
         + ".",
         "",
         "One photograph, Lite0, layer `blocks.6` unless noted. In brackets the correlation with convscope's map, both",
-        "rectified; where it is not 1, `docs/methods.md` names the equation that decides.",
+        "rectified; `docs/methods.md` says where and why maps differ.",
         "",
         "| method | work | convscope, ms | time relative to convscope |",
         "| --- | --- | --- | --- |",

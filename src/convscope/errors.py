@@ -86,7 +86,8 @@ def rename_arguments(message: str, names: Mapping[str, str]) -> str:
     message : str
         In the form that `ConvscopeError` describes.
     names : mapping
-        For each argument its other name; arguments that are not in it stay as they are.
+        For each argument its other name, also for an argument with a value, such as ``"resume=True"``; arguments that
+        are not in it stay as they are.
 
     Examples
     --------
@@ -98,7 +99,9 @@ def rename_arguments(message: str, names: Mapping[str, str]) -> str:
 
     def rename(match: re.Match[str]) -> str:
         name, value = match["name"] or match["keyword"], match["value"]
-        return match[0] if name not in names else f"{names[name]} {_typed_value(value or '')}".rstrip()
+        if name not in names:
+            return match[0]
+        return names.get(f"{name}={value}") or f"{names[name]} {_typed_value(value or '')}".rstrip()
 
     return _LOAD_CALL.sub(
         lambda match: f"{match['source'] or ''} {match['options']}".lstrip(), _ARGUMENT.sub(rename, message)

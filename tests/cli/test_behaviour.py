@@ -200,12 +200,14 @@ def test_missing_extra_is_named_whole(
 
 def test_messages_name_options() -> None:
     named = {"start": "--start", "positions_per_image": "--positions", "fit": "--fit", "images": "IMAGES"}
+    named |= {"fit=False": "--no-fit"}
     for message, expected in (
         ("start is 3; leave out start=", "--start is 3; leave out --start"),
         ("failed: a.jpg: positions_per_image has 3 rows", "failed: a.jpg: --positions has 3 rows"),
         ("give fit='crop', or size='x'", "give --fit crop, or size='x'"),
         ("the start is 3, restart=4, a.fit=3", "the start is 3, restart=4, a.fit=3"),
         ("name them: fit=[...]", "name them: --fit"),
+        ("give fit=False, or start=True", "give --no-fit, or --start True"),
         ("give fit=dict(..., size=(3, 4))", "give --fit '{..., \"size\": [3, 4]}'"),
         ("with fit=lambda out: out[0], or load(..., start='a')", "with --fit, or --start a"),
         ("load('torchvision:resnet50', start='a.pth')", "torchvision:resnet50 --start a.pth"),

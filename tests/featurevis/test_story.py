@@ -144,13 +144,13 @@ def test_progress_counts_layers(model: convscope.Model) -> None:
     [
         (["conv1", "conv9"], {}, "layer 'conv9' is not in this model; nearest: conv"),
         ([], {}, "layers is empty"),
-        (["conv1"], {"units": 1}, "units is 1, num_displayed is 6"),
+        (["conv1"], {"units": 1}, "num_displayed is 6, with units=1"),
         (
             ["conv1"],
             {"units": 4, "num_displayed": 5},
-            "units is 4, num_displayed is 5; expected 2 or more units, and 1 to 4 displayed",
+            "num_displayed is 5, with units=4; expected 2 or more units, and 1 to 4 displayed",
         ),
-        (["conv1"], {"units": 4, "num_displayed": 0}, "units is 4, num_displayed is 0"),
+        (["conv1"], {"units": 4, "num_displayed": 0}, "num_displayed is 0, with units=4"),
     ],
 )
 def test_refusals(layers: list[str], options: dict[str, int], message: str, model: convscope.Model) -> None:

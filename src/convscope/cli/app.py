@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cached_property, partial
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_type_hints
 
@@ -56,6 +56,9 @@ EPILOG = """Try: convscope heatmap lite0 photo.jpg
 
 Options of a command: convscope heatmap --help"""
 
+_CALLBACKS: dict[str, Callable[[], Callable[..., None]]] = {}
+"""For each command a function that returns what Typer calls."""
+
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 
 
@@ -77,10 +80,34 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help reads like a manual page: no types, no braces around arguments."""
+    """A command whose parameters are built when they are first needed, so that ``convscope --help`` starts fast.
+
+    Its own help reads like a manual page: no types, no braces around arguments.
+    """
+
+    @property
+    def params(self) -> list[Any]:
+        """Arguments and options."""
+        parameters: list[Any] = self._complete.params
+        return parameters
+
+    @params.setter
+    def params(self, _params: list[Any]) -> None:
+        """Ignore those of the placeholder that Typer was given."""
+
+    @cached_property
+    def _complete(self) -> Any:
+        """The command with its parameters."""
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(self.name)(_CALLBACKS[str(self.name)]())
+        return typer.main.get_command(single)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        return self._complete.invoke(ctx)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return arguments and options."""
+        """Return arguments and options, for parsing and for the help."""
         return _without_types(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -158,8 +185,10 @@ def command(extra: str | None = None, package: str = "") -> Callable[[Callable[.
         name, text = function.__name__, re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
         if extra is not None:
             text += f'\n\nNeeds: pip install "convscope[{extra}]"'
-        callback = _with_shared_options(function, extra, package)
-        app.command(name, cls=PlainCommand, help=text.replace("[", r"\["), rich_help_panel=_PANEL_OF[name])(callback)
+        _CALLBACKS[name] = partial(_with_shared_options, function, extra, package)
+        app.command(name, cls=PlainCommand, help=text.replace("[", r"\["), rich_help_panel=_PANEL_OF[name])(
+            lambda: None
+        )
         return function
 
     return register
@@ -198,11 +227,15 @@ def _argument_names(context: typer.Context) -> dict[str, str]:
         str(parameter.name): parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.metavar)
         for parameter in context.command.params
     }
+    for flag in (parameter for parameter in context.command.params if getattr(parameter, "is_flag", False)):
+        names |= {
+            f"{flag.name}=True": flag.opts[0],
+            f"{flag.name}=False": next(iter(flag.secondary_opts), flag.opts[0]),
+        }
     arguments = {argument: names[name] for name in names for argument in ARGUMENTS.get(name, ())}
     return {**arguments, **names}
 
 
-@cache
 def _fields_as_parameters(group: Any) -> list[Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [_keyword(field.name, hints[field.name], field.default) for field in fields(group)]

@@ -75,7 +75,7 @@ def concepts(
     if not as_json:
         figures = enumerate(zip(result.importance, result.ablation_effects, strict=True))
         rows = [(str(number), f"{importance:.3f}", f"{effect:+.2f}") for number, (importance, effect) in figures]
-        columns = [Column(heading, right=True) for heading in ("concept", "importance", "logit")]
+        columns = [Column(heading, right=True) for heading in ("concept", "importance", "drop of the logit")]
         print_table(f"{result.name} at {result.layer}", columns, rows)
     if store is not None:
         from convscope.store.saved_results import save_path

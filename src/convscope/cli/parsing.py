@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from convscope.store.store import Store
 
 
+PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}  # of --option, as JSON
+
+
 def load_model(
     name: str, weights: str | None, classes: Path | None, preprocessing: str | None, **options: Any
 ) -> Model:
@@ -120,7 +123,7 @@ def parse_method_options(texts: Sequence[str] | None) -> dict[str, Any]:
         if not equals:
             raise ConvscopeError(f"--option {text}: expected NAME=VALUE")
         try:
-            options[name.strip().replace("-", "_")] = json.loads(value)
+            options[name.strip().replace("-", "_")] = json.loads(PYTHON_CONSTANTS.get(value, value))
         except json.JSONDecodeError:
             options[name.strip().replace("-", "_")] = value
     return options

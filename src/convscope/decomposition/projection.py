@@ -49,7 +49,7 @@ def umap_reducer(seed: int) -> Reducer:
     def reduce(vectors: np.ndarray) -> np.ndarray:
         if len(vectors) < MIN_VECTORS_UMAP:
             raise ConvscopeError(
-                f"{len(vectors)} vectors are too few for UMAP; give more images, or more positions_per_image"
+                f"{len(vectors)} vectors are too few for UMAP; give more images, or a larger positions_per_image="
             )
         reducer = umap.UMAP(
             n_components=2,
@@ -105,8 +105,8 @@ def assign_cells(positions: np.ndarray, grid: int, min_count: int) -> Cells:
     large = counts >= min_count
     if not large.any():
         raise ConvscopeError(
-            f"no cell has {min_count} of the {len(positions)} vectors; give more images, a larger positions_per_image, "
-            "or a smaller grid"
+            f"no cell has {min_count} of the {len(positions)} vectors; give more images, "
+            "a larger positions_per_image=, or a smaller grid="
         )
     index_of_cell = np.where(large, np.cumsum(large) - 1, -1)
     return Cells(np.stack(np.divmod(numbers[large], grid), axis=1), index_of_cell[inverse], counts[large])

@@ -184,7 +184,8 @@ def story(
     model = as_model(model)
     if units < 2 or not 1 <= num_displayed <= units:
         raise ConvscopeError(
-            f"units is {units}, num_displayed is {num_displayed}; expected 2 or more units, and 1 to {units} displayed"
+            f"num_displayed is {num_displayed}, with units={units}; "
+            f"expected 2 or more units, and 1 to {units} displayed"
         )
     names = _default_layers(model) if layers is None else [layer_name(model, layer) for layer in as_layers(layers)]
     if not names:
