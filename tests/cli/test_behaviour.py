@@ -134,6 +134,7 @@ def test_lists_need_neither_model_nor_images(command: str, table: str) -> None:
         (("heatmap", "PHOTO", "--option", "samples=3"), "method 'grad-cam' has no option 'samples'"),
         (("heatmap", "PHOTO", "-o", "PHOTO"), "--out is 'PHOTO', an existing file; expected a folder"),
         (("predict", "PHOTO", "-o", "map.PNG"), "--out is 'map.PNG', the name of a file; expected a folder"),
+        (("predict", "PHOTO", "-o", "table.csv"), "--out is 'table.csv', the name of a file; expected a folder"),
         (("predict", "PHOTO", "-o", "s3://bucket/maps"), "s3://bucket/maps is a URL"),
         (("heatmap", "gone.jpg"), "gone.jpg: No such file or directory"),
         (("heatmap", "gone.mp4"), "gone.mp4: No such file"),

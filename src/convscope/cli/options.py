@@ -74,9 +74,9 @@ def _output_folder(out: Path | None) -> Path | None:
     """Refuse a file or a remote address as output folder before anything runs; a photograph would be overwritten."""
     if out is None or not (out.suffix or out.is_file() or ":/" in str(out)):
         return out
-    from convscope.results import FILE_SUFFIXES, local_folder
+    from convscope.results import FILE_SUFFIXES, OTHER_SUFFIXES, TABLE_SUFFIX, local_folder
 
-    if out.is_file() or out.suffix.lower() in FILE_SUFFIXES:
+    if out.is_file() or out.suffix.lower() in (*FILE_SUFFIXES, *OTHER_SUFFIXES, TABLE_SUFFIX):
         kind = "an existing file" if out.is_file() else "the name of a file"
         raise ConvscopeError(f"--out is {str(out)!r}, {kind}; expected a folder, in which files are named after images")
     return local_folder(out)

@@ -18,6 +18,7 @@ from convscope.cli.output import finish, log, log_detail, log_note, print_json, 
 from convscope.cli.parsing import open_store_in, parse_units, split_commas
 from convscope.cli.tables import Column, print_table
 from convscope.errors import ConvscopeError, require_int
+from convscope.formatting import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -225,7 +226,8 @@ class _PatternJob:
         if results:
             count = sum(len(result.images) for result in results.values())
             parents = {folders[layer].parent for layer in results}
-            log(f"{count} patterns of {len(results)} layers; written to {', '.join(sorted(map(str, parents)))}")
+            done = f"{count_of(count, 'pattern')} of {count_of(len(results), 'layer')}"
+            log(f"{done}; written to {', '.join(sorted(map(str, parents)))}")
         report_failures(failed)
         report_failures([f for result in results.values() for f in result.failed])
 

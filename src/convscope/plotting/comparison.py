@@ -11,6 +11,7 @@ from PIL import Image
 
 from convscope.evaluation.comparison import Comparison
 from convscope.evaluation.result import Evaluation
+from convscope.formatting import count_of
 from convscope.images.colormap import ColorScale
 from convscope.images.resizing import resize_to
 from convscope.plotting.heatmaps import SIDES, first_images, first_target, overlay_size
@@ -59,7 +60,7 @@ def draw_comparison(
     title = f"Comparison of heatmap methods ({result.model.name})"
     title += omitted(count, len(first.image_names), "images")
     figure, panels = create_panels(rows, count + 1, 2.3 * (count + 1) + 0.5, height * rows, title, figsize=figsize)
-    _write(panels[0][0], [f"{len(first.image_names)} images,", "target below each image"])
+    _write(panels[0][0], [f"{count_of(len(first.image_names), 'image')},", "target below each image"])
     combinations = zip(result.heatmaps, result.evaluations, result.seconds, strict=True)
     for row, (heatmaps, evaluation, seconds) in zip(panels[1:], combinations, strict=True):
         overlays = first_images(first_target(heatmaps), count).iter_overlays(
