@@ -204,6 +204,21 @@ def test_other_boxes_are_refused(box):
         convscope.box_target(0, box)
 
 
+def test_detected_box_without_area_is_refused():
+    def line(images):
+        return torch.tensor([16.0, 16, 8, 0, 0.9]).reshape(1, 5, 1).repeat(len(images), 1, 1)
+
+    model = convscope.load(line, task="detection", preprocessing={"size": (SIDE, SIDE)})
+    with pytest.raises(ConvscopeError, match="has no area"):
+        convscope.box_target(convscope.detect(model, image_with_squares({})))
+
+
+def test_perturbed_layers_may_leave_the_range_of_probabilities(model, image):
+    """The proof of a layer's influence replaces its output by noise; the scores are then no probabilities."""
+    heatmaps = convscope.heatmaps(model, image, "gray")
+    assert np.exp(heatmaps.logits[0, 0]) == pytest.approx(1, abs=1e-5)
+
+
 def test_boxes_for_a_classifier_are_refused(lite0, photos):
     with pytest.raises(ConvscopeError, match="task='detection'"):
         convscope.heatmaps(lite0, photos[0], convscope.box_target(1, (0, 0, 8, 8)))

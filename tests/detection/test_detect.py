@@ -146,7 +146,7 @@ def test_formats_of_one_set_of_candidates_agree():
 
 def test_logits_in_place_of_probabilities_are_refused():
     with pytest.raises(ConvscopeError, match="expected probabilities"):
-        DetectionReader().candidates(torch.full((1, 6, 9), 3.0), (32, 32))
+        DetectionReader().check(torch.full((1, 6, 9), 3.0))
 
 
 def test_a_classifier_is_refused_with_the_argument_that_helps(lite0, photos):
@@ -187,3 +187,24 @@ def test_figure_draws_each_box_where_it_is(model):
     (axes,) = detections.figure().axes
     (patch,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     assert (*patch.get_xy(), patch.get_width(), patch.get_height()) == (7.5, 15.5, 8, 8)
+
+
+def test_lists_of_boxes_without_labels_are_of_one_class():
+    """As face detectors return them: arrays of objects, and None where nothing was found."""
+
+    def faces(images):
+        found = [np.array([[4.0, 4, 20, 28], [0, 0, 8, 8]], object), np.array([0.9, 0.6], object)]
+        return [
+            {"boxes": found[0], "scores": found[1]} if image.mean() > 0.5 else {"boxes": None, "scores": [None]}
+            for image in images
+        ]
+
+    model = convscope.load(faces, task="detection", classes=["face"], preprocessing={"size": (SIDE, SIDE)})
+    white, black = np.full((SIDE, SIDE, 3), 255, np.uint8), np.zeros((SIDE, SIDE, 3), np.uint8)
+    detections = convscope.detect(model, [black, white])
+    assert detections.counts.tolist() == [0, 2]
+    np.testing.assert_allclose(detections.boxes, [[4, 4, 20, 28], [0, 0, 8, 8]], atol=1e-5)
+    assert detections.names == ["face", "face"]
+    heatmaps = convscope.heatmaps(model, white, convscope.box_target(detections[1]), samples=20)
+    assert heatmaps.method == "d-rise"
+    np.testing.assert_allclose(heatmaps.logits, [[0.9]], atol=1e-5)

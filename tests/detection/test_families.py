@@ -87,6 +87,26 @@ def test_hugging_face_boxes_are_its_own(family, images):
     assert heatmaps.values.any()
 
 
+@pytest.mark.slow
+def test_layer_of_a_box_holds_positions_not_queries(images):
+    """RT-DETR with 5 queries on a map of 2 x 2: the queries are no grid with a token in front."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16, 16, 16], "embedding_size": 8, "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    backbone = transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[16, 16, 16], encoder_ffn_dim=16,
+        encoder_attention_heads=2, d_model=16, decoder_in_channels=[16, 16, 16], num_queries=5, decoder_layers=1,
+        decoder_ffn_dim=16, decoder_attention_heads=2, num_denoising=0, num_labels=3,
+    )  # fmt: skip
+    model = convscope.load(transformers.RTDetrForObjectDetection(config).eval(), preprocessing={"size": SIDE})
+    detections = convscope.detect(model, images[0], threshold=0.1)
+    heatmaps = convscope.heatmaps(model, images[0], convscope.box_target(detections, 0))
+    assert heatmaps.logits[0, 0] == pytest.approx(detections.scores[0], abs=1e-4)
+    assert heatmaps.values.any()
+    assert "decoder.layers" not in heatmaps.layer
+
+
 def _hugging_face(transformers, family):
     """Return a tiny detector with random weights, and the image processor that belongs to it."""
     torch.manual_seed(0)

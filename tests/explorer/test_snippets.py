@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 import convscope
+from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.patterns import VARIANTS, PatternSpec
 from convscope.explorer.views import snippets
 
@@ -35,7 +36,7 @@ class RecordingLibrary:
 
 
 def test_snippets_quote_hostile_names():
-    code = snippets.heatmap("lite0", HOSTILE_FILE, 3, None, "layer-cam", 7)
+    code = snippets.heatmap("lite0", HOSTILE_FILE, 3, HeatmapOptions(method="layer-cam", against=7))
     assert shlex.split(code["shell"]) == [
         "convscope", "heatmap", "lite0", HOSTILE_FILE, "--target", "3", "--method", "layer-cam", "--against", "7",
     ]  # fmt: skip

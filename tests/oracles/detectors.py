@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import convscope
+
 STRIDE, CELLS = 8, 4
 SIDE = STRIDE * CELLS
 
@@ -34,6 +36,13 @@ class CellDetector(nn.Module):
         centers = torch.stack([columns, rows]) * STRIDE + STRIDE / 2
         boxes = torch.cat([centers, torch.full_like(centers, STRIDE)]).expand(len(x), -1, -1, -1)
         return torch.cat([boxes, scores], 1).flatten(2)
+
+
+def cell_detector() -> convscope.Model:
+    """Return `CellDetector` as it is loaded."""
+    return convscope.load(
+        CellDetector().eval(), task="detection", classes=["gray", "red"], preprocessing={"size": (SIDE, SIDE)}
+    )
 
 
 def image_with_squares(squares: dict[tuple[int, int], tuple[int, int, int]]) -> np.ndarray:

@@ -98,6 +98,8 @@ def _target_of_detection(detections: Detections, index: Any) -> BoxTarget:
     if not is_int(index) or not 0 <= index < count:
         raise ConvscopeError(f"box is {index!r}; {detections.image_names[0]} has {count} boxes, numbered from 0")
     left, top, right, bottom = map(float, detections.boxes[index])
+    if not (left < right and top < bottom):
+        raise ConvscopeError(f"box {index} of {detections.image_names[0]} has no area, so that nothing overlaps it")
     return BoxTarget(int(detections.labels[index]), (left, top, right, bottom))
 
 

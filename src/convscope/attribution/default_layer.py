@@ -87,7 +87,9 @@ def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardRes
     layer : Layer
     reason : str
     """
-    candidates = _candidates(model, [model.layers.flow.scores])
+    num_boxes = _num_boxes(model, x)
+    layers = _candidates(model, [model.layers.flow.scores])
+    candidates = [layer for layer in layers if not _holds_queries(layer, num_boxes)]
     counts: list[list[int]] = []
     for start in range(0, len(candidates), CANDIDATES[-1]):
         group = candidates[start : start + CANDIDATES[-1]]
@@ -100,6 +102,19 @@ def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardRes
         if min(positions) > 0:
             return layer, f"the last layer with spatial extent ({_size(layer)}) that influences every box"
     return choose_layer(model)
+
+
+def _num_boxes(model: Model, x: Tensor) -> int:
+    """Return the number of candidates that a detector proposes for an image."""
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
+        outputs = run(pad_to_fixed_batch(model, x))
+    return model.detection_reader.candidates(outputs.output, outputs.input_size).boxes.shape[1]
+
+
+def _holds_queries(layer: Layer, num_boxes: int) -> bool:
+    """Whether a layer's tokens are a detector's queries: one per box, and only by chance one more than a grid has."""
+    prefix = layer.layout.prefix_tokens
+    return prefix > 0 and prefix + layer.shape[1] * layer.shape[2] == num_boxes
 
 
 def _position_counts(

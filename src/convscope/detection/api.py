@@ -97,7 +97,7 @@ def detect(
         for batch in iter_batches(loader, size, report):
             outputs = run(batch.x)
             require_finite(model, outputs.logits, "the network's output")
-            candidates = reader.candidates(outputs.output, outputs.input_size)
+            candidates = reader.candidates(outputs.output, outputs.input_size).require_probabilities()
             by_image += [
                 _boxes_of_image(candidates, n, image_geometry, threshold, overlap)
                 for n, image_geometry in enumerate(batch.geometry)

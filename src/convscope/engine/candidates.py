@@ -14,9 +14,10 @@ from convscope.engine.outputs import OutputSelector, describe_output, pick_outpu
 from convscope.errors import ConvscopeError
 
 FORMATS = (
-    "a list of {'boxes', 'labels', 'scores'}, one per image (torchvision); an object with logits (N, Q, K) and "
-    "pred_boxes (N, Q, 4) (DETR); {'boxes': (N, A, 4), 'scores': (N, A, K)} with corners in pixels of the input; or a "
-    "tensor (N, 4 + K, A) with centres and sizes in pixels of the input, and probabilities (YOLO)"
+    "a list of {'boxes', 'labels', 'scores'}, one per image (torchvision; without labels for one class); an object "
+    "with logits (N, Q, K) and pred_boxes (N, Q, 4) (DETR); {'boxes': (N, A, 4), 'scores': (N, A, K)} with corners in "
+    "pixels of the input; or a tensor (N, 4 + K, A) with centres and sizes in pixels of the input, and probabilities "
+    "(YOLO)"
 )
 _TOLERANCE = 1e-4  # of probabilities, by rounding
 
@@ -38,6 +39,19 @@ class Candidates:
     boxes: Tensor
     probabilities: Tensor
     is_final: bool
+
+    def require_probabilities(self) -> Candidates:
+        """Return the candidates; raise ConvscopeError if their scores are no probabilities, such as logits.
+
+        For outputs of the network as it is: where a layer is perturbed, scores may be anything.
+        """
+        values = self.probabilities.detach()
+        if values.numel() and not bool(((values >= -_TOLERANCE) & (values <= 1 + _TOLERANCE)).all()):
+            raise ConvscopeError(
+                f"a detector returned class scores from {float(values.min()):.4g} to {float(values.max()):.4g}; "
+                "expected probabilities: apply the sigmoid or softmax in output=lambda out: ..."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,12 @@ class DetectionReader:
             return selected
         return self._read(selected, (1, 1)).probabilities.amax(1)
 
+    def check(self, output: Any) -> None:
+        """Raise ConvscopeError for an output that cannot be read, or whose scores are no probabilities."""
+        selected = pick_output(output, self.select)
+        if not (isinstance(selected, Tensor) and selected.ndim == 2):
+            self._read(selected, (1, 1)).require_probabilities()
+
     def candidates(self, output: Any, input_size: Sequence[int]) -> Candidates:
         """Read the candidates for inputs of `input_size`, height and width in pixels.
 
@@ -84,7 +104,7 @@ class DetectionReader:
             return _from_queries(logits, boxes, self.num_classes)
         boxes, scores = _part(output, "boxes"), _part(output, "scores")
         if isinstance(boxes, Tensor) and isinstance(scores, Tensor) and scores.ndim == boxes.ndim == 3:
-            return Candidates(_relative(boxes, input_size), _checked(scores), is_final=False)
+            return Candidates(_relative(boxes, input_size), scores.float(), is_final=False)
         tensor = primary_tensor(output)
         if tensor is None or tensor.ndim != 3:
             raise ConvscopeError(
@@ -95,11 +115,11 @@ class DetectionReader:
 
 
 def is_list_of_boxes(output: object) -> bool:
-    """Whether an output is a list with boxes, labels and scores for each image, as torchvision's detectors return."""
+    """Whether an output is a list with boxes and scores for each image, as torchvision's detectors return."""
     return (
         isinstance(output, list | tuple)
         and len(output) > 0
-        and all(isinstance(part, Mapping) and {"boxes", "labels", "scores"} <= part.keys() for part in output)
+        and all(isinstance(part, Mapping) and {"boxes", "scores"} <= part.keys() for part in output)
     )
 
 
@@ -107,26 +127,37 @@ def _part(output: Any, name: str) -> object:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _from_lists(output: Sequence[Mapping[str, Tensor]], num_classes: int | None, size: Sequence[int]) -> Candidates:
+def _from_lists(output: Sequence[Mapping[str, Any]], num_classes: int | None, size: Sequence[int]) -> Candidates:
     """Read detections of single images, padded with boxes of probability 0 to the same number, at least 1."""
-    if num_classes is None:
+    if num_classes is None and any("labels" in part for part in output):
         raise ConvscopeError(
             "the detector returns lists of boxes, and its number of classes is not known; name them: classes=[...]"
         )
-    count = max(1, *(len(part["boxes"]) for part in output))
-    boxes, probabilities = [], []
-    for part in output:
-        missing = count - len(part["boxes"])
-        labels = part["labels"].long()
-        if len(labels) and int(labels.max()) >= num_classes:
-            raise ConvscopeError(
-                f"the detector returned class {int(labels.max())}; expected classes 0 to {num_classes - 1}"
-            )
-        one_hot = torch.nn.functional.one_hot(labels, num_classes).to(part["scores"])
-        boxes.append(torch.cat([part["boxes"], part["boxes"].new_zeros(missing, 4)]))
-        scores = part["scores"][:, None] * one_hot
-        probabilities.append(torch.cat([scores, scores.new_zeros(missing, num_classes)]))
-    return Candidates(_relative(torch.stack(boxes), size), torch.stack(probabilities).float(), is_final=True)
+    num_classes = num_classes or 1
+    parts = [_boxes_labels_scores(part, num_classes) for part in output]
+    count = max(1, *(len(boxes) for boxes, _, _ in parts))
+    padded_boxes, probabilities = [], []
+    for boxes, labels, scores in parts:
+        missing = count - len(boxes)
+        padded_boxes.append(torch.cat([boxes, boxes.new_zeros(missing, 4)]))
+        by_class = scores[:, None] * torch.nn.functional.one_hot(labels, num_classes).to(scores)
+        probabilities.append(torch.cat([by_class, by_class.new_zeros(missing, num_classes)]))
+    return Candidates(_relative(torch.stack(padded_boxes), size), torch.stack(probabilities).float(), is_final=True)
+
+
+def _boxes_labels_scores(part: Mapping[str, Any], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the boxes (n, 4), labels (n,) and scores (n,) of one image; boxes that are None are none."""
+    if part["boxes"] is None:
+        return torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    boxes, scores = torch.as_tensor(part["boxes"]).float().reshape(-1, 4), torch.as_tensor(part["scores"]).float()
+    if "labels" not in part and num_classes > 1:
+        raise ConvscopeError(f"the detector returned boxes without labels; expected one of {num_classes} for each")
+    labels = torch.as_tensor(part["labels"]).long() if "labels" in part else torch.zeros(len(boxes)).long()
+    if len(labels) and int(labels.max()) >= num_classes:
+        raise ConvscopeError(
+            f"the detector returned class {int(labels.max())}; expected classes 0 to {num_classes - 1}"
+        )
+    return boxes, labels.to(boxes.device), scores
 
 
 def _from_queries(logits: Tensor, boxes: Tensor, num_classes: int | None) -> Candidates:
@@ -147,22 +178,10 @@ def _from_columns(tensor: Tensor, num_classes: int | None, size: Sequence[int]) 
         expected = "(N, 4 + K, A)" if num_classes is None else f"(N, {4 + num_classes}, A)"
         raise ConvscopeError(f"a detector returned a tensor of shape {tuple(tensor.shape)}; expected {expected}")
     tensor = tensor.transpose(1, 2).float()
-    scores = _checked(tensor[..., 4:])
+    scores = tensor[..., 4:]
     if num_classes is not None and scores.shape[2] == num_classes + 1:
         scores = scores[..., :1] * scores[..., 1:]
     return Candidates(_relative(_corners(tensor[..., :4]), size), scores, is_final=False)
-
-
-def _checked(scores: Tensor) -> Tensor:
-    """Return class probabilities as float32; refuse logits."""
-    scores = scores.float()
-    values = scores.detach()
-    if values.numel() and not bool(((values >= -_TOLERANCE) & (values <= 1 + _TOLERANCE)).all()):
-        raise ConvscopeError(
-            f"a detector returned class scores from {float(values.min()):.4g} to {float(values.max()):.4g}; expected "
-            "probabilities: apply the sigmoid or softmax in output=lambda out: ..."
-        )
-    return scores
 
 
 def _corners(boxes: Tensor) -> Tensor:

@@ -103,8 +103,10 @@ class OutputMeaning:
 def select_scores(output: object, request: OutputRequest) -> tuple[OutputSelector, list[str]]:
     """Choose the output that holds the scores; return its selector and notes."""
     if request.task == "detection" or is_list_of_boxes(output):
-        known = isinstance(request.select, DetectionReader)
-        return request.select if known else DetectionReader(request.num_classes, request.select), []
+        select = request.select
+        reader = select if isinstance(select, DetectionReader) else DetectionReader(request.num_classes, select)
+        reader.check(output)
+        return reader, []
     if request.select is not None:
         pick_output(output, request.select)  # raises where there is none
         return request.select, []

@@ -56,7 +56,8 @@ def _to_tensors(output: Any, device: torch.device) -> Any:
         return tuple(_to_tensors(part, device) for part in output)
     if hasattr(output, "__array__") or isinstance(output, list | tuple):
         try:
-            return torch.as_tensor(np.ascontiguousarray(output), device=device)
+            array = np.ascontiguousarray(output)
+            return torch.as_tensor(array.astype(np.float32) if array.dtype == object else array, device=device)
         except (TypeError, ValueError) as error:
             raise ConvscopeError(
                 f"the function returned a {type(output).__name__} that is no array of numbers"

@@ -15,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from convscope.attribution.api import heatmaps
+from convscope.attribution.box_targets import box_target
 from convscope.attribution.registry import is_signed
 from convscope.attribution.result import Heatmaps, color_maximum, smooth_maps
 from convscope.decomposition.nmf import encode
+from convscope.detection.api import detect
 from convscope.engine import capture
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -27,6 +29,7 @@ from convscope.evaluation.registry import get_metric
 from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.schemas import (
     ChannelStatistics,
+    DetectedBox,
     FaithfulnessRecord,
     HeatmapRecord,
     LayerSummary,
@@ -60,6 +63,7 @@ class HeatmapOptions:
     layer: str | None = None
     method: str = "grad-cam"
     against: int | None = None
+    box: int | None = None  # number of a detected box; then it is the target
 
 
 DEFAULT_OPTIONS = HeatmapOptions()
@@ -87,6 +91,24 @@ def predictions(model: Model, x: Tensor, top: int = 5) -> list[Prediction]:
     ]
 
 
+def detections(model: Model, x: Tensor) -> list[DetectedBox]:
+    """Return the boxes that a detector finds, best first."""
+    found = detect(model, x, progress=False)
+    height, width = x.shape[2:]
+    return [
+        {
+            "number": n,
+            "index": int(label),
+            "name": model.class_name(int(label)),
+            "score": float(score),
+            "edges": (left / width, top / height, right / width, bottom / height),
+        }
+        for n, (label, score, (left, top, right, bottom)) in enumerate(
+            zip(found.labels, found.scores, found.boxes.tolist(), strict=True)
+        )
+    ]
+
+
 def heatmap(
     model: Model,
     x: Tensor,
@@ -100,6 +122,7 @@ def heatmap(
     return [
         {
             "target": int(k),
+            "box": options.box,
             "name": model.class_name(int(k)),
             "logit": float(result.logits[0, t]),
             "layer": result.layer,
@@ -147,7 +170,7 @@ def _heatmaps(
     return heatmaps(
         model,
         x,
-        [list(targets)],
+        [list(targets)] if options.box is None else box_target(detect(model, x, progress=False), options.box),
         layer=options.layer,
         method=options.method,
         against=options.against,

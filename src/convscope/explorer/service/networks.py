@@ -89,6 +89,11 @@ class Network:
         return preprocessing.axes == 2 and preprocessing.channel_order != "channels"
 
     @property
+    def detects(self) -> bool:
+        """Whether the model is a detector, which finds boxes."""
+        return self.model.task == "detection"
+
+    @property
     def layers(self) -> list[Layer]:
         """Layers with distinct feature maps, from first to last."""
         return self.model.layers.unique_spatial()

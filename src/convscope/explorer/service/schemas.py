@@ -18,6 +18,16 @@ class Prediction(TypedDict):
     logit: float
 
 
+class DetectedBox(TypedDict):
+    """An object that a detector finds; `number` counts as in `convscope.detect`, `edges` are fractions of the image."""
+
+    number: int
+    index: int
+    name: str
+    score: float
+    edges: tuple[float, float, float, float]
+
+
 class PackedMap(TypedDict):
     """A map (height, width) as 16-bit little-endian integers in base64; value = integer / 32767 * peak."""
 
@@ -28,9 +38,13 @@ class PackedMap(TypedDict):
 
 
 class HeatmapRecord(TypedDict):
-    """A heatmap of a target, in contrast with `against`; `signed`: whether it also holds evidence against it."""
+    """A heatmap of a target, in contrast with `against`; `signed`: whether it also holds evidence against it.
+
+    `box` is the number of a detected box, if the target is one.
+    """
 
     target: int
+    box: int | None
     name: str
     logit: float
     layer: str

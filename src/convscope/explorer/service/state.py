@@ -26,6 +26,7 @@ from convscope.explorer.service.jobs import Client, Job, JobQueue
 from convscope.explorer.service.networks import Network, url_key
 from convscope.explorer.service.patterns import PatternCache, PatternSpec, compute_pattern
 from convscope.explorer.service.schemas import (
+    DetectedBox,
     FaithfulnessRecord,
     HeatmapRecord,
     LayerSummary,
@@ -121,6 +122,13 @@ class Explorer:
         return self._run_interactive(
             client, key, lambda _: compute.predictions(net.model, self._input(net, image), top)
         )
+
+    def detections(self, client: Client, net: Network, image: RegisteredImage) -> list[DetectedBox]:
+        """Return the boxes that a detector finds in an image; none of other networks."""
+        if not net.detects:
+            return []
+        key = ("detections", net.version, image.key)
+        return self._run_interactive(client, key, lambda _: compute.detections(net.model, self._input(net, image)))
 
     def heatmap(
         self,

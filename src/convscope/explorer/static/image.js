@@ -3,7 +3,7 @@
 (() => {
   const controls = document.getElementById("controls");
   const main = find('[data-stage="main"]'), comparison = find('[data-stage="comparison"]');
-  const state = { target: page.target, heatmaps: { main: null, comparison: null } };
+  const state = { target: page.target, box: null, heatmaps: { main: null, comparison: null } };
   const cache = new Map(), requests = {};
   let faithfulnessRequest = null;
 
@@ -19,8 +19,9 @@
     stage.classList.toggle("signed", options.signed);
     paint(find("canvas", stage), heatmap.map, options);
   }
-  const heatmapQuery = (target) => {
+  const heatmapQuery = (target, box) => {
     const query = new URLSearchParams({ target });
+    if (box !== null) query.set("box", box);
     for (const name of ["method", "layer", "against"]) if (setting(name)) query.set(name, setting(name));
     return query;
   };
@@ -28,7 +29,7 @@
   const isDefaultMethod = () => !setting("layer") && !setting("against") && ["", page.method].includes(setting("method"));
   const modelUrl = `/m/${encodeURIComponent(page.model)}`;
   const className = (index) => { const name = find(`[data-class="${index}"] .name`); return name ? name.textContent : `${page.noun} ${index}`; };
-  const captionOf = (heatmap) => `${heatmap.name}${heatmap.against === null ? "" : ` in contrast with ${className(heatmap.against)}`} · ${heatmap.method} at ${heatmap.layer}`;
+  const captionOf = (heatmap) => `${heatmap.name}${heatmap.box === null ? "" : `, box ${heatmap.box}`}${heatmap.against === null ? "" : ` in contrast with ${className(heatmap.against)}`} · ${heatmap.method} at ${heatmap.layer}`;
 
   function showHeatmap(stage, heatmap) {
     state.heatmaps[stage.dataset.stage] = heatmap;
@@ -37,11 +38,12 @@
     find(".caption", stage).textContent = captionOf(heatmap);
   }
 
-  async function fetchHeatmap(stage, api, target) {
+  async function fetchHeatmap(stage, api, target, box = null) {
     const name = stage.dataset.stage;
     if (requests[name]) requests[name].abort();
-    if (api === page.api && isDefaultMethod() && page.heatmaps[target]) return page.heatmaps[target];
-    const url = `${api}/heatmap?${heatmapQuery(target)}`;
+    const known = box === null ? page.heatmaps[target] : page.boxHeatmaps[box];
+    if (api === page.api && isDefaultMethod() && known) return known;
+    const url = `${api}/heatmap?${heatmapQuery(target, box)}`;
     if (cache.has(url)) return cache.get(url);
     requests[name] = new AbortController();
     stage.classList.add("waiting");
@@ -56,7 +58,7 @@
 
   async function update() {
     try {
-      const heatmap = await fetchHeatmap(main, page.api, state.target);
+      const heatmap = await fetchHeatmap(main, page.api, state.target, state.box);
       showHeatmap(main, heatmap);
       drawScale(heatmap);
       const notes = document.getElementById("notes");
@@ -93,14 +95,14 @@
 
   // Code and downloads follow the settings.
   function updateLinks(heatmap) {
-    const code = heatmap.snippets || (isDefaultMethod() && page.code[heatmap.target]);
+    const code = heatmap.snippets || (isDefaultMethod() && heatmap.box === null && page.code[heatmap.target]);
     if (code) for (const [language, text] of Object.entries(code)) {
       const element = find(`[data-language="${language}"]`);
       if (element) element.textContent = text;
     }
     const png = document.getElementById("get-png");
     if (!png) return;
-    const query = heatmapQuery(heatmap.target);
+    const query = heatmapQuery(heatmap.target, heatmap.box);
     document.getElementById("get-npz").href = `${page.api}/heatmap.npz?${query}`;
     query.set("opacity", setting("opacity") / 100);
     query.set("colormap", colormapName(heatmap));
@@ -117,7 +119,7 @@
     updateFaithfulness.timer = setTimeout(async () => {
       faithfulnessRequest = new AbortController();
       try {
-        const result = await fetchJson(`${page.api}/faithfulness?${heatmapQuery(state.target)}`, { signal: faithfulnessRequest.signal });
+        const result = await fetchJson(`${page.api}/faithfulness?${heatmapQuery(state.target, state.box)}`, { signal: faithfulnessRequest.signal });
         const curves = createElement("div", { class: "curves" });
         // Probabilities lie between 0 and 1; values are drawn from the least to the largest of both curves.
         const points = result.rows.flatMap((row) => row.curve);
@@ -137,9 +139,28 @@
     }, 250);
   }
 
+  const markCurrent = (selector, isCurrent) => findAll(selector).forEach((element) => (isCurrent(element) ? element.setAttribute("aria-current", "true") : element.removeAttribute("aria-current")));
+  function select(target, box) {
+    Object.assign(state, { target: Number(target), box });
+    markCurrent("#classes a", (link) => box === null && Number(link.dataset.class) === state.target);
+    markCurrent("[data-box]", (element) => Number(element.dataset.box) === box);
+  }
+  // A detected box: its number is the fragment of the address.
+  function selectBox(number) {
+    const box = page.boxes[number];
+    if (!box) return;
+    select(box.index, box.number);
+    if (page.live) history.replaceState(history.state, "", `${location.pathname}${location.search}#box-${box.number}`);
+    update();
+  }
+  document.addEventListener("click", (event) => {
+    const element = event.target.closest("[data-box]");
+    if (!element || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    selectBox(Number(element.dataset.box));
+  });
   function selectClass(target, push = true) {
-    state.target = Number(target);
-    findAll("#classes a").forEach((link) => (Number(link.dataset.class) === state.target ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+    select(target, null);
     if (push && page.live) {
       const url = page.pages[state.target] || `${modelUrl}/image/${page.image}/class/${state.target}`;
       history.pushState({ target: state.target }, "", url + location.search);
@@ -181,7 +202,7 @@
   function storeSettings() {
     const query = new URLSearchParams();
     for (const control of controls.elements) if (control.name && !isDefault(control)) query.set(control.name, control.value);
-    if (page.live) history.replaceState(history.state, "", location.pathname + (query.size ? `?${query}` : ""));
+    if (page.live) history.replaceState(history.state, "", location.pathname + (query.size ? `?${query}` : "") + location.hash);
   }
   function restoreSettings() {
     for (const [name, value] of new URLSearchParams(location.search)) {
@@ -259,5 +280,7 @@
   }
 
   restoreSettings();
-  update();
+  const fragment = location.hash.match(/^#box-(\d+)$/);
+  if (fragment && page.boxes[fragment[1]]) selectBox(Number(fragment[1]));
+  else update();
 })();

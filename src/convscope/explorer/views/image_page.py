@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from convscope.attribution.registry import default_method, usable_methods
-from convscope.explorer.service.compute import COLORMAPS
+from typing import Any
+
+from convscope.attribution.registry import default_method, default_method_for_boxes, usable_methods
+from convscope.explorer.service.compute import COLORMAPS, HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
+from convscope.explorer.service.schemas import DetectedBox
 from convscope.explorer.service.state import SLOW_METHODS
 from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext
 from convscope.images.colormap import DIVERGING, SEQUENTIAL, color_stops
 
 TOP_CLASSES = 5
+MAX_BOXES = 20  # of one image
 _CONTROLS = ("random", "centred")  # methods that ignore the network
 
 
@@ -25,7 +29,8 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
     heatmaps = {row["target"]: row for row in explorer.heatmap(context.client, network, image, targets)}
     sources = urls.source(network.source), urls.source(image.source)
     method = default_method(network.model)
-    code = {k: snippets.heatmap(*sources, k, None, method, None) for k in heatmaps}
+    code = {k: snippets.heatmap(*sources, k, HeatmapOptions(method=method)) for k in heatmaps}
+    boxes = explorer.detections(context.client, network, image)[:MAX_BOXES]
     layer = heatmaps[target]["layer"]
     data = context.page_data(
         "image",
@@ -38,6 +43,8 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         heatmaps=heatmaps,
         noun=network.model.output_noun,
         hasValues=network.model.has_values,
+        boxes=boxes,
+        boxHeatmaps=[] if urls.live else [_box_heatmap(context, network, image, box, sources) for box in boxes],
         words=_evidence_words(network),
         sequential=SEQUENTIAL,
         diverging=DIVERGING,
@@ -50,6 +57,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "image": image,
         "photo": urls.photo(image, 1024),
         "predictions": predictions,
+        "boxes": boxes,
         "target": target,
         "target_name": network.model.class_name(target),
         "layers": [other.name for other in network.layers if not other.is_pooling],
@@ -85,3 +93,12 @@ def _evidence_words(network: Network) -> dict[str, str]:
         "none": "no evidence",
         "strongest": "strongest evidence",
     }
+
+
+def _box_heatmap(
+    context: PageContext, network: Network, image: RegisteredImage, box: DetectedBox, sources: tuple[str, str]
+) -> dict[str, Any]:
+    """Return the default heatmap of a detected box, and the code that computes it."""
+    options = HeatmapOptions(method=default_method_for_boxes(network.model), box=box["number"])
+    (record,) = context.explorer.heatmap(context.client, network, image, [box["index"]], options)
+    return {**record, "snippets": snippets.heatmap(*sources, box["index"], options)}

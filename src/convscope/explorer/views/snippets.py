@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from convscope.engine.model import Model
+from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.patterns import NUM_DIVERSE, PatternSpec
 
 Snippet = dict[str, str]
@@ -13,13 +14,20 @@ Snippet = dict[str, str]
 Arguments = dict[str, str | int]
 
 
-def heatmap(model: str, image: str, target: int, layer: str | None, method: str, against: int | None) -> Snippet:
-    """Return the code that computes a heatmap and lays it over the image."""
-    arguments = _not_none(layer=layer, method=None if method == "grad-cam" else method, against=against)
-    call = f"convscope.heatmaps({_load(model)}, {image!r}, {target}{_keywords(arguments)})"
-    options = [f"--target {target}", *_options(arguments)]
+def heatmap(model: str, image: str, target: int, settings: HeatmapOptions) -> Snippet:
+    """Return the code that computes a heatmap of a class, or of a detected box, and lays it over the image."""
+    default = "grad-cam" if settings.box is None else "odam"
+    method = None if settings.method == default else settings.method
+    arguments = _not_none(layer=settings.layer, method=method, against=settings.against)
+    if settings.box is None:
+        python = f"convscope.heatmaps({_load(model)}, {image!r}, {target}{_keywords(arguments)})"
+        options = [f"--target {target}", *_options(arguments)]
+    else:
+        box = f"convscope.box_target(convscope.detect(model, {image!r}), {settings.box})"
+        python = f"model = {_load(model)}\nconvscope.heatmaps(model, {image!r}, {box}{_keywords(arguments)})"
+        options = [f"--box {settings.box}", *_options(arguments)]
     return {
-        "python": f"{call}.overlay()[0]",
+        "python": f"{python}.overlay()[0]",
         "shell": f"convscope heatmap {_quote(model, image)} {' '.join(options)}",
     }
 

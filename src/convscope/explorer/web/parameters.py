@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Query, Request
 
-from convscope.attribution.registry import METHODS, default_method
+from convscope.attribution.registry import METHODS, default_method, default_method_for_boxes
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
@@ -49,16 +49,17 @@ async def _heatmap_options(
         str | None, Query(description="attribution method", json_schema_extra={"enum": list(METHODS)})
     ] = None,
     against: Annotated[int | None, Query(description="index of a contrast class", ge=0)] = None,
+    box: Annotated[int | None, Query(description="number of a box that a detector finds; the target", ge=0)] = None,
 ) -> HeatmapOptions:
     if layer is not None:
         net.layer(layer)
     if method is None:
-        method = default_method(net.model)
+        method = default_method(net.model) if box is None else default_method_for_boxes(net.model)
     if method not in METHODS:
         raise ConvscopeError(f"method {method[:40]!r} is not known; expected one of {', '.join(METHODS)}")
     if against is not None:
         net.require_class(against)
-    return HeatmapOptions(layer, method, against)
+    return HeatmapOptions(layer, method, against, box)
 
 
 async def _target(net: Annotated[Network, Depends(_network)], target: ClassIndex) -> int:

@@ -48,7 +48,7 @@ async def heatmap(
     `map.data` holds 16-bit integers in base64, least significant byte first; value = integer / 32767 * `peak`.
     """
     record = await _heatmap(request, runner, net, image, target, options)
-    code = snippets.heatmap(net.source, image.source, target, options.layer, options.method, options.against)
+    code = snippets.heatmap(net.source, image.source, target, options)
     return {**record, "snippets": code}
 
 
