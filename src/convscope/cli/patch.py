@@ -67,9 +67,9 @@ def patch(
     if as_json:
         print_json(rows)
     else:
-        shown = rows[:MAX_ROWS]
-        columns = [Column(name, right=True) for name in shown[0]]
+        visible = rows[:MAX_ROWS]
+        columns = [Column(name, right=True) for name in visible[0]]
         formats = {"effect": "+.3f", "share": "+.1%"}
-        cells = [tuple(format(value, formats.get(name, "")) for name, value in row.items()) for row in shown]
+        cells = [tuple(format(value, formats.get(name, "")) for name, value in row.items()) for row in visible]
         print_table(str(result).splitlines()[0], columns, cells)
     finish(result, folder, as_json=False)
