@@ -55,13 +55,16 @@ same for images in a batch of four and alone; `scan`: the same for the maxima of
 `pattern`: whether two steps of gradient ascent gave an image with a finite score."""
 
 REMARKS = """\
-The scores of `coat` and `efficientvim` are made of several stages: `coat_tiny` aggregates the class tokens of three
-scales, EfficientViM adds up a head of each stage. Their default layer is the last one that every path to the scores
-passes through, which is in front of these stages; a later one is chosen with `layer=`. `crossvit` resizes images itself
-and has two branches, of which the size of one is compared here. `mobilenetv5` ends with a fusion of stages on the grid
-of an earlier one. `tnt` keeps pixels and patches in two streams, and the first is not the better choice: pass `layer=`.
-The gradients of `cvt` and `mobilevit` in PyTorch depend on the batch size, also without convscope. `shieldgemma2`,
-`siglip2` and `imagegpt` take inputs that are not images (`forward=`)."""
+The scores of `efficientvim` are the sum of a head of each stage. Its default layer is the last one that every path to
+the scores passes through, in front of the later stages; `layer_reason` names one of these, to be chosen with `layer=`.
+`crossvit` resizes images itself, and its last block returns two branches. `mobilenetv5` ends with a fusion of stages on
+the grid of an earlier one. The block of `coat`, `crossvit` and `tnt` returns several maps, and the default layer is the
+last of these.
+
+In double precision the maps of `mobilevit` are equal in batches and alone: with random weights its activations are as
+small as 1e-40, where single precision has few digits left. Those of `cvt` differ also in double precision, and in
+PyTorch alone: for a batch of one, PyTorch's gradient of a batch normalisation in it is not that of finite differences,
+for a batch of four it is. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`)."""
 
 
 @dataclass
@@ -141,6 +144,8 @@ def _check_model(result: Result, network: Network, model: convscope.Model) -> No
             _difference(one.values[0], heatmaps.values[i]) for one, i in zip(alone, (0, 3), strict=True)
         )
     maps = None
+    if model.task == "detection":
+        return
     with result.step("by hand"):
         maps, by_hand = grad_cam_by_hand(network.module, model, heatmaps.layer, batch, heatmaps.targets[:, 0])
         result.difference = max(_difference(a, b) for a, b in zip(heatmaps.values[:, 0], by_hand.numpy(), strict=True))
@@ -207,11 +212,13 @@ def grad_cam_by_hand(
     module: nn.Module, model: convscope.Model, layer: str, batch: Tensor, targets: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer's maps (N, C, ...) and Grad-CAM (N, ...) with a hook and one backward pass."""
-    name, _, call = layer.partition("#")
     row, outputs = model.layers[layer], []
+    name, _, call = row.call.partition("#")
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        outputs.append(next(t for t in _tensors(output) if _fits(t, row.shape)))
+        tensors = list(_tensors(output))
+        first = next((t for t in tensors if _fits(t, row.shape)), None)
+        outputs.append(first if row.tensor_index is None else tensors[row.tensor_index])
         # Operations in place that follow would change what is kept.
         return _cloned(output)
 
@@ -223,7 +230,11 @@ def grad_cam_by_hand(
         handle.remove()
     output = outputs[int(call or 1) - 1]
     chosen = scores.gather(1, torch.as_tensor(targets.astype(np.int64))[:, None])
-    gradient = torch.autograd.grad(chosen.sum(), output)[0]
+    if chosen.requires_grad:
+        gradient = torch.autograd.grad(chosen.sum(), output)[0]
+    else:  # through integers no gradient passes
+        output = output.dequantize()
+        gradient = torch.zeros_like(output)
     maps, gradients = _channels_first(output.detach(), row.shape), _channels_first(gradient, row.shape)
     weights = gradients.flatten(2).mean(2)
     return maps, torch.einsum("nc,nc...->n...", weights, maps)
@@ -442,15 +453,16 @@ def _summary(results: list[dict[str, Any]]) -> list[str]:
     different = [r for r in compared if r["difference"] > TOLERANCE]
     unexplained = [r for r in explained if r["zero_maps"] > (r["zero_maps_by_hand"] or 0)]
     batch = [r for r in explained if (r["batch_difference"] or 0) > TOLERANCE]
-    rounding = [r for r in batch if (r.get("batch_difference_by_hand") or 0) > TOLERANCE]
+    in_pytorch = [r for r in batch if r["batch_difference"] <= 2 * (r.get("batch_difference_by_hand") or 0)]
+    batch = [r for r in batch if r not in in_pytorch]
     rows = [
         ("networks with heatmaps", f"{len(explained)} of {len(results)}"),
         ("exceptions other than `ConvscopeError`", _names(kinds["foreign"])),
         ("steps refused with a reason", _names(kinds["refused"])),
         ("default layer of another size than the last stage", _names(other_stage)),
         (f"Grad-CAM by hand differs by more than {TOLERANCE:g} (of {len(compared)})", _names(different)),
-        (f"batch and alone differ by more than {TOLERANCE:g}", _names(batch)),
-        ("of these, the maps by hand do so too", _names(rounding)),
+        (f"batch and alone differ by more than {TOLERANCE:g}, and more than the maps by hand", _names(batch)),
+        ("batch and alone differ as the maps by hand do", _names(in_pytorch)),
         ("maps of zeros where the one by hand is not", _names(unexplained)),
         ("longer than the time limit", _names(kinds["timeout"])),
         ("not built here", _names(kinds["unavailable"])),

@@ -87,8 +87,14 @@ def _timm(family: str, cache: Path) -> Network:
 
 @torch.no_grad()
 def _timm_grid(module: Any, size: int) -> tuple[int, int] | None:
-    """Return the grid of the maps that timm's `forward_features` returns; None for tokens."""
+    """Return the grid of the maps that timm's `forward_features` returns, before a final pooling; None for tokens."""
+    pooled: list[tuple[Tensor, Tensor]] = []
+    poolings = [layer for layer in module.modules() if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d)]
+    handles = [layer.register_forward_hook(lambda _, x, y: pooled.append((x[0], y))) for layer in poolings]
     features = module.forward_features(torch.zeros(2, 3, size, size)) if hasattr(module, "forward_features") else None
+    for handle in handles:
+        handle.remove()
+    features = next((x for x, y in pooled if y is features), features)
     if not isinstance(features, Tensor) or features.ndim != 4:
         return None
     channels_last = features.shape[-1] == module.num_features != features.shape[1]

@@ -24,6 +24,7 @@ from convscope.sources.text_image import check_vocabulary, tokenize
 
 PROCESSOR_FILE = "preprocessor_config.json"
 DUAL_ENCODER = ("get_image_features", "get_text_features", "logit_scale")  # CLIP, SigLIP and their relatives
+TIMM_CLASSES = {"timm_wrapper": "TimmWrapperForImageClassification"}  # repositories of timm name no class
 PROBLEM_TYPES = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -87,7 +88,7 @@ def _cannot_load(name: str, error: BaseException) -> str:
 
 def _model_class(transformers: Any, config: Any, name: str) -> Any:
     """Return the class of transformers that the configuration names."""
-    architecture = next(iter(config.architectures or ()), None)
+    architecture = next(iter(config.architectures or ()), TIMM_CLASSES.get(config.model_type))
     build = getattr(transformers, str(architecture), None)
     if build is None:
         remark = " (its own code, which is not run)" if getattr(config, "auto_map", None) else ""
@@ -128,7 +129,7 @@ def from_model(module: Any) -> ModelSpec:
         channels=getattr(config, "num_channels", None),
         loaded_by_convscope=False,
     )
-    spec.preprocessing = _saved_preprocessing(name) if name else None
+    spec.preprocessing = (_saved_preprocessing(name) if name else None) or _timm_preprocessing(config)
     if task == "detection":
         spec.notes.append("a class's score is its highest probability among the detector's queries")
     spec.preprocessing_origin = f"the image processor in {name}" if spec.preprocessing else None
@@ -239,6 +240,16 @@ def _saved_preprocessing(name: str) -> Preprocessing | None:
     except (OSError, ValueError) as error:
         raise ConvscopeError(f"{path} cannot be read as an image processor: {files.first_line(error)}") from error
     return Preprocessing.of(config)
+
+
+def _timm_preprocessing(config: Any) -> Preprocessing | None:
+    """Return the preprocessing in the configuration of a model of timm, whose repositories have no image processor."""
+    settings = getattr(config, "pretrained_cfg", None)
+    if not settings:
+        return None
+    from timm.data import resolve_data_config
+
+    return Preprocessing.of(resolve_data_config(pretrained_cfg=settings))
 
 
 def _cached_file(name: str) -> Path | None:
