@@ -3,6 +3,7 @@
 # make test-oldest: the engine's tests on the oldest supported torch.
 # make docs: the documentation as a site in build/site; notebooks that have changed are executed first.
 # make release-check: build the package, check it, and try it alone and with each extra in clean environments.
+# make gallery: the images of the documentation that are missing; delete some to draw them again.
 # make figures: every kind of figure for the bundled network, and a contact sheet of all, in build/figures.
 # make screenshots: images of every kind of page of the explorer, for the bundled network; needs Chromium.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 OLDEST = $(VENV)-oldest
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check coverage test-oldest lint release-check benchmarks docs figures screenshots clean
+.PHONY: demo test check coverage test-oldest lint release-check benchmarks docs gallery figures screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -48,6 +49,11 @@ benchmarks: $(VENV)/installed-benchmarks
 docs: $(VENV)/installed-test
 	$(BIN)/python docs/scripts/notebooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+gallery: $(VENV)/installed-test
+	$(BIN)/python docs/scripts/overview.py
+	$(BIN)/python docs/scripts/method_images.py
+	$(BIN)/python docs/scripts/gallery.py
 
 figures: $(VENV)/installed-test
 	PYTHONPATH=. $(BIN)/python tests/figures/contact_sheet.py build/figures

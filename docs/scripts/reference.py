@@ -10,6 +10,8 @@ import typer
 
 import convscope
 from convscope import objectives
+from convscope.attribution.registry import METHODS
+from convscope.attribution.targets import finer_cam_score
 from convscope.cli.app import PANELS, app
 
 TOPICS: Mapping[str, tuple[str, str]] = {
@@ -30,6 +32,14 @@ TOPICS: Mapping[str, tuple[str, str]] = {
 OTHER = ("other", "Results, names and errors")
 OBJECTIVES = ("objectives", "Objectives")
 MODULES = ("objectives", "samples")
+HIDDEN = (
+    "show_root_heading",
+    "show_root_toc_entry",
+    "show_docstring_parameters",
+    "show_docstring_returns",
+    "show_docstring_raises",
+)
+"""What is left out where only formula and source of a function are shown."""
 
 
 def topic(name: str) -> tuple[str, str]:
@@ -132,3 +142,15 @@ def _command(name: str, command: Any) -> list[str]:
 def _plain(text: str) -> str:
     """Return text as it stands in the cell of a table."""
     return " ".join(text.replace("\\[", "[").split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def add_formulas(page: str) -> str:
+    """Add formula and source to the sections of a page that are named like methods."""
+    lines = []
+    for line in page.splitlines():
+        lines.append(line)
+        if line.startswith("### ") and line[4:] in METHODS:
+            function = finer_cam_score if line[4:] == "finer-cam" else METHODS[line[4:]].function
+            lines += ["", f"::: {function.__module__}.{function.__qualname__}", "    options:"]
+            lines += [f"      {option}: false" for option in HIDDEN] + [""]
+    return "\n".join(lines) + "\n"

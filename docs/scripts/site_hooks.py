@@ -43,10 +43,8 @@ def notebook_files(name: str, notebook: Any, config: MkDocsConfig) -> dict[str, 
     text, images = notebooks.to_page(notebook, name)
     title, _, rest = text.partition("\n")
     links = [f"[Download the notebook]({name}.ipynb){{ .md-button }}"]
-    if config.repo_url:
-        repository = config.repo_url.removeprefix("https://").rstrip("/").replace("github.com", "github", 1)
-        address = f"https://colab.research.google.com/{repository}/blob/gh-pages/tutorials/{name}.ipynb"
-        links.append(f"[Run it in Colab]({address}){{ .md-button }}")
+    address = f"https://colab.research.google.com/github/{config.extra['repository']}/blob/gh-pages/tutorials/{name}.ipynb"
+    links.append(f"[Run it in Colab]({address}){{ .md-button }}")
     page = f"{title}\n\n{' '.join(links)}\n{rest}"
     files: dict[str, str | bytes] = {f"tutorials/{file}": content for file, content in images.items()}
     return {
@@ -54,6 +52,11 @@ def notebook_files(name: str, notebook: Any, config: MkDocsConfig) -> dict[str, 
         f"tutorials/{name}.md": page,
         f"tutorials/{name}.ipynb": notebooks.to_download(notebook),
     }
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Add the formulas to the methods."""
+    return reference.add_formulas(markdown) if page.file.src_uri == "method-gallery.md" else markdown
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:

@@ -219,7 +219,7 @@ def scan_small_network(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "README.md": scan_small_network,
+    "docs/tour.md": scan_small_network,
     "docs/concepts.md": scan_lite0,
     "docs/explorer.md": prepare_explorer,
     "docs/store.md": scan_vgg16,

@@ -12,7 +12,8 @@ import convscope
 
 pytest.importorskip("jupytext", reason="the extra 'docs' is not installed")
 
-from docs.scripts import notebooks, reference
+from convscope.attribution.registry import METHODS
+from docs.scripts import gallery, notebooks, reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,3 +68,37 @@ def test_every_notebook_is_in_the_list_of_tutorials() -> None:
     index = (notebooks.FOLDER / "index.md").read_text(encoding="utf-8")
     for path in notebooks.sources():
         assert f"({path.name})" in index
+
+
+def test_numbers_in_the_readme_stand_in_the_benchmarks() -> None:
+    """Every number of a row with a link to a section of the benchmarks is found in that section."""
+    sections = {}
+    for part in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, text = part.partition("\n")
+        sections[re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")] = text
+    rows = re.findall(r"^\| \[.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) >= 5
+    for row in rows:
+        (anchor,) = re.findall(r"benchmarks/README\.md#([\w-]+)\)", row)
+        for number in re.findall(r"\b\d+\.\d+\b|\b\d+e-\d+\b", row):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", sections[anchor]), f"{number} in {anchor}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_image_of_the_gallery_has_code_that_draws_it() -> None:
+    shown = {address for _, address in MARKDOWN_IMAGE.findall((ROOT / "docs" / "gallery.md").read_text("utf-8"))}
+    drawn = {path.relative_to(ROOT / "docs").as_posix() for path, _ in gallery.entries()}
+    assert shown - drawn == {"recipes.jpg"}  # by benchmarks/recipes.py
+
+
+def test_every_method_has_a_section_and_an_image() -> None:
+    text = (ROOT / "docs" / "method-gallery.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(METHODS)
+    for name, section in sections.items():
+        assert "**Use it**" in section
+        assert f"images/methods/{name}.webp" in section or name == "d-rise"
+    assert reference.add_formulas(text).count("::: convscope.attribution.") == len(METHODS)
