@@ -102,7 +102,7 @@ def main() -> None:
     """Draw what is not there yet."""
     photographs = convscope.samples.photographs()
     save([strip([Image.open(path).convert("RGB") for path in photographs])], "photographs")
-    names = [name for name, method in METHODS.items() if not getattr(method, "needs_boxes", False)]
+    names = [name for name, method in METHODS.items() if not method.needs_boxes]
     draw_methods(convscope.load("lite0"), photographs, [name for name in names if name not in ATTENTION])
     transformer, digits = train_on_digits()
     save([strip(digits)], "digits")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +46,19 @@ def test_agreement_with_the_book(executed: dict[str, Any]) -> None:
     differences = [float(line.split()[-1]) for line in page.splitlines() if "difference from the book" in line]
     assert len(differences) == 5
     assert max(differences) < 1e-4
+
+
+def test_site_builds_without_a_warning(executed: dict[str, Any], tmp_path: Path) -> None:
+    """Links, anchors, alt texts and the navigation are checked by the build itself."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=notebooks.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    for name, notebook in executed.items():
+        page = (tmp_path / "tutorials" / f"{name}.html").read_text(encoding="utf-8")
+        _, images = notebooks.to_page(notebook, name)
+        assert all((tmp_path / "tutorials" / file).read_bytes() == content for file, content in images.items())
+        assert page.count("<img") >= len(images)
+        assert f'href="{name}.ipynb"' in page
+    assert "convscope.heatmaps" in (tmp_path / "reference" / "heatmaps.html").read_text(encoding="utf-8")
+    assert "Selvaraju" in (tmp_path / "method-gallery.html").read_text(encoding="utf-8")
