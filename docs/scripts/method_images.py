@@ -43,7 +43,7 @@ class DigitTransformer(nn.Module):
         return logits
 
 
-def train_on_digits(epochs: int = 30) -> tuple[convscope.Model, list[Image.Image]]:
+def train_on_digits(epochs: int = 12) -> tuple[convscope.Model, list[Image.Image]]:
     """Train the transformer; return it with four digits that it has not seen."""
     torch.manual_seed(0)
     digits = load_digits()

@@ -11,7 +11,6 @@ import typer
 import convscope
 from convscope import objectives
 from convscope.attribution.registry import METHODS
-from convscope.attribution.targets import finer_cam_score
 from convscope.cli.app import PANELS, app
 
 TOPICS: Mapping[str, tuple[str, str]] = {
@@ -150,7 +149,8 @@ def add_formulas(page: str) -> str:
     for line in page.splitlines():
         lines.append(line)
         if line.startswith("### ") and line[4:] in METHODS:
-            function = finer_cam_score if line[4:] == "finer-cam" else METHODS[line[4:]].function
+            method: Any = METHODS[line[4:]]
+            function = method.score if line[4:] == "finer-cam" else method.function
             lines += ["", f"::: {function.__module__}.{function.__qualname__}", "    options:"]
             lines += [f"      {option}: false" for option in HIDDEN] + [""]
     return "\n".join(lines) + "\n"
