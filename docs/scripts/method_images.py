@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def draw_methods(model: convscope.Model, images: Sequence[Any], names: Sequence[
     """Write a strip of overlays for each method; class activation maps at an earlier layer, too."""
     for name in names:
         if not (FOLDER / f"{name}.webp").exists():
-            strips = [strip(convscope.heatmaps(model, images, method=name, **OPTIONS.get(name, {})).overlay())]
+            heatmaps = convscope.heatmaps(model, images, method=name, **OPTIONS.get(name, {}))
+            if name == "rise":  # mean scores: only differences count
+                lowest = heatmaps.values.min((2, 3), keepdims=True)
+                heatmaps = replace(heatmaps, values=heatmaps.values - lowest)
+            strips = [strip(heatmaps.overlay())]
             if isinstance(METHODS[name], CamMethod) and name != "cam":
                 strips.append(strip(convscope.heatmaps(model, images, method=name, layer=EARLIER).overlay()))
             save(strips, name)
