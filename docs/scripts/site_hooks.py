@@ -43,7 +43,9 @@ def notebook_files(name: str, notebook: Any, config: MkDocsConfig) -> dict[str, 
     text, images = notebooks.to_page(notebook, name)
     title, _, rest = text.partition("\n")
     links = [f"[Download the notebook]({name}.ipynb){{ .md-button }}"]
-    address = f"https://colab.research.google.com/github/{config.extra['repository']}/blob/gh-pages/tutorials/{name}.ipynb"
+    address = (
+        f"https://colab.research.google.com/github/{config.extra['repository']}/blob/gh-pages/tutorials/{name}.ipynb"
+    )
     links.append(f"[Run it in Colab]({address}){{ .md-button }}")
     page = f"{title}\n\n{' '.join(links)}\n{rest}"
     files: dict[str, str | bytes] = {f"tutorials/{file}": content for file, content in images.items()}
