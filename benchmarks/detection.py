@@ -94,14 +94,14 @@ def _evaluate(
     arguments: dict[str, Any],
 ) -> Row:
     energies, deletions, insertions, seconds = [], [], [], []
-    for image, found in zip(images, detections, strict=True):
-        target = convscope.box_target(found)
+    for image, boxes in zip(images, detections, strict=True):
+        target = convscope.box_target(boxes)
         if not name.startswith("d-rise"):
             convscope.heatmaps(model, image, target, progress=False, **arguments)  # warm-up
         start = time.process_time()
         heatmaps = convscope.heatmaps(model, image, target, progress=False, **arguments)
         seconds.append(time.process_time() - start)
-        energies.append(energy_inside(heatmaps.resized()[0][0], found.boxes[0]))
+        energies.append(energy_inside(heatmaps.resized()[0][0], boxes.boxes[0]))
         scores = convscope.evaluate(model, image, heatmaps, metrics=("deletion", "insertion"), progress=False)
         deletions.append(float(scores.values["deletion"][0, 0]))
         insertions.append(float(scores.values["insertion"][0, 0]))

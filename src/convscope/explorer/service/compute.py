@@ -93,7 +93,7 @@ def predictions(model: Model, x: Tensor, top: int = 5) -> list[Prediction]:
 
 def detections(model: Model, x: Tensor) -> list[DetectedBox]:
     """Return the boxes that a detector finds, best first."""
-    found = detect(model, x, progress=False)
+    result = detect(model, x, progress=False)
     height, width = x.shape[2:]
     return [
         {
@@ -104,7 +104,7 @@ def detections(model: Model, x: Tensor) -> list[DetectedBox]:
             "edges": (left / width, top / height, right / width, bottom / height),
         }
         for n, (label, score, (left, top, right, bottom)) in enumerate(
-            zip(found.labels, found.scores, found.boxes.tolist(), strict=True)
+            zip(result.labels, result.scores, result.boxes.tolist(), strict=True)
         )
     ]
 
