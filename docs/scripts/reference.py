@@ -16,6 +16,7 @@ from convscope.cli.app import PANELS, app
 TOPICS: Mapping[str, tuple[str, str]] = {
     "sources": ("models", "Models"),
     "engine": ("models", "Models"),
+    "engine.text_targets": ("heatmaps", "Heatmaps"),
     "images": ("models", "Models"),
     "feature_maps": ("activations", "Predictions and activations"),
     "attribution": ("heatmaps", "Heatmaps"),
@@ -26,7 +27,7 @@ TOPICS: Mapping[str, tuple[str, str]] = {
     "scanning": ("scan", "Scans and stores"),
     "store": ("scan", "Scans and stores"),
 }
-"""Page and title of the names that a package defines."""
+"""Page and title of the names that a package, or a module of it, defines."""
 
 OTHER = ("other", "Results, names and errors")
 OBJECTIVES = ("objectives", "Objectives")
@@ -43,8 +44,10 @@ HIDDEN = (
 
 def topic(name: str) -> tuple[str, str]:
     """Return page and title of a public name."""
-    module = convscope._TARGETS[name].partition(":")[0]
-    return OBJECTIVES if name == "objectives" else TOPICS.get(module.split(".")[1], OTHER)
+    if name == "objectives":
+        return OBJECTIVES
+    module = convscope._TARGETS[name].partition(":")[0].partition(".")[2]
+    return TOPICS.get(module) or TOPICS.get(module.partition(".")[0], OTHER)
 
 
 def topics() -> dict[tuple[str, str], list[str]]:
@@ -56,12 +59,8 @@ def topics() -> dict[tuple[str, str], list[str]]:
 
 
 def objective_names() -> list[str]:
-    """Return the functions of `convscope.objectives`."""
-    return [
-        name
-        for name, value in vars(objectives).items()
-        if inspect.isfunction(value) and value.__module__ == objectives.__name__ and not name.startswith("_")
-    ]
+    """Return the public names of `convscope.objectives`: functions first, then the class."""
+    return sorted(objectives.__all__, key=lambda name: (not name[0].islower(), name))
 
 
 def pages() -> dict[str, str]:

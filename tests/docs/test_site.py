@@ -38,6 +38,7 @@ def test_the_reference_has_every_public_name() -> None:
     text = "\n".join(pages.values())
     missing = [name for name in convscope.__all__ if f"::: convscope.{name}\n" not in text + "\n"]
     assert set(missing) <= set(reference.MODULES)
+    assert {"channel", "text", "Objective"} <= set(reference.objective_names())
     for name in reference.objective_names():
         assert f"::: convscope.objectives.{name}\n" in text
     assert "::: convscope.samples.photographs" in text
