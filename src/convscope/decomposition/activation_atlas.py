@@ -291,7 +291,8 @@ def _collect(
     )
     notes = [f"{num_zero} vectors were left out: all their channels are 0"] if num_zero else []
     num_in_cells = int((cells.cell_index >= 0).sum())
-    notes.append(f"{num_in_cells} of {len(positions)} vectors are in cells that are shown")
+    if num_in_cells < len(positions):
+        notes.append(f"{num_in_cells} of {len(positions)} vectors are in cells that are shown")
     return Atlas(
         job.model,
         positions=positions,

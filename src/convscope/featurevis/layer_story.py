@@ -18,7 +18,7 @@ from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, as_layers, layer_name, select_by_depth
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
-from convscope.errors import ConvscopeError, warns_of_failures
+from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.featurevis.api import patterns
 from convscope.featurevis.image_statistics import IMAGE_STATISTICS, image_statistics, most_distinct
 from convscope.featurevis.result import Patterns
@@ -154,7 +154,7 @@ def story(
     units : int
         Number of units per layer, 2 or more, evenly spaced over its channels.
     num_displayed : int
-        Number of units per layer whose patterns are kept: the most distinct ones.
+        Number of units per layer whose patterns are kept, at most: the most distinct ones.
     seed : int
         Seed of the random numbers.
     memory : int
@@ -182,11 +182,8 @@ def story(
     ((3, 3), (1, 64, 64, 3))
     """
     model = as_model(model)
-    if units < 2 or not 1 <= num_displayed <= units:
-        raise ConvscopeError(
-            f"num_displayed is {num_displayed}, with units={units}; "
-            f"expected 2 or more units, and 1 to {units} displayed"
-        )
+    units = require_int("units", units, minimum=2)
+    num_displayed = min(require_int("num_displayed", num_displayed), units)
     names = _default_layers(model) if layers is None else [layer_name(model, layer) for layer in as_layers(layers)]
     if not names:
         raise ConvscopeError("layers is empty; give the names of layers that have units")

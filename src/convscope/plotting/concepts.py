@@ -22,6 +22,7 @@ from convscope.plotting.panels import (
     omitted,
     shorten,
     to_image,
+    trim_rows,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def draw_concepts(
         panels[0][1 + columns].set_title("heatmaps on whole images", fontsize=9, loc="left")
         bar_scale = ColorScale(1, colormap=cmap or SEQUENTIAL)
         add_color_bar(flatten(panels), bar_scale, "coefficient", ticks=("0", "max"))
+    if figsize is None:
+        trim_rows(figure, panels)
     return figure
 
 
