@@ -70,10 +70,10 @@ def draw_comparison(
         scale = _draw_method(row, overlays, evaluation, description)
         if not shared_scale:
             add_color_bar(
-                row[-1], replace(scale, maximum=1), "", ("-max", "0", "max") if scale.signed else ("0", "max")
+                row[-1], replace(scale, maximum=1), ticks=("-max", "0", "max") if scale.signed else ("0", "max")
             )
         elif scale.maximum > 0:
-            add_color_bar(row[-1], scale, "")
+            add_color_bar(row[-1], scale)
     for n, axes in enumerate(panels[0][1:]):
         image = resize_to(first.image_source.original(first.image_indices[n]), overlay_size(first, n))
         show_image(axes, image, image_title(first.image_names[n]))

@@ -56,7 +56,8 @@ def draw_concepts(
     rows, columns = min(len(result.bank), MAX_CONCEPTS), result.patches.shape[1]
     overlays = min(MAX_OVERLAYS, len(result.evaluated_indices))
     widths = [1.5] + [1.0] * columns + [1.3] * overlays
-    title = f"Concepts of {result.name}, class {result.target}, at {shorten(result.layer)} ({result.model.name})"
+    number = "" if result.name == f"class {result.target}" else f", class {result.target},"
+    title = f"Concepts of {result.name}{number} at {shorten(result.layer)} ({result.model.name})"
     title += omitted(rows, len(result.bank), "concepts")
     figure = create_figure(1.15 * sum(widths) + BAR_WIDTH, 1.35 * rows + 0.4, title, figsize)
     panels = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths).tolist()

@@ -97,8 +97,10 @@ def draw_heatmaps(
 def _title_lines(result: Heatmaps, n: int, t: int) -> list[str]:
     """Name a target, with its class and score."""
     index = int(result.targets[n, t])
-    number = f"class {index}, logit" if index >= 0 else "score"
-    return [*wrap(result.names[n][t], 26), f"{number} {result.logits[n, t]:.2f}"]
+    name = result.names[n][t]
+    number = "" if name == f"class {index}" else f"class {index}, "
+    score = f"{number}logit" if index >= 0 else "score"
+    return [*wrap(name, 26), f"{score} {result.logits[n, t]:.2f}"]
 
 
 def overlay_size(result: Heatmaps, n: int) -> tuple[int, ...]:
