@@ -34,7 +34,7 @@ test-oldest: $(OLDEST)/installed
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests benchmarks docs tools
+	$(BIN)/ruff format --check src tests benchmarks docs/scripts tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/numpydoc lint $$(git ls-files "src/convscope/*.py")

@@ -35,9 +35,9 @@ def is_class_name(name: str, classes: Sequence[str]) -> bool:
 
 
 def _matches(name: str, classes: Sequence[str]) -> list[int]:
-    wanted = _normalize(name)
-    whole = [i for i, known in enumerate(classes) if _normalize(known) == wanted]
-    return whole or [i for i, known in enumerate(classes) if wanted in map(_normalize, known.split(","))]
+    normalized = _normalize(name)
+    whole = [i for i, known in enumerate(classes) if _normalize(known) == normalized]
+    return whole or [i for i, known in enumerate(classes) if normalized in map(_normalize, known.split(","))]
 
 
 def _normalize(class_name: str) -> str:
