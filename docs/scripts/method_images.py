@@ -19,7 +19,7 @@ from convscope.attribution.registry import METHODS, CamMethod
 FOLDER = Path(__file__).parents[1] / "images" / "methods"
 HEIGHT, GAP = 150, 6
 EARLIER = "blocks.4"  # where class activation maps differ
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"rise": {"samples": 1500, "progress": False}}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"rise": {"samples": 1500, "probability": True, "progress": False}}
 ATTENTION = ("attention-rollout", "transformer-attribution", "legrad")
 SIDE, PATCH, WIDTH = 16, 2, 48  # of the transformer: input, patch and token
 
