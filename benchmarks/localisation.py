@@ -7,11 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from timing import Timed, interleaved
 
 import convscope
 
@@ -20,10 +24,11 @@ SET = Path(__file__).parents[2] / "shared" / "evalset"
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: its name, and arguments of `convscope.heatmaps`."""
+    """A row of the table: its name, and a function that returns heatmaps, with its arguments."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., convscope.Heatmaps] = convscope.heatmaps
 
 
 def _methods(*names: str, **arguments: Any) -> list[Setting]:
@@ -38,7 +43,10 @@ SETTINGS = [
     Setting("layer-cam, bn2 x blocks.4", {"method": "layer-cam", "layer": ["blocks.4", "bn2"], "fuse": "product"}),
     Setting("grad-cam, mirrored", {"smooth": "flips"}),
     Setting("grad-cam, scale 2", {"scale": 2}),
+    Setting("grad-cam, scale 1 x 2", {"scale": (1, 2), "fuse": "product"}),
     Setting("grad-cam, scale 1 x 2 x 3", {"scale": (1, 2, 3), "fuse": "product"}),
+    Setting("grad-cam, refined", {"refine": True}),
+    Setting("locate", {}, convscope.locate),
     *_methods("saliency", "smooth-grad", "input-x-gradient", "integrated-gradients", "guided-backprop", "full-grad"),
     *_methods("guided-grad-cam", "lrp-epsilon", "lrp-zplus", "ablation-cam", "score-cam", "occlusion"),
     Setting("rise, 1000 masks", {"method": "rise", "samples": 1000}),
@@ -66,7 +74,7 @@ def evaluate_setting(model: convscope.Model, entries: list[dict[str, Any]], sett
         for entry in entries
     ]
     start = time.perf_counter()
-    heatmaps = convscope.heatmaps(model, paths, targets, **setting.arguments)
+    heatmaps = setting.function(model, paths, targets, **setting.arguments)
     seconds = (time.perf_counter() - start) / len(paths)
     evaluation = convscope.evaluate(model, paths, heatmaps)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +103,26 @@ def run() -> list[Row]:
     entries = json.loads((SET / "index.json").read_text(encoding="utf-8"))["images"]
     model = convscope.load("lite0")
     return [evaluate_setting(model, entries, setting) for setting in SETTINGS]
+
+
+def cost(rounds: int) -> dict[str, Timed]:
+    """Time one image on one thread, in CPU time, relative to a bare forward pass."""
+    model = convscope.load("lite0")
+    image = np.asarray(Image.open(convscope.samples.photographs()[0]).convert("RGB").resize((448, 448)))
+    x = torch.randn(1, 3, *model.preprocessing.size).contiguous(memory_format=torch.channels_last)
+    contenders: dict[str, Callable[[], object]] = {
+        "forward": lambda: _forward(model, x),
+        "grad-cam": lambda: convscope.heatmaps(model, image, progress=False),
+        "locate": lambda: convscope.locate(model, image, progress=False),
+        "scale 1 x 2": lambda: convscope.heatmaps(model, image, scale=(1, 2), fuse="product", progress=False),
+        "scale 1 x 2 x 3": lambda: convscope.heatmaps(model, image, scale=(1, 2, 3), fuse="product", progress=False),
+    }
+    return interleaved(contenders, "forward", rounds, threads=1, clock=time.thread_time)
+
+
+def _forward(model: convscope.Model, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.module(x)
 
 
 def table(rows: list[Row]) -> list[str]:

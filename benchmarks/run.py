@@ -22,7 +22,7 @@ import scanning
 import torch
 import transfer
 import unit_effects
-from timing import THREADS
+from timing import THREADS, Timed
 
 ROUNDS = 15
 PEERS = ("captum", "grad-cam", "torchcam", "quantus", "torch-lucent", "dreamlens", "torch", "torchvision", "timm")
@@ -47,7 +47,7 @@ def main() -> None:
         "Scan": lambda: _scan(scanning.passes(few), scanning.decoding(), list(scanning.peaks())),
         "Memory": lambda: _memory(memory.run()),
         "Sanity checks": lambda: sanity.table(sanity.run()),
-        "Localisation": lambda: _localisation(localisation.run()),
+        "Localisation": lambda: _localisation(localisation.run(), localisation.cost(few)),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
         "Boxes of a detector": lambda: _detection(detection.run()),
     }
@@ -157,7 +157,7 @@ def _faithfulness(rows: list[faithfulness.Comparison]) -> list[str]:
     return lines
 
 
-def _localisation(rows: list[localisation.Row]) -> list[str]:
+def _localisation(rows: list[localisation.Row], costs: dict[str, Timed]) -> list[str]:
     if not rows:
         return ["The composites were not available."]
     return [
@@ -167,6 +167,10 @@ def _localisation(rows: list[localisation.Row]) -> list[str]:
         "describes how the recommended setting was chosen. Milliseconds for two targets.",
         "",
         *localisation.table(rows),
+        "",
+        "CPU time of one image on one thread, relative to a bare forward pass: "
+        + ", ".join(f"{name} {timed.ratio:.2f}" for name, timed in costs.items() if name != "forward")
+        + ".",
     ]
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from convscope import objectives, samples
     from convscope.attribution.api import heatmaps
     from convscope.attribution.box_targets import box_target
+    from convscope.attribution.location_result import Locations
+    from convscope.attribution.locations import locate
     from convscope.attribution.output_targets import output_target, segmentation_target
     from convscope.attribution.result import Heatmaps
     from convscope.decomposition.activation_atlas import atlas
@@ -67,6 +69,7 @@ __all__ = [
     "Effects",
     "Evaluation",
     "Heatmaps",
+    "Locations",
     "Model",
     "Patching",
     "Patterns",
@@ -85,6 +88,7 @@ __all__ = [
     "evaluate",
     "heatmaps",
     "load",
+    "locate",
     "methods",
     "metrics",
     "objectives",
@@ -114,6 +118,7 @@ _TARGETS = {
     "Effects": "convscope.editing.result:Effects",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
+    "Locations": "convscope.attribution.location_result:Locations",
     "Model": "convscope.engine.model:Model",
     "Patching": "convscope.editing.result:Patching",
     "Patterns": "convscope.featurevis.result:Patterns",
@@ -132,6 +137,7 @@ _TARGETS = {
     "evaluate": "convscope.evaluation.api:evaluate",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",
+    "locate": "convscope.attribution.locations:locate",
     "methods": "convscope.names:methods",
     "metrics": "convscope.names:metrics",
     "objectives": "convscope.objectives",

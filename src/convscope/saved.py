@@ -7,12 +7,14 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from convscope.arguments import check_arguments
+from convscope.attribution.location_result import Locations
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
@@ -35,8 +37,8 @@ from convscope.results import COPIES_FILE, Result
 from convscope.store.store import Store, open_store
 
 R = TypeVar("R", bound=Result)
+H = TypeVar("H", bound=Heatmaps)
 
-HEATMAP_ARRAYS = ("values", "targets", "logits", "probabilities")
 NOT_SETTINGS = ("image_names", "targets", "classes", "geometry", "against", "metrics", "results")
 
 
@@ -161,16 +163,17 @@ def _read(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarr
     return SavedData(model, path, arrays, manifest["parameters"], remarks)
 
 
-def _heatmaps(data: SavedData) -> Heatmaps:
+def _heatmaps(data: SavedData, kind: type[H]) -> H:
     names, against = data.parameters["classes"], data.parameters["against"] or ()
+    known = {f.name for f in fields(kind)}
     return data.make(
-        Heatmaps,
+        kind,
         geometry=data.geometry(),
         image_source=data.image_source(),
         image_indices=tuple(range(len(names))),
         target_spec=SavedTargets(data.model, labels=dict(enumerate(names)), contrasts=dict(enumerate(against))),
-        settings=data.settings(Heatmaps),
-        extras={name: array for name, array in data.arrays.items() if name not in HEATMAP_ARRAYS},
+        settings=data.settings(kind),
+        extras={name: array for name, array in data.arrays.items() if name not in known},
     )
 
 
@@ -206,7 +209,7 @@ def _comparison(data: SavedData) -> Comparison:
         of_metrics = {n for n in evaluation.arrays if n.removesuffix("_curve").removesuffix("_chance") in metrics}
         maps = data.part(prefix, part["heatmaps"])
         selected = {name: array for name, array in maps.arrays.items() if name not in of_metrics}
-        heatmaps.append(_heatmaps(SavedData(maps.model, maps.folder, selected, maps.parameters, {})))
+        heatmaps.append(_heatmaps(SavedData(maps.model, maps.folder, selected, maps.parameters, {}), Heatmaps))
         evaluations.append(_evaluation(evaluation))
     return data.make(Comparison, heatmaps=tuple(heatmaps), evaluations=tuple(evaluations))
 
@@ -258,7 +261,8 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "detections": _detections,
     "effects": _effects,
     "evaluation": _evaluation,
-    "heatmaps": _heatmaps,
+    "heatmaps": partial(_heatmaps, kind=Heatmaps),
+    "locations": partial(_heatmaps, kind=Locations),
     "patching": _patching,
     "patterns": _patterns,
     "predictions": lambda data: data.make(Predictions),

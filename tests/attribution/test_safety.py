@@ -34,6 +34,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "noise": lambda m, **kwargs: heatmap_values(m, random_images(), smooth="noise", seed=3, **kwargs),
     "contrast": lambda m, **kwargs: heatmap_values(m, random_images(), 0, against=[1, 2], **kwargs),
     "function": lambda m, **kwargs: heatmap_values(m, random_images(), lambda output: output.logsumexp(1), **kwargs),
+    "locate": lambda m, **kwargs: convscope.locate(m, random_images(), **kwargs),
     "several": lambda m, **kwargs: heatmaps_by_specs(
         m, random_images(), [[0, 1]] * 3, ("finer-cam", "conv1"), ("layer-cam", None), **kwargs
     ),
@@ -67,7 +68,9 @@ def test_model_is_unchanged(call: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize(("call", "count"), [("grad-cam", 1), ("flips", 2), ("noise", 5), ("several", 2)])
+@pytest.mark.parametrize(
+    ("call", "count"), [("grad-cam", 1), ("flips", 2), ("noise", 5), ("several", 2), ("locate", 2)]
+)
 def test_exception_in_progress_leaves_the_model_unchanged(call: str, count: int, error: BaseException) -> None:
     model, before = model_in_training()
     with pytest.raises(type(error)):

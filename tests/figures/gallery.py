@@ -107,6 +107,7 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     digits = digits_model()
     yield "heatmaps of digits", convscope.heatmaps(digits, digit_images(), [[3, 8]] * 2), {}
     yield "detections", detect_squares(), {}
+    yield "locations", convscope.locate(model, g.images[:2], two_targets), {}
     labels = [g.target, g.other, g.target]
     yield "effects of units", convscope.effects(model, g.images[:3], g.last, range(5), labels=labels), {}
     yield "effects on a class", convscope.effects(model, last_image, g.last, range(5), targets=g.target), {}

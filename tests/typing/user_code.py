@@ -55,6 +55,13 @@ def explain(model: convscope.Model, images: list[str]) -> None:
     assert_type(convscope.patterns(model, text).images, np.ndarray)
 
 
+def locate(model: convscope.Model, images: list[str]) -> None:
+    locations = convscope.locate(model, images, "tabby", threshold=0.4)
+    assert_type(locations, convscope.Locations)
+    assert_type(locations[0].boxes, np.ndarray)
+    assert_type(locations.heatmaps, convscope.Heatmaps)
+
+
 def detect(model: convscope.Model, image: str) -> None:
     detections = convscope.detect(model, image, threshold=0.5)
     assert_type(detections, convscope.Detections)

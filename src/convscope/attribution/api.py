@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.augmentation import AUGMENTATIONS
+from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.box_targets import has_boxes
 from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
@@ -49,6 +50,7 @@ def heatmaps(
     smooth: str | None = None,
     scale: float | Sequence[float] = 1,
     fuse: str = "mean",
+    refine: bool = False,
     seed: int = 0,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -88,11 +90,14 @@ def heatmaps(
         Average the maps of the image and its mirror image, or of the image and 8 noisy copies.
     scale : float or sequence of float
         Size of the network's input as a multiple of its own size, above 0 and at most 16. The maps have as many more
-        positions; the maps of several scales are fused. Networks with a fixed input size take only 1. For localising
-        objects, (1, 2, 3) with ``fuse="product"`` works best.
+        positions; the maps of several scales are fused. Networks with a fixed input size take only 1. To find objects,
+        see `convscope.locate`.
     fuse : {"mean", "max", "product"}
         How the maps of several layers or scales are combined, each divided by its largest absolute value first.
         "product" is the geometric mean of the positive evidence.
+    refine : bool
+        Make the maps follow the edges of the images, by averages over neighbours of similar colors: they then show
+        where objects are rather than single positions' evidence. Not for signals and volumes.
     seed : int
         Random seed for stochastic methods.
     memory : int
@@ -146,6 +151,7 @@ def heatmaps(
             against=against,
             smooth=smooth,
             scale=scale,
+            refine=refine,
             seed=seed,
             memory=memory,
             max_pixels=max_pixels,
@@ -225,6 +231,7 @@ def compute_heatmaps(
     against: ClassLabels | None = None,
     smooth: str | None = None,
     scale: float | Sequence[float] = 1,
+    refine: bool = False,
     seed: int = 0,
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -234,12 +241,14 @@ def compute_heatmaps(
     if smooth not in AUGMENTATIONS:
         raise ConvscopeError(f"smooth is {smooth!r}; expected one of {', '.join(map(str, AUGMENTATIONS))}")
     scales = validate_scales(model, scale)
+    if refine and model.preprocessing.axes != 2:
+        raise ConvscopeError(f"refine takes images only; this network takes {model.preprocessing.shape}")
     images = open_images(images)
     loader = ImageBatchLoader(images, model.preprocessing, fit=fit, max_pixels=max_pixels, keep_copies=True)
     num_images = len(loader.names)
     target_spec = parse_targets(model, targets, num_images, against)
     specs = [_with_layer(model, spec, target_spec, loader) for spec in specs]
-    job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory)
+    job = HeatmapJob(model, target_spec, tuple(specs), smooth, seed, memory, refine)
     size = batch_size(model, job.bytes_per_image * max(scales) ** 2, memory)
     results: list[BatchResult] = []
     reasons: list[list[list[list[str]]]] = []  # why maps are zero, of each batch, spec, image and target
@@ -252,7 +261,7 @@ def compute_heatmaps(
         results.append(result)
         reasons.append(
             [
-                explain_zero_maps(model, spec.layers, batch.x, result.targets, maps.values)
+                _explain_zero_maps(job, spec, len(scales), batch.x, result.targets, maps.values)
                 for spec, maps in zip(job.specs, result.maps, strict=True)
             ]
         )
@@ -281,6 +290,16 @@ def _with_layer(model: Model, spec: MethodSpec, targets: TargetSpec, loader: Ima
     return replace(spec, layers=(layer,), layer_reason=reason)
 
 
+def _explain_zero_maps(
+    job: HeatmapJob, spec: MethodSpec, num_scales: int, x: Tensor, targets: BatchTargets, maps: Tensor
+) -> list[list[str]]:
+    """Say why maps (B, T, ...) are zero: as `explain_zero_maps`, and that of products by what is multiplied."""
+    if spec.fuse == "product" and max(1, len(spec.layers)) * num_scales > 1:
+        reason = "; no position has positive evidence in all of the maps that are multiplied"
+        return [[reason if is_zero else "" for is_zero in row] for row in (~maps.flatten(2).any(2)).tolist()]
+    return explain_zero_maps(job.model, spec.layers, x, targets, maps)
+
+
 def _report_images(progress: Progress | None, done: int, count: int, total: int, fraction: float) -> None:
     """Report that a fraction of a batch of `count` images is done, after `done` of `total` images."""
     if progress is not None:
@@ -306,6 +325,7 @@ def _collect(
     classes = torch.cat([result.targets.classes for result in results]).cpu().numpy()
     image_names = tuple(loader.names[i] for i in indices)
     fused = {"fuse": spec.fuse} if len(spec.layers) > 1 or len(scales) > 1 else {}
+    refined = {"refine": True} if job.refine else {}
     return Heatmaps(
         job.model,
         values=values.numpy(),
@@ -320,7 +340,7 @@ def _collect(
         image_source=loader,
         image_indices=indices,
         target_spec=job.targets,
-        settings={"smooth": job.smooth, "scale": list(scales), "seed": job.seed, **fused, **spec.options},
+        settings={"smooth": job.smooth, "scale": list(scales), "seed": job.seed, **fused, **refined, **spec.options},
         layer_reason=spec.layer_reason,
         extras=extras,
         notes=(

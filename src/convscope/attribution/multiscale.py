@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from convscope.attribution.fusion import fuse_maps
+from convscope.attribution.refinement import refine_maps
 from convscope.attribution.runner import BatchResult, HeatmapJob, MethodMaps, ReportProgress, report_step, run_batch
 from convscope.engine import capture
 from convscope.engine.model import Model
@@ -19,6 +21,8 @@ from convscope.images.batches import Batch
 from convscope.images.loading import ImageBatchLoader
 
 MAX_SCALE = 16
+
+_working_sizes: WeakKeyDictionary[Model, set[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def validate_scales(model: Model, scale: float | Sequence[float]) -> tuple[float, ...]:
@@ -83,17 +87,22 @@ def run_multiscale(
         targets = results[0].targets if results else None
         results.append(run_batch(job, x, batch.indices, report_scale, targets, batch.geometry))
     reference, at_scales = results[0], results[-len(scales) :]
-    if len(at_scales) == 1:
-        return replace(reference, maps=at_scales[0].maps)
-    maps = tuple(
-        MethodMaps(fuse_maps([result.maps[s].values for result in at_scales], spec.fuse))
-        for s, spec in enumerate(job.specs)
-    )
+    maps = at_scales[0].maps
+    if len(at_scales) > 1:
+        maps = tuple(
+            MethodMaps(fuse_maps([result.maps[s].values for result in at_scales], spec.fuse))
+            for s, spec in enumerate(job.specs)
+        )
+    if job.refine:
+        maps = tuple(replace(m, values=refine_maps(m.values, batch.x.cpu())) for m in maps)
     return replace(reference, maps=maps)
 
 
 def _require_runs(model: Model, size: tuple[int, ...]) -> None:
-    """Raise ConvscopeError if the network does not run on inputs of this size."""
+    """Raise ConvscopeError if the network does not run on inputs of this size; a size that works is tried once."""
+    sizes = _working_sizes.setdefault(model, set())
+    if size in sizes:
+        return
     try:
         with torch.no_grad(), capture.capture_layers(model, []) as run:
             run(torch.zeros(model.fixed_batch_size or 1, model.preprocessing.channels, *size))
@@ -104,3 +113,4 @@ def _require_runs(model: Model, size: tuple[int, ...]) -> None:
             f"the network does not run on inputs of {scaled_size} ({type(error).__name__}: {reason}); its own size is "
             f"{input_size}: leave scale at 1"
         ) from error
+    sizes.add(size)

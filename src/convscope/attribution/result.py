@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +27,17 @@ from convscope.results import format_csv, unique_file_names
 
 PREVIEW_SIDE = 128  # pixels of the longer side of the small image on which maps are checked first
 INPUT_QUANTILE = 0.995  # at the input, the value with the last color
+
+
+class OverlayOptions(TypedDict, total=False):
+    """Arguments of `Heatmaps.overlay`."""
+
+    alpha: float | None
+    colormap: str | None
+    cmap: str | None
+    signed: bool | None
+    shared_scale: bool
+    size: int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

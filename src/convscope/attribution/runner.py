@@ -79,6 +79,8 @@ class HeatmapJob:
     seed : int
     memory : int
         Bytes that intermediate results may take.
+    refine : bool
+        Make the maps follow the edges of the images.
     """
 
     model: Model
@@ -87,6 +89,7 @@ class HeatmapJob:
     smooth: str | None = None
     seed: int = 0
     memory: int = 0
+    refine: bool = False
 
     @cached_property
     def cam_layers(self) -> list[Layer]:

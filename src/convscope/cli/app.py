@@ -20,7 +20,7 @@ from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
-    "Explain": ("heatmap", "evaluate", "compare", "concepts", "effects", "patch"),
+    "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "effects", "patch"),
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "atlas"),
     "Explorer": ("serve", "publish"),
@@ -37,6 +37,7 @@ ALIASES: Mapping[str, str] = {
     "explore": "serve",
     "heatmaps": "heatmap",
     "layer": "layers",
+    "locations": "locate",
     "pattern": "patterns",
     "predictions": "predict",
     "show": "serve",

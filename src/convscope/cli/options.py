@@ -267,11 +267,12 @@ Scale: TypeAlias = Annotated[
     str,
     typer.Option(
         metavar="FACTORS",
-        help="Input sizes, as multiples of the network's own. To locate objects: --scale 1,2,3 --fuse product.",
+        help="Input sizes, as multiples of the network's own.",
         callback=lambda value: parse_scales(value) and value,
     ),
 ]
 Fuse: TypeAlias = Annotated[str, choice("How maps of several layers or scales are combined.", "mean", "max", "product")]
+Refine: TypeAlias = Annotated[bool, typer.Option("--refine", help="Make the maps follow the edges of the images.")]
 Metrics: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -332,6 +333,7 @@ class HeatmapOptions:
     smooth: Smooth = None
     scale: Scale = "1"
     fuse: Fuse = "mean"
+    refine: Refine = False
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the method, such as samples=100 of rise; repeatable."),
@@ -356,6 +358,7 @@ class HeatmapOptions:
             "smooth": self.smooth,
             "scale": parse_scales(self.scale),
             "fuse": self.fuse,
+            "refine": self.refine,
             "seed": self.seed,
             **parse_method_options(self.option),
         }
