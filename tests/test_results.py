@@ -65,7 +65,7 @@ def result(request) -> Any:
 
 OVERLAYS = ["image-0_0_class-1", "image-0_1_class-2", "image-1_0_class-3", "image-1_1_class-4"]
 SAVED_FILES = {
-    "Activations": {f"000{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
+    "Activations": {f"image-{n}_{layer}.png" for n in (0, 1) for layer in ("first", "act", "second", "pool")},
     "Predictions": {"predictions.csv"},
     "Patterns": {"first_0.png", "first_2.png", "grid.png", "sprites.png", "units.csv", "sprites.json"},
     "Heatmaps": {*(f"{name}.png" for name in OVERLAYS), "heatmaps.csv", "images.zip"},
@@ -103,7 +103,7 @@ def test_saved_images_equal_the_result(tmp_path):
     maps = make_result("activations", model)
     maps.save(tmp_path)
     grid = activation_pages(maps, "second", 1)[0]
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "0001_second.png")), np.asarray(grid))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "image-1_second.png")), np.asarray(grid))
 
 
 def test_manifest(result, tmp_path):
@@ -307,7 +307,12 @@ def test_saved_filesthat_are_not_unicode(tmp_path):
 def test_layers_without_spatial_axes_are_saved_as_arrays_only(tmp_path):
     result = convscope.activations(load_model(), PHOTOS, ["pool", "fc"])
     result.save(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"0000_pool.png", "0001_pool.png", "arrays.npz", "manifest.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "image-0_pool.png",
+        "image-1_pool.png",
+        "arrays.npz",
+        "manifest.json",
+    }
     assert np.load(tmp_path / "arrays.npz")["fc"].shape == (2, 7)
 
 
@@ -347,18 +352,19 @@ def test_figure_and_rich_display(result):
     assert isinstance(figure, Figure)
     png = embedded_image(result._repr_html_())
     image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
-    assert image.std() > 10  # something is patterns
+    assert image.std() > 10  # something is visible
 
 
 def test_every_class_of_results_has_its_plotting_functions():
-    for package in ("attribution", "decomposition", "evaluation", "featurevis", "store"):
+    for package in ("attribution", "decomposition", "detection", "editing", "evaluation", "featurevis", "store"):
         for module in pkgutil.walk_packages([str(Path(convscope.__file__).parent / package)], f"convscope.{package}."):
             importlib.import_module(module.name)
 
     def subclasses(kind: type) -> set[type]:
         return {c for s in kind.__subclasses__() for c in (s, *subclasses(s)) if c.__module__.startswith("convscope.")}
 
-    drawn = subclasses(results.HasFigure) - {results.Result, result_items.IndexedResult}
+    drawn_as_heatmaps = {convscope.Locations}
+    drawn = subclasses(results.HasFigure) - {results.Result, result_items.IndexedResult} - drawn_as_heatmaps
     assert {kind.__name__ for kind in drawn} == set(figures.PLOTTING_MODULES)
     for kind in drawn:
         snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()

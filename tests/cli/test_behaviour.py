@@ -127,7 +127,7 @@ def test_lists_need_neither_model_nor_images(command: str, table: str) -> None:
         (("heatmap", "PHOTO", "--smooth", "blur"), "--smooth is 'blur'; expected flips or noise"),
         (("heatmap", "PHOTO", "--scale", "1,x"), "--scale 1,x: expected a number"),
         (("heatmap", "PHOTO", "--scale", "0"), "--scale is 0.0; expected a number above 0"),
-        (("heatmap", "PHOTO", "--fit", "pad"), "--fit is 'pad'; expected squash or crop"),
+        (("heatmap", "PHOTO", "--fit", "stretch"), "--fit is 'stretch'; expected squash, crop or pad"),
         (("heatmap", "PHOTO", "--alpha", "3"), "--alpha is 3; expected a number from 0 to 1"),
         (("heatmap", "PHOTO", "--colormap", "jett"), "colormap 'jett' is not known; nearest: jet"),
         (("heatmap", "PHOTO", "--option", "samples"), "--option samples: expected NAME=VALUE"),

@@ -175,7 +175,7 @@ INVALID_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"heatmaps": HEATMAPS[:1]}, r"heatmaps of shape \(1, 6, 6\); expected Heatmaps, or an array \(2, h, w\)"),
     ({"heatmaps": random_maps(2, 3, 6, 6)}, r"or \(2, 1, h, w\)"),
     ({"heatmaps": np.full((2, 6, 6), np.nan)}, "NaN or infinity"),
-    ({"heatmaps": "photo.jpg"}, "expected numbers"),
+    ({"heatmaps": "photo.jpg"}, "heatmaps is a str; expected what convscope.heatmaps returns"),
     ({"targets": 9}, "class 9 is out of range"),
     ({"fit": "stretch"}, "fit is 'stretch'"),
     ({"metrics": "iou", "masks": np.ones((1, 24, 24), bool)}, "1 masks for 2 images"),

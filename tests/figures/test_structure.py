@@ -17,7 +17,16 @@ from convscope.results import Result
 from tests.figures.gallery import Gallery, draw_all, sheets
 from tests.plotting.test_figures import color_bars, render, visible_texts
 
-WITH_COLOR_BARS = ("activations", "heatmap", "signed", "gradient", "comparison", "concepts", "patching by pos")
+WITH_COLOR_BARS = (
+    "activations",
+    "heatmap",
+    "signed",
+    "gradient",
+    "comparison",
+    "concepts",
+    "locations",
+    "patching by pos",
+)
 
 
 @pytest.fixture(scope="module")
