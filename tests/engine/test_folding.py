@@ -162,3 +162,25 @@ def test_crops_are_not_laid_over_the_image(kind: str, count: int) -> None:
         with pytest.raises(ConvscopeError, match=rf"{count} rows per image .* positions in the image are unknown"):
             convscope.heatmaps(model, x, 1, layer=requested)
     assert convscope.heatmaps(model, x, 1, method="saliency").values.any()
+
+
+class Proposals(nn.Module):
+    """A box head on the positions that exceed a threshold: none at all on the images that a network is tried on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        boxes = self.head(maps.movedim(1, -1)[maps[:, 0] > 1e6])
+        return self.fc(maps.mean((2, 3))) + boxes.sum()
+
+
+def test_a_layer_without_rows_is_refused_and_the_others_work() -> None:
+    model = convscope.load(randomized(Proposals()), preprocessing={"size": SIZE})
+    assert model.layers["head"].layout.rows_per_image == 0
+    x = torch.randn((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+    assert convscope.heatmaps(model, x, 1).layer == "conv"
+    with pytest.raises(ConvscopeError, match="not one per image"):
+        convscope.activations(model, x, "head")

@@ -124,6 +124,7 @@ def _fold(layer: Layer, single: Tensor, pair: Tensor | None) -> Layer:
     rows, shape = len(single), layer.shape
     if (
         pair is not None
+        and single.numel() > 0  # a detector may find nothing
         and pair.shape[1:] == single.shape[1:]
         and len(pair) == 2 * rows
         and _equal(pair[:rows], single)
@@ -139,7 +140,8 @@ def _fold(layer: Layer, single: Tensor, pair: Tensor | None) -> Layer:
 def _is_after_sequence(pair: Tensor, single: Tensor) -> bool:
     """Check whether the batch is dimension 1, after that of a sequence."""
     expected = (len(single), 2, *single.shape[2:])
-    return single.ndim > 2 and single.shape[1] == 1 and pair.shape == expected and _equal(pair[:, :1], single)
+    is_sequence = single.numel() > 0 and single.ndim > 2 and single.shape[1] == 1
+    return is_sequence and pair.shape == expected and _equal(pair[:, :1], single)
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:
