@@ -65,8 +65,9 @@ In double precision the maps of `mobilevit` are equal in batches and alone: with
 small as 1e-40, where single precision has few digits left. Those of `cvt` differ also in double precision, and in
 PyTorch alone: for a batch of one, PyTorch's gradient of a batch normalisation in it is not that of finite differences,
 for a batch of four it is. Those of `EfficientNetV2S`, `M` and `L` differ in PyTorch alone as well, for a reason that
-was not looked for. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`). Detectors,
-quantised networks, `coat`, `crossvit` and `tnt` were not run with this version."""
+was not looked for. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`). What
+`forward_features` of `coat` returns is no map of its last stage. Detectors and quantised networks were not run with
+this version."""
 
 
 @dataclass
