@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import convscope
 from convscope.cli import app
 from convscope.cli.app import ALIASES, PANELS
 
@@ -65,7 +66,6 @@ def test_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("list_methods", ("heatmap", "--list-methods")),
         ("list_metrics", ("evaluate", "--list-metrics")),
         ("list_recipes", ("patterns", "--list-recipes")),
-        ("version", ("--version",)),
     ],
 )
 def test_table(
@@ -92,3 +92,9 @@ def test_every_command_is_in_a_panel_and_every_alias_leads_to_one() -> None:
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
     assert set(ALIASES.values()) <= set(COMMANDS)
     assert not set(ALIASES) & set(COMMANDS)
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.stdout == f"convscope {convscope.__version__}\n"
+    assert re.match(r"\d+\.\d+", convscope.__version__)
