@@ -9,24 +9,13 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from tests.oracles.nets import SmallConvNet, diff_snapshots, randomized, snapshot
-
-SIZE = 32
+from tests.editing.conftest import SIZE
+from tests.oracles.nets import diff_snapshots, snapshot
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    return randomized(SmallConvNet()).eval()
-
-
-@pytest.fixture(scope="module")
-def model(net: nn.Module) -> convscope.Model:
-    return convscope.load(net, preprocessing={"size": SIZE})
 
 
 def score(net: nn.Module, x: torch.Tensor, target: int, name: str = "", maps: torch.Tensor | None = None) -> float:

@@ -11,24 +11,13 @@ from torch import nn
 
 import convscope
 from convscope import ConvscopeError
-from tests.oracles.nets import SharedReluNet, SmallConvNet, diff_snapshots, randomized, snapshot
-
-SIZE = 32
+from tests.editing.conftest import SIZE
+from tests.oracles.nets import SharedReluNet, diff_snapshots, randomized, snapshot
 
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
     return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    return randomized(SmallConvNet()).eval()
-
-
-@pytest.fixture(scope="module")
-def model(net: nn.Module) -> convscope.Model:
-    return convscope.load(net, preprocessing={"size": SIZE})
 
 
 def conv_layer(model: convscope.Model) -> str:

@@ -10,24 +10,13 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.editing.replacements import donors
-from tests.oracles.nets import SmallConvNet, diff_snapshots, randomized, snapshot
-
-SIZE = 32
+from tests.editing.conftest import SIZE
+from tests.oracles.nets import diff_snapshots, randomized, snapshot
 
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
     return torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    return randomized(SmallConvNet()).eval()
-
-
-@pytest.fixture(scope="module")
-def model(net: nn.Module) -> convscope.Model:
-    return convscope.load(net, preprocessing={"size": SIZE})
 
 
 class PooledClassifier(nn.Module):
@@ -165,7 +154,7 @@ def test_nothing_is_left_behind(net, model, x):
     [
         ({"units": [99]}, "unit 99"),
         ({"units": []}, "units is empty"),
-        ({"labels": [0, 1]}, "2 targets for 4 images"),
+        ({"labels": [0, 1]}, "labels has 2 classes for 4 images"),
         ({"reference": [], "how": "zero"}, "reference= needs"),
     ],
 )

@@ -176,6 +176,8 @@ def as_list(units: int | Sequence[int]) -> Sequence[int]:
 
 def _parse_labels(model: Model, labels: object, count: int) -> Tensor:
     """Return the right class (N,) of each image."""
+    if isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) != count:
+        raise ConvscopeError(f"labels has {len(labels)} classes for {count} images; give each image's right class")
     classes = parse_classes(model, labels, count)
     if classes is None or classes.shape[1] != 1:
         raise ConvscopeError("labels names several classes per image; give each image's right class")

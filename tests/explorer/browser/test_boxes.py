@@ -39,3 +39,5 @@ def test_click_on_a_box_shows_its_heatmap(tab, address, tmp_path):
 def test_address_of_a_box_opens_it(tab, address):
     tab.goto(f"{address}/m/cells/image/squares#box-0")
     tab.locator(".caption", has_text="gray, box 0").wait_for()
+    assert tab.locator("#boxes a[data-box='0']").get_attribute("aria-current") == "true"
+    assert tab.url.endswith("#box-0")
