@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def x() -> torch.Tensor:
 
 @pytest.fixture
 def loads(monkeypatch) -> list[object]:
-    """Record what is loaded."""
+    """Record what is loaded, from an empty cache of names: other tests may have loaded one."""
+    monkeypatch.setattr(coercion, "_by_name", OrderedDict())
     loaded: list[object] = []
     load = api.load
 
