@@ -1,0 +1,126 @@
+"""Intervals and tests of proportions, and the correction of p-values for the number of tests."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+
+def normal_quantile(level: float) -> float:
+    """Return z such that a standard normal value lies in [-z, z] with probability `level`."""
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def wilson_interval(successes: npt.ArrayLike, totals: npt.ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Return Wilson's score interval of proportions; [0, 1] where there is no trial.
+
+    ::
+
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Parameters
+    ----------
+    successes, totals : array-like
+        Of the same shape.
+    level : float
+        Confidence level.
+
+    Returns
+    -------
+    low, high : ndarray
+
+    References
+    ----------
+    Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
+    """
+    z = normal_quantile(level)
+    n = np.asarray(totals, np.float64)
+    count = np.maximum(n, 1)
+    p = np.asarray(successes, np.float64) / count
+    center = p + z**2 / (2 * count)
+    half = z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    low, high = (center - half) / scale, (center + half) / scale
+    return np.where(n > 0, low.clip(0, 1), 0.0), np.where(n > 0, high.clip(0, 1), 1.0)
+
+
+def interval_of_mean(estimates: Floats, low: Floats, high: Floats) -> tuple[float, float]:
+    """Return the interval of the mean of independent estimates, from an interval of each.
+
+    The method of variance estimates recovery: with estimates e_i and intervals [l_i, u_i], the sum has the interval
+
+    ::
+
+        [sum e_i - sqrt(sum (e_i - l_i)^2),  sum e_i + sqrt(sum (u_i - e_i)^2)]
+
+    Parameters
+    ----------
+    estimates, low, high : ndarray of shape (n,)
+
+    Returns
+    -------
+    low, high : float
+
+    References
+    ----------
+    Zou and Donner, Construction of confidence limits about effect measures: a general approach, Statistics in Medicine
+    2008, equations 2 and 3.
+    """
+    mean = float(estimates.mean())
+    below = float(np.sqrt(np.square(estimates - low).sum())) / len(estimates)
+    above = float(np.sqrt(np.square(high - estimates).sum())) / len(estimates)
+    return mean - below, mean + above
+
+
+def binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """Return the probability of at least `successes` in `trials` independent trials: the exact one-sided p-value.
+
+    Parameters
+    ----------
+    successes, trials : int
+    probability : float
+        Of success in one trial, in [0, 1].
+    """
+    if successes <= 0 or probability >= 1:
+        return 1.0
+    if probability <= 0 or successes > trials:
+        return 0.0
+    k = np.arange(successes, trials + 1)
+    factorials = np.concatenate([[0.0], np.log(np.arange(1, trials + 1)).cumsum()])  # logarithms of 0!, 1!, ...
+    logs = factorials[trials] - factorials[k] - factorials[trials - k]
+    logs += k * np.log(probability) + (trials - k) * np.log1p(-probability)
+    return float(min(1.0, np.exp(logs).sum()))
+
+
+def benjamini_hochberg(p_values: npt.ArrayLike, num_tests: int | None = None) -> Floats:
+    """Correct p-values for the number of tests, so that a threshold bounds the share of false discoveries.
+
+    ::
+
+        q_(i) = min over j >= i of  m p_(j) / j
+
+    Parameters
+    ----------
+    p_values : array-like of shape (n,)
+    num_tests : int, optional
+        The number m of all tests, if some with large p-values were left out.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+
+    References
+    ----------
+    Benjamini and Hochberg, Controlling the false discovery rate, Journal of the Royal Statistical Society B 1995.
+    """
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * max(len(p), num_tests or 0) / np.arange(1, len(p) + 1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(0, 1)
+    return adjusted
