@@ -50,11 +50,13 @@ if TYPE_CHECKING:
     from convscope.featurevis.result import Patterns
     from convscope.images.preprocessing import Preprocessing
     from convscope.names import methods, metrics, recipes
+    from convscope.naming.api import name_units
     from convscope.predictions import Predictions, predict
     from convscope.saved import open
     from convscope.scanning.api import scan
     from convscope.sources.api import load
     from convscope.store.store import Store, open_store
+    from convscope.store.unit_names import UnitNames
 
     __version__: str
 
@@ -77,6 +79,7 @@ __all__ = [
     "Preprocessing",
     "Store",
     "Story",
+    "UnitNames",
     "activations",
     "atlas",
     "box_target",
@@ -91,6 +94,7 @@ __all__ = [
     "locate",
     "methods",
     "metrics",
+    "name_units",
     "objectives",
     "open",
     "open_store",
@@ -126,6 +130,7 @@ _TARGETS = {
     "Preprocessing": "convscope.images.preprocessing:Preprocessing",
     "Store": "convscope.store.store:Store",
     "Story": "convscope.featurevis.layer_story:Story",
+    "UnitNames": "convscope.store.unit_names:UnitNames",
     "activations": "convscope.feature_maps:activations",
     "atlas": "convscope.decomposition.activation_atlas:atlas",
     "box_target": "convscope.attribution.box_targets:box_target",
@@ -140,6 +145,7 @@ _TARGETS = {
     "locate": "convscope.attribution.locations:locate",
     "methods": "convscope.names:methods",
     "metrics": "convscope.names:metrics",
+    "name_units": "convscope.naming.api:name_units",
     "objectives": "convscope.objectives",
     "open": "convscope.saved:open",
     "open_store": "convscope.store.store:open_store",

@@ -46,6 +46,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "Predictions": "convscope.plotting.predictions",
     "Story": "convscope.plotting.story",
     "UnitChanges": "convscope.plotting.store",
+    "UnitNames": "convscope.plotting.names",
     "UnitRecord": "convscope.plotting.store",
 }
 """The module that draws each class of results; subclasses are drawn as their base class is."""

@@ -35,6 +35,7 @@ from convscope.images.loading import ImageBatchLoader
 from convscope.predictions import Predictions
 from convscope.results import COPIES_FILE, Result
 from convscope.store.store import Store, open_store
+from convscope.store.unit_names import UnitNames
 
 R = TypeVar("R", bound=Result)
 H = TypeVar("H", bound=Heatmaps)
@@ -267,5 +268,6 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "patterns": _patterns,
     "predictions": lambda data: data.make(Predictions),
     "story": _story,
+    "unitnames": lambda data: data.make(UnitNames),
 }
 """How each kind of result is made of what was saved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,23 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     yield "dead units", store.dead(), {}
     yield "duplicates", store.duplicates(0.6), {}
     yield "changed units", store.compare(store), {}
+    yield "names of units", name_digits(), {}
+
+
+def name_digits() -> convscope.UnitNames:
+    """Name the logits of a network that measures the brightness of the four quarters of an image."""
+    quarters = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+    with torch.no_grad():
+        quarters[2].weight.copy_(torch.eye(4).repeat(1, 3))
+    images = np.random.default_rng(0).random((80, 8, 8, 3))
+    words = ["upper left", "upper right", "lower left", "lower right"]
+    for n, image in enumerate(images):
+        image[4 * (n % 4 // 2) :][:4, 4 * (n % 2) :][:, :4] += 3
+    preprocessing = {"size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    with tempfile.TemporaryDirectory() as folder:
+        model = convscope.load(quarters, preprocessing=preprocessing)
+        store = convscope.scan(model, np.clip(images / 4, 0, 1), folder, layers=["logits"], sample=80, workers=0)
+        return convscope.name_units(store, words, np.eye(4)[np.arange(80) % 4])
 
 
 def short_story(model: convscope.Model, layers: Sequence[str], g: Gallery) -> convscope.Story:

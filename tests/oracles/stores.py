@@ -181,6 +181,31 @@ def write_small_store(
     return [values for values, _ in maxima]
 
 
+def write_maxima_store(
+    folder: Any, maxima: dict[str, np.ndarray], *, failed: Sequence[int] = (), labels: np.ndarray | None = None
+) -> None:
+    """Write a store whose sample is all images, with these maxima (U, N) of each layer."""
+    count = len(next(iter(maxima.values()))[0])
+    classes = 0 if labels is None else int(labels.max()) + 1
+    usable = None if labels is None else np.where(np.isin(np.arange(count), list(failed)), -1, labels)
+    layers = []
+    for name, values in maxima.items():
+        values = values.astype(np.float32)
+        values[:, list(failed)] = np.nan
+        positions = np.zeros(values.shape, np.int32)
+        layers.append(layer_summary(name, values, positions, np.arange(count), labels=usable, classes=classes))
+    write_store(
+        folder,
+        layers,
+        split_rows(image_rows(count, failed=failed, labels=labels), [count]),
+        sample_images=np.arange(count),
+        class_counts=None if usable is None else np.bincount(usable[usable >= 0], minlength=classes),
+        input_size=SIZE,
+        shards=[{"shard": 0, "first": 0, "last": count - 1, "sha256": "a" * 64}],
+        manifest=scan_manifest(count, labels=classes or None, failed=len(failed)),
+    )
+
+
 def write_large_store(folder: Any, units: int, images: int, k: int, sample: int = 100) -> None:
     """Write a store of one layer with random examples, without a value for every image in memory."""
     rng = np.random.default_rng(0)

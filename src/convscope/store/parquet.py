@@ -72,6 +72,12 @@ def shards_schema() -> pyarrow.Schema:
     return _schema(shard="int64", first="int64", last="int64", sha256="string")
 
 
+def names_schema() -> pyarrow.Schema:
+    """Return the schema of names.parquet."""
+    names = {"name": "string", "score": "float", "runner_up": "string", "runner_up_score": "float"}
+    return _schema(layer="string", unit="int32", **names, wpmi="float", p_value="double", named="bool")
+
+
 def parquet_writer(file: IO[bytes], schema: pyarrow.Schema) -> pyarrow.parquet.ParquetWriter:
     """Open a writer whose bytes depend only on the rows and on the version of pyarrow."""
     dictionary = [name for name in schema.names if name in DICTIONARY_COLUMNS]

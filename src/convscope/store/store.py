@@ -17,6 +17,7 @@ from convscope.store.io import Folder, Json
 from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
 from convscope.store.schema import FORMAT
 from convscope.store.tables import StoreTables
+from convscope.store.unit_names import StoredNames, UnitNames
 from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Store(StoreTables):
 
     def __init__(self, folder: Folder, manifest: Json) -> None:
         super().__init__(folder, manifest)
+        self._names = StoredNames(folder)
         self._concepts, self._atlases = SavedResultIndex(folder, "concepts"), SavedResultIndex(folder, "atlas")
 
     def __repr__(self) -> str:
@@ -130,6 +132,18 @@ class Store(StoreTables):
                 f"image {image} is out of range: there are {self.num_images}, 0 to {self.num_images - 1}"
             )
         return ImageRecord(self, int(image))
+
+    def names(self) -> UnitNames | None:
+        """Return the names that `convscope.name_units` has written into the store; None if there are none.
+
+        Names of an earlier scan into the same folder do not count.
+
+        Raises
+        ------
+        ConvscopeError
+            If the file of the names is damaged.
+        """
+        return self._names.read(self)
 
     def dead(self) -> analysis.DeadUnits:
         """Find units that are never positive on any image, or constant."""

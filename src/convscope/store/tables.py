@@ -194,6 +194,12 @@ class StoreTables:
         """Ids of the images in the sample, int64 (R,)."""
         return self.folder.read_array("sample_images.npy")
 
+    @property
+    def image_names(self) -> list[str]:
+        """Addresses of all images, in the order of their ids."""
+        names: list[str] = self._images.read(columns=["name"])["name"].to_pylist()
+        return names
+
     def image_rows(self, images: Sequence[int], columns: Sequence[str] | None = None) -> list[Json]:
         """Read rows of images.parquet in the order of the ids; `columns` must include "image"."""
         first_ids = [low for low, _ in self._images.column_bounds("image")]

@@ -1,0 +1,219 @@
+"""`convscope.name_units`: name the units of a store by words that go with their activations."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from convscope.arguments import check_arguments
+from convscope.engine.layer_selection import name_of
+from convscope.engine.layer_table import Layer
+from convscope.errors import ConvscopeError, require_int, require_number
+from convscope.naming.assignment import Activations, check_words, choose_words, split_images
+from convscope.naming.significance import benjamini_hochberg, p_values
+from convscope.naming.word_scores import WordScores, label_scores, parse_scores
+from convscope.progress import Progress, ProgressOption, progress_bar
+from convscope.store.store import Store, open_store
+from convscope.store.unit_names import UnitNames, described_model, write_names
+from convscope.suggestions import suggest
+
+MIN_IMAGES = 20  # of the sample: ten to choose a name, ten to check it
+LABELS = "labels"  # in place of words: the classes of the data set
+CHOICE_SHARE, CHECK_SHARE = 0.7, 0.15  # of the time
+
+
+@check_arguments
+def name_units(
+    store: Store | str | os.PathLike[str],
+    words: Sequence[str] | str,
+    scores: object = None,
+    *,
+    layer: str | Layer | Sequence[str | Layer] | None = None,
+    output: str | None = None,
+    level: float = 0.01,
+    shuffles: int = 1000,
+    save: bool = True,
+    seed: int = 0,
+    progress: ProgressOption = None,
+) -> UnitNames:
+    """Name units by words whose scores on the scanned images go with the units' activations.
+
+    A scan stores the maximum of every unit on a sample of images. Half of these images, chosen by a hash, serve to
+    choose for each unit the word with the highest soft pointwise mutual information with the unit's top images
+    (SoftWPMI of CLIP-Dissect). The other half tells how well the word suits the unit: by the area under the ROC curve,
+    and by a test against chance, in which units with shuffled images go through the same choice of the best of all
+    words. The false discovery rate over the units is controlled by the procedure of Benjamini and Hochberg; units whose
+    word is not better than chance stay without a name.
+
+    Parameters
+    ----------
+    store : Store or path
+        A scan, from `convscope.scan` or `convscope.open_store`.
+    words : sequence of str
+        W words or short descriptions; or "labels" for the classes of the data set that was scanned, whose images are
+        scored by their labels.
+    scores : array of shape (images, W), optional
+        How well each word describes each image: a row for each image of the data set, in the order of
+        ``store.image_names``, or for each image of the sample, in the order of ``store.sample_images``. A memory map is
+        read in parts.
+    layer : str, Layer or sequence of these, optional
+        Layers whose units are named; all of the store by default.
+    output : {"probability", "softmax", "sigmoid"}, optional
+        What the scores are: probabilities; logits of words that exclude each other; logits of words that do not. By
+        default "probability" if all scores are in [0, 1], else "softmax".
+    level : float
+        False discovery rate: the fraction of the named units whose names may be chance.
+    shuffles : int
+        Number of shuffled units.
+    save : bool
+        Write the names into the store, where they replace earlier ones: into ``names.parquet``.
+    seed : int
+        Seed of the shuffled units.
+    progress : bool or callable, optional
+        By default a progress bar appears after 1.5 seconds; True shows it at once, False never. A function is called
+        with the work done and the whole work.
+
+    Returns
+    -------
+    UnitNames
+        Names, scores and runners-up of the units, and which names are better than chance.
+
+    Raises
+    ------
+    ConvscopeError
+        For unknown layers, scores that do not fit, and samples of fewer than 20 images.
+
+    References
+    ----------
+    Oikarinen and Weng, CLIP-Dissect: automatic description of neuron representations in deep vision networks, ICLR
+    2023. Bykov et al., Labeling neural representations with inverse recognition, NeurIPS 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import convscope
+    >>> images = np.zeros((60, 8, 8, 3), np.uint8)
+    >>> color = np.arange(60) % 3
+    >>> images[np.arange(60), ..., color] = 255
+    >>> _ = convscope.scan("lite0", images, "colors", layers=["conv_stem"], sample=60, workers=0)
+    >>> scores = np.eye(3)[color]
+    >>> names = convscope.name_units("colors", ["red", "green", "blue"], scores, layer="conv_stem")
+    >>> names.names.shape, bool(names.named.any())
+    ((32,), True)
+    """
+    store = store if isinstance(store, Store) else open_store(store)
+    layers = _parse_layers(store, layer)
+    level = require_number("level", level, above=0, below=1)
+    shuffles, seed = require_int("shuffles", shuffles, 1), require_int("seed", seed, 0)
+    images = _usable_images(store)
+    word_scores, source = _word_scores(store, words, scores, images, output)
+    with progress_bar(progress, "name units") as report:
+        names = _name(store, layers, images, word_scores, level, shuffles, seed, source, report)
+        if save:
+            write_names(store, names)
+    return names
+
+
+def _parse_layers(store: Store, layer: str | Layer | Sequence[str | Layer] | None) -> list[str]:
+    if layer is None:
+        return store.layers
+    requested = [name_of(item) for item in ([layer] if isinstance(layer, str | Layer) else layer)]
+    if not requested:
+        raise ConvscopeError("layer is empty; expected layers of the store, or None for all")
+    for name in requested:
+        if name not in store.unit_counts:
+            raise ConvscopeError(f"layer {name!r} is not in this store; {suggest(name, store.layers)}")
+    return [name for name in store.layers if name in requested]
+
+
+def _usable_images(store: Store) -> np.ndarray:
+    """Return the positions in the sample of the images that did not fail."""
+    rows = store.image_rows(store.sample_images.tolist(), ["image", "failed"])
+    images = np.array([i for i, row in enumerate(rows) if row["failed"] is None], np.int64)
+    if len(images) < MIN_IMAGES:
+        raise ConvscopeError(
+            f"the sample of {store.address} has {len(images)} images; names need {MIN_IMAGES} or more: scan with a "
+            "larger sample="
+        )
+    return images
+
+
+def _word_scores(
+    store: Store, words: Sequence[str] | str, scores: object, images: np.ndarray, output: str | None
+) -> tuple[WordScores, str]:
+    """Return the scores of the words, and where they come from."""
+    if isinstance(words, str):
+        if words != LABELS:
+            raise ConvscopeError(f"words is {words!r}; expected a list of words, or {LABELS!r}")
+        if scores is not None:
+            raise ConvscopeError("words is 'labels', which has scores of its own; leave out scores=")
+        names, matrix = label_scores(store)
+        return parse_scores(_check_words(names), matrix, store, images, None), "labels of the data set"
+    if scores is None:
+        raise ConvscopeError("scores= is missing: how well each word describes each image, (images, words)")
+    return parse_scores(_check_words(words), scores, store, images, output), "scores"
+
+
+def _check_words(words: Sequence[str]) -> tuple[str, ...]:
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise ConvscopeError(f"words has {word!r}; expected texts such as 'striped fur'")
+    if len(words) < 2:
+        raise ConvscopeError(f"words has {len(words)} entries; expected two or more to choose from")
+    counts = dict.fromkeys(words)
+    if len(counts) < len(words):
+        repeated = next(word for i, word in enumerate(words) if word in words[:i])
+        raise ConvscopeError(f"words has {repeated!r} more than once; give each word once, with one column of scores")
+    return tuple(words)
+
+
+def _name(
+    store: Store,
+    layers: list[str],
+    images: np.ndarray,
+    scores: WordScores,
+    level: float,
+    shuffles: int,
+    seed: int,
+    source: str,
+    report: Progress,
+) -> UnitNames:
+    first, second = split_images(store.sample_images[images])
+    pairs = [(layer, unit) for layer in layers for unit in range(store.unit_counts[layer])]
+    rows = np.array([store.row_of_unit(layer, unit) for layer, unit in pairs])
+    shuffled = np.random.default_rng(seed).random((shuffles, len(images)), np.float32)
+    activations = Activations(store, rows, images, shuffled)
+    words, wpmi = choose_words(activations, scores, first, 2, _part(report, 0, CHOICE_SHARE))
+    best = check_words(activations, scores, second, words[:, 0], _part(report, CHOICE_SHARE, CHECK_SHARE))
+    second_start = CHOICE_SHARE + CHECK_SHARE
+    runner_up = check_words(activations, scores, second, words[:, 1], _part(report, second_start, CHECK_SHARE))
+    count = len(pairs)
+    p = p_values(best.evidence[:count], best.evidence[count:])
+    p[words[:count, 0] < 0] = 1
+    texts = np.array([*scores.words, ""])
+    return UnitNames(
+        described_model(store),
+        layer=np.array([layer for layer, _ in pairs]),
+        units=np.array([unit for _, unit in pairs], np.int32),
+        names=texts[words[:count, 0]],
+        scores=best.auc[:count].astype(np.float32),
+        runner_up=texts[words[:count, 1]],
+        runner_up_scores=runner_up.auc[:count].astype(np.float32),
+        named=benjamini_hochberg(p, level),
+        wpmi=np.where(words[:count, 0] < 0, np.nan, wpmi[:count, 0]).astype(np.float32),
+        p_values=p,
+        num_words=len(scores.words),
+        num_images=len(images),
+        level=level,
+        vocabulary=hashlib.sha256("\n".join(scores.words).encode()).hexdigest()[:16],
+        judge=source,
+        seed=seed,
+    )
+
+
+def _part(report: Progress, start: float, share: float) -> Callable[[float], None]:
+    """Return a function that reports the fraction of a part of the work."""
+    return lambda fraction: report(start + share * fraction, 1)

@@ -1,0 +1,142 @@
+"""How well words tell what units respond to: soft WPMI of a unit's top images, and the area under the ROC curve.
+
+In all functions the activations of a unit on N images are its maxima, and `probabilities` (N, W) say how likely it is
+that a word describes an image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEMBERSHIP = (0.998, 0.99, 0.98, 0.97)  # p(x in B) of the four quarters of a unit's top images, highest first
+MIN_PROBABILITY = 1e-7  # keeps the logarithm finite
+CACHED_WORDS = 64  # columns that are summed at a time: with 10,000 images they fit into a processor's cache
+
+
+def top_images(activations: Tensor, k: int) -> Tensor:
+    """Return the images with a unit's highest activations, highest first, ties in the order of the images.
+
+    Images at the unit's minimum are left out where several are at it: a rectified unit says nothing about images on
+    which it is 0.
+
+    Parameters
+    ----------
+    activations : Tensor of shape (U, N)
+    k : int
+
+    Returns
+    -------
+    Tensor of shape (U, min(k, N)), int64
+        Positions of images; N in an empty slot.
+    """
+    count = activations.shape[1]
+    values, order = activations.sort(stable=True, dim=1, descending=True)
+    values, order = values[:, :k], order[:, :k].clone()
+    lowest = activations.amin(1, keepdim=True)
+    is_shared = (activations == lowest).sum(1, keepdim=True) > 1
+    order[(values == lowest) & is_shared] = count
+    return order
+
+
+def soft_wpmi(probabilities: Tensor, images: Tensor, weight: float = 1.0) -> Tensor:
+    """Compute the soft weighted pointwise mutual information of units and words.
+
+    ::
+
+        wpmi(t, B) = log E[p(t|B)] - weight log p(t)
+        log E[p(t|B)] = sum over x of log(1 + p(x in B) (p(t|x) - 1))
+
+    B are the unit's top images; p(x in B) falls from 0.998 for the first quarter of them to 0.97 for the last, and is 0
+    for all other images. log p(t) is the mean of log E[p(t|B)] over sets B of images drawn at random, so that the
+    value is 0 for chance. (The authors' program takes the mean over the units of the layer for p(t); the score of a
+    unit then depends on the others, and is 0 for a unit alone.)
+
+    Parameters
+    ----------
+    probabilities : Tensor of shape (N, W)
+        p(t|x).
+    images : Tensor of shape (U, K), int64
+        As from `top_images`.
+    weight : float
+        lambda, the weight of log p(t).
+
+    Returns
+    -------
+    Tensor of shape (U, W)
+
+    References
+    ----------
+    Oikarinen and Weng, CLIP-Dissect: automatic description of neuron representations in deep vision networks, ICLR
+    2023, section 3.2 (SoftWPMI).
+    """
+    words = probabilities.shape[1]
+    result = probabilities.new_zeros(len(images), words)
+    quarters = [part.contiguous() for part in images.tensor_split(len(MEMBERSHIP), 1)]
+    for start in range(0, words, CACHED_WORDS):
+        block = probabilities[:, start : start + CACHED_WORDS]
+        for membership, members in zip(MEMBERSHIP, quarters, strict=True):
+            if not members.shape[1]:
+                continue
+            logs = torch.log((1 + membership * (block - 1)).clamp_min(MIN_PROBABILITY))
+            gains = torch.cat([logs - weight * logs.mean(0), logs.new_zeros(1, logs.shape[1])])  # a row for empty slots
+            result[:, start : start + CACHED_WORDS] += F.embedding_bag(members, gains, mode="sum")
+    return result
+
+
+def midranks(activations: Tensor) -> Tensor:
+    """Return the ranks of images by activation, from 1; equal activations get the mean of their ranks.
+
+    Parameters
+    ----------
+    activations : Tensor of shape (U, N)
+
+    Returns
+    -------
+    Tensor of shape (U, N), float64
+    """
+    ordered = activations.contiguous().sort(1).values
+    below = torch.searchsorted(ordered, activations.contiguous())
+    not_above = torch.searchsorted(ordered, activations.contiguous(), right=True)
+    return (below + not_above + 1).double() / 2
+
+
+def soft_auc(ranks: Tensor, probabilities: Tensor) -> Tensor:
+    """Compute the area under the ROC curve of units for words, with images that a word describes to a degree.
+
+    ::
+
+        AUC = sum over i, j of p_i (1 - p_j) s_ij  /  sum over i, j of p_i (1 - p_j)
+
+    where p_i is the probability that the word describes image i, and s_ij is 1 if the unit is more active on image i
+    than on j, 1/2 if equally, else 0. For words that describe an image or do not it is the usual area: the probability
+    that the unit is more active on an image with the word than on one without. As s_ij + s_ji = 1, it follows from the
+    ranks r_i:
+
+    ::
+
+        AUC = (sum over i of p_i (r_i - 1/2) - S^2 / 2) / (S (N - S)),  S = sum over i of p_i
+
+    Parameters
+    ----------
+    ranks : Tensor of shape (..., N)
+        As from `midranks`.
+    probabilities : Tensor of shape (..., N)
+        Of one word for each unit.
+
+    Returns
+    -------
+    Tensor of shape (...)
+        From 0 to 1, 1/2 for chance; NaN for a word that describes no image or all of them.
+
+    References
+    ----------
+    Bykov et al., Labeling neural representations with inverse recognition, NeurIPS 2023, equation 1. Mann and Whitney,
+    On a test of whether one of two random variables is stochastically larger than the other, Ann. Math. Stat. 18
+    (1947).
+    """
+    p = probabilities.double()
+    total = p.sum(-1)
+    above = (p * (ranks - 0.5)).sum(-1) - total**2 / 2
+    return above / (total * (p.shape[-1] - total))
