@@ -219,6 +219,41 @@ def test_resumed_passes_equal_full_passes(models: Callable[[str], Model], name: 
     assert relative_error(expected[2:], full_logits) > 100 * TINY  # the change matters
 
 
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_maps_of_several_images_share_a_pass(models: Callable[[str], Model], name: str, layer: str) -> None:
+    model, x = models(name), torch.cat([random_image(seed=seed) for seed in (1, 2, 3)])
+    expected = logits_with_changed_layer(model, layer, x.clone(), reverse_channels)
+    rows = torch.tensor([2, 0, 0, 1, 2])
+    with resume.resume_from_layer(model, layer, x) as run:
+        assert run.is_exact
+        maps = reverse_channels(run.original.maps[model.layers.find(layer).name])
+        assert relative_error(run.original.logits, logits(model, x.clone())) < TINY
+        assert relative_error(run(maps[rows], rows).logits, expected[rows]) < TINY
+        assert relative_error(run(maps[1:2], rows[3:4]).logits, expected[1:2]) < TINY
+
+
+class BatchStatistics(nn.Module):
+    """Adds an image's distance from the mean of its batch: images influence each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x).relu().mean((2, 3))
+        return self.fc(features - features[:1])
+
+
+def test_images_that_influence_each_other_are_resumed_one_by_one() -> None:
+    model = load_model(randomized(BatchStatistics()))
+    x = torch.cat([random_image(seed=seed) for seed in (1, 2)])
+    with resume.resume_from_layer(model, "conv", x) as run:
+        assert not run.is_exact
+    with resume.resume_from_layer(model, "conv", x[:1]) as run:
+        assert run.is_exact
+
+
 def test_every_map_has_its_own_logits() -> None:
     """Logits differ between the maps of a batch."""
     model, x = load_model(randomized(SmallConvNet())), random_image()

@@ -15,9 +15,9 @@ from convscope.attribution.targets import ClassLabels, Targets, TargetSpec, pars
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.result import Patching
-from convscope.editing.unit_effects import as_list, repeat_maps, units_per_pass
+from convscope.editing.unit_effects import as_list
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, pad_to_fixed_batch
+from convscope.engine.batching import MEMORY, pad_to_fixed_batch, resumed_batch_size
 from convscope.engine.capture import ForwardResult
 from convscope.engine.layer_selection import LayerLike, find_layer
 from convscope.engine.layer_table import Layer
@@ -27,6 +27,7 @@ from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 from convscope.images.batches import Batch
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
+from convscope.images.tensor_inputs import to_channels_last
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
@@ -211,8 +212,8 @@ def _effects(
 
         ends = torch.cat([score(source), score(destination)])
         parts = []
-        for numbers in torch.split(torch.arange(count), units_per_pass(model, memory)):
-            patched = repeat_maps(destination, len(numbers))
+        for numbers in torch.split(torch.arange(count), resumed_batch_size(model, layer, memory)):
+            patched = to_channels_last(destination.expand(len(numbers), *destination.shape[1:])).clone()
             _move(patched, source[0], numbers, by, units)
             parts.append(score(patched))
             report(int(numbers[-1]) + 1, count)

@@ -45,7 +45,8 @@ def edit(
         For each layer (its name, a row of ``model.layers`` or a module of the network) one of
 
         - a mapping of units, numbered from 0, to values: a number that the unit has at every position, or "mean" for
-          the mean of its activations over the reference images and all positions;
+          the mean of its activations over the reference images and all positions; class tokens of transformers are
+          no positions and stay as they are;
         - a function of the layer's output, channels first: (N, C, H, W) for images, (N, C) without positions. It
           returns a tensor of the same shape. The images of a batch must not influence each other.
     reference : path, sequence of paths, PIL images, arrays or tensor, optional

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convscope.arguments import check_arguments
-from convscope.attribution.batch_targets import BatchTargets
 from convscope.attribution.targets import Targets, TargetSpec, parse_classes, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
+from convscope.editing.removal import Removal, Replacement
 from convscope.editing.replacements import HOW, donors, unit_means
 from convscope.editing.result import Effects
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, batch_size, forward_bytes, pad_to_fixed_batch
-from convscope.engine.capture import ForwardResult
+from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.layer_selection import LayerLike, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -28,8 +28,7 @@ from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.evaluation.statistics import bootstrap
 from convscope.images.batches import Batch
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
-from convscope.images.tensor_inputs import to_channels_last
-from convscope.progress import ProgressOption, progress_bar
+from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
 
 NOISE_SCALE = 10  # standard deviations: far enough for every rectifier to switch
@@ -79,7 +78,8 @@ def effects(
         U units, numbered from 0; all of the layer if omitted.
     how : {"zero", "mean", "resample"}
         What a removed unit is replaced by at all positions: 0; the mean of its activations over the reference images
-        and all positions; or its map of another image, drawn at random for each image.
+        and all positions; or its map of another image, drawn at random for each image. Class tokens of transformers
+        are no positions and stay as they are.
     targets : optional
         As for `convscope.heatmaps`: T targets per image; by default each image's top class.
     labels : int, str or sequence of these, optional
@@ -141,13 +141,8 @@ def effects(
     with progress_bar(progress, "effects") as report:
         replacement = _replacement(model, selected, how, images, reference, fit, seed, memory)
         affine = right is None and _is_affine_after(model, selected, next(loader.batches(1)), spec)
-        job = _Job(model, selected, torch.tensor(numbers), spec, right, replacement, affine, memory)
-        parts: list[_BatchEffects] = []
-        indices: list[int] = []
-        for batch in loader.batches(batch_size(model, forward_bytes(model), memory)):
-            parts.append(job.run(batch))
-            indices += batch.indices
-            report(len(indices) + len(loader.failed), len(loader))
+        job = _Job(Removal(model, selected, spec, replacement, memory), torch.tensor(numbers), right, affine)
+        parts, indices = job.run_all(loader, report)
     names = tuple(loader.names[i] for i in indices)
     classes = torch.cat([part.targets for part in parts]).cpu().numpy()
     correct = None if right is None else np.concatenate([part.correct for part in parts], axis=1)
@@ -202,20 +197,7 @@ def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
     }
 
 
-def repeat_maps(maps: Tensor, count: int) -> Tensor:
-    """Return `count` copies (count, C, ...) of maps (1, C, ...), in the layout that convolutions are fast in."""
-    return to_channels_last(maps.expand(count, *maps.shape[1:])).clone()
-
-
-def units_per_pass(model: Model, memory: int) -> int:
-    """Return the number of changed copies of a layer's output whose passes run together."""
-    return batch_size(model, forward_bytes(model), memory)
-
-
 # --- replacements ----------------------------------------------------------------------------------------------------
-
-Replacement = Callable[[Tensor, tuple[int, ...]], Tensor]
-"""Takes maps (B, C, ...) with the units on axis 1, and positions of the images; returns what replaces them."""
 
 
 def _replacement(
@@ -292,103 +274,79 @@ def _is_affine_after(model: Model, layer: Layer, batch: Batch, spec: TargetSpec)
     return bool((difference.abs() <= AFFINE_RTOL * ends.abs().amax().clamp(min=1e-30)).all())
 
 
+def _report_part(report: Progress, done: int, count: int, total: int, fraction: float) -> None:
+    """Report that a fraction of the next `count` images is done."""
+    report(done + fraction * count, total)
+
+
 @dataclass(frozen=True)
 class _Job:
     """What is the same for all batches.
 
     Attributes
     ----------
-    model : Model
-    layer : Layer
+    removal : Removal
     units : Tensor of shape (U,)
-    targets : TargetSpec
     labels : Tensor of shape (N,), optional
-    replacement : callable
     is_affine : bool
         Whether the targets' scores are affine functions of the layer's output, and no labels are given.
-    memory : int
     """
 
-    model: Model
-    layer: Layer
+    removal: Removal
     units: Tensor
-    targets: TargetSpec
     labels: Tensor | None
-    replacement: Replacement
     is_affine: bool
-    memory: int
 
-    def run(self, batch: Batch) -> _BatchEffects:
-        """Compute the effects for a batch of images."""
-        model, count, layer = self.model, len(batch.indices), self.layer
-        with torch.no_grad(), capture.capture_layers(model, [layer.name]) as run:
-            outputs = run(pad_to_fixed_batch(model, batch.x))
-        require_finite(model, outputs.logits, "the network's output")
-        targets = self.targets.for_batch(batch.indices, outputs.logits[:count], batch.geometry)
-        maps = outputs.maps[layer.name][:count]
-        by_unit = maps.movedim(layer.unit_axis, 1)
-        changes = self.replacement(by_unit, batch.indices) - by_unit
+    def run_all(self, loader: ImageBatchLoader, report: Progress) -> tuple[list[_BatchEffects], list[int]]:
+        """Compute the effects for all images; return them by batch, and the positions of the images."""
+        parts: list[_BatchEffects] = []
+        indices: list[int] = []
+        for batch in loader.batches(forward_batch_size(self.removal.model, self.removal.memory)):
+            done = len(indices) + len(loader.failed)
+            parts.append(self.run(batch, partial(_report_part, report, done, len(batch.indices), len(loader))))
+            indices += batch.indices
+            report(len(indices) + len(loader.failed), len(loader))
+        return parts, indices
+
+    def run(self, batch: Batch, report: Callable[[float], None]) -> _BatchEffects:
+        """Compute the effects for a batch of images; report the fraction that is done."""
         if self.is_affine:
-            effects, scores = self._affine_effects(batch, targets, changes)
-            return _BatchEffects(effects.cpu().numpy(), targets.classes, scores.cpu().numpy(), np.empty((0, count)))
-        parts = [self._effects(batch.x[n : n + 1], n, targets, maps[n : n + 1], changes[n]) for n in range(count)]
-        scores = torch.cat([baseline for _, baseline, _ in parts])
-        return _BatchEffects(
-            torch.stack([effect for effect, _, _ in parts], dim=1).cpu().numpy(),
-            targets.classes,
-            scores.cpu().numpy(),
-            self._correct(batch.indices, [predicted for _, _, predicted in parts]),
-        )
+            return self._run_affine(batch)
+        with self.removal.open(batch) as run:
+            sets = torch.nn.functional.one_hot(self.units, self.removal.layer.units).bool()
+            scores, predicted = run.scores(sets, report)
+            return _BatchEffects(
+                (scores - run.baseline).cpu().numpy(),
+                run.targets.classes,
+                run.baseline.cpu().numpy(),
+                self._correct(batch.indices, torch.cat([run.predicted[None], predicted])),
+            )
 
-    def _affine_effects(self, batch: Batch, targets: BatchTargets, changes: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute effects (U, B, T) and scores (B, T) from the gradients of the scores, where these are constant."""
-        layer = self.layer
-        with torch.enable_grad(), capture.capture_layers(self.model, [layer.name], detach_at_layer=True) as run:
+    def _run_affine(self, batch: Batch) -> _BatchEffects:
+        """Compute the effects from the gradients of the scores, where these are constant."""
+        model, layer = self.removal.model, self.removal.layer
+        with torch.enable_grad(), capture.capture_layers(model, [layer.name], detach_at_layer=True) as run:
             outputs = run(batch.x)
+            require_finite(model, outputs.logits, "the network's output")
+            targets = self.removal.targets.for_batch(batch.indices, outputs.logits.detach(), batch.geometry)
             scores = targets.scores(outputs)
             gradients = [
                 torch.autograd.grad(one.sum(), outputs.maps[layer.name], retain_graph=True)[0]
                 for one in scores.unbind(1)
             ]
+        maps = outputs.maps[layer.name].detach().movedim(layer.unit_axis, 1)
+        changes = self.removal.replacement(maps, batch.indices) - maps
         products = [(g.movedim(layer.unit_axis, 1) * changes)[:, self.units] for g in gradients]
         effects = torch.stack([p.flatten(2).sum(2) if p.ndim > 2 else p for p in products], dim=2)  # (B, U, T)
-        return effects.transpose(0, 1).float(), scores.detach()
+        return _BatchEffects(
+            effects.transpose(0, 1).float().cpu().numpy(),
+            targets.classes,
+            scores.detach().cpu().numpy(),
+            np.empty((0, len(batch.indices))),
+        )
 
-    def _correct(self, indices: tuple[int, ...], predicted: list[Tensor]) -> np.ndarray:
+    def _correct(self, indices: tuple[int, ...], predicted: Tensor) -> np.ndarray:
         """Return which images (1 + U, B) are classified as their labels say."""
         if self.labels is None:
             return np.zeros((1 + len(self.units), len(indices)), bool)
-        classes = torch.stack(predicted, dim=1).cpu()
-        return (classes == self.labels[list(indices)]).numpy()
-
-    def _effects(
-        self, x: Tensor, image: int, targets: BatchTargets, maps: Tensor, change: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the effects (U, T) for one image, its scores (1, T), and the predicted classes (1 + U,).
-
-        `maps` (1, C, ...) are the layer's output, and `change` (C, ...) is added to a unit's map to remove it.
-        """
-        with resume_from_layer(self.model, self.layer.name, x) as run:
-
-            def outputs_of(values: Tensor) -> ForwardResult:
-                return run(pad_to_fixed_batch(self.model, values))
-
-            def scores_of(outputs: ForwardResult) -> Tensor:
-                return targets.of_image(image, len(outputs.logits)).scores(outputs)
-
-            plain = outputs_of(maps)
-            baseline = scores_of(plain)[:1]
-            scores, predicted = [baseline], [plain.logits[:1].argmax(1)]
-            for units in torch.split(self.units, units_per_pass(self.model, self.memory)):
-                outputs = outputs_of(self._edited(maps, units, change))
-                require_finite(self.model, outputs.logits, "the network's output")
-                scores.append(scores_of(outputs)[: len(units)])
-                predicted.append(outputs.logits[: len(units)].argmax(1))
-        return torch.cat(scores[1:]) - baseline, baseline, torch.cat(predicted)
-
-    def _edited(self, maps: Tensor, units: Tensor, change: Tensor) -> Tensor:
-        """Return copies (M, C, ...) of maps (1, C, ...), in each of which one unit is removed."""
-        edited = repeat_maps(maps, len(units))
-        by_unit = edited.movedim(self.layer.unit_axis, 1)
-        by_unit[torch.arange(len(units)), units] += change[units]
-        return edited
+        return (predicted.cpu() == self.labels[list(indices)]).numpy()

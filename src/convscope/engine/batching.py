@@ -43,6 +43,15 @@ def forward_batch_size(model: Model, memory: int) -> int:
     return batch_size(model, forward_bytes(model), memory, cache_friendly_batch_size(model))
 
 
+def resumed_batch_size(model: Model, layer: Layer, memory: int) -> int:
+    """Return the batch size for passes that start at a layer's output."""
+    largest = max(entry.size for entry in model.layers[model.layers.index(layer) :])
+    fraction = largest / max(1, model.layers.largest_output())
+    cached = MAX_BATCH if model.device.type != "cpu" else int(2 * CACHE_BYTES // (4 * largest))
+    max_batch = max(MIN_FORWARD_BATCH, min(MAX_BATCH, cached))
+    return batch_size(model, fraction * forward_bytes(model), memory, max_batch)
+
+
 def cache_friendly_batch_size(
     model: Model, layer: str | None = None, pixels: int | None = None, *, with_gradients: bool = False
 ) -> int:
