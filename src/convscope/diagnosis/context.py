@@ -10,6 +10,7 @@ from torch import Tensor
 from convscope.diagnosis.observations import Observations
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
+from convscope.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class DiagnosisContext:
         Called as ``report_progress(done, total)``; what it raises cancels cleanly.
     memory : int
         Bytes that intermediate results may take.
+    store : Store or None
+        A scan of the same images with the same weights, for statistics and examples of units.
     """
 
     model: Model
@@ -38,3 +41,4 @@ class DiagnosisContext:
     seed: int
     report_progress: Callable[[int, int], None]
     memory: int
+    store: Store | None = None

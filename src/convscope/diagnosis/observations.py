@@ -24,6 +24,7 @@ class Observations:
     classes : tuple of str
         Names of the network's K classes.
     logits : ndarray of shape (N, K), float16 or float32
+        Their softmax is the network's probabilities, also of a network with a single, binary output.
     features : ndarray of shape (N, C), float16
         The layer's activations, mean over positions.
     peaks : ndarray of shape (N, C), float16
@@ -65,4 +66,4 @@ class Observations:
     @cached_property
     def is_correct(self) -> np.ndarray:
         """Which images (N,) are classified as labelled; False without a label."""
-        return self.predictions == self.labels
+        return np.asarray(self.predictions == self.labels, bool)

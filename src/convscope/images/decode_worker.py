@@ -44,14 +44,21 @@ _Header = Mapping[str, object]
 
 
 class DecodedImage(NamedTuple):
-    """Pixels (H, W, C), uint8 or float32 in about [0, 1]; for a network's input also its geometry and a thumbnail."""
+    """Pixels (H, W, C), uint8 or float32 in about [0, 1]; for a network's input also its geometry and a thumbnail.
+
+    `measurements` (F,) float32 are those of the image at its own size, if any were requested.
+    """
 
     pixels: Pixels
     geometry: Geometry | None = None
     thumbnail: npt.NDArray[np.uint8] | None = None
+    measurements: npt.NDArray[np.float32] | None = None
 
 
 Reply = DecodedImage | str  # a string says why the image cannot be used
+
+Measure = Callable[[Sequence[Image.Image], bytes | None], npt.NDArray[np.float32]]
+"""Takes a decoded image, as `ImageBatchLoader.decoded` returns it, and the content of its file, if it has one."""
 
 
 class DecodeTask(Protocol):
@@ -72,12 +79,15 @@ class NetworkInputTask:
         files' contents are sent with the requests.
     preprocessing, fit, max_pixels
         As of `ImageBatchLoader`. Raises ConvscopeError for options that do not fit together.
+    measure : callable, optional
+        Measures the image at its own size.
     """
 
     read: Callable[[int], object] | None
     preprocessing: Preprocessing
     fit: str
     max_pixels: int
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         self._loader(b"")
@@ -89,8 +99,13 @@ class NetworkInputTask:
     def decode(self, index: int, content: bytes | None = None) -> Reply:
         """Decode one image; an error becomes the reason in one line."""
         try:
-            pixels, geometry = self._loader(content if self.read is None else self.read(index)).pixels(0)
-            return DecodedImage(pixels, geometry, thumbnail(pixels))
+            item = content if self.read is None else self.read(index)
+            loader = self._loader(item)
+            channels = loader.decoded(0)
+            pixels, geometry = loader.resized(channels)
+            encoded = item if isinstance(item, bytes) else None
+            measurements = None if self.measure is None else self.measure(channels, encoded)
+            return DecodedImage(pixels, geometry, thumbnail(pixels), measurements)
         except Exception as error:  # noqa: BLE001 - any error is that of the image, such as too little memory
             return _reason(error)
 
@@ -195,11 +210,14 @@ def _send_reply(stream: IO[bytes], reply: Reply) -> None:
     if isinstance(reply, str):
         _send(stream, {"error": reply})
         return
-    pixels, geometry, small = reply
+    pixels, geometry, small, measurements = reply
     header: dict[str, object] = {"shape": pixels.shape, "dtype": str(pixels.dtype), "has_thumbnail": small is not None}
     if geometry is not None:
         header |= {"image_size": geometry.image_size, "box": geometry.box}
-    _send(stream, header, pixels.tobytes() + (b"" if small is None else small.tobytes()))
+    if measurements is not None:
+        header |= {"num_measurements": len(measurements)}
+    parts = [part.tobytes() for part in (pixels, small, measurements) if part is not None]
+    _send(stream, header, b"".join(parts))
 
 
 def _receive_reply(stream: IO[bytes]) -> Reply | None:
@@ -212,14 +230,17 @@ def _receive_reply(stream: IO[bytes]) -> Reply | None:
     kind, shape = header["dtype"], header["shape"]
     if kind not in ("uint8", "float32") or not isinstance(shape, list):
         raise ValueError(f"the worker sent an array of {kind}")
-    small = content[len(content) - THUMBNAIL_SIDE**2 * 3 :] if header["has_thumbnail"] else None
-    pixels = np.frombuffer(content, str(kind), count=int(np.prod(shape))).reshape(shape)
+    array = np.frombuffer(content, str(kind), count=int(np.prod(shape))).reshape(shape)
+    end, small, measurements = array.nbytes, None, None
+    if header["has_thumbnail"]:
+        small = np.frombuffer(content, np.uint8, THUMBNAIL_SIDE**2 * 3, end)
+        small, end = small.reshape(THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), end + small.nbytes
+    if isinstance(count := header.get("num_measurements"), int):
+        measurements = np.frombuffer(bytes(content[end:]), np.float32, count)
     geometry = None
     if isinstance(size := header.get("image_size"), list) and isinstance(box := header["box"], list):
         geometry = Geometry(tuple(size), tuple(box))
-    if small is None:
-        return DecodedImage(pixels, geometry)
-    return DecodedImage(pixels, geometry, np.frombuffer(small, np.uint8).reshape(THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3))
+    return DecodedImage(array, geometry, small, measurements)
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------

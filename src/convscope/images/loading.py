@@ -207,7 +207,7 @@ class ImageBatchLoader:
         return pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
 
     def pixels(self, index: int) -> tuple[Array, Geometry]:
-        """Resize one image to the network's size; `unit_pixels` and `normalize` make it the network's input.
+        """Decode and resize one image to the network's size; `unit_pixels` and `normalize` make it the input.
 
         Parameters
         ----------
@@ -226,15 +226,21 @@ class ImageBatchLoader:
         ConvscopeError
             If the image cannot be used, and for preprocessed tensors.
         """
-        return self._resize(self._items[index])
+        return self.resized(self.decoded(index))
 
-    def _resize(self, item: Item) -> tuple[Array, Geometry]:
+    def decoded(self, index: int) -> list[Image.Image]:
+        """Decode one image, upright and opaque: as an image of mode RGB or L, or as one of mode F per channel."""
+        item = self._items[index]
         if isinstance(item, Tensor):
             raise ConvscopeError("is a preprocessed tensor, which has no pixels")
+        is_gray = self.preprocessing.channel_order == "L" and self.preprocessing.transform is None
+        return self._channels(item, "L" if is_gray else "RGB")
+
+    def resized(self, channels: list[Image.Image]) -> tuple[Array, Geometry]:
+        """Resize a decoded image as `pixels` does."""
         if self.preprocessing.transform is not None:
-            x, geometry = self._transform(item, self.preprocessing.transform)
+            x, geometry = self._transform(channels, self.preprocessing.transform)
             return self.preprocessing.denormalize(x[None])[0].permute(1, 2, 0).numpy(), geometry
-        channels = self._channels(item, "L" if self.preprocessing.channel_order == "L" else "RGB")
         resized = [FITS[self.fit](channel, self.preprocessing, self.max_pixels) for channel in channels]
         geometry = Geometry((channels[0].height, channels[0].width), resized[0][1])
         if not self._enlargement_notes:  # of the first image that has one
@@ -242,11 +248,8 @@ class ImageBatchLoader:
             self.notes += self._enlargement_notes
         return np.dstack([pixels for pixels, _ in resized]), geometry
 
-    def _transform(
-        self, item: str | io.BytesIO | Image.Image | Array, transform: ImageTransform
-    ) -> tuple[Tensor, Geometry]:
+    def _transform(self, channels: list[Image.Image], transform: ImageTransform) -> tuple[Tensor, Geometry]:
         """Return what the user's own transform makes of an image, and where that lies in the image."""
-        channels = self._channels(item, "RGB")
         image = channels[0] if len(channels) == 1 else merge_floats(channels)
         x, box = transform(image)
         x = check_tensor(x, self.preprocessing)
@@ -263,9 +266,9 @@ class ImageBatchLoader:
                 self.notes += [f"{self.names[index]}: {note}" for note in self._tensor_notes]
             x = interpolate(x[None], self._scale)[0]
         elif self.preprocessing.transform is not None:
-            x, geometry = self._transform(item, self.preprocessing.transform)
+            x, geometry = self._transform(self.decoded(index), self.preprocessing.transform)
         else:
-            values, geometry = self._resize(item)
+            values, geometry = self.pixels(index)
             x = self.preprocessing.normalize(unit_pixels(values[None]))[0]
         self._input_size = self._input_size or tuple(x.shape[1:])
         if x.shape[1:] != self._input_size:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from convscope.arguments import check_arguments
 from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
@@ -27,10 +25,10 @@ from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.results import local_folder, versions, write_json
 from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics
-from convscope.scanning.decoding import PrefetchingDecoder
+from convscope.scanning.decoding import PrefetchingDecoder, default_workers
+from convscope.scanning.folders import locked, read_identity
 from convscope.scanning.merge import ShardMerger
 from convscope.scanning.plan import (
-    IDENTITY_KEYS,
     ScanPlan,
     choose_shard_size,
     require_same_scan,
@@ -39,8 +37,6 @@ from convscope.scanning.plan import (
 from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, scan_shard, shard_file_name, write_shard
 from convscope.sources.coercion import ModelLike, as_model
 from convscope.store.store import Store, open_store
-
-MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than decoding
 
 
 @warns_of_failures
@@ -154,7 +150,7 @@ def scan(
     label_classes = match_classes(catalogue.label_names, model.classes, model.num_outputs)
     targets = ScanTargets({name: _num_units(model, name) for name in names}, catalogue.labels, label_classes)
     job = _ScanJob(model, plan, targets, catalogue)
-    with progress_bar(progress, "scan") as report, _locked(store):
+    with progress_bar(progress, "scan") as report, locked(store):
         if not _is_finished(store, identity):
             _scan_missing(job, store, workers, ray, partial(build_catalogue, dataset, storage=storage), report)
             _merge(job, store, identity)
@@ -295,7 +291,7 @@ def _results(
     if not shards:
         return
     if ray is None:
-        num_workers = _default_workers(plan.num_images) if workers is None else workers
+        num_workers = default_workers(plan.num_images) if workers is None else workers
         for step in job.scan_shards(shards, num_workers):
             done += step if isinstance(step, int) else 0
             yield done if isinstance(step, int) else step
@@ -310,10 +306,6 @@ def _results(
         yield done
 
 
-def _default_workers(num_images: int) -> int:
-    return max(0, (os.cpu_count() or 1) - 1) if num_images > MIN_IMAGES_FOR_WORKERS else 0
-
-
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -326,18 +318,10 @@ def _is_finished(store: Path, identity: Mapping[str, object]) -> bool:
     """Whether the store is finished; otherwise begin it. Raises ConvscopeError if it belongs to another scan."""
     for name in ("manifest.json", "plan.json"):
         if (store / name).exists():
-            require_same_scan(_read_identity(store / name), identity, str(store))
+            require_same_scan(read_identity(store / name), identity, str(store))
             return name == "manifest.json"
     write_json(store / "plan.json", identity)
     return False
-
-
-def _read_identity(file: Path) -> dict[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvscopeError(f"{file} is damaged: {error}; give another folder, or remove this one") from error
-    return {key: content.get(key) for key in IDENTITY_KEYS}
 
 
 def _merge(job: _ScanJob, store: Path, identity: Mapping[str, object]) -> None:
@@ -375,17 +359,3 @@ def _remove_temporary(store: Path) -> None:
     (store / "plan.json").unlink(missing_ok=True)
     for temporary in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
         temporary.unlink()
-
-
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Lock the store's folder, and convert errors of the disk to ConvscopeError."""
-    lock = FileLock(store / ".lock", blocking=False)
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        with lock:
-            yield
-    except Timeout as error:
-        raise ConvscopeError(f"{store} is being written by another process; wait, or give another folder") from error
-    except OSError as error:
-        raise ConvscopeError(f"cannot write into {store}: {error.strerror or error}; rerun to resume") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import threading
@@ -21,6 +22,7 @@ from convscope.errors import ConvscopeError, require_int, require_number
 from convscope.images.decode_worker import (
     THUMBNAIL_SIDE,
     DecodeWorker,
+    Measure,
     NetworkInputTask,
     Pixels,
     Reply,
@@ -33,6 +35,12 @@ from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.images.preprocessing import Preprocessing
 
 WORKER_DIED = "its decoding ended the worker process"
+MIN_IMAGES_FOR_WORKERS = 128  # below this, starting processes takes longer than decoding
+
+
+def default_workers(num_images: int) -> int:
+    """Return the number of processes that decode `num_images` images if none is requested."""
+    return max(0, (os.cpu_count() or 1) - 1) if num_images > MIN_IMAGES_FOR_WORKERS else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,8 @@ class DecodedBatch:
         The geometry of each image, None where it failed.
     thumbnails : uint8 array of shape (len(indices), 96, 96, 3)
         White where an image failed.
+    measurements : float32 array of shape (len(indices), F), or None
+        NaN where an image failed.
     """
 
     indices: tuple[int, ...]
@@ -59,6 +69,7 @@ class DecodedBatch:
     failed: dict[int, str]
     geometry: tuple[Geometry | None, ...]
     thumbnails: np.ndarray
+    measurements: np.ndarray | None = None
 
 
 class PrefetchingDecoder:
@@ -76,6 +87,8 @@ class PrefetchingDecoder:
         Number of processes; 0 decodes in this process, when a batch is requested.
     timeout : float
         Seconds that an image may take in a worker.
+    measure : callable, optional
+        Measures each image at its own size, as of `NetworkInputTask`; the workers import it.
 
     Attributes
     ----------
@@ -97,20 +110,21 @@ class PrefetchingDecoder:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         workers: int = 0,
         timeout: float = 60.0,
+        measure: Measure | None = None,
     ) -> None:
         require_int("workers", workers, 0)
         require_number("timeout", timeout, above=0)
         self.wait_time = 0.0
         self.workers: list[DecodeWorker] = []
         self._catalogue, self._num_workers, self._timeout = catalogue, workers, timeout
-        self._task = NetworkInputTask(catalogue.read, preprocessing, fit, max_pixels)
+        self._task = NetworkInputTask(catalogue.read, preprocessing, fit, max_pixels, measure)
         self._writer = _InputWriter(preprocessing)
         self._lock, self._closed = threading.Lock(), False
         self._idle: queue.SimpleQueue[DecodeWorker | None] = queue.SimpleQueue()  # None: a worker to be started
         for _ in range(workers):
             self._idle.put(None)
         if workers:
-            content_only = NetworkInputTask(None, preprocessing, fit, max_pixels)
+            content_only = NetworkInputTask(None, preprocessing, fit, max_pixels, measure)
             self._pickled_task = _pickle(content_only if catalogue.reader.in_memory else self._task)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="convscope-decoder")
 
@@ -262,7 +276,15 @@ class PrefetchingDecoder:
                 if reply.thumbnail is not None:
                     thumbnails[row] = reply.thumbnail
                 self._writer.write(reply.pixels, x[row])
-        return DecodedBatch(ids, x, failed, tuple(geometry), thumbnails)
+        return DecodedBatch(ids, x, failed, tuple(geometry), thumbnails, _stack_measurements(replies))
+
+
+def _stack_measurements(replies: Sequence[Reply]) -> np.ndarray | None:
+    """Stack the measurements (n, F) of images, NaN where one failed; None if there are none."""
+    rows = [None if isinstance(reply, str) else reply.measurements for reply in replies]
+    width = max((len(row) for row in rows if row is not None), default=0)
+    missing = np.full(width, np.nan, np.float32)
+    return np.stack([missing if row is None else row for row in rows]) if width else None
 
 
 class _InputWriter:

@@ -14,8 +14,8 @@ from convscope.store.schema import FORMAT
 
 
 @dataclass(frozen=True)
-class ScanPlan:
-    """How the images of a scan are divided.
+class ShardPlan:
+    """How the images of a pass over a data set are divided.
 
     The plan alone decides which images are computed together: workers, failures and the order of events have no
     influence on a single bit.
@@ -27,27 +27,11 @@ class ScanPlan:
         Images that go through the network together.
     shard_size : int
         Images that are written together; the last shard may be shorter.
-    k : int
-        Number of top and bottom images of each unit.
-    sample_size : int
-        Images on which every unit's maximum is stored.
-    fit, max_pixels
-        As of `ImageBatchLoader`.
-    num_threads : int
-        Threads that the network computes with.
-    compiled : bool
-        Whether the network is compiled.
     """
 
     num_images: int
     batch_size: int
     shard_size: int
-    k: int
-    sample_size: int
-    fit: str
-    max_pixels: int
-    num_threads: int
-    compiled: bool
 
     @property
     def num_shards(self) -> int:
@@ -64,6 +48,32 @@ class ScanPlan:
             images = self.shard_images(shard)
             for start in range(images.start, images.stop, self.batch_size):
                 yield range(start, min(start + self.batch_size, images.stop))
+
+
+@dataclass(frozen=True)
+class ScanPlan(ShardPlan):
+    """How the images of a scan are divided, and what is computed.
+
+    Attributes
+    ----------
+    k : int
+        Number of top and bottom images of each unit.
+    sample_size : int
+        Images on which every unit's maximum is stored.
+    fit, max_pixels
+        As of `ImageBatchLoader`.
+    num_threads : int
+        Threads that the network computes with.
+    compiled : bool
+        Whether the network is compiled.
+    """
+
+    k: int
+    sample_size: int
+    fit: str
+    max_pixels: int
+    num_threads: int
+    compiled: bool
 
     def sample_images(self) -> np.ndarray:
         """Return the ids (R,) int64, ascending, of the images in the sample: those with the lowest hashes."""
@@ -110,22 +120,29 @@ def scan_identity(
     return identity
 
 
-def require_same_scan(existing: Mapping[str, object], requested: Mapping[str, object], location: str) -> None:
-    """Raise ConvscopeError, listing the differences, if a store belongs to another scan or an older format."""
+def require_same_scan(
+    existing: Mapping[str, object], requested: Mapping[str, object], location: str, run: str = "scan"
+) -> None:
+    """Raise ConvscopeError, listing the differences, if a folder belongs to another scan or an older format.
+
+    `run` says what the folder is of, where that is no scan.
+    """
     if existing.get("format") != requested["format"]:
+        kind = "store format" if run == "scan" else "format"
         raise ConvscopeError(
-            f"{location} has store format {existing.get('format')!r}, expected {requested['format']}; "
-            "rerun the scan with a new folder"
+            f"{location} has {kind} {existing.get('format')!r}, expected {requested['format']}; "
+            f"rerun the {run} with a new folder"
         )
     theirs, ours = _flatten(existing), _flatten(requested)
+    container = "store" if run == "scan" else "folder"
     differences = [
-        f"{key}: {_short(theirs.get(key))} in the store, {_short(ours.get(key))} requested"
+        f"{key}: {_short(theirs.get(key))} in the {container}, {_short(ours.get(key))} requested"
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key)
     ]
     if differences:
         raise ConvscopeError(
-            f"{location} belongs to another scan ({'; '.join(differences[:6])}{'; ...' * (len(differences) > 6)}); "
+            f"{location} belongs to another {run} ({'; '.join(differences[:6])}{'; ...' * (len(differences) > 6)}); "
             "give another folder, or the same settings"
         )
 
