@@ -235,7 +235,7 @@ def test_code_blocks_run(document: str, workspace: Path, monkeypatch: pytest.Mon
     for block in code_blocks(document):
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + shorten(block.text), document, "exec"), namespace)
-        else:
+        elif block.language != "json":
             for words in shell_commands(block.text):
                 run_command(words, monkeypatch)
     for value in namespace.values():

@@ -24,6 +24,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "atlas"),
     "Explorer": ("serve", "publish"),
+    "Agents": ("mcp",),
 }
 """The commands, in the order and under the headings of ``convscope --help``."""
 

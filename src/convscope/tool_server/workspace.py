@@ -1,0 +1,87 @@
+"""What all tools share: the networks, the files, the limits, and one call at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convscope.engine.text_targets import TextTarget, text_target
+from convscope.errors import ConvscopeError
+from convscope.suggestions import suggest
+from convscope.tool_server.files import AllowedFiles
+from convscope.tool_server.limits import Limits
+
+if TYPE_CHECKING:
+    from convscope.engine.model import Model
+    from convscope.results import Result
+    from convscope.store.store import Store
+
+
+@dataclass(eq=False)
+class Workspace:
+    """The networks, files and limits of a server.
+
+    Attributes
+    ----------
+    loaders : mapping of str to callable
+        For each network that the server offers a function that loads it; the first is the default.
+    files : AllowedFiles
+    limits : Limits
+    lock : Lock
+        Held while a tool computes.
+    """
+
+    loaders: Mapping[str, Callable[[], Model]]
+    files: AllowedFiles
+    limits: Limits
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _models: dict[str, Model] = field(default_factory=dict)
+
+    @property
+    def model_names(self) -> list[str]:
+        """The names of the networks."""
+        return list(self.loaders)
+
+    def model(self, name: str | None) -> Model:
+        """Return a network, loaded when it is first used; raise ConvscopeError for one that is not offered."""
+        name = name or self.model_names[0]
+        if name not in self.loaders:
+            raise ConvscopeError(
+                f"model {name!r} is not offered by this server; {suggest(name, self.model_names)}; "
+                "the person who runs the server adds networks: `convscope mcp MODEL MODEL ...`"
+            )
+        if name not in self._models:
+            self._models[name] = self.loaders[name]()
+        return self._models[name]
+
+    def images(self, paths: Sequence[str]) -> list[str]:
+        """Return the image files that paths name, within the limits."""
+        return self.files.images(paths, self.limits.images)
+
+    def store(self, path: str) -> Store:
+        """Open a store that may be read; originals of its images are shown only where they may be read too."""
+        from convscope.store.store import open_store
+        from convscope.tool_server.store_images import RestrictedImages
+
+        store = open_store(self.files.existing(path))
+        store.images = RestrictedImages(store, self.files)
+        return store
+
+    def save(self, result: Result, name: str | None) -> Path | None:
+        """Save a result in a folder of this name inside of the output folder; do nothing without a name."""
+        return None if name is None else result.save(self.files.output(name))
+
+
+Targets = list[list[int]] | list[TextTarget] | None
+
+
+def parse_targets(model: Model, names: Sequence[str | int] | None, num_images: int) -> Targets:
+    """Return the targets for each image, or None: classes, or texts if the network has image embeddings instead."""
+    if not names:
+        return None
+    if model.dual_encoder is not None and model.classes is None:
+        return [text_target(str(name)) for name in names]
+    return [[model.class_index(name) for name in names]] * num_images
