@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from convscope.decomposition.result import Atlas, Concepts
     from convscope.detection.api import detect
     from convscope.detection.result import Detections
+    from convscope.diagnosis.api import diagnose
+    from convscope.diagnosis.result import Diagnosis
     from convscope.editing.activation_patching import patch
     from convscope.editing.api import edit
     from convscope.editing.result import Effects, Patching
@@ -68,6 +70,7 @@ __all__ = [
     "ConvscopeError",
     "ConvscopeWarning",
     "Detections",
+    "Diagnosis",
     "Effects",
     "Evaluation",
     "Heatmaps",
@@ -86,6 +89,7 @@ __all__ = [
     "compare",
     "concepts",
     "detect",
+    "diagnose",
     "edit",
     "effects",
     "evaluate",
@@ -119,6 +123,7 @@ _TARGETS = {
     "ConvscopeError": "convscope.errors:ConvscopeError",
     "ConvscopeWarning": "convscope.errors:ConvscopeWarning",
     "Detections": "convscope.detection.result:Detections",
+    "Diagnosis": "convscope.diagnosis.result:Diagnosis",
     "Effects": "convscope.editing.result:Effects",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
@@ -137,6 +142,7 @@ _TARGETS = {
     "compare": "convscope.evaluation.comparison:compare",
     "concepts": "convscope.decomposition.craft:concepts",
     "detect": "convscope.detection.api:detect",
+    "diagnose": "convscope.diagnosis.api:diagnose",
     "edit": "convscope.editing.api:edit",
     "effects": "convscope.editing.unit_effects:effects",
     "evaluate": "convscope.evaluation.api:evaluate",

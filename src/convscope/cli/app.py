@@ -22,7 +22,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
     "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "effects", "patch"),
     "Patterns": ("patterns", "story"),
-    "Data sets": ("scan", "atlas"),
+    "Data sets": ("scan", "diagnose", "atlas"),
     "Explorer": ("serve", "publish"),
     "Agents": ("mcp",),
 }

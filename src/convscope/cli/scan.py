@@ -23,8 +23,8 @@ def scan(
         list[str],
         typer.Argument(
             metavar="DATA",
-            help="A folder, glob, list of files (.txt), tar files, Parquet files, torchvision:NAME:ROOT or a Hugging "
-            "Face folder; local, or at any address that fsspec supports.",
+            help="A folder, glob, list of files (.txt, .csv), tar files, Parquet files, torchvision:NAME:ROOT or a "
+            "Hugging Face folder; local, or at any address that fsspec supports.",
         ),
     ],
     layers: Annotated[

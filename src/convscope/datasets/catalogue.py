@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ACCEPTED = (
-    "a folder, a glob, a .txt file of addresses, .tar files, .parquet files, torchvision:NAME:ROOT, a folder written "
-    "by Hugging Face's save_to_disk, a list of addresses or images, an array (N, H, W, 3), or a data set object"
+    "a folder, a glob, a .txt or .csv file of addresses, .tar files, .parquet files, torchvision:NAME:ROOT, a folder "
+    "written by Hugging Face's save_to_disk, a list of addresses or images, an array (N, H, W, 3), or a data set object"
 )
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _NAMES_PER_HASH = 1 << 14  # names that are hashed at a time
@@ -88,6 +88,7 @@ def build_catalogue(data: object, *, storage: Mapping[str, object] | None = None
         - a folder: its images at any depth, sorted by name; its direct subfolders are the classes;
         - a glob;
         - a .txt file: one location per line, optionally followed by a tab and a label;
+        - a .csv file with the columns image and, optionally, label;
         - WebDataset tars, uncompressed: KEY.jpg with KEY.cls or KEY.json;
         - Parquet with a column of bytes or of struct<bytes, path>, and a column label, labels or cls;
         - a folder of Hugging Face's `save_to_disk`;
@@ -168,6 +169,8 @@ def _index_location(location: str, storage: Storage) -> DatasetIndex:
     if kind == "file":
         if location.endswith(".txt"):
             return readers_files.index_text_list(storage, location)
+        if location.endswith(".csv"):
+            return readers_files.index_csv(storage, location)
         index = _index_packed([location], storage)
         if index is None and not readers_files.has_image_extension(location):
             raise ConvscopeError(f"{location} is not a known kind of data set; expected {_ACCEPTED}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -21,6 +23,8 @@ from convscope.errors import ConvscopeError
 from convscope.images.failures import one_line
 
 _IMAGE_EXTENSION = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|gif|tiff?|bmp|p[pgbn]m|jp2|j2k|jpf|avif|npy)", re.IGNORECASE)
+_IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename")  # of CSV files
+_LABEL_COLUMNS = ("label", "class")
 _MAX_LABEL_BYTES = 1 << 20  # of a label file in a tar
 
 
@@ -96,6 +100,36 @@ def index_text_list(storage: Storage, location: str) -> DatasetIndex:
         labels.append(parse_label(sys.intern(rest.partition("\t")[0])))
     index = index_locations(storage, locations)
     index.labels = labels_or_none(labels)
+    return index
+
+
+def index_csv(storage: Storage, location: str) -> DatasetIndex:
+    """Index the images that a CSV file lists: a heading, then one row per image, with its location and its label.
+
+    The columns are image (or path, file, file_name, filename) and, if there are labels, label (or class). Relative
+    paths start from the folder of the file. Raises ConvscopeError for other columns, and if it is not UTF-8 text.
+    """
+    try:
+        with storage.open(location) as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConvscopeError(f"{location} is not UTF-8 text: {error}") from error
+    heading, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    names = [name.strip().casefold() for name in heading]
+    image_column, label_column = (
+        next((names.index(name) for name in accepted if name in names), None)
+        for accepted in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
+    )
+    if image_column is None:
+        raise ConvscopeError(
+            f"{location} has the columns {', '.join(heading) or '(none)'}; expected a heading with image and label"
+        )
+    folder = location.rpartition("/")[0]
+    rows = [row for row in rows if len(row) > image_column and row[image_column].strip()]
+    index = index_locations(storage, [_resolve(folder, row[image_column].strip()) for row in rows])
+    if label_column is not None:
+        labels = [parse_label(sys.intern(row[label_column])) if len(row) > label_column else None for row in rows]
+        index.labels = labels_or_none(labels)
     return index
 
 

@@ -70,8 +70,9 @@ def scan(
     model : Model, nn.Module, Keras model or str
         From `convscope.load`, or anything that it takes.
     dataset : str, path, sequence, array or data set object
-        A folder, a glob, a .txt list, WebDataset tars, Parquet files with images, a data set of torchvision or Hugging
-        Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec supports.
+        A folder, a glob, a .txt or .csv list, WebDataset tars, Parquet files with images, a data set of torchvision or
+        Hugging Face, or images in any form that `convscope.predict` takes. Paths are local, or URLs that fsspec
+        supports.
     out : path
         The folder of the store, on a local disk. A finished store can be copied to any address and read there.
     layers : str, Layer, nn.Module or sequence of these, optional
