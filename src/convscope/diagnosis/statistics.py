@@ -1,12 +1,14 @@
-"""Intervals and tests of proportions, and the correction of p-values for the number of tests."""
+"""Intervals and tests of proportions and counts, and the correction of p-values for the number of tests."""
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -95,6 +97,44 @@ def binomial_tail(successes: int, trials: int, probability: float) -> float:
     logs = factorials[trials] - factorials[k] - factorials[trials - k]
     logs += k * np.log(probability) + (trials - k) * np.log1p(-probability)
     return float(min(1.0, np.exp(logs).sum()))
+
+
+def poisson_interval(count: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of the mean of a Poisson count.
+
+    ::
+
+        c + z^2 / 2 +- z sqrt(c + z^2 / 4)
+
+    Parameters
+    ----------
+    count : int
+    level : float
+        Confidence level.
+
+    Returns
+    -------
+    low, high : float
+    """
+    z = normal_quantile(level)
+    middle, half = count + z**2 / 2, z * math.sqrt(count + z**2 / 4)
+    return max(0.0, middle - half), middle + half
+
+
+def poisson_tail(count: int, mean: float) -> float:
+    """Return the probability of at least `count` events where `mean` are expected.
+
+    For a sum of independent events of different probabilities it is a conservative p-value, since the variance of the
+    sum is below its mean.
+
+    Parameters
+    ----------
+    count : int
+    mean : float
+    """
+    if count <= 0:
+        return 1.0
+    return float(torch.special.gammainc(torch.tensor(count, dtype=torch.float64), torch.tensor(mean).double()))
 
 
 def benjamini_hochberg(p_values: npt.ArrayLike, num_tests: int | None = None) -> Floats:
