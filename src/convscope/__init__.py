@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from convscope.detection.result import Detections
     from convscope.diagnosis.api import diagnose
     from convscope.diagnosis.result import Diagnosis
+    from convscope.dictionaries.api import dictionary
+    from convscope.dictionaries.result import Dictionary
     from convscope.editing.activation_patching import patch
     from convscope.editing.api import edit
     from convscope.editing.result import Effects, Patching
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from convscope.names import methods, metrics, recipes
     from convscope.naming.api import name_units
     from convscope.predictions import Predictions, predict
-    from convscope.saved import open
+    from convscope.saved import load_dictionary, open
     from convscope.scanning.api import scan
     from convscope.sources.api import load
     from convscope.store.store import Store, open_store
@@ -71,6 +73,7 @@ __all__ = [
     "ConvscopeWarning",
     "Detections",
     "Diagnosis",
+    "Dictionary",
     "Effects",
     "Evaluation",
     "Heatmaps",
@@ -90,11 +93,13 @@ __all__ = [
     "concepts",
     "detect",
     "diagnose",
+    "dictionary",
     "edit",
     "effects",
     "evaluate",
     "heatmaps",
     "load",
+    "load_dictionary",
     "locate",
     "methods",
     "metrics",
@@ -124,6 +129,7 @@ _TARGETS = {
     "ConvscopeWarning": "convscope.errors:ConvscopeWarning",
     "Detections": "convscope.detection.result:Detections",
     "Diagnosis": "convscope.diagnosis.result:Diagnosis",
+    "Dictionary": "convscope.dictionaries.result:Dictionary",
     "Effects": "convscope.editing.result:Effects",
     "Evaluation": "convscope.evaluation.result:Evaluation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
@@ -143,11 +149,13 @@ _TARGETS = {
     "concepts": "convscope.decomposition.craft:concepts",
     "detect": "convscope.detection.api:detect",
     "diagnose": "convscope.diagnosis.api:diagnose",
+    "dictionary": "convscope.dictionaries.api:dictionary",
     "edit": "convscope.editing.api:edit",
     "effects": "convscope.editing.unit_effects:effects",
     "evaluate": "convscope.evaluation.api:evaluate",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",
+    "load_dictionary": "convscope.saved:load_dictionary",
     "locate": "convscope.attribution.locations:locate",
     "methods": "convscope.names:methods",
     "metrics": "convscope.names:metrics",

@@ -1,7 +1,8 @@
 """Names of heatmap methods, recipes and metrics, each with one line of description, as plain text.
 
 The command line refuses an unknown name by these tables, before it spends seconds on importing PyTorch. A test keeps
-them equal to the tables of functions: `attribution.registry`, `featurevis.recipes` and `evaluation.registry`.
+them equal to the tables of functions: `attribution.registry`, `featurevis.recipes`, `dictionaries.methods.registry` and
+`evaluation.registry`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ RECIPE_DESCRIPTIONS = {
     "maco": "phases of a natural spectrum, with opacity",
     "dream": "a photograph, changed to excite a layer or units",
     "caricature": "exaggerates what a layer responds to in a photograph",
+}
+
+DICTIONARY_DESCRIPTIONS = {
+    "topk": "the largest features of each position; the default",
 }
 
 METRIC_DESCRIPTIONS = {

@@ -19,6 +19,8 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
 from convscope.detection.result import Detections
+from convscope.dictionaries.files import read_weights
+from convscope.dictionaries.result import Dictionary
 from convscope.editing.result import Effects, Patching
 from convscope.engine.model import Model
 from convscope.engine.model_description import ModelDescription
@@ -156,6 +158,40 @@ def open(folder: str | os.PathLike[str]) -> Result | Store:
         raise ConvscopeError(f"{path} cannot be opened: {error}; it is damaged or of another version") from error
 
 
+@check_arguments
+def load_dictionary(path: str | os.PathLike[str]) -> Dictionary:
+    """Load a sparse dictionary. Nothing is unpickled.
+
+    Parameters
+    ----------
+    path : path
+        A folder that ``dictionary.save(folder)`` has written.
+
+    Returns
+    -------
+    Dictionary
+        Its `model` is a description in place of the network: give the network to `Dictionary.encode` and
+        `Dictionary.attach`.
+
+    Raises
+    ------
+    ConvscopeError
+        If there is no dictionary, or one that cannot be read.
+
+    Examples
+    --------
+    >>> import convscope
+    >>> photos = convscope.samples.photographs()
+    >>> dictionary = convscope.dictionary("lite0", photos, "blocks.6", features=64, active=8, steps=5)
+    >>> convscope.load_dictionary(dictionary.save("dictionary")).layer
+    'blocks.6'
+    """
+    result = open(path)
+    if not isinstance(result, Dictionary):
+        raise ConvscopeError(f"{path} holds {type(result).__name__}; expected a folder written by dictionary.save()")
+    return result
+
+
 def _read(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> SavedData:
     names = {int(index): name for index, name in manifest["class_names"].items()}
     failed = tuple(Failure(**failure) for failure in manifest["failed"])
@@ -245,6 +281,11 @@ def _effects(data: SavedData) -> Effects:
     return data.make(Effects, target_names=tuple(map(tuple, data.parameters["target_names"])))
 
 
+def _dictionary(data: SavedData) -> Dictionary:
+    weights = read_weights(data.folder).tensors()
+    return data.make(Dictionary, **{name: tensor.numpy() for name, tensor in weights.items()})
+
+
 def _patching(data: SavedData) -> Patching:
     images = data.image_source()
     return data.make(Patching, geometry=data.geometry(), image_sources=(images, images), image_indices=(0, 1))
@@ -260,6 +301,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "comparison": _comparison,
     "concepts": _concepts,
     "detections": _detections,
+    "dictionary": _dictionary,
     "effects": _effects,
     "evaluation": _evaluation,
     "heatmaps": partial(_heatmaps, kind=Heatmaps),

@@ -86,6 +86,10 @@ def edit(model: convscope.Model, images: list[str]) -> None:
         model, {"blocks.4": {17: 0.0, 31: "mean"}, "blocks.2": lambda maps: 2 * maps}, reference=images
     )
     assert_type(edited, convscope.Model)
+    dictionary = convscope.dictionary(model, images, "blocks.4", features=512)
+    assert_type(dictionary, convscope.Dictionary)
+    assert_type(dictionary.encode(model, images), np.ndarray)
+    assert_type(convscope.load_dictionary(dictionary.save("dictionary")).attach(model), convscope.Model)
     effects = convscope.effects(edited, images, "blocks.4", how="mean", labels=[0, 1])
     assert_type(effects, convscope.Effects)
     assert_type(effects.logits, np.ndarray)

@@ -20,7 +20,7 @@ from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
-    "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "effects", "patch"),
+    "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "dictionary", "effects", "patch"),
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "diagnose", "atlas"),
     "Explorer": ("serve", "publish"),
@@ -33,6 +33,7 @@ ALIASES: Mapping[str, str] = {
     "comparison": "compare",
     "concept": "concepts",
     "detections": "detect",
+    "dictionaries": "dictionary",
     "evaluation": "evaluate",
     "effect": "effects",
     "explore": "serve",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -30,12 +30,15 @@ class LayerEdit:
         What the edit does, such as "unit 17 set to 0".
     fingerprint : bytes
         Identifies the function and its values.
+    modules : mapping of str to nn.Module
+        Modules that the function calls, by the names under which they are layers of the edited model.
     """
 
     layer: Layer
     function: MapFunction
     description: str
     fingerprint: bytes
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def apply(self, output: object) -> object:
         """Return the layer's output with the function applied; raise ConvscopeError for another shape."""

@@ -129,7 +129,7 @@ class Model:
         return self.accelerate and self.loaded_by_convscope and not self.edits
 
     def modules_and_parameters(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-        """Return all layers by name, and all parameters.
+        """Return all layers by name, those of edits included, and all parameters of the network.
 
         Those of a user's own module are looked up on every call, since it may have changed.
         """
@@ -140,7 +140,8 @@ class Model:
         return self._look_up_parts()
 
     def _look_up_parts(self) -> tuple[dict[str, nn.Module], list[nn.Parameter]]:
-        return self.adapter.modules(self.module), list(self.adapter.parameters(self.module))
+        added = {name: module for edit in self.edits for name, module in edit.modules.items()}
+        return self.adapter.modules(self.module) | added, list(self.adapter.parameters(self.module))
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return self._cached_parts[1] if self.loaded_by_convscope else self.adapter.parameters(self.module)

@@ -146,8 +146,8 @@ def resume_from_layer(model: Model, layer: str, x: Tensor) -> Iterator[ResumedFo
 
 
 def _call(name: str) -> _Call:
-    module, _, number = name.partition("#")
-    return module, int(number or 1)
+    module, _, number = name.rpartition("#")
+    return (module, int(number)) if module and number.isdecimal() else (name, 1)
 
 
 class _PrefixCache:

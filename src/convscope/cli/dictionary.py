@@ -1,0 +1,62 @@
+"""`convscope dictionary`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed, choice
+from convscope.cli.output import finish, progress_bar
+from convscope.cli.parsing import open_image_arguments
+from convscope.cli.tables import Column, print_table
+from convscope.names import DICTIONARY_DESCRIPTIONS
+
+
+@command()
+def dictionary(
+    model: ModelName,
+    images: Images,
+    layer: Annotated[str, typer.Option(metavar="LAYER", help="The layer whose activations are decomposed.")],
+    features: Annotated[int, typer.Option(min=2, help="Number of features.")] = 4096,
+    method: Annotated[str, choice("How features are selected.", *DICTIONARY_DESCRIPTIONS)] = "topk",
+    active: Annotated[int, typer.Option(min=1, help="Features that are active at a position.")] = 32,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of 1024 positions. Default: by the number of positions.")
+    ] = None,
+    seed: Seed = 0,
+    *,
+    reading: ImageOptions,
+    out: Out = Path("convscope-dictionary"),
+    as_json: AsJson = False,
+    network_options: NetworkOptions,
+) -> None:
+    """Learn a sparse dictionary of a layer's activations.
+
+    The folder is loaded by convscope.load_dictionary; its attach() makes the features a layer of the network.
+    """
+    import convscope
+
+    inputs = open_image_arguments(images)
+    network = network_options.load(model)
+    with progress_bar("dictionary") as progress:
+        result = convscope.dictionary(
+            network,
+            inputs,
+            layer,
+            features=features,
+            method=method,
+            active=active,
+            steps=steps,
+            seed=seed,
+            fit=reading.fit,
+            max_pixels=reading.max_pixels,
+            progress=progress,
+        )
+    if not as_json:
+        columns = [Column("metric"), Column("value", right=True), Column("meaning", overflow="fold")]
+        rows = [(row["metric"], row["value"], row["meaning"]) for row in result.metric_rows()]
+        print_table(str(result).splitlines()[0], columns, rows)
+    finish(result, result.save(out), as_json)

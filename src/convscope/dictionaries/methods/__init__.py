@@ -1,0 +1,1 @@
+"""Methods of dictionary learning, one per file."""

@@ -1,0 +1,157 @@
+"""What the methods of dictionary learning share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convscope.dictionaries.encoder import DictionaryWeights
+from convscope.dictionaries.sparse import ActiveFeatures, decode, select
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a method is told.
+
+    Attributes
+    ----------
+    features : int
+        Number of features F.
+    active : int
+        Features per position that are active, k.
+    steps : int
+        Training steps in total.
+    """
+
+    features: int
+    active: int
+    steps: int
+
+
+@dataclass
+class Step:
+    """What one step of training gives.
+
+    Attributes
+    ----------
+    loss : Tensor
+        What is minimised.
+    reconstruction : Tensor
+        (B, C), detached.
+    fired : Tensor
+        (F,) at how many positions of the batch each feature is active.
+    scores : Tensor or None
+        (B, F) the values of all features before selection, for the auxiliary loss of dead features.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    fired: Tensor
+    scores: Tensor | None = None
+
+
+class Method(Protocol):
+    """A way to learn a dictionary of vectors that are centred on a bias, and 1 long on average.
+
+    Attributes
+    ----------
+    activation : str
+        How features are computed when the dictionary is done; see `FeatureEncoder`.
+    parameters : dict of str to Tensor
+        What is optimised; rows of "atoms", "encoder", "encoder_bias" and others belong to features.
+    """
+
+    activation: str
+    parameters: dict[str, Tensor]
+
+    def step(self, x: Tensor) -> Step:
+        """Return the loss on vectors x (B, C)."""
+
+    def renormalize(self) -> None:
+        """Bring the parameters back to their constraints after an update."""
+
+    def weights(self) -> DictionaryWeights:
+        """Return the dictionary."""
+
+
+class SparseAutoencoder:
+    """A linear encoder, a selection of features, and a linear decoder.
+
+    ::
+
+        z = W (x - b) + c;   f = selection of relu(z);   x' = f A + b;   loss = mean |x - x'|^2
+
+    W begins as A, whose rows have length 1. Subclasses select.
+
+    Parameters
+    ----------
+    settings : Settings
+    atoms : Tensor
+        (F, C) of length 1, with which training begins.
+    bias : Tensor
+        (C,).
+    """
+
+    activation = "topk"
+
+    def __init__(self, settings: Settings, atoms: Tensor, bias: Tensor) -> None:
+        self.settings = settings
+        self.parameters: dict[str, Tensor] = {
+            "atoms": atoms.clone().requires_grad_(),
+            "encoder": atoms.clone().requires_grad_(),
+            "encoder_bias": atoms.new_zeros(len(atoms)).requires_grad_(),
+            "bias": bias.clone().requires_grad_(),
+        }
+
+    @property
+    def atoms(self) -> Tensor:
+        """The atoms (F, C), with gradients."""
+        return self.parameters["atoms"]
+
+    def scores(self, centred: Tensor) -> Tensor:
+        """Return z (B, F), without gradients."""
+        p = self.parameters
+        with torch.no_grad():
+            return torch.addmm(p["encoder_bias"], centred, p["encoder"].T)
+
+    def select(self, scores: Tensor) -> tuple[Tensor, ActiveFeatures]:
+        """Return the values (n,) of the selected features, and which they are."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor) -> Step:
+        """Return the loss on vectors x (B, C)."""
+        p = self.parameters
+        centred = x - p["bias"].detach()
+        scores = self.scores(centred)
+        values, active = self.select(scores)
+        features = select(values, p["encoder"], p["encoder_bias"], centred, active).relu()
+        loss, reconstruction = self.reconstruct(x, features, active)
+        fired = self.count_fired(features.detach(), active)
+        return Step(loss, reconstruction.detach(), fired, scores)
+
+    def reconstruct(self, x: Tensor, features: Tensor, active: ActiveFeatures) -> tuple[Tensor, Tensor]:
+        """Return the loss of the reconstruction of x (B, C), and the reconstruction."""
+        reconstruction = decode(features, self.atoms, active) + self.parameters["bias"]
+        return (x - reconstruction).square().sum(1).mean(), reconstruction
+
+    def count_fired(self, features: Tensor, active: ActiveFeatures) -> Tensor:
+        """Return at how many positions each feature is above 0."""
+        return torch.bincount(active.columns[features > 0], minlength=self.settings.features)
+
+    def renormalize(self) -> None:
+        """Give the atoms length 1."""
+        with torch.no_grad():
+            atoms = self.parameters["atoms"]
+            atoms /= atoms.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def thresholds(self) -> Tensor:
+        """Return the thresholds (F,) of the features."""
+        return torch.zeros_like(self.parameters["encoder_bias"])
+
+    def weights(self) -> DictionaryWeights:
+        """Return the dictionary."""
+        p = {name: tensor.detach() for name, tensor in self.parameters.items()}
+        return DictionaryWeights(p["atoms"], p["encoder"], p["encoder_bias"], p["bias"], self.thresholds())

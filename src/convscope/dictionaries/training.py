@@ -1,0 +1,165 @@
+"""Training of a dictionary on vectors of positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convscope.dictionaries.dead_features import DeadFeatures, auxiliary_loss, restart
+from convscope.dictionaries.encoder import DictionaryWeights
+from convscope.dictionaries.methods.base import Method, Settings
+from convscope.dictionaries.methods.registry import METHODS
+from convscope.dictionaries.positions import PositionStore
+from convscope.errors import ConvscopeError
+
+BATCH = 1024  # positions
+MIN_STEPS, MAX_STEPS = 400, 3000
+EPOCHS = 40  # of default training
+LEARNING_RATE = 8e-3
+WARMUP, DECAY = 0.05, 0.5  # fractions of the steps
+RESTARTS = (0.15, 0.3, 0.45, 0.6)  # fractions of the steps at which dead features are restarted
+MEDIAN_STEPS, MEDIAN_ROWS = 20, 4096
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A dictionary after training.
+
+    Attributes
+    ----------
+    weights : DictionaryWeights
+        In the units of the activations.
+    activation : str
+        How features are computed; see `FeatureEncoder`.
+    history : ndarray of shape (steps,), float32
+        The explained variance of each batch.
+    """
+
+    weights: DictionaryWeights
+    activation: str
+    history: np.ndarray
+
+
+def default_steps(positions: int) -> int:
+    """Return the number of steps for so many positions."""
+    return min(MAX_STEPS, max(MIN_STEPS, math.ceil(EPOCHS * positions / BATCH)))
+
+
+def geometric_median(vectors: Tensor) -> Tensor:
+    """Return the point (C,) with the smallest sum of distances to vectors (n, C), by Weiszfeld's algorithm.
+
+    References
+    ----------
+    Weiszfeld and Plastria, On the point for which the sum of the distances to n given points is minimum, 2009.
+    """
+    point = vectors.mean(0)
+    for _ in range(MEDIAN_STEPS):
+        weights = 1 / (vectors - point).norm(dim=1).clamp_min(1e-8)
+        point = (vectors * weights[:, None]).sum(0) / weights.sum()
+    return point
+
+
+def train(
+    store: PositionStore,
+    method: str,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    report: Callable[[int], None],
+) -> Trained:
+    """Train a dictionary.
+
+    Vectors are centred on their geometric median and divided by their mean distance from it. Adam minimises the
+    method's loss; the learning rate grows for the first steps and falls linearly to 0 in the second half.
+
+    Parameters
+    ----------
+    store : PositionStore
+    method : str
+        A key of `METHODS`.
+    settings : Settings
+    seed : int
+    device : torch.device
+        Where the training runs.
+    report : callable
+        Called with the number of steps done.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = store.read(torch.randperm(store.count, generator=generator)[:MEDIAN_ROWS])
+    centre = geometric_median(sample)
+    scale = float((sample - centre).norm(dim=1).mean())
+    if not scale > 0:
+        raise ConvscopeError("the layer's activations are the same at all positions; there is nothing to learn")
+    bias = torch.zeros_like(centre, device=device)
+    atoms = initial_atoms(settings.features, len(centre), generator).to(device)
+    learner = METHODS[method](settings, atoms, bias)
+    history = np.zeros(settings.steps, np.float32)
+    loop = _Loop(learner, settings, generator)
+    batches = store.batches(min(BATCH, max(store.count, 64)), generator)
+    for n in range(settings.steps):
+        history[n] = loop.step(n, ((next(batches) - centre) / scale).to(device))
+        report(n + 1)
+    return Trained(_rescaled(learner.weights(), centre, scale), learner.activation, history)
+
+
+def initial_atoms(features: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Return random directions (F, C) of length 1."""
+    atoms = torch.randn(features, channels, generator=generator)
+    atoms /= atoms.norm(dim=1, keepdim=True)
+    return atoms
+
+
+def _rescaled(weights: DictionaryWeights, centre: Tensor, scale: float) -> DictionaryWeights:
+    """Return weights for x of weights for (x - centre) / scale; features scale with x."""
+    w = {name: tensor.cpu() for name, tensor in weights.tensors().items()}
+    return DictionaryWeights(
+        w["atoms"], w["encoder"], scale * w["encoder_bias"], scale * w["bias"] + centre, scale * w["thresholds"]
+    )
+
+
+class _Loop:
+    """The state of training between steps."""
+
+    def __init__(self, method: Method, settings: Settings, generator: torch.Generator) -> None:
+        self.method, self.settings, self.generator = method, settings, generator
+        parameters = method.parameters
+        self.optimizer = torch.optim.Adam(list(parameters.values()), lr=LEARNING_RATE, fused=True)
+        self.dead = DeadFeatures(settings.features, settings.active, parameters["atoms"].device)
+        self.restarts = {int(fraction * settings.steps) for fraction in RESTARTS}
+
+    def step(self, n: int, x: Tensor) -> float:
+        """Make step `n` on vectors x (B, C); return the explained variance."""
+        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(n, self.settings.steps)
+        step = self.method.step(x)
+        loss = step.loss
+        dead = self.dead.indices
+        if len(dead) and step.scores is not None:
+            loss = loss + auxiliary_loss(self.method, x, step, dead)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._project_gradients()
+        self.optimizer.step()
+        self.method.renormalize()
+        self.dead.update(step, len(x))
+        if n in self.restarts and step.scores is not None:
+            restart(self.method, self.dead.indices, x, step, self.optimizer.state, self.generator)
+        variance = (x - x.mean(0)).square().sum()
+        return float(1 - (x - step.reconstruction).square().sum() / variance.clamp_min(1e-12))
+
+    def _project_gradients(self) -> None:
+        """Remove the part of the atoms' gradients that would change their length."""
+        atoms = self.method.parameters["atoms"]
+        if atoms.grad is not None:
+            with torch.no_grad():
+                atoms.grad -= (atoms.grad * atoms).sum(1, keepdim=True) * atoms
+
+
+def _schedule(n: int, steps: int) -> float:
+    """Return the learning rate of step `n` relative to the highest."""
+    warmup, decay = max(1.0, WARMUP * steps), DECAY * steps
+    return min(1.0, (n + 1) / warmup, (steps - n) / decay)
