@@ -23,8 +23,8 @@ def rank_evidence(ranks: Tensor, probabilities: Tensor) -> Tensor:
 
     where v_i = (r_i - 1/2) / N - 1/2 are the centred ranks and w_i = p_i / max p. It is Chernoff's bound: each v_i
     alone is uniform in [-1/2, 1/2], ranks of a random order are negatively associated, and equal activations only
-    narrow the distribution. The supremum over a grid of t is a bound too. Unlike a normal approximation the bound holds for
-    words that describe very few images.
+    narrow the distribution. The supremum over a grid of t is a bound too. Unlike a normal approximation the bound holds
+    for words that describe very few images.
 
     Parameters
     ----------
