@@ -85,7 +85,7 @@ def test_activations_and_strongest_units(call: Call, tiny: convscope.Model, fold
     np.testing.assert_allclose([row["maximum"] for row in rows], np.sort(maxima)[::-1][:3], rtol=1e-4)
 
 
-def test_heatmap_equals_the_function_and_writes_only_when_asked(
+def test_heatmap_equals_the_function_and_writes_nothing_without_save(
     call: Call, tiny: convscope.Model, folder: Path, tmp_path: Path
 ) -> None:
     arguments = {"targets": [["bee", "dog"]], "layer": "conv2", "method": "layer-cam", "against": "cat"}

@@ -28,6 +28,7 @@ from convscope.cli import (
     publish,
     scan,
     serve,
+    skill,
     story,
 )
 from convscope.cli.app import app
@@ -57,6 +58,7 @@ __all__ = [
     "publish",
     "scan",
     "serve",
+    "skill",
     "story",
 ]
 

@@ -24,7 +24,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "diagnose", "atlas"),
     "Explorer": ("serve", "publish"),
-    "Agents": ("mcp",),
+    "Agents": ("mcp", "skill"),
 }
 """The commands, in the order and under the headings of ``convscope --help``."""
 
