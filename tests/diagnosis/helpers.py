@@ -50,6 +50,11 @@ def make_context(observations: Observations, memory: int = 1 << 24) -> Diagnosis
     return DiagnosisContext(nothing, nothing, observations, nothing, 0, lambda _done, _total: None, memory)
 
 
+def drawn_labels(logits: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Draw a label (N,) for each row from the probabilities of logits (N, K)."""
+    return np.asarray((logits + generator.gumbel(size=logits.shape)).argmax(1))
+
+
 def average_precision(is_positive: np.ndarray, scores: np.ndarray) -> float:
     """Return the mean precision at the rank of each positive image, with the highest scores first."""
     ranked = is_positive[np.argsort(-scores, kind="stable")]

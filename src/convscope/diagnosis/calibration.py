@@ -57,16 +57,20 @@ def reliability_curve(confidence: Floats, correct: npt.NDArray[np.bool_], num_bi
     ReliabilityCurve
         Of at most `num_bins` bins.
     """
-    order = np.argsort(confidence, kind="stable")
-    values, right = confidence[order], correct[order].astype(np.float64)
-    edges = np.round(np.linspace(0, len(values), min(num_bins, len(values)) + 1)).astype(int)[1:-1]
-    starts = np.unique(np.concatenate([[0], np.searchsorted(values, values[edges])]))
-    counts = np.diff(np.append(starts, len(values)))
-    hits = np.add.reduceat(right, starts)
+    order, starts = bins_of(confidence, num_bins)
+    counts = np.diff(np.append(starts, len(order)))
+    hits = np.add.reduceat(correct[order].astype(np.float64), starts)
     low, high = wilson_interval(hits, counts)
-    return ReliabilityCurve(
-        np.add.reduceat(values, starts) / counts, hits / counts, np.stack([low, high], 1), counts.astype(np.int64)
-    )
+    mean = np.add.reduceat(confidence[order], starts) / counts
+    return ReliabilityCurve(mean, hits / counts, np.stack([low, high], 1), counts.astype(np.int64))
+
+
+def bins_of(confidence: Floats, num_bins: int = NUM_BINS) -> tuple[Classes, Classes]:
+    """Return the order (N,) of images by confidence, and where in it each bin of `reliability_curve` starts."""
+    order = np.argsort(confidence, kind="stable")
+    values = confidence[order]
+    edges = np.round(np.linspace(0, len(values), min(num_bins, len(values)) + 1)).astype(int)[1:-1]
+    return order, np.unique(np.concatenate([[0], np.searchsorted(values, values[edges])]))
 
 
 def expected_calibration_error(curve: ReliabilityCurve) -> float:
@@ -104,12 +108,27 @@ def debiased_calibration_error(curve: ReliabilityCurve) -> float:
     correction for Brier's reliability is in Ferro and Fricker, A bias-corrected decomposition of the Brier score,
     Quarterly Journal of the Royal Meteorological Society 2012.
     """
-    usable = curve.counts > 1
-    if not usable.any():
-        return 0.0
-    counts, accuracy = curve.counts[usable], curve.accuracy[usable]
-    squared = np.square(accuracy - curve.confidence[usable]) - accuracy * (1 - accuracy) / (counts - 1)
-    return float(np.sqrt(max(0.0, counts @ squared / counts.sum())))
+    squared = debiased_squared_error(curve.accuracy, curve.confidence, curve.counts)
+    return float(np.sqrt(max(0.0, float(squared))))
+
+
+def debiased_squared_error(accuracy: Floats, confidence: Floats, counts: Classes) -> Floats:
+    """Return the square of `debiased_calibration_error`, which may be negative.
+
+    Parameters
+    ----------
+    accuracy : ndarray of shape (..., B)
+    confidence, counts : ndarray of shape (B,)
+        At least one bin has two images or more; otherwise the error is 0.
+
+    Returns
+    -------
+    ndarray of shape (...)
+    """
+    usable = counts > 1
+    n, a = counts[usable], accuracy[..., usable]
+    squared = np.square(a - confidence[usable]) - a * (1 - a) / (n - 1)
+    return np.asarray(squared @ n / max(1, n.sum()), np.float64)
 
 
 def negative_log_likelihood(logits: npt.NDArray[np.floating], labels: Classes, temperature: float = 1.0) -> float:

@@ -11,15 +11,16 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import Overview
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.statistics import benjamini_hochberg, binomial_tail, wilson_interval
+from convscope.diagnosis.statistics import benjamini_hochberg, beta_binomial_tail, wilson_interval
 
 MAX_P_VALUE = 0.05
+MAX_ROUNDS = 20  # of tests without the significant pairs of the round before
 MIN_IMAGES = 3  # of a confusion
 MAX_FINDINGS = 20
 MAX_IMAGES = 100  # that a finding lists
 QUESTION = (
     "Pairs of classes of which one is taken for the other more often than its errors would be if they were spread over "
-    "the classes as those of the other classes are; an exact binomial test for each ordered pair."
+    "the classes as those of the other classes are; a beta-binomial test for each ordered pair."
 )
 RECOMMENDATION = (
     "Check whether the labels tell the two classes apart consistently, and collect images that show their differences."
@@ -67,7 +68,7 @@ def find_confusions(context: DiagnosisContext, overview: Overview) -> Search:
     tested, num_candidates = tested_confusions(overview.confusion)
     kept = [c for c in tested if c.p_value <= MAX_P_VALUE and c.count >= MIN_IMAGES]
     kept.sort(key=lambda c: c.expected - c.count)
-    findings, covered = [], set[tuple[int, int]]()
+    findings, covered = list[Finding](), set[tuple[int, int]]()
     by_pair = {(c.label, c.prediction): c for c in kept}
     for confusion in kept:
         pair = confusion.label, confusion.prediction
@@ -84,14 +85,17 @@ def tested_confusions(matrix: np.ndarray) -> tuple[list[Confusion], int]:
     """Test each ordered pair of classes that is confused at least once.
 
     Of the e_a errors on the images of class a, m_ab are predictions of class b. If they were spread as the errors of
-    the other classes are, their number would be binomial with
+    the other classes are, their number would be beta-binomial with the mean
 
     ::
 
-        p_b = q_b / sum over b' != a of q_b',    q_b = (w_b + 1 / (P - 1)) / (t_b + 1)
+        p_b = q_b / sum over b' != a of q_b',    q_b = alpha_b / (t_b + 1),    alpha_b = w_b + 1 / (P - 1)
 
-    where w_b of the t_b errors on the images of the classes other than a and b are predictions of b. The additional
-    error, which is spread evenly, keeps classes that are never predicted wrongly possible.
+    where w_b of the t_b errors on the images of the classes other than a and b are predictions of b, and with the
+    parameters alpha_b and alpha_b (1 - p_b) / p_b: the share is known as well as it is from so many errors. The
+    additional error, which is spread evenly, keeps classes that are never predicted wrongly possible. Pairs that are
+    significant would make all others appear rare; so they are left out of w, t and e, and all pairs tested again, until
+    the significant pairs stay the same.
 
     Parameters
     ----------
@@ -105,28 +109,60 @@ def tested_confusions(matrix: np.ndarray) -> tuple[list[Confusion], int]:
     num_candidates : int
         The number of ordered pairs whose first class has errors, which the p-values are corrected for.
     """
-    size = len(matrix)
     wrong = matrix - np.diag(np.diag(matrix))
-    errors = wrong.sum(1)
-    num_candidates = int((errors > 0).sum()) * (size - 1)
-    if size < 3:  # the other class takes all errors
+    errors, size = wrong.sum(1), len(matrix)
+    if size < 3 or not errors.any():  # of two classes the other one takes all errors
         return [], 0
+    num_candidates = int((errors > 0).sum()) * (size - 1)
     rows, columns = np.nonzero(wrong)
-    expected = np.empty(len(rows))
-    for a in np.unique(rows):
-        share = (wrong.sum(0) - wrong[a] + 1 / (size - 1)) / (errors.sum() - errors[a] - errors + 1)
-        share[a] = 0
-        expected[rows == a] = errors[a] * (share / share.sum())[columns[rows == a]]
-    p_values = [
-        binomial_tail(int(wrong[a, b]), int(errors[a]), mean / errors[a])
-        for a, b, mean in zip(rows, columns, expected, strict=True)
-    ]
-    corrected = benjamini_hochberg(p_values, num_candidates)
+    is_excluded = np.zeros(matrix.shape, bool)
+    for _ in range(MAX_ROUNDS):
+        null = _null_model(wrong, is_excluded)
+        p_values = benjamini_hochberg(
+            [null.tail(wrong, int(a), int(b)) for a, b in zip(rows, columns, strict=True)], num_candidates
+        )
+        before, is_excluded = is_excluded, np.zeros(matrix.shape, bool)
+        is_excluded[rows, columns] = p_values <= MAX_P_VALUE
+        if (is_excluded == before).all():
+            break
+    expected = null.trials * null.probability
     confusions = [
-        Confusion(int(a), int(b), int(wrong[a, b]), int(errors[a]), int(matrix[a].sum()), float(mean), float(p))
-        for a, b, mean, p in zip(rows, columns, expected, corrected, strict=True)
+        Confusion(
+            int(a), int(b), int(wrong[a, b]), int(errors[a]), int(matrix[a].sum()), float(expected[a, b]), float(p)
+        )
+        for a, b, p in zip(rows, columns, p_values, strict=True)
     ]
     return confusions, num_candidates
+
+
+@dataclass(frozen=True)
+class _NullModel:
+    """How errors would be spread: for each cell (P, P) of the matrix the parameters of its beta-binomial."""
+
+    trials: np.ndarray
+    probability: np.ndarray
+    alpha: np.ndarray
+
+    def tail(self, wrong: np.ndarray, a: int, b: int) -> float:
+        """Return the p-value of a cell."""
+        p, alpha = float(self.probability[a, b]), float(self.alpha[a, b])
+        if p >= 1:
+            return 1.0
+        return beta_binomial_tail(int(wrong[a, b]), int(self.trials[a, b]), alpha, alpha * (1 - p) / p)
+
+
+def _null_model(wrong: np.ndarray, is_excluded: np.ndarray) -> _NullModel:
+    """Fit the null model to the errors (P, P) in cells that are not excluded; those count in their own test only."""
+    size = len(wrong)
+    counted = np.where(is_excluded, 0, wrong)
+    errors = counted.sum(1)
+    can_err = ~is_excluded & ~np.eye(size, dtype=bool)  # label (row) and wrong prediction (column)
+    chances = (can_err * errors[:, None]).sum(0) - can_err * errors[:, None]  # without the cell's own row
+    alpha = counted.sum(0) - counted + 1 / (size - 1)
+    share = alpha / (chances + 1)
+    np.fill_diagonal(share, 0)
+    total = (share * can_err).sum(1, keepdims=True) + share * is_excluded
+    return _NullModel(errors[:, None] + np.where(is_excluded, wrong, 0), share / total, alpha)
 
 
 def _finding(context: DiagnosisContext, overview: Overview, confusion: Confusion, reverse: Confusion | None) -> Finding:
@@ -179,10 +215,10 @@ def _detectable(matrix: np.ndarray, num_candidates: int) -> str:
     if not num_candidates:
         return "With two classes nothing can be found: all errors are in favour of the other one."
     typical = int(np.median(errors[errors > 0]))
-    chance = 1 / (len(matrix) - 1)
+    alpha = float(errors.sum()) / len(matrix) + 1 / (len(matrix) - 1)
     threshold = MAX_P_VALUE / num_candidates
     for count in range(MIN_IMAGES, typical + 1):
-        if binomial_tail(count, typical, chance) <= threshold:
+        if beta_binomial_tail(count, typical, alpha, alpha * (len(matrix) - 2)) <= threshold:
             return f"In a class with {typical:,} errors, {count:,} in favour of one other class would have been found."
     return (
         f"Classes have too few errors: in one with {typical:,}, not even all of them in favour of one other class "

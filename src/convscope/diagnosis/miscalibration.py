@@ -7,7 +7,9 @@ import numpy.typing as npt
 
 from convscope.diagnosis.calibration import (
     Classes,
+    bins_of,
     debiased_calibration_error,
+    debiased_squared_error,
     fit_temperature,
     reliability_curve,
     softmax,
@@ -24,6 +26,7 @@ MIN_LABELLED = 20
 MAX_IMAGES = 100  # that a finding lists
 RESAMPLES = 999
 MAX_TESTED = 20_000  # images that the resampling takes
+MAX_SIMULATED = 1 << 20  # random numbers at a time
 POWER = 0.8
 QUESTION = (
     "Whether the probability of the predicted class is how often it is right: the calibration error over bins of equal "
@@ -104,12 +107,20 @@ def calibration_p_value(confidence: Floats, correct: npt.NDArray[np.bool_], seed
     if len(confidence) > MAX_TESTED:
         sample = generator.choice(len(confidence), MAX_TESTED, replace=False)
         confidence, correct = confidence[sample], correct[sample]
-    observed = debiased_calibration_error(reliability_curve(confidence, correct))
-    simulated = (
-        debiased_calibration_error(reliability_curve(confidence, generator.random(len(confidence)) < confidence))
-        for _ in range(RESAMPLES)
-    )
-    return (1 + sum(error >= observed for error in simulated)) / (1 + RESAMPLES)
+    order, starts = bins_of(confidence)
+    probability, counts = confidence[order], np.diff(np.append(starts, len(order)))
+    mean = np.add.reduceat(probability, starts) / counts
+
+    def error(is_right: npt.NDArray[np.bool_]) -> Floats:
+        """Return the error of each of R outcomes (R, N)."""
+        accuracy = np.add.reduceat(is_right, starts, axis=1, dtype=np.float64) / counts
+        return debiased_squared_error(accuracy, mean, counts)
+
+    observed, at_least, size = error(correct[order][None])[0], 0, max(1, MAX_SIMULATED // len(order))
+    for start in range(0, RESAMPLES, size):
+        simulated = generator.random((min(size, RESAMPLES - start), len(order))) < probability
+        at_least += int((error(simulated) >= observed).sum())
+    return (1 + at_least) / (1 + RESAMPLES)
 
 
 def calibrated_error(logits: npt.NDArray[np.floating], labels: Classes) -> float:

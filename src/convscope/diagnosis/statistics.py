@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -79,24 +80,33 @@ def interval_of_mean(estimates: Floats, low: Floats, high: Floats) -> tuple[floa
     return mean - below, mean + above
 
 
-def binomial_tail(successes: int, trials: int, probability: float) -> float:
-    """Return the probability of at least `successes` in `trials` independent trials: the exact one-sided p-value.
+def beta_binomial_tail(successes: int, trials: int, alpha: float, beta: float) -> float:
+    """Return the probability of at least `successes` in `trials` trials whose probability has a beta distribution.
+
+    ::
+
+        P(X = k) = C(n, k) B(k + alpha, n - k + beta) / B(alpha, beta)
+
+    A one-sided test of a proportion against one that was estimated from `alpha` of `alpha` + `beta` trials, so that its
+    uncertainty counts as well.
 
     Parameters
     ----------
     successes, trials : int
-    probability : float
-        Of success in one trial, in [0, 1].
+    alpha, beta : float
+        Above 0.
     """
-    if successes <= 0 or probability >= 1:
+    if successes <= 0:
         return 1.0
-    if probability <= 0 or successes > trials:
-        return 0.0
-    k = np.arange(successes, trials + 1)
-    factorials = np.concatenate([[0.0], np.log(np.arange(1, trials + 1)).cumsum()])  # logarithms of 0!, 1!, ...
-    logs = factorials[trials] - factorials[k] - factorials[trials - k]
-    logs += k * np.log(probability) + (trials - k) * np.log1p(-probability)
-    return float(min(1.0, np.exp(logs).sum()))
+    k = torch.arange(successes, trials + 1, dtype=torch.float64)
+    a, b, n = (torch.tensor(float(value), dtype=torch.float64) for value in (alpha, beta, trials))
+    choices = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    logs = choices + _log_beta(k + a, n - k + b) - _log_beta(a, b)
+    return min(1.0, float(logs.exp().sum()))
+
+
+def _log_beta(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
 
 def poisson_interval(count: int, level: float = 0.95) -> tuple[float, float]:
