@@ -18,7 +18,9 @@ from convscope.datasets.catalogue import Catalogue, build_catalogue, match_class
 from convscope.diagnosis.confusions import find_confusions
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.importance import sort_findings
+from convscope.diagnosis.label_errors import find_label_errors
 from convscope.diagnosis.miscalibration import find_miscalibration
+from convscope.diagnosis.near_duplicates import find_near_duplicates
 from convscope.diagnosis.overview import Overview, summarize
 from convscope.diagnosis.recording import RecordingJob, known_classes, plan_recording, record_observations
 from convscope.diagnosis.result import Diagnosis
@@ -125,6 +127,8 @@ def diagnose(
     model = as_model(model)
     _require_classifier(model)
     seed, folds = require_int("seed", seed, 0), require_int("folds", folds, 0)
+    if folds == 1:
+        raise ConvscopeError("folds is 1; expected 2 or more, or 0 for none")
     folder = None if out is None else local_folder(out)
     selected, layer_reason = _select_layer(model, layer)
     catalogue = build_catalogue(dataset, storage=storage)
@@ -257,19 +261,21 @@ class _Outcome:
 def _run_analyses(
     context: DiagnosisContext,
     overview: Overview,
-    folds: int,  # noqa: ARG001
+    folds: int,
     progress: ProgressOption,
 ) -> _Outcome:
     """Run the analyses one after the other, each with a progress bar of its own."""
     analyses: dict[str, Callable[[DiagnosisContext], Search]] = {
         "confusions": partial(find_confusions, overview=overview),
         "calibration": partial(find_miscalibration, overview=overview),
+        "duplicates": find_near_duplicates,
     }
-    searches = []
+    with progress_bar(progress, "labels") as report:
+        labels, quality = find_label_errors(replace(context, report_progress=report), folds)
+    searches = [labels]
     for name, analysis in analyses.items():
         with progress_bar(progress, name) as report:
             searches.append(analysis(replace(context, report_progress=report)))
-    quality = np.full(len(context.observations), np.nan, np.float32)
     return _Outcome(tuple(searches), quality)
 
 

@@ -69,7 +69,7 @@ def difference_hash(thumbnails: np.ndarray) -> np.ndarray:
     ----------
     Krawetz, Kind of Like That, hackerfactor.com 2013.
     """
-    images = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()
+    images = torch.from_numpy(np.array(thumbnails)).float()
     gray = (images @ torch.tensor(LUMA))[:, None]
     across = interpolate(gray, (HASH_SIDE, HASH_SIDE + 1), mode="area")
     down = interpolate(gray, (HASH_SIDE + 1, HASH_SIDE), mode="area")
