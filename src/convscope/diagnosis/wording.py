@@ -1,0 +1,71 @@
+"""Words for findings: what a fact's low and high values mean, names of classes, percentages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+ADJECTIVES = {
+    "brightness": ("dark", "bright"),
+    "contrast": ("low-contrast", "high-contrast"),
+    "saturation": ("pale", "colorful"),
+    "redness": ("greenish", "reddish"),
+    "yellowness": ("bluish", "yellowish"),
+    "sharpness": ("blurred", "sharp"),
+    "edge density": ("smooth", "busy"),
+    "width": ("narrow", "wide"),
+    "height": ("low", "high"),
+    "megapixels": ("small", "large"),
+    "aspect ratio": ("upright", "wide"),
+    "bits per pixel": ("strongly compressed", "weakly compressed"),
+    "JPEG quality": ("strongly compressed", "weakly compressed"),
+}
+"""For facts by name: an adjective for images of which the fact is low, and one for high."""
+
+
+def describe_fact(name: str, is_high: bool) -> tuple[str, str]:
+    """Return an adjective, if there is one, and a clause: ("dark", "") or ("", "with low shadows")."""
+    if name in ADJECTIVES:
+        return ADJECTIVES[name][is_high], ""
+    return "", f"with {'high' if is_high else 'low'} {name}"
+
+
+def describe_images(facts: Sequence[tuple[str, bool]], class_name: str | None, units: Sequence[int] = ()) -> str:
+    """Describe a group of images: "dark images of `cat`", "images of `cat` that share units 12 and 40"."""
+    parts = [describe_fact(name, is_high) for name, is_high in facts]
+    adjectives = list(dict.fromkeys(adjective for adjective, _ in parts if adjective))
+    clauses = [clause for _, clause in parts if clause]
+    text = ", ".join(adjectives) + (" " if adjectives else "") + "images"
+    text += f" of `{class_name}`" if class_name is not None else ""
+    text += " " + " and ".join(clauses) if clauses else ""
+    if not parts and len(units):
+        text += f" that share {list_units(units)}"
+    return text
+
+
+def list_units(units: Sequence[int]) -> str:
+    """Return "unit 3", or "units 3, 5 and 8"."""
+    numbers = [str(unit) for unit in units]
+    if len(numbers) == 1:
+        return f"unit {numbers[0]}"
+    return f"units {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def percent(value: float) -> str:
+    """Return 0.614 as "61 %"."""
+    return f"{100 * value:.0f} %"
+
+
+def separation(values: npt.NDArray[np.floating], members: npt.NDArray[np.bool_]) -> float:
+    """Return the probability that a member's value is larger than another's, ties halved: the area under the ROC curve.
+
+    Missing values are left out; 0.5 where members or others have none.
+    """
+    is_known = np.isfinite(values)
+    inside, outside = np.sort(values[is_known & members]), np.sort(values[is_known & ~members])
+    if not len(inside) or not len(outside):
+        return 0.5
+    below = np.searchsorted(outside, inside, "left") + np.searchsorted(outside, inside, "right")
+    return float(below.mean() / 2 / len(outside))
