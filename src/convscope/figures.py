@@ -42,6 +42,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "Examples": "convscope.plotting.store",
     "Heatmaps": "convscope.plotting.heatmaps",
     "ImageRecord": "convscope.plotting.store",
+    "Matches": "convscope.plotting.store",
     "Patching": "convscope.plotting.effects",
     "Patterns": "convscope.plotting.patterns",
     "Predictions": "convscope.plotting.predictions",

@@ -22,7 +22,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
     "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "dictionary", "effects", "patch"),
     "Patterns": ("patterns", "story"),
-    "Data sets": ("scan", "diagnose", "atlas"),
+    "Data sets": ("scan", "diagnose", "atlas", "name", "search"),
     "Explorer": ("serve", "publish"),
     "Agents": ("mcp", "skill"),
 }
@@ -40,6 +40,8 @@ ALIASES: Mapping[str, str] = {
     "heatmaps": "heatmap",
     "layer": "layers",
     "locations": "locate",
+    "name-units": "name",
+    "names": "name",
     "pattern": "patterns",
     "predictions": "predict",
     "show": "serve",

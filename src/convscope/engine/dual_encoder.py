@@ -17,6 +17,7 @@ from convscope.errors import ConvscopeError
 Tokenizer = Callable[[list[str]], Any]
 """``tokenizer(texts)`` returns token ids (K, L), or a mapping that holds them as ``"input_ids"``."""
 
+MAX_TEXTS = 256  # that are encoded at a time
 IMAGE_EMBEDS = "image_embeds"  # in what the network returns, as in transformers
 
 
@@ -47,7 +48,9 @@ class DualEncoder:
             torch.no_grad(),
             isolated_pass(module, list(module.modules())[1:], list(module.parameters())),
         ):
-            embeds = F.normalize(self.encode_text(module, list(texts), self.tokenizer).float(), dim=-1)
+            chunks = [list(texts[start : start + MAX_TEXTS]) for start in range(0, len(texts), MAX_TEXTS)]
+            parts = [self.encode_text(module, chunk, self.tokenizer).float() for chunk in chunks]
+            embeds = F.normalize(torch.cat(parts), dim=-1)
         if not bool(embeds.isfinite().all()):
             raise ConvscopeError("the text encoder returns values that are not finite (NaN or Inf in its weights?)")
         return embeds

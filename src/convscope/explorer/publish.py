@@ -33,6 +33,7 @@ from convscope.explorer.views import (
     glossary_page,
     image_page,
     layer_page,
+    names_page,
     network_page,
     saved_results_page,
     story_page,
@@ -204,6 +205,7 @@ class _SiteWriter:
                 yield ("m", key, "unit", layer, unit), partial(_unit_page, network=network, layer=layer, unit=unit)
         for index in range(network.model.num_outputs or 0):
             yield ("m", key, "class", index), partial(_class_page, network=network, index=index)
+        yield ("m", key, "names"), partial(names_page.build, network=network)
         yield ("m", key, "concepts"), partial(saved_results_page.build, network=network)
         for result in concept_data.saved_concepts(network):
             target = result.target or 0

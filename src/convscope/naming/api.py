@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,16 +13,17 @@ from convscope.arguments import check_arguments
 from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError, require_int, require_number
-from convscope.naming.assignment import Activations, check_words, choose_words, split_images
+from convscope.naming.assignment import Activations, check_words, choose_words, report_part, split_images
+from convscope.naming.request import parse_request
 from convscope.naming.significance import benjamini_hochberg, p_values
-from convscope.naming.word_scores import WordScores, label_scores, parse_scores
+from convscope.naming.word_scores import WordScores
 from convscope.progress import Progress, ProgressOption, progress_bar
+from convscope.sources.coercion import ModelLike
 from convscope.store.store import Store, open_store
 from convscope.store.unit_names import UnitNames, described_model, write_names
 from convscope.suggestions import suggest
 
 MIN_IMAGES = 20  # of the sample: ten to choose a name, ten to check it
-LABELS = "labels"  # in place of words: the classes of the data set
 CHOICE_SHARE, CHECK_SHARE = 0.7, 0.15  # of the time
 
 
@@ -31,6 +33,8 @@ def name_units(
     words: Sequence[str] | str,
     scores: object = None,
     *,
+    judge: ModelLike | None = None,
+    template: str | None = None,
     layer: str | Layer | Sequence[str | Layer] | None = None,
     output: str | None = None,
     level: float = 0.01,
@@ -52,13 +56,21 @@ def name_units(
     ----------
     store : Store or path
         A scan, from `convscope.scan` or `convscope.open_store`.
-    words : sequence of str
-        W words or short descriptions; or "labels" for the classes of the data set that was scanned, whose images are
-        scored by their labels.
+    words : sequence of str, or str
+        W words or short descriptions; a text file with one on each line; or one of these: "colors", "textures",
+        "imagenet" (its 1,000 classes), "wordnet" (the 21,841 nouns of ImageNet's hierarchy), several of them separated
+        by commas; "classes", those of a classifier that is the `judge`; "labels", the classes of the data set that was
+        scanned, whose images are scored by their labels.
     scores : array of shape (images, W), optional
         How well each word describes each image: a row for each image of the data set, in the order of
         ``store.image_names``, or for each image of the sample, in the order of ``store.sample_images``. A memory map is
         read in parts.
+    judge : Model, nn.Module, Keras model or str, optional
+        A network that scores the images instead: one that compares images with text, such as
+        ``convscope.load("open_clip:ViT-B-32")``, or a classifier whose classes the words are. It sees the files of the
+        images, or their thumbnails where files are missing.
+    template : str, optional
+        What a `judge` that reads text reads for a word, such as "a photo of a {}"; by default the word itself.
     layer : str, Layer or sequence of these, optional
         Layers whose units are named; all of the store by default.
     output : {"probability", "softmax", "sigmoid"}, optional
@@ -109,9 +121,12 @@ def name_units(
     level = require_number("level", level, above=0, below=1)
     shuffles, seed = require_int("shuffles", shuffles, 1), require_int("seed", seed, 0)
     images = _usable_images(store)
-    word_scores, source = _word_scores(store, words, scores, images, output)
+    request = parse_request(store, words, scores, judge, template, output)
     with progress_bar(progress, "name units") as report:
-        names = _name(store, layers, images, word_scores, level, shuffles, seed, source, report)
+        word_scores = request.score(images, report_part(report, 0, request.share))
+        settings = Settings(level, shuffles, seed, request.source)
+        rest = report_part(report, request.share, 1 - request.share)
+        names = _name(store, layers, images, word_scores, settings, rest)
         if save:
             write_names(store, names)
     return names
@@ -141,33 +156,14 @@ def _usable_images(store: Store) -> np.ndarray:
     return images
 
 
-def _word_scores(
-    store: Store, words: Sequence[str] | str, scores: object, images: np.ndarray, output: str | None
-) -> tuple[WordScores, str]:
-    """Return the scores of the words, and where they come from."""
-    if isinstance(words, str):
-        if words != LABELS:
-            raise ConvscopeError(f"words is {words!r}; expected a list of words, or {LABELS!r}")
-        if scores is not None:
-            raise ConvscopeError("words is 'labels', which has scores of its own; leave out scores=")
-        names, matrix = label_scores(store)
-        return parse_scores(_check_words(names), matrix, store, images, None), "labels of the data set"
-    if scores is None:
-        raise ConvscopeError("scores= is missing: how well each word describes each image, (images, words)")
-    return parse_scores(_check_words(words), scores, store, images, output), "scores"
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a call that its result holds."""
 
-
-def _check_words(words: Sequence[str]) -> tuple[str, ...]:
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise ConvscopeError(f"words has {word!r}; expected texts such as 'striped fur'")
-    if len(words) < 2:
-        raise ConvscopeError(f"words has {len(words)} entries; expected two or more to choose from")
-    counts = dict.fromkeys(words)
-    if len(counts) < len(words):
-        repeated = next(word for i, word in enumerate(words) if word in words[:i])
-        raise ConvscopeError(f"words has {repeated!r} more than once; give each word once, with one column of scores")
-    return tuple(words)
+    level: float
+    shuffles: int
+    seed: int
+    source: str
 
 
 def _name(
@@ -175,21 +171,19 @@ def _name(
     layers: list[str],
     images: np.ndarray,
     scores: WordScores,
-    level: float,
-    shuffles: int,
-    seed: int,
-    source: str,
+    settings: Settings,
     report: Progress,
 ) -> UnitNames:
+    """Choose and check words for all units of some layers."""
     first, second = split_images(store.sample_images[images])
     pairs = [(layer, unit) for layer in layers for unit in range(store.unit_counts[layer])]
     rows = np.array([store.row_of_unit(layer, unit) for layer, unit in pairs])
-    shuffled = np.random.default_rng(seed).random((shuffles, len(images)), np.float32)
+    shuffled = np.random.default_rng(settings.seed).random((settings.shuffles, len(images)), np.float32)
     activations = Activations(store, rows, images, shuffled)
-    words, wpmi = choose_words(activations, scores, first, 2, _part(report, 0, CHOICE_SHARE))
-    best = check_words(activations, scores, second, words[:, 0], _part(report, CHOICE_SHARE, CHECK_SHARE))
+    words, wpmi = choose_words(activations, scores, first, 2, report_part(report, 0, CHOICE_SHARE))
+    best = check_words(activations, scores, second, words[:, 0], report_part(report, CHOICE_SHARE, CHECK_SHARE))
     second_start = CHOICE_SHARE + CHECK_SHARE
-    runner_up = check_words(activations, scores, second, words[:, 1], _part(report, second_start, CHECK_SHARE))
+    runner_up = check_words(activations, scores, second, words[:, 1], report_part(report, second_start, CHECK_SHARE))
     count = len(pairs)
     p = p_values(best.evidence[:count], best.evidence[count:])
     p[words[:count, 0] < 0] = 1
@@ -202,18 +196,14 @@ def _name(
         scores=best.auc[:count].astype(np.float32),
         runner_up=texts[words[:count, 1]],
         runner_up_scores=runner_up.auc[:count].astype(np.float32),
-        named=benjamini_hochberg(p, level),
+        named=benjamini_hochberg(p, settings.level),
         wpmi=np.where(words[:count, 0] < 0, np.nan, wpmi[:count, 0]).astype(np.float32),
         p_values=p,
         num_words=len(scores.words),
         num_images=len(images),
-        level=level,
+        level=settings.level,
         vocabulary=hashlib.sha256("\n".join(scores.words).encode()).hexdigest()[:16],
-        judge=source,
-        seed=seed,
+        judge=settings.source,
+        seed=settings.seed,
+        notes=scores.notes,
     )
-
-
-def _part(report: Progress, start: float, share: float) -> Callable[[float], None]:
-    """Return a function that reports the fraction of a part of the work."""
-    return lambda fraction: report(start + share * fraction, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from convscope.naming.significance import rank_evidence
 from convscope.naming.similarity import midranks, soft_auc, soft_wpmi, top_images
 from convscope.naming.word_scores import WordScores
+from convscope.progress import Progress
 from convscope.scanning.plan import splitmix64
 from convscope.store.tables import StoreTables
 
@@ -19,8 +20,14 @@ WORDS_PER_BLOCK = 1024
 UNITS_PER_BLOCK = 512
 MIN_TOP, MAX_TOP, TOP_FRACTION = 5, 100, 20  # top images of a unit: a 20th of the images, from 5 to 100
 
-Report = Callable[[float], None]
-"""Called with the fraction of the work that is done."""
+
+def report_part(report: Progress, start: float, share: float) -> Progress:
+    """Return a function that reports the fraction of a part of the work."""
+
+    def report_fraction(done: float, total: int) -> None:
+        report(start + share * done / total, 1)
+
+    return report_fraction
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +96,7 @@ def num_top(num_images: int) -> int:
 
 
 def choose_words(
-    activations: Activations, scores: WordScores, images: np.ndarray, count: int, report: Report
+    activations: Activations, scores: WordScores, images: np.ndarray, count: int, report: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose for each unit the words with the highest soft WPMI.
 
@@ -114,13 +121,13 @@ def choose_words(
         values, order = torch.cat([values, best.values], 1).sort(dim=1, descending=True, stable=True)
         words = torch.cat([words, numbers.gather(1, best.indices)], 1).gather(1, order)
         values, words = values[:, :count], words[:, :count]
-        report(stop / num_words)
+        report(stop, num_words)
     words[(tops == len(images)).all(1)] = -1
     return words.numpy(), values.numpy()
 
 
 def check_words(
-    activations: Activations, scores: WordScores, images: np.ndarray, words: np.ndarray, report: Report
+    activations: Activations, scores: WordScores, images: np.ndarray, words: np.ndarray, report: Progress
 ) -> Check:
     """Measure how well a word suits each unit on some images; NaN and 0 for units without a word.
 
@@ -144,5 +151,5 @@ def check_words(
             ranks = midranks(block[torch.from_numpy(has_word)])
             auc[positions] = soft_auc(ranks, probabilities).numpy()
             evidence[positions] = rank_evidence(ranks, probabilities).numpy()
-        report(units.stop / len(words))
+        report(units.stop, len(words))
     return Check(auc, evidence)

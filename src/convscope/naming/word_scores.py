@@ -12,6 +12,9 @@ from convscope.errors import ConvscopeError
 from convscope.store.tables import StoreTables
 
 OUTPUTS = ("probability", "softmax", "sigmoid")
+SOFTMAX_NOTE = (
+    "the scores are taken for logits of words that exclude each other: output='sigmoid' is for words that do not"
+)
 ROWS_PER_BLOCK = 256  # images that are checked at a time
 
 
@@ -30,6 +33,8 @@ class WordScores:
         How scores become probabilities: as they are; by a softmax over the words; by a sigmoid.
     normalizers : ndarray of shape (N,)
         For "softmax": the logarithm of the sum over the words of exp(score).
+    notes : tuple of str
+        What is to be known of the scores.
     """
 
     words: tuple[str, ...]
@@ -37,6 +42,7 @@ class WordScores:
     rows: np.ndarray
     output: str
     normalizers: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def probabilities(self, images: np.ndarray, words: slice | np.ndarray) -> Tensor:
         """Return the probabilities (n, w) float32 that some of the words describe some of the images.
@@ -56,29 +62,11 @@ class WordScores:
         return scores.sigmoid_() if self.output == "sigmoid" else scores
 
 
-def parse_scores(
-    words: tuple[str, ...], scores: object, store: StoreTables, images: np.ndarray, output: str | None
-) -> WordScores:
-    """Check a matrix of scores and describe it.
+def check_matrix(words: tuple[str, ...], scores: object, store: StoreTables) -> np.ndarray:
+    """Return scores as a matrix with a row for each image of the data set or of the sample.
 
-    Parameters
-    ----------
-    words : tuple of str
-    scores : array
-        (images, words): a row for each image of the data set, or for each image of the sample.
-    store : StoreTables
-    images : ndarray of shape (N,)
-        Positions in the sample of the images that are used.
-    output : str or None
-        As of `WordScores`; None for "probability" if all scores are in [0, 1], else "softmax".
-
-    Raises
-    ------
-    ConvscopeError
-        For another shape, values that are not finite, and values outside [0, 1] given as probabilities.
+    Raises ConvscopeError for another shape, and for what are no numbers.
     """
-    if output not in (None, *OUTPUTS):
-        raise ConvscopeError(f"output is {output!r}; expected {', '.join(OUTPUTS)}")
     matrix = scores if isinstance(scores, np.ndarray) else np.asarray(_to_numpy(scores))
     sample = store.sample_images
     if matrix.ndim != 2 or matrix.dtype.kind not in "fiub":
@@ -92,17 +80,44 @@ def parse_scores(
             f"scores has {len(matrix)} rows; expected one for each of the {store.num_images} images in the order of "
             f"store.image_names, or of the {len(sample)} images of store.sample_images"
         )
+    return matrix
+
+
+def parse_scores(
+    words: tuple[str, ...], matrix: np.ndarray, store: StoreTables, images: np.ndarray, output: str | None
+) -> WordScores:
+    """Check the values of a matrix of scores and describe it.
+
+    Parameters
+    ----------
+    words : tuple of str
+    matrix : ndarray
+        From `check_matrix`.
+    store : StoreTables
+    images : ndarray of shape (N,)
+        Positions in the sample of the images that are used.
+    output : str or None
+        As of `WordScores`; None for "probability" if all scores are in [0, 1], else "softmax".
+
+    Raises
+    ------
+    ConvscopeError
+        For values that are not finite, and values outside [0, 1] given as probabilities.
+    """
+    sample = store.sample_images
     rows = (sample if len(matrix) == store.num_images else np.arange(len(sample)))[images]
     low, high, normalizers = _scan_rows(matrix, rows)
     in_range = low >= 0 and high <= 1
+    notes: tuple[str, ...] = ()
     if output is None:
         output = "probability" if in_range else "softmax"
+        notes = () if in_range else (SOFTMAX_NOTE,)
     if output == "probability" and not in_range:
         raise ConvscopeError(
             f"scores has values from {low:g} to {high:g}; probabilities are in [0, 1]: output='softmax' makes them of "
             "logits of words that exclude each other, output='sigmoid' of others"
         )
-    return WordScores(words, matrix, rows, output, normalizers)
+    return WordScores(words, matrix, rows, output, normalizers, notes)
 
 
 def _to_numpy(scores: object) -> object:

@@ -24,6 +24,7 @@ from convscope.store.analysis import DeadUnits, Duplicates, UnitChanges
 from convscope.store.examples import Example, Examples
 from convscope.store.image_record import ImageRecord
 from convscope.store.records import Prediction
+from convscope.store.search import Matches
 from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ def draw_unit_record(unit: UnitRecord, *, figsize: Size | None = None) -> Figure
 
 def _unit_title(unit: UnitRecord) -> str:
     statistics = unit.statistics
-    name = "" if unit.name == f"unit {unit.unit}" else f" ({shorten(unit.name)})"
+    class_name = None if unit.name == f"unit {unit.unit}" else unit.name
+    names = dict.fromkeys(shorten(name) for name in (class_name, unit.description) if name)
+    name = f" ({'; '.join(names)})" if names else ""
     active = f"active on {statistics['fires']:.1%} of images, at {statistics['active']:.1%} of positions"
     dead = "; dead" if statistics["dead"] else ""
     return f"{shorten(unit.layer, 60)}, unit {unit.unit}{name}: {active}{dead}"
@@ -270,6 +273,23 @@ def draw_duplicates(result: Duplicates, *, figsize: Size | None = None) -> Figur
         for p in result[:MAX_PAIRS]
     ]
     return _draw_pairs(title, pairs, len(result), figsize)
+
+
+def draw_matches(result: Matches, *, figsize: Size | None = None) -> Figure:
+    """Draw the top patches of the units that a search has found, at most eight."""
+    title = f"units for {result.text!r}"
+    if not len(result):
+        return _draw_text_figure(8, 1.0, f"no {title}", figsize=figsize)
+    matches = result[:MAX_PAIRS]
+    limit = f"; {len(matches)} of {len(result)} shown" if len(matches) < len(result) else ""
+    figure, (band,) = _create_bands(14, [0.5 + 1.45 * len(matches)], figsize)
+    panels = _add_panels(band, len(matches), EXAMPLES_PER_ROW + 1, f"{title}{limit}", [1.8] + [1] * EXAMPLES_PER_ROW)
+    for row, match in zip(panels, matches, strict=True):
+        record = UnitRecord(result.store, match.layer, match.unit)
+        layer, name = ("\n".join(textwrap.wrap(shorten(text, 44), 24)) for text in (match.layer, match.name))
+        _write(row[0], f"{layer}\nunit {match.unit}\n{name}")
+        _draw_patches(row[1:], record)
+    return figure
 
 
 def draw_unit_changes(result: UnitChanges, *, figsize: Size | None = None) -> Figure:

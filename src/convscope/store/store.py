@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from convscope.arguments import check_arguments
 from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.store import analysis
+from convscope.store import analysis, search
 from convscope.store.image_record import ImageRecord
 from convscope.store.io import Folder, Json
 from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
 from convscope.store.schema import FORMAT
+from convscope.store.search import Matches
 from convscope.store.tables import StoreTables
-from convscope.store.unit_names import StoredNames, UnitNames
 from convscope.store.unit_record import UnitRecord
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ class Store(StoreTables):
 
     def __init__(self, folder: Folder, manifest: Json) -> None:
         super().__init__(folder, manifest)
-        self._names = StoredNames(folder)
         self._concepts, self._atlases = SavedResultIndex(folder, "concepts"), SavedResultIndex(folder, "atlas")
 
     def __repr__(self) -> str:
@@ -133,17 +133,33 @@ class Store(StoreTables):
             )
         return ImageRecord(self, int(image))
 
-    def names(self) -> UnitNames | None:
-        """Return the names that `convscope.name_units` has written into the store; None if there are none.
+    def search(self, text: str, n: int = 20, *, judge: Model | None = None) -> Matches:
+        """Find units by name: by the names of `convscope.name_units`, and for the logits by those of the classes.
 
-        Names of an earlier scan into the same folder do not count.
+        Without `judge`, names match by their words. A name that contains all words of the text comes first; half a
+        match counts half: parts of words, and runners-up.
+
+        Parameters
+        ----------
+        text : str
+            What to search for, such as "striped fur".
+        n : int
+            How many units to list at most.
+        judge : Model, optional
+            A network that compares images with text, such as CLIP: names match by the cosine similarity of the
+            embeddings of text and name, so that "tiger" finds "striped fur".
+
+        Returns
+        -------
+        Matches
+            The best first; of equally good ones, those with the higher scores.
 
         Raises
         ------
         ConvscopeError
-            If the file of the names is damaged.
+            For an empty text, a store without any names, and a `judge` that does not take text.
         """
-        return self._names.read(self)
+        return search.find_units(self, text, n, judge)
 
     def dead(self) -> analysis.DeadUnits:
         """Find units that are never positive on any image, or constant."""

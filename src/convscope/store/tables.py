@@ -15,6 +15,7 @@ from convscope.errors import ConvscopeError, require_extra
 from convscope.images.failures import Failure
 from convscope.store.io import Folder, Json, NpyRows, ParquetTable, ThumbnailSheets
 from convscope.store.records import SIDES, UnitRank
+from convscope.store.unit_names import StoredNames, UnitNames
 from convscope.store.views import VIEW_COLUMNS, ImageView, StoredImages
 from convscope.suggestions import suggest
 
@@ -76,6 +77,7 @@ class StoreTables:
         self._topk = ParquetTable(folder, "topk.parquet")
         self._images = ParquetTable(folder, "images.parquet")
         self._sample, self._class_means = NpyRows(folder, "sample.npy"), NpyRows(folder, "class_means.npy")
+        self._names = StoredNames(folder)
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
 
     # --- units -------------------------------------------------------------------------------------------------------
@@ -102,6 +104,18 @@ class StoreTables:
     def unit_label(self, layer: str, unit: int) -> int | str:
         """Return the name of the class for a unit of ``"logits"``, if it is known; else the unit's number."""
         return unit if layer != LOGITS or self.classes is None else self.classes[unit]
+
+    def names(self) -> UnitNames | None:
+        """Return the names that `convscope.name_units` has written into the store; None if there are none.
+
+        Names of an earlier scan into the same folder do not count.
+
+        Raises
+        ------
+        ConvscopeError
+            If the file of the names is damaged.
+        """
+        return self._names.read(self)
 
     def row_of_unit(self, layer: str, unit: int) -> int:
         """Return a unit's row in the units table. Raises ConvscopeError for a unit that is not in the store."""

@@ -18,10 +18,11 @@ from convscope.formatting import Row, count_of
 from convscope.results import Result, format_csv
 from convscope.store.io import Folder, Json
 from convscope.store.parquet import names_schema, parquet_writer
-from convscope.store.tables import StoreTables
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from convscope.store.tables import StoreTables
 
 NAMES_FILE = "names.parquet"
 METADATA_KEY = b"convscope"  # of the settings, in the file's footer
@@ -102,10 +103,15 @@ class UnitNames(Result):
         pairs = zip(self.layer.tolist(), self.units.tolist(), strict=True)
         return {pair: i for i, pair in enumerate(pairs)}
 
+    def position(self, layer: str, unit: int) -> int | None:
+        """Return the position of a unit; None if it has no name that is better than chance."""
+        i = self._positions.get((layer, unit))
+        return None if i is None or not self.named[i] else i
+
     def get(self, layer: str, unit: int) -> str | None:
         """Return the name of a unit; None if it has none that is better than chance."""
-        i = self._positions.get((layer, unit))
-        return None if i is None or not self.named[i] else str(self.names[i])
+        i = self.position(layer, unit)
+        return None if i is None else str(self.names[i])
 
     @property
     def order(self) -> np.ndarray:

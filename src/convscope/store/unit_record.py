@@ -49,6 +49,12 @@ class UnitRecord(HasFigure):
         label = self.store.unit_label(self.layer, self.unit)
         return label if isinstance(label, str) else f"unit {label}"
 
+    @property
+    def description(self) -> str | None:
+        """What `convscope.name_units` has named the unit; None without a name that is better than chance."""
+        names = self.store.names()
+        return None if names is None else names.get(self.layer, self.unit)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per statistic: its name and value."""
         return [
@@ -67,7 +73,8 @@ class UnitRecord(HasFigure):
         return [*(row for row in self.rows() if row["statistic"] not in ("layer", "unit")), *named]
 
     def _title(self) -> str:
-        return f"{self.layer}, {self.name}, in {self.store.address}"
+        description = "" if self.description in (None, self.name) else f" ({self.description})"
+        return f"{self.layer}, {self.name}{description}, in {self.store.address}"
 
     @cached_property
     def statistics(self) -> Json:

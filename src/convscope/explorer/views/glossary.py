@@ -56,5 +56,7 @@ GLOSSARY: dict[str, str] = {
     "orientation selectivity": "How much of a pattern's structure has a single orientation, between 0 and 1.",
     "colourfulness": "The metric of Hasler and Süsstrunk (2003): 0 is grey, 33 moderately and 82 highly colourful.",
     "loss": "The cross-entropy of the prediction with respect to the label; 0 is a certain, correct prediction.",
+    "unit name": "The word whose scores on the images of the data set go best with the activations of a unit. Its "
+    "score is the area under the ROC curve on images that did not serve the choice: 0.5 is chance, 1 is perfect.",
     "store": "The results of `convscope scan`: the statistics and top patches of all units on a data set.",
 }

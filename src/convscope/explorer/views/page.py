@@ -13,6 +13,7 @@ from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import Explorer
 from convscope.explorer.urls import UrlBuilder
 from convscope.explorer.views.glossary import GLOSSARY
+from convscope.store.unit_names import NAMES_FILE
 
 Values = dict[str, object]
 """Values by name: variables of a template, or data of a script."""
@@ -65,6 +66,10 @@ class PageContext:
         samples = self.explorer.images.samples
         return samples[0] if samples and network.takes_images else None
 
+    def has_names(self, network: Network) -> bool:
+        """Return whether the store of a network has names of units."""
+        return network.store is not None and network.store.folder.exists(NAMES_FILE)
+
     def page_data(self, kind: str, **values: object) -> Values:
         """Return the data that every page's scripts need, and `values`."""
         return {"kind": kind, "live": self.urls.live, **values}
@@ -83,6 +88,7 @@ def render(page: Page, context: PageContext) -> str:
         networks=networks,
         name_counts=Counter(other.model.name for other in networks),
         store=page.network.store,
+        has_names=context.has_names(page.network),
     )
     return html
 

@@ -81,6 +81,7 @@ class UnitPatch:
     """A unit and the sheet whose first tile is its top patch."""
 
     unit: int
+    name: str
     dead: bool
     page: str
     src: str
@@ -168,6 +169,7 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPat
     store = network.store
     if store is None or layer not in store.layers:
         return []
+    names = store.names()
     table = store.units(["layer", "unit", "fires", "selectivity", "dead"]).to_pandas()
     table = table[table["layer"] == layer].assign(selectivity=lambda t: t["selectivity"].fillna(0))
     table = table.sort_values(["selectivity", "fires", "unit"], ascending=[False, False, True])
@@ -176,6 +178,7 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPat
     return [
         UnitPatch(
             unit=int(unit),
+            name="" if names is None else names.get(layer, int(unit)) or "",
             dead=bool(dead),
             page=urls.page("m", network.key, "unit", layer, int(unit)),
             src=urls.patches(network, layer, int(unit), kind),

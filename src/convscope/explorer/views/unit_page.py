@@ -8,7 +8,7 @@ from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.patterns import RECIPES, VARIANTS, PatternSpec
 from convscope.explorer.service.schemas import PatternRecord
-from convscope.explorer.views import snippets, store_views
+from convscope.explorer.views import names_page, snippets, store_views
 from convscope.explorer.views.network_page import receptive_field_text
 from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.images.colormap import color_stops
@@ -42,6 +42,7 @@ def build(
         "recipes": RECIPES,
         "pattern": pattern and {**_without_image(pattern), "src": urls.pattern(network, spec)},
         "statistics": store_views.unit_statistics(network, urls, layer, unit),
+        "unit_name": names_page.unit_name(context, network, layer, unit),
         "code": snippets.pattern(urls.source(network.source), spec, network.model),
         "map": None,
         "image": image,

@@ -21,6 +21,7 @@ from convscope.explorer.views import (
     glossary_page,
     image_page,
     layer_page,
+    names_page,
     network_page,
     saved_results_page,
     story_page,
@@ -151,6 +152,12 @@ async def concepts(
     """Show the concepts of a class."""
     net.require_class(target)
     return await _render(request, runner, lambda context: concepts_page.build(context, net, target, layer, image))
+
+
+@router.get("/m/{model}/names")
+async def names(request: Request, runner: Runner, net: PathNetwork) -> HTMLResponse:
+    """Show the named units."""
+    return await _render(request, runner, lambda context: names_page.build(context, net))
 
 
 @router.get("/m/{model}/atlas/{name}")
