@@ -22,6 +22,7 @@ import scanning
 import torch
 import transfer
 import unit_effects
+import unit_names
 from timing import THREADS, Timed
 
 ROUNDS = 15
@@ -49,6 +50,7 @@ def main() -> None:
         "Sanity checks": lambda: sanity.table(sanity.run()),
         "Localisation": lambda: _localisation(localisation.run(), localisation.cost(few)),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
+        "Names of units": lambda: unit_names.table(*unit_names.run()),
         "Boxes of a detector": lambda: _detection(detection.run()),
     }
     out = Path(__file__).with_name("README.md")

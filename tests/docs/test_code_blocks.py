@@ -48,6 +48,7 @@ STAND_INS = {
     'target="tiger"': 'target="tabby", positions_per_image=40',
     "--target tiger": "--positions 49",
     "package.module:detector": "tests.oracles.detectors:confident_faster_rcnn",
+    "--words textures,colors --judge open_clip:ViT-B-32/laion2b_s34b_b79k": "--words words.txt --scores scores.npy",
     '"open_clip:ViT-B-32/laion2b_s34b_b79k"': "small_clip()",
 }
 """What takes long in a command, and a shorter form of it."""
@@ -68,6 +69,10 @@ PRELUDES = {
     "docs/detection.md": (
         "import convscope; from tests.oracles.detectors import confident_faster_rcnn\n"
         "detector = confident_faster_rcnn()"
+    ),
+    "docs/names.md": (
+        "import numpy, pathlib; numpy.save('scores.npy', numpy.eye(3)[numpy.arange(60) % 3])\n"
+        "_ = pathlib.Path('words.txt').write_text('red\\ngreen\\nblue\\n')"
     ),
     "docs/progress.md": "import convscope; model = convscope.load('lite0')",
     "docs/results.md": (

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, Judge, Seed, StoreAddress, Wide, choice
+from convscope.cli.options import AsJson, Seed, Wide
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import load_model, open_store_at, split_commas
+from convscope.cli.store_options import Judge, StoreArgument
 from convscope.cli.tables import Column, print_table
 from convscope.errors import ConvscopeError
 
@@ -24,7 +25,7 @@ MAX_ROWS = 20
 
 @command(extra="scan", package="pyarrow")
 def name(
-    store: StoreAddress,
+    store: StoreArgument,
     words: Annotated[
         str,
         typer.Option(
@@ -46,11 +47,16 @@ def name(
     ] = None,
     output: Annotated[
         str | None,
-        choice("What the scores are. Default: found by their range.", "probability", "softmax", "sigmoid"),
+        typer.Option(
+            metavar="KIND", help="What the scores are: probability, softmax or sigmoid. Default: found by their range."
+        ),
     ] = None,
     level: Annotated[
         float, typer.Option(metavar="P", help="Fraction of the names that may be chance (false discovery rate).")
     ] = 0.01,
+    compositions: Annotated[
+        bool, typer.Option("--compositions", help="Also try two words with and, or, and not.")
+    ] = False,
     seed: Seed = 0,
     *,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="Of the judge: cpu, cuda or mps.")] = None,
@@ -76,6 +82,7 @@ def name(
             layer=None if layers is None else split_commas(layers),
             output=output,
             level=level,
+            compositions=compositions,
             seed=seed,
             progress=progress,
         )

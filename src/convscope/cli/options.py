@@ -239,13 +239,6 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the resul
 Wide: TypeAlias = Annotated[
     bool, typer.Option("--wide", help="Print all columns, also if the terminal is too narrow.", rich_help_panel=OUTPUT)
 ]
-StoreAddress: TypeAlias = Annotated[str, typer.Argument(metavar="STORE", help="A store written by `convscope scan`.")]
-Judge: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL", help="A network that compares images with text (open_clip:..., hf:...), or a classifier."
-    ),
-]
 Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", help="Random seed: the same seed gives the same result.")]
 
 # Long runs

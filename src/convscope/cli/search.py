@@ -7,15 +7,16 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, Judge, StoreAddress, Wide
+from convscope.cli.options import AsJson, Wide
 from convscope.cli.output import log_note, print_json
 from convscope.cli.parsing import load_model, open_store_at
+from convscope.cli.store_options import Judge, StoreArgument
 from convscope.cli.tables import Column, print_table
 
 
 @command(extra="scan", package="pyarrow")
 def search(
-    store: StoreAddress,
+    store: StoreArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT", help='What to search for, such as "striped fur".')],
     count: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="Number of units.")] = 20,
     judge: Judge = None,

@@ -14,6 +14,7 @@ from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError, require_int, require_number
 from convscope.naming.assignment import Activations, check_words, choose_words, report_part, split_images
+from convscope.naming.compositions import BEAM, find_compositions
 from convscope.naming.request import parse_request
 from convscope.naming.significance import benjamini_hochberg, p_values
 from convscope.naming.word_scores import WordScores
@@ -24,7 +25,7 @@ from convscope.store.unit_names import UnitNames, described_model, write_names
 from convscope.suggestions import suggest
 
 MIN_IMAGES = 20  # of the sample: ten to choose a name, ten to check it
-CHOICE_SHARE, CHECK_SHARE = 0.7, 0.15  # of the time
+CHOICE_SHARE, CHECK_SHARE, COMPOSITION_SHARE = 0.6, 0.1, 0.2  # of the time
 
 
 @check_arguments
@@ -39,6 +40,7 @@ def name_units(
     output: str | None = None,
     level: float = 0.01,
     shuffles: int = 1000,
+    compositions: bool = False,
     save: bool = True,
     seed: int = 0,
     progress: ProgressOption = None,
@@ -80,6 +82,10 @@ def name_units(
         False discovery rate: the fraction of the named units whose names may be chance.
     shuffles : int
         Number of shuffled units.
+    compositions : bool
+        Also try compositions of two words, "red or orange", "red and striped", "red and not striped", for units with a
+        name. One that suits the unit better on the other half of the images becomes the name, and the single word the
+        runner-up.
     save : bool
         Write the names into the store, where they replace earlier ones: into ``names.parquet``.
     seed : int
@@ -124,7 +130,7 @@ def name_units(
     request = parse_request(store, words, scores, judge, template, output)
     with progress_bar(progress, "name units") as report:
         word_scores = request.score(images, report_part(report, 0, request.share))
-        settings = Settings(level, shuffles, seed, request.source)
+        settings = Settings(level, shuffles, compositions, seed, request.source)
         rest = report_part(report, request.share, 1 - request.share)
         names = _name(store, layers, images, word_scores, settings, rest)
         if save:
@@ -162,6 +168,7 @@ class Settings:
 
     level: float
     shuffles: int
+    compositions: bool
     seed: int
     source: str
 
@@ -180,23 +187,36 @@ def _name(
     rows = np.array([store.row_of_unit(layer, unit) for layer, unit in pairs])
     shuffled = np.random.default_rng(settings.seed).random((settings.shuffles, len(images)), np.float32)
     activations = Activations(store, rows, images, shuffled)
-    words, wpmi = choose_words(activations, scores, first, 2, report_part(report, 0, CHOICE_SHARE))
+    count = BEAM if settings.compositions else 2
+    words, wpmi = choose_words(activations, scores, first, count, report_part(report, 0, CHOICE_SHARE))
     best = check_words(activations, scores, second, words[:, 0], report_part(report, CHOICE_SHARE, CHECK_SHARE))
     second_start = CHOICE_SHARE + CHECK_SHARE
     runner_up = check_words(activations, scores, second, words[:, 1], report_part(report, second_start, CHECK_SHARE))
     count = len(pairs)
     p = p_values(best.evidence[:count], best.evidence[count:])
     p[words[:count, 0] < 0] = 1
+    named = benjamini_hochberg(p, settings.level)
     texts = np.array([*scores.words, ""])
+    names, runners_up = texts[words[:count, 0]], texts[words[:count, 1]]
+    auc, runner_up_auc = best.auc[:count].astype(np.float32), runner_up.auc[:count].astype(np.float32)
+    if settings.compositions:
+        rest = report_part(report, second_start + CHECK_SHARE, COMPOSITION_SHARE)
+        better = find_compositions(activations, scores, (first, second), words, named, rest)
+        composed = np.array(list(better), int)
+        runners_up[composed], runner_up_auc[composed] = names[composed], auc[composed]
+        names = names.astype(object)
+        names[composed] = [composition.text(scores.words) for composition in better.values()]
+        names = names.astype(str)
+        auc[composed] = [composition.auc for composition in better.values()]
     return UnitNames(
         described_model(store),
         layer=np.array([layer for layer, _ in pairs]),
         units=np.array([unit for _, unit in pairs], np.int32),
-        names=texts[words[:count, 0]],
-        scores=best.auc[:count].astype(np.float32),
-        runner_up=texts[words[:count, 1]],
-        runner_up_scores=runner_up.auc[:count].astype(np.float32),
-        named=benjamini_hochberg(p, settings.level),
+        names=names,
+        scores=auc,
+        runner_up=runners_up,
+        runner_up_scores=runner_up_auc,
+        named=named,
         wpmi=np.where(words[:count, 0] < 0, np.nan, wpmi[:count, 0]).astype(np.float32),
         p_values=p,
         num_words=len(scores.words),

@@ -135,7 +135,8 @@ def _word_relevance(text: str, names: Sequence[str]) -> list[float]:
     query = _words(text) or [text.strip().casefold()]
     result = []
     for name in names:
-        plain, words = name.casefold(), set(_words(name))
+        plain = name.casefold().partition(" and not ")[0]  # of a composition, what excites the unit
+        words = set(_words(plain))
         hits = [1.0 if word in words else PARTIAL * (word in plain) for word in query]
         result.append(sum(hits) / len(query))
     return result
