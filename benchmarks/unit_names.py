@@ -25,7 +25,7 @@ from convscope.samples import photographs
 
 BUILD = Path(__file__).parents[1] / "build" / "unit_names"
 CLASSES = range(5, 1000, 10)
-STEPS, SEEDS, VIEWS = 64, 2, 4
+STEPS, SEEDS, VIEWS = 64, 1, 4
 CROPS = 40  # of each photograph
 NOISE_UNITS = 1000
 SIDE = 64  # of rendered images

@@ -220,15 +220,16 @@ def test_compositions_name_planted_ones_and_leave_single_words(tmp_path):
     rng = np.random.default_rng(0)
     scores = (rng.random((600, 6)) < 0.3).astype(np.float32)
     a, b = scores[:, 0] > 0, scores[:, 1] > 0
-    truth = np.stack([a & b, a | b, a & ~b, a, scores[:, 2] > 0])
+    truth = np.stack([a & b, a | b, a & ~b, a, scores[:, 2] > 0, *np.zeros((20, 600), bool)])
     stores.write_maxima_store(tmp_path / "store", {"layer": 3 * truth + rng.normal(0, 0.5, truth.shape)})
     names = convscope.name_units(tmp_path / "store", list("abcdef"), scores, compositions=True, save=False)
     assert set(names.names[0].split(" and ")) == {"a", "b"}
     assert set(names.names[1].split(" or ")) == {"a", "b"}
-    assert names.names[2:].tolist() == ["a and not b", "a", "c"]
+    assert names.names[2:5].tolist() == ["a and not b", "a", "c"]
+    assert names.named.tolist() == [True] * 5 + [False] * 20
     single = convscope.name_units(tmp_path / "store", list("abcdef"), scores, save=False)
     composed = [0, 1, 2]
     np.testing.assert_array_equal(names.runner_up[composed], single.names[composed])
     np.testing.assert_array_equal(names.runner_up_scores[composed], single.scores[composed])
     assert (names.scores[composed] > single.scores[composed] + 0.05).all()
-    np.testing.assert_array_equal(names.scores[3:], single.scores[3:])
+    np.testing.assert_array_equal(names.scores[3:5], single.scores[3:5])

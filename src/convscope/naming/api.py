@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +84,8 @@ def name_units(
     shuffles : int
         Number of shuffled units.
     compositions : bool
-        Also try compositions of two words, "red or orange", "red and striped", "red and not striped", for units with a
-        name. One that suits the unit better on the other half of the images becomes the name, and the single word the
-        runner-up.
+        Also try compositions of two words: "red or orange", "red and striped", "red and not striped". One that suits
+        the unit better on the other half of the images becomes the name, and the single word the runner-up.
     save : bool
         Write the names into the store, where they replace earlier ones: into ``names.parquet``.
     seed : int
@@ -195,19 +195,20 @@ def _name(
     count = len(pairs)
     p = p_values(best.evidence[:count], best.evidence[count:])
     p[words[:count, 0] < 0] = 1
-    named = benjamini_hochberg(p, settings.level)
     texts = np.array([*scores.words, ""])
     names, runners_up = texts[words[:count, 0]], texts[words[:count, 1]]
     auc, runner_up_auc = best.auc[:count].astype(np.float32), runner_up.auc[:count].astype(np.float32)
     if settings.compositions:
         rest = report_part(report, second_start + CHECK_SHARE, COMPOSITION_SHARE)
-        better = find_compositions(activations, scores, (first, second), words, named, rest)
+        better = find_compositions(activations, scores, (first, second), words, rest)
         composed = np.array(list(better), int)
         runners_up[composed], runner_up_auc[composed] = names[composed], auc[composed]
-        names = names.astype(object)
-        names[composed] = [composition.text(scores.words) for composition in better.values()]
-        names = names.astype(str)
         auc[composed] = [composition.auc for composition in better.values()]
+        bounds = np.full(count, 1.0)
+        bounds[composed] = [math.exp(-composition.evidence) for composition in better.values()]
+        p = np.minimum(2 * np.minimum(p, bounds), 1)  # of two tests
+        replaced = {i: composition.text(scores.words) for i, composition in better.items()}
+        names = np.array([replaced.get(i, str(name)) for i, name in enumerate(names)])
     return UnitNames(
         described_model(store),
         layer=np.array([layer for layer, _ in pairs]),
@@ -216,7 +217,7 @@ def _name(
         scores=auc,
         runner_up=runners_up,
         runner_up_scores=runner_up_auc,
-        named=named,
+        named=benjamini_hochberg(p, settings.level),
         wpmi=np.where(words[:count, 0] < 0, np.nan, wpmi[:count, 0]).astype(np.float32),
         p_values=p,
         num_words=len(scores.words),

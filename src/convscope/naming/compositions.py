@@ -31,12 +31,13 @@ OPERATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Composition:
-    """Two words with an operator, and the unit's area under the ROC curve for them on the other images."""
+    """Two words with an operator, and how well they suit a unit on the other images."""
 
     operator: str
     first: int
     second: int
     auc: float
+    evidence: float
 
     def text(self, words: tuple[str, ...]) -> str:
         """Return the composition as a name, such as "red and not striped"."""
@@ -60,7 +61,6 @@ def find_compositions(
     scores: WordScores,
     halves: tuple[np.ndarray, np.ndarray],
     beams: np.ndarray,
-    named: np.ndarray,
     report: Progress,
 ) -> dict[int, Composition]:
     """Find the units that a composition of two words suits better than the best single word.
@@ -76,8 +76,6 @@ def find_compositions(
         Numbers of the images for the choice and for the check.
     beams : ndarray of shape (U + R, C)
         The words with the highest soft WPMI of each unit, the best first; -1 for none.
-    named : ndarray of shape (U,)
-        Which units to try.
     report : callable
 
     Returns
@@ -90,18 +88,17 @@ def find_compositions(
     Mu and Andreas, Compositional explanations of neurons, NeurIPS 2020, section 2.
     """
     compositions: dict[int, Composition] = {}
-    done, total = 0, int(named.sum())
+    count = len(activations.rows)
     choice, check = (activations.blocks(images) for images in halves)
     for (units, first_block), (_, second_block) in zip(choice, check, strict=True):
-        for i in range(units.start, min(units.stop, len(named))):
-            if not named[i]:
+        for i in range(units.start, min(units.stop, count)):
+            if beams[i, 0] < 0:
                 continue
             ranks = tuple(midranks(block[i - units.start][None]) for block in (first_block, second_block))
             composition = _find(ranks, scores, halves, [int(word) for word in beams[i] if word >= 0])
             if composition is not None:
                 compositions[i] = composition
-            done += 1
-            report(done, total)
+            report(i + 1, count)
     return compositions
 
 
@@ -128,11 +125,10 @@ def _find(
         return None
     both = torch.stack([tables[1][0], probabilities(1, candidates[best])])
     second_ranks = ranks[1].expand(2, -1)
-    gain = rank_evidence(second_ranks, both).diff()
-    auc = soft_auc(second_ranks, both)
-    if float(gain) < MIN_EVIDENCE_GAIN or float(auc.diff()) < MIN_AUC_GAIN:
+    evidence, auc = rank_evidence(second_ranks, both), soft_auc(second_ranks, both)
+    if float(evidence.diff()) < MIN_EVIDENCE_GAIN or float(auc.diff()) < MIN_AUC_GAIN:
         return None
-    return Composition(*candidates[best], float(auc[1]))
+    return Composition(*candidates[best], float(auc[1]), float(evidence[1]))
 
 
 def _counterexamples(ranks: Tensor, scores: WordScores, images: np.ndarray, word: int) -> list[int]:

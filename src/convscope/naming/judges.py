@@ -100,7 +100,7 @@ def score_images(
             logits = run(batch.x).logits
             require_finite(network, logits, "the judge's output")
             values = logits if columns is None else network.probabilities(logits)[:, columns]
-            scores[batch.indices] = values.float().cpu().numpy()
+            scores[list(batch.indices)] = values.float().cpu().numpy()
     if loader.failed:
         raise ConvscopeError(f"judge: {loader.failed[0]}; it was readable when it was scanned")
     count = len(sample.from_thumbnails)
