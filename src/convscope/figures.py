@@ -35,6 +35,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "Concepts": "convscope.plotting.concepts",
     "DeadUnits": "convscope.plotting.store",
     "Detections": "convscope.plotting.detections",
+    "Diagnosis": "convscope.plotting.diagnosis",
     "Dictionary": "convscope.plotting.dictionaries",
     "Duplicates": "convscope.plotting.store",
     "Effects": "convscope.plotting.effects",

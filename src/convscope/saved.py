@@ -19,6 +19,11 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
 from convscope.detection.result import Detections
+from convscope.diagnosis.finding import Finding
+from convscope.diagnosis.flat import from_json, restore
+from convscope.diagnosis.overview import Overview
+from convscope.diagnosis.result import OVERVIEW, Diagnosis
+from convscope.diagnosis.search import Search
 from convscope.dictionaries.files import read_weights
 from convscope.dictionaries.result import Dictionary
 from convscope.editing.result import Effects, Patching
@@ -291,6 +296,22 @@ def _patching(data: SavedData) -> Patching:
     return data.make(Patching, geometry=data.geometry(), image_sources=(images, images), image_indices=(0, 1))
 
 
+def _diagnosis(data: SavedData) -> Diagnosis:
+    findings = [
+        Finding(**{name: from_json(value) if name != "evidence" else value for name, value in finding.items()})
+        for finding in data.parameters["findings"]
+    ]
+    searches = tuple(
+        Search(
+            **{**search, "notes": tuple(search["notes"])},
+            findings=tuple(f for f in findings if f.kind == search["kind"]),
+        )
+        for search in data.parameters["searches"]
+    )
+    overview = restore(Overview, data.arrays, data.parameters["overview"], OVERVIEW)
+    return data.make(Diagnosis, findings=findings, searches=searches, overview=overview)
+
+
 def _atlas(data: SavedData) -> Atlas:
     return data.make(Atlas, target=data.parameters["target"])
 
@@ -301,6 +322,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "comparison": _comparison,
     "concepts": _concepts,
     "detections": _detections,
+    "diagnosis": _diagnosis,
     "dictionary": _dictionary,
     "effects": _effects,
     "evaluation": _evaluation,

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import nn
 
+import convscope
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.observations import Observations
 
@@ -60,3 +63,12 @@ def average_precision(is_positive: np.ndarray, scores: np.ndarray) -> float:
     ranked = is_positive[np.argsort(-scores, kind="stable")]
     precision = ranked.cumsum() / np.arange(1, len(ranked) + 1)
     return float(precision[ranked].mean())
+
+
+def make_small_model(classes: Sequence[str]) -> convscope.Model:
+    """Make a network that is not trained, with a class for each name."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(classes))
+    )
+    return convscope.load(net, preprocessing={"size": SIDE}, classes=list(classes))

@@ -18,6 +18,7 @@ from convscope.diagnosis.confident_learning import (
 )
 from convscope.diagnosis.label_errors import check_labels, find_label_errors
 from convscope.diagnosis.linear_head import assign_folds, fit_linear_head
+from convscope.diagnosis.observations import Observations
 from tests.diagnosis.helpers import average_precision, make_context, make_observations
 
 PROBABILITIES = np.array(
@@ -40,6 +41,11 @@ def with_wrong_labels(count: int = 900, num_classes: int = 5) -> tuple[np.ndarra
     truth = (cumulative < generator.random((count, 1))).sum(1).clip(max=num_classes - 1)
     is_wrong = (truth == 1) & (generator.random(count) < 0.2)
     return logits, np.where(is_wrong, 3, truth), is_wrong
+
+
+def observe(labels: np.ndarray, logits: np.ndarray) -> Observations:
+    """Make observations whose features are the logits."""
+    return make_observations(labels, logits, features=logits.astype(np.float16))
 
 
 def test_confident_joint_by_hand() -> None:
@@ -95,7 +101,7 @@ def test_planted_labels_are_ranked_above_self_confidence() -> None:
 
 def test_planted_labels_are_a_finding() -> None:
     logits, labels, is_wrong = with_wrong_labels()
-    search, quality = find_label_errors(make_context(make_observations(labels, logits)))
+    search, quality = find_label_errors(make_context(observe(labels, logits)))
     (finding,) = search.findings
     assert (finding.kind, finding.classes) == ("label-error", (3, 1))
     assert "labelled `class 3` look like `class 1`" in finding.summary
@@ -105,13 +111,23 @@ def test_planted_labels_are_a_finding() -> None:
     assert np.all(np.diff(quality[list(finding.images)]) >= 0)  # the most suspicious first
 
 
+def test_blind_spots_of_the_network_are_no_wrong_labels() -> None:
+    generator = np.random.default_rng(6)
+    labels = generator.integers(0, 3, 300)
+    features = np.eye(3)[labels] * 4 + generator.normal(0, 0.5, (300, 3))
+    predicted = np.where((labels == 2) & (generator.random(300) < 0.3), 0, labels)  # confidently wrong
+    logits = 6 * np.eye(3)[predicted] + generator.normal(0, 0.5, (300, 3))
+    context = make_context(make_observations(labels, logits, features=features.astype(np.float16)))
+    assert not [f for f in find_label_errors(context)[0].findings if f.classes == (2, 0)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_right_labels_are_no_finding(temperature: float) -> None:
     generator = np.random.default_rng(2)
     logits = generator.normal(0, 1.5, (800, 6))
     cumulative = softmax(logits).cumsum(1)
     labels = (cumulative < generator.random((800, 1))).sum(1).clip(max=5)
-    search, _ = find_label_errors(make_context(make_observations(labels, logits * temperature)))  # overconfident at 3
+    search, _ = find_label_errors(make_context(observe(labels, logits * temperature)))  # overconfident at 3
     assert not search.findings
     assert "would have been found" in search.detectable
 
@@ -129,7 +145,7 @@ def test_noise_and_temperature_are_told_apart() -> None:
     assert fit.temperature == pytest.approx(2, rel=0.15)
     assert fit.interval[0] <= 0.08 <= fit.interval[1]
     assert fit.p_value < 1e-6
-    search, _ = find_label_errors(make_context(make_observations(noisy, 2 * logits)))
+    search, _ = find_label_errors(make_context(observe(noisy, 2 * logits)))
     total = sum(finding.effect for finding in search.findings)
     assert total == pytest.approx((noisy != labels).sum(), rel=0.3)
 
@@ -137,7 +153,7 @@ def test_noise_and_temperature_are_told_apart() -> None:
 def test_unlabelled_images_have_no_quality() -> None:
     logits, labels, _ = with_wrong_labels(100)
     labels[:10] = -1
-    _, quality = find_label_errors(make_context(make_observations(labels, logits)))
+    _, quality = find_label_errors(make_context(observe(labels, logits)))
     assert np.isnan(quality[:10]).all()
     assert np.isfinite(quality[10:]).all()
     search, quality = find_label_errors(make_context(make_observations(np.full(100, -1), logits)))
@@ -195,4 +211,4 @@ def test_the_head_agrees_with_scikit_learn() -> None:
 def test_folds_are_checked(folds: object) -> None:
     logits, labels, _ = with_wrong_labels(50)
     with pytest.raises(convscope.ConvscopeError, match="folds is"):
-        find_label_errors(make_context(make_observations(labels, logits)), folds=folds)  # type: ignore[arg-type]
+        find_label_errors(make_context(observe(labels, logits)), folds=folds)  # type: ignore[arg-type]

@@ -157,13 +157,13 @@ def diagnose(
         model, selected, observations, partial(_load_inputs, job, observations.image_ids), seed, _ignore, memory, opened
     )
     outcome = _run_analyses(context, overview, folds, progress)
-    return Diagnosis(
+    return Diagnosis.of(
         model,
-        findings=sort_findings([f for search in outcome.searches for f in search.findings], overview.num_labelled),
+        observations,
+        sort_findings([f for search in outcome.searches for f in search.findings], overview.num_labelled),
         searches=outcome.searches,
         overview=overview,
         label_quality=outcome.label_quality,
-        observations=observations,
         layer=selected.name,
         layer_reason=layer_reason,
         data_name=catalogue.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,17 @@ MAX_P_VALUE = 0.05
 MIN_IMAGES = 3  # of a finding on a pair of classes; pairs with fewer share one finding
 MAX_PAIRS = 20
 MAX_CLASSES = 10  # that a finding on many pairs of classes names
+HEAD_FOLDS = 5  # of the head that must agree
+MAX_HEAD_SIZE = 1_000_000_000  # images times features times classes, up to which it takes minutes at most
 MEMORIZED_ACCURACY = 0.98  # from which on the network may have been trained on the images
 
 RECOMMENDATION = (
     "Look at these images, the most suspicious first, and correct the labels that are wrong; a network that is "
     "confidently wrong looks the same."
+)
+UNCONFIRMED = (
+    "label errors: the data are too large for the linear head that confirms candidates; images that the network is "
+    "confidently wrong about are among the findings"
 )
 
 
@@ -78,6 +84,9 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
     confidently of j; the p-value is that of a count as large. Wrong labels that are spread over many pairs are tested
     together, by the rate of labels that do not depend on the image (`fit_label_noise`).
 
+    Images that a linear head on the layer's features, cross-validated on the same labels, classifies as labelled are
+    left out: there the network has a blind spot, such as a shortcut, and the label is right.
+
     Parameters
     ----------
     context : DiagnosisContext
@@ -110,10 +119,26 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
         features = observations.features[rows]
         logits = cross_validated_logits(features, labels, num_classes, folds, context.seed, context.report_progress)
     check = check_labels(logits, labels, memory=context.memory, seed=context.seed)
+    notes = _notes(logits, labels, folds)
+    if not folds and (check.joint - np.diag(np.diag(check.joint)) >= MIN_IMAGES).any():
+        if observations.features[0].size * logits.size <= MAX_HEAD_SIZE:
+            check = _confirm(check, context, rows, labels)
+        else:
+            notes = (*notes, UNCONFIRMED)
     quality[rows] = check.quality
-    findings, notes = _findings(check, rows, labels, observations.classes), _notes(logits, labels, folds)
+    findings = _findings(check, rows, labels, observations.classes)
     search = Search("label-error", _looked_for(folds), check.num_pairs, _detectable(check), tuple(findings), notes)
     return search, quality
+
+
+def _confirm(check: LabelCheck, context: DiagnosisContext, rows: np.ndarray, labels: np.ndarray) -> LabelCheck:
+    """Leave out the candidates whose label a cross-validated linear head predicts."""
+    num_classes, folds = len(check.label_counts), min(HEAD_FOLDS, len(labels))
+    features = context.observations.features[rows]
+    logits = cross_validated_logits(features, labels, num_classes, folds, context.seed, context.report_progress)
+    is_refuted = (check.confident != labels) & (logits.argmax(1) == labels)
+    refuted = confident_joint(labels, np.where(is_refuted, check.confident, -1), num_classes)
+    return replace(check, confident=np.where(is_refuted, -1, check.confident), joint=check.joint - refuted)
 
 
 def check_labels(logits: np.ndarray, labels: np.ndarray, *, memory: int = 1 << 28, seed: int = 0) -> LabelCheck:
@@ -250,10 +275,14 @@ def _by_suspicion(check: LabelCheck, members: np.ndarray) -> np.ndarray:
 
 
 def _looked_for(folds: int) -> str:
-    source = f"a linear head on the layer's features, cross-validated in {folds} folds," if folds else "the network"
+    if folds:
+        source = f"a linear head on the layer's features, cross-validated in {folds} folds, confidently assigns"
+        agreement = ""
+    else:
+        source, agreement = "the network confidently assigns", ", and a cross-validated linear head on its features too"
     return (
-        f"Images that {source} confidently assigns to another class than their label, for each pair of classes; their "
-        "number was tested against what the calibrated probabilities explain."
+        f"Images that {source} to another class than their label{agreement}, for each pair of classes; their number "
+        "was tested against what the calibrated probabilities explain."
     )
 
 

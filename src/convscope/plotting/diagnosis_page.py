@@ -1,0 +1,190 @@
+"""The report of a diagnosis: one HTML page that opens without a server and prints well."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from convscope.diagnosis.finding import Finding
+from convscope.diagnosis.result import MAX_EXAMPLES, Diagnosis
+from convscope.formatting import base_name, format_cell
+from convscope.images.colormap import lookup_table
+
+MAX_CLASSES = 10  # in the table of the classes with the lowest recall
+MAX_LISTED = 200  # names of images that are listed on the page; all are in findings.json
+MAX_FACTS = 16  # numbers of a finding
+MAX_TEXT = 300  # characters of one of them
+MIN_SHOWN_P = 1e-4
+QUALITY = 88  # of JPEG thumbnails
+
+KIND_TITLES = {
+    "shortcut": "Shortcut",
+    "slice": "Group of images with more errors",
+    "label-error": "Wrong labels",
+    "confusion": "Classes that are confused",
+    "duplicate": "Near duplicates",
+    "calibration": "Confidence that cannot be trusted",
+}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """An image on the page."""
+
+    name: str
+    photo: str
+    overlay: str
+    label: str
+    prediction: str
+    confidence: str
+    quality: str
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A finding on the page."""
+
+    number: int
+    title: str
+    finding: Finding
+    effect: str
+    p_value: str
+    cards: list[_Card]
+    names: list[str]
+    facts: list[tuple[str, str]]
+
+
+def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str:
+    """Render the page; `overlays` are the thumbnails of the examples with their evidence, by image."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("convscope.plotting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["quoted"] = quoted
+    colors = ", ".join(f"rgb({r} {g} {b})" for r, g, b in lookup_table("jet")[::32].tolist())
+    kinds = {finding.kind for finding in result.findings}
+    html: str = environment.get_template("diagnosis.html").render(
+        result=result,
+        overview=result.overview,
+        data_name=base_name(result.data_name.rstrip("/")),
+        sections=[_section(result, n, finding, overlays) for n, finding in enumerate(result.findings, 1)],
+        searches=[(KIND_TITLES.get(s.kind, s.kind), s) for s in result.searches],
+        kinds=kinds,
+        classes=_lowest_recall(result),
+        max_listed=MAX_LISTED,
+        scale_colors=colors,
+        percent=_percent,
+    )
+    return html
+
+
+def _section(result: Diagnosis, number: int, finding: Finding, overlays: Mapping[int, np.ndarray]) -> _Section:
+    has_heatmaps = finding.kind not in ("duplicate", "calibration")
+    return _Section(
+        number,
+        KIND_TITLES.get(finding.kind, finding.kind),
+        finding,
+        _format_effect(finding),
+        _format_p_value(finding.p_value),
+        [_card(result, image, overlays if has_heatmaps else {}) for image in finding.images[:MAX_EXAMPLES]],
+        [result.image_names[image] for image in finding.images[:MAX_LISTED]],
+        _facts(finding),
+    )
+
+
+def _card(result: Diagnosis, image: int, overlays: Mapping[int, np.ndarray]) -> _Card:
+    label, quality = int(result.labels[image]), float(result.label_quality[image])
+    return _Card(
+        base_name(result.image_names[image]),
+        _data_url(result.thumbnails[int(np.searchsorted(result.examples, image))]),
+        _data_url(overlays[image]) if image in overlays else "",
+        result.model.class_name(label) if label >= 0 else "unknown",
+        result.model.class_name(int(result.predictions[image])),
+        _percent(float(result.confidence[image])),
+        "" if math.isnan(quality) else f"{quality:.3f}",
+        label == int(result.predictions[image]),
+    )
+
+
+def quoted(text: str) -> str:
+    """Put names in quotation marks instead of backticks."""
+    return re.sub("`(.+?)`", "“\\1”", text)
+
+
+def _format_effect(finding: Finding) -> str:
+    """Format the effect with its interval: shares as percentages."""
+    values = (finding.effect, *finding.interval)
+    if all(abs(value) <= 1 for value in values):
+        low, high = (f"{100 * value:.1f}" for value in finding.interval)
+        return f"{100 * finding.effect:.1f} % (95 % interval {low} % to {high} %)"
+    low, high = (f"{value:,.0f}" for value in finding.interval)
+    return f"{finding.effect:,.0f} (95 % interval {low} to {high})"
+
+
+def _format_p_value(p_value: float) -> str:
+    """Say how probable such a result would be by chance; nothing if that was not tested."""
+    if math.isnan(p_value):
+        return ""
+    return f"p < {MIN_SHOWN_P:g}" if p_value < MIN_SHOWN_P else f"p = {p_value:.2g}"
+
+
+def _facts(finding: Finding) -> list[tuple[str, str]]:
+    """Return the numbers that a finding rests on, with readable names; long lists are left out."""
+    facts = []
+    for name, value in finding.evidence.items():
+        text = _format_value(value)
+        if name != "effect" and text and len(text) <= MAX_TEXT:
+            facts.append((name.replace("_", " "), text))
+    return facts[:MAX_FACTS]
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_format_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_format_value(item) for item in value)
+    return format_cell(value)
+
+
+def _lowest_recall(result: Diagnosis) -> list[dict[str, str]]:
+    """Return the classes with the lowest recall."""
+    scores = result.overview.class_scores
+    order = [int(k) for k in np.argsort(scores.recall, kind="stable") if not np.isnan(scores.recall[k])]
+    return [
+        {
+            "name": result.model.class_name(int(scores.classes[k])),
+            "images": f"{int(scores.num_labelled[k]):,}",
+            "recall": _with_interval(scores.recall[k], scores.recall_interval[k]),
+            "precision": _with_interval(scores.precision[k], scores.precision_interval[k]),
+        }
+        for k in order[:MAX_CLASSES]
+    ]
+
+
+def _with_interval(value: float, interval: np.ndarray) -> str:
+    return (
+        "never predicted"
+        if math.isnan(value)
+        else f"{_percent(value)} ({_percent(interval[0])} to {_percent(interval[1])})"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * float(value):.1f} %"
+
+
+def _data_url(image: np.ndarray) -> str:
+    """Encode an image as a JPEG data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
