@@ -60,6 +60,8 @@ class LabelCheck:
         The same, if all labels were right and the calibrated probabilities too.
     label_counts : ndarray of shape (K,)
     noise : LabelNoise
+    second : LabelCheck or None
+        The same by a cross-validated linear head, which has to agree.
     """
 
     quality: np.ndarray
@@ -68,6 +70,12 @@ class LabelCheck:
     expected: np.ndarray
     label_counts: np.ndarray
     noise: LabelNoise
+    second: LabelCheck | None = None
+
+    def p_value(self, pair: tuple[int, int]) -> float:
+        """Return the probability of as many images with this label and confident class if all labels are right."""
+        own = poisson_tail(int(self.joint[pair]), float(self.expected[pair]))
+        return own if self.second is None else max(own, self.second.p_value(pair))
 
     @property
     def num_pairs(self) -> int:
@@ -84,8 +92,9 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
     confidently of j; the p-value is that of a count as large. Wrong labels that are spread over many pairs are tested
     together, by the rate of labels that do not depend on the image (`fit_label_noise`).
 
-    Images that a linear head on the layer's features, cross-validated on the same labels, classifies as labelled are
-    left out: there the network has a blind spot, such as a shortcut, and the label is right.
+    A network with a blind spot, such as a shortcut, is confidently wrong where the label is right. So the same is
+    tested with a linear head on the layer's features, cross-validated on the same labels; the larger p-value counts,
+    and images that the head classifies as labelled are left out.
 
     Parameters
     ----------
@@ -132,13 +141,16 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
 
 
 def _confirm(check: LabelCheck, context: DiagnosisContext, rows: np.ndarray, labels: np.ndarray) -> LabelCheck:
-    """Leave out the candidates whose label a cross-validated linear head predicts."""
+    """Add the check by a cross-validated linear head, and leave out the candidates whose label the head predicts."""
     num_classes, folds = len(check.label_counts), min(HEAD_FOLDS, len(labels))
     features = context.observations.features[rows]
     logits = cross_validated_logits(features, labels, num_classes, folds, context.seed, context.report_progress)
+    second = check_labels(logits, labels, memory=context.memory, seed=context.seed)
     is_refuted = (check.confident != labels) & (logits.argmax(1) == labels)
     refuted = confident_joint(labels, np.where(is_refuted, check.confident, -1), num_classes)
-    return replace(check, confident=np.where(is_refuted, -1, check.confident), joint=check.joint - refuted)
+    confident = np.where(is_refuted, -1, check.confident)
+    noise = min(check.noise, second.noise, key=lambda fit: fit.rate)
+    return replace(check, confident=confident, joint=check.joint - refuted, noise=noise, second=second)
 
 
 def check_labels(logits: np.ndarray, labels: np.ndarray, *, memory: int = 1 << 28, seed: int = 0) -> LabelCheck:
@@ -176,7 +188,7 @@ def _blocks(
 def _findings(check: LabelCheck, rows: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> list[Finding]:
     """Make the findings, the largest numbers of wrong labels first."""
     pairs = np.argwhere(check.joint - np.diag(np.diag(check.joint)) >= MIN_IMAGES)
-    p_values = [poisson_tail(int(check.joint[i, j]), float(check.expected[i, j])) for i, j in pairs]
+    p_values = [check.p_value((int(i), int(j))) for i, j in pairs]
     *p_values, pooled_p_value = benjamini_hochberg([*p_values, check.noise.p_value], check.num_pairs + 1).tolist()
     order = np.argsort([-check.joint[i, j] for i, j in pairs], kind="stable")
     findings, is_listed = [], np.zeros(len(labels), bool)

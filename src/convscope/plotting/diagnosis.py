@@ -35,7 +35,7 @@ def render_diagnosis(result: Diagnosis) -> Iterator[tuple[str, RenderedFile]]:
     """Yield the figure, the plots of the report, and the report."""
     yield "diagnosis.png", to_image(draw_diagnosis(result))
     figure = create_figure(WIDTH, PLOTS_HEIGHT, "")
-    _draw_overview(figure.subplots(1, 3), result)
+    _draw_overview(figure.subplots(1, 3).tolist(), result)
     yield "overview.png", to_image(figure)
     overlays = {int(image): overlay(result, n) for n, image in enumerate(result.examples)}
     yield "index.html", diagnosis_page(result, overlays)
@@ -50,7 +50,7 @@ def draw_diagnosis(result: Diagnosis, *, figsize: tuple[float, float] | None = N
     figure = create_figure(WIDTH, PLOTS_HEIGHT + FINDING_HEIGHT * len(findings), title, figsize)
     ratios = [PLOTS_HEIGHT] + [FINDING_HEIGHT] * len(findings)
     grid = figure.add_gridspec(1 + len(findings), 1, height_ratios=ratios)
-    _draw_overview(grid[0].subgridspec(1, 3).subplots(), result)
+    _draw_overview([figure.add_subplot(part) for part in grid[0].subgridspec(1, 3)], result)
     for row, finding in enumerate(findings, 1):
         _draw_finding(grid[row].subgridspec(1, IMAGES_PER_FINDING + 3), figure, result, finding, row)
     return figure
@@ -64,7 +64,7 @@ def overlay(result: Diagnosis, position: int) -> np.ndarray:
     return np.asarray(ColorScale(float(resized.max())).overlay(thumbnail, resized))
 
 
-def _draw_overview(panels: np.ndarray, result: Diagnosis) -> None:
+def _draw_overview(panels: list[Axes], result: Diagnosis) -> None:
     """Fill three panels with the confusion matrix, the reliability curve and the risk by coverage."""
     _draw_confusion(panels[0], result)
     _draw_reliability(panels[1], result)
