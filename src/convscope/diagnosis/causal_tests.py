@@ -16,8 +16,9 @@ from convscope.evaluation.statistics import bootstrap
 
 Floats = npt.NDArray[np.float64]
 Scores = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
-REPEATS = 4  # random changes per image that a change is compared with
+REPEATS = 3  # random changes per image that a change is compared with
 PERMUTATIONS = 2000
 MARGIN = 0.25  # of a recurring patch's side, that is moved with it on each side
 
@@ -63,6 +64,16 @@ def sign_test(differences: Floats, rng: np.random.Generator) -> float:
 
 
 @dataclass(frozen=True)
+class _Changes:
+    """Changes of images that insert and remove something, and the matched random changes."""
+
+    insert: Change
+    insert_control: Change
+    remove: Change
+    remove_control: Change
+
+
+@dataclass(frozen=True)
 class CausalTest:
     """Images to change, and the network's answers.
 
@@ -88,30 +99,27 @@ class CausalTest:
     thumbnail_size: tuple[int, int]
     generator: torch.Generator
 
-    def run(self, candidate: ShortcutCandidate) -> tuple[Effect, Effect | None]:
-        """Return the effect of inserting the candidate's feature, and that of removing it, where that is possible."""
+    def inserted(self, candidate: ShortcutCandidate) -> Effect:
+        """Return the effect of inserting what a candidate is about into images of other classes."""
+        changes = self._changes(candidate)
+        return self.blur() if changes is None else self._effect(self.outside, changes.insert, changes.insert_control, 1)
+
+    def removed(self, candidate: ShortcutCandidate) -> Effect | None:
+        """Return the effect of removing it from images of the class; None where that is impossible."""
+        changes = self._changes(candidate)
+        return None if changes is None else self._effect(self.inside, changes.remove, changes.remove_control, -1)
+
+    def _changes(self, candidate: ShortcutCandidate) -> _Changes | None:
         if candidate.kind == "patch":
-            return self.patch(candidate)
+            return self._patch(candidate)
         if candidate.kind in FRAMES:
-            return self.frame(FRAMES[candidate.kind])
-        if candidate.kind == "color":
-            return self.color()
-        return self.blur(), None
+            return self._swaps(self._frame_mask(FRAMES[candidate.kind]))
+        return self._color() if candidate.kind == "color" else None
 
-    def insert(self, change: Callable[[Tensor], Tensor], controls: list[Callable[[Tensor], Tensor]]) -> Effect:
-        """Measure a change that inserts, on images of other classes."""
-        return self._effect(self.outside, change, controls, 1)
-
-    def remove(self, change: Callable[[Tensor], Tensor], controls: list[Callable[[Tensor], Tensor]]) -> Effect:
-        """Measure a change that removes, on images of the class."""
-        return self._effect(self.inside, change, controls, -1)
-
-    def _effect(
-        self, x: Tensor, change: Callable[[Tensor], Tensor], controls: list[Callable[[Tensor], Tensor]], sign: int
-    ) -> Effect:
+    def _effect(self, x: Tensor, change: Change, control: Change, sign: int) -> Effect:
         before = self.scores(x)[:, self.label]
         after = self.scores(change(x))
-        others = [self.scores(control(x)) for control in controls]
+        others = [self.scores(control(x)) for _ in range(REPEATS)]
         is_label = [float((p.argmax(1) == self.label).float().mean()) for p in (after, *others)]
         fractions = is_label if sign > 0 else [1 - fraction for fraction in is_label]
         changes = [sign * (p[:, self.label] - before).double().numpy() for p in (after, *others)]
@@ -119,7 +127,7 @@ class CausalTest:
 
     # --- kinds of shortcuts ------------------------------------------------------------------------------------------
 
-    def patch(self, candidate: ShortcutCandidate) -> tuple[Effect, Effect]:
+    def _patch(self, candidate: ShortcutCandidate) -> _Changes:
         """Paste a recurring patch into other images, and impute it, against patches and boxes at random positions."""
         assert candidate.template is not None
         assert candidate.corners is not None
@@ -152,36 +160,33 @@ class CausalTest:
                 x, interventions.box_masks(self._corners(len(x), sides, size), sides, size)
             )
 
-        return self.insert(paste, [paste_random] * REPEATS), self.remove(impute, [impute_random] * REPEATS)
+        return _Changes(paste, paste_random, impute, impute_random)
 
-    def frame(self, width: float) -> tuple[Effect, Effect]:
-        """Swap frames between the class and others, against frames of images with other answers."""
-        mask = self._frame_mask(width)
-        return self.insert_frame(width), self.remove(
-            self._swap(self.outside, mask), [self._swap(self.inside, mask)] * REPEATS
-        )
-
-    def insert_frame(self, width: float) -> Effect:
+    def frame(self, width: float) -> Effect:
         """Put frames of the class around other images, against frames of images with other answers."""
-        return self._swap_in(self._frame_mask(width))
+        changes = self._swaps(self._frame_mask(width))
+        return self._effect(self.outside, changes.insert, changes.insert_control, 1)
+
+    def center(self, width: float) -> Effect:
+        """Put centres of the area of a frame into other images: what the object in the middle does."""
+        mask = self._frame_mask(width)
+        changes = self._swaps(interventions.center_mask((mask.shape[0], mask.shape[1]), float(mask.float().mean())))
+        return self._effect(self.outside, changes.insert, changes.insert_control, 1)
 
     def _frame_mask(self, width: float) -> Tensor:
         return interventions.frame_mask((self.inside.shape[2], self.inside.shape[3]), width).to(self.inside.device)
 
-    def center(self, width: float) -> Effect:
-        """Swap centred boxes of the same area as a frame: what the object in the middle does."""
-        mask = self._frame_mask(width)
-        size = (mask.shape[0], mask.shape[1])
-        return self._swap_in(interventions.center_mask(size, float(mask.float().mean())).to(mask.device))
+    def _swaps(self, mask: Tensor) -> _Changes:
+        """Swap the pixels in a mask with those of the other group, against those of the same group."""
+        mask = mask.to(self.inside.device)
+        from_class, from_others = self._swap(self.inside, mask), self._swap(self.outside, mask)
+        return _Changes(from_class, from_others, from_others, from_class)
 
-    def _swap_in(self, mask: Tensor) -> Effect:
-        return self.insert(self._swap(self.inside, mask), [self._swap(self.outside, mask)] * REPEATS)
-
-    def _swap(self, donors: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    def _swap(self, donors: Tensor, mask: Tensor) -> Change:
         """Return the change that takes the pixels in a mask (H, W) from other images."""
         return lambda x: interventions.replace_region(x, donors[self._draw(len(donors), len(x))], mask)
 
-    def color(self) -> tuple[Effect, Effect]:
+    def _color(self) -> _Changes:
         """Shift colors by the difference to other images, against shifts of the same length in other directions."""
         means, deviations = zip(*(interventions.color_statistics(x) for x in (self.inside, self.outside)), strict=True)
         shift = means[0].median(0).values - means[1].median(0).values
@@ -189,10 +194,10 @@ class CausalTest:
         both = torch.cat([self.inside, self.outside])
         limits = both.amin((0, 2, 3)), both.amax((0, 2, 3))
 
-        def shifted(sign: int) -> Callable[[Tensor], Tensor]:
+        def shifted(sign: int) -> Change:
             return lambda x: interventions.shift_colors(x, sign * shift, scale**sign, limits)
 
-        def random(sign: int) -> Callable[[Tensor], Tensor]:
+        def random(sign: int) -> Change:
             def change(x: Tensor) -> Tensor:
                 direction = torch.randn((len(x), len(shift)), generator=self.generator).to(shift)
                 direction = direction / direction.norm(dim=1, keepdim=True) * shift.norm()
@@ -200,7 +205,7 @@ class CausalTest:
 
             return change
 
-        return self.insert(shifted(1), [random(1)] * REPEATS), self.remove(shifted(-1), [random(-1)] * REPEATS)
+        return _Changes(shifted(1), random(1), shifted(-1), random(-1))
 
     def blur(self) -> Effect:
         """Blur other images to the detail of the class, and compare with what that does to the remaining classes."""

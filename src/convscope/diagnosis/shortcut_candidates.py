@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 SEARCHED = 40  # images of a class, and of the others, that recurring patches are searched in
 SEED_IMAGES = 8
+CHUNK = 256  # images that are measured at once
 PATCH_SIDES = (0.15, 0.22)  # of the thumbnail's shorter side
 MIN_CORRELATION = 0.6  # of the better half of a class's images with a patch
 MIN_CONSTANT = 0.2  # fraction of a patch's pixels that are nearly equal
@@ -75,7 +76,7 @@ def propose(
         if value >= MIN_SEPARATION[kind]:
             threshold = best_threshold(amounts[is_member], amounts[others])
             candidates.append(ShortcutCandidate(kind, label, amounts, threshold, value))
-    patch = find_patch(observations, statistics.pixels, label, rng)
+    patch = find_patch(observations, statistics, label, rng)
     return [*candidates, *([patch] if patch else [])]
 
 
@@ -98,27 +99,39 @@ class ImageStatistics:
     """
 
     def __init__(self, thumbnails: np.ndarray) -> None:
-        self.pixels = torch.from_numpy(np.ascontiguousarray(thumbnails)).movedim(3, 1).float() / 255
-        self.detail = detail(self.pixels).double().numpy()
-        self.colors = _color_vector(self.pixels.flatten(2))
-        self.frames = {name: self._frame_vector(width) for name, width in FRAMES.items()}
+        self.thumbnails = thumbnails
+        parts = [self._measure(self.pixels(rows)) for rows in chunks(len(thumbnails))]
+        self.vectors = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
 
-    def _frame_vector(self, width: float) -> Floats:
-        """Return the colors and gradients (N, D) in a frame."""
-        size = (self.pixels.shape[2], self.pixels.shape[3])
-        mask = frame_mask(size, width)
-        vertical = (self.pixels[:, :, 1:] - self.pixels[:, :, :-1]).abs().mean(1)[:, mask[1:] & mask[:-1]]
-        horizontal = (self.pixels[..., 1:] - self.pixels[..., :-1]).abs().mean(1)[:, mask[:, 1:] & mask[:, :-1]]
-        gradients = torch.stack([g(1) for part in (vertical, horizontal) for g in (part.mean, part.std)], 1)
-        return np.concatenate([_color_vector(self.pixels[:, :, mask]), gradients.double().numpy()], axis=1)
+    def pixels(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """Return thumbnails (n, 3, s, s) in [0, 1]."""
+        return torch.from_numpy(np.ascontiguousarray(self.thumbnails[rows])).movedim(3, 1).float() / 255
+
+    @staticmethod
+    def _measure(pixels: Tensor) -> dict[str, Floats]:
+        vectors = {"color": _color_vector(pixels.flatten(2)), "blur": -detail(pixels).double().numpy()[:, None]}
+        return vectors | {kind: _frame_vector(pixels, width) for kind, width in FRAMES.items()}
 
     def amounts(self, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> dict[str, Floats]:
         """Return for each kind how much each image (N,) resembles the class rather than the others."""
-        vectors = {"color": self.colors, **self.frames}
         return {
-            **{kind: discriminant(vector, is_member, others) for kind, vector in vectors.items()},
-            "blur": -self.detail,
+            kind: vector[:, 0] if vector.shape[1] == 1 else discriminant(vector, is_member, others)
+            for kind, vector in self.vectors.items()
         }
+
+
+def chunks(count: int) -> list[npt.NDArray[np.int64]]:
+    """Return the numbers below `count` in parts of at most 256."""
+    return np.array_split(np.arange(count), max(1, -(-count // CHUNK)))
+
+
+def _frame_vector(pixels: Tensor, width: float) -> Floats:
+    """Return the colors and gradients (N, D) in a frame of images (N, C, H, W)."""
+    mask = frame_mask((pixels.shape[2], pixels.shape[3]), width)
+    vertical = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(1)[:, mask[1:] & mask[:-1]]
+    horizontal = (pixels[..., 1:] - pixels[..., :-1]).abs().mean(1)[:, mask[:, 1:] & mask[:, :-1]]
+    gradients = torch.stack([g(1) for part in (vertical, horizontal) for g in (part.mean, part.std)], 1)
+    return np.concatenate([_color_vector(pixels[:, :, mask]), gradients.double().numpy()], axis=1)
 
 
 def _color_vector(flat: Tensor) -> Floats:
@@ -147,7 +160,7 @@ def discriminant(vectors: Floats, is_member: npt.NDArray[np.bool_], others: npt.
 
 
 def find_patch(
-    observations: Observations, pixels: Tensor, label: int, rng: np.random.Generator
+    observations: Observations, statistics: ImageStatistics, label: int, rng: np.random.Generator
 ) -> ShortcutCandidate | None:
     """Find a patch that recurs in the images of a class with nearly equal pixels, and not in others."""
     predicted = np.flatnonzero((observations.labels == label) & (observations.predictions == label))
@@ -155,12 +168,12 @@ def find_patch(
     if len(predicted) < SEED_IMAGES or len(outside) < SEED_IMAGES:
         return None
     chosen = rng.permutation(predicted)[:SEARCHED]
-    inside_pixels, outside_pixels = pixels[chosen], pixels[rng.permutation(outside)[:SEARCHED]]
+    inside_pixels, outside_pixels = (statistics.pixels(part) for part in (chosen, rng.permutation(outside)[:SEARCHED]))
     evidence = torch.from_numpy(np.asarray(observations.evidence[chosen], np.float32))
     variance = inside_pixels.var((0, 2, 3)).mean()
     best: tuple[float, Template] | None = None
     for relative in PATCH_SIDES:
-        side = max(4, round(relative * min(pixels.shape[2:])))
+        side = max(4, round(relative * min(inside_pixels.shape[2:])))
         seeds = seed_patches(inside_pixels, evidence, side, SEED_IMAGES)
         inside = correlate(inside_pixels, seeds).flatten(2).amax(2)
         rest = correlate(outside_pixels, seeds).flatten(2).amax(2)
@@ -177,13 +190,13 @@ def find_patch(
                 best = quality, template
     if best is None or best[0] <= 0:
         return None
-    return _patch_candidate(observations, pixels, label, best[1])
+    return _patch_candidate(observations, statistics, label, best[1])
 
 
 def _patch_candidate(
-    observations: Observations, pixels: Tensor, label: int, template: Template
+    observations: Observations, statistics: ImageStatistics, label: int, template: Template
 ) -> ShortcutCandidate | None:
-    parts = [best_matches(part, template.patch) for part in torch.split(pixels, 256)]
+    parts = [best_matches(statistics.pixels(rows), template.patch) for rows in chunks(len(observations))]
     values = torch.cat([part[0] for part in parts]).double().numpy()
     corners = torch.cat([part[1] for part in parts]).numpy()
     is_member = observations.labels == label

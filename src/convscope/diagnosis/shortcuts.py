@@ -122,10 +122,12 @@ class _Outcome:
 
     Attributes
     ----------
+    removed : Effect or None
+        Measured only where inserting has a large effect and removing is possible, as the following ones.
     center : Effect or None
         For frames: what inserting the centre does, in which the object may be.
     typical : float
-        For frames: the median effect of inserting those of other classes.
+        For frames whose effect is no larger than the centre's: the median effect of those of other classes.
     """
 
     candidate: ShortcutCandidate
@@ -153,12 +155,15 @@ def _test(
     test = _prepare(context, label, carriers, ~candidate.carriers, scores, rng)
     if test is None:
         return
-    inserted, removed = test.run(candidate)
+    inserted = test.inserted(candidate)
+    p_value, is_large = inserted.p_value(rng), inserted.size >= MIN_EFFECT
+    removed = test.removed(candidate) if is_large else None
     center, typical = None, 0.0
-    if candidate.kind in FRAMES:
-        width = FRAMES[candidate.kind]
-        center, typical = test.center(width), _typical_frame(context, label, width, scores, rng)
-    yield _Outcome(candidate, inserted, removed, center, typical, inserted.p_value(rng))
+    if is_large and candidate.kind in FRAMES:
+        center = test.center(FRAMES[candidate.kind])
+        if inserted.size < center.size + MIN_EFFECT:
+            typical = _typical_frame(context, label, FRAMES[candidate.kind], scores, rng)
+    yield _Outcome(candidate, inserted, removed, center, typical, p_value)
 
 
 def _prepare(
@@ -196,7 +201,7 @@ def _typical_frame(
     for other in rng.permutation([c for c in _searched_classes(observations) if c != label])[:COMPARED_CLASSES]:
         members = np.flatnonzero((observations.labels == other) & (observations.predictions == other))
         if test := _prepare(context, int(other), members, np.ones(len(observations), bool), scores, rng):
-            sizes.append(test.insert_frame(width).size)
+            sizes.append(test.frame(width).size)
     return float(np.median(sizes)) if sizes else 0.0
 
 
@@ -210,32 +215,31 @@ def _finding(context: DiagnosisContext, outcome: _Outcome, q: float) -> Finding:
     observations, candidate = context.observations, outcome.candidate
     name = observations.classes[candidate.label]
     effect, feature = outcome.inserted, WORDS[candidate.kind]
-    carriers = np.flatnonzero(candidate.carriers)
+    images = _typical_first(observations, candidate)
     return Finding(
         kind="shortcut",
-        summary=f"The network takes {feature} for `{name}`: {len(carriers)} images carry it. Inserted into images of "
+        summary=f"The network takes {feature} for `{name}`: {len(images)} images carry it. Inserted into images of "
         f"other classes, it makes {percent(effect.answers[0])} of them `{name}`; matched random changes, "
         f"{percent(effect.answers[1])}.",
         recommendation=f"Collect images of `{name}` without it and of other classes with it, or remove it from the "
         "training images.",
-        images=tuple(int(i) for i in _typical_first(observations, candidate, carriers)),
+        images=tuple(int(i) for i in images),
         classes=(candidate.label,),
         effect=effect.size,
         interval=effect.interval,
         p_value=q,
-        evidence=_evidence(observations, outcome, carriers),
+        evidence=_evidence(observations, outcome, images),
     )
 
 
-def _typical_first(
-    observations: Observations, candidate: ShortcutCandidate, carriers: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Order carriers: those that are taken for the class first, by how much they have of it."""
+def _typical_first(observations: Observations, candidate: ShortcutCandidate) -> npt.NDArray[np.int64]:
+    """Return carriers: those that are taken for the class first, by how much they have of it."""
+    carriers = np.flatnonzero(candidate.carriers)
     is_taken = observations.predictions[carriers] == candidate.label
     return carriers[np.lexsort((-candidate.amounts[carriers], ~is_taken))]
 
 
-def _evidence(observations: Observations, outcome: _Outcome, carriers: npt.NDArray[np.int64]) -> dict[str, object]:
+def _evidence(observations: Observations, outcome: _Outcome, images: npt.NDArray[np.int64]) -> dict[str, object]:
     """Return what the finding rests on, as JSON values."""
     candidate = outcome.candidate
     values: dict[str, object] = {
@@ -262,9 +266,9 @@ def _evidence(observations: Observations, outcome: _Outcome, carriers: npt.NDArr
         height, width = observations.thumbnails.shape[1:3]
         side = candidate.template.patch.shape[-1]
         scale = np.array([width, height, width, height])
-        corners = candidate.corners[carriers]
+        corners = candidate.corners[images]
         boxes = np.concatenate([corners[:, ::-1], corners[:, ::-1] + side], axis=1) / scale
-        values["boxes"] = {int(i): [float(v) for v in box] for i, box in zip(carriers, boxes, strict=True)}
+        values["boxes"] = [[float(v) for v in box] for box in boxes]  # x0, y0, x1, y1 relative to width and height
         values["has one position"] = bool((corners.std(0) < side / 2).all())
     return values
 
