@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from convscope.evaluation.api import evaluate
     from convscope.evaluation.comparison import Comparison, compare
     from convscope.evaluation.result import Evaluation
+    from convscope.explanations.api import explain
+    from convscope.explanations.result import Explanation
     from convscope.explorer.notebook import show
     from convscope.feature_maps import Activations, activations
     from convscope.featurevis.api import patterns
@@ -76,6 +78,7 @@ __all__ = [
     "Dictionary",
     "Effects",
     "Evaluation",
+    "Explanation",
     "Heatmaps",
     "Locations",
     "Model",
@@ -97,6 +100,7 @@ __all__ = [
     "edit",
     "effects",
     "evaluate",
+    "explain",
     "heatmaps",
     "load",
     "load_dictionary",
@@ -132,6 +136,7 @@ _TARGETS = {
     "Dictionary": "convscope.dictionaries.result:Dictionary",
     "Effects": "convscope.editing.result:Effects",
     "Evaluation": "convscope.evaluation.result:Evaluation",
+    "Explanation": "convscope.explanations.result:Explanation",
     "Heatmaps": "convscope.attribution.result:Heatmaps",
     "Locations": "convscope.attribution.location_result:Locations",
     "Model": "convscope.engine.model:Model",
@@ -153,6 +158,7 @@ _TARGETS = {
     "edit": "convscope.editing.api:edit",
     "effects": "convscope.editing.unit_effects:effects",
     "evaluate": "convscope.evaluation.api:evaluate",
+    "explain": "convscope.explanations.api:explain",
     "heatmaps": "convscope.attribution.api:heatmaps",
     "load": "convscope.sources.api:load",
     "load_dictionary": "convscope.saved:load_dictionary",

@@ -41,6 +41,7 @@ PLOTTING_MODULES: Mapping[str, str] = {
     "Effects": "convscope.plotting.effects",
     "Evaluation": "convscope.plotting.evaluation",
     "Examples": "convscope.plotting.store",
+    "Explanation": "convscope.plotting.explanation",
     "Heatmaps": "convscope.plotting.heatmaps",
     "ImageRecord": "convscope.plotting.store",
     "Matches": "convscope.plotting.store",

@@ -32,6 +32,7 @@ from convscope.engine.model_description import ModelDescription
 from convscope.errors import ConvscopeError
 from convscope.evaluation.comparison import Comparison
 from convscope.evaluation.result import Evaluation
+from convscope.explanations.result import Explanation
 from convscope.feature_maps import Activations
 from convscope.featurevis.layer_story import Chapter, Story, array_name
 from convscope.featurevis.result import Patterns
@@ -291,6 +292,17 @@ def _dictionary(data: SavedData) -> Dictionary:
     return data.make(Dictionary, **{name: tensor.numpy() for name, tensor in weights.items()})
 
 
+def _explanation(data: SavedData) -> Explanation:
+    indices = tuple(range(len(data.parameters["image_names"])))
+    return data.make(
+        Explanation,
+        geometry=data.geometry(),
+        image_source=data.image_source(),
+        image_indices=indices,
+        unit_names=tuple(map(tuple, data.parameters["unit_names"])),
+    )
+
+
 def _patching(data: SavedData) -> Patching:
     images = data.image_source()
     return data.make(Patching, geometry=data.geometry(), image_sources=(images, images), image_indices=(0, 1))
@@ -326,6 +338,7 @@ RESTORE: Mapping[str, Callable[[SavedData], Result]] = {
     "dictionary": _dictionary,
     "effects": _effects,
     "evaluation": _evaluation,
+    "explanation": _explanation,
     "heatmaps": partial(_heatmaps, kind=Heatmaps),
     "locations": partial(_heatmaps, kind=Locations),
     "patching": _patching,

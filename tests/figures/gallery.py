@@ -117,6 +117,11 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     yield "patching by position", convscope.patch(*pair, by="position"), {}
     yield "patching by unit", convscope.patch(*pair, units=range(5)), {}
 
+    explanation = convscope.explain(model, g.images[:2], g.target, features=5, share=1.0)
+    yield "explanation", explanation, {}
+    patches = np.random.default_rng(0).integers(0, 255, (*explanation.units.shape, 3, 16, 16, 3), np.uint8)
+    yield "explanation with patches", dataclasses.replace(explanation, patches=patches), {"image": 1}
+
     units = convscope.patterns(model, g.first, range(4), steps=g.steps, frames=6)
     yield "patterns of units", units, {}
     noise_scores = np.array([1.0, 1e9, *units.noise_scores[2:]])

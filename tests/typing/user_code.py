@@ -95,6 +95,9 @@ def edit(model: convscope.Model, images: list[str]) -> None:
     assert_type(effects.logits, np.ndarray)
     patched = convscope.patch(model, images[0], images[1], "blocks.4", by="both", units=[3])
     assert_type(patched, convscope.Patching)
+    explanation = convscope.explain(model, images, how="mean", reference=images)
+    assert_type(explanation, convscope.Explanation)
+    assert_type(explanation[0].shares, np.ndarray)
 
 
 def visualize(model: convscope.Model) -> None:

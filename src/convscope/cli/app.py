@@ -20,7 +20,17 @@ from convscope.errors import ConvscopeWarning
 
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Look": ("demo", "layers", "predict", "detect", "activations"),
-    "Explain": ("heatmap", "locate", "evaluate", "compare", "concepts", "dictionary", "effects", "patch"),
+    "Explain": (
+        "explain",
+        "heatmap",
+        "locate",
+        "evaluate",
+        "compare",
+        "concepts",
+        "dictionary",
+        "effects",
+        "patch",
+    ),
     "Patterns": ("patterns", "story"),
     "Data sets": ("scan", "diagnose", "atlas", "name", "search"),
     "Explorer": ("serve", "publish"),
@@ -36,6 +46,7 @@ ALIASES: Mapping[str, str] = {
     "dictionaries": "dictionary",
     "evaluation": "evaluate",
     "effect": "effects",
+    "explanation": "explain",
     "explore": "serve",
     "heatmaps": "heatmap",
     "layer": "layers",

@@ -140,7 +140,7 @@ def effects(
     right = None if labels is None else _parse_labels(model, labels, len(loader))
     with progress_bar(progress, "effects") as report:
         replacement = _replacement(model, selected, how, images, reference, fit, seed, memory)
-        affine = right is None and _is_affine_after(model, selected, next(loader.batches(1)), spec)
+        affine = right is None and is_affine_after(model, selected, next(loader.batches(1)), spec)
         job = _Job(Removal(model, selected, spec, replacement, memory), torch.tensor(numbers), right, affine)
         parts, indices = job.run_all(loader, report)
     names = tuple(loader.names[i] for i in indices)
@@ -251,7 +251,7 @@ class _BatchEffects:
     correct: np.ndarray
 
 
-def _is_affine_after(model: Model, layer: Layer, batch: Batch, spec: TargetSpec) -> bool:
+def is_affine_after(model: Model, layer: Layer, batch: Batch, spec: TargetSpec) -> bool:
     """Return whether scores are affine functions of a layer's output, on random maps and the middle between them."""
     if not model.differentiable or model.fixed_batch_size is not None:
         return False

@@ -21,6 +21,7 @@ from convscope.explorer.web import (
     routes_jobs,
     routes_models,
     routes_pages,
+    routes_removals,
     security,
 )
 from convscope.explorer.web.errors import add_exception_handlers
@@ -74,6 +75,7 @@ def create_app(
         routes_models,
         routes_activations,
         routes_heatmaps,
+        routes_removals,
         routes_jobs,
         routes_concepts,
     ):

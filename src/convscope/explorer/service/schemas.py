@@ -116,6 +116,39 @@ class PositionRecord(TypedDict):
     receptive_field: list[float] | None
 
 
+class LogitChange(TypedDict):
+    """How the removal of a unit changes a class's logit."""
+
+    index: int
+    name: str
+    before: float
+    after: float
+    change: float
+
+
+class ExplainingUnit(TypedDict):
+    """A unit that carries a part of a logit; `map` is what each position contributes."""
+
+    unit: int
+    name: str
+    effect: float
+    share: float | None
+    position: str
+    map: PackedMap | None
+
+
+class ExplanationRecord(TypedDict):
+    """The few units that carry a logit; the logit before and after their removal, and without as many other units."""
+
+    target: int
+    layer: str
+    sentence: str
+    before: float
+    after: float
+    random_logits: list[float]
+    units: list[ExplainingUnit]
+
+
 class ReceptiveFieldGrid(TypedDict):
     """Receptive fields of a layer's positions, (vertical, horizontal), as fractions of the image.
 

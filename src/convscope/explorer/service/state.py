@@ -12,7 +12,7 @@ from torch import Tensor
 from convscope.attribution.registry import default_method
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.explorer.service import compute
+from convscope.explorer.service import compute, removals
 from convscope.explorer.service.cache import Cache
 from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.images import (
@@ -27,9 +27,11 @@ from convscope.explorer.service.networks import Network, url_key
 from convscope.explorer.service.patterns import PatternCache, PatternSpec, compute_pattern
 from convscope.explorer.service.schemas import (
     DetectedBox,
+    ExplanationRecord,
     FaithfulnessRecord,
     HeatmapRecord,
     LayerSummary,
+    LogitChange,
     PatternRecord,
     Prediction,
     SheetLayout,
@@ -164,6 +166,15 @@ class Explorer:
             client, key, lambda _: compute.relevance(net.model, self._input(net, image), layer, target)
         )
 
+    def logit_changes(
+        self, client: Client, net: Network, image: RegisteredImage, layer: str, unit: int
+    ) -> list[LogitChange]:
+        """Return the classes whose logits change most on an image if a unit is removed."""
+        key = ("logit_changes", net.version, image.key, layer, unit)
+        return self._run_interactive(
+            client, key, lambda _: removals.logit_changes(net.model, self._input(net, image), layer, unit)
+        )
+
     def concept_heatmap(
         self, client: Client, net: Network, image: RegisteredImage, layer: str, bank: np.ndarray, version: str
     ) -> np.ndarray:
@@ -206,6 +217,18 @@ class Explorer:
             return compute.faithfulness(net.background_model, x, target, options, job.report_progress)
 
         return self._run(self.background_queue, client, key, measure)
+
+    def explanation(
+        self, client: Client, net: Network, image: RegisteredImage, target: int, layer: str | None
+    ) -> ExplanationRecord:
+        """Return the few units that carry a class's logit on an image, and the proof."""
+        key = ("explanation", net.version, image.key, target, layer)
+
+        def compute_once(job: Job[ExplanationRecord]) -> ExplanationRecord:
+            x = self._input(net, image)
+            return removals.explanation(net.background_model, x, target, layer, net.store, job.report_progress)
+
+        return self._run(self.background_queue, client, key, compute_once)
 
     def start_pattern(
         self, client_id: str, net: Network, spec: PatternSpec, references: list[np.ndarray]

@@ -71,6 +71,7 @@
       updateLinks(heatmap);
       await updateComparison();
       updateFaithfulness();
+      updateExplanation();
     } catch (error) {
       if (error.name !== "AbortError") showStatus(error.message);
     }
@@ -108,6 +109,41 @@
     query.set("colormap", colormapName(heatmap));
     query.set("signed", isSigned(heatmap));
     png.href = `${page.api}/heatmap.png?${query}`;
+  }
+
+  // The few units that carry the class, each with its region on the image.
+  let explanationRequest = null;
+  async function updateExplanation() {
+    const sentence = document.getElementById("explanation-sentence"), list = document.getElementById("explanation-units");
+    if (!sentence) return;
+    if (explanationRequest) explanationRequest.abort();
+    explanationRequest = new AbortController();
+    sentence.textContent = "Computing…";
+    list.replaceChildren();
+    const query = new URLSearchParams({ target: state.target });
+    if (setting("layer")) query.set("layer", setting("layer"));
+    try {
+      const result = await fetchJson(`${page.api}/explanation?${query}`, { signal: explanationRequest.signal });
+      sentence.textContent = result.sentence;
+      const photo = find("img", main);
+      for (const row of result.units) {
+        const frame = createElement("div", { class: "frame" }, createElement("img", { src: photo.src, alt: "" }));
+        const amount = row.share === null ? row.effect.toFixed(2) : `${Math.round(100 * row.share)}%`;
+        const link = `${modelUrl}/unit/${encodeURIComponent(result.layer)}/${row.unit}?image=${encodeURIComponent(page.image)}`;
+        list.append(createElement("li", {}, createElement("a", { href: link }, frame,
+          createElement("span", { class: "name" }, row.name || `unit ${row.unit}`),
+          createElement("span", { class: "soft" }, [amount, row.position].filter(Boolean).join(", ")))));
+        if (row.map) {
+          const canvas = createElement("canvas", { role: "img", "aria-label": `Contribution of unit ${row.unit}` });
+          frame.append(canvas);
+          const draw = () => paint(canvas, row.map, { colormap: page.colormaps[page.sequential], signed: false, opacity: 0.55 });
+          draw();
+          new ResizeObserver(draw).observe(frame);
+        }
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") sentence.textContent = error.message;
+    }
   }
 
   function updateFaithfulness() {

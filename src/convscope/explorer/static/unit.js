@@ -7,6 +7,19 @@
     repaint();
     new ResizeObserver(repaint).observe(find(".frame", stage));
   }
+  const removal = document.getElementById("removal");
+  async function showRemoval() {
+    try {
+      const { changes } = await fetchJson(`${page.changes}?${new URLSearchParams({ layer: page.layer, unit: page.unit })}`);
+      const rows = changes.map((row) => createElement("tr", {},
+        createElement("th", { scope: "row" }, row.name),
+        createElement("td", { class: "number" }, `${row.before.toFixed(2)} → ${row.after.toFixed(2)}`),
+        createElement("td", { class: "number" }, `${row.change > 0 ? "+" : ""}${row.change.toFixed(2)}`)));
+      removal.replaceChildren(changes.some((row) => row.change !== 0)
+        ? createElement("table", { class: "facts" }, ...rows) : "Nothing changes on this image.");
+    } catch (error) { removal.textContent = error.message; }
+  }
+  if (removal) showRemoval();
   const form = document.getElementById("pattern-form");
   if (!form) return;
   const progress = document.getElementById("progress"), box = document.getElementById("pattern");

@@ -51,6 +51,7 @@ def build(
         values = context.explorer.feature_maps(context.client, network, image, layer)[unit]
         table = compute.channel_statistics(values[None])
         data["map"] = compute.pack_map(values)
+        data["changes"] = f"/api/models/{network.key}/images/{image.key}/logit-changes"
         variables["map"] = {
             "photo": urls.photo(image, 1024),
             **{name: table[name][0] for name in ("max", "mean", "dead")},

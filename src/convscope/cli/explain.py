@@ -1,0 +1,116 @@
+"""`convscope explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from convscope.cli.app import command
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed, choice
+from convscope.cli.output import finish, log, print_json, printable, progress_bar
+from convscope.cli.parsing import open_image_arguments, parse_targets
+from convscope.cli.tables import Column, print_table
+
+if TYPE_CHECKING:
+    from convscope.explanations.result import Explanation
+
+
+@command()
+def explain(
+    model: ModelName,
+    images: Images,
+    layer: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="The layer whose units explain. Default: that of Grad-CAM.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="A class, by index or name. Default: each image's top class.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Explain the target rather than this class.")
+    ] = None,
+    features: Annotated[int, typer.Option(metavar="N", min=1, help="The largest number of units.")] = 8,
+    share: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="The share of the logit that the units are to carry.")
+    ] = 0.5,
+    how: Annotated[str, choice("What replaces a removed unit: 0, or its mean.", "zero", "mean")] = "zero",
+    reference: Annotated[
+        list[str] | None, typer.Option(metavar="IMAGES", help="Images that the means are taken over; repeatable.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="A scan with the layer: names of units, and patches that excite them."),
+    ] = None,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A dictionary of the network: its features explain, instead of units."),
+    ] = None,
+    seed: Seed = 0,
+    *,
+    reading: ImageOptions,
+    out: Out = Path("convscope-explanation"),
+    as_json: AsJson = False,
+    network_options: NetworkOptions,
+) -> None:
+    """Find the few units that carry a prediction, where they are active, and prove it.
+
+    The proof: the logit without these units, next to the logit without as many other units of similar activation.
+    """
+    import convscope
+
+    inputs = open_image_arguments(images)
+    network = network_options.load(model)
+    if dictionary is not None:
+        learned = convscope.load_dictionary(dictionary)
+        network, layer = learned.attach(network, layer), f"{layer or learned.layer}/dictionary"
+    with progress_bar("explain") as progress:
+        result = convscope.explain(
+            network,
+            inputs,
+            parse_targets(network, None if target is None else [target], len(inputs)),  # type: ignore[arg-type]
+            layer=layer,
+            features=features,
+            share=share,
+            how=how,
+            reference=None if reference is None else open_image_arguments(reference),
+            against=against,
+            store=store,
+            fit=reading.fit,
+            seed=seed,
+            max_pixels=reading.max_pixels,
+            progress=progress,
+        )
+    folder = result.save(out)
+    if as_json:
+        print_json(result.rows())
+    else:
+        log(f"layer {result.layer}: {result.layer_reason}")
+        for n in range(len(result)):
+            _print(result[n])
+    finish(result, folder, as_json=False)
+
+
+def _print(one: Explanation) -> None:
+    """Print the sentence for one image, and a table of its units."""
+    columns = [
+        Column("unit", right=True),
+        Column("name", overflow="fold"),
+        Column("effect", right=True),
+        Column("share", right=True),
+        Column("alone", right=True, priority=1),
+        Column("position"),
+    ]
+    cells = [
+        (
+            str(row["unit"]),
+            row["name"],
+            f"{row['effect']:+.2f}",
+            f"{row['share']:.1%}",
+            f"{row['alone']:+.2f}",
+            row["position"],
+        )
+        for row in one.rows()
+    ]
+    typer.echo(printable(f"{one.image_names[0]}: {one.sentences[0]}"))
+    print_table("", columns, cells)
