@@ -58,6 +58,11 @@ RECIPE_DESCRIPTIONS = {
 
 DICTIONARY_DESCRIPTIONS = {
     "topk": "the largest features of each position; the default",
+    "batch-topk": "the largest features of a batch; positions share them",
+    "matryoshka": "batch-topk, where the first features do on their own",
+    "jumprelu": "a learned threshold for each feature",
+    "archetypal": "topk with atoms among the data; stable over seeds",
+    "nmf": "non-negative atoms and features; a few hundred at most",
 }
 
 METRIC_DESCRIPTIONS = {

@@ -25,6 +25,7 @@ from convscope.diagnosis.overview import Overview
 from convscope.diagnosis.result import OVERVIEW, Diagnosis
 from convscope.diagnosis.search import Search
 from convscope.dictionaries.files import read_weights
+from convscope.dictionaries.foreign import dictionary_from_file
 from convscope.dictionaries.result import Dictionary
 from convscope.editing.result import Effects, Patching
 from convscope.engine.model import Model
@@ -165,13 +166,27 @@ def open(folder: str | os.PathLike[str]) -> Result | Store:
 
 
 @check_arguments
-def load_dictionary(path: str | os.PathLike[str]) -> Dictionary:
+def load_dictionary(
+    path: str | os.PathLike[str],
+    *,
+    layer: str | None = None,
+    active: int | None = None,
+    threshold: float | None = None,
+) -> Dictionary:
     """Load a sparse dictionary. Nothing is unpickled.
 
     Parameters
     ----------
     path : path
-        A folder that ``dictionary.save(folder)`` has written.
+        A folder that ``dictionary.save(folder)`` has written. Or a file of another package: safetensors with W_enc,
+        b_enc, W_dec and b_dec (z = (x - b_dec) W_enc + b_enc), or a state dict of overcomplete with a linear encoder,
+        as safetensors or written by ``torch.save``.
+    layer : str, optional
+        Of a file, the layer that the dictionary is of.
+    active : int, optional
+        Of a file, the number of features that are active at a position, where the largest are selected.
+    threshold : float, optional
+        Of a file, the value below which features are 0; by default its own "threshold", or 0.
 
     Returns
     -------
@@ -192,6 +207,10 @@ def load_dictionary(path: str | os.PathLike[str]) -> Dictionary:
     >>> convscope.load_dictionary(dictionary.save("dictionary")).layer
     'blocks.6'
     """
+    if Path(path).is_file():
+        return dictionary_from_file(Path(path), layer, active, threshold)
+    if (layer, active, threshold) != (None, None, None):
+        raise ConvscopeError("layer=, active= and threshold= are for files; a folder written by save() says them")
     result = open(path)
     if not isinstance(result, Dictionary):
         raise ConvscopeError(f"{path} holds {type(result).__name__}; expected a folder written by dictionary.save()")

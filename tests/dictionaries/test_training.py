@@ -14,6 +14,7 @@ import convscope
 from convscope.dictionaries import positions as positions_module
 from convscope.dictionaries.encoder import FeatureEncoder
 from convscope.dictionaries.methods.base import Settings
+from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.positions import PositionStore
 from convscope.dictionaries.selection import top_k
 from convscope.dictionaries.sparse import ActiveFeatures, decode, select
@@ -40,7 +41,10 @@ def recovered(true: np.ndarray, atoms: np.ndarray) -> float:
     return float(similarity[rows, columns].mean())
 
 
-@pytest.mark.parametrize("method", ["topk"])
+@pytest.mark.parametrize(
+    "method",
+    ["topk", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in ("topk", "nmf"))],
+)
 def test_planted_atoms_are_recovered(method):
     store, true = planted()
     trained = train(store, method, Settings(40, 2, 300), 0, CPU, lambda done: None)
@@ -48,6 +52,11 @@ def test_planted_atoms_are_recovered(method):
     np.testing.assert_allclose(np.linalg.norm(atoms, axis=1), 1, rtol=1e-5)
     assert recovered(true, atoms) >= 0.95
     assert trained.history[-1] > 0.9
+    encoder, x = FeatureEncoder(trained.weights, trained.activation, 2), store.read(slice(0, 2000))
+    features = encoder(x)
+    assert float((features > 0).float().sum(1).mean()) == pytest.approx(2, rel=0.1)
+    error = (x - encoder.decode(features)).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(error) < 0.1
 
 
 @pytest.mark.parametrize(("count", "k"), [(96, 5), (1024, 8), (1024, 100), (4096, 32)])
@@ -67,8 +76,8 @@ def test_sparse_products_and_their_gradients_are_the_dense_ones(irregular):
     bias = torch.randn(12, generator=g, requires_grad=True)
     scores = x @ encoder.T + bias
     if irregular:
-        active = ActiveFeatures.of_mask(scores > 1.5)
         mask = scores > 1.5
+        active = ActiveFeatures.of_pairs(*mask.nonzero(as_tuple=True), *scores.shape)
         assert not mask[mask.any(1)].all(1).any()
     else:
         columns = scores.topk(3).indices
@@ -184,12 +193,3 @@ def test_the_geometric_median_resists_outliers():
     vectors = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     vectors[:20] += 1000
     assert float(geometric_median(vectors).norm()) < 0.5
-
-
-def test_encoder_alone_reconstructs_what_it_was_trained_on():
-    store, _ = planted(count=4096)
-    trained = train(store, "topk", Settings(32, 2, 300), 3, CPU, lambda done: None)
-    encoder = FeatureEncoder(trained.weights, trained.activation, 2)
-    x = store.read(slice(0, 500))
-    error = (x - encoder.decode(encoder(x))).square().sum() / (x - x.mean(0)).square().sum()
-    assert float(error) < 0.1

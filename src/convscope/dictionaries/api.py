@@ -64,10 +64,13 @@ def dictionary(
         The layer whose activations the dictionary is of.
     features : int
         Number of features F.
-    method : {"topk"}
-        How features are selected in training: the `active` largest of each position.
+    method : {"topk", "batch-topk", "matryoshka", "jumprelu", "archetypal", "nmf"}
+        How features are selected: the `active` largest of each position ("topk"; "archetypal" also keeps atoms near
+        the data), the largest of a batch ("batch-topk"; "matryoshka" with features in order of generality), or by a
+        learned threshold ("jumprelu"). "nmf" is non-negative matrix factorisation, for up to 512 features of layers
+        without negative activations; its features are not sparse.
     active : int
-        Features that are active at a position, on average over positions or at each, depending on the method.
+        Features that are active at a position: at each, or on average with "batch-topk", "matryoshka" and "jumprelu".
     steps : int, optional
         Training steps of 1024 positions each; by default 40 passes over the positions, within 400 to 3000 steps.
     seed : int
@@ -103,7 +106,10 @@ def dictionary(
 
     References
     ----------
-    Gao et al., Scaling and evaluating sparse autoencoders, 2024.
+    Gao et al., Scaling and evaluating sparse autoencoders, 2024 ("topk").
+    Bussmann et al., BatchTopK Sparse Autoencoders, 2024, and Learning Multi-Level Features with Matryoshka Sparse
+    Autoencoders, ICML 2025.
+    Rajamanoharan et al., Jumping Ahead, 2024 ("jumprelu"). Fel et al., Archetypal SAE, ICML 2025.
 
     Examples
     --------
@@ -118,8 +124,9 @@ def dictionary(
     """
     name = find_name("method", method, list(METHODS))
     count = require_int("features", features, 2)
-    settings = Settings(count, require_int("active", active), 0 if steps is None else require_int("steps", steps))
-    if settings.active > count:
+    k = require_int("active", active) if METHODS[name].is_sparse else count
+    settings = Settings(count, k, 0 if steps is None else require_int("steps", steps))
+    if k > count:
         raise ConvscopeError(f"active is {active}; expected at most features, {count}")
     model = as_model(model, images)
     selected = find_layer(model, layer)

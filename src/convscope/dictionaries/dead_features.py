@@ -71,9 +71,9 @@ def auxiliary_loss(method: Method, x: Tensor, step: Step, dead: Tensor) -> Tenso
     centred = x[:count] - p["bias"].detach()
     residual = x[:count] - step.reconstruction[:count]
     values, columns = top_k(step.scores[:count, dead], min(len(dead), max(1, x.shape[1] // 2)))
-    active = ActiveFeatures.of_rows(dead[columns], len(p["atoms"]))
+    active = ActiveFeatures.of_rows(dead[columns], len(method.atoms))
     features = select(values.flatten(), p["encoder"], p["encoder_bias"], centred, active).relu()
-    return AUXILIARY_WEIGHT * (residual - decode(features, p["atoms"], active)).square().sum(1).mean()
+    return AUXILIARY_WEIGHT * (residual - decode(features, method.atoms, active)).square().sum(1).mean()
 
 
 def restart(
@@ -84,7 +84,7 @@ def restart(
     state: Mapping[Tensor, Mapping[str, Tensor]],
     generator: torch.Generator,
 ) -> None:
-    """Point dead features at what is reconstructed worst, with a small encoder, and forget their moments.
+    """Point dead features at what is reconstructed worst, and forget their moments.
 
     Positions are chosen with probabilities proportional to their squared errors.
 
@@ -113,11 +113,9 @@ def restart(
     chosen = torch.multinomial(errors, len(dead), replacement=len(dead) > int((errors > 0).sum()), generator=generator)
     directions = residual[chosen.to(x.device)]
     directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    with torch.no_grad():
-        method.parameters["atoms"][dead] = directions
-        method.parameters["encoder"][dead] = directions
-        method.parameters["encoder_bias"][dead] = 0
-    for name in ("atoms", "encoder", "encoder_bias"):
-        for moment in state.get(method.parameters[name], {}).values():
-            if moment.ndim:
-                moment[dead] = 0
+    method.restart(dead, directions)
+    for parameter in method.parameters.values():
+        if len(parameter) == len(method.atoms):
+            for moment in state.get(parameter, {}).values():
+                if moment.ndim:
+                    moment[dead] = 0

@@ -92,16 +92,7 @@ class FeatureEncoder(nn.Module):
         return F.relu(torch.where(z >= thresholds, z, z - thresholds))
 
     def _nnls(self, x: Tensor) -> Tensor:
-        """Solve non-negative least squares by accelerated projected gradient descent (Beck and Teboulle 2009)."""
-        target = F.linear(x - self.bias, self.atoms)
-        features = torch.zeros_like(target)
-        point, momentum = features, 1.0
-        for _ in range(NNLS_STEPS):
-            updated = F.relu(point + self.step * (target - point @ self.gram))
-            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            point = updated + (momentum - 1) / following * (updated - features)
-            features, momentum = updated, following
-        return features
+        return non_negative_least_squares(F.linear(x - self.bias, self.atoms), self.gram, self.step)
 
     def combine(self, features: Tensor) -> Tensor:
         """Return the sum of the atoms (N, C, ...) weighted by features (N, F, ...), without the bias."""
@@ -110,3 +101,29 @@ class FeatureEncoder(nn.Module):
     def decode(self, features: Tensor) -> Tensor:
         """Return the reconstruction (N, C, ...) of maps from features (N, F, ...)."""
         return self.combine(features) + self.bias.view(-1, *[1] * (features.ndim - 2))
+
+
+def non_negative_least_squares(target: Tensor, gram: Tensor, step: Tensor) -> Tensor:
+    """Return the f >= 0 with the smallest ``|x - f A|`` by accelerated projected gradient descent.
+
+    Parameters
+    ----------
+    target : Tensor
+        (..., F) ``x A^T``.
+    gram : Tensor
+        (F, F) ``A A^T``.
+    step : Tensor
+        1 / its largest eigenvalue.
+
+    References
+    ----------
+    Beck, Teboulle, A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems, 2009.
+    """
+    features = point = torch.zeros_like(target)
+    momentum = 1.0
+    for _ in range(NNLS_STEPS):
+        updated = F.relu(point + step * (target - point @ gram))
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        point = updated + (momentum - 1) / following * (updated - features)
+        features, momentum = updated, following
+    return features

@@ -39,3 +39,23 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     selected = candidates.topk(k, sorted=False)
     members = selected.indices // k
     return selected.values, members * num_groups + groups.gather(1, selected.indices % k)
+
+
+def largest(values: Tensor, count: int, guess: float) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the `count` largest values of a matrix that are positive, in the order of the rows.
+
+    Parameters
+    ----------
+    values : Tensor
+        (N, F).
+    count : int
+    guess : float
+        About the smallest of them. Where fewer are larger than the guess, all positive ones are searched.
+    """
+    rows, columns = (values > max(guess, 0.0)).nonzero(as_tuple=True)
+    if len(rows) < count and guess > 0:
+        rows, columns = (values > 0).nonzero(as_tuple=True)
+    if len(rows) > count:
+        chosen = values[rows, columns].topk(count, sorted=False).indices.sort().values
+        rows, columns = rows[chosen], columns[chosen]
+    return rows, columns

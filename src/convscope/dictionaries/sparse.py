@@ -37,11 +37,14 @@ class ActiveFeatures:
         return cls(columns.flatten(), starts, num_features)
 
     @classmethod
-    def of_mask(cls, mask: Tensor) -> ActiveFeatures:
-        """Return the features that a mask (B, F) selects."""
-        rows, columns = mask.nonzero(as_tuple=True)
-        counts = torch.bincount(rows, minlength=len(mask))
-        return cls(columns, counts.cumsum(0) - counts, mask.shape[1])
+    def of_pairs(cls, rows: Tensor, columns: Tensor, positions: int, num_features: int) -> ActiveFeatures:
+        """Return features by their positions (n,), in ascending order, and their numbers (n,)."""
+        counts = torch.bincount(rows, minlength=positions)
+        return cls(columns, counts.cumsum(0) - counts, num_features)
+
+    def where(self, mask: Tensor) -> ActiveFeatures:
+        """Return those of the features that a mask (n,) selects."""
+        return ActiveFeatures.of_pairs(self.rows[mask], self.columns[mask], len(self.starts), self.num_features)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -60,12 +63,6 @@ class ActiveFeatures:
         """The order (n,) by feature, the positions (n,) in this order, and where each feature (F,) begins."""
         order = self.columns.argsort(stable=True)
         return order, self.rows[order], self.counts.cumsum(0) - self.counts
-
-    def dense(self, values: Tensor) -> Tensor:
-        """Return values (n,) as a matrix (B, F)."""
-        matrix = values.new_zeros(len(self.starts), self.num_features)
-        matrix[self.rows, self.columns] = values
-        return matrix
 
     def sum_atoms(self, values: Tensor, atoms: Tensor) -> Tensor:
         """Return the sum (B, C) of the atoms (F, C) active at each position, weighted by values (n,)."""

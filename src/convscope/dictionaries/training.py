@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convscope.dictionaries.dead_features import DeadFeatures, auxiliary_loss, restart
 from convscope.dictionaries.encoder import DictionaryWeights
-from convscope.dictionaries.methods.base import Method, Settings
+from convscope.dictionaries.methods.base import Method, Settings, Start
 from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.positions import PositionStore
 from convscope.errors import ConvscopeError
@@ -91,13 +91,19 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     sample = store.read(torch.randperm(store.count, generator=generator)[:MEDIAN_ROWS])
-    centre = geometric_median(sample)
+    factory = METHODS[method]
+    if not factory.is_centred and bool((sample < 0).any()):
+        raise ConvscopeError(
+            f"method is {method!r}, and the layer has negative activations; choose a layer after a ReLU, or "
+            "method='topk'"
+        )
+    centre = geometric_median(sample) if factory.is_centred else torch.zeros(sample.shape[1])
     scale = float((sample - centre).norm(dim=1).mean())
     if not scale > 0:
         raise ConvscopeError("the layer's activations are the same at all positions; there is nothing to learn")
-    bias = torch.zeros_like(centre, device=device)
     atoms = initial_atoms(settings.features, len(centre), generator).to(device)
-    learner = METHODS[method](settings, atoms, bias)
+    start = Start(atoms, torch.zeros_like(centre, device=device), ((sample - centre) / scale).to(device))
+    learner = factory(settings, start)
     history = np.zeros(settings.steps, np.float32)
     loop = _Loop(learner, settings, generator)
     batches = store.batches(min(BATCH, max(store.count, 64)), generator)
@@ -129,7 +135,7 @@ class _Loop:
         self.method, self.settings, self.generator = method, settings, generator
         parameters = method.parameters
         self.optimizer = torch.optim.Adam(list(parameters.values()), lr=LEARNING_RATE, fused=True)
-        self.dead = DeadFeatures(settings.features, settings.active, parameters["atoms"].device)
+        self.dead = DeadFeatures(settings.features, settings.active, method.atoms.device)
         self.restarts = {int(fraction * settings.steps) for fraction in RESTARTS}
 
     def step(self, n: int, x: Tensor) -> float:
@@ -153,8 +159,8 @@ class _Loop:
 
     def _project_gradients(self) -> None:
         """Remove the part of the atoms' gradients that would change their length."""
-        atoms = self.method.parameters["atoms"]
-        if atoms.grad is not None:
+        atoms = self.method.parameters.get("atoms")
+        if atoms is not None and atoms.grad is not None:
             with torch.no_grad():
                 atoms.grad -= (atoms.grad * atoms).sum(1, keepdim=True) * atoms
 

@@ -31,6 +31,25 @@ class Settings:
     steps: int
 
 
+@dataclass(frozen=True)
+class Start:
+    """With what training begins.
+
+    Attributes
+    ----------
+    atoms : Tensor
+        (F, C) random directions of length 1.
+    bias : Tensor
+        (C,).
+    sample : Tensor
+        (n, C) vectors.
+    """
+
+    atoms: Tensor
+    bias: Tensor
+    sample: Tensor
+
+
 @dataclass
 class Step:
     """What one step of training gives.
@@ -54,24 +73,37 @@ class Step:
 
 
 class Method(Protocol):
-    """A way to learn a dictionary of vectors that are centred on a bias, and 1 long on average.
+    """A way to learn a dictionary of vectors whose distance from the origin is 1 on average.
 
     Attributes
     ----------
     activation : str
         How features are computed when the dictionary is done; see `FeatureEncoder`.
+    is_centred : bool
+        Whether the vectors are centred; otherwise they are non-negative.
+    is_sparse : bool
+        Whether the number of active features is an argument.
     parameters : dict of str to Tensor
-        What is optimised; rows of "atoms", "encoder", "encoder_bias" and others belong to features.
+        What is optimised. Those of features have F rows.
     """
 
     activation: str
+    is_centred: bool
+    is_sparse: bool
     parameters: dict[str, Tensor]
+
+    @property
+    def atoms(self) -> Tensor:
+        """The atoms (F, C), with gradients."""
 
     def step(self, x: Tensor) -> Step:
         """Return the loss on vectors x (B, C)."""
 
     def renormalize(self) -> None:
         """Bring the parameters back to their constraints after an update."""
+
+    def restart(self, features: Tensor, directions: Tensor) -> None:
+        """Let features (d,) begin anew with directions (d, C) of length 1."""
 
     def weights(self) -> DictionaryWeights:
         """Return the dictionary."""
@@ -89,21 +121,20 @@ class SparseAutoencoder:
     Parameters
     ----------
     settings : Settings
-    atoms : Tensor
-        (F, C) of length 1, with which training begins.
-    bias : Tensor
-        (C,).
+    start : Start
     """
 
     activation = "topk"
+    is_centred = True
+    is_sparse = True
 
-    def __init__(self, settings: Settings, atoms: Tensor, bias: Tensor) -> None:
+    def __init__(self, settings: Settings, start: Start) -> None:
         self.settings = settings
         self.parameters: dict[str, Tensor] = {
-            "atoms": atoms.clone().requires_grad_(),
-            "encoder": atoms.clone().requires_grad_(),
-            "encoder_bias": atoms.new_zeros(len(atoms)).requires_grad_(),
-            "bias": bias.clone().requires_grad_(),
+            "atoms": start.atoms.clone().requires_grad_(),
+            "encoder": start.atoms.clone().requires_grad_(),
+            "encoder_bias": start.atoms.new_zeros(len(start.atoms)).requires_grad_(),
+            "bias": start.bias.clone().requires_grad_(),
         }
 
     @property
@@ -147,6 +178,13 @@ class SparseAutoencoder:
             atoms = self.parameters["atoms"]
             atoms /= atoms.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
+    def restart(self, features: Tensor, directions: Tensor) -> None:
+        """Let features (d,) begin anew with directions (d, C) of length 1."""
+        with torch.no_grad():
+            self.parameters["atoms"][features] = directions
+            self.parameters["encoder"][features] = directions
+            self.parameters["encoder_bias"][features] = 0
+
     def thresholds(self) -> Tensor:
         """Return the thresholds (F,) of the features."""
         return torch.zeros_like(self.parameters["encoder_bias"])
@@ -154,4 +192,4 @@ class SparseAutoencoder:
     def weights(self) -> DictionaryWeights:
         """Return the dictionary."""
         p = {name: tensor.detach() for name, tensor in self.parameters.items()}
-        return DictionaryWeights(p["atoms"], p["encoder"], p["encoder_bias"], p["bias"], self.thresholds())
+        return DictionaryWeights(self.atoms.detach(), p["encoder"], p["encoder_bias"], p["bias"], self.thresholds())

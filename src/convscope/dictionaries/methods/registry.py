@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Protocol
 
-from torch import Tensor
-
-from convscope.dictionaries.methods.base import Method, Settings
+from convscope.dictionaries.methods.archetypal import Archetypal
+from convscope.dictionaries.methods.base import Method, Settings, Start
+from convscope.dictionaries.methods.batch_topk import BatchTopK
+from convscope.dictionaries.methods.jumprelu import JumpReLU
+from convscope.dictionaries.methods.matryoshka import Matryoshka
+from convscope.dictionaries.methods.nmf import Nmf
 from convscope.dictionaries.methods.topk import TopK
 
-MethodFactory: TypeAlias = Callable[[Settings, Tensor, Tensor], Method]
-"""Called with the settings, the atoms (F, C) and the bias (C,) with which training begins."""
 
-METHODS: Mapping[str, MethodFactory] = {
+class MethodClass(Protocol):
+    """Makes a method from its settings and what training begins with.
+
+    Attributes
+    ----------
+    is_centred : bool
+    is_sparse : bool
+    """
+
+    is_centred: bool
+    is_sparse: bool
+
+    def __call__(self, settings: Settings, start: Start) -> Method:
+        """Make the method."""
+
+
+METHODS: Mapping[str, MethodClass] = {
     "topk": TopK,
+    "batch-topk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "archetypal": Archetypal,
+    "nmf": Nmf,
 }
-"""Methods by name."""
+"""Methods by name; `convscope.names.DICTIONARY_DESCRIPTIONS` has a line on each."""
