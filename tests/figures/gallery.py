@@ -153,6 +153,7 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     yield "duplicates", store.duplicates(0.6), {}
     yield "changed units", store.compare(store), {}
     yield "names of units", name_digits(), {}
+    yield "units by name", store.search(store.classes[g.target] if store.classes else "red"), {}
 
 
 def name_digits() -> convscope.UnitNames:

@@ -21,7 +21,6 @@ class NameRow:
     name: str
     score: float
     runner_up: str
-    runner_up_score: float
     page: str
 
 
@@ -58,6 +57,5 @@ def _row(context: PageContext, network: Network, names: UnitNames, i: int) -> Na
         name=str(names.names[i]),
         score=float(names.scores[i]),
         runner_up=str(names.runner_up[i]),
-        runner_up_score=float(names.runner_up_scores[i]),
         page=context.urls.page("m", network.key, *parts),
     )
