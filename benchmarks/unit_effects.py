@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import process_time
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ LAYERS = (
     ("ResNet-50", "torchvision:resnet50", "layer3"),
     ("ResNet-50", "torchvision:resnet50", "layer4"),
 )
-MAX_UNITS = 64  # of a layer
+MAX_UNITS = 48  # of a layer
 FEW_UNITS = (3, 17, 31)
-MANY_IMAGES = 16
+MANY_IMAGES = 8
 BATCH = 16  # units per pass of the peers
 
 
@@ -104,7 +105,7 @@ def measure(
     rounds: int,
 ) -> Row:
     """Time contenders, of which convscope is the first, and compare their effects."""
-    times = interleaved(contenders, "convscope", rounds)
+    times = interleaved(contenders, "convscope", rounds, threads=1, clock=process_time)
     effects = {name: run() for name, run in contenders.items()}
     ours = effects.pop("convscope")
     differences = {name: float(np.abs(ours - other).max() / np.abs(ours).max()) for name, other in effects.items()}
@@ -142,9 +143,9 @@ def run(rounds: int) -> list[Row]:
 def table(rows: list[Row]) -> list[str]:
     names = list(rows[0].times)
     lines = [
-        "The effect of setting units of a layer to 0 on the logit of one class, for photographs. Seconds, and in",
-        "brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to the",
-        f"largest of them. Peers run {BATCH} inputs per pass. Random weights for ResNet-50. After `bn2` and `layer4`",
+        "The effect of setting units of a layer to 0 on the logit of one class, for photographs. Seconds of one CPU,",
+        "and in brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to",
+        f"the largest of them. Peers run {BATCH} inputs per pass. Random weights for ResNet-50. After `bn2` and `layer4`",
         "the network is affine, and effects follow from one backward pass.",
         "",
         "| layer | units | images | " + " | ".join(names) + " |",

@@ -99,6 +99,25 @@ def test_labels_give_the_accuracy_and_do_not_change_the_effects(x):
     assert (effects.accuracy <= effects.interval[:, 1]).all()
 
 
+def test_curves_are_those_of_edited_models(model, x):
+    layer, labels = model.layers.unique_spatial()[1], [0, 1, 2, 3]
+    effects = convscope.effects(model, x, layer, targets=1, labels=labels, curve=True)
+    assert effects.curve_counts.tolist() == [0, 1, 2, 4, 8]
+    order = effects.units[np.argsort(effects.mean, kind="stable")]
+    for count, logits, accuracy in zip(effects.curve_counts, effects.curve, effects.curve_accuracy, strict=True):
+        edits = {layer: dict.fromkeys(order[:count].tolist(), 0.0)}
+        edited = convscope.edit(model, edits) if count else model
+        expected = convscope.predict(edited, x, top=1)
+        np.testing.assert_allclose(logits[:, 0], expected.logits[:, 1], rtol=1e-4, atol=1e-5)
+        assert accuracy == pytest.approx((expected.indices[:, 0] == labels).mean())
+    np.testing.assert_array_equal(effects.random_curve[[0, -1]], effects.curve[[0, -1]])
+    assert (effects.curve_interval[:, 0] <= effects.curve_accuracy).all()
+    one = effects[1]
+    np.testing.assert_array_equal(one.curve, effects.curve[:, 1:2])
+    assert one.curve_accuracy is None
+    one.figure()
+
+
 def test_removing_a_class_of_the_last_layer_changes_that_class_alone(x):
     net = randomized(PooledClassifier()).eval()
     model = convscope.load(net, preprocessing={"size": SIZE})

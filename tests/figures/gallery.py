@@ -112,6 +112,7 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     labels = [g.target, g.other, g.target]
     yield "effects of units", convscope.effects(model, g.images[:3], g.last, range(5), labels=labels), {}
     yield "effects on a class", convscope.effects(model, last_image, g.last, range(5), targets=g.target), {}
+    yield "effects with a curve", convscope.effects(model, g.images[:3], g.last, targets=g.target, curve=True), {}
     yield "dictionary", convscope.dictionary(model, g.images, g.last, features=32, active=4, steps=30), {}
     pair = (model, g.images[0], last_image, g.last)
     yield "patching by position", convscope.patch(*pair, by="position"), {}

@@ -40,6 +40,9 @@ def effects(
         list[str] | None,
         typer.Option(metavar="IMAGES", help="Images for mean and resample; repeatable. Default: the same images."),
     ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also remove more and more units together, most evidence first.")
+    ] = False,
     seed: Seed = 0,
     *,
     reading: ImageOptions,
@@ -67,6 +70,7 @@ def effects(
             targets=parse_targets(network, target, len(inputs)),  # type: ignore[arg-type]
             labels=None if classes is None else [line.strip() for line in classes if line.strip()],
             reference=None if reference is None else open_image_arguments(reference),
+            curve=curve,
             fit=reading.fit,
             seed=seed,
             max_pixels=reading.max_pixels,

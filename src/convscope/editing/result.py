@@ -54,13 +54,24 @@ class Effects(IndexedResult):
     class_accuracy : ndarray of shape (U, K), optional
         The change of the accuracy on the images of each class.
     class_interval : ndarray of shape (U, K, 2), optional
+    curve_counts : ndarray of shape (P,), optional
+        With a curve: how many units are removed together.
+    curve : ndarray of shape (P, N, T), float32, optional
+        The targets' logits then; those with the lowest mean effects are removed first.
+    random_curve : ndarray of shape (P, N, T), float32, optional
+        The same in a random order.
+    curve_accuracy : ndarray of shape (P,), optional
+        With labels: the accuracy along the curve.
+    curve_interval : ndarray of shape (P, 2), optional
+        Its 95 % bootstrap interval over images.
     """
 
     ITEM_AXES: ClassVar[Mapping[str, int]] = {
-        "logits": 1, "targets": 0, "baseline": 0, "target_names": 0, "image_names": 0,
+        "logits": 1, "targets": 0, "baseline": 0, "target_names": 0, "image_names": 0, "curve": 1, "random_curve": 1,
     }  # fmt: skip
     ACCURACY_FIELDS: ClassVar[tuple[str, ...]] = (
         "accuracy", "interval", "baseline_accuracy", "classes", "class_accuracy", "class_interval",
+        "curve_accuracy", "curve_interval",
     )  # fmt: skip
 
     logits: np.ndarray
@@ -79,6 +90,11 @@ class Effects(IndexedResult):
     classes: np.ndarray | None = None
     class_accuracy: np.ndarray | None = None
     class_interval: np.ndarray | None = None
+    curve_counts: np.ndarray | None = None
+    curve: np.ndarray | None = None
+    random_curve: np.ndarray | None = None
+    curve_accuracy: np.ndarray | None = None
+    curve_interval: np.ndarray | None = None
 
     def __getitem__(self, key: ItemKey) -> Self:
         return self.select(key)

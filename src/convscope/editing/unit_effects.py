@@ -15,6 +15,7 @@ from convscope.attribution.targets import Targets, TargetSpec, parse_classes, pa
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.removal import Removal, Replacement
+from convscope.editing.removal_curve import removal_curves
 from convscope.editing.replacements import HOW, donors, unit_means
 from convscope.editing.result import Effects
 from convscope.engine import capture
@@ -47,6 +48,7 @@ def effects(
     targets: Targets | None = None,
     labels: object = None,
     reference: object = None,
+    curve: bool = False,
     fit: str = "squash",
     seed: int = 0,
     memory: int = MEMORY,
@@ -86,11 +88,13 @@ def effects(
         The right class of each image, for effects on the accuracy.
     reference : path, sequence of paths, PIL images, arrays or tensor, optional
         The images of "mean" and "resample"; by default `images` themselves.
+    curve : bool
+        Also remove 1, 2, 4, ... units together, those with the lowest mean effects first, and as many in random order.
     fit : {"squash", "crop", "pad"}
         Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
         ("pad"), or the crop of its own evaluation.
     seed : int
-        Seed of the draws of "resample".
+        Seed of the draws of "resample", and of the random order of curves.
     memory : int
         Bytes that intermediate results may take.
     max_pixels : int
@@ -143,12 +147,15 @@ def effects(
         affine = right is None and is_affine_after(model, selected, next(loader.batches(1)), spec)
         job = _Job(Removal(model, selected, spec, replacement, memory), torch.tensor(numbers), right, affine)
         parts, indices = job.run_all(loader, report)
+        logits = np.concatenate([part.effects for part in parts], axis=1)
+        order = np.array(numbers)[np.argsort(logits.mean((1, 2)), kind="stable")]
+        curves = removal_curves(job.removal, loader, order, right, seed) if curve else {}
     names = tuple(loader.names[i] for i in indices)
     classes = torch.cat([part.targets for part in parts]).cpu().numpy()
     correct = None if right is None else np.concatenate([part.correct for part in parts], axis=1)
     return Effects(
         model,
-        logits=np.concatenate([part.effects for part in parts], axis=1),
+        logits=logits,
         units=np.array(numbers),
         targets=classes,
         baseline=np.concatenate([part.baseline for part in parts]),
@@ -161,6 +168,7 @@ def effects(
         notes=tuple(loader.notes),
         failed=tuple(loader.failed),
         **({} if right is None or correct is None else _accuracies(correct, right[indices].numpy())),
+        **curves,
     )
 
 

@@ -122,7 +122,8 @@ class Explanation(IndexedResult):
     @property
     def totals(self) -> np.ndarray:
         """What the whole layer adds to the logits (N,): the logit minus that with all units removed."""
-        return self.logits - self.base_logits
+        totals: np.ndarray = self.logits - self.base_logits
+        return totals
 
     @property
     def shares(self) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from convscope.editing.result import REPLACED_BY, Effects, Patching
+from convscope.evaluation.statistics import bootstrap
 from convscope.figures import RenderedFile
 from convscope.images.colormap import DIVERGING, ColorScale
 from convscope.plotting.panels import (
@@ -44,14 +45,17 @@ def render_effects(result: Effects) -> Iterator[tuple[str, RenderedFile]]:
 def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None) -> Figure:
     """Draw the units with the largest effects: bars of the mean, dots for images and targets; changes of accuracy."""
     order = result.order[:MAX_UNITS]
-    columns = 1 if result.accuracy is None else 2
+    columns = 1 + (result.accuracy is not None) + (result.curve is not None)
     title = f"Units of {shorten(result.layer)} replaced by {REPLACED_BY[result.how]} ({result.model.name})"
     title += omitted(len(order), len(result.units), "units")
-    figure, grid = create_panels(1, columns, 4.6 * columns, 1.0 + 0.21 * len(order), title, ax=ax, figsize=figsize)
+    height = max(1.0 + 0.21 * len(order), 3.2 if result.curve is not None else 0)
+    figure, grid = create_panels(1, columns, 4.6 * columns, height, title, ax=ax, figsize=figsize)
     panels = flatten(grid)
     _draw_logits(panels[0], result, order)
     if result.accuracy is not None:
         _draw_accuracy(panels[1], result, order)
+    if result.curve is not None:
+        _draw_curve(panels.pop(), result)
     for axes in panels:
         axes.axvline(0, color=DARK, linewidth=0.8)
         axes.set_yticks(range(len(order)), [str(unit) for unit in result.units[order]], fontsize=8)
@@ -91,6 +95,29 @@ def _draw_accuracy(axes: Axes, result: Effects, order: np.ndarray) -> None:
     count = len(result.image_names)
     before = float(np.asarray(result.baseline_accuracy))
     axes.set_title(f"accuracy without edits {before:.0%}, {count} images\nlines: 95 % intervals", fontsize=8)
+
+
+def _draw_curve(axes: Axes, result: Effects) -> None:
+    """Draw the accuracy, or else the targets' logits, against the number of units that are removed together."""
+    counts = np.asarray(result.curve_counts)
+    if result.curve_accuracy is not None:
+        values, (low, high) = result.curve_accuracy, np.asarray(result.curve_interval).T
+        label = "accuracy; band: 95 % interval"
+    else:
+        by_image = np.asarray(result.curve).mean(2)
+        values, (low, high) = by_image.mean(1), bootstrap(by_image.T)
+        random_values = np.asarray(result.random_curve).mean((1, 2))
+        axes.plot(counts, random_values, "o--", color=LIGHT_BLUE, markersize=3, label="in random order")
+        label = "mean logit of the targets; band: 95 % interval"
+    axes.fill_between(counts, low, high, color=RED, alpha=0.2, linewidth=0)
+    axes.plot(counts, values, "o-", color=RED, markersize=3, label="most evidence first")
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(counts, [str(count) for count in counts], fontsize=8, rotation=45)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("units removed together", fontsize=8)
+    axes.set_title(label, fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
 
 
 def render_patching(result: Patching) -> Iterator[tuple[str, RenderedFile]]:

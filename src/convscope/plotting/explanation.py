@@ -58,7 +58,7 @@ def draw_explanation(result: Explanation, *, image: int = 0, figsize: tuple[floa
     ratio = min(1.5, photo.height / photo.width)
     height = rows * (PANEL * ratio + 0.55 + 0.75 * has_patches)
     figure = create_figure((columns + 2) * PANEL, max(height, PANEL * ratio + 2.1), one.sentences[0], figsize)
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[2, columns]))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[2, columns])[0]
     panels = left.subplots(2, 1, height_ratios=[1.4, 1])
     show_image(panels[0], photo, f"{image_title(one.image_names[0])}: {shorten(one.target_names[0], 30)}")
     _draw_proof(panels[1], one)
