@@ -17,6 +17,7 @@ import grad_cam
 import localisation
 import memory
 import methods
+import planted
 import sanity
 import scanning
 import torch
@@ -51,6 +52,7 @@ def main() -> None:
         "Localisation": lambda: _localisation(localisation.run(), localisation.cost(few)),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
         "Names of units": lambda: unit_names.table(*unit_names.run()),
+        "Planted causes of errors": planted.table,
         "Boxes of a detector": lambda: _detection(detection.run()),
     }
     out = Path(__file__).with_name("README.md")

@@ -26,7 +26,7 @@ PATCH_SIDES = (0.15, 0.22)  # of the thumbnail's shorter side
 MIN_CORRELATION = 0.6  # of the better half of a class's images with a patch
 MIN_CONSTANT = 0.2  # fraction of a patch's pixels that are nearly equal
 FRAMES = {"border": 1 / 20, "background": 1 / 6}
-MIN_SEPARATION = {"patch": 0.75, "border": 0.75, "background": 0.75, "color": 0.9, "blur": 0.75}
+MIN_SEPARATION = {"patch": 0.75, "border": 0.75, "background": 0.75, "color": 0.9, "blur": 0.85}
 
 
 @dataclass(frozen=True)

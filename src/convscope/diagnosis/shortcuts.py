@@ -28,6 +28,7 @@ MIN_IMAGES = 12  # of a class, and of the others
 COMPARED_CLASSES = 3  # whose frames are compared
 TESTED_IMAGES = 40  # of the class, and of the others, that are changed
 MIN_EFFECT = 0.15  # change of the probability beyond that of random changes
+MIN_BLUR_EFFECT = 0.1  # of blur, which is rarely matched exactly
 TYPICAL = 3  # times the effect of other classes' frames, from which that of one class is not its object's
 MAX_CLASSES = 100  # in which shortcuts are searched: those with most images
 MAX_CANDIDATES = 40  # that are tested, those that separate best
@@ -143,7 +144,12 @@ class _Outcome:
         size = self.inserted.size
         if self.center is not None and size < self.center.size + MIN_EFFECT and size < TYPICAL * self.typical:
             return False  # the object reaches into the frame
-        return size >= MIN_EFFECT and (self.removed is None or self.removed.size > 0)
+        return size >= min_effect(self.candidate) and (self.removed is None or self.removed.size > 0)
+
+
+def min_effect(candidate: ShortcutCandidate) -> float:
+    """Return the effect from which a candidate is reported."""
+    return MIN_BLUR_EFFECT if candidate.kind == "blur" else MIN_EFFECT
 
 
 def _test(
@@ -156,7 +162,7 @@ def _test(
     if test is None:
         return
     inserted = test.inserted(candidate)
-    p_value, is_large = inserted.p_value(rng), inserted.size >= MIN_EFFECT
+    p_value, is_large = inserted.p_value(rng), inserted.size >= min_effect(candidate)
     removed = test.removed(candidate) if is_large else None
     center, typical = None, 0.0
     if is_large and candidate.kind in FRAMES:
