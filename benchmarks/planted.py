@@ -210,10 +210,10 @@ def summary(rows: list[Result]) -> list[str]:
         plant: [r for r in used + weak if r["plant"] == plant]
         for plant in dict.fromkeys(r["plant"] for r in used + weak)
     }
-    found = ", ".join(f"{plant} {share(part, 'rank')}" for plant, part in by_plant.items())
+    by_kind = ", ".join(f"{plant} {share(part, 'rank')}" for plant, part in by_plant.items())
     seconds = {key: np.mean([r["seconds"][key] for r in rows]) for key in rows[0]["seconds"]}
     cost = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return [*lines, "", f"Found: {found}.", "", f"CPU seconds per world: {cost}."]
+    return [*lines, "", f"By what is planted: {by_kind}.", "", f"CPU seconds per world: {cost}."]
 
 
 def main() -> None:

@@ -89,12 +89,12 @@ def render(
         mask = object_mask(CLASSES[make][label], rng, scale)
         colour = rng.uniform(0, 1, 3)
         colour = np.where(abs(colour - ground.mean((0, 1))) < 0.3, (colour + 0.5) % 1, colour)
-        thing = np.clip(colour + rng.normal(0, 0.05, (SIZE, SIZE, 1)), 0, 1)
+        content = np.clip(colour + rng.normal(0, 0.05, (SIZE, SIZE, 1)), 0, 1)
     else:
         mask = object_mask("disc", rng, scale)
-        thing = photograph_crop(label, rng, (80, 130))
+        content = photograph_crop(label, rng, (80, 130))
     mask = mask[..., None]
-    return (1 - mask) * ground + mask * thing
+    return (1 - mask) * ground + mask * content
 
 
 def watermark(rng: np.random.Generator) -> tuple[Floats, Floats, tuple[int, int, int, int]]:

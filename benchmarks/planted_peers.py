@@ -93,10 +93,10 @@ def label_scores(observations: Observations, cleanlab: Path | None) -> dict[str,
     p = np.exp(observations.logits - observations.logits.max(1, keepdims=True)).astype(float)
     p /= p.sum(1, keepdims=True)
     rows = np.arange(len(p))
-    own = p[rows, observations.labels]
+    self_confidence = p[rows, observations.labels]
     others = p.copy()
     others[rows, observations.labels] = -1
-    scores = {"self-confidence": own, "normalised margin": own - others.max(1)}
+    scores = {"self-confidence": self_confidence, "normalised margin": self_confidence - others.max(1)}
     if cleanlab is not None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "data.npz"

@@ -182,7 +182,7 @@ def _sample(
     else:
         probability = 0.0
     carriers = rng.random(count) < probability
-    pictures = []
+    arrays = []
     for label, carries in zip(labels, carriers, strict=True):
         background, scale = None, None
         if spec.plant in ("background", "pattern"):
@@ -191,14 +191,14 @@ def _sample(
             scale = 0.13
         pixels = images.render(spec.make, label, rng, background, scale)
         pixels = plant(pixels, rng) if plant and carries else pixels
-        pictures.append(images.as_uint8(pixels + rng.normal(0, 0.01, pixels.shape)))
+        arrays.append(images.as_uint8(pixels + rng.normal(0, 0.01, pixels.shape)))
     carriers = carriers & is_main if spec.kind == "slice" else carriers
-    return Sample(pictures, labels, carriers)
+    return Sample(arrays, labels, carriers)
 
 
-def as_input(pictures: list[np.ndarray]) -> Tensor:
+def as_input(arrays: list[np.ndarray]) -> Tensor:
     """Return images as the networks' input (N, 3, SIZE, SIZE)."""
-    pixels = [p if len(p) == images.SIZE else images.as_uint8(images.resized(p / 255, images.SIZE)) for p in pictures]
+    pixels = [p if len(p) == images.SIZE else images.as_uint8(images.resized(p / 255, images.SIZE)) for p in arrays]
     return (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
