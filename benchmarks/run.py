@@ -11,6 +11,7 @@ from pathlib import Path
 import acceleration
 import dead_units
 import detection
+import dictionaries
 import faithfulness
 import filter_patterns
 import grad_cam
@@ -51,6 +52,7 @@ def main() -> None:
         "Sanity checks": lambda: sanity.table(sanity.run()),
         "Localisation": lambda: _localisation(localisation.run(), localisation.cost(few)),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
+        "Sparse dictionaries": lambda: dictionaries.table(dictionaries.run(few)),
         "Names of units": lambda: unit_names.table(*unit_names.run()),
         "Planted causes of errors": planted.table,
         "Boxes of a detector": lambda: _detection(detection.run()),
