@@ -70,6 +70,11 @@ PRELUDES = {
         "import convscope; from tests.oracles.detectors import confident_faster_rcnn\n"
         "detector = confident_faster_rcnn()"
     ),
+    "docs/diagnosis.md": (
+        "import pathlib, shutil; labels = {'tabby': 'a.jpg', 'fiddler crab': 'b.jpg', 'jacamar': 'photo.jpg'}\n"
+        "for name, file in labels.items(): pathlib.Path('animals', name).mkdir(parents=True)\n"
+        "for name, file in labels.items(): shutil.copy(file, pathlib.Path('animals', name))"
+    ),
     "docs/names.md": (
         "import numpy, pathlib; numpy.save('scores.npy', numpy.eye(3)[numpy.arange(60) % 3])\n"
         "_ = pathlib.Path('words.txt').write_text('red\\ngreen\\nblue\\n')"

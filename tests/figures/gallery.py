@@ -15,6 +15,8 @@ from PIL import Image
 from torch import nn
 
 import convscope
+from convscope.diagnosis.finding import Finding
+from convscope.diagnosis.overview import summarize
 from convscope.featurevis.image_statistics import image_statistics
 from convscope.featurevis.layer_story import Chapter
 from convscope.figures import render
@@ -22,6 +24,7 @@ from convscope.objectives import channel
 from convscope.plotting.patterns import paired_pattern_grid
 from convscope.plotting.story import chapter_sheet
 from convscope.results import HasFigure
+from tests.diagnosis.helpers import make_observations
 from tests.oracles.detectors import SIDE, CellDetector, image_with_squares
 
 
@@ -114,6 +117,7 @@ def draw_all(g: Gallery) -> Iterator[tuple[str, HasFigure, dict[str, Any]]]:
     yield "effects on a class", convscope.effects(model, last_image, g.last, range(5), targets=g.target), {}
     yield "effects with a curve", convscope.effects(model, g.images[:3], g.last, targets=g.target, curve=True), {}
     yield "dictionary", convscope.dictionary(model, g.images, g.last, features=32, active=4, steps=30), {}
+    yield "diagnosis", diagnose_digits(digits), {}
     pair = (model, g.images[0], last_image, g.last)
     yield "patching by position", convscope.patch(*pair, by="position"), {}
     yield "patching by unit", convscope.patch(*pair, units=range(5)), {}
@@ -171,6 +175,24 @@ def name_digits() -> convscope.UnitNames:
         model = convscope.load(quarters, preprocessing=preprocessing)
         store = convscope.scan(model, np.clip(images / 4, 0, 1), folder, layers=["logits"], sample=80, workers=0)
         return convscope.name_units(store, words, np.eye(4)[np.arange(80) % 4])
+
+
+def diagnose_digits(model: convscope.Model) -> convscope.Diagnosis:
+    """Diagnose the network for digits on 24 images, with a finding on the first of them."""
+    images = np.stack(digit_images() * 12)
+    logits = np.random.default_rng(0).normal(size=(24, 10)).astype(np.float32)
+    observations = make_observations(np.arange(24) % 10, logits, thumbnails=images[..., None].repeat(3, -1))
+    return convscope.Diagnosis.of(
+        model,
+        observations,
+        [Finding("slice", "Dark images are often wrong.", "Collect more.", (0, 3, 4), (), 0.2, (0.1, 0.3), 0.01)],
+        searches=(),
+        overview=summarize(observations),
+        label_quality=np.ones(24, np.float32),
+        layer=model.layers[0].name,
+        layer_reason="",
+        data_name="digits",
+    )
 
 
 def short_story(model: convscope.Model, layers: Sequence[str], g: Gallery) -> convscope.Story:

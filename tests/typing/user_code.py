@@ -120,6 +120,10 @@ def collect(model: convscope.Model, images: list[str]) -> None:
     assert isinstance(convscope.open("store"), convscope.Store)
     assert_type(convscope.concepts(model, images, "tabby"), convscope.Concepts)
     assert_type(convscope.atlas(model, images), convscope.Atlas)
+    diagnosis = convscope.diagnose(model, "animals")
+    assert_type(diagnosis, convscope.Diagnosis)
+    assert_type(diagnosis.label_quality, np.ndarray)
+    assert_type(diagnosis.findings[0].images, tuple[int, ...])
     assert_type(convscope.samples.photographs(), list[str])
 
 

@@ -50,7 +50,8 @@ def draw_diagnosis(result: Diagnosis, *, figsize: tuple[float, float] | None = N
     figure = create_figure(WIDTH, PLOTS_HEIGHT + FINDING_HEIGHT * len(findings), title, figsize)
     ratios = [PLOTS_HEIGHT] + [FINDING_HEIGHT] * len(findings)
     grid = figure.add_gridspec(1 + len(findings), 1, height_ratios=ratios)
-    _draw_overview([figure.add_subplot(part) for part in grid[0].subgridspec(1, 3)], result)
+    plots = grid[0].subgridspec(1, 3)
+    _draw_overview([figure.add_subplot(plots[0, column]) for column in range(3)], result)
     for row, finding in enumerate(findings, 1):
         _draw_finding(grid[row].subgridspec(1, IMAGES_PER_FINDING + 3), figure, result, finding, row)
     return figure
