@@ -74,8 +74,8 @@ class LabelCheck:
 
     def p_value(self, pair: tuple[int, int]) -> float:
         """Return the probability of as many images with this label and confident class if all labels are right."""
-        own = poisson_tail(int(self.joint[pair]), float(self.expected[pair]))
-        return own if self.second is None else max(own, self.second.p_value(pair))
+        p_value = poisson_tail(int(self.joint[pair]), float(self.expected[pair]))
+        return p_value if self.second is None else max(p_value, self.second.p_value(pair))
 
     @property
     def num_pairs(self) -> int:
@@ -121,7 +121,7 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
     quality = np.full(len(observations), np.nan, np.float32)
     if len(rows) == 0:
         return Search(
-            "label-error", _looked_for(folds), 0, "Nothing would have been found: no image has a label."
+            "label-error", _question(folds), 0, "Nothing would have been found: no image has a label."
         ), quality
     logits = observations.logits[rows]
     if folds:
@@ -136,7 +136,7 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
             notes = (*notes, UNCONFIRMED)
     quality[rows] = check.quality
     findings = _findings(check, rows, labels, observations.classes)
-    search = Search("label-error", _looked_for(folds), check.num_pairs, _detectable(check), tuple(findings), notes)
+    search = Search("label-error", _question(folds), check.num_pairs, _detectable(check), tuple(findings), notes)
     return search, quality
 
 
@@ -286,7 +286,7 @@ def _by_suspicion(check: LabelCheck, members: np.ndarray) -> np.ndarray:
     return ordered
 
 
-def _looked_for(folds: int) -> str:
+def _question(folds: int) -> str:
     if folds:
         source = f"a linear head on the layer's features, cross-validated in {folds} folds, confidently assigns"
         agreement = ""

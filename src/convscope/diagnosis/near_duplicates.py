@@ -163,9 +163,9 @@ def group_duplicates(
             lowest[a] = min(value, lowest.get(a, 1.0), lowest.get(b, 1.0))
     roots = np.array([_root(parent, i) for i in range(count)], np.int64)
     names, sizes = np.unique(roots, return_counts=True)
-    found = sorted((-lowest[root], root) for root in names[sizes > 1].tolist())
-    groups = tuple(tuple(np.flatnonzero(roots == root).tolist()) for _, root in found)
-    return DuplicateGroups(groups, tuple(-value for value, _ in found), count * (count - 1) // 2)
+    ordered = sorted((-lowest[root], root) for root in names[sizes > 1].tolist())
+    groups = tuple(tuple(np.flatnonzero(roots == root).tolist()) for _, root in ordered)
+    return DuplicateGroups(groups, tuple(-value for value, _ in ordered), count * (count - 1) // 2)
 
 
 def _with_same_layout(
@@ -266,16 +266,16 @@ def _across_splits(result: DuplicateGroups, observations: Observations, splits: 
         return []
     images = tuple(i for n in positions for i in result.groups[n])
     names = sorted({splits[i] for i in images} - {""}, key=lambda name: (not name.lower().startswith("tr"), name))
-    held_out = [i for i in images if splits[i] not in ("", names[0])]
+    evaluated = [i for i in images if splits[i] not in ("", names[0])]
     total = sum(split not in ("", names[0]) for split in splits)
     summary = (
-        f"{count_of(len(held_out), 'image')} of {' and '.join(f'`{name}`' for name in names[1:])} "
-        f"{_have(len(held_out))} a near-identical copy in another split, such as "
-        f"{base_name(observations.image_names[held_out[0]])}: the accuracy there is overestimated."
+        f"{count_of(len(evaluated), 'image')} of {' and '.join(f'`{name}`' for name in names[1:])} "
+        f"{_have(len(evaluated))} a near-identical copy in another split, such as "
+        f"{base_name(observations.image_names[evaluated[0]])}: the accuracy there is overestimated."
     )
     recommendation = f"Remove the copies from `{names[0]}`, train again, and evaluate again."
     effect = f"fraction of the images outside `{names[0]}` that have a copy in another split"
-    sizes = (len(held_out), total)
+    sizes = (len(evaluated), total)
     return [_finding(effect, summary, recommendation, images, (), sizes, result, positions)]
 
 

@@ -190,7 +190,7 @@ class Diagnosis(Result):
     def _remarks(self) -> list[str]:
         kinds = {finding.kind for finding in self.findings}
         empty = [s for s in self.searches if s.kind not in kinds]
-        return [*(f"no {s.kind}: {s.detectable or s.looked_for}" for s in empty), *super()._remarks()]
+        return [*(f"no {s.kind}: {s.detectable or s.question}" for s in empty), *super()._remarks()]
 
     def __str__(self) -> str:
         width = terminal_width()

@@ -15,7 +15,7 @@ class Search:
     ----------
     kind : str
         The kind of its findings, as in `Finding.kind`.
-    looked_for : str
+    question : str
         What was looked for and how it was tested, in one sentence.
     num_candidates : int
         The number of candidates that were tested, which the p-values are corrected for.
@@ -28,7 +28,7 @@ class Search:
     """
 
     kind: str
-    looked_for: str
+    question: str
     num_candidates: int
     detectable: str = ""
     findings: tuple[Finding, ...] = ()

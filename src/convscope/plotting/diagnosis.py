@@ -77,8 +77,8 @@ def _draw_confusion(axes: Axes, result: Diagnosis) -> None:
     overview, order = result.overview, result.overview.confusion_order
     matrix = overview.confusion
     errors = matrix.sum(1) + matrix.sum(0) - 2 * np.diag(matrix)
-    shown = np.sort(np.argsort(-errors[order], kind="stable")[:MAX_CLASSES])
-    positions = order[shown]
+    selected = np.sort(np.argsort(-errors[order], kind="stable")[:MAX_CLASSES])
+    positions = order[selected]
     counts = matrix[np.ix_(positions, positions)]
     shares = counts / np.maximum(matrix[positions].sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
