@@ -26,7 +26,7 @@ from convscope.store.unit_names import UnitNames, described_model, write_names
 from convscope.suggestions import suggest
 
 MIN_IMAGES = 20  # of the sample: ten to choose a name, ten to check it
-CHOICE_SHARE, CHECK_SHARE, COMPOSITION_SHARE = 0.6, 0.1, 0.2  # of the time
+CHOICE_SHARE, CHECK_SHARE, COMPOSITION_SHARE = 0.6, 0.2, 0.2  # of the time
 
 
 @check_arguments
@@ -189,17 +189,15 @@ def _name(
     activations = Activations(store, rows, images, shuffled)
     count = BEAM if settings.compositions else 2
     words, wpmi = choose_words(activations, scores, first, count, report_part(report, 0, CHOICE_SHARE))
-    best = check_words(activations, scores, second, words[:, 0], report_part(report, CHOICE_SHARE, CHECK_SHARE))
-    second_start = CHOICE_SHARE + CHECK_SHARE
-    runner_up = check_words(activations, scores, second, words[:, 1], report_part(report, second_start, CHECK_SHARE))
+    checked = check_words(activations, scores, second, words[:, :2], report_part(report, CHOICE_SHARE, CHECK_SHARE))
     count = len(pairs)
-    p = p_values(best.evidence[:count], best.evidence[count:])
+    p = p_values(checked.evidence[:count], checked.evidence[count:])
     p[words[:count, 0] < 0] = 1
     texts = np.array([*scores.words, ""])
     names, runners_up = texts[words[:count, 0]], texts[words[:count, 1]]
-    auc, runner_up_auc = best.auc[:count].astype(np.float32), runner_up.auc[:count].astype(np.float32)
+    auc, runner_up_auc = checked.auc[:count].T.astype(np.float32).copy()
     if settings.compositions:
-        rest = report_part(report, second_start + CHECK_SHARE, COMPOSITION_SHARE)
+        rest = report_part(report, CHOICE_SHARE + CHECK_SHARE, COMPOSITION_SHARE)
         better = find_compositions(activations, scores, (first, second), words, rest)
         composed = np.array(list(better), int)
         runners_up[composed], runner_up_auc[composed] = names[composed], auc[composed]

@@ -75,8 +75,10 @@ class Check:
 
     Attributes
     ----------
-    auc, evidence : ndarray of shape (U + R,)
-        As of `soft_auc` and `rank_evidence`.
+    auc : ndarray of shape (U + R, 2)
+        As of `soft_auc`, for both words.
+    evidence : ndarray of shape (U + R,)
+        As of `rank_evidence`, for the best word.
     """
 
     auc: np.ndarray
@@ -129,7 +131,7 @@ def choose_words(
 def check_words(
     activations: Activations, scores: WordScores, images: np.ndarray, words: np.ndarray, report: Progress
 ) -> Check:
-    """Measure how well a word suits each unit on some images; NaN and 0 for units without a word.
+    """Measure how well two words suit each unit on some images; NaN and 0 for units without a word.
 
     Parameters
     ----------
@@ -137,19 +139,21 @@ def check_words(
     scores : WordScores
     images : ndarray
         Numbers of images, below N.
-    words : ndarray of shape (U + R,)
-        Numbers of words; -1 for none.
+    words : ndarray of shape (U + R, 2)
+        Numbers of words, the best first; -1 for none.
     report : callable
     """
-    auc, evidence = np.full(len(words), np.nan), np.zeros(len(words))
+    auc, evidence = np.full(words.shape, np.nan), np.zeros(len(words))
     for units, block in activations.blocks(images):
-        has_word = words[units] >= 0
+        has_word = words[units, 0] >= 0
         if has_word.any():
             positions = np.arange(units.start, units.stop)[has_word]
-            distinct, inverse = np.unique(words[positions], return_inverse=True)
-            probabilities = scores.probabilities(images, distinct).T[torch.from_numpy(inverse)]
             ranks = midranks(block[torch.from_numpy(has_word)])
-            auc[positions] = soft_auc(ranks, probabilities).numpy()
-            evidence[positions] = rank_evidence(ranks, probabilities).numpy()
+            for column in range(words.shape[1]):
+                distinct, inverse = np.unique(words[positions, column], return_inverse=True)
+                probabilities = scores.probabilities(images, distinct).T[torch.from_numpy(inverse)]
+                auc[positions, column] = soft_auc(ranks, probabilities).numpy()
+                if column == 0:
+                    evidence[positions] = rank_evidence(ranks, probabilities).numpy()
         report(units.stop, len(words))
     return Check(auc, evidence)

@@ -42,10 +42,10 @@ def rank_evidence(ranks: Tensor, probabilities: Tensor) -> Tensor:
     2.11. Hoeffding, Probability inequalities for sums of bounded random variables, JASA 58 (1963).
     """
     count = ranks.shape[1]
-    weights = probabilities.double()
-    weights = weights / weights.amax(1, keepdim=True).clamp_min(1e-300)
+    weights = probabilities.float()
+    weights = weights / weights.amax(1, keepdim=True).clamp_min(1e-30)
     observed = (weights * ((ranks.double() - 0.5) / count - 0.5)).sum(1)
-    bins = torch.ceil(weights.clamp_min(MIN_RATIO).log() * ((NUM_BINS - 1) / -np.log(MIN_RATIO)) - 1e-9)
+    bins = torch.ceil(weights.clamp_min(MIN_RATIO).log() * ((NUM_BINS - 1) / -np.log(MIN_RATIO)) - 1e-4)
     index = (bins + NUM_BINS - 1).long() + NUM_BINS * torch.arange(len(weights))[:, None]
     counts = torch.bincount(index.ravel(), minlength=len(weights) * NUM_BINS).view(-1, NUM_BINS).double()
     edges = torch.logspace(np.log10(MIN_RATIO), 0, NUM_BINS, dtype=torch.float64)

@@ -96,10 +96,16 @@ def midranks(activations: Tensor) -> Tensor:
     -------
     Tensor of shape (U, N), float64
     """
-    ordered = activations.contiguous().sort(1).values
-    below = torch.searchsorted(ordered, activations.contiguous())
-    not_above = torch.searchsorted(ordered, activations.contiguous(), right=True)
-    return (below + not_above + 1).double() / 2
+    count = activations.shape[1]
+    ordered, order = activations.sort(1)
+    is_new = torch.ones_like(order, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    positions = torch.arange(count).expand_as(order)
+    first = torch.where(is_new, positions, 0).cummax(1).values
+    is_last = torch.ones_like(is_new)
+    is_last[:, :-1] = is_new[:, 1:]
+    last = torch.where(is_last, positions, count - 1).flip(1).cummin(1).values.flip(1)
+    return torch.empty_like(ordered, dtype=torch.float64).scatter_(1, order, (first + last).double() / 2 + 1)
 
 
 def soft_auc(ranks: Tensor, probabilities: Tensor) -> Tensor:
