@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -41,6 +42,23 @@ def test_modules_that_are_imported_with_an_extra_are_found() -> None:
     assert modules["lrp"] == {"zennit.rules"}
     assert {"onnx", "onnx2pytorch"} <= modules["onnx"]
     assert {"pyarrow", "fsspec.core"} <= modules["scan"]
+
+
+def test_links_of_the_description_are_absolute() -> None:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = "![a b](docs/a.webp) [c](docs/c.md#d) [e](https://x.org/f) [g](#h) `[0](1)`"
+    assert script.absolute_links(text).split(" `")[0] == (
+        f"![a b]({script.FILES}docs/a.webp) [c]({script.PAGES}docs/c.md#d) [e](https://x.org/f) [g](#h)"
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert release_check.relative_links(readme)
+    assert release_check.relative_links(script.absolute_links(readme)) == []
+    for path in release_check.relative_links(readme):
+        assert (ROOT / path.partition("#")[0]).exists(), path
 
 
 def test_workflows_run_all_supported_versions_of_python() -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 import venv
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,11 +53,25 @@ def build(out: Path) -> Path:
     run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist])
     run([sys.executable, "-m", "check_wheel_contents", wheel])
     run([sys.executable, "-m", "pyroma", "--min", "9", sdist])
+    if links := relative_links(description(wheel)):
+        sys.exit(f"links of the description lead nowhere on PyPI: {', '.join(links)}")
     size = wheel.stat().st_size
     if size > MAX_WHEEL_BYTES:
         sys.exit(f"{wheel.name} has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
     print(f"{wheel.name}: {size:,} bytes; {sdist.name}: {sdist.stat().st_size:,} bytes")
     return wheel
+
+
+def description(wheel: Path) -> str:
+    """Return the description in a wheel, which PyPI shows."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return archive.read(name).decode().partition("\n\n")[2]
+
+
+def relative_links(text: str) -> list[str]:
+    """Return the relative addresses of images and links in a Markdown text."""
+    return re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", text)
 
 
 def make_environment(folder: Path, base: Path | None = None) -> Path:
@@ -136,6 +152,7 @@ def main() -> None:
     modules = required_modules() | {
         "keras": {"keras", "h5py"},
         "jupyter": {"anywidget"},
+        "mcp": {"convscope.tool_server.app"},
         "serve": {"fastapi", "uvicorn"},
     }
     with tempfile.TemporaryDirectory() as temporary:
