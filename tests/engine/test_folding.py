@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import convscope
 from convscope import ConvscopeError, Model
-from convscope.engine.layer_table import Layout
+from convscope.engine.layouts import Layout
 from tests.engine.helpers import relative_error
 from tests.oracles.nets import randomized
 

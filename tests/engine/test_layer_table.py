@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from convscope import ConvscopeError
-from convscope.engine.layer_table import LayerTable, Layout
+from convscope.engine.layer_table import LayerTable
+from convscope.engine.layouts import Layout
 from tests.engine.receptive_fields import (
     SIZE,
     FunctionNet,

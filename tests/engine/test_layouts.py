@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import convscope
 from convscope import ConvscopeError, Model
 from convscope.engine import capture
-from convscope.engine.layer_table import Layout
+from convscope.engine.layouts import Layout
 from tests.engine.receptive_fields import assert_bounds, positive
 from tests.oracles import receptive
 

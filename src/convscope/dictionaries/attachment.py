@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from convscope.dictionaries.encoder import FeatureEncoder
 from convscope.engine.data_flow import DataFlow
 from convscope.engine.edits import LayerEdit
-from convscope.engine.layer_table import Layer, LayerTable, Layout
+from convscope.engine.layer_table import Layer, LayerTable
+from convscope.engine.layouts import Layout
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 

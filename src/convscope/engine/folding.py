@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from convscope.engine.adapters import FrameworkAdapter
 from convscope.engine.capture import run_with_callback
-from convscope.engine.layer_table import Layer, Layout
+from convscope.engine.layer_table import Layer
+from convscope.engine.layouts import Layout
 from convscope.engine.nested import primary_tensor
 
 RTOL = 1e-3  # of the same values in a larger batch, relative to the largest

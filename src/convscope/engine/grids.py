@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from convscope.engine.layer_table import Layout
+from convscope.engine.layouts import Layout
 
 MAX_PREFIX = 16  # class and register tokens in front of the grid
 

@@ -20,7 +20,8 @@ from convscope.engine.data_flow import IMAGE, DataFlow, Output
 from convscope.engine.folding import fold_rows
 from convscope.engine.function_modes import LogitsRecorder
 from convscope.engine.grids import GridInference, layout_on_grid
-from convscope.engine.layer_table import Layer, LayerTable, Layout
+from convscope.engine.layer_table import Layer, LayerTable
+from convscope.engine.layouts import Layout
 from convscope.engine.nested import iter_tensors, primary_tensor
 from convscope.engine.output_inference import OutputFacts, OutputMeaning, OutputRequest, infer_output, select_scores
 from convscope.engine.outputs import pick_output
@@ -279,8 +280,8 @@ class _LayerRecorder:
             return []
         return [
             f"the network is quantised: {self.num_quantized} layers return integers, which are shown as the numbers "
-            "they stand for; no gradients pass through them. Methods without gradients work: ablation-cam, score-cam, "
-            "eigen-cam, occlusion, rise"
+            "they stand for; no gradients pass through them. Methods without gradients: ablation-cam, score-cam, "
+            "eigen-cam, occlusion, rise; their maps are zero where the integers leave no difference"
         ]
 
     def check_grid(self) -> list[str]:

@@ -19,7 +19,8 @@ from convscope.engine.batching import pad_to_fixed_batch
 from convscope.engine.capture import VIEW_ERROR, ForwardResult, capture_point, forward_hook, forward_pass
 from convscope.engine.edits import apply_edits, patched_forward
 from convscope.engine.isolation import isolated_pass
-from convscope.engine.layer_table import Layer, Layout
+from convscope.engine.layer_table import Layer
+from convscope.engine.layouts import Layout
 from convscope.engine.model import Model
 from convscope.engine.nested import map_tensors, replace_tensor
 from convscope.errors import ConvscopeError
