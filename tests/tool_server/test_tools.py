@@ -9,6 +9,7 @@ import anyio
 import numpy as np
 import pytest
 from mcp import Client
+from PIL import Image
 
 import convscope
 from convscope.errors import ConvscopeError
@@ -36,14 +37,18 @@ def test_the_tools_and_their_descriptions(tiny: convscope.Model, folder: Path, t
     tools = {tool.name: tool for tool in anyio.run(request)}
     assert set(tools) == {
         "overview", "list_images", "layers", "predict", "activations", "strongest_units", "detect", "heatmap", "locate",
-        "evaluate", "effects", "patch", "patterns", "scan", "store_summary", "store_units", "store_unit", "store_image",
+        "evaluate", "effects", "explain", "patch", "patterns", "scan", "diagnose",
+        "store_summary", "store_units", "store_unit", "store_image",
     }  # fmt: skip
     for tool in tools.values():
         assert tool.description
         assert not {"progress", "context"} & set(tool.input_schema["properties"])
         assert all("description" in value for value in tool.input_schema["properties"].values())
     writing = {name for name, tool in tools.items() if not tool.annotations.read_only_hint}
-    assert writing == {"activations", "detect", "effects", "evaluate", "heatmap", "locate", "patch", "patterns", "scan"}
+    assert writing == {
+        "activations", "detect", "diagnose", "effects", "evaluate", "explain", "heatmap", "locate", "patch", "patterns",
+        "scan",
+    }  # fmt: skip
 
 
 def test_overview_and_images(call: Call, folder: Path, tmp_path: Path) -> None:
@@ -113,6 +118,8 @@ def test_locate_evaluate_effects_and_patch_equal_the_functions(call: Call, tiny:
     )
     effects = content_of(call("effects", images=[A, B], layer="conv2", units=[1, 4], targets=["ant"]))
     assert effects["rows"] == to_json(convscope.effects(tiny, paths, "conv2", [1, 4], targets=["ant", "ant"]).rows())
+    explained = content_of(call("explain", images=[A], layer="conv2", features=2))
+    assert explained["rows"] == to_json(convscope.explain(tiny, paths[:1], layer="conv2", features=2).rows())
     patched = content_of(call("patch", source=A, destination=B, layer="conv2", target="emu"))
     assert patched["rows"] == to_json(convscope.patch(tiny, paths[0], paths[1], "conv2", targets="emu").rows())
 
@@ -206,3 +213,16 @@ def test_a_cancelled_call_stops(tiny: convscope.Model, folder: Path, tmp_path: P
 def test_a_server_needs_a_network(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConvscopeError, match="no networks"):
         build_server({}, roots=[folder], out=tmp_path)
+
+
+def test_diagnose_equals_the_function(call: Call, tmp_path: Path, tiny: convscope.Model) -> None:
+    rng = np.random.default_rng(0)
+    for n in range(8):
+        path = tmp_path / "out" / "data" / ("ant", "bee")[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+    expected = convscope.diagnose(tiny, tmp_path / "out" / "data", workers=0)
+    content = content_of(call("diagnose", dataset="data", save="report"))
+    assert content["result"] == str(expected).partition("\n")[0]
+    assert content["rows"] == to_json(expected.rows())
+    assert content["saved"] == str(tmp_path / "out" / "report")

@@ -70,7 +70,8 @@ def build_server(
     for tool in (
         inspecting.overview, inspecting.list_images, inspecting.layers, inspecting.predict, inspecting.activations,
         inspecting.strongest_units, inspecting.detect, explaining.heatmap, explaining.locate, explaining.evaluate,
-        explaining.effects, explaining.patch, patterns.patterns, stores.scan, stores.store_summary,
+        explaining.explain, explaining.effects, explaining.patch, patterns.patterns, stores.scan, stores.diagnose,
+        stores.store_summary,
         stores.store_units, stores.store_unit, stores.store_image,
     ):  # fmt: skip
         writes = {"save", "name"} & set(inspect.signature(tool).parameters)

@@ -13,6 +13,7 @@ from convscope.attribution.result import Heatmaps
 from convscope.editing.activation_patching import patch
 from convscope.editing.unit_effects import effects
 from convscope.evaluation.api import evaluate
+from convscope.explanations.api import explain
 from convscope.progress import Progress
 from convscope.tool_server.parameters import (
     Against,
@@ -40,7 +41,7 @@ Options = Annotated[
 
 @dataclass(frozen=True)
 class ExplanationTools:
-    """The tools heatmap, locate, evaluate, effects and patch.
+    """The tools heatmap, locate, evaluate, effects, explain and patch.
 
     Attributes
     ----------
@@ -170,6 +171,36 @@ class ExplanationTools:
         )
         saved = self.workspace.save(result, save)
         return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
+
+    def explain(
+        self,
+        images: ImagePaths,
+        targets: TargetNames = None,
+        against: Against = None,
+        layer: Annotated[str | None, Field(description="A layer. Default: that of heatmaps.")] = None,
+        features: Annotated[int, Field(description="Number of units for each image.", ge=1, le=32)] = 8,
+        fit: Fit = "squash",
+        seed: Seed = 0,
+        save: SaveName = None,
+        model: ModelName = None,
+        *,
+        progress: Progress,
+    ) -> Answer:
+        """Find the few units that carry a prediction: their effects, their positions, and the proof by removal."""
+        network, paths = self.workspace.model(model), self.workspace.images(images)
+        explanation = explain(
+            network,
+            paths,
+            parse_targets(network, targets, len(paths)),
+            layer=layer,
+            features=features,
+            against=None if against is None else network.class_index(against),
+            fit=fit,
+            seed=seed,
+            progress=progress,
+        )
+        saved = self.workspace.save(explanation, save)
+        return describe(explanation, self.workspace.limits, images=figure_image(explanation), saved=saved)
 
     def patch(
         self,

@@ -8,20 +8,21 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from convscope.diagnosis.api import diagnose
 from convscope.errors import ConvscopeError
 from convscope.progress import Progress
 from convscope.scanning.api import scan
 from convscope.store.parquet import STATISTICS
 from convscope.store.store import Store
 from convscope.store.unit_record import EXAMPLE_KINDS
-from convscope.tool_server.parameters import Fit, LayerName, ModelName, StorePath
-from convscope.tool_server.responses import Answer, figure_image
+from convscope.tool_server.parameters import Fit, LayerName, ModelName, SaveName, Seed, StorePath
+from convscope.tool_server.responses import Answer, describe, figure_image
 from convscope.tool_server.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class StoreTools:
-    """The tools scan, store_summary, store_units, store_unit and store_image.
+    """The tools scan, diagnose, store_summary, store_units, store_unit and store_image.
 
     Attributes
     ----------
@@ -56,6 +57,33 @@ class StoreTools:
             progress=progress,
         )
         return self._summary(store)
+
+    def diagnose(
+        self,
+        dataset: Annotated[str, Field(description="A folder of images with a folder per class, or a tar file.")],
+        layer: Annotated[str | None, Field(description="The layer to record. Default: that of heatmaps.")] = None,
+        fit: Fit = "squash",
+        seed: Seed = 0,
+        save: SaveName = None,
+        model: ModelName = None,
+        *,
+        progress: Progress,
+    ) -> Answer:
+        """Find tested reasons for the errors of a classifier on labelled images.
+
+        Confusions, slices, shortcuts, wrong labels, duplicates and calibration, the most important first.
+        """
+        result = diagnose(
+            self.workspace.model(model),
+            self.workspace.files.dataset(dataset, self.workspace.limits.scanned_images),
+            layer=layer,
+            fit=fit,
+            seed=seed,
+            workers=0,
+            progress=progress,
+        )
+        saved = self.workspace.save(result, save)
+        return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
 
     def store_summary(self, store: StorePath) -> Answer:
         """Summarize a store: network, data, layers, dead and duplicate units."""
