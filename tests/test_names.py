@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import subprocess
 import sys
 
@@ -20,6 +22,17 @@ def test_tables_print_one_line_each_within_80_columns(table):
     assert max(map(len, lines)) <= 80
     assert len({line.index(table[name]) for name, line in zip(table, lines, strict=True)}) == 1, "aligned"
     assert table._repr_html_().count("<tr>") == len(table) + 1
+
+
+def test_options_of_methods_are_those_of_the_registry():
+    from convscope.attribution.registry import METHODS
+    from convscope.names import METHOD_OPTIONS
+
+    for name, method in METHODS.items():
+        parameters = inspect.signature(method.function).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "reference"}
+        texts = [key if value is None else f"{key}={json.dumps(value)}" for key, value in defaults.items()]
+        assert METHOD_OPTIONS.get(name, "") == ", ".join(texts), name
 
 
 def test_tables_need_no_pytorch():

@@ -48,6 +48,21 @@ METHOD_DESCRIPTIONS = {
     "centred": "Gaussian at the centre; methods must beat this baseline",
 }
 
+METHOD_OPTIONS = {
+    "smooth-grad": "samples=50, noise=0.15",
+    "var-grad": "samples=50, noise=0.15",
+    "integrated-gradients": "steps=32, baseline=0.0",
+    "expected-gradients": "samples=50",
+    "lrp-epsilon": "epsilon=1e-06",
+    "lrp-gamma": "gamma=0.25, epsilon=1e-06",
+    "lrp-zplus": "epsilon=1e-06, biases=true",
+    "occlusion": "window, stride, fill=0.0",
+    "rise": "samples=4000, cells=7, keep=0.5, tolerance=0.05, probability=false",
+    "d-rise": "samples=5000, cells=16, keep=0.5, tolerance=0.05",
+    "centred": "width=0.25",
+}
+"""The options of methods that have any, with their defaults, as they are typed after ``--option``."""
+
 RECIPE_DESCRIPTIONS = {
     "plain": "gradient steps on pixels, as in the textbook",
     "robust": "Fourier image under random transforms; the default",

@@ -234,3 +234,19 @@ def test_deletion_of_the_box_loses_its_score(model, image):
     evaluation = convscope.evaluate(model, image, heatmaps, metrics=("deletion",))
     assert evaluation.curves["deletion"][0, 0, 0] == pytest.approx(0.8, abs=1e-5)
     assert evaluation.curves["deletion"][0, 0, -1] < 0.8
+
+
+def test_layers_that_come_into_question_for_boxes_are_found_once(image, monkeypatch):
+    """The boxes choose among them anew in each call."""
+    from convscope.attribution import default_layer
+
+    calls = []
+    count = default_layer._num_boxes
+    monkeypatch.setattr(default_layer, "_num_boxes", lambda *args: calls.append(1) or count(*args))
+    fresh = convscope.load(CellDetector().eval(), task="detection", preprocessing={"size": (SIDE, SIDE)})
+    layers = [
+        convscope.heatmaps(fresh, image, convscope.box_target(0, box)).layer
+        for box in ((8, 16, 16, 24), (0, 0, 32, 32))
+    ]
+    assert len(calls) == 1
+    assert set(layers) <= set(fresh.layers.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -690,3 +691,18 @@ def test_transformer_layer_on_a_grid(method: str) -> None:
     actual = compute(load_module(net, 32), random_images(1, 32), method, 3, layer="blocks.1.norm1")
     assert actual.shape == (1, 1, 4, 4)
     assert np.ptp(actual) > 0
+
+
+def test_of_mean_scores_the_excess_over_their_mean_is_drawn() -> None:
+    """The values stay mean scores; drawn as they are, they would be nearly the same colour everywhere."""
+    model = load_module(randomized(SmallConvNet()))
+    heatmaps = convscope.heatmaps(model, random_images(1), 1, method="rise", samples=64, tolerance=0.0)
+    values = heatmaps.values + 10  # as of a score that is large for all masks
+    heatmaps = dataclasses.replace(heatmaps, values=values)
+    centered = dataclasses.replace(heatmaps, method="saliency", values=values - values.mean((2, 3), keepdims=True))
+    ((overlay, scale),) = heatmaps.iter_overlays()
+    ((expected, expected_scale),) = centered.iter_overlays()
+    assert scale.maximum == pytest.approx(expected_scale.maximum, rel=1e-3)
+    assert scale.maximum < 5
+    np.testing.assert_allclose(np.asarray(overlay, int), np.asarray(expected, int), atol=2)
+    assert (heatmaps.values > 0).all()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -331,3 +333,24 @@ def test_all_layers_on_request(lite0: object) -> None:
     assert "bn1.drop" not in names[0]
     assert main.stderr == f"{len(names[1]) - len(names[0])} layers are not shown: --all prints every layer\n"
     assert every.stderr == ""
+
+
+def test_demo_shows_a_bar_from_the_start_and_one_for_each_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lite0: object
+) -> None:
+    labels: list[str] = []
+
+    @contextmanager
+    def record(label: str) -> Iterator[Callable[[float, int], None]]:
+        labels.append(label)
+        yield lambda *_: None
+
+    def write(*_: object, progress_bar: Callable[[str], AbstractContextManager[object]], **__: object) -> list[object]:
+        with progress_bar("predictions"):
+            return []
+
+    monkeypatch.setattr("convscope.cli.demo.progress_bar", record)
+    monkeypatch.setattr("convscope.cli.options.load_model", lambda *_, **__: lite0)
+    monkeypatch.setattr("convscope.reports.demo.write_demo", write)
+    assert CliRunner().invoke(app, ["demo", "-o", str(tmp_path)]).exit_code == 0
+    assert labels == ["load", "predictions"]

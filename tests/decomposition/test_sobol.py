@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convscope import ConvscopeError
-from convscope.decomposition.sobol import saltelli_points, total_indices
+from convscope.decomposition.sobol import precision_notes, saltelli_points, total_indices
 
 
 def estimate_indices(
@@ -116,3 +116,18 @@ def test_scale_of_the_function_does_not_matter() -> None:
 def test_invalid_counts_are_refused(inputs: int, count: int) -> None:
     with pytest.raises(ConvscopeError, match="expected at least 1 input and 2 points"):
         saltelli_points(inputs, count)
+
+
+def test_indices_above_one_are_the_error_of_few_points_and_are_named() -> None:
+    """The index of the only input that matters is 1; its estimate scatters around it, less with more points."""
+
+    def estimates(num_points: int) -> torch.Tensor:
+        points = [saltelli_points(3, num_points, seed) for seed in range(16)]
+        return torch.stack([total_indices(p[:, 0].exp(), 3)[0] for p in points])
+
+    few, many = estimates(4), estimates(256)
+    assert few.max() > 1.2
+    assert (many - 1).abs().max() < 0.05
+    (note,) = precision_notes(torch.tensor([1.334, 0.2]), 1, 32)
+    assert "1.33 was estimated: the error is 0.33 or more with 32 points on 1 image" in note
+    assert precision_notes(torch.tensor([0.9, 0.2]), 1, 32) == []

@@ -100,6 +100,16 @@ def test_figure_has_a_panel_per_metric():
     assert not any(a.overlaps(b) for a, b in pairs), "labels do not overlap"
 
 
+def test_a_single_value_is_drawn_as_a_bar():
+    model = small_model()
+    x = random_images(1, 24, channels=3)
+    evaluation = convscope.evaluate(model, x, convscope.heatmaps(model, x, 1), ["random-logit"])
+    (axes,) = [axes for axes in evaluation.figure().axes if axes.axison]
+    (bar,) = axes.patches
+    assert bar.get_height() == pytest.approx(evaluation["random-logit"][0, 0])
+    assert bar.get_width() > 0.1 * np.ptp(axes.get_xlim())
+
+
 def test_suspicion_notes():
     bad = {"deletion": np.full((2, 1), 0.6), "insertion": np.full((2, 1), 0.5), "randomisation": np.full((2, 1), 0.9)}
     notes = suspicion_notes(bad, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,9 @@ def test_image_figure_shows_predictions_and_top_units(store):
     assert has_colour(images[0], colours[index])
     assert sum("rank 1\n" in text for text in texts) == sum(rank.rank == 0 for rank in ranks)
     assert f"{record.predictions[0].probability:.1%}" in "".join(texts)
+    title = next(text for text in texts if text.startswith("image "))
+    assert Path(record.name).name in title
+    assert "/" not in title.partition(",")[0]
 
 
 def test_figure_of_a_failed_image_shows_the_reason(store):

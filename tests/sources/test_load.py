@@ -859,7 +859,8 @@ def test_modules_that_cannot_be_looked_into():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu():
     assert "device 'cuda' cannot be used" in refusal("lite0", weights="random", device="cuda")
-    assert "device 'gpu' cannot be used" in refusal("lite0", weights="random", device="gpu")
+    message = refusal("lite0", weights="random", device="gpu")
+    assert "device 'gpu' cannot be used: expected cpu, cuda or mps" in message
 
 
 # --- the package itself ---

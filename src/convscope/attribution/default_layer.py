@@ -30,6 +30,7 @@ Choice = tuple[Layer, str]
 Ends = frozenset[int] | None  # positions of the outputs that a target depends on; None for the scores
 
 _choices: WeakKeyDictionary[Model, dict[Ends, Choice]] = WeakKeyDictionary()
+_box_candidates: WeakKeyDictionary[Model, list[Layer]] = WeakKeyDictionary()
 
 
 def choose_layer(model: Model, functions: Sequence[ScoreFunction] = ()) -> Choice:
@@ -72,7 +73,7 @@ def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardRes
 
     A detector finds objects of different sizes at different layers, so the boxes decide. The choice is the last layer
     with spatial extent of which every box depends on several positions; at later ones, which hold class scores of
-    candidates, it depends on its own candidate alone.
+    candidates, it depends on its own candidate alone. The layers that come into question are found once per model.
 
     Parameters
     ----------
@@ -87,9 +88,11 @@ def choose_layer_for_boxes(model: Model, x: Tensor, scores: Callable[[ForwardRes
     layer : Layer
     reason : str
     """
-    num_boxes = _num_boxes(model, x)
-    layers = _candidates(model, [model.layers.flow.scores])
-    candidates = [layer for layer in layers if not _holds_queries(layer, num_boxes)]
+    if model not in _box_candidates:
+        num_boxes = _num_boxes(model, x)
+        layers = _candidates(model, [model.layers.flow.scores])
+        _box_candidates[model] = [layer for layer in layers if not _holds_queries(layer, num_boxes)]
+    candidates = _box_candidates[model]
     counts: list[list[int]] = []
     for start in range(0, len(candidates), CANDIDATES[-1]):
         group = candidates[start : start + CANDIDATES[-1]]

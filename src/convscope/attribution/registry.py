@@ -67,6 +67,8 @@ class ModelMethod:
         Whether its maps lie on the input rather than on a layer.
     signed : bool
         Whether negative values are evidence against the target by the method's definition, and drawn as such.
+    mean_scores : bool
+        Whether values are mean scores of changed images, most of which are positive: drawn is what exceeds their mean.
     needs_gradient : bool
         Whether it needs gradients or layers, which functions as models do not have.
     needs_boxes : bool
@@ -80,6 +82,7 @@ class ModelMethod:
     function: Callable[..., MethodOutput]
     at_input: bool = True
     signed: bool = False
+    mean_scores: bool = False
     check: Callable[..., None] | None = None
     needs_gradient: bool = True
     needs_boxes: bool = False
@@ -123,8 +126,8 @@ METHODS: dict[str, Method] = {
     "occlusion": ModelMethod(
         perturbation.occlusion, signed=True, check=perturbation.check_occlusion, needs_gradient=False
     ),
-    "rise": ModelMethod(rise.rise, check=rise.check_rise, needs_gradient=False),
-    "d-rise": ModelMethod(rise.d_rise, check=rise.check_rise, needs_gradient=False, needs_boxes=True),
+    "rise": ModelMethod(rise.rise, mean_scores=True, check=rise.check_rise, needs_gradient=False),
+    "d-rise": ModelMethod(rise.d_rise, mean_scores=True, check=rise.check_rise, needs_gradient=False, needs_boxes=True),
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
@@ -170,6 +173,12 @@ def get_method(name: str) -> Method:
 def is_signed(name: str) -> bool:
     """Return whether negative values of a method are drawn; False for maps of unknown origin."""
     return name in METHODS and METHODS[name].signed
+
+
+def has_mean_scores(name: str) -> bool:
+    """Return whether a method's values are mean scores, of which the excess over their mean is drawn."""
+    method = METHODS.get(name)
+    return isinstance(method, ModelMethod) and method.mean_scores
 
 
 def method_options(name: str, method: Method, options: Mapping[str, object]) -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from convscope.attribution.registry import is_signed
+from convscope.attribution.registry import has_mean_scores, is_signed
 from convscope.attribution.targets import SavedTargets, TargetSpec
 from convscope.errors import require_int
 from convscope.formatting import Row, base_name, count_of
@@ -138,7 +138,8 @@ class Heatmaps(IndexedResult):
         """Lay each map over its image in colors, scaled by its maximum.
 
         At the input, where single pixels would hardly be visible, maps are first smoothed by a Gaussian with a
-        standard deviation of 1 % of the longer side, and scaled by their 99.5 % quantile.
+        standard deviation of 1 % of the longer side, and scaled by their 99.5 % quantile. Of mean scores, as those of
+        RISE, which are positive nearly everywhere, the excess over the map's mean is drawn; `values` stay as they are.
 
         Parameters
         ----------
@@ -208,6 +209,8 @@ class Heatmaps(IndexedResult):
         low, high = size if isinstance(size, tuple) else (size, size)
         for index, geometry, maps in zip(self.image_indices, self.geometry, torch.from_numpy(self.values), strict=True):
             displayed = geometry if low is None or high is None else geometry.scaled_within(low, high)
+            if has_mean_scores(self.method):
+                maps = center(maps)
             if self.layer == "input":
                 maps = smooth_maps(maps if signed else maps.clamp(min=0))
             yield index, displayed, displayed.to_original(maps).numpy()
@@ -325,6 +328,11 @@ def color_maximum(heatmap: np.ndarray, at_input: bool, signed: bool = False) -> 
     """Return the value with the last color: the maximum, at the input a quantile; 0 if none is positive."""
     values = np.abs(heatmap) if signed else np.maximum(heatmap, 0)
     return float(np.quantile(values, INPUT_QUANTILE) if at_input else values.max())
+
+
+def center(maps: Tensor) -> Tensor:
+    """Subtract from each map (T, h, w) its mean."""
+    return maps - maps.mean((1, 2), keepdim=True)
 
 
 def smooth_maps(maps: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Wide, choice
+from convscope.cli.option_checks import choice
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Wide
 from convscope.cli.output import finish, progress_bar
 from convscope.cli.parsing import open_image_arguments, split_commas
 from convscope.cli.tables import Column, print_table

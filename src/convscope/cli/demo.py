@@ -25,10 +25,10 @@ def demo(
     network_options: NetworkOptions,
 ) -> None:
     """Write one page with predictions, heatmaps, activations and patterns of a network."""
-    from convscope.reports.demo import write_demo
-    from convscope.samples import photographs
+    with progress_bar("load") as progress:  # the import takes seconds, too
+        from convscope.reports.demo import write_demo
+        from convscope.samples import photographs
 
-    with progress_bar("load") as progress:
         network = network_options.load(model)
         progress(1, 1)
     failures = write_demo(network, images or photographs(), out, seed=seed, progress_bar=progress_bar)

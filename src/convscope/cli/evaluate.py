@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.option_checks import choice
 from convscope.cli.options import (
     AsJson,
     HeatmapOptions,
@@ -20,7 +21,6 @@ from convscope.cli.options import (
     NetworkOptions,
     Out,
     Wide,
-    choice,
 )
 from convscope.cli.output import finish, log, progress_bar
 from convscope.cli.parsing import open_image_arguments, read_masks, require_masks, split_commas

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed, choice
+from convscope.cli.option_checks import choice
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, log, print_json, printable, progress_bar
 from convscope.cli.parsing import open_image_arguments, parse_targets
 from convscope.cli.tables import Column, print_table

@@ -6,13 +6,13 @@ no network are checked while the command line is parsed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from convscope.cli.option_checks import between, check_output_folder, choice, list_option, names_of, one_name_of, one_of
 from convscope.cli.parsing import (
     load_model,
     parse_classes,
@@ -21,10 +21,7 @@ from convscope.cli.parsing import (
     parse_method_options,
     parse_scales,
     parse_targets,
-    split_commas,
 )
-from convscope.cli.tables import Column, print_table
-from convscope.errors import ConvscopeError, find_name
 from convscope.names import METHOD_NAMES, METRIC_NAMES, RECIPE_NAMES
 
 if TYPE_CHECKING:
@@ -34,81 +31,6 @@ TASKS = (
     "classification", "binary", "multilabel", "regression", "probabilities", "segmentation", "detection", "embedding",
 )  # fmt: skip
 NETWORK, IMAGES, OUTPUT = "Network", "Images", "Output"  # panels of the help
-
-
-def _one_of(choices: Sequence[str]) -> Callable[[typer.CallbackParam, str | None], str | None]:
-    def check(param: typer.CallbackParam, value: str | None) -> str | None:
-        if value is not None and value not in choices:
-            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
-            raise ConvscopeError(f"{param.opts[0]} is {value!r}; expected {expected}")
-        return value
-
-    return check
-
-
-def choice(help_text: str, *choices: str, panel: str | None = None) -> Any:
-    """Return a Typer option that takes one of a few words."""
-    return typer.Option(
-        help=help_text,
-        metavar="|".join(choices),
-        callback=_one_of(choices),
-        autocompletion=lambda: list(choices),
-        rich_help_panel=panel,
-    )
-
-
-def _names_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str | None]:
-    """Return a callback that finds the names in a list separated by commas, in any case."""
-
-    def check(value: str | None) -> str | None:
-        return None if value is None else ",".join(find_name(kind, name, known) for name in split_commas(value))
-
-    return check
-
-
-def _one_name_of(kind: str, known: Sequence[str]) -> Callable[[str | None], str | None]:
-    return lambda value: None if value is None else find_name(kind, value, known)
-
-
-def _output_folder(out: Path | None) -> Path | None:
-    """Refuse a file or a remote address as output folder before anything runs; a photograph would be overwritten."""
-    if out is None or not (out.suffix or out.is_file() or ":/" in str(out)):
-        return out
-    from convscope.results import FILE_SUFFIXES, OTHER_SUFFIXES, TABLE_SUFFIX, local_folder
-
-    if out.is_file() or out.suffix.lower() in (*FILE_SUFFIXES, *OTHER_SUFFIXES, TABLE_SUFFIX):
-        kind = "an existing file" if out.is_file() else "the name of a file"
-        raise ConvscopeError(f"--out is {str(out)!r}, {kind}; expected a folder, in which files are named after images")
-    return local_folder(out)
-
-
-def _between(minimum: float, maximum: float) -> Callable[[typer.CallbackParam, float | None], float | None]:
-    def check(param: typer.CallbackParam, value: float | None) -> float | None:
-        if value is not None and not minimum <= value <= maximum:
-            raise ConvscopeError(f"{param.opts[0]} is {value:g}; expected a number from {minimum:g} to {maximum:g}")
-        return value
-
-    return check
-
-
-def _list_names(table: str) -> Callable[[bool], None]:
-    """Return a callback that prints the table of names that ``convscope.TABLE()`` returns, and exits."""
-
-    def print_names(requested: bool) -> None:
-        if requested:
-            import convscope
-
-            columns = (Column(table.removesuffix("s")), Column("description", overflow="fold"))
-            print_table("", columns, list(getattr(convscope, table)().items()))
-            raise typer.Exit
-
-    return print_names
-
-
-def _list_option(table: str) -> Any:
-    return typer.Option(
-        f"--list-{table}", is_eager=True, callback=_list_names(table), help=f"Print all {table}, with one line on each."
-    )
 
 
 MODEL_HELP = (
@@ -152,7 +74,7 @@ class NetworkOptions:
         typer.Option(
             metavar="TASK",
             help=f"What the outputs mean: {', '.join(TASKS[:-1])} or {TASKS[-1]}. Default: inferred.",
-            callback=_one_of(TASKS),
+            callback=one_of(TASKS),
             autocompletion=lambda: list(TASKS),
             rich_help_panel=NETWORK,
         ),
@@ -221,7 +143,7 @@ class ImageOptions:
 Out: TypeAlias = Annotated[
     Path,
     typer.Option(
-        "--out", "-o", metavar="FOLDER", help="Output folder.", callback=_output_folder, rich_help_panel=OUTPUT
+        "--out", "-o", metavar="FOLDER", help="Output folder.", callback=check_output_folder, rich_help_panel=OUTPUT
     ),
 ]
 OptionalOut: TypeAlias = Annotated[
@@ -231,7 +153,7 @@ OptionalOut: TypeAlias = Annotated[
         "-o",
         metavar="FOLDER",
         help="Also save the result in this folder.",
-        callback=_output_folder,
+        callback=check_output_folder,
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -278,7 +200,7 @@ Metrics: TypeAlias = Annotated[
     typer.Option(
         metavar="METRICS",
         help="Metrics, separated by commas: see --list-metrics.",
-        callback=_names_of("metric", METRIC_NAMES),
+        callback=names_of("metric", METRIC_NAMES),
     ),
 ]
 Methods: TypeAlias = Annotated[
@@ -286,7 +208,7 @@ Methods: TypeAlias = Annotated[
     typer.Option(
         metavar="METHODS",
         help="Methods, separated by commas: see --list-methods. Default: common ones and two baselines.",
-        callback=_names_of("method", METHOD_NAMES),
+        callback=names_of("method", METHOD_NAMES),
     ),
 ]
 Recipe: TypeAlias = Annotated[
@@ -294,7 +216,7 @@ Recipe: TypeAlias = Annotated[
     typer.Option(
         metavar="RECIPE",
         help="robust, plain, maco, dream or caricature: see --list-recipes.",
-        callback=_one_name_of("recipe", RECIPE_NAMES),
+        callback=one_name_of("recipe", RECIPE_NAMES),
     ),
 ]
 Masks: TypeAlias = Annotated[
@@ -303,9 +225,9 @@ Masks: TypeAlias = Annotated[
         metavar="FOLDER", help="Folder of masks: NAME.png or NAME_mask.png for each image, white on the target."
     ),
 ]
-ListMethods: TypeAlias = Annotated[bool, _list_option("methods")]
-ListMetrics: TypeAlias = Annotated[bool, _list_option("metrics")]
-ListRecipes: TypeAlias = Annotated[bool, _list_option("recipes")]
+ListMethods: TypeAlias = Annotated[bool, list_option("methods")]
+ListMetrics: TypeAlias = Annotated[bool, list_option("metrics")]
+ListRecipes: TypeAlias = Annotated[bool, list_option("recipes")]
 
 
 @dataclass(frozen=True)
@@ -325,7 +247,7 @@ class HeatmapOptions:
         typer.Option(
             metavar="METHOD",
             help="grad-cam (default; for boxes: odam), layer-cam, rise, ...: see --list-methods.",
-            callback=_one_name_of("method", METHOD_NAMES),
+            callback=one_name_of("method", METHOD_NAMES),
             autocompletion=lambda: list(METHOD_NAMES),
         ),
     ] = None
@@ -336,7 +258,10 @@ class HeatmapOptions:
     refine: Refine = False
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option of the method, such as samples=100 of rise; repeatable."),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of the method, such as samples=100 of rise: --list-methods names them; repeatable.",
+        ),
     ] = None
     seed: Seed = 0
     list_methods: ListMethods = False
@@ -373,7 +298,7 @@ class OverlayOptions:
         typer.Option(
             metavar="X",
             help="Opacity of the colors, 0 to 1. Default: 0.4.",
-            callback=_between(0, 1),
+            callback=between(0, 1),
             rich_help_panel=OUTPUT,
         ),
     ] = None

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, choice
+from convscope.cli.option_checks import choice
+from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import parse_units
 from convscope.cli.tables import Column, print_table

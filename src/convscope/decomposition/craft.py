@@ -34,7 +34,7 @@ from convscope.decomposition.nmf import (
     position_vectors,
 )
 from convscope.decomposition.result import Concepts
-from convscope.decomposition.sobol import saltelli_points, total_indices
+from convscope.decomposition.sobol import precision_notes, saltelli_points, total_indices
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.layer_selection import LayerLike
@@ -340,7 +340,7 @@ def _collect(
 ) -> Concepts:
     """Sort the concepts by importance and make the result."""
     indices = torch.stack([evaluation.indices for evaluation in evaluations])
-    effects = torch.stack([evaluation.effects for evaluation in evaluations])
+    precision = precision_notes(indices.mean(0), len(evaluations), job.sobol_points)
     order = indices.mean(0).argsort(descending=True, stable=True)
     coefficients = factors.coefficients[:, order].float().numpy()
     examples = np.stack([non_overlapping_top_k(column, crops, job.patches, MAX_OVERLAP) for column in coefficients.T])
@@ -356,7 +356,7 @@ def _collect(
         bank=factors.bank[order].float().numpy(),
         importance=indices.mean(0)[order].numpy(),
         indices=indices[:, order].numpy(),
-        ablation_effects=effects.mean(0)[order].numpy(),
+        ablation_effects=torch.stack([evaluation.effects for evaluation in evaluations]).mean(0)[order].numpy(),
         heatmaps=torch.cat([evaluation.heatmaps for evaluation in evaluations])[:, order].numpy(),
         evaluated_indices=evaluated,
         thumbnails=thumbnails,
@@ -380,7 +380,7 @@ def _collect(
         geometry=tuple(evaluation.geometry for evaluation in evaluations),
         image_source=job.loader,
         image_indices=tuple(selection.indices),
-        notes=(*job.loader.notes, *selection.notes),
+        notes=(*job.loader.notes, *selection.notes, *precision),
         failed=tuple(job.loader.failed),
     )
 

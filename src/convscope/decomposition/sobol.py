@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convscope.errors import ConvscopeError
+from convscope.formatting import count_of
 
 
 def saltelli_points(num_inputs: int, num_points: int, seed: int = 0) -> Tensor:
@@ -77,3 +78,14 @@ def total_indices(values: Tensor, num_inputs: int) -> Tensor:
     varies = variance > (1e-12 * f_a_and_b.abs().amax(-1)[..., None]).square()
     indices = (f_a - f_mixed).square().mean(-1) / (2 * torch.where(varies, variance, 1))
     return torch.where(varies, indices, 0)
+
+
+def precision_notes(importance: Tensor, num_images: int, num_points: int) -> list[str]:
+    """Return a note on total indices above 1, which only the error of their estimate explains."""
+    largest = float(importance.max())
+    if largest <= 1:
+        return []
+    return [
+        f"the importance of a concept is at most 1, and {largest:.2f} was estimated: the error is {largest - 1:.2f} or "
+        f"more with {num_points} points on {count_of(num_images, 'image')}; give more images, or raise sobol_points="
+    ]

@@ -65,15 +65,28 @@ def _draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], metric: str) -> N
 
 
 def _draw_values(axes: Axes, result: Evaluation, metric: str) -> None:
-    """Draw all values as dots in the order of the images, the mean as a line and its interval as a band."""
+    """Draw all values as dots in the order of the images, the mean as a line and its interval as a band.
+
+    A single value is drawn as a bar.
+    """
     values = result[metric]
-    axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
-    axes.axhline(result.mean(metric))
-    if len(values) > 1:
-        axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)
+    if values.size == 1:
+        axes.bar([0], values.ravel(), width=0.5, alpha=0.6)
+        axes.set_xlim(-1, 1)
+        axes.axhline(0, color="gray", linewidth=0.8)
+    else:
+        _draw_dots(axes, result, metric)
     if metric in result.chance_level:
         axes.axhline(float(result.chance_level[metric].mean()), color="gray", linestyle=":", label="chance")
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("image", fontsize=8)
     axes.set_ylabel(metric, fontsize=8)
     axes.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 5)).round().astype(int)))
+
+
+def _draw_dots(axes: Axes, result: Evaluation, metric: str) -> None:
+    values = result[metric]
+    axes.plot(np.repeat(np.arange(len(values)), values.shape[1]), values.ravel(), "o", markersize=3, alpha=0.6)
+    axes.axhline(result.mean(metric))
+    if len(values) > 1:
+        axes.axhspan(*result.interval(metric), alpha=0.25, linewidth=0)

@@ -225,7 +225,7 @@ def draw_image_record(image: ImageRecord, *, figsize: Size | None = None) -> Fig
     figure, bands = _create_bands(12, [3.4, 2.2], figsize)
     label = "" if image.label is None else f", label {shorten(image.label, 30)}"
     loss = "" if image.loss is None else f", loss {image.loss:.2f}"
-    title = f"image {image.id}: {shorten(image.name, 60)}{label}{loss}"
+    title = f"image {image.id}: {shorten(image_title(image.name), 60)}{label}{loss}"
     ((left, right),) = _add_panels(bands[0], 1, 2, title, width_ratios=[1, 1.2])
     view = image.view()
     show_image(left, view.image, "" if view.source == "original" else "from its thumbnail")

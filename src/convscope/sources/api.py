@@ -56,6 +56,7 @@ BY_SUFFIX: dict[str, Callable[[Path, str | None], ModelSpec]] = {
     ".safetensors": files.refuse_weights,
 }
 
+DEVICES = ("cpu", "cuda", "mps")  # that are named to users; others are left to PyTorch
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -270,4 +271,6 @@ def _move_to_device(spec: ModelSpec, device: str | torch.device) -> None:
     try:
         spec.module.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
-        raise ConvscopeError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        is_known = str(device).partition(":")[0] in DEVICES
+        reason = str(error).splitlines()[0] if is_known else f"expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}"
+        raise ConvscopeError(f"device {str(device)!r} cannot be used: {reason}") from error

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convscope.attribution.api import heatmaps
 from convscope.attribution.box_targets import box_target
-from convscope.attribution.registry import is_signed
-from convscope.attribution.result import Heatmaps, color_maximum, smooth_maps
+from convscope.attribution.registry import has_mean_scores, is_signed
+from convscope.attribution.result import Heatmaps, center, color_maximum, smooth_maps
 from convscope.decomposition.nmf import encode
 from convscope.detection.api import detect
 from convscope.engine import capture
@@ -116,9 +116,11 @@ def heatmap(
     options: HeatmapOptions = DEFAULT_OPTIONS,
     report_progress: ProgressCallback | None = None,
 ) -> list[HeatmapRecord]:
-    """Return a heatmap of each target, with the notes that concern it."""
+    """Return a heatmap of each target, with the notes that concern it; of mean scores the excess over their mean."""
     result = _heatmaps(model, x, targets, options, report_progress)
     prefixes = [f"image 0, {name}: the map " for name in result.names[0]]
+    values = result.values[0]
+    displayed = center(torch.from_numpy(values)).numpy() if has_mean_scores(options.method) else values
     return [
         {
             "target": int(k),
@@ -129,8 +131,8 @@ def heatmap(
             "layer_reason": result.layer_reason,
             "method": options.method,
             "against": options.against,
-            "signed": is_signed(options.method) and bool((result.values[0, t] < 0).any()),
-            "map": pack_map(result.values[0, t]),
+            "signed": is_signed(options.method) and bool((values[t] < 0).any()),
+            "map": pack_map(displayed[t]),
             "notes": [n.removeprefix("image 0, ") for n in result.notes if n.startswith(prefixes[t])],
         }
         for t, k in enumerate(result.targets[0])
