@@ -222,7 +222,7 @@ def find_near_duplicates(context: DiagnosisContext, splits: Sequence[str] | None
     return Search(
         "duplicate",
         "Pairs of images with almost the same pixels and the same features: hashes that differ in at most one in eight "
-        "bits, and features with a correlation of at least 0.85.",
+        "bits, features with a correlation of at least 0.85, and colors with one of at least 0.97.",
         result.num_pairs,
         "Any pair would have been found, unless one image is mirrored, rotated or strongly cropped.",
         findings,
