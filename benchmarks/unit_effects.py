@@ -145,8 +145,8 @@ def table(rows: list[Row]) -> list[str]:
     lines = [
         "The effect of setting units of a layer to 0 on the logit of one class, for photographs. Seconds of one CPU,",
         "and in brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to",
-        f"the largest of them. Peers run {BATCH} inputs per pass. Random weights for ResNet-50. After `bn2` and `layer4`",
-        "the network is affine, and effects follow from one backward pass.",
+        f"the largest of them. Peers run {BATCH} inputs per pass. Random weights for ResNet-50. After `bn2` and",
+        "`layer4` the network is affine, and effects follow from one backward pass.",
         "",
         "| layer | units | images | " + " | ".join(names) + " |",
         "| --- | --- | --- |" + " --- |" * len(names),
