@@ -135,6 +135,22 @@ def test_text_lists(folder: Path) -> None:
     assert build_catalogue(write(folder / "plain.txt", b"cats/a.png\n")).labels is None
 
 
+def test_csv_lists(folder: Path, tmp_path: Path) -> None:
+    text = 'split,File_Name,label\nval,cats/a.png,"house, cat"\nval,"' + str(tmp_path) + '/b, c.png",\n\n,,x\n'
+    catalogue = build_catalogue(write(folder / "list.csv", text.encode("utf-8-sig")))
+    assert catalogue.names.to_pylist() == [f"{folder}/cats/a.png", f"{tmp_path}/b, c.png"]
+    assert catalogue.label_names == ("house, cat",)
+    assert catalogue.labels is not None
+    assert catalogue.labels.tolist() == [0, -1]
+    assert build_catalogue(write(folder / "plain.csv", b"image\ncats/a.png\n")).labels is None
+    with pytest.raises(ConvscopeError, match="has the columns a, b; expected a heading with image and label"):
+        build_catalogue(write(tmp_path / "other.csv", b"a,b\n1,2\n"))
+    with pytest.raises(ConvscopeError, match=r"has the columns \(none\)"):
+        build_catalogue(write(tmp_path / "empty.csv", b"\n"))
+    with pytest.raises(ConvscopeError, match="is not UTF-8 text"):
+        build_catalogue(write(tmp_path / "bytes.csv", b"image\n\xff\xfe"))
+
+
 def test_relative_paths_start_from_the_working_folder_of_the_call(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,7 +286,7 @@ def _run_analyses(
 def _load_inputs(job: RecordingJob, image_ids: np.ndarray, positions: Sequence[int]) -> Tensor:
     """Return images, given by their positions in the observations, as network input (n, C, H, W)."""
     ids = [int(image_ids[position]) for position in positions]
-    with job.decoder(num_workers=0) as decoder:
+    with job.decoder(num_workers=0, measure=False) as decoder:
         parts = list(decoder.batches([[index] for index in ids], 1))
     for batch in parts:
         for index, reason in batch.failed.items():

@@ -101,15 +101,15 @@ class RecordingJob:
         identity: dict[str, object] = json.loads(json.dumps(values, default=str))
         return identity
 
-    def decoder(self, num_workers: int) -> PrefetchingDecoder:
-        """Return a decoder of the images."""
+    def decoder(self, num_workers: int, *, measure: bool = True) -> PrefetchingDecoder:
+        """Return a decoder of the images, which measures facts about them as well."""
         return PrefetchingDecoder(
             self.catalogue,
             self.model.preprocessing,
             fit=self.plan.fit,
             max_pixels=self.plan.max_pixels,
             workers=num_workers,
-            measure=measure_image,
+            measure=measure_image if measure else None,
         )
 
 
@@ -163,8 +163,8 @@ def record_observations(
 def load_observations(
     job: RecordingJob, folder: Path, *, mapped: bool = True
 ) -> tuple[Observations, tuple[Failure, ...]]:
-    """Open the arrays in a folder, mapped into memory or read."""
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if mapped else None) for name in ARRAYS}
+    """Open the arrays in a folder, mapped into memory (copied where they are written to) or read."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c" if mapped else None) for name in ARRAYS}
     ids = np.array(arrays.pop("image_ids"))
     names = job.catalogue.names
     observations = Observations(
