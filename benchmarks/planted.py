@@ -174,6 +174,7 @@ def summary(rows: list[Result]) -> list[str]:
     clean = [r for r in rows if r["kind"] in ("clean", "labels")]
     labels = [r for r in rows if r["kind"] == "labels"]
     repaired = [r for r in used if "masked" in r]
+    reported = sum(int(r["shortcuts"]) for r in clean)
 
     def share(part: list[Result], name: str) -> str:
         return f"{sum(bool(r[name]) for r in part)} of {len(part)}"
@@ -196,7 +197,7 @@ def summary(rows: list[Result]) -> list[str]:
         "| --- | --- | --- |",
         f"| planted shortcut among the first {FIRST} findings | {share(used, 'rank')} | SpRAy {share(used, 'spray')} |",
         f"| planted slice among the first {FIRST} findings | {share(weak, 'rank')} | Domino {share(weak, 'domino')} |",
-        f"| shortcuts reported in {len(clean)} worlds without any | {sum(int(r['shortcuts']) for r in clean)} | |",
+        *([f"| shortcuts reported in {len(clean)} worlds without any | {reported} | |"] if clean else []),
         f"| masking the first finding raises the accuracy on unbiased images | {gain('masked')} | |",
         f"| setting its units to their means does | {gain('edited')} | |",
     ]
