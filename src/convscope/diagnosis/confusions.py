@@ -66,11 +66,11 @@ def find_confusions(context: DiagnosisContext, overview: Overview) -> Search:
         of these images beyond the expected one.
     """
     tested, num_candidates = tested_confusions(overview.confusion)
-    kept = [c for c in tested if c.p_value <= MAX_P_VALUE and c.count >= MIN_IMAGES]
-    kept.sort(key=lambda c: c.expected - c.count)
+    significant = [c for c in tested if c.p_value <= MAX_P_VALUE and c.count >= MIN_IMAGES]
+    significant.sort(key=lambda c: c.expected - c.count)
     findings, covered = list[Finding](), set[tuple[int, int]]()
-    by_pair = {(c.label, c.prediction): c for c in kept}
-    for confusion in kept:
+    by_pair = {(c.label, c.prediction): c for c in significant}
+    for confusion in significant:
         pair = confusion.label, confusion.prediction
         if pair in covered or len(findings) == MAX_FINDINGS:
             continue
