@@ -105,6 +105,7 @@ def test_the_same_seed_gives_the_same_findings(data: Path, diagnosis, tmp_path: 
     with pytest.warns(convscope.ConvscopeWarning):  # opens what was recorded
         resumed = convscope.diagnose(color_model(), data, layer="conv", out=tmp_path / "out")
     assert resumed.findings == diagnosis.findings
+    assert len(convscope.open(tmp_path / "out").findings) == len(diagnosis.findings)
 
 
 def test_lists_with_labels(data: Path, tmp_path: Path) -> None:

@@ -72,12 +72,11 @@ def diagnose(
         workers=workers,
         max_pixels=reading.max_pixels,
     )
-    folder = diagnosis.save(out)
     if as_json:
         print_json(_content(diagnosis))
     else:
         _print(diagnosis)
-    finish(diagnosis, folder, as_json=False)
+    finish(diagnosis, out, as_json=False)
 
 
 def _print(diagnosis: Diagnosis) -> None:

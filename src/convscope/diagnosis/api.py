@@ -84,8 +84,8 @@ def diagnose(
     store : Store or path, optional
         A scan of the same images with the same weights.
     out : path, optional
-        The folder of the report. What is recorded stays there, in memory-mapped files, so that memory does not grow
-        with the number of images; without it the arrays are in memory.
+        Save the report in this folder, as ``Diagnosis.save`` does. What is recorded stays there too, in memory-mapped
+        files, so that memory does not grow with the number of images; without it the arrays are in memory.
     seed : int
         Seed of all random draws.
     folds : int
@@ -159,7 +159,7 @@ def diagnose(
         model, selected, observations, partial(_load_inputs, job, observations.image_ids), seed, _ignore, memory, opened
     )
     outcome = _run_analyses(context, overview, folds, progress)
-    return Diagnosis.of(
+    diagnosis = Diagnosis.of(
         model,
         observations,
         sort_findings([f for search in outcome.searches for f in search.findings], overview.num_labelled),
@@ -175,6 +175,9 @@ def diagnose(
         notes=(*catalogue.notes, *notes, *(note for search in outcome.searches for note in search.notes)),
         failed=failed,
     )
+    if folder is not None:
+        diagnosis.save(folder)
+    return diagnosis
 
 
 # --- the request -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -326,10 +326,3 @@ def known_classes(model: Model, store_classes: Sequence[str] | None) -> tuple[st
     if model.classes is None and store_classes is not None:
         return tuple(store_classes)
     return tuple(model.class_name(index) for index in range(int(model.num_outputs or 0)))
-
-
-def fact_descriptions() -> Mapping[str, str]:
-    """Return what the values of each fact mean, by name."""
-    return {name: fact.description for name, fact in FACTS.items()} | {
-        name: description for name, (_, description) in POSITION_FACTS.items()
-    }

@@ -22,7 +22,7 @@ MAX_CLASSES = 10  # in the table of the classes with the lowest recall
 MAX_LISTED = 200  # names of images that are listed on the page; all are in findings.json
 MAX_FACTS = 16  # numbers of a finding
 MAX_TEXT = 300  # characters of one of them
-MIN_SHOWN_P = 1e-4
+MIN_PRINTED_P = 1e-4
 QUALITY = 88  # of JPEG thumbnails
 
 KIND_TITLES = {
@@ -135,7 +135,7 @@ def _format_p_value(p_value: float) -> str:
     """Say how probable such a result would be by chance; nothing if that was not tested."""
     if math.isnan(p_value):
         return ""
-    return f"p < {MIN_SHOWN_P:g}" if p_value < MIN_SHOWN_P else f"p = {p_value:.2g}"
+    return f"p < {MIN_PRINTED_P:g}" if p_value < MIN_PRINTED_P else f"p = {p_value:.2g}"
 
 
 def _facts(finding: Finding) -> list[tuple[str, str]]:
