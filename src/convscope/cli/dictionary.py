@@ -21,11 +21,12 @@ def dictionary(
     model: ModelName,
     images: Images,
     layer: Annotated[str, typer.Option(metavar="LAYER", help="The layer whose activations are decomposed.")],
-    features: Annotated[int, typer.Option(min=2, help="Number of features.")] = 4096,
+    features: Annotated[int, typer.Option(metavar="N", min=2, help="Number of features.")] = 4096,
     method: Annotated[str, choice("How features are selected.", *DICTIONARY_DESCRIPTIONS)] = "topk",
-    active: Annotated[int, typer.Option(min=1, help="Features that are active at a position.")] = 32,
+    active: Annotated[int, typer.Option(metavar="N", min=1, help="Features that are active at a position.")] = 32,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of 1024 positions. Default: by the number of positions.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Training steps of 1024 positions. Default: by the number of positions."),
     ] = None,
     seed: Seed = 0,
     *,
