@@ -44,10 +44,21 @@ def correlate(images: Tensor, patches: Tensor) -> Tensor:
     area = side[0] * side[1]
     centered = patches - patches.mean((2, 3), keepdim=True)
     products = F.conv2d(images, centered)
-    total, squares = (F.avg_pool2d(values, side, stride=1) * area for values in (images, images.square()))
-    norm = (squares - total.square() / area).sum(1, keepdim=True).clamp(min=FLAT * area).sqrt()
+    total, squares = (box_sums(values, side) for values in (images.double(), images.double().square()))
+    norm = (squares - total.square() / area).sum(1, keepdim=True).clamp(min=FLAT * area).sqrt().to(images.dtype)
     correlations: Tensor = products / norm / centered.flatten(1).norm(dim=1).clamp(min=FLAT).view(1, -1, 1, 1)
     return correlations
+
+
+def box_sums(images: Tensor, side: tuple[int, int]) -> Tensor:
+    """Return the sums (n, C, H', W') of images (n, C, H, W) in all boxes (h, w), whatever their size at equal cost.
+
+    Four values of the table of sums over all pixels above and to the left (Crow, Summed-area tables for texture
+    mapping, SIGGRAPH 1984).
+    """
+    table = F.pad(images.cumsum(2).cumsum(3), (1, 0, 1, 0))
+    rows = table[:, :, side[0] :] - table[:, :, : -side[0]]
+    return rows[..., side[1] :] - rows[..., : -side[1]]
 
 
 def best_matches(images: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
