@@ -64,7 +64,7 @@ def problems(root: Path) -> Iterator[str]:
         if stem in FUNCTION_NAMES and not NAMED_AFTER_FUNCTIONS & set(relative.parts):
             yield f"{path}:1: the module {stem!r} has the name of a public function"
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for name, line in sorted({(stem, 1), *definitions(tree)}, key=lambda definition: definition[1]):
+        for name, line in sorted({(stem, 1), *definitions(tree)}, key=lambda item: (item[1], item[0])):
             if unclear := WORDS.intersection(words(name)):
                 yield f"{path}:{line}: the name {name!r} contains {', '.join(sorted(unclear))!r}; say what it holds"
 

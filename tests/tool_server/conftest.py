@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -21,6 +22,7 @@ from convscope.tool_server.limits import Limits
 from tests.oracles.nets import SmallConvNet, randomized
 
 Call = Callable[..., CallToolResult]
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +49,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return images
 
 
+def run(request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in a thread of its own: browser tests leave a running loop in this one."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(anyio.run, request).result()
+
+
 @pytest.fixture
 def call(tiny: convscope.Model, folder: Path, tmp_path: Path) -> Call:
     """Call a tool of a server whose output folder is ``tmp_path / "out"``."""
@@ -58,7 +66,7 @@ def call(tiny: convscope.Model, folder: Path, tmp_path: Path) -> Call:
             async with Client(server) as client:
                 return await client.call_tool(tool, arguments)
 
-        return anyio.run(request)
+        return run(request)
 
     return call_tool
 

@@ -6,11 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-import anyio
 import pytest
 from mcp import Client, StdioServerParameters
 
-from tests.tool_server.conftest import images_of
+from tests.tool_server.conftest import images_of, run
 
 
 @pytest.mark.slow
@@ -36,6 +35,6 @@ def test_command(tmp_path: Path) -> None:
             assert result.structured_content["rows"][0]["probability"] == pytest.approx(0.8035, abs=1e-3)
             assert [max(image.size) for image in images_of(result)] == [256]
 
-    anyio.run(request)
+    run(request)
     assert reports
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from convscope.errors import ConvscopeError
 from convscope.tool_server.app import build_server
 from convscope.tool_server.limits import Limits
 from convscope.tool_server.responses import to_json
-from tests.tool_server.conftest import Call, error_of, images_of
+from tests.tool_server.conftest import Call, error_of, images_of, run
 
 A, B = "a.png", "more/b.png"
 
@@ -34,7 +34,7 @@ def test_the_tools_and_their_descriptions(tiny: convscope.Model, folder: Path, t
         async with Client(server) as client:
             return (await client.list_tools()).tools
 
-    tools = {tool.name: tool for tool in anyio.run(request)}
+    tools = {tool.name: tool for tool in run(request)}
     assert set(tools) == {
         "overview", "list_images", "layers", "predict", "activations", "strongest_units", "detect", "heatmap", "locate",
         "evaluate", "effects", "explain", "patch", "patterns", "scan", "diagnose",
@@ -206,7 +206,7 @@ def test_a_cancelled_call_stops(tiny: convscope.Model, folder: Path, tmp_path: P
             with anyio.fail_after(5):
                 return await client.call_tool("predict", {"images": [A]})
 
-    assert not anyio.run(request).is_error
+    assert not run(request).is_error
     assert not (tmp_path / "out").exists()
 
 
