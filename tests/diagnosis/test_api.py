@@ -15,6 +15,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.arguments import ArgumentError
 from convscope.diagnosis import api
+from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.search import Search
 
 CLASSES = ("red", "green", "blue", "gray")
@@ -127,6 +128,8 @@ def test_a_single_output_for_two_classes(data: Path) -> None:
     logits = np.asarray(diagnosis.observations.logits, np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(probabilities.max(1), predictions.probabilities[:, 0], atol=1e-5)
+    pair = torch.tensor([[-2.0, 2.0], [0.3, -0.3]])  # as changed images are scored
+    assert torch.allclose(softmax_logits(model, pair).softmax(1), model.probabilities(pair))
 
 
 @pytest.mark.parametrize(

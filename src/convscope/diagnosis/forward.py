@@ -74,6 +74,15 @@ def observing_forward(model: Model, layer: Layer, example: Tensor) -> Iterator[C
         yield accelerate(observe, model.module, example, enabled=model.can_accelerate)
 
 
+def softmax_logits(model: Model, logits: Tensor) -> Tensor:
+    """Return logits (B, K) whose softmax are the network's probabilities.
+
+    A single output s for two classes is read as the logits -s and s; its probability is their softmax at half of them.
+    """
+    is_sigmoid = model.reader.has_implicit_class and model.task not in LOG_TASKS
+    return logits / 2 if is_sigmoid else logits
+
+
 def _reduce(
     model: Model, layer: Layer, logits: Tensor, activation: Tensor, gradient: Tensor | None
 ) -> BatchObservations:
@@ -82,9 +91,8 @@ def _reduce(
         raise ConvscopeError(
             f"layer {layer.name!r} has no influence on the predicted class; choose a layer on the way to the logits"
         )
-    is_sigmoid = model.reader.has_implicit_class and model.task not in LOG_TASKS  # of the two logits -s and s
     return BatchObservations(
-        logits / 2 if is_sigmoid else logits,
+        softmax_logits(model, logits),
         activation.mean((2, 3)),
         activation.amax((2, 3)),
         grad_cam(activation, gradient.float()),

@@ -14,6 +14,7 @@ from convscope.diagnosis.causal_tests import CausalTest, Effect, Scores
 from convscope.diagnosis.clustering import jaccard, standardize
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
+from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.shortcut_candidates import FRAMES, ImageStatistics, ShortcutCandidate, propose
@@ -91,7 +92,7 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
             for part in torch.split(x, forward_batch_size(context.model, context.memory)):
                 logits = run(pad_to_fixed_batch(context.model, part)).logits[: len(part)]
                 require_finite(context.model, logits, "the network's output for a modified image")
-                parts.append(logits.float().softmax(1).cpu())
+                parts.append(softmax_logits(context.model, logits).float().softmax(1).cpu())
             return torch.cat(parts)
 
         for done, candidate in enumerate(candidates):
