@@ -63,7 +63,7 @@ def test_output_stays_in_its_folder(files: AllowedFiles, tmp_path: Path) -> None
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "away").symlink_to(tmp_path)
     (tmp_path / "out" / "file").write_text("")
-    for name in ("../x", "/tmp/x", ".", "", "away", "away/x", "a/../../x", "file"):
+    for name in ("../x", "/elsewhere/x", ".", "", "away", "away/x", "a/../../x", "file"):
         with pytest.raises(ConvscopeError, match="not a folder inside of"):
             files.output(name)
 

@@ -26,7 +26,7 @@ RANDOM = 512  # positions
 
 @dataclass(frozen=True)
 class Interpretability:
-    """How well examples of features are told from random positions by another network.
+    """How well another network distinguishes examples of features from random positions.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ def interpretability(
     seed: int = 0,
     memory: int = MEMORY,
 ) -> Interpretability:
-    """Measure how well examples of features, and of the layer's units, are told from random positions.
+    """Measure how well a judge distinguishes examples of features and of units from random positions.
 
     The examples of a feature are the positions of its largest activation in the images where that is largest. Half of
     them make a prototype, the mean of the judge's vectors there; the measure is the probability that one of the other

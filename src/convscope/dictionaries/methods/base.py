@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from convscope.dictionaries.sparse import ActiveFeatures, decode, select
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method is told.
+    """The size of a dictionary and the length of its training.
 
     Attributes
     ----------
@@ -109,7 +110,7 @@ class Method(Protocol):
         """Return the dictionary."""
 
 
-class SparseAutoencoder:
+class SparseAutoencoder(ABC):
     """A linear encoder, a selection of features, and a linear decoder.
 
     ::
@@ -148,9 +149,9 @@ class SparseAutoencoder:
         with torch.no_grad():
             return torch.addmm(p["encoder_bias"], centred, p["encoder"].T)
 
+    @abstractmethod
     def select(self, scores: Tensor) -> tuple[Tensor, ActiveFeatures]:
         """Return the values (n,) of the selected features, and which they are."""
-        raise NotImplementedError
 
     def step(self, x: Tensor) -> Step:
         """Return the loss on vectors x (B, C)."""
