@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,7 +109,7 @@ class Method(Protocol):
         """Return the dictionary."""
 
 
-class SparseAutoencoder(ABC):
+class SparseAutoencoder:
     """A linear encoder, a selection of features, and a linear decoder.
 
     ::
@@ -149,9 +148,9 @@ class SparseAutoencoder(ABC):
         with torch.no_grad():
             return torch.addmm(p["encoder_bias"], centred, p["encoder"].T)
 
-    @abstractmethod
     def select(self, scores: Tensor) -> tuple[Tensor, ActiveFeatures]:
-        """Return the values (n,) of the selected features, and which they are."""
+        """Return the values (n,) of the selected features, and which they are; for methods that use `step` as it is."""
+        raise NotImplementedError
 
     def step(self, x: Tensor) -> Step:
         """Return the loss on vectors x (B, C)."""
