@@ -27,7 +27,7 @@ coverage: $(VENV)/installed-test
 	$(PYTEST) --cov=convscope --cov-report=term --cov-report=html:build/coverage
 
 release-check: $(VENV)-release/installed
-	$(VENV)-release/bin/python tools/release_check.py
+	$(VENV)-release/bin/python -m tools.release_check
 
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 tests/engine

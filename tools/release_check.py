@@ -1,8 +1,12 @@
-"""Build the package and try it as its users get it: python tools/release_check.py [FOLDER].
+"""Build the package and try it as its users get it: python -m tools.release_check [FOLDER].
 
 Builds sdist and wheel into FOLDER (build/release), checks them with twine, check-wheel-contents and pyroma, installs
 the wheel in a new virtual environment, and runs its demo there: outside of the checkout, without a network. Then each
-extra is installed in an environment of its own on top of the first, where everything that it is for can be imported.
+extra is installed in an environment of its own on top of the first, where everything that it is for can be imported
+and its example of tools/extra_examples.py runs, without a network too.
+
+Exit status: 0, everything works; 1, something does not; 3, what was checked works, but an extra could not be
+installed because the package index does not have, or does not serve, what it needs.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import venv
 import zipfile
@@ -22,26 +27,47 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tools.extra_examples import EXAMPLES
+
 ROOT = Path(__file__).parents[1]
 MAX_WHEEL_BYTES = 2_000_000
 INTERNAL_EXTRAS = ("dev", "docs", "test", "benchmarks")
 NO_NETWORK = """
 import socket
-def refuse(*_, **__):
-    raise OSError("no network in this check")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+def is_local(host):
+    return host in (None, "", "localhost", "127.0.0.1", "::1", b"localhost", socket.gethostname())
+def connect_locally(self, address):
+    if isinstance(address, tuple) and not is_local(address[0]):
+        raise OSError(f"no network in this check: {address}")
+    return connect(self, address)
+def getaddrinfo_locally(host, *args, **kwargs):
+    if not is_local(host):
+        raise OSError(f"no network in this check: {host}")
+    return getaddrinfo(host, *args, **kwargs)
+socket.socket.connect, socket.getaddrinfo = connect_locally, getaddrinfo_locally
 """
-"""A ``sitecustomize`` module, with which Python cannot reach other hosts."""
+"""A ``sitecustomize`` module, with which Python reaches no other host."""
+UNAVAILABLE = re.compile(r"No matching distribution found|NewConnectionError|ReadTimeoutError|Could not fetch URL")
+"""What pip says when the package index lacks a package, or does not answer."""
+FAILED, UNCHECKED = 1, 3  # exit statuses
+
+
+class StepFailedError(Exception):
+    """Raised for a command that failed, with its output, and for a check that was not passed."""
 
 
 def run(command: Sequence[str | Path], folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command; end with its output if it fails."""
-    print("$", *(Path(word).name if isinstance(word, Path) else word for word in command), flush=True)
+    """Run a command, print it with the time that it took, and return its output."""
+    words = [Path(word).name if isinstance(word, Path) else word for word in command]
+    print("$", *(word if "\n" not in word else f"{word.partition(chr(10))[0]} ..." for word in words), end="", flush=True)
     # PYTHONPATH of the caller would hide what is installed.
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(environment or {})
+    start = time.monotonic()
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    print(f"  ({time.monotonic() - start:.0f} s)", flush=True)
     if done.returncode:
-        sys.exit(f"{done.stdout}\n{done.stderr}\nfailed: {' '.join(map(str, command))}")
+        raise StepFailedError(f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}: {' '.join(words)}")
     return done.stdout
 
 
@@ -54,10 +80,10 @@ def build(out: Path) -> Path:
     run([sys.executable, "-m", "check_wheel_contents", wheel])
     run([sys.executable, "-m", "pyroma", "--min", "9", sdist])
     if links := relative_links(description(wheel)):
-        sys.exit(f"links of the description lead nowhere on PyPI: {', '.join(links)}")
+        raise StepFailedError(f"links of the description lead nowhere on PyPI: {', '.join(links)}")
     size = wheel.stat().st_size
     if size > MAX_WHEEL_BYTES:
-        sys.exit(f"{wheel.name} has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
+        raise StepFailedError(f"{wheel.name} has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
     print(f"{wheel.name}: {size:,} bytes; {sdist.name}: {sdist.stat().st_size:,} bytes")
     return wheel
 
@@ -87,17 +113,22 @@ def site_packages(folder: Path) -> Path:
     return next(folder.glob("[Ll]ib/**/site-packages"))
 
 
+def offline(folder: Path) -> dict[str, str]:
+    """Return the environment of a process that reaches no other host and reads no file of this user."""
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    return {"PYTHONPATH": str(folder), "HOME": str(folder), "KERAS_BACKEND": "torch"}
+
+
 def try_demo(python: Path, folder: Path) -> None:
     """Run the demo offline, in a folder outside of the checkout, and check that its page exists."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(NO_NETWORK)
-    environment = {"PYTHONPATH": str(folder), "HOME": str(folder)}
+    environment = offline(folder)
     origin = run([python, "-c", "import convscope; print(convscope.__file__)"], folder, environment)
     if ROOT in Path(origin.strip()).parents:
-        sys.exit(f"the demo would run from the checkout: {origin}")
+        raise StepFailedError(f"the demo would run from the checkout: {origin}")
     run([python, "-m", "convscope", "demo", "-o", "demo"], folder, environment)
     if not (folder / "demo" / "index.html").is_file():
-        sys.exit("convscope demo has written no page")
+        raise StepFailedError("convscope demo has written no page")
 
 
 def required_modules() -> dict[str, set[str]]:
@@ -132,22 +163,28 @@ def extras() -> list[str]:
     return [name for name in project["optional-dependencies"] if name not in INTERNAL_EXTRAS]
 
 
-def try_extra(name: str, wheel: Path, base: Path, folder: Path, modules: set[str]) -> None:
-    """Install an extra, and import what it is for."""
-    python = make_environment(folder, base)
-    run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{name}]"], folder)
-    imports = [f"import {module}" for module in sorted(modules)] + ["import convscope; convscope.load('lite0')"]
-    run([python, "-c", "\n".join(imports)], folder, {"KERAS_BACKEND": "torch", "KERAS_HOME": str(folder)})
-    shutil.rmtree(folder)
+def try_extra(name: str, wheel: Path, base: Path, folder: Path, modules: set[str]) -> str:
+    """Install an extra, import what it is for and run its example; return "works", "not checked" or "failed"."""
+    try:
+        python = make_environment(folder, base)
+        run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{name}]"], folder)
+        environment = offline(folder)
+        run([python, "-c", "\n".join(f"import {module}" for module in sorted(modules))], folder, environment)
+        run([python, "-c", EXAMPLES[name]], folder, environment)
+    except StepFailedError as error:
+        print(error, file=sys.stderr)
+        return "not checked: the package index lacks something" if UNAVAILABLE.search(str(error)) else "failed"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return "works"
 
 
-def main() -> None:
-    """Run all checks."""
+def main() -> int:
+    """Run all checks, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "release", help="for sdist and wheel")
     parser.add_argument("--extras", help="names of extras, separated by commas; all of them if omitted")
     arguments = parser.parse_args()
-    wheel = build(arguments.folder.resolve())
     names = extras() if arguments.extras is None else [name for name in arguments.extras.split(",") if name]
     modules = required_modules() | {
         "keras": {"keras", "h5py"},
@@ -155,15 +192,26 @@ def main() -> None:
         "mcp": {"convscope.tool_server.app"},
         "serve": {"fastapi", "uvicorn"},
     }
+    outcomes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        python = make_environment(folder / "base")
-        run([python, "-m", "pip", "install", "--quiet", wheel], folder)
-        try_demo(python, folder / "demo")
+        try:
+            wheel = build(arguments.folder.resolve())
+            python = make_environment(folder / "base")
+            run([python, "-m", "pip", "install", "--quiet", wheel], folder)
+            try_demo(python, folder / "demo")
+        except StepFailedError as error:
+            print(error, file=sys.stderr)
+            return FAILED
         for name in names:
-            try_extra(name, wheel, folder / "base", folder / name, modules.get(name, set()))
-    print(f"{wheel.name} works alone and with {', '.join(names) or 'no extras'}")
+            outcomes[name] = try_extra(name, wheel, folder / "base", folder / name, modules.get(name, set()))
+    print(f"{wheel.name} works alone")
+    for name, outcome in outcomes.items():
+        print(f"[{name}] {outcome}")
+    if "failed" in outcomes.values():
+        return FAILED
+    return 0 if all(outcome == "works" for outcome in outcomes.values()) else UNCHECKED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
