@@ -190,7 +190,7 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
         "| --- |" + " --- |" * len(SETTINGS),
     ]
     for row in rows:
-        ratios = [f"{row.times[name].ratio:.2f}" for name in list(SETTINGS)[1:]]
+        ratios = [row.times[name].text() for name in list(SETTINGS)[1:]]
         lines.append(f"| {row.workload} | {1000 * row.times['all'].seconds:.0f} | " + " | ".join(ratios) + " |")
     names = list(passes[0].times)
     lines += [
@@ -202,6 +202,6 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
         "| --- |" + " --- |" * len(names),
     ]
     for row in passes:
-        cells = [f"{1000 * t.seconds:.0f} ({t.ratio:.2f})<br>{row.setup[name]:.1f} s" for name, t in row.times.items()]
+        cells = [f"{1000 * t.seconds:.0f} ({t.text()})<br>{row.setup[name]:.1f} s" for name, t in row.times.items()]
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return [*lines, "", REMOVED]

@@ -69,9 +69,7 @@ def run(rounds: int) -> FilterTimes:
     }
     counts = {"plain torch": few, "convscope": UNITS, "lucent": 1}
     raw = interleaved(contenders, "plain torch", rounds)
-    each = {name: t.seconds / counts[name] / STEPS for name, t in raw.items()}
-    ratios = {name: t.ratio * few / counts[name] for name, t in raw.items()}
-    times = {name: Timed(each[name], ratios[name]) for name in raw}
+    times = {name: t.times(1 / counts[name] / STEPS, few / counts[name]) for name, t in raw.items()}
     our_history = ours().history[:, :few]  # type: ignore[attr-defined]
     theirs = np.array([textbook(cut, unit, pixel, STEPS) for unit in range(few)]).T
     difference = np.abs(our_history - theirs).max() / np.abs(theirs).max()

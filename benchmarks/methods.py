@@ -40,7 +40,7 @@ class Family:
     bare: Timed
     ours: dict[str, Timed]
     together: Timed
-    peers: dict[str, dict[str, float]]
+    peers: dict[str, dict[str, Timed]]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,7 @@ def family(name: str, batch: int, rounds: int) -> Family:
         contenders_of_method["pytorch-grad-cam"] = _pgc(theirs, as_users_have_it(model.module), layer, x)
         if others is not None:
             contenders_of_method["torchcam"] = _torchcam(others, as_users_have_it(model.module), layer, x)
-        peers[method] = {
-            peer: timed.ratio
-            for peer, timed in interleaved(contenders_of_method, "convscope", max(3, rounds // 3)).items()
-        }
+        peers[method] = interleaved(contenders_of_method, "convscope", max(3, rounds // 3))
     ours = {method: times[method] for method in FAMILY}
     return Family(f"{name}, {batch} (`{layer}`)", times["bare"], ours, times["together"], peers)
 

@@ -19,6 +19,7 @@ import localisation
 import memory
 import methods
 import planted
+import plots
 import sanity
 import scanning
 import torch
@@ -67,6 +68,7 @@ def main() -> None:
         # Written after each section, so that an interrupted run loses only one.
         parts = [f"## {title}\n\n{bodies[title]}\n" for title in sections if title in bodies]
         out.write_text("\n".join([head, *parts]))
+    plots.update(out)
 
 
 def _head(rounds: int, few: int) -> str:
@@ -74,7 +76,9 @@ def _head(rounds: int, few: int) -> str:
         "# Benchmarks",
         "",
         "Written by `make benchmarks`. All packages are timed in turn in one process; every time is the median of",
-        f"{rounds} rounds ({few} for long ones), every ratio the median of the ratios within a round.",
+        f"{rounds} rounds ({few} for long ones), every ratio the median of the ratios within a round,",
+        "followed by half the distance between their quartiles where it does not round to 0. Images below the tables",
+        "show their ratios, with that distance as a line.",
         f"{THREADS} threads, float32, the same weights and input for all, 224 x 224, channels_last for all except",
         "packages timed in the layout that users have. Other packages get the network without in-place activations,",
         "as their hooks require.",
@@ -103,7 +107,7 @@ def _grad_cam(rows: list[grad_cam.Row]) -> list[str]:
     for row in rows:
         cells = []
         for name in names:
-            cell = f"{1000 * row.times[name].seconds / row.batch:.1f} ({row.times[name].ratio:.2f})"
+            cell = f"{1000 * row.times[name].seconds / row.batch:.1f} ({row.times[name].text()})"
             cells.append(cell + (f"<br>{row.differences[name]:.0e}" if name in row.differences else ""))
         lines.append(f"| {row.network}, {row.batch} (`{row.layer}`) | " + " | ".join(cells) + " |")
     return lines
@@ -124,9 +128,9 @@ def _methods(
     for family in families:
         cells = []
         for name in names:
-            peers = [f"{peer} {ratio:.1f}" for peer, ratio in family.peers[name].items() if peer != "convscope"]
-            cells.append("<br>".join([f"{family.ours[name].ratio:.2f}", *peers]))
-        lines.append(f"| {family.network} | " + " | ".join([*cells, f"{family.together.ratio:.2f}"]) + " |")
+            peers = [f"{peer} {timed.text(1)}" for peer, timed in family.peers[name].items() if peer != "convscope"]
+            cells.append("<br>".join([family.ours[name].text(), *peers]))
+        lines.append(f"| {family.network} | " + " | ".join([*cells, family.together.text()]) + " |")
     lines += [
         "",
         "Grad-CAM of one image: "
@@ -143,7 +147,7 @@ def _methods(
         "| --- | --- | --- | --- |",
     ]
     for row in many_passes:
-        peers = [f"{peer} {row.times[peer].ratio:.1f} ({value:.2f})" for peer, value in row.correlations.items()]
+        peers = [f"{peer} {row.times[peer].text(1)} ({value:.2f})" for peer, value in row.correlations.items()]
         milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
         lines.append(f"| {row.method} | {row.work} | {milliseconds} | " + ", ".join(peers) + " |")
     return lines
@@ -157,7 +161,7 @@ def _faithfulness(rows: list[faithfulness.Comparison]) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for row in rows:
-        peers = ", ".join(f"{peer} {timed.ratio:.2f}" for peer, timed in row.times.items() if peer != "convscope")
+        peers = ", ".join(f"{peer} {timed.text()}" for peer, timed in row.times.items() if peer != "convscope")
         milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
         lines.append(f"| {row.metric} | {milliseconds} | {peers} | {row.difference:.0e} |")
     return lines
@@ -175,7 +179,7 @@ def _localisation(rows: list[localisation.Row], costs: dict[str, Timed]) -> list
         *localisation.table(rows),
         "",
         "CPU time of one image on one thread, relative to a bare forward pass: "
-        + ", ".join(f"{name} {timed.ratio:.2f}" for name, timed in costs.items() if name != "forward")
+        + ", ".join(f"{name} {timed.text()}" for name, timed in costs.items() if name != "forward")
         + ".",
     ]
 
@@ -206,7 +210,7 @@ def _patterns(result: filter_patterns.FilterTimes, equal: filter_patterns.EqualS
         "",
         "| | ms per step and filter | ratio to plain torch |",
         "| --- | --- | --- |",
-        *[f"| {name} | {1000 * t.seconds:.1f} | {t.ratio:.2f} |" for name, t in result.times.items()],
+        *[f"| {name} | {1000 * t.seconds:.1f} | {t.text()} |" for name, t in result.times.items()],
         "",
         f"The losses differ from plain torch's by at most {result.difference:.0e} of the largest. A step for one",
         f"filter is {result.flops / 1e9:.1f} GFLOP (forward, backward to the input): convscope does {rate / 1e9:.0f}",
@@ -290,7 +294,7 @@ def _scan(rows: list[scanning.Pass], decoding: dict[tuple[int, int], float], pea
     ]
     for row in rows:
         cells = [
-            f"{1000 * timed.seconds:.1f} ({1 / timed.ratio:.2f})"
+            f"{1000 * timed.seconds:.1f} ({timed.inverse().text()})"
             + (f"<br>{row.errors[name]:.0e}" if name in row.errors else "")
             for name, timed in row.times.items()
         ]

@@ -103,7 +103,7 @@ def _pass(network: str, model: Model, layers: list[str], rounds: int) -> Pass:
         contenders: dict[str, Callable[[], None]] = {name: partial(shard, forward) for name, forward in passes.items()}
         raw = interleaved({"bare forward": bare, **contenders}, "bare forward", rounds)
         errors = {name: _max_error(model, layers, decoded[0].x, forward) for name, forward in passes.items()}
-    times = {name: Timed(t.seconds / count, t.ratio) for name, t in raw.items()}
+    times = {name: t.times(1 / count) for name, t in raw.items()}
     return Pass(network, len(units), sum(units.values()), times, errors)
 
 

@@ -28,6 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the reference, the benchmarks, and the notebooks with their outputs."""
     generated: dict[str, str | bytes] = {**reference.pages(), "benchmarks.md": BENCHMARKS.read_text(encoding="utf-8")}
+    generated.update({f"images/{path.name}": path.read_bytes() for path in (BENCHMARKS.parent / "images").iterdir()})
     for source in notebooks.sources():
         generated.update(notebook_files(source.stem, notebooks.executed(source), config))
     for address, content in generated.items():
