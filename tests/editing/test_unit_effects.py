@@ -111,6 +111,11 @@ def test_curves_are_those_of_edited_models(model, x):
         np.testing.assert_allclose(logits[:, 0], expected.logits[:, 1], rtol=1e-4, atol=1e-5)
         assert accuracy == pytest.approx((expected.indices[:, 0] == labels).mean())
     np.testing.assert_array_equal(effects.random_curve[[0, -1]], effects.curve[[0, -1]])
+    np.testing.assert_array_equal(effects.random_curve_accuracy[[0, -1]], effects.curve_accuracy[[0, -1]])
+    shuffled = np.random.default_rng(0).permutation(order)[:2].tolist()
+    edited = convscope.edit(model, {layer: dict.fromkeys(shuffled, 0.0)})
+    correct = convscope.predict(edited, x, top=1).indices[:, 0] == labels
+    assert effects.random_curve_accuracy[2] == pytest.approx(correct.mean())
     assert (effects.curve_interval[:, 0] <= effects.curve_accuracy).all()
     one = effects[1]
     np.testing.assert_array_equal(one.curve, effects.curve[:, 1:2])

@@ -44,6 +44,13 @@ def effects(
     curve: Annotated[
         bool, typer.Option("--curve", help="Also remove more and more units together, most evidence first.")
     ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="A scan with the layer: names of units, patterns, and top patches."),
+    ] = None,
+    patterns: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Also compute patterns of the N units with the largest effects.")
+    ] = 0,
     seed: Seed = 0,
     *,
     reading: ImageOptions,
@@ -72,11 +79,16 @@ def effects(
             labels=None if classes is None else [line.strip() for line in classes if line.strip()],
             reference=None if reference is None else open_image_arguments(reference),
             curve=curve,
+            store=store,
             fit=reading.fit,
             seed=seed,
             max_pixels=reading.max_pixels,
             progress=progress,
         )
+    if patterns:
+        with progress_bar("patterns") as progress:
+            found = convscope.patterns(network, result.layer, result.top(patterns), progress=progress)
+        result = result.with_patterns(found)
     folder = result.save(out)
     if as_json:
         print_json(result.rows())
@@ -87,8 +99,10 @@ def effects(
 
 def _table(result: Effects) -> tuple[list[Column], list[tuple[str, ...]]]:
     rows = result.rows()[:MAX_ROWS]
+    has_names = any(result.unit_names)
     columns = [
         Column("unit", right=True),
+        *([Column("name", overflow="fold")] if has_names else []),
         Column("absolute", right=True),
         Column("mean", right=True),
         Column("largest", right=True),
@@ -97,6 +111,7 @@ def _table(result: Effects) -> tuple[list[Column], list[tuple[str, ...]]]:
     cells: list[tuple[str, ...]] = [
         (
             str(row["unit"]),
+            *([row["name"]] if has_names else []),
             f"{row['mean absolute effect']:.3f}",
             f"{row['mean effect']:+.3f}",
             f"{row['largest effect']:+.3f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,9 +95,11 @@ def explain(
 
 def _print(one: Explanation) -> None:
     """Print the sentence for one image, and a table of its units."""
+    rows = one.rows()
+    has_names = any(row["name"] for row in rows)
     columns = [
         Column("unit", right=True),
-        Column("name", overflow="fold"),
+        *([Column("name", overflow="fold")] if has_names else []),
         Column("effect", right=True),
         Column("share", right=True),
         Column("alone", right=True, priority=1),
@@ -105,13 +108,13 @@ def _print(one: Explanation) -> None:
     cells = [
         (
             str(row["unit"]),
-            row["name"],
+            *([row["name"]] if has_names else []),
             f"{row['effect']:+.2f}",
-            f"{row['share']:.1%}",
+            "" if isnan(row["share"]) else f"{row['share']:.1%}",
             f"{row['alone']:+.2f}",
             row["position"],
         )
-        for row in one.rows()
+        for row in rows
     ]
     typer.echo(printable(f"{one.image_names[0]}: {one.sentences[0]}"))
     print_table("", columns, cells)

@@ -50,7 +50,7 @@ def removal_curves(
     -------
     dict of str to ndarray
         ``curve_counts`` (P,), ``curve`` and ``random_curve`` (P, N, T) scores, and with labels ``curve_accuracy`` (P,)
-        with its ``curve_interval`` (P, 2).
+        with its ``curve_interval`` (P, 2), and ``random_curve_accuracy`` (P,).
     """
     counts = curve_counts(len(order))
     shuffled = np.random.default_rng(seed).permutation(order)
@@ -61,10 +61,14 @@ def removal_curves(
             batch_scores, predicted = run.scores(sets)
         scores.append(batch_scores.cpu().numpy())
         if labels is not None:
-            correct.append((predicted.cpu() == labels[list(batch.indices)]).numpy()[: len(counts)])
+            correct.append((predicted.cpu() == labels[list(batch.indices)]).numpy())
     curve, random_curve = np.split(np.concatenate(scores, axis=1), 2)
     arrays = {"curve_counts": counts, "curve": curve, "random_curve": random_curve}
     if correct:
-        right = np.concatenate(correct, axis=1).astype(np.float64)
-        arrays |= {"curve_accuracy": right.mean(1), "curve_interval": np.stack(bootstrap(right.T), axis=1)}
+        right, random_right = np.split(np.concatenate(correct, axis=1).astype(np.float64), 2)
+        arrays |= {
+            "curve_accuracy": right.mean(1),
+            "curve_interval": np.stack(bootstrap(right.T), axis=1),
+            "random_curve_accuracy": random_right.mean(1),
+        }
     return arrays

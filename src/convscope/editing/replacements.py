@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.editing.removal import Replacement
 from convscope.engine import capture
 from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.validation import require_finite
+from convscope.errors import ConvscopeError
 from convscope.images.loading import ImageBatchLoader
 
 HOW = ("zero", "mean", "resample")
@@ -29,6 +31,49 @@ def unit_means(model: Model, layer: Layer, loader: ImageBatchLoader, memory: int
             )
             count += len(batch.indices)
     return (total / count).float()
+
+
+def zeros(maps: Tensor, _: tuple[int, ...]) -> Tensor:
+    """Replace maps by zeros."""
+    return torch.zeros_like(maps)
+
+
+def means(model: Model, layer: Layer, source: ImageBatchLoader, memory: int = MEMORY) -> Replacement:
+    """Return the function that replaces maps (B, C, ...) by the units' means over the images of `source`."""
+    values = unit_means(model, layer, source, memory)
+
+    def expand(maps: Tensor, _: tuple[int, ...]) -> Tensor:
+        return values.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+
+    return expand
+
+
+def resampled(model: Model, layer: Layer, source: ImageBatchLoader, seed: int, *, same_images: bool) -> Replacement:
+    """Return the function that replaces each image's maps by those of an image of `source`, drawn at random.
+
+    With `same_images`, the images are those of `source`, and none gets its own maps.
+    """
+
+    def draw(maps: Tensor, indices: tuple[int, ...]) -> Tensor:
+        drawn = donors(max(indices) + 1, len(source), seed, same_images=same_images)
+        parts = [_maps_of_donor(model, layer, source, int(drawn[i]), i if same_images else -1) for i in indices]
+        return torch.cat(parts).to(maps)
+
+    return draw
+
+
+def _maps_of_donor(model: Model, layer: Layer, source: ImageBatchLoader, first: int, excluded: int) -> Tensor:
+    """Compute a layer's maps (1, C, ...) of the image at `first`, or of the next one that can be used."""
+    for index in (*range(first, len(source)), *range(first)):
+        if index == excluded:
+            continue
+        try:
+            x = source.input_tensor(index)
+        except ConvscopeError:  # named as failed where it is one of the images themselves
+            continue
+        with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run:
+            return run(pad_to_fixed_batch(model, x)).maps[layer.name][:1].movedim(layer.unit_axis, 1)
+    raise ConvscopeError("how='resample' found no other image that can be used")
 
 
 def donors(count: int, num_images: int, seed: int, *, same_images: bool) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from convscope.errors import ConvscopeError
+from convscope.featurevis.result import Patterns
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.copies import jpeg_copies
 from convscope.images.geometry import Geometry
@@ -64,6 +66,18 @@ class Effects(IndexedResult):
         With labels: the accuracy along the curve.
     curve_interval : ndarray of shape (P, 2), optional
         Its 95 % bootstrap interval over images.
+    random_curve_accuracy : ndarray of shape (P,), optional
+        The accuracy along the random curve.
+    unit_names : tuple of str, optional
+        With a store: the names of the units, U strings; empty for units without a name.
+    patch_units : ndarray of shape (D,), optional
+        With a store: numbers of the units with the largest effects.
+    patches : ndarray of shape (D, P, S, S, 3), uint8, optional
+        Patches of the store's images that excite these units most.
+    pattern_units : ndarray of shape (E,), optional
+        Numbers of the units whose patterns are in the store, or were added.
+    patterns : ndarray of shape (E, H, W, C), uint8, optional
+        Their patterns.
     """
 
     ITEM_AXES: ClassVar[Mapping[str, int]] = {
@@ -71,7 +85,7 @@ class Effects(IndexedResult):
     }  # fmt: skip
     ACCURACY_FIELDS: ClassVar[tuple[str, ...]] = (
         "accuracy", "interval", "baseline_accuracy", "classes", "class_accuracy", "class_interval",
-        "curve_accuracy", "curve_interval",
+        "curve_accuracy", "curve_interval", "random_curve_accuracy",
     )  # fmt: skip
 
     logits: np.ndarray
@@ -95,6 +109,12 @@ class Effects(IndexedResult):
     random_curve: np.ndarray | None = None
     curve_accuracy: np.ndarray | None = None
     curve_interval: np.ndarray | None = None
+    random_curve_accuracy: np.ndarray | None = None
+    unit_names: tuple[str, ...] = ()
+    patch_units: np.ndarray | None = None
+    patches: np.ndarray | None = None
+    pattern_units: np.ndarray | None = None
+    patterns: np.ndarray | None = None
 
     def __getitem__(self, key: ItemKey) -> Self:
         return self.select(key)
@@ -114,6 +134,29 @@ class Effects(IndexedResult):
         """Positions of the units (U,), those with the largest mean absolute effect first."""
         return np.argsort(-np.abs(self.logits).mean((1, 2)), kind="stable")
 
+    @property
+    def labels(self) -> list[str]:
+        """The number and, where there is one, the name of each unit (U,): ``17 striped fur``."""
+        names = self.unit_names or ("",) * len(self.units)
+        return [f"{unit} {name}".rstrip() for unit, name in zip(self.units.tolist(), names, strict=True)]
+
+    def with_patterns(self, patterns: Patterns) -> Self:
+        """Return the result with patterns of units, which the figure shows beside their effects.
+
+        Parameters
+        ----------
+        patterns : Patterns
+            Of units of the layer, as ``convscope.patterns(model, effects.layer, effects.top(12))`` returns them.
+
+        Raises
+        ------
+        ConvscopeError
+            For patterns of another layer.
+        """
+        if patterns.layer != self.layer or patterns.objectives:
+            raise ConvscopeError(f"patterns are of {patterns.layer!r}; expected those of units of layer {self.layer!r}")
+        return replace(self, pattern_units=patterns.units, patterns=patterns.images)
+
     def top(self, count: int = 10) -> list[int]:
         """Return the numbers of the units with the largest mean absolute effect, the largest first."""
         return [int(unit) for unit in self.units[self.order[:count]]]
@@ -125,8 +168,10 @@ class Effects(IndexedResult):
             flat = self.logits[u].ravel()
             extreme = int(np.abs(flat).argmax())
             n, t = divmod(extreme, self.logits.shape[2])
-            row: dict[str, Any] = {
-                "unit": int(self.units[u]),
+            row: dict[str, Any] = {"unit": int(self.units[u])}
+            if any(self.unit_names):
+                row["name"] = self.unit_names[u]
+            row |= {
                 "mean absolute effect": float(np.abs(flat).mean()),
                 "mean effect": float(flat.mean()),
                 "largest effect": float(flat[extreme]),
@@ -143,17 +188,16 @@ class Effects(IndexedResult):
         count, num_images, num_targets = self.logits.shape
         images = [name for name in self.image_names for _ in range(num_targets)]
         targets = [name for names in self.target_names for name in names]
-        return {
-            "effects.csv": format_csv(
-                {
-                    "unit": np.repeat(self.units, num_images * num_targets),
-                    "image": images * count,
-                    "target": targets * count,
-                    "logit": np.tile(self.baseline.ravel(), count),
-                    "effect": self.logits.ravel(),
-                }
-            )
+        columns: dict[str, Iterable[object]] = {"unit": np.repeat(self.units, num_images * num_targets)}
+        if any(self.unit_names):
+            columns["name"] = np.repeat(self.unit_names, num_images * num_targets)
+        columns |= {
+            "image": images * count,
+            "target": targets * count,
+            "logit": np.tile(self.baseline.ravel(), count),
+            "effect": self.logits.ravel(),
         }
+        return {"effects.csv": format_csv(columns)}
 
     def class_indices(self) -> list[int]:
         """Return the classes whose names the result needs."""
@@ -171,7 +215,7 @@ class Effects(IndexedResult):
     def _display_rows(self) -> Sequence[Row]:
         return [
             {
-                "unit": row["unit"],
+                **{key: row[key] for key in ("unit", "name") if key in row},
                 "absolute": f"{row['mean absolute effect']:.3f}",
                 "mean": f"{row['mean effect']:+.3f}",
                 "largest": f"{row['largest effect']:+.3f}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,10 @@ from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.removal import Removal, Replacement
 from convscope.editing.removal_curve import removal_curves
-from convscope.editing.replacements import HOW, donors, unit_means
+from convscope.editing.replacements import HOW, means, resampled, zeros
 from convscope.editing.result import Effects
 from convscope.engine import capture
-from convscope.engine.batching import MEMORY, forward_batch_size, pad_to_fixed_batch
+from convscope.engine.batching import MEMORY, forward_batch_size
 from convscope.engine.layer_selection import LayerLike, find_layer
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -31,9 +33,12 @@ from convscope.images.batches import Batch
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
+from convscope.store.store import Store
+from convscope.store.unit_views import store_of_layer, unit_names, unit_patches, unit_patterns
 
 NOISE_SCALE = 10  # standard deviations: far enough for every rectifier to switch
 AFFINE_RTOL = 1e-4  # of scores: rounding
+MAX_PICTURED = 24  # units with pictures
 
 
 @warns_of_failures
@@ -49,6 +54,7 @@ def effects(
     labels: object = None,
     reference: object = None,
     curve: bool = False,
+    store: Store | str | os.PathLike[str] | None = None,
     fit: str = "squash",
     seed: int = 0,
     memory: int = MEMORY,
@@ -90,6 +96,9 @@ def effects(
         The images of "mean" and "resample"; by default `images` themselves.
     curve : bool
         Also remove 1, 2, 4, ... units together, those with the lowest mean effects first, and as many in random order.
+    store : Store or path, optional
+        A scan of the model with this layer: gives units their names (see `convscope.name_units`), and those with the
+        largest effects their top patches, and their patterns where the store has them.
     fit : {"squash", "crop", "pad"}
         Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
         ("pad"), or the crop of its own evaluation.
@@ -111,7 +120,8 @@ def effects(
     Raises
     ------
     ConvscopeError
-        For unknown layers, units, targets and labels, for values that are not finite, and when no image can be read.
+        For unknown layers, units, targets and labels, a store of another model or without the layer, for values that
+        are not finite, and when no image can be read.
 
     See Also
     --------
@@ -139,6 +149,7 @@ def effects(
     numbers = list(range(selected.units)) if units is None else check_units(selected, as_list(units))
     if not numbers:
         raise ConvscopeError("units is empty; give at least one unit, or None for all of the layer")
+    opened = store_of_layer(store, model, selected)
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     spec = parse_targets(model, targets, len(loader))
     right = None if labels is None else _parse_labels(model, labels, len(loader))
@@ -149,10 +160,13 @@ def effects(
         parts, indices = job.run_all(loader, report)
         logits = np.concatenate([part.effects for part in parts], axis=1)
         order = np.array(numbers)[np.argsort(logits.mean((1, 2)), kind="stable")]
-        curves = removal_curves(job.removal, loader, order, right, seed) if curve else {}
+        extras: dict[str, Any] = removal_curves(job.removal, loader, order, right, seed) if curve else {}
     names = tuple(loader.names[i] for i in indices)
     classes = torch.cat([part.targets for part in parts]).cpu().numpy()
-    correct = None if right is None else np.concatenate([part.correct for part in parts], axis=1)
+    if right is not None:
+        extras |= _accuracies(np.concatenate([part.correct for part in parts], axis=1), right[indices].numpy())
+    if opened is not None:
+        extras |= _views(opened, selected, np.array(numbers), logits)
     return Effects(
         model,
         logits=logits,
@@ -167,14 +181,25 @@ def effects(
         seed=seed,
         notes=tuple(loader.notes),
         failed=tuple(loader.failed),
-        **({} if right is None or correct is None else _accuracies(correct, right[indices].numpy())),
-        **curves,
+        **extras,
     )
 
 
 def as_list(units: int | Sequence[int]) -> Sequence[int]:
     """Return one unit or several as a sequence."""
     return [units] if isinstance(units, int | np.integer) else units
+
+
+def _views(store: Store, layer: Layer, units: np.ndarray, effects: np.ndarray) -> dict[str, Any]:
+    """Return the names of units (U,), and pictures of those with the largest effects (U, N, T)."""
+    pictured = units[np.argsort(-np.abs(effects).mean((1, 2)), kind="stable")[:MAX_PICTURED]]
+    pattern_units, patterns = unit_patterns(store, layer, pictured)
+    views = {
+        "unit_names": unit_names(store, layer, units),
+        "patch_units": pictured,
+        "patches": unit_patches(store, layer, pictured),
+    }
+    return views | ({"pattern_units": pattern_units, "patterns": patterns} if len(pattern_units) else {})
 
 
 def _parse_labels(model: Model, labels: object, count: int) -> Tensor:
@@ -205,45 +230,18 @@ def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray
     }
 
 
-# --- replacements ----------------------------------------------------------------------------------------------------
-
-
 def _replacement(
     model: Model, layer: Layer, how: str, images: object, reference: object, fit: str, seed: int, memory: int
 ) -> Replacement:
     """Return the function that computes what a unit's map is replaced by."""
     if how == "zero":
-        return lambda maps, _: torch.zeros_like(maps)
+        return zeros
     source = ImageBatchLoader(open_images(images if reference is None else reference), model.preprocessing, fit=fit)
     if how == "mean":
-        means = unit_means(model, layer, source, memory)
-        return lambda maps, _: means.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+        return means(model, layer, source, memory)
     if reference is None and len(source) < 2:
         raise ConvscopeError("how='resample' takes a unit's maps from other images; give several images, or reference=")
-
-    def resample(maps: Tensor, indices: tuple[int, ...]) -> Tensor:
-        donor = donors(max(indices) + 1, len(source), seed, same_images=reference is None)
-        excluded = indices if reference is None else (-1,) * len(indices)
-        parts = [
-            _maps_of_donor(model, layer, source, int(donor[i]), skip) for i, skip in zip(indices, excluded, strict=True)
-        ]
-        return torch.cat(parts).to(maps)
-
-    return resample
-
-
-def _maps_of_donor(model: Model, layer: Layer, source: ImageBatchLoader, first: int, excluded: int) -> Tensor:
-    """Compute a layer's maps (1, C, ...) of the image at `first`, or of the next one that can be used."""
-    for index in (*range(first, len(source)), *range(first)):
-        if index == excluded:
-            continue
-        try:
-            x = source.input_tensor(index)
-        except ConvscopeError:  # named as failed where it is one of the images themselves
-            continue
-        with torch.no_grad(), capture.capture_layers(model, [layer.name], stop_early=True) as run:
-            return run(pad_to_fixed_batch(model, x)).maps[layer.name][:1].movedim(layer.unit_axis, 1)
-    raise ConvscopeError("how='resample' found no other image that can be used")
+    return resampled(model, layer, source, seed, same_images=reference is None)
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from convscope.arguments import check_arguments
 from convscope.attribution.default_layer import choose_layer
 from convscope.attribution.targets import ClassLabels, Targets, parse_targets
 from convscope.datasets.image_inputs import open_images
-from convscope.editing.removal import Removal
-from convscope.editing.replacements import unit_means
+from convscope.editing.removal import Removal, Replacement
+from convscope.editing.replacements import means, zeros
 from convscope.editing.unit_effects import is_affine_after
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike, find_layer
@@ -24,11 +21,11 @@ from convscope.engine.model import Model
 from convscope.errors import ConvscopeError, require_int, warns_of_failures
 from convscope.explanations.job import ExplanationJob, ImageExplanation
 from convscope.explanations.result import Explanation
-from convscope.explanations.unit_views import check_store, unit_names, unit_patches
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.progress import ProgressOption, progress_bar
 from convscope.sources.coercion import ModelLike, as_model
-from convscope.store.store import Store, open_store
+from convscope.store.store import Store
+from convscope.store.unit_views import store_of_layer, unit_names, unit_patches
 
 HOW = ("zero", "mean")
 MAX_FEATURES = 64
@@ -155,14 +152,11 @@ def explain(
     if spec.num_targets != 1:
         raise ConvscopeError(f"targets names {spec.num_targets} targets per image; explain takes one")
     selected, reason = (spec_layer, "as given") if spec_layer else choose_layer(model, spec.functions)
-    opened = store if isinstance(store, Store) or store is None else open_store(store)
-    if opened is not None:
-        check_store(opened, model, selected)
+    opened = store_of_layer(store, model, selected)
     with progress_bar(progress, "explain") as report:
         first = next(loader.batches(1))
-        means = None if how == "zero" else _means(model, selected, reference, fit, memory)
         job = ExplanationJob(
-            Removal(model, selected, spec, partial(_replace, means=means), memory),
+            Removal(model, selected, spec, _replacement(model, selected, reference, fit, memory), memory),
             is_affine_after(model, selected, first, spec),
             features,
             share,
@@ -187,15 +181,11 @@ def _check(features: int, share: float, how: str, reference: object, draws: int)
     require_int("draws", draws, minimum=0)
 
 
-def _means(model: Model, layer: Layer, reference: object, fit: str, memory: int) -> Tensor:
-    return unit_means(model, layer, ImageBatchLoader(open_images(reference), model.preprocessing, fit=fit), memory)
-
-
-def _replace(maps: Tensor, indices: tuple[int, ...], *, means: Tensor | None) -> Tensor:  # noqa: ARG001
-    """Return what removed units' maps (B, C, ...) are replaced by: zeros or means."""
-    if means is None:
-        return torch.zeros_like(maps)
-    return means.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+def _replacement(model: Model, layer: Layer, reference: object, fit: str, memory: int) -> Replacement:
+    """Return what removed units are replaced by: zeros, or their means over reference images."""
+    if reference is None:
+        return zeros
+    return means(model, layer, ImageBatchLoader(open_images(reference), model.preprocessing, fit=fit), memory)
 
 
 def _collect(
@@ -237,14 +227,14 @@ def _collect(
         how=how,
         share=job.share,
         target_names=tuple(row[0] for row in removal.targets.names(targets[:, None], indices)),
-        unit_names=unit_names(store, removal.layer, units),
+        unit_names=tuple(unit_names(store, removal.layer, row) for row in units),
         image_names=tuple(loader.names[i] for i in indices),
         geometry=tuple(part.geometry for part in parts),
         image_source=loader,
         image_indices=tuple(indices),
         fit=loader.fit,
         seed=job.seed,
-        patches=unit_patches(store, removal.layer, units),
+        patches=None if store is None else unit_patches(store, removal.layer, units),
         notes=tuple(loader.notes),
         failed=tuple(loader.failed),
     )

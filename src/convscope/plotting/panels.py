@@ -48,6 +48,7 @@ def create_panels(
     title: str,
     *,
     height_ratios: list[float] | None = None,
+    width_ratios: list[float] | None = None,
     ax: Axes | None = None,
     figsize: tuple[float, float] | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
@@ -62,7 +63,8 @@ def create_panels(
             raise ConvscopeError("ax and figsize are given; expected one of them: the size of ax is that of its figure")
         return root_figure(ax), [[ax]]
     figure = create_figure(width, height, title, figsize)
-    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios).tolist()
+    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios, width_ratios=width_ratios)
+    return figure, panels.tolist()
 
 
 def trim_rows(figure: Figure, panels: list[list[Axes]]) -> None:
