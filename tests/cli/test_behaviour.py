@@ -140,7 +140,7 @@ def test_lists_need_neither_model_nor_images(command: str, table: str) -> None:
         (("predict", "PHOTO", "-o", "s3://bucket/maps"), "s3://bucket/maps is a URL"),
         (("heatmap", "gone.jpg"), "gone.jpg: No such file or directory"),
         (("heatmap", "gone.mp4"), "gone.mp4: No such file"),
-        (("predict", "PHOTO", "--classes", "gone.txt"), "gone.txt cannot be read"),
+        (("predict", "PHOTO", "--classes", "gone.txt"), "--classes gone.txt: there is no such file; expected a file"),
         (("predict", "PHOTO", "--preprocessing", "{"), "--preprocessing is not JSON"),
         (("predict", "PHOTO", "--task", "guessing"), "--task is 'guessing'; expected classification, binary,"),
         (("predict", "PHOTO", "--token-grid", "14"), "--token-grid is '14'; expected height and width, such as 14x14"),

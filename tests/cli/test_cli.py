@@ -208,6 +208,8 @@ def test_classes_and_preprocessing_options(photos, tmp_path):
     settings = json.dumps({"size": 192, "range": 255, "mean": 127, "std": 128, "interpolation": "bicubic"})
     result = run("predict", "lite0", panda(photos), "--classes", names, "--preprocessing", settings)
     assert "kind 387" in result.stdout
+    names = ",".join(f"kind {i}" for i in range(1000))
+    assert "kind 387" in run("predict", "lite0", panda(photos), "--classes", names).stdout
 
 
 def test_demo_page_is_self_contained(tmp_path, monkeypatch, photos):

@@ -37,7 +37,7 @@ def dictionary(
 ) -> None:
     """Learn a sparse dictionary of a layer's activations.
 
-    The folder is loaded by convscope.load_dictionary; its attach() makes the features a layer of the network.
+    In Python, convscope.load_dictionary(FOLDER).attach(model) gives a network in which the features are a layer.
     """
     import convscope
 

@@ -25,7 +25,7 @@ def effects(
     model: ModelName,
     images: Images,
     layer: Annotated[str, typer.Option(metavar="LAYER", help="The layer whose units are removed.")],
-    units: Annotated[str, typer.Option(metavar="UNITS", help="Such as 3,7 or 0-63. Default: all.")] = "all",
+    units: Annotated[str, typer.Option(metavar="UNITS", help="Such as 3,7 or 0-63.")] = "all",
     how: Annotated[
         str, choice("What replaces a unit: 0, its mean, or its map of another image.", "zero", "mean", "resample")
     ] = "zero",

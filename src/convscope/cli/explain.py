@@ -55,9 +55,9 @@ def explain(
     as_json: AsJson = False,
     network_options: NetworkOptions,
 ) -> None:
-    """Find the few units that carry a prediction, where they are active, and prove it.
+    """Find the few units that carry a prediction, and test them by removing them.
 
-    The proof: the logit without these units, next to the logit without as many other units of similar activation.
+    The test: the logit without these units, next to the logit without as many other units of similar activation.
     """
     import convscope
 

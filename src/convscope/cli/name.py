@@ -59,11 +59,11 @@ def name(
     ] = False,
     seed: Seed = 0,
     *,
-    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="Of the judge: cpu, cuda or mps.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="Device of the judge: cpu, cuda or mps.")] = None,
     as_json: AsJson = False,
     wide: Wide = False,
 ) -> None:
-    """Name the units of a store by words that go with their activations.
+    """Name the units of a store by the words that match their activations best.
 
     The table shows the names with the highest scores; all are written into the store, as names.parquet.
     """

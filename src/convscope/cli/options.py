@@ -54,8 +54,12 @@ class NetworkOptions:
         typer.Option(metavar="WEIGHTS", help="default, random, or a file of weights.", rich_help_panel=NETWORK),
     ] = None
     classes: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File of class names, one per line.", rich_help_panel=NETWORK),
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Class names, separated by commas, or a file with one on each line.",
+            rich_help_panel=NETWORK,
+        ),
     ] = None
     preprocessing: Annotated[
         str | None,

@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}  # of --option, as JSON
 
 
-def load_model(
-    name: str, weights: str | None, classes: Path | None, preprocessing: str | None, **options: Any
-) -> Model:
+def load_model(name: str, weights: str | None, classes: str | None, preprocessing: str | None, **options: Any) -> Model:
     """Load the network that the options describe, and print its notes; further options are those of `load`."""
     import convscope
 
-    labels = None if classes is None else read_text(classes).splitlines()
+    labels = None if classes is None else read_class_names(classes)
     settings = None
     if preprocessing is not None:
         text = preprocessing if preprocessing.lstrip().startswith("{") else read_text(Path(preprocessing))
@@ -46,6 +44,18 @@ def load_model(
     for note in network.notes:
         log_note(note)
     return network
+
+
+def read_class_names(text: str) -> list[str]:
+    """Return names that are separated by commas, or the lines of a file."""
+    if os.path.isfile(text):  # False also for a text that is too long for a path
+        return read_text(Path(text)).splitlines()
+    if "," in text:
+        return split_commas(text)
+    raise ConvscopeError(
+        f"--classes {text}: there is no such file; expected a file with one class name on each line, or the names "
+        "themselves, separated by commas"
+    )
 
 
 def read_text(path: Path) -> str:

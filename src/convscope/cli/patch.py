@@ -28,7 +28,7 @@ def patch(
     by: Annotated[
         str, choice("Move one unit, one position, or one unit at one position at a time.", "unit", "position", "both")
     ] = "unit",
-    units: Annotated[str, typer.Option(metavar="UNITS", help="Such as 3,7 or 0-63. Default: all.")] = "all",
+    units: Annotated[str, typer.Option(metavar="UNITS", help="Such as 3,7 or 0-63.")] = "all",
     target: Annotated[
         str | None,
         typer.Option(
@@ -42,10 +42,10 @@ def patch(
     as_json: AsJson = False,
     network_options: NetworkOptions,
 ) -> None:
-    """Find what in a layer makes the answer for one image that for another.
+    """Move parts of a layer's output from one image to another, and measure the change.
 
-    A part of the layer's output for SOURCE replaces that for DESTINATION, and the change of the target's score is
-    measured. The table shows the largest effects; patching.csv holds all.
+    Each unit or position of the layer's output for SOURCE replaces that for DESTINATION in turn; the effect is the
+    change of the target's score. The table shows the largest effects; patching.csv holds all.
     """
     import convscope
 
