@@ -137,8 +137,8 @@ def mask(finding: Finding, context: DiagnosisContext, x: Tensor) -> Tensor:
     corners, side = boxes[:, [1, 0]].round().long(), int((boxes[0, 2] - boxes[0, 0]).round())
     inside = context.load_inputs(images) * 0.25 + 0.5
     patch = interventions.cut_boxes(inside, corners, (side, side)).mean(0)
-    limit = templates.best_matches(inside, patch)[0].quantile(0.1)
-    values, positions = templates.best_matches(x * 0.25 + 0.5, patch)
+    limit = templates.Correlations(inside).best_matches(patch)[0].quantile(0.1)
+    values, positions = templates.Correlations(x * 0.25 + 0.5).best_matches(patch)
     boxes = interventions.box_masks(positions - 2, (side + 4, side + 4), (SIZE, SIZE))
     return interventions.remove_region(x, boxes & (values >= limit)[:, None, None])
 

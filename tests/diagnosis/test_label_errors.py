@@ -17,7 +17,7 @@ from convscope.diagnosis.confident_learning import (
     label_rates,
 )
 from convscope.diagnosis.label_errors import check_labels, find_label_errors
-from convscope.diagnosis.linear_head import assign_folds, fit_linear_head
+from convscope.diagnosis.linear_head import assign_folds, cross_validated_logits, fit_linear_head
 from convscope.diagnosis.observations import Observations
 from tests.diagnosis.helpers import average_precision, make_context, make_observations
 
@@ -212,3 +212,12 @@ def test_folds_are_checked(folds: object) -> None:
     logits, labels, _ = with_wrong_labels(50)
     with pytest.raises(convscope.ConvscopeError, match="folds is"):
         find_label_errors(make_context(observe(labels, logits)), folds=folds)  # type: ignore[arg-type]
+
+
+def test_classes_without_images_take_no_part_in_the_head():
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(60, 5)), np.arange(60) % 3
+    few = cross_validated_logits(features, labels, 3, 5, 0, lambda *_: None)
+    many = cross_validated_logits(features, np.array([2, 5, 7])[labels], 9, 5, 0, lambda *_: None)
+    assert np.array_equal(many[:, [2, 5, 7]], few)
+    assert np.isneginf(np.delete(many, [2, 5, 7], axis=1)).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from convscope.diagnosis.templates import box_sums, correlate
+from convscope.diagnosis.templates import Correlations, box_sums
 
 
 def test_box_sums_agree_with_pooling():
@@ -16,7 +16,7 @@ def test_box_sums_agree_with_pooling():
 def test_correlation_agrees_with_brute_force():
     generator = torch.Generator().manual_seed(1)
     images, patches = torch.rand((2, 3, 9, 10), generator=generator), torch.rand((4, 3, 5, 5), generator=generator)
-    maps = correlate(images, patches)
+    maps = Correlations(images).maps(patches)
     assert maps.shape == (2, 4, 5, 6)
     for n, m, y, x in [(0, 0, 0, 0), (1, 3, 4, 5), (1, 2, 2, 3)]:
         box, patch = images[n, :, y : y + 5, x : x + 5], patches[m]

@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Scores = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
 
-REPEATS = 3  # random changes per image that a change is compared with
+REPEATS = 2  # random changes per image that a change is compared with in a test
 PERMUTATIONS = 2000
 MARGIN = 0.25  # of a recurring patch's side, that is moved with it on each side
 
@@ -83,6 +83,8 @@ class CausalTest:
         Returns the probabilities (n, K) of inputs (n, C, H, W).
     inside, outside : Tensor of shape (n, C, H, W)
         Images that carry the shortcut and are taken for its class; images of other classes, that are not.
+    inside_before, outside_before : Tensor of shape (n, K)
+        The probabilities of these images as they are.
     inside_rows : ndarray of shape (n,)
         Positions of the former in the observations.
     label : int
@@ -94,20 +96,27 @@ class CausalTest:
     scores: Scores
     inside: Tensor
     outside: Tensor
+    inside_before: Tensor
+    outside_before: Tensor
     inside_rows: npt.NDArray[np.int64]
     label: int
     thumbnail_size: tuple[int, int]
     generator: torch.Generator
 
-    def inserted(self, candidate: ShortcutCandidate) -> Effect:
-        """Return the effect of inserting what a candidate is about into images of other classes."""
+    def inserted(self, candidate: ShortcutCandidate, repeats: int = REPEATS) -> Effect:
+        """Return the effect of inserting what a candidate is about into images of other classes.
+
+        `repeats` is the number of random changes of each image that it is compared with.
+        """
         changes = self._changes(candidate)
-        return self.blur() if changes is None else self._effect(self.outside, changes.insert, changes.insert_control, 1)
+        return self.blur() if changes is None else self._inserted(changes, repeats)
 
     def removed(self, candidate: ShortcutCandidate) -> Effect | None:
         """Return the effect of removing it from images of the class; None where that is impossible."""
         changes = self._changes(candidate)
-        return None if changes is None else self._effect(self.inside, changes.remove, changes.remove_control, -1)
+        if changes is None:
+            return None
+        return self._effect(self.inside, self.inside_before, changes.remove, changes.remove_control, -1, 1)
 
     def _changes(self, candidate: ShortcutCandidate) -> _Changes | None:
         if candidate.kind == "patch":
@@ -116,13 +125,15 @@ class CausalTest:
             return self._swaps(self._frame_mask(FRAMES[candidate.kind]))
         return self._color() if candidate.kind == "color" else None
 
-    def _effect(self, x: Tensor, change: Change, control: Change, sign: int) -> Effect:
-        before = self.scores(x)[:, self.label]
-        after = self.scores(change(x))
-        others = [self.scores(control(x)) for _ in range(REPEATS)]
+    def _inserted(self, changes: _Changes, repeats: int) -> Effect:
+        return self._effect(self.outside, self.outside_before, changes.insert, changes.insert_control, 1, repeats)
+
+    def _effect(self, x: Tensor, before: Tensor, change: Change, control: Change, sign: int, repeats: int) -> Effect:
+        parts = [change(x), *(control(x) for _ in range(repeats))]
+        after, *others = torch.split(self.scores(torch.cat(parts)), len(x))
         is_label = [float((p.argmax(1) == self.label).float().mean()) for p in (after, *others)]
         fractions = is_label if sign > 0 else [1 - fraction for fraction in is_label]
-        changes = [sign * (p[:, self.label] - before).double().numpy() for p in (after, *others)]
+        changes = [sign * (p - before)[:, self.label].double().numpy() for p in (after, *others)]
         return Effect(changes[0], np.mean(changes[1:], axis=0), (fractions[0], float(np.mean(fractions[1:]))))
 
     # --- kinds of shortcuts ------------------------------------------------------------------------------------------
@@ -153,25 +164,22 @@ class CausalTest:
             return interventions.paste_boxes(x, patches, positions)
 
         def impute(x: Tensor) -> Tensor:
-            return interventions.remove_region(x, interventions.box_masks(inside, sides, size))
+            return interventions.remove_boxes(x, inside, sides)
 
         def impute_random(x: Tensor) -> Tensor:
-            return interventions.remove_region(
-                x, interventions.box_masks(self._corners(len(x), sides, size), sides, size)
-            )
+            return interventions.remove_boxes(x, self._corners(len(x), sides, size), sides)
 
         return _Changes(paste, paste_random, impute, impute_random)
 
     def frame(self, width: float) -> Effect:
         """Put frames of the class around other images, against frames of images with other answers."""
-        changes = self._swaps(self._frame_mask(width))
-        return self._effect(self.outside, changes.insert, changes.insert_control, 1)
+        return self._inserted(self._swaps(self._frame_mask(width)), 1)
 
     def center(self, width: float) -> Effect:
         """Put centres of the area of a frame into other images: what the object in the middle does."""
         mask = self._frame_mask(width)
-        changes = self._swaps(interventions.center_mask((mask.shape[0], mask.shape[1]), float(mask.float().mean())))
-        return self._effect(self.outside, changes.insert, changes.insert_control, 1)
+        center = interventions.center_mask((mask.shape[0], mask.shape[1]), float(mask.float().mean()))
+        return self._inserted(self._swaps(center), 1)
 
     def _frame_mask(self, width: float) -> Tensor:
         return interventions.frame_mask((self.inside.shape[2], self.inside.shape[3]), width).to(self.inside.device)
@@ -209,9 +217,9 @@ class CausalTest:
 
     def blur(self) -> Effect:
         """Blur other images to the detail of the class, and compare with what that does to the remaining classes."""
-        x = self.outside
+        x, before = self.outside, self.outside_before
         sigma = interventions.blur_to_match(x, float(interventions.detail(self.inside).median()))
-        before, after = self.scores(x), self.scores(interventions.gaussian_blur(x, sigma))
+        after = self.scores(interventions.gaussian_blur(x, sigma))
         changes = (after - before).double().numpy()
         rows = np.arange(len(x))
         is_other = np.ones_like(changes, bool)

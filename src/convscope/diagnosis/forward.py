@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from convscope.attribution.methods.cam import grad_cam
 from convscope.engine import capture
 from convscope.engine.acceleration import accelerate
+from convscope.engine.batching import forward_batch_size, pad_to_fixed_batch
 from convscope.engine.function_modes import without_function_modes
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.engine.outputs import LOG_TASKS
+from convscope.engine.validation import require_finite
 from convscope.errors import ConvscopeError
 
 RIM = 8  # the rim is an eighth of the map wide, and at least one position
@@ -72,6 +74,49 @@ def observing_forward(model: Model, layer: Layer, example: Tensor) -> Iterator[C
                 return _reduce(model, layer, logits.detach(), maps.detach().float(), gradient)
 
         yield accelerate(observe, model.module, example, enabled=model.can_accelerate)
+
+
+@contextmanager
+def scoring_forward(model: Model, memory: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Provide a pass that returns the probabilities (n, K), float32 on the CPU, of any number of inputs (n, C, H, W).
+
+    Parameters
+    ----------
+    model : Model
+    memory : int
+        Bytes that intermediate results may take.
+
+    Raises
+    ------
+    ConvscopeError
+        If an output is not finite.
+    """
+    with torch.no_grad(), capture.capture_layers(model, []) as run:
+        size = forward_batch_size(model, memory)
+        logits = accelerate(
+            lambda x, module: run(x, module).logits,
+            model.module,
+            example_input(model),
+            enabled=model.can_accelerate,
+        )
+
+        def scores(x: Tensor) -> Tensor:
+            parts = []
+            for part in torch.split(x, size):
+                values = logits(pad_to_fixed_batch(model, part))[: len(part)]
+                require_finite(model, values, "the network's output for a modified image")
+                parts.append(softmax_logits(model, values).float().softmax(1).cpu())
+            return torch.cat(parts)
+
+        yield scores
+
+
+def example_input(model: Model) -> Tensor:
+    """Return noise on which an accelerated pass is verified."""
+    height, width = model.preprocessing.image_size
+    shape = (model.fixed_batch_size or 1, model.preprocessing.channels, height, width)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.to(model.device, memory_format=torch.channels_last)
 
 
 def softmax_logits(model: Model, logits: Tensor) -> Tensor:

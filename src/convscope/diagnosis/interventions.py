@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convscope.evaluation.imputation import impute
+
+DETAIL_FLOOR = 1e-6  # added to the variance, so that a flat image has a logarithm
 
 
 def box_masks(corners: Tensor, sides: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -38,6 +39,20 @@ def center_mask(size: tuple[int, int], fraction: float) -> Tensor:
 def remove_region(x: Tensor, masks: Tensor) -> Tensor:
     """Impute the pixels in `masks` (n, H, W) of images (n, C, H, W) from those around (ROAD, Rong et al. 2022)."""
     return impute(x, ~masks.expand(len(x), *x.shape[2:]))
+
+
+def remove_boxes(x: Tensor, corners: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Impute boxes of equal `sides` (h, w) whose upper left corners are (y, x) = `corners` (n, 2), as `remove_region`.
+
+    What is imputed depends on the pixels next to a box alone, so that these are all that is computed on.
+    """
+    size = (x.shape[2], x.shape[3])
+    outer = tuple(min(side + 2, limit) for side, limit in zip(sides, size, strict=True))
+    limits = torch.tensor([size[i] - outer[i] for i in (0, 1)], device=corners.device)
+    origins = torch.minimum((corners - 1).clamp(min=0), limits)
+    cut = cut_boxes(x, origins, (outer[0], outer[1]))
+    masks = box_masks(corners - origins, sides, (outer[0], outer[1]))
+    return paste_boxes(x, remove_region(cut, masks.to(x.device)), origins)
 
 
 def replace_region(x: Tensor, donors: Tensor, masks: Tensor) -> Tensor:
@@ -88,31 +103,61 @@ def shift_colors(x: Tensor, shift: Tensor, scale: Tensor, limits: tuple[Tensor, 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Blur images (n, C, H, W) by a Gaussian, truncated at three deviations; the border is repeated."""
+    rows, columns = (blur_matrix(side, sigma).to(x) for side in x.shape[2:])
+    return rows @ x.contiguous() @ columns.T
+
+
+def blur_matrix(side: int, sigma: float) -> Tensor:
+    """Return the matrix (side, side) that blurs a line; what lies beyond an end has the value there."""
+    weights = _gaussian_weights(sigma)
+    radius = len(weights) // 2
+    sources = (torch.arange(side)[:, None] + torch.arange(-radius, radius + 1)).clamp(0, side - 1)
+    return torch.zeros(side, side).scatter_add_(1, sources, weights.expand(side, -1))
+
+
+def _gaussian_weights(sigma: float) -> Tensor:
     radius = max(1, math.ceil(3 * sigma))
-    positions = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    weights = torch.exp(-0.5 * (positions / sigma) ** 2)
-    weights = weights / weights.sum()
-    for dim in (2, 3):
-        lines = x.movedim(dim, -1)
-        flat = F.pad(lines.reshape(-1, 1, lines.shape[-1]), (radius, radius), mode="replicate")
-        x = F.conv1d(flat, weights[None, None]).reshape(lines.shape).movedim(-1, dim)
-    return x
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    return weights / weights.sum()
+
+
+def laplacian(x: Tensor) -> Tensor:
+    """Return the Laplacian (n, C, H - 2, W - 2) of images (n, C, H, W): the four neighbours minus four times each."""
+    center = x[..., 1:-1, 1:-1]
+    return x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:] - 4 * center
 
 
 def detail(x: Tensor) -> Tensor:
     """Return the logarithm (n,) of the variance of the Laplacian of images (n, C, H, W), mean over channels."""
-    center = x[..., 1:-1, 1:-1]
-    laplacian = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:] - 4 * center
-    return (laplacian.var((2, 3)).mean(1) + 1e-6).log()
+    return (laplacian(x).var((2, 3)).mean(1) + DETAIL_FLOOR).log()
 
 
 def blur_to_match(x: Tensor, target: float) -> float:
-    """Return the deviation of the Gaussian after which the median `detail` of images is `target`, by bisection."""
+    """Return the deviation of the Gaussian after which the median `detail` of images is `target`, by bisection.
+
+    The variance of a blurred Laplacian is the sum of its power spectrum times the squared transfer function of the
+    blur (Parseval), so that one Fourier transform serves all deviations. A Hann window keeps jumps from one border of
+    the image to the opposite one out of the spectrum.
+    """
+    edges = laplacian(x)
+    edges = edges - edges.mean((2, 3), keepdim=True)
+    window = torch.outer(*(torch.hann_window(side, periodic=False) for side in edges.shape[2:])).to(x)
+    spectrum = torch.fft.fft2(edges * window).abs().square().mean(1)
+    power = spectrum / (spectrum[0].numel() ** 2 * window.square().mean())
     low, high = 0.1, 0.1 * min(x.shape[2:])
     for _ in range(12):
         middle = math.sqrt(low * high)
-        if float(detail(gaussian_blur(x, middle)).median()) > target:
+        rows, columns = (_transfer(side, middle).square().to(x) for side in power.shape[1:])
+        if float(((rows @ power @ columns) + DETAIL_FLOOR).log().median()) > target:
             low = middle
         else:
             high = middle
     return math.sqrt(low * high)
+
+
+def _transfer(side: int, sigma: float) -> Tensor:
+    """Return the transfer function (side,) of a Gaussian blur: the sum of w_k cos(2 pi f k / side)."""
+    weights = _gaussian_weights(sigma)
+    radius = len(weights) // 2
+    angles = 2 * math.pi / side * torch.outer(torch.arange(side), torch.arange(-radius, radius + 1))
+    return angles.cos() @ weights

@@ -130,7 +130,7 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
     check = check_labels(logits, labels, memory=context.memory, seed=context.seed)
     notes = _notes(logits, labels, folds)
     if not folds and (check.joint - np.diag(np.diag(check.joint)) >= MIN_IMAGES).any():
-        if observations.features[0].size * logits.size <= MAX_HEAD_SIZE:
+        if observations.features[0].size * len(labels) * len(np.unique(labels)) <= MAX_HEAD_SIZE:
             check = _confirm(check, context, rows, labels)
         else:
             notes = (*notes, UNCONFIRMED)

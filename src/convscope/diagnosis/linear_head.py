@@ -93,6 +93,8 @@ def cross_validated_logits(
 ) -> np.ndarray:
     """Return the logits (N, K) of each image by a linear head that was fitted on the other folds.
 
+    The head has an output for each class that has images; the logits of the others are minus infinity.
+
     Parameters
     ----------
     features : ndarray of shape (N, C)
@@ -113,13 +115,16 @@ def cross_validated_logits(
     if not is_int(folds) or not 2 <= folds <= len(labels):
         raise ConvscopeError(f"folds is {folds!r}; expected a whole number from 2 to the number of images, such as 5")
     x = torch.from_numpy(np.asarray(features, np.float32))
-    y = torch.from_numpy(labels)
+    present, indices = np.unique(labels, return_inverse=True)
+    y = torch.from_numpy(indices)
     fold = torch.from_numpy(assign_folds(labels, folds, seed))
-    logits = torch.empty(len(y), num_classes)
+    logits = torch.empty(len(y), len(present))
     for k in range(folds):
         train = fold != k
         mean, scale = x[train].mean(0), x[train].std(0).clamp(min=1e-6)
-        head = fit_linear_head((x[train] - mean) / scale, y[train], num_classes, robust=True)
+        head = fit_linear_head((x[train] - mean) / scale, y[train], len(present), robust=True)
         logits[~train] = (x[~train] - mean) / scale @ head[:-1] + head[-1]
         report_progress(k + 1, folds)
-    return logits.numpy()
+    result = np.full((len(labels), num_classes), -np.inf, np.float32)
+    result[:, present] = logits.numpy()
+    return result

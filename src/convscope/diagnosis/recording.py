@@ -22,7 +22,13 @@ from safetensors.torch import save
 
 from convscope.datasets.catalogue import Catalogue
 from convscope.diagnosis.facts import FACTS, measure_image
-from convscope.diagnosis.forward import POSITION_FACTS, BatchObservations, observing_forward, position_facts
+from convscope.diagnosis.forward import (
+    POSITION_FACTS,
+    BatchObservations,
+    example_input,
+    observing_forward,
+    position_facts,
+)
 from convscope.diagnosis.observations import Observations
 from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.layer_table import Layer
@@ -227,7 +233,7 @@ def _compute(job: RecordingJob, shards: Sequence[int]) -> Iterator[tuple[int, in
         return
     plan, model = job.plan, job.model
     workers = default_workers(plan.num_images) if job.workers is None else job.workers
-    with job.decoder(workers) as decoder, observing_forward(model, job.layer, _example(model)) as forward:
+    with job.decoder(workers) as decoder, observing_forward(model, job.layer, example_input(model)) as forward:
         batches = decoder.batches(plan.batches(shards), plan.batch_size)
         for shard in shards:
             columns = _Columns()
@@ -235,14 +241,6 @@ def _compute(job: RecordingJob, shards: Sequence[int]) -> Iterator[tuple[int, in
                 columns.add(batch, forward(batch.x))
                 yield shard, len(batch.indices)
             yield shard, (columns.content(), columns.ends_in_failures)
-
-
-def _example(model: Model) -> torch.Tensor:
-    """Return noise on which an accelerated pass is verified."""
-    height, width = model.preprocessing.image_size
-    shape = (model.fixed_batch_size or 1, model.preprocessing.channels, height, width)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return x.to(model.device, memory_format=torch.channels_last)
 
 
 class _Columns:

@@ -5,7 +5,8 @@ All are computed from thumbnails and evidence that a diagnosis has recorded; the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from convscope.diagnosis.interventions import detail, frame_mask
 from convscope.diagnosis.observations import Observations
-from convscope.diagnosis.templates import Template, best_matches, correlate, refine, seed_patches
+from convscope.diagnosis.templates import Correlations, Template, refine, seed_patches
 from convscope.diagnosis.wording import separation
 
 Floats = npt.NDArray[np.float64]
@@ -65,19 +66,45 @@ class ShortcutCandidate:
 
 
 def propose(
-    observations: Observations, label: int, statistics: ImageStatistics, rng: np.random.Generator
+    observations: Observations,
+    classes: Sequence[int],
+    rng: np.random.Generator,
+    report_progress: Callable[[int], None],
 ) -> list[ShortcutCandidate]:
-    """Return candidates for a class that separate its images from the others."""
-    is_member = observations.labels == label
-    others = observations.is_labelled & ~is_member
-    candidates = []
-    for kind, amounts in statistics.amounts(is_member, others).items():
-        value = separation(np.where(is_member | others, amounts, np.nan), is_member)
-        if value >= MIN_SEPARATION[kind]:
-            threshold = best_threshold(amounts[is_member], amounts[others])
-            candidates.append(ShortcutCandidate(kind, label, amounts, threshold, value))
-    patch = find_patch(observations, statistics, label, rng)
-    return [*candidates, *([patch] if patch else [])]
+    """Return candidates that separate the images of a class from the others.
+
+    Parameters
+    ----------
+    observations : Observations
+    classes : sequence of int
+    rng : numpy.random.Generator
+    report_progress : callable
+        Called with the number of classes done.
+    """
+    statistics = ImageStatistics(observations.thumbnails)
+    candidates, templates = [], {}
+    for done, label in enumerate(classes):
+        report_progress(done)
+        is_member = observations.labels == label
+        others = observations.is_labelled & ~is_member
+        for kind, amounts in statistics.amounts(is_member, others).items():
+            candidates += _candidate(observations, ShortcutCandidate(kind, label, amounts, 0, 0))
+        if template := find_template(observations, label, rng):
+            templates[label] = template
+    for label, (values, corners) in match_templates(observations.thumbnails, templates).items():
+        candidate = ShortcutCandidate("patch", label, values, 0, 0, templates[label], corners)
+        candidates += _candidate(observations, candidate)
+    return candidates
+
+
+def _candidate(observations: Observations, candidate: ShortcutCandidate) -> list[ShortcutCandidate]:
+    """Return a candidate with its threshold and separation, if it separates the class well enough."""
+    is_member = observations.labels == candidate.label
+    others, amounts = observations.is_labelled & ~is_member, candidate.amounts
+    value = separation(np.where(is_member | others, amounts, np.nan), is_member)
+    if value < MIN_SEPARATION[candidate.kind]:
+        return []
+    return [replace(candidate, separation=value, threshold=best_threshold(amounts[is_member], amounts[others]))]
 
 
 def best_threshold(inside: Floats, outside: Floats) -> float:
@@ -99,18 +126,17 @@ class ImageStatistics:
     """
 
     def __init__(self, thumbnails: np.ndarray) -> None:
-        self.thumbnails = thumbnails
-        parts = [self._measure(self.pixels(rows)) for rows in chunks(len(thumbnails))]
+        parts = [self._measure(thumbnails[rows]) for rows in chunks(len(thumbnails))]
         self.vectors = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
 
-    def pixels(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Return thumbnails (n, 3, s, s) in [0, 1]."""
-        return torch.from_numpy(np.ascontiguousarray(self.thumbnails[rows])).movedim(3, 1).float() / 255
-
     @staticmethod
-    def _measure(pixels: Tensor) -> dict[str, Floats]:
-        vectors = {"color": _color_vector(pixels.flatten(2)), "blur": -detail(pixels).double().numpy()[:, None]}
-        return vectors | {kind: _frame_vector(pixels, width) for kind, width in FRAMES.items()}
+    def _measure(thumbnails: np.ndarray) -> dict[str, Floats]:
+        pixels = as_pixels(thumbnails)
+        vectors = {
+            "color": color_vector(thumbnails.reshape(len(thumbnails), -1, 3)),
+            "blur": -detail(pixels).double().numpy()[:, None],
+        }
+        return vectors | {kind: _frame_vector(thumbnails, pixels, width) for kind, width in FRAMES.items()}
 
     def amounts(self, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> dict[str, Floats]:
         """Return for each kind how much each image (N,) resembles the class rather than the others."""
@@ -120,25 +146,40 @@ class ImageStatistics:
         }
 
 
+def as_pixels(thumbnails: np.ndarray) -> Tensor:
+    """Return thumbnails (n, s, s, 3) as images (n, 3, s, s) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(thumbnails)).movedim(3, 1).float() / 255
+
+
 def chunks(count: int) -> list[npt.NDArray[np.int64]]:
     """Return the numbers below `count` in parts of at most 256."""
     return np.array_split(np.arange(count), max(1, -(-count // CHUNK)))
 
 
-def _frame_vector(pixels: Tensor, width: float) -> Floats:
-    """Return the colors and gradients (N, D) in a frame of images (N, C, H, W)."""
+def _frame_vector(thumbnails: np.ndarray, pixels: Tensor, width: float) -> Floats:
+    """Return the colors and gradients (N, D) in a frame of thumbnails (N, s, s, 3); `pixels` are the same in [0, 1]."""
     mask = frame_mask((pixels.shape[2], pixels.shape[3]), width)
     vertical = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(1)[:, mask[1:] & mask[:-1]]
     horizontal = (pixels[..., 1:] - pixels[..., :-1]).abs().mean(1)[:, mask[:, 1:] & mask[:, :-1]]
     gradients = torch.stack([g(1) for part in (vertical, horizontal) for g in (part.mean, part.std)], 1)
-    return np.concatenate([_color_vector(pixels[:, :, mask]), gradients.double().numpy()], axis=1)
+    return np.concatenate([color_vector(thumbnails[:, mask.numpy()]), gradients.double().numpy()], axis=1)
 
 
-def _color_vector(flat: Tensor) -> Floats:
-    """Return mean, deviation and extreme quantiles (N, 4 C) of channels (N, C, P)."""
-    quantiles = torch.quantile(flat, torch.tensor([0.05, 0.95]), dim=2)
-    parts = [flat.mean(2), flat.std(2, correction=0), quantiles[0], quantiles[1]]
-    return torch.cat(parts, 1).double().numpy()
+def color_vector(levels: np.ndarray) -> Floats:
+    """Return mean, deviation and the quantiles 0.05 and 0.95 (N, 4 C) of channels (N, P, C) of 256 levels, as uint8.
+
+    All follow from the number of pixels of each level; quantiles are levels that occur.
+    """
+    count, pixels, channels = levels.shape
+    offsets = 256 * np.arange(count * channels).reshape(count, 1, channels)
+    counts = np.bincount((levels + offsets).ravel(), minlength=256 * count * channels)
+    shares = counts.reshape(count, channels, 256) / pixels
+    values = np.arange(256) / 255
+    mean = shares @ values
+    deviation = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
+    cumulative = shares.cumsum(2)
+    quantiles = [values[(cumulative >= q - 1e-9).argmax(2)] for q in (0.05, 0.95)]
+    return np.concatenate([mean, deviation, *quantiles], axis=1)
 
 
 def discriminant(vectors: Floats, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> Floats:
@@ -159,50 +200,49 @@ def discriminant(vectors: Floats, is_member: npt.NDArray[np.bool_], others: npt.
     return np.asarray(vectors @ weights)
 
 
-def find_patch(
-    observations: Observations, statistics: ImageStatistics, label: int, rng: np.random.Generator
-) -> ShortcutCandidate | None:
+def find_template(observations: Observations, label: int, rng: np.random.Generator) -> Template | None:
     """Find a patch that recurs in the images of a class with nearly equal pixels, and not in others."""
     predicted = np.flatnonzero((observations.labels == label) & (observations.predictions == label))
     outside = np.flatnonzero(observations.is_labelled & (observations.labels != label))
     if len(predicted) < SEED_IMAGES or len(outside) < SEED_IMAGES:
         return None
     chosen = rng.permutation(predicted)[:SEARCHED]
-    inside_pixels, outside_pixels = (statistics.pixels(part) for part in (chosen, rng.permutation(outside)[:SEARCHED]))
+    inside, rest = (
+        Correlations(as_pixels(observations.thumbnails[rows])) for rows in (chosen, rng.permutation(outside)[:SEARCHED])
+    )
     evidence = torch.from_numpy(np.asarray(observations.evidence[chosen], np.float32))
-    variance = inside_pixels.var((0, 2, 3)).mean()
+    variance = inside.images.var((0, 2, 3)).mean()
     best: tuple[float, Template] | None = None
     for relative in PATCH_SIDES:
-        side = max(4, round(relative * min(inside_pixels.shape[2:])))
-        seeds = seed_patches(inside_pixels, evidence, side, SEED_IMAGES)
-        inside = correlate(inside_pixels, seeds).flatten(2).amax(2)
-        rest = correlate(outside_pixels, seeds).flatten(2).amax(2)
-        scores = torch.stack([a.quantile(0.6) - b.quantile(0.9) for a, b in zip(inside.T, rest.T, strict=True)])
+        side = max(4, round(relative * min(inside.images.shape[2:])))
+        seeds = seed_patches(inside.images, evidence, side, SEED_IMAGES)
+        peaks = [part.maps(seeds).flatten(2).amax(2).T for part in (inside, rest)]
+        scores = torch.stack([_gap(*pair) for pair in zip(*peaks, strict=True)])
         for seed in scores.topk(2).indices:
-            template = refine(inside_pixels, seeds[seed], variance)
-            values, others = (
-                best_matches(inside_pixels, template.patch)[0],
-                best_matches(outside_pixels, template.patch)[0],
-            )
-            quality = float(values.quantile(0.6) - others.quantile(0.9))
+            template = refine(inside, seeds[seed], variance)
+            values, others = (part.best_matches(template.patch)[0] for part in (inside, rest))
+            quality = float(_gap(values, others))
             is_patch = float(values.median()) >= MIN_CORRELATION and template.constancy >= MIN_CONSTANT
             if is_patch and (best is None or quality > best[0]):
                 best = quality, template
-    if best is None or best[0] <= 0:
-        return None
-    return _patch_candidate(observations, statistics, label, best[1])
+    return best[1] if best and best[0] > 0 else None
 
 
-def _patch_candidate(
-    observations: Observations, statistics: ImageStatistics, label: int, template: Template
-) -> ShortcutCandidate | None:
-    parts = [best_matches(statistics.pixels(rows), template.patch) for rows in chunks(len(observations))]
-    values = torch.cat([part[0] for part in parts]).double().numpy()
-    corners = torch.cat([part[1] for part in parts]).numpy()
-    is_member = observations.labels == label
-    others = observations.is_labelled & ~is_member
-    value = separation(np.where(is_member | others, values, np.nan), is_member)
-    if value < MIN_SEPARATION["patch"]:
-        return None
-    threshold = best_threshold(values[is_member], values[others])
-    return ShortcutCandidate("patch", label, values, threshold, value, template, corners)
+def _gap(inside: Tensor, outside: Tensor) -> Tensor:
+    """Return how far the correlations of most images of a class exceed those of nearly all others."""
+    return inside.quantile(0.6) - outside.quantile(0.9)
+
+
+def match_templates(
+    thumbnails: np.ndarray, templates: Mapping[int, Template]
+) -> dict[int, tuple[Floats, npt.NDArray[np.int64]]]:
+    """Return the correlation (N,) and position (N, 2) of each template's best match in each image, by the same keys."""
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {key: [] for key in templates}
+    for rows in chunks(len(thumbnails)) if templates else []:
+        correlations = Correlations(as_pixels(thumbnails[rows]))
+        for key, template in templates.items():
+            parts[key].append(correlations.best_matches(template.patch))
+    return {
+        key: (torch.cat([p[0] for p in matches]).double().numpy(), torch.cat([p[1] for p in matches]).numpy())
+        for key, matches in parts.items()
+    }

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from convscope.diagnosis.causal_tests import CausalTest, Effect, Scores
 from convscope.diagnosis.clustering import jaccard, standardize
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
-from convscope.diagnosis.forward import softmax_logits
+from convscope.diagnosis.forward import scoring_forward
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.shortcut_candidates import FRAMES, ImageStatistics, ShortcutCandidate, propose
+from convscope.diagnosis.shortcut_candidates import ShortcutCandidate, propose
+from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES, Outcome, ShortcutTests, searched_classes
 from convscope.diagnosis.statistics import benjamini_hochberg
 from convscope.diagnosis.wording import percent, separation
-from convscope.engine import capture
-from convscope.engine.batching import forward_batch_size, pad_to_fixed_batch
-from convscope.engine.validation import require_finite
 
 LEVEL = 0.05  # of the false discovery rate
-MIN_IMAGES = 12  # of a class, and of the others
-COMPARED_CLASSES = 3  # whose frames are compared
-TESTED_IMAGES = 40  # of the class, and of the others, that are changed
-MIN_EFFECT = 0.15  # change of the probability beyond that of random changes
-MIN_BLUR_EFFECT = 0.1  # of blur, which is rarely matched exactly
-TYPICAL = 3  # times the effect of other classes' frames, from which that of one class is not its object's
-MAX_CLASSES = 100  # in which shortcuts are searched: those with most images
-MAX_CANDIDATES = 40  # that are tested, those that separate best
+MIN_CANDIDATES, MAX_CANDIDATES = 12, 40  # that are tested, those that separate best
+IMAGES_PER_CANDIDATE = 24
 OVERLAP = 0.5  # Jaccard index of images from which findings about a class are one
 UNITS = 5
 SPECIFICITY = {"patch": 1.5, "border": 1.5, "color": 1.2, "blur": 1.2, "background": 1.0}
@@ -80,136 +68,34 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
     rng = np.random.default_rng(context.seed)
     if context.model.preprocessing.axes != 2:
         return Search("shortcut", PURPOSE, 0, notes=("Shortcuts are searched in images only.",))
-    classes = _searched_classes(observations)
-    statistics = ImageStatistics(observations.thumbnails)
-    candidates = [c for label in classes for c in propose(observations, label, statistics, rng)]
-    candidates = sorted(candidates, key=lambda c: -c.separation)[:MAX_CANDIDATES]
-    outcomes: list[_Outcome] = []
-    with torch.no_grad(), capture.capture_layers(context.model, []) as run:
-
-        def scores(x: Tensor) -> Tensor:
-            parts = []
-            for part in torch.split(x, forward_batch_size(context.model, context.memory)):
-                logits = run(pad_to_fixed_batch(context.model, part)).logits[: len(part)]
-                require_finite(context.model, logits, "the network's output for a modified image")
-                parts.append(softmax_logits(context.model, logits).float().softmax(1).cpu())
-            return torch.cat(parts)
-
+    classes = searched_classes(observations)
+    most = max_candidates(len(observations))
+    steps = len(classes) + most
+    candidates = propose(observations, classes, rng, lambda done: context.report_progress(done, steps))
+    candidates = sorted(candidates, key=lambda c: -c.separation)[:most]
+    candidates.sort(key=lambda c: c.label)  # those of a class share images
+    outcomes: list[Outcome] = []
+    with scoring_forward(context.model, context.memory) as scores:
+        tests = ShortcutTests(context, scores)
         for done, candidate in enumerate(candidates):
-            context.report_progress(done, len(candidates))
-            outcomes += _test(context, candidate, scores, rng)
+            context.report_progress(len(classes) + done, steps)
+            outcomes += tests.outcomes(candidate)
     corrected = benjamini_hochberg([outcome.p_value for outcome in outcomes]) if outcomes else np.empty(0)
     passed = [(o, float(q)) for o, q in zip(outcomes, corrected, strict=True) if q <= LEVEL and o.is_causal]
     passed.sort(key=lambda pair: -pair[0].inserted.size * SPECIFICITY[pair[0].candidate.kind])
-    reported: list[tuple[_Outcome, float]] = []
+    reported: list[tuple[Outcome, float]] = []
     for outcome, q in passed:
         if not any(_same(outcome.candidate, other.candidate) for other, _ in reported):
             reported.append((outcome, q))
     reported.sort(key=lambda pair: -pair[0].inserted.size)
-    context.report_progress(len(candidates), len(candidates))
+    context.report_progress(steps, steps)
     detectable = f"Changes of the probability from {MIN_EFFECT} on, with {TESTED_IMAGES} images on each side."
     return Search("shortcut", PURPOSE, len(outcomes), detectable, tuple(_finding(context, o, q) for o, q in reported))
 
 
-def _searched_classes(observations: Observations) -> list[int]:
-    """Return the classes with enough images, those with most first."""
-    counts = np.bincount(observations.labels[observations.is_labelled], minlength=len(observations.classes))
-    is_large = (counts >= MIN_IMAGES) & (counts.sum() - counts >= MIN_IMAGES)
-    return [int(c) for c in np.argsort(-counts, kind="stable") if is_large[c]][:MAX_CLASSES]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """A tested candidate: what inserting and removing it does.
-
-    Attributes
-    ----------
-    removed : Effect or None
-        Measured only where inserting has a large effect and removing is possible, as the following ones.
-    center : Effect or None
-        For frames: what inserting the centre does, in which the object may be.
-    typical : float
-        For frames whose effect is no larger than the centre's: the median effect of those of other classes.
-    """
-
-    candidate: ShortcutCandidate
-    inserted: Effect
-    removed: Effect | None
-    center: Effect | None
-    typical: float
-    p_value: float
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether inserting has a large effect, and removing takes away more than random changes do."""
-        size = self.inserted.size
-        if self.center is not None and size < self.center.size + MIN_EFFECT and size < TYPICAL * self.typical:
-            return False  # the object reaches into the frame
-        return size >= min_effect(self.candidate) and (self.removed is None or self.removed.size > 0)
-
-
-def min_effect(candidate: ShortcutCandidate) -> float:
-    """Return the effect from which a candidate is reported."""
-    return MIN_BLUR_EFFECT if candidate.kind == "blur" else MIN_EFFECT
-
-
-def _test(
-    context: DiagnosisContext, candidate: ShortcutCandidate, scores: Scores, rng: np.random.Generator
-) -> Iterator[_Outcome]:
-    """Test a candidate, if enough images carry it and enough do not."""
-    observations, label = context.observations, candidate.label
-    carriers = np.flatnonzero(candidate.carriers & (observations.predictions == label))
-    test = _prepare(context, label, carriers, ~candidate.carriers, scores, rng)
-    if test is None:
-        return
-    inserted = test.inserted(candidate)
-    p_value, is_large = inserted.p_value(rng), inserted.size >= min_effect(candidate)
-    removed = test.removed(candidate) if is_large else None
-    center, typical = None, 0.0
-    if is_large and candidate.kind in FRAMES:
-        center = test.center(FRAMES[candidate.kind])
-        if inserted.size < center.size + MIN_EFFECT:
-            typical = _typical_frame(context, label, FRAMES[candidate.kind], scores, rng)
-    yield _Outcome(candidate, inserted, removed, center, typical, p_value)
-
-
-def _prepare(
-    context: DiagnosisContext,
-    label: int,
-    carriers: npt.NDArray[np.int64],
-    is_free: npt.NDArray[np.bool_],
-    scores: Scores,
-    rng: np.random.Generator,
-) -> CausalTest | None:
-    """Load images of a class, and of others that are free of a candidate; None if there are too few."""
-    observations = context.observations
-    is_other = observations.is_labelled & (observations.labels != label) & (observations.predictions != label)
-    others = np.flatnonzero(is_other & is_free)
-    if min(len(carriers), len(others)) < MIN_IMAGES // 2:
-        return None
-    inside, outside = (np.sort(rng.permutation(rows)[:TESTED_IMAGES]) for rows in (carriers, others))
-    return CausalTest(
-        scores=scores,
-        inside=context.load_inputs(inside.tolist()).float(),
-        outside=context.load_inputs(outside.tolist()).float(),
-        inside_rows=inside,
-        label=label,
-        thumbnail_size=(observations.thumbnails.shape[1], observations.thumbnails.shape[2]),
-        generator=torch.Generator().manual_seed(context.seed),
-    )
-
-
-def _typical_frame(
-    context: DiagnosisContext, label: int, width: float, scores: Scores, rng: np.random.Generator
-) -> float:
-    """Return the median effect of inserting frames of images of other classes."""
-    observations = context.observations
-    sizes = []
-    for other in rng.permutation([c for c in _searched_classes(observations) if c != label])[:COMPARED_CLASSES]:
-        members = np.flatnonzero((observations.labels == other) & (observations.predictions == other))
-        if test := _prepare(context, int(other), members, np.ones(len(observations), bool), scores, rng):
-            sizes.append(test.frame(width).size)
-    return float(np.median(sizes)) if sizes else 0.0
+def max_candidates(num_images: int) -> int:
+    """Return how many candidates are tested: few images do not support many tests."""
+    return min(max(num_images // IMAGES_PER_CANDIDATE, MIN_CANDIDATES), MAX_CANDIDATES)
 
 
 def _same(a: ShortcutCandidate, b: ShortcutCandidate) -> bool:
@@ -217,7 +103,7 @@ def _same(a: ShortcutCandidate, b: ShortcutCandidate) -> bool:
     return a.label == b.label and jaccard(a.carriers, b.carriers) >= OVERLAP
 
 
-def _finding(context: DiagnosisContext, outcome: _Outcome, q: float) -> Finding:
+def _finding(context: DiagnosisContext, outcome: Outcome, q: float) -> Finding:
     """Put a candidate that passed into words."""
     observations, candidate = context.observations, outcome.candidate
     name = observations.classes[candidate.label]
@@ -246,7 +132,7 @@ def _typical_first(observations: Observations, candidate: ShortcutCandidate) -> 
     return carriers[np.lexsort((-candidate.amounts[carriers], ~is_taken))]
 
 
-def _evidence(observations: Observations, outcome: _Outcome, images: npt.NDArray[np.int64]) -> dict[str, object]:
+def _evidence(observations: Observations, outcome: Outcome, images: npt.NDArray[np.int64]) -> dict[str, object]:
     """Return what the finding rests on, as JSON values."""
     candidate = outcome.candidate
     values: dict[str, object] = {

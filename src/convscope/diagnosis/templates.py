@@ -30,58 +30,82 @@ class Template:
     constancy: float
 
 
-def correlate(images: Tensor, patches: Tensor) -> Tensor:
-    """Return the normalised cross-correlation (n, m, H', W') of images (n, C, H, W) with patches (m, C, k, k).
+class Correlations:
+    """Normalised cross-correlations of images with patches; what depends on the images alone is computed once.
 
     ::
 
         sum (x - mean x) (t - mean t) / (|x - mean x| |t - mean t|)    over channels and the positions of the patch,
 
     where each channel has its own mean, so that flat patches of any color have none (Lewis, Fast normalized
-    cross-correlation, Vision Interface 1995).
+    cross-correlation, Vision Interface 1995). The products are those of Fourier transforms, at the same cost for
+    patches of any size.
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, C, H, W)
     """
-    side = (patches.shape[2], patches.shape[3])
-    area = side[0] * side[1]
-    centered = patches - patches.mean((2, 3), keepdim=True)
-    products = F.conv2d(images, centered)
-    total, squares = (box_sums(values, side) for values in (images.double(), images.double().square()))
-    norm = (squares - total.square() / area).sum(1, keepdim=True).clamp(min=FLAT * area).sqrt().to(images.dtype)
-    correlations: Tensor = products / norm / centered.flatten(1).norm(dim=1).clamp(min=FLAT).view(1, -1, 1, 1)
-    return correlations
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self._spectra = torch.fft.rfft2(images)
+        self._norms: dict[tuple[int, int], Tensor] = {}
+
+    def maps(self, patches: Tensor) -> Tensor:
+        """Return the correlations (n, m, H', W') with patches (m, C, k, k)."""
+        side, size = (patches.shape[2], patches.shape[3]), (self.images.shape[2], self.images.shape[3])
+        centered = patches - patches.mean((2, 3), keepdim=True)
+        spectra = torch.fft.rfft2(centered, s=size).conj()
+        total = self._spectra[:, None, 0] * spectra[:, 0]
+        for channel in range(1, patches.shape[1]):
+            total += self._spectra[:, None, channel] * spectra[:, channel]
+        products = torch.fft.irfft2(total, s=size)[..., : size[0] - side[0] + 1, : size[1] - side[1] + 1]
+        norms = centered.flatten(1).norm(dim=1).clamp(min=FLAT)
+        correlations: Tensor = products / (self._norm(side) * norms.view(1, -1, 1, 1))
+        return correlations
+
+    def best_matches(self, patch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each image's largest correlation (n,) with a patch (C, k, k), and its upper left (y, x) (n, 2)."""
+        maps = self.maps(patch[None])[:, 0]
+        values, positions = maps.flatten(1).max(1)
+        return values, torch.stack([positions // maps.shape[2], positions % maps.shape[2]], 1)
+
+    def _norm(self, side: tuple[int, int]) -> Tensor:
+        """Return the norm (n, 1, H', W') of each box (h, w) of the images, less the means of its channels."""
+        if side not in self._norms:
+            area = side[0] * side[1]
+            squares = box_sums(self.images.square().sum(1, keepdim=True), side)
+            means = box_sums(self.images, side).square().sum(1, keepdim=True) / area
+            self._norms[side] = (squares - means).clamp(min=FLAT * area).sqrt()
+        return self._norms[side]
 
 
 def box_sums(images: Tensor, side: tuple[int, int]) -> Tensor:
     """Return the sums (n, C, H', W') of images (n, C, H, W) in all boxes (h, w), whatever their size at equal cost.
 
-    Four values of the table of sums over all pixels above and to the left (Crow, Summed-area tables for texture
-    mapping, SIGGRAPH 1984).
+    Differences of cumulative sums, of lines and then of columns of the lines' sums, so that they stay small.
     """
-    table = F.pad(images.cumsum(2).cumsum(3), (1, 0, 1, 0))
-    rows = table[:, :, side[0] :] - table[:, :, : -side[0]]
-    return rows[..., side[1] :] - rows[..., : -side[1]]
+    lines = F.pad(images.cumsum(3), (1, 0))
+    rows = lines[..., side[1] :] - lines[..., : -side[1]]
+    columns = F.pad(rows.cumsum(2), (0, 0, 1, 0))
+    return columns[:, :, side[0] :] - columns[:, :, : -side[0]]
 
 
-def best_matches(images: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each image's largest correlation (n,) with a patch (C, k, k), and the match's upper left (y, x) (n, 2)."""
-    maps = correlate(images, patch[None])[:, 0]
-    values, positions = maps.flatten(1).max(1)
-    return values, torch.stack([positions // maps.shape[2], positions % maps.shape[2]], 1)
-
-
-def refine(images: Tensor, patch: Tensor, variance: Tensor, steps: int = 2) -> Template:
+def refine(correlations: Correlations, patch: Tensor, variance: Tensor, steps: int = 2) -> Template:
     """Average the patches that match best, in the better half of the images, and align again.
 
     Parameters
     ----------
-    images : Tensor of shape (n, C, H, W)
+    correlations : Correlations
+        Of the images.
     patch : Tensor of shape (C, k, k)
     variance : Tensor of shape ()
         Of pixels in general.
     steps : int
     """
-    aligned = patch[None]
+    images, aligned = correlations.images, patch[None]
     for _ in range(steps):
-        values, corners = best_matches(images, patch)
+        values, corners = correlations.best_matches(patch)
         best = values.topk(max(2, len(images) // 2)).indices
         aligned = cut_boxes(images[best], corners[best], (patch.shape[-2], patch.shape[-1]))
         patch = aligned.mean(0)
