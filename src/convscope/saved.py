@@ -19,11 +19,11 @@ from convscope.attribution.result import Heatmaps
 from convscope.attribution.targets import SavedTargets
 from convscope.decomposition.result import Atlas, Concepts
 from convscope.detection.result import Detections
-from convscope.diagnosis.finding import Finding
-from convscope.diagnosis.flat import from_json, restore
+from convscope.diagnosis.changed_images import ChangedImages
+from convscope.diagnosis.flat import restore
 from convscope.diagnosis.overview import Overview
-from convscope.diagnosis.result import OVERVIEW, Diagnosis
-from convscope.diagnosis.search import Search
+from convscope.diagnosis.result import CHANGED, OVERVIEW, Diagnosis
+from convscope.diagnosis.saved_searches import finding_from_json, search_from_json
 from convscope.dictionaries.files import read_weights
 from convscope.dictionaries.foreign import dictionary_from_file
 from convscope.dictionaries.result import Dictionary
@@ -328,19 +328,18 @@ def _patching(data: SavedData) -> Patching:
 
 
 def _diagnosis(data: SavedData) -> Diagnosis:
-    findings = [
-        Finding(**{name: from_json(value) if name != "evidence" else value for name, value in finding.items()})
-        for finding in data.parameters["findings"]
-    ]
+    findings = [finding_from_json(values) for values in data.parameters["findings"]]
     searches = tuple(
-        Search(
-            **{**search, "notes": tuple(search["notes"])},
-            findings=tuple(f for f in findings if f.kind == search["kind"]),
-        )
-        for search in data.parameters["searches"]
+        search_from_json(values | {"findings": [f for f in data.parameters["findings"] if f["kind"] == values["kind"]]})
+        for values in data.parameters["searches"]
     )
-    overview = restore(Overview, data.arrays, data.parameters["overview"], OVERVIEW)
-    return data.make(Diagnosis, findings=findings, searches=searches, overview=overview)
+    return data.make(
+        Diagnosis,
+        findings=findings,
+        searches=searches,
+        overview=restore(Overview, data.arrays, data.parameters["overview"], OVERVIEW),
+        changed_images=restore(ChangedImages, data.arrays, {}, CHANGED),
+    )
 
 
 def _atlas(data: SavedData) -> Atlas:

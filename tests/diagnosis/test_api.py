@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.arguments import ArgumentError
-from convscope.diagnosis import api
+from convscope.diagnosis import analyses
+from convscope.diagnosis.flat import to_json
 from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.search import Search
 
@@ -27,7 +29,7 @@ SIZE = 16
 def _without_shortcuts():
     """Leave out the search for shortcuts, which has tests of its own and takes much longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "find_shortcuts", lambda _: Search("shortcut", "", 0, "Nothing was tested."))
+        patch.setattr(analyses, "find_shortcuts", lambda _: Search("shortcut", "", 0, "Nothing was tested."))
         yield
 
 
@@ -107,6 +109,34 @@ def test_the_same_seed_gives_the_same_findings(data: Path, diagnosis, tmp_path: 
         resumed = convscope.diagnose(color_model(), data, layer="conv", out=tmp_path / "out")
     assert resumed.findings == diagnosis.findings
     assert len(convscope.open(tmp_path / "out").findings) == len(diagnosis.findings)
+
+
+def test_a_stopped_run_repeats_no_finished_search(
+    data: Path, diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object) -> Search:
+        raise KeyboardInterrupt
+
+    def diagnose(seed: int = 0) -> convscope.Diagnosis:
+        with pytest.warns(convscope.ConvscopeWarning):
+            return convscope.diagnose(color_model(), data, layer="conv", out=tmp_path, seed=seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analyses, "find_slices", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convscope.diagnose(color_model(), data, layer="conv", out=tmp_path)
+    finished = {path.stem for path in (tmp_path / "searches").glob("*.json")}
+    assert finished == {"labels", "confusions", "calibration", "duplicates"}
+    assert not (tmp_path / "manifest.json").exists()
+    with monkeypatch.context() as patch:
+        for name in ("find_label_errors", "find_confusions", "find_miscalibration", "find_near_duplicates"):
+            patch.setattr(analyses, name, lambda *_, **__: pytest.fail("ran again"))
+        with pytest.raises(pytest.fail.Exception, match="ran again"):  # the searches are of another seed
+            convscope.diagnose(color_model(), data, layer="conv", out=tmp_path, seed=1)
+        resumed = diagnose()
+    assert [to_json(asdict(f)) for f in resumed.findings] == [to_json(asdict(f)) for f in diagnosis.findings]
+    np.testing.assert_array_equal(resumed.label_quality, diagnosis.label_quality)
+    assert not (tmp_path / "searches").exists()
 
 
 def test_lists_with_labels(data: Path, tmp_path: Path) -> None:

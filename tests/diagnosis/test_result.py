@@ -6,18 +6,22 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import convscope
+from convscope.diagnosis.changed_images import ChangedImages
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.flat import flatten, restore, to_json
 from convscope.diagnosis.overview import Overview, summarize
 from convscope.diagnosis.result import OVERVIEW, Diagnosis
 from convscope.diagnosis.search import Search
-from tests.diagnosis.helpers import make_observations, make_small_model
+from convscope.plotting.diagnosis import most_confused
+from convscope.plotting.diagnosis_page import display_names, mean_mark
+from tests.diagnosis.helpers import SIDE, make_observations, make_small_model
 
 CLASSES = ["cat", "dog & <b>"]
 FILES = {"index.html", "diagnosis.png", "overview.png", "findings.json", "images.csv", "arrays.npz", "manifest.json"}
@@ -46,6 +50,18 @@ def diagnosis() -> Diagnosis:
         ),
         Finding("duplicate", "2 images are copies.", "Remove one.", (3, 5), (), 2.0, (1.0, 3.0), nan),
     ]
+    pixels = generator.integers(0, 256, (2, 2, SIDE, SIDE, 3), dtype=np.uint8)
+    changed = ChangedImages(
+        finding=np.array([1, 1]),
+        inserted=np.array([True, False]),
+        image=np.array([4, 5]),
+        before=pixels[0],
+        after=pixels[1],
+        prediction_before=np.array([0, 1]),
+        prediction_after=np.array([1, 1]),
+        confidence_before=np.array([0.9, 0.8], np.float32),
+        confidence_after=np.array([0.7, 0.6], np.float32),
+    )
     quality = np.where(labels >= 0, generator.random(60), np.nan).astype(np.float32)
     searches = (
         Search("slice", "Groups with more errors.", 12, "", (findings[0],)),
@@ -59,6 +75,7 @@ def diagnosis() -> Diagnosis:
         searches=searches,
         overview=summarize(observations),
         label_quality=quality,
+        changed_images=changed,
         layer="0",
         layer_reason="the last one",
         data_name="data/animals",
@@ -127,8 +144,12 @@ def test_the_page_is_self_contained_and_escaped(diagnosis: Diagnosis, tmp_path: 
     assert "dog &amp; &lt;b&gt;" in page
     assert "<b>&gt;" not in page
     assert "<i>" not in page
+    assert "<br>label" in page
+    assert "x/" not in page.partition("<style>")[2].partition("Data:")[0]
     assert "“cat” in the dark is often wrong." in page
-    assert "25.0 % (95 % interval 10.0 % to 40.0 %)</b>; p &lt; 0.0001" in page
+    assert "+25.0 percentage points (95 % interval +10.0 to +40.0)</b>; p &lt; 0.0001" in page
+    assert "before: cat, 90.0 % sure<br>after: <b>dog &amp; &lt;b&gt;, 70.0 % sure</b>" in page
+    assert "before: dog &amp; &lt;b&gt;, 80.0 % sure<br>after: dog &amp; &lt;b&gt;, 60.0 % sure" in page
     assert "An effect of 10 points would have been found." in page
     assert page.count("<section") == 2
 
@@ -142,6 +163,7 @@ def test_without_findings(diagnosis: Diagnosis, tmp_path: Path) -> None:
         searches=diagnosis.searches[2:],
         overview=diagnosis.overview,
         label_quality=diagnosis.label_quality,
+        changed_images=ChangedImages.none(),
         layer="0",
         layer_reason="",
         data_name="data",
@@ -166,3 +188,34 @@ def test_flattening_is_inverted(diagnosis: Diagnosis) -> None:
     for name, array in arrays.items():
         np.testing.assert_array_equal(again_arrays[name], array)
     assert to_json({"a": (np.float32(0.5), float("nan"), np.arange(2))}) == {"a": [0.5, None, [0, 1]]}
+
+
+def test_the_most_confused_classes_come_in_pairs() -> None:
+    matrix = np.diag([5, 5, 5, 5, 5])
+    matrix[0, 3], matrix[3, 0], matrix[4, 1] = 2, 1, 2
+    assert most_confused(matrix, 2).tolist() == [0, 3]
+    assert most_confused(matrix, 4).tolist() == [0, 3, 1, 4]
+    assert most_confused(matrix, 9).tolist() == [0, 3, 1, 4, 2]
+
+
+def test_the_mean_mark_is_cut_out_with_a_margin(diagnosis: Diagnosis) -> None:
+    finding = replace(
+        diagnosis.findings[0], images=(3, 5), evidence={"boxes": [[0.25, 0.5, 0.5, 0.75], [0, 0, 0.25, 0.25]]}
+    )
+    mark = mean_mark(diagnosis, finding)
+    first, second = (diagnosis.thumbnails[np.searchsorted(diagnosis.examples, i)].astype(float) for i in (3, 5))
+    np.testing.assert_array_equal(mark, ((first[14:26, 6:18] + second[:12, :12]) / 2).round())
+    assert mean_mark(diagnosis, diagnosis.findings[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["/a/b/x/1.png", "/a/b/y/1.png"], ["x/1.png", "y/1.png"]),
+        (["/a/1.png", "/a/2.png"], ["1.png", "2.png"]),
+        (["a/1.png", "b/c/1.png", "d.png"], ["a/1.png", "b/c/1.png", "d.png"]),
+        (["s3://bucket/x/1.png"], ["1.png"]),
+    ],
+)
+def test_names_on_the_page_lack_the_common_folder(diagnosis: Diagnosis, names: list[str], expected: list[str]) -> None:
+    assert display_names(replace(diagnosis, image_names=tuple(names))) == expected

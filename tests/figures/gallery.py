@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import convscope
+from convscope.diagnosis.changed_images import ChangedImages
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import summarize
 from convscope.featurevis.image_statistics import image_statistics
@@ -189,6 +190,7 @@ def diagnose_digits(model: convscope.Model) -> convscope.Diagnosis:
         searches=(),
         overview=summarize(observations),
         label_quality=np.ones(24, np.float32),
+        changed_images=ChangedImages.none(),
         layer=model.layers[0].name,
         layer_reason="",
         data_name="digits",

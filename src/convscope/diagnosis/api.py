@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,18 +14,11 @@ from convscope.arguments import check_arguments
 from convscope.attribution.api import resolve_method
 from convscope.attribution.default_layer import choose_layer
 from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
-from convscope.diagnosis.confusions import find_confusions
+from convscope.diagnosis.analyses import run_analyses, saved_searches
 from convscope.diagnosis.context import DiagnosisContext
-from convscope.diagnosis.importance import sort_findings
-from convscope.diagnosis.label_errors import find_label_errors
-from convscope.diagnosis.miscalibration import find_miscalibration
-from convscope.diagnosis.near_duplicates import find_near_duplicates
-from convscope.diagnosis.overview import Overview, summarize
+from convscope.diagnosis.overview import summarize
 from convscope.diagnosis.recording import RecordingJob, known_classes, plan_recording, record_observations
 from convscope.diagnosis.result import Diagnosis
-from convscope.diagnosis.search import Search
-from convscope.diagnosis.shortcuts import find_shortcuts
-from convscope.diagnosis.slices import find_slices
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike
 from convscope.engine.layer_table import Layer
@@ -82,10 +74,11 @@ def diagnose(
     layer : str, Layer or nn.Module, optional
         The layer whose activations and evidence are recorded. By default that of `convscope.heatmaps`.
     store : Store or path, optional
-        A scan of the same images with the same weights.
+        A scan of the same images with the same weights: units in findings have the names that it holds.
     out : path, optional
         Save the report in this folder, as ``Diagnosis.save`` does. What is recorded stays there too, in memory-mapped
-        files, so that memory does not grow with the number of images; without it the arrays are in memory.
+        files, so that memory does not grow with the number of images, and so do finished searches until the report
+        is complete; without it the arrays are in memory.
     seed : int
         Seed of all random draws.
     folds : int
@@ -158,14 +151,16 @@ def diagnose(
     context = DiagnosisContext(
         model, selected, observations, partial(_load_inputs, job, observations.image_ids), seed, _ignore, memory, opened
     )
-    outcome = _run_analyses(context, overview, folds, progress)
+    saved = saved_searches(job, context, folds, folder)
+    outcome = run_analyses(context, overview, folds, saved, progress)
     diagnosis = Diagnosis.of(
         model,
         observations,
-        sort_findings([f for search in outcome.searches for f in search.findings], overview.num_labelled),
+        outcome.findings,
         searches=outcome.searches,
         overview=overview,
         label_quality=outcome.label_quality,
+        changed_images=outcome.changed_images,
         layer=selected.name,
         layer_reason=layer_reason,
         data_name=catalogue.name,
@@ -177,6 +172,7 @@ def diagnose(
     )
     if folder is not None:
         diagnosis.save(folder)
+        saved.clear()
     return diagnosis
 
 
@@ -254,36 +250,7 @@ def _list_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + ", ..." * (len(names) > MAX_NAMES)
 
 
-# --- the analyses ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    searches: tuple[Search, ...]
-    label_quality: np.ndarray
-
-
-def _run_analyses(
-    context: DiagnosisContext,
-    overview: Overview,
-    folds: int,
-    progress: ProgressOption,
-) -> _Outcome:
-    """Run the analyses one after the other, each with a progress bar of its own."""
-    analyses: dict[str, Callable[[DiagnosisContext], Search]] = {
-        "confusions": partial(find_confusions, overview=overview),
-        "calibration": partial(find_miscalibration, overview=overview),
-        "duplicates": find_near_duplicates,
-        "slices": find_slices,
-        "shortcuts": find_shortcuts,
-    }
-    with progress_bar(progress, "labels") as report:
-        labels, quality = find_label_errors(replace(context, report_progress=report), folds)
-    searches = [labels]
-    for name, analysis in analyses.items():
-        with progress_bar(progress, name) as report:
-            searches.append(analysis(replace(context, report_progress=report)))
-    return _Outcome(tuple(searches), quality)
+# --- the images again -------------------------------------------------------------------------------------------------
 
 
 def _load_inputs(job: RecordingJob, image_ids: np.ndarray, positions: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from convscope.diagnosis.changed_images import ChangedImages
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.flat import flatten, to_json
 from convscope.diagnosis.observations import Observations
@@ -21,7 +22,7 @@ from convscope.images.failures import Failure
 from convscope.results import Result, format_csv
 
 MAX_EXAMPLES = 24  # images of a finding whose thumbnails are saved
-OVERVIEW = "overview."  # beginning of the names of its arrays
+OVERVIEW, CHANGED = "overview.", "changed."  # beginnings of the names of their arrays
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +50,8 @@ class Diagnosis(Result):
     thumbnails : ndarray of shape (M, s, s, 3), uint8
     evidence : ndarray of shape (M, h, w), float16
         Grad-CAM of the predicted class for these images.
+    changed_images : ChangedImages
+        Images before and after a shortcut is inserted or removed.
     observations : Observations or None
         All that was recorded about each image; None in a diagnosis that was saved and opened again.
     layer, layer_reason : str
@@ -73,6 +76,7 @@ class Diagnosis(Result):
     examples: np.ndarray = field(kw_only=True)
     thumbnails: np.ndarray = field(kw_only=True)
     evidence: np.ndarray = field(kw_only=True)
+    changed_images: ChangedImages = field(kw_only=True)
     observations: Observations | None = field(default=None, kw_only=True)
     layer: str = field(kw_only=True)
     layer_reason: str = field(kw_only=True)
@@ -159,7 +163,7 @@ class Diagnosis(Result):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all data, under the names by which they are saved."""
-        return {**super().arrays(), **self._overview()[0]}
+        return {**super().arrays(), **self._overview()[0], **flatten(self.changed_images, CHANGED)[0]}
 
     def parameters(self) -> dict[str, object]:
         """Return settings, findings, searches and the numbers of the overview, as JSON values."""
@@ -170,7 +174,8 @@ class Diagnosis(Result):
     def class_indices(self) -> list[int]:
         """Return the classes whose names the result needs."""
         named = [k for finding in self.findings for k in finding.classes]
-        return [*np.unique(np.concatenate([self.labels, self.predictions])).tolist(), *named]
+        classes = np.unique(np.concatenate([self.labels, self.predictions, self.changed_images.prediction_after]))
+        return [*classes.tolist(), *named]
 
     def _searches(self) -> list[dict[str, Any]]:
         """Return the searches without their findings, as JSON values."""

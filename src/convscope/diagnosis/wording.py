@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,21 @@ ADJECTIVES = {
     "height": ("low", "high"),
     "megapixels": ("small", "large"),
     "aspect ratio": ("upright", "wide"),
-    "bits per pixel": ("strongly compressed", "weakly compressed"),
     "JPEG quality": ("strongly compressed", "weakly compressed"),
 }
 """For facts by name: an adjective for images of which the fact is low, and one for high."""
+
+
+CLAUSES = {"bits per pixel": ("with small files for their size", "with large files for their size")}
+"""The same as clauses. A file without losses is small because its image has little detail, not by compression."""
 
 
 def describe_fact(name: str, is_high: bool) -> tuple[str, str]:
     """Return an adjective, if there is one, and a clause: ("dark", "") or ("", "with low shadows")."""
     if name in ADJECTIVES:
         return ADJECTIVES[name][is_high], ""
+    if name in CLAUSES:
+        return "", CLAUSES[name][is_high]
     return "", f"with {'high' if is_high else 'low'} {name}"
 
 
@@ -45,12 +50,12 @@ def describe_images(facts: Sequence[tuple[str, bool]], class_name: str | None, u
     return text
 
 
-def list_units(units: Sequence[int]) -> str:
-    """Return "unit 3", or "units 3, 5 and 8"."""
-    numbers = [str(unit) for unit in units]
-    if len(numbers) == 1:
-        return f"unit {numbers[0]}"
-    return f"units {', '.join(numbers[:-1])} and {numbers[-1]}"
+def list_units(units: Sequence[int], names: Mapping[int, str] | None = None) -> str:
+    """Return "unit 3", or "units 3, 5 and 8", with their names, if they are known: "unit 3 (striped fur)"."""
+    words = [f"{unit} ({names[unit]})" if names and unit in names else str(unit) for unit in units]
+    if len(words) == 1:
+        return f"unit {words[0]}"
+    return f"units {', '.join(words[:-1])} and {words[-1]}"
 
 
 def percent(value: float) -> str:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_FINDINGS = 4  # in the figure
 IMAGES_PER_FINDING = 8
-MAX_CLASSES = 40  # of the confusion matrix: the ones with the most errors
-MAX_NAMES = 20  # classes that are named at the axes
+MAX_CLASSES = 30  # of the confusion matrix: those that are confused most
+FEW_CLASSES = 20  # up to which their names are larger
 MAX_MARKED = 12  # classes up to which the numbers are written into the confusion matrix
 MIN_COVERAGE = 0.05  # below, the error rate is that of few images
 WIDTH, PLOTS_HEIGHT, FINDING_HEIGHT = 12.0, 4.0, 1.75
@@ -73,31 +73,38 @@ def _draw_overview(panels: list[Axes], result: Diagnosis) -> None:
 
 
 def _draw_confusion(axes: Axes, result: Diagnosis) -> None:
-    """Draw the shares of each label's images by prediction, for the classes with the most errors."""
+    """Draw the shares of each label's images by prediction, for the classes that are confused most."""
     overview, order = result.overview, result.overview.confusion_order
     matrix = overview.confusion
-    errors = matrix.sum(1) + matrix.sum(0) - 2 * np.diag(matrix)
-    selected = np.sort(np.argsort(-errors[order], kind="stable")[:MAX_CLASSES])
-    positions = order[selected]
+    positions = order[np.isin(order, most_confused(matrix, MAX_CLASSES))]
     counts = matrix[np.ix_(positions, positions)]
     shares = counts / np.maximum(matrix[positions].sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [shorten(result.model.class_name(int(k)), 16) for k in overview.class_scores.classes[positions]]
-    if len(names) <= MAX_NAMES:
-        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=90)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-    else:
-        axes.set_xticks([])
-        axes.set_yticks([])
+    size = 7 if len(names) <= FEW_CLASSES else 5
+    axes.set_xticks(range(len(names)), names, fontsize=size, rotation=90)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(names) <= MAX_MARKED:
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 color = "white" if shares[row, column] > 0.5 else DARK
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=color)
-    more = f"; {len(names)} of {len(order)} classes" if len(names) < len(order) else ""
+    more = f"; the {len(names)} of {len(order)} classes confused most" if len(names) < len(order) else ""
     axes.set_title(f"confusion matrix{more}", fontsize=9)
     axes.set_xlabel("predicted", fontsize=8)
     axes.set_ylabel("label", fontsize=8)
+
+
+def most_confused(matrix: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of `count` classes of a confusion matrix (P, P): of the pairs with most errors, then others.
+
+    Both classes of a pair are there, so that the errors can be seen also where each class has few images.
+    """
+    errors = np.triu(matrix + matrix.T, 1)
+    pairs = np.argsort(-errors, axis=None, kind="stable")[: min(count * count, np.count_nonzero(errors))]
+    by_pairs = np.stack(np.unravel_index(pairs, matrix.shape), 1).ravel()
+    positions = list(dict.fromkeys([*by_pairs.tolist(), *range(len(matrix))]))
+    return np.array(positions[:count])
 
 
 def _draw_reliability(axes: Axes, result: Diagnosis) -> None:

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,18 @@ from convscope.diagnosis.result import MAX_EXAMPLES, Diagnosis
 from convscope.formatting import base_name, format_cell
 from convscope.images.colormap import lookup_table
 
+FIRST = 8  # images of a finding that are visible at once, and printed
+MARKS = 24  # images that a recurring mark is averaged over
+MARK_MARGIN = 0.25  # of its side, around a mark
 MAX_CLASSES = 10  # in the table of the classes with the lowest recall
 MAX_LISTED = 200  # names of images that are listed on the page; all are in findings.json
 MAX_FACTS = 16  # numbers of a finding
 MAX_TEXT = 300  # characters of one of them
 MIN_PRINTED_P = 1e-4
 QUALITY = 88  # of JPEG thumbnails
+
+DIFFERENCES = ("shortcut", "slice", "calibration")
+"""Kinds whose effect is the difference of two shares or probabilities."""
 
 KIND_TITLES = {
     "shortcut": "Shortcut",
@@ -50,6 +56,18 @@ class _Card:
 
 
 @dataclass(frozen=True)
+class _Change:
+    """An image before and after a change, with the network's answers."""
+
+    name: str
+    before: str
+    after: str
+    answer_before: str
+    answer_after: str
+    is_changed: bool
+
+
+@dataclass(frozen=True)
 class _Section:
     """A finding on the page."""
 
@@ -59,6 +77,9 @@ class _Section:
     effect: str
     p_value: str
     cards: list[_Card]
+    mark: str
+    inserted: list[_Change]
+    removed: list[_Change]
     names: list[str]
     facts: list[tuple[str, str]]
 
@@ -79,8 +100,10 @@ def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str
         data_name=base_name(result.data_name.rstrip("/")),
         sections=[_section(result, n, finding, overlays) for n, finding in enumerate(result.findings, 1)],
         searches=[(KIND_TITLES.get(s.kind, s.kind), s) for s in result.searches],
+        empty=[(KIND_TITLES.get(s.kind, s.kind), s) for s in result.searches if s.kind not in kinds],
         kinds=kinds,
         classes=_lowest_recall(result),
+        first=FIRST,
         max_listed=MAX_LISTED,
         scale_colors=colors,
         percent=_percent,
@@ -89,6 +112,7 @@ def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str
 
 
 def _section(result: Diagnosis, number: int, finding: Finding, overlays: Mapping[int, np.ndarray]) -> _Section:
+    names = display_names(result)
     has_heatmaps = finding.kind not in ("duplicate", "calibration")
     return _Section(
         number,
@@ -96,16 +120,19 @@ def _section(result: Diagnosis, number: int, finding: Finding, overlays: Mapping
         finding,
         _format_effect(finding),
         _format_p_value(finding.p_value),
-        [_card(result, image, overlays if has_heatmaps else {}) for image in finding.images[:MAX_EXAMPLES]],
-        [result.image_names[image] for image in finding.images[:MAX_LISTED]],
+        [_card(result, names, image, overlays if has_heatmaps else {}) for image in finding.images[:MAX_EXAMPLES]],
+        "" if (mark := mean_mark(result, finding)) is None else _data_url(mark),
+        _changes(result, names, number, inserted=True),
+        _changes(result, names, number, inserted=False),
+        [names[image] for image in finding.images[:MAX_LISTED]],
         _facts(finding),
     )
 
 
-def _card(result: Diagnosis, image: int, overlays: Mapping[int, np.ndarray]) -> _Card:
+def _card(result: Diagnosis, names: Sequence[str], image: int, overlays: Mapping[int, np.ndarray]) -> _Card:
     label, quality = int(result.labels[image]), float(result.label_quality[image])
     return _Card(
-        base_name(result.image_names[image]),
+        names[image],
         _data_url(result.thumbnails[int(np.searchsorted(result.examples, image))]),
         _data_url(overlays[image]) if image in overlays else "",
         result.model.class_name(label) if label >= 0 else "unknown",
@@ -116,14 +143,66 @@ def _card(result: Diagnosis, image: int, overlays: Mapping[int, np.ndarray]) -> 
     )
 
 
+def _changes(result: Diagnosis, names: Sequence[str], number: int, *, inserted: bool) -> list[_Change]:
+    """Return the images into which the shortcut of a finding was inserted, or from which it was removed."""
+    changed = result.changed_images
+    rows = np.flatnonzero((changed.finding == number) & (changed.inserted == inserted))
+
+    def answer(predictions: np.ndarray, confidence: np.ndarray, row: int) -> str:
+        return f"{result.model.class_name(int(predictions[row]))}, {_percent(float(confidence[row]))} sure"
+
+    return [
+        _Change(
+            names[changed.image[row]],
+            _data_url(changed.before[row]),
+            _data_url(changed.after[row]),
+            answer(changed.prediction_before, changed.confidence_before, row),
+            answer(changed.prediction_after, changed.confidence_after, row),
+            bool(changed.prediction_before[row] != changed.prediction_after[row]),
+        )
+        for row in rows.tolist()
+    ]
+
+
+def mean_mark(result: Diagnosis, finding: Finding) -> np.ndarray | None:
+    """Return the mean of a recurring mark, with a margin, over the first images of a finding, uint8 (h, w, 3).
+
+    None if the finding is about no mark.
+    """
+    boxes = finding.evidence.get("boxes")
+    if not boxes:
+        return None
+    height, width = result.thumbnails.shape[1:3]
+    size = np.array([width, height])
+    extent = np.rint((np.array(boxes[0][2:]) - boxes[0][:2]) * size)
+    sides = np.minimum((1 + 2 * MARK_MARGIN) * extent, size).astype(int)
+    corners = (np.array(boxes)[: min(MARKS, MAX_EXAMPLES), :2] * size - MARK_MARGIN * extent).round().astype(int)
+    patches = []
+    for image, (left, top) in zip(finding.images, corners.clip(0, size - sides).tolist(), strict=False):
+        thumbnail = result.thumbnails[int(np.searchsorted(result.examples, image))]
+        patches.append(thumbnail[top : top + sides[1], left : left + sides[0]])
+    return np.asarray(np.mean(patches, axis=0).round(), np.uint8)
+
+
+def display_names(result: Diagnosis) -> list[str]:
+    """Return the names of images without the folder that all have in common."""
+    folders = [name.rpartition("/")[0].split("/") for name in result.image_names]
+    low, high = min(folders), max(folders)
+    common = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return ["/".join(name.split("/")[common:]) for name in result.image_names]
+
+
 def quoted(text: str) -> str:
     """Put names in quotation marks instead of backticks."""
     return re.sub("`(.+?)`", "“\\1”", text)
 
 
 def _format_effect(finding: Finding) -> str:
-    """Format the effect with its interval: shares as percentages."""
+    """Format the effect with its interval: shares as percentages, their differences as percentage points."""
     values = (finding.effect, *finding.interval)
+    if finding.kind in DIFFERENCES:
+        effect, low, high = (f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}") for value in values)
+        return f"{effect} percentage points (95 % interval {low} to {high})"
     if all(abs(value) <= 1 for value in values):
         low, high = (f"{100 * value:.1f}" for value in finding.interval)
         return f"{100 * finding.effect:.1f} % (95 % interval {low} % to {high} %)"
@@ -143,17 +222,26 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
     facts = []
     for name, value in finding.evidence.items():
         text = _format_value(value)
-        if name != "effect" and text and len(text) <= MAX_TEXT:
+        if name not in ("effect", "boxes", "description") and text and len(text) <= MAX_TEXT:
             facts.append((name.replace("_", " "), text))
     return facts[:MAX_FACTS]
 
 
 def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_format_value(item)}" for key, item in value.items())
+        if "unit" in value:
+            name = f" ({value['name']})" if "name" in value else ""
+            return f"{value['unit']}{name}: {value['difference']:+.1f} standard deviations"
+        return "; ".join(f"{key}: {_format_value(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(_format_value(item) for item in value)
-    return format_cell(value)
+        return (
+            " | ".join(map(_format_value, value))
+            if value and isinstance(value[0], Mapping)
+            else ", ".join(map(_format_value, value))
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else format_cell(value)
 
 
 def _lowest_recall(result: Diagnosis) -> list[dict[str, str]]:
