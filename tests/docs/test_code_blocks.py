@@ -57,6 +57,11 @@ STAND_INS = {
 OTHER_MACHINES = ("s3://", "pip install", "make ", "--host 0.0.0.0")
 """Lines that are about other machines, or set this one up."""
 
+LABELLED_IMAGES = (
+    "import pathlib, shutil; labels = {'tabby': 'a.jpg', 'fiddler crab': 'b.jpg', 'jacamar': 'photo.jpg'}\n"
+    "for name, file in labels.items(): pathlib.Path('animals', name).mkdir(parents=True)\n"
+    "for name, file in labels.items(): shutil.copy(file, pathlib.Path('animals', name))"
+)
 PRELUDES = {
     "docs/faithfulness.md": "import convscope; model = convscope.load('lite0'); images = ['a.jpg']",
     "docs/concepts.md": "paths = ['a.jpg', 'b.jpg']; many_paths = 6 * ['a.jpg', 'b.jpg', 'photo.jpg']",
@@ -71,11 +76,8 @@ PRELUDES = {
         "import convscope; from tests.oracles.detectors import confident_faster_rcnn\n"
         "detector = confident_faster_rcnn()"
     ),
-    "docs/diagnosis.md": (
-        "import pathlib, shutil; labels = {'tabby': 'a.jpg', 'fiddler crab': 'b.jpg', 'jacamar': 'photo.jpg'}\n"
-        "for name, file in labels.items(): pathlib.Path('animals', name).mkdir(parents=True)\n"
-        "for name, file in labels.items(): shutil.copy(file, pathlib.Path('animals', name))"
-    ),
+    "README.md": LABELLED_IMAGES,
+    "docs/diagnosis.md": LABELLED_IMAGES,
     "docs/names.md": (
         "import numpy, pathlib; numpy.save('scores.npy', numpy.eye(3)[numpy.arange(60) % 3])\n"
         "_ = pathlib.Path('words.txt').write_text('red\\ngreen\\nblue\\n')"
