@@ -246,13 +246,13 @@ def _transfer(rows: list[transfer.Row], statistics: list[transfer.ImageStatistic
         f"Time per class relative to convscope over the three sets: {', '.join(peers)}.",
         "",
         "Image statistics, compared with those of photographs: the fraction of values that are 0 or 255, the",
-        "standard deviation of the brightness (0..255), colourfulness (Hasler and Suesstrunk), and the exponent",
+        "standard deviation of the brightness (0..255), colorfulness (Hasler and Suesstrunk), and the exponent",
         "of the spectrum's amplitude.",
         "",
-        "| | saturated | contrast | colourfulness | spectrum |",
+        "| | saturated | contrast | colorfulness | spectrum |",
         "| --- | --- | --- | --- | --- |",
         *[
-            f"| {s.name} | {s.saturated:.3f} | {s.contrast:.0f} | {s.colourfulness:.0f} | {s.slope:.2f} |"
+            f"| {s.name} | {s.saturated:.3f} | {s.contrast:.0f} | {s.colorfulness:.0f} | {s.slope:.2f} |"
             for s in statistics
         ],
     ]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from timing import THREADS
 
 import convscope
-from convscope.featurevis.image_statistics import colourfulness
+from convscope.featurevis.image_statistics import colorfulness
 from convscope.samples import photographs
 
 COUNT = 100  # classes per set
@@ -118,16 +118,16 @@ class ImageStatistics:
     name: str
     saturated: float
     contrast: float
-    colourfulness: float
+    colorfulness: float
     slope: float
 
 
 def measure(name: str, images: np.ndarray) -> ImageStatistics:
-    """Measure saturation, contrast, colourfulness (Hasler and Suesstrunk) and the exponent of the spectrum."""
-    grey = images.astype(np.float64) @ (0.299, 0.587, 0.114)
-    side = grey.shape[1]
+    """Measure saturation, contrast, colorfulness (Hasler and Suesstrunk) and the exponent of the spectrum."""
+    gray = images.astype(np.float64) @ (0.299, 0.587, 0.114)
+    side = gray.shape[1]
     window = np.outer(np.hanning(side), np.hanning(side))
-    amplitude = np.abs(np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window))
+    amplitude = np.abs(np.fft.fft2((gray - gray.mean((1, 2), keepdims=True)) * window))
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
     edges = np.logspace(np.log10(2 / side), np.log10(0.5), 16)
     rings = [(frequency >= a) & (frequency < b) for a, b in pairwise(edges)]
@@ -135,7 +135,7 @@ def measure(name: str, images: np.ndarray) -> ImageStatistics:
     slopes = np.polyfit(np.log(np.sqrt(edges[1:] * edges[:-1])), np.log(profile), 1)[0]
     saturated = np.isin(images, (0, 255)).mean()
     return ImageStatistics(
-        name, float(saturated), float(grey.std((1, 2)).mean()), float(colourfulness(images).mean()), -slopes.mean()
+        name, float(saturated), float(gray.std((1, 2)).mean()), float(colorfulness(images).mean()), -slopes.mean()
     )
 
 

@@ -694,7 +694,7 @@ def test_transformer_layer_on_a_grid(method: str) -> None:
 
 
 def test_of_mean_scores_the_excess_over_their_mean_is_drawn() -> None:
-    """The values stay mean scores; drawn as they are, they would be nearly the same colour everywhere."""
+    """The values stay mean scores; drawn as they are, they would be nearly the same color everywhere."""
     model = load_module(randomized(SmallConvNet()))
     heatmaps = convscope.heatmaps(model, random_images(1), 1, method="rise", samples=64, tolerance=0.0)
     values = heatmaps.values + 10  # as of a score that is large for all masks

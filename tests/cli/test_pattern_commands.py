@@ -262,7 +262,7 @@ def test_animation_ends_with_the_grid(tmp_path: Path) -> None:
             animation.seek(i)
             displayed.append(np.asarray(animation.convert("RGB")).astype(int))
     away = [float(np.abs(frame - grid).mean()) for frame in displayed]
-    assert away[3] < 8  # WebP is lossy, most of all on fine colour
+    assert away[3] < 8  # WebP is lossy, most of all on fine color
     assert away[0] > 2 * away[3]
     assert parameters(tmp_path)["frames"] == 4
 

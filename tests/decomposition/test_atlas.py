@@ -23,7 +23,7 @@ from convscope.decomposition import projection
 from convscope.decomposition.activation_atlas import MAX_CLASSES
 from convscope.decomposition.projection import umap_reducer
 from convscope.images.loading import ImageBatchLoader
-from tests.oracles.colours import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
+from tests.oracles.colors import MODEL, SETTINGS, SIZE, WEIGHTS, load_model, random_images, tile_image
 from tests.oracles.nets import SmallConvNet, UnusedBranchNet, diff_snapshots, in_training, randomized, snapshot
 
 QUICK: dict[str, Any] = {"size": SIZE, "steps": 4}
@@ -174,7 +174,7 @@ def test_effects_agree_with_hooks_before_further_layers() -> None:
 
 
 def test_target_selects_the_vectors_that_support_it(model: convscope.Model) -> None:
-    """Of colours with weights (3, 2, 1) for warm and (-1, 0, 2.5) for cold, red and green are warm and blue is cold."""
+    """Of colors with weights (3, 2, 1) for warm and (-1, 0, 2.5) for cold, red and green are warm and blue is cold."""
     tiles = random_images(8)
     settings: dict[str, Any] = {
         "layer": "relu",
@@ -451,7 +451,7 @@ def test_command_gives_the_same_bytes_with_umap(model: convscope.Model, tmp_path
     ]
     result = convscope.atlas(model, tiles, layer="relu", grid=4, positions_per_image=4, min_count=1, **QUICK)
     blue = result.sources[:, 0] >= 2
-    for i in range(len(result.cells)):  # no cell has vectors of both colours
+    for i in range(len(result.cells)):  # no cell has vectors of both colors
         assert len(set(blue[result.cell_index == i])) == 1
     files = []
     for i, image in enumerate(tiles):

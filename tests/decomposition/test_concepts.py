@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 import convscope
 from convscope import Concepts, ConvscopeError
 from convscope.cli import app
-from tests.oracles.colours import (
+from tests.oracles.colors import (
     MODEL,
     SETTINGS,
     SIZE,
     WEIGHTS,
-    ColourNet,
+    ColorNet,
     load_model,
     make_network,
     random_images,
@@ -50,16 +50,16 @@ def warm_concepts(model: convscope.Model) -> Concepts:
 
 def test_each_color_is_a_concept(warm_concepts: Concepts) -> None:
     assert (warm_concepts.layer, warm_concepts.target, warm_concepts.name) == ("relu", 0, "warm")
-    colour = warm_concepts.bank.argmax(1)
-    assert sorted(colour.tolist()) == [0, 1, 2]
-    assert warm_concepts.bank[range(COUNT), colour] == pytest.approx(np.ones(COUNT), abs=1e-3)
+    color = warm_concepts.bank.argmax(1)
+    assert sorted(color.tolist()) == [0, 1, 2]
+    assert warm_concepts.bank[range(COUNT), color] == pytest.approx(np.ones(COUNT), abs=1e-3)
     assert warm_concepts.reconstruction_error < 1e-3
 
 
 def test_patches_show_their_color(warm_concepts: Concepts) -> None:
-    for concept, colour in enumerate(warm_concepts.bank.argmax(1)):
-        assert warm_concepts.patches[concept].mean((1, 2)).argmax(1).tolist() == [colour] * 6
-        assert warm_concepts.patches[concept][..., colour].min() > 250  # whole tiles
+    for concept, color in enumerate(warm_concepts.bank.argmax(1)):
+        assert warm_concepts.patches[concept].mean((1, 2)).argmax(1).tolist() == [color] * 6
+        assert warm_concepts.patches[concept][..., color].min() > 250  # whole tiles
 
 
 def test_importance_and_effects_have_closed_forms(warm_concepts: Concepts, model: convscope.Model) -> None:
@@ -90,8 +90,8 @@ def test_heatmap_covers_the_color(warm_concepts: Concepts) -> None:
     assert heatmap.dtype == np.float32
     half = SIZE // 2
     corners = {0: (0, 0), 1: (1, 0), 2: (1, 1)}
-    for concept, colour in enumerate(warm_concepts.bank.argmax(1)):
-        row, column = corners[int(colour)]
+    for concept, color in enumerate(warm_concepts.bank.argmax(1)):
+        row, column = corners[int(color)]
         inside = np.zeros((SIZE, SIZE), bool)
         inside[row * half : (row + 1) * half, column * half : (column + 1) * half] = True
         assert heatmap[0, concept][inside].min() > 0.99
@@ -289,11 +289,11 @@ def test_saved_files(warm_concepts: Concepts, tmp_path: Path) -> None:
     with np.load(tmp_path / "out" / "arrays.npz") as arrays:
         assert (arrays["bank"] == warm_concepts.bank).all()
         assert (arrays["heatmaps"] == warm_concepts.heatmaps).all()
-    for concept, colour in enumerate(warm_concepts.bank.argmax(1)):
+    for concept, color in enumerate(warm_concepts.bank.argmax(1)):
         with Image.open(tmp_path / "out" / f"concept_{concept}_patches.png") as sheet:
             pixels = np.asarray(sheet).reshape(-1, 3)
         patch_pixels = pixels[(pixels < 250).any(1)]  # without the white margins
-        assert patch_pixels.mean(0).argmax() == colour
+        assert patch_pixels.mean(0).argmax() == color
 
 
 def test_figure_has_importance_and_effect_of_each_concept(warm_concepts: Concepts) -> None:
@@ -325,7 +325,7 @@ def test_changed_weights_of_a_users_network_take_effect() -> None:
     net = make_network()
     result = convscope.concepts(load_model(net), random_images(3), "warm", **CONCEPT_SETTINGS)
     before = result.heatmap(random_images(1))
-    assert isinstance(net, ColourNet)
+    assert isinstance(net, ColorNet)
     with torch.no_grad():
         net.mix.weight *= 2
     assert result.heatmap(random_images(1)) == pytest.approx(2 * before, abs=1e-4)

@@ -115,7 +115,7 @@ def code_blocks(page: str) -> list[Block]:
 
 
 class Gray(nn.Module):
-    """The mean over colours."""
+    """The mean over colors."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(1, keepdim=True)

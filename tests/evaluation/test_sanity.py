@@ -28,8 +28,8 @@ RECOMPUTING_METRICS = [name for name, metric in METRICS.items() if "heatmaps" in
 
 def edges(context: MethodContext) -> Tensor:
     """A method that ignores the network: the absolute difference of each pixel to the one above."""
-    grey = context.x.mean(1)
-    return (grey - grey.roll(1, 1)).abs()[:, None].expand(-1, context.num_targets, -1, -1)
+    gray = context.x.mean(1)
+    return (gray - gray.roll(1, 1)).abs()[:, None].expand(-1, context.num_targets, -1, -1)
 
 
 def slopes(context: MethodContext) -> Tensor:

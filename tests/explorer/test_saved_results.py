@@ -43,7 +43,7 @@ def sheet_on_page(client, html: str, sheet: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(client.get(unescape(url)).content)).convert("RGB"), int)
 
 
-def mean_colour(pixels: np.ndarray) -> np.ndarray:
+def mean_color(pixels: np.ndarray) -> np.ndarray:
     return pixels.mean((0, 1))
 
 
@@ -119,12 +119,12 @@ def test_sheets_show_patches_and_thumbnails(client, tiny_concepts):
     for r in range(3):
         for p in range(4):
             tile = patches[r * size : (r + 1) * size, p * size : (p + 1) * size]
-            assert np.abs(mean_colour(tile) - mean_colour(tiny_concepts.patches[r, p])).max() < 6
+            assert np.abs(mean_color(tile) - mean_color(tiny_concepts.patches[r, p])).max() < 6
     thumbnails = sheet_on_page(client, html, "thumbnails")
     assert thumbnails.shape == (2 * 160, 8 * 160, 3)
     for n in range(NUM_IMAGES):  # of 40 x 60 pixels
         tile = thumbnails[n // 8 * 160 :, n % 8 * 160 :][:107, :160]
-        assert np.abs(mean_colour(tile) - mean_colour(tiny_concepts.thumbnails[n])).max() < 6
+        assert np.abs(mean_color(tile) - mean_color(tiny_concepts.thumbnails[n])).max() < 6
 
 
 def test_class_without_concepts_shows_how_to_compute_them(client, tiny_store):
@@ -193,7 +193,7 @@ def test_atlas_page_shows_an_icon_for_each_cell(client, tiny_atlas):
     assert icons.shape == (sheet["height"], sheet["width"], 3)
     for icon, cell in zip(tiny_atlas.icons, cells, strict=True):
         tile = icons[cell["y"] : cell["y"] + sheet["side"], cell["x"] : cell["x"] + sheet["side"]]
-        assert np.abs(mean_colour(tile) - mean_colour(icon)).max() < 10
+        assert np.abs(mean_color(tile) - mean_color(icon)).max() < 10
     assert HOSTILE_NAME not in html
 
 

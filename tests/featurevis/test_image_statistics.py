@@ -1,4 +1,4 @@
-"""Image statistics: gratings of known frequency and orientation, known colours, and a brute-force selection."""
+"""Image statistics: gratings of known frequency and orientation, known colors, and a brute-force selection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from convscope.featurevis.image_statistics import (
     IMAGE_STATISTICS,
-    colourfulness,
+    colorfulness,
     dominant_frequency,
     most_distinct,
     orientation_selectivity,
@@ -59,7 +59,7 @@ def test_frequency_is_that_of_the_stronger_wave_of_each_image() -> None:
     assert dominant_frequency(np.concatenate(mixed).astype(np.uint8)).tolist() == [8 / 64, 20 / 64]
 
 
-def test_frequency_does_not_depend_on_brightness_or_colour() -> None:
+def test_frequency_does_not_depend_on_brightness_or_color() -> None:
     """A bright background does not leak into the rings: the windowed mean is subtracted."""
     red = grating(64, 64, 0, 3 / 64)
     red[..., 1:] = 250
@@ -122,20 +122,20 @@ def test_selectivity_of_unequal_gratings_at_right_angles() -> None:
     assert actual == pytest.approx(0.8, abs=0.01)  # the window's spread in angle, as above
 
 
-# --- colour ----------------------------------------------------------------------------------------------------------
+# --- color ----------------------------------------------------------------------------------------------------------
 
 
-def test_colourfulness_of_two_pixels() -> None:
+def test_colorfulness_of_two_pixels() -> None:
     """Two pixels, red and blue: rg = 255, 0; yb = 127.5, -255."""
     image = np.array([[[[255, 0, 0], [0, 0, 255]]]], np.uint8)
     std = math.sqrt(127.5**2 + 191.25**2)
     mean_length = math.sqrt(127.5**2 + (-63.75) ** 2)
-    assert colourfulness(image)[0] == pytest.approx(std + 0.3 * mean_length, rel=1e-12)
+    assert colorfulness(image)[0] == pytest.approx(std + 0.3 * mean_length, rel=1e-12)
 
 
-def test_colourfulness_against_a_loop_over_pixels() -> None:
+def test_colorfulness_against_a_loop_over_pixels() -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
-    for image, actual in zip(images, colourfulness(images), strict=True):
+    for image, actual in zip(images, colorfulness(images), strict=True):
         pixels = [tuple(map(int, p)) for row in image for p in row]
         rg = [r - g for r, g, _ in pixels]
         yb = [(r + g) / 2 - b for r, g, b in pixels]
@@ -145,10 +145,10 @@ def test_colourfulness_against_a_loop_over_pixels() -> None:
         assert actual == pytest.approx(expected, rel=1e-12)
 
 
-def test_gray_images_and_images_without_three_channels_have_no_colour() -> None:
-    assert colourfulness(noise(1, 16)).tolist() == [0]
-    assert colourfulness(noise(1, 16, count=2)[..., :1]).tolist() == [0, 0]
-    assert colourfulness(np.full((1, 4, 4, 3), (255, 0, 0), np.uint8))[0] == pytest.approx(
+def test_gray_images_and_images_without_three_channels_have_no_color() -> None:
+    assert colorfulness(noise(1, 16)).tolist() == [0]
+    assert colorfulness(noise(1, 16, count=2)[..., :1]).tolist() == [0, 0]
+    assert colorfulness(np.full((1, 4, 4, 3), (255, 0, 0), np.uint8))[0] == pytest.approx(
         0.3 * math.hypot(255, 127.5), rel=1e-12
     )
 
@@ -157,7 +157,7 @@ def test_names_of_statistics() -> None:
     assert {
         "dominant frequency": dominant_frequency,
         "orientation selectivity": orientation_selectivity,
-        "colourfulness": colourfulness,
+        "colorfulness": colorfulness,
     } == IMAGE_STATISTICS
 
 
@@ -170,7 +170,7 @@ def test_constant_images_give_0_without_warnings(channels: int, value: int) -> N
         assert {name: statistic(constant).tolist() for name, statistic in IMAGE_STATISTICS.items()} == {
             "dominant frequency": [0, 0],
             "orientation selectivity": [0, 0],
-            "colourfulness": [0, 0],
+            "colorfulness": [0, 0],
         }
         assert most_distinct(constant, 2) == [0, 1]
 
@@ -245,7 +245,7 @@ def test_count_and_determinism() -> None:
 
 
 def test_outlier_is_chosen_first() -> None:
-    """An outlier by colour or by orientation."""
+    """An outlier by color or by orientation."""
     gratings = grating(32, 32, 0.25, 0).repeat(6, axis=0)
     red = gratings.copy()
     red[2, ..., 1:] = 0

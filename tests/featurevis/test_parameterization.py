@@ -24,7 +24,7 @@ from convscope.samples import photographs
 from tests.featurevis.helpers import CPU, relative_error, seeded_generators
 
 
-def reference_colour_axes(channels: int) -> np.ndarray:
+def reference_color_axes(channels: int) -> np.ndarray:
     """Return the axes as columns, the longest of length 1; the identity without three channels."""
     axes = np.array(COLOUR_AXES) if channels == 3 else np.eye(channels)
     return axes / np.sqrt((axes**2).sum(0)).max()
@@ -35,9 +35,9 @@ def logit(p: np.ndarray) -> np.ndarray:
 
 
 def decorrelated_logits(images: np.ndarray) -> np.ndarray:
-    """Invert the sigmoid and the colour axes of images (U, C, H, W)."""
+    """Invert the sigmoid and the color axes of images (U, C, H, W)."""
     return np.einsum(
-        "cr,urhw->uchw", np.linalg.inv(reference_colour_axes(images.shape[1])), logit(images.astype(np.float64))
+        "cr,urhw->uchw", np.linalg.inv(reference_color_axes(images.shape[1])), logit(images.astype(np.float64))
     )
 
 
@@ -56,7 +56,7 @@ def frequencies(size: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 9), (7, 4)])
 def test_fourier_image_by_hand(size: tuple[int, int]) -> None:
-    """The image as an explicit sum of waves with amplitude 1/f in decorrelated colours."""
+    """The image as an explicit sum of waves with amplitude 1/f in decorrelated colors."""
     height, width = size
     canvas = FourierImage(seeded_generators(1, 2), 3, size, CPU, std=0.5)
     spectrum = canvas.params.detach().double().numpy()
@@ -138,7 +138,7 @@ def test_natural_magnitude_by_hand(size: tuple[int, int], channels: int) -> None
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("size", [(8, 8), (6, 9), (7, 4)])
 def test_phase_image_by_hand(size: tuple[int, int], channels: int) -> None:
-    """The image as an explicit sum of waves of natural magnitude in decorrelated colours."""
+    """The image as an explicit sum of waves of natural magnitude in decorrelated colors."""
     height, width = size
     canvas = PhaseImage(seeded_generators(1, 2), channels, size, CPU)
     phases = canvas.params.detach().double().numpy()
@@ -154,7 +154,7 @@ def test_phase_image_by_hand(size: tuple[int, int], channels: int) -> None:
                     twice = 1 if j in (0, width / 2) else 2
                     angle = phases[:, :, k, j] + 2 * math.pi * (k * y / height + j * x / width)
                     decorrelated[:, :, y, x] += twice * magnitude[:, k, j] * np.cos(angle) / math.sqrt(height * width)
-    expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", reference_colour_axes(channels), decorrelated)))
+    expected = 1 / (1 + np.exp(-np.einsum("rc,uchw->urhw", reference_color_axes(channels), decorrelated)))
     assert relative_error(canvas.images().detach(), expected) < 1e-5  # a transform in float32
     assert canvas.params.is_leaf
     assert canvas.params.requires_grad
@@ -175,14 +175,14 @@ def test_magnitudes_do_not_depend_on_the_phases(size: tuple[int, int], channels:
         images.append(canvas.images().detach().double().numpy())
         magnitude = np.abs(np.fft.rfft2(decorrelated_logits(images[-1]), norm="ortho"))
         for actual in magnitude:
-            # float32 rounding, amplified 8 times by the inverses of sigmoid and colour axes.
+            # float32 rounding, amplified 8 times by the inverses of sigmoid and color axes.
             assert np.abs(actual[..., free_columns] / natural[..., free_columns] - 1).max() < 1e-3
             assert (actual[..., mirrored_columns] < natural[..., mirrored_columns] * (1 + 1e-3)).all()
     assert min(np.abs(a - b).mean() for a, b in pairwise(images)) > 0.02  # the images changed
 
 
 def test_natural_spectrum_fits_the_sample_photographs() -> None:
-    """Centre crops at 224 x 224, logits, colour axes, Hann window: a log-log line through 15 rings."""
+    """Centre crops at 224 x 224, logits, color axes, Hann window: a log-log line through 15 rings."""
     side = 224
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * (np.arange(side) + 0.5) / side)
     window = np.outer(hann, hann)

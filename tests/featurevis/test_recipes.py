@@ -23,7 +23,7 @@ from convscope.featurevis.recipes import ADAM_DAMPING, LIGHT_DAMPING, RECIPES
 from convscope.featurevis.task import render_uint8
 from convscope.featurevis.transforms import AugmentationConfig, identity, random_affine, random_roll
 from tests.featurevis.helpers import CPU, FLOAT32_SUMS, layer_outputs, load_model, unit_generator
-from tests.featurevis.test_parameterization import logit, reference_colour_axes
+from tests.featurevis.test_parameterization import logit, reference_color_axes
 from tests.oracles.nets import SmallConvNet, randomized
 
 
@@ -167,7 +167,7 @@ def test_maco_image_has_the_natural_spectrum(small_model: convscope.Model) -> No
     """Read back from 8 bits; the deviation is at most that of half a step in every pixel (Parseval)."""
     result = convscope.patterns(small_model, "logits", [0, 3], recipe="maco", steps=24, size=(30, 33))
     natural = natural_magnitude(3, (30, 33)).double().numpy()[:, :, 1:]  # the first column is its own mirror image
-    inverse = np.linalg.inv(reference_colour_axes(3))
+    inverse = np.linalg.inv(reference_color_axes(3))
     for image in result.images.transpose(0, 3, 1, 2) / 255:
         assert image.min() > 1 / 255
         assert image.max() < 254 / 255

@@ -75,7 +75,7 @@ def test_chapters_and_receptive_fields(story: Story) -> None:
         ("logits", None),
     ]
     assert [c.images.shape[0] for c in story.chapters] == [NUM_DISPLAYED] * 3
-    assert [len(c.statistics["colourfulness"]) for c in story.chapters] == [UNITS] * 3
+    assert [len(c.statistics["colorfulness"]) for c in story.chapters] == [UNITS] * 3
     assert {name: story.parameters()[name] for name in ("seed", "layers")} == {"seed": 5, "layers": LAYERS}
 
 
@@ -121,7 +121,7 @@ def test_same_seed_gives_the_same_story(story: Story, model: convscope.Model) ->
     repeated = convscope.story(model, LAYERS, units=UNITS, num_displayed=NUM_DISPLAYED, seed=5)
     assert all(repeated.arrays()[name].tobytes() == array.tobytes() for name, array in story.arrays().items())
     reseeded = convscope.story(model, ["conv1"], units=UNITS, num_displayed=NUM_DISPLAYED, seed=6)
-    assert reseeded.arrays()["0_colourfulness"].tolist() != story.arrays()["0_colourfulness"].tolist()
+    assert reseeded.arrays()["0_colorfulness"].tolist() != story.arrays()["0_colorfulness"].tolist()
 
 
 def test_progress_counts_layers(model: convscope.Model) -> None:
@@ -189,11 +189,11 @@ def test_files(saved: Path, story: Story) -> None:
 def test_arrays(saved: Path, story: Story) -> None:
     with np.load(saved / "arrays.npz", allow_pickle=False) as archive:
         actual = dict(archive)
-    kinds = ("images", "units", "dominant_frequency", "orientation_selectivity", "colourfulness")
+    kinds = ("images", "units", "dominant_frequency", "orientation_selectivity", "colorfulness")
     assert set(actual) == {f"{i}_{part}" for i in range(3) for part in kinds}
     assert actual["1_images"].tobytes() == story.chapters[1].images.tobytes()
     assert actual["2_units"].tolist() == story.chapters[2].units.tolist()
-    assert actual["0_colourfulness"].tolist() == story.chapters[0].statistics["colourfulness"].tolist()
+    assert actual["0_colorfulness"].tolist() == story.chapters[0].statistics["colorfulness"].tolist()
 
 
 def test_table_in_csv(saved: Path, story: Story) -> None:

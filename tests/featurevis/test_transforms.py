@@ -1,4 +1,4 @@
-"""Random transforms: crops, rolls, colour jitter and noise, with independent random numbers for each image."""
+"""Random transforms: crops, rolls, color jitter and noise, with independent random numbers for each image."""
 
 from __future__ import annotations
 
@@ -73,25 +73,25 @@ def test_random_roll_by_hand() -> None:
             assert torch.equal(result, image.roll((-rows, -columns), (1, 2)))
 
 
-# --- transforms: colour jitter and noise -----------------------------------------------------------------------------
+# --- transforms: color jitter and noise -----------------------------------------------------------------------------
 
 
 def reference_draws(seed: int, steps: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return an image's random numbers in order: after the crops, colour jitter, noise field, and shifts."""
+    """Return an image's random numbers in order: after the crops, color jitter, noise field, and shifts."""
     generator = Generator().manual_seed(seed)
     torch.rand((steps, 5), generator=generator)
-    colour = 2 * torch.rand((steps, 4), generator=generator).double().numpy() - 1
+    color = 2 * torch.rand((steps, 4), generator=generator).double().numpy() - 1
     field = torch.randn((3, *size), generator=generator).double().numpy()
-    return colour, field, torch.rand((steps, 2), generator=generator).double().numpy()
+    return color, field, torch.rand((steps, 2), generator=generator).double().numpy()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_colour_jitter_and_noise_by_hand(channels: int) -> None:
+def test_color_jitter_and_noise_by_hand(channels: int) -> None:
     """Contrast around middle gray, brightness per channel, then the image's noise field, shifted at each step."""
     size, steps, seeds = (10, 14), 3, (4, 9)
     images = torch.rand((2, channels, *size), generator=Generator().manual_seed(0))
     transform = random_affine(
-        AugmentationConfig((1, 1), 0, size, flip=False, colour_jitter=0.3, noise_std=0.2),
+        AugmentationConfig((1, 1), 0, size, flip=False, color_jitter=0.3, noise_std=0.2),
         steps,
         seeded_generators(*seeds),
         CPU,
@@ -99,22 +99,22 @@ def test_colour_jitter_and_noise_by_hand(channels: int) -> None:
     for step in range(steps):
         actual = transform(step, images)
         for n, seed in enumerate(seeds):
-            colour, field, moves = reference_draws(seed, steps, size)
+            color, field, moves = reference_draws(seed, steps, size)
             y, x = int(moves[step, 0] * size[0]), int(moves[step, 1] * size[1])
             for c in range(channels):
-                contrast, brightness = 1 + 0.3 * colour[step, 0], 0.3 * colour[step, 1 + c % 3] / 2
+                contrast, brightness = 1 + 0.3 * color[step, 0], 0.3 * color[step, 1 + c % 3] / 2
                 expected = (images[n, c].double().numpy() - 0.5) * contrast + 0.5 + brightness
                 expected += 0.2 * np.roll(field[c % 3], (-y, -x), (0, 1))
                 assert np.abs(actual[n, c].double().numpy() - expected).max() < 1e-5  # float32, after resampling
         assert not torch.equal(actual, transform((step + 1) % steps, images))
 
 
-def test_range_of_colour_jitter_and_noise() -> None:
+def test_range_of_color_jitter_and_noise() -> None:
     """Over many images, brightness and contrast fill their range; noise has the requested standard deviation."""
     count, size = 200, (12, 12)
     gray = torch.full((count, 3, *size), 0.75)
     seeds = seeded_generators(*range(count))
-    jittered = random_affine(AugmentationConfig((1, 1), 0, size, colour_jitter=0.2), 1, seeds, CPU)(0, gray)
+    jittered = random_affine(AugmentationConfig((1, 1), 0, size, color_jitter=0.2), 1, seeds, CPU)(0, gray)
     changed = (jittered[:, :, 0, 0] - 0.75).double().numpy()
     assert float((jittered - jittered[:, :, :1, :1]).abs().max()) < 1e-5  # constant images stay constant
     # At 0.25 from the middle, contrast changes a value by at most 0.05, brightness by 0.1.
@@ -136,10 +136,10 @@ def test_range_of_colour_jitter_and_noise() -> None:
         assert abs(noise.mean()) < 5 * deviation / math.sqrt(n)
 
 
-def test_colour_jitter_and_noise_belong_to_the_image() -> None:
+def test_color_jitter_and_noise_belong_to_the_image() -> None:
     """The same bytes at any position in any batch; images with the same seed get the same transform."""
     images = torch.rand((3, 3, 20, 30), generator=Generator().manual_seed(9))
-    config = AugmentationConfig((0.4, 1), 10, (12, 18), colour_jitter=0.3, noise_std=0.1)
+    config = AugmentationConfig((0.4, 1), 10, (12, 18), color_jitter=0.3, noise_std=0.1)
     transform, permuted_transform = (
         random_affine(config, 4, seeded_generators(*seeds), CPU) for seeds in ((1, 2, 3), (3, 1, 1))
     )
@@ -177,7 +177,7 @@ def test_transforms_pass_gradients() -> None:
     assert identity(0, images) is images
     assert identity(7, images) is images
     changed = random_affine(
-        AugmentationConfig((1, 1), 0, (6, 9), flip=False, colour_jitter=0.3, noise_std=0.2),
+        AugmentationConfig((1, 1), 0, (6, 9), flip=False, color_jitter=0.3, noise_std=0.2),
         1,
         seeded_generators(4, 9),
         CPU,

@@ -94,8 +94,8 @@ def test_classes_and_units_are_named(gallery: dict[str, tuple[Any, Figure]]) -> 
     assert all(f"unit {u} score" in texts("patterns of units") for u in range(4))
     assert "unit 3" in texts("story")
     assert "logits, unit 0 (American" in texts("unit of the logits")
-    assert "colourfulness" in texts("story")
-    assert "colourfulness" not in texts("story of a gray network")
+    assert "colorfulness" in texts("story")
+    assert "colorfulness" not in texts("story of a gray network")
     assert "dead" in texts("marked patterns") or "stuck" in texts("marked patterns")
     assert "no positive evidence" in texts("map without positive evidence")
 

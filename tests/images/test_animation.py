@@ -46,7 +46,7 @@ def test_frames_of_a_video() -> None:
     assert len(decoded) == 2 + LAST_FRAME
     assert decoded[0].shape == (20, 32, 3)  # even sides
     for image, color in zip(decoded, [*COLORS[:2], *[COLORS[2]] * LAST_FRAME], strict=True):
-        assert np.abs(image.astype(int) - color).mean() < 12  # colours are subsampled and compressed
+        assert np.abs(image.astype(int) - color).mean() < 12  # colors are subsampled and compressed
 
 
 def test_other_formats_are_refused() -> None:
@@ -64,7 +64,7 @@ def test_animation_of_patterns(tmp_path: Path) -> None:
         image.seek(2)
         last = np.asarray(image.convert("RGB")).astype(int)
     expected = np.concatenate([patterns.images[0], np.zeros((16, 5, 3)), patterns.images[1]], axis=1)
-    assert np.abs(last - expected).mean() < 12  # 256 colours
+    assert np.abs(last - expected).mean() < 12  # 256 colors
     with pytest.raises(ConvscopeError, match="no frames were recorded"):
         convscope.patterns(model, "0", [0], **options).animate(tmp_path / "none.gif")
     with pytest.raises(ConvscopeError, match="cannot be written as ''"):

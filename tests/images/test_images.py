@@ -64,13 +64,13 @@ def failure_reason(images: Any, preprocessing: Preprocessing | None = None, **op
     return loader.failed[0].reason
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, transparent: bytes = b"") -> bytes:
-    """Encode a PNG that Pillow cannot write. colour: 0 gray, 2 RGB."""
+def png(width: int, height: int, depth: int, color: int, rows: bytes, transparent: bytes = b"") -> bytes:
+    """Encode a PNG that Pillow cannot write. color: 0 gray, 2 RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     extra = chunk(b"tRNS", transparent) if transparent else b""
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -637,8 +637,8 @@ def test_files_give_back_the_stored_pixels(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_within_compression_loss(mode: str, tmp_path: Path) -> None:
-    colours = np.array([[[200, 30, 60], [10, 180, 90]], [[250, 250, 250], [5, 10, 20]]], np.uint8)
-    image = Image.fromarray(colours.repeat(16, axis=0).repeat(16, axis=1)).convert(mode)
+    colors = np.array([[[200, 30, 60], [10, 180, 90]], [[250, 250, 250], [5, 10, 20]]], np.uint8)
+    image = Image.fromarray(colors.repeat(16, axis=0).repeat(16, axis=1)).convert(mode)
     image.save(tmp_path / "a.jpg", quality=100, subsampling=0)
     expected = np.asarray(image.convert("RGB"))
     assert np.abs(pixels(load_batch(tmp_path / "a.jpg")) * 255 - expected).max() <= 3

@@ -110,7 +110,7 @@ def load_image(path: str, size: int) -> np.ndarray:
 
 
 def preprocess(images: np.ndarray) -> np.ndarray:
-    """Preprocess images for VGG16: BGR, less the mean colour of ImageNet."""
+    """Preprocess images for VGG16: BGR, less the mean color of ImageNet."""
     import keras
 
     return keras.applications.vgg16.preprocess_input(images.copy())

@@ -24,7 +24,7 @@ def tiny_model() -> convscope.Model:
 
 
 def smooth_image(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:
-    """Return a smooth colour image, uint8 (H, W, 3)."""
+    """Return a smooth color image, uint8 (H, W, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 

@@ -29,7 +29,7 @@ class Weighted(nn.Module):
 
 
 def small_model(size: int = 24, **options: Any) -> convscope.Model:
-    """Load a small CNN for colour images with five classes."""
+    """Load a small CNN for color images with five classes."""
     return convscope.load(randomized(SmallConvNet()), preprocessing={"size": size}, **options)
 
 

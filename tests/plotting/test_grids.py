@@ -1,4 +1,4 @@
-"""Grids of activations and patterns: scaling, layout and colours."""
+"""Grids of activations and patterns: scaling, layout and colors."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def test_dead_channels_are_gray_with_a_cross():
     grid = np.asarray(activation_pages(result, "0")[0])
     alive, noise, constant = (grid[:, 33 * i : 33 * i + 32] for i in range(3))
     np.testing.assert_array_equal(noise, constant)
-    colours = {tuple(colour) for colour in constant.reshape(-1, 3).tolist()}
-    assert colours == {DEAD_COLOR, (150, 150, 150)}  # gray, with a cross
+    colors = {tuple(color) for color in constant.reshape(-1, 3).tolist()}
+    assert colors == {DEAD_COLOR, (150, 150, 150)}  # gray, with a cross
     assert (constant[0, 0] == 150).all()
     assert (constant[0, -1] == 150).all()
     assert (constant[0, 16] == 90).all()
     for colormap in ("viridis", "jet", "inferno"):
-        assert not {DEAD_COLOR, (150, 150, 150)} & {tuple(colour) for colour in lookup_table(colormap).tolist()}
+        assert not {DEAD_COLOR, (150, 150, 150)} & {tuple(color) for color in lookup_table(colormap).tolist()}
     assert len(np.unique(alive.reshape(-1, 3), axis=0)) > 50
 
 

@@ -56,33 +56,33 @@ def panel_images(figure) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of 40 single-coloured images, one failed, half of them with files; with long names and a dead unit."""
+    """A store of 40 single-colored images, one failed, half of them with files; with long names and a dead unit."""
     folder = tmp_path_factory.mktemp("scan")
-    colours = np.random.default_rng(0).integers(0, 256, (40, 3), np.uint8)
+    colors = np.random.default_rng(0).integers(0, 256, (40, 3), np.uint8)
     names = [str(folder / f"a_rather_long_name_of_an_image_{i:03d}.png") for i in range(40)]
     for i in range(0, 40, 2):
-        Image.new("RGB", (120, 100), tuple(colours[i].tolist())).save(names[i])
+        Image.new("RGB", (120, 100), tuple(colors[i].tolist())).save(names[i])
 
     def change(values):
         values[0][3] = 0
         values[0][50] = values[0][20]
 
     stores.write_small_store(folder / "store", classes=6, failed=[4], names=names, change=change)
-    stores.write_thumbnails(folder / "store", np.broadcast_to(colours[:, None, None], (40, 96, 96, 3)))
+    stores.write_thumbnails(folder / "store", np.broadcast_to(colors[:, None, None], (40, 96, 96, 3)))
     opened = convscope.open_store(folder / "store")
     opened.manifest["labels"][:] = [f"a class with a name that is far too long, number {i}" for i in range(6)]
     opened.classes[:] = [f"another class, whose name is long as well, number {i}" for i in range(7)]
-    return opened, colours
+    return opened, colors
 
 
-def has_colour(image: np.ndarray, colour: np.ndarray, tolerance: int = 12) -> bool:
-    """Compare the central pixel of an image with a colour; lossy WebP changes colours a little."""
+def has_color(image: np.ndarray, color: np.ndarray, tolerance: int = 12) -> bool:
+    """Compare the central pixel of an image with a color; lossy WebP changes colors a little."""
     center = np.asarray(image)[image.shape[0] // 2, image.shape[1] // 2].astype(int)
-    return bool(np.abs(center - colour).max() <= tolerance)
+    return bool(np.abs(center - color).max() <= tolerance)
 
 
 def test_unit_figure_shows_highest_lowest_and_decile_examples(store):
-    opened, colours = store
+    opened, colors = store
     unit = opened.unit("layer 0", 20)
     figure = unit.figure()
     texts = legible_texts(figure)
@@ -90,7 +90,7 @@ def test_unit_figure_shows_highest_lowest_and_decile_examples(store):
     images = panel_images(figure)
     top, bottom, deciles = (unit.examples(n, kind) for n, kind in ((9, "top"), (9, "bottom"), (10, "decile")))
     assert len(images) == 2 * len(top) + len(bottom) + len(deciles) == 25
-    assert all(has_colour(image, colours[e.image]) for image, e in zip(images, top, strict=False))
+    assert all(has_color(image, colors[e.image]) for image, e in zip(images, top, strict=False))
     assert {f"{e.value:.3g}" for e in top} <= set(texts)
     sources = {e.source for e in top}
     assert ("highest activations, some from thumbnails" in texts) == (sources == {"original", "thumbnail"})
@@ -123,7 +123,7 @@ def test_examples_in_rows_of_nine(store):
 
 
 def test_image_figure_shows_predictions_and_top_units(store):
-    opened, colours = store
+    opened, colors = store
     index = opened.unit("layer 0", 20).examples()[0].image
     record = opened.image(index)
     figure = record.figure()
@@ -131,7 +131,7 @@ def test_image_figure_shows_predictions_and_top_units(store):
     ranks = record.units(8)
     images = panel_images(figure)
     assert len(images) == 1 + len(ranks)
-    assert has_colour(images[0], colours[index])
+    assert has_color(images[0], colors[index])
     assert sum("rank 1\n" in text for text in texts) == sum(rank.rank == 0 for rank in ranks)
     assert f"{record.predictions[0].probability:.1%}" in "".join(texts)
     title = next(text for text in texts if text.startswith("image "))
@@ -151,7 +151,7 @@ def test_dead_units_by_layer(store):
 
 
 def test_duplicates_side_by_side(store):
-    opened, colours = store
+    opened, colors = store
     figure = opened.duplicates(0.999).figure()
     texts = legible_texts(figure)
     assert any("unit 20 | unit 50\nr 1.000" in text for text in texts)
@@ -159,7 +159,7 @@ def test_duplicates_side_by_side(store):
     assert len(images) == 10
     indices = [e.image for e in opened.unit("layer 0", 20).examples(5)]
     for image, index in zip(images, 2 * indices, strict=True):
-        assert has_colour(image, colours[index], 40)  # at a thumbnail's border, WebP mixes in the neighbour's colour
+        assert has_color(image, colors[index], 40)  # at a thumbnail's border, WebP mixes in the neighbour's color
     similar = opened.duplicates(0.3)
     assert any(f"8 of {len(similar):,} shown" in text for text in legible_texts(similar.figure()))
 

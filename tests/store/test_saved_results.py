@@ -18,7 +18,7 @@ import convscope
 from convscope import Atlas, Concepts, ConvscopeError, Store
 from convscope.cli import app
 from convscope.store.saved_results import ids_by_name
-from tests.oracles.colours import MODEL, SETTINGS, load_model, make_network, random_images
+from tests.oracles.colors import MODEL, SETTINGS, load_model, make_network, random_images
 
 CONCEPT_SETTINGS: dict[str, Any] = {"count": 3, "crop": 1 / 4, "crops": 8, "sobol_points": 4, "patches": 4}
 

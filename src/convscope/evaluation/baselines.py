@@ -34,12 +34,12 @@ def blur(x: Tensor, _: torch.Generator) -> Tensor:
 
 
 def mean(x: Tensor, _: torch.Generator) -> Tensor:
-    """Return each image's mean colour."""
+    """Return each image's mean color."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True).expand_as(x)
 
 
 def zero(x: Tensor, _: torch.Generator) -> Tensor:
-    """Return 0 in network input: the preprocessing's mean colour, or black if it has none."""
+    """Return 0 in network input: the preprocessing's mean color, or black if it has none."""
     return torch.zeros_like(x)
 
 

@@ -36,7 +36,7 @@ def road(context: EvaluationContext, *, steps: int = 28, noise: float = 0.01) ->
     Removed pixels are imputed from their neighbours, so that the shape of the hole carries no information about its
     content; noise of `noise` times the image's standard deviation hides the imputation. The value is the area under the
     target's probability with the least relevant pixels removed first ("road-least") minus that with the most relevant
-    ones ("road-most"). With no pixel left, the image is its mean colour.
+    ones ("road-most"). With no pixel left, the image is its mean color.
 
     References
     ----------

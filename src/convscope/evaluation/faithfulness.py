@@ -15,7 +15,7 @@ def average_drop(context: EvaluationContext) -> Scores:
     """Compute the relative drop of the target's probability on the masked image, max(0, y - o) / y; low is good.
 
     y is the probability for the image, o that for the masked image: the network's input times the map at the input's
-    resolution, scaled to [0, 1]; a constant map masks nothing. 0 in the input is the preprocessing's mean colour.
+    resolution, scaled to [0, 1]; a constant map masks nothing. 0 in the input is the preprocessing's mean color.
 
     References
     ----------

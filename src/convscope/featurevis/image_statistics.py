@@ -1,4 +1,4 @@
-"""Statistics of images: spatial frequency, orientation, colourfulness; and a choice of dissimilar images."""
+"""Statistics of images: spatial frequency, orientation, colorfulness; and a choice of dissimilar images."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def orientation_selectivity(images: Images) -> np.ndarray:
     return selectivity
 
 
-def colourfulness(images: Images) -> np.ndarray:
-    """Return the colourfulness (N,): 0 is gray, 33 moderately, 82 highly colourful.
+def colorfulness(images: Images) -> np.ndarray:
+    """Return the colorfulness (N,): 0 is gray, 33 moderately, 82 highly colorful.
 
     sqrt(var rg + var yb) + 0.3 sqrt(mean rg^2 + mean yb^2), with rg = R - G and yb = (R + G) / 2 - B of values 0..255.
     0 for images without three channels.
@@ -63,23 +63,23 @@ def colourfulness(images: Images) -> np.ndarray:
 IMAGE_STATISTICS = {
     "dominant frequency": dominant_frequency,
     "orientation selectivity": orientation_selectivity,
-    "colourfulness": colourfulness,
+    "colorfulness": colorfulness,
 }
 
 
 def image_statistics(images: Images) -> dict[str, np.ndarray]:
-    """Return each statistic of images (N,); gray images have no colourfulness."""
+    """Return each statistic of images (N,); gray images have no colorfulness."""
     return {
         name: statistic(images)
         for name, statistic in IMAGE_STATISTICS.items()
-        if images.shape[3] == 3 or statistic is not colourfulness
+        if images.shape[3] == 3 or statistic is not colorfulness
     }
 
 
 def most_distinct(images: Images, count: int) -> list[int]:
     """Return the indices of `count` dissimilar images by greedy farthest-point selection.
 
-    The first is the image farthest from the mean. Features are the mean colour, the contrast of each channel, and the
+    The first is the image farthest from the mean. Features are the mean color, the contrast of each channel, and the
     luminance spectrum in 4 octaves and 6 orientations, each divided by its standard deviation over the images.
     """
     features = _features(images)

@@ -46,15 +46,15 @@ class PixelImage:
         return self.params if self._scale == 1 else self.params / self._scale
 
 
-# Rows red, green, blue; columns: principal axes of ImageNet's colours, each times the square root of its variance.
+# Rows red, green, blue; columns: principal axes of ImageNet's colors, each times the square root of its variance.
 # Olah, Mordvintsev and Schubert, Feature visualization, Distill 2017, "Preconditioning".
 COLOUR_AXES = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
 
 class FourierImage:
-    """Images as a spectrum with amplitude 1/f and decorrelated colours, through a sigmoid into [0, 1].
+    """Images as a spectrum with amplitude 1/f and decorrelated colors, through a sigmoid into [0, 1].
 
-    A gradient step in these coordinates changes all spatial frequencies and colour axes in natural proportions. A step
+    A gradient step in these coordinates changes all spatial frequencies and color axes in natural proportions. A step
     in pixels favours high frequencies (Olah et al., Distill 2017, "The enemy of feature visualization").
 
     Parameters
@@ -83,7 +83,7 @@ class FourierImage:
         self.params = (std * start).to(device).requires_grad_()
         self._amplitude = ((height * width) ** 0.5 / _frequencies(size)).to(device)
         self._size = size
-        self._axes = colour_axes(channels).to(device)
+        self._axes = color_axes(channels).to(device)
 
     def images(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return the images, optionally at a smaller `size`, made of the frequencies below its Nyquist limit.
@@ -107,7 +107,7 @@ def _low_frequencies(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class SpectrumFit(NamedTuple):
-    """The average spectrum of photographs along one colour axis: ``amplitude / f ** slope``, f in cycles per pixel.
+    """The average spectrum of photographs along one color axis: ``amplitude / f ** slope``, f in cycles per pixel.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ class SpectrumFit(NamedTuple):
 
 
 # Fitted to the four sample photographs: the mean spectrum of their centres at 224 x 224 under a Hann window, along the
-# colour axes, of the logits of pixel values clipped to [0.02, 0.98].
+# color axes, of the logits of pixel values clipped to [0.02, 0.98].
 NATURAL_SPECTRUM = (SpectrumFit(0.143, 1.26, 0.62), SpectrumFit(0.137, 1.38, 0.94), SpectrumFit(0.199, 1.20, 1.08))
 
 
@@ -157,7 +157,7 @@ class PhaseImage:
         self.params = (2 * math.pi * (start - 0.5)).to(device).requires_grad_()
         self._magnitude = natural_magnitude(channels, size).to(device)
         self._size = size
-        self._axes = colour_axes(channels).to(device)
+        self._axes = color_axes(channels).to(device)
 
     def images(self) -> Tensor:
         """Return the images (U, C, H, W) in [0, 1]."""
@@ -169,7 +169,7 @@ class PhaseImage:
 def natural_magnitude(channels: int, size: tuple[int, int]) -> Tensor:
     """Return `NATURAL_SPECTRUM` at the frequencies of an orthonormal real transform: (C, H, W // 2 + 1).
 
-    Without three channels, each of them has the spectrum of the first colour axis.
+    Without three channels, each of them has the spectrum of the first color axis.
     """
     fits = NATURAL_SPECTRUM if channels == 3 else NATURAL_SPECTRUM[:1] * channels
     frequencies = _frequencies(size)
@@ -222,7 +222,7 @@ def _frequencies(size: tuple[int, int]) -> Tensor:
     return frequency.clamp(min=1 / max(height, width))
 
 
-def colour_axes(channels: int) -> Tensor:
+def color_axes(channels: int) -> Tensor:
     """Return `COLOUR_AXES` divided by the largest norm of a column; the identity without three channels."""
     axes = torch.tensor(COLOUR_AXES) if channels == 3 else torch.eye(channels)
     longest: Tensor = torch.linalg.vector_norm(axes, dim=0).max()

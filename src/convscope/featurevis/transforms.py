@@ -29,7 +29,7 @@ class AugmentationConfig:
         Height and width of the output.
     flip : bool
         Whether to mirror half of the crops.
-    colour_jitter : float
+    color_jitter : float
         Largest relative change of contrast; brightness changes by up to half of it, for each channel.
     noise_std : float
         Standard deviation of Gaussian noise that is added to each pixel.
@@ -39,14 +39,14 @@ class AugmentationConfig:
     rotation: float
     size: tuple[int, int]
     flip: bool = True
-    colour_jitter: float = 0.0
+    color_jitter: float = 0.0
     noise_std: float = 0.0
 
 
 def random_affine(
     config: AugmentationConfig, count: int, generators: Sequence[Generator], device: torch.device
 ) -> Transform:
-    """Return `count` random crops with rotation and flip per image, followed by colour jitter and noise.
+    """Return `count` random crops with rotation and flip per image, followed by color jitter and noise.
 
     A batch is resampled in one call. The canvas is extended by reflection.
     """
@@ -58,8 +58,8 @@ def random_affine(
     flip = torch.where((draws[..., 4] < 0.5) & config.flip, -1.0, 1.0)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     filters: list[Transform] = []
-    if config.colour_jitter:
-        filters.append(_random_colour(config.colour_jitter, count, generators, device))
+    if config.color_jitter:
+        filters.append(_random_color(config.color_jitter, count, generators, device))
     if config.noise_std:
         filters.append(_random_noise(config.noise_std, config.size, count, generators, device))
 
@@ -81,7 +81,7 @@ def random_affine(
 JITTER_CHANNELS = 3  # with random numbers of their own; channel c uses those of channel c % 3
 
 
-def _random_colour(maximum: float, count: int, generators: Sequence[Generator], device: torch.device) -> Transform:
+def _random_color(maximum: float, count: int, generators: Sequence[Generator], device: torch.device) -> Transform:
     """Multiply the contrast by 1 + u and add u / 2 to each channel, u uniform in [-maximum, maximum]."""
     draws = maximum * (2 * _uniform(generators, count, 1 + JITTER_CHANNELS).to(device) - 1)
 

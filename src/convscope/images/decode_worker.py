@@ -135,7 +135,7 @@ def _reason(error: Exception) -> str:
 def thumbnail(pixels: Pixels) -> npt.NDArray[np.uint8]:
     """Squash a network's input (H, W, C), uint8 or floats in [0, 1], to uint8 (96, 96, 3).
 
-    Of one or two channels the first is shown in gray, of more than three the first three in colour.
+    Of one or two channels the first is shown in gray, of more than three the first three in color.
     """
     if pixels.dtype != np.uint8:
         pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)

@@ -194,7 +194,7 @@ def as_transform(pipeline: Any) -> ImageTransform:
 
 
 def measure_values(transform: ImageTransform) -> tuple[dict[str, Any], bool]:
-    """Measure size, mean, std and channel order of a pipeline on images of one colour.
+    """Measure size, mean, std and channel order of a pipeline on images of one color.
 
     Returns
     -------
@@ -288,7 +288,7 @@ def _describe(value: object) -> str:
 
 
 def smooth_test_image() -> Image.Image:
-    """Return a smooth colour image of fixed random content, on which a reading of a pipeline is verified."""
+    """Return a smooth color image of fixed random content, on which a reading of a pipeline is verified."""
     values = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return Image.fromarray(values).resize(PROBE_SIZE, Image.Resampling.BICUBIC)
 

@@ -146,7 +146,7 @@ class Preprocessing:  # numpydoc ignore=PR02
         Parameters
         ----------
         pixels : Tensor
-            (N, C, H, W) in [0, 1], colours in RGB order. Signals are (N, C, L), volumes (N, C, D, H, W).
+            (N, C, H, W) in [0, 1], colors in RGB order. Signals are (N, C, L), volumes (N, C, D, H, W).
 
         Returns
         -------

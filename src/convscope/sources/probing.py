@@ -16,7 +16,7 @@ from convscope.errors import ConvscopeError
 from convscope.images.preprocessing import Preprocessing
 from convscope.sources.spec import PREPROCESSING_ASSUMED, ModelSpec, input_channels
 
-ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colours its errors
+ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # Keras colors its errors
 
 # Input sizes tried in turn, with an image of zeros, when neither the source nor the user names one.
 COMMON_SIZES = (224, 32, 28, 64, 96, 128, 160, 192, 227, 240, 256, 299, 384, 512)

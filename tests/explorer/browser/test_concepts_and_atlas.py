@@ -210,12 +210,12 @@ COLOURS = """(canvas, [rows, columns]) => {
 
 
 def pixels(tab, selector: str, rows: int = 8, columns: int = 8) -> np.ndarray:
-    """Return the colours of a canvas at the centres of the cells of a grid."""
+    """Return the colors of a canvas at the centres of the cells of a grid."""
     return np.array(tab.locator(selector).first.evaluate(COLOURS, [rows, columns]))
 
 
 def test_heatmaps_on_the_evaluated_images_match_the_library(tab, url_of, tiny_store):
-    """Each concept has one colour scale for all images; nothing is interpolated at the centre of a position."""
+    """Each concept has one color scale for all images; nothing is interpolated at the centre of a position."""
     open_page(tab, url_of(CONCEPTS))
     heatmaps = tiny_store.concepts()[0].arrays()["heatmaps"]
 

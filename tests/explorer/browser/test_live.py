@@ -29,13 +29,13 @@ READ_PIXELS = """(canvas) => {
 
 
 def painted_pixels(tab, stage: str = "main") -> np.ndarray:
-    """Return the colours and the opacity of a heatmap, (H, W, 4)."""
+    """Return the colors and the opacity of a heatmap, (H, W, 4)."""
     width, height, data = tab.eval_on_selector(f'[data-stage="{stage}"] canvas', READ_PIXELS)
     return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4).astype(int)
 
 
 def painted(tab, stage: str = "main") -> np.ndarray:
-    """Return the colours of a heatmap, (H, W, 3)."""
+    """Return the colors of a heatmap, (H, W, 3)."""
     return painted_pixels(tab, stage)[..., :3]
 
 
@@ -327,7 +327,7 @@ def test_a_refused_job_reports_the_reason(new_tab, live):
             job.queue.release(job)
 
 
-def test_the_graph_is_coloured_by_a_measure(tab, live):
+def test_the_graph_is_colored_by_a_measure(tab, live):
     open_page(tab, f"{live[1]}/m/tiny")
     tab.locator("#graph a").first.wait_for()
     count = len(live[0].first.layers)

@@ -96,7 +96,7 @@ def test_pages_do_not_shift_on_a_slow_connection(new_tab, live, width):
 
 
 def test_pages_meet_wcag_a_and_aa(new_tab, url_of, axe):
-    """All rules in the light theme; colour contrast in the dark theme as well."""
+    """All rules in the light theme; color contrast in the dark theme as well."""
     tab = new_tab(color_scheme="light", bypass_csp=True)
 
     def violations(scheme: str, rules: list[str]) -> list[tuple[str, str, str]]:

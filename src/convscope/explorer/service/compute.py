@@ -288,7 +288,7 @@ def layer_summaries(
 
 
 def channel_sheet(maps: np.ndarray) -> tuple[Image.Image, SheetLayout]:
-    """Draw maps (C, H, W) side by side, each on a colour scale of its own; return the image and its layout."""
+    """Draw maps (C, H, W) side by side, each on a color scale of its own; return the image and its layout."""
     height, width = maps.shape[1:]
     factor = max(1, -(-max(height, width) // MAX_TILE_SIZE))
     if factor > 1:

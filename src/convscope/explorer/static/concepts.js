@@ -1,5 +1,5 @@
 "use strict";
-// Concepts page: heatmaps of concepts over images. Each concept has one colour scale for all images.
+// Concepts page: heatmaps of concepts over images. Each concept has one color scale for all images.
 (() => {
   if (!page.heatmaps) return;
   const options = { colormap: page.colormap, signed: false, opacity: 0.45, max: 1 };

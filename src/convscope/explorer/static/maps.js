@@ -1,5 +1,5 @@
 "use strict";
-// Colour maps over images. They are drawn in the browser, so that opacity and colormap respond at once.
+// Color maps over images. They are drawn in the browser, so that opacity and colormap respond at once.
 // A map has `height`, `width` and either `values`, or `data`: int16 in base64, relative to `peak`.
 function unpackMap(map) {
   const bytes = Uint8Array.from(atob(map.data), (c) => c.charCodeAt(0));
@@ -43,16 +43,16 @@ function smooth(values, height, width) {
   return along(along(values, height, width), width, 1);
 }
 
-// The value of the last colour: the maximum, at the input a quantile.
+// The value of the last color: the maximum, at the input a quantile.
 function lastValue(values, signed, atInput) {
   const sorted = values.map((v) => (signed ? Math.abs(v) : Math.max(v, 0))).sort();
   const position = (atInput ? 0.995 : 1) * (sorted.length - 1), low = Math.floor(position);
   return sorted[low] + (position - low) * (sorted[Math.min(low + 1, sorted.length - 1)] - sorted[low]);
 }
 
-// Options: colormap (colours from low to high), opacity (0 to 1); signed: whether negative values are shown, so that
+// Options: colormap (colors from low to high), opacity (0 to 1); signed: whether negative values are shown, so that
 // values are the more opaque the stronger they are; atInput: whether the map has the input's resolution; and max: the
-// value of the last colour, by default that of `lastValue`.
+// value of the last color, by default that of `lastValue`.
 function paint(canvas, map, options) {
   let values = map.values || unpackMap(map);
   if (options.atInput) values = smooth(options.signed ? values : values.map((v) => Math.max(v, 0)), map.height, map.width);

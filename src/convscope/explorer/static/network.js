@@ -1,5 +1,5 @@
 "use strict";
-// Network page: the graph of layers, coloured by a measure, and the download of the table.
+// Network page: the graph of layers, colored by a measure, and the download of the table.
 (() => {
   const svg = document.getElementById("graph"), details = document.getElementById("details"), select = document.getElementById("measure");
   const MEASURES = ["dead", "sparsity", "top_decile_share", "selectivity"];

@@ -13,9 +13,9 @@ GLOSSARY: dict[str, str] = {
     "that a prediction is correct.",
     "activation": "The value of a unit at one position. After a ReLU, 0 means that the unit does not respond.",
     "activation map": "The activations of a unit at all positions, shown as an image: the brighter, the higher.",
-    "heatmap": "The evidence for a class at each position of the image, shown as colours on top of it.",
+    "heatmap": "The evidence for a class at each position of the image, shown as colors on top of it.",
     "positive evidence": "Regions that increase the score of the class. Negative values are set to 0.",
-    "signed evidence": "Both evidence for and evidence against the class, on a diverging colour scale.",
+    "signed evidence": "Both evidence for and evidence against the class, on a diverging color scale.",
     "contrast class": "The class to contrast with: the heatmap then shows the evidence for the difference between the "
     "logits of the two classes.",
     "deletion": "A faithfulness metric. The most important pixels are removed step by step, and the probability of the "
@@ -54,7 +54,7 @@ GLOSSARY: dict[str, str] = {
     "dominant frequency": "The spatial frequency with the most energy in a pattern, in cycles per pixel. 0.5 alternates"
     " at every pixel; 0.05 has a period of 20 pixels.",
     "orientation selectivity": "How much of a pattern's structure has a single orientation, between 0 and 1.",
-    "colourfulness": "The metric of Hasler and Süsstrunk (2003): 0 is grey, 33 moderately and 82 highly colourful.",
+    "colorfulness": "The metric of Hasler and Süsstrunk (2003): 0 is gray, 33 moderately and 82 highly colorful.",
     "loss": "The cross-entropy of the prediction with respect to the label; 0 is a certain, correct prediction.",
     "unit name": "The word whose scores on the images of the data set go best with the activations of a unit. Its "
     "score is the area under the ROC curve on images that did not serve the choice: 0.5 is chance, 1 is perfect.",

@@ -1,4 +1,4 @@
-"""A network whose units are colours and whose classes are sums of them, and images of coloured tiles."""
+"""A network whose units are colors and whose classes are sums of them, and images of colored tiles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import convscope
 SIZE = 32  # of the network's input
 TILE = 16  # of the images, which are 4 x 4 tiles
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
-WEIGHTS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [-1.0, 0.0, 2.5, 0.5]])  # of the classes warm and cold, by colour
+WEIGHTS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [-1.0, 0.0, 2.5, 0.5]])  # of the classes warm and cold, by color
 
 
-class ColourNet(nn.Module):
+class ColorNet(nn.Module):
     """relu(1 x 1 convolution) with the units red, green, blue and one that is always 0; their means; two classes."""
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class ColourNet(nn.Module):
 
 def make_network() -> nn.Module:
     """Make the network that `MODEL` names."""
-    return ColourNet().eval()
+    return ColorNet().eval()
 
 
-MODEL = "tests.oracles.colours:make_network"
+MODEL = "tests.oracles.colors:make_network"
 SETTINGS = '{"size": 32, "interpolation": "nearest"}'
 
 
@@ -49,11 +49,11 @@ def load_model(net: nn.Module | None = None) -> convscope.Model:
 
 
 def tile_image(names: list[list[str]]) -> np.ndarray:
-    """Make an image of coloured tiles, uint8 (H, W, 3)."""
+    """Make an image of colored tiles, uint8 (H, W, 3)."""
     return np.array([[COLOURS[name] for name in row] for row in names], np.uint8).repeat(TILE, 0).repeat(TILE, 1)
 
 
 def random_images(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Make images of 4 x 4 tiles of random colours. Blue is the rarest, so that all images are warm."""
+    """Make images of 4 x 4 tiles of random colors. Blue is the rarest, so that all images are warm."""
     rng = np.random.default_rng(seed)
     return [tile_image(rng.choice(list(COLOURS), (4, 4), p=[0.3, 0.3, 0.15, 0.25]).tolist()) for _ in range(count)]
