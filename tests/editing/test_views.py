@@ -12,7 +12,7 @@ import convscope
 from convscope import ConvscopeError
 from convscope.plotting.effects import draw_effects
 from convscope.results import pattern_folders
-from convscope.store.unit_views import PICTURE_SIZE, picture_tile
+from convscope.store.unit_views import TILE_SIZE, square_tile
 from tests.editing.conftest import SIZE
 from tests.oracles.explorer import smooth_image
 from tests.oracles.names import name_units
@@ -47,14 +47,14 @@ def test_units_have_the_names_of_the_store(effects: convscope.Effects) -> None:
 
 def test_pictures_are_those_of_the_store(effects: convscope.Effects, store: convscope.Store) -> None:
     assert effects.patch_units.tolist() == effects.top(24)
-    assert effects.patches.shape == (len(effects.patch_units), 3, PICTURE_SIZE, PICTURE_SIZE, 3)
+    assert effects.patches.shape == (len(effects.patch_units), 3, TILE_SIZE, TILE_SIZE, 3)
     for unit, patches in zip(effects.patch_units.tolist(), effects.patches, strict=True):
         examples = store.unit(LAYER, unit).examples(3)
         for patch, example in zip(patches, examples, strict=False):
-            np.testing.assert_array_equal(patch, picture_tile(example.patch()))
+            np.testing.assert_array_equal(patch, square_tile(example.patch()))
         assert (patches[len(examples) :] == 255).all()
     assert effects.pattern_units.tolist() == [4]
-    np.testing.assert_array_equal(effects.patterns[0], picture_tile(store.unit(LAYER, 4).pattern()))
+    np.testing.assert_array_equal(effects.patterns[0], square_tile(store.unit(LAYER, 4).pattern()))
 
 
 def test_patterns_are_added(model: convscope.Model, effects: convscope.Effects) -> None:
@@ -69,12 +69,12 @@ def test_patterns_are_added(model: convscope.Model, effects: convscope.Effects) 
 def test_pictures_stand_in_the_rows_of_their_bars(effects: convscope.Effects) -> None:
     figure = draw_effects(effects)
     figure.canvas.draw()
-    bars, pictures = figure.axes[:2]
+    bars, tiles = figure.axes[:2]
     assert [label.get_text() for label in bars.get_yticklabels()] == [effects.labels[u] for u in effects.order]
     for y in range(len(effects.units)):
-        heights = [axes.transData.transform((0, y))[1] for axes in (bars, pictures)]
+        heights = [axes.transData.transform((0, y))[1] for axes in (bars, tiles)]
         assert heights[0] == pytest.approx(heights[1], abs=2)  # pixels
-    assert len(pictures.images) == 1 + 3 * len(effects.patch_units)
+    assert len(tiles.images) == 1 + 3 * len(effects.patch_units)
 
 
 def test_saved_pictures_are_opened_again(effects: convscope.Effects, tmp_path: Path) -> None:

@@ -48,7 +48,14 @@ def test_every_unit_layer_class_and_example_has_a_page(tiny_site, tiny_store):
     units = {f"m/tiny/unit/{layer}/{u}.html" for layer, count in (("relu1", 8), ("relu3", 10)) for u in range(count)}
     classes = {f"m/tiny/class/{k}.html" for k in range(5)}
     assert units | classes <= names
-    assert {"index.html", "glossary.html", "m/tiny.html", "m/tiny/story.html", "m/tiny/layer/relu3.html"} <= names
+    assert {
+        "index.html",
+        "glossary.html",
+        "m/tiny.html",
+        "m/tiny/story.html",
+        "m/tiny/layer/relu3.html",
+        "m/tiny/units/relu3.html",
+    } <= names
     assert {"m/tiny/image/first.html"} | {f"m/tiny/image/first/class/{k}.html" for k in range(5)} <= names
     examples = {
         int(index)

@@ -87,8 +87,8 @@ def effects(
         )
     if patterns:
         with progress_bar("patterns") as progress:
-            found = convscope.patterns(network, result.layer, result.top(patterns), progress=progress)
-        result = result.with_patterns(found)
+            computed = convscope.patterns(network, result.layer, result.top(patterns), progress=progress)
+        result = result.with_patterns(computed)
     folder = result.save(out)
     if as_json:
         print_json(result.rows())

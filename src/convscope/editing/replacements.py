@@ -49,14 +49,14 @@ def means(model: Model, layer: Layer, source: ImageBatchLoader, memory: int = ME
 
 
 def resampled(model: Model, layer: Layer, source: ImageBatchLoader, seed: int, *, same_images: bool) -> Replacement:
-    """Return the function that replaces each image's maps by those of an image of `source`, drawn at random.
+    """Return the function that replaces each image's maps by those of an image of `source`, chosen at random.
 
     With `same_images`, the images are those of `source`, and none gets its own maps.
     """
 
     def draw(maps: Tensor, indices: tuple[int, ...]) -> Tensor:
-        drawn = donors(max(indices) + 1, len(source), seed, same_images=same_images)
-        parts = [_maps_of_donor(model, layer, source, int(drawn[i]), i if same_images else -1) for i in indices]
+        chosen = donors(max(indices) + 1, len(source), seed, same_images=same_images)
+        parts = [_maps_of_donor(model, layer, source, int(chosen[i]), i if same_images else -1) for i in indices]
         return torch.cat(parts).to(maps)
 
     return draw

@@ -215,7 +215,8 @@ class Effects(IndexedResult):
     def _display_rows(self) -> Sequence[Row]:
         return [
             {
-                **{key: row[key] for key in ("unit", "name") if key in row},
+                "unit": row["unit"],
+                **({"name": row["name"]} if "name" in row else {}),
                 "absolute": f"{row['mean absolute effect']:.3f}",
                 "mean": f"{row['mean effect']:+.3f}",
                 "largest": f"{row['largest effect']:+.3f}",

@@ -38,7 +38,7 @@ from convscope.store.unit_views import store_of_layer, unit_names, unit_patches,
 
 NOISE_SCALE = 10  # standard deviations: far enough for every rectifier to switch
 AFFINE_RTOL = 1e-4  # of scores: rounding
-MAX_PICTURED = 24  # units with pictures
+MAX_WITH_PATCHES = 24  # units with patches
 
 
 @warns_of_failures
@@ -191,13 +191,13 @@ def as_list(units: int | Sequence[int]) -> Sequence[int]:
 
 
 def _views(store: Store, layer: Layer, units: np.ndarray, effects: np.ndarray) -> dict[str, Any]:
-    """Return the names of units (U,), and pictures of those with the largest effects (U, N, T)."""
-    pictured = units[np.argsort(-np.abs(effects).mean((1, 2)), kind="stable")[:MAX_PICTURED]]
-    pattern_units, patterns = unit_patterns(store, layer, pictured)
+    """Return the names of units (U,), and patches and patterns of those with the largest effects (U, N, T)."""
+    strongest = units[np.argsort(-np.abs(effects).mean((1, 2)), kind="stable")[:MAX_WITH_PATCHES]]
+    pattern_units, patterns = unit_patterns(store, layer, strongest)
     views = {
         "unit_names": unit_names(store, layer, units),
-        "patch_units": pictured,
-        "patches": unit_patches(store, layer, pictured),
+        "patch_units": strongest,
+        "patches": unit_patches(store, layer, strongest),
     }
     return views | ({"pattern_units": pattern_units, "patterns": patterns} if len(pattern_units) else {})
 

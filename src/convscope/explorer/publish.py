@@ -38,6 +38,7 @@ from convscope.explorer.views import (
     saved_results_page,
     story_page,
     unit_page,
+    units_page,
 )
 from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.views.saved_links import page_parts
@@ -201,6 +202,7 @@ class _SiteWriter:
                 yield ("m", key, "image", image.key, "class", index), build
         for layer in self._layers:
             yield ("m", key, "layer", layer), partial(_layer_page, network=network, layer=layer)
+            yield ("m", key, "units", layer), partial(_units_page, network=network, layer=layer)
             for unit in range(network.num_units(layer)):
                 yield ("m", key, "unit", layer, unit), partial(_unit_page, network=network, layer=layer, unit=unit)
         for index in range(network.model.num_outputs or 0):
@@ -244,7 +246,7 @@ class _SiteWriter:
         kind = parts[2]
         if kind == "concepts" and len(parts) > 3:
             return bool(concept_data.saved_concepts(self._network, int(parts[3])))
-        if kind in ("layer", "unit"):
+        if kind in ("layer", "units", "unit"):
             return parts[3] in self._layers
         if kind == "image" and len(parts) == 6:
             return parts[5] in self._predicted_classes(self._explorer.images.find(str(parts[3])))
@@ -291,6 +293,10 @@ class _SiteWriter:
 
 def _layer_page(context: PageContext, network: Network, layer: str) -> Page:
     return layer_page.build(context, network, network.layer(layer), None)
+
+
+def _units_page(context: PageContext, network: Network, layer: str) -> Page:
+    return units_page.build(context, network, network.layer(layer), None)
 
 
 def _unit_page(context: PageContext, network: Network, layer: str, unit: int) -> Page:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_UNITS, MAX_PICTURED = 24, 12  # in one figure, without and with pictures
-ROW, PICTURE, CHART = 0.21, 0.55, 4.6  # inches: heights of rows, without and with pictures, and the width of a chart
+MAX_UNITS, MAX_WITH_TILES = 24, 12  # in one figure, without and with tiles
+ROW, TILE, CHART = 0.21, 0.55, 4.6  # inches: heights of rows, without and with tiles, and the width of a chart
 MAX_MAPS = 6
 
 
@@ -51,10 +51,10 @@ def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[floa
 
     Beside them, where the result has them: the units' patterns and top patches, and the curve of removals.
     """
-    pictures = 0 if ax is not None else _count_pictures(result)
-    order = result.order[: MAX_PICTURED if pictures else MAX_UNITS]
-    row = PICTURE if pictures else ROW
-    widths = [CHART, *([pictures * PICTURE + 0.5] if pictures else [])]  # more: the height limits them
+    tiles = 0 if ax is not None else _count_tiles(result)
+    order = result.order[: MAX_WITH_TILES if tiles else MAX_UNITS]
+    row = TILE if tiles else ROW
+    widths = [CHART, *([tiles * TILE + 0.5] if tiles else [])]  # more: the height limits them
     widths += [CHART] * ((result.accuracy is not None) + (result.curve is not None))
     title = f"Units of {shorten(result.layer)} replaced by {REPLACED_BY[result.how]} ({result.model.name})"
     title += omitted(len(order), len(result.units), "units")
@@ -64,8 +64,8 @@ def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[floa
     )
     panels = flatten(grid)
     _draw_logits(panels[0], result, order)
-    if pictures:
-        _draw_pictures(panels.pop(1), result, order)
+    if tiles:
+        _draw_tiles(panels.pop(1), result, order)
     if result.accuracy is not None:
         _draw_accuracy(panels[1], result, order)
     if result.curve is not None:
@@ -82,12 +82,12 @@ def draw_effects(result: Effects, *, ax: Axes | None = None, figsize: tuple[floa
     return figure
 
 
-def _count_pictures(result: Effects) -> int:
-    """Return how many pictures of each unit there are."""
+def _count_tiles(result: Effects) -> int:
+    """Return how many tiles of each unit there are."""
     return (result.patterns is not None) + (0 if result.patches is None else result.patches.shape[1])
 
 
-def _draw_pictures(axes: Axes, result: Effects, order: np.ndarray) -> None:
+def _draw_tiles(axes: Axes, result: Effects, order: np.ndarray) -> None:
     """Draw for each unit its pattern, and the patches that excite it most, in the row of its bar."""
     columns: list[tuple[str, dict[int, np.ndarray]]] = []
     if result.patterns is not None and result.pattern_units is not None:
@@ -97,11 +97,11 @@ def _draw_pictures(axes: Axes, result: Effects, order: np.ndarray) -> None:
         for p in range(result.patches.shape[1]):
             patches = result.patches[:, p]
             columns.append(("" if p else "top patches", dict(zip(result.patch_units.tolist(), patches, strict=True))))
-    for x, (name, pictures) in enumerate(columns):
+    for x, (name, tiles) in enumerate(columns):
         axes.text(x + 0.02, -0.55, name, fontsize=8, va="bottom")
         for y, unit in enumerate(result.units[order].tolist()):
-            if unit in pictures:
-                axes.imshow(pictures[unit], extent=(x + 0.02, x + 0.98, y + 0.48, y - 0.48))
+            if unit in tiles:
+                axes.imshow(tiles[unit], extent=(x + 0.02, x + 0.98, y + 0.48, y - 0.48))
     axes.set_aspect("equal", anchor="W")
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(order) - 0.5, -0.5)

@@ -13,7 +13,7 @@ from convscope.errors import ConvscopeError
 from convscope.store.store import Store, open_store
 
 PATCHES = 3  # of a unit
-PICTURE_SIZE = 96  # pixels
+TILE_SIZE = 96  # pixels
 
 
 def store_of_layer(store: Store | str | os.PathLike[str] | None, model: Model, layer: Layer) -> Store | None:
@@ -43,30 +43,30 @@ def unit_patches(store: Store, layer: Layer, units: np.ndarray) -> np.ndarray:
         for unit in np.unique(units[units >= 0]).tolist()
     }
     tiles = [_tiles(patches.get(unit, []), PATCHES) for unit in units.ravel().tolist()]
-    return np.array(tiles, np.uint8).reshape(*units.shape, PATCHES, PICTURE_SIZE, PICTURE_SIZE, 3)
+    return np.array(tiles, np.uint8).reshape(*units.shape, PATCHES, TILE_SIZE, TILE_SIZE, 3)
 
 
 def unit_patterns(store: Store, layer: Layer, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return those of units (U,) whose patterns the store has, and these patterns (D, S, S, 3) uint8."""
     patterns = {unit: store.unit(layer.name, unit).pattern() for unit in units.tolist()}
-    found = {unit: pattern for unit, pattern in patterns.items() if pattern is not None}
-    return np.array(list(found), int), _tiles(list(found.values()), len(found))
+    stored = {unit: pattern for unit, pattern in patterns.items() if pattern is not None}
+    return np.array(list(stored), int), _tiles(list(stored.values()), len(stored))
 
 
-def picture_tile(picture: Image.Image) -> np.ndarray:
-    """Return a picture in the middle of a white tile (S, S, 3), as large as it fits."""
-    tile = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
-    factor = PICTURE_SIZE / max(picture.size)
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    top, left = (PICTURE_SIZE - height) // 2, (PICTURE_SIZE - width) // 2
+def square_tile(image: Image.Image) -> np.ndarray:
+    """Return a image in the middle of a white tile (S, S, 3), as large as it fits."""
+    tile = np.full((TILE_SIZE, TILE_SIZE, 3), 255, np.uint8)
+    factor = TILE_SIZE / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    top, left = (TILE_SIZE - height) // 2, (TILE_SIZE - width) // 2
     resample = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
-    tile[top : top + height, left : left + width] = np.asarray(picture.convert("RGB").resize((width, height), resample))
+    tile[top : top + height, left : left + width] = np.asarray(image.convert("RGB").resize((width, height), resample))
     return tile
 
 
-def _tiles(pictures: list[Image.Image], count: int) -> np.ndarray:
-    """Return tiles (count, S, S, 3) of pictures; white where there are fewer."""
-    tiles = np.full((count, PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
-    for tile, picture in zip(tiles, pictures, strict=False):
-        tile[:] = picture_tile(picture)
+def _tiles(images: list[Image.Image], count: int) -> np.ndarray:
+    """Return tiles (count, S, S, 3) of images; white where there are fewer."""
+    tiles = np.full((count, TILE_SIZE, TILE_SIZE, 3), 255, np.uint8)
+    for tile, image in zip(tiles, images, strict=False):
+        tile[:] = square_tile(image)
     return tiles

@@ -56,6 +56,7 @@ def page_parts(store: convscope.Store, model: str, image: str, layer: str) -> di
         "image": ("m", model, "image", image),
         "network": ("m", model),
         "layer": ("m", model, "layer", layer),
+        "units": ("m", model, "units", layer),
         "unit": ("m", model, "unit", layer, 1),
         "class": ("m", model, "class", 1),
         "concepts": ("m", model, "concepts"),

@@ -15,6 +15,7 @@ PAGES = {
     "image": "/m/tiny/image/first",
     "network": "/m/tiny",
     "layer": "/m/tiny/layer/relu3",
+    "units": "/m/tiny/units/relu3",
     "unit": "/m/tiny/unit/relu3/2",
     "class": "/m/tiny/class/1",
     "saved_results": "/m/tiny/concepts",

@@ -249,12 +249,18 @@ def concept_heatmap(maps: np.ndarray, bank: np.ndarray) -> np.ndarray:
     return amounts
 
 
+def channel_means(maps: np.ndarray) -> np.ndarray:
+    """Return the mean of each channel of maps (C, ...) over positions, (C,)."""
+    means: np.ndarray = maps.reshape(len(maps), -1).mean(1)
+    return means
+
+
 def channel_statistics(maps: np.ndarray) -> ChannelStatistics:
     """Compute statistics of each channel of maps (C, H, W)."""
     flat = maps.reshape(len(maps), -1)
     dead = is_constant_channel(flat[None])[0] if flat.shape[1] > 1 else flat[:, 0] == 0
     return {
-        "mean": _round(flat.mean(1)),
+        "mean": _round(channel_means(maps)),
         "max": _round(flat.max(1)),
         "active": _round((flat > 0).mean(1)),
         "dead": dead.tolist(),

@@ -167,13 +167,30 @@ class Explorer:
         )
 
     def logit_changes(
-        self, client: Client, net: Network, image: RegisteredImage, layer: str, unit: int
+        self, client: Client, net: Network, image: RegisteredImage, layer: str, unit: int, how: removals.How = "zero"
     ) -> list[LogitChange]:
-        """Return the classes whose logits change most on an image if a unit is removed."""
-        key = ("logit_changes", net.version, image.key, layer, unit)
+        """Return the classes whose logits fall and rise most on an image if a unit is removed."""
+        value = float(self._replacements(client, net, layer, how)[unit])
+        key = ("logit_changes", net.version, image.key, layer, unit, value)
         return self._run_interactive(
-            client, key, lambda _: removals.logit_changes(net.model, self._input(net, image), layer, unit)
+            client, key, lambda _: removals.logit_changes(net.model, self._input(net, image), layer, unit, value)
         )
+
+    def _replacements(self, client: Client, net: Network, layer: str, how: removals.How) -> np.ndarray:
+        """Return what takes the place of each unit of a layer (C,): 0, or its mean.
+
+        Means are over the data set of the store if it has the layer, else over the sample images.
+        """
+        if how == "zero":
+            return np.zeros(net.num_units(layer))
+        means: np.ndarray
+        if net.store is not None and layer in net.store.layers:
+            start = net.store.row_of_unit(layer, 0)
+            means = net.store.units(["mean"]).column("mean").to_numpy()[start : start + net.num_units(layer)]
+            return means
+        maps = [self.feature_maps(client, net, image, layer) for image in self.images.samples]
+        means = np.stack([compute.channel_means(values) for values in maps]).mean(0)
+        return means
 
     def concept_heatmap(
         self, client: Client, net: Network, image: RegisteredImage, layer: str, bank: np.ndarray, version: str
@@ -229,6 +246,25 @@ class Explorer:
             return removals.explanation(net.background_model, x, target, layer, net.store, job.report_progress)
 
         return self._run(self.background_queue, client, key, compute_once)
+
+    def logits_without_units(
+        self, client: Client, net: Network, image: RegisteredImage, layer: str, how: removals.How = "zero"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the logits (K,) on an image, and those without each unit of a layer (C, K)."""
+        values = self._replacements(client, net, layer, how)
+        key = ("logits_without_units", net.version, image.key, layer, how)
+
+        def compute_once(job: Job[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+            x = self._input(net, image)
+            return removals.logits_without_units(net.background_model, x, layer, values, job.report_progress)
+
+        return self._run(self.background_queue, client, key, compute_once)
+
+    def unit_effects(self, client: Client, net: Network, image: RegisteredImage, layer: str, target: int) -> np.ndarray:
+        """Return how far a class's logit falls on an image if each unit of a layer is set to 0, (C,)."""
+        before, after = self.logits_without_units(client, net, image, layer)
+        effects: np.ndarray = before[target] - after[:, target]
+        return effects
 
     def start_pattern(
         self, client_id: str, net: Network, spec: PatternSpec, references: list[np.ndarray]

@@ -123,14 +123,15 @@
     const query = new URLSearchParams({ target: state.target });
     if (setting("layer")) query.set("layer", setting("layer"));
     try {
-      const result = await fetchJson(`${page.api}/explanation?${query}`, { signal: explanationRequest.signal });
+      const result = page.live ? await fetchJson(`${page.api}/explanation?${query}`, { signal: explanationRequest.signal }) : page.explanations[state.target];
+      if (!result) { sentence.textContent = "Published pages explain the classes in the list."; return; }
       sentence.textContent = result.sentence;
       const photo = find("img", main);
       for (const row of result.units) {
         const frame = createElement("div", { class: "frame" }, createElement("img", { src: photo.src, alt: "" }));
         const amount = row.share === null ? row.effect.toFixed(2) : `${Math.round(100 * row.share)}%`;
-        const link = `${modelUrl}/unit/${encodeURIComponent(result.layer)}/${row.unit}?image=${encodeURIComponent(page.image)}`;
-        list.append(createElement("li", {}, createElement("a", { href: link }, frame,
+        const link = page.live ? `${modelUrl}/unit/${encodeURIComponent(result.layer)}/${row.unit}?image=${encodeURIComponent(page.image)}` : row.page;
+        list.append(createElement("li", {}, createElement("a", link ? { href: link } : {}, frame,
           createElement("span", { class: "name" }, row.name || `unit ${row.unit}`),
           createElement("span", { class: "soft" }, [amount, row.position].filter(Boolean).join(", ")))));
         if (row.map) {

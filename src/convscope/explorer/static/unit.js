@@ -7,19 +7,35 @@
     repaint();
     new ResizeObserver(repaint).observe(find(".frame", stage));
   }
-  const removal = document.getElementById("removal");
-  async function showRemoval() {
-    try {
-      const { changes } = await fetchJson(`${page.changes}?${new URLSearchParams({ layer: page.layer, unit: page.unit })}`);
-      const rows = changes.map((row) => createElement("tr", {},
-        createElement("th", { scope: "row" }, row.name),
-        createElement("td", { class: "number" }, `${row.before.toFixed(2)} → ${row.after.toFixed(2)}`),
-        createElement("td", { class: "number" }, `${row.change > 0 ? "+" : ""}${row.change.toFixed(2)}`)));
-      removal.replaceChildren(changes.some((row) => row.change !== 0)
-        ? createElement("table", { class: "facts" }, ...rows) : "Nothing changes on this image.");
-    } catch (error) { removal.textContent = error.message; }
+  // Removal of the unit: the classes that it speaks for fall, those that it speaks against rise.
+  const removal = document.getElementById("removal"), removalForm = document.getElementById("removal-form");
+  const changeRow = (row) => createElement("tr", {},
+    createElement("th", { scope: "row" }, row.name),
+    createElement("td", { class: "number" }, `${row.before.toFixed(2)} → ${row.after.toFixed(2)}`),
+    createElement("td", { class: "number" }, `${row.change > 0 ? "+" : ""}${row.change.toFixed(2)}`));
+  function changeTable(title, rows) {
+    if (!rows.length) return [];
+    return [createElement("h3", {}, title), createElement("table", { class: "facts" }, ...rows.map(changeRow))];
   }
-  if (removal) showRemoval();
+  let removalRequest = null;
+  async function showRemoval() {
+    const how = removalForm.elements.how.value;
+    if (removalRequest) removalRequest.abort();
+    removalRequest = new AbortController();
+    try {
+      const query = new URLSearchParams({ layer: page.layer, unit: page.unit, how });
+      const changes = page.live ? (await fetchJson(`${page.changesApi}?${query}`, { signal: removalRequest.signal })).changes : page.changes[how];
+      removal.replaceChildren(
+        ...changeTable("Lower without it: the unit speaks for them", changes.filter((row) => row.change < 0)),
+        ...changeTable("Higher without it: it speaks against them", changes.filter((row) => row.change > 0)));
+      if (!changes.length) removal.textContent = "Nothing changes on this image.";
+    } catch (error) { if (error.name !== "AbortError") removal.textContent = error.message; }
+  }
+  if (removal) {
+    removalForm.addEventListener("submit", (event) => event.preventDefault());
+    removalForm.addEventListener("change", showRemoval);
+    showRemoval();
+  }
   const form = document.getElementById("pattern-form");
   if (!form) return;
   const progress = document.getElementById("progress"), box = document.getElementById("pattern");

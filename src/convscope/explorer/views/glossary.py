@@ -50,6 +50,7 @@ GLOSSARY: dict[str, str] = {
     "top decile share": "The fraction of a layer's total positive activation that its most active 10 % of units "
     "contribute.",
     "similar units": "Units whose maxima on the same images are correlated (Pearson's r).",
+    "nearest features": "The features of a dictionary whose decoder vectors point in the most similar directions.",
     "story": "Patterns of a sample of units of each stage of the network, from the first layer to the classes.",
     "dominant frequency": "The spatial frequency with the most energy in a pattern, in cycles per pixel. 0.5 alternates"
     " at every pixel; 0.05 has a period of 20 pixels.",

@@ -45,6 +45,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         hasValues=network.model.has_values,
         boxes=boxes,
         boxHeatmaps=[] if urls.live else [_box_heatmap(context, network, image, box, sources) for box in boxes],
+        explanations={} if urls.live else {k: _explanation(context, network, image, k) for k in targets},
         words=_evidence_words(network),
         sequential=SEQUENTIAL,
         diverging=DIVERGING,
@@ -93,6 +94,13 @@ def _evidence_words(network: Network) -> dict[str, str]:
         "none": "no evidence",
         "strongest": "strongest evidence",
     }
+
+
+def _explanation(context: PageContext, network: Network, image: RegisteredImage, target: int) -> dict[str, Any]:
+    """Return the units that carry a class's logit, with their pages, for pages that cannot ask a server."""
+    record = context.explorer.explanation(context.client, network, image, target, None)
+    parts = ("m", network.key, "unit", record["layer"])
+    return {**record, "units": [{**row, "page": context.urls.page(*parts, row["unit"])} for row in record["units"]]}
 
 
 def _box_heatmap(

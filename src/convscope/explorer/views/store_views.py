@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,8 @@ UNITS_ON_LAYER_PAGE = 48
 NUM_CLASSES = 5
 NUM_SIMILAR = 8
 NUM_CHARACTERISTIC = 12
+# Live or not: the sheet with a unit's best patch, its columns and rows. Published pages take that of the unit's page.
+_BEST_PATCH = {True: ("best", 1, 1), False: ("top", EXAMPLES_PER_UNIT, 2)}
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class UnitLink:
-    """A unit, its page and what relates it to the page with the link: a correlation, a ratio or a rank."""
+    """A unit, its page, its name, and what relates it to the page with the link: a correlation, a ratio or a rank."""
 
     layer: str
     unit: int
     value: float
     page: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def unit_statistics(network: Network, urls: UrlBuilder, layer: str, unit: int) -
             )
             for row in class_means
         ],
-        similar_units=[_unit_link(network, urls, other.layer, other.unit, other.r) for other in similar],
+        similar_units=[unit_link(network, urls, other.layer, other.unit, other.r) for other in similar],
     )
 
 
@@ -173,8 +177,7 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPat
     table = store.units(["layer", "unit", "fires", "selectivity", "dead"]).to_pandas()
     table = table[table["layer"] == layer].assign(selectivity=lambda t: t["selectivity"].fillna(0))
     table = table.sort_values(["selectivity", "fires", "unit"], ascending=[False, False, True])
-    # A published page takes the best patch from the sheet of the unit's own page.
-    kind, columns, rows = ("best", 1, 1) if urls.live else ("top", EXAMPLES_PER_UNIT, 2)
+    kind, columns, rows = _BEST_PATCH[urls.live]
     return [
         UnitPatch(
             unit=int(unit),
@@ -187,6 +190,33 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPat
         )
         for unit, dead in table[["unit", "dead"]].head(UNITS_ON_LAYER_PAGE).itertuples(index=False)
     ]
+
+
+def unit_columns(network: Network, layer: str) -> dict[str, list[Any]]:
+    """Return what a store knows of each unit of a layer, by column: name and its score, selectivity; nothing else."""
+    store = network.store
+    if store is None or layer not in store.layers:
+        return {}
+    units, columns = range(network.num_units(layer)), dict[str, list[Any]]()
+    names = store.names()
+    if names is not None:
+        positions = [names.position(layer, unit) for unit in units]
+        columns["name"] = ["" if i is None else str(names.names[i]) for i in positions]
+        columns["score"] = [None if i is None else round(float(names.scores[i]), 2) for i in positions]
+    start = store.row_of_unit(layer, 0)
+    values = store.units(["selectivity"]).column("selectivity").to_pylist()[start : start + len(units)]
+    if any(value is not None for value in values):
+        columns["selectivity"] = [None if value is None else round(value, 3) for value in values]
+    return columns
+
+
+def unit_tiles(network: Network, urls: UrlBuilder, layer: str) -> dict[str, Any] | None:
+    """Return where the top patch of each unit of a layer is: the sheets, on which it is the first tile, and sizes."""
+    if network.store is None or layer not in network.store.layers:
+        return None
+    kind, columns, rows = _BEST_PATCH[urls.live]
+    sheets = [urls.patches(network, layer, unit, kind) for unit in range(network.num_units(layer))]
+    return {"src": sheets, "size": TILE_SIZE, "width": TILE_SIZE * columns, "height": TILE_SIZE * rows}
 
 
 def layer_measures(network: Network) -> dict[str, dict[str, float]]:
@@ -214,7 +244,7 @@ def characteristic_units(network: Network, urls: UrlBuilder, index: int) -> list
         if row["layer"] != LOGITS and row["classes"] and row["classes"][0] == label and row["mean"] > 0:
             units.append((row["class_means"][0] / row["mean"], row["layer"], row["unit"]))
     units.sort(key=lambda unit: (-unit[0], *unit[1:]))
-    return [_unit_link(network, urls, layer, unit, ratio) for ratio, layer, unit in units[:NUM_CHARACTERISTIC]]
+    return [unit_link(network, urls, layer, unit, ratio) for ratio, layer, unit in units[:NUM_CHARACTERISTIC]]
 
 
 def dataset_image(network: Network, urls: UrlBuilder, index: int) -> DatasetImage:
@@ -238,14 +268,16 @@ def dataset_image(network: Network, urls: UrlBuilder, index: int) -> DatasetImag
             PredictionRow(row.name, row.probability, urls.page("m", network.key, "class", row.target))
             for row in record.predictions
         ],
-        unit_ranks=[_unit_link(network, urls, row.layer, row.unit, row.rank + 1) for row in ranks],
+        unit_ranks=[unit_link(network, urls, row.layer, row.unit, row.rank + 1) for row in ranks],
     )
 
 
-def _unit_link(network: Network, urls: UrlBuilder, layer: str, unit: int, value: float) -> UnitLink:
+def unit_link(network: Network, urls: UrlBuilder, layer: str, unit: int, value: float) -> UnitLink:
     """Link to a unit; units of "logits" are classes."""
     parts = ("class", unit) if layer == LOGITS else ("unit", layer, unit)
-    return UnitLink(layer, unit, value, urls.page("m", network.key, *parts))
+    names = None if network.store is None else network.store.names()
+    name = (None if names is None else names.get(layer, unit)) or ""
+    return UnitLink(layer, unit, value, urls.page("m", network.key, *parts), name)
 
 
 def _class_url(network: Network, urls: UrlBuilder, name: str) -> str:

@@ -26,6 +26,7 @@ from convscope.explorer.views import (
     saved_results_page,
     story_page,
     unit_page,
+    units_page,
 )
 from convscope.explorer.views.page import Page, PageContext, render
 from convscope.explorer.web.parameters import PathImage, PathNetwork, QueryImage, Runner
@@ -108,6 +109,17 @@ async def layer(
         net.require_class(target)
     record = net.layer(layer)
     return await _render(request, runner, lambda context: layer_page.build(context, net, record, image, target))
+
+
+@router.get("/m/{model}/units/{layer:path}")
+async def units(
+    request: Request, runner: Runner, net: PathNetwork, layer: str, image: QueryImage, target: int | None = None
+) -> HTMLResponse:
+    """Show the units of a layer as a table."""
+    if target is not None:
+        net.require_class(target)
+    record = net.layer(layer)
+    return await _render(request, runner, lambda context: units_page.build(context, net, record, image, target))
 
 
 @router.get("/m/{model}/unit/{layer:path}/{unit:int}")

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from typing_extensions import TypedDict
 
 from convscope.errors import ConvscopeError
+from convscope.explorer.service.removals import How
 from convscope.explorer.service.schemas import ExplanationRecord, LogitChange
 from convscope.explorer.web.parameters import LayerName, OptionalLayer, PathImage, PathNetwork, Runner, Target
 from convscope.explorer.web.responses import ERRORS
@@ -16,11 +17,20 @@ router = APIRouter(prefix="/api/models/{model}/images/{image}", responses=ERRORS
 
 
 class LogitChanges(TypedDict):
-    """The classes whose logits change most if a unit is set to 0."""
+    """The classes whose logits fall most, and rise most, if a unit is removed."""
 
     layer: str
     unit: int
+    how: How
     changes: list[LogitChange]
+
+
+class UnitEffects(TypedDict):
+    """How far the logit of a class falls if each unit of a layer is set to 0."""
+
+    layer: str
+    target: int
+    effects: list[float]
 
 
 @router.get("/logit-changes")
@@ -31,13 +41,26 @@ async def logit_changes(
     image: PathImage,
     layer: LayerName,
     unit: Annotated[int, Query(ge=0)],
+    how: Annotated[How, Query(description="what replaces the unit at all positions: 0, or its mean")] = "zero",
 ) -> LogitChanges:
-    """Return the classes whose logits change most if a unit is set to 0 at all positions."""
+    """Return the classes whose logits fall most, and rise most, if a unit is removed."""
     entry = net.layer(layer)
     if unit >= entry.units:
         raise ConvscopeError(f"layer {layer!r} has {entry.units} units; there is no {unit}")
-    rows = await runner.run(request, lambda client: runner.explorer.logit_changes(client, net, image, entry.name, unit))
-    return {"layer": entry.name, "unit": unit, "changes": rows}
+    rows = await runner.run(
+        request, lambda client: runner.explorer.logit_changes(client, net, image, entry.name, unit, how)
+    )
+    return {"layer": entry.name, "unit": unit, "how": how, "changes": rows}
+
+
+@router.get("/effects")
+async def effects(
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, target: Target, layer: LayerName
+) -> UnitEffects:
+    """Return how far the logit of a class falls if each unit of a layer is set to 0."""
+    name = net.layer(layer).name
+    values = await runner.run(request, lambda client: runner.explorer.unit_effects(client, net, image, name, target))
+    return {"layer": name, "target": target, "effects": values.tolist()}
 
 
 @router.get("/explanation")
