@@ -11,8 +11,11 @@ from scipy.linalg import hadamard
 from scipy.optimize import linear_sum_assignment
 
 import convscope
+from convscope.dictionaries import api, training
+from convscope.dictionaries import checkpoint as checkpoint_module
 from convscope.dictionaries import positions as positions_module
 from convscope.dictionaries.encoder import FeatureEncoder
+from convscope.dictionaries.fidelity import accuracy_kept, fidelity
 from convscope.dictionaries.methods.base import Settings
 from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.positions import PositionStore
@@ -178,6 +181,87 @@ def test_cancelling_leaves_nothing(model, x, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convscope.dictionary(model, x, LAYER, features=24, active=4, steps=60, memory=1000, progress=cancel)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["topk", "batch-topk", "jumprelu", "archetypal"])
+def test_an_interrupted_run_resumes_and_gives_the_same_bytes(method, model, x, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "INTERVAL", 0.0)
+    settings = {"features": 24, "active": 2, "steps": 40, "method": method}
+    whole = convscope.dictionary(model, x, LAYER, **settings)
+    path = tmp_path / "run.checkpoint"
+
+    def interrupt(done: float, total: int) -> None:
+        if done >= 12 + 27:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convscope.dictionary(model, x, LAYER, **settings, checkpoint=path, progress=interrupt)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.checkpoint"]
+    steps = []
+    monkeypatch.setattr(training._Loop, "step", _counted(training._Loop.step, steps))
+    resumed = convscope.dictionary(model, x, LAYER, **settings, checkpoint=path)
+    assert steps == list(range(26, 40))
+    for name in ("atoms", "encoder", "encoder_bias", "bias", "thresholds", "history", "density"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+    assert resumed.metrics == whole.metrics
+    assert list(tmp_path.iterdir()) == []
+
+
+def _counted(step, steps):
+    def run(self, n, x):
+        steps.append(n)
+        step(self, n, x)
+
+    return run
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, x, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "INTERVAL", 0.0)
+    path = tmp_path / "run.checkpoint"
+
+    def interrupt(done: float, total: int) -> None:
+        if done >= 12 + 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convscope.dictionary(model, x, LAYER, features=24, active=2, steps=9, checkpoint=path, progress=interrupt)
+    with pytest.raises(convscope.ConvscopeError, match=r"other active \(2, now 3\); delete it"):
+        convscope.dictionary(model, x, LAYER, features=24, active=3, steps=9, checkpoint=path)
+    with pytest.raises(convscope.ConvscopeError, match="other vectors"):
+        convscope.dictionary(model, x + 1, LAYER, features=24, active=2, steps=9, checkpoint=path)
+    path.write_bytes(b"something else")
+    with pytest.raises(convscope.ConvscopeError, match="is not a checkpoint"):
+        convscope.dictionary(model, x, LAYER, features=24, active=2, steps=9, checkpoint=path)
+    assert path.read_bytes() == b"something else"
+
+
+def test_accuracy_kept_by_hand():
+    def logits(right: int) -> torch.Tensor:
+        """Return logits of ten images of class 1, so many of them right."""
+        return torch.nn.functional.one_hot((torch.arange(10) < right).long(), 3).float()
+
+    kept = accuracy_kept(torch.ones(10, dtype=torch.int64), logits(8), logits(6), logits(2))
+    assert kept == pytest.approx(1 - (8 - 6) / (8 - 2))
+    assert np.isnan(accuracy_kept(torch.ones(10, dtype=torch.int64), logits(4), logits(3), logits(4)))
+
+
+def test_labels_belong_to_the_images_that_are_held_out(model, x, monkeypatch):
+    held = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:2]
+    passed = []
+
+    def measure(*args):
+        passed.append(args)
+        return fidelity(*args)
+
+    monkeypatch.setattr(api, "fidelity", measure)
+    images, labels = torch.cat([x, -x]), torch.arange(24) % 5
+    learned = convscope.dictionary(model, images, LAYER, features=24, active=4, steps=5, labels=labels)
+    _, _, _, inputs, *_, right = passed[0]
+    assert right.tolist() == labels[held.sort().values].tolist()
+    np.testing.assert_allclose(inputs, images[held.sort().values])
+    assert "accuracy_kept" in learned.metrics
+    with pytest.raises(convscope.ConvscopeError, match="give each image's right class"):
+        convscope.dictionary(model, x, LAYER, features=24, active=4, labels=[1, 2])
 
 
 def test_a_saved_dictionary_is_the_same(model, learned, x, tmp_path):

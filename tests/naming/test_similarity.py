@@ -10,26 +10,42 @@ import pytest
 import torch
 
 from convscope.naming.significance import benjamini_hochberg, p_values, rank_evidence
-from convscope.naming.similarity import MEMBERSHIP, midranks, soft_auc, soft_wpmi, top_images
+from convscope.naming.similarity import memberships, midranks, soft_auc, soft_wpmi, top_images
 
 
 def test_soft_wpmi_is_the_papers_sum():
     probabilities = torch.rand(30, 70)  # more words than are summed at a time
     images = torch.stack([torch.randperm(30)[:10] for _ in range(4)])
     result = soft_wpmi(probabilities, images)
-    membership = [MEMBERSHIP[0]] * 3 + [MEMBERSHIP[1]] * 3 + [MEMBERSHIP[2]] * 2 + [MEMBERSHIP[3]] * 2
+    membership = memberships(10).tolist()
     for unit, word in itertools.product(range(4), (0, 63, 64, 69)):
         expected = 0.0
         for rank, p in enumerate(membership):
             random = np.mean([math.log(1 + p * (float(q) - 1)) for q in probabilities[:, word]])
             expected += math.log(1 + p * (float(probabilities[images[unit, rank], word]) - 1)) - random
-        assert float(result[unit, word]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert float(result[unit, word]) == pytest.approx(expected, abs=0.05)
+
+
+def test_soft_wpmi_agrees_with_the_authors_program():
+    """Its similarity.py: p(x in B) falls linearly, and 1e-7 is added; only the prior p(t) is defined otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (3 * torch.randn(400, 50, generator=generator)).softmax(1)
+    images = torch.stack([torch.randperm(400, generator=generator)[:100] for _ in range(20)])
+    p_in_examples = 0.998 - np.arange(100) / 100 * (0.998 - 0.97)
+    of_examples = probabilities.double().numpy()[images]  # (units, images, words)
+    theirs = np.log(1 + p_in_examples[:, None] * (of_examples - 1) + 1e-7).sum(1)
+    ours = soft_wpmi(probabilities, images, weight=0).numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=5e-4)
+    assert (ours.argmax(1) == theirs.argmax(1)).all()
+    prior = np.log(np.exp(theirs).mean(0))  # over the units of the layer
+    with_prior = soft_wpmi(probabilities, images).numpy()
+    assert np.corrcoef((theirs - prior).ravel(), with_prior.ravel())[0, 1] > 0.85
 
 
 def test_soft_wpmi_of_all_images_is_chance():
     probabilities = torch.rand(8, 5)
-    memberships = torch.arange(8).repeat(4)[None]  # every image once in each quarter
-    assert soft_wpmi(probabilities, memberships).abs().max() < 1e-5
+    everywhere = torch.stack([torch.arange(8).roll(n) for n in range(8)])  # every image once at each rank
+    assert soft_wpmi(probabilities, everywhere).sum(0).abs().max() < 1e-4
 
 
 def test_soft_wpmi_skips_empty_slots():
@@ -37,14 +53,20 @@ def test_soft_wpmi_skips_empty_slots():
     full = torch.tensor([[3, 12, 12, 12, 5, 12, 12, 12]])
     expected = sum(
         torch.log(1 + p * (probabilities[i] - 1)) - torch.log(1 + p * (probabilities - 1)).mean(0)
-        for i, p in ((3, MEMBERSHIP[0]), (5, MEMBERSHIP[2]))
+        for i, p in zip((3, 5), memberships(8)[[0, 4]].tolist(), strict=True)
     )
-    torch.testing.assert_close(soft_wpmi(probabilities, full)[0], expected)
+    torch.testing.assert_close(soft_wpmi(probabilities, full)[0], expected, rtol=0, atol=0.02)
 
 
 def test_top_images_leave_out_a_shared_minimum():
     activations = torch.tensor([[0.0, 2.0, 0.0, 5.0], [1.0, 2.0, 3.0, 2.0], [7.0, 7.0, 7.0, 7.0]])
     assert top_images(activations, 3).tolist() == [[3, 1, 4], [2, 1, 3], [4, 4, 4]]
+
+
+def test_ranks_of_negative_values_and_both_zeros():
+    activations = torch.tensor([[-1.5, 0.0, 3.0, -0.0, -7.0, 3.0]])
+    assert midranks(activations).tolist() == [[2, 3.5, 5.5, 3.5, 1, 5.5]]
+    assert top_images(activations, 4).tolist() == [[2, 5, 1, 3]]
 
 
 def test_soft_auc_is_the_mean_over_pairs_of_images():
@@ -64,7 +86,7 @@ def test_soft_auc_is_the_mean_over_pairs_of_images():
 def test_soft_auc_of_labels_is_sklearns():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(1)
-    activations, labels = np.maximum(rng.normal(size=200), 0), rng.random(200) < 0.2
+    activations, labels = np.maximum(rng.normal(size=200), 0).astype(np.float32), rng.random(200) < 0.2
     expected = metrics.roc_auc_score(labels, activations)
     ranks = midranks(torch.tensor(activations)[None])
     assert float(soft_auc(ranks, torch.tensor(labels)[None])) == pytest.approx(expected, rel=1e-12)

@@ -228,6 +228,16 @@ def parse_classes(model: Model, targets: object, num_images: int) -> Tensor | No
     return torch.tensor([[model.class_index(t) for t in row] for row in rows])
 
 
+def parse_labels(model: Model, labels: object, num_images: int) -> Tensor:
+    """Return the right class (N,) of each image. Raises ConvscopeError for anything but one class for each."""
+    if isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) != num_images:
+        raise ConvscopeError(f"labels has {len(labels)} classes for {num_images} images; give each image's right class")
+    classes = parse_classes(model, labels, num_images)
+    if classes is None or classes.shape[1] != 1:
+        raise ConvscopeError("labels names several classes per image; give each image's right class")
+    return classes[:, 0]
+
+
 def _is_class(value: object) -> TypeGuard[int | str]:
     return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
 

@@ -11,7 +11,7 @@ from convscope.cli.app import command
 from convscope.cli.option_checks import choice
 from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_image_arguments
+from convscope.cli.parsing import open_image_arguments, read_text
 from convscope.cli.tables import Column, print_table
 from convscope.names import DICTIONARY_DESCRIPTIONS
 
@@ -29,6 +29,10 @@ def dictionary(
         typer.Option(metavar="N", min=1, help="Training steps of 1024 positions. Default: by the number of positions."),
     ] = None,
     seed: Seed = 0,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The right class of each image, one per line, for what is kept of accuracy."),
+    ] = None,
     *,
     reading: ImageOptions,
     out: Out = Path("convscope-dictionary"),
@@ -38,6 +42,7 @@ def dictionary(
     """Learn a sparse dictionary of a layer's activations.
 
     In Python, convscope.load_dictionary(FOLDER).attach(model) gives a network in which the features are a layer.
+    If interrupted, rerun the same command to resume.
     """
     import convscope
 
@@ -53,6 +58,10 @@ def dictionary(
             active=active,
             steps=steps,
             seed=seed,
+            labels=None
+            if labels is None
+            else [line.strip() for line in read_text(labels).splitlines() if line.strip()],
+            checkpoint=out.with_name(f"{out.name}.checkpoint"),
             fit=reading.fit,
             max_pixels=reading.max_pixels,
             progress=progress,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
 import numpy as np
+from torch import Tensor
 
 from convscope.arguments import check_arguments
+from convscope.attribution.targets import parse_labels
 from convscope.datasets.image_inputs import open_images
 from convscope.dictionaries.attachment import require_layer
+from convscope.dictionaries.checkpoint import Checkpoint
 from convscope.dictionaries.collection import collect, new_store
 from convscope.dictionaries.encoder import FeatureEncoder
 from convscope.dictionaries.fidelity import densities, fidelity
@@ -39,6 +46,8 @@ def dictionary(
     active: int = 32,
     steps: int | None = None,
     seed: int = 0,
+    labels: object = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     fit: str = "squash",
     memory: int = MEMORY,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -75,6 +84,11 @@ def dictionary(
         Training steps of 1024 positions each; by default 40 passes over the positions, within 400 to 3000 steps.
     seed : int
         Seed of the initial atoms, the order of positions, and the images that are held out.
+    labels : int, str or sequence of these, optional
+        The right class of each image, for the metric "accuracy_kept".
+    checkpoint : path, optional
+        A file in which the state of training is saved every 20 seconds. If the run is interrupted, the same call
+        resumes there, and its result is that of an uninterrupted run, byte for byte. The file is removed at the end.
     fit : {"squash", "crop", "pad"}
         Show the network the whole image, squashed to its input size or with a gray border that keeps its aspect ratio
         ("pad"), or the crop of its own evaluation.
@@ -97,12 +111,14 @@ def dictionary(
         - "logits_kept": how much of the logits of the top classes is kept when the reconstruction replaces the layer's
           output, between 0 for the layer's mean in its place and 1;
         - "loss_kept", "top1_kept": the same for the probabilities of all classes, by their Kullback-Leibler
-          divergence, and the fraction of images whose top class stays the same.
+          divergence, and the fraction of images whose top class stays the same;
+        - "accuracy_kept": how much of the accuracy is kept; with `labels`.
 
     Raises
     ------
     ConvscopeError
-        For an unknown layer or method, arguments out of range, and when no image can be read.
+        For an unknown layer or method, arguments out of range, a checkpoint of another run, and when no image can be
+        read.
 
     References
     ----------
@@ -132,54 +148,86 @@ def dictionary(
     selected = find_layer(model, layer)
     require_layer(selected)
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
+    seed = require_int("seed", seed, 0)
+    right = None if labels is None else parse_labels(model, labels, len(loader))
+    saved = None if checkpoint is None else _open_checkpoint(Path(checkpoint), model, selected, name, settings, seed)
+    job = _Job(model, selected, loader, name, settings, seed, memory, right, saved)
     with progress_bar(progress, "dictionary") as report:
-        return _learn(model, selected, loader, name, settings, require_int("seed", seed, 0), memory, report)
+        return job.run(report)
 
 
-def _learn(
-    model: Model,
-    layer: Layer,
-    loader: ImageBatchLoader,
-    method: str,
-    settings: Settings,
-    seed: int,
-    memory: int,
-    report: Progress,
-) -> Dictionary:
-    """Collect activations, train and evaluate."""
-    limit = None if settings.steps == 0 else settings.steps * BATCH
-    store, per_image = new_store(layer, len(loader), limit, memory)
-    try:
-        planned = settings.steps or default_steps(per_image * len(loader))
-        total = len(loader) + planned
-        collected = collect(model, layer, loader, store, per_image, seed, memory, lambda done, _: report(done, total))
-        settings = Settings(settings.features, settings.active, planned)
-        trained = train(
-            store, method, settings, seed, model.device, lambda done: report(min(len(loader) + done, total - 1), total)
+def _open_checkpoint(path: Path, model: Model, layer: Layer, method: str, settings: Settings, seed: int) -> Checkpoint:
+    run = {"layer": layer.name, "method": method, **asdict(settings), "seed": seed, "weights": model.weights_hash()}
+    return Checkpoint(path, run)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The checked arguments of a call; see `dictionary`. `settings.steps` is 0 for the default."""
+
+    model: Model
+    layer: Layer
+    loader: ImageBatchLoader
+    method: str
+    settings: Settings
+    seed: int
+    memory: int
+    labels: Tensor | None
+    checkpoint: Checkpoint | None
+
+    def run(self, report: Progress) -> Dictionary:
+        """Collect activations, train and evaluate."""
+        model, layer, loader, settings = self.model, self.layer, self.loader, self.settings
+        limit = None if settings.steps == 0 else settings.steps * BATCH
+        store, per_image = new_store(layer, len(loader), limit, self.memory)
+        try:
+            planned = settings.steps or default_steps(per_image * len(loader))
+            total = len(loader) + planned
+            collected = collect(
+                model, layer, loader, store, per_image, self.seed, self.memory, lambda done, _: report(done, total)
+            )
+            settings = replace(settings, steps=planned)
+            trained = train(
+                store,
+                self.method,
+                settings,
+                self.seed,
+                model.device,
+                lambda done: report(min(len(loader) + done, total - 1), total),
+                self.checkpoint,
+            )
+            encoder = FeatureEncoder(trained.weights, trained.activation, settings.active).to(model.device)
+            density = densities(encoder, store)
+            labels = None if self.labels is None else self.labels[collected.validation_indices]
+            metrics = fidelity(model, layer, encoder, collected.validation, store.mean(), self.memory, labels)
+            report(total, total)
+        finally:
+            store.close()
+        if self.checkpoint:
+            self.checkpoint.remove()
+        return self._result(trained, settings, metrics, density, collected.num_images)
+
+    def _result(
+        self, trained: Trained, settings: Settings, measured: dict[str, float], density: np.ndarray, num_images: int
+    ) -> Dictionary:
+        dead = float((density == 0).mean())
+        metrics = {"r2": measured.pop("r2"), "l0": measured.pop("l0"), "dead": dead, **measured}
+        return Dictionary(
+            self.model,
+            **_arrays(trained),
+            layer=self.layer.name,
+            method=self.method,
+            activation=trained.activation,
+            active=settings.active,
+            steps=settings.steps,
+            seed=self.seed,
+            num_images=num_images,
+            metrics=metrics,
+            density=density,
+            history=trained.history,
+            notes=(*self.loader.notes, *_notes(metrics, len(self.loader))),
+            failed=tuple(self.loader.failed),
         )
-        encoder = FeatureEncoder(trained.weights, trained.activation, settings.active).to(model.device)
-        density = densities(encoder, store)
-        metrics = fidelity(model, layer, encoder, collected.validation, store.mean(), memory)
-        report(total, total)
-    finally:
-        store.close()
-    metrics = {"r2": metrics.pop("r2"), "l0": metrics.pop("l0"), "dead": float((density == 0).mean()), **metrics}
-    return Dictionary(
-        model,
-        **_arrays(trained),
-        layer=layer.name,
-        method=method,
-        activation=trained.activation,
-        active=settings.active,
-        steps=settings.steps,
-        seed=seed,
-        num_images=collected.num_images,
-        metrics=metrics,
-        density=density,
-        history=trained.history,
-        notes=(*loader.notes, *_notes(metrics, len(loader))),
-        failed=tuple(loader.failed),
-    )
 
 
 def _arrays(trained: Trained) -> dict[str, np.ndarray]:

@@ -30,12 +30,15 @@ class Collected:
     store : PositionStore
     validation : Tensor
         (H, C, ...) the network's input for the images that are held out.
+    validation_indices : list of int
+        Their numbers.
     num_images : int
         Number of images that vectors are of.
     """
 
     store: PositionStore
     validation: Tensor
+    validation_indices: list[int]
     num_images: int
 
 
@@ -68,12 +71,14 @@ def collect(
     """Fill a store with vectors of the layer at `per_image` random positions of each image that is not held out."""
     excluded = validation_images(len(loader), seed)
     validation: list[Tensor] = []
+    indices: list[int] = []
     num_images = 0
     with iter_activations(model, layer.name, memory) as iterate:
         for batch, maps in iterate(loader):
             for row, index in enumerate(batch.indices):
                 if index in excluded:
                     validation.append(batch.x[row : row + 1].cpu())
+                    indices.append(index)
                     continue
                 vectors = position_vectors(maps[row : row + 1])
                 if len(vectors) > per_image:
@@ -84,4 +89,6 @@ def collect(
             report(num_images + len(validation) + len(loader.failed), len(loader))
     if num_images == 0:
         raise ConvscopeError("only the images held out for evaluation can be used; give more images")
-    return Collected(store, torch.cat(validation or [batch.x[:1].cpu()]), num_images)
+    if not validation:
+        validation, indices = [batch.x[:1].cpu()], [batch.indices[0]]
+    return Collected(store, torch.cat(validation), indices, num_images)

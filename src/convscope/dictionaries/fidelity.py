@@ -36,7 +36,13 @@ def densities(encoder: FeatureEncoder, store: PositionStore) -> np.ndarray:
 
 
 def fidelity(
-    model: Model, layer: Layer, encoder: FeatureEncoder, x: Tensor, mean: Tensor, memory: int
+    model: Model,
+    layer: Layer,
+    encoder: FeatureEncoder,
+    x: Tensor,
+    mean: Tensor,
+    memory: int,
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Compare a layer, and the network's output, with what the reconstruction in the layer's place gives.
 
@@ -47,8 +53,9 @@ def fidelity(
         logits_kept = 1 - sum |y - y'| / sum |y - y0|                      y: logit of each image's top class
         loss_kept   = 1 - KL(p | p') / KL(p | p0)                          p: probabilities of the classes
         top1_kept   = fraction of images whose top class stays the same
+        accuracy_kept = 1 - (c - c') / (c - c0)                            c: accuracy, with labels
 
-    a' is the reconstruction, y' and p' come from it, y0 and p0 from `mean` at all positions.
+    a' is the reconstruction, y', p' and c' come from it, y0, p0 and c0 from `mean` at all positions.
 
     Parameters
     ----------
@@ -61,6 +68,8 @@ def fidelity(
         (C,) the layer's mean activation on the training images.
     memory : int
         Bytes for intermediate results.
+    labels : Tensor, optional
+        (H,) the right classes.
 
     Returns
     -------
@@ -87,7 +96,14 @@ def fidelity(
         torch.cat(list(_logits(model, layer, function, batches)))
         for function in (None, lambda m: encoder.decode(encoder(m)), lambda m: constant.expand_as(m))
     )
-    return metrics | retained(model, plain, rebuilt, ablated)
+    metrics |= retained(model, plain, rebuilt, ablated)
+    return metrics if labels is None else metrics | {"accuracy_kept": accuracy_kept(labels, plain, rebuilt, ablated)}
+
+
+def accuracy_kept(labels: Tensor, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> float:
+    """Return what is kept of the accuracy of logits (H, K) for labels (H,), relative to those with the layer's mean."""
+    right, right_rebuilt, right_ablated = ((z.argmax(1) == labels).double().mean() for z in (plain, rebuilt, ablated))
+    return _retained(right - right_rebuilt, right - right_ablated)
 
 
 def retained(model: Model, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> dict[str, float]:

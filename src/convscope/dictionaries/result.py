@@ -34,6 +34,7 @@ METRIC_NAMES = {
     "logits_kept": "logit of the top class kept with the reconstruction in place",
     "loss_kept": "probabilities of all classes kept",
     "top1_kept": "held-out images whose top class stays",
+    "accuracy_kept": "accuracy on held-out images kept",
 }
 
 

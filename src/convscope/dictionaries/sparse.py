@@ -61,7 +61,7 @@ class ActiveFeatures:
     @cached_property
     def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """The order (n,) by feature, the positions (n,) in this order, and where each feature (F,) begins."""
-        order = self.columns.argsort(stable=True)
+        order = self.columns.int().argsort(stable=True)  # half as wide, twice as fast
         return order, self.rows[order], self.counts.cumsum(0) - self.counts
 
     def sum_atoms(self, values: Tensor, atoms: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from convscope.dictionaries.checkpoint import Checkpoint
 from convscope.dictionaries.dead_features import DeadFeatures, auxiliary_loss, restart
 from convscope.dictionaries.encoder import DictionaryWeights
 from convscope.dictionaries.methods.base import Method, Settings, Start
@@ -71,11 +74,13 @@ def train(
     seed: int,
     device: torch.device,
     report: Callable[[int], None],
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Train a dictionary.
 
     Vectors are centred on their geometric median and divided by their mean distance from it. Adam minimises the
-    method's loss; the learning rate grows for the first steps and falls linearly to 0 in the second half.
+    method's loss; the learning rate grows for the first steps and falls linearly to 0 in the second half. The batches
+    have a generator of their own, so that a run that resumes draws those that it would have drawn.
 
     Parameters
     ----------
@@ -88,6 +93,8 @@ def train(
         Where the training runs.
     report : callable
         Called with the number of steps done.
+    checkpoint : Checkpoint, optional
+        Where the state of training is saved, and read if it was.
     """
     generator = torch.Generator().manual_seed(seed)
     sample = store.read(torch.randperm(store.count, generator=generator)[:MEDIAN_ROWS])
@@ -104,13 +111,17 @@ def train(
     atoms = initial_atoms(settings.features, len(centre), generator).to(device)
     start = Start(atoms, torch.zeros_like(centre, device=device), ((sample - centre) / scale).to(device))
     learner = factory(settings, start)
-    history = np.zeros(settings.steps, np.float32)
     loop = _Loop(learner, settings, generator)
-    batches = store.batches(min(BATCH, max(store.count, 64)), generator)
-    for n in range(settings.steps):
-        history[n] = loop.step(n, ((next(batches) - centre) / scale).to(device))
+    first = loop.restore(checkpoint.load(store)) if checkpoint else 0
+    batches = store.batches(min(BATCH, max(store.count, 64)), torch.Generator().manual_seed(seed + 1))
+    for n, batch in enumerate(islice(batches, settings.steps)):
+        if n < first:
+            continue
+        loop.step(n, ((batch - centre) / scale).to(device))
         report(n + 1)
-    return Trained(_rescaled(learner.weights(), centre, scale), learner.activation, history)
+        if checkpoint and n + 1 < settings.steps:
+            checkpoint.save_if_due(store, partial(loop.state, n + 1))
+    return Trained(_rescaled(learner.weights(), centre, scale), learner.activation, loop.history)
 
 
 def initial_atoms(features: int, channels: int, generator: torch.Generator) -> Tensor:
@@ -137,9 +148,10 @@ class _Loop:
         self.optimizer = torch.optim.Adam(list(parameters.values()), lr=LEARNING_RATE, fused=True)
         self.dead = DeadFeatures(settings.features, settings.active, method.atoms.device)
         self.restarts = {int(fraction * settings.steps) for fraction in RESTARTS}
+        self.history = np.zeros(settings.steps, np.float32)
 
-    def step(self, n: int, x: Tensor) -> float:
-        """Make step `n` on vectors x (B, C); return the explained variance."""
+    def step(self, n: int, x: Tensor) -> None:
+        """Make step `n` on vectors x (B, C), and note the explained variance."""
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(n, self.settings.steps)
         step = self.method.step(x)
         loss = step.loss
@@ -155,7 +167,43 @@ class _Loop:
         if n in self.restarts and step.scores is not None:
             restart(self.method, self.dead.indices, x, step, self.optimizer.state, self.generator)
         variance = (x - x.mean(0)).square().sum()
-        return float(1 - (x - step.reconstruction).square().sum() / variance.clamp_min(1e-12))
+        self.history[n] = 1 - (x - step.reconstruction).square().sum() / variance.clamp_min(1e-12)
+
+    def state(self, done: int) -> dict[str, Tensor]:
+        """Return all that the steps that follow depend on, after so many steps."""
+        state = {"done": torch.tensor(done), "history": torch.from_numpy(self.history), "idle": self.dead.idle}
+        state["generator"] = self.generator.get_state()
+        for name, tensor in self._tensors():
+            state[name] = tensor
+        return state
+
+    def restore(self, state: Mapping[str, Tensor] | None) -> int:
+        """Continue from a state; return the number of steps done, 0 without one."""
+        if state is None:
+            return 0
+        self.history[:] = state["history"].numpy()
+        self.dead.idle.copy_(state["idle"])
+        self.generator.set_state(state["generator"])
+        self._fill_moments()
+        with torch.no_grad():
+            for name, tensor in self._tensors():
+                tensor.copy_(state[name])
+        return int(state["done"])
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters, what the method keeps beside them, and their moments, each with a name."""
+        yield from ((f"buffer.{name}", tensor) for name, tensor in self.method.buffers.items())
+        for name, parameter in self.method.parameters.items():
+            yield f"parameter.{name}", parameter.detach()
+            for moment, tensor in self.optimizer.state[parameter].items():
+                yield f"{moment}.{name}", tensor
+
+    def _fill_moments(self) -> None:
+        """Let the optimizer make its moments, by a step of length 0."""
+        self.optimizer.param_groups[0]["lr"] = 0.0
+        for parameter in self.method.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
 
     def _project_gradients(self) -> None:
         """Remove the part of the atoms' gradients that would change their length."""

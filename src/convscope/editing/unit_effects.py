@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convscope.arguments import check_arguments
-from convscope.attribution.targets import Targets, TargetSpec, parse_classes, parse_targets
+from convscope.attribution.targets import Targets, TargetSpec, parse_labels, parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import check_units
 from convscope.editing.removal import Removal, Replacement
@@ -152,7 +152,7 @@ def effects(
     opened = store_of_layer(store, model, selected)
     loader = ImageBatchLoader(open_images(images), model.preprocessing, fit=fit, max_pixels=max_pixels)
     spec = parse_targets(model, targets, len(loader))
-    right = None if labels is None else _parse_labels(model, labels, len(loader))
+    right = None if labels is None else parse_labels(model, labels, len(loader))
     with progress_bar(progress, "effects") as report:
         replacement = _replacement(model, selected, how, images, reference, fit, seed, memory)
         affine = right is None and is_affine_after(model, selected, next(loader.batches(1)), spec)
@@ -200,16 +200,6 @@ def _views(store: Store, layer: Layer, units: np.ndarray, effects: np.ndarray) -
         "patches": unit_patches(store, layer, strongest),
     }
     return views | ({"pattern_units": pattern_units, "patterns": patterns} if len(pattern_units) else {})
-
-
-def _parse_labels(model: Model, labels: object, count: int) -> Tensor:
-    """Return the right class (N,) of each image."""
-    if isinstance(labels, Sequence) and not isinstance(labels, str) and len(labels) != count:
-        raise ConvscopeError(f"labels has {len(labels)} classes for {count} images; give each image's right class")
-    classes = parse_classes(model, labels, count)
-    if classes is None or classes.shape[1] != 1:
-        raise ConvscopeError("labels names several classes per image; give each image's right class")
-    return classes[:, 0]
 
 
 def _accuracies(correct: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:

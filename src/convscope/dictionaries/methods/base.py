@@ -85,12 +85,15 @@ class Method(Protocol):
         Whether the number of active features is an argument.
     parameters : dict of str to Tensor
         What is optimised. Those of features have F rows.
+    buffers : dict of str to Tensor
+        What else changes from step to step.
     """
 
     activation: str
     is_centred: bool
     is_sparse: bool
     parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
 
     @property
     def atoms(self) -> Tensor:
@@ -130,6 +133,7 @@ class SparseAutoencoder:
 
     def __init__(self, settings: Settings, start: Start) -> None:
         self.settings = settings
+        self.buffers: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {
             "atoms": start.atoms.clone().requires_grad_(),
             "encoder": start.atoms.clone().requires_grad_(),
@@ -145,8 +149,10 @@ class SparseAutoencoder:
     def scores(self, centred: Tensor) -> Tensor:
         """Return z (B, F), without gradients."""
         p = self.parameters
-        with torch.no_grad():
-            return torch.addmm(p["encoder_bias"], centred, p["encoder"].T)
+        with torch.no_grad():  # the bias as a channel that is 1: torch.addmm would first write it into all of z
+            ones = centred.new_ones(len(centred), 1)
+            weights = torch.cat([p["encoder"], p["encoder_bias"][:, None]], 1)
+            return torch.cat([centred, ones], 1) @ weights.T
 
     def select(self, scores: Tensor) -> tuple[Tensor, ActiveFeatures]:
         """Return the values (n,) of the selected features, and which they are; for methods that use `step` as it is."""
@@ -170,7 +176,7 @@ class SparseAutoencoder:
 
     def count_fired(self, features: Tensor, active: ActiveFeatures) -> Tensor:
         """Return at how many positions each feature is above 0."""
-        return torch.bincount(active.columns[features > 0], minlength=self.settings.features)
+        return torch.bincount(active.columns, (features > 0).float(), self.settings.features)
 
     def renormalize(self) -> None:
         """Give the atoms length 1."""

@@ -31,18 +31,19 @@ class BatchTopK(SparseAutoencoder):
 
     def __init__(self, settings: Settings, start: Start) -> None:
         super().__init__(settings, start)
-        self.threshold = 0.0
+        self.buffers["threshold"] = torch.zeros((), dtype=torch.float64)
 
     def select(self, scores: Tensor) -> tuple[Tensor, ActiveFeatures]:
         """Return the largest values of the batch, and which they are."""
-        rows, columns = largest(scores, len(scores) * self.settings.active, MARGIN * self.threshold)
+        threshold = float(self.buffers["threshold"])
+        rows, columns = largest(scores, len(scores) * self.settings.active, MARGIN * threshold)
         values = scores[rows, columns]
         if len(values):
             smallest = float(values.min())
-            mixed = AVERAGING * self.threshold + (1 - AVERAGING) * smallest
-            self.threshold = mixed if self.threshold else smallest
+            mixed = AVERAGING * threshold + (1 - AVERAGING) * smallest
+            self.buffers["threshold"].fill_(mixed if threshold else smallest)
         return values, ActiveFeatures.of_pairs(rows, columns, len(scores), self.settings.features)
 
     def thresholds(self) -> Tensor:
         """Return the threshold, for all features (F,)."""
-        return torch.full_like(self.parameters["encoder_bias"], self.threshold)
+        return torch.full_like(self.parameters["encoder_bias"], float(self.buffers["threshold"]))

@@ -40,7 +40,7 @@ class Nmf:
         self.settings = settings
         chosen = torch.arange(settings.features, device=start.sample.device) % len(start.sample)
         atoms = start.sample[chosen] + 0.1 * start.atoms.abs()
-        self.parameters = {"atoms": atoms.requires_grad_()}
+        self.parameters, self.buffers = {"atoms": atoms.requires_grad_()}, dict[str, Tensor]()
         self.renormalize()
 
     @property
