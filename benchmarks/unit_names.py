@@ -22,6 +22,7 @@ import convscope
 from convscope.naming.assignment import Activations, check_words, choose_words, split_images
 from convscope.naming.word_scores import WordScores
 from convscope.samples import photographs
+from convscope.store.io import Folder, NpyRows
 
 BUILD = Path(__file__).parents[1] / "build" / "unit_names"
 CLASSES = range(5, 1000, 10)
@@ -191,11 +192,11 @@ def planted_units(folder: Path) -> list[Row]:
 class SampleFile:
     """The maxima of units in a file, as a store reads them."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+    def __init__(self, folder: str) -> None:
+        self._rows = NpyRows(Folder(folder), "maxima.npy")
 
     def sample_rows(self, start: int, stop: int) -> np.ndarray:
-        return np.array(self._array[start:stop])
+        return self._rows.read(start, stop)
 
 
 def measure_large(units: int, words: int, images: int) -> dict[str, float]:
@@ -211,7 +212,7 @@ def measure_large(units: int, words: int, images: int) -> dict[str, float]:
             array.flush()
             del array
         scores = np.load(f"{folder}/scores.npy", mmap_mode="r")
-        store = SampleFile(np.load(f"{folder}/maxima.npy", mmap_mode="r"))
+        store = SampleFile(folder)
         start, cpu = time.perf_counter(), time.process_time()
         used = np.arange(images)
         shuffled = np.random.default_rng(1).random((1000, images), np.float32)

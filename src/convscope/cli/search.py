@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,19 +18,32 @@ from convscope.cli.tables import Column, print_table
 @command(extra="scan", package="pyarrow")
 def search(
     store: StoreArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help='What to search for, such as "striped fur".')],
+    query: Annotated[
+        str, typer.Argument(metavar="QUERY", help='What to search for, such as "striped fur", or an image file.')
+    ],
     count: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="Number of units.")] = 20,
     judge: Judge = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="For an image: the network that was scanned. Default: by its name."
+        ),
+    ] = None,
     *,
     as_json: AsJson = False,
     wide: Wide = False,
 ) -> None:
-    """Find units of a store by their names.
+    """Find units of a store by their names, or those that an image excites.
 
-    Names match by their words; with a judge that compares images with text, by meaning.
+    Names match by their words; with a judge that compares images with text, by meaning. For an image, relevance is the
+    fraction of the scanned sample that excites the unit less.
     """
     opened = open_store_at(store)
-    result = opened.search(text, count, judge=None if judge is None else load_model(judge, None, None, None))
+    if Path(query).is_file():
+        network = load_model(model or opened.manifest["model"]["name"], None, None, None)
+        result = opened.search(Path(query), count, model=network)
+    else:
+        result = opened.search(query, count, judge=None if judge is None else load_model(judge, None, None, None))
     if as_json:
         print_json(result.rows())
         return

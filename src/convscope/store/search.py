@@ -27,11 +27,12 @@ class Match(NamedTuple):
     layer, unit : str, int
         The unit.
     name : str
-        The name that matches.
+        The name that matches; "" for a unit without a name that an image has found.
     score : float or None
-        The name's score, as in `UnitNames.scores`; None for the class of a unit of the logits.
+        The name's score, as in `UnitNames.scores`; None for the class of a unit of the logits, and without a name.
     relevance : float
-        The fraction of the text's words that are in the name; with a judge the cosine similarity of both.
+        The fraction of the text's words that are in the name; with a judge the cosine similarity of both; for an
+        image, the fraction of the sample's images that excite the unit less.
     """
 
     layer: str
@@ -50,7 +51,7 @@ class Matches(HasFigure, Sequence[Match]):
     store : StoreTables
         The store.
     text : str
-        What was searched for.
+        What was searched for; the name of an image.
     items : tuple of Match
     notes : tuple of str
     """

@@ -12,7 +12,7 @@ from convscope.engine.layer_selection import name_of
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
-from convscope.store import analysis, search
+from convscope.store import analysis, image_search, search
 from convscope.store.image_record import ImageRecord
 from convscope.store.io import Folder, Json
 from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
@@ -133,33 +133,52 @@ class Store(StoreTables):
             )
         return ImageRecord(self, int(image))
 
-    def search(self, text: str, n: int = 20, *, judge: Model | None = None) -> Matches:
-        """Find units by name: by the names of `convscope.name_units`, and for the logits by those of the classes.
+    def search(self, query: object, n: int = 20, *, judge: Model | None = None, model: Model | None = None) -> Matches:
+        """Find units by name, or by an example image.
 
-        Without `judge`, names match by their words. A name that contains all words of the text comes first; half a
-        match counts half: parts of words, and runners-up.
+        Names are those of `convscope.name_units`, and for the logits those of the classes. Without `judge`, names match
+        by their words. A name that contains all words of the text comes first; half a match counts half: parts of
+        words, and runners-up.
 
         Parameters
         ----------
-        text : str
-            What to search for, such as "striped fur".
+        query : str, or path or other image
+            What to search for, such as "striped fur"; or an example image, as a `pathlib.Path`, PIL image, array or
+            tensor: the units come first that it excites more than most images of the sample do.
         n : int
             How many units to list at most.
         judge : Model, optional
             A network that compares images with text, such as CLIP: names match by the cosine similarity of the
             embeddings of text and name, so that "tiger" finds "striped fur".
+        model : Model, optional
+            The network that was scanned; needed for an image.
 
         Returns
         -------
         Matches
-            The best first; of equally good ones, those with the higher scores.
+            The best first. Of equally good names, those with the higher scores; of units that the image excites more
+            than the same fraction of the sample, those that it excites by more standard deviations.
 
         Raises
         ------
         ConvscopeError
-            For an empty text, a store without any names, and a `judge` that does not take text.
+            For an empty text, a store without any names, a `judge` that does not take text, an image without the
+            network, and a network with other weights.
+
+        Examples
+        --------
+        >>> import convscope
+        >>> model = convscope.load("lite0")
+        >>> photos = convscope.samples.photographs()
+        >>> store = convscope.scan(model, photos, "store", layers=["logits"], workers=0)
+        >>> store.search("lesser panda")[0].unit
+        387
+        >>> len(store.search(photos[0], n=3, model=model))
+        3
         """
-        return search.find_units(self, text, n, judge)
+        if isinstance(query, str):
+            return search.find_units(self, query, n, judge)
+        return image_search.find_units_of_image(self, query, n, model)
 
     def dead(self) -> analysis.DeadUnits:
         """Find units that are never positive on any image, or constant."""
