@@ -8,6 +8,7 @@ import torch
 
 import convscope
 from convscope import ConvscopeError
+from convscope.editing.removal import RemovalRun
 from convscope.explorer.service.model_copy import copy_model
 from tests.dictionaries.conftest import LAYER
 from tests.oracles.nets import SharedReluNet, diff_snapshots, randomized, snapshot
@@ -48,6 +49,29 @@ def test_effects_equal_their_closed_form_where_the_rest_is_affine(net, model, at
     expected = -features.mean((2, 3)).T * (learned.atoms @ net.fc.weight[2].detach().numpy())[:, None]
     np.testing.assert_allclose(effects.logits[:, :, 0], expected, rtol=1e-3, atol=1e-5)
     assert np.abs(expected).max() > 0.01
+
+
+def test_features_that_are_0_on_an_image_take_no_pass(model, x, monkeypatch):
+    """Their effects are exactly 0, as the network without them is the network itself; the others are those of edits."""
+    sparse = convscope.dictionary(model, x, "relu2", features=24, active=1, steps=20)
+    attached, layer = sparse.attach(model), "relu2/dictionary"
+    active = sparse.encode(model, x[:3]).max((2, 3)) > 0  # (3, 24)
+    rows = []
+    run = RemovalRun._run
+
+    def counted(self, resumed, images, *arguments):
+        rows.extend(images.tolist())
+        return run(self, resumed, images, *arguments)
+
+    monkeypatch.setattr(RemovalRun, "_run", counted)
+    effects = convscope.effects(attached, x[:3], layer, targets=2, labels=[0, 1, 2])
+    assert 0 < active.sum() < active.size
+    assert np.bincount(rows, minlength=3).tolist() == active.sum(1).tolist()
+    assert (effects.logits[:, :, 0][~active.T] == 0).all()
+    for feature in (int(active.any(0).argmax()), int(active.any(0).argmin())):
+        edited = convscope.edit(attached, {layer: {feature: 0.0}})
+        change = [convscope.predict(m, x[:3]).logits[:, 2] for m in (edited, model)]
+        np.testing.assert_allclose(effects.logits[feature, :, 0], change[0] - change[1], atol=1e-5)
 
 
 def test_edits_act_by_the_atoms(net, model, attached, learned, x):

@@ -119,7 +119,8 @@ class RemovalRun:
         predicted = self.predicted.repeat(len(sets), 1)
         changed = self.replacement != self.maps
         changed = changed.flatten(2).any(2) if changed.ndim > 2 else changed
-        pairs = (sets & changed).any(2).T.nonzero()  # rows (image, set), image by image
+        differs = torch.stack([(sets[:, i] & changed[i]).any(1) for i in range(len(changed))])
+        pairs = differs.nonzero()  # rows (image, set), image by image
         done = 0
         for image, resumed in self._runs():
             selected = pairs if image is None else pairs[pairs[:, 0] == image]
