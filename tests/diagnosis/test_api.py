@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 import convscope
 from convscope import ConvscopeError
 from convscope.arguments import ArgumentError
+from convscope.cli import app
 from convscope.diagnosis import analyses
 from convscope.diagnosis.flat import to_json
 from convscope.diagnosis.forward import softmax_logits
@@ -215,6 +217,26 @@ def test_a_store_must_be_of_the_same_images_and_weights(data: Path, tmp_path: Pa
     other = convscope.load(changed, preprocessing={"size": SIZE}, classes=list(CLASSES))
     with pytest.raises(ConvscopeError, match="with other weights than this model"):
         convscope.diagnose(other, data, store=store)
+
+
+def test_the_command_saves_the_report_in_the_store_too(data: Path, tmp_path: Path) -> None:
+    with pytest.warns(convscope.ConvscopeWarning):
+        store = convscope.scan(color_model(), data, tmp_path / "store", layers=["conv"], workers=0, progress=False)
+    assert store.diagnoses() == []
+    network = [
+        "tests.diagnosis.test_api:ColorNet",
+        data,
+        "--classes",
+        ",".join(CLASSES),
+        "--preprocessing",
+        '{"size": 16}',
+    ]
+    options = ["--layer", "conv", "--workers", "0", "--store", store.address, "-o", tmp_path / "report"]
+    result = CliRunner().invoke(app, ["diagnose", *map(str, [*network, *options])])
+    assert result.exit_code == 1, result.output  # one image cannot be read
+    (saved,) = store.diagnoses()
+    assert (saved.kind, saved.layer) == ("diagnosis", "conv")
+    assert convscope.open(tmp_path / "report").rows() == convscope.open(tmp_path / "store/diagnosis/conv").rows()
 
 
 def test_cancelling_leaves_nothing_behind(data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import convscope
-from tests.oracles.explorer import data_folder, save_concepts_and_atlas, smooth_image, tiny_model
+from tests.oracles.explorer import data_folder, save_concepts_and_atlas, save_diagnosis, smooth_image, tiny_model
 
 IMAGE_NAMES = ("first.png", "second.png")
 
@@ -28,11 +28,12 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tiny_store_and_results(tiny, tmp_path_factory):
-    """A store of two layers, and the concepts and the atlas that were saved in it."""
+    """A store of two layers, and the concepts, the atlas and the diagnosis that were saved in it."""
     folder = tmp_path_factory.mktemp("tiny_store")
     data = data_folder(folder / "data")
     store = convscope.scan(tiny, data, folder / "store", layers=["relu1", "relu3"], k=10, workers=0)
-    return store, *save_concepts_and_atlas(tiny, store)
+    results = save_concepts_and_atlas(tiny, store)
+    return store, *results, save_diagnosis(tiny, store, data)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,12 @@ def tiny_concepts(tiny_store_and_results):
 def tiny_atlas(tiny_store_and_results):
     """The atlas of relu3, as saved in the store."""
     return tiny_store_and_results[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_diagnosis(tiny_store_and_results):
+    """The diagnosis at relu3, as saved in the store."""
+    return tiny_store_and_results[3]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 import convscope
+from convscope.diagnosis.changed_images import ChangedImages
+from convscope.diagnosis.finding import Finding
 from tests.oracles.nets import SmallConvNet, randomized
 
 HOSTILE_NAME = "<script>alert(1)</script>"
@@ -73,3 +75,45 @@ def save_concepts_and_atlas(
     )
     store.save_result(atlas)
     return concepts, atlas
+
+
+def save_diagnosis(model: convscope.Model, store: convscope.Store, data: Path) -> convscope.Diagnosis:
+    """Save a diagnosis in a store: of the images in a folder, with two findings that are made up."""
+    diagnosis = convscope.diagnose(model, data, layer="relu3", workers=0, progress=False)
+    assert diagnosis.observations is not None
+    evidence = {
+        "effect": "change of the probability",
+        "units": [{"unit": 2, "difference": 1.5}, {"unit": 4, "difference": -1.0}],
+    }
+    findings = [
+        Finding(
+            "shortcut", f"A mark for `{HOSTILE_NAME}`.", "Remove it.", (0, 3, 5), (3,), 0.5, (0.4, 0.6), 0.01, evidence
+        ),
+        Finding("duplicate", "2 images are copies.", "Remove one.", (7, 1), (), 2.0, (1.0, 3.0), float("nan")),
+    ]
+    pixels = np.stack([smooth_image(seed, 96, 96) for seed in range(4)])
+    changed = ChangedImages(
+        finding=np.array([1, 1]),
+        inserted=np.array([True, False]),
+        image=np.array([2, 0]),
+        before=pixels[:2],
+        after=pixels[2:],
+        prediction_before=np.array([1, 3]),
+        prediction_after=np.array([3, 3]),
+        confidence_before=np.array([0.75, 0.5], np.float32),
+        confidence_after=np.array([0.625, 0.25], np.float32),
+    )
+    planted = convscope.Diagnosis.of(
+        model,
+        diagnosis.observations,
+        findings,
+        searches=diagnosis.searches,
+        overview=diagnosis.overview,
+        label_quality=diagnosis.label_quality,
+        changed_images=changed,
+        layer="relu3",
+        layer_reason="",
+        data_name="data",
+    )
+    store.save_result(planted)
+    return planted

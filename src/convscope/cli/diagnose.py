@@ -11,6 +11,7 @@ import typer
 from convscope.cli.app import command
 from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Seed
 from convscope.cli.output import finish, log, print_json
+from convscope.cli.parsing import open_store_at
 from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ def diagnose(
         str | None, typer.Option(metavar="LAYER", help="The layer to record. Default: that of heatmaps.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(metavar="STORE", help="A scan of the same images with the same weights.")
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="A scan of the same images with the same weights: findings name its units, and the explorer shows the "
+            "report with it.",
+        ),
     ] = None,
     folds: Annotated[
         int,
@@ -60,11 +66,12 @@ def diagnose(
     import convscope
 
     network = network_options.load(model)
+    opened = None if store is None else open_store_at(store)
     diagnosis = convscope.diagnose(
         network,
         data[0] if len(data) == 1 else data,
         layer=layer,
-        store=store,
+        store=opened,
         out=out,
         seed=seed,
         folds=folds,
@@ -72,6 +79,8 @@ def diagnose(
         workers=workers,
         max_pixels=reading.max_pixels,
     )
+    if opened is not None and opened.folder.local_path is not None:
+        opened.save_result(diagnosis)
     if as_json:
         print_json(_content(diagnosis))
     else:

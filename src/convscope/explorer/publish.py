@@ -15,7 +15,7 @@ from PIL import Image
 from convscope.engine.batching import balanced_chunks
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError
-from convscope.explorer.service import concept_data
+from convscope.explorer.service import concept_data, diagnosis_data
 from convscope.explorer.service.example_sheets import EXAMPLES_PER_UNIT, ExampleSheets
 from convscope.explorer.service.images import RegisteredImage, encode_image
 from convscope.explorer.service.jobs import Client
@@ -29,6 +29,7 @@ from convscope.explorer.views import (
     atlas_page,
     class_page,
     concepts_page,
+    diagnosis_page,
     example_page,
     glossary_page,
     image_page,
@@ -137,7 +138,7 @@ class _SiteImages:
         return story_figure(self._story(network))
 
     def saved_sheet(self, result: SavedResult, sheet: str) -> bytes:
-        return concept_data.render_sheet(concept_data.load_arrays(self._explorer, result), sheet)
+        return diagnosis_data.render_saved(self._explorer, result, sheet)
 
     def _story(self, network: Network) -> Story:
         story = self._explorer.get_story(network)
@@ -215,6 +216,9 @@ class _SiteWriter:
             yield page_parts(network, result), build
         for result in concept_data.saved_atlases(network):
             yield page_parts(network, result), partial(atlas_page.build, network=network, name=result.name)
+        for position, result in enumerate(diagnosis_data.saved_diagnoses(network)):
+            parts: Parts = ("m", key, "diagnosis", *((result.name,) if position else ()))
+            yield parts, partial(diagnosis_page.build, network=network, name=result.name)
         for index in self._example_indices():
             yield ("m", key, "data", index), partial(example_page.build, network=network, index=index)
         if samples:
@@ -227,7 +231,7 @@ class _SiteWriter:
         return [row["index"] for row in predictions]
 
     def _example_indices(self) -> list[int]:
-        """Return the images of the data set that are examples of a unit or a cell of an atlas."""
+        """Return the images of the data set that are examples of a unit, a cell of an atlas or a finding."""
         indices: set[int] = set()
         for layer in self._scanned_layers():
             top = self._store.top_images(layer, 0, self._store.unit_counts[layer])[:, :EXAMPLES_PER_UNIT]
@@ -237,6 +241,10 @@ class _SiteWriter:
             description = concept_data.describe_atlas(self._explorer, self._network, result, arrays)
             cell_images = [image["index"] for cell in description["cells"] for image in cell["images"]]
             indices.update(index for index in cell_images if index is not None)
+        for result in diagnosis_data.saved_diagnoses(self._network):
+            numbers = diagnosis_data.image_ids(self._explorer, self._network, result)
+            images = diagnosis_data.displayed_images(result, concept_data.load_arrays(self._explorer, result))
+            indices.update(index for image in images if (index := numbers[image]) is not None)
         return sorted(indices)
 
     def _is_planned(self, parts: Parts) -> bool:

@@ -59,9 +59,13 @@ def draw_diagnosis(result: Diagnosis, *, figsize: tuple[float, float] | None = N
 
 def overlay(result: Diagnosis, position: int) -> np.ndarray:
     """Return a thumbnail with the positive evidence for the predicted class, uint8 (s, s, 3)."""
-    thumbnail = result.thumbnails[position]
-    evidence = torch.from_numpy(np.asarray(result.evidence[position], np.float32)).clamp(min=0)
-    resized = interpolate(evidence[None, None], thumbnail.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+    return overlay_evidence(result.thumbnails[position], result.evidence[position])
+
+
+def overlay_evidence(thumbnail: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Return a thumbnail (s, s, 3), uint8, with the positive part of evidence (h, w)."""
+    positive = torch.from_numpy(np.asarray(evidence, np.float32)).clamp(min=0)
+    resized = interpolate(positive[None, None], thumbnail.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
     return np.asarray(ColorScale(float(resized.max())).overlay(thumbnail, resized))
 
 

@@ -31,6 +31,9 @@ QUALITY = 88  # of JPEG thumbnails
 DIFFERENCES = ("shortcut", "slice", "calibration")
 """Kinds whose effect is the difference of two shares or probabilities."""
 
+HEATMAP_KINDS = ("shortcut", "slice", "label-error", "confusion")
+"""Kinds of findings about the network's answers to images, for which the evidence is shown."""
+
 KIND_TITLES = {
     "shortcut": "Shortcut",
     "slice": "Group of images with more errors",
@@ -113,13 +116,13 @@ def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str
 
 def _section(result: Diagnosis, number: int, finding: Finding, overlays: Mapping[int, np.ndarray]) -> _Section:
     names = display_names(result)
-    has_heatmaps = finding.kind not in ("duplicate", "calibration")
+    has_heatmaps = finding.kind in HEATMAP_KINDS
     return _Section(
         number,
         KIND_TITLES.get(finding.kind, finding.kind),
         finding,
-        _format_effect(finding),
-        _format_p_value(finding.p_value),
+        format_effect(finding),
+        format_p_value(finding.p_value),
         [_card(result, names, image, overlays if has_heatmaps else {}) for image in finding.images[:MAX_EXAMPLES]],
         "" if (mark := mean_mark(result, finding)) is None else _data_url(mark),
         _changes(result, names, number, inserted=True),
@@ -197,7 +200,7 @@ def quoted(text: str) -> str:
     return re.sub("`(.+?)`", "“\\1”", text)
 
 
-def _format_effect(finding: Finding) -> str:
+def format_effect(finding: Finding) -> str:
     """Format the effect with its interval: shares as percentages, their differences as percentage points."""
     values = (finding.effect, *finding.interval)
     if finding.kind in DIFFERENCES:
@@ -210,7 +213,7 @@ def _format_effect(finding: Finding) -> str:
     return f"{finding.effect:,.0f} (95 % interval {low} to {high})"
 
 
-def _format_p_value(p_value: float) -> str:
+def format_p_value(p_value: float) -> str:
     """Say how probable such a result would be by chance; nothing if that was not tested."""
     if math.isnan(p_value):
         return ""

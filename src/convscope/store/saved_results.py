@@ -1,4 +1,4 @@
-"""Concepts and atlases saved in a store: where they are saved, and how they are read without the model."""
+"""Concepts, atlases and diagnoses saved in a store: where they are saved, and how they are read without the model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
 from convscope.results import file_names
 from convscope.store.io import Folder, Json, ParquetTable
 from convscope.store.tables import StoreTables
-
-if TYPE_CHECKING:
-    from convscope.decomposition.result import Atlas, Concepts
 
 # Groups of arrays of each kind whose first axes have the same length.
 SAME_LENGTH = {
@@ -28,19 +26,39 @@ SAME_LENGTH = {
         ("bank", "importance", "ablation_effects", "examples", "patches"),
         ("heatmaps", "evaluated_indices", "thumbnails", "shapes"),
     ),
+    "diagnosis": (
+        ("labels", "predictions", "confidence", "label_quality"),
+        ("examples", "thumbnails", "evidence"),
+        ("changed.finding", "changed.before", "changed.after"),
+    ),
     "atlas": (("cells", "counts", "icons", "classes", "effects"), ("positions", "sources", "cell_index")),
 }
 
 
+class StorableResult(Protocol):
+    """Concepts, an atlas or a diagnosis."""
+
+    @property
+    def model(self) -> Model:
+        """The model that the result is about."""
+
+    @property
+    def layer(self) -> str:
+        """The layer it was computed at."""
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Save the result into a folder."""
+
+
 @dataclass(frozen=True, eq=False)
 class SavedResult:
-    """Concepts or an atlas in a store.
+    """Concepts, an atlas or a diagnosis in a store.
 
     Attributes
     ----------
     folder : Folder
         The store.
-    kind : {"concepts", "atlas"}
+    kind : {"concepts", "atlas", "diagnosis"}
         What it is.
     name : str
         Name of its folder inside the store.
@@ -63,8 +81,8 @@ class SavedResult:
 
     @property
     def target(self) -> int | None:
-        """Index of its class; None for an atlas of all classes."""
-        target: int | None = self.manifest["parameters"]["target"]
+        """Index of its class; None for an atlas of all classes, and for a diagnosis."""
+        target: int | None = self.manifest["parameters"].get("target")
         return target
 
     @property
@@ -72,10 +90,14 @@ class SavedResult:
         """Names of the images it was made from."""
         return list(self.manifest["parameters"]["image_names"])
 
+    def file(self, name: str) -> bytes:
+        """Read a file of its folder. Raises ConvscopeError if it is missing."""
+        with self.folder.open(f"{self.kind}/{self.name}/{name}") as file:
+            return file.read()
+
     def archive(self) -> bytes:
         """Read its arrays.npz as bytes. Raises ConvscopeError if the file is missing."""
-        with self.folder.open(f"{self.kind}/{self.name}/arrays.npz") as file:
-            return file.read()
+        return self.file("arrays.npz")
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Read all arrays, by the names of the result's attributes. Raises ConvscopeError if missing or damaged."""
@@ -101,7 +123,7 @@ class SavedResultIndex:
         self._cache: dict[str, tuple[str, SavedResult]] = {}  # by name: version of the manifest's file, result
 
     def items(self) -> list[SavedResult]:
-        """List finished results: concepts by class, atlases by layer, then class. Raises ConvscopeError if invalid."""
+        """List finished results: concepts by class, others by layer, then class. Raises ConvscopeError if invalid."""
         results = []
         for name in self._folder.list_names(self._kind):
             file_version = self._folder.file_version(f"{self._kind}/{name}/manifest.json")
@@ -110,7 +132,7 @@ class SavedResultIndex:
         return sorted(results, key=self._sort_key)
 
     def _sort_key(self, result: SavedResult) -> tuple[str, int]:
-        return result.layer if self._kind == "atlas" else "", -1 if result.target is None else result.target
+        return "" if self._kind == "concepts" else result.layer, -1 if result.target is None else result.target
 
     def _load(self, name: str, file_version: str) -> SavedResult:
         if name not in self._cache or self._cache[name][0] != file_version:
@@ -138,10 +160,11 @@ def _is_valid(parameters: Json, kind: str) -> bool:
     """Return whether a manifest names layer, class and images."""
     layer, target, images = (parameters.get(key) for key in ("layer", "target", "image_names"))
     has_target = isinstance(target, int) or (kind == "atlas" and target is None and "target" in parameters)
+    has_target = has_target or kind == "diagnosis"
     return isinstance(layer, str) and has_target and isinstance(images, list)
 
 
-def save_path(store: StoreTables, result: Concepts | Atlas) -> Path:
+def save_path(store: StoreTables, result: StorableResult) -> Path:
     """Return the folder of a result inside a store. Raises ConvscopeError as `Store.save_result` does."""
     store.check_weights(result.model)
     folder = store.folder.local_path
@@ -149,10 +172,11 @@ def save_path(store: StoreTables, result: Concepts | Atlas) -> Path:
         raise ConvscopeError(
             f"{store.address} is not on this machine's disk, and results are saved in local stores only; copy it first"
         )
+    target = getattr(result, "target", None)
     layer, kind = file_names(result.model.layers.names)[result.layer], type(result).__name__.lower()
     if kind == "concepts":
-        return folder / kind / f"{result.target}-{layer}"
-    return folder / kind / (layer if result.target is None else f"{layer}-class{result.target}")
+        return folder / kind / f"{target}-{layer}"
+    return folder / kind / (layer if target is None else f"{layer}-class{target}")
 
 
 def ids_by_name(store: StoreTables, names: Sequence[str]) -> list[int | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convscope.arguments import check_arguments
 from convscope.engine.layer_selection import name_of
@@ -15,14 +14,11 @@ from convscope.errors import ConvscopeError
 from convscope.store import analysis, image_search, search
 from convscope.store.image_record import ImageRecord
 from convscope.store.io import Folder, Json
-from convscope.store.saved_results import SavedResult, SavedResultIndex, save_path
+from convscope.store.saved_results import SavedResult, SavedResultIndex, StorableResult, save_path
 from convscope.store.schema import FORMAT
 from convscope.store.search import Matches
 from convscope.store.tables import StoreTables
 from convscope.store.unit_record import UnitRecord
-
-if TYPE_CHECKING:
-    from convscope.decomposition.result import Atlas, Concepts
 
 
 @check_arguments
@@ -80,7 +76,8 @@ def open_store(folder: str | os.PathLike[str], storage: Mapping[str, object] | N
 class Store(StoreTables):
     """The results of a scan: statistics and examples of every unit, predictions for every image.
 
-    Made by `open_store` and `convscope.scan`. Concepts and atlases can be saved in it.
+    Made by `open_store` and `convscope.scan`. Concepts, atlases and diagnoses can be
+    saved in it.
 
     Parameters
     ----------
@@ -98,6 +95,7 @@ class Store(StoreTables):
     def __init__(self, folder: Folder, manifest: Json) -> None:
         super().__init__(folder, manifest)
         self._concepts, self._atlases = SavedResultIndex(folder, "concepts"), SavedResultIndex(folder, "atlas")
+        self._diagnoses = SavedResultIndex(folder, "diagnosis")
 
     def __repr__(self) -> str:
         size = f"{len(self.layers)} layers, {self.num_units:,} units, {self.num_images:,} images"
@@ -209,12 +207,12 @@ class Store(StoreTables):
         """
         return analysis.compare_units(self, other)
 
-    def save_result(self, result: Concepts | Atlas) -> Path:
-        """Save concepts or an atlas in the store, replacing those of the same layer and class.
+    def save_result(self, result: StorableResult) -> Path:
+        """Save concepts, an atlas or a diagnosis in the store, replacing those of the same layer and class.
 
         Parameters
         ----------
-        result : Concepts or Atlas
+        result : Concepts, Atlas or Diagnosis
 
         Returns
         -------
@@ -235,3 +233,7 @@ class Store(StoreTables):
     def atlases(self) -> list[SavedResult]:
         """List the atlases saved in the store, by layer, then by class; those of all classes first."""
         return self._atlases.items()
+
+    def diagnoses(self) -> list[SavedResult]:
+        """List the diagnoses saved in the store, by layer."""
+        return self._diagnoses.items()

@@ -21,6 +21,7 @@ PAGES = {
     "saved_results": "/m/tiny/concepts",
     "concepts": "/m/tiny/concepts/1",
     "atlas": "/m/tiny/atlas/relu3",
+    "diagnosis": "/m/tiny/diagnosis",
     "story": "/m/tiny/story",
     "example": "/m/tiny/data/3",
     "glossary": "/glossary",

@@ -70,6 +70,10 @@ class PageContext:
         """Return whether the store of a network has names of units."""
         return network.store is not None and network.store.folder.exists(NAMES_FILE)
 
+    def has_diagnosis(self, network: Network) -> bool:
+        """Return whether the store of a network has a diagnosis."""
+        return network.store is not None and bool(network.store.diagnoses())
+
     def page_data(self, kind: str, **values: object) -> Values:
         """Return the data that every page's scripts need, and `values`."""
         return {"kind": kind, "live": self.urls.live, **values}
@@ -88,6 +92,7 @@ def render(page: Page, context: PageContext) -> str:
         networks=networks,
         name_counts=Counter(other.model.name for other in networks),
         store=page.network.store,
+        has_diagnosis=context.has_diagnosis(page.network),
         has_names=context.has_names(page.network),
     )
     return html

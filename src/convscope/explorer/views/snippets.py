@@ -88,6 +88,15 @@ def atlas(model: str, store: str, layer: str | None = None, target: int | None =
     }
 
 
+def diagnose(model: str, store: str) -> Snippet:
+    """Return the code that diagnoses a network on labelled images, and saves the report in a store."""
+    call = f"convscope.diagnose({_load(model)}, IMAGES, store={store!r})"
+    return {
+        "python": f"diagnosis = {call}\n{_save(store, 'diagnosis')}",
+        "shell": f"convscope diagnose {_quote(model)} IMAGES --store {_quote(store)} -o report",
+    }
+
+
 def _save(store: str, name: str) -> str:
     return f"convscope.open_store({store!r}).save_result({name})"
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from convscope.explorer.service import concept_data
+from convscope.explorer.service import concept_data, diagnosis_data
 from convscope.explorer.service.images import UnknownResource, encode_image
 from convscope.explorer.service.jobs import Client
 from convscope.explorer.service.networks import Network
@@ -19,6 +19,13 @@ from convscope.store.saved_results import SavedResult
 
 SIZES = (96, 160, 320, 640, 1024)  # pixels of the longer side
 EXAMPLE_KINDS = ("top", "bottom", "best")
+
+SAVED = {
+    "concepts": concept_data.saved_concepts,
+    "atlas": concept_data.saved_atlases,
+    "diagnosis": diagnosis_data.saved_diagnoses,
+}
+"""For each kind of saved results the function that lists those of a network."""
 
 router = APIRouter(prefix="/image", include_in_schema=False)
 
@@ -140,17 +147,17 @@ async def whole_story(request: Request, runner: Runner, net: VersionedNetwork) -
 async def saved_sheet(
     request: Request, runner: Runner, model: str, kind: str, name: str, sheet: str, v: str
 ) -> Response:
-    """Return a sheet of images of concepts or of an atlas."""
+    """Return a sheet of images of concepts, an atlas or a diagnosis."""
     net = runner.explorer.network(model)
-    if sheet not in concept_data.SHEETS.get(kind, ()):
+    if kind != "diagnosis" and sheet not in concept_data.SHEETS.get(kind, ()):
         raise UnknownResource("there are no such images")
 
     def render(client: Client) -> bytes:
-        results = concept_data.saved_concepts(net) if kind == "concepts" else concept_data.saved_atlases(net)
-        result = _find_version(results, name, v)
-        arrays = concept_data.load_arrays(runner.explorer, result)
+        result = _find_version(SAVED[kind](net), name, v)
         key = ("saved", result.version, sheet)
-        return runner.explorer.cached_image(client, net, key, lambda: concept_data.render_sheet(arrays, sheet))
+        return runner.explorer.cached_image(
+            client, net, key, lambda: diagnosis_data.render_saved(runner.explorer, result, sheet)
+        )
 
     return image_response(await runner.run(request, render), request)
 

@@ -17,6 +17,7 @@ from convscope.explorer.views import (
     atlas_page,
     class_page,
     concepts_page,
+    diagnosis_page,
     example_page,
     glossary_page,
     image_page,
@@ -170,6 +171,13 @@ async def concepts(
 async def names(request: Request, runner: Runner, net: PathNetwork) -> HTMLResponse:
     """Show the named units."""
     return await _render(request, runner, lambda context: names_page.build(context, net))
+
+
+@router.get("/m/{model}/diagnosis")
+@router.get("/m/{model}/diagnosis/{name}")
+async def diagnosis(request: Request, runner: Runner, net: PathNetwork, name: str | None = None) -> HTMLResponse:
+    """Show the reasons for errors that a diagnosis in the store has found."""
+    return await _render(request, runner, lambda context: diagnosis_page.build(context, net, name))
 
 
 @router.get("/m/{model}/atlas/{name}")
