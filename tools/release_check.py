@@ -60,9 +60,8 @@ class StepFailedError(Exception):
 def run(command: Sequence[str | Path], folder: Path = ROOT, environment: Mapping[str, str] | None = None) -> str:
     """Run a command, print it with the time that it took, and return its output."""
     words = [Path(word).name if isinstance(word, Path) else word for word in command]
-    print(
-        "$", *(word if "\n" not in word else f"{word.partition(chr(10))[0]} ..." for word in words), end="", flush=True
-    )
+    # Of programs that are passed as text, the last line shows best what they are about.
+    print("$", *(word.strip().rpartition("\n")[2] for word in words), end="", flush=True)
     # PYTHONPATH of the caller would hide what is installed.
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(environment or {})
     start = time.monotonic()
