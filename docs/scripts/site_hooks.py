@@ -63,7 +63,10 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
-    """Refuse images without a text that says what they show."""
+    """Refuse images without a text that says what they show, and what is loaded from other hosts."""
+    loaded = re.findall(r'<(?:script|img|link rel="stylesheet")\b[^>]*?(?:src|href)="(https?://[^"]+)', output)
+    if loaded:
+        raise PluginError(f"{page.file.src_uri}: loaded from other hosts: {loaded}")
     bare = [tag for tag in IMAGE_TAG.findall(output) if not re.search(r'\balt="[^"]+"', tag)]
     if bare:
         raise PluginError(f"{page.file.src_uri}: images without alt text: {bare}")
