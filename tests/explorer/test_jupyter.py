@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import threading
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from tests.oracles.explorer import smooth_image
 
 pytest.importorskip("anywidget", reason="the extra 'jupyter' is not installed")
 
+from convscope.explorer.jupyter import widget as widget_module
 from convscope.explorer.jupyter.in_process import AppRequest, InProcessServer
 from convscope.explorer.jupyter.widget import ExplorerWidget, make_snapshot
 
@@ -200,14 +202,26 @@ def test_exports_contain_the_picture_and_the_predictions(in_process):
     assert data["text/plain"] == "ExplorerWidget(height=500)"
 
 
-def test_a_notebook_exported_to_html_contains_the_picture(in_process):
+def test_a_notebook_exported_to_html_contains_the_picture(in_process, monkeypatch):
+    """Also where the state of widgets is saved, as `nbconvert --execute` does: the export prefers the widget."""
     nbconvert = pytest.importorskip("nbconvert")
     nbformat = pytest.importorskip("nbformat")
-    data, metadata = ExplorerWidget(in_process, 500, make_snapshot(in_process))._repr_mimebundle_()
-    cell = nbformat.v4.new_code_cell("convscope.show(model)", execution_count=1)
-    cell.outputs = [nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1)]
-    page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-    assert page.count('src="data:image/webp;base64,') == 1
+    outputs = []
+
+    def record(data, metadata=None, raw=False):
+        assert raw
+        outputs.append(nbformat.v4.new_output("display_data", data, metadata=metadata or {}))
+
+    monkeypatch.setattr(widget_module, "display", record)
+    widget = ExplorerWidget(in_process, 500, make_snapshot(in_process))
+    widget._ipython_display_()
+    cell = nbformat.v4.new_code_cell("convscope.show(model)", execution_count=1, outputs=outputs)
+    state = {"state": {widget.model_id: {"model_name": "AnyModel", "model_module": "anywidget", "state": {}}}}
+    saved = {"application/vnd.jupyter.widget-state+json": {**state, "version_major": 2, "version_minor": 0}}
+    for metadata in ({}, {"widgets": saved}):
+        page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell], metadata=metadata))
+        classes = re.findall(r'<div class="([^"]*)">\s*<figure [^>]*>\s*<img [^>]*src="data:image/webp', page)
+        assert classes == [widget.static_class]  # the widget's script hides it
 
 
 def test_show_gives_a_widget_in_jupyter_and_a_frame_elsewhere(tiny, monkeypatch):

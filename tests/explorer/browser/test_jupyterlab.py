@@ -121,6 +121,12 @@ def test_the_notebook_keeps_the_page_as_it_stands(page, explorer):
     wait_for_text(page.locator(".jp-OutputArea-output"), "kept: True True")
 
 
+def test_the_output_for_exports_is_hidden_where_the_widget_runs(page, explorer):
+    static = page.locator('.jp-OutputArea-output div[class^="convscope-"]')
+    assert static.count() == 1
+    assert static.is_hidden()
+
+
 def test_images_are_shown(explorer):
     widths = explorer.locator("#strip img").evaluate_all(
         "images => Promise.all(images.map((image) => image.decode().then(() => image.naturalWidth)))"

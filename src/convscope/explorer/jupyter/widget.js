@@ -392,6 +392,10 @@ class Explorer {
 }
 
 function render({ model, el }) {
+  // The same snapshot is an output of its own, for exported notebooks in which no script runs.
+  const style = document.createElement("style");
+  style.textContent = `.${model.get("static_class")} { display: none; }`;
+  el.append(style);
   const explorer = new Explorer(model, el);
   explorer.open("/");
   return () => explorer.close();

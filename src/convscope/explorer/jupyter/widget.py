@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -14,6 +15,7 @@ from typing import Any
 
 import anywidget
 import traitlets
+from IPython.display import display
 from PIL import Image
 
 from convscope.explorer.jupyter.in_process import AppRequest, InProcessServer
@@ -41,9 +43,10 @@ class ExplorerWidget(anywidget.AnyWidget):
     _esm = files("convscope.explorer.jupyter").joinpath("widget.js").read_text(encoding="utf-8")
     height = traitlets.Int(720).tag(sync=True)
     snapshot = traitlets.Unicode("").tag(sync=True)
+    static_class = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, server: InProcessServer, height: int, snapshot: str) -> None:
-        super().__init__(height=height, snapshot=snapshot)
+        super().__init__(height=height, snapshot=snapshot, static_class=f"convscope-{uuid.uuid4().hex}")
         self._server = server
         self._disconnect: dict[str, Callable[[], None]] = {}
         self.on_msg(self._on_message)
@@ -66,6 +69,16 @@ class ExplorerWidget(anywidget.AnyWidget):
         if bundle is not None and self.snapshot:
             bundle[0]["text/html"] = self.snapshot
         return bundle
+
+    def _ipython_display_(self, **options: Any) -> None:
+        """Display the snapshot as an output of its own, which the widget hides where it runs, and then the widget.
+
+        Exports of notebooks prefer the widget, of which they show nothing without a network.
+        """
+        static = {"text/html": f'<div class="{self.static_class}">{self.snapshot}</div>'}
+        bundle = super()._repr_mimebundle_(**options)
+        for data, metadata in [*([(static, {})] if self.snapshot else []), *([] if bundle is None else [bundle])]:
+            display(data, metadata=metadata, raw=True)  # type: ignore[no-untyped-call]  # of IPython
 
     def _on_message(self, _: object, content: dict[str, Any], buffers: Sequence[memoryview]) -> None:
         number = str(content["id"])
