@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -237,6 +239,35 @@ def test_the_command_saves_the_report_in_the_store_too(data: Path, tmp_path: Pat
     (saved,) = store.diagnoses()
     assert (saved.kind, saved.layer) == ("diagnosis", "conv")
     assert convscope.open(tmp_path / "report").rows() == convscope.open(tmp_path / "store/diagnosis/conv").rows()
+
+
+def test_every_step_can_be_cancelled_and_is_resumed(data: Path, diagnosis, tmp_path: Path) -> None:
+    class Cancelled(Exception):
+        pass
+
+    model, finished, limit = color_model(), [set[str]()], 0
+    while len(finished) < 100:
+        calls = iter(range(limit))
+
+        def cancel(done: float, total: int, calls: Iterator[int] = calls) -> None:
+            if next(calls, None) is None:
+                raise Cancelled
+
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                resumed = convscope.diagnose(model, data, layer="conv", out=tmp_path, workers=0, progress=cancel)
+            break
+        except Cancelled:
+            assert not (tmp_path / "manifest.json").exists()
+            assert not any(module._forward_hooks for module in model.module.modules())
+            finished.append({path.stem for path in (tmp_path / "searches").glob("*.json")})
+            assert finished[-1] >= finished[-2]  # nothing is lost
+            limit = 0 if finished[-1] > finished[-2] else limit + 1  # next time one call further, or into the next step
+    sizes = {len(names) for names in finished}
+    assert {0, 6} <= sizes  # stopped before the searches, and after them
+    assert len(sizes) > 3  # and between them
+    assert [to_json(asdict(f)) for f in resumed.findings] == [to_json(asdict(f)) for f in diagnosis.findings]
+    np.testing.assert_array_equal(resumed.label_quality, diagnosis.label_quality)
 
 
 def test_cancelling_leaves_nothing_behind(data: Path, tmp_path: Path) -> None:

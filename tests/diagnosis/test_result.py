@@ -180,6 +180,15 @@ def test_figure(diagnosis: Diagnosis) -> None:
     assert len([title for title in titles if ">" in title]) == 8 + 2
 
 
+def test_notebooks_display_the_figure_and_what_to_do(diagnosis: Diagnosis) -> None:
+    html = diagnosis._repr_html_()
+    assert html.count("<img") == 1
+    assert html.index("<img") < html.index("<li><b>`cat` in the dark is often wrong.</b> Collect more.</li>")
+    assert "no shortcut: An effect of 10 points would have been found." in html
+    assert "dog & <b>" not in html
+    assert "<ol>" not in replace(diagnosis, findings=[])._repr_html_()
+
+
 def test_flattening_is_inverted(diagnosis: Diagnosis) -> None:
     arrays, values = flatten(diagnosis.overview, OVERVIEW)
     restored = restore(Overview, arrays, json.loads(json.dumps(values)), OVERVIEW)

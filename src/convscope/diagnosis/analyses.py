@@ -75,7 +75,8 @@ def run_analyses(
     outcomes: dict[str, Outcome] = {}
     for name, analysis in analyses.items():
         with progress_bar(progress, name) as report:
-            outcomes[name] = saved.load_or_run(name, partial(analysis, replace(context, report_progress=report)))
+            step = partial(_run, analysis, replace(context, report_progress=report))
+            outcomes[name] = saved.load_or_run(name, step)
     names = None if context.store is None else context.store.names()
     searches = [name_units_of(search, names, context.layer.name) for search, _ in outcomes.values()]
     findings = sort_findings([f for search in searches for f in search.findings], overview.num_labelled)
@@ -91,6 +92,12 @@ def saved_searches(job: RecordingJob, context: DiagnosisContext, folds: int, fol
     labels = hashlib.sha256(np.ascontiguousarray(context.observations.labels).tobytes()).hexdigest()
     identity = {**job.identity(), "labels": labels, "seed": context.seed, "folds": folds}
     return SavedSearches(None if folder is None else folder / SEARCHES, identity)
+
+
+def _run(analysis: Callable[[DiagnosisContext], Outcome], context: DiagnosisContext) -> Outcome:
+    """Run an analysis; one that reports no progress itself can be cancelled before it starts."""
+    context.report_progress(0, 1)
+    return analysis(context)
 
 
 def _without_array(analysis: Callable[[DiagnosisContext], Search]) -> Callable[[DiagnosisContext], Outcome]:

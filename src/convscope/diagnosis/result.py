@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, Self
 
 import numpy as np
@@ -196,6 +197,13 @@ class Diagnosis(Result):
         kinds = {finding.kind for finding in self.findings}
         empty = [s for s in self.searches if s.kind not in kinds]
         return [*(f"no {s.kind}: {s.detectable or s.question}" for s in empty), *super()._remarks()]
+
+    def _repr_html_(self) -> str:
+        """Return the figure, and below it each finding with what to do about it."""
+        items = "".join(
+            f"<li><b>{escape(finding.summary)}</b> {escape(finding.recommendation)}</li>" for finding in self.findings
+        )
+        return f"<div>{super()._repr_html_()}{f'<ol>{items}</ol>' if items else ''}</div>"
 
     def __str__(self) -> str:
         width = terminal_width()

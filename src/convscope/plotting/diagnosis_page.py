@@ -96,12 +96,12 @@ def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str
     )
     environment.filters["quoted"] = quoted
     colors = ", ".join(f"rgb({r} {g} {b})" for r, g, b in lookup_table("jet")[::32].tolist())
-    kinds = {finding.kind for finding in result.findings}
+    kinds, names = {finding.kind for finding in result.findings}, display_names(result)
     html: str = environment.get_template("diagnosis.html").render(
         result=result,
         overview=result.overview,
         data_name=base_name(result.data_name.rstrip("/")),
-        sections=[_section(result, n, finding, overlays) for n, finding in enumerate(result.findings, 1)],
+        sections=[_section(result, names, n, finding, overlays) for n, finding in enumerate(result.findings, 1)],
         searches=[(KIND_TITLES.get(s.kind, s.kind), s) for s in result.searches],
         empty=[(KIND_TITLES.get(s.kind, s.kind), s) for s in result.searches if s.kind not in kinds],
         kinds=kinds,
@@ -114,8 +114,9 @@ def diagnosis_page(result: Diagnosis, overlays: Mapping[int, np.ndarray]) -> str
     return html
 
 
-def _section(result: Diagnosis, number: int, finding: Finding, overlays: Mapping[int, np.ndarray]) -> _Section:
-    names = display_names(result)
+def _section(
+    result: Diagnosis, names: Sequence[str], number: int, finding: Finding, overlays: Mapping[int, np.ndarray]
+) -> _Section:
     has_heatmaps = finding.kind in HEATMAP_KINDS
     return _Section(
         number,
