@@ -18,7 +18,7 @@ assert convscope.heatmaps(model, convscope.samples.photographs()[:1], layer="con
 """,
     "lrp": PHOTOGRAPHS
     + """
-assert convscope.heatmaps("lite0", photographs[:1], method="lrp").values.any()
+assert convscope.heatmaps("lite0", photographs[:1], method="lrp-epsilon").values.any()
 """,
     "scan": PHOTOGRAPHS
     + """
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 """,
     "atlas": PHOTOGRAPHS
     + """
-assert convscope.atlas("lite0", photographs, layer="blocks.6", grid=3).figure()
+assert convscope.atlas("lite0", photographs, layer="blocks.6", grid=2, min_count=1, steps=4).figure()
 """,
     "concepts": PHOTOGRAPHS
     + """

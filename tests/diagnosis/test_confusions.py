@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from convscope.diagnosis import confusions
+from convscope.diagnosis import confusions, miscalibration
 from convscope.diagnosis.confusions import find_confusions
 from convscope.diagnosis.importance import importance, sort_findings
 from convscope.diagnosis.miscalibration import calibration_p_value, find_miscalibration
@@ -100,6 +102,15 @@ def test_overconfidence_is_found_with_its_temperature():
     (finding,) = find_miscalibration(make_context(under), summarize(under)).findings
     assert "under-confident" in finding.summary
     assert finding.effect < 0
+
+
+def test_confidence_is_blamed_only_where_temperature_and_difference_agree():
+    labels = np.zeros(20, int)
+    overview = summarize(make_observations(labels, classified(labels, labels)))
+    for temperature, effect, word in ((2, 0.1, "over-"), (0.5, -0.1, "under-"), (0.9, 0.1, ""), (1.1, -0.1, "")):
+        text = miscalibration._summary(replace(overview, temperature=temperature), effect, 0.0)
+        assert ("confident" in text) == bool(word)
+        assert f"is {word}" in text
 
 
 def test_calibrated_networks_have_no_finding():

@@ -85,9 +85,23 @@ def test_label_quality_by_hand() -> None:
 
 def test_rates_by_hand() -> None:
     rates = label_rates(np.array([[90.0, 0.0], [10.0, 100.0]]))
-    error = 10 / 200
+    error = (10 + 0.5) / (200 + 1)
     np.testing.assert_allclose(rates[1, 0], (10 + 100 * error) / (100 + 100))
     np.testing.assert_allclose(rates.sum(0), 1)
+
+
+def test_images_are_ranked_without_a_confidently_wrong_label() -> None:
+    """Two classes of twelve images; one label is wrong, but the network is too unsure of the right class to count."""
+    probabilities = np.array([[0.7, 0.001]] * 12 + [[0.001, 0.3]] + [[0.001, 0.4]] * 12)
+    labels = np.array([0] * 13 + [1] * 12)
+    thresholds = class_thresholds(probabilities[np.arange(25), labels], labels, 2)
+    joint = confident_joint(labels, confident_classes(probabilities, thresholds), 2)
+    assert joint[0, 1] == joint[1, 0] == 0
+    rates = label_rates(calibrated_counts(joint, np.array([13, 12])))
+    quality = label_quality(probabilities, labels, thresholds, rates)
+    assert quality.argmin() == 12
+    assert quality[12] < 0.2
+    assert np.delete(quality, 12).min() > 0.9
 
 
 def test_planted_labels_are_ranked_above_self_confidence() -> None:

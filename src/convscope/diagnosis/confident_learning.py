@@ -114,7 +114,8 @@ def label_rates(counts: np.ndarray) -> np.ndarray:
     """Estimate the probability that an image of class j has the label i, from the counts of both.
 
     Each column is smoothed: the mean rate of wrong labels counts for `PRIOR_COUNT` images, so that one image does not
-    make a rate. With e the fraction of all images off the diagonal::
+    make a rate. e is the fraction of all images off the diagonal. Half an image is added to them: no count shows that
+    no label is wrong, and with e = 0 `label_quality` would be 1 for all images::
 
         R_ij = (N Q_ij + 100 P_ij) / (sum_i N Q_ij + 100),   P_ii = 1 - e,   P_ij = e / (K - 1)
 
@@ -129,7 +130,7 @@ def label_rates(counts: np.ndarray) -> np.ndarray:
         Its columns sum to 1.
     """
     num_classes, total = len(counts), counts.sum()
-    error = (total - np.trace(counts)) / total if total else 0.0
+    error = (total - np.trace(counts) + 0.5) / (total + 1)
     prior = np.full_like(counts, error / max(num_classes - 1, 1))
     np.fill_diagonal(prior, 1 - error)
     rates: np.ndarray = (counts + PRIOR_COUNT * prior) / (counts.sum(0) + PRIOR_COUNT)

@@ -132,9 +132,13 @@ def calibrated_error(logits: npt.NDArray[np.floating], labels: Classes) -> float
 
 
 def _summary(overview: Overview, effect: float, after: float) -> str:
-    side = "over-confident" if overview.temperature > 1 else "under-confident"
+    subject = "The network's probabilities are not how often it is right"
+    if effect > 0 and overview.temperature > 1:
+        subject = "The network is over-confident"
+    elif effect < 0 and overview.temperature < 1:
+        subject = "The network is under-confident"
     return (
-        f"The network is {side}: its mean confidence is {overview.mean_confidence:.1%}, its accuracy "
+        f"{subject}: its mean confidence is {overview.mean_confidence:.1%}, its accuracy "
         f"{overview.accuracy:.1%} ({100 * effect:+.1f} points). A temperature of {overview.temperature:.2f} reduces "
         f"the calibration error from {overview.debiased_calibration_error:.3f} to {after:.3f}."
     )

@@ -288,7 +288,8 @@ def _copies(result: DuplicateGroups, observations: Observations) -> list[Finding
     summary = (
         f"{count_of(redundant, 'image')} of {len(observations):,} {'is a' if redundant == 1 else 'are'} near-identical "
         f"cop{'y' if redundant == 1 else 'ies'} of another image; {count_of(len(result.groups), 'image')} "
-        f"{'is' if len(result.groups) == 1 else 'are'} there more than once, and count more than once in every number."
+        f"{'is there more than once, and counts' if len(result.groups) == 1 else 'are there more than once, and count'}"
+        " more than once in every number."
     )
     recommendation = "Keep one image of each group, or keep the groups together when the data are split."
     effect = "fraction of the images that are copies of another one"

@@ -116,7 +116,7 @@ def _draw_proof(axes: Axes, one: Explanation) -> None:
         axes.plot(draws, np.full(len(draws), 2), "|", color=DARK, markersize=9, alpha=0.6)
     for y, value in enumerate(values):
         end = max(value, 0, *draws) if len(draws) and y == 2 else max(value, 0)
-        axes.text(end, y, f"  {value:.2f}", va="center", fontsize=8)
+        axes.text(end, y, f"  {value:z.2f}", va="center", fontsize=8)
     axes.margins(x=0.2)
     axes.axvline(0, color=DARK, linewidth=0.8)
     axes.set_yticks(range(len(bars)), names, fontsize=8)
