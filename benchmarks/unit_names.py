@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 import convscope
 from convscope.naming.assignment import Activations, check_words, choose_words, split_images
+from convscope.naming.judges import class_names
 from convscope.naming.word_scores import WordScores
 from convscope.samples import photographs
 from convscope.store.io import Folder, NpyRows
 
 BUILD = Path(__file__).parents[1] / "build" / "unit_names"
-CLASSES = range(5, 1000, 10)
-STEPS, SEEDS, VIEWS = 64, 1, 4
+CLASSES = range(5, 1000, 25)
+STEPS, SEEDS, VIEWS = 48, 1, 4
 CROPS = 40  # of each photograph
 NOISE_UNITS = 1000
 SIDE = 64  # of rendered images
@@ -89,19 +90,20 @@ def class_units(folder: Path) -> list[Row]:
         images += views(Image.open(file).convert("RGB"), VIEWS, rng, 0.7)
     for photo in photographs():
         images += views(Image.open(photo).convert("RGB"), CROPS, rng, 0.3)
-    model = convscope.load("lite0")
-    store = convscope.scan(model, np.stack(images), folder / "classes", ["logits"], sample=len(images), workers=0)
-    names = convscope.name_units(store, "classes", judge="lite2", save=False)
+    stacked = np.stack(images)
+    model, judge = convscope.load("lite0"), convscope.load("lite2")
+    words, scores = class_names(judge), convscope.predict(judge, stacked, progress=False).probabilities
+    store = convscope.scan(model, stacked, folder / "classes", ["logits"], sample=len(images), workers=0)
+    names = convscope.name_units(store, words, scores, save=False)
     shown = np.array(list(CLASSES))
-    expected = np.array([model.class_name(c) for c in shown])
-    right = float(np.mean([name.partition(" (")[0] == e for name, e in zip(names.names[shown], expected, strict=True)]))
+    right = float(np.mean(names.names[shown] == np.array(words)[shown]))
     rows = [
         Row("Lite0's classes by Lite2", len(shown), names.num_words, len(images), right,
             float(names.named[shown].mean()), float(names.scores[shown].mean()))
     ]  # fmt: skip
     noise = convscope.load(NoiseNet(), preprocessing={"size": 64, "mean": (0.0,) * 3, "std": (1.0,) * 3})
-    store = convscope.scan(noise, np.stack(images), folder / "noise", ["logits"], sample=len(images), workers=0)
-    names = convscope.name_units(store, "classes", judge="lite2", save=False)
+    store = convscope.scan(noise, stacked, folder / "noise", ["logits"], sample=len(images), workers=0)
+    names = convscope.name_units(store, words, scores, save=False)
     rows.append(
         Row("noise, by Lite2", NOISE_UNITS, names.num_words, len(images), None, float(names.named.mean()),
             float(np.nanmean(names.scores)))
