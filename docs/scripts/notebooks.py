@@ -29,6 +29,7 @@ OFFLINE = {
     "keras.applications.VGG16(include_top=False)": "__import__('tests.oracles.chapter', fromlist='_').keras_trunk()",
 }
 """What a notebook downloads, and what is taken instead when it is executed here."""
+IMAGE_KINDS = ("png", "jpeg")  # in which an output shows itself: figures with large PNG images have JPEG images alone
 EMBEDDED_IMAGE = re.compile(r'<img alt="([^"]*)"([^>]*?) src="data:image/(\w+);base64,([^"]+)"')
 PROGRESS_LINE = '<small style="opacity:.7">'
 
@@ -146,16 +147,19 @@ def missing_alt(notebook: NotebookNode) -> list[str]:
 
 def _is_image(output: NotebookNode) -> bool:
     data = output.get("data", {})
-    return "image/png" in data or bool(EMBEDDED_IMAGE.search(data.get("text/html", "")))
+    return any(f"image/{kind}" in data for kind in IMAGE_KINDS) or bool(
+        EMBEDDED_IMAGE.search(data.get("text/html", ""))
+    )
 
 
 def _render(output: NotebookNode, stem: str, alt: str) -> tuple[str, dict[str, bytes]]:
     """Return the Markdown of an output, and its images."""
     data = output.get("data", {})
-    if "image/png" in data:
-        file = f"{stem}.png"
-        image = f'<img alt="{html.escape(alt)}" src="{file}">'
-        return f'<div class="output">{image}</div>', {file: base64.b64decode(data["image/png"])}
+    for kind in IMAGE_KINDS:
+        if f"image/{kind}" in data:
+            file = f"{stem}.{kind}"
+            image = f'<img alt="{html.escape(alt)}" src="{file}">'
+            return f'<div class="output">{image}</div>', {file: base64.b64decode(data[f"image/{kind}"])}
     if PROGRESS_LINE in data.get("text/html", ""):
         return "", {}
     if "text/html" in data:
