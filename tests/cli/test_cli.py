@@ -271,3 +271,36 @@ def test_patch_prints_and_writes_what_the_python_call_returns(lite0, photos, tmp
     expected = convscope.patch(lite0, photos[0], photos[1], "bn2", units=[0, 1, 2])
     assert [row["unit"] for row in json.loads(result.stdout)] == [row["unit"] for row in expected.rows()]
     np.testing.assert_allclose(convscope.open(tmp_path / "out").effects, expected.effects, rtol=1e-4, atol=1e-5)
+
+
+def test_explain_prints_the_sentence_the_units_and_the_proof(lite0, photos, tmp_path):
+    import convscope
+
+    arguments = ("--layer", "bn2", "--features", 3, "-o", tmp_path / "out")
+    result = run("explain", "lite0", panda(photos), *arguments)
+    assert result.exit_code == 0, result.output
+    expected = convscope.explain(lite0, panda(photos), layer="bn2", features=3)
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith(expected.sentences[0])
+    assert lines[1].split("\t") == ["unit", "effect", "share", "alone", "position"]
+    assert [int(line.split("\t")[0]) for line in lines[2:5]] == expected.units[0].tolist()
+    opened = convscope.open(tmp_path / "out")
+    np.testing.assert_allclose(opened.removed_logits, expected.removed_logits, rtol=1e-5)
+    assert (tmp_path / "out" / "explanation.txt").read_text().endswith(f"{expected.sentences[0]}\n")
+
+
+def test_explain_by_the_features_of_a_dictionary(lite0, photos, tmp_path):
+    import convscope
+
+    dictionary = convscope.dictionary(lite0, photos, "blocks.6", features=24, active=6, steps=4)
+    folder = dictionary.save(tmp_path / "dictionary")
+    result = run("explain", "lite0", panda(photos), "--dictionary", folder, "--features", 3, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    expected = convscope.explain(
+        dictionary.attach(lite0), panda(photos), layer="blocks.6/dictionary", features=3, progress=False
+    )
+    assert expected.counts[0] > 0
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith(expected.sentences[0])
+    assert "of 24 features of blocks.6/dictionary" in lines[0]
+    assert [int(line.split("\t")[0]) for line in lines[2 : 2 + expected.counts[0]]] == expected.units[0].tolist()

@@ -94,6 +94,20 @@ def test_residual_network(layer: str, how: str) -> None:
     check(effects, net, net.get_submodule(layer), x, change, means)
 
 
+@pytest.mark.parametrize(("source", "layer"), [("lite0", "blocks.4"), ("torchvision:resnet50", "layer3.5.bn2")])
+def test_networks_of_full_size(source: str, layer: str) -> None:
+    weights = "default" if source == "lite0" else "random"
+    model = convscope.load(source, weights=weights, preprocessing={"size": 64})
+    net = randomized(model.module) if weights == "random" else model.module
+    x = images(64)[:2]
+    effects = convscope.effects(model, x, layer, (3, 17), targets=[[0, 5]] * 2)
+
+    def change(output: Tensor, unit: int, value: float) -> None:
+        output[:, unit] = value
+
+    check(effects, net, net.get_submodule(layer), x, change, None)
+
+
 def test_keras_model() -> None:
     """Outputs are (N, H, W, C)."""
     import keras

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from convscope.dictionaries.attachment import SUFFIX
 from convscope.explanations.regions import position_name
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.copies import jpeg_copies
@@ -150,19 +151,24 @@ class Explanation(IndexedResult):
         """The explanation in words, for each image."""
         return [self._sentence(n) for n in range(len(self))]
 
+    @property
+    def noun(self) -> str:
+        """What a unit is called: "feature" in the layer of a dictionary, else "unit"."""
+        return "feature" if self.layer.endswith(SUFFIX) else "unit"
+
     def unit_label(self, n: int, f: int) -> str:
         """Return a unit's number and name: ``unit 17 "striped fur"``."""
         name = self.unit_names[n][f]
-        return f"unit {self.units[n, f]}" + (f' "{name}"' if name else "")
+        return f"{self.noun} {self.units[n, f]}" + (f' "{name}"' if name else "")
 
     def _sentence(self, n: int) -> str:
         target, logit, count = self.target_names[n], self.logits[n], int(self.counts[n])
         start = f"{self.model.name} gives {target} the logit {logit:.2f}."
         if count == 0:
-            return f"{start} No unit of {self.layer} raises it."
+            return f"{start} No {self.noun} of {self.layer} raises it."
         verb = "carries" if count == 1 else "carry"
         number = NUMBERS[count] if count < len(NUMBERS) else f"{count}"
-        subject = f"{number} of {count_of(self.num_units, 'unit')} of {self.layer}"
+        subject = f"{number} of {count_of(self.num_units, self.noun)} of {self.layer}"
         fall = f"{logit - self.removed_logits[n]:.2f}"
         amount = (
             f"{verb} {fall} of it, {self.joint_shares[n]:.0%} of what the layer adds"
@@ -188,7 +194,7 @@ class Explanation(IndexedResult):
         if not len(draws):
             return f"{text}."
         low, high = draws.min(), draws.max()
-        others = f"{count_of(int(self.counts[n]), 'other unit')} of similar activation"
+        others = f"{count_of(int(self.counts[n]), f'other {self.noun}')} of similar activation"
         return f"{text}; without {others} it is {draws.mean():.2f} ({low:.2f} to {high:.2f} in {len(draws)} draws)."
 
     def rows(self) -> list[dict[str, Any]]:
@@ -240,7 +246,7 @@ class Explanation(IndexedResult):
         return len(self) == 1
 
     def _title(self) -> str:
-        return f"{count_of(int(self.counts.sum()), 'unit')} of {self.layer} for {count_of(len(self), 'image')}"
+        return f"{count_of(int(self.counts.sum()), self.noun)} of {self.layer} for {count_of(len(self), 'image')}"
 
     def _display_rows(self) -> Sequence[Row]:
         return [

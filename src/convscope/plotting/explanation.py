@@ -105,11 +105,14 @@ def _draw_unit(axes: Axes, one: Explanation, f: int, photo: Image.Image) -> None
 def _draw_proof(axes: Axes, one: Explanation) -> None:
     """Draw the logit with all units, without the selected ones, and without others."""
     count = int(one.counts[0])
-    bars = [("all units", one.logits[0], DARK), (f"without these {count}", one.removed_logits[0], RED)]
+    bars = [
+        (f"all {one.noun}s", one.logits[0], DARK),
+        ("without it" if count == 1 else f"without these {count}", one.removed_logits[0], RED),
+    ]
     draws = one.random_logits[0][np.isfinite(one.random_logits[0])]
     if len(draws):
-        bars.append((f"without {count} others", draws.mean(), LIGHT_BLUE))
-    bars.append(("without the layer", one.base_logits[0], BLUE))
+        bars.append(("without another" if count == 1 else f"without {count} others", draws.mean(), LIGHT_BLUE))
+    bars.append((f"without all {one.noun}s", one.base_logits[0], BLUE))
     names, values, colors = zip(*bars, strict=True)
     axes.barh(range(len(bars)), values, color=colors, height=0.65)
     if len(draws):
