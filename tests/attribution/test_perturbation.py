@@ -487,6 +487,10 @@ def test_rise_stops_at_the_tolerance() -> None:
         error, span = actual.extras["standard_error"], np.ptp(actual.values, axis=(2, 3))
         assert error.shape == actual.values.shape
         assert np.all(error.max((2, 3)) <= tolerance * span * (1 + TINY))
+        assert not any("noisy" in note for note in actual.notes)
+    relative = exhaustive.extras["standard_error"].max((2, 3)) / np.ptp(exhaustive.values, axis=(2, 3))
+    noisy = [note for note in exhaustive.notes if "noisy after 300 masks" in note]
+    assert len(noisy) == (relative > 0.05).sum() > 0
     # When a target finishes does not depend on the other targets.
     for t in range(3):
         single = rise_with(0.35, ((t,),) * 2)

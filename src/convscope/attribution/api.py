@@ -17,6 +17,7 @@ from convscope.attribution.box_targets import has_boxes
 from convscope.attribution.default_layer import choose_layer, choose_layer_for_boxes, explain_shape
 from convscope.attribution.fusion import FUSIONS
 from convscope.attribution.influence import explain_zero_maps
+from convscope.attribution.methods.rise import noise_notes
 from convscope.attribution.multiscale import run_multiscale, scaled_inputs, validate_scales
 from convscope.attribution.registry import METHODS, ModelMethod, default_method_for_boxes, method_options
 from convscope.attribution.result import Heatmaps, is_displayed_blank
@@ -324,6 +325,8 @@ def _collect(
     extras = {key: torch.cat([m.extras[key] for m in maps]).numpy() for key in maps[0].extras}
     classes = torch.cat([result.targets.classes for result in results]).cpu().numpy()
     image_names = tuple(loader.names[i] for i in indices)
+    target_names = job.targets.names(classes, indices)
+    names = [[f"{image}, {target}" for target in row] for image, row in zip(image_names, target_names, strict=True)]
     fused = {"fuse": spec.fuse} if len(spec.layers) > 1 or len(scales) > 1 else {}
     refined = {"refine": True} if job.refine else {}
     return Heatmaps(
@@ -346,7 +349,8 @@ def _collect(
         notes=(
             *loader.notes,
             *[note for note in job.model.notes if note == STOCHASTIC_NOTE],
-            *quality_notes(values, zero_reasons, job.targets.names(classes, indices), image_names, layer, geometry),
+            *quality_notes(values, zero_reasons, target_names, image_names, layer, geometry),
+            *noise_notes(values, extras, spec.options, names),
         ),
         failed=tuple(loader.failed),
     )

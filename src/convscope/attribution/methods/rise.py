@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from convscope.engine.batching import balanced_chunks
 from convscope.errors import ConvscopeError, require_int, require_number
 
 MASKS_PER_CHECK = 100  # masks between two checks of the standard error, whatever the batch size
+TOLERANCE = 0.05
 
 
 def rise(
@@ -22,7 +25,7 @@ def rise(
     samples: int = 4000,
     cells: Sizes = 7,
     keep: float = 0.5,
-    tolerance: float = 0.05,
+    tolerance: float = TOLERANCE,
     probability: bool = False,
 ) -> tuple[Tensor, Extras]:
     """Average random masks, weighted by the score of the masked image (RISE).
@@ -94,7 +97,7 @@ def d_rise(
     samples: int = 5000,
     cells: Sizes = 16,
     keep: float = 0.5,
-    tolerance: float = 0.05,
+    tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, Extras]:
     """Average random masks, weighted by the similarity of what the detector finds behind them to a box (D-RISE).
 
@@ -132,6 +135,26 @@ def d_rise(
     if context.targets.boxes is None:
         raise ConvscopeError("d-rise explains boxes: targets=convscope.box_target(label, box); for classes: rise")
     return rise(context, samples=samples, cells=cells, keep=keep, tolerance=tolerance)
+
+
+def noise_notes(
+    maps: Tensor, extras: Mapping[str, np.ndarray], options: Mapping[str, Any], names: Sequence[Sequence[str]]
+) -> list[str]:
+    """Say which maps (N, T, ...) have a larger standard error than the option `tolerance` asks for.
+
+    `extras` and `options` are those of `rise` or `d_rise`; without a standard error nothing is said.
+    """
+    errors = extras.get("standard_error")
+    if errors is None or errors.shape != tuple(maps.shape):
+        return []
+    tolerance = options.get("tolerance") or TOLERANCE
+    flat, error = maps.flatten(2), torch.from_numpy(errors).flatten(2).amax(2)
+    relative = error / (flat.amax(2) - flat.amin(2))
+    return [
+        f"{names[n][t]}: the map is noisy after {extras['samples'][n, t]:.0f} masks: its standard error is up to "
+        f"{relative[n, t]:.0%} of its range; give more samples="
+        for n, t in torch.nonzero(relative > tolerance).tolist()
+    ]
 
 
 class _RunningMean:
