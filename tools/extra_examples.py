@@ -78,7 +78,8 @@ import pathlib
 import subprocess
 import sys
 import imageio.v3
-frames = [photograph.resize((64, 64)) for photograph in photographs]
+from PIL import Image
+frames = [Image.open(photograph).convert("RGB").resize((64, 64)) for photograph in photographs]
 imageio.v3.imwrite("film.mp4", frames, plugin="pyav", codec="libx264", fps=2)
 command = [sys.executable, "-m", "convscope", "heatmap", "lite0", "film.mp4", "--frames", "2", "-o", "heatmaps"]
 subprocess.run(command, check=True)
