@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,23 +18,20 @@ from tempfile import gettempdir
 import numpy as np
 import planted_peers as peers
 import torch
-from planted_images import SIZE
 from planted_observations import observe
-from planted_worlds import LAYER, Spec, World, as_input, make_world, specs
-from torch import Tensor
+from planted_repairs import repair
+from planted_worlds import CHECKED, Spec, World, as_input, make_world, predict, specs
 
-import convscope
-from convscope.diagnosis import interventions, templates
 from convscope.diagnosis.context import DiagnosisContext
-from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.label_errors import find_label_errors
-from convscope.diagnosis.shortcut_candidates import FRAMES
 from convscope.diagnosis.shortcuts import find_shortcuts
 from convscope.diagnosis.slices import find_slices
+from convscope.diagnosis.statistics import poisson_interval, wilson_interval
 
 FIRST = 5  # findings that are looked at
 OVERLAP = 0.6  # precision and recall from which a finding's images are the planted ones
 USED = 0.1  # answers that what is planted must turn, or accuracy it must cost, for the network to have the weakness
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 RESULTS = Path(gettempdir()) / "convscope-planted.jsonl"
 
 Result = dict[str, object]
@@ -49,7 +47,13 @@ def measure(spec: Spec, cleanlab: Path | None, cache: Path | None = None) -> Res
     shortcuts, slices = find_shortcuts(context).findings, find_slices(context).findings
     diagnosed = time.process_time()
     observations, carriers = context.observations, world.checked.carriers
-    result: Result = {"name": spec.name, "kind": spec.kind, "plant": spec.plant, "make": spec.make}
+    result: Result = {
+        "name": spec.name,
+        "kind": spec.kind,
+        "plant": spec.plant,
+        "make": spec.make,
+        "network": spec.network,
+    }
     result |= {"strength": spec.strength, "accuracy": float(observations.is_correct.mean())}
     result |= {"weakness": weakness(world, context), "shortcuts": len(shortcuts), "slices": len(slices)}
     result["features"] = [f"{f.evidence['feature']} of {f.classes[0]}: {f.effect:.2f}" for f in shortcuts]
@@ -72,7 +76,7 @@ def weakness(world: World, context: DiagnosisContext) -> float:
     """Return how much what is planted matters: answers it turns to the class, or accuracy it costs the class."""
     if world.spec.kind == "shortcut":
         sample = world.test
-        is_main = predict(world, as_input(sample.images)) == world.main_class
+        is_main = predict(world.model, as_input(sample.images)) == world.main_class
         other = sample.labels != world.main_class
         return float(is_main[other & sample.carriers].mean() - is_main[other & ~sample.carriers].mean())
     if world.spec.kind == "slice":
@@ -80,11 +84,6 @@ def weakness(world: World, context: DiagnosisContext) -> float:
         rest = (world.checked.labels == world.main_class) & ~members
         return float(correct[rest].mean() - correct[members].mean())
     return 0.0
-
-
-def predict(world: World, x: Tensor, model: convscope.Model | None = None) -> np.ndarray:
-    """Return the predicted class of each input."""
-    return convscope.predict(model or world.model, x, top=1, progress=False).indices[:, 0]
 
 
 def rank(groups: list[object], planted: np.ndarray) -> int:
@@ -97,52 +96,6 @@ def rank(groups: list[object], planted: np.ndarray) -> int:
     return 0
 
 
-def repair(world: World, context: DiagnosisContext, findings: tuple[Finding, ...]) -> Result:
-    """Return the accuracy on unbiased images before, with what was found masked, and with its units at their means."""
-    labels = world.test.labels
-    x = as_input(world.test.images)
-    before = float((predict(world, x) == labels).mean())
-    if not findings:
-        return {"before": before}
-    masked = mask(findings[0], context, x)
-    means = context.observations.features.astype(float).mean(0)
-    units = {int(unit["unit"]): float(means[int(unit["unit"])]) for unit in findings[0].evidence["units"]}
-    edited = convscope.edit(world.model, {LAYER: units})
-    return {
-        "before": before,
-        "masked": float((predict(world, masked) == labels).mean()),
-        "edited": float((predict(world, x, edited) == labels).mean()),
-    }
-
-
-def mask(finding: Finding, context: DiagnosisContext, x: Tensor) -> Tensor:
-    """Remove the feature of a finding from inputs, using only what the finding says."""
-    feature = str(finding.evidence["feature"])
-    if feature in FRAMES:
-        return interventions.remove_region(x, interventions.frame_mask((SIZE, SIZE), FRAMES[feature])[None])
-    if feature == "color":
-        means, deviations = interventions.color_statistics(x)
-        scale = deviations.median(0).values / deviations.clamp(min=1e-6)
-        return interventions.shift_colors(
-            x, means.median(0).values - means, scale, (x.amin((0, 2, 3)), x.amax((0, 2, 3)))
-        )
-    if feature == "blur":
-        typical = context.load_inputs(list(finding.images[:40]))
-        target = float(interventions.detail(typical).median())
-        sharp = interventions.detail(x) > target
-        sigma = interventions.blur_to_match(x[sharp], target)
-        return torch.where(sharp[:, None, None, None], interventions.gaussian_blur(x, sigma), x)
-    images = list(finding.images[:40])
-    boxes = torch.tensor(finding.evidence["boxes"][: len(images)]) * SIZE
-    corners, side = boxes[:, [1, 0]].round().long(), int((boxes[0, 2] - boxes[0, 0]).round())
-    inside = context.load_inputs(images) * 0.25 + 0.5
-    patch = interventions.cut_boxes(inside, corners, (side, side)).mean(0)
-    limit = templates.Correlations(inside).best_matches(patch)[0].quantile(0.1)
-    values, positions = templates.Correlations(x * 0.25 + 0.5).best_matches(patch)
-    boxes = interventions.box_masks(positions - 2, (side + 4, side + 4), (SIZE, SIZE))
-    return interventions.remove_region(x, boxes & (values >= limit)[:, None, None])
-
-
 def run(
     split: str, worlds: int | None, timeout: float, results: Path, cleanlab: Path | None, cache: Path | None
 ) -> None:
@@ -150,7 +103,9 @@ def run(
     torch.set_num_threads(1)
     done = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
     start = time.monotonic()
-    for spec in specs(split)[worlds]:
+    # In an order in which all kinds are among the first ones.
+    ordered = sorted(enumerate(specs(split)), key=lambda pair: pair[0] * GOLDEN_RATIO % 1)
+    for _, spec in ordered[worlds]:
         if spec.name in done:
             continue
         if time.monotonic() - start > timeout:
@@ -167,54 +122,92 @@ def table(results: Path = RESULTS) -> list[str]:
     return summary([row for row in rows if row["name"].startswith("final")])
 
 
+REPAIRS = {
+    "masked": "removing it from the images (blur cannot be)",
+    "edited": "setting its units to their means",
+    "without units": "a new linear head without its units",
+    "balanced": "a new linear head, with it put into and taken out of the diagnosed images",
+    "refitted": "control: a new linear head on the diagnosed images as they are",
+}
+
+
 def summary(rows: list[Result]) -> list[str]:
     """Return the figures of some worlds as lines of Markdown."""
     shortcuts, slices = ([r for r in rows if r["kind"] == kind] for kind in ("shortcut", "slice"))
     used, weak = ([r for r in part if r["weakness"] >= USED] for part in (shortcuts, slices))
     clean = [r for r in rows if r["kind"] in ("clean", "labels")]
-    labels = [r for r in rows if r["kind"] == "labels"]
-    repaired = [r for r in used if "masked" in r]
-    reported = sum(int(r["shortcuts"]) for r in clean)
-
-    def share(part: list[Result], name: str) -> str:
-        return f"{sum(bool(r[name]) for r in part)} of {len(part)}"
-
-    def gain(name: str) -> str:
-        gains = [r[name] - r["before"] for r in repaired]
-        better = sum(g > 0 for g in gains)
-        return f"{better} of {len(gains)}, mean change {100 * np.mean(gains):+.0f} points" if gains else "none"
-
+    lite0 = sum(r["network"] == "lite0" for r in rows)
     lines = [
-        f"{len(rows)} worlds: networks of four convolutions, trained on rendered shapes, photographs on textures and",
-        "crops of photographs, 48 x 48 pixels. Planted are: a mark, tint, border, background, low resolution or blur",
-        "in 80 to 100 % of the training images of one class; a group of a class that is missing in training; wrong",
-        "labels; or nothing. Diagnosed are 360 images with the same bias. A finding is right if its images are the",
-        f"planted ones with precision and recall of {OVERLAP}; worlds count in which what is planted turns at least a",
-        f"tenth of the answers, or costs a tenth of the accuracy ({len(shortcuts) - len(used)} and "
-        f"{len(slices) - len(weak)} worlds do not).",
+        f"{len(rows)} worlds: {len(rows) - lite0} networks of four convolutions, and {lite0} of Lite0 with a linear",
+        "head, trained on rendered shapes, photographs on textures and crops of photographs, 48 x 48 pixels. Planted",
+        "are: a mark, tint, border, background, low resolution or blur in 80 to 100 % of the training images of one",
+        "class; a group of a class that is missing in training; wrong labels; or nothing. Diagnosed are",
+        f"{CHECKED} images with the same bias. A finding is right if its images are the planted ones with precision",
+        f"and recall of {OVERLAP}; worlds count in which what is planted turns at least a tenth of the answers, or",
+        f"costs a tenth of the accuracy ({len(shortcuts) - len(used)} and {len(slices) - len(weak)} worlds do not). In",
+        "parentheses: 95 % intervals.",
         "",
         "| | convscope | peer |",
         "| --- | --- | --- |",
         f"| planted shortcut among the first {FIRST} findings | {share(used, 'rank')} | SpRAy {share(used, 'spray')} |",
         f"| planted slice among the first {FIRST} findings | {share(weak, 'rank')} | Domino {share(weak, 'domino')} |",
-        *([f"| shortcuts reported in {len(clean)} worlds without any | {reported} | |"] if clean else []),
-        f"| masking the first finding raises the accuracy on unbiased images | {gain('masked')} | |",
-        f"| setting its units to their means does | {gain('edited')} | |",
     ]
-    for row in labels:
-        ours, *others = (f"{name} {value:.2f}" for name, value in row["precision"].items())
+    if clean:
+        reported = sum(int(r["shortcuts"]) for r in clean)
+        low, high = (value / len(clean) for value in poisson_interval(reported))
         lines.append(
-            f"| average precision of {row['strength']:.0%} wrong labels, accuracy {row['accuracy']:.2f} |"
-            f" {ours.removeprefix('convscope ')} | {', '.join(others)} |"
+            f"| shortcuts reported per world in {len(clean)} without any | {reported / len(clean):.2f} ({low:.2f} to "
+            f"{high:.2f}) | |"
         )
-    by_plant = {
+    lines += ["", *_labels_table([r for r in rows if r["kind"] == "labels"])]
+    lines += ["", *_repairs_table([r for r in used if "refitted" in r])]
+    parts = {
         plant: [r for r in used + weak if r["plant"] == plant]
         for plant in dict.fromkeys(r["plant"] for r in used + weak)
     }
-    by_kind = ", ".join(f"{plant} {share(part, 'rank')}" for plant, part in by_plant.items())
+    by_plant = ", ".join(
+        f"{plant} {sum(bool(r['rank']) for r in part)} of {len(part)}" for plant, part in parts.items()
+    )
     seconds = {key: np.mean([r["seconds"][key] for r in rows]) for key in rows[0]["seconds"]}
     cost = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return [*lines, "", f"By what is planted: {by_kind}.", "", f"CPU seconds per world: {cost}."]
+    return [*lines, "", f"By what is planted: {by_plant}.", "", f"CPU seconds per world: {cost}."]
+
+
+def share(part: list[Result], name: str) -> str:
+    """Return "7 of 9 (0.45 to 0.94)": the rows in which a value is not 0, with Wilson's interval."""
+    if not part:
+        return "none measured"
+    count = sum(bool(r[name]) for r in part)
+    low, high = wilson_interval(count, len(part))
+    return f"{count} of {len(part)} ({low:.2f} to {high:.2f})"
+
+
+def _labels_table(rows: list[Result]) -> list[str]:
+    """Return the mean average precision of the rankings by label quality, by the fraction of wrong labels."""
+    if not rows:
+        return []
+    names = list(rows[0]["precision"])
+    lines = [f"| wrong labels | worlds | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+    for strength in sorted({r["strength"] for r in rows}):
+        part = [r for r in rows if r["strength"] == strength]
+        values = " | ".join(f"{np.mean([r['precision'][name] for r in part]):.3f}" for name in names)
+        lines.append(f"| {strength:.0%} | {len(part)} | {values} |")
+    values = " | ".join(f"{np.mean([r['precision'][name] for r in rows]):.3f}" for name in names)
+    return ["Average precision of low label quality, means of worlds:", "", *lines, f"| all | {len(rows)} | {values} |"]
+
+
+def _repairs_table(rows: list[Result]) -> list[str]:
+    """Return how often, and by how much, repairs by the first finding raise the accuracy on unbiased images."""
+    lines = [
+        "| repair by the first finding | raises the accuracy on unbiased images | mean change |",
+        "| --- | --- | --- |",
+    ]
+    for name, words in REPAIRS.items():
+        gains = [(r[name] - r["before"]) for r in rows if name in r]
+        if gains:
+            better = share([{"better": gain > 0} for gain in gains], "better")
+            lines.append(f"| {words} | {better} | {100 * np.mean(gains):+.0f} points |")
+    return lines
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from planted_worlds import LAYER, World, as_input
+from planted_worlds import World, as_input
 from torch import Tensor
 
 from convscope.diagnosis.context import DiagnosisContext
@@ -16,7 +16,7 @@ from convscope.diagnosis.observations import Observations
 
 def observe(world: World, seed: int = 0) -> DiagnosisContext:
     """Record a world's images."""
-    model, layer = world.model, world.model.layers[LAYER]
+    model, layer = world.model, world.model.layers.find(world.layer)
     x = as_input(world.checked.images)
     with observing_forward(model, layer, x[:1]) as run:
         logits, features, peaks, evidence = (torch.cat(parts) for parts in zip(*map(run, x.split(50)), strict=True))

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import convscope
+from convscope.diagnosis.linear_head import fit_linear_head
 
-TRAIN, CHECKED, TEST = 900, 360, 240  # images
-EPOCHS = 12
+TRAIN, CHECKED, TEST = 900, 480, 240  # images
+EPOCHS = 24
+ENLARGED = 112  # pixels that Lite0 sees
 OTHERS = 0.02  # of the images of other classes carry what is planted
 SLICE = 0.25  # of the images of a class that belong to a weak slice
 
@@ -24,13 +26,17 @@ SLICES = ("dark", "pattern", "coarse", "tinted", "tiny")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a world is made of: `plant` is planted with `strength`, the fraction of the class that carries it."""
+    """What a world is made of: `plant` is planted with `strength`, the fraction of the class that carries it.
+
+    `network` is "small", trained as a whole, or "lite0", with a linear head on frozen features.
+    """
 
     name: str
     seed: int
     make: str
     plant: str
     strength: float = 0.0
+    network: str = "small"
 
     @property
     def kind(self) -> str:
@@ -43,18 +49,22 @@ def specs(split: str) -> list[Spec]:
     """Return the worlds of a split: "dev" or "final"; their seeds are disjoint."""
     start = {"dev": 0, "final": 5000}[split]
     makes = tuple(images.CLASSES)
-    rows: list[tuple[str, str, float]] = []
+    rows: list[tuple[str, str, float, str]] = []
     for i, plant in enumerate(SHORTCUTS):
         for j in range(2):
             make = makes[(i + j) % 3]
             make = "composites" if plant == "background" and make == "photographs" else make
-            rows.append((plant, make, (0.8, 0.9, 1.0)[(2 * i + j) % 3]))
-    rows += [(plant, makes[i % 2], 1.0) for i, plant in enumerate(SLICES)]
-    rows += [("labels", makes[i], strength) for i, strength in enumerate((0.02, 0.05, 0.1))]
-    rows += [("clean", makes[i % 3], 0.0) for i in range(6)]
+            rows.append((plant, make, (0.8, 0.9, 1.0)[(2 * i + j) % 3], "small"))
+    for j in range(2):
+        rows += [(plant, makes[(i + j) % 2], 1.0, "small") for i, plant in enumerate(SLICES)]
+    rows += [("labels", makes[i % 3], (0.02, 0.05, 0.1)[(i + i // 3) % 3], "small") for i in range(6)]
+    rows += [("clean", makes[i % 3], 0.0, "small") for i in range(9)]
+    rows += [(plant, makes[i % 2], 0.9, "lite0") for i, plant in enumerate(("watermark", "tint", "border", "blur"))]
+    rows += [(plant, makes[i % 2], 1.0, "lite0") for i, plant in enumerate(("dark", "tinted"))]
+    rows += [("clean", makes[i], 0.0, "lite0") for i in range(3)]
     return [
-        Spec(f"{split}-{n:02d}-{plant}-{make}-{strength:g}", start + n, make, plant, strength)
-        for n, (plant, make, strength) in enumerate(rows)
+        Spec(f"{split}-{n:02d}-{plant}-{make}-{strength:g}-{network}", start + n, make, plant, strength, network)
+        for n, (plant, make, strength, network) in enumerate(rows)
     ]
 
 
@@ -73,6 +83,7 @@ class World:
 
     spec: Spec
     model: convscope.Model
+    layer: str
     checked: Sample
     noisy_labels: np.ndarray
     test: Sample
@@ -97,7 +108,26 @@ class Network(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-LAYER = "features.11"
+class FrozenFeatures(nn.Module):
+    """Lite0 on enlarged images, and a linear classifier on its last feature maps."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        lite0 = convscope.load("lite0")
+        self.backbone = lite0.module.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(lite0.preprocessing.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(lite0.preprocessing.std).view(1, -1, 1, 1))
+        self.classifier = nn.Linear(1280, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x * 0.25 + 0.5, (ENLARGED, ENLARGED), mode="bilinear", align_corners=False)
+        return self.backbone.forward_features((x - self.mean) / self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+NETWORKS = {"small": (Network, "features.11"), "lite0": (FrozenFeatures, "backbone.bn2")}
 
 
 def make_world(spec: Spec, cache: Path | None = None) -> World:
@@ -109,13 +139,14 @@ def make_world(spec: Spec, cache: Path | None = None) -> World:
         _sample(spec, plant, main_class, count, np.random.default_rng((spec.seed, i)), purpose)
         for i, (count, purpose) in enumerate(((TRAIN, "train"), (CHECKED, "checked"), (TEST, "test")))
     )
-    network = Network(4)
+    make, layer = NETWORKS[spec.network]
+    torch.manual_seed(spec.seed)
+    network = make(4)
     path = cache / f"{spec.name}.pt" if cache else None
     if path and path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
     else:
-        torch.manual_seed(spec.seed)
-        network = _train(Network(4), train)
+        network = _train(network, train) if spec.network == "small" else fit_head(network, train.images, train.labels)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), path)
@@ -129,7 +160,7 @@ def make_world(spec: Spec, cache: Path | None = None) -> World:
         flipped = rng.permutation(len(labels))[: round(spec.strength * len(labels))]
         labels[flipped] = (labels[flipped] + rng.integers(1, 4, len(flipped))) % 4
         checked = replace(checked, carriers=np.isin(np.arange(len(labels)), flipped))
-    return World(spec, model, checked, labels, test, main_class, box)
+    return World(spec, model, layer, checked, labels, test, main_class, box)
 
 
 Planting = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -202,6 +233,11 @@ def as_input(arrays: list[np.ndarray]) -> Tensor:
     return (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
+def predict(model: convscope.Model, x: Tensor) -> np.ndarray:
+    """Return the predicted class of each input."""
+    return convscope.predict(model, x, top=1, progress=False).indices[:, 0]
+
+
 def _train(network: nn.Module, sample: Sample) -> nn.Module:
     x, y = as_input(sample.images), torch.from_numpy(sample.labels)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=1e-3)
@@ -216,3 +252,25 @@ def _train(network: nn.Module, sample: Sample) -> nn.Module:
             optimizer.step()
             schedule.step()
     return network.eval()
+
+
+def fit_head(network: nn.Module, arrays: list[np.ndarray], labels: np.ndarray) -> nn.Module:
+    """Fit the linear classifier of a network to images."""
+    set_head(network, pooled_features(network, as_input(arrays)), labels)
+    return network.eval()
+
+
+def pooled_features(network: nn.Module, x: Tensor) -> Tensor:
+    """Return the features (N, C) that the classifier takes."""
+    with torch.no_grad():
+        return torch.cat([network.features(part).mean((2, 3)) for part in x.split(32)])
+
+
+def set_head(network: nn.Module, features: Tensor, labels: np.ndarray) -> None:
+    """Fit the linear classifier of a network to features (N, C)."""
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
+    classes = network.classifier.out_features
+    head = fit_linear_head((features - mean) / scale, torch.from_numpy(labels), classes, robust=False)
+    weights = head[:-1].T / scale
+    network.classifier.weight.data = weights
+    network.classifier.bias.data = head[-1] - weights @ mean

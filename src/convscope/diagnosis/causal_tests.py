@@ -146,7 +146,7 @@ class CausalTest:
         scale = np.array(size) / np.array(self.thumbnail_size)
         side = candidate.template.patch.shape[-1] * scale
         margins = MARGIN * side
-        sides = (round(side[0] + 2 * margins[0]), round(side[1] + 2 * margins[1]))
+        sides = (min(round(side[0] + 2 * margins[0]), size[0]), min(round(side[1] + 2 * margins[1]), size[1]))
         corners = torch.from_numpy(np.rint(candidate.corners * scale - margins).astype(np.int64))
         inside, donors = (
             self._clip(corners[self.inside_rows], sides, size),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convscope.diagnosis.interventions import detail, frame_mask
 from convscope.diagnosis.observations import Observations
-from convscope.diagnosis.templates import Correlations, Template, refine, seed_patches
+from convscope.diagnosis.templates import Correlations, Template, grow, refine, seed_patches
 from convscope.diagnosis.wording import separation
 
 Floats = npt.NDArray[np.float64]
@@ -225,7 +225,7 @@ def find_template(observations: Observations, label: int, rng: np.random.Generat
             is_patch = float(values.median()) >= MIN_CORRELATION and template.constancy >= MIN_CONSTANT
             if is_patch and (best is None or quality > best[0]):
                 best = quality, template
-    return best[1] if best and best[0] > 0 else None
+    return grow(inside, best[1], variance) if best and best[0] > 0 else None
 
 
 def _gap(inside: Tensor, outside: Tensor) -> Tensor:

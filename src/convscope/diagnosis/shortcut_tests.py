@@ -44,7 +44,7 @@ class Outcome:
     center : Effect or None
         For frames: what inserting the centre does, in which the object may be.
     typical : float
-        For frames whose effect is no larger than the centre's: the median effect of those of other classes.
+        For frames with a larger effect than the centre's: the median effect of those of other classes.
     p_value : float
         1 for a candidate without an effect on the first images.
     """
@@ -60,7 +60,7 @@ class Outcome:
     def is_causal(self) -> bool:
         """Whether inserting has a large effect, and removing takes away more than random changes do."""
         size = self.inserted.size
-        if self.center is not None and size < self.center.size + MIN_EFFECT and size < TYPICAL * self.typical:
+        if self.center is not None and (size < self.center.size + MIN_EFFECT or size < TYPICAL * self.typical):
             return False  # the object reaches into the frame
         return size >= min_effect(self.candidate) and (self.removed is None or self.removed.size > 0)
 
@@ -120,7 +120,7 @@ class ShortcutTests:
         center, typical = None, 0.0
         if candidate.kind in FRAMES:
             center = test.center(FRAMES[candidate.kind])
-            if inserted.size < center.size + MIN_EFFECT:
+            if inserted.size >= center.size + MIN_EFFECT:
                 typical = self._typical_frame(label, FRAMES[candidate.kind])
         yield Outcome(candidate, inserted, p_value, test.removed(candidate), center, typical)
 

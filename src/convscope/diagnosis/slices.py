@@ -23,6 +23,7 @@ PER_CLASS = 12  # candidates that are tested
 OVERLAP = 0.35  # Jaccard index from which two slices are reported as one
 CLEAR = 0.8  # separation from which a fact describes a slice
 UNITS = 5
+DESCRIBED = 1.6  # weight of the significance of groups that facts describe, against clusters of features
 PURPOSE = (
     "Groups of images of a class, or of all classes, on which the network errs more often than on the others: clusters "
     "of its features, and intervals of one or two facts about images. One half of the images proposed groups, the "
@@ -70,7 +71,7 @@ def find_slices(context: DiagnosisContext) -> Search:
     tests = [_Test.of(candidate, observations, proposes) for candidate in candidates]
     corrected = benjamini_hochberg([test.p_value for test in tests]) if tests else np.empty(0)
     significant = [(t, float(q)) for t, q in zip(tests, corrected, strict=True) if q <= LEVEL and t.effect < 0]
-    significant.sort(key=lambda pair: -pair[0].z)
+    significant.sort(key=lambda pair: -pair[0].z * (DESCRIBED if pair[0].candidate.conditions else 1))
     reported: list[tuple[_Test, float]] = []
     for test, q in significant:
         if all(jaccard(test.candidate.members, other.candidate.members) < OVERLAP for other, _ in reported):

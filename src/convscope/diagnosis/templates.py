@@ -11,6 +11,7 @@ from torch import Tensor
 from convscope.diagnosis.interventions import cut_boxes
 
 CONSTANT = 0.25  # of the variance of pixels in general, up to which a pixel of aligned patches is constant
+RECURRING = 0.25  # fraction of constant pixels of a line by which a patch is extended
 FLAT = 1e-3  # variance of pixels in [0, 1] below which a patch has no structure
 
 
@@ -103,14 +104,59 @@ def refine(correlations: Correlations, patch: Tensor, variance: Tensor, steps: i
         Of pixels in general.
     steps : int
     """
-    images, aligned = correlations.images, patch[None]
+    images, side = correlations.images, (patch.shape[-2], patch.shape[-1])
     for _ in range(steps):
         values, corners = correlations.best_matches(patch)
         best = values.topk(max(2, len(images) // 2)).indices
-        aligned = cut_boxes(images[best], corners[best], (patch.shape[-2], patch.shape[-1]))
+        aligned = cut_boxes(images[best], corners[best], side)
         patch = aligned.mean(0)
-    is_constant = aligned.var(0, correction=0).mean(0) < CONSTANT * variance
-    return Template(patch, float(is_constant.float().mean()))
+    return Template(patch, float(_is_constant(aligned, variance).float().mean()))
+
+
+def _is_constant(aligned: Tensor, variance: Tensor) -> Tensor:
+    """Return which pixels (h, w) of aligned patches (n, C, h, w) are nearly equal; False where few are known."""
+    known = aligned.isfinite().all(1).sum(0)
+    deviations = aligned - aligned.nanmean(0)
+    return (deviations.square().nanmean(0).mean(0) < CONSTANT * variance) & (known >= max(2, len(aligned) // 2))
+
+
+def grow(correlations: Correlations, template: Template, variance: Tensor) -> Template:
+    """Extend a patch, to at most twice its side, by the neighbouring lines in which pixels recur too.
+
+    Parameters
+    ----------
+    correlations : Correlations
+        Of the images.
+    template : Template
+    variance : Tensor of shape ()
+        Of pixels in general.
+    """
+    images, side = correlations.images, template.patch.shape[-1]
+    margin = side // 2
+    values, corners = correlations.best_matches(template.patch)
+    best = values.topk(max(2, len(images) // 2)).indices
+    around = F.pad(images[best], (margin, margin, margin, margin), value=torch.nan)
+    extent = side + 2 * margin
+    is_constant = _is_constant(cut_boxes(around, corners[best], (extent, extent)), variance)
+    top, bottom = _extend(is_constant[:, margin : margin + side], margin)
+    left, right = _extend(is_constant[top:bottom].T, margin)
+    length = min(max(bottom - top, right - left), *images.shape[2:])
+    starts = [min(max(0, (low + high - length) // 2), extent - length) for low, high in ((top, bottom), (left, right))]
+    limits = torch.tensor([size - length for size in images.shape[2:]])
+    origins = torch.minimum((corners[best] - margin + torch.tensor(starts)).clamp(min=0), limits)
+    aligned = cut_boxes(images[best], origins, (length, length))
+    return Template(aligned.mean(0), float(_is_constant(aligned, variance).float().mean()))
+
+
+def _extend(is_constant: Tensor, margin: int) -> tuple[int, int]:
+    """Return the first, and that after the last, of the lines (n, w) that recur next to those within a margin."""
+    recurs = (is_constant.float().mean(1) >= RECURRING).tolist()
+    low, high = margin, len(recurs) - margin
+    while low > 0 and recurs[low - 1]:
+        low -= 1
+    while high < len(recurs) and recurs[high]:
+        high += 1
+    return low, high
 
 
 def seed_patches(images: Tensor, evidence: Tensor, side: int, count: int) -> Tensor:
