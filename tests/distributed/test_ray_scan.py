@@ -22,8 +22,10 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 import convscope  # noqa: E402
 from convscope import ConvscopeError  # noqa: E402
+from convscope.diagnosis import recording  # noqa: E402
 from convscope.distributed import ray_pool  # noqa: E402
 from convscope.distributed.ray_pool import map_unordered  # noqa: E402
+from tests.oracles.explorer import data_folder, tiny_model  # noqa: E402
 from tests.oracles.tiny import LAYERS, NUM_IMAGES, SETTINGS, read_files, tiny, write_images  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -219,6 +221,29 @@ def test_a_scan_that_loses_a_node_is_the_same_to_the_byte(
 
 
 # Last, because Ray takes a while to notice a lost node.
+def test_a_diagnosis_recorded_on_a_cluster_is_the_same_to_the_byte(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "choose_shard_size", lambda *_: 16)
+    model, data, counts = tiny_model(), data_folder(tmp_path / "data", 40), []
+    (data / "red" / "damaged.png").write_bytes(b"damaged")
+    with pytest.warns(convscope.ConvscopeWarning, match="damaged"):
+        local = convscope.diagnose(model, data, layer="relu3", out=tmp_path / "local", workers=0)
+    with pytest.warns(convscope.ConvscopeWarning, match="damaged"):
+        remote = convscope.diagnose(
+            model,
+            data,
+            layer="relu3",
+            out=tmp_path / "remote",
+            ray=CONNECTED,
+            progress=lambda done, total: counts.append((done, total)),
+        )
+    assert remote.rows() == local.rows()
+    assert sorted(counts[:3]) == counts[:3]
+    assert counts[2] == (41, 41)
+    assert read_files(tmp_path / "remote" / "observations") == read_files(tmp_path / "local" / "observations")
+
+
 def test_a_lost_node_delays_nothing(cluster: Cluster) -> None:
     tasks: list[int] = []
     for task, _ in map_unordered(sleeping(0.3), range(8), address=CONNECTED):

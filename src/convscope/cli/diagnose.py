@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Seed
+from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Ray, Seed
 from convscope.cli.output import finish, log, print_json
-from convscope.cli.parsing import open_store_at
+from convscope.cli.parsing import open_store_at, require_installed
 from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def diagnose(
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Number of processes that decode images.")
     ] = None,
+    ray: Ray = None,
     seed: Seed = 0,
     *,
     reading: ImageOptions,
@@ -65,6 +66,8 @@ def diagnose(
     """
     import convscope
 
+    if ray is not None:
+        require_installed("ray", "ray")
     network = network_options.load(model)
     opened = None if store is None else open_store_at(store)
     diagnosis = convscope.diagnose(
@@ -77,6 +80,7 @@ def diagnose(
         folds=folds,
         fit=reading.fit,
         workers=workers,
+        ray=ray,
         max_pixels=reading.max_pixels,
     )
     if opened is not None and opened.folder.local_path is not None:

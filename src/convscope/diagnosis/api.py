@@ -52,6 +52,7 @@ def diagnose(
     folds: int = 0,
     fit: str = "squash",
     workers: int | None = None,
+    ray: str | None = None,
     storage: Mapping[str, object] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     memory: int = MEMORY,
@@ -87,7 +88,11 @@ def diagnose(
     fit : {"squash", "crop", "pad"}
         As for `convscope.scan`.
     workers : int, optional
-        Number of processes that decode ahead of the network; 0 for none.
+        Number of processes that decode ahead of the network; 0 for none. With `ray`, the number of actors; by default
+        as many as fit into the cluster.
+    ray : str, optional
+        Address of a Ray cluster that makes the pass over the images, or "local" to start one. The analyses run in this
+        process.
     storage : mapping, optional
         Options of fsspec for the address of the data.
     max_pixels : int
@@ -137,6 +142,7 @@ def diagnose(
         known_classes(model, None if opened is None else opened.classes),
         plan_recording(model, selected, len(catalogue), fit=fit, max_pixels=max_pixels, memory=memory),
         workers,
+        ray,
     )
     with progress_bar(progress, "images") as report:
         observations, failed = record_observations(

@@ -174,7 +174,7 @@ def _finding(context: DiagnosisContext, overview: Overview, confusion: Confusion
     effect = confusion.count / confusion.total
     summary = (
         f"{confusion.count:,} of {confusion.total:,} images of `{first}` ({effect:.0%}) are classified as `{second}`; "
-        f"errors spread as in other classes would be {confusion.expected:.1f}"
+        f"with errors spread as in the other classes, it would be {confusion.expected:.1f} of {confusion.total:,}"
     )
     if reverse is not None:
         summary += f". So are {reverse.count:,} of {reverse.total:,} images of `{second}` as `{first}`"

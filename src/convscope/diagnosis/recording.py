@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +32,7 @@ from convscope.diagnosis.forward import (
     position_facts,
 )
 from convscope.diagnosis.observations import Observations
+from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
@@ -82,7 +85,9 @@ class RecordingJob:
     classes : tuple of str
     plan : RecordingPlan
     workers : int or None
-        Number of processes that decode images.
+        Number of processes that decode images; with `ray`, of actors.
+    ray : str or None
+        Address of a Ray cluster that computes the shards.
     """
 
     model: Model
@@ -92,6 +97,7 @@ class RecordingJob:
     classes: tuple[str, ...]
     plan: RecordingPlan
     workers: int | None = None
+    ray: str | None = None
 
     def identity(self) -> dict[str, object]:
         """Return what two runs must have in common to share a folder, as JSON values."""
@@ -117,6 +123,10 @@ class RecordingJob:
             workers=num_workers,
             measure=measure_image if measure else None,
         )
+
+    def forward(self) -> AbstractContextManager[Callable[[torch.Tensor], BatchObservations]]:
+        """Return the pass that observes batches."""
+        return observing_forward(self.model, self.layer, example_input(self.model))
 
 
 def plan_recording(
@@ -201,7 +211,7 @@ def _record(job: RecordingJob, folder: Path, reload_catalogue: Callable[[], Cata
     shards.mkdir(exist_ok=True)
     missing = [shard for shard in range(plan.num_shards) if not _shard_file(shards, shard).exists()]
     done = plan.num_images - sum(len(plan.shard_images(shard)) for shard in missing)
-    for shard, step in _compute(job, missing):
+    for shard, step in _steps(job, missing):
         if isinstance(step, int):
             done += step
             progress(done, plan.num_images)
@@ -227,20 +237,63 @@ ShardContent = tuple[bytes, bool]
 """The content of a shard's file, and whether no image of its last batch could be read, as when the data are gone."""
 
 
-def _compute(job: RecordingJob, shards: Sequence[int]) -> Iterator[tuple[int, int | ShardContent]]:
-    """Yield for each shard the number of images after each batch, and in the end the content of its file."""
+Step = tuple[int, int | ShardContent]
+"""A shard with the number of images that were done, or in the end with the content of its file."""
+
+
+def _steps(job: RecordingJob, shards: Sequence[int]) -> Iterator[Step]:
+    """Compute shards, in this process or on a cluster."""
     if not shards:
         return
-    plan, model = job.plan, job.model
-    workers = default_workers(plan.num_images) if job.workers is None else job.workers
-    with job.decoder(workers) as decoder, observing_forward(model, job.layer, example_input(model)) as forward:
-        batches = decoder.batches(plan.batches(shards), plan.batch_size)
-        for shard in shards:
-            columns = _Columns()
-            for batch in islice(batches, len(list(plan.batches([shard])))):
-                columns.add(batch, forward(batch.x))
-                yield shard, len(batch.indices)
-            yield shard, (columns.content(), columns.ends_in_failures)
+    plan = job.plan
+    if job.ray is None:
+        num_workers = default_workers(plan.num_images) if job.workers is None else job.workers
+        with job.decoder(num_workers) as decoder, job.forward() as forward:
+            batches = decoder.batches(plan.batches(shards), plan.batch_size)
+            for shard in shards:
+                yield from _compute(job, shard, batches, forward)
+        return
+    gpus = int(job.model.device.type == "cuda")
+    results = map_unordered(
+        partial(_RemoteRecorder, job),
+        shards,
+        address=job.ray,
+        cpus=plan.num_threads,
+        gpus=gpus,
+        workers=job.workers or None,
+    )
+    for shard, content in results:
+        yield shard, content
+        yield shard, len(plan.shard_images(shard))
+
+
+def _compute(
+    job: RecordingJob, shard: int, batches: Iterator[DecodedBatch], forward: Callable[[torch.Tensor], BatchObservations]
+) -> Iterator[Step]:
+    """Yield the number of images after each batch of a shard, and then its content."""
+    columns = _Columns()
+    for batch in islice(batches, len(list(job.plan.batches([shard])))):
+        columns.add(batch, forward(batch.x))
+        yield shard, len(batch.indices)
+    yield shard, (columns.content(), columns.ends_in_failures)
+
+
+class _RemoteRecorder:
+    """Computes shards in an actor of a cluster; its decoder and its hooks live as long as the actor."""
+
+    def __init__(self, job: RecordingJob) -> None:
+        torch.set_num_threads(job.plan.num_threads)
+        self._job, self._stack = job, ExitStack()
+        self._decoder = self._stack.enter_context(job.decoder(num_workers=1))
+        self._forward = self._stack.enter_context(job.forward())
+
+    def __call__(self, shard: int) -> ShardContent:
+        plan = self._job.plan
+        batches = self._decoder.batches(plan.batches([shard]), plan.batch_size)
+        *_, (_, content) = _compute(self._job, shard, batches, self._forward)
+        if isinstance(content, int):
+            raise TypeError(f"shard {shard} ended without a result")
+        return content
 
 
 class _Columns:

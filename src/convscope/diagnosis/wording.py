@@ -24,12 +24,17 @@ ADJECTIVES = {
 """For facts by name: an adjective for images of which the fact is low, and one for high."""
 
 
-CLAUSES = {"bits per pixel": ("with small files for their size", "with large files for their size")}
+CLAUSES = {
+    "shadows": ("with few black areas", "with large black areas"),
+    "highlights": ("with few white areas", "with large white areas"),
+    "margin": ("without uniform margins", "with uniform margins"),
+    "bits per pixel": ("with small files for their size", "with large files for their size"),
+}
 """The same as clauses. A file without losses is small because its image has little detail, not by compression."""
 
 
 def describe_fact(name: str, is_high: bool) -> tuple[str, str]:
-    """Return an adjective, if there is one, and a clause: ("dark", "") or ("", "with low shadows")."""
+    """Return an adjective, if there is one, and a clause: ("dark", "") or ("", "with few black areas")."""
     if name in ADJECTIVES:
         return ADJECTIVES[name][is_high], ""
     if name in CLAUSES:
