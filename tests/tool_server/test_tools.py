@@ -16,6 +16,7 @@ from convscope.errors import ConvscopeError
 from convscope.tool_server.app import build_server
 from convscope.tool_server.limits import Limits
 from convscope.tool_server.responses import to_json
+from tests.oracles.names import name_units
 from tests.tool_server.conftest import Call, error_of, images_of, run
 
 A, B = "a.png", "more/b.png"
@@ -153,6 +154,11 @@ def test_scan_and_queries(call: Call, folder: Path, tmp_path: Path, tiny: convsc
     assert content_of(image)["label"] == "y"
     assert len(images_of(image)) == 1
     assert "by is 'x'" in error_of(call("store_units", store="store", layer="conv2", by="x"))
+    name_units(store, "conv2", {unit: f"word {unit}" for unit in range(12)})
+    named = call("effects", images=[A], layer="conv2", units=[1, 4], store="store")
+    assert {row["name"] for row in content_of(named)["rows"]} == {"word 1", "word 4"}
+    explained = content_of(call("explain", images=[A], layer="conv2", features=2, store="store"))
+    assert all(row["name"] == f"word {row['unit']}" for row in explained["rows"])
 
 
 def test_originals_of_a_store_outside_are_not_shown(call: Call, folder: Path, tmp_path: Path, tiny: Any) -> None:

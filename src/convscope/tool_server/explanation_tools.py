@@ -22,13 +22,14 @@ from convscope.tool_server.parameters import (
     LayerName,
     ModelName,
     OneImage,
+    OptionalStore,
     SaveName,
     Seed,
     TargetNames,
     Units,
 )
-from convscope.tool_server.responses import Answer, describe, figure_image
-from convscope.tool_server.workspace import Workspace, parse_targets
+from convscope.tool_server.responses import Answer, describe
+from convscope.tool_server.workspace import Workspace, parse_class, parse_targets
 
 Method = Annotated[
     str | None, Field(description="A method that `overview` lists. Default: one that suits the network.")
@@ -107,7 +108,7 @@ class ExplanationTools:
             parse_targets(network, targets, len(paths)),
             threshold=threshold,
             fit=fit,
-            against=None if against is None else network.class_index(against),
+            against=parse_class(network, against),
             progress=progress,
         )
         saved = self.workspace.save(locations, save)
@@ -141,8 +142,7 @@ class ExplanationTools:
         evaluation = evaluate(
             maps.model, list(maps.image_names), maps, metrics, steps=steps, seed=seed, progress=progress
         )
-        saved = self.workspace.save(evaluation, save)
-        return describe(evaluation, self.workspace.limits, images=figure_image(evaluation), saved=saved)
+        return self.workspace.answer(evaluation, save)
 
     def effects(
         self,
@@ -151,6 +151,7 @@ class ExplanationTools:
         units: Units = None,
         how: Annotated[str, Field(description="What replaces a unit: zero, mean or resample.")] = "zero",
         targets: TargetNames = None,
+        store: OptionalStore = None,
         seed: Seed = 0,
         save: SaveName = None,
         model: ModelName = None,
@@ -166,11 +167,11 @@ class ExplanationTools:
             units,
             how=how,
             targets=parse_targets(network, targets, len(paths)),
+            store=self.workspace.optional_store(store),
             seed=seed,
             progress=progress,
         )
-        saved = self.workspace.save(result, save)
-        return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
+        return self.workspace.answer(result, save)
 
     def explain(
         self,
@@ -179,6 +180,7 @@ class ExplanationTools:
         against: Against = None,
         layer: Annotated[str | None, Field(description="A layer. Default: that of heatmaps.")] = None,
         features: Annotated[int, Field(description="Number of units for each image.", ge=1, le=32)] = 8,
+        store: OptionalStore = None,
         fit: Fit = "squash",
         seed: Seed = 0,
         save: SaveName = None,
@@ -194,13 +196,13 @@ class ExplanationTools:
             parse_targets(network, targets, len(paths)),
             layer=layer,
             features=features,
-            against=None if against is None else network.class_index(against),
+            against=parse_class(network, against),
+            store=self.workspace.optional_store(store),
             fit=fit,
             seed=seed,
             progress=progress,
         )
-        saved = self.workspace.save(explanation, save)
-        return describe(explanation, self.workspace.limits, images=figure_image(explanation), saved=saved)
+        return self.workspace.answer(explanation, save)
 
     def patch(
         self,
@@ -226,12 +228,11 @@ class ExplanationTools:
             layer,
             by=by,  # type: ignore[arg-type]  # other words are refused
             units=units,
-            targets=None if target is None else network.class_index(target),
-            against=None if against is None else network.class_index(against),
+            targets=parse_class(network, target),
+            against=parse_class(network, against),
             progress=progress,
         )
-        saved = self.workspace.save(result, save)
-        return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
+        return self.workspace.answer(result, save)
 
     def _heatmaps(
         self,
@@ -254,7 +255,7 @@ class ExplanationTools:
             layer=layer,
             method=method,
             fit=fit,
-            against=None if against is None else network.class_index(against),
+            against=parse_class(network, against),
             seed=seed,
             progress=progress,
             **(options or {}),

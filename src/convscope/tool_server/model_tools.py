@@ -161,8 +161,7 @@ class ModelTools:
     ) -> Answer:
         """Find objects with a network that detects: boxes in pixels, classes and scores."""
         result = detect(self.workspace.model(model), self.workspace.images(images), threshold, progress=progress)
-        saved = self.workspace.save(result, save)
-        return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
+        return self.workspace.answer(result, save)
 
 
 def package_version() -> str:

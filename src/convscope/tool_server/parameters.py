@@ -36,3 +36,6 @@ SaveName: TypeAlias = Annotated[
 StorePath: TypeAlias = Annotated[
     str, Field(description="A store that `scan` or the command `convscope scan` has written: a folder.")
 ]
+OptionalStore: TypeAlias = Annotated[
+    str | None, Field(description="A store of the network with the layer: names units in the answer and its figure.")
+]

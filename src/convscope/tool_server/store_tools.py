@@ -16,7 +16,7 @@ from convscope.store.parquet import STATISTICS
 from convscope.store.store import Store
 from convscope.store.unit_record import EXAMPLE_KINDS
 from convscope.tool_server.parameters import Fit, LayerName, ModelName, SaveName, Seed, StorePath
-from convscope.tool_server.responses import Answer, describe, figure_image
+from convscope.tool_server.responses import Answer, figure_image
 from convscope.tool_server.workspace import Workspace
 
 
@@ -82,8 +82,7 @@ class StoreTools:
             workers=0,
             progress=progress,
         )
-        saved = self.workspace.save(result, save)
-        return describe(result, self.workspace.limits, images=figure_image(result), saved=saved)
+        return self.workspace.answer(result, save)
 
     def store_summary(self, store: StorePath) -> Answer:
         """Summarize a store: network, data, layers, dead and duplicate units."""

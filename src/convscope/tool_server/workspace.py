@@ -13,6 +13,7 @@ from convscope.errors import ConvscopeError
 from convscope.suggestions import suggest
 from convscope.tool_server.files import AllowedFiles
 from convscope.tool_server.limits import Limits
+from convscope.tool_server.responses import Answer, describe, figure_image
 
 if TYPE_CHECKING:
     from convscope.engine.model import Model
@@ -61,6 +62,10 @@ class Workspace:
         """Return the image files that paths name, within the limits."""
         return self.files.images(paths, self.limits.images)
 
+    def optional_store(self, path: str | None) -> Store | None:
+        """Open a store if a path is given, as `store` does."""
+        return None if path is None else self.store(path)
+
     def store(self, path: str) -> Store:
         """Open a store that may be read; originals of its images are shown only where they may be read too."""
         from convscope.store.store import open_store
@@ -69,6 +74,10 @@ class Workspace:
         store = open_store(self.files.existing(path))
         store.images = RestrictedImages(store, self.files)
         return store
+
+    def answer(self, result: Result, save: str | None) -> Answer:
+        """Save a result if a name is given, and describe it with its figure."""
+        return describe(result, self.limits, images=figure_image(result), saved=self.save(result, save))
 
     def save(self, result: Result, name: str | None) -> Path | None:
         """Save a result in a folder of this name inside of the output folder; do nothing without a name."""
@@ -85,3 +94,8 @@ def parse_targets(model: Model, names: Sequence[str | int] | None, num_images: i
     if model.dual_encoder is not None and model.classes is None:
         return [text_target(str(name)) for name in names]
     return [[model.class_index(name) for name in names]] * num_images
+
+
+def parse_class(model: Model, name: str | int | None) -> int | None:
+    """Return the index of a class, or None."""
+    return None if name is None else model.class_index(name)
