@@ -158,7 +158,7 @@ def table(rows: list[Row]) -> list[str]:
                 cells.append("")
                 continue
             timed = row.times[name]
-            cell = f"{timed.seconds:.2f} ({timed.ratio:.1f})"
+            cell = f"{timed.seconds:.2f} ({timed.text(1)})"
             cells.append(cell + (f"<br>{row.differences[name]:.0e}" if name in row.differences else ""))
         lines.append(f"| {row.network}, `{row.layer}` | {row.units} | {row.images} | " + " | ".join(cells) + " |")
     return lines
