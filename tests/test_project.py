@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from tools import check_names, release_check
+from tools.extra_examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -42,6 +44,53 @@ def test_modules_that_are_imported_with_an_extra_are_found() -> None:
     assert modules["lrp"] == {"zennit.rules"}
     assert {"onnx", "onnx2pytorch"} <= modules["onnx"]
     assert {"pyarrow", "fsspec.core"} <= modules["scan"]
+
+
+def test_every_extra_has_an_example() -> None:
+    assert list(EXAMPLES)
+    assert set(EXAMPLES) == set(release_check.extras())
+    for name, program in EXAMPLES.items():
+        compile(program, name, "exec")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        (("works", "works"), 0),
+        (("works", "not checked: the package index lacks something"), release_check.UNCHECKED),
+        (("not checked: the package index lacks something", "failed"), release_check.FAILED),
+    ],
+)
+def test_the_status_of_the_release_check_says_what_was_not_checked(
+    outcomes: tuple[str, str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = iter(outcomes)
+    for name in ("make_environment", "run", "try_demo"):
+        monkeypatch.setattr(release_check, name, lambda *_: "")
+    monkeypatch.setattr(release_check, "build", lambda _: Path("a.whl"))
+    monkeypatch.setattr(release_check, "try_extra", lambda *_: next(left))
+    monkeypatch.setattr(sys, "argv", ["release_check", "--extras", "keras,scan"])
+    assert release_check.main() == status
+    assert capsys.readouterr().out.splitlines()[1:] == [f"[keras] {outcomes[0]}", f"[scan] {outcomes[1]}"]
+
+
+def test_a_missing_package_is_not_a_failure_of_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_check, "make_environment", lambda *_: Path(sys.executable))
+    for text, outcome in (("ERROR: No matching distribution found for ray>=2.31", "not checked"), ("Error", "failed")):
+        command = [sys.executable, "-c", f"import sys; sys.exit({text!r})"]
+        with pytest.raises(release_check.StepFailedError, match=text) as raised:
+            release_check.run(command, tmp_path)
+        monkeypatch.setattr(release_check, "run", raising(raised.value))
+        assert release_check.try_extra("ray", tmp_path, tmp_path, tmp_path / "ray", set()).startswith(outcome)
+        monkeypatch.undo()
+        monkeypatch.setattr(release_check, "make_environment", lambda *_: Path(sys.executable))
+
+
+def raising(error: Exception) -> Callable[..., str]:
+    def run(*_: object) -> str:
+        raise error
+
+    return run
 
 
 def test_links_of_the_description_are_absolute() -> None:
