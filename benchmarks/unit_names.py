@@ -27,7 +27,7 @@ from convscope.store.io import Folder, NpyRows
 
 BUILD = Path(__file__).parents[1] / "build" / "unit_names"
 CLASSES = range(5, 1000, 25)
-STEPS, SEEDS, VIEWS = 48, 1, 4
+STEPS, SEEDS, VIEWS = 64, 1, 12
 CROPS = 40  # of each photograph
 NOISE_UNITS = 1000
 SIDE = 64  # of rendered images
@@ -92,9 +92,9 @@ def class_units(folder: Path) -> list[Row]:
         images += views(Image.open(photo).convert("RGB"), CROPS, rng, 0.3)
     stacked = np.stack(images)
     model, judge = convscope.load("lite0"), convscope.load("lite2")
-    words, scores = class_names(judge), convscope.predict(judge, stacked, progress=False).probabilities
+    words, scores = class_names(judge), convscope.predict(judge, stacked, progress=False).logits
     store = convscope.scan(model, stacked, folder / "classes", ["logits"], sample=len(images), workers=0)
-    names = convscope.name_units(store, words, scores, save=False)
+    names = convscope.name_units(store, words, scores, output="softmax", save=False)
     shown = np.array(list(CLASSES))
     right = float(np.mean(names.names[shown] == np.array(words)[shown]))
     rows = [
@@ -103,7 +103,7 @@ def class_units(folder: Path) -> list[Row]:
     ]  # fmt: skip
     noise = convscope.load(NoiseNet(), preprocessing={"size": 64, "mean": (0.0,) * 3, "std": (1.0,) * 3})
     store = convscope.scan(noise, stacked, folder / "noise", ["logits"], sample=len(images), workers=0)
-    names = convscope.name_units(store, words, scores, save=False)
+    names = convscope.name_units(store, words, scores, output="softmax", save=False)
     rows.append(
         Row("noise, by Lite2", NOISE_UNITS, names.num_words, len(images), None, float(names.named.mean()),
             float(np.nanmean(names.scores)))

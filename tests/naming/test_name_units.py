@@ -55,6 +55,22 @@ def test_detectors_get_their_names_and_noise_gets_none(store, scores):
     assert set(names.layer.tolist()) == {"first"}
 
 
+def test_a_rare_word_is_not_outvoted_by_a_common_weak_one(tmp_path):
+    """A class has 6 of the 160 images of a half; among more top images, a word that suits them a little would win."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((320, 3)) * 0.01
+    order = np.concatenate(assignment.split_images(np.arange(320)))
+    halves = [order[:160], order[160:]]
+    activations = rng.random((1, 320)) * 0.1
+    for half in halves:
+        scores[half[:6], 0], scores[half[:6], 1] = 0.9, 0.3  # the class, and what is like it
+        scores[half[6:60], 1] = 0.3
+        activations[0, half[:6]], activations[0, half[6:60]] = 2, 1
+    stores.write_maxima_store(tmp_path / "rare", {"first": activations})
+    names = convscope.name_units(tmp_path / "rare", ["rare", "common", "other"], scores, output="probability")
+    assert names.names.tolist() == ["rare"]
+
+
 def test_names_do_not_depend_on_other_units(store, scores):
     first = convscope.name_units(store, NAMES, scores, layer="first", save=False)
     both = convscope.name_units(store, NAMES, scores, save=False)

@@ -18,7 +18,7 @@ from convscope.store.tables import StoreTables
 
 WORDS_PER_BLOCK = 1024
 UNITS_PER_BLOCK = 512
-MIN_TOP, MAX_TOP, TOP_FRACTION = 5, 100, 20  # top images of a unit: a 20th of the images, from 5 to 100
+MIN_TOP, MAX_TOP, TOP_FRACTION = 5, 100, 50  # top images of a unit: a 50th of the images, from 5 to 100
 
 
 def report_part(report: Progress, start: float, share: float) -> Progress:
