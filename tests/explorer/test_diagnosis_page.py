@@ -49,7 +49,9 @@ def test_findings_link_to_images_units_and_classes(page, tiny_store, tiny_diagno
     for image in (0, 3, 5, 7, 1, 2):
         (index,) = [i for i in range(12) if tiny_store.image(i).name == tiny_diagnosis.image_names[image]]
         assert f'href="/m/tiny/data/{index}"' in page
-    assert 'href="/m/tiny/unit/relu3/2">unit 2</a>' in page
+    link = re.search(r'href="/m/tiny/unit/relu3/2">(.*?)</a>', page, re.DOTALL)[1]
+    assert '<span class="name">unit 2</span>' in link
+    assert "/image/patches?model=tiny&amp;layer=relu3&amp;unit=2&amp;kind=best" in link
     assert 'href="/m/tiny/class/3"' in page
     assert f"{100 * tiny_diagnosis.overview.accuracy:.1f} % of 12 labelled images" in page
     for search in tiny_diagnosis.searches:
@@ -90,6 +92,7 @@ def test_the_published_page_has_the_same_images(client, page, tiny_site):
     assert "Remove it." in published
     address = unescape(re.search(r'"(/image/saved[^"]*sheet=finding-1&[^"]*)"', page)[1])
     assert (tiny_site / "m/tiny/diagnosis/relu3-finding-1.webp").read_bytes() == client.get(address).content
+    assert 'href="unit/relu3/2-top.webp"' in published
     links = re.findall(r'href="data/(\d+)\.html"', published)
     assert len(set(links)) == 6
     assert all((tiny_site / f"m/tiny/data/{index}.html").exists() for index in links)

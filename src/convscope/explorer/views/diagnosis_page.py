@@ -10,9 +10,10 @@ from convscope.explorer.service.concept_data import Arrays, load_arrays
 from convscope.explorer.service.diagnosis_data import IMAGES_PER_FINDING, SIDE
 from convscope.explorer.service.display_names import display_name
 from convscope.explorer.service.networks import Network
-from convscope.explorer.views import snippets
+from convscope.explorer.views import snippets, store_views
 from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_results_page import store_name
+from convscope.explorer.views.store_views import UnitPatch
 from convscope.plotting.diagnosis_page import HEATMAP_KINDS, KIND_TITLES, format_effect, format_p_value, quoted
 from convscope.store.saved_results import SavedResult
 
@@ -39,6 +40,15 @@ class Sheet:
 
 
 @dataclass(frozen=True)
+class UnitTile:
+    """A unit, its page, and its best patch, if the store has examples of its layer."""
+
+    text: str
+    page: str
+    patch: UnitPatch | None
+
+
+@dataclass(frozen=True)
 class FindingSection:
     """A finding on the page."""
 
@@ -52,7 +62,7 @@ class FindingSection:
     num_images: int
     images: Sheet
     changes: Sheet | None
-    units: list[tuple[str, str]]
+    units: list[UnitTile]
     classes: list[tuple[str, str]]
 
 
@@ -111,7 +121,11 @@ def _section(
         images=_images(context, network, result, arrays, ids, number, finding),
         changes=_changes(context, network, result, arrays, ids, number),
         units=[
-            (_unit_text(row), urls.page("m", network.key, "unit", result.layer, int(row["unit"])))
+            UnitTile(
+                _unit_text(row),
+                urls.page("m", network.key, "unit", result.layer, int(row["unit"])),
+                store_views.best_patch(network, urls, result.layer, int(row["unit"])),
+            )
             for row in finding.evidence.get("units", ())
         ],
         classes=[(network.model.class_name(k), urls.page("m", network.key, "class", k)) for k in finding.classes],

@@ -15,6 +15,7 @@ from convscope.explorer.service.images import UnknownResource
 from convscope.explorer.service.networks import Network
 from convscope.explorer.urls import UrlBuilder
 from convscope.scanning.statistics import HISTOGRAM_EDGES
+from convscope.store.unit_names import UnitNames
 
 UNITS_ON_LAYER_PAGE = 48
 NUM_CLASSES = 5
@@ -177,19 +178,32 @@ def unit_patches(network: Network, urls: UrlBuilder, layer: str) -> list[UnitPat
     table = store.units(["layer", "unit", "fires", "selectivity", "dead"]).to_pandas()
     table = table[table["layer"] == layer].assign(selectivity=lambda t: t["selectivity"].fillna(0))
     table = table.sort_values(["selectivity", "fires", "unit"], ascending=[False, False, True])
+    rows = table[["unit", "dead"]].head(UNITS_ON_LAYER_PAGE).itertuples(index=False)
+    return [_patch(network, urls, layer, int(unit), names, is_dead=bool(dead)) for unit, dead in rows]
+
+
+def best_patch(network: Network, urls: UrlBuilder, layer: str, unit: int) -> UnitPatch | None:
+    """Return the location of a unit's best patch on a sheet; None if the store does not have the layer."""
+    store = network.store
+    if store is None or layer not in store.layers:
+        return None
+    is_dead = bool(store.unit(layer, unit).statistics["dead"])
+    return _patch(network, urls, layer, unit, store.names(), is_dead=is_dead)
+
+
+def _patch(
+    network: Network, urls: UrlBuilder, layer: str, unit: int, names: UnitNames | None, *, is_dead: bool
+) -> UnitPatch:
     kind, columns, rows = _BEST_PATCH[urls.live]
-    return [
-        UnitPatch(
-            unit=int(unit),
-            name="" if names is None else names.get(layer, int(unit)) or "",
-            dead=bool(dead),
-            page=urls.page("m", network.key, "unit", layer, int(unit)),
-            src=urls.patches(network, layer, int(unit), kind),
-            sheet_size=(TILE_SIZE * columns, TILE_SIZE * rows),
-            tile_size=TILE_SIZE,
-        )
-        for unit, dead in table[["unit", "dead"]].head(UNITS_ON_LAYER_PAGE).itertuples(index=False)
-    ]
+    return UnitPatch(
+        unit=unit,
+        name="" if names is None else names.get(layer, unit) or "",
+        dead=is_dead,
+        page=urls.page("m", network.key, "unit", layer, unit),
+        src=urls.patches(network, layer, unit, kind),
+        sheet_size=(TILE_SIZE * columns, TILE_SIZE * rows),
+        tile_size=TILE_SIZE,
+    )
 
 
 def unit_columns(network: Network, layer: str) -> dict[str, list[Any]]:
