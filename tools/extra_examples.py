@@ -78,8 +78,10 @@ import pathlib
 import subprocess
 import sys
 import imageio.v3
+import numpy
 from PIL import Image
-frames = [Image.open(photograph).convert("RGB").resize((64, 64)) for photograph in photographs]
+images = [Image.open(photograph).convert("RGB").resize((64, 64)) for photograph in photographs]
+frames = [numpy.asarray(image) for image in images]
 imageio.v3.imwrite("film.mp4", frames, plugin="pyav", codec="libx264", fps=2)
 command = [sys.executable, "-m", "convscope", "heatmap", "lite0", "film.mp4", "--frames", "2", "-o", "heatmaps"]
 subprocess.run(command, check=True)

@@ -15,7 +15,7 @@ from convscope.dictionaries import api, training
 from convscope.dictionaries import checkpoint as checkpoint_module
 from convscope.dictionaries import positions as positions_module
 from convscope.dictionaries.encoder import FeatureEncoder
-from convscope.dictionaries.fidelity import accuracy_kept, fidelity
+from convscope.dictionaries.fidelity import accuracy_fraction, fidelity
 from convscope.dictionaries.methods.base import Settings
 from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.positions import PositionStore
@@ -235,14 +235,14 @@ def test_a_checkpoint_of_another_run_is_refused(model, x, tmp_path, monkeypatch)
     assert path.read_bytes() == b"something else"
 
 
-def test_accuracy_kept_by_hand():
+def test_accuracy_fraction_by_hand():
     def logits(right: int) -> torch.Tensor:
         """Return logits of ten images of class 1, so many of them right."""
         return torch.nn.functional.one_hot((torch.arange(10) < right).long(), 3).float()
 
-    kept = accuracy_kept(torch.ones(10, dtype=torch.int64), logits(8), logits(6), logits(2))
+    kept = accuracy_fraction(torch.ones(10, dtype=torch.int64), logits(8), logits(6), logits(2))
     assert kept == pytest.approx(1 - (8 - 6) / (8 - 2))
-    assert np.isnan(accuracy_kept(torch.ones(10, dtype=torch.int64), logits(4), logits(3), logits(4)))
+    assert np.isnan(accuracy_fraction(torch.ones(10, dtype=torch.int64), logits(4), logits(3), logits(4)))
 
 
 def test_labels_belong_to_the_images_that_are_held_out(model, x, monkeypatch):

@@ -78,11 +78,11 @@ class Checkpoint:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ConvscopeError(f"checkpoint: {self.path} is not a checkpoint of a dictionary: {error}") from error
 
-    def _require_same(self, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-        differing = [key for key in expected if found.get(key) != expected[key]]
+    def _require_same(self, settings: Mapping[str, str], expected: Mapping[str, str]) -> None:
+        differing = [key for key in expected if settings.get(key) != expected[key]]
         if differing:
             key = differing[0]
             raise ConvscopeError(
-                f"checkpoint: {self.path} is of a run with other {key} ({found.get(key)}, now {expected[key]}); delete "
-                "it to start over, or give another file"
+                f"checkpoint: {self.path} is of a run with other {key} ({settings.get(key)}, now {expected[key]}); "
+                "delete it to start over, or give another file"
             )

@@ -97,10 +97,12 @@ def fidelity(
         for function in (None, lambda m: encoder.decode(encoder(m)), lambda m: constant.expand_as(m))
     )
     metrics |= retained(model, plain, rebuilt, ablated)
-    return metrics if labels is None else metrics | {"accuracy_kept": accuracy_kept(labels, plain, rebuilt, ablated)}
+    return (
+        metrics if labels is None else metrics | {"accuracy_kept": accuracy_fraction(labels, plain, rebuilt, ablated)}
+    )
 
 
-def accuracy_kept(labels: Tensor, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> float:
+def accuracy_fraction(labels: Tensor, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> float:
     """Return what is kept of the accuracy of logits (H, K) for labels (H,), relative to those with the layer's mean."""
     right, right_rebuilt, right_ablated = ((z.argmax(1) == labels).double().mean() for z in (plain, rebuilt, ablated))
     return _retained(right - right_rebuilt, right - right_ablated)

@@ -48,11 +48,11 @@ def _columns(values: np.ndarray, maxima: np.ndarray, k: int) -> np.ndarray:
     if len(row) == len(values) * k:
         return column.reshape(len(values), k)
     counts = np.bincount(row, minlength=len(values))
-    places = np.arange(len(row)) - (counts.cumsum() - counts)[row]
+    offsets = np.arange(len(row)) - (counts.cumsum() - counts)[row]
     table = np.full((len(values), counts.max()), -np.inf, np.float32)
-    table[row, places] = values.ravel()[candidates]
+    table[row, offsets] = values.ravel()[candidates]
     columns = np.zeros(table.shape, np.int64)
-    columns[row, places] = column
+    columns[row, offsets] = column
     chosen = np.argpartition(table, table.shape[1] - k, axis=1)[:, -k:]
     return np.take_along_axis(columns, chosen, axis=1)
 

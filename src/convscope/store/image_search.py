@@ -29,7 +29,7 @@ def find_units_of_image(store: StoreTables, image: object, n: int, model: Model 
     if len(loader) != 1:
         raise ConvscopeError(f"{len(loader)} images are given; expected one example image")
     x = next(loader.batches(1)).x
-    names, found = store.names(), []
+    names, matches = store.names(), []
     for layer, values in _maxima(model, store.layers, x):
         relevance, distance = rank_among(values, store.samples(layer))
         for unit in np.lexsort((-distance, -relevance))[:limit].tolist():
@@ -38,9 +38,9 @@ def find_units_of_image(store: StoreTables, image: object, n: int, model: Model 
                 name, score = str(store.unit_label(layer, unit)) if layer == LOGITS and store.classes else "", None
             else:
                 name, score = str(names.names[position]), float(names.scores[position])
-            found.append((-relevance[unit], -distance[unit], Match(layer, unit, name, score, float(relevance[unit]))))
-    found.sort(key=lambda entry: entry[:2])
-    return Matches(store, Path(loader.names[0]).name, tuple(match for *_, match in found[:limit]))
+            matches.append((-relevance[unit], -distance[unit], Match(layer, unit, name, score, float(relevance[unit]))))
+    matches.sort(key=lambda entry: entry[:2])
+    return Matches(store, Path(loader.names[0]).name, tuple(match for *_, match in matches[:limit]))
 
 
 def rank_among(values: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
