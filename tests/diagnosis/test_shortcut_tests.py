@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import convscope
 from convscope.diagnosis.forward import scoring_forward
+from convscope.diagnosis.interventions import frame_mask
 from convscope.diagnosis.shortcut_candidates import ShortcutCandidate, propose
 from convscope.diagnosis.shortcut_tests import SCREENED_IMAGES, InputCache, Outcome, ShortcutTests
 from convscope.diagnosis.shortcuts import max_candidates
@@ -91,3 +93,20 @@ def test_few_images_allow_few_candidates():
 def test_carriers_reach_the_threshold():
     candidate = ShortcutCandidate("color", 0, np.array([0.1, 0.5, 0.9]), 0.5, 1.0)
     assert candidate.carriers.tolist() == [False, True, True]
+
+
+def test_a_border_is_a_candidate_only_if_what_is_inside_does_not_separate_as_well():
+    labels, rng = np.arange(COUNT) % 3, np.random.default_rng(0)
+    x = make_images(labels, np.zeros(COUNT, bool), make_mark())
+    context = context_of(MarkNetwork(make_mark(), 0.0), x, labels)
+    kinds = []
+    for width in (2, 16):  # a border, and the whole image
+        thumbnails = rng.integers(100, 200, context.observations.thumbnails.shape, dtype=np.uint8)
+        frame = frame_mask(thumbnails.shape[1:3], width / thumbnails.shape[1]).numpy()
+        thumbnails[(labels == 0)[:, None, None] & frame] //= 2
+        observations = replace(context.observations, thumbnails=thumbnails)
+        candidates = propose(observations, [0], np.random.default_rng(0), lambda _: None)
+        kinds.append({c.kind for c in candidates})
+    assert "border" in kinds[0]
+    assert "border" not in kinds[1]
+    assert "background" in kinds[1]

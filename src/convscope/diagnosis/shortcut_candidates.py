@@ -27,6 +27,9 @@ PATCH_SIDES = (0.15, 0.22)  # of the thumbnail's shorter side
 MIN_CORRELATION = 0.6  # of the better half of a class's images with a patch
 MIN_CONSTANT = 0.2  # fraction of a patch's pixels that are nearly equal
 FRAMES = {"border": 1 / 20, "background": 1 / 6}
+INSIDE_BORDER = "inside the border"
+"""The frame after the next one; where it separates a class as well as the border, the object reaches the rim."""
+DISTINCT = 0.5  # of the confusion by what is inside, up to which a border is a candidate
 MIN_SEPARATION = {"patch": 0.75, "border": 0.75, "background": 0.75, "color": 0.9, "blur": 0.85}
 
 
@@ -87,14 +90,23 @@ def propose(
         report_progress(done)
         is_member = observations.labels == label
         others = observations.is_labelled & ~is_member
-        for kind, amounts in statistics.amounts(is_member, others).items():
-            candidates += _candidate(observations, ShortcutCandidate(kind, label, amounts, 0, 0))
+        amounts = statistics.amounts(is_member, others)
+        inside = amounts.pop(INSIDE_BORDER)
+        if _confusion(amounts["border"], is_member, others) >= DISTINCT * _confusion(inside, is_member, others):
+            del amounts["border"]
+        for kind, values in amounts.items():
+            candidates += _candidate(observations, ShortcutCandidate(kind, label, values, 0, 0))
         if template := find_template(observations, label, rng):
             templates[label] = template
     for label, (values, corners) in match_templates(observations.thumbnails, templates).items():
         candidate = ShortcutCandidate("patch", label, values, 0, 0, templates[label], corners)
         candidates += _candidate(observations, candidate)
     return candidates
+
+
+def _confusion(amounts: Floats, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> float:
+    """Return the area above the ROC curve of amounts, for a class against the others."""
+    return 1 - separation(np.where(is_member | others, amounts, np.nan), is_member)
 
 
 def _candidate(observations: Observations, candidate: ShortcutCandidate) -> list[ShortcutCandidate]:
@@ -136,7 +148,11 @@ class ImageStatistics:
             "color": color_vector(thumbnails.reshape(len(thumbnails), -1, 3)),
             "blur": -detail(pixels).double().numpy()[:, None],
         }
-        return vectors | {kind: _frame_vector(thumbnails, pixels, width) for kind, width in FRAMES.items()}
+        vectors |= {kind: _frame_vector(thumbnails, pixels, width) for kind, width in FRAMES.items()}
+        rows, columns = (max(1, round(2 * FRAMES["border"] * side)) for side in pixels.shape[2:])
+        inner = slice(rows, -rows), slice(columns, -columns)
+        inside = _frame_vector(thumbnails[:, *inner], pixels[:, :, *inner], FRAMES["border"])
+        return vectors | {INSIDE_BORDER: inside}
 
     def amounts(self, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> dict[str, Floats]:
         """Return for each kind how much each image (N,) resembles the class rather than the others."""
