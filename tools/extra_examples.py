@@ -26,7 +26,9 @@ store = convscope.scan("lite0", photographs, "store", layers=["bn1"], k=2)
 assert len(convscope.open_store("store").image_names) == len(photographs)
 """,
     "ray": """
+import os
 import convscope
+os.environ["RAY_raylet_start_wait_time_s"] = "180"  # a busy machine starts a cluster slowly
 if __name__ == "__main__":
     store = convscope.scan("lite0", convscope.samples.photographs(), "store", layers=["bn1"], k=2, ray="local")
     assert len(store.image_names) == len(convscope.samples.photographs())
