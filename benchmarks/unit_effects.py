@@ -160,5 +160,6 @@ def table(rows: list[Row]) -> list[str]:
             timed = row.times[name]
             cell = f"{timed.seconds:.2f} ({timed.text(1)})"
             cells.append(cell + (f"<br>{row.differences[name]:.0e}" if name in row.differences else ""))
-        lines.append(f"| {row.network}, `{row.layer}` | {row.units} | {row.images} | " + " | ".join(cells) + " |")
+        few = ", few units" if row.units == len(FEW_UNITS) else ""
+        lines.append(f"| {row.network}, `{row.layer}`{few} | {row.units} | {row.images} | " + " | ".join(cells) + " |")
     return lines
