@@ -444,3 +444,21 @@ def test_keras_models(nested: bool, layer: str) -> None:
     assert relative_error(batched, expected) < TINY
     assert F.mse_loss(batched[0], batched[1]) > 0
     assert all(vars(m).keys() == before[name].keys() for name, m in parts.items())
+
+
+@pytest.mark.parametrize("layer", ["bn1", "blocks.2.0.conv_pw", "blocks.4"])
+def test_accelerated_passes_are_equal(layer: str, lite0: Model, caplog: pytest.LogCaptureFixture) -> None:
+    before, x = snapshot(lite0.module), random_image(224).repeat(2, 1, 1, 1)
+    x[1] = x[1].flip(1)
+    rows = torch.tensor([1, 0, 0])
+    with caplog.at_level("DEBUG", "convscope"), resume.resume_from_layer(lite0, layer, x) as run:
+        maps = run.original.maps[layer][rows]
+        maps[2, 3] = 0
+        plain = run(maps, rows).logits
+        run.accelerate()
+        accelerated = run(maps, rows).logits
+    assert "not accelerated" not in caplog.text
+    assert not torch.equal(accelerated, plain), "nothing was fused"
+    assert relative_error(accelerated, plain) < TINY
+    assert relative_error(accelerated[:2], logits(lite0, x)[rows[:2]]) < TINY
+    assert not diff_snapshots(before, snapshot(lite0.module))

@@ -20,6 +20,8 @@ from convscope.engine.validation import require_finite
 from convscope.images.batches import Batch
 from convscope.images.tensor_inputs import to_channels_last
 
+MIN_ACCELERATED = 16  # changed copies of a layer's output from which it is worth preparing faster passes
+
 Replacement = Callable[[Tensor, tuple[int, ...]], Tensor]
 """Takes maps (B, C, ...) with the units on axis 1, and positions of the images; returns what replaces them."""
 
@@ -124,6 +126,8 @@ class RemovalRun:
         done = 0
         for image, resumed in self._runs():
             selected = pairs if image is None else pairs[pairs[:, 0] == image]
+            if len(selected) >= MIN_ACCELERATED:
+                resumed.accelerate()
             for part in torch.split(selected, self.removal.passes_together) if len(selected) else ():
                 rows, chosen = part.unbind(1)
                 outputs = self._run(resumed, rows, sets[chosen, rows], image)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from convscope.engine.acceleration import accelerate
 from convscope.engine.batching import pad_to_fixed_batch
 from convscope.engine.capture import VIEW_ERROR, ForwardResult, capture_point, forward_hook, forward_pass
 from convscope.engine.edits import apply_edits, patched_forward
@@ -49,6 +50,7 @@ class ResumedForward:
     def __init__(self, model: Model, layer: Layer, x: Tensor) -> None:
         self._model, self._layer, self._x = model, layer, pad_to_fixed_batch(model, x)
         self._modules, self._parameters = model.modules_and_parameters()
+        self._run: Callable[[Tensor], object] = partial(self._resume, module=model.module)
         cache, output = self._first_pass()
         layouts = {_call(entry.name): entry.layout for entry in model.layers}
         self._replay = _PrefixReplay(cache, layouts, len(self._x))
@@ -71,20 +73,33 @@ class ResumedForward:
             `logits` are those of the maps (M, K); `maps` holds the layer's own output, as in `original`.
         """
         rows = torch.zeros(len(maps), dtype=torch.long) if rows is None else rows
-        self._replay.begin(maps, torch.cat([rows, rows[-1:].expand(len(maps) - len(rows))]).to(maps.device))
+        self._replay.rows = torch.cat([rows, rows[-1:].expand(len(maps) - len(rows))]).to(maps.device)
         try:
-            with ExitStack() as patches:
-                patches.enter_context(isolated_pass(self._model.module, self._modules.values(), self._parameters))
-                patches.enter_context(apply_edits(self._model.edits, self._modules, self._replay.cache.num_calls))
-                for name, module in self._modules.items():
-                    patches.enter_context(patched_forward(module, self._replay.patch(name, module.forward)))
-                output = forward_pass(self._model, self._replay.repeat(self._x, Layout(1)))
+            output = self._run(maps)
         except RuntimeError as error:
             if self._replay.copy_memory or not any(text in str(error) for text in SHARED_MEMORY_ERRORS):
                 raise
             self._replay.copy_memory = True  # the network writes into a layer's output
             return self(maps, rows)
         return ForwardResult(self.original.maps, self._model.reader.scores(output), output, tuple(self._x.shape[2:]))
+
+    def accelerate(self) -> None:
+        """Make the passes that follow faster if possible, at the cost of three passes of one map."""
+        example = pad_to_fixed_batch(self._model, self.original.maps[self._layer.name][:1])
+        self._replay.rows = torch.zeros(len(example), dtype=torch.long, device=example.device)
+        self._run = accelerate(self._resume, self._model.module, example, enabled=self._model.can_accelerate, rtol=RTOL)
+
+    def _resume(self, maps: Tensor, module: nn.Module) -> object:
+        """Run the network, or a copy of its modules, with `maps` in place of the layer's output; return its output."""
+        is_copy = module is not self._model.module
+        modules = self._modules | self._model.adapter.modules(module) if is_copy else self._modules
+        self._replay.begin(maps)
+        with ExitStack() as patches:
+            patches.enter_context(isolated_pass(self._model.module, self._modules.values(), self._parameters))
+            patches.enter_context(apply_edits(self._model.edits, modules, self._replay.cache.num_calls))
+            for name, layer in modules.items():
+                patches.enter_context(patched_forward(layer, self._replay.patch(name, layer.forward)))
+            return forward_pass(self._model, self._replay.repeat(self._x, Layout(1)), module)
 
     def _first_pass(self) -> tuple[_PrefixCache, object]:
         """Run the images once; return what calls before the layer returned, and the network's output."""
@@ -209,6 +224,8 @@ class _PrefixReplay:
     layouts : mapping of call to Layout
         Of the calls whose outputs depend on the image.
     num_images : int
+    rows : Tensor of shape (M,)
+        The image that each of the maps of a pass takes part in.
     copy_memory : bool
         Whether outputs for several maps are copies, which the network may write into.
     layer_only : bool
@@ -218,13 +235,13 @@ class _PrefixReplay:
     def __init__(self, cache: _PrefixCache, layouts: Mapping[_Call, Layout], num_images: int) -> None:
         self.cache, self.layouts, self.num_images = cache, layouts, num_images
         self.copy_memory = self.layer_only = False
+        self.rows = torch.empty(0, dtype=torch.long)
         self._maps = torch.empty(0)
-        self._rows = torch.empty(0, dtype=torch.long)
         self._num_calls: dict[str, int] = {}
 
-    def begin(self, maps: Tensor, rows: Tensor) -> None:
+    def begin(self, maps: Tensor) -> None:
         """Start a pass in which the layer returns `maps` (M, C, h, w) for the images `rows` (M,)."""
-        self._maps, self._rows = maps, rows
+        self._maps = maps
         self._num_calls = {}
 
     def patch(self, name: str, original: Callable[..., object]) -> Callable[..., object]:
@@ -285,8 +302,8 @@ class _PrefixReplay:
         if layout is None or tensor.ndim == 0:  # the same for all images
             return tensor.clone()
         if layout.batch_dim and tensor.ndim > layout.batch_dim:
-            return tensor.index_select(layout.batch_dim, self._rows)
+            return tensor.index_select(layout.batch_dim, self.rows)
         if len(tensor) != self.num_images * layout.rows_per_image:
             return tensor.clone()
         images = tensor.reshape(self.num_images, layout.rows_per_image, *tensor.shape[1:])
-        return images[self._rows].flatten(0, 1)
+        return images[self.rows].flatten(0, 1)
