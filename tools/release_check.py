@@ -36,7 +36,14 @@ NO_NETWORK = """
 import socket
 connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 def is_local(host):
-    return host in (None, "", "localhost", "127.0.0.1", "::1", b"localhost", socket.gethostname())
+    if host in (None, "", "localhost", "::1", b"localhost", socket.gethostname()):
+        return True
+    try:  # only addresses of this machine can be bound; Ray's processes speak by its address
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
 def connect_locally(self, address):
     if isinstance(address, tuple) and not is_local(address[0]):
         raise OSError(f"no network in this check: {address}")
