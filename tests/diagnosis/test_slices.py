@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from convscope.diagnosis.context import DiagnosisContext
+from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
-from convscope.diagnosis.slices import find_slices, hypergeometric, stratified_excess_test
+from convscope.diagnosis.slices import find_slices, hypergeometric, stratified_excess_test, without_repetitions
 
 COUNT, UNITS = 400, 12
 
@@ -112,3 +113,13 @@ def test_exact_test_is_fishers_with_one_stratum_and_exact_with_two():
             row[strata == stratum] = rng.permutation(wrong[strata == stratum])
     simulated = ((shuffled & members).sum(1) >= observed).mean()
     assert abs(stratified_excess_test(wrong, members, strata) - simulated) < 0.03
+
+
+def test_a_part_of_a_slice_with_the_same_description_is_left_out():
+    words = {"description": "dark images"}
+    whole = Finding("slice", "", "", (1, 5, 9, 13), (1,), -0.3, (-0.5, -0.1), 0.01, words)
+    part = replace(whole, images=(9, 13, 17))
+    elsewhere = replace(whole, images=(13, 21, 25))
+    other_words = replace(part, evidence={"description": "bright images"})
+    assert without_repetitions([whole, part, elsewhere, other_words]) == (whole, elsewhere, other_words)
+    assert without_repetitions([part, whole]) == (part,)

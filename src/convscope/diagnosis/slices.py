@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ def find_slices(context: DiagnosisContext) -> Search:
 
     Groups are proposed from the errors of one half of the labelled images, and tested on the other half: the number of
     errors in the group against that among all images of the same classes, by the exact test that is conditional on the
-    errors in each class. P-values are corrected for the number of groups (Benjamini-Hochberg); of groups that overlap
-    the most significant is reported.
+    errors in each class. P-values are corrected for the number of groups (Benjamini-Hochberg); of groups that overlap,
+    or that are parts of each other and have one description, the most significant is reported.
 
     Parameters
     ----------
@@ -76,9 +76,19 @@ def find_slices(context: DiagnosisContext) -> Search:
     for test, q in significant:
         if all(jaccard(test.candidate.members, other.candidate.members) < OVERLAP for other, _ in reported):
             reported.append((test, q))
-    findings = tuple(_finding(observations, test, q) for test, q in reported)
+    findings = without_repetitions([_finding(observations, test, q) for test, q in reported])
     context.report_progress(len(searches), len(searches))
     return Search("slice", PURPOSE, len(tests), _detectable(observations, labelled), findings)
+
+
+def without_repetitions(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Leave out slices that an earlier one describes in the same words, and of which it has half of the images."""
+    kept: list[Finding] = []
+    for finding in findings:
+        others = (other for other in kept if other.evidence["description"] == finding.evidence["description"])
+        if all(2 * len(set(finding.images) & set(other.images)) < len(finding.images) for other in others):
+            kept.append(finding)
+    return tuple(kept)
 
 
 def _facts_about_images(observations: Observations) -> list[int]:
