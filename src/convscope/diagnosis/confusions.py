@@ -12,6 +12,7 @@ from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import Overview
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.statistics import benjamini_hochberg, beta_binomial_tail, wilson_interval
+from convscope.diagnosis.wording import percent
 
 MAX_P_VALUE = 0.05
 MAX_ROUNDS = 20  # of tests without the significant pairs of the round before
@@ -173,8 +174,8 @@ def _finding(context: DiagnosisContext, overview: Overview, confusion: Confusion
     low, high = (float(bound) for bound in wilson_interval(confusion.count, confusion.total))
     effect = confusion.count / confusion.total
     summary = (
-        f"{confusion.count:,} of {confusion.total:,} images of `{first}` ({effect:.0%}) are classified as `{second}`; "
-        f"with errors spread as in the other classes, it would be {confusion.expected:.1f} of {confusion.total:,}"
+        f"{confusion.count:,} of {confusion.total:,} images of `{first}` ({percent(effect)}) are classified as "
+        f"`{second}`; {confusion.expected:.1f} would be expected if errors were spread as in the other classes"
     )
     if reverse is not None:
         summary += f". So are {reverse.count:,} of {reverse.total:,} images of `{second}` as `{first}`"

@@ -25,6 +25,7 @@ from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.linear_head import cross_validated_logits
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.statistics import benjamini_hochberg, poisson_interval, poisson_tail
+from convscope.diagnosis.wording import percent
 from convscope.formatting import count_of
 
 MAX_P_VALUE = 0.05
@@ -320,7 +321,7 @@ def _notes(logits: np.ndarray, labels: np.ndarray, folds: int) -> tuple[str, ...
         return ()
     if accuracy >= MEMORIZED_ACCURACY:
         return (
-            f"label errors: {accuracy:.1%} of the labels are predicted. A network that was trained on these images has "
-            "learned their wrong labels too; if it was, use folds=5, which judges each image by the others",
+            f"label errors: {percent(accuracy, 1)} of the labels are predicted. A network that was trained on these "
+            "images has learned their wrong labels too; if it was, use folds=5, which judges each image by the others",
         )
     return ()

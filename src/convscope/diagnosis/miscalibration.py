@@ -19,6 +19,7 @@ from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import Overview, confidences, sample_rows
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.statistics import Floats, normal_quantile
+from convscope.diagnosis.wording import percent
 
 MAX_P_VALUE = 0.05
 MIN_ERROR = 0.01  # calibration errors below are of no consequence
@@ -138,9 +139,9 @@ def _summary(overview: Overview, effect: float, after: float) -> str:
     elif effect < 0 and overview.temperature < 1:
         subject = "The network is under-confident"
     return (
-        f"{subject}: its mean confidence is {overview.mean_confidence:.1%}, its accuracy "
-        f"{overview.accuracy:.1%} ({100 * effect:+.1f} points). A temperature of {overview.temperature:.2f} reduces "
-        f"the calibration error from {overview.debiased_calibration_error:.3f} to {after:.3f}."
+        f"{subject}: its mean confidence is {percent(overview.mean_confidence, 1)}, its accuracy "
+        f"{percent(overview.accuracy, 1)} ({100 * effect:+.1f} points). A temperature of {overview.temperature:.2f} "
+        f"reduces the calibration error from {overview.debiased_calibration_error:.3f} to {after:.3f}."
     )
 
 

@@ -63,9 +63,9 @@ def list_units(units: Sequence[int], names: Mapping[int, str] | None = None) -> 
     return f"units {', '.join(words[:-1])} and {words[-1]}"
 
 
-def percent(value: float) -> str:
-    """Return 0.614 as "61 %"."""
-    return f"{100 * value:.0f} %"
+def percent(value: float, digits: int = 0) -> str:
+    """Return 0.614 as "61 %", with `digits` after the point."""
+    return f"{100 * value:.{digits}f} %"
 
 
 def separation(values: npt.NDArray[np.floating], members: npt.NDArray[np.bool_]) -> float:
