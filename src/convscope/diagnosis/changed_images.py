@@ -75,7 +75,8 @@ def change_images(context: DiagnosisContext, findings: Sequence[Finding]) -> Cha
     ----------
     context : DiagnosisContext
     findings : sequence of Finding
-        In the order of the report; those that are no shortcuts are skipped.
+        In the order of the report; those that are no shortcuts are skipped, and units, which are no part of an
+        image.
 
     Returns
     -------
@@ -85,7 +86,7 @@ def change_images(context: DiagnosisContext, findings: Sequence[Finding]) -> Cha
     parts = [ChangedImages.none()]
     for done, finding in enumerate(findings):
         context.report_progress(done, len(findings))
-        if finding.kind == "shortcut":
+        if finding.kind == "shortcut" and finding.evidence["feature"] != "unit":
             parts += _change(context, done + 1, finding)
     context.report_progress(len(findings), len(findings))
     return ChangedImages.joined(parts)

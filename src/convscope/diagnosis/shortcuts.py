@@ -16,6 +16,7 @@ from convscope.diagnosis.search import Search
 from convscope.diagnosis.shortcut_candidates import ShortcutCandidate, propose
 from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES, Outcome, ShortcutTests, searched_classes
 from convscope.diagnosis.statistics import benjamini_hochberg
+from convscope.diagnosis.unit_shortcuts import UnitCandidate, UnitOutcome, measure_units, unit_finding
 from convscope.diagnosis.wording import percent, separation
 
 LEVEL = 0.05  # of the false discovery rate
@@ -34,8 +35,9 @@ WORDS = {
 }
 PURPOSE = (
     "Marks that recur with equal pixels, borders, backgrounds, overall colors and blur that set the images of a class "
-    "apart. Each was removed from images of the class and inserted into images of other classes, and the change of the "
-    "answers compared with that by matched random changes."
+    "apart: each was removed from images of the class and inserted into images of other classes. Units of the layer "
+    "that are high where images are wrongly taken for a class: each was set to its mean. The change of the answers was "
+    "compared with that by matched random changes."
 )
 
 
@@ -46,7 +48,9 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
     the evidence is, borders and backgrounds at the rim, colors, and detail, each where it separates the images of a
     class from the others. A candidate is reported if inserting it into images of other classes makes the network
     answer with the class more than matched random changes do, by a permutation test that is corrected for the number
-    of candidates (Benjamini-Hochberg), and if removing it, where that is possible, takes the answer away.
+    of candidates (Benjamini-Hochberg), and if removing it, where that is possible, takes the answer away. Units of the
+    layer are candidates as well, where there are images of other classes that are taken for the class; they are set to
+    their means.
 
     Parameters
     ----------
@@ -80,17 +84,40 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
         for done, candidate in enumerate(candidates):
             context.report_progress(len(classes) + done, steps)
             outcomes += tests.outcomes(candidate)
-    corrected = benjamini_hochberg([outcome.p_value for outcome in outcomes]) if outcomes else np.empty(0)
-    passed = [(o, float(q)) for o, q in zip(outcomes, corrected, strict=True) if q <= LEVEL and o.is_causal]
-    passed.sort(key=lambda pair: -pair[0].inserted.size * SPECIFICITY[pair[0].candidate.kind])
-    reported: list[tuple[Outcome, float]] = []
-    for outcome, q in passed:
-        if not any(_same(outcome.candidate, other.candidate) for other, _ in reported):
-            reported.append((outcome, q))
-    reported.sort(key=lambda pair: -pair[0].inserted.size)
+    units: list[UnitOutcome] = []
+    for unit in measure_units(context, classes):
+        context.report_progress(len(classes) + len(candidates), steps)
+        units.append(unit)
+    p_values = [outcome.p_value for outcome in outcomes] + [unit.p_value for unit in units]
+    corrected = benjamini_hochberg(p_values).tolist() if p_values else []
+    findings = _findings(context, outcomes, units, corrected)
     context.report_progress(steps, steps)
     detectable = f"Changes of the probability from {MIN_EFFECT} on, with {TESTED_IMAGES} images on each side."
-    return Search("shortcut", PURPOSE, len(outcomes), detectable, tuple(_finding(context, o, q) for o, q in reported))
+    return Search("shortcut", PURPOSE, len(p_values), detectable, findings)
+
+
+def _findings(
+    context: DiagnosisContext, outcomes: Sequence[Outcome], units: Sequence[UnitOutcome], corrected: Sequence[float]
+) -> tuple[Finding, ...]:
+    """Return what passed; of those about the same images of a class one, features of images before units.
+
+    `corrected` holds the p-values of the outcomes and of the units.
+    """
+    passed = [(o, q) for o, q in zip(outcomes, corrected, strict=False) if q <= LEVEL and o.is_causal]
+    passed.sort(key=lambda pair: -pair[0].inserted.size * SPECIFICITY[pair[0].candidate.kind])
+    of_units = [(u, q) for u, q in zip(units, corrected[len(outcomes) :], strict=True) if q <= LEVEL and u.is_causal]
+    of_units.sort(key=lambda pair: -pair[0].others.size)
+    reported: list[ShortcutCandidate | UnitCandidate] = []
+    findings: list[Finding] = []
+    for outcome, q in passed:
+        if not any(_same(outcome.candidate, other) for other in reported):
+            reported.append(outcome.candidate)
+            findings.append(_finding(context, outcome, q))
+    for unit, q in of_units:
+        if not any(_same(unit.candidate, other) for other in reported):
+            reported.append(unit.candidate)
+            findings.append(unit_finding(context, unit, q))
+    return tuple(sorted(findings, key=lambda finding: -finding.effect))
 
 
 def max_candidates(num_images: int) -> int:
@@ -98,7 +125,7 @@ def max_candidates(num_images: int) -> int:
     return min(max(num_images // IMAGES_PER_CANDIDATE, MIN_CANDIDATES), MAX_CANDIDATES)
 
 
-def _same(a: ShortcutCandidate, b: ShortcutCandidate) -> bool:
+def _same(a: ShortcutCandidate | UnitCandidate, b: ShortcutCandidate | UnitCandidate) -> bool:
     """Return whether two candidates are about the same images of a class."""
     return a.label == b.label and jaccard(a.carriers, b.carriers) >= OVERLAP
 

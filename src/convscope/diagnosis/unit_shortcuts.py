@@ -1,0 +1,323 @@
+"""Units as shortcuts: what makes the network answer with a class on images of other classes, tested by removing it.
+
+A shortcut need not look alike in pixels or have one position: another animal, a hand, text. A unit of the layer may
+respond to it. Its presence cannot be inserted into images, but taken away where images of other classes carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from convscope.attribution.targets import TargetSpec
+from convscope.diagnosis.causal_tests import REPEATS, Effect
+from convscope.diagnosis.clustering import standardize
+from convscope.diagnosis.context import DiagnosisContext
+from convscope.diagnosis.finding import Finding
+from convscope.diagnosis.forward import softmax_logits
+from convscope.diagnosis.observations import Observations
+from convscope.diagnosis.shortcut_candidates import best_threshold, chunks
+from convscope.diagnosis.wording import list_units, percent
+from convscope.editing.removal import Removal
+from convscope.engine.batching import forward_batch_size
+from convscope.images.batches import tensor_batches
+
+Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+MIN_WRONG = 6  # images of other classes that carry a unit and are taken for the class
+MIN_FLIPPED = 0.25  # difference of the rate of such errors to images of the same labels without the unit
+MIN_WITHOUT = 0.05  # of a class's images, and not fewer than `MIN_WRONG`, that do not carry a unit
+MIN_RECOGNISED = 0.5  # of these, that the network answers right: where it does not, the unit is the object's
+TRIED_UNITS = 8  # of each class: those that stand out most on the errors
+MAX_PER_CLASS, MAX_CANDIDATES = 4, 20  # units that are tested, those that go with most errors
+TESTED_IMAGES = 40  # of other classes, and of the class
+SIMILAR = 8  # units that random ones are drawn from
+MIN_EFFECT = 0.15  # of removing a unit, on the probability of the class, beyond that of random units
+MIN_DEVIATION = 1e-6  # of a unit's peaks, below which it is constant
+MIN_GONE = 0.25  # of the answers, that go away beyond those by random units
+
+
+@dataclass(frozen=True)
+class UnitCandidate:
+    """A unit that may give a class away.
+
+    Attributes
+    ----------
+    label : int
+        The class.
+    unit : int
+    carriers : ndarray of shape (N,), bool
+        Images in which the unit's peak is high.
+    flipped : float
+        By how much more often its carriers of other classes are taken for the class than images of the same labels.
+    """
+
+    label: int
+    unit: int
+    carriers: Flags
+    flipped: float
+
+
+@dataclass(frozen=True)
+class UnitOutcome:
+    """A tested unit: what setting it to its mean does.
+
+    Attributes
+    ----------
+    candidate : UnitCandidate
+    others : Effect
+        Decrease of the class's probability on images of other classes that carry it and are taken for the class.
+    members : Effect
+        The same on images of the class.
+    p_value : float
+        Of the former.
+    """
+
+    candidate: UnitCandidate
+    others: Effect
+    members: Effect
+    p_value: float
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether removing the unit takes many answers away, and more than removing random units does."""
+        gone, by_chance = self.others.answers
+        return self.others.size >= MIN_EFFECT and gone - by_chance >= MIN_GONE and self.members.size > 0
+
+
+class PeakStatistics:
+    """Means and deviations of the units' peaks, of all images and by label.
+
+    Parameters
+    ----------
+    observations : Observations
+    """
+
+    def __init__(self, observations: Observations) -> None:
+        self._peaks, self._labels = observations.peaks, observations.labels
+        numbers = np.arange(len(observations.classes))
+        counts = np.bincount(self._labels[self._labels >= 0], minlength=len(numbers))
+        sums = np.zeros((len(numbers), self._peaks.shape[1]))
+        total, squares = np.zeros((2, self._peaks.shape[1]))
+        for rows in chunks(len(self._peaks)):
+            values = np.asarray(self._peaks[rows], np.float64)
+            sums += (self._labels[rows] == numbers[:, None]).astype(np.float64) @ values
+            total, squares = total + values.sum(0), squares + np.square(values).sum(0)
+        self._mean = np.asarray(total / len(self._peaks))
+        deviation = np.sqrt(np.maximum(squares / len(self._peaks) - self._mean**2, 0))
+        self._deviation = np.where(deviation > MIN_DEVIATION, deviation, np.inf)
+        self._label_means = sums / np.maximum(counts, 1)[:, None]
+
+    def standardized(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """Return the mean peaks (C,) of images `rows`, in deviations from those of all images."""
+        return np.asarray((self._peaks[rows].astype(np.float64).mean(0) - self._mean) / self._deviation)
+
+    def elevation(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """Return by how many deviations (C,) peaks of images `rows` are above the means of their labels."""
+        differences = self._peaks[rows].astype(np.float64) - self._label_means[self._labels[rows]]
+        return np.asarray(differences.mean(0) / self._deviation)
+
+
+def propose_units(observations: Observations, classes: Sequence[int]) -> list[UnitCandidate]:
+    """Return units that stand out on images that are wrongly taken for a class.
+
+    They are compared with images of the same labels, so that what belongs to these labels does not count. A unit that
+    all images of the class share, or without which the network does not recognise them, may be the object's own and is
+    left out. Where no image is wrongly taken for a class, nothing can be said.
+
+    Parameters
+    ----------
+    observations : Observations
+    classes : sequence of int
+    """
+    statistics = PeakStatistics(observations)
+    labels, predictions = observations.labels, observations.predictions
+    candidates: list[UnitCandidate] = []
+    if observations.peaks.shape[1] <= REPEATS:  # nothing to compare with
+        return candidates
+    for label in classes:
+        others = observations.is_labelled & (labels != label)
+        wrong = others & (predictions == label)
+        if np.count_nonzero(wrong) < MIN_WRONG:
+            continue
+        elevation = statistics.elevation(np.flatnonzero(wrong))
+        possible = []
+        for unit in np.argsort(-elevation, kind="stable")[:TRIED_UNITS]:
+            values = observations.peaks[:, unit].astype(np.float64)
+            carriers = values >= best_threshold(values[wrong], values[others & ~wrong])
+            candidate = UnitCandidate(label, int(unit), carriers, flipped_rate(observations, label, carriers))
+            if _may_be_shortcut(observations, candidate):
+                possible.append(candidate)
+        candidates += sorted(possible, key=lambda c: -c.flipped)[:MAX_PER_CLASS]
+    return sorted(candidates, key=lambda c: -c.flipped)[:MAX_CANDIDATES]
+
+
+def flipped_rate(observations: Observations, label: int, carriers: Flags) -> float:
+    """Return by how much more often carriers of other classes are taken for a class than others of the same labels.
+
+    ::
+
+        sum over labels k of n_k (p_k - q_k) / sum over k of n_k
+
+    with the rates p_k among the n_k carriers of label k, and q_k among the other images of k. Labels of which all
+    images or none carry it are left out; 0 if none is left.
+    """
+    is_other = observations.is_labelled & (observations.labels != label)
+    taken = np.asarray(observations.predictions == label, np.float64)
+    counts, rates = [], []
+    for part in (is_other & carriers, is_other & ~carriers):
+        labels = observations.labels[part]
+        counts.append(np.bincount(labels, minlength=len(observations.classes)))
+        sums = np.bincount(labels, taken[part], minlength=len(observations.classes))
+        rates.append(sums / np.maximum(counts[-1], 1))
+    weights = np.where(counts[1] > 0, counts[0], 0)
+    return float(weights @ (rates[0] - rates[1]) / np.maximum(weights.sum(), 1))
+
+
+def _may_be_shortcut(observations: Observations, candidate: UnitCandidate) -> bool:
+    """Return whether enough images can tell whether a unit flips answers and is not the object's own."""
+    is_taken = observations.predictions == candidate.label
+    members = observations.labels == candidate.label
+    wrong = observations.is_labelled & ~members & is_taken & candidate.carriers
+    right, without = members & is_taken & candidate.carriers, members & ~candidate.carriers
+    least = max(MIN_WRONG, MIN_WITHOUT * np.count_nonzero(members))
+    if min(np.count_nonzero(wrong), np.count_nonzero(right)) < MIN_WRONG or np.count_nonzero(without) < least:
+        return False
+    return candidate.flipped >= MIN_FLIPPED and float(is_taken[without].mean()) >= MIN_RECOGNISED
+
+
+def measure_units(context: DiagnosisContext, classes: Sequence[int]) -> Iterator[UnitOutcome]:
+    """Set each proposed unit to its mean where it is present, and compare with units that stand out as much there.
+
+    Parameters
+    ----------
+    context : DiagnosisContext
+    classes : sequence of int
+    """
+    observations = context.observations
+    candidates = propose_units(observations, classes)
+    if not candidates:
+        return
+    statistics = PeakStatistics(observations)
+    order = np.random.default_rng(context.seed).permutation(len(observations))
+    for candidate in candidates:
+        rng = np.random.default_rng((context.seed, candidate.label, candidate.unit))
+        is_member = observations.labels == candidate.label
+        taken = candidate.carriers & (observations.predictions == candidate.label)
+        groups = observations.is_labelled & ~is_member & taken, is_member & taken
+        means = torch.from_numpy(_means(observations.features, ~candidate.carriers)).float()
+        effects = []
+        for group in groups:
+            rows = order[group[order]][:TESTED_IMAGES]
+            controls = _similar_units(statistics.standardized(rows), len(rows), candidate.unit, rng)
+            effects.append(removal_effect(context, rows, candidate, controls, means))
+        others, members = effects
+        yield UnitOutcome(candidate, others, members, others.p_value(np.random.default_rng(context.seed)))
+
+
+def _means(features: np.ndarray, is_part: Flags) -> Floats:
+    """Return the means (C,) of some rows of an array (N, C) that may be mapped into memory."""
+    total = np.zeros(features.shape[1])
+    for rows in chunks(len(features)):
+        total += is_part[rows].astype(np.float64) @ np.asarray(features[rows], np.float64)
+    return np.asarray(total / max(int(is_part.sum()), 1))
+
+
+def _similar_units(peaks: Floats, count: int, unit: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw units (REPEATS, count) for `count` images from those whose peaks (C,) are as high as that of `unit`."""
+    distances = np.abs(peaks - peaks[unit])
+    distances[unit] = np.inf
+    nearest = np.argsort(distances, kind="stable")[: min(SIMILAR, len(peaks) - 1)]
+    return np.asarray(rng.choice(nearest, (REPEATS, count)), np.int64)
+
+
+def removal_effect(
+    context: DiagnosisContext,
+    rows: npt.NDArray[np.int64],
+    candidate: UnitCandidate,
+    controls: npt.NDArray[np.int64],
+    means: Tensor,
+) -> Effect:
+    """Return the decrease of a class's probability when a unit is set to its mean, against other units.
+
+    Parameters
+    ----------
+    context : DiagnosisContext
+    rows : ndarray of shape (n,)
+        Positions of images in the observations.
+    candidate : UnitCandidate
+    controls : ndarray of shape (R, n)
+        Other units, for each image.
+    means : Tensor of shape (C,)
+        What units are set to.
+    """
+    model, label = context.model, candidate.label
+    sets = torch.zeros((1 + len(controls), len(rows), len(means)), dtype=torch.bool)
+    sets[0, :, candidate.unit] = True
+    sets[1:].scatter_(2, torch.from_numpy(controls)[..., None], True)
+
+    def to_means(maps: Tensor, _: tuple[int, ...]) -> Tensor:
+        return means.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+
+    num_classes = context.observations.logits.shape[1]
+    spec = TargetSpec(model, torch.arange(num_classes).expand(len(rows), -1))
+    removal = Removal(model, context.layer, spec, to_means, context.memory)
+    x = context.load_inputs(rows.tolist()).float().to(model.device)
+    logits = []
+    for batch in tensor_batches(x, forward_batch_size(model, context.memory), 1.0):
+        with removal.open(batch) as run:
+            changed, _ = run.scores(sets[:, list(batch.indices)])
+            logits.append(torch.cat([run.baseline[None], changed]).cpu())
+    p = softmax_logits(model, torch.cat(logits, 1)).double().softmax(2)
+    drops = (p[:1] - p[1:])[..., label].numpy()
+    gone = (p[1:].argmax(2) != label).double().mean(1).tolist()
+    return Effect(drops[0], drops[1:].mean(0), (gone[0], float(np.mean(gone[1:]))))
+
+
+def unit_finding(context: DiagnosisContext, outcome: UnitOutcome, q: float) -> Finding:
+    """Put a unit that passed into words; `q` is its corrected p-value."""
+    observations, candidate, others = context.observations, outcome.candidate, outcome.others
+    name = observations.classes[candidate.label]
+    is_member = observations.labels == candidate.label
+    taken = np.flatnonzero(candidate.carriers & (observations.predictions == candidate.label))
+    peaks = standardize(observations.peaks[:, [candidate.unit]])[:, 0]
+    images = taken[np.lexsort((-peaks[taken], is_member[taken]))]  # of other classes first
+    difference = float(peaks[candidate.carriers].mean() - peaks[~candidate.carriers].mean())
+    return Finding(
+        kind="shortcut",
+        summary=f"What {list_units([candidate.unit])} of `{context.layer.name}` responds to makes the network answer "
+        f"`{name}`. With this unit at its mean, {percent(others.answers[0])} of the answers `{name}` to "
+        f"{len(others.changes)} images of other classes that have it go away; with matched random units at theirs, "
+        f"{percent(others.answers[1])}.",
+        recommendation=f"Look at what the images have in common where the evidence is. Collect images of `{name}` "
+        "without it and of other classes with it.",
+        images=tuple(int(i) for i in images),
+        classes=(candidate.label,),
+        effect=others.size,
+        interval=others.interval,
+        p_value=q,
+        evidence={
+            "effect": "decrease of the probability by setting the unit to its mean, beyond random units",
+            "feature": "unit",
+            "carriers of the class": float(candidate.carriers[is_member].mean()),
+            "taken for the class more often than the same classes without it": candidate.flipped,
+            "units": [{"unit": candidate.unit, "difference": difference}],
+            "set to its mean on other classes": _numbers(others),
+            "set to its mean on the class": _numbers(outcome.members),
+        },
+    )
+
+
+def _numbers(effect: Effect) -> dict[str, float]:
+    return {
+        "decrease": float(effect.changes.mean()),
+        "decrease by random units": float(effect.controls.mean()),
+        "answers that go away": effect.answers[0],
+        "by random units": effect.answers[1],
+    }
