@@ -123,6 +123,7 @@ def test_a_unit_that_goes_with_errors_but_does_not_cause_them_is_tested_and_not_
     peaks[:, 6] = has_prop  # as if a unit without influence were high on the same images
     tested = list(measure_units(replace(context, observations=replace(context.observations, peaks=peaks)), [0]))
     assert {outcome.candidate.unit: outcome.is_causal for outcome in tested} == {PROP: True, 6: False}
+    assert {outcome.candidate.unit: outcome.members is None for outcome in tested} == {PROP: False, 6: True}
 
 
 def test_a_unit_without_which_the_class_is_not_recognised_is_the_objects(planted):

@@ -73,22 +73,26 @@ class UnitOutcome:
     candidate : UnitCandidate
     others : Effect
         Decrease of the class's probability on images of other classes that carry it and are taken for the class.
-    members : Effect
-        The same on images of the class.
+    members : Effect or None
+        The same on images of the class; measured only where the former is large.
     p_value : float
         Of the former.
     """
 
     candidate: UnitCandidate
     others: Effect
-    members: Effect
+    members: Effect | None
     p_value: float
 
     @property
     def is_causal(self) -> bool:
         """Whether removing the unit takes many answers away, and more than removing random units does."""
-        gone, by_chance = self.others.answers
-        return self.others.size >= MIN_EFFECT and gone - by_chance >= MIN_GONE and self.members.size > 0
+        return _is_large(self.others) and self.members is not None and self.members.size > 0
+
+
+def _is_large(effect: Effect) -> bool:
+    gone, by_chance = effect.answers
+    return effect.size >= MIN_EFFECT and gone - by_chance >= MIN_GONE
 
 
 class PeakStatistics:
@@ -212,12 +216,14 @@ def measure_units(context: DiagnosisContext, classes: Sequence[int]) -> Iterator
         taken = candidate.carriers & (observations.predictions == candidate.label)
         groups = observations.is_labelled & ~is_member & taken, is_member & taken
         means = torch.from_numpy(_means(observations.features, ~candidate.carriers)).float()
-        effects = []
+        effects: list[Effect] = []
         for group in groups:
             rows = order[group[order]][:TESTED_IMAGES]
             controls = _similar_units(statistics.standardized(rows), len(rows), candidate.unit, rng)
             effects.append(removal_effect(context, rows, candidate, controls, means))
-        others, members = effects
+            if not _is_large(effects[0]):
+                break
+        others, members = effects[0], effects[1] if len(effects) > 1 else None
         yield UnitOutcome(candidate, others, members, others.p_value(np.random.default_rng(context.seed)))
 
 
@@ -309,7 +315,7 @@ def unit_finding(context: DiagnosisContext, outcome: UnitOutcome, q: float) -> F
             "taken for the class more often than the same classes without it": candidate.flipped,
             "units": [{"unit": candidate.unit, "difference": difference}],
             "set to its mean on other classes": _numbers(others),
-            "set to its mean on the class": _numbers(outcome.members),
+            "set to its mean on the class": None if outcome.members is None else _numbers(outcome.members),
         },
     )
 
