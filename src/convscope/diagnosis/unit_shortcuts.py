@@ -40,7 +40,7 @@ TESTED_IMAGES = 40  # of other classes, and of the class
 SIMILAR = 8  # units that random ones are drawn from
 MIN_EFFECT = 0.15  # of removing a unit, on the probability of the class, beyond that of random units
 MIN_DEVIATION = 1e-6  # of a unit's peaks, below which it is constant
-MIN_GONE = 0.25  # of the answers, that go away beyond those by random units
+MIN_GONE = 0.5  # of the answers, that go away beyond those by random units
 
 
 @dataclass(frozen=True)
