@@ -27,7 +27,7 @@ from convscope.store.io import Folder, NpyRows
 
 BUILD = Path(__file__).parents[1] / "build" / "unit_names"
 CLASSES = range(5, 1000, 25)
-STEPS, SEEDS, VIEWS = 64, 1, 12
+SEEDS, VIEWS = 1, 12
 CROPS = 40  # of each photograph
 NOISE_UNITS = 1000
 SIDE = 64  # of rendered images
@@ -57,7 +57,7 @@ class Row:
 
 
 def class_patterns() -> list[Path]:
-    """Return files with the patterns of 100 classes by Lite0, which are computed once."""
+    """Return files with the patterns of 40 classes by Lite0, which are computed once."""
     BUILD.mkdir(parents=True, exist_ok=True)
     model = convscope.load("lite0")
     files = [BUILD / f"{c:03d}-{seed}.png" for c in CLASSES for seed in range(SEEDS)]
@@ -65,7 +65,7 @@ def class_patterns() -> list[Path]:
         missing = [c for c in CLASSES if not (BUILD / f"{c:03d}-{seed}.png").exists()]
         for start in range(0, len(missing), 20):
             part = missing[start : start + 20]
-            result = convscope.patterns(model, "logits", part, steps=STEPS, seed=seed, progress=False)
+            result = convscope.patterns(model, "logits", part, seed=seed, progress=False)
             for c, image in zip(part, result.images, strict=True):
                 Image.fromarray(image).save(BUILD / f"{c:03d}-{seed}.png")
     return files
@@ -252,7 +252,7 @@ def table(rows: list[Row], measured: dict[str, float]) -> list[str]:
         "Units whose right names are known. `right` is the fraction whose name is right, `named` that of units whose",
         "name is better than chance at a false discovery rate of 1 %, and the score the mean area under the ROC curve",
         f"on the images that took no part in the choice. Classes: patterns of {len(CLASSES)} classes by Lite0 ({SEEDS}",
-        f"each, {STEPS} steps, {VIEWS} crops of each) and {4 * CROPS} crops of photographs; views of one pattern are",
+        f"each, {VIEWS} crops of each) and {4 * CROPS} crops of photographs; views of one pattern are",
         "in both halves. Noise: units that are a hash of the image. Planted: detectors of 8 colors, 6 orientations and",
         "4 periods of gratings.",
         "",
