@@ -76,7 +76,8 @@ def test_objective_of_a_channel_equals_its_unit(small_model: convscope.Model) ->
     )
     by_unit = convscope.patterns(small_model, "relu2", [3], recipe="plain", start=np.full((32, 32, 3), 128), steps=5)
     assert np.array_equal(by_objective.images, by_unit.images)
-    assert np.array_equal(by_objective.scores, by_unit.scores)
+    # Float32 sums over the map, whose order depends on the processor.
+    assert np.allclose(by_objective.scores, by_unit.scores, rtol=1e-6, atol=0)
     assert by_objective.names == by_unit.names == ["relu2 3"]
 
 
