@@ -113,6 +113,18 @@ def test_confidence_is_blamed_only_where_temperature_and_difference_agree():
         assert f"is {word}" in text
 
 
+def test_no_temperature_is_recommended_where_none_helps():
+    labels = np.zeros(400, int)
+    predictions = np.where(np.arange(400) % 4 == 0, 1, 0)  # wrong on half of the images it is sure of, and on no others
+    logits = np.where(np.arange(400)[:, None] % 2 == 0, 5.0, 0.3) * np.eye(2)[predictions]
+    observations = make_observations(labels, logits.astype(np.float32))
+    (finding,) = find_miscalibration(make_context(observations), summarize(observations)).findings
+    before = finding.evidence["debiased_calibration_error"]
+    assert finding.evidence["debiased_calibration_error_with_temperature"] >= before
+    assert f"The calibration error is {before:.3f}, and no temperature reduces it." in finding.summary
+    assert "Divide" not in finding.recommendation
+
+
 def test_calibrated_networks_have_no_finding():
     p_values = []
     for seed in range(40):

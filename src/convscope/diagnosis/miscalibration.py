@@ -69,7 +69,7 @@ def find_miscalibration(context: DiagnosisContext, overview: Overview) -> Search
     finding = Finding(
         "calibration",
         _summary(overview, effect, after),
-        f"Divide the logits by {overview.temperature:.2f} (temperature scaling) wherever probabilities are used.",
+        _recommendation(overview, after),
         _images(rows, confidence, correct, overview.temperature > 1),
         (),
         effect,
@@ -138,10 +138,23 @@ def _summary(overview: Overview, effect: float, after: float) -> str:
         subject = "The network is over-confident"
     elif effect < 0 and overview.temperature < 1:
         subject = "The network is under-confident"
+    before = overview.debiased_calibration_error
+    temperature = (
+        f"A temperature of {overview.temperature:.2f} reduces the calibration error from {before:.3f} to {after:.3f}."
+        if after < before
+        else f"The calibration error is {before:.3f}, and no temperature reduces it."
+    )
     return (
         f"{subject}: its mean confidence is {percent(overview.mean_confidence, 1)}, its accuracy "
-        f"{percent(overview.accuracy, 1)} ({100 * effect:+.1f} points). A temperature of {overview.temperature:.2f} "
-        f"reduces the calibration error from {overview.debiased_calibration_error:.3f} to {after:.3f}."
+        f"{percent(overview.accuracy, 1)} ({100 * effect:+.1f} points). {temperature}"
+    )
+
+
+def _recommendation(overview: Overview, after: float) -> str:
+    if after < overview.debiased_calibration_error:
+        return f"Divide the logits by {overview.temperature:.2f} (temperature scaling) wherever probabilities are used."
+    return (
+        "Do not use the probabilities as they are; fit a calibration to labelled images, such as isotonic regression."
     )
 
 

@@ -83,12 +83,12 @@ def find_slices(context: DiagnosisContext) -> Search:
 
 def without_repetitions(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Leave out slices that an earlier one describes in the same words, and of which it has half of the images."""
-    kept: list[Finding] = []
+    reported: list[Finding] = []
     for finding in findings:
-        others = (other for other in kept if other.evidence["description"] == finding.evidence["description"])
+        others = (other for other in reported if other.evidence["description"] == finding.evidence["description"])
         if all(2 * len(set(finding.images) & set(other.images)) < len(finding.images) for other in others):
-            kept.append(finding)
-    return tuple(kept)
+            reported.append(finding)
+    return tuple(reported)
 
 
 def _facts_about_images(observations: Observations) -> list[int]:
