@@ -85,7 +85,9 @@ def test_residual_network(layer: str, how: str) -> None:
     net = randomized(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24)))
     x = images(64)
     model = convscope.load(net, preprocessing={"size": 64})
+    before = snapshot(net)
     effects = convscope.effects(model, x, layer, range(5), how=how, targets=[[0, 4]] * 3)
+    assert diff_snapshots(before, snapshot(net)) == []
     means = torch.from_numpy(convscope.activations(model, x, layer)[layer].mean((0, 2, 3))) if how == "mean" else None
 
     def change(output: Tensor, unit: int, value: float) -> None:
@@ -100,7 +102,10 @@ def test_networks_of_full_size(source: str, layer: str) -> None:
     model = convscope.load(source, weights=weights, preprocessing={"size": 64})
     net = randomized(model.module) if weights == "random" else model.module
     x = images(64)[:2]
+    before = snapshot(net)
     effects = convscope.effects(model, x, layer, (3, 17), targets=[[0, 5]] * 2)
+    assert diff_snapshots(before, snapshot(net)) == []
+    assert (effects.logits != 0).any(axis=(1, 2)).all()  # zeros would agree with zeros
 
     def change(output: Tensor, unit: int, value: float) -> None:
         output[:, unit] = value
