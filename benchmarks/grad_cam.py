@@ -129,3 +129,22 @@ def run(rounds: int) -> list[Row]:
     """Run all networks at batch 8 and batch 1."""
     torch.manual_seed(0)
     return [compare(name, source, batch, rounds) for name, source in NETWORKS.items() for batch in (8, 1)]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    names = list(rows[0].times)
+    lines = [
+        "Milliseconds per image, and in brackets the ratio to the bare forward pass. Weights: Lite0's own, random",
+        "for the others. Below, the largest difference from convscope's map, relative to its largest value.",
+        "",
+        "| network, batch | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for row in rows:
+        cells = []
+        for name in names:
+            cell = f"{1000 * row.times[name].seconds / row.batch:.1f} ({row.times[name].text()})"
+            cells.append(cell + (f"<br>{row.differences[name]:.0e}" if name in row.differences else ""))
+        lines.append(f"| {row.network}, {row.batch} (`{row.layer}`) | " + " | ".join(cells) + " |")
+    return lines

@@ -125,7 +125,7 @@ def _forward(model: convscope.Model, x: torch.Tensor) -> torch.Tensor:
         return model.module(x)
 
 
-def table(rows: list[Row]) -> list[str]:
+def _markdown(rows: list[Row]) -> list[str]:
     """Format the rows as Markdown."""
     lines = [
         "| method | pointing | with 15 px | energy | IoU | share own | deletion | insertion | ms |",
@@ -136,3 +136,21 @@ def table(rows: list[Row]) -> list[str]:
         figures = [f"{value:.2f}" for value in (*single, row.double["share_own"], row.deletion, row.insertion)]
         lines.append(f"| {row.name} | " + " | ".join(figures) + f" | {1000 * row.seconds:.0f} |")
     return lines
+
+
+def table(rows: list[Row], costs: dict[str, Timed]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    if not rows:
+        return ["The composites were not available."]
+    return [
+        "Lite0 on twenty composites with exact masks (16 with one object, 4 with two), scored by the data set's own",
+        "program: `pointing`, maximum on the object; `energy`, positive relevance on it; `IoU` at the best common",
+        "threshold; `share own`, fraction of the relevance on the requested one of two objects. `docs/faithfulness.md`",
+        "describes how the recommended setting was chosen. Milliseconds for two targets.",
+        "",
+        *_markdown(rows),
+        "",
+        "CPU time of one image on one thread, relative to a bare forward pass: "
+        + ", ".join(f"{name} {timed.text()}" for name, timed in costs.items() if name != "forward")
+        + ".",
+    ]

@@ -62,3 +62,18 @@ def _measure(script: str, count: int, budget: int) -> tuple[float, float]:
     command = [sys.executable, "-c", STATUS + script, str(count), str(budget)]
     before, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(before), float(peak)
+
+
+def table(peaks: list[Peak]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    return [
+        "Memory of a process before the call, with torch and the weights, and its peak, for a given budget (`memory=`)",
+        "of the difference. All in MiB.",
+        "",
+        "| | images or units | budget | before | peak | peak - before |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *[
+            f"| {p.name} | {p.count} | {p.budget} | {p.before:.0f} | {p.peak:.0f} | {p.peak - p.before:.0f} |"
+            for p in peaks
+        ],
+    ]

@@ -229,3 +229,42 @@ def run(rounds: int) -> tuple[list[Family], list[Targets], list[ManyPasses]]:
         [targets(name, rounds) for name in NETWORKS],
         many_passes(max(3, rounds // 3)),
     )
+
+
+def table(families: list[Family], targets: list[Targets], many_passes: list[ManyPasses]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    names = list(families[0].ours)
+    lines = [
+        "Ratios of convscope to the bare forward pass, channels_last, at the last spatial layer; `all` are these",
+        "methods together in one call. Below, the peers' time relative to convscope's for the same method and weights,",
+        "in the layout that users have.",
+        "",
+        "| network, batch | " + " | ".join(names) + " | all |",
+        "| --- |" + " --- |" * (len(names) + 1),
+    ]
+    for family in families:
+        cells = []
+        for name in names:
+            peers = [f"{peer} {timed.text(1)}" for peer, timed in family.peers[name].items() if peer != "convscope"]
+            cells.append("<br>".join([family.ours[name].text(), *peers]))
+        lines.append(f"| {family.network} | " + " | ".join([*cells, family.together.text()]) + " |")
+    lines += [
+        "",
+        "Grad-CAM of one image: "
+        + "; ".join(
+            f"{t.network} {1000 * t.one:.0f} ms for one target, {t.twenty:.2f} times as long for twenty"
+            for t in targets
+        )
+        + ".",
+        "",
+        "One photograph, Lite0, layer `blocks.6` unless noted. In brackets the correlation with convscope's map, both",
+        "rectified; `docs/md` says where and why maps differ.",
+        "",
+        "| method | work | convscope, ms | time relative to convscope |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in many_passes:
+        peers = [f"{peer} {row.times[peer].text(1)} ({value:.2f})" for peer, value in row.correlations.items()]
+        milliseconds = f"{1000 * row.times['convscope'].seconds:.0f}"
+        lines.append(f"| {row.method} | {row.work} | {milliseconds} | " + ", ".join(peers) + " |")
+    return lines

@@ -205,3 +205,37 @@ def _memory(process: Path) -> float:
     except OSError:  # the process has ended
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def table(rows: list[Pass], decode_times: dict[tuple[int, int], float], peaks: list[Peak]) -> list[str]:
+    """Return the section of the README: text and tables."""
+    names = list(rows[0].times)
+    costs = ", ".join(f"{cost:.1f} for {width} x {height}" for (width, height), cost in decode_times.items())
+    lines = [
+        f"A shard of {BATCH * BATCHES} decoded images in batches of {BATCH}, up to the",
+        "content of its file: top positions, statistics, thumbnails. Milliseconds per image, and in brackets the",
+        "throughput relative to the bare forward pass. Below, the largest difference of the maxima from those of the",
+        "network's own activations, relative to each layer's largest value.",
+        "",
+        "| network | layers | units | " + " | ".join(names) + " |",
+        "| --- | --- | --- |" + " --- |" * len(names),
+    ]
+    for row in rows:
+        cells = [
+            f"{1000 * timed.seconds:.1f} ({timed.inverse().text()})"
+            + (f"<br>{row.errors[name]:.0e}" if name in row.errors else "")
+            for name, timed in row.times.items()
+        ]
+        lines.append(f"| {row.network} | {row.layers} | {row.units} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Decoding a JPEG, from file to input and thumbnail, takes {costs} ms of one core.",
+        "",
+        "Whole runs with a small network (all layers, k = 100) over crops of 64 x 64 in a tar file, with one decoding",
+        "process: peak memory of both processes together.",
+        "",
+        "| images | MiB | store, MiB | seconds |",
+        "| --- | --- | --- | --- |",
+        *[f"| {p.images:,} | {p.megabytes:.0f} | {p.store:.0f} | {p.seconds:.0f} |" for p in peaks],
+    ]
