@@ -14,6 +14,7 @@ from convscope.diagnosis.changed_images import change_images
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.shortcuts import find_shortcuts
 from convscope.diagnosis.unit_shortcuts import (
+    PeakStatistics,
     UnitCandidate,
     flipped_rate,
     measure_units,
@@ -134,6 +135,25 @@ def test_a_unit_without_which_the_class_is_not_recognised_is_the_objects(planted
     logits = observations.logits.copy()
     logits[(labels == 0) & ~has_prop] = (0, 1, 0)
     assert propose_units(replace(observations, logits=logits), [0]) == []
+
+
+def test_statistics_of_peaks_equal_those_of_all_values_at_once(planted):
+    labels, _, x = planted
+    observations = context_of(PropNetwork(400.0), x, labels).observations
+    peaks = np.random.default_rng(1).normal(3, 2, (600, 5)).astype(np.float16)  # more than a chunk of images
+    peaks[:, 4] = 1
+    labels, is_part = np.arange(600) % 3, np.arange(600) % 7 == 0
+    statistics = PeakStatistics(replace(observations, peaks=peaks, labels=labels))
+    values = peaks.astype(np.float64)
+    deviations = values[:, :4].std(0)
+    differences = (values[is_part].mean(0) - values[~is_part].mean(0))[:4] / deviations
+    np.testing.assert_allclose(statistics.difference(is_part), [*differences, 0], atol=1e-9)
+    rows = np.arange(40, 90)
+    standardized = (values[rows].mean(0) - values.mean(0))[:4] / deviations
+    np.testing.assert_allclose(statistics.standardized(rows), [*standardized, 0], atol=1e-9)
+    label_means = np.stack([values[labels == k].mean(0) for k in labels[rows]])
+    elevation = (values[rows] - label_means).mean(0)[:4] / deviations
+    np.testing.assert_allclose(statistics.elevation(rows), [*elevation, 0], atol=1e-9)
 
 
 def test_flips_are_counted_within_labels():

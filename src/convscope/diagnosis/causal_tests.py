@@ -57,6 +57,26 @@ class Effect:
         return sign_test(self.changes - self.controls, rng)
 
 
+def effect_on_class(before: Tensor, after: Tensor, label: int, sign: int) -> Effect:
+    """Return the effect of a change on the probability of a class, against the changes that it is compared with.
+
+    Parameters
+    ----------
+    before : Tensor of shape (n, K)
+        Probabilities of the images as they are.
+    after : Tensor of shape (1 + R, n, K)
+        Those after the change, and after R changes to compare with.
+    label : int
+    sign : {1, -1}
+        1 for the increase of the probability and answers that become the class, -1 for the decrease and answers that
+        stop being it.
+    """
+    changes = sign * (after - before)[..., label].double().numpy()
+    is_label = after.argmax(2) == label
+    answers = (is_label if sign > 0 else ~is_label).double().mean(1).tolist()
+    return Effect(changes[0], changes[1:].mean(0), (answers[0], float(np.mean(answers[1:]))))
+
+
 def sign_test(differences: Floats, rng: np.random.Generator) -> float:
     """Return the probability that the mean of differences is as large under random signs (Fisher's randomisation)."""
     signs = rng.choice([-1.0, 1.0], (PERMUTATIONS, len(differences)))
@@ -129,12 +149,8 @@ class CausalTest:
         return self._effect(self.outside, self.outside_before, changes.insert, changes.insert_control, 1, repeats)
 
     def _effect(self, x: Tensor, before: Tensor, change: Change, control: Change, sign: int, repeats: int) -> Effect:
-        parts = [change(x), *(control(x) for _ in range(repeats))]
-        after, *others = torch.split(self.scores(torch.cat(parts)), len(x))
-        is_label = [float((p.argmax(1) == self.label).float().mean()) for p in (after, *others)]
-        fractions = is_label if sign > 0 else [1 - fraction for fraction in is_label]
-        changes = [sign * (p - before)[:, self.label].double().numpy() for p in (after, *others)]
-        return Effect(changes[0], np.mean(changes[1:], axis=0), (fractions[0], float(np.mean(fractions[1:]))))
+        after = self.scores(torch.cat([change(x), *(control(x) for _ in range(repeats))]))
+        return effect_on_class(before, after.unflatten(0, (-1, len(x))), self.label, sign)
 
     # --- kinds of shortcuts ------------------------------------------------------------------------------------------
 

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import numpy.typing as npt
 
-from convscope.diagnosis.clustering import jaccard, standardize
 from convscope.diagnosis.context import DiagnosisContext
-from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.forward import scoring_forward
-from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.shortcut_candidates import ShortcutCandidate, propose
+from convscope.diagnosis.shortcut_candidates import propose
+from convscope.diagnosis.shortcut_findings import causal_findings
 from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES, Outcome, ShortcutTests, searched_classes
 from convscope.diagnosis.statistics import benjamini_hochberg
-from convscope.diagnosis.unit_shortcuts import UnitCandidate, UnitOutcome, measure_units, unit_finding
-from convscope.diagnosis.wording import percent, separation
+from convscope.diagnosis.unit_shortcuts import UnitOutcome, measure_units
 
-LEVEL = 0.05  # of the false discovery rate
 MIN_CANDIDATES, MAX_CANDIDATES = 12, 40  # that are tested, those that separate best
 IMAGES_PER_CANDIDATE = 24
-OVERLAP = 0.5  # Jaccard index of images from which findings about a class are one
-UNITS = 5
-SPECIFICITY = {"patch": 1.5, "border": 1.5, "color": 1.2, "blur": 1.2, "background": 1.0}
-"""Weights of the effects that decide which of two kinds about the same images is reported."""
-WORDS = {
-    "patch": "a recurring mark",
-    "border": "the border of the image",
-    "background": "the background at the rim of the image",
-    "color": "the overall color",
-    "blur": "blur",
-}
 PURPOSE = (
     "Marks that recur with equal pixels, borders, backgrounds, overall colors and blur that set the images of a class "
     "apart: each was removed from images of the class and inserted into images of other classes. Units of the layer "
@@ -88,130 +70,14 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
     for unit in measure_units(context, classes):
         context.report_progress(len(classes) + len(candidates), steps)
         units.append(unit)
-    p_values = [outcome.p_value for outcome in outcomes] + [unit.p_value for unit in units]
-    corrected = benjamini_hochberg(p_values).tolist() if p_values else []
-    findings = _findings(context, outcomes, units, corrected)
+    tested = [*outcomes, *units]
+    p_values = benjamini_hochberg([outcome.p_value for outcome in tested]).tolist() if tested else []
+    findings = causal_findings(context, tested, p_values)
     context.report_progress(steps, steps)
     detectable = f"Changes of the probability from {MIN_EFFECT} on, with {TESTED_IMAGES} images on each side."
-    return Search("shortcut", PURPOSE, len(p_values), detectable, findings)
-
-
-def _findings(
-    context: DiagnosisContext, outcomes: Sequence[Outcome], units: Sequence[UnitOutcome], corrected: Sequence[float]
-) -> tuple[Finding, ...]:
-    """Return what passed; of those about the same images of a class one, features of images before units.
-
-    `corrected` holds the p-values of the outcomes and of the units.
-    """
-    passed = [(o, q) for o, q in zip(outcomes, corrected, strict=False) if q <= LEVEL and o.is_causal]
-    passed.sort(key=lambda pair: -pair[0].inserted.size * SPECIFICITY[pair[0].candidate.kind])
-    of_units = [(u, q) for u, q in zip(units, corrected[len(outcomes) :], strict=True) if q <= LEVEL and u.is_causal]
-    of_units.sort(key=lambda pair: -pair[0].others.size)
-    reported: list[ShortcutCandidate | UnitCandidate] = []
-    findings: list[Finding] = []
-    for outcome, q in passed:
-        if not any(_same(outcome.candidate, other) for other in reported):
-            reported.append(outcome.candidate)
-            findings.append(_finding(context, outcome, q))
-    for unit, q in of_units:
-        if not any(_same(unit.candidate, other) for other in reported):
-            reported.append(unit.candidate)
-            findings.append(unit_finding(context, unit, q))
-    return tuple(sorted(findings, key=lambda finding: -finding.effect))
+    return Search("shortcut", PURPOSE, len(tested), detectable, findings)
 
 
 def max_candidates(num_images: int) -> int:
     """Return how many candidates are tested: few images do not support many tests."""
     return min(max(num_images // IMAGES_PER_CANDIDATE, MIN_CANDIDATES), MAX_CANDIDATES)
-
-
-def _same(a: ShortcutCandidate | UnitCandidate, b: ShortcutCandidate | UnitCandidate) -> bool:
-    """Return whether two candidates are about the same images of a class."""
-    return a.label == b.label and jaccard(a.carriers, b.carriers) >= OVERLAP
-
-
-def _finding(context: DiagnosisContext, outcome: Outcome, q: float) -> Finding:
-    """Put a candidate that passed into words."""
-    observations, candidate = context.observations, outcome.candidate
-    name = observations.classes[candidate.label]
-    effect, feature = outcome.inserted, WORDS[candidate.kind]
-    images = _typical_first(observations, candidate)
-    return Finding(
-        kind="shortcut",
-        summary=f"The network takes {feature} for `{name}`: {len(images)} images carry it. Inserted into images of "
-        f"other classes, it makes {percent(effect.answers[0])} of them `{name}`; matched random changes, "
-        f"{percent(effect.answers[1])}.",
-        recommendation=f"Collect images of `{name}` without it and of other classes with it, or remove it from the "
-        "training images.",
-        images=tuple(int(i) for i in images),
-        classes=(candidate.label,),
-        effect=effect.size,
-        interval=effect.interval,
-        p_value=q,
-        evidence=_evidence(observations, outcome, images),
-    )
-
-
-def _typical_first(observations: Observations, candidate: ShortcutCandidate) -> npt.NDArray[np.int64]:
-    """Return carriers: those that are taken for the class first, by how much they have of it."""
-    carriers = np.flatnonzero(candidate.carriers)
-    is_taken = observations.predictions[carriers] == candidate.label
-    return carriers[np.lexsort((-candidate.amounts[carriers], ~is_taken))]
-
-
-def _evidence(observations: Observations, outcome: Outcome, images: npt.NDArray[np.int64]) -> dict[str, object]:
-    """Return what the finding rests on, as JSON values."""
-    candidate = outcome.candidate
-    values: dict[str, object] = {
-        "effect": "change of the probability by inserting it, beyond random changes",
-        "feature": candidate.kind,
-        "separation": candidate.separation,
-        "carriers of the class": float(candidate.carriers[observations.labels == candidate.label].mean()),
-        "units": _units(observations, candidate),
-        "facts": _facts(observations, candidate),
-    }
-    for action, effect in (
-        ("inserted", outcome.inserted),
-        ("removed", outcome.removed),
-        ("center inserted", outcome.center),
-    ):
-        if effect is not None:
-            values[action] = {
-                "change": float(effect.changes.mean()),
-                "random change": float(effect.controls.mean()),
-                "answers": effect.answers[0],
-                "answers by random changes": effect.answers[1],
-            }
-    if candidate.template is not None and candidate.corners is not None:
-        height, width = observations.thumbnails.shape[1:3]
-        side = candidate.template.patch.shape[-1]
-        scale = np.array([width, height, width, height])
-        corners = candidate.corners[images]
-        boxes = np.concatenate([corners[:, ::-1], corners[:, ::-1] + side], axis=1) / scale
-        values["boxes"] = [[float(v) for v in box] for box in boxes]  # x0, y0, x1, y1 relative to width and height
-        values["has one position"] = bool((corners.std(0) < side / 2).all())
-    return values
-
-
-def _units(observations: Observations, candidate: ShortcutCandidate) -> list[dict[str, float | int]]:
-    """Return the units that differ most between images that carry a shortcut and those that do not, in deviations."""
-    values = standardize(observations.peaks)
-    carriers = candidate.carriers
-    difference = values[carriers].mean(0) - values[~carriers].mean(0)
-    best = np.argsort(-np.abs(difference), kind="stable")[:UNITS]
-    return [{"unit": int(unit), "difference": float(difference[unit])} for unit in best]
-
-
-def _facts(observations: Observations, candidate: ShortcutCandidate) -> list[dict[str, object]]:
-    """Return the facts that separate carriers from other images best."""
-    columns: Sequence[npt.NDArray[np.floating]] = list(np.asarray(observations.facts).T)
-    separations = np.array([separation(column, candidate.carriers) for column in columns])
-    best = np.argsort(-np.abs(separations - 0.5), kind="stable")[:3]
-    return [
-        {
-            "name": observations.fact_names[f],
-            "high": bool(separations[f] > 0.5),
-            "separation": float(max(separations[f], 1 - separations[f])),
-        }
-        for f in best
-    ]

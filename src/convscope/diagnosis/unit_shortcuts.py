@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from convscope.attribution.targets import TargetSpec
-from convscope.diagnosis.causal_tests import REPEATS, Effect
-from convscope.diagnosis.clustering import standardize
+from convscope.diagnosis.causal_tests import REPEATS, Effect, effect_on_class
 from convscope.diagnosis.context import DiagnosisContext
-from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.shortcut_candidates import best_threshold, chunks
-from convscope.diagnosis.wording import list_units, percent
 from convscope.editing.removal import Removal
 from convscope.engine.batching import forward_batch_size
 from convscope.images.batches import tensor_batches
@@ -126,6 +123,10 @@ class PeakStatistics:
         """Return by how many deviations (C,) peaks of images `rows` are above the means of their labels."""
         differences = self._peaks[rows].astype(np.float64) - self._label_means[self._labels[rows]]
         return np.asarray(differences.mean(0) / self._deviation)
+
+    def difference(self, is_part: Flags) -> Floats:
+        """Return by how many deviations (C,) the mean peaks of some images are above those of the others."""
+        return np.asarray((_means(self._peaks, is_part) - _means(self._peaks, ~is_part)) / self._deviation)
 
 
 def propose_units(observations: Observations, classes: Sequence[int]) -> list[UnitCandidate]:
@@ -263,7 +264,7 @@ def removal_effect(
     means : Tensor of shape (C,)
         What units are set to.
     """
-    model, label = context.model, candidate.label
+    model = context.model
     sets = torch.zeros((1 + len(controls), len(rows), len(means)), dtype=torch.bool)
     sets[0, :, candidate.unit] = True
     sets[1:].scatter_(2, torch.from_numpy(controls)[..., None], True)
@@ -280,50 +281,5 @@ def removal_effect(
         with removal.open(batch) as run:
             changed, _ = run.scores(sets[:, list(batch.indices)])
             logits.append(torch.cat([run.baseline[None], changed]).cpu())
-    p = softmax_logits(model, torch.cat(logits, 1)).double().softmax(2)
-    drops = (p[:1] - p[1:])[..., label].numpy()
-    gone = (p[1:].argmax(2) != label).double().mean(1).tolist()
-    return Effect(drops[0], drops[1:].mean(0), (gone[0], float(np.mean(gone[1:]))))
-
-
-def unit_finding(context: DiagnosisContext, outcome: UnitOutcome, q: float) -> Finding:
-    """Put a unit that passed into words; `q` is its corrected p-value."""
-    observations, candidate, others = context.observations, outcome.candidate, outcome.others
-    name = observations.classes[candidate.label]
-    is_member = observations.labels == candidate.label
-    taken = np.flatnonzero(candidate.carriers & (observations.predictions == candidate.label))
-    peaks = standardize(observations.peaks[:, [candidate.unit]])[:, 0]
-    images = taken[np.lexsort((-peaks[taken], is_member[taken]))]  # of other classes first
-    difference = float(peaks[candidate.carriers].mean() - peaks[~candidate.carriers].mean())
-    return Finding(
-        kind="shortcut",
-        summary=f"What {list_units([candidate.unit])} of `{context.layer.name}` responds to makes the network answer "
-        f"`{name}`. With this unit at its mean, {percent(others.answers[0])} of the answers `{name}` to "
-        f"{len(others.changes)} images of other classes that have it go away; with matched random units at theirs, "
-        f"{percent(others.answers[1])}.",
-        recommendation=f"Look at what the images have in common where the evidence is. Collect images of `{name}` "
-        "without it and of other classes with it.",
-        images=tuple(int(i) for i in images),
-        classes=(candidate.label,),
-        effect=others.size,
-        interval=others.interval,
-        p_value=q,
-        evidence={
-            "effect": "decrease of the probability by setting the unit to its mean, beyond random units",
-            "feature": "unit",
-            "carriers of the class": float(candidate.carriers[is_member].mean()),
-            "taken for the class more often than the same classes without it": candidate.flipped,
-            "units": [{"unit": candidate.unit, "difference": difference}],
-            "set to its mean on other classes": _numbers(others),
-            "set to its mean on the class": None if outcome.members is None else _numbers(outcome.members),
-        },
-    )
-
-
-def _numbers(effect: Effect) -> dict[str, float]:
-    return {
-        "decrease": float(effect.changes.mean()),
-        "decrease by random units": float(effect.controls.mean()),
-        "answers that go away": effect.answers[0],
-        "by random units": effect.answers[1],
-    }
+    probabilities = softmax_logits(model, torch.cat(logits, 1)).double().softmax(2)
+    return effect_on_class(probabilities[0], probabilities[1:], candidate.label, -1)
