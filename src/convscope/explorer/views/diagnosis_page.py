@@ -17,6 +17,8 @@ from convscope.explorer.views.store_views import UnitPatch
 from convscope.plotting.diagnosis_page import HEATMAP_KINDS, KIND_TITLES, format_effect, format_p_value, quoted
 from convscope.store.saved_results import SavedResult
 
+TIMES = ("before", "after")
+
 
 @dataclass(frozen=True)
 class ImageTile:
@@ -66,16 +68,41 @@ class FindingSection:
     classes: list[tuple[str, str]]
 
 
+@dataclass(frozen=True)
+class _Diagnosis:
+    """A saved diagnosis, and what its page is built from; `ids` are the images' numbers in the store's data set."""
+
+    context: PageContext
+    network: Network
+    result: SavedResult
+    arrays: Arrays
+    ids: list[int | None]
+
+    def sheet(self, name: str, tiles: list[ImageTile], rows: int) -> Sheet:
+        """Describe a sheet of images with `rows` rows."""
+        src = self.context.urls.saved_sheet(self.network, self.result, name)
+        return Sheet(src, SIDE * len(tiles), SIDE * rows, tiles)
+
+    def tile(self, column: int, image: int, text: str, is_right: bool) -> ImageTile:
+        """Describe an image in a column of a sheet."""
+        index = self.ids[image]
+        page = "" if index is None else self.context.urls.page("m", self.network.key, "data", index)
+        return ImageTile(SIDE * column, display_name(self.result.image_names[image]), text, is_right, page)
+
+
 def build(context: PageContext, network: Network, name: str | None) -> Page:
     """Build the page of a diagnosis, by default of the first. Raises UnknownResource if the store has none."""
     result = diagnosis_data.find_diagnosis(network, name)
-    arrays, ids = load_arrays(context.explorer, result), diagnosis_data.image_ids(context.explorer, network, result)
+    diagnosis = _Diagnosis(
+        context,
+        network,
+        result,
+        load_arrays(context.explorer, result),
+        diagnosis_data.image_ids(context.explorer, network, result),
+    )
     findings, parameters = diagnosis_data.findings_of(result), result.manifest["parameters"]
     kinds = {finding.kind for finding in findings}
-    sections = [
-        _section(context, network, result, arrays, ids, number, finding)
-        for number, finding in enumerate(findings, start=1)
-    ]
+    sections = [_section(diagnosis, number, finding) for number, finding in enumerate(findings, start=1)]
     variables: Values = {
         "layer": result.layer,
         "sections": sections,
@@ -99,16 +126,8 @@ def build(context: PageContext, network: Network, name: str | None) -> Page:
     return Page("diagnosis.html", title, network, context.page_data("diagnosis"), variables)
 
 
-def _section(
-    context: PageContext,
-    network: Network,
-    result: SavedResult,
-    arrays: Arrays,
-    ids: list[int | None],
-    number: int,
-    finding: Finding,
-) -> FindingSection:
-    urls = context.urls
+def _section(diagnosis: _Diagnosis, number: int, finding: Finding) -> FindingSection:
+    network, urls, layer = diagnosis.network, diagnosis.context.urls, diagnosis.result.layer
     return FindingSection(
         number=number,
         title=KIND_TITLES.get(finding.kind, finding.kind),
@@ -118,13 +137,13 @@ def _section(
         measure=str(finding.evidence.get("effect", "effect")),
         p_value=format_p_value(finding.p_value),
         num_images=len(finding.images),
-        images=_images(context, network, result, arrays, ids, number, finding),
-        changes=_changes(context, network, result, arrays, ids, number),
+        images=_images(diagnosis, number, finding),
+        changes=_changes(diagnosis, number),
         units=[
             UnitTile(
                 _unit_text(row),
-                urls.page("m", network.key, "unit", result.layer, int(row["unit"])),
-                store_views.best_patch(network, urls, result.layer, int(row["unit"])),
+                urls.page("m", network.key, "unit", layer, int(row["unit"])),
+                store_views.best_patch(network, urls, layer, int(row["unit"])),
             )
             for row in finding.evidence.get("units", ())
         ],
@@ -132,61 +151,33 @@ def _section(
     )
 
 
-def _images(
-    context: PageContext,
-    network: Network,
-    result: SavedResult,
-    arrays: Arrays,
-    ids: list[int | None],
-    number: int,
-    finding: Finding,
-) -> Sheet:
+def _images(diagnosis: _Diagnosis, number: int, finding: Finding) -> Sheet:
     """Describe the sheet of a finding's first images."""
+    arrays, class_name = diagnosis.arrays, diagnosis.network.model.class_name
     tiles = []
-    for x, image in enumerate(finding.images[:IMAGES_PER_FINDING]):
+    for column, image in enumerate(finding.images[:IMAGES_PER_FINDING]):
         label, prediction = int(arrays["labels"][image]), int(arrays["predictions"][image])
-        text = f"network: {network.model.class_name(prediction)}, {100 * arrays['confidence'][image]:.0f} % sure"
+        text = f"network: {class_name(prediction)}, {100 * arrays['confidence'][image]:.0f} % sure"
         if label >= 0:
-            text = f"label: {network.model.class_name(label)}; {text}"
-        tiles.append(_tile(context, network, result, ids, x, image, text, label == prediction))
-    rows = 2 if finding.kind in HEATMAP_KINDS else 1
-    src = context.urls.saved_sheet(network, result, f"finding-{number}")
-    return Sheet(src, SIDE * len(tiles), SIDE * rows, tiles)
+            text = f"label: {class_name(label)}; {text}"
+        tiles.append(diagnosis.tile(column, image, text, label == prediction))
+    return diagnosis.sheet(f"finding-{number}", tiles, 2 if finding.kind in HEATMAP_KINDS else 1)
 
 
-def _changes(
-    context: PageContext, network: Network, result: SavedResult, arrays: Arrays, ids: list[int | None], number: int
-) -> Sheet | None:
+def _changes(diagnosis: _Diagnosis, number: int) -> Sheet | None:
     """Describe the sheet of images before and after a change; None if there are none for this finding."""
+    arrays, class_name = diagnosis.arrays, diagnosis.network.model.class_name
     rows = diagnosis_data.changed_rows(arrays, number)
     if not len(rows):
         return None
     tiles = []
-    for x, row in enumerate(rows.tolist()):
-        names = [network.model.class_name(int(arrays[f"changed.prediction_{when}"][row])) for when in TIMES]
+    for column, row in enumerate(rows.tolist()):
+        names = [class_name(int(arrays[f"changed.prediction_{when}"][row])) for when in TIMES]
         sure = [f"{100 * float(arrays[f'changed.confidence_{when}'][row]):.0f} %" for when in TIMES]
         action = "added" if arrays["changed.inserted"][row] else "removed"
         text = f"{action}: {names[0]}, {sure[0]} sure, becomes {names[1]}, {sure[1]}"
-        tiles.append(_tile(context, network, result, ids, x, int(arrays["changed.image"][row]), text, True))
-    return Sheet(context.urls.saved_sheet(network, result, f"changes-{number}"), SIDE * len(tiles), SIDE * 2, tiles)
-
-
-TIMES = ("before", "after")
-
-
-def _tile(
-    context: PageContext,
-    network: Network,
-    result: SavedResult,
-    ids: list[int | None],
-    x: int,
-    image: int,
-    text: str,
-    is_right: bool,
-) -> ImageTile:
-    index = ids[image]
-    page = "" if index is None else context.urls.page("m", network.key, "data", index)
-    return ImageTile(SIDE * x, display_name(result.image_names[image]), text, is_right, page)
+        tiles.append(diagnosis.tile(column, int(arrays["changed.image"][row]), text, True))
+    return diagnosis.sheet(f"changes-{number}", tiles, 2)
 
 
 def _unit_text(row: dict[str, object]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Query, Request
 
 from convscope.attribution.registry import METHODS, default_method, default_method_for_boxes
+from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.compute import HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
@@ -62,6 +63,20 @@ async def _heatmap_options(
     return HeatmapOptions(layer, method, against, box)
 
 
+async def _query_layer(net: Annotated[Network, Depends(_network)], layer: LayerName) -> Layer:
+    return net.layer(layer)
+
+
+async def _path_layer(net: Annotated[Network, Depends(_network)], layer: str) -> Layer:
+    return net.layer(layer)
+
+
+async def _optional_target(net: Annotated[Network, Depends(_network)], target: int | None = None) -> int | None:
+    if target is not None:
+        net.require_class(target)
+    return target
+
+
 async def _target(net: Annotated[Network, Depends(_network)], target: ClassIndex) -> int:
     net.require_class(target)
     return target
@@ -76,8 +91,17 @@ PathImage = Annotated[RegisteredImage, Depends(_image)]
 QueryImage = Annotated[RegisteredImage | None, Depends(_query_image)]
 """The image whose key is in the query, if the model takes images."""
 
+QueryLayer = Annotated[Layer, Depends(_query_layer)]
+"""The layer of the model whose name is in the query."""
+
+PathLayer = Annotated[Layer, Depends(_path_layer)]
+"""The layer of the model whose name is in the path."""
+
 Target = Annotated[int, Depends(_target)]
 """A class of the model, from the query."""
+
+OptionalTarget = Annotated[int | None, Depends(_optional_target)]
+"""A class of the model from the path, or else from the query, where it may be missing."""
 
 Options = Annotated[HeatmapOptions, Depends(_heatmap_options)]
 """How a heatmap is computed, from the query."""

@@ -8,12 +8,13 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from typing_extensions import TypedDict
 
+from convscope.engine.layer_table import Layer
 from convscope.errors import ConvscopeError
 from convscope.explorer.service import compute
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.schemas import ChannelStatistics, LayerSummary, PositionRecord, Prediction
-from convscope.explorer.web.parameters import LayerName, PathImage, PathNetwork, Runner, Target
+from convscope.explorer.web.parameters import PathImage, PathNetwork, QueryLayer, Runner, Target
 from convscope.explorer.web.requests import RequestRunner
 from convscope.explorer.web.responses import ERRORS, csv_response, npz_response
 
@@ -69,25 +70,24 @@ async def layers(
 
 
 async def _feature_maps(
-    request: Request, runner: RequestRunner, net: Network, image: RegisteredImage, layer: str
+    request: Request, runner: RequestRunner, net: Network, image: RegisteredImage, layer: Layer
 ) -> np.ndarray:
-    name = net.layer(layer).name
-    return await runner.run(request, lambda client: runner.explorer.feature_maps(client, net, image, name))
+    return await runner.run(request, lambda client: runner.explorer.feature_maps(client, net, image, layer.name))
 
 
 @router.get("/activations")
 async def activations(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: LayerName
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: QueryLayer
 ) -> ActivationRecord:
     """Return statistics of each channel: mean, max, fraction of positions above 0, and whether it is dead."""
     maps = await _feature_maps(request, runner, net, image, layer)
     statistics = await runner.run(request, lambda _: compute.channel_statistics(maps))
-    return {"layer": layer, "shape": list(maps.shape), **statistics}
+    return {"layer": layer.name, "shape": list(maps.shape), **statistics}
 
 
 @router.get("/activations.csv", response_class=Response)
 async def activations_csv(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: LayerName
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: QueryLayer
 ) -> Response:
     """Return the same statistics as a table."""
     maps = await _feature_maps(request, runner, net, image, layer)
@@ -99,7 +99,7 @@ async def activations_csv(
 
 @router.get("/activations.npz", response_class=Response)
 async def activations_npz(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: LayerName
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: QueryLayer
 ) -> Response:
     """Return the activations, float32 (C, H, W)."""
     maps = await _feature_maps(request, runner, net, image, layer)
@@ -112,7 +112,7 @@ async def position(
     runner: Runner,
     net: PathNetwork,
     image: PathImage,
-    layer: LayerName,
+    layer: QueryLayer,
     row: Annotated[int, Query(ge=0)],
     column: Annotated[int, Query(ge=0)],
 ) -> PositionRecord:
@@ -120,15 +120,14 @@ async def position(
     maps = await _feature_maps(request, runner, net, image, layer)
     height, width = maps.shape[1:]
     if row >= height or column >= width:
-        raise ConvscopeError(f"layer {layer!r} has {height} x {width} positions; there is no {row}, {column}")
-    return compute.units_at_position(net.model, maps, layer, row, column)
+        raise ConvscopeError(f"layer {layer.name!r} has {height} x {width} positions; there is no {row}, {column}")
+    return compute.units_at_position(net.model, maps, layer.name, row, column)
 
 
 @router.get("/relevance")
 async def relevance(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: LayerName, target: Target
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, layer: QueryLayer, target: Target
 ) -> RelevanceRecord:
     """Return each channel's contribution to a class's logit."""
-    name = net.layer(layer).name
-    values = await runner.run(request, lambda client: runner.explorer.relevance(client, net, image, name, target))
-    return {"layer": name, "target": target, "relevance": [float(f"{v:.4g}") for v in values]}
+    values = await runner.run(request, lambda client: runner.explorer.relevance(client, net, image, layer.name, target))
+    return {"layer": layer.name, "target": target, "relevance": [float(f"{v:.4g}") for v in values]}

@@ -30,7 +30,7 @@ from convscope.explorer.views import (
     units_page,
 )
 from convscope.explorer.views.page import Page, PageContext, render
-from convscope.explorer.web.parameters import PathImage, PathNetwork, QueryImage, Runner
+from convscope.explorer.web.parameters import OptionalTarget, PathImage, PathLayer, PathNetwork, QueryImage, Runner
 from convscope.explorer.web.requests import RequestRunner
 from convscope.explorer.web.responses import IMMUTABLE
 
@@ -93,34 +93,26 @@ async def story(request: Request, runner: Runner, net: PathNetwork) -> HTMLRespo
 @router.get("/m/{model}/image/{image}")
 @router.get("/m/{model}/image/{image}/class/{target}")
 async def image(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, target: int | None = None
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, target: OptionalTarget
 ) -> HTMLResponse:
     """Show predictions and heatmaps of an image."""
-    if target is not None:
-        net.require_class(target)
     return await _render(request, runner, lambda context: image_page.build(context, net, image, target))
 
 
 @router.get("/m/{model}/layer/{layer:path}")
 async def layer(
-    request: Request, runner: Runner, net: PathNetwork, layer: str, image: QueryImage, target: int | None = None
+    request: Request, runner: Runner, net: PathNetwork, layer: PathLayer, image: QueryImage, target: OptionalTarget
 ) -> HTMLResponse:
     """Show the feature maps of a layer."""
-    if target is not None:
-        net.require_class(target)
-    record = net.layer(layer)
-    return await _render(request, runner, lambda context: layer_page.build(context, net, record, image, target))
+    return await _render(request, runner, lambda context: layer_page.build(context, net, layer, image, target))
 
 
 @router.get("/m/{model}/units/{layer:path}")
 async def units(
-    request: Request, runner: Runner, net: PathNetwork, layer: str, image: QueryImage, target: int | None = None
+    request: Request, runner: Runner, net: PathNetwork, layer: PathLayer, image: QueryImage, target: OptionalTarget
 ) -> HTMLResponse:
     """Show the units of a layer as a table."""
-    if target is not None:
-        net.require_class(target)
-    record = net.layer(layer)
-    return await _render(request, runner, lambda context: units_page.build(context, net, record, image, target))
+    return await _render(request, runner, lambda context: units_page.build(context, net, layer, image, target))
 
 
 @router.get("/m/{model}/unit/{layer:path}/{unit:int}")

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from convscope.errors import ConvscopeError
 from convscope.explorer.service.removals import How
 from convscope.explorer.service.schemas import ExplanationRecord, LogitChange
-from convscope.explorer.web.parameters import LayerName, OptionalLayer, PathImage, PathNetwork, Runner, Target
+from convscope.explorer.web.parameters import OptionalLayer, PathImage, PathNetwork, QueryLayer, Runner, Target
 from convscope.explorer.web.responses import ERRORS
 
 router = APIRouter(prefix="/api/models/{model}/images/{image}", responses=ERRORS)
@@ -39,28 +39,28 @@ async def logit_changes(
     runner: Runner,
     net: PathNetwork,
     image: PathImage,
-    layer: LayerName,
+    layer: QueryLayer,
     unit: Annotated[int, Query(ge=0)],
     how: Annotated[How, Query(description="what replaces the unit at all positions: 0, or its mean")] = "zero",
 ) -> LogitChanges:
     """Return the classes whose logits fall most, and rise most, if a unit is removed."""
-    entry = net.layer(layer)
-    if unit >= entry.units:
-        raise ConvscopeError(f"layer {layer!r} has {entry.units} units; there is no {unit}")
+    if unit >= layer.units:
+        raise ConvscopeError(f"layer {layer.name!r} has {layer.units} units; there is no {unit}")
     rows = await runner.run(
-        request, lambda client: runner.explorer.logit_changes(client, net, image, entry.name, unit, how)
+        request, lambda client: runner.explorer.logit_changes(client, net, image, layer.name, unit, how)
     )
-    return {"layer": entry.name, "unit": unit, "how": how, "changes": rows}
+    return {"layer": layer.name, "unit": unit, "how": how, "changes": rows}
 
 
 @router.get("/effects")
 async def effects(
-    request: Request, runner: Runner, net: PathNetwork, image: PathImage, target: Target, layer: LayerName
+    request: Request, runner: Runner, net: PathNetwork, image: PathImage, target: Target, layer: QueryLayer
 ) -> UnitEffects:
     """Return how far the logit of a class falls if each unit of a layer is set to 0."""
-    name = net.layer(layer).name
-    values = await runner.run(request, lambda client: runner.explorer.unit_effects(client, net, image, name, target))
-    return {"layer": name, "target": target, "effects": values.tolist()}
+    values = await runner.run(
+        request, lambda client: runner.explorer.unit_effects(client, net, image, layer.name, target)
+    )
+    return {"layer": layer.name, "target": target, "effects": values.tolist()}
 
 
 @router.get("/explanation")
