@@ -150,7 +150,7 @@ class CausalTest:
 
     def _effect(self, x: Tensor, before: Tensor, change: Change, control: Change, sign: int, repeats: int) -> Effect:
         after = self.scores(torch.cat([change(x), *(control(x) for _ in range(repeats))]))
-        return effect_on_class(before, after.unflatten(0, (-1, len(x))), self.label, sign)
+        return effect_on_class(before, after.view(1 + repeats, len(x), -1), self.label, sign)
 
     # --- kinds of shortcuts ------------------------------------------------------------------------------------------
 

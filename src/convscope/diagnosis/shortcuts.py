@@ -60,17 +60,15 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
     candidates = propose(observations, classes, rng, lambda done: context.report_progress(done, steps))
     candidates = sorted(candidates, key=lambda c: -c.separation)[:most]
     candidates.sort(key=lambda c: c.label)  # those of a class share images
-    outcomes: list[Outcome] = []
+    tested: list[Outcome | UnitOutcome] = []
     with scoring_forward(context.model, context.memory) as scores:
         tests = ShortcutTests(context, scores)
         for done, candidate in enumerate(candidates):
             context.report_progress(len(classes) + done, steps)
-            outcomes += tests.outcomes(candidate)
-    units: list[UnitOutcome] = []
+            tested += tests.outcomes(candidate)
     for unit in measure_units(context, classes):
         context.report_progress(len(classes) + len(candidates), steps)
-        units.append(unit)
-    tested = [*outcomes, *units]
+        tested.append(unit)
     p_values = benjamini_hochberg([outcome.p_value for outcome in tested]).tolist() if tested else []
     findings = causal_findings(context, tested, p_values)
     context.report_progress(steps, steps)
