@@ -52,6 +52,13 @@ def test_the_reference_has_every_command_with_its_options() -> None:
     assert re.search(r"\| `[^`]*--target[^`]*` \| \S", text)
 
 
+def test_the_tour_names_every_function_and_command() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    commands = [name for names in reference.PANELS.values() for name in names]
+    functions = [name for name in convscope.__all__ if name[0].islower()]
+    assert [name for name in (*commands, *functions) if f"`{name}`" not in text] == []
+
+
 def test_images_are_light() -> None:
     tracked = subprocess.run(["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     paths = [ROOT / name for name in tracked.split() if name.endswith((".jpg", ".png", ".webp", ".gif"))]

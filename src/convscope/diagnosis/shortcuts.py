@@ -72,7 +72,7 @@ def find_shortcuts(context: DiagnosisContext) -> Search:
     p_values = benjamini_hochberg([outcome.p_value for outcome in tested]).tolist() if tested else []
     findings = causal_findings(context, tested, p_values)
     context.report_progress(steps, steps)
-    detectable = f"Changes of the probability from {MIN_EFFECT} on, with {TESTED_IMAGES} images on each side."
+    detectable = f"Changes of the probability by {MIN_EFFECT} or more, with {TESTED_IMAGES} images on each side."
     return Search("shortcut", PURPOSE, len(tested), detectable, findings)
 
 
