@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,21 +15,50 @@ from convscope import objectives
 from convscope.attribution.registry import METHODS
 from convscope.cli.app import PANELS, app
 
+DOCS = Path(__file__).parents[1]
+DISAGREEMENTS = "## Where implementations disagree"
+
 TOPICS: Mapping[str, tuple[str, str]] = {
     "sources": ("models", "Models"),
     "engine": ("models", "Models"),
     "engine.text_targets": ("heatmaps", "Heatmaps"),
     "images": ("models", "Models"),
     "feature_maps": ("activations", "Predictions and activations"),
+    "predictions": ("activations", "Predictions and activations"),
     "attribution": ("heatmaps", "Heatmaps"),
     "evaluation": ("evaluation", "Evaluation"),
+    "explanations": ("explain", "Explanations and edits"),
+    "editing": ("explain", "Explanations and edits"),
     "featurevis": ("patterns", "Patterns"),
     "decomposition": ("concepts", "Concepts and atlases"),
+    "dictionaries": ("dictionaries", "Sparse dictionaries"),
+    "saved.load_dictionary": ("dictionaries", "Sparse dictionaries"),
     "detection": ("detection", "Detection"),
     "scanning": ("scan", "Scans and stores"),
     "store": ("scan", "Scans and stores"),
+    "naming": ("scan", "Scans and stores"),
+    "diagnosis": ("diagnosis", "Diagnosis"),
+    "explorer": ("explorer", "Explorer"),
 }
-"""Page and title of the names that a package, or a module of it, defines."""
+"""Page and title of the names that a package, a module of it, or one line of a module defines."""
+
+GUIDES: Mapping[str, str] = {
+    "models": "models.md",
+    "heatmaps": "methods.md",
+    "activations": "tour.md",
+    "evaluation": "faithfulness.md",
+    "explain": "explain.md",
+    "patterns": "patterns.md",
+    "concepts": "concepts.md",
+    "dictionaries": "dictionaries.md",
+    "detection": "detection.md",
+    "scan": "scan.md",
+    "diagnosis": "diagnosis.md",
+    "explorer": "explorer.md",
+    "objectives": "patterns.md",
+    "other": "results.md",
+}
+"""The guide that belongs to each page."""
 
 OTHER = ("other", "Results, names and errors")
 OBJECTIVES = ("objectives", "Objectives")
@@ -47,7 +78,7 @@ def topic(name: str) -> tuple[str, str]:
     if name == "objectives":
         return OBJECTIVES
     module = convscope._TARGETS[name].partition(":")[0].partition(".")[2]
-    return TOPICS.get(module) or TOPICS.get(module.partition(".")[0], OTHER)
+    return TOPICS.get(f"{module}.{name}") or TOPICS.get(module) or TOPICS.get(module.partition(".")[0], OTHER)
 
 
 def topics() -> dict[tuple[str, str], list[str]]:
@@ -67,13 +98,20 @@ def pages() -> dict[str, str]:
     """Return the reference: addresses and Markdown."""
     out = {"reference/index.md": _index()}
     for (page, title), names in topics().items():
-        out[f"reference/{page}.md"] = _page(title, names)
+        out[f"reference/{page}.md"] = _page(page, title, names)
     return {**out, "reference/command-line.md": _command_line()}
 
 
-def _page(title: str, names: Iterable[str]) -> str:
+def _page(page: str, title: str, names: Iterable[str]) -> str:
     entries = [entry for name in names for entry in _members(name)]
-    return f"# {title}\n\n" + "\n\n".join(f"::: convscope.{entry}" for entry in entries) + "\n"
+    return f"# {title}\n\n{_guide(page)}\n\n" + "\n\n".join(f"::: convscope.{entry}" for entry in entries) + "\n"
+
+
+def _guide(page: str) -> str:
+    """Return a sentence with a link to the guide of a page."""
+    guide = GUIDES[page]
+    title = (DOCS / guide).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return f"Guide with examples: [{title}](../{guide})."
 
 
 def _members(name: str) -> list[str]:
@@ -89,9 +127,9 @@ def _summary(value: object) -> str:
 
 
 def _index() -> str:
-    lines = ["# Reference", "", "Every public name. All are attributes of `convscope`, and imported on first use.", ""]
+    lines = ["# Reference", "", "All public functions and classes, by topic. All are attributes of `convscope`.", ""]
     for (page, title), names in topics().items():
-        lines += [f"## {title}", "", "| name | |", "| --- | --- |"]
+        lines += [f"## {title}", "", "| name | description |", "| --- | --- |"]
         lines += [_row(page, entry) for name in names for entry in _members(name)] + [""]
     lines += ["## Command line", "", "[Commands and their options](command-line.md).", ""]
     return "\n".join(lines)
@@ -106,7 +144,7 @@ def _row(page: str, entry: str) -> str:
 
 def _command_line() -> str:
     group: Any = typer.main.get_command(app)
-    lines = ["# Command line", "", "`convscope COMMAND --help` prints the same."]
+    lines = ["# Command line", "", "All commands and their options. `convscope COMMAND --help` prints the same."]
     for panel, names in PANELS.items():
         lines += ["", f"## {panel}"]
         for name in names:
@@ -126,7 +164,7 @@ def _command(name: str, command: Any) -> list[str]:
         "",
         f"    convscope {name} {usage}",
         "",
-        "| option | |",
+        "| option | description |",
         "| --- | --- |",
     ]
     for parameter in command.params:
@@ -142,9 +180,21 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("\\[", "[").split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
+def other_packages() -> dict[str, str]:
+    """Return what other packages do with each method, from the table in ``methods.md``."""
+    table = (DOCS / "methods.md").read_text(encoding="utf-8").partition(DISAGREEMENTS)[2]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines() if "|" in line]
+    lines: dict[str, list[str]] = {}
+    for method, package, does, paper, difference in rows:
+        if method.strip("`") in METHODS:
+            text = f"- {package}: {does}; difference {difference}." + f" Paper: {paper}." * bool(paper)
+            lines.setdefault(method.strip("`"), []).append(text)
+    return {method: "**Other packages**\n\n" + "\n".join(texts) for method, texts in lines.items()}
+
+
 def add_formulas(page: str) -> str:
-    """Add formula and source to the sections of a page that are named like methods."""
-    lines = []
+    """Add formula, source and other packages to the sections of a page that are named like methods."""
+    lines, others = [], other_packages()
     for line in page.splitlines():
         lines.append(line)
         if line.startswith("### ") and line[4:] in METHODS:
@@ -152,4 +202,5 @@ def add_formulas(page: str) -> str:
             function = method.score if line[4:] == "finer-cam" else method.function
             lines += ["", f"::: {function.__module__}.{function.__qualname__}", "    options:"]
             lines += [f"      {option}: false" for option in HIDDEN] + [""]
+            lines += [others[line[4:]], ""] if line[4:] in others else []
     return "\n".join(lines) + "\n"

@@ -69,11 +69,11 @@ TASKS = {
         prints("blocks.4", "receptive field"),
     ),
     "Classify my photos; I want three guesses each.": (
-        "What does the network see in these images?",
+        "What does the network predict for these images?",
         check_predictions,
     ),
     "Why does the network call this a panda?": (
-        "Why does it give this answer?",
+        "Why does it predict this class?",
         check_heatmap("why", "lesser panda"),
     ),
     "Explain the second-best class.": (
@@ -90,7 +90,7 @@ TASKS = {
     ),
     "Find the panda in the picture.": ("Where is the object?", check_box),
     "Which neurons matter for this answer?": (
-        "Which units does the answer depend on?",
+        "Which units does the prediction depend on?",
         prints("unit", "absolute", "lesser panda in photo.jpg"),
     ),
     "What does unit 7 of blocks.4 look for?": ("What does a unit respond to?", prints("blocks.4 7", "score of noise")),

@@ -109,4 +109,20 @@ def test_every_method_has_a_section_and_an_image() -> None:
     for name, section in sections.items():
         assert "**Use it**" in section
         assert f"images/methods/{name}.webp" in section or METHODS[name].needs_boxes
-    assert reference.add_formulas(text).count("::: convscope.attribution.") == len(METHODS)
+    with_formulas = reference.add_formulas(text)
+    assert with_formulas.count("::: convscope.attribution.") == len(METHODS)
+    assert with_formulas.count("**Other packages**") == len(reference.other_packages())
+
+
+def test_methods_say_where_other_packages_disagree() -> None:
+    others = reference.other_packages()
+    assert {"grad-cam", "grad-cam++", "eigen-cam", "finer-cam", "legrad"} <= set(others)
+    assert "captum" in others["grad-cam"]
+    assert "torchcam" in others["grad-cam++"]
+
+
+def test_every_page_of_the_reference_links_to_a_guide() -> None:
+    for (page, _), _names in reference.topics().items():
+        guide = ROOT / "docs" / reference.GUIDES[page]
+        assert guide.exists()
+        assert f"](../{guide.name})" in reference.pages()[f"reference/{page}.md"]
