@@ -68,9 +68,9 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Parameters of commands, and what Python functions call the same where that differs."""
 
-EPILOG = """Try: convscope heatmap lite0 photo.jpg
+EPILOG = """Try: convscope explain lite0 photo.jpg
 
-Options of a command: convscope heatmap --help"""
+Options of a command: convscope explain --help"""
 
 _CALLBACKS: dict[str, Callable[[], Callable[..., None]]] = {}
 """For each command a function that returns what Typer calls."""
@@ -171,7 +171,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Visualise what a network for images has learned: PyTorch, Keras, Hugging Face, ONNX or any function."""
+    """Show what a network for images predicts, and why: PyTorch, Keras, Hugging Face, ONNX or any function."""
 
 
 Quiet = Annotated[

@@ -30,7 +30,7 @@ def diagnose(
         ),
     ],
     layer: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="The layer to record. Default: that of heatmaps.")
+        str | None, typer.Option(metavar="LAYER", help="The layer to record. Default: the layer of heatmaps.")
     ] = None,
     store: Annotated[
         str | None,
@@ -45,8 +45,8 @@ def diagnose(
         typer.Option(
             metavar="N",
             min=0,
-            help="Judge labels by a linear head on the layer, cross-validated in N parts: for networks that were "
-            "trained on these images. Default: by the network itself.",
+            help="Check labels by a linear head on the layer, cross-validated in N parts: for networks that were "
+            "trained on these images. Default: check them by the network itself.",
         ),
     ] = 0,
     workers: Annotated[

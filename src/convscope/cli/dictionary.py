@@ -23,15 +23,17 @@ def dictionary(
     layer: Annotated[str, typer.Option(metavar="LAYER", help="The layer whose activations are decomposed.")],
     features: Annotated[int, typer.Option(metavar="N", min=2, help="Number of features.")] = 4096,
     method: Annotated[str, choice("How features are selected.", *DICTIONARY_DESCRIPTIONS)] = "topk",
-    active: Annotated[int, typer.Option(metavar="N", min=1, help="Features that are active at a position.")] = 32,
+    active: Annotated[int, typer.Option(metavar="N", min=1, help="Number of active features at each position.")] = 32,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Training steps of 1024 positions. Default: by the number of positions."),
+        typer.Option(metavar="N", min=1, help="Training steps of 1024 positions. Default: 40 passes over the data."),
     ] = None,
     seed: Seed = 0,
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The right class of each image, one per line, for what is kept of accuracy."),
+        typer.Option(
+            metavar="FILE", help="The correct class of each image, one per line: measures the accuracy that is kept."
+        ),
     ] = None,
     *,
     reading: ImageOptions,

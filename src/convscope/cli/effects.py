@@ -35,7 +35,7 @@ def effects(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The right class of each image, one per line: adds the accuracy."),
+        typer.Option(metavar="FILE", help="The correct class of each image, one per line: measures the accuracy too."),
     ] = None,
     reference: Annotated[
         list[str] | None,
@@ -59,7 +59,7 @@ def effects(
     wide: Wide = False,
     network_options: NetworkOptions,
 ) -> None:
-    """Measure what the removal of each unit of a layer changes.
+    """Measure what changes when each unit of a layer is removed.
 
     The table shows the units with the largest mean absolute effects on the targets' logits; effects.csv holds all.
     """

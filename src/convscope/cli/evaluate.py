@@ -41,7 +41,7 @@ def evaluate(
     images: Images,
     metrics: Metrics = "deletion,insertion",
     masks: Masks = None,
-    fill: Annotated[str, choice("What removed pixels are replaced with.", "blur", "mean", "zero", "noise")] = "blur",
+    fill: Annotated[str, choice("What replaces removed pixels.", "blur", "mean", "zero", "noise")] = "blur",
     steps: Annotated[
         int, typer.Option(metavar="N", min=1, help="Steps of the metrics deletion, insertion and road.")
     ] = 28,

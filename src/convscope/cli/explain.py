@@ -24,7 +24,8 @@ def explain(
     model: ModelName,
     images: Images,
     layer: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="The layer whose units explain. Default: that of Grad-CAM.")
+        str | None,
+        typer.Option(metavar="LAYER", help="The layer whose units are listed. Default: the layer of heatmaps."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="CLASS", help="A class, by index or name. Default: each image's top class.")
@@ -32,9 +33,9 @@ def explain(
     against: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Explain the target rather than this class.")
     ] = None,
-    features: Annotated[int, typer.Option(metavar="N", min=1, help="The largest number of units.")] = 8,
+    features: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of units.")] = 8,
     share: Annotated[
-        float, typer.Option(metavar="X", min=0, max=1, help="The share of the logit that the units are to carry.")
+        float, typer.Option(metavar="X", min=0, max=1, help="Stop when the units carry this share of the logit.")
     ] = 0.5,
     how: Annotated[str, choice("What replaces a removed unit: 0, or its mean.", "zero", "mean")] = "zero",
     reference: Annotated[
@@ -46,7 +47,7 @@ def explain(
     ] = None,
     dictionary: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="A dictionary of the network: its features explain, instead of units."),
+        typer.Option(metavar="FOLDER", help="A sparse dictionary of the network: list its features instead of units."),
     ] = None,
     seed: Seed = 0,
     *,

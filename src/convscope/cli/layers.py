@@ -19,7 +19,8 @@ PRIORITIES = {"units": 3, "stride": 2, "parameters": 1, "alias of": 4}  # of col
 def layers(
     model: ModelName,
     every: Annotated[
-        bool, typer.Option("--all", help="Print every layer: also identities, aliases and the layers inside blocks.")
+        bool,
+        typer.Option("--all", help="Print every layer, including identities, aliases and the layers inside blocks."),
     ] = False,
     *,
     as_json: AsJson = False,

@@ -28,7 +28,7 @@ def mcp(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="The only folder in which files are written.")
     ] = Path("convscope-mcp"),
     time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Time of a call.", rich_help_panel=LIMITS)
+        float, typer.Option(metavar="SECONDS", min=1, help="Time limit of a call.", rich_help_panel=LIMITS)
     ] = 300,
     image_size: Annotated[
         int, typer.Option(metavar="N", min=32, help="Longer side of returned images.", rich_help_panel=LIMITS)
@@ -41,9 +41,9 @@ def mcp(
     *,
     network_options: NetworkOptions,
 ) -> None:
-    """Serve tools for agents, by the Model Context Protocol.
+    """Serve convscope's functions as tools for agents (MCP).
 
-    The server speaks over standard input and output: the agent's program starts it. Clients
+    The server speaks the Model Context Protocol over standard input and output; the agent's program starts it. Clients
     choose among the networks that are named here, read images in the given folders only, and write into the output
     folder only. Networks are loaded when they are first used.
     """

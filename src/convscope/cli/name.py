@@ -30,8 +30,8 @@ def name(
         str,
         typer.Option(
             metavar="WORDS",
-            help="A text file with a word on each line; colors, textures, imagenet or wordnet; classes of the judge; "
-            "or labels of the data set.",
+            help="A text file with one word per line; colors, textures, imagenet or wordnet; classes (of the judge); "
+            "or labels (of the data set).",
         ),
     ],
     scores: Annotated[
@@ -40,7 +40,8 @@ def name(
     ] = None,
     judge: Judge = None,
     template: Annotated[
-        str | None, typer.Option(metavar="TEXT", help='What the judge reads for a word, such as "a photo of a {}".')
+        str | None,
+        typer.Option(metavar="TEXT", help='The text that the judge gets for a word, such as "a photo of a {}".'),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help="Layers, separated by commas. Default: all of the store.")
@@ -48,7 +49,8 @@ def name(
     output: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND", help="What the scores are: probability, softmax or sigmoid. Default: found by their range."
+            metavar="KIND",
+            help="What the scores are: probability, softmax or sigmoid. Default: inferred from their range.",
         ),
     ] = None,
     level: Annotated[

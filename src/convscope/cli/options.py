@@ -87,7 +87,7 @@ class NetworkOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Of several outputs: key or position of the one with the scores.",
+            help="If there are several outputs: key or position of the one with the scores.",
             rich_help_panel=NETWORK,
         ),
     ] = None
@@ -130,8 +130,8 @@ class ImageOptions:
     fit: Annotated[
         str,
         choice(
-            "Show the network the whole image, squashed (squash) or with a gray border (pad), or the crop of its "
-            "evaluation (crop).",
+            "What the network gets: the whole image, squashed (squash) or with a gray border (pad), or the centre crop "
+            "of its usual evaluation (crop).",
             "squash",
             "crop",
             "pad",
@@ -163,7 +163,7 @@ OptionalOut: TypeAlias = Annotated[
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
 Wide: TypeAlias = Annotated[
-    bool, typer.Option("--wide", help="Print all columns, also if the terminal is too narrow.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--wide", help="Print all columns, even if the terminal is too narrow.", rich_help_panel=OUTPUT)
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(metavar="N", help="Random seed: the same seed gives the same result.")]
 

@@ -33,7 +33,7 @@ def serve(
         ),
     ] = None,
     hostname: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Host name under which the server is reached; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Host name by which visitors reach the server; repeatable.")
     ] = None,
     cache_dir: CacheDir = None,
     *,
