@@ -25,6 +25,13 @@ class RecordingLibrary:
     def load(self, name):
         return name
 
+    def load_dictionary(self, folder):
+        self.folder = folder
+        return self
+
+    def attach(self, name):
+        return f"{name} with {self.folder}"
+
     def heatmaps(self, *args, **kwargs):
         self.calls.append((args, kwargs))
         return self
@@ -44,6 +51,21 @@ def test_snippets_quote_hostile_names():
     exec(code["python"], {"convscope": library})
     assert library.calls == [(("lite0", HOSTILE_FILE, 3), {"method": "layer-cam", "against": 7})]
     assert shlex.split(snippets.activations("m", "-x.png", "a b")["shell"])[3] == "./-x.png"
+
+
+def test_snippets_of_features_attach_their_dictionary(tiny):
+    library, layer = RecordingLibrary(), "conv1/dictionary"
+    codes = [
+        snippets.pattern("lite0", PatternSpec(layer, 3), tiny),
+        snippets.heatmap("lite0", "a.png", 3, HeatmapOptions(layer=layer)),
+    ]
+    for code in codes:
+        exec(code["python"], {"convscope": library})
+        assert code["shell"].endswith("--dictionary DICTIONARY")
+    assert [args[0] for args, _ in library.calls] == ["lite0 with DICTIONARY"] * 2
+    activations = snippets.activations("lite0", "a.png", layer)
+    assert activations["python"].startswith("convscope.activations(convscope.load_dictionary('DICTIONARY').attach(")
+    assert activations["shell"].endswith(f"--layers {layer} --dictionary DICTIONARY")
 
 
 def test_snippets_of_all_pattern_variants_run(tiny):

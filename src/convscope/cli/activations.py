@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Wide
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Out, Wide
 from convscope.cli.output import finish, progress_bar
 from convscope.cli.parsing import open_image_arguments, split_commas
 from convscope.cli.tables import Column, print_table
@@ -41,7 +42,7 @@ def activations(
     out: Out = Path("convscope-activations"),
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Write the feature maps of layers as image grids."""
     import convscope
@@ -49,12 +50,12 @@ def activations(
     inputs = open_image_arguments(images)
     network = network_options.load(model)
     every_layer = [layer.name for layer in network.layers.unique_spatial()] if layers == "all" else None
-    names = None if layers is None else every_layer or split_commas(layers)
+    requested = None if layers is None else every_layer or split_commas(layers)
     with progress_bar("activations") as progress:
         result = convscope.activations(
             network,
             inputs,
-            names,
+            network_options.default_layers(requested, network),
             fit=reading.fit,
             scaling=scaling,
             max_pixels=reading.max_pixels,

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_image_arguments, open_store_in
+from convscope.cli.parsing import open_image_arguments
 
 
 @command(extra="atlas", package="umap")
@@ -37,7 +38,7 @@ def atlas(
     reading: ImageOptions,
     out: Out = Path("convscope-atlas"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Arrange a layer's activations over many images as a map of icons.
 
@@ -46,13 +47,12 @@ def atlas(
     import convscope
 
     inputs = open_image_arguments(images)
-    network = network_options.load(model)
-    store = open_store_in(out, network)
+    network, store = network_options.load_with_store_in(out, model)
     with progress_bar("atlas") as progress:
         result = convscope.atlas(
             network,
             inputs,
-            layer=layer,
+            layer=network_options.default_layer(layer, network),
             target=target,
             grid=grid,
             positions_per_image=positions_per_image,

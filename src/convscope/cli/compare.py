@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.options import (
     Against,
     AsJson,
@@ -20,7 +21,6 @@ from convscope.cli.options import (
     Methods,
     Metrics,
     ModelName,
-    NetworkOptions,
     Out,
     Scale,
     Seed,
@@ -63,7 +63,7 @@ def compare(
     out: Out = Path("convscope-comparison"),
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Compare methods and layers: heatmaps, faithfulness and time of each."""
     import convscope
@@ -80,7 +80,7 @@ def compare(
             inputs,
             parse_classes(network, targets, len(inputs)),
             methods=METHODS if methods is None else split_commas(methods),
-            layers=None if layers is None else split_commas(layers),
+            layers=network_options.default_layers(None if layers is None else split_commas(layers), network),
             metrics=metric_names,
             masks=image_masks,
             against=parse_classes(network, against, len(inputs)),

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_image_arguments, open_store_in
+from convscope.cli.parsing import open_image_arguments
 from convscope.cli.tables import Column, print_table
 
 
@@ -45,7 +46,7 @@ def concepts(
     reading: ImageOptions,
     out: Out = Path("convscope-concepts"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Find the main concepts behind a class: patches, heatmaps and importance.
 
@@ -54,14 +55,13 @@ def concepts(
     import convscope
 
     inputs = open_image_arguments(images)
-    network = network_options.load(model)
-    store = open_store_in(out, network)
+    network, store = network_options.load_with_store_in(out, model)
     with progress_bar("concepts") as progress:
         result = convscope.concepts(
             network,
             inputs,
             target,
-            layer=layer,
+            layer=network_options.default_layer(layer, network),
             count=count,
             crop=crop,
             crops=crops,

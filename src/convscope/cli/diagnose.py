@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Ray, Seed
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ImageOptions, ModelName, Out, Ray, Seed
 from convscope.cli.output import finish, log, print_json
 from convscope.cli.parsing import open_store_at, require_installed
 from convscope.cli.tables import Column, print_table
@@ -58,7 +59,7 @@ def diagnose(
     reading: ImageOptions,
     out: Out = Path("convscope-diagnosis"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Find reasons for the errors of a classifier on labelled images.
 
@@ -68,12 +69,12 @@ def diagnose(
 
     if ray is not None:
         require_installed("ray", "ray")
-    network = network_options.load(model)
     opened = None if store is None else open_store_at(store)
+    network = network_options.load(model, opened)
     diagnosis = convscope.diagnose(
         network,
         data[0] if len(data) == 1 else data,
-        layer=layer,
+        layer=network_options.default_layer(layer, network),
         store=opened,
         out=out,
         seed=seed,

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed, Wide
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Out, Seed, Wide
 from convscope.cli.output import finish, print_json, progress_bar
-from convscope.cli.parsing import open_image_arguments, parse_targets, parse_units, read_text
+from convscope.cli.parsing import open_image_arguments, open_store_at, parse_targets, parse_units, read_text
 from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def effects(
     out: Out = Path("convscope-effects"),
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Measure what changes when each unit of a layer is removed.
 
@@ -67,7 +68,8 @@ def effects(
 
     inputs = open_image_arguments(images)
     classes = None if labels is None else read_text(labels).split("\n")
-    network = network_options.load(model)
+    opened = None if store is None else open_store_at(store)
+    network = network_options.load(model, opened)
     with progress_bar("effects") as progress:
         result = convscope.effects(
             network,
@@ -79,7 +81,7 @@ def effects(
             labels=None if classes is None else [line.strip() for line in classes if line.strip()],
             reference=None if reference is None else open_image_arguments(reference),
             curve=curve,
-            store=store,
+            store=opened,
             fit=reading.fit,
             seed=seed,
             max_pixels=reading.max_pixels,

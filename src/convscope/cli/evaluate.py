@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
 from convscope.cli.options import (
     AsJson,
@@ -18,7 +19,6 @@ from convscope.cli.options import (
     Masks,
     Metrics,
     ModelName,
-    NetworkOptions,
     Out,
     Wide,
 )
@@ -52,7 +52,7 @@ def evaluate(
     out: Out = Path("convscope-evaluation"),
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Compute heatmaps and measure their faithfulness."""
     import convscope
@@ -63,6 +63,7 @@ def evaluate(
     inputs = open_image_arguments(images)
     image_masks = read_masks(masks, inputs.names)
     network = network_options.load(model)
+    default_layer = network_options.default_heatmap_layer(heatmap_options.layer, network)
     with progress_bar("heatmaps") as progress:
         heatmaps = convscope.heatmaps(
             network,
@@ -70,7 +71,7 @@ def evaluate(
             fit=reading.fit,
             max_pixels=reading.max_pixels,
             progress=progress,
-            **heatmap_options.arguments(network, len(inputs)),
+            **heatmap_options.arguments(network, len(inputs), default_layer),
         )
     with progress_bar("evaluate") as progress:
         evaluation = convscope.evaluate(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
-from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, NetworkOptions, Out, Seed
+from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Out, Seed
 from convscope.cli.output import finish, log, print_json, printable, progress_bar
-from convscope.cli.parsing import open_image_arguments, parse_targets
+from convscope.cli.parsing import open_image_arguments, open_store_at, parse_targets
 from convscope.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
@@ -45,16 +46,12 @@ def explain(
         str | None,
         typer.Option(metavar="STORE", help="A scan with the layer: names of units, and patches that excite them."),
     ] = None,
-    dictionary: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A sparse dictionary of the network: list its features instead of units."),
-    ] = None,
     seed: Seed = 0,
     *,
     reading: ImageOptions,
     out: Out = Path("convscope-explanation"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Find the few units that carry a prediction, and test them by removing them.
 
@@ -63,22 +60,20 @@ def explain(
     import convscope
 
     inputs = open_image_arguments(images)
-    network = network_options.load(model)
-    if dictionary is not None:
-        learned = convscope.load_dictionary(dictionary)
-        network, layer = learned.attach(network, layer), f"{layer or learned.layer}/dictionary"
+    opened = None if store is None else open_store_at(store)
+    network = network_options.load(model, opened)
     with progress_bar("explain") as progress:
         result = convscope.explain(
             network,
             inputs,
             parse_targets(network, None if target is None else [target], len(inputs)),  # type: ignore[arg-type]
-            layer=layer,
+            layer=network_options.default_layer(layer, network),
             features=features,
             share=share,
             how=how,
             reference=None if reference is None else open_image_arguments(reference),
             against=against,
-            store=store,
+            store=opened,
             fit=reading.fit,
             seed=seed,
             max_pixels=reading.max_pixels,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.options import (
     IMAGES_HELP,
     AsJson,
     HeatmapOptions,
     ImageOptions,
     ModelName,
-    NetworkOptions,
     Out,
     OverlayOptions,
     Wide,
@@ -56,7 +56,7 @@ def heatmap(
     overlay: OverlayOptions,
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Compute heatmaps of the evidence for classes in images.
 
@@ -72,7 +72,8 @@ def heatmap(
     video = _read_video(images, frames)
     inputs = open_image_arguments(images) if video is None else video.as_images()
     network = network_options.load(model)
-    arguments = heatmap_options.arguments(network, len(inputs))
+    default_layer = network_options.default_heatmap_layer(heatmap_options.layer, network)
+    arguments = heatmap_options.arguments(network, len(inputs), default_layer)
     if box:
         if arguments["targets"] is not None:
             raise ConvscopeError("--target and --box are given; expected one of them")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ModelName, NetworkOptions, Wide
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ModelName, Wide
 from convscope.cli.output import log, print_json
 from convscope.cli.tables import Column, print_table
 
@@ -25,7 +26,7 @@ def layers(
     *,
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """List the main layers: output shape, receptive field, stride, parameters."""
     from convscope.engine.layer_table import HEADINGS

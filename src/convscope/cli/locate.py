@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.options import (
     Against,
     AsJson,
     ImageOptions,
     Images,
     ModelName,
-    NetworkOptions,
     Out,
     OverlayOptions,
     Targets,
@@ -52,7 +52,7 @@ def locate(
     overlay: OverlayOptions,
     as_json: AsJson = False,
     wide: Wide = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Find where classes are in images: a map and a box for each.
 
@@ -65,7 +65,7 @@ def locate(
     network = network_options.load(model)
     arguments: dict[str, Any] = {
         "targets": parse_targets(network, targets, len(inputs)),
-        "layer": parse_layers(layer),
+        "layer": parse_layers(network_options.default_heatmap_layer(layer, network)),
         "against": parse_classes(network, against, len(inputs)),
         "threshold": threshold,
     }

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import MODEL_HELP, NetworkOptions
+from convscope.cli.dictionary_options import LayerNetworkOptions, read_dictionary
+from convscope.cli.options import MODEL_HELP
+from convscope.errors import ConvscopeError
 
 LIMITS = "Limits of one call"  # panel of the help
 
@@ -39,7 +41,7 @@ def mcp(
         int, typer.Option(metavar="N", min=1, help="Steps of gradient ascent.", rich_help_panel=LIMITS)
     ] = 512,
     *,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Serve convscope's functions as tools for agents (MCP).
 
@@ -50,6 +52,10 @@ def mcp(
     from convscope.tool_server.app import build_server
     from convscope.tool_server.limits import Limits
 
+    if network_options.dictionary and len(models or ()) > 1:
+        raise ConvscopeError(f"--dictionary is of one network; {len(models or ())} are given: serve them separately")
+    for folder in network_options.dictionary or ():
+        read_dictionary(folder)  # networks are loaded later; what is no dictionary is refused now
     limits = Limits(seconds=time_limit, image_size=image_size, images=max_images, units=max_units, steps=max_steps)
     loaders = {name: partial(network_options.load, name) for name in models or ["lite0"]}
     build_server(loaders, roots=root or [Path.cwd()], out=out, limits=limits).run("stdio")

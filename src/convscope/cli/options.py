@@ -277,11 +277,15 @@ class HeatmapOptions:
         name = self.method or "grad-cam"
         method_options(name, get_method(name), parse_method_options(self.option))
 
-    def arguments(self, network: Model, num_images: int) -> dict[str, Any]:
-        """Return the keyword arguments of `convscope.heatmaps`."""
+    def arguments(self, network: Model, num_images: int, default_layer: str = "auto") -> dict[str, Any]:
+        """Return the keyword arguments of `convscope.heatmaps`; methods that take no layer get no default one."""
+        from convscope.attribution.registry import get_method
+
+        takes_layer = not get_method(self.method or "grad-cam").at_input
+        layer = default_layer if self.layer == "auto" and takes_layer else self.layer
         return {
             "targets": parse_targets(network, self.targets, num_images),
-            "layer": parse_layers(self.layer),
+            "layer": parse_layers(layer),
             "method": self.method,
             "against": parse_classes(network, self.against, num_images),
             "smooth": self.smooth,

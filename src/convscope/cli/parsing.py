@@ -223,21 +223,13 @@ def require_installed(package: str, extra: str) -> None:
         raise ConvscopeError(f'{package} is not installed; pip install "convscope[{extra}]"')
 
 
-def open_store_in(folder: Path, network: Model) -> Store | None:
-    """Open the store in an output folder, if it is one.
-
-    Raises
-    ------
-    ConvscopeError
-        If the store was made with other weights.
-    """
+def open_store_in(folder: Path) -> Store | None:
+    """Open the store in an output folder, if it is one."""
     if not (folder / "plan.json").exists() and not (folder / "units.parquet").exists():
         return None
     import convscope
 
-    store = convscope.open_store(folder)
-    store.check_weights(network)
-    return store
+    return convscope.open_store(folder)
 
 
 def open_store_at(address: str) -> Store:

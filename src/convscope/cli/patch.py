@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out
+from convscope.cli.options import AsJson, ImageOptions, ModelName, Out
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import parse_units
 from convscope.cli.tables import Column, print_table
@@ -40,7 +41,7 @@ def patch(
     reading: ImageOptions,
     out: Out = Path("convscope-patch"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Move parts of a layer's output from one image to another, and measure the change.
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ListRecipes, ModelName, NetworkOptions, Out, Ray, Recipe, Seed
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ListRecipes, ModelName, Out, Ray, Recipe, Seed
 from convscope.cli.output import finish, log, log_detail, log_note, print_json, progress_bar, report_failures
-from convscope.cli.parsing import open_store_in, parse_units, split_commas
+from convscope.cli.parsing import parse_units, split_commas
 from convscope.cli.tables import Column, print_table
 from convscope.errors import ConvscopeError, require_int
 from convscope.formatting import count_of
@@ -81,7 +82,7 @@ def patterns(
     *,
     out: Out = Path("convscope-patterns"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Compute the image that maximises each unit.
 
@@ -95,8 +96,7 @@ def patterns(
     }  # fmt: skip
     requested, unit_text = _split_request(layers, units)
     _check_settings(settings, unit_text, negatives, ray)
-    network = network_options.load(model)
-    store = open_store_in(out, network)
+    network, store = network_options.load_with_store_in(out, model)
     layer_names = _all_layers(network, store) if requested == ["all"] else requested
     job = _PatternJob(network, unit_text, settings, negatives, resume, ray)
     if store is not None or len(layer_names) > 1:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import CacheDir, NetworkOptions, Out, StartImages
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import CacheDir, Out, StartImages
 from convscope.cli.output import log, progress_bar, report_failures
 from convscope.cli.parsing import default_cache_dir, open_store_at
 
@@ -28,7 +29,7 @@ def publish(
     ] = None,
     *,
     out: Out = Path("convscope-site"),
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Write the explorer's pages as static files."""
     from convscope.explorer import server
@@ -38,7 +39,7 @@ def publish(
 
     opened = open_store_at(store)
     name = model or str(opened.manifest["model"]["name"])
-    network = network_options.load(name)
+    network = network_options.load(name, opened)
     with progress_bar("pages") as progress:
         failures = publish_site(
             {name: network},

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ImageOptions, ModelName, NetworkOptions, Out, Ray
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ImageOptions, ModelName, Out, Ray
 from convscope.cli.output import log, log_error, log_note, print_json, progress_bar, report_failures
 from convscope.cli.parsing import require_installed, split_commas
 
@@ -53,7 +54,7 @@ def scan(
     reading: ImageOptions,
     out: Out = Path("convscope-store"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Record top images and statistics of every unit over a data set.
 
@@ -64,7 +65,8 @@ def scan(
     if ray is not None:
         require_installed("ray", "ray")
     network = network_options.load(model)
-    names = "all" if layers == "all" else None if layers is None else split_commas(layers)
+    requested = None if layers is None else split_commas(layers)
+    names = "all" if layers == "all" else network_options.default_layers(requested, network)
     start = time.perf_counter()
     with progress_bar("scan") as progress:
         store = convscope.scan(

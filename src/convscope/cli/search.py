@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
+from convscope.cli.dictionary_options import attach_stored
 from convscope.cli.options import AsJson, Wide
 from convscope.cli.output import log_note, print_json
 from convscope.cli.parsing import load_model, open_store_at
@@ -41,7 +42,7 @@ def search(
     opened = open_store_at(store)
     if Path(query).is_file():
         network = load_model(model or opened.manifest["model"]["name"], None, None, None)
-        result = opened.search(Path(query), count, model=network)
+        result = opened.search(Path(query), count, model=attach_stored(opened, network))
     else:
         result = opened.search(query, count, judge=None if judge is None else load_model(judge, None, None, None))
     if as_json:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import MODEL_HELP, CacheDir, NetworkOptions, StartImages, StoreAddress
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import MODEL_HELP, CacheDir, StartImages, StoreAddress
 from convscope.cli.output import log
 from convscope.cli.parsing import default_cache_dir, open_store_at
 
@@ -37,7 +38,7 @@ def serve(
     ] = None,
     cache_dir: CacheDir = None,
     *,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Explore networks in the browser."""
     from convscope.explorer import server
@@ -48,7 +49,7 @@ def serve(
     secret = security.new_token() if token == "auto" else token  # noqa: S105 - not a password
     security.require_token(host, secret)
     opened = None if store is None else open_store_at(store)
-    networks = {name: network_options.load(name) for name in models or ["lite0"]}
+    networks = network_options.load_several(models or ["lite0"], opened)
     names = [name.lower() for name in hostname or ()]
     hosts = [*security.LOCAL_HOSTS, host, f"[{host}]", *names] if names or security.is_loopback(host) else ["*"]
     application = server.build_app(

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from convscope.cli.app import command
-from convscope.cli.options import AsJson, ModelName, NetworkOptions, Out, Seed
+from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.cli.options import AsJson, ModelName, Out, Seed
 from convscope.cli.output import finish, progress_bar
-from convscope.cli.parsing import open_store_in, split_commas
+from convscope.cli.parsing import split_commas
 
 
 @command()
@@ -32,7 +33,7 @@ def story(
     *,
     out: Out = Path("convscope-story"),
     as_json: AsJson = False,
-    network_options: NetworkOptions,
+    network_options: LayerNetworkOptions,
 ) -> None:
     """Show what units respond to from the first layer to the last, as a figure and a page.
 
@@ -40,9 +41,8 @@ def story(
     """
     import convscope
 
-    network = network_options.load(model)
-    store = open_store_in(out, network)
-    names = None if layers is None else split_commas(layers)
+    network, store = network_options.load_with_store_in(out, model)
+    names = network_options.default_layers(None if layers is None else split_commas(layers), network)
     with progress_bar("story") as progress:
         result = convscope.story(network, names, units=units, num_displayed=num_displayed, seed=seed, progress=progress)
     finish(result, result.save(out if store is None else out / "story"), as_json)

@@ -95,11 +95,20 @@ def attach(model: Model, layer: Layer, encoder: FeatureEncoder, kind: str) -> Mo
     )
 
 
+def attached_dictionaries(model: Model) -> list[tuple[LayerEdit, FeatureEncoder]]:
+    """Return the edits by which a model has dictionaries, in their order, and the encoders."""
+    functions = [(edit, edit.function) for edit in model.edits]
+    return [(edit, function.encoder) for edit, function in functions if isinstance(function, DictionaryFunction)]
+
+
 def fingerprint(encoder: FeatureEncoder) -> bytes:
-    """Return the SHA-256 of the weights of an encoder, and of its activation."""
+    """Return the SHA-256 of the weights of an encoder, and of its activation.
+
+    What is computed from the weights is left out: its last digits differ between machines.
+    """
     digest = hashlib.sha256(f"{encoder.activation} {encoder.active}".encode())
-    for tensor in encoder.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for tensor in encoder.weights.tensors().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.digest()
 
 

@@ -74,9 +74,15 @@ class FeatureEncoder(nn.Module):
 
     atoms: Tensor
     encoder: Tensor
+    encoder_bias: Tensor
     bias: Tensor
     thresholds: Tensor
     offset: Tensor
+
+    @property
+    def weights(self) -> DictionaryWeights:
+        """The numbers of the dictionary."""
+        return DictionaryWeights(*(getattr(self, f.name) for f in fields(DictionaryWeights)))
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the features (N, F, ...) of maps (N, C, ...)."""

@@ -36,7 +36,9 @@ from convscope.scanning.plan import (
 )
 from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, scan_shard, shard_file_name, write_shard
 from convscope.sources.coercion import ModelLike, as_model
+from convscope.store.io import Folder
 from convscope.store.store import Store, open_store
+from convscope.store.stored_dictionaries import KEY, write_dictionaries
 
 
 @warns_of_failures
@@ -337,6 +339,8 @@ def _merge(job: _ScanJob, store: Path, identity: Mapping[str, object]) -> None:
         "failed": _count_failures(job, store),
         "notes": list(catalogue.notes),
     }
+    if dictionaries := write_dictionaries(Folder(store), job.model):
+        manifest |= {KEY: dictionaries}
     ShardMerger(job.model, job.plan, job.targets, catalogue, store).write(manifest)
 
 

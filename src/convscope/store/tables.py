@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convscope.dictionaries.attachment import attached_dictionaries
 from convscope.engine.class_names import find_class
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_extra
@@ -267,9 +268,21 @@ class StoreTables:
 
     def check_weights(self, model: Model) -> None:
         """Raise ConvscopeError if the store was made with other weights than this model's."""
-        scanned = self.manifest["model"]
-        if scanned["weights_sha256"] != model.weights_hash():
-            raise ConvscopeError(f"{self.address} is a store of {scanned['name']} with other weights than this model")
+        if self.manifest["model"]["weights_sha256"] != model.weights_hash():
+            raise ConvscopeError(self.mismatch(model))
+
+    def mismatch(self, model: Model) -> str:
+        """Return what was scanned and what is given, for an error about a model that is another one."""
+        name = self.manifest["model"]["name"]
+        theirs = ", ".join(entry["layer"] for entry in self.manifest.get("dictionaries", ()))
+        ours = ", ".join(edit.layer.name for edit, _ in attached_dictionaries(model))
+        if not (theirs or ours):
+            return f"the store {self.address} is of {name} with other weights than this model"
+        scanned, attached = (f"dictionaries of {layers}" if layers else "no dictionary" for layers in (theirs, ours))
+        return (
+            f"the store {self.address} is of {name} with {scanned}; this model has {attached}, or other weights. "
+            "Attach the same dictionaries; commands do so if none is given"
+        )
 
     # --- row groups --------------------------------------------------------------------------------------------------
 

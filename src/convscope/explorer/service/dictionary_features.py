@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from convscope.dictionaries.attachment import DictionaryFunction
+from convscope.dictionaries.attachment import attached_dictionaries
 from convscope.engine.model import Model
 
 
@@ -14,9 +14,9 @@ def nearest_features(model: Model, layer: str, feature: int, count: int) -> list
 
     Pairs of number and cosine, the highest first; none for layers that are not the features of a dictionary.
     """
-    for edit in model.edits:
-        if layer in edit.modules and isinstance(edit.function, DictionaryFunction):
-            atoms = edit.function.encoder.atoms.detach()
+    for edit, encoder in attached_dictionaries(model):
+        if layer in edit.modules:
+            atoms = encoder.atoms.detach()
             cosines = torch.nn.functional.cosine_similarity(atoms, atoms[feature][None], dim=1).float().cpu().numpy()
             order = np.argsort(-cosines, kind="stable")
             return [(int(k), float(cosines[k])) for k in order if k != feature][:count]

@@ -87,8 +87,7 @@ class Explorer:
             key = unique_key(url_key(name), self.networks)
             self.networks[key] = Network(key, model, name, store)
         if store is not None and not any(net.store for net in self.networks.values()):
-            name = store.manifest["model"]["name"]
-            raise ConvscopeError(f"{store.address} was made with {name} and other weights than the given models")
+            raise ConvscopeError(store.mismatch(self.first.model))
         self.images = ImageRegistry()
         self.pattern_cache = PatternCache(cache_dir)
         self.cache = Cache(cache_bytes)
