@@ -1,6 +1,6 @@
 """Run the benchmarks and write their tables into benchmarks/README.md.
 
-``python benchmarks/run.py`` measures all sections except those of `LONG`, which take hours and run with ``--only``. A
+``python benchmarks/run.py`` measures all sections except those of `LONG`, which take an hour or more and run with ``--only``. A
 run that was interrupted goes on with the first section that it has not finished, if versions and rounds are the same.
 """
 
@@ -34,8 +34,8 @@ import unit_effects
 import unit_names
 from timing import THREADS
 
-ROUNDS = 15
-LONG = ("Planted causes of errors",)
+ROUNDS = 9
+LONG = ("Dead units", "Planted causes of errors")
 PEERS = (
     "captum",
     "grad-cam",
@@ -140,7 +140,7 @@ def _head(rounds: int, few: int) -> str:
         "# Benchmarks",
         "",
         "Written by `make benchmarks`, which runs for about two hours on two cores and goes on where it was",
-        f"interrupted. Not included, as it takes hours: {', '.join(LONG)} (`run.py --only`). All",
+        f"interrupted. Not included, as they take longer: {', '.join(LONG)} (`run.py --only`). All",
         "packages are timed in turn in one process; every time is the median of",
         f"{rounds} rounds ({few} for long ones), every ratio the median of the ratios within a round,",
         "followed by half the distance between their quartiles where it does not round to 0. Images below the tables",

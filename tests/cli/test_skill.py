@@ -54,6 +54,14 @@ def check_box(_: str) -> None:
     assert box[0] > 0.2 * Image.open("photo.jpg").width
 
 
+def check_patching(output: str) -> None:
+    """All units together move the whole difference of both scores."""
+    patched: Any = convscope.open("patched")
+    assert patched.target_name == "lesser panda rather than Egyptian cat"
+    assert patched.joint_effects[-1] == pytest.approx(patched.total, rel=1e-4)
+    assert output.splitlines()[2].split("\t")[0] == str(patched.units[abs(patched.effects).argmax()])
+
+
 def check_scan(output: str) -> None:
     """Ranks of the units agree with those that follow from the activations."""
     activations = convscope.activations("lite0", "photos", "blocks.4")["blocks.4"]
@@ -93,6 +101,10 @@ TASKS = {
         "Which units does the prediction depend on?",
         prints("unit", "absolute", "lesser panda in photo.jpg"),
     ),
+    "Which neurons would turn this cat into a panda?": (
+        "Which units make the prediction of one image that of another?",
+        check_patching,
+    ),
     "What does unit 7 of blocks.4 look for?": ("What does a unit respond to?", prints("blocks.4 7", "score of noise")),
     "Which units does my data set excite most at blocks.4?": (
         "Which units does a data set excite most, and which images excite a unit?",
@@ -112,6 +124,7 @@ def folder(tmp_path: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch, l
         image = Image.open(path).convert("RGB")
         image.thumbnail((320, 320))
         image.save(target, quality=95)
+    Image.open(tmp_path / "photos/cats/0.jpg").save(tmp_path / "other.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("convscope.cli.parsing.load_model", lambda *_, **__: lite0)
     monkeypatch.setattr("convscope.cli.options.load_model", lambda *_, **__: lite0)

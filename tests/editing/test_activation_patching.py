@@ -51,6 +51,28 @@ def test_effects_equal_those_of_a_forward_hook(net, model, images, by):
         assert patched.effects[index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("by", ["unit", "position", "both"])
+def test_joint_effects_equal_those_of_a_forward_hook(net, model, images, by):
+    layer = model.layers.unique_spatial()[-1].name
+    source, destination = images[:1], images[1:]
+    maps = [torch.from_numpy(convscope.activations(model, x, layer)[layer]) for x in (source, destination)]
+    patched = convscope.patch(model, source, destination, layer, by=by, targets=2)
+    size = patched.effects.size
+    assert patched.counts.tolist() == [*(n for n in (2**i for i in range(20)) if n < size), size]
+    order = np.argsort(-np.sign(patched.total) * patched.effects.ravel(), kind="stable")
+    plain = score(net, destination, 2)
+    for count, effect in zip(patched.counts, patched.joint_effects, strict=True):
+        index = np.unravel_index(order[:count], patched.effects.shape)
+        mask = torch.zeros(patched.effects.shape, dtype=torch.bool)
+        mask[index] = True
+        mask = mask[:, None, None] if by == "unit" else mask
+        changed = torch.where(mask, maps[0], maps[1])
+        expected = score(net, destination, 2, layer, changed) - plain
+        assert effect == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert patched.joint_effects[-1] == pytest.approx(patched.total, rel=1e-4)
+    assert patched.joint_effects[0] == pytest.approx(patched.effects.ravel()[order[0]], rel=1e-4)
+
+
 def test_the_default_target_is_the_contrast_of_both_top_classes(model, images):
     predictions = convscope.predict(model, images, top=1)
     first, second = predictions.indices[:, 0].tolist()
@@ -130,4 +152,9 @@ def test_a_saved_result_is_opened_again(model, images, tmp_path):
     patched = convscope.patch(model, images[0], images[1], model.layers.unique_spatial()[0], by="position", targets=0)
     opened = convscope.open(patched.save(tmp_path))
     np.testing.assert_array_equal(opened.effects, patched.effects)
+    np.testing.assert_array_equal(opened.joint_effects, patched.joint_effects)
+    joint = [line.split(",")[:2] for line in (tmp_path / "joint.csv").read_text().splitlines()[1:]]
+    assert [(int(n), np.float32(effect)) for n, effect in joint] == [
+        *zip(patched.counts, patched.joint_effects, strict=True)
+    ]
     assert str(opened) == str(patched)

@@ -76,6 +76,48 @@ def test_best_respects_the_direction_of_the_metric(model: convscope.Model) -> No
     assert comparison.best("insertion") == max(rows, key=lambda row: row["insertion"])
 
 
+def test_advantages_are_paired_differences_with_the_baseline_of_the_layer(model: convscope.Model) -> None:
+    comparison = convscope.compare(
+        model,
+        random_images(),
+        methods=["grad-cam", "random", "centred"],
+        layers=["relu2", "conv3"],
+        metrics=["deletion", "insertion"],
+    )
+    evaluations = {
+        (maps.method, maps.layer): scores
+        for maps, scores in zip(comparison.heatmaps, comparison.evaluations, strict=True)
+    }
+    rows = comparison.advantages()
+    assert [(row["layer"], row["baseline"], row["metric"]) for row in rows] == [
+        (layer, baseline, metric)
+        for layer in ("relu2", "conv3")
+        for baseline in ("random", "centred")
+        for metric in ("deletion", "insertion")
+    ]
+    for row in rows:
+        ours, baseline = (evaluations[method, row["layer"]][row["metric"]] for method in ("grad-cam", row["baseline"]))
+        differences = (baseline - ours if row["metric"] == "deletion" else ours - baseline)[:, 0]
+        assert row["advantage"] == pytest.approx(differences.mean(dtype=np.float64))
+        assert differences.min() <= row["low"] <= row["advantage"] <= row["high"] <= differences.max()
+        expected = row["low"] <= 0
+        notes = [
+            note
+            for note in comparison.notes
+            if f"{row['layer']}: not shown to be better than {row['baseline']!r}" in note
+        ]
+        assert any(f"{row['metric']} {row['low']:+.3f}" in note for note in notes) == expected
+
+
+def test_a_single_image_has_advantages_without_interval(model: convscope.Model) -> None:
+    comparison = convscope.compare(model, random_images()[:1], methods=["grad-cam", "random"], metrics=["deletion"])
+    ((row),) = comparison.advantages()
+    ours, baseline = (scores["deletion"].item() for scores in comparison.evaluations)
+    assert row["advantage"] == pytest.approx(baseline - ours)
+    assert row["low"] is None
+    assert not any("not shown" in note for note in comparison.notes)
+
+
 def test_unsupported_combinations_are_listed_as_failed(model: convscope.Model) -> None:
     """`cam` is undefined unless only average pooling and a linear layer follow the layer."""
     comparison = convscope.compare(
@@ -134,7 +176,11 @@ def test_saved_tables_equal_the_result(model: convscope.Model, tmp_path: Path) -
     with open(tmp_path / "table.csv", newline="") as file:
         assert [float(row["deletion"]) for row in csv.DictReader(file)] == [row["deletion"] for row in rows]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert sorted(manifest["files"]) == ["arrays.npz", "images.zip", "sheet.png", "table.csv", "table.json"]
+    files = ["advantages.csv", "arrays.npz", "images.zip", "sheet.png", "table.csv", "table.json"]
+    assert sorted(manifest["files"]) == files
+    with open(tmp_path / "advantages.csv", newline="") as file:
+        advantages = [float(row["advantage"]) for row in csv.DictReader(file)]
+    assert advantages == [row["advantage"] for row in comparison.advantages()]
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert np.array_equal(arrays[f"grad-cam/{comparison.heatmaps[0].layer}/values"], comparison.heatmaps[0].values)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

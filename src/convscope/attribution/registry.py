@@ -131,6 +131,8 @@ METHODS: dict[str, Method] = {
     "random": ModelMethod(baselines.random_map, at_input=False),
     "centred": ModelMethod(baselines.center_gaussian, at_input=False),
 }
+BASELINES = ("random", "centred")
+"""Methods that do not depend on the network: an explanation must do better than these."""
 
 
 def usable_methods(model: Model) -> list[str]:

@@ -33,6 +33,7 @@ from convscope.cli import (
     serve,
     skill,
     story,
+    unit,
 )
 from convscope.cli.app import app
 from convscope.cli.output import is_verbose, log_error
@@ -66,6 +67,7 @@ __all__ = [
     "serve",
     "skill",
     "story",
+    "unit",
 ]
 
 

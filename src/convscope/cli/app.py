@@ -32,7 +32,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "patch",
     ),
     "Patterns": ("patterns", "story"),
-    "Data sets": ("scan", "diagnose", "atlas", "name", "search"),
+    "Data sets": ("scan", "unit", "diagnose", "atlas", "name", "search"),
     "Explorer": ("serve", "publish"),
     "Agents": ("mcp", "skill"),
 }

@@ -11,7 +11,7 @@ from convscope.cli.app import command
 from convscope.cli.dictionary_options import LayerNetworkOptions
 from convscope.cli.option_checks import choice
 from convscope.cli.options import AsJson, ImageOptions, ModelName, Out
-from convscope.cli.output import finish, print_json, progress_bar
+from convscope.cli.output import finish, log, print_json, progress_bar
 from convscope.cli.parsing import parse_units
 from convscope.cli.tables import Column, print_table
 
@@ -74,4 +74,7 @@ def patch(
         formats = {"effect": "+.3f", "share": "+.1%"}
         cells = [tuple(format(value, formats.get(name, "")) for name, value in row.items()) for row in visible]
         print_table(str(result).splitlines()[0], columns, cells)
+        log(f"score of {result.target_name}: {result.destination_score:.2f}, of the source {result.source_score:.2f}")
+        joint = zip(result.counts, result.joint_effects, strict=True)
+        log("effect of the largest together: " + ", ".join(f"{count}: {effect:+.2f}" for count, effect in joint))
     finish(result, folder, as_json=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -93,7 +93,8 @@ def patch(
     Returns
     -------
     Patching
-        Effects: (U,) by unit, (h, w) by position, (U, h, w) by both.
+        Effects: (U,) by unit, (h, w) by position, (U, h, w) by both; and `joint_effects` of the 1, 2, 4, ... largest,
+        moved together, since effects do not add up.
 
     Raises
     ------
@@ -128,14 +129,16 @@ def patch(
     logits, maps = zip(*(_run(model, selected, batch) for batch in batches), strict=True)
     spec = _parse_target(model, targets, against, logits[0], logits[1])
     with progress_bar(progress, "patch") as report:
-        scores, effects = _effects(model, selected, batches[1], maps, spec, by, torch.tensor(numbers), memory, report)
+        measured = _effects(model, selected, batches[1], maps, spec, by, torch.tensor(numbers), memory, report)
     classes = spec.for_batch([0], logits[0], batches[1].geometry).classes.cpu().numpy()
     return Patching(
         model,
-        effects=effects.cpu().numpy(),
+        effects=measured.effects.cpu().numpy(),
+        counts=measured.counts.numpy(),
+        joint_effects=measured.joint_effects.cpu().numpy(),
         units=np.array(numbers),
-        source_score=float(scores[0]),
-        destination_score=float(scores[1]),
+        source_score=float(measured.scores[0]),
+        destination_score=float(measured.scores[1]),
         layer=selected.name,
         by=by,
         target=int(classes[0, 0]),
@@ -184,6 +187,15 @@ def _parse_target(
     return spec
 
 
+class _Effects(NamedTuple):
+    """Scores (2,) of source and destination, effects one by one, and of the `counts` largest together."""
+
+    scores: Tensor
+    effects: Tensor
+    counts: Tensor
+    joint_effects: Tensor
+
+
 def _effects(
     model: Model,
     layer: Layer,
@@ -194,8 +206,8 @@ def _effects(
     units: Tensor,
     memory: int,
     report: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Return the target's scores (2,) for source and destination, and the effects.
+) -> _Effects:
+    """Measure what moving each part does, and moving several.
 
     `batch` is the destination, and `maps` holds the layer's output (1, C, ...) for source and destination.
     """
@@ -203,6 +215,7 @@ def _effects(
     shape = destination.shape[2:]
     num_positions = int(np.prod(shape)) if by != "unit" else 1
     count = num_positions * (1 if by == "position" else len(units))
+    batch_size = resumed_batch_size(model, layer, memory)
     with resume_from_layer(model, layer.name, batch.x) as run:
 
         def score(values: Tensor) -> Tensor:
@@ -210,15 +223,23 @@ def _effects(
             require_finite(model, outputs.logits, "the network's output")
             return _scores(spec, batch, outputs)[: len(values)]
 
+        def score_moved(groups: Sequence[Tensor]) -> Tensor:
+            patched = to_channels_last(destination.expand(len(groups), *destination.shape[1:])).clone()
+            rows = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+            _move(patched, source[0], rows, torch.cat(list(groups)), by, units)
+            return score(patched)
+
         ends = torch.cat([score(source), score(destination)])
         parts = []
-        for numbers in torch.split(torch.arange(count), resumed_batch_size(model, layer, memory)):
-            patched = to_channels_last(destination.expand(len(numbers), *destination.shape[1:])).clone()
-            _move(patched, source[0], numbers, by, units)
-            parts.append(score(patched))
+        for numbers in torch.split(torch.arange(count), batch_size):
+            parts.append(score_moved(numbers[:, None].unbind()))
             report(int(numbers[-1]) + 1, count)
-    effects = torch.cat(parts) - ends[1]
-    return ends, effects.reshape({"unit": (len(units),), "position": shape, "both": (len(units), *shape)}[by])
+        effects = torch.cat(parts) - ends[1]
+        order = torch.argsort(effects.cpu() * torch.sign(ends[0] - ends[1]).cpu(), descending=True, stable=True)
+        counts = torch.tensor([2**i for i in range(count.bit_length()) if 2**i < count] + [count])
+        joint = [score_moved([order[:n] for n in some]) for some in torch.split(counts, batch_size)]
+    effects = effects.reshape({"unit": (len(units),), "position": shape, "both": (len(units), *shape)}[by])
+    return _Effects(ends, effects, counts, torch.cat(joint) - ends[1])
 
 
 def _scores(spec: TargetSpec, batch: Batch, outputs: ForwardResult) -> Tensor:
@@ -227,9 +248,8 @@ def _scores(spec: TargetSpec, batch: Batch, outputs: ForwardResult) -> Tensor:
     return targets.of_image(0, len(outputs.logits)).scores(outputs)[:, 0]
 
 
-def _move(patched: Tensor, source: Tensor, numbers: Tensor, by: By, units: Tensor) -> None:
-    """Replace in each row of `patched` (M, C, ...) the part that its number stands for by that of `source` (C, ...)."""
-    rows = torch.arange(len(numbers))
+def _move(patched: Tensor, source: Tensor, rows: Tensor, numbers: Tensor, by: By, units: Tensor) -> None:
+    """Replace in `rows` of `patched` (M, C, ...) the parts that the numbers stand for by those of `source` (C, ...)."""
     if by == "unit":
         patched[rows, units[numbers]] = source[units[numbers]]
         return

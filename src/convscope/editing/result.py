@@ -239,6 +239,9 @@ class Patching(Result):
     ----------
     effects : ndarray of shape (U,), (h, w) or (U, h, w), float32
         The target's score with the part moved minus that of the destination, by unit, by position, or by both.
+    counts, joint_effects : ndarray of shape (K,)
+        The effect of moving the `counts` parts together whose effects lead most towards the source's score: 1, 2, 4, ...
+        and all.
     units : ndarray of shape (U,)
         Numbers of the units that are moved.
     source_score, destination_score : float
@@ -260,6 +263,8 @@ class Patching(Result):
     """
 
     effects: np.ndarray
+    counts: np.ndarray
+    joint_effects: np.ndarray
     units: np.ndarray
     source_score: float
     destination_score: float
@@ -298,9 +303,17 @@ class Patching(Result):
         return rows
 
     def text_files(self) -> dict[str, str]:
-        """Return ``patching.csv``: one row for each unit or position."""
+        """Return ``patching.csv``, one row for each unit or position, and ``joint.csv``, one for each of `counts`."""
         rows = self.rows()
-        return {"patching.csv": format_csv({name: [row[name] for row in rows] for name in rows[0]})}
+        joint = {
+            "count": self.counts,
+            "effect": self.joint_effects,
+            "share": self.joint_effects / (self.total or np.nan),
+        }
+        return {
+            "patching.csv": format_csv({name: [row[name] for row in rows] for name in rows[0]}),
+            "joint.csv": format_csv(joint),
+        }
 
     def class_indices(self) -> list[int]:
         """Return the classes whose names the result needs."""

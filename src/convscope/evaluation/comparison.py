@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from convscope.arguments import check_arguments
 from convscope.attribution.api import compute_heatmaps, resolve_method
-from convscope.attribution.registry import get_method
+from convscope.attribution.registry import BASELINES, get_method
 from convscope.attribution.result import Heatmaps
 from convscope.attribution.runner import MethodSpec
 from convscope.attribution.targets import ClassLabels, Targets
@@ -34,10 +33,12 @@ from convscope.images.loading import DEFAULT_MAX_PIXELS
 from convscope.predictions import predict
 from convscope.progress import Progress, ProgressOption, progress_bar
 from convscope.result_items import IndexedResult, ItemKey
+from convscope.results import format_csv
 from convscope.sources.coercion import ModelLike, as_model
 
 ARROWS = {"lower": "↓", "higher": "↑"}  # the better direction, in tables
 METHODS = ("grad-cam", "grad-cam++", "hirescam", "layer-cam", "eigen-cam", "centred", "random")
+FAITHFULNESS = ("deletion", "insertion", "road", "mu-fidelity", "average-drop")  # in which baselines are not good
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,6 +105,34 @@ class Comparison(IndexedResult):
             rows.append(row)
         return rows
 
+    def advantages(self) -> list[dict[str, Any]]:
+        """Return how much better each combination is than each baseline among them, in each metric.
+
+        Returns
+        -------
+        list of dict
+            ``method, layer, baseline, metric``, and ``advantage``: the mean over the images of the difference within an
+            image (positive: better than the baseline), with its 95 % interval, ``low`` to ``high`` (None for a single
+            image). Where the interval contains 0, these images do not show that the method is better.
+        """
+        rows = []
+        for maps, evaluation in zip(self.heatmaps, self.evaluations, strict=True):
+            for baseline, of_baseline in self._baselines(maps.layer).items():
+                if maps.method in BASELINES:
+                    continue
+                for metric in self.metrics:
+                    mean, low, high = evaluation.advantage(of_baseline, metric)
+                    row = {"method": maps.method, "layer": maps.layer, "baseline": baseline, "metric": metric}
+                    interval = {"low": None, "high": None} if math.isnan(low) else {"low": low, "high": high}
+                    rows.append(row | {"advantage": mean} | interval)
+        return rows
+
+    def _baselines(self, layer: str) -> dict[str, Evaluation]:
+        """Return each baseline's evaluation: that at a layer if there is one, otherwise the first."""
+        parts = sorted(zip(self.heatmaps, self.evaluations, strict=True), key=lambda part: part[0].layer == layer)
+        by_method = {maps.method: evaluation for maps, evaluation in parts}
+        return {name: by_method[name] for name in BASELINES if name in by_method}
+
     def _title(self) -> str:
         return f"{count_of(len(self.heatmaps), 'map')} of {count_of(len(self.heatmaps[0].image_names), 'image')}"
 
@@ -133,13 +162,10 @@ class Comparison(IndexedResult):
         return arrays
 
     def text_files(self) -> dict[str, str]:
-        """Return ``table.csv`` and ``table.json``."""
-        rows = self.rows()
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return {"table.csv": table.getvalue(), "table.json": json.dumps(rows, indent=1) + "\n"}
+        """Return ``table.csv`` and ``table.json``, and ``advantages.csv`` if there are baselines to compare with."""
+        rows, advantages = self.rows(), self.advantages()
+        files = {"table.csv": _csv(rows), "table.json": json.dumps(rows, indent=1) + "\n"}
+        return files | ({"advantages.csv": _csv(advantages)} if advantages else {})
 
     def parameters(self) -> dict[str, Any]:
         """Return the settings, as JSON values."""
@@ -160,6 +186,24 @@ class Comparison(IndexedResult):
             ],
             "settings": {"heatmaps": dict(first.settings), "metrics": dict(self.evaluations[0].settings)},
         }
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    return format_csv({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _baseline_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a note for each method and baseline that the images do not tell apart in faithfulness."""
+    open_questions: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["metric"] in FAITHFULNESS and row["low"] is not None and row["low"] <= 0:
+            interval = f"{row['metric']} {row['low']:+.3f} to {row['high']:+.3f}"
+            open_questions.setdefault((row["method"], row["layer"], row["baseline"]), []).append(interval)
+    return [
+        f"{method} at {layer}: not shown to be better than {baseline!r}: 95 % interval of its advantage in "
+        + ", ".join(metrics)
+        for (method, layer, baseline), metrics in open_questions.items()
+    ]
 
 
 @warns_of_failures
@@ -272,15 +316,16 @@ def compare(
         for maps, evaluation in zip(results, evaluations, strict=True)
         for note in evaluation.notes
     ]
-    return Comparison(
+    comparison = Comparison(
         model,
         heatmaps=tuple(results),
         evaluations=tuple(evaluations),
         seconds=np.array(seconds),
         fit=fit,
-        notes=tuple(dict.fromkeys((*results[0].notes, *notes))),
         failed=(*failures, *results[0].failed),
     )
+    notes += _baseline_notes(comparison.advantages())
+    return replace(comparison, notes=tuple(dict.fromkeys((*results[0].notes, *notes))))
 
 
 def _report_half(progress: Progress, start: float, num_combinations: int, done: float, total: int) -> None:

@@ -88,6 +88,20 @@ class Evaluation(IndexedResult):
         low, high = bootstrap(self[metric].mean(1, dtype=np.float64))
         return float(low), float(high)
 
+    def advantage(self, other: Evaluation, metric: str) -> tuple[float, float, float]:
+        """Return how much better the maps are than others of the same images: mean and 95 % bootstrap interval.
+
+        The difference is taken within each image, where both depend on the same network and object, so that it is known
+        better than either mean. Positive is better, whether the metric is to be high or low; the interval is NaN for a
+        single image.
+        """
+        sign = 1 if get_metric(metric).better == "higher" else -1
+        differences = sign * (self[metric].astype(np.float64) - other[metric]).mean(1)
+        if len(differences) == 1:
+            return float(differences[0]), math.nan, math.nan
+        low, high = bootstrap(differences)
+        return float(differences.mean()), float(low), float(high)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per metric: name, mean, interval, direction, chance level, description.
 

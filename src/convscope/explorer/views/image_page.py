@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from convscope.attribution.registry import default_method, default_method_for_boxes, usable_methods
+from convscope.attribution.registry import BASELINES, default_method, default_method_for_boxes, usable_methods
 from convscope.explorer.service.compute import COLORMAPS, HeatmapOptions
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
@@ -16,7 +16,6 @@ from convscope.images.colormap import DIVERGING, SEQUENTIAL, color_stops
 
 TOP_CLASSES = 5
 MAX_BOXES = 20  # of one image
-_CONTROLS = ("random", "centred")  # methods that ignore the network
 
 
 def build(context: PageContext, network: Network, image: RegisteredImage, target: int | None = None) -> Page:
@@ -63,7 +62,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "target_name": network.model.class_name(target),
         "layers": [other.name for other in network.layers if not other.is_pooling],
         "default_layer": layer,
-        "methods": [name for name in usable_methods(network.model) if name not in _CONTROLS],
+        "methods": [name for name in usable_methods(network.model) if name not in BASELINES],
         "default_method": method,
         "slow_methods": SLOW_METHODS,
         "colormaps": COLORMAPS,
