@@ -1,7 +1,8 @@
 """Run the benchmarks and write their tables into benchmarks/README.md.
 
-``python benchmarks/run.py`` measures all sections except those of `LONG`, which take an hour or more and run with ``--only``. A
-run that was interrupted goes on with the first section that it has not finished, if versions and rounds are the same.
+``python benchmarks/run.py`` measures all sections except those of `LONG`, which take an hour or more and run
+with ``--only``. A run that was interrupted goes on with the first section that it has not finished, if versions and
+rounds are the same.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ class Patching(Result):
     effects : ndarray of shape (U,), (h, w) or (U, h, w), float32
         The target's score with the part moved minus that of the destination, by unit, by position, or by both.
     counts, joint_effects : ndarray of shape (K,)
-        The effect of moving the `counts` parts together whose effects lead most towards the source's score: 1, 2, 4, ...
-        and all.
+        The effect of moving those `counts` parts together whose effects lead most towards the source's score: 1, 2, 4,
+        ... and all.
     units : ndarray of shape (U,)
         Numbers of the units that are moved.
     source_score, destination_score : float
