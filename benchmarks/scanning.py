@@ -81,7 +81,7 @@ def passes(rounds: int) -> list[Pass]:
 def _pass(network: str, model: Model, layers: list[str], rounds: int) -> Pass:
     """Time the network alone, a shard from decoded images to the content of its file, and the same compiled."""
     count = BATCH * BATCHES
-    plan = ScanPlan(count, BATCH, count, 100, 1000, "squash", DEFAULT_MAX_PIXELS, THREADS, False)
+    plan = ScanPlan(count, BATCH, count, "squash", DEFAULT_MAX_PIXELS, THREADS, 100, 1000, False)
     with PrefetchingDecoder(build_catalogue(photograph_crops(count)), model.preprocessing) as decoder:
         decoded = list(decoder.batches(plan.batches([0]), BATCH))
     units = {name: model.layers.find(name).units for name in layers} | {LOGITS: int(model.num_outputs or 0)}

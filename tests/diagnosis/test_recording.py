@@ -15,8 +15,9 @@ from convscope import ConvscopeError
 from convscope.datasets.catalogue import Catalogue, build_catalogue
 from convscope.diagnosis import recording
 from convscope.diagnosis.facts import measure_image
-from convscope.diagnosis.recording import ARRAYS, FACT_NAMES, RecordingJob, RecordingPlan, record_observations
+from convscope.diagnosis.recording import ARRAYS, FACT_NAMES, RecordingJob, record_observations
 from convscope.images.loading import ImageBatchLoader
+from convscope.scanning.plan import ShardPlan
 from tests.oracles.tiny import NUM_IMAGES, read_files, tiny, write_images
 
 
@@ -33,7 +34,7 @@ def model() -> convscope.Model:
 
 
 def job_of(model: convscope.Model, catalogue: Catalogue, layer: str = "last", workers: int = 0) -> RecordingJob:
-    plan = RecordingPlan(len(catalogue), 8, 64, "squash", 10**8, torch.get_num_threads())
+    plan = ShardPlan(len(catalogue), 8, 64, "squash", 10**8, torch.get_num_threads())
     labels = np.arange(len(catalogue)) % 3
     return RecordingJob(model, model.layers.find(layer), catalogue, labels, model.classes or (), plan, workers)
 

@@ -22,7 +22,7 @@ from torch import nn
 import convscope
 from convscope import ConvscopeError
 from convscope.images.loading import ImageBatchLoader
-from convscope.scanning import api
+from convscope.scanning import sharding
 from convscope.scanning.plan import ScanPlan, choose_shard_size
 from tests.oracles.tiny import LAYERS, NUM_IMAGES, SETTINGS, read_files, tiny, write_images
 
@@ -310,7 +310,7 @@ def test_a_scan_of_listed_files_that_vanish_stops_too(data: Path, tmp_path: Path
     folder, away, out = tmp_path / "data", tmp_path / "away", tmp_path / "store"
     shutil.copytree(data, folder)
     paths = sorted(str(path) for path in folder.rglob("*.png"))
-    with pytest.raises(ConvscopeError, match="has changed since the scan began; rerun to resume"):
+    with pytest.raises(ConvscopeError, match="has changed since the run began; rerun to resume"):
         convscope.scan(tiny(), paths, out, LAYERS, **SETTINGS, progress=move_away_at(80, folder, away))
     away.rename(folder)
     assert convscope.scan(tiny(), paths, out, LAYERS, **SETTINGS).manifest["failed"] == 2
@@ -319,13 +319,13 @@ def test_a_scan_of_listed_files_that_vanish_stops_too(data: Path, tmp_path: Path
 def test_a_full_disk_is_reported_and_the_scan_can_be_resumed(
     data: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_to_full_disk(store: Path, result: api.ShardResult) -> None:
+    def write_to_full_disk(store: Path, result: sharding.ShardResult) -> None:
         if result.shard == 1:
             raise OSError(28, "No space left on device")
         write_shard(store, result)
 
-    write_shard = api.write_shard
-    monkeypatch.setattr(api, "write_shard", write_to_full_disk)
+    write_shard = sharding.write_shard
+    monkeypatch.setattr(sharding, "write_shard", write_to_full_disk)
     with pytest.raises(ConvscopeError, match="No space left on device; rerun to resume"):
         convscope.scan(tiny(), data, tmp_path / "store", LAYERS, **SETTINGS)
     monkeypatch.undo()
@@ -409,12 +409,12 @@ def test_shards_are_whole_batches_and_whole_thumbnail_sheets() -> None:
 
 
 def test_the_plan_covers_every_image_once_and_the_sample_is_spread() -> None:
-    plan = ScanPlan(1000, 16, 192, 5, 100, "squash", 10**8, 2, False)
+    plan = ScanPlan(1000, 16, 192, "squash", 10**8, 2, 5, 100, False)
     assert [image for batch in plan.batches(range(plan.num_shards)) for image in batch] == list(range(1000))
     sample = plan.sample_images()
     assert len(set(sample.tolist())) == 100
     assert 30 < (sample < 500).sum() < 70  # a fair coin leaves this range once in 50,000 times
-    assert ScanPlan(50, 16, 64, 5, 100, "squash", 10**8, 2, False).sample_images().tolist() == list(range(50))
+    assert ScanPlan(50, 16, 64, "squash", 10**8, 2, 5, 100, False).sample_images().tolist() == list(range(50))
 
 
 def test_the_manifest_contains_neither_time_nor_host(reference: Path) -> None:

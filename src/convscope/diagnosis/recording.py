@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,18 +31,16 @@ from convscope.diagnosis.forward import (
     position_facts,
 )
 from convscope.diagnosis.observations import Observations
-from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import batch_size, forward_bytes
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import Model
-from convscope.errors import ConvscopeError
 from convscope.images.failures import Failure
 from convscope.progress import Progress
-from convscope.results import atomic_write, versions, write_json
-from convscope.scanning.decoding import DecodedBatch, PrefetchingDecoder, default_workers
-from convscope.scanning.folders import locked, read_identity
-from convscope.scanning.plan import ShardPlan, choose_shard_size, require_same_scan
-from convscope.scanning.shard import NOT_FINITE
+from convscope.results import write_json
+from convscope.scanning.decoding import DecodedBatch, PrefetchingDecoder
+from convscope.scanning.folders import PLAN_FILE, begin_run, locked
+from convscope.scanning.plan import ShardPlan, choose_shard_size, run_identity
+from convscope.scanning.sharding import ShardResult, no_usable_image, run_shards, shard_path, usable_rows
 
 FORMAT = 1  # of the observations: raised by one with every change of their files or facts
 MAX_BATCH = 16
@@ -51,23 +48,6 @@ ARRAYS = ("image_ids", "logits", "features", "peaks", "evidence", "facts", "thum
 FACT_NAMES = (*FACTS, *POSITION_FACTS)
 FLOAT16_MAX = 65504.0
 FINISHED = "observations.json"
-
-
-@dataclass(frozen=True)
-class RecordingPlan(ShardPlan):
-    """How the images are divided, and how they are shown to the network.
-
-    Attributes
-    ----------
-    fit, max_pixels
-        As of `ImageBatchLoader`.
-    num_threads : int
-        Threads that the network computes with.
-    """
-
-    fit: str
-    max_pixels: int
-    num_threads: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +63,7 @@ class RecordingJob:
     labels : ndarray of shape (N,), int64
         The network's class of each image, -1 if unknown.
     classes : tuple of str
-    plan : RecordingPlan
+    plan : ShardPlan
     workers : int or None
         Number of processes that decode images; with `ray`, of actors.
     ray : str or None
@@ -95,23 +75,13 @@ class RecordingJob:
     catalogue: Catalogue
     labels: np.ndarray
     classes: tuple[str, ...]
-    plan: RecordingPlan
+    plan: ShardPlan
     workers: int | None = None
     ray: str | None = None
 
     def identity(self) -> dict[str, object]:
         """Return what two runs must have in common to share a folder, as JSON values."""
-        catalogue = self.catalogue
-        values = {
-            "format": FORMAT,
-            "model": self.model.describe(),
-            "data": {"name": catalogue.name, "images": len(catalogue), "fingerprint": catalogue.fingerprint},
-            "scanned_layers": [self.layer.name],
-            "plan": asdict(self.plan),
-            "versions": versions(),
-        }
-        identity: dict[str, object] = json.loads(json.dumps(values, default=str))
-        return identity
+        return run_identity(self.plan, self.model, self.catalogue, [self.layer.name], FORMAT)
 
     def decoder(self, num_workers: int, *, measure: bool = True) -> PrefetchingDecoder:
         """Return a decoder of the images, which measures facts about them as well."""
@@ -128,13 +98,21 @@ class RecordingJob:
         """Return the pass that observes batches."""
         return observing_forward(self.model, self.layer, example_input(self.model))
 
+    def compute(
+        self, shard: int, batches: Iterator[DecodedBatch], forward: Callable[[torch.Tensor], BatchObservations]
+    ) -> Iterator[int | ShardResult]:
+        """Yield the number of images after each batch of a shard, and then its result."""
+        columns = _Columns()
+        for batch in islice(batches, len(list(self.plan.batches([shard])))):
+            columns.add(batch, forward(batch.x))
+            yield len(batch.indices)
+        yield ShardResult(shard, columns.content(), columns.ends_in_failures)
 
-def plan_recording(
-    model: Model, layer: Layer, num_images: int, *, fit: str, max_pixels: int, memory: int
-) -> RecordingPlan:
+
+def plan_recording(model: Model, layer: Layer, num_images: int, *, fit: str, max_pixels: int, memory: int) -> ShardPlan:
     """Divide the images into batches that fit into `memory` bytes, and into shards."""
     size = batch_size(model, forward_bytes(model, [layer]), memory, MAX_BATCH)
-    return RecordingPlan(
+    return ShardPlan(
         num_images, size, choose_shard_size(num_images, size, None), fit, max_pixels, torch.get_num_threads()
     )
 
@@ -200,100 +178,13 @@ def load_observations(
 
 def _record(job: RecordingJob, folder: Path, reload_catalogue: Callable[[], Catalogue], progress: Progress) -> None:
     """Compute the missing shards, and join all."""
-    identity, plan = job.identity(), job.plan
-    for name in (FINISHED, "plan.json"):
-        if (folder / name).exists():
-            require_same_scan(read_identity(folder / name), identity, str(folder), "diagnosis")
-            if name == FINISHED:
-                return
-    write_json(folder / "plan.json", identity)
-    shards = folder / "shards"
-    shards.mkdir(exist_ok=True)
-    missing = [shard for shard in range(plan.num_shards) if not _shard_file(shards, shard).exists()]
-    done = plan.num_images - sum(len(plan.shard_images(shard)) for shard in missing)
-    for shard, step in _steps(job, missing):
-        if isinstance(step, int):
-            done += step
-            progress(done, plan.num_images)
-            continue
-        content, ends_in_failures = step
-        if ends_in_failures and reload_catalogue().fingerprint != job.catalogue.fingerprint:
-            raise ConvscopeError(f"{job.catalogue.name} has changed since the run began; rerun to resume")
-        with atomic_write(_shard_file(shards, shard)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    failed = _join(job, folder)
-    write_json(folder / FINISHED, {**identity, "failed": failed})
-    shutil.rmtree(shards)
-    (folder / "plan.json").unlink()
-
-
-def _shard_file(shards: Path, shard: int) -> Path:
-    return shards / f"{shard:05d}.safetensors"
-
-
-ShardContent = tuple[bytes, bool]
-"""The content of a shard's file, and whether no image of its last batch could be read, as when the data are gone."""
-
-
-Step = tuple[int, int | ShardContent]
-"""A shard with the number of images that were done, or in the end with the content of its file."""
-
-
-def _steps(job: RecordingJob, shards: Sequence[int]) -> Iterator[Step]:
-    """Compute shards, in this process or on a cluster."""
-    if not shards:
+    identity = job.identity()
+    if begin_run(folder, FINISHED, identity, "diagnosis"):
         return
-    plan = job.plan
-    if job.ray is None:
-        num_workers = default_workers(plan.num_images) if job.workers is None else job.workers
-        with job.decoder(num_workers) as decoder, job.forward() as forward:
-            batches = decoder.batches(plan.batches(shards), plan.batch_size)
-            for shard in shards:
-                yield from _compute(job, shard, batches, forward)
-        return
-    gpus = int(job.model.device.type == "cuda")
-    results = map_unordered(
-        partial(_RemoteRecorder, job),
-        shards,
-        address=job.ray,
-        cpus=plan.num_threads,
-        gpus=gpus,
-        workers=job.workers or None,
-    )
-    for shard, content in results:
-        yield shard, content
-        yield shard, len(plan.shard_images(shard))
-
-
-def _compute(
-    job: RecordingJob, shard: int, batches: Iterator[DecodedBatch], forward: Callable[[torch.Tensor], BatchObservations]
-) -> Iterator[Step]:
-    """Yield the number of images after each batch of a shard, and then its content."""
-    columns = _Columns()
-    for batch in islice(batches, len(list(job.plan.batches([shard])))):
-        columns.add(batch, forward(batch.x))
-        yield shard, len(batch.indices)
-    yield shard, (columns.content(), columns.ends_in_failures)
-
-
-class _RemoteRecorder:
-    """Computes shards in an actor of a cluster; its decoder and its hooks live as long as the actor."""
-
-    def __init__(self, job: RecordingJob) -> None:
-        torch.set_num_threads(job.plan.num_threads)
-        self._job, self._stack = job, ExitStack()
-        self._decoder = self._stack.enter_context(job.decoder(num_workers=1))
-        self._forward = self._stack.enter_context(job.forward())
-
-    def __call__(self, shard: int) -> ShardContent:
-        plan = self._job.plan
-        batches = self._decoder.batches(plan.batches([shard]), plan.batch_size)
-        *_, (_, content) = _compute(self._job, shard, batches, self._forward)
-        if isinstance(content, int):
-            raise TypeError(f"shard {shard} ended without a result")
-        return content
+    run_shards(job, folder, workers=job.workers, ray=job.ray, reload_catalogue=reload_catalogue, progress=progress)
+    write_json(folder / FINISHED, {**identity, "failed": _join(job, folder)})
+    shutil.rmtree(folder / "shards")
+    (folder / PLAN_FILE).unlink()
 
 
 class _Columns:
@@ -306,11 +197,7 @@ class _Columns:
 
     def add(self, batch: DecodedBatch, values: BatchObservations) -> None:
         """Add the images of a batch that can be used; note the reasons of the others."""
-        finite = values.finite_rows().tolist()
-        readable = [row for row, image in enumerate(batch.indices) if image not in batch.failed]
-        usable = [row for row in readable if finite[row]]
-        self.failed |= batch.failed
-        self.failed |= {batch.indices[row]: NOT_FINITE for row in readable if not finite[row]}
+        readable, usable = usable_rows(batch, values.finite_rows().tolist(), self.failed)
         self.ends_in_failures = not readable
         if not usable:
             return
@@ -338,7 +225,7 @@ class _Columns:
 
 def _join(job: RecordingJob, folder: Path) -> dict[str, str]:
     """Join the shards into one array per file; return the reason for each image that failed."""
-    files = [_shard_file(folder / "shards", shard) for shard in range(job.plan.num_shards)]
+    files = [shard_path(folder, shard) for shard in range(job.plan.num_shards)]
     reasons: dict[str, str] = {}
     counts = []
     for path in files:
@@ -346,9 +233,7 @@ def _join(job: RecordingJob, folder: Path) -> dict[str, str]:
             reasons |= json.loads(file.metadata()["failed"])
             counts.append(len(file.get_tensor("image_ids")) if "image_ids" in file.keys() else 0)  # noqa: SIM118
     if not sum(counts):
-        names = job.catalogue.names
-        examples = "; ".join(str(Failure(names[int(i)].as_py(), why)) for i, why in list(reasons.items())[:3])
-        raise ConvscopeError(f"none of the {len(names):,} images of {job.catalogue.name} can be used: {examples}")
+        raise no_usable_image(job.catalogue, {int(image): reason for image, reason in reasons.items()})
     for name in ARRAYS:
         _join_array(name, [path for path, count in zip(files, counts, strict=True) if count], sum(counts), folder)
     return reasons

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,29 +14,24 @@ import torch
 
 from convscope.arguments import check_arguments
 from convscope.datasets.catalogue import Catalogue, build_catalogue, match_classes
-from convscope.distributed.ray_pool import map_unordered
 from convscope.engine.batching import MAX_BATCH, MEMORY, forward_bytes
 from convscope.engine.batching import batch_size as fitting_batch_size
 from convscope.engine.layer_selection import LayerLike, as_layers, find_layer, last_per_resolution
 from convscope.engine.model import LOGITS, Model
 from convscope.errors import ConvscopeError, require_int, warns_of_failures
-from convscope.images.failures import Failure
 from convscope.images.loading import DEFAULT_MAX_PIXELS
-from convscope.progress import Progress, ProgressOption, progress_bar
-from convscope.results import local_folder, versions, write_json
+from convscope.progress import ProgressOption, progress_bar
+from convscope.results import local_folder
 from convscope.scanning.batch_statistics import StatisticsForward, forward_with_statistics
-from convscope.scanning.decoding import PrefetchingDecoder, default_workers
-from convscope.scanning.folders import locked, read_identity
+from convscope.scanning.decoding import DecodedBatch, PrefetchingDecoder
+from convscope.scanning.folders import PLAN_FILE, begin_run, locked
 from convscope.scanning.merge import ShardMerger
-from convscope.scanning.plan import (
-    ScanPlan,
-    choose_shard_size,
-    require_same_scan,
-    scan_identity,
-)
-from convscope.scanning.shard import ScanTargets, ShardFile, ShardResult, scan_shard, shard_file_name, write_shard
+from convscope.scanning.plan import ScanPlan, choose_shard_size, run_identity
+from convscope.scanning.shard import ScanTargets, ShardFile, scan_shard
+from convscope.scanning.sharding import ShardResult, no_usable_image, run_shards
 from convscope.sources.coercion import ModelLike, as_model
 from convscope.store.io import Folder
+from convscope.store.schema import FORMAT
 from convscope.store.store import Store, open_store
 from convscope.store.stored_dictionaries import KEY, write_dictionaries
 
@@ -148,14 +143,20 @@ def scan(
         max_pixels=max_pixels,
         compiled=compiled,
     )
-    data = {"name": catalogue.name, "images": len(catalogue), "fingerprint": catalogue.fingerprint}
-    identity = scan_identity(plan, model.describe(), data, names, versions())
+    identity = run_identity(plan, model, catalogue, names, FORMAT)
     label_classes = match_classes(catalogue.label_names, model.classes, model.num_outputs)
     targets = ScanTargets({name: _num_units(model, name) for name in names}, catalogue.labels, label_classes)
     job = _ScanJob(model, plan, targets, catalogue)
     with progress_bar(progress, "scan") as report, locked(store):
-        if not _is_finished(store, identity):
-            _scan_missing(job, store, workers, ray, partial(build_catalogue, dataset, storage=storage), report)
+        if not begin_run(store, "manifest.json", identity):
+            run_shards(
+                job,
+                store,
+                workers=workers,
+                ray=ray,
+                reload_catalogue=partial(build_catalogue, dataset, storage=storage),
+                progress=report,
+            )
             _merge(job, store, identity)
         _remove_temporary(store)
     return open_store(store)
@@ -205,11 +206,11 @@ def _make_plan(
         num_images=num_images,
         batch_size=batch_size,
         shard_size=choose_shard_size(num_images, batch_size, shard_size),
-        k=k,
-        sample_size=sample_size,
         fit=fit,
         max_pixels=max_pixels,
         num_threads=torch.get_num_threads(),
+        k=k,
+        sample_size=sample_size,
         compiled=compiled,
     )
 
@@ -219,19 +220,17 @@ def _make_plan(
 
 @dataclass(frozen=True)
 class _ScanJob:
-    """What is done to each shard, in this process or in another one."""
+    """What is done to each shard."""
 
     model: Model
     plan: ScanPlan
     targets: ScanTargets
     catalogue: Catalogue
 
-    def scan_shards(self, shards: Sequence[int], num_workers: int) -> Iterator[int | ShardResult]:
-        """Scan shards in order; yield the number of images after each batch, and each shard's result."""
-        with self.decoder(num_workers) as decoder, self.forward() as forward:
-            batches = decoder.batches(self.plan.batches(shards), self.plan.batch_size)
-            for shard in shards:
-                yield from scan_shard(self.model, self.plan, shard, self.targets, forward, batches)
+    def compute(
+        self, shard: int, batches: Iterator[DecodedBatch], forward: StatisticsForward
+    ) -> Iterator[int | ShardResult]:
+        return scan_shard(self.model, self.plan, shard, self.targets, forward, batches)
 
     def decoder(self, num_workers: int) -> PrefetchingDecoder:
         return PrefetchingDecoder(
@@ -247,84 +246,7 @@ class _ScanJob:
         return forward_with_statistics(self.model, layers, self.plan.batch_size, compiled=self.plan.compiled)
 
 
-class _RemoteScanner:
-    """Scans shards in an actor of a cluster; its decoder and its hooks live as long as the actor."""
-
-    def __init__(self, job: _ScanJob) -> None:
-        torch.set_num_threads(job.plan.num_threads)
-        self._job, self._stack = job, ExitStack()
-        self._decoder = self._stack.enter_context(job.decoder(num_workers=1))
-        self._forward = self._stack.enter_context(job.forward())
-
-    def __call__(self, shard: int) -> ShardResult:
-        job = self._job
-        batches = self._decoder.batches(job.plan.batches([shard]), job.plan.batch_size)
-        *_, result = scan_shard(job.model, job.plan, shard, job.targets, self._forward, batches)
-        if not isinstance(result, ShardResult):
-            raise TypeError(f"shard {shard} ended without a result")
-        return result
-
-
-def _scan_missing(
-    job: _ScanJob,
-    store: Path,
-    workers: int | None,
-    ray: str | None,
-    reload_catalogue: Callable[[], Catalogue],
-    progress: Progress,
-) -> None:
-    """Scan the shards that the store does not have yet, and write each as it is done."""
-    plan, catalogue = job.plan, job.catalogue
-    with closing(_results(job, missing_shards(store, plan), workers, ray)) as results:
-        for step in results:
-            if isinstance(step, int):
-                progress(step, plan.num_images)
-                continue
-            if step.ends_in_failures and reload_catalogue().fingerprint != catalogue.fingerprint:
-                raise ConvscopeError(f"{catalogue.name} has changed since the scan began; rerun to resume")
-            write_shard(store, step)
-
-
-def _results(
-    job: _ScanJob, shards: Sequence[int], workers: int | None, ray: str | None
-) -> Generator[int | ShardResult, None, None]:
-    """Yield results of shards as they are done, and between them the number of images done in all."""
-    plan = job.plan
-    done = plan.num_images - sum(len(plan.shard_images(shard)) for shard in shards)
-    if not shards:
-        return
-    if ray is None:
-        num_workers = default_workers(plan.num_images) if workers is None else workers
-        for step in job.scan_shards(shards, num_workers):
-            done += step if isinstance(step, int) else 0
-            yield done if isinstance(step, int) else step
-        return
-    gpus = int(job.model.device.type == "cuda")
-    make_task = partial(_RemoteScanner, job)
-    for shard, result in map_unordered(
-        make_task, shards, address=ray, cpus=plan.num_threads, gpus=gpus, workers=workers or None
-    ):
-        yield result
-        done += len(plan.shard_images(shard))
-        yield done
-
-
 # --- the store -------------------------------------------------------------------------------------------------------
-
-
-def missing_shards(store: Path, plan: ScanPlan) -> list[int]:
-    """Return the shards whose files are not in the store."""
-    return [shard for shard in range(plan.num_shards) if not (store / "shards" / shard_file_name(shard)).exists()]
-
-
-def _is_finished(store: Path, identity: Mapping[str, object]) -> bool:
-    """Whether the store is finished; otherwise begin it. Raises ConvscopeError if it belongs to another scan."""
-    for name in ("manifest.json", "plan.json"):
-        if (store / name).exists():
-            require_same_scan(read_identity(store / name), identity, str(store))
-            return name == "manifest.json"
-    write_json(store / "plan.json", identity)
-    return False
 
 
 def _merge(job: _ScanJob, store: Path, identity: Mapping[str, object]) -> None:
@@ -350,17 +272,13 @@ def _count_failures(job: _ScanJob, store: Path) -> int:
     for shard in range(job.plan.num_shards):
         reasons |= ShardFile(store, shard).failures()
     if len(reasons) == job.plan.num_images:
-        names = job.catalogue.names
-        examples = "; ".join(str(Failure(names[i].as_py(), reason)) for i, reason in list(reasons.items())[:3])
-        raise ConvscopeError(
-            f"none of the {job.plan.num_images:,} images of {job.catalogue.name} can be used: {examples}"
-        )
+        raise no_usable_image(job.catalogue, reasons)
     return len(reasons)
 
 
 def _remove_temporary(store: Path) -> None:
     """Remove what only an unfinished store needs, and temporary files of interrupted runs."""
     shutil.rmtree(store / "shards", ignore_errors=True)
-    (store / "plan.json").unlink(missing_ok=True)
+    (store / PLAN_FILE).unlink(missing_ok=True)
     for temporary in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
         temporary.unlink()

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from convscope.errors import ConvscopeError
-from convscope.scanning.plan import IDENTITY_KEYS
+from convscope.results import write_json
+from convscope.scanning.plan import IDENTITY_KEYS, require_same_run
+
+PLAN_FILE = "plan.json"
+"""The identity of a run that is not finished."""
+
+
+def begin_run(folder: Path, finished: str, identity: Mapping[str, object], run: str = "scan") -> bool:
+    """Return whether a run is finished; otherwise begin or resume it.
+
+    Parameters
+    ----------
+    folder : Path
+    finished : str
+        The file in it, with the identity, that exists if the run is finished.
+    identity : mapping
+        What two runs must have in common to share the folder.
+    run : str
+        What the folder is of, in messages.
+
+    Raises
+    ------
+    ConvscopeError
+        If the folder belongs to another run.
+    """
+    for name in (finished, PLAN_FILE):
+        if (folder / name).exists():
+            require_same_run(read_identity(folder / name), identity, str(folder), run)
+            return name == finished
+    write_json(folder / PLAN_FILE, identity)
+    return False
 
 
 def read_identity(file: Path) -> dict[str, object]:

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from convscope.datasets.catalogue import Catalogue
+from convscope.engine.model import Model
 from convscope.errors import ConvscopeError
+from convscope.results import versions
 from convscope.store.io import THUMBNAILS_PER_SHEET
-from convscope.store.schema import FORMAT
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How the images of a pass over a data set are divided.
+    """How the images of a pass over a data set are divided, and how they are shown to the network.
 
     The plan alone decides which images are computed together: workers, failures and the order of events have no
     influence on a single bit.
@@ -27,11 +29,18 @@ class ShardPlan:
         Images that go through the network together.
     shard_size : int
         Images that are written together; the last shard may be shorter.
+    fit, max_pixels
+        As of `ImageBatchLoader`.
+    num_threads : int
+        Threads that the network computes with.
     """
 
     num_images: int
     batch_size: int
     shard_size: int
+    fit: str
+    max_pixels: int
+    num_threads: int
 
     @property
     def num_shards(self) -> int:
@@ -60,19 +69,12 @@ class ScanPlan(ShardPlan):
         Number of top and bottom images of each unit.
     sample_size : int
         Images on which every unit's maximum is stored.
-    fit, max_pixels
-        As of `ImageBatchLoader`.
-    num_threads : int
-        Threads that the network computes with.
     compiled : bool
         Whether the network is compiled.
     """
 
     k: int
     sample_size: int
-    fit: str
-    max_pixels: int
-    num_threads: int
     compiled: bool
 
     def sample_images(self) -> np.ndarray:
@@ -107,25 +109,22 @@ def choose_shard_size(num_images: int, batch_size: int, requested: int | None) -
 IDENTITY_KEYS = ("format", "model", "data", "scanned_layers", "plan", "versions")
 
 
-def scan_identity(
-    plan: ScanPlan,
-    model: Mapping[str, object],
-    data: Mapping[str, object],
-    layers: Sequence[str],
-    versions: Mapping[str, str],
+def run_identity(
+    plan: ShardPlan, model: Model, catalogue: Catalogue, layers: Sequence[str], file_format: int
 ) -> dict[str, object]:
-    """Return what two runs must have in common to share a store, under `IDENTITY_KEYS`, as JSON values."""
-    values = (FORMAT, model, data, layers, asdict(plan), versions)
+    """Return what two runs must have in common to share a folder, under `IDENTITY_KEYS`, as JSON values."""
+    data = {"name": catalogue.name, "images": len(catalogue), "fingerprint": catalogue.fingerprint}
+    values = (file_format, model.describe(), data, layers, asdict(plan), versions())
     identity: dict[str, object] = json.loads(json.dumps(dict(zip(IDENTITY_KEYS, values, strict=True)), default=str))
     return identity
 
 
-def require_same_scan(
+def require_same_run(
     existing: Mapping[str, object], requested: Mapping[str, object], location: str, run: str = "scan"
 ) -> None:
-    """Raise ConvscopeError, listing the differences, if a folder belongs to another scan or an older format.
+    """Raise ConvscopeError, listing the differences, if a folder belongs to another run or an older format.
 
-    `run` says what the folder is of, where that is no scan.
+    `run` says what the folder is of.
     """
     if existing.get("format") != requested["format"]:
         kind = "store format" if run == "scan" else "format"

@@ -1,4 +1,4 @@
-"""Scan one shard, and write and read the file in which its results wait to be merged."""
+"""Scan one shard, and read the file in which its results wait to be merged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,15 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from convscope.engine.model import LOGITS, Model
-from convscope.results import atomic_write
-from convscope.scanning.batch_statistics import BatchStatistics, StatisticsForward
+from convscope.scanning.batch_statistics import StatisticsForward
 from convscope.scanning.decoding import DecodedBatch
 from convscope.scanning.plan import ScanPlan
+from convscope.scanning.sharding import ShardResult, shard_path, usable_rows
 from convscope.scanning.statistics import OnlineStatistics, UnitStatistics
 from convscope.store.io import SHEET_COLUMNS, THUMBNAILS_PER_SHEET
 
 NUM_PREDICTIONS = 5  # classes that are stored for each image
-NOT_FINITE = "drives the network out of the range of finite numbers"
 
 
 @dataclass(frozen=True)
@@ -119,27 +117,6 @@ class ShardImages:
         }
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """The results of a shard.
-
-    Attributes
-    ----------
-    shard : int
-    content : bytes
-        The content of its file.
-    thumbnail_sheets : dict
-        The content of its thumbnail sheets, by file name.
-    ends_in_failures : bool
-        Whether no image of its last batch could be read, as when the data are gone.
-    """
-
-    shard: int
-    content: bytes
-    thumbnail_sheets: Mapping[str, bytes]
-    ends_in_failures: bool
-
-
 def scan_shard(
     model: Model,
     plan: ScanPlan,
@@ -158,25 +135,25 @@ def scan_shard(
     k = min(plan.k, len(images))
     statistics = {name: OnlineStatistics(units, k, sample, model.device) for name, units in targets.num_units.items()}
     num_positions = {name: _num_positions(model, name) for name in statistics}
-    columns, readable_rows = ShardImages(), list[int]()
+    columns, readable = ShardImages(), list[int]()
     for batch in islice(batches, len(list(plan.batches([shard])))):
         reductions = forward(batch.x, {name: layer.thresholds for name, layer in statistics.items()})
-        readable_rows, usable_rows = _usable_rows(batch, reductions, columns.failed)
-        rows = torch.tensor(usable_rows, dtype=torch.long)
+        readable, usable = usable_rows(batch, reductions.finite_rows().tolist(), columns.failed)
+        rows = torch.tensor(usable, dtype=torch.long)
         ids = torch.tensor(batch.indices)[rows]
         labels = torch.from_numpy(targets.image_labels(ids.tolist()))
         for name, layer in statistics.items():
             reduction = reductions.layers[name]
             layer.add(reduction.select(rows.to(reduction.maxima.device)), ids, num_positions[name], labels)
         logits, targets_of_batch = reductions.logits, targets.image_classes(batch.indices)
-        columns.add(batch, usable_rows, model.probabilities(logits), model.losses(logits), targets_of_batch)
+        columns.add(batch, usable, model.probabilities(logits), model.losses(logits), targets_of_batch)
         yield len(batch.indices)
     tensors = {f"images/{name}": tensor for name, tensor in columns.to_tensors().items()}
     for number, layer in enumerate(statistics.values()):
         tensors |= {f"layers/{number}/{key}": tensor for key, tensor in layer.finish().to_tensors().items()}
     metadata = {"failed": json.dumps({str(image): reason for image, reason in sorted(columns.failed.items())})}
     sheets = _thumbnail_sheets(images.start, np.concatenate(columns.thumbnails))
-    yield ShardResult(shard, save(tensors, metadata), sheets, ends_in_failures=not readable_rows)
+    yield ShardResult(shard, save(tensors, metadata), not readable, sheets)
 
 
 def _num_positions(model: Model, name: str) -> int:
@@ -184,17 +161,6 @@ def _num_positions(model: Model, name: str) -> int:
         return 1
     layer = model.layers.find(name)
     return math.prod(layer.shape[1:]) if layer.is_spatial else 1
-
-
-def _usable_rows(
-    batch: DecodedBatch, reductions: BatchStatistics, failed: dict[int, str]
-) -> tuple[list[int], list[int]]:
-    """Return the rows of images that could be read, and of these the finite ones; note the reasons of all others."""
-    finite = reductions.finite_rows().tolist()
-    readable = [row for row, image in enumerate(batch.indices) if image not in batch.failed]
-    failed |= batch.failed
-    failed |= {batch.indices[row]: NOT_FINITE for row in readable if not finite[row]}
-    return readable, [row for row in readable if finite[row]]
 
 
 def _thumbnail_sheets(first: int, thumbnails: np.ndarray) -> dict[str, bytes]:
@@ -212,29 +178,11 @@ def _thumbnail_sheets(first: int, thumbnails: np.ndarray) -> dict[str, bytes]:
     return sheets
 
 
-def shard_file_name(shard: int) -> str:
-    """Return the name of a shard's file."""
-    return f"{shard:05d}.safetensors"
-
-
-def write_shard(store: Path, result: ShardResult) -> None:
-    """Write thumbnails and then the shard's file, flushed before it takes its name: if it exists, the shard is done."""
-    for folder in ("thumbnails", "shards"):
-        (store / folder).mkdir(parents=True, exist_ok=True)
-    for name, content in result.thumbnail_sheets.items():
-        with atomic_write(store / "thumbnails" / name) as file:
-            file.write(content)
-    with atomic_write(store / "shards" / shard_file_name(result.shard)) as file:
-        file.write(result.content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 class ShardFile:
     """The file of a shard, of which only the requested parts are read."""
 
     def __init__(self, store: Path, shard: int) -> None:
-        self.path = store / "shards" / shard_file_name(shard)
+        self.path = shard_path(store, shard)
 
     def layer_statistics(self, number: int) -> UnitStatistics:
         """Read the statistics of a layer, given by its number."""
