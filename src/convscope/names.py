@@ -1,4 +1,4 @@
-"""Names of heatmap methods, recipes and metrics, each with one line of description, as plain text.
+"""Names of heatmap methods, recipes and metrics, each with one line of description, as plain text; tasks; columns.
 
 The command line refuses an unknown name by these tables, before it spends seconds on importing PyTorch. A test keeps
 them equal to the tables of functions: `attribution.registry`, `featurevis.recipes`, `dictionaries.methods.registry` and
@@ -10,6 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+
+TASKS = (
+    "classification",
+    "binary",
+    "multilabel",
+    "regression",
+    "probabilities",
+    "segmentation",
+    "detection",
+    "embedding",
+)
+"""What the outputs of a network mean."""
+
+BOX_EDGES = ("left", "top", "right", "bottom")
+"""Columns of boxes in tables."""
 
 METHOD_DESCRIPTIONS = {
     "cam": "channels weighted by the class's weights after pooling",

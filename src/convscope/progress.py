@@ -29,6 +29,11 @@ INTERVAL = 0.25  # seconds between two drawings
 _active: ContextVar[bool] = ContextVar("convscope_progress", default=False)  # inside a call that reports progress
 
 
+def report_part(report: Progress, done: float, count: int, total: int, fraction: float) -> None:
+    """Report that a fraction of the next `count` of `total` items is done, after `done` before."""
+    report(done + fraction * count, total)
+
+
 @contextmanager
 def progress_bar(progress: ProgressOption, label: str) -> Iterator[Progress]:
     """Show the progress of the block; yield the function ``(done, total)`` to report it with, from any thread.

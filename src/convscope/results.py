@@ -11,7 +11,7 @@ import platform
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from html import escape
@@ -360,6 +360,15 @@ def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def map_json(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Return a value with lists for tuples and arrays, names as keys, and `leaf` of every number, text and object."""
+    if isinstance(value, Mapping):
+        return {str(key): map_json(item, leaf) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_json(item, leaf) for item in value]
+    return map_json(value.tolist(), leaf) if isinstance(value, np.ndarray | np.generic) else leaf(value)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -18,10 +18,8 @@ import convscope
 from convscope import names
 from convscope.cli import app, main
 from convscope.cli.app import ALIASES
-from convscope.cli.options import TASKS
 from convscope.cli.parsing import open_image_arguments
 from convscope.cli.patterns import sum_up_notes
-from convscope.engine import outputs
 from convscope.errors import ConvscopeError, rename_arguments
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "timm", "torchvision", "jinja2"}
@@ -100,10 +98,6 @@ def test_misspelled_command_is_named_with_the_right_one() -> None:
     result = run("heatmapp")
     assert result.exit_code == 2
     assert "heatmap" in result.stderr
-
-
-def test_tasks_are_those_of_load() -> None:
-    assert set(TASKS) == set(outputs.TASKS)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import convscope
@@ -90,6 +94,28 @@ def removed_by_hook(net: nn.Module, x: Tensor, layer: str, units: np.ndarray) ->
             return net(x)[0].numpy()
     finally:
         handle.remove()
+
+
+def test_progress_never_goes_back_and_ends_at_the_number_of_images(affine: nn.Module, tmp_path: Path) -> None:
+    """Also where images fail, and where batches are filled up to a fixed size."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{n}.png" for n in range(6)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+    paths[0].write_bytes(b"no image")
+    model = replace(load(affine), fixed_batch_size=4)
+    reports: list[float] = []
+    with pytest.warns(convscope.ConvscopeWarning, match=r"0\.png"):
+        convscope.explain(
+            model,
+            [str(path) for path in paths],
+            2,
+            layer="features",
+            draws=0,
+            progress=lambda done, total: reports.append(done / total),
+        )
+    assert reports == sorted(reports)
+    assert reports[-1] == 1
 
 
 def test_the_proof_equals_hooks_and_edits(net: nn.Module, x: Tensor) -> None:

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw
 from convscope.attribution.result import Heatmaps, OverlayOptions
 from convscope.formatting import Row, base_name, count_of
 from convscope.images.colormap import ColorScale
+from convscope.names import BOX_EDGES
 from convscope.results import format_csv
-
-EDGES = ("left", "top", "right", "bottom")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,7 +58,7 @@ class Locations(Heatmaps):
                 "target": self.names[n][t],
                 "probability": float(self.probabilities[n, t]),
                 "score": float(self.scores[n, t]),
-                **dict(zip(EDGES, map(float, self.boxes[n, t]), strict=True)),
+                **dict(zip(BOX_EDGES, map(float, self.boxes[n, t]), strict=True)),
             }
             for n, name in enumerate(self.image_names)
             for t in range(self.targets.shape[1])
@@ -68,7 +67,8 @@ class Locations(Heatmaps):
     def text_files(self) -> dict[str, str]:
         """Return ``locations.csv``: one row for each image and target, with the file of its overlay."""
         rows = self.rows()
-        columns = {name: [row[name] for row in rows] for name in ("image", "target", "probability", "score", *EDGES)}
+        names = ("image", "target", "probability", "score", *BOX_EDGES)
+        columns = {name: [row[name] for row in rows] for name in names}
         return {"locations.csv": format_csv(columns | {"index": self.targets.ravel(), "file": self.file_names()})}
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -90,7 +90,7 @@ class Locations(Heatmaps):
                 "image": base_name(row["image"]),
                 "probability": self.model.format_score(row["probability"]),
                 "score": f"{row['score']:.0%}",
-                **{edge: "" if np.isnan(row[edge]) else str(round(row[edge])) for edge in EDGES},
+                **{edge: "" if np.isnan(row[edge]) else str(round(row[edge])) for edge in BOX_EDGES},
             }
             for row in self.rows()
         ]

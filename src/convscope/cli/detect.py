@@ -12,11 +12,10 @@ from convscope.cli.options import AsJson, ImageOptions, Images, ModelName, Netwo
 from convscope.cli.output import finish, print_json, progress_bar
 from convscope.cli.parsing import open_image_arguments
 from convscope.cli.tables import Column, print_table
+from convscope.names import BOX_EDGES
 
 if TYPE_CHECKING:
     from convscope.detection.result import Detections
-
-EDGES = ("left", "top", "right", "bottom")
 
 
 @command()
@@ -66,7 +65,7 @@ def _columns() -> tuple[Column, ...]:
         Column("box", right=True),
         Column("class", overflow="fold"),
         Column("score", right=True),
-        *(Column(edge, right=True, priority=1) for edge in EDGES),
+        *(Column(edge, right=True, priority=1) for edge in BOX_EDGES),
     )
 
 
@@ -77,7 +76,7 @@ def _rows(detections: Detections) -> list[tuple[str, ...]]:
             str(row["box"]),
             row["class"],
             f"{row['score']:.1%}",
-            *(f"{row[edge]:.0f}" for edge in EDGES),
+            *(f"{row[edge]:.0f}" for edge in BOX_EDGES),
         )
         for row in detections.rows()
     ]

@@ -23,12 +23,11 @@ from convscope.cli.options import (
 from convscope.cli.output import finish, log, progress_bar
 from convscope.cli.parsing import open_image_arguments, parse_classes, parse_layers, parse_targets
 from convscope.cli.tables import Column, print_table
+from convscope.names import BOX_EDGES
 
 if TYPE_CHECKING:
     from convscope.attribution.location_result import Locations
     from convscope.engine.model import Model
-
-EDGES = ("left", "top", "right", "bottom")
 
 
 @command()
@@ -86,7 +85,7 @@ def _columns(model: Model) -> tuple[Column, ...]:
         Column(model.output_noun, overflow="fold"),
         Column(model.score_name, right=True),
         Column("score", right=True),
-        *(Column(edge, right=True) for edge in EDGES),
+        *(Column(edge, right=True) for edge in BOX_EDGES),
         Column("file", overflow="path", priority=1),
     )
 
@@ -98,7 +97,7 @@ def _rows(locations: Locations) -> list[tuple[str, ...]]:
             row["target"],
             locations.model.format_score(row["probability"]),
             f"{row['score']:.0%}",
-            *(f"{row[edge]:.0f}" if row["score"] else "" for edge in EDGES),
+            *(f"{row[edge]:.0f}" if row["score"] else "" for edge in BOX_EDGES),
             file,
         )
         for row, file in zip(locations.rows(), locations.file_names(), strict=True)

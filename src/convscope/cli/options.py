@@ -22,14 +22,11 @@ from convscope.cli.parsing import (
     parse_scales,
     parse_targets,
 )
-from convscope.names import METHOD_NAMES, METRIC_NAMES, RECIPE_NAMES
+from convscope.names import METHOD_NAMES, METRIC_NAMES, RECIPE_NAMES, TASKS
 
 if TYPE_CHECKING:
     from convscope.engine.model import Model
 
-TASKS = (
-    "classification", "binary", "multilabel", "regression", "probabilities", "segmentation", "detection", "embedding",
-)  # fmt: skip
 NETWORK, IMAGES, OUTPUT = "Network", "Images", "Output"  # panels of the help
 
 

@@ -94,11 +94,9 @@ def parse_classes(network: Model, names: list[str] | None, num_images: int) -> l
 
 def parse_targets(network: Model, names: list[str] | None, num_images: int) -> object:
     """Return the targets for each image, or None: classes, or texts if the network has image embeddings instead."""
-    if names and network.dual_encoder is not None and network.classes is None:
-        from convscope.engine.text_targets import text_target
+    from convscope.engine.text_targets import parse_names
 
-        return [text_target(name) for name in names]
-    return parse_classes(network, names, num_images)
+    return parse_names(network, names, num_images)
 
 
 def parse_layers(text: str) -> str | list[str]:

@@ -11,10 +11,9 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import Overview
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.statistics import benjamini_hochberg, beta_binomial_tail, wilson_interval
+from convscope.diagnosis.statistics import LEVEL, benjamini_hochberg, beta_binomial_tail, wilson_interval
 from convscope.diagnosis.wording import percent
 
-MAX_P_VALUE = 0.05
 MAX_ROUNDS = 20  # of tests without the significant pairs of the round before
 MIN_IMAGES = 3  # of a confusion
 MAX_FINDINGS = 20
@@ -67,7 +66,7 @@ def find_confusions(context: DiagnosisContext, overview: Overview) -> Search:
         of these images beyond the expected one.
     """
     tested, num_candidates = tested_confusions(overview.confusion)
-    significant = [c for c in tested if c.p_value <= MAX_P_VALUE and c.count >= MIN_IMAGES]
+    significant = [c for c in tested if c.p_value <= LEVEL and c.count >= MIN_IMAGES]
     significant.sort(key=lambda c: c.expected - c.count)
     findings, covered = list[Finding](), set[tuple[int, int]]()
     by_pair = {(c.label, c.prediction): c for c in significant}
@@ -123,7 +122,7 @@ def tested_confusions(matrix: np.ndarray) -> tuple[list[Confusion], int]:
             [null.tail(wrong, int(a), int(b)) for a, b in zip(rows, columns, strict=True)], num_candidates
         )
         before, is_excluded = is_excluded, np.zeros(matrix.shape, bool)
-        is_excluded[rows, columns] = p_values <= MAX_P_VALUE
+        is_excluded[rows, columns] = p_values <= LEVEL
         if (is_excluded == before).all():
             break
     expected = null.trials * null.probability
@@ -217,7 +216,7 @@ def _detectable(matrix: np.ndarray, num_candidates: int) -> str:
         return "With two classes nothing can be found: all errors are in favour of the other one."
     typical = int(np.median(errors[errors > 0]))
     alpha = float(errors.sum()) / len(matrix) + 1 / (len(matrix) - 1)
-    threshold = MAX_P_VALUE / num_candidates
+    threshold = LEVEL / num_candidates
     for count in range(MIN_IMAGES, typical + 1):
         if beta_binomial_tail(count, typical, alpha, alpha * (len(matrix) - 2)) <= threshold:
             return f"In a class with {typical:,} errors, {count:,} in favour of one other class would have been found."

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import numpy as np
 
+from convscope.results import map_json
+
 T = TypeVar("T")
 
 
@@ -49,15 +51,7 @@ def restore(kind: type[T], arrays: Mapping[str, np.ndarray], values: Mapping[str
 
 def to_json(value: Any) -> Any:
     """Return a value with None for NaN and infinity, lists for tuples, and numbers for those of numpy."""
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return to_json(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return map_json(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
 def from_json(value: Any) -> Any:

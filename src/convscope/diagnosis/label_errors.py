@@ -24,11 +24,10 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.linear_head import cross_validated_logits
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.statistics import benjamini_hochberg, poisson_interval, poisson_tail
+from convscope.diagnosis.statistics import LEVEL, benjamini_hochberg, poisson_interval, poisson_tail
 from convscope.diagnosis.wording import percent
 from convscope.formatting import count_of
 
-MAX_P_VALUE = 0.05
 MIN_IMAGES = 3  # of a finding on a pair of classes; pairs with fewer share one finding
 MAX_PAIRS = 20
 MAX_CLASSES = 10  # that a finding on many pairs of classes names
@@ -193,13 +192,13 @@ def _findings(check: LabelCheck, rows: np.ndarray, labels: np.ndarray, classes: 
     *p_values, pooled_p_value = benjamini_hochberg([*p_values, check.noise.p_value], check.num_pairs + 1).tolist()
     order = np.argsort([-check.joint[i, j] for i, j in pairs], kind="stable")
     findings, is_listed = [], np.zeros(len(labels), bool)
-    for index in [k for k in order if p_values[k] <= MAX_P_VALUE][:MAX_PAIRS]:
+    for index in [k for k in order if p_values[k] <= LEVEL][:MAX_PAIRS]:
         i, j = map(int, pairs[index])
         is_member = (labels == i) & (check.confident == j)
         if is_member.any():
             findings.append(_pair_finding(check, (i, j), np.flatnonzero(is_member), rows, classes, p_values[index]))
             is_listed |= is_member
-    if pooled_p_value <= MAX_P_VALUE:
+    if pooled_p_value <= LEVEL:
         listed = sum(finding.effect for finding in findings)
         members = np.flatnonzero((check.confident >= 0) & (check.confident != labels) & ~is_listed)
         findings += _spread_finding(check, labels, members, listed, rows, classes, pooled_p_value)
@@ -306,7 +305,7 @@ def _detectable(check: LabelCheck) -> str:
     off_diagonal = check.expected - np.diag(np.diag(check.expected))
     typical = float(off_diagonal.sum()) / check.num_pairs
     count = MIN_IMAGES
-    while poisson_tail(count, typical) * check.num_pairs > MAX_P_VALUE:
+    while poisson_tail(count, typical) * check.num_pairs > LEVEL:
         count += 1
     return f"{count} or more such images in one of the {check.num_pairs:,} pairs of classes would have been found."
 

@@ -18,10 +18,9 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.overview import Overview, confidences, sample_rows
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.statistics import Floats, normal_quantile
+from convscope.diagnosis.statistics import LEVEL, Floats, normal_quantile
 from convscope.diagnosis.wording import percent
 
-MAX_P_VALUE = 0.05
 MIN_ERROR = 0.01  # calibration errors below are of no consequence
 MIN_LABELLED = 20
 MAX_IMAGES = 100  # that a finding lists
@@ -62,7 +61,7 @@ def find_miscalibration(context: DiagnosisContext, overview: Overview) -> Search
     size = (quantile + normal_quantile(2 * POWER - 1)) * error
     detectable = f"A difference of {100 * size:.1f} points between mean confidence and accuracy would have been found."
     p_value = calibration_p_value(confidence, correct, context.seed)
-    if p_value > MAX_P_VALUE or overview.debiased_calibration_error < MIN_ERROR:
+    if p_value > LEVEL or overview.debiased_calibration_error < MIN_ERROR:
         return Search("calibration", QUESTION, 1, detectable)
     sample = sample_rows(rows, observations.logits.shape[1], context.seed)
     after = calibrated_error(observations.logits[sample], observations.labels[sample])

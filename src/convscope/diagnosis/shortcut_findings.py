@@ -14,12 +14,12 @@ from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.shortcut_candidates import ShortcutCandidate
 from convscope.diagnosis.shortcut_tests import Outcome
+from convscope.diagnosis.statistics import LEVEL
 from convscope.diagnosis.unit_shortcuts import PeakStatistics, UnitCandidate, UnitOutcome
 from convscope.diagnosis.wording import list_units, percent, separation
 
 Candidate = ShortcutCandidate | UnitCandidate
 
-LEVEL = 0.05  # of the false discovery rate
 OVERLAP = 0.5  # Jaccard index of images from which findings about a class are one
 UNITS = 5
 SPECIFICITY = {"patch": 1.5, "border": 1.5, "color": 1.2, "blur": 1.2, "background": 1.0}

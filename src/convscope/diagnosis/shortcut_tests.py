@@ -15,6 +15,7 @@ from convscope.diagnosis.causal_tests import CausalTest, Effect, Scores
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.shortcut_candidates import FRAMES, ShortcutCandidate
+from convscope.diagnosis.statistics import LEVEL
 
 Flags = npt.NDArray[np.bool_]
 
@@ -25,7 +26,6 @@ MIN_SCREENED = 0.03  # effect on these below which a candidate is not tested on 
 TESTED_IMAGES = 40  # of the class, and of the others, that are changed
 MIN_EFFECT = 0.15  # change of the probability beyond that of random changes
 MIN_BLUR_EFFECT = 0.1  # of blur, which is rarely matched exactly
-MAX_P_VALUE = 0.05  # of a single test, above which its correction cannot be below
 COMPARED_CLASSES = 3  # whose frames are compared
 TYPICAL = 3  # times the effect of other classes' frames, from which that of one class is not its object's
 MAX_INPUTS = 256  # images that are kept in memory
@@ -114,7 +114,7 @@ class ShortcutTests:
         assert test is not None
         inserted = test.inserted(candidate)
         p_value = inserted.p_value(np.random.default_rng(self._context.seed))
-        if inserted.size < min_effect(candidate) or p_value > MAX_P_VALUE:
+        if inserted.size < min_effect(candidate) or p_value > LEVEL:
             yield Outcome(candidate, inserted, p_value)
             return
         center, typical = None, 0.0

@@ -13,11 +13,10 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.search import Search
-from convscope.diagnosis.statistics import benjamini_hochberg, wilson_interval
+from convscope.diagnosis.statistics import LEVEL, benjamini_hochberg, wilson_interval
 from convscope.diagnosis.subgroups import MIN_SIZE, Candidate, Flags, SubgroupSearch, distinct, embed
 from convscope.diagnosis.wording import describe_images, percent, separation
 
-LEVEL = 0.05  # of the false discovery rate
 MIN_ERRORS = 4  # of a class in the half that proposes
 PER_CLASS = 12  # candidates that are tested
 OVERLAP = 0.35  # Jaccard index from which two slices are reported as one

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
+LEVEL = 0.05  # of significance: of a test's p-value, or of the rate of false discoveries among several
+
 
 def normal_quantile(level: float) -> float:
     """Return z such that a standard normal value lies in [-z, z] with probability `level`."""

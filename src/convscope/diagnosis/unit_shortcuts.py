@@ -20,6 +20,7 @@ from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.shortcut_candidates import best_threshold, chunks
+from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES
 from convscope.editing.removal import Removal
 from convscope.engine.batching import forward_batch_size
 from convscope.images.batches import tensor_batches
@@ -33,9 +34,7 @@ MIN_WITHOUT = 0.05  # of a class's images, and not fewer than `MIN_WRONG`, that 
 MIN_RECOGNISED = 0.5  # of these, that the network answers right: where it does not, the unit is the object's
 TRIED_UNITS = 8  # of each class: those that stand out most on the errors
 MAX_PER_CLASS, MAX_CANDIDATES = 4, 20  # units that are tested, those that go with most errors
-TESTED_IMAGES = 40  # of other classes, and of the class
 SIMILAR = 8  # units that random ones are drawn from
-MIN_EFFECT = 0.15  # of removing a unit, on the probability of the class, beyond that of random units
 MIN_DEVIATION = 1e-6  # of a unit's peaks, below which it is constant
 MIN_GONE = 0.5  # of the answers, that go away beyond those by random units
 

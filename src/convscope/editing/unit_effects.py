@@ -31,7 +31,7 @@ from convscope.errors import ConvscopeError, warns_of_failures
 from convscope.evaluation.statistics import bootstrap
 from convscope.images.batches import Batch
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
-from convscope.progress import Progress, ProgressOption, progress_bar
+from convscope.progress import Progress, ProgressOption, progress_bar, report_part
 from convscope.sources.coercion import ModelLike, as_model
 from convscope.store.store import Store
 from convscope.store.unit_views import store_of_layer, unit_names, unit_patches, unit_patterns
@@ -270,11 +270,6 @@ def is_affine_after(model: Model, layer: Layer, batch: Batch, spec: TargetSpec) 
     return bool((difference.abs() <= AFFINE_RTOL * ends.abs().amax().clamp(min=1e-30)).all())
 
 
-def _report_part(report: Progress, done: int, count: int, total: int, fraction: float) -> None:
-    """Report that a fraction of the next `count` images is done."""
-    report(done + fraction * count, total)
-
-
 @dataclass(frozen=True)
 class _Job:
     """What is the same for all batches.
@@ -299,7 +294,7 @@ class _Job:
         indices: list[int] = []
         for batch in loader.batches(forward_batch_size(self.removal.model, self.removal.memory)):
             done = len(indices) + len(loader.failed)
-            parts.append(self.run(batch, partial(_report_part, report, done, len(batch.indices), len(loader))))
+            parts.append(self.run(batch, partial(report_part, report, done, len(batch.indices), len(loader))))
             indices += batch.indices
             report(len(indices) + len(loader.failed), len(loader))
         return parts, indices

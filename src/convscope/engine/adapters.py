@@ -7,7 +7,7 @@ with their loader, in `convscope.sources`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -61,4 +61,4 @@ class TorchAdapter:
 
     def with_forward(self, forward: ForwardFunction) -> TorchAdapter:
         """Return an adapter that calls ``forward(module, x)`` instead of the module."""
-        return TorchAdapter(forward)
+        return replace(self, forward=forward)

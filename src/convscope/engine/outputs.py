@@ -13,16 +13,6 @@ from torch import Tensor
 from convscope.engine.nested import iter_tensors, primary_tensor
 from convscope.errors import ConvscopeError
 
-TASKS = (
-    "classification",
-    "binary",
-    "multilabel",
-    "regression",
-    "probabilities",
-    "segmentation",
-    "detection",
-    "embedding",
-)
 VALUE_TASKS = ("regression", "embedding")
 """Tasks whose outputs are values, not scores of classes."""
 

@@ -79,6 +79,25 @@ def text_target(text: str) -> TextTarget:
     return TextTarget(text)
 
 
+def parse_names(
+    model: Model, names: Sequence[str | int] | None, num_images: int
+) -> list[list[int]] | list[TextTarget] | None:
+    """Return the targets for each image, or None: classes, or texts if the network has image embeddings instead.
+
+    Parameters
+    ----------
+    model : Model
+    names : sequence of str or int, optional
+        Names or indices of classes, or texts.
+    num_images : int
+    """
+    if not names:
+        return None
+    if model.dual_encoder is not None and model.classes is None:
+        return [text_target(str(name)) for name in names]
+    return [[model.class_index(name) for name in names]] * num_images
+
+
 def require_dual_encoder(model: Model, text: str) -> DualEncoder:
     """Return the encoders of a network that compares images with text; raise ConvscopeError for other networks."""
     if model.dual_encoder is None:

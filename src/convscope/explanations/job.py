@@ -24,7 +24,7 @@ from convscope.explanations.selection import (
 from convscope.images.batches import Batch
 from convscope.images.geometry import Geometry
 from convscope.images.loading import ImageBatchLoader
-from convscope.progress import Progress
+from convscope.progress import Progress, report_part
 
 MAX_CANDIDATES = 256  # units whose effects are measured, where effects are not known from the gradient
 
@@ -73,8 +73,9 @@ class ExplanationJob:
         indices: list[int] = []
         for batch in loader.batches(forward_batch_size(self.removal.model, self.removal.memory)):
             with self.removal.open(batch) as run:
-                report_part = partial(_report_part, report, len(indices), len(loader), len(batch.x))
-                parts += self._explain(batch, run, report_part)
+                done = len(indices) + len(loader.failed)
+                report_batch = partial(report_part, report, done, len(batch.indices), len(loader))
+                parts += self._explain(batch, run, report_batch)
             indices += batch.indices
             report(len(indices) + len(loader.failed), len(loader))
         return parts, indices
@@ -171,8 +172,3 @@ class ExplanationJob:
         random = scores[1:, :, 0].cpu().numpy()
         complete = sets[1:].sum(2) == sets[0].sum(1)  # (R, B): as many units were left to draw
         return predicted[0].cpu().numpy(), np.where(complete & sets[0].any(1), random, np.nan)
-
-
-def _report_part(report: Progress, done: int, total: int, count: int, fraction: float) -> None:
-    """Report that a fraction of the next `count` images is done."""
-    report(done + fraction * count, total)

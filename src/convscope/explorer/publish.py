@@ -242,7 +242,7 @@ class _SiteWriter:
             cell_images = [image["index"] for cell in description["cells"] for image in cell["images"]]
             indices.update(index for index in cell_images if index is not None)
         for result in diagnosis_data.saved_diagnoses(self._network):
-            numbers = diagnosis_data.image_ids(self._explorer, self._network, result)
+            numbers = concept_data.dataset_ids(self._explorer, self._network, result)
             images = diagnosis_data.displayed_images(result, concept_data.load_arrays(self._explorer, result))
             indices.update(index for image in images if (index := numbers[image]) is not None)
         return sorted(indices)

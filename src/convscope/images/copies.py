@@ -48,8 +48,7 @@ class ImageCopy(NamedTuple):
         if pixels.shape[:2] != (self.height, self.width):
             return False
         with Image.open(io.BytesIO(self.jpeg), formats=["JPEG"]) as image:
-            difference = _gray_grid(Image.fromarray(pixels)) - _gray_grid(image)
-        return bool(np.abs(difference).mean() <= MAX_GRAY_DIFFERENCE)
+            return is_similar(image, Image.fromarray(pixels))
 
     def unless_unchanged(self, load: Callable[[], Array]) -> Array:
         """Return the original that `load` reads if it is still there and the same, else the copy."""
@@ -60,9 +59,16 @@ class ImageCopy(NamedTuple):
         return pixels if self.resembles(pixels) else self.pixels()
 
 
-def _gray_grid(image: Image.Image) -> np.ndarray:
-    """Average the gray levels of an image over a coarse grid."""
-    return np.asarray(image.resize((SIMILARITY_GRID, SIMILARITY_GRID), Image.Resampling.BOX).convert("L"), np.float32)
+def is_similar(copy: Image.Image, image: Image.Image, box: tuple[float, float, float, float] | None = None) -> bool:
+    """Return whether an image, or a box (left, top, right, bottom) in it, is what a small compressed copy shows."""
+    difference = _gray_grid(image, box) - _gray_grid(copy)
+    return bool(np.abs(difference).mean() <= MAX_GRAY_DIFFERENCE)
+
+
+def _gray_grid(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """Average the gray levels over a coarse grid."""
+    size = (SIMILARITY_GRID, SIMILARITY_GRID)
+    return np.asarray(image.resize(size, Image.Resampling.BOX, box=box).convert("L"), np.float32)
 
 
 def jpeg_copies(images: ImageBatchLoader, indices: Sequence[int]) -> list[bytes]:

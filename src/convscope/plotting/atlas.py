@@ -6,11 +6,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from convscope.decomposition.result import Atlas
-from convscope.plotting.grids import to_rgb
+from convscope.plotting.grids import icon_scales, to_rgb
 from convscope.plotting.panels import create_panels, inches, shorten, to_image
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 CAPTION_HEIGHT = 0.26  # space below an icon, relative to the width of its cell
 ICON_MARGIN = 4  # pixels between icons
-MIN_ICON_SCALE = 0.45  # side of the icon of a cell with few vectors, relative to its cell
 
 
 def render_atlas(result: Atlas) -> Iterator[tuple[str, Image.Image]]:
@@ -53,7 +51,7 @@ def atlas_map(result: Atlas) -> Image.Image:
     width = result.icons.shape[1]
     height = round(width * (1 + CAPTION_HEIGHT))
     image = Image.new("RGB", (result.grid * width, result.grid * height), "white")
-    scales = MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * np.sqrt(result.counts / result.counts.max())
+    scales = icon_scales(result.counts)
     for (row, column), icon, scale in zip(result.cells, to_rgb(result.icons), scales, strict=True):
         side = max(1, round(float(scale) * (width - ICON_MARGIN)))
         corner = (int(column) * width + (width - side) // 2, int(row) * height + width - ICON_MARGIN - side)

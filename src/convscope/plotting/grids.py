@@ -11,6 +11,12 @@ from convscope.featurevis.result import CAPTION_HEIGHT
 from convscope.plotting.panels import shorten
 
 CAPTION_SIZE = 12  # of the font, in pixels
+MIN_ICON_SCALE = 0.45  # side of the icon of a cell with few vectors, relative to that with most
+
+
+def icon_scales(counts: np.ndarray) -> np.ndarray:
+    """Return the sides of an atlas's icons relative to the largest: their areas grow with the `counts` of vectors."""
+    return np.asarray(MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * np.sqrt(counts / counts.max()))
 
 
 def tile(images: np.ndarray, columns: int, margin: int = 0, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:

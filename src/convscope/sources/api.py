@@ -14,9 +14,10 @@ from convscope.engine.adapters import ForwardFunction
 from convscope.engine.dual_encoder import Tokenizer
 from convscope.engine.model import Model
 from convscope.engine.output_inference import OutputRequest
-from convscope.engine.outputs import TASKS, OutputSelector
+from convscope.engine.outputs import OutputSelector
 from convscope.errors import ConvscopeError, is_int
 from convscope.images.preprocessing import Preprocessing
+from convscope.names import TASKS
 from convscope.sources import (
     bundled,
     exported,

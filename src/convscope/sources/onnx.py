@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convscope.engine.adapters import ForwardFunction
+from convscope.engine.adapters import TorchAdapter
 from convscope.errors import ConvscopeError, require_extra
 from convscope.sources import onnx_graph
 from convscope.sources.files import first_line
@@ -57,28 +57,13 @@ class OnnxNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class OnnxAdapter:
+class OnnxAdapter(TorchAdapter):
     """Adapter of an `OnnxNetwork`, whose layers are named as the nodes of the graph."""
-
-    forward: ForwardFunction | None = None
-    name = "torch"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return every layer by the name of its node."""
         prefix = "graph."
         return {n.removeprefix(prefix): layer for n, layer in module.named_modules() if n.startswith(prefix)}
-
-    def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
-        """Return the module's parameters."""
-        return module.parameters()
-
-    def run(self, module: nn.Module, x: Tensor) -> object:
-        """Call the module."""
-        return module(x) if self.forward is None else self.forward(module, x)
-
-    def with_forward(self, forward: ForwardFunction) -> OnnxAdapter:
-        """Return an adapter that calls ``forward(module, x)`` instead of the module."""
-        return OnnxAdapter(forward)
 
 
 def from_file(path: Path, weights: str | None) -> ModelSpec:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from convscope.engine.adapters import ForwardFunction
+from convscope.engine.adapters import TorchAdapter
 from convscope.errors import ConvscopeError
 from convscope.sources.files import first_line
 from convscope.sources.spec import ModelSpec
@@ -23,28 +22,15 @@ UNSAFE_CODE = re.compile(
 
 
 @dataclass(frozen=True)
-class ScriptAdapter:
+class ScriptAdapter(TorchAdapter):
     """Adapter of TorchScript modules, whose layers cannot be observed."""
 
-    forward: ForwardFunction | None = None
     name = "torchscript"
 
     def modules(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return no layers: hooks do not fire inside TorchScript."""
         del module
         return {}
-
-    def parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
-        """Return the module's parameters."""
-        return module.parameters()
-
-    def run(self, module: nn.Module, x: Tensor) -> object:
-        """Call the module."""
-        return module(x) if self.forward is None else self.forward(module, x)
-
-    def with_forward(self, forward: ForwardFunction) -> ScriptAdapter:
-        """Return an adapter that calls ``forward(module, x)`` instead of the module."""
-        return ScriptAdapter(forward)
 
 
 def is_archive(path: Path) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from convscope.errors import ConvscopeError
+from convscope.images.copies import is_similar
 from convscope.images.loading import DEFAULT_MAX_PIXELS, ImageBatchLoader
 from convscope.images.preprocessing import Preprocessing
 from convscope.store.io import Json, ThumbnailSheets
@@ -18,8 +19,6 @@ VIEW_COLUMNS = ("image", "name", "failed", "height", "width", *(f"box_{side}" fo
 FRAMED_SIDE = 512  # maximum longer side of an image with a frame, in pixels
 ENLARGED_SIDE = 288  # longer side of an enlarged thumbnail, in pixels
 FRAME_COLOR = (255, 214, 0)
-SIMILARITY_GRID = 12  # cells along each side on which an image is compared with its thumbnail
-MAX_GRAY_DIFFERENCE = 14.0  # mean difference between these cells that compression explains, in gray levels of 255
 
 
 class PixelBox(NamedTuple):
@@ -159,13 +158,6 @@ class StoredImages:
             raise ConvscopeError(f"{row['name']}: has {now} pixels now, had {before} when it was scanned")
         top, left = max(0.0, row["box_top"]), max(0.0, row["box_left"])
         bottom, right = min(image.height, row["box_bottom"]), min(image.width, row["box_right"])
-        difference = _gray_grid(image, (left, top, right, bottom)) - _gray_grid(thumbnail, (0, 0, *thumbnail.size))
-        if np.abs(difference).mean() > MAX_GRAY_DIFFERENCE:
+        if not is_similar(thumbnail, image, (left, top, right, bottom)):
             raise ConvscopeError(f"{row['name']}: the content has changed since it was scanned")
         return image
-
-
-def _gray_grid(image: Image.Image, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Average the gray levels of a box (left, top, right, bottom) over a coarse grid."""
-    size = (SIMILARITY_GRID, SIMILARITY_GRID)
-    return np.asarray(image.resize(size, Image.Resampling.BOX, box=box).convert("L"), np.float32)

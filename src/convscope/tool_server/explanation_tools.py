@@ -12,6 +12,7 @@ from convscope.attribution.locations import locate
 from convscope.attribution.result import Heatmaps
 from convscope.editing.activation_patching import patch
 from convscope.editing.unit_effects import effects
+from convscope.engine.text_targets import parse_names
 from convscope.evaluation.api import evaluate
 from convscope.explanations.api import explain
 from convscope.progress import Progress
@@ -29,7 +30,7 @@ from convscope.tool_server.parameters import (
     Units,
 )
 from convscope.tool_server.responses import Answer, describe
-from convscope.tool_server.workspace import Workspace, parse_class, parse_targets
+from convscope.tool_server.workspace import Workspace, parse_class
 
 Method = Annotated[
     str | None, Field(description="A method that `overview` lists. Default: one that suits the network.")
@@ -105,7 +106,7 @@ class ExplanationTools:
         locations = locate(
             network,
             paths,
-            parse_targets(network, targets, len(paths)),
+            parse_names(network, targets, len(paths)),
             threshold=threshold,
             fit=fit,
             against=parse_class(network, against),
@@ -166,7 +167,7 @@ class ExplanationTools:
             layer,
             units,
             how=how,
-            targets=parse_targets(network, targets, len(paths)),
+            targets=parse_names(network, targets, len(paths)),
             store=self.workspace.optional_store(store),
             seed=seed,
             progress=progress,
@@ -193,7 +194,7 @@ class ExplanationTools:
         explanation = explain(
             network,
             paths,
-            parse_targets(network, targets, len(paths)),
+            parse_names(network, targets, len(paths)),
             layer=layer,
             features=features,
             against=parse_class(network, against),
@@ -251,7 +252,7 @@ class ExplanationTools:
         return heatmaps(
             network,
             paths,
-            parse_targets(network, targets, len(paths)),
+            parse_names(network, targets, len(paths)),
             layer=layer,
             method=method,
             fit=fit,

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from PIL import Image
 
@@ -21,7 +20,7 @@ from convscope.tool_server.limits import Limits
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from convscope.results import Result
+    from convscope.results import Result, map_json
 
 DIGITS = 6  # significant digits of numbers
 FIGURE_DPI = 110
@@ -91,12 +90,10 @@ def figure_image(result: object, **options: Any) -> list[tuple[str, Image.Image]
 
 def to_json(value: Any) -> Any:
     """Return a value as JSON has it: numbers rounded, NaN and infinity as null, anything else as text."""
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return to_json(value.tolist())
+    return map_json(value, _rounded)
+
+
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value if isinstance(value, bool | int | str | None) else str(value)

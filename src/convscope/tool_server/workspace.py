@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convscope.engine.text_targets import TextTarget, text_target
 from convscope.errors import ConvscopeError
 from convscope.suggestions import suggest
 from convscope.tool_server.files import AllowedFiles
@@ -82,18 +81,6 @@ class Workspace:
     def save(self, result: Result, name: str | None) -> Path | None:
         """Save a result in a folder of this name inside of the output folder; do nothing without a name."""
         return None if name is None else result.save(self.files.output(name))
-
-
-Targets = list[list[int]] | list[TextTarget] | None
-
-
-def parse_targets(model: Model, names: Sequence[str | int] | None, num_images: int) -> Targets:
-    """Return the targets for each image, or None: classes, or texts if the network has image embeddings instead."""
-    if not names:
-        return None
-    if model.dual_encoder is not None and model.classes is None:
-        return [text_target(str(name)) for name in names]
-    return [[model.class_index(name) for name in names]] * num_images
 
 
 def parse_class(model: Model, name: str | int | None) -> int | None:

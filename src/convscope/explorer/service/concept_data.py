@@ -157,7 +157,7 @@ def _patch_width(arrays: Arrays) -> int:
 
 def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays: Arrays) -> JsonObject:
     """Describe an atlas cell by cell. An image has an index if the store's data set contains it."""
-    indices = _dataset_indices(explorer, net, result)
+    indices = dataset_ids(explorer, net, result)
     sources = [Counter(arrays["sources"][arrays["cell_index"] == i, 0].tolist()) for i in range(len(arrays["cells"]))]
     rows = zip(arrays["cells"], arrays["counts"], arrays["classes"], arrays["effects"], sources, strict=True)
     return {
@@ -188,8 +188,8 @@ def describe_atlas(explorer: Explorer, net: Network, result: SavedResult, arrays
     }
 
 
-def _dataset_indices(explorer: Explorer, net: Network, result: SavedResult) -> list[int | None]:
-    """Return the indices of an atlas's images in the data set of the store."""
+def dataset_ids(explorer: Explorer, net: Network, result: SavedResult) -> list[int | None]:
+    """Return for each image of a saved result its number in the data set of the store; None for others."""
     store = net.store
     if store is None:
         return [None] * len(result.image_names)

@@ -16,7 +16,7 @@ from convscope.explorer.service.networks import Network
 from convscope.explorer.service.state import Explorer
 from convscope.plotting.diagnosis import overlay_evidence
 from convscope.plotting.diagnosis_page import HEATMAP_KINDS
-from convscope.store.saved_results import SavedResult, ids_by_name
+from convscope.store.saved_results import SavedResult
 
 SIDE = 96  # pixels of an image on a sheet
 IMAGES_PER_FINDING = 12
@@ -39,16 +39,6 @@ def find_diagnosis(net: Network, name: str | None) -> SavedResult:
 def findings_of(result: SavedResult) -> list[Finding]:
     """Return the findings, the most important first."""
     return [finding_from_json(values) for values in result.manifest["parameters"]["findings"]]
-
-
-def image_ids(explorer: Explorer, net: Network, result: SavedResult) -> list[int | None]:
-    """Return for each image of a diagnosis its number in the data set of the store; None for others."""
-    store = net.store
-    if store is None:
-        return [None] * len(result.image_names)
-    return explorer.cache.get_or_compute(
-        ("dataset_indices", result.version), lambda: ids_by_name(store, result.image_names)
-    )
 
 
 def changed_rows(arrays: Arrays, number: int) -> np.ndarray:

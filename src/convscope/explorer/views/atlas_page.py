@@ -12,11 +12,11 @@ from convscope.explorer.views import snippets
 from convscope.explorer.views.page import Page, PageContext, Values
 from convscope.explorer.views.saved_links import page_parts, saved_links
 from convscope.explorer.views.saved_results_page import store_name
+from convscope.plotting.grids import icon_scales
 
 # Sizes in units of the SVG's view box.
 CELL_WIDTH, CELL_HEIGHT = 100, 126  # the height leaves room for a label below the icon
 GAP = 6  # between icons
-MIN_ICON_SCALE = 0.45  # side of the icon of the smallest cells, relative to that of the largest
 MAX_LABEL_LENGTH = 19  # characters
 
 
@@ -59,7 +59,7 @@ def build(context: PageContext, network: Network, name: str) -> Page:
 def _position_cells(cells: list[JsonObject], arrays: dict[str, np.ndarray], grid: dict[str, int]) -> None:
     """Add to each cell the position of its icon on the sheet (x, y) and in the drawing (left, top, icon_*)."""
     first_row, first_column = arrays["cells"].min(0).tolist()
-    scales = MIN_ICON_SCALE + (1 - MIN_ICON_SCALE) * (arrays["counts"] / arrays["counts"].max()) ** 0.5
+    scales = icon_scales(arrays["counts"])
     for i, cell in enumerate(cells):
         side = round(float((CELL_WIDTH - GAP) * scales[i]), 1)
         left = CELL_WIDTH * (cell["column"] - first_column)

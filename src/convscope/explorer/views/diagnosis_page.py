@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from convscope.diagnosis.finding import Finding
 from convscope.explorer.service import diagnosis_data
-from convscope.explorer.service.concept_data import Arrays, load_arrays
+from convscope.explorer.service.concept_data import Arrays, dataset_ids, load_arrays
 from convscope.explorer.service.diagnosis_data import IMAGES_PER_FINDING, SIDE
 from convscope.explorer.service.display_names import display_name
 from convscope.explorer.service.networks import Network
@@ -98,7 +98,7 @@ def build(context: PageContext, network: Network, name: str | None) -> Page:
         network,
         result,
         load_arrays(context.explorer, result),
-        diagnosis_data.image_ids(context.explorer, network, result),
+        dataset_ids(context.explorer, network, result),
     )
     findings, parameters = diagnosis_data.findings_of(result), result.manifest["parameters"]
     kinds = {finding.kind for finding in findings}
