@@ -59,7 +59,7 @@ def check_patching(output: str) -> None:
     patched: Any = convscope.open("patched")
     assert patched.target_name == "lesser panda rather than Egyptian cat"
     assert patched.joint_effects[-1] == pytest.approx(patched.total, rel=1e-4)
-    assert output.splitlines()[2].split("\t")[0] == str(patched.units[abs(patched.effects).argmax()])
+    assert output.splitlines()[1].split("\t")[0] == str(patched.units[abs(patched.effects).argmax()])
 
 
 def check_scan(output: str) -> None:
