@@ -166,7 +166,13 @@ def _render(output: NotebookNode, stem: str, alt: str) -> tuple[str, dict[str, b
         text, images = _move_images(data["text/html"], stem, alt)
         return f'<div class="output">{re.sub(chr(10) + "+", chr(10), text)}</div>', images
     text = output.get("text") or data.get("text/plain", "")
-    return (f'<div class="output"><pre>{html.escape(text.rstrip())}</pre></div>', {}) if text.strip() else ("", {})
+    return (f'<div class="output"><pre>{_wrap_prose(text.rstrip())}</pre></div>', {}) if text.strip() else ("", {})
+
+
+def _wrap_prose(text: str) -> str:
+    """Let the lines of a printed text wrap that are sentences; those of tables scroll."""
+    lines = (html.escape(line) for line in text.split("\n"))
+    return "\n".join(line if "  " in line else f'<span class="prose">{line}</span>' for line in lines)
 
 
 def _move_images(text: str, stem: str, alt: str) -> tuple[str, dict[str, bytes]]:

@@ -27,8 +27,8 @@ TOPICS: Mapping[str, tuple[str, str]] = {
     "predictions": ("activations", "Predictions and activations"),
     "attribution": ("heatmaps", "Heatmaps"),
     "evaluation": ("evaluation", "Evaluation"),
-    "explanations": ("explain", "Explanations and edits"),
-    "editing": ("explain", "Explanations and edits"),
+    "explanations": ("explain", "Explanations"),
+    "editing": ("editing", "Edits of units"),
     "featurevis": ("patterns", "Patterns"),
     "decomposition": ("concepts", "Concepts and atlases"),
     "dictionaries": ("dictionaries", "Sparse dictionaries"),
@@ -48,6 +48,7 @@ GUIDES: Mapping[str, str] = {
     "activations": "tour.md",
     "evaluation": "faithfulness.md",
     "explain": "explain.md",
+    "editing": "editing.md",
     "patterns": "patterns.md",
     "concepts": "concepts.md",
     "dictionaries": "dictionaries.md",
@@ -194,13 +195,19 @@ def other_packages() -> dict[str, str]:
 
 def add_formulas(page: str) -> str:
     """Add formula, source and other packages to the sections of a page that are named like methods."""
-    lines, others = [], other_packages()
-    for line in page.splitlines():
-        lines.append(line)
-        if line.startswith("### ") and line[4:] in METHODS:
-            method: Any = METHODS[line[4:]]
-            function = method.score if line[4:] == "finer-cam" else method.function
-            lines += ["", f"::: {function.__module__}.{function.__qualname__}", "    options:"]
-            lines += [f"      {option}: false" for option in HIDDEN] + [""]
-            lines += [others[line[4:]], ""] if line[4:] in others else []
-    return "\n".join(lines) + "\n"
+    others = other_packages()
+    return "".join(_section(part, others) for part in re.split(r"^(?=##)", page, flags=re.MULTILINE))
+
+
+def _section(part: str, others: Mapping[str, str]) -> str:
+    """Add a method's formula after its heading, and what other packages do at the end of its section."""
+    heading, _, text = part.partition("\n")
+    name = heading.removeprefix("### ")
+    if heading == name or name not in METHODS:
+        return part
+    method: Any = METHODS[name]
+    function = method.score if name == "finer-cam" else method.function
+    lines = [heading, "", f"::: {function.__module__}.{function.__qualname__}", "    options:"]
+    lines += [f"      {option}: false" for option in HIDDEN]
+    text = text.replace("\n**Not**", "\n\n**Not**").strip("\n")
+    return "\n".join([*lines, "", text, "", others.get(name, ""), "", ""])

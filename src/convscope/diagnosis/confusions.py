@@ -213,14 +213,14 @@ def _detectable(matrix: np.ndarray, num_candidates: int) -> str:
     """Say how many errors in favour of one class would have been found, for a class with the median of errors."""
     errors = (matrix - np.diag(np.diag(matrix))).sum(1)
     if not num_candidates:
-        return "With two classes nothing can be found: all errors are in favour of the other one."
+        return "With two classes nothing can be found: all errors are predictions of the other class."
     typical = int(np.median(errors[errors > 0]))
     alpha = float(errors.sum()) / len(matrix) + 1 / (len(matrix) - 1)
     threshold = LEVEL / num_candidates
     for count in range(MIN_IMAGES, typical + 1):
         if beta_binomial_tail(count, typical, alpha, alpha * (len(matrix) - 2)) <= threshold:
-            return f"In a class with {typical:,} errors, {count:,} in favour of one other class would have been found."
+            return f"In a class with {typical:,} errors, {count:,} predictions of the same other class would have been found."
     return (
-        f"Classes have too few errors: in one with {typical:,}, not even all of them in favour of one other class "
-        "would be significant."
+        f"Classes have too few errors (typically {typical:,}): even if all of them were predictions of the same other "
+        "class, it would not be significant."
     )
