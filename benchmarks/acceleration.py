@@ -183,8 +183,8 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
     """Return the lines of the section in the README."""
     rows, passes = results
     lines = [
-        "Lite0, CPU time of one thread with all pieces, and without one or all of them relative to that.",
-        "`CONVSCOPE_ACCELERATE` and `load(..., accelerate=False)` switch them off.",
+        "CPU time of Lite0 on one thread with all accelerations, and relative to it the time without one or all of",
+        "them. `CONVSCOPE_ACCELERATE` and `load(..., accelerate=False)` switch them off.",
         "",
         "| workload | ms | " + " | ".join(list(SETTINGS)[1:]) + " |",
         "| --- |" + " --- |" * len(SETTINGS),
@@ -195,8 +195,9 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
     names = list(passes[0].times)
     lines += [
         "",
-        "Passes of Lite0 alone: milliseconds, in brackets the ratio to the plain pass, and the seconds of preparation.",
-        "Only convscope's way calls the network's hooks and takes any size of input.",
+        "Single passes of Lite0: milliseconds, in brackets the ratio to the plain pass, and the seconds of",
+        "preparation. Of the accelerated passes, only convscope's calls the network's hooks and accepts inputs of",
+        "any size.",
         "",
         "| pass | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),

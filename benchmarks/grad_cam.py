@@ -136,7 +136,8 @@ def table(rows: list[Row]) -> list[str]:
     names = list(rows[0].times)
     lines = [
         "Milliseconds per image, and in brackets the ratio to the bare forward pass. Weights: Lite0's own, random",
-        "for the others. Below, the largest difference from convscope's map, relative to its largest value.",
+        "for the others. The second line of a cell is the largest difference from convscope's map, relative to its",
+        "largest value.",
         "",
         "| network, batch | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),

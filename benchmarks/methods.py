@@ -235,9 +235,9 @@ def table(families: list[Family], targets: list[Targets], many_passes: list[Many
     """Return the section of the README: text and tables."""
     names = list(families[0].ours)
     lines = [
-        "Ratios of convscope to the bare forward pass, channels_last, at the last spatial layer; `all` are these",
-        "methods together in one call. Below, the peers' time relative to convscope's for the same method and weights,",
-        "in the layout that users have.",
+        "Time of convscope relative to the bare forward pass, channels_last, at the last spatial layer; `all` are",
+        "these methods together in one call. The next lines of a cell are the times of other packages relative to",
+        "convscope's, for the same method and weights, in PyTorch's default memory format.",
         "",
         "| network, batch | " + " | ".join(names) + " | all |",
         "| --- |" + " --- |" * (len(names) + 1),
@@ -257,8 +257,8 @@ def table(families: list[Family], targets: list[Targets], many_passes: list[Many
         )
         + ".",
         "",
-        "One photograph, Lite0, layer `blocks.6` unless noted. In brackets the correlation with convscope's map, both",
-        "rectified; `docs/md` says where and why maps differ.",
+        "One photograph, Lite0, layer `blocks.6` unless noted. In brackets: the correlation of the rectified map with",
+        "convscope's; `docs/methods.md` says where and why maps differ.",
         "",
         "| method | work | convscope, ms | time relative to convscope |",
         "| --- | --- | --- | --- |",

@@ -138,12 +138,13 @@ def summary(rows: list[Result]) -> list[str]:
     clean = [r for r in rows if r["kind"] in ("clean", "labels")]
     lite0 = sum(r["network"] == "lite0" for r in rows)
     lines = [
+        "A world is a network with a known cause of errors, and labelled images for the diagnosis.",
         f"{len(rows)} worlds: {len(rows) - lite0} networks of four convolutions, and {lite0} of Lite0 with a linear",
         "head, trained on rendered shapes, photographs on textures and crops of photographs, 48 x 48 pixels. Planted",
         "are: a mark, tint, border, background, low resolution or blur in 80 to 100 % of the training images of one",
         "class; a group of a class that is missing in training; wrong labels; or nothing. Diagnosed are",
         f"{CHECKED} images with the same bias. A finding is right if its images are the planted ones with precision",
-        f"and recall of {OVERLAP}; worlds count in which what is planted turns at least a tenth of the answers, or",
+        f"and recall of {OVERLAP}; a world counts if the planted cause changes at least a tenth of the predictions, or",
         f"costs a tenth of the accuracy ({len(shortcuts) - len(used)} and {len(slices) - len(weak)} worlds do not). In",
         "parentheses: 95 % intervals.",
         "",

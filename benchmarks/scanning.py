@@ -214,8 +214,8 @@ def table(rows: list[Pass], decode_times: dict[tuple[int, int], float], peaks: l
     lines = [
         f"A shard of {BATCH * BATCHES} decoded images in batches of {BATCH}, up to the",
         "content of its file: top positions, statistics, thumbnails. Milliseconds per image, and in brackets the",
-        "throughput relative to the bare forward pass. Below, the largest difference of the maxima from those of the",
-        "network's own activations, relative to each layer's largest value.",
+        "throughput relative to the bare forward pass. The second line of a cell is the largest difference of the",
+        "units' maxima from those of the network's activations, relative to each layer's largest value.",
         "",
         "| network | layers | units | " + " | ".join(names) + " |",
         "| --- | --- | --- |" + " --- |" * len(names),

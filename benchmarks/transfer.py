@@ -170,10 +170,10 @@ def table(rows: list[Row], statistics: list[ImageStatistics]) -> list[str]:
     ours = sum(row.seconds for row in rows[: len(SETS)]) / len(SETS)
     peers = [f"{row.name.partition(',')[0]} {row.seconds / ours:.1f}" for row in rows[-2:]]
     return [
-        "ImageNet classes, computed with Lite0 by the default recipe and shown as 8-bit images to two networks",
-        f"not used in the computation: top-1 and top-5 accuracy. Sets of {COUNT} classes, which do not",
+        "Patterns of ImageNet classes are computed with Lite0 by the default recipe and shown as 8-bit images to two",
+        f"other networks; the table gives their top-1 and top-5 accuracy. Sets of {COUNT} classes, which do not",
         "overlap, are selected by a hash. The recipe was chosen on classes of three other sets by Lite1, at its own",
-        "size and at 280 pixels. Lite2 had been shown results of earlier recipes on these sets.",
+        "size and at 280 pixels. Lite2 had been used to judge earlier recipes on these sets.",
         "",
         "| | classes | s per class | Lite2 top-1 | Lite2 top-5 | Lite1 top-1 | Lite1 top-5 |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -144,9 +144,9 @@ def table(rows: list[Row]) -> list[str]:
     names = list(rows[0].times)
     lines = [
         "The effect of setting units of a layer to 0 on the logit of one class, for photographs. Seconds of one CPU,",
-        "and in brackets the ratio to convscope. Below, the largest difference from convscope's effects, relative to",
-        f"the largest of them. Peers run {BATCH} inputs per pass. Random weights for ResNet-50. After `bn2` and",
-        "`layer4` the network is affine, and effects follow from one backward pass.",
+        "and in brackets the ratio to convscope. The second line of a cell is the largest difference from convscope's",
+        f"effects, relative to the largest effect. Other packages run {BATCH} inputs per pass. Random weights for",
+        "ResNet-50. After `bn2` and `layer4` the network is affine, and effects follow from one backward pass.",
         "",
         "| layer | units | images | " + " | ".join(names) + " |",
         "| --- | --- | --- |" + " --- |" * len(names),

@@ -47,27 +47,33 @@ HEADINGS = (
     *("last stage", "by hand", "alone", "scan", "pattern"),
 )
 COLUMNS = """\
-Columns: the input's size and the default layer with its map's size; `last stage`: whether that is the size of the
-network's last stage, by what `forward_features` of timm returns, by the configuration of transformers, or else by the
-last convolution, linear layer or normalisation with several positions; `by hand`: the largest difference of the default
-Grad-CAM from one computed by a hook at this layer and one backward pass, relative to its largest value; `alone`: the
-same for images in a batch of four and alone; `scan`: the same for the maxima of units from maxima computed by hand;
-`pattern`: whether two steps of gradient ascent gave an image with a finite score."""
+Columns:
+
+- `input`: size of the input; `default layer`: the layer that is chosen for heatmaps, with the size of its map;
+- `last stage`: whether this is the size of the network's last stage. The last stage is what `forward_features` of timm
+  returns, or given by the configuration of transformers, or else the last convolution, linear layer or normalisation
+  with several positions;
+- `by hand`: largest difference of the default Grad-CAM from one computed by a hook at this layer and one backward pass,
+  relative to its largest value;
+- `alone`: largest difference between the maps of images in a batch of four and alone;
+- `scan`: largest difference of the units' maxima from maxima computed by hand;
+- `pattern`: whether two steps of gradient ascent gave an image with a finite score."""
 
 REMARKS = """\
-The scores of `efficientvim` are the sum of a head of each stage. Its default layer is the last one that every path to
-the scores passes through, in front of the later stages; `layer_reason` names one of these, to be chosen with `layer=`.
-`crossvit` resizes images itself, and its last block returns two branches. `mobilenetv5` ends with a fusion of stages on
-the grid of an earlier one. The block of `coat`, `crossvit` and `tnt` returns several maps, and the default layer is the
-last of these.
+The scores of `efficientvim` are the sum of one head per stage. Its default layer is the last one that every path to the
+scores passes through, which lies before the later stages; `layer_reason` names a layer of these, which can be chosen
+with `layer=`. `crossvit` resizes images itself, and its last block returns two branches. `mobilenetv5` ends with a
+fusion of stages on the grid of an earlier one. The blocks of `coat`, `crossvit` and `tnt` return several maps, and the
+default layer is the last of these.
 
-In double precision the maps of `mobilevit` are equal in batches and alone: with random weights its activations are as
-small as 1e-40, where single precision has few digits left. Those of `cvt` differ also in double precision, and in
-PyTorch alone: for a batch of one, PyTorch's gradient of a batch normalisation in it is not that of finite differences,
-for a batch of four it is. Those of `EfficientNetV2S`, `M` and `L` differ in PyTorch alone as well, for a reason that
-was not looked for. `shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`). What
-`forward_features` of `coat` returns is no map of its last stage. Detectors and quantised networks were not run with
-this version."""
+The maps of `mobilevit` differ between batches and single images because its activations with random weights are as
+small as 1e-40, where single precision has few digits left; in double precision they are equal. The maps of `cvt` also
+differ in double precision and in PyTorch alone: for a batch of one, PyTorch's gradient of one of its batch
+normalisations does not agree with finite differences; for a batch of four it does. The maps of `EfficientNetV2S`, `M`
+and `L` differ in PyTorch alone as well; the reason was not investigated.
+
+`shieldgemma2`, `siglip2` and `imagegpt` take inputs that are not images (`forward=`). What `forward_features` of `coat`
+returns is not a map of its last stage. Detectors and quantised networks were not run with this version."""
 
 
 @dataclass
@@ -428,8 +434,9 @@ def page(results: list[dict[str, Any]]) -> str:
     lines = [
         "# Networks that were tried",
         "",
-        "Written by `python benchmarks/zoo.py`. One network of each family: the member with the fewest parameters,",
-        f"random weights, the smallest input at which it runs. {names}.",
+        "Does convscope work with your network? One network of each family was tried: the member with the fewest",
+        "parameters, with random weights and the smallest input at which it runs. Written by `python benchmarks/zoo.py`.",
+        f"{names}.",
         "",
         f"Families that were run: {sum(counts.values())} of {sum(totals.values())} ("
         + ", ".join(f"{c} {counts[c]} of {totals[c]}" for c in COLLECTIONS)

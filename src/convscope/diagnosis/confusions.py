@@ -219,7 +219,7 @@ def _detectable(matrix: np.ndarray, num_candidates: int) -> str:
     threshold = LEVEL / num_candidates
     for count in range(MIN_IMAGES, typical + 1):
         if beta_binomial_tail(count, typical, alpha, alpha * (len(matrix) - 2)) <= threshold:
-            return f"In a class with {typical:,} errors, {count:,} predictions of the same other class would have been found."
+            return f"In a class with {typical:,} errors, {count:,} predictions of one class would have been found."
     return (
         f"Classes have too few errors (typically {typical:,}): even if all of them were predictions of the same other "
         "class, it would not be significant."
