@@ -435,8 +435,8 @@ def page(results: list[dict[str, Any]]) -> str:
         "# Networks that were tried",
         "",
         "Does convscope work with your network? One network of each family was tried: the member with the fewest",
-        "parameters, with random weights and the smallest input at which it runs. Written by `python benchmarks/zoo.py`.",
-        f"{names}.",
+        f"parameters, with random weights and the smallest input at which it runs. {names}.",
+        "Written by `python benchmarks/zoo.py`.",
         "",
         f"Families that were run: {sum(counts.values())} of {sum(totals.values())} ("
         + ", ".join(f"{c} {counts[c]} of {totals[c]}" for c in COLLECTIONS)
