@@ -26,7 +26,7 @@ from convscope.engine.nested import iter_tensors, primary_tensor
 from convscope.engine.output_inference import OutputFacts, OutputMeaning, OutputRequest, infer_output, select_scores
 from convscope.engine.outputs import pick_output
 from convscope.engine.receptive_field import UNKNOWN, Axes, Axis, Field
-from convscope.engine.tracing import Trace
+from convscope.engine.tracing import Trace, start_trace
 from convscope.errors import ConvscopeError
 
 FINAL_ACTIVATIONS = ("softmax", "log_softmax", "sigmoid")
@@ -93,7 +93,7 @@ def probe(
         attributes = (iter_tensors(vars(part)) for part in module.modules())
         return chain(adapter.parameters(module), module.buffers(), chain.from_iterable(attributes))
 
-    with Trace(x, weights) as trace, LogitsRecorder() as activations:
+    with start_trace(x, weights) as trace, LogitsRecorder() as activations:
         recorder = _LayerRecorder(trace, adapter, tuple(x.shape), grid)
         output = run_with_callback(module, adapter, x, recorder.record)
         select, notes = select_scores(output, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -39,6 +40,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     draws_random_numbers : bool
         Whether an operation drew random numbers.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep PyTorch from importing its compiler, which takes two seconds, at the first operation that is traced."""
+        return False
 
     def __init__(self, x: Tensor, weights: Callable[[], Iterable[Tensor]] = tuple) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -128,6 +134,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, field in list(self._fields.values()):
             if tensor is not mutated and _address(tensor) == address:
                 self._set_field(tensor, replace(UNKNOWN, ancestors=field.ancestors | ancestors))
+
+
+class UncompiledTrace(Trace):  # type: ignore[no-untyped-call]
+    """A trace whose own code is not compiled when the network is; PyTorch wraps the method that it defines."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Exempt the method below from compilation."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def start_trace(x: Tensor, weights: Callable[[], Iterable[Tensor]] = tuple) -> Trace:
+    """Return a trace of a forward pass on `x`; networks can only be compiled where the compiler has been imported."""
+    kind = UncompiledTrace if "torch._dynamo" in sys.modules else Trace
+    return kind(x, weights)
 
 
 def _mutated_arguments(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:

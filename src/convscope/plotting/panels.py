@@ -69,10 +69,12 @@ def create_panels(
 
 def trim_rows(figure: Figure, panels: list[list[Axes]]) -> None:
     """Reduce a figure's height to that of its rows: images that are wider than their panels leave some blank."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout, grid = figure.get_layout_engine(), panels[0][0].get_gridspec()
-    if layout is None or grid is None:
+    if not isinstance(layout, ConstrainedLayoutEngine) or grid is None:
         return
-    layout.execute(figure)
+    ConstrainedLayoutEngine.execute(layout, figure)  # one pass: sizes change by less than a pixel in the second
     rows = [[axes for axes in row if axes.get_aspect() != "auto"] or row for row in panels]
     for axes in flatten(rows):
         axes.apply_aspect()
@@ -126,7 +128,8 @@ def add_color_bar(
 
     colors = ScalarMappable(Normalize(scale.minimum, scale.maximum), scale.colormap)
     if isinstance(axes, Sequence):
-        bar = axes[0].figure.colorbar(colors, ax=axes, fraction=0.04, pad=0.02, aspect=30)
+        column, share = _last_column(axes)
+        bar = axes[0].figure.colorbar(colors, ax=column, fraction=0.04 / share, pad=0.02 / share, aspect=30)
     else:
         bar = axes.figure.colorbar(colors, cax=axes.inset_axes((1.02, 0, 0.03, 1)))
     values = [-scale.maximum, 0, scale.maximum] if scale.signed else [0, scale.maximum]
@@ -137,6 +140,21 @@ def add_color_bar(
         bar.ax.yaxis.set_label_coords(1.6, 0.5)
         bar.ax.yaxis.label.set_verticalalignment("top")
     bar.outline.set_linewidth(0.5)
+
+
+def _last_column(panels: Sequence[Axes]) -> tuple[Sequence[Axes], float]:
+    """Return the rightmost panels and their share of the width of all.
+
+    A color bar beside all panels is beside these. The layout measures a color bar once for each of its panels.
+    """
+    specs = [spec for axes in panels if (spec := axes.get_subplotspec()) is not None]
+    if len(specs) < len(panels):
+        return panels, 1.0
+    stop = max(spec.colspan.stop for spec in specs)
+    widths = np.asarray(specs[0].get_gridspec().get_width_ratios(), float)
+    all_widths = widths[min(spec.colspan.start for spec in specs) : stop]
+    last = [axes for axes, spec in zip(panels, specs, strict=True) if spec.colspan.stop == stop]
+    return last, float(all_widths[-1] / all_widths.sum())
 
 
 def check_image(image: int, count: int) -> None:
