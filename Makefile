@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 OLDEST = $(VENV)-oldest
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check coverage test-oldest lint release-check benchmarks docs gallery figures screenshots clean
+.PHONY: demo test check coverage test-oldest lint lint-style lint-types release-check benchmarks docs gallery figures screenshots clean
 
 demo: $(VENV)/installed
 	$(BIN)/convscope demo -o convscope-demo
@@ -32,10 +32,16 @@ release-check: $(VENV)-release/installed
 test-oldest: $(OLDEST)/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses 2 tests/engine
 
+# The check of types takes as long as all others together.
 lint: $(VENV)/installed-test
+	$(MAKE) --no-print-directory --jobs 2 --output-sync lint-style lint-types
+
+lint-types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+lint-style: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check src tests benchmarks docs/scripts tools
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/numpydoc lint $$(git ls-files "src/convscope/*.py")
 	$(BIN)/python tools/check_names.py

@@ -12,7 +12,28 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import pytest
 import torch
 
+# Two processes share the files: those that take longest come first, so that neither waits for the other at the end.
+LONGEST_FILES = (
+    "docs/test_code_blocks.py",
+    "docs/test_notebooks.py",
+    "distributed/test_ray_scan.py",
+    "figures/test_structure.py",
+    "explorer/browser/test_effects.py",
+    "distributed/test_autoscaling.py",
+    "scanning/test_scan.py",
+    "test_interrupt.py",
+    "test_chapter.py",
+    "explorer/browser/test_jupyterlab.py",
+    "explorer/test_diagnosis_page.py",
+    "distributed/test_ray_patterns.py",
+)
 SAMPLES = Path(__file__).parents[1] / "src" / "convscope" / "samples"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; all others keep their order."""
+    ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
