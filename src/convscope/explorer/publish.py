@@ -33,6 +33,7 @@ from convscope.explorer.views import (
     example_page,
     glossary_page,
     image_page,
+    image_units_page,
     layer_page,
     names_page,
     network_page,
@@ -198,6 +199,8 @@ class _SiteWriter:
         yield ("glossary",), glossary_page.build
         for image in samples:
             yield ("m", key, "image", image.key), partial(image_page.build, network=network, image=image)
+            build = partial(image_units_page.build, network=network, image=image)
+            yield ("m", key, "image", image.key, "units"), build
             for index in self._predicted_classes(image):
                 build = partial(image_page.build, network=network, image=image, target=index)
                 yield ("m", key, "image", image.key, "class", index), build

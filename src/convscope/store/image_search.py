@@ -21,10 +21,15 @@ from convscope.store.tables import StoreTables
 
 def find_units_of_image(store: StoreTables, image: object, n: int, model: Model | None) -> Matches:
     """Find units by an example image, as `Store.search` describes."""
-    limit = require_int("n", n)
+    require_int("n", n)
     if model is None:
         raise ConvscopeError("model= is missing: the network that was scanned, which a search by image runs")
     store.check_weights(model)
+    return rank_units(store, image, n, model)
+
+
+def rank_units(store: StoreTables, image: object, n: int, model: Model) -> Matches:
+    """Do the same with a network that is known to be the one that was scanned."""
     loader = ImageBatchLoader(open_images(image), model.preprocessing, fit=store.manifest["plan"].get("fit", "squash"))
     if len(loader) != 1:
         raise ConvscopeError(f"{len(loader)} images are given; expected one example image")
@@ -32,7 +37,7 @@ def find_units_of_image(store: StoreTables, image: object, n: int, model: Model 
     names, matches = store.names(), []
     for layer, values in _maxima(model, store.layers, x):
         relevance, distance = rank_among(values, store.samples(layer))
-        for unit in np.lexsort((-distance, -relevance))[:limit].tolist():
+        for unit in np.lexsort((-distance, -relevance))[:n].tolist():
             position = None if names is None else names.position(layer, unit)
             if names is None or position is None:
                 name, score = str(store.unit_label(layer, unit)) if layer == LOGITS and store.classes else "", None
@@ -40,7 +45,7 @@ def find_units_of_image(store: StoreTables, image: object, n: int, model: Model 
                 name, score = str(names.names[position]), float(names.scores[position])
             matches.append((-relevance[unit], -distance[unit], Match(layer, unit, name, score, float(relevance[unit]))))
     matches.sort(key=lambda entry: entry[:2])
-    return Matches(store, Path(loader.names[0]).name, tuple(match for *_, match in matches[:limit]))
+    return Matches(store, Path(loader.names[0]).name, tuple(match for *_, match in matches[:n]))
 
 
 def rank_among(values: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

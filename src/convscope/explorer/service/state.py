@@ -40,10 +40,12 @@ from convscope.featurevis.layer_story import Story, story
 from convscope.samples import photographs
 
 if TYPE_CHECKING:
+    from convscope.store.search import Match
     from convscope.store.store import Store
 
 T = TypeVar("T")
 CACHE_BYTES = 1 << 28
+MAX_MATCHES = 100  # units that an image finds
 SLOW_METHODS = (
     "rise", "score-cam", "ablation-cam", "occlusion", "smooth-grad", "var-grad", "integrated-gradients",
 )  # fmt: skip
@@ -190,6 +192,23 @@ class Explorer:
         maps = [self.feature_maps(client, net, image, layer) for image in self.images.samples]
         means = np.stack([compute.channel_means(values) for values in maps]).mean(0)
         return means
+
+    def units_of_image(self, client: Client, net: Network, image: RegisteredImage) -> tuple[Match, ...]:
+        """Return the units of the store that an image excites more than most images of its sample, the best first.
+
+        At most `MAX_MATCHES`, as by `Store.search`. Raises UnknownResource without a store.
+        """
+        store = net.store
+        if store is None or not net.takes_images:
+            raise UnknownResource(f"{net.model.name} has no store here, whose units an image could find")
+        scanned = store  # for the function below, where it cannot be None
+
+        def rank(_: Job[tuple[Match, ...]]) -> tuple[Match, ...]:
+            from convscope.store.image_search import rank_units
+
+            return rank_units(scanned, image.pixels, MAX_MATCHES, net.model).items
+
+        return self._run_interactive(client, ("units_of_image", net.version, image.key), rank)
 
     def concept_heatmap(
         self, client: Client, net: Network, image: RegisteredImage, layer: str, bank: np.ndarray, version: str

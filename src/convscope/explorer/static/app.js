@@ -32,6 +32,8 @@ async function fetchJson(url, options = {}) {
   return content;
 }
 
+const uploadImage = (file) => fetchJson(`/api/images?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
+
 const formatNumber = (value, digits = 3) => Math.abs(value) >= 10 ** digits && Math.abs(value) < 1e6 ? String(Math.round(value)) : Number(value).toPrecision(digits).replace(/\.?0+$|(\.\d*?)0+(?=e|$)/, "$1");
 
 // Definitions of terms.

@@ -296,7 +296,7 @@
     for (const [i, file] of images.entries()) {
       showStatus(images.length > 1 ? `Uploading image ${i + 1} of ${images.length}…` : "Uploading the image…");
       try {
-        uploaded.push(await fetchJson(`/api/images?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } }));
+        uploaded.push(await uploadImage(file));
       } catch (error) {
         showStatus(`${file.name}: ${error.message}`);
       }

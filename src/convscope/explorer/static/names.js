@@ -1,5 +1,21 @@
 "use strict";
-// Page of named units: the table shows the rows that contain all words of the search.
+// Pages of named units: the table shows the rows that contain all words of the search; an example image finds others.
+(() => {
+  const input = document.getElementById("example");
+  if (!input) return;
+  input.addEventListener("change", async () => {
+    const [file] = input.files;
+    if (!file) return;
+    showStatus("Uploading the image…");
+    try {
+      const { key } = await uploadImage(file);
+      location.href = `/m/${encodeURIComponent(input.dataset.model)}/image/${key}/units`;
+    } catch (error) {
+      showStatus(`${file.name}: ${error.message}`);
+    }
+    input.value = "";  // so that the same file can be chosen again
+  });
+})();
 (() => {
   const form = document.getElementById("search");
   if (!form) return;

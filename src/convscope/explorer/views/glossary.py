@@ -59,5 +59,7 @@ GLOSSARY: dict[str, str] = {
     "loss": "The cross-entropy of the prediction with respect to the label; 0 is a certain, correct prediction.",
     "unit name": "The word whose scores on the images of the data set go best with the activations of a unit. Its "
     "score is the area under the ROC curve on images that did not serve the choice: 0.5 is chance, 1 is perfect.",
+    "percentile": "The fraction of the images in the store's sample that excite a unit less than the image does; those "
+    "that excite it as much count half.",
     "store": "The results of `convscope scan`: the statistics and top patches of all units on a data set.",
 }

@@ -37,6 +37,7 @@ def build(context: PageContext, network: Network) -> Page:
     order = [] if names is None else names.order.tolist()
     variables: Values = {
         "names": names,
+        "example": context.default_image(network) if network.store is not None else None,
         "num_named": len(order),
         "rows": [_row(context, network, names, i) for i in order[:MAX_NAMES]] if names is not None else [],
     }

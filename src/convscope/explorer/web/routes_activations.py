@@ -14,6 +14,7 @@ from convscope.explorer.service import compute
 from convscope.explorer.service.images import RegisteredImage
 from convscope.explorer.service.networks import Network
 from convscope.explorer.service.schemas import ChannelStatistics, LayerSummary, PositionRecord, Prediction
+from convscope.explorer.service.state import MAX_MATCHES
 from convscope.explorer.web.parameters import PathImage, PathNetwork, QueryLayer, Runner, Target
 from convscope.explorer.web.requests import RequestRunner
 from convscope.explorer.web.responses import ERRORS, csv_response, npz_response
@@ -26,6 +27,14 @@ class ActivationRecord(ChannelStatistics):
 
     layer: str
     shape: list[int]
+
+
+class ImageUnit(TypedDict):
+    """A unit, and the fraction of the store's sample that excites it less than the image does."""
+
+    layer: str
+    unit: int
+    relevance: float
 
 
 class RelevanceRecord(TypedDict):
@@ -47,6 +56,22 @@ async def predictions(
     """Return the most likely classes."""
     rows = await runner.run(request, lambda client: runner.explorer.predictions(client, net, image, top))
     return {"predictions": rows}
+
+
+@router.get("/units")
+async def units(
+    request: Request,
+    runner: Runner,
+    net: PathNetwork,
+    image: PathImage,
+    n: Annotated[int, Query(ge=1, le=MAX_MATCHES)] = 20,
+) -> dict[str, list[ImageUnit]]:
+    """Return the units of the store that the image excites more than most images of its sample, the best first."""
+    matches = await runner.run(request, lambda client: runner.explorer.units_of_image(client, net, image))
+    rows: list[ImageUnit] = [
+        {"layer": match.layer, "unit": match.unit, "relevance": match.relevance} for match in matches[:n]
+    ]
+    return {"units": rows}
 
 
 @router.get("/predictions.csv", response_class=Response)

@@ -21,6 +21,7 @@ from convscope.explorer.views import (
     example_page,
     glossary_page,
     image_page,
+    image_units_page,
     layer_page,
     names_page,
     network_page,
@@ -97,6 +98,12 @@ async def image(
 ) -> HTMLResponse:
     """Show predictions and heatmaps of an image."""
     return await _render(request, runner, lambda context: image_page.build(context, net, image, target))
+
+
+@router.get("/m/{model}/image/{image}/units")
+async def image_units(request: Request, runner: Runner, net: PathNetwork, image: PathImage) -> HTMLResponse:
+    """Show the units that an image excites most, compared with the images of the store."""
+    return await _render(request, runner, lambda context: image_units_page.build(context, net, image))
 
 
 @router.get("/m/{model}/layer/{layer:path}")
@@ -189,6 +196,13 @@ async def open_example(request: Request, runner: Runner, net: PathNetwork, index
     """Register an image of the data set and redirect to its page."""
     opened = await runner.run(request, lambda _: runner.open_dataset_image(net, index))
     return RedirectResponse(runner.urls.page("m", net.key, "image", opened.key), 303)
+
+
+@router.get("/m/{model}/data/{index}/units")
+async def example_units(request: Request, runner: Runner, net: PathNetwork, index: int) -> RedirectResponse:
+    """Register an image of the data set and redirect to the page of the units that it excites."""
+    opened = await runner.run(request, lambda _: runner.open_dataset_image(net, index))
+    return RedirectResponse(runner.urls.page("m", net.key, "image", opened.key, "units"), 303)
 
 
 @router.get("/static/{name}")
