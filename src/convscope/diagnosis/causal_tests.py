@@ -212,11 +212,7 @@ class CausalTest:
 
     def _color(self) -> _Changes:
         """Shift colors by the difference to other images, against shifts of the same length in other directions."""
-        means, deviations = zip(*(interventions.color_statistics(x) for x in (self.inside, self.outside)), strict=True)
-        shift = means[0].median(0).values - means[1].median(0).values
-        scale = deviations[0].median(0).values / deviations[1].median(0).values.clamp(min=1e-6)
-        both = torch.cat([self.inside, self.outside])
-        limits = both.amin((0, 2, 3)), both.amax((0, 2, 3))
+        shift, scale, limits = interventions.color_difference(self.inside, self.outside)
 
         def shifted(sign: int) -> Change:
             return lambda x: interventions.shift_colors(x, sign * shift, scale**sign, limits)

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from convscope.diagnosis import interventions
-from convscope.diagnosis.causal_tests import MARGIN
+from convscope.diagnosis.causal_tests import MARGIN, Scores
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
-from convscope.diagnosis.forward import softmax_logits
+from convscope.diagnosis.forward import scoring_forward
 from convscope.diagnosis.shortcut_candidates import FRAMES
-from convscope.engine import capture
-from convscope.engine.batching import forward_batch_size, pad_to_fixed_batch
 from convscope.images.decode_worker import THUMBNAIL_SIDE, thumbnail
 
 MAX_EXAMPLES = 4  # images of each action
@@ -83,16 +81,23 @@ def change_images(context: DiagnosisContext, findings: Sequence[Finding]) -> Cha
     ChangedImages
         Up to four images of each action and finding. Blur cannot be removed.
     """
-    parts = [ChangedImages.none()]
-    for done, finding in enumerate(findings):
-        context.report_progress(done, len(findings))
-        if finding.kind == "shortcut" and finding.evidence["feature"] != "unit":
-            parts += _change(context, done + 1, finding)
+    changeable = [
+        (number, finding)
+        for number, finding in enumerate(findings, start=1)
+        if finding.kind == "shortcut" and finding.evidence["feature"] != "unit"
+    ]
+    if not changeable:
+        return ChangedImages.none()
+    parts: list[ChangedImages] = []
+    with scoring_forward(context.model, context.memory) as scores:
+        for number, finding in changeable:
+            context.report_progress(number - 1, len(findings))
+            parts += _change(context, scores, number, finding)
     context.report_progress(len(findings), len(findings))
-    return ChangedImages.joined(parts)
+    return ChangedImages.joined(parts) if parts else ChangedImages.none()
 
 
-def _change(context: DiagnosisContext, number: int, finding: Finding) -> Iterator[ChangedImages]:
+def _change(context: DiagnosisContext, scores: Scores, number: int, finding: Finding) -> Iterator[ChangedImages]:
     observations, label = context.observations, finding.classes[0]
     is_listed = np.isin(np.arange(len(observations)), finding.images)
     is_other = observations.is_labelled & (observations.labels != label) & (observations.predictions != label)
@@ -103,11 +108,17 @@ def _change(context: DiagnosisContext, number: int, finding: Finding) -> Iterato
     carriers = np.array([finding.images[n] for n in taken], np.int64)
     inside, outside = (context.load_inputs(rows.tolist()).float() for rows in (carriers, others))
     inserted = insert(finding, taken, inside, outside)[:MAX_EXAMPLES]
-    yield _compare(context, number, others[:MAX_EXAMPLES], outside[:MAX_EXAMPLES], inserted, inserts=True)
+    yield _compare(context, scores, number, others[:MAX_EXAMPLES], outside[:MAX_EXAMPLES], inserted, inserts=True)
     removed = remove(finding, taken, inside, outside)
     if removed is not None:
         yield _compare(
-            context, number, carriers[:MAX_EXAMPLES], inside[:MAX_EXAMPLES], removed[:MAX_EXAMPLES], inserts=False
+            context,
+            scores,
+            number,
+            carriers[:MAX_EXAMPLES],
+            inside[:MAX_EXAMPLES],
+            removed[:MAX_EXAMPLES],
+            inserts=False,
         )
 
 
@@ -131,7 +142,7 @@ def insert(finding: Finding, rows: Sequence[int], inside: Tensor, outside: Tenso
         patches = interventions.cut_boxes(inside[donors], corners[donors], sides)
         return interventions.paste_boxes(outside, patches, corners[donors])
     if feature == "color":
-        return _with_colors_of(outside, inside)
+        return interventions.shift_colors(outside, *interventions.color_difference(inside, outside))
     target = float(interventions.detail(inside).median())
     return interventions.gaussian_blur(outside, interventions.blur_to_match(outside, target))
 
@@ -142,10 +153,10 @@ def remove(finding: Finding, rows: Sequence[int], inside: Tensor, outside: Tenso
     if feature in FRAMES:
         return interventions.replace_region(inside, outside[donors], _frame(inside, feature))
     if feature == "patch":
-        corners, sides = _boxes(finding, rows, inside)
-        masks = interventions.box_masks(corners, sides, (inside.shape[2], inside.shape[3])).to(inside.device)
-        return interventions.remove_region(inside, masks)
-    return _with_colors_of(inside, outside) if feature == "color" else None
+        return interventions.remove_boxes(inside, *_boxes(finding, rows, inside))
+    if feature == "color":
+        return interventions.shift_colors(inside, *interventions.color_difference(outside, inside))
+    return None
 
 
 def _frame(x: Tensor, feature: str) -> Tensor:
@@ -162,20 +173,20 @@ def _boxes(finding: Finding, rows: Sequence[int], x: Tensor) -> tuple[Tensor, tu
     return torch.from_numpy(corners), (int(sides[0]), int(sides[1]))
 
 
-def _with_colors_of(x: Tensor, donors: Tensor) -> Tensor:
-    """Shift the colors of images by the difference of the medians of their means and deviations to those of others."""
-    (means, deviations), (others, spreads) = (interventions.color_statistics(images) for images in (x, donors))
-    shift = others.median(0).values - means.median(0).values
-    scale = spreads.median(0).values / deviations.median(0).values.clamp(min=1e-6)
-    both = torch.cat([x, donors])
-    return interventions.shift_colors(x, shift, scale, (both.amin((0, 2, 3)), both.amax((0, 2, 3))))
-
-
 def _compare(
-    context: DiagnosisContext, number: int, rows: Classes, before: Tensor, after: Tensor, *, inserts: bool
+    context: DiagnosisContext,
+    scores: Scores,
+    number: int,
+    rows: Classes,
+    before: Tensor,
+    after: Tensor,
+    *,
+    inserts: bool,
 ) -> ChangedImages:
     """Run the network on images before and after a change."""
-    (first, first_confidence), (last, last_confidence) = (_answers(context, x) for x in (before, after))
+    confidence, classes = scores(torch.cat([before, after])).max(1)
+    first, last = classes.numpy().reshape(2, -1)
+    first_confidence, last_confidence = confidence.numpy().reshape(2, -1)
     return ChangedImages(
         finding=np.full(len(rows), number),
         inserted=np.full(len(rows), inserts),
@@ -193,14 +204,3 @@ def _thumbnails(context: DiagnosisContext, x: Tensor) -> npt.NDArray[np.uint8]:
     """Return network inputs as small images (n, s, s, 3)."""
     pixels = context.model.preprocessing.denormalize(x.cpu()).permute(0, 2, 3, 1).numpy()
     return np.stack([thumbnail(image) for image in pixels])
-
-
-def _answers(context: DiagnosisContext, x: Tensor) -> tuple[Classes, npt.NDArray[np.float32]]:
-    """Return the predicted class (n,) of inputs and its probability (n,)."""
-    model, parts = context.model, []
-    with torch.no_grad(), capture.capture_layers(model, []) as run:
-        for part in torch.split(x, forward_batch_size(model, context.memory)):
-            logits = run(pad_to_fixed_batch(model, part)).logits[: len(part)]
-            parts.append(softmax_logits(model, logits).float().softmax(1).cpu())
-    confidence, classes = torch.cat(parts).max(1)
-    return classes.numpy().astype(np.int64), confidence.numpy()

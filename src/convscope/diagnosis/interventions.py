@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convscope.evaluation.imputation import impute
 
+MIN_DEVIATION = 1e-6  # of a channel, so that flat images have a quotient of deviations
 DETAIL_FLOOR = 1e-6  # added to the variance, so that a flat image has a logarithm
 
 
@@ -83,6 +84,29 @@ def color_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the deviation (n, C) of each channel of images (n, C, H, W)."""
     flat = x.flatten(2)
     return flat.mean(2), flat.std(2, correction=0)
+
+
+def color_difference(x: Tensor, others: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return what sets the colors of images apart from those of others, for `shift_colors`.
+
+    Parameters
+    ----------
+    x, others : Tensor of shape (n, C, H, W), (m, C, H, W)
+
+    Returns
+    -------
+    shift, scale : Tensor of shape (C,)
+        Difference of the medians of the means, and quotient of the medians of the deviations.
+    limits : tuple of Tensor of shape (C,)
+        The least and the largest value of each channel in both.
+    """
+    (means, deviations), (other_means, other_deviations) = (color_statistics(images) for images in (x, others))
+    shift = means.median(0).values - other_means.median(0).values
+    scale = deviations.median(0).values.clamp(min=MIN_DEVIATION) / other_deviations.median(0).values.clamp(
+        min=MIN_DEVIATION
+    )
+    both = torch.cat([x, others])
+    return shift, scale, (both.amin((0, 2, 3)), both.amax((0, 2, 3)))
 
 
 def shift_colors(x: Tensor, shift: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:

@@ -92,7 +92,8 @@ def propose(
         others = observations.is_labelled & ~is_member
         amounts = statistics.amounts(is_member, others)
         inside = amounts.pop(INSIDE_BORDER)
-        if _confusion(amounts["border"], is_member, others) >= DISTINCT * _confusion(inside, is_member, others):
+        confusions = [1 - _separation(values, is_member, others) for values in (amounts["border"], inside)]
+        if confusions[0] >= DISTINCT * confusions[1]:
             del amounts["border"]
         for kind, values in amounts.items():
             candidates += _candidate(observations, ShortcutCandidate(kind, label, values, 0, 0))
@@ -104,16 +105,16 @@ def propose(
     return candidates
 
 
-def _confusion(amounts: Floats, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> float:
-    """Return the area above the ROC curve of amounts, for a class against the others."""
-    return 1 - separation(np.where(is_member | others, amounts, np.nan), is_member)
+def _separation(amounts: Floats, is_member: npt.NDArray[np.bool_], others: npt.NDArray[np.bool_]) -> float:
+    """Return the area under the ROC curve of amounts, for a class against the others."""
+    return separation(np.where(is_member | others, amounts, np.nan), is_member)
 
 
 def _candidate(observations: Observations, candidate: ShortcutCandidate) -> list[ShortcutCandidate]:
     """Return a candidate with its threshold and separation, if it separates the class well enough."""
     is_member = observations.labels == candidate.label
     others, amounts = observations.is_labelled & ~is_member, candidate.amounts
-    value = separation(np.where(is_member | others, amounts, np.nan), is_member)
+    value = _separation(amounts, is_member, others)
     if value < MIN_SEPARATION[candidate.kind]:
         return []
     return [replace(candidate, separation=value, threshold=best_threshold(amounts[is_member], amounts[others]))]

@@ -22,6 +22,7 @@ from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.shortcut_candidates import best_threshold, chunks
 from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES
 from convscope.editing.removal import Removal
+from convscope.editing.replacements import constants
 from convscope.engine.batching import forward_batch_size
 from convscope.images.batches import tensor_batches
 
@@ -267,13 +268,9 @@ def removal_effect(
     sets = torch.zeros((1 + len(controls), len(rows), len(means)), dtype=torch.bool)
     sets[0, :, candidate.unit] = True
     sets[1:].scatter_(2, torch.from_numpy(controls)[..., None], True)
-
-    def to_means(maps: Tensor, _: tuple[int, ...]) -> Tensor:
-        return means.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
-
     num_classes = context.observations.logits.shape[1]
     spec = TargetSpec(model, torch.arange(num_classes).expand(len(rows), -1))
-    removal = Removal(model, context.layer, spec, to_means, context.memory)
+    removal = Removal(model, context.layer, spec, constants(means), context.memory)
     x = context.load_inputs(rows.tolist()).float().to(model.device)
     logits = []
     for batch in tensor_batches(x, forward_batch_size(model, context.memory), 1.0):

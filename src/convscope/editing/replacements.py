@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,7 +42,11 @@ def zeros(maps: Tensor, _: tuple[int, ...]) -> Tensor:
 
 def means(model: Model, layer: Layer, source: ImageBatchLoader, memory: int = MEMORY) -> Replacement:
     """Return the function that replaces maps (B, C, ...) by the units' means over the images of `source`."""
-    values = unit_means(model, layer, source, memory)
+    return constants(unit_means(model, layer, source, memory))
+
+
+def constants(values: Tensor) -> Replacement:
+    """Return the function that replaces maps (B, C, ...) by the units' values (C,) at all positions."""
 
     def expand(maps: Tensor, _: tuple[int, ...]) -> Tensor:
         return values.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
@@ -55,8 +61,10 @@ def resampled(model: Model, layer: Layer, source: ImageBatchLoader, seed: int, *
     """
 
     def draw(maps: Tensor, indices: tuple[int, ...]) -> Tensor:
-        chosen = donors(max(indices) + 1, len(source), seed, same_images=same_images)
-        parts = [_maps_of_donor(model, layer, source, int(chosen[i]), i if same_images else -1) for i in indices]
+        parts = [
+            _maps_of_donor(model, layer, source, donor, i if same_images else -1)
+            for i, donor in zip(indices, donors(indices, len(source), seed, same_images=same_images), strict=True)
+        ]
         return torch.cat(parts).to(maps)
 
     return draw
@@ -76,13 +84,13 @@ def _maps_of_donor(model: Model, layer: Layer, source: ImageBatchLoader, first: 
     raise ConvscopeError("how='resample' found no other image that can be used")
 
 
-def donors(count: int, num_images: int, seed: int, *, same_images: bool) -> np.ndarray:
-    """Draw for each image the image (count,) whose maps replace its own; never itself, where the images are the same.
+def donors(indices: Sequence[int], num_images: int, seed: int, *, same_images: bool) -> list[int]:
+    """Draw for each image the image whose maps replace its own; never itself, where the images are the same.
 
     The draw of an image depends on the seed and its position alone.
     """
-    draws = [int(np.random.default_rng((seed, i)).integers(num_images - same_images)) for i in range(count)]
-    return np.array([d + (same_images and d >= i) for i, d in enumerate(draws)])
+    draws = [int(np.random.default_rng((seed, i)).integers(num_images - same_images)) for i in indices]
+    return [draw + (same_images and draw >= i) for i, draw in zip(indices, draws, strict=True)]
 
 
 def set_units(maps: Tensor, *, layer: Layer, units: list[int], values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from convscope.attribution.targets import parse_targets
 from convscope.datasets.image_inputs import open_images
 from convscope.editing.api import edit
 from convscope.editing.removal import Removal
+from convscope.editing.replacements import constants
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import find_layer
 from convscope.engine.model import LOGITS, Model
@@ -62,16 +63,13 @@ def logits_without_units(
     """Set each unit of a layer to its value (C,) in turn: return the logits (K,) before, and those then (C, K)."""
     selected, loader = find_layer(model, layer), ImageBatchLoader(open_images(x), model.preprocessing)
     spec = parse_targets(model, [list(range(model.num_outputs or 0))], 1)
-    replacement = torch.from_numpy(values.astype(np.float32))
-
-    def replace(maps: Tensor, _: tuple[int, ...]) -> Tensor:
-        return replacement.to(maps).view(1, -1, *[1] * (maps.ndim - 2)).expand_as(maps)
+    replacement = constants(torch.from_numpy(values.astype(np.float32)))
 
     def report(fraction: float) -> None:
         if report_progress is not None:
             report_progress(fraction, 1)
 
-    with Removal(model, selected, spec, replace, MEMORY).open(next(loader.batches(1))) as run:
+    with Removal(model, selected, spec, replacement, MEMORY).open(next(loader.batches(1))) as run:
         scores, _ = run.scores(torch.eye(selected.units, dtype=torch.bool), report)
         return run.baseline[0].float().cpu().numpy(), scores[:, 0].float().cpu().numpy()
 
