@@ -175,4 +175,5 @@ def test_same_seed_same_findings(planted, search):
 def test_units_have_no_changed_images(planted, search):
     labels, _, x = planted
     units = [f for f in search.findings if f.evidence["feature"] == "unit"]
+    assert units
     assert len(change_images(context_of(PropNetwork(400.0), x, labels), units).image) == 0

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from convscope.diagnosis.clustering import chunks
 from convscope.diagnosis.interventions import detail, frame_mask
 from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.templates import Correlations, Template, grow, refine, seed_patches
@@ -22,7 +23,6 @@ Floats = npt.NDArray[np.float64]
 
 SEARCHED = 40  # images of a class, and of the others, that recurring patches are searched in
 SEED_IMAGES = 8
-CHUNK = 256  # images that are measured at once
 PATCH_SIDES = (0.15, 0.22)  # of the thumbnail's shorter side
 MIN_CORRELATION = 0.6  # of the better half of a class's images with a patch
 MIN_CONSTANT = 0.2  # fraction of a patch's pixels that are nearly equal
@@ -166,11 +166,6 @@ class ImageStatistics:
 def as_pixels(thumbnails: np.ndarray) -> Tensor:
     """Return thumbnails (n, s, s, 3) as images (n, 3, s, s) in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(thumbnails)).movedim(3, 1).float() / 255
-
-
-def chunks(count: int) -> list[npt.NDArray[np.int64]]:
-    """Return the numbers below `count` in parts of at most 256."""
-    return np.array_split(np.arange(count), max(1, -(-count // CHUNK)))
 
 
 def _frame_vector(thumbnails: np.ndarray, pixels: Tensor, width: float) -> Floats:

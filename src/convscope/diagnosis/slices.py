@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from convscope.diagnosis.clustering import jaccard, standardize
+from convscope.diagnosis.clustering import jaccard, row_moments, standardize
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
@@ -63,7 +63,7 @@ def find_slices(context: DiagnosisContext) -> Search:
     for done, search in enumerate(searches):
         context.report_progress(done, len(searches))
         facts = np.asarray(observations.facts[search.rows])[:, about_images]
-        points = embed(observations.features[search.rows], observations.peaks[search.rows], rng)
+        points = embed((observations.features, observations.peaks), search.rows, rng)
         proposed = distinct(search.by_features(points, rng))[:PER_CLASS]
         proposed += distinct(search.by_facts(facts, about_images))[:PER_CLASS]
         candidates += distinct(proposed)
@@ -280,8 +280,8 @@ def _units(
     observations: Observations, members: npt.NDArray[np.int64], peers: npt.NDArray[np.int64]
 ) -> list[dict[str, float | int]]:
     """Return the units whose means over positions differ most between a slice and its peers, in deviations."""
-    values = standardize(observations.features[np.concatenate([members, peers])])
-    difference = values[: len(members)].mean(0) - values[len(members) :].mean(0)
+    inside, outside = (row_moments(observations.features, rows)[0] for rows in (members, peers))
+    difference = (inside - outside) / row_moments(observations.features, np.concatenate([members, peers]))[1]
     best = np.argsort(-np.abs(difference), kind="stable")[:UNITS]
     return [{"unit": int(unit), "difference": float(difference[unit])} for unit in best]
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from convscope.diagnosis.clustering import (
     Floats,
+    StandardizedRows,
     cluster_means,
     jaccard,
     k_means,
     principal_components,
     squared_distances,
-    standardize,
 )
 
 Flags = npt.NDArray[np.bool_]
@@ -64,10 +64,9 @@ class Candidate:
     z: float
 
 
-def embed(features: npt.NDArray[np.floating], peaks: npt.NDArray[np.floating], rng: np.random.Generator) -> Floats:
-    """Return standardised principal components (N, D) of a layer's means and maxima (N, C) over positions."""
-    values = np.concatenate([standardize(features), standardize(peaks)], axis=1)
-    components = principal_components(values, COMPONENTS, rng)
+def embed(arrays: Sequence[npt.NDArray[np.floating]], rows: npt.NDArray[np.int64], rng: np.random.Generator) -> Floats:
+    """Return standardised principal components (n, D) of rows of arrays (N, C), such as a layer's means and maxima."""
+    components = principal_components(StandardizedRows(arrays, rows), COMPONENTS, rng)
     # A component's deviation is reduced to its square root: weak components count more, noise does not dominate.
     deviation = np.maximum(components.std(0), 1e-6)
     return np.asarray(components / np.sqrt(deviation * deviation[0]), np.float32)

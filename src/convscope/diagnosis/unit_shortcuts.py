@@ -16,10 +16,11 @@ from torch import Tensor
 
 from convscope.attribution.targets import TargetSpec
 from convscope.diagnosis.causal_tests import REPEATS, Effect, effect_on_class
+from convscope.diagnosis.clustering import chunks, row_moments
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.forward import softmax_logits
 from convscope.diagnosis.observations import Observations
-from convscope.diagnosis.shortcut_candidates import best_threshold, chunks
+from convscope.diagnosis.shortcut_candidates import best_threshold
 from convscope.diagnosis.shortcut_tests import MIN_EFFECT, TESTED_IMAGES
 from convscope.editing.removal import Removal
 from convscope.editing.replacements import constants
@@ -36,7 +37,6 @@ MIN_RECOGNISED = 0.5  # of these, that the network answers right: where it does 
 TRIED_UNITS = 8  # of each class: those that stand out most on the errors
 MAX_PER_CLASS, MAX_CANDIDATES = 4, 20  # units that are tested, those that go with most errors
 SIMILAR = 8  # units that random ones are drawn from
-MIN_DEVIATION = 1e-6  # of a unit's peaks, below which it is constant
 MIN_GONE = 0.5  # of the answers, that go away beyond those by random units
 
 
@@ -105,14 +105,10 @@ class PeakStatistics:
         numbers = np.arange(len(observations.classes))
         counts = np.bincount(self._labels[self._labels >= 0], minlength=len(numbers))
         sums = np.zeros((len(numbers), self._peaks.shape[1]))
-        total, squares = np.zeros((2, self._peaks.shape[1]))
         for rows in chunks(len(self._peaks)):
             values = np.asarray(self._peaks[rows], np.float64)
             sums += (self._labels[rows] == numbers[:, None]).astype(np.float64) @ values
-            total, squares = total + values.sum(0), squares + np.square(values).sum(0)
-        self._mean = np.asarray(total / len(self._peaks))
-        deviation = np.sqrt(np.maximum(squares / len(self._peaks) - self._mean**2, 0))
-        self._deviation = np.where(deviation > MIN_DEVIATION, deviation, np.inf)
+        self._mean, self._deviation = row_moments(self._peaks, np.arange(len(self._peaks)))
         self._label_means = sums / np.maximum(counts, 1)[:, None]
 
     def standardized(self, rows: npt.NDArray[np.int64]) -> Floats:
@@ -126,7 +122,8 @@ class PeakStatistics:
 
     def difference(self, is_part: Flags) -> Floats:
         """Return by how many deviations (C,) the mean peaks of some images are above those of the others."""
-        return np.asarray((_means(self._peaks, is_part) - _means(self._peaks, ~is_part)) / self._deviation)
+        inside, outside = (row_moments(self._peaks, np.flatnonzero(part))[0] for part in (is_part, ~is_part))
+        return np.asarray((inside - outside) / self._deviation)
 
 
 def propose_units(observations: Observations, classes: Sequence[int]) -> list[UnitCandidate]:
@@ -216,7 +213,7 @@ def measure_units(context: DiagnosisContext, classes: Sequence[int]) -> Iterator
         is_member = observations.labels == candidate.label
         taken = candidate.carriers & (observations.predictions == candidate.label)
         groups = observations.is_labelled & ~is_member & taken, is_member & taken
-        means = torch.from_numpy(_means(observations.features, ~candidate.carriers)).float()
+        means = torch.from_numpy(row_moments(observations.features, np.flatnonzero(~candidate.carriers))[0]).float()
         effects: list[Effect] = []
         for group in groups:
             rows = order[group[order]][:TESTED_IMAGES]
@@ -226,14 +223,6 @@ def measure_units(context: DiagnosisContext, classes: Sequence[int]) -> Iterator
                 break
         others, members = effects[0], effects[1] if len(effects) > 1 else None
         yield UnitOutcome(candidate, others, members, others.p_value(np.random.default_rng(context.seed)))
-
-
-def _means(features: np.ndarray, is_part: Flags) -> Floats:
-    """Return the means (C,) of some rows of an array (N, C) that may be mapped into memory."""
-    total = np.zeros(features.shape[1])
-    for rows in chunks(len(features)):
-        total += is_part[rows].astype(np.float64) @ np.asarray(features[rows], np.float64)
-    return np.asarray(total / max(int(is_part.sum()), 1))
 
 
 def _similar_units(peaks: Floats, count: int, unit: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
