@@ -123,8 +123,8 @@ def _members(name: str) -> list[str]:
 
 
 def _summary(value: object) -> str:
-    """Return the first line of a docstring."""
-    return (inspect.getdoc(value) or "").split("\n", 1)[0]
+    """Return the first paragraph of a docstring, in one line."""
+    return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
 
 
 def _index() -> str:
@@ -140,7 +140,7 @@ def _row(page: str, entry: str) -> str:
     value: Any = convscope
     for part in entry.split("."):
         value = getattr(value, part)
-    return f"| [`{entry}`]({page}.md#convscope.{entry}) | {_summary(value)} |"
+    return f"| [`{entry}`]({page}.md#convscope.{entry}) | {_plain(_summary(value))} |"
 
 
 def _command_line() -> str:

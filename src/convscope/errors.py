@@ -37,7 +37,7 @@ class ConvscopeError(ValueError):
 
 
 class ConvscopeWarning(UserWarning):
-    """Issued where a call succeeds with less than was asked for, or on an assumption.
+    """Issued if a call succeeds only in part, or with an assumption.
 
     Images that could not be used, assumed preprocessing, random weights. The text also stands in the result: in its
     ``notes`` or ``failed``.

@@ -53,7 +53,7 @@ def patch(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: ProgressOption = None,
 ) -> Patching:
-    """Find which units and positions of a layer carry what makes the answer for one image that for another.
+    """Find which units or positions of a layer turn the prediction for one image into that for another.
 
     Activation patching: the network runs on the destination image, while a part of the layer's output is replaced by
     that for the source image, and the change of the target's score is measured::

@@ -52,7 +52,7 @@ def explain(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: ProgressOption = None,
 ) -> Explanation:
-    """Find the few units of a layer that carry a prediction, where they are active, and prove it by removing them.
+    """Find the few units of a layer that carry a prediction, where they are active, and check it by removing them.
 
     Units are ordered by their effects alone, and removed one after the other. What each adds to the fall of the logit y
     is its effect; the effects sum to the fall when all are removed together, in any network::

@@ -46,7 +46,7 @@ def name_units(
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> UnitNames:
-    """Name units by words whose scores on the scanned images go with the units' activations.
+    """Name units by words whose scores on the scanned images agree with the units' activations.
 
     A scan stores the maximum of every unit on a sample of images. Half of these images, chosen by a hash, serve to
     choose for each unit the word with the highest soft pointwise mutual information with the unit's top images
