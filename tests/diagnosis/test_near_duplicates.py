@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from convscope.diagnosis.near_duplicates import (
-    centred_features,
+    CentredFeatures,
     difference_hash,
     duplicate_pairs,
     find_near_duplicates,
@@ -94,13 +94,15 @@ def test_pairs_agree_with_brute_force_for_every_block_size() -> None:
     prototypes = np.where(generator.random((6, 128)) < 0.5, 1, -1)
     hashes = np.repeat(prototypes, 5, 0)
     hashes = torch.from_numpy(np.where(generator.random(hashes.shape) < 0.08, -hashes, hashes).astype(np.int8))
-    features = centred_features(np.repeat(generator.normal(size=(6, 12)), 5, 0) + generator.normal(0, 0.25, (30, 12)))
+    features = np.repeat(generator.normal(size=(6, 12)), 5, 0) + generator.normal(0, 0.25, (30, 12))
     differing = (hashes[:, None] != hashes[None]).sum(2)
-    cosine = features @ features.T
+    centred = features - features.mean(0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    cosine = centred @ centred.T
     expected = {(i, j) for i in range(30) for j in range(i + 1, 30) if differing[i, j] <= 16 and cosine[i, j] >= 0.85}
     assert 10 < len(expected) < 60
     for block in (4, 7, 64):
-        parts = list(duplicate_pairs(hashes, features, block, lambda _done, _total: None))
+        parts = list(duplicate_pairs(hashes, CentredFeatures(features), block, lambda _done, _total: None))
         pairs = [(i, j) for first, second, _ in parts for i, j in zip(first.tolist(), second.tolist(), strict=True)]
         assert sorted(pairs) == sorted(expected)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from convscope.diagnosis.clustering import row_moments
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
@@ -95,14 +96,26 @@ def layout_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return correlation
 
 
-def centred_features(features: np.ndarray) -> Tensor:
-    """Return features (N, C) minus their mean and of length 1, float32, so that their products are correlations."""
-    values = torch.from_numpy(np.asarray(features, np.float32))
-    return normalize(values - values.mean(0), dim=1)
+class CentredFeatures:
+    """Features minus their mean and of length 1, so that their products are correlations; read where they are indexed.
+
+    Parameters
+    ----------
+    features : ndarray of shape (N, C)
+        It may be mapped into memory.
+    """
+
+    def __init__(self, features: np.ndarray) -> None:
+        self._features = features
+        self._mean = row_moments(features, np.arange(len(features)))[0].astype(np.float32)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        values = self._features[rows if isinstance(rows, slice) else rows.numpy()]
+        return normalize(torch.from_numpy(np.asarray(values, np.float32) - self._mean), dim=1)
 
 
 def duplicate_pairs(
-    hashes: Tensor, features: Tensor, block: int, report_progress: Callable[[int, int], None]
+    hashes: Tensor, features: CentredFeatures, block: int, report_progress: Callable[[int, int], None]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield pairs of images that differ in at most `MAX_BITS` bits and have a cosine of at least `MIN_COSINE`.
 
@@ -112,8 +125,7 @@ def duplicate_pairs(
     ----------
     hashes : Tensor of shape (N, 128)
         1 and -1; images with 0 have no duplicates.
-    features : Tensor of shape (N, C)
-        Of length 1.
+    features : CentredFeatures
     block : int
         Number of images that are compared with as many at a time.
     report_progress : callable
@@ -136,10 +148,16 @@ def duplicate_pairs(
             if len(first) > DENSE * is_candidate.numel():
                 cosine = (features[start : start + block] @ features[other : other + block].T)[first, second]
             else:
-                cosine = (features[start + first] * features[other + second]).sum(1)
+                cosine = _cosines(features, start + first, other + second)
             is_close = cosine >= MIN_COSINE
             yield start + first[is_close], other + second[is_close], cosine[is_close]
         report_progress(min(start + block, count), count)
+
+
+def _cosines(features: CentredFeatures, first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines (n,) of pairs, some pairs at a time."""
+    pairs = zip(torch.split(first, PAIRS_AT_A_TIME), torch.split(second, PAIRS_AT_A_TIME), strict=True)
+    return torch.cat([(features[i] * features[j]).sum(1) for i, j in pairs])
 
 
 def group_duplicates(
@@ -156,7 +174,7 @@ def group_duplicates(
     block = int(np.clip(math.isqrt(memory // 32), 64, 4096))
     parent = np.arange(count)
     lowest: dict[int, float] = {}
-    for first, second, cosine in duplicate_pairs(hashes, centred_features(features), block, report_progress):
+    for first, second, cosine in duplicate_pairs(hashes, CentredFeatures(features), block, report_progress):
         for i, j, value in _with_same_layout(thumbnails, first.numpy(), second.numpy(), cosine.numpy()):
             a, b = sorted((_root(parent, i), _root(parent, j)))
             parent[b] = a
