@@ -104,6 +104,17 @@ def test_means_are_those_of_the_data_set(client, tiny, tiny_store, photo):
         assert [row["change"] for row in rows] == pytest.approx([row["change"] for row in expected], rel=1e-3, abs=1e-5)
 
 
+def test_means_without_a_data_set_or_images_are_refused(tiny):
+    explorer = Explorer({"tiny": tiny})
+    image = explorer.images.add(smooth_image(0, 48, 48), "uploaded.png")
+    with TestClient(create_app(explorer), base_url="http://localhost") as bare:
+        api = f"/api/models/{explorer.first.key}/images/{image.key}/logit-changes"
+        answer = bare.get(api, params={"layer": "relu2", "unit": 2, "how": "mean"})
+        assert answer.status_code == 422
+        assert "neither a store with layer 'relu2' nor a sample image" in answer.json()["error"]
+        assert bare.get(api, params={"layer": "relu2", "unit": 2}).status_code == 200
+
+
 def test_effects_of_all_units_on_a_class(client, tiny, photo):
     answer = client.get(
         f"/api/models/{client.network}/images/{client.image}/effects", params={"layer": "relu3", "target": 1}

@@ -25,7 +25,7 @@ from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.linear_head import cross_validated_logits
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.statistics import LEVEL, benjamini_hochberg, poisson_interval, poisson_tail
-from convscope.diagnosis.wording import percent
+from convscope.diagnosis.wording import NO_LABELS, percent
 from convscope.formatting import count_of
 
 MIN_IMAGES = 3  # of a finding on a pair of classes; pairs with fewer share one finding
@@ -120,9 +120,7 @@ def find_label_errors(context: DiagnosisContext, folds: int = 0) -> tuple[Search
     labels, num_classes = observations.labels[rows], len(observations.classes)
     quality = np.full(len(observations), np.nan, np.float32)
     if len(rows) == 0:
-        return Search(
-            "label-error", _question(folds), 0, "Nothing would have been found: no image has a label."
-        ), quality
+        return Search("label-error", _question(folds), 0, NO_LABELS), quality
     logits = observations.logits[rows]
     if folds:
         features = observations.features[rows]

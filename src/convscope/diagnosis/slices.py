@@ -15,7 +15,7 @@ from convscope.diagnosis.observations import Observations
 from convscope.diagnosis.search import Search
 from convscope.diagnosis.statistics import LEVEL, benjamini_hochberg, wilson_interval
 from convscope.diagnosis.subgroups import MIN_SIZE, Candidate, Flags, SubgroupSearch, distinct, embed
-from convscope.diagnosis.wording import describe_images, percent, separation
+from convscope.diagnosis.wording import NO_LABELS, describe_images, percent, separation
 
 MIN_ERRORS = 4  # of a class in the half that proposes
 PER_CLASS = 12  # candidates that are tested
@@ -305,7 +305,7 @@ def _detectable(observations: Observations, labelled: npt.NDArray[np.int64]) -> 
     sizes = np.bincount(observations.labels[labelled], minlength=1)
     sizes = sizes[sizes > 0]
     if not len(sizes):
-        return "Nothing would have been found: no image has a label."
+        return NO_LABELS
     half = max(2, int(np.median(sizes)) // 2)
     group = max(1, half // 4)
     rate = float((~observations.is_correct[labelled]).mean())

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+NO_LABELS = "Nothing would have been found: no image has a label."
+
 ADJECTIVES = {
     "brightness": ("dark", "bright"),
     "contrast": ("low-contrast", "high-contrast"),

@@ -180,7 +180,8 @@ class Explorer:
     def _replacements(self, client: Client, net: Network, layer: str, how: removals.How) -> np.ndarray:
         """Return what takes the place of each unit of a layer (C,): 0, or its mean.
 
-        Means are over the data set of the store if it has the layer, else over the sample images.
+        Means are over the data set of the store if it has the layer, else over the sample images. Raises ConvscopeError
+        without both.
         """
         if how == "zero":
             return np.zeros(net.num_units(layer))
@@ -189,6 +190,11 @@ class Explorer:
             start = net.store.row_of_unit(layer, 0)
             means = net.store.units(["mean"]).column("mean").to_numpy()[start : start + net.num_units(layer)]
             return means
+        if not self.images.samples:
+            raise ConvscopeError(
+                f"how is 'mean', but there is neither a store with layer {layer!r} nor a sample image to take the mean "
+                "of; expected 'zero'"
+            )
         maps = [self.feature_maps(client, net, image, layer) for image in self.images.samples]
         means = np.stack([compute.channel_means(values) for values in maps]).mean(0)
         return means
