@@ -1,4 +1,4 @@
-"""Visualise what PyTorch and Keras networks for images have learned.
+"""Show what neural networks for images predict, why, and what their units respond to.
 
 Every public name is imported from its module on first use, so that ``import convscope`` is fast.
 
