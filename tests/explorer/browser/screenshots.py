@@ -54,6 +54,7 @@ def page_parts(store: convscope.Store, model: str, image: str, layer: str) -> di
     example = int(store.top_images(layer, 1, 2)[0, 0])
     return {
         "image": ("m", model, "image", image),
+        "image_units": ("m", model, "image", image, "units"),
         "network": ("m", model),
         "layer": ("m", model, "layer", layer),
         "units": ("m", model, "units", layer),

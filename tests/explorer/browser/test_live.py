@@ -98,6 +98,19 @@ def test_a_click_selects_a_class_and_the_back_button_returns(tab, live):
     assert (painted(tab) == after).all()
 
 
+def test_an_uploaded_image_finds_units(new_tab, live, tmp_path):
+    tab = open_page(new_tab(390, allow_refused=True), f"{live[1]}/m/tiny/names")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "good.png").write_bytes(encode_image(smooth_image(7)))
+    tab.set_input_files("#example", tmp_path / "bad.png")
+    tab.wait_for_function("() => document.getElementById('status').textContent.startsWith('bad.png: is ')")
+    assert tab.url.endswith("/m/tiny/names")
+    tab.set_input_files("#example", tmp_path / "good.png")
+    tab.wait_for_url(re.compile(r"/m/tiny/image/x[0-9a-f]{24}/units$"))
+    assert tab.locator("h1").inner_text() == "Units that respond to good.png"
+    assert tab.locator("#units tbody tr").count() > 10
+
+
 def test_opacity_colormap_and_sign_change_without_a_request(tab, live):
     open_page(tab, f"{live[1]}/m/tiny/image/first")
     tab.wait_for_selector("#faithfulness strong")

@@ -13,6 +13,7 @@ from tests.oracles.explorer import smooth_image
 
 PAGES = {
     "image": "/m/tiny/image/first",
+    "image_units": "/m/tiny/image/first/units",
     "network": "/m/tiny",
     "layer": "/m/tiny/layer/relu3",
     "units": "/m/tiny/units/relu3",
