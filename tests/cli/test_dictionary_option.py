@@ -11,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 import convscope
 from convscope.cli import app
 from convscope.cli.dictionary_options import LayerNetworkOptions
+from convscope.explorer.app import create_app
 from convscope.explorer.service.networks import Network
+from convscope.explorer.service.state import Explorer
 from convscope.store.stored_dictionaries import with_stored_dictionaries
 from tests.oracles.nets import SmallConvNet, randomized
 
@@ -198,6 +201,11 @@ def test_the_explorer_gets_the_network_that_was_scanned(command, folder, store, 
     network = given[0][MODEL]
     assert Network("small", network, MODEL, store).store is store
     assert FEATURES in network.layers.names
+    explorer = Explorer({"small": network}, store=store)
+    explorer.images.add_samples([str(folder / "images" / "0.png")])
+    page = TestClient(create_app(explorer), base_url="http://localhost").get("/m/small/image/0").text
+    assert f">{FEATURES}</a></li>" in page  # among the links to activation maps
+    explorer.close()
     assert all(FEATURES not in other.layers.names for name, other in given[0].items() if name != MODEL)
 
 

@@ -9,6 +9,7 @@ import uuid
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from convscope.dictionaries.attachment import attached_dictionaries
 from convscope.engine.layer_selection import last_per_resolution
 from convscope.engine.layer_table import Layer
 from convscope.engine.model import LOGITS, Model
@@ -108,6 +109,11 @@ class Network:
     def main_layers(self) -> list[str]:
         """Names of the last layers of each resolution."""
         return [layer.name for layer in last_per_resolution(self.model)]
+
+    @property
+    def feature_layers(self) -> list[str]:
+        """Names of the layers of features, of attached dictionaries."""
+        return [name for edit, _ in attached_dictionaries(self.model) for name in edit.modules]
 
     @property
     def num_classes(self) -> int:

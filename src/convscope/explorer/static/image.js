@@ -127,15 +127,16 @@
       if (!result) { sentence.textContent = "Published pages explain the classes in the list."; return; }
       sentence.textContent = result.sentence;
       const photo = find("img", main);
+      const noun = result.layer.endsWith("/dictionary") ? "feature" : "unit";
       for (const row of result.units) {
         const frame = createElement("div", { class: "frame" }, createElement("img", { src: photo.src, alt: "" }));
         const amount = row.share === null ? row.effect.toFixed(2) : `${Math.round(100 * row.share)}%`;
         const link = page.live ? `${modelUrl}/unit/${encodeURIComponent(result.layer)}/${row.unit}?image=${encodeURIComponent(page.image)}` : row.page;
         list.append(createElement("li", {}, createElement("a", link ? { href: link } : {}, frame,
-          createElement("span", { class: "name" }, row.name || `unit ${row.unit}`),
+          createElement("span", { class: "name" }, row.name || `${noun} ${row.unit}`),
           createElement("span", { class: "soft" }, [amount, row.position].filter(Boolean).join(", ")))));
         if (row.map) {
-          const canvas = createElement("canvas", { role: "img", "aria-label": `Contribution of unit ${row.unit}` });
+          const canvas = createElement("canvas", { role: "img", "aria-label": `Contribution of ${noun} ${row.unit}` });
           frame.append(canvas);
           const draw = () => paint(canvas, row.map, { colormap: page.colormaps[page.sequential], signed: false, opacity: 0.55 });
           draw();

@@ -67,7 +67,7 @@ def build(context: PageContext, network: Network, image: RegisteredImage, target
         "slow_methods": SLOW_METHODS,
         "colormaps": COLORMAPS,
         "words": _evidence_words(network),
-        "stages": network.main_layers,
+        "stages": [*network.main_layers, *network.feature_layers],
         "samples": explorer.images.samples,
         "code": code[target],
     }
