@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # of names that `Result.save` takes as a file
 TABLE_SUFFIX = ".csv"
 OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".mp4", ".json", ".npy", ".npz", ".zip", ".pkl", ".txt", ".html")
+PNG_LEVEL = 3  # of zlib: photographs are 4 % larger than at its default and written in less than a third of the time
 COPIES_FILE = "images.zip"  # small copies of the images, in the folder of a saved result
 
 
@@ -349,7 +350,7 @@ def _write_rendered(file: IO[bytes], content: RenderedFile) -> None:
     if isinstance(content, str):
         file.write(content.encode(errors="backslashreplace"))
     elif isinstance(content, Image.Image):
-        content.save(file, format="PNG")
+        content.save(file, format="PNG", compress_level=PNG_LEVEL)
     else:
         write_animation(file, content)
 

@@ -184,7 +184,7 @@ def hide(panels: list[Axes]) -> None:
 def to_image(figure: Figure, dpi: int = 120) -> Image.Image:
     """Render a figure as an RGB image."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 0})
     return Image.open(buffer).convert("RGB")
 
 
