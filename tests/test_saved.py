@@ -56,14 +56,14 @@ def make(kind: str, model: convscope.Model, images: list[str]) -> convscope.Heat
     }[kind]()
 
 
-def assert_same(first, second, tmp_path):
-    """Same class, text, data and files."""
+def assert_same(first, second, tmp_path, saved=None):
+    """Same class, text, data and files; `saved` is the folder of the first where it has been saved."""
     assert type(first) is type(second)
     assert (str(first), first.rows()) == (str(second), second.rows())
     assert (first.notes, first.failed) == (second.notes, second.failed)
     for name, array in first.arrays().items():
         np.testing.assert_array_equal(second.arrays()[name], array)
-    folders = first.save(tmp_path / "first"), second.save(tmp_path / "second")
+    folders = saved or first.save(tmp_path / "first"), second.save(tmp_path / "second")
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     assert manifests[0] == manifests[1]
     for name in manifests[0]["files"]:
@@ -75,15 +75,16 @@ def assert_same(first, second, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opened_and_pickled_results_are_the_same(kind, model, images, tmp_path):
     result = make(kind, model, images)
-    opened = convscope.open(result.save(tmp_path / "saved"))
+    saved = result.save(tmp_path / "saved")
+    opened = convscope.open(saved)
     assert "without its network" in repr(opened.model)
     assert opened.figure().axes
-    assert_same(result, opened, tmp_path / "opened")
+    assert_same(result, opened, tmp_path / "opened", saved)
     content = pickle.dumps(result)
     assert b"torch.nn" not in content
     pickled = pickle.loads(content)
     assert "without its network" in repr(pickled.model)
-    assert_same(result, pickled, tmp_path / "pickled")
+    assert_same(result, pickled, tmp_path / "pickled", saved)
     first = opened[0]
     assert_same(result[0], first, tmp_path / "items")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,15 @@ from convscope import figures
 from convscope.results import Result
 from tests.figures.gallery import Gallery, draw_all, sheets
 from tests.plotting.test_figures import color_bars, render, visible_texts
+
+
+class Drawn(NamedTuple):
+    """A result, its figure, and the options that it was drawn with."""
+
+    result: Any
+    figure: Figure
+    options: dict[str, Any]
+
 
 WITH_COLOR_BARS = (
     "activations",
@@ -30,7 +39,7 @@ WITH_COLOR_BARS = (
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Figure]]:
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
     """Draw all figures for a small network with long names and photographs of several sizes."""
     torch.manual_seed(0)  # weights with positive evidence for both targets
     net = nn.Sequential(
@@ -55,24 +64,26 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Fi
         steps=2,
         folder=tmp_path_factory.mktemp("gallery"),
     )
-    return {name: (result, result.figure(**options)) for name, result, options in draw_all(g)}
+    return {name: Drawn(result, result.figure(**options), options) for name, result, options in draw_all(g)}
 
 
-def test_all_kinds_of_results_are_drawn(gallery: dict[str, tuple[Any, Figure]]) -> None:
-    kinds = {kind.__name__ for result, _ in gallery.values() for kind in type(result).__mro__}
+def test_all_kinds_of_results_are_drawn(gallery: dict[str, Drawn]) -> None:
+    kinds = {kind.__name__ for result, *_ in gallery.values() for kind in type(result).__mro__}
     assert set(figures.PLOTTING_MODULES) <= kinds
 
 
-def test_texts_are_legible(gallery: dict[str, tuple[Any, Figure]]) -> None:
-    for name, (_, figure) in gallery.items():
+def test_texts_are_legible(gallery: dict[str, Drawn]) -> None:
+    for name, (_, figure, _) in gallery.items():
         try:
-            render(figure)
+            pixels = render(figure)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+        assert pixels.shape[:2] == figure.canvas.get_width_height()[::-1], name
+        assert pixels.min() < 128 < pixels.max(), name  # dark texts on a light ground
 
 
-def test_figures_say_what_they_are(gallery: dict[str, tuple[Any, Figure]]) -> None:
-    for name, (_, figure) in gallery.items():
+def test_figures_say_what_they_are(gallery: dict[str, Drawn]) -> None:
+    for name, (_, figure, _) in gallery.items():
         bands = [band.get_suptitle() for band in getattr(figure, "subfigs", [])]
         titles = [axes.get_title(loc=where) for axes in figure.axes for where in ("left", "center")]
         assert any([figure.get_suptitle(), *bands, *titles]), name
@@ -82,9 +93,9 @@ def test_figures_say_what_they_are(gallery: dict[str, tuple[Any, Figure]]) -> No
             assert len([label for label in bar.get_yticklabels() if label.get_text()]) >= 2, name
 
 
-def test_classes_and_units_are_named(gallery: dict[str, tuple[Any, Figure]]) -> None:
+def test_classes_and_units_are_named(gallery: dict[str, Drawn]) -> None:
     def texts(name: str) -> str:
-        figure = gallery[name][1]
+        figure = gallery[name].figure
         return " ".join(" ".join([figure.get_suptitle(), *(text.get_text() for text in visible_texts(figure))]).split())
 
     terrier = "American Staffordshire terrier"
@@ -100,23 +111,25 @@ def test_classes_and_units_are_named(gallery: dict[str, tuple[Any, Figure]]) -> 
     assert "no positive evidence" in texts("map without positive evidence")
 
 
-def test_figures_are_drawn_at_a_given_size(gallery: dict[str, tuple[Any, Figure]]) -> None:
-    for result in {type(result): result for result, _ in gallery.values()}.values():
+def test_figures_are_drawn_at_a_given_size(gallery: dict[str, Drawn]) -> None:
+    for result in {type(result): result for result, *_ in gallery.values()}.values():
         assert result.figure(figsize=(9, 7)).get_size_inches().tolist() == [9, 7]
 
 
-def test_sheets_have_captions(gallery: dict[str, tuple[Any, Figure]]) -> None:
-    for name, image in sheets({name: result for name, (result, _) in gallery.items()}).items():
+def test_sheets_have_captions(gallery: dict[str, Drawn]) -> None:
+    for name, image in sheets({name: result for name, (result, *_) in gallery.items()}).items():
         pixels = np.asarray(image)
         assert (pixels[-18:].min(axis=2) < 100).any(), name
         assert (pixels[-18:].min(axis=2) > 240).mean() > 0.5, name
 
 
-def test_opened_results_are_drawn_as_before(gallery: dict[str, tuple[Any, Figure]], tmp_path: Path) -> None:
-    for name, (result, _) in gallery.items():
+def test_opened_results_are_drawn_as_before(gallery: dict[str, Drawn], tmp_path: Path) -> None:
+    """`render` also checks that the texts of each opened figure are legible."""
+    for name, (result, before, options) in gallery.items():
         if isinstance(result, Result):
             opened = convscope.open(result.save(tmp_path / name))
-            before, after = (drawn.figure() for drawn in (result, opened))
-            assert render(before).shape == render(after).shape, name
+            after = opened.figure(**options)
+            before.draw_without_rendering()
+            assert render(after).shape[:2] == before.canvas.get_width_height()[::-1], name
             texts = [[text.get_text() for text in visible_texts(figure)] for figure in (before, after)]
             assert texts[0] == texts[1], name
