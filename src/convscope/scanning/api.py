@@ -280,5 +280,5 @@ def _remove_temporary(store: Path) -> None:
     """Remove what only an unfinished store needs, and temporary files of interrupted runs."""
     shutil.rmtree(store / "shards", ignore_errors=True)
     (store / PLAN_FILE).unlink(missing_ok=True)
-    for temporary in (*store.glob(".*.*"), *(store / "thumbnails").glob(".*.*")):
+    for temporary in (path for folder in ("", "thumbnails", KEY) for path in (store / folder).glob(".*.*")):
         temporary.unlink()
