@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 import convscope
 from convscope.dictionaries.encoder import FeatureEncoder
-from convscope.dictionaries.interpretability import Interpretability, interpretability
 from convscope.dictionaries.methods.base import Settings, Start
 from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.positions import PositionStore
@@ -32,8 +31,6 @@ CPU = torch.device("cpu")
 CROPS = 5  # per image
 BATCH = 1024
 LAYERS = (("lite0", "blocks.4"), ("lite0", "blocks.5"))
-RECOMMENDED = (2048, 64, 1500)  # features, active, steps
-SETTINGS = ((2048, 32, 1500), RECOMMENDED)
 SKIMAGE = (
     "astronaut", "chelsea", "coffee", "rocket", "cat", "colorwheel", "immunohistochemistry", "retina",
     "hubble_deep_field", "brick", "grass", "gravel", "camera", "coins", "moon", "page", "text", "clock",
@@ -200,20 +197,6 @@ def throughput(threads: int, rounds: int) -> float:
     return float(output.splitlines()[-1])
 
 
-def judged(examples: int = 16, count: int = 256) -> Interpretability:
-    """Let Lite2 tell examples of features, and of units, from random positions, on images that are not trained on."""
-    crops, model = images(), convscope.load("lite0")
-    is_new = np.arange(len(crops)) // (CROPS + 1) % 3 == 0
-    known, new = ([crop for crop, is_one in zip(crops, mask, strict=True) if is_one] for mask in (~is_new, is_new))
-    generator = np.random.default_rng(1)
-    new += [crop for image in new[:: CROPS + 1] for crop in crops_of(image, generator)]
-    features, active, steps = RECOMMENDED
-    dictionary = convscope.dictionary(
-        model, known, "blocks.4", features=features, active=active, steps=steps, progress=False
-    )
-    return interpretability(dictionary, model, new, "lite2", examples=examples, count=count)
-
-
 @dataclass(frozen=True)
 class Results:
     """All measurements."""
@@ -221,25 +204,12 @@ class Results:
     recovered: dict[str, float]
     fits: list[Fit]
     throughput: dict[int, float]
-    fidelity: dict[str, dict[str, float]]
-    judged: Interpretability
-
-
-def fidelity() -> dict[str, dict[str, float]]:
-    """Return the metrics of dictionaries of Lite0's `blocks.4` with several settings."""
-    crops, model = images(), convscope.load("lite0")
-    return {
-        f"{features} features, {active} active, {steps} steps": convscope.dictionary(
-            model, crops, "blocks.4", features=features, active=active, steps=steps, progress=False
-        ).metrics
-        for features, active, steps in SETTINGS
-    }
 
 
 def run(rounds: int) -> Results:
     fits = [fit for source, layer in LAYERS for fit in compare(source, layer)]
     faster = {threads: throughput(threads, rounds) for threads in (1, 2)}
-    return Results(recovered(), fits, faster, fidelity(), judged())
+    return Results(recovered(), fits, faster)
 
 
 def table(results: Results) -> list[str]:
@@ -264,31 +234,8 @@ def table(results: Results) -> list[str]:
         f"A step on {BATCH} positions with 112 units and 4096 features takes overcomplete",
         f"{results.throughput[1]:.1f} times as long in one thread, {results.throughput[2]:.1f} times in two: CPU time",
         "of the main thread, with threads that wait without spinning, which is the time on free processors.",
-        "",
-        "What dictionaries of Lite0's `blocks.4` keep of the network, on a tenth of the crops, which is held out:",
-        "",
-        "| setting | " + " | ".join(next(iter(results.fidelity.values()))) + " |",
-        "| --- |" + " --- |" * len(next(iter(results.fidelity.values()))),
     ]
-    for setting, metrics in results.fidelity.items():
-        lines.append(f"| {setting} | " + " | ".join(f"{value:.3f}" for value in metrics.values()) + " |")
-    lines += ["", *judged_lines(results.judged)]
     return lines
-
-
-def judged_lines(judged: Interpretability) -> list[str]:
-    def text(mean: float, interval: tuple[float, float], count: int) -> str:
-        return f"{mean:.3f} ({interval[0]:.3f} to {interval[1]:.3f}, {count} of them)"
-
-    features, active, steps = RECOMMENDED
-    return [
-        f"Lite2 tells examples of features ({features}, {active} active, {steps} steps) from random positions, on",
-        "crops of images that were not trained on, with a mean area under the ROC curve of "
-        + text(judged.mean_features, judged.interval_features, len(judged.features))
-        + ", and examples of the layer's units with "
-        + text(judged.mean_units, judged.interval_units, len(judged.units))
-        + "; in brackets the 95 % bootstrap interval.",
-    ]
 
 
 if __name__ == "__main__":

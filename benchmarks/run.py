@@ -1,8 +1,8 @@
 """Run the benchmarks and write their tables into benchmarks/README.md.
 
-``python benchmarks/run.py`` measures all sections except those of `LONG`, which take an hour or more and run
-with ``--only``. A run that was interrupted goes on with the first section that it has not finished, if versions and
-rounds are the same.
+``python benchmarks/run.py`` measures all sections except those of `LONG`, which take an hour or more, or need
+photographs, and run with ``--only``. A run that was interrupted goes on with the first section that it has not
+finished, if versions and rounds are the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import dead_units
 import detection
 import dictionaries
 import faithfulness
+import features_and_units
 import filter_patterns
 import grad_cam
 import localisation
@@ -36,7 +37,8 @@ import unit_names
 from timing import THREADS
 
 ROUNDS = 9
-LONG = ("Dead units", "Planted causes of errors")
+PHOTOGRAPHS = "Features and units"  # the section that needs them
+LONG = ("Dead units", PHOTOGRAPHS, "Planted causes of errors")
 PEERS = (
     "captum",
     "grad-cam",
@@ -59,16 +61,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of timing")
     parser.add_argument("--only", help="a section's title, or its beginning; the other sections stay as they are")
+    parser.add_argument("--photographs", type=Path, help=f"a folder of photographs, for the section {PHOTOGRAPHS!r}")
     arguments = parser.parse_args()
     rounds = arguments.rounds
     few = max(3, rounds // 3)
     torch.set_num_threads(THREADS)
-    sections = _sections(rounds, few)
+    sections = _sections(rounds, few, arguments.photographs)
     head, bodies = _read_sections(README)
     if arguments.only:
         chosen = [title for title in sections if title.startswith(arguments.only)]
         if not chosen:
             parser.error(f"no section begins with {arguments.only!r}: choose one of {', '.join(sections)}")
+        if PHOTOGRAPHS in chosen and arguments.photographs is None:
+            parser.error(f"{PHOTOGRAPHS!r} needs --photographs FOLDER")
         for title in chosen:
             bodies[title] = _measure(sections[title], f"Run separately, {rounds} rounds ({few} for long ones). ")
             _write(head, bodies, sections)
@@ -77,7 +82,7 @@ def main() -> None:
         _write(_head(rounds, few), bodies, sections)
 
 
-def _sections(rounds: int, few: int) -> Sections:
+def _sections(rounds: int, few: int, photographs: Path | None) -> Sections:
     return {
         "Grad-CAM": lambda: grad_cam.table(grad_cam.run(rounds)),
         "The CAM family, many targets, and methods of many passes": lambda: methods.table(*methods.run(rounds)),
@@ -92,6 +97,7 @@ def _sections(rounds: int, few: int) -> Sections:
         "Localisation": lambda: localisation.table(localisation.run(), localisation.cost(few)),
         "Effects of units": lambda: unit_effects.table(unit_effects.run(few)),
         "Sparse dictionaries": lambda: dictionaries.table(dictionaries.run(few)),
+        PHOTOGRAPHS: lambda: features_and_units.table(features_and_units.run(photographs)),
         "Names of units": lambda: unit_names.table(*unit_names.run()),
         "Planted causes of errors": planted.table,
         "Boxes of a detector": lambda: detection.table(detection.run()),
@@ -142,7 +148,7 @@ def _head(rounds: int, few: int) -> str:
         "",
         "Speed, memory and quality of convscope, measured next to other packages.",
         "Written by `make benchmarks`, which runs for about two hours on two cores and goes on where it was",
-        f"interrupted. Not included, as they take longer: {', '.join(LONG)} (`run.py --only`). All",
+        f"interrupted. Not included, as they take longer or need photographs: {', '.join(LONG)} (`run.py --only`). All",
         "packages are timed in turn in one process; every time is the median of",
         f"{rounds} rounds ({few} for long ones), every ratio the median of the ratios within a round,",
         "followed by half the distance between their quartiles where it does not round to 0. Images below the tables",

@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 import convscope
 from convscope import ConvscopeError
 from convscope.dictionaries.encoder import FeatureEncoder
-from convscope.dictionaries.methods.base import Settings, Start
+from convscope.dictionaries.methods.base import Settings, Start, fitted_scale
 from convscope.dictionaries.methods.jumprelu import BANDWIDTH, SPARSITY_WEIGHT
 from convscope.dictionaries.methods.registry import METHODS
 from convscope.dictionaries.selection import largest
@@ -39,6 +39,16 @@ def scores_of(learner, x):
 
 def test_the_table_of_names_is_that_of_the_methods():
     assert list(METHODS) == list(DICTIONARY_DESCRIPTIONS)
+
+
+def test_the_first_reconstruction_is_as_long_as_the_data():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    atoms = start(x).atoms
+    z = x @ atoms.T
+    fitted = torch.where(z >= z.topk(12).values[:, -1:], z, 0).relu() @ atoms
+    errors = [float((x - s * fitted).square().sum()) for s in (torch.arange(1000) / 1000)]
+    assert float(fitted_scale(atoms, x, 12)) == pytest.approx(int(np.argmin(errors)) / 1000, abs=1e-3)
+    assert float(fitted_scale(atoms, atoms, 1)) == pytest.approx(1)
 
 
 def test_topk(vectors):

@@ -77,9 +77,7 @@ def fidelity(
         Without `loss_kept` and `top1_kept` for networks whose outputs are no probabilities of classes, and without
         `logits_kept` for those without scores. A score that the layer does not influence is NaN.
     """
-    size = min(forward_batch_size(model, memory), max(1, CHUNK_VALUES // len(encoder.atoms) // max(1, layer.size)))
-    batches = torch.split(x, size)
-    maps = [_maps(model, layer, batch) for batch in batches]
+    maps = [_maps(model, layer, batch) for batch in _batches(model, layer, encoder, x, memory)]
     vectors = torch.cat([m.movedim(1, -1).reshape(-1, layer.units) for m in maps])
     error = active = torch.zeros(())
     for chunk in maps:
@@ -91,15 +89,32 @@ def fidelity(
     metrics = {"r2": float(1 - error / total), "l0": float(active / len(vectors))}
     if model.num_outputs is None:
         return metrics
-    constant = mean.to(vectors.device).view(-1, *[1] * (maps[0].ndim - 2))
-    plain, rebuilt, ablated = (
-        torch.cat(list(_logits(model, layer, function, batches)))
-        for function in (None, lambda m: encoder.decode(encoder(m)), lambda m: constant.expand_as(m))
-    )
+    plain, rebuilt, ablated = logits_compared(model, layer, encoder, x, mean, memory)
     metrics |= retained(model, plain, rebuilt, ablated)
     return (
         metrics if labels is None else metrics | {"accuracy_kept": accuracy_fraction(labels, plain, rebuilt, ablated)}
     )
+
+
+def logits_compared(
+    model: Model, layer: Layer, encoder: FeatureEncoder, x: Tensor, mean: Tensor, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits (H, K) of the network, with the reconstruction in the layer's place, and with the mean there.
+
+    The parameters are those of `fidelity`.
+    """
+    batches = _batches(model, layer, encoder, x, memory)
+
+    def reconstruct(maps: Tensor) -> Tensor:
+        return encoder.decode(encoder(maps))
+
+    def ablate(maps: Tensor) -> Tensor:
+        return mean.to(maps).view(-1, *[1] * (maps.ndim - 2)).expand_as(maps)
+
+    plain, rebuilt, ablated = (
+        torch.cat(list(_logits(model, layer, function, batches))) for function in (None, reconstruct, ablate)
+    )
+    return plain, rebuilt, ablated
 
 
 def accuracy_fraction(labels: Tensor, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> float:
@@ -123,6 +138,12 @@ def retained(model: Model, plain: Tensor, rebuilt: Tensor, ablated: Tensor) -> d
 
 def _retained(lost: Tensor, possible: Tensor) -> float:
     return float(1 - lost / possible) if possible > 0 else float("nan")
+
+
+def _batches(model: Model, layer: Layer, encoder: FeatureEncoder, x: Tensor, memory: int) -> tuple[Tensor, ...]:
+    """Split inputs so that a batch's features fit."""
+    size = min(forward_batch_size(model, memory), max(1, CHUNK_VALUES // len(encoder.atoms) // max(1, layer.size)))
+    return torch.split(x, size)
 
 
 def _maps(model: Model, layer: Layer, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convscope.datasets.image_inputs import open_images
 from convscope.decomposition.layer_access import iter_activations, spatial_layer
+from convscope.dictionaries.encoder import FeatureEncoder
 from convscope.dictionaries.result import Dictionary
 from convscope.engine.batching import MEMORY
 from convscope.engine.layer_selection import LayerLike
@@ -20,30 +21,48 @@ from convscope.evaluation.statistics import bootstrap
 from convscope.images.loading import ImageBatchLoader
 from convscope.sources.coercion import ModelLike, as_model
 
-MIN_IMAGES = 4  # with an example each
+MIN_EXAMPLES = 4
 RANDOM = 512  # positions
 
 
 @dataclass(frozen=True)
-class Interpretability:
-    """How well another network distinguishes examples of features from random positions.
+class Separation:
+    """How well a judge distinguishes the examples of channels: areas under the ROC curve, 0.5 by chance and 1 at best.
 
     Attributes
     ----------
-    features, units : ndarray
-        The area under the ROC curve, 0.5 by chance and 1 at best, for each feature of the dictionary and for each unit
-        of the layer that has enough examples.
-    mean_features, mean_units : float
-    interval_features, interval_units : tuple of float
-        95 % bootstrap intervals of the means, over features and over units.
+    from_random : ndarray of shape (n,)
+        The examples of each of n channels from random positions.
+    from_others : ndarray of shape (n,)
+        From the examples of the other channels.
+    judged : float
+        Fraction of all channels that are active in enough images; the n are drawn from these.
     """
 
-    features: np.ndarray
-    units: np.ndarray
-    mean_features: float
-    mean_units: float
-    interval_features: tuple[float, float]
-    interval_units: tuple[float, float]
+    from_random: np.ndarray
+    from_others: np.ndarray
+    judged: float
+
+    def summary(self) -> dict[str, tuple[float, float, float]]:
+        """Return the mean of each measure and its 95 % bootstrap interval over the channels; NaN for none."""
+        return {name: _summary(getattr(self, name)) for name in ("from_random", "from_others")}
+
+
+@dataclass(frozen=True)
+class Interpretability:
+    """How well another network distinguishes examples of features, beside those of the layer's units.
+
+    Attributes
+    ----------
+    features, units : Separation
+        Of the features of the dictionary and of the units of the layer.
+    directions : Separation
+        Of random directions of the layer: what units that have no meaning of their own would reach.
+    """
+
+    features: Separation
+    units: Separation
+    directions: Separation
 
 
 def interpretability(
@@ -58,11 +77,16 @@ def interpretability(
     seed: int = 0,
     memory: int = MEMORY,
 ) -> Interpretability:
-    """Measure how well a judge distinguishes examples of features and of units from random positions.
+    """Measure how well a judge distinguishes the examples of features, units and random directions.
 
     The examples of a feature are the positions of its largest activation in the images where that is largest. Half of
     them make a prototype, the mean of the judge's vectors there; the measure is the probability that one of the other
-    half is more similar to it, by the cosine, than a random position. A network other than the model should judge.
+    half is more similar to it, by the cosine, than a random position, and than an example of another feature.
+
+    Random positions alone are easy where most of them are background: then all that responds to objects is told from
+    them, random directions too. Examples of the others are told apart only if features differ in what they respond to.
+
+    A network other than the model should judge, at a layer about as local as the dictionary's.
 
     Parameters
     ----------
@@ -76,9 +100,9 @@ def interpretability(
     judge_layer : str, Layer or nn.Module, optional
         The layer whose vectors judge; its last with positions by default.
     examples : int
-        Examples of each feature, from as many images.
+        Examples of each feature, from as many images. Features that are active in fewer images are not judged.
     count : int
-        Features, and units, that are drawn at random.
+        Maximum number of features, units and directions, drawn at random.
     seed : int
     memory : int
         Bytes for intermediate results.
@@ -90,36 +114,54 @@ def interpretability(
     Raises
     ------
     ConvscopeError
-        For fewer than four images.
+        For fewer images than examples.
 
     References
     ----------
     Zimmermann et al., Measuring Per-Unit Interpretability at Scale Without Humans, NeurIPS 2024: a network judges
     whether images belong to a unit's examples.
     """
-    require_int("examples", examples, MIN_IMAGES)
+    require_int("examples", examples, MIN_EXAMPLES)
     model, judge = as_model(model), as_model(judge)
     layer = spatial_layer(model, dictionary.layer)
     judging = judge.layers.last_spatial() if judge_layer is None else spatial_layer(judge, judge_layer)
     opened = open_images(images)
     maps = _maps(model, layer.name, opened, memory)
-    if len(maps) < MIN_IMAGES:
+    if len(maps) < examples:
         raise ConvscopeError(
-            f"{len(maps)} images; expected at least {MIN_IMAGES} that the dictionary was not trained on"
+            f"{len(maps)} images; expected at least {examples} that the dictionary was not trained on (examples=)"
         )
-    vectors = F.interpolate(_maps(judge, judging.name, opened, memory), maps.shape[2:], mode="bilinear")
+    vectors = _maps(judge, judging.name, opened, memory)
     if len(vectors) != len(maps):
         raise ConvscopeError("some of the images can be used by one of the two networks only; leave them out")
+    return compare(dictionary.feature_encoder, maps, vectors, examples, count, seed)
+
+
+def compare(
+    encoder: FeatureEncoder, maps: Tensor, vectors: Tensor, examples: int, count: int, seed: int
+) -> Interpretability:
+    """Measure features, units and random directions; see `interpretability`.
+
+    Parameters
+    ----------
+    encoder : FeatureEncoder
+    maps : Tensor
+        (N, C, h, w) activations of the dictionary's layer.
+    vectors : Tensor
+        (N, D, H, W) what the judge sees in the same images, at positions of its own.
+    examples, count, seed : int
+    """
+    vectors = F.interpolate(vectors, maps.shape[2:], mode="bilinear")
     with torch.no_grad():
-        features = torch.cat([dictionary.feature_encoder(one[None]) for one in maps])
+        features = torch.cat([encoder(one[None]) for one in maps])
     generator = torch.Generator().manual_seed(seed)
-    of_features, of_units = (separations(m, vectors, examples, count, generator) for m in (features, maps))
-    (mean_features, interval_features), (mean_units, interval_units) = map(_summary, (of_features, of_units))
-    return Interpretability(of_features, of_units, mean_features, mean_units, interval_features, interval_units)
+    directions = torch.randn(count, maps.shape[1], generator=generator)
+    projected = torch.einsum("nchw,dc->ndhw", maps - maps.mean((0, 2, 3), keepdim=True), directions)
+    return Interpretability(*(separation(m, vectors, examples, count, generator) for m in (features, maps, projected)))
 
 
-def separations(maps: Tensor, vectors: Tensor, examples: int, count: int, generator: torch.Generator) -> np.ndarray:
-    """Return the area under the ROC curve for up to `count` random channels of maps that have enough examples.
+def separation(maps: Tensor, vectors: Tensor, examples: int, count: int, generator: torch.Generator) -> Separation:
+    """Return the areas under the ROC curve for up to `count` random channels of maps that have enough examples.
 
     Parameters
     ----------
@@ -137,16 +179,19 @@ def separations(maps: Tensor, vectors: Tensor, examples: int, count: int, genera
     table = F.normalize(vectors.flatten(2).transpose(1, 2), dim=2)  # (N, h w, D)
     table = F.normalize(table - table.mean((0, 1)), dim=2)
     random = table.flatten(0, 1)[torch.randint(table.shape[0] * table.shape[1], (RANDOM,), generator=generator)]
-    values = []
-    for channel in torch.randperm(maps.shape[1], generator=generator)[:count].tolist():
-        images = best[:, channel].argsort(descending=True, stable=True)[:examples]
-        images = images[best[images, channel] > 0]
-        if len(images) < MIN_IMAGES:
-            continue
-        examples_at = table[images, positions[images, channel]]
-        prototype = F.normalize(examples_at[::2].mean(0), dim=0)
-        values.append(_roc_area(examples_at[1::2] @ prototype, random @ prototype))
-    return np.array(values)
+    enough = ((best > 0).sum(0) >= examples).nonzero()[:, 0]
+    channels = enough[torch.randperm(len(enough), generator=generator)[:count]]
+    images = best[:, channels].argsort(dim=0, descending=True, stable=True)[:examples]  # (examples, n)
+    examples_at = table[images, positions[images, channels]].transpose(0, 1)  # (n, examples, D)
+    prototypes = F.normalize(examples_at[:, ::2].mean(1), dim=1)
+    own = examples_at[:, 1::2]
+    to_random, to_own = prototypes @ random.T, torch.einsum("nd,med->nme", prototypes, own)
+    from_random, from_others = [], []
+    for n in range(len(channels)):
+        is_other = torch.arange(len(channels)) != n
+        from_random.append(_roc_area(to_own[n, n], to_random[n]))
+        from_others.append(_roc_area(to_own[n, n], to_own[n, is_other].flatten()))
+    return Separation(np.array(from_random), np.array(from_others), len(enough) / maps.shape[1])
 
 
 def _roc_area(positive: Tensor, negative: Tensor) -> float:
@@ -161,9 +206,9 @@ def _maps(model: Model, layer: str, images: object, memory: int) -> Tensor:
         return torch.cat([maps for _, maps in iterate(loader)])
 
 
-def _summary(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+def _summary(values: np.ndarray) -> tuple[float, float, float]:
     """Return the mean and its bootstrap interval; NaN for no values."""
     if not len(values):
-        return float("nan"), (float("nan"), float("nan"))
+        return float("nan"), float("nan"), float("nan")
     low, high = bootstrap(values)
-    return float(values.mean()), (float(low), float(high))
+    return float(values.mean()), float(low), float(high)

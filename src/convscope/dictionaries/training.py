@@ -23,7 +23,7 @@ from convscope.errors import ConvscopeError
 BATCH = 1024  # positions
 MIN_STEPS, MAX_STEPS = 400, 3000
 EPOCHS = 40  # of default training
-LEARNING_RATE = 8e-3
+LEARNING_RATE = 8e-3  # for encoders whose rows begin with length 1
 WARMUP, DECAY = 0.05, 0.5  # fractions of the steps
 RESTARTS = (0.15, 0.3, 0.45, 0.6)  # fractions of the steps at which dead features are restarted
 MEDIAN_STEPS, MEDIAN_ROWS = 20, 4096
@@ -152,7 +152,7 @@ class _Loop:
 
     def step(self, n: int, x: Tensor) -> None:
         """Make step `n` on vectors x (B, C), and note the explained variance."""
-        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * _schedule(n, self.settings.steps)
+        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * self.method.step_size * _schedule(n, self.settings.steps)
         step = self.method.step(x)
         loss = step.loss
         dead = self.dead.indices

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from convscope.dictionaries.methods.base import Settings, Start, Step
+from convscope.dictionaries.methods.base import Settings, Start, Step, fitted_scale
 from convscope.dictionaries.methods.topk import TopK
 
 MAX_POINTS = 1024
@@ -39,7 +39,8 @@ class Archetypal(TopK):
         self.parameters |= {"mixture": mixture.requires_grad_(), "relaxation": relaxation.requires_grad_()}
         self._atoms = self._compute_atoms()
         with torch.no_grad():
-            self.parameters["encoder"].copy_(self._atoms)
+            self.step_size = float(fitted_scale(self._atoms, start.sample, settings.active))
+            self.parameters["encoder"].copy_(self.step_size * self._atoms)
 
     @property
     def atoms(self) -> Tensor:

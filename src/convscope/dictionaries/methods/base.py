@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convscope.dictionaries.encoder import DictionaryWeights
+from convscope.dictionaries.selection import top_k
 from convscope.dictionaries.sparse import ActiveFeatures, decode, select
 
 
@@ -87,6 +88,8 @@ class Method(Protocol):
         What is optimised. Those of features have F rows.
     buffers : dict of str to Tensor
         What else changes from step to step.
+    step_size : float
+        The learning rate relative to that for weights of length 1.
     """
 
     activation: str
@@ -94,6 +97,7 @@ class Method(Protocol):
     is_sparse: bool
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    step_size: float
 
     @property
     def atoms(self) -> Tensor:
@@ -112,6 +116,25 @@ class Method(Protocol):
         """Return the dictionary."""
 
 
+def fitted_scale(atoms: Tensor, sample: Tensor, active: int) -> Tensor:
+    """Return the s >= 0 with which ``s TopK(x A^T) A`` is nearest to vectors x, by least squares.
+
+    Many random atoms in few dimensions overlap: without s, the sum of the k nearest to x is several times as long as x.
+
+    Parameters
+    ----------
+    atoms : Tensor
+        (F, C) A.
+    sample : Tensor
+        (n, C) vectors x.
+    active : int
+        k.
+    """
+    values, columns = top_k(sample @ atoms.T, active)
+    fitted = ActiveFeatures.of_rows(columns, len(atoms)).sum_atoms(values.clamp_min(0).flatten(), atoms)
+    return (sample * fitted).sum().clamp_min(0) / fitted.square().sum().clamp_min(1e-12)
+
+
 class SparseAutoencoder:
     """A linear encoder, a selection of features, and a linear decoder.
 
@@ -119,7 +142,8 @@ class SparseAutoencoder:
 
         z = W (x - b) + c;   f = selection of relu(z);   x' = f A + b;   loss = mean |x - x'|^2
 
-    W begins as A, whose rows have length 1. Subclasses select.
+    W begins as s A, where the rows of A have length 1 and s fits the first reconstructions to the data. The learning
+    rate is proportional to s: Adam's steps would otherwise be as long as short rows of W. Subclasses select.
 
     Parameters
     ----------
@@ -134,9 +158,11 @@ class SparseAutoencoder:
     def __init__(self, settings: Settings, start: Start) -> None:
         self.settings = settings
         self.buffers: dict[str, Tensor] = {}
+        scale = fitted_scale(start.atoms, start.sample, settings.active)
+        self.step_size = float(scale)
         self.parameters: dict[str, Tensor] = {
             "atoms": start.atoms.clone().requires_grad_(),
-            "encoder": start.atoms.clone().requires_grad_(),
+            "encoder": (scale * start.atoms).requires_grad_(),
             "encoder_bias": start.atoms.new_zeros(len(start.atoms)).requires_grad_(),
             "bias": start.bias.clone().requires_grad_(),
         }

@@ -30,6 +30,7 @@ class Nmf:
     activation = "nnls"
     is_centred = False
     is_sparse = False
+    step_size = 1.0
 
     def __init__(self, settings: Settings, start: Start) -> None:
         if settings.features > MAX_FEATURES:
