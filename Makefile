@@ -34,7 +34,7 @@ test-oldest: $(OLDEST)/installed
 
 # The check of types takes as long as all others together.
 lint: $(VENV)/installed-test
-	$(MAKE) --no-print-directory --jobs 2 --output-sync lint-style lint-types
+	$(MAKE) --no-print-directory --jobs 2 lint-style lint-types
 
 lint-types: $(VENV)/installed-test
 	$(BIN)/mypy

@@ -195,7 +195,7 @@ KILL_POINTS = (8, 72, 150)  # images done: before the first shard is written, af
 SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
-    import pyarrow, timm.data  # before forking, rather than in each child
+    import pyarrow  # before forking, rather than in each child
     import convscope.scanning.api
     from tests.oracles.tiny import LAYERS, SETTINGS, tiny
     model = tiny()
