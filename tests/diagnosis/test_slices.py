@@ -13,7 +13,13 @@ from scipy import stats
 from convscope.diagnosis.context import DiagnosisContext
 from convscope.diagnosis.finding import Finding
 from convscope.diagnosis.observations import Observations
-from convscope.diagnosis.slices import find_slices, hypergeometric, stratified_excess_test, without_repetitions
+from convscope.diagnosis.slices import (
+    excess_z,
+    find_slices,
+    hypergeometric,
+    stratified_excess_test,
+    without_repetitions,
+)
 
 COUNT, UNITS = 400, 12
 
@@ -59,6 +65,40 @@ def test_a_group_in_the_features_is_found():
     assert {unit["unit"] for unit in finding.evidence["units"][:4]} == {0, 1, 2, 3}
     assert "`crab`" in finding.summary
     json.dumps(dict(finding.evidence))
+
+
+def test_what_a_finding_says_about_its_images():
+    """Its errors come first, with the class that most are taken for; units differ by the means of both parts."""
+    rng, features, facts = draws(0)
+    members = (np.arange(COUNT) % 4 == 1) & (rng.random(COUNT) < 0.3)
+    features[members, :3] += [5, -5, 4]
+    wrong = rng.random(COUNT) < np.where(members, 0.7, 0.08)
+    made = context(0, wrong, features, facts)
+    logits = made.observations.logits.copy()
+    logits[np.flatnonzero(members & wrong)[:4]] = (0, 0, 0, 9)  # a few are taken for another class than most
+    observations = replace(made.observations, logits=logits)
+    finding = find_slices(replace(made, observations=observations)).findings[0]
+    assert finding.classes == (1, 2)
+    images = np.array(finding.images)
+    assert wrong[images].tolist() == sorted(wrong[images].tolist(), reverse=True)
+    is_peer = (np.arange(COUNT) % 4 == 1) & ~np.isin(np.arange(COUNT), images)
+    deviation = np.concatenate([features[images], features[is_peer]]).std(0)
+    differences = (features[images].mean(0) - features[is_peer].mean(0)) / deviation
+    units = finding.evidence["units"]
+    assert [unit["unit"] for unit in units] == np.argsort(-np.abs(differences))[: len(units)].tolist()
+    assert [unit["difference"] for unit in units] == pytest.approx([differences[unit["unit"]] for unit in units])
+
+
+def test_errors_beyond_expectation_are_those_of_hypergeometric_distributions():
+    rng = np.random.default_rng(7)
+    labels, wrong, members = np.arange(60) % 2, rng.random(60) < 0.3, rng.random(60) < 0.4
+    mean = variance = 0.0
+    for label in (0, 1):
+        rows = labels == label
+        law = stats.hypergeom(rows.sum(), wrong[rows].sum(), members[rows].sum())
+        mean, variance = mean + law.mean(), variance + law.var()
+    expected = ((wrong & members).sum() - mean) / np.sqrt(variance)
+    assert excess_z(wrong, members, ~members, labels) == pytest.approx(expected)
 
 
 def test_a_group_by_a_fact_is_found_and_named():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from convscope.naming.assignment import num_top
 from convscope.naming.significance import benjamini_hochberg, p_values, rank_evidence
 from convscope.naming.similarity import memberships, midranks, soft_auc, soft_wpmi, top_images
 
@@ -144,3 +145,7 @@ def test_benjamini_hochberg_by_hand():
     assert benjamini_hochberg(p, 0.05).tolist() == [False, True, True, False, False]
     assert not benjamini_hochberg(np.array([0.9, 0.8]), 0.05).any()
     assert benjamini_hochberg(np.zeros(0), 0.05).shape == (0,)
+
+
+def test_a_fiftieth_of_the_images_chooses_a_name():
+    assert [num_top(count) for count in (20, 250, 2000, 5000, 50_000)] == [5, 5, 40, 100, 100]

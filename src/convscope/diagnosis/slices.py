@@ -143,7 +143,7 @@ class _Test:
             everywhere[1],
             (sizes[0], sizes[1], sizes[2], sizes[3]),
             p_value,
-            _excess_z(~correct, *everywhere, labels),
+            excess_z(~correct, *everywhere, labels),
         )
 
     @property
@@ -206,7 +206,7 @@ def hypergeometric(total: int, marked: int, size: int) -> npt.NDArray[np.float64
     return probabilities
 
 
-def _excess_z(wrong: Flags, members: Flags, peers: Flags, labels: npt.NDArray[np.int64]) -> float:
+def excess_z(wrong: Flags, members: Flags, peers: Flags, labels: npt.NDArray[np.int64]) -> float:
     """Return how far the errors in a group exceed their expectation given those of each class, in deviations."""
     excess, variance = 0.0, 0.0
     for label in np.unique(labels[members]):
