@@ -23,7 +23,7 @@ from torch import nn
 
 import convscope
 from convscope.cli import main
-from convscope.featurevis import recipes
+from convscope.featurevis import recipes, scoring
 from convscope.featurevis.defaults import constant_schedule
 from convscope.sources import api
 
@@ -43,6 +43,10 @@ STAND_INS = {
     '"deletion", "insertion", "road", "randomisation"': '"deletion", "randomisation"',
     "torchvision:resnet50": "torchvision:resnet18",
     ",rise": "",
+    "--layer blocks.4 -o dictionary": "--layer blocks.4 --features 64 --steps 4 -o dictionary",
+    "--layer blocks.6 -o dictionary": "--layer blocks.6 --features 128 --steps 4 -o dictionary",
+    "features=512, active=16, steps=100": "features=512, active=16, steps=4",
+    "--features 512 --active 16 --steps 100": "--features 512 --active 16 --steps 4",
     "publish store": "publish small-store",
     " --compile": "",
     "atlas(model, many_paths": "atlas(model, many_paths, grid=3, steps=4",
@@ -164,6 +168,8 @@ def workspace(tmp_path: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     for name, recipe in recipes.RECIPES.items():
         monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, schedule=constant_schedule(STEPS, 0.05), starts=1))
+    monkeypatch.setattr(scoring, "RETRY_STEPS", STEPS)
+    monkeypatch.setattr(scoring, "NUM_NOISE_IMAGES", 2)
     for prefix, make in api.BY_PREFIX.items():
         monkeypatch.setitem(api.BY_PREFIX, prefix, with_random_weights(make))
     monkeypatch.setattr("convscope.explorer.server.serve", lambda application, socket: socket.close())
@@ -191,16 +197,15 @@ def shell_commands(text: str) -> Iterator[list[str]]:
             yield [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
 
 
-def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a command in this process; fail on any exit status but 0."""
+def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str:
+    """Run a command in this process, and return its exit status."""
     assert words[0] == "convscope", f"no command of this package: {words}"
     monkeypatch.setattr(sys, "argv", words)
-    code = None
     try:
         main()
     except SystemExit as stop:
-        code = stop.code
-    assert code in (None, 0), f"exit status {code}: {shlex.join(words)}"
+        return stop.code or 0
+    return 0
 
 
 def scan_lite0(folder: Path) -> None:
@@ -226,9 +231,13 @@ def prepare_explorer(folder: Path) -> None:
 
 
 def scan_small_network(folder: Path) -> None:
-    """Scan the photographs with a network of few classes, which has few pages."""
+    """Scan four photographs with a network of few classes, so that there are few pages."""
+    for name in ("cats/0", "cats/1", "birds/0", "birds/1"):
+        copy = folder / "few-photographs" / f"{name}.jpg"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "photographs" / f"{name}.jpg", copy)
     small = convscope.load(f"{__name__}:gray_classifier", preprocessing={"size": 28, "mean": 0.5, "std": 0.5})
-    convscope.scan(small, folder / "photographs", folder / "small-store")
+    convscope.scan(small, folder / "few-photographs", folder / "small-store")
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -250,7 +259,7 @@ def test_code_blocks_run(document: str, workspace: Path, monkeypatch: pytest.Mon
             exec(compile("\n" * (block.line - 1) + shorten(block.text), document, "exec"), namespace)
         elif block.language != "json":
             for words in shell_commands(block.text):
-                run_command(words, monkeypatch)
+                assert run_command(words, monkeypatch) == 0, shlex.join(words)
     for value in namespace.values():
         if hasattr(value, "close"):
             value.close()

@@ -118,7 +118,9 @@ def test_the_notebook_keeps_the_page_as_it_stands(page, explorer):
     page.keyboard.type("print('kept:', '<script' not in widget.snapshot, len(widget.snapshot) > 20000)")
     page.wait_for_timeout(3000)
     page.keyboard.press("Shift+Enter")
-    wait_for_text(page.locator(".jp-OutputArea-output"), "kept: True True")
+    printed = page.locator(".jp-OutputArea-output", has_text="kept:").first
+    printed.wait_for()
+    assert printed.inner_text().strip() == "kept: True True"
 
 
 def test_the_output_for_exports_is_hidden_where_the_widget_runs(page, explorer):
