@@ -184,13 +184,13 @@ def separation(maps: Tensor, vectors: Tensor, examples: int, count: int, generat
     images = best[:, channels].argsort(dim=0, descending=True, stable=True)[:examples]  # (examples, n)
     examples_at = table[images, positions[images, channels]].transpose(0, 1)  # (n, examples, D)
     prototypes = F.normalize(examples_at[:, ::2].mean(1), dim=1)
-    held_out = examples_at[:, 1::2]
-    to_random, to_held_out = prototypes @ random.T, torch.einsum("nd,med->nme", prototypes, held_out)
+    tested = examples_at[:, 1::2]
+    to_random, to_tested = prototypes @ random.T, torch.einsum("nd,med->nme", prototypes, tested)
     from_random, from_others = [], []
     for n in range(len(channels)):
         is_other = torch.arange(len(channels)) != n
-        from_random.append(_roc_area(to_held_out[n, n], to_random[n]))
-        from_others.append(_roc_area(to_held_out[n, n], to_held_out[n, is_other].flatten()))
+        from_random.append(_roc_area(to_tested[n, n], to_random[n]))
+        from_others.append(_roc_area(to_tested[n, n], to_tested[n, is_other].flatten()))
     return Separation(np.array(from_random), np.array(from_others), len(enough) / maps.shape[1])
 
 
