@@ -15,12 +15,13 @@ from PIL import Image
 
 from convscope.errors import ConvscopeError
 from convscope.figures import draw
+from convscope.results import map_json
 from convscope.tool_server.limits import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from convscope.results import Result, map_json
+    from convscope.results import Result
 
 DIGITS = 6  # significant digits of numbers
 FIGURE_DPI = 110
