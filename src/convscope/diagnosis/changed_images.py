@@ -81,6 +81,7 @@ def change_images(context: DiagnosisContext, findings: Sequence[Finding]) -> Cha
     ChangedImages
         Up to four images of each action and finding. Blur cannot be removed.
     """
+    context.report_progress(0, len(findings))
     changeable = [
         (number, finding)
         for number, finding in enumerate(findings, start=1)
