@@ -208,6 +208,9 @@ def test_classes_and_preprocessing_options(photos, tmp_path):
     settings = json.dumps({"size": 192, "range": 255, "mean": 127, "std": 128, "interpolation": "bicubic"})
     result = run("predict", "lite0", panda(photos), "--classes", names, "--preprocessing", settings)
     assert "kind 387" in result.stdout
+    assert "assumed" not in result.stderr
+    result = run("predict", "lite0", panda(photos), "--preprocessing", json.dumps({"size": 192, "mean": 0.5}))
+    assert "--preprocessing does not give std; assumed: 192 x 192 RGB, bilinear, 0..1, mean 0.5, std 1" in result.stderr
     names = ",".join(f"kind {i}" for i in range(1000))
     assert "kind 387" in run("predict", "lite0", panda(photos), "--classes", names).stdout
 

@@ -745,7 +745,7 @@ def test_a_model_in_hand_is_used_as_it_is():
     flags = [m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]
     kept = {k: v.clone() for k, v in module.state_dict().items()}
     hooks = [len(m._forward_hooks) for m in module.modules()]
-    model = convscope.load(module, preprocessing={"size": 32, "mean": 0, "std": 1}, task="classification")
+    model = convscope.load(module, preprocessing={"size": 32}, task="classification")
     assert model.module is module
     assert ([m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]) == flags
     assert [len(m._forward_hooks) for m in module.modules()] == hooks

@@ -43,6 +43,9 @@ def load_model(name: str, weights: str | None, classes: str | None, preprocessin
     log_detail(f"{network.name}: {len(network.layers)} layers on {network.device}, {time.perf_counter() - start:.1f} s")
     for note in network.notes:
         log_note(note)
+    missing = [] if settings is None else [name for name in ("mean", "std") if name not in settings]
+    if missing:
+        log_note(f"--preprocessing does not give {' and '.join(missing)}; assumed: {network.preprocessing}")
     return network
 
 

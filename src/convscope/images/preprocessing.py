@@ -206,13 +206,6 @@ class Preprocessing:  # numpydoc ignore=PR02
         forms = f"a mapping with {names}, a timm data config, a torchvision preset, a transformers image processor"
         raise ConvscopeError(f"preprocessing is {value!r}; expected a Preprocessing, {forms} or a function")
 
-    def notes_on(self, value: object) -> list[str]:
-        """Return a note if a mapping that this was read from does not say how pixel values are normalized."""
-        missing = [name for name in ("mean", "std") if isinstance(value, Mapping) and name not in value]
-        if not missing or self.channel_order == "channels":
-            return []
-        return [f"preprocessing does not give {' and '.join(missing)}; assumed: {self}"]
-
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `Preprocessing.of` reads them back, except a transform."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

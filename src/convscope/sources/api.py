@@ -144,8 +144,6 @@ def load(
     _check_output_options(task, output, forward, grid, template)
     names = None if classes is None else tuple(map(str, classes))
     spec = _make_spec(source, weights, None if names is None else len(names))
-    if explicit is not None:
-        spec.notes += explicit.notes_on(preprocessing)
     if explicit is not None and explicit.transform is not None:
         spec.notes += explicit.transform.notes
     if spec.other_inputs and forward is None:
