@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from scanning import photograph_crops
+from tables import header
 from timing import Timed, interleaved
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -186,8 +187,7 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
         "CPU time of Lite0 on one thread with all accelerations, and relative to it the time without one or all of",
         "them. `CONVSCOPE_ACCELERATE` and `load(..., accelerate=False)` switch them off.",
         "",
-        "| workload | ms | " + " | ".join(list(SETTINGS)[1:]) + " |",
-        "| --- |" + " --- |" * len(SETTINGS),
+        *header("workload", "ms", *list(SETTINGS)[1:]),
     ]
     for row in rows:
         ratios = [row.times[name].text() for name in list(SETTINGS)[1:]]
@@ -199,8 +199,7 @@ def table(results: tuple[list[Ablation], list[Public]]) -> list[str]:
         "preparation. Of the accelerated passes, only convscope's calls the network's hooks and accepts inputs of",
         "any size.",
         "",
-        "| pass | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
+        *header("pass", *names),
     ]
     for row in passes:
         cells = [f"{1000 * t.seconds:.0f} ({t.text()})<br>{row.setup[name]:.1f} s" for name, t in row.times.items()]

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from tables import header
 from torch import Tensor
 
 import convscope
@@ -113,8 +114,7 @@ def table(results: Results) -> list[str]:
             "",
             f"Area under the ROC curve with which layers of Lite2 tell {EXAMPLES} examples from {against}:",
             "",
-            "| | " + " | ".join(f"`{name}`" for name in JUDGES) + " |",
-            "| --- |" + " --- |" * len(JUDGES),
+            *header("", *(f"`{name}`" for name in JUDGES)),
         ]
         for setting in results.settings:
             lines.append(_row(f"features, {_name(setting)}", setting, "features", measure))

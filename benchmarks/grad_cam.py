@@ -13,6 +13,7 @@ import torch
 from captum.attr import LayerGradCam
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from tables import header
 from timing import Timed, interleaved
 from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCam
@@ -139,8 +140,7 @@ def table(rows: list[Row]) -> list[str]:
         "for the others. The second line of a cell is the largest difference from convscope's map, relative to its",
         "largest value.",
         "",
-        "| network, batch | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
+        *header("network, batch", *names),
     ]
     for row in rows:
         cells = []

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from crops import cut
 from PIL import Image
+from tables import header
 from timing import THREADS, Timed, interleaved
 from torch import Tensor
 
@@ -217,8 +218,7 @@ def table(rows: list[Pass], decode_times: dict[tuple[int, int], float], peaks: l
         "throughput relative to the bare forward pass. The second line of a cell is the largest difference of the",
         "units' maxima from those of the network's activations, relative to each layer's largest value.",
         "",
-        "| network | layers | units | " + " | ".join(names) + " |",
-        "| --- | --- | --- |" + " --- |" * len(names),
+        *header("network", "layers", "units", *names),
     ]
     for row in rows:
         cells = [

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from captum.attr import LayerFeatureAblation
 from grad_cam import as_users_have_it, photographs
+from tables import header
 from timing import Timed, interleaved
 from torch import Tensor, nn
 
@@ -148,8 +149,7 @@ def table(rows: list[Row]) -> list[str]:
         f"effects, relative to the largest effect. Other packages run {BATCH} inputs per pass. Random weights for",
         "ResNet-50. After `bn2` and `layer4` the network is affine, and effects follow from one backward pass.",
         "",
-        "| layer | units | images | " + " | ".join(names) + " |",
-        "| --- | --- | --- |" + " --- |" * len(names),
+        *header("layer", "units", "images", *names),
     ]
     for row in rows:
         cells = []

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tables import header
 from torch import Tensor, nn
 from zoo_networks import COLLECTIONS, Network, build, count_parameters, families
 
@@ -489,7 +490,7 @@ def _names(results: list[dict[str, Any]]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
+    lines = header(*HEADINGS)
     for row in rows:
         explained = bool(row["grid"])
         cells = [

@@ -57,7 +57,7 @@ class Interpretability:
     features, units : Separation
         Of the features of the dictionary and of the units of the layer.
     directions : Separation
-        Of random directions of the layer: what units that have no meaning of their own would reach.
+        Of random directions of the layer: what units without a meaning of their own would score.
     """
 
     features: Separation
@@ -83,8 +83,9 @@ def interpretability(
     them make a prototype, the mean of the judge's vectors there; the measure is the probability that one of the other
     half is more similar to it, by the cosine, than a random position, and than an example of another feature.
 
-    Random positions alone are easy where most of them are background: then all that responds to objects is told from
-    them, random directions too. Examples of the others are told apart only if features differ in what they respond to.
+    Random positions are a weak control if most of them show background: every channel that responds to objects is then
+    easy to distinguish from them, even a random direction. The examples of other channels are a stronger control, since
+    they can be distinguished only if channels respond to different things.
 
     A network other than the model should judge, at a layer about as local as the dictionary's.
 
